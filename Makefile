@@ -1,0 +1,37 @@
+# Every target sets itself up: a fresh clone on a fresh machine needs only python3.11+ and make.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: demo test test-all lint bench accept clean
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q "$$(grep '^torch==' constraints.txt)"
+	$(PY) -m pip install -q -c constraints.txt -e '.[test,lint]'
+	touch $(READY)
+
+demo: $(READY)                  ## train the two-layer net, eager and compiled side by side
+	$(PY) -m examples.demo
+
+test: $(READY)                  ## compiled-process tests, then Triton's interpreter in its own process
+	$(PY) -m pytest -m "not interpret and not slow" tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -m "interpret and not slow" tests
+
+test-all: $(READY)
+	$(PY) -m pytest -m "not interpret" tests
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret tests
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+bench: $(READY)
+	$(PY) -m benchmarks.run
+
+accept: $(READY)                ## rewrite the golden files after reading their diff
+	TRACEJIT_ACCEPT=1 $(PY) -m pytest tests -k golden
+
+clean:
+	rm -rf $(VENV) build *.egg-info

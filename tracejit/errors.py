@@ -1,0 +1,77 @@
+"""Every error that tracejit raises on purpose: what, where (the user's file:line), what to do.
+
+Classes that mirror an error of eager PyTorch also derive from its class, so `except RuntimeError`
+written for eager keeps working around a compiled step.
+"""
+
+from __future__ import annotations
+
+
+class TracejitError(Exception):
+    """Base of all errors of this package; subclasses carry their text as a template."""
+
+    message = "{reason}"
+
+    def __init__(self, **fields: object):
+        self.fields = fields
+        super().__init__(self.message.format(**fields))
+
+
+class UnsupportedOperation(TracejitError, RuntimeError):
+    """A torch function, or a use of one, that capture has no rule for."""
+
+    message = "{where}: {function} is not supported inside a compiled step ({shapes}). {remedy}"
+
+
+class ShapeError(TracejitError, RuntimeError):
+    """Shapes or dtypes that eager would reject too."""
+
+    message = "{where}: {function}: {reason} ({shapes})"
+
+
+class AutogradError(TracejitError, RuntimeError):
+    """A use of autograd that eager rejects: in-place on a leaf, a saved tensor modified, …"""
+
+    message = "{where}: {reason}"
+
+
+class ValueDependentError(TracejitError, RuntimeError):
+    """Python asked for the value of a tensor (`if t:`, `.item()`), which a trace does not have."""
+
+    message = (
+        "{where}: {function} needs the value of a tensor of shape {shape}, and a compiled step "
+        "is traced without values. {remedy}"
+    )
+
+
+class LeakedTracer(TracejitError, RuntimeError):
+    """An intermediate of a trace was used outside it, or by code that bypasses interception."""
+
+    message = (
+        "{where}: {function} was called on an intermediate tensor of a compiled step, "
+        "{reason}. {remedy}"
+    )
+
+
+class SideEffectError(TracejitError, RuntimeError):
+    """The step changed something that a compiled step cannot honour."""
+
+    message = "{where}: {reason}. {remedy}"
+
+
+class ReplayNotArmed(TracejitError, RuntimeError):
+    """`mode="replay"` was asked for and the step cannot be proven safe to replay."""
+
+    message = 'mode="replay" was asked for, but this step must rerun its Python: {reason}'
+
+
+class BackendUnavailable(TracejitError, RuntimeError):
+    """The executor asked for cannot run in this process."""
+
+    message = "backend {backend!r} cannot run here: {reason}. {remedy}"
+
+
+class InvalidGraph(TracejitError):
+    """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
+
+    message = "{reason}"

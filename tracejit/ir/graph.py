@@ -1,0 +1,215 @@
+"""The Graph: linear SSA over primitives, pure, with writes to real tensors as explicit outputs.
+
+Value, Node and Graph are frozen data. A `Builder` appends nodes, running each primitive's `infer`.
+Arguments of a node are Values, Python literals (int, float, bool), or *host* Values: scalar
+float64 runtime values computed on the host. Literals and host values broadcast; nothing else does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from tracejit.errors import InvalidGraph
+from tracejit.ir.types import Type
+
+if TYPE_CHECKING:
+    from tracejit.ir.ops import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One SSA value."""
+
+    id: int
+    type: Type
+
+    def __repr__(self) -> str:
+        return f"%{self.id}"
+
+
+Arg = Value | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One application of a primitive: `outs = op(*args, **attrs)`; `where` is the user's line."""
+
+    op: Op
+    args: tuple[Arg, ...]
+    attrs: tuple[tuple[str, object], ...]
+    outs: tuple[Value, ...]
+    where: str = ""
+
+    @property
+    def out(self) -> Value:
+        """The result of a node that has one."""
+        return self.outs[0]
+
+    def attr(self, name: str) -> object:
+        for key, value in self.attrs:
+            if key == name:
+                return value
+        raise KeyError(name)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        """The arguments that are Values."""
+        return tuple(a for a in self.args if isinstance(a, Value))
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A graph input with its memory layout; `strides` in elements, None for row-major."""
+
+    value: Value
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A value returned in fresh memory of the given strides (None for row-major)."""
+
+    value: Value
+    strides: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """`target` (a graph input) is overwritten in place by `value` when the step commits."""
+
+    target: Value
+    value: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A whole step. Equality is structural; `canonical` numbers values by first appearance."""
+
+    name: str
+    params: tuple[Param, ...]
+    nodes: tuple[Node, ...]
+    results: tuple[Result, ...]
+    writes: tuple[Write, ...]
+
+    def __str__(self) -> str:
+        from tracejit.ir.text import print_graph
+
+        return print_graph(self)
+
+    def outputs(self) -> Iterator[Value]:
+        """Every value that must exist when the step is over."""
+        for result in self.results:
+            yield result.value
+        for write in self.writes:
+            yield write.value
+
+    def producers(self) -> dict[Value, Node]:
+        """The node that defines each non-param value."""
+        return {out: node for node in self.nodes for out in node.outs}
+
+    def canonical(self) -> Graph:
+        """The same graph with values numbered 0, 1, 2, … in order of definition."""
+        number: dict[Value, Value] = {}
+
+        def define(value: Value) -> Value:
+            number[value] = Value(len(number), value.type)
+            return number[value]
+
+        def use(arg: Arg) -> Arg:
+            return number[arg] if isinstance(arg, Value) else arg
+
+        params = tuple(Param(define(p.value), p.strides) for p in self.params)
+        nodes = tuple(
+            replace(n, args=tuple(map(use, n.args)), outs=tuple(map(define, n.outs)))
+            for n in self.nodes
+        )
+        results = tuple(Result(number[r.value], r.strides) for r in self.results)
+        writes = tuple(Write(number[w.target], number[w.value]) for w in self.writes)
+        return Graph(self.name, params, nodes, results, writes)
+
+
+class Builder:
+    """Appends nodes to a graph under construction; `b.mul(x, 2.0)` emits one primitive.
+
+    `where` is stamped on each node; `on_emit`, when set, sees every node as it is appended.
+    """
+
+    def __init__(self, first_id: int = 0):
+        self.params: list[Param] = []
+        self.nodes: list[Node] = []
+        self.where = ""
+        self.on_emit: Callable[[Node], None] | None = None
+        self._next = first_id
+
+    def value(self, type: Type) -> Value:
+        """A fresh value that nothing defines yet."""
+        out = Value(self._next, type)
+        self._next += 1
+        return out
+
+    def param(self, type: Type, strides: tuple[int, ...] | None = None) -> Value:
+        """Declare a graph input."""
+        value = self.value(type)
+        self.params.append(Param(value, strides))
+        return value
+
+    def emit(self, op: Op, *args: Arg, **attrs: object) -> Value:
+        """Append `op(*args, **attrs)` and return its (single) result."""
+        types = tuple(a.type if isinstance(a, Value) else a for a in args)
+        out = self.value(op.infer(*types, **attrs))
+        node = Node(op, args, tuple(attrs.items()), (out,), self.where)
+        self.nodes.append(node)
+        if self.on_emit is not None:
+            self.on_emit(node)
+        return out
+
+    def __getattr__(self, name: str) -> Callable[..., Value]:
+        from tracejit.ir.ops import OPS
+
+        op = OPS.get(name.removesuffix("_"))  # b.and_, b.or_, b.not_: Python keywords
+        if op is None:
+            raise AttributeError(f"no primitive named {name!r}")
+
+        def emit(*args: Arg, **attrs: object) -> Value:
+            return self.emit(op, *args, **attrs)
+
+        self.__dict__[name] = emit
+        return emit
+
+    def graph(
+        self, name: str, results: tuple[Result, ...] = (), writes: tuple[Write, ...] = ()
+    ) -> Graph:
+        """Freeze what has been built."""
+        return Graph(name, tuple(self.params), tuple(self.nodes), results, writes)
+
+
+def verify(graph: Graph) -> None:
+    """Check SSA order and that every node's type is what `infer` gives; raise InvalidGraph."""
+    known: set[Value] = {p.value for p in graph.params}
+    for node in graph.nodes:
+        for arg in node.inputs:
+            if arg not in known:
+                raise InvalidGraph(reason=f"{node.op.name} reads {arg} before its definition")
+        types = tuple(a.type if isinstance(a, Value) else a for a in node.args)
+        expected = node.op.infer(*types, **dict(node.attrs))
+        if node.out.type != expected:
+            raise InvalidGraph(
+                reason=f"{node.out} = {node.op.name}: has type {node.out.type}, infer gives "
+                f"{expected}"
+            )
+        if node.out in known:
+            raise InvalidGraph(reason=f"{node.out} is defined twice")
+        known.update(node.outs)
+    params = {p.value for p in graph.params}
+    for value in graph.outputs():
+        if value not in known:
+            raise InvalidGraph(reason=f"output {value} is not defined")
+    for write in graph.writes:
+        if write.target not in params:
+            raise InvalidGraph(reason=f"write to {write.target}, which is not an input")
+        if write.target.type != write.value.type:
+            raise InvalidGraph(
+                reason=f"write of {write.value.type} into an input of {write.target.type}"
+            )

@@ -1,0 +1,116 @@
+"""Movement primitives: they move no data, they become index maps of the loads below them."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tracejit.ir.ops.record import Op, Print, require
+from tracejit.ir.types import Type
+
+Ints = tuple[int, ...]
+
+
+def _movement(name: str, infer, eval, vjp) -> Op:
+    return Op(name, "movement", infer, eval, (vjp,), Print.INDEX, Print.INDEX)
+
+
+def _infer_reshape(x: Type, *, shape: Ints) -> Type:
+    require(math.prod(shape) == x.numel, f"reshape of {x} to {shape} changes the element count")
+    return Type(x.dtype, shape, x.device)
+
+
+def _infer_permute(x: Type, *, axes: Ints) -> Type:
+    require(sorted(axes) == list(range(len(x.shape))), f"permute of {x} by {axes}")
+    return Type(x.dtype, tuple(x.shape[a] for a in axes), x.device)
+
+
+def _infer_expand(x: Type, *, shape: Ints) -> Type:
+    fits = len(shape) == len(x.shape) and all(
+        a in (1, s) for a, s in zip(x.shape, shape, strict=False)
+    )
+    require(fits, f"expand of {x} to {shape}")
+    return Type(x.dtype, shape, x.device)
+
+
+def _infer_slice(x: Type, *, starts: Ints, stops: Ints, steps: Ints) -> Type:
+    rows = list(zip(x.shape, starts, stops, steps, strict=True))
+    fits = all(0 <= lo <= hi <= size and step > 0 for size, lo, hi, step in rows)
+    require(fits, f"slice of {x}: starts {starts}, stops {stops}, steps {steps}")
+    return Type(x.dtype, tuple(-(-(hi - lo) // step) for _, lo, hi, step in rows), x.device)
+
+
+def _infer_pad(x: Type, *, low: Ints, high: Ints, interior: Ints, value: float) -> Type:
+    shape = []
+    for size, lo, hi, gap in zip(x.shape, low, high, interior, strict=True):
+        require(lo >= 0 and hi >= 0 and gap >= 0, f"pad of {x}: {low}, {high}, {interior}")
+        shape.append(lo + hi + size + max(size - 1, 0) * gap)
+    return Type(x.dtype, tuple(shape), x.device)
+
+
+def _inner(x_shape: Ints, low: Ints, interior: Ints) -> tuple[slice, ...]:
+    """Where the padded operand stands in the result."""
+    return tuple(
+        slice(lo, lo + (size - 1) * (gap + 1) + 1 if size else lo, gap + 1)
+        for size, lo, gap in zip(x_shape, low, interior, strict=True)
+    )
+
+
+def _eval_pad(x: np.ndarray, *, low: Ints, high: Ints, interior: Ints, value: float) -> np.ndarray:
+    shape = [
+        lo + hi + s + max(s - 1, 0) * gap
+        for s, lo, hi, gap in zip(x.shape, low, high, interior, strict=True)
+    ]
+    out = np.full(shape, value, x.dtype)
+    out[_inner(x.shape, low, interior)] = x
+    return out
+
+
+def _vjp_expand(b, g, y, x, *, shape: Ints):
+    axes = tuple(i for i, (a, s) in enumerate(zip(x.type.shape, shape, strict=True)) if a != s)
+    if not axes:
+        return g
+    return b.reshape(b.reduce_sum(g, axes=axes), shape=x.type.shape)
+
+
+def _vjp_slice(b, g, y, x, *, starts: Ints, stops: Ints, steps: Ints):
+    high = tuple(
+        size - (lo + max(n - 1, 0) * step + min(n, 1))
+        for size, lo, n, step in zip(x.type.shape, starts, g.type.shape, steps, strict=True)
+    )
+    return b.pad(g, low=starts, high=high, interior=tuple(s - 1 for s in steps), value=0)
+
+
+def _vjp_pad(b, g, y, x, *, low: Ints, high: Ints, interior: Ints, value: float):
+    where = _inner(x.type.shape, low, interior)
+    return b.slice(
+        g,
+        starts=tuple(w.start for w in where),
+        stops=tuple(w.stop for w in where),
+        steps=tuple(w.step for w in where),
+    )
+
+
+reshape = _movement(
+    "reshape",
+    _infer_reshape,
+    lambda x, *, shape: x.reshape(shape),
+    lambda b, g, y, x, *, shape: b.reshape(g, shape=x.type.shape),
+)
+permute = _movement(
+    "permute",
+    _infer_permute,
+    lambda x, *, axes: x.transpose(axes),
+    lambda b, g, y, x, *, axes: b.permute(g, axes=tuple(int(a) for a in np.argsort(axes))),
+)
+expand = _movement(
+    "expand", _infer_expand, lambda x, *, shape: np.broadcast_to(x, shape), _vjp_expand
+)
+slice_ = _movement(
+    "slice",
+    _infer_slice,
+    lambda x, *, starts, stops, steps: x[tuple(map(slice, starts, stops, steps))],
+    _vjp_slice,
+)
+pad = _movement("pad", _infer_pad, _eval_pad, _vjp_pad)

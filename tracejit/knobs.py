@@ -1,0 +1,38 @@
+"""Settings read from the environment, in one place; read at each use so that tests can set them.
+
+TRACEJIT_DEBUG   0..5   the debugging ladder (docs/design.md)
+TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
+TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit
+TRACEJIT_VERIFY  0|1    rerun type inference on every node after every pass
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def debug() -> int:
+    """The rung of the debugging ladder, 0 (quiet) to 5 (IR after every pass)."""
+    text = os.environ.get("TRACEJIT_DEBUG", "0")
+    return int(text) if text.isdigit() else 0
+
+
+def dump_dir() -> Path | None:
+    """Where every stage is saved as a file, or None."""
+    text = os.environ.get("TRACEJIT_DUMP")
+    return Path(text) if text else None
+
+
+def cache_dir() -> Path:
+    """Root of the disk cache."""
+    text = os.environ.get("TRACEJIT_CACHE")
+    if text:
+        return Path(text)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "tracejit"
+
+
+def verify() -> bool:
+    """Whether each pass's result is verified (always in the tests)."""
+    return os.environ.get("TRACEJIT_VERIFY", "0") == "1" or debug() >= 5

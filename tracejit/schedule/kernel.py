@@ -1,0 +1,224 @@
+"""The Kernel: what one launch does, free of any target language.
+
+A Kernel is an outer iteration domain and an ordered list of stages. A stage loops over inner axes
+(none: it runs once per outer point) and holds a body of scalar SSA: loads, computation, stores, and
+reductions over the stage's axes, whose results later stages see. A stage may start with a `Dot`:
+its axes are then (batch…, m, n), and the contraction's value at (…, m, n) is the first value of the
+body. A full reduction is a kernel with no outer axes.
+
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w, b3: f32 w; n0, …; s0) over () {
+      stage (i0: n0) {
+        v4: f32 = load b0[i0]
+        v5: f32 = maximum(v4, 0.0)               # step.py:12
+        …
+        store b2[i0] <- v9
+        v8: f32 = reduce_sum v7
+      }
+      stage () {
+        store b3[0] <- v8
+      }
+    }
+
+Sizes (extents, strides, offsets, divisors) are *names* bound per call, so that one kernel serves
+many shapes; the number 1 as a coefficient and 0 as an offset stay literal, because they decide how
+code is generated. During scheduling sizes are plain ints; `schedule.parametrize` names them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracejit.ir.ops import Op
+from tracejit.ir.types import DType
+
+Size = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """A loop: its variable ("i0") and extent."""
+
+    name: str
+    extent: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """A sum of `atom * coefficient` plus an offset. Atoms are axis names, FloorDiv, Mod."""
+
+    terms: tuple[tuple[Atom, Size], ...] = ()
+    offset: Size = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FloorDiv:
+    """index // by"""
+
+    index: Index
+    by: Size
+
+
+@dataclass(frozen=True, slots=True)
+class Mod:
+    """index % by"""
+
+    index: Index
+    by: Size
+
+
+Atom = str | FloorDiv | Mod
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """The condition 0 <= index < high and index % step == 0."""
+
+    index: Index
+    high: Size
+    step: Size = 1
+
+
+Mask = tuple[Bound, ...]  # a conjunction; () is always true
+
+
+@dataclass(frozen=True, slots=True)
+class Var:
+    """A scalar SSA value of a body; numbered as the IR value that it stands for where possible."""
+
+    id: int
+    dtype: DType
+
+    def __repr__(self) -> str:
+        return f"v{self.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scalar:
+    """A runtime scalar (float64 in the call's table), by its name in the kernel ("s0")."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+Operand = Var | Scalar | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """out = buffer[index] where the mask holds, else 0."""
+
+    out: Var
+    buffer: str
+    index: Index
+    mask: Mask = ()
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """out = op(*args, **attrs), an element-wise primitive or `full`."""
+
+    out: Var
+    op: Op
+    args: tuple[Operand, ...]
+    attrs: tuple[tuple[str, object], ...] = ()
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """out = the value of an index, as a number of out's dtype (iota)."""
+
+    out: Var
+    index: Index
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InBounds:
+    """out = whether the mask holds, as a bool."""
+
+    out: Var
+    mask: Mask
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """buffer[index] = value"""
+
+    buffer: str
+    index: Index
+    value: Operand
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reduce:
+    """out = value reduced by op (reduce_sum, reduce_max, reduce_min) over the stage's axes.
+
+    Narrow floats accumulate in float32 and round once; `out` is visible to later stages.
+    """
+
+    out: Var
+    op: Op
+    value: Operand
+    where: str = ""
+
+
+Statement = Load | Compute | Position | InBounds | Store | Reduce
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """out[…, m, n] = sum over k of a[…, m, k] * b[…, k, n].
+
+    `a` and `b` are straight-line prologues (no Store, no Reduce) over the stage's axes and `k`.
+    `batch` names the stage's leading axes; `m` and `n` are the last two axes (an extent-1 m or n
+    keeps its axis). Accumulation is float32 (float64 for f64, int64 for integers).
+    """
+
+    out: Var
+    k: Axis
+    a: tuple[Statement, ...]
+    a_value: Operand
+    b: tuple[Statement, ...]
+    b_value: Operand
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One loop nest over `axes` inside each outer point."""
+
+    axes: tuple[Axis, ...]
+    body: tuple[Statement, ...]
+    dot: Dot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A pointer parameter: name ("b0"), element type, access "r", "w" or "rw"."""
+
+    name: str
+    dtype: DType
+    access: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One launch. `index64`: some index may exceed 2**31 - 1, so indices are 64-bit."""
+
+    buffers: tuple[Buffer, ...]
+    sizes: tuple[str, ...]
+    scalars: tuple[str, ...]
+    axes: tuple[Axis, ...]
+    stages: tuple[Stage, ...]
+    index64: bool = False
+
+    def __str__(self) -> str:
+        from tracejit.schedule.kernel_text import print_kernel
+
+        return print_kernel(self)
