@@ -115,6 +115,19 @@ def pow(x, y):
 
 
 @triton.jit
+def pow_int(x, y):
+    """x to the power y of integers, wrapping around; for y < 0 it is 1 / x^-y, truncated."""
+    result = (x ^ x) + (y ^ y) + 1
+    base, rest = x, y
+    for _ in range(x.dtype.primitive_bitwidth):
+        result = tl.where((rest & 1) == 1, result * base, result)
+        base = base * base
+        rest = rest >> 1
+    odd = tl.where((y & 1) == 1, x, x * x)
+    return tl.where(y < 0, tl.where(tl.abs(x) == 1, odd, 0), result)
+
+
+@triton.jit
 def floor(x):
     """Largest integer not above x; the identity on integers."""
     if x.dtype.is_floating():
@@ -127,6 +140,15 @@ def floor(x):
 def abs(x):
     """|x| of floats or integers."""
     return tl.abs(x)
+
+
+@triton.jit
+def neg(x):
+    """-x of floats or integers; Triton's -x is 0 - x before 3.9, which loses the sign of -0.0."""
+    if x.dtype.is_floating():
+        return x * -1.0
+    else:
+        return -x
 
 
 @triton.jit
@@ -146,8 +168,7 @@ def floor_div(x, y):
         floored = tl.floor(quotient)
         floored = tl.where(quotient - floored > 0.5, floored + 1.0, floored)
         exact = div(x, y)
-        zero = tl.where((1.0 / exact) < 0, -0.0, 0.0).to(x.dtype)
-        zero = tl.where(exact < 0, -0.0, zero).to(x.dtype)
+        zero = libdevice.copysign(exact - exact, exact)  # a literal -0.0 would lose its sign
         return tl.where(y == 0, exact, tl.where(quotient != 0, floored, zero))
     else:
         quotient = x // y

@@ -8,7 +8,6 @@ int32 counter, 0 before the first launch and left at 0 by every launch.
 
 import triton
 import triton.language as tl
-
 from tracejit.kernels.device import maximum, minimum, reduce_max, reduce_min
 
 

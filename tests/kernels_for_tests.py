@@ -2,7 +2,6 @@
 
 import triton
 import triton.language as tl
-
 from tracejit.kernels import device as tj
 from tracejit.kernels.reduce import collect_max, collect_min, collect_sum, is_last, publish
 
@@ -35,6 +34,7 @@ def every_float_helper(x_ptr, y_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constex
     tl.store(out_ptr + 18 * N + offset, tj.sign(x), mask=mask)
     tl.store(out_ptr + 19 * N + offset, tj.floor_div(x, y), mask=mask)
     tl.store(out_ptr + 20 * N + offset, tj.remainder(x, y), mask=mask)
+    tl.store(out_ptr + 21 * N + offset, tj.neg(x), mask=mask)
 
 
 FLOAT_HELPERS = (
@@ -59,6 +59,7 @@ FLOAT_HELPERS = (
     "sign",
     "floor_divide",
     "remainder",
+    "neg",
 )
 
 
@@ -76,9 +77,10 @@ def every_int_helper(x_ptr, y_ptr, out_ptr, N: tl.constexpr, BLOCK: tl.constexpr
     tl.store(out_ptr + 4 * N + offset, tj.sign(x), mask=mask)
     tl.store(out_ptr + 5 * N + offset, tj.abs(x), mask=mask)
     tl.store(out_ptr + 6 * N + offset, tj.floor(x), mask=mask)
+    tl.store(out_ptr + 7 * N + offset, tj.neg(x), mask=mask)
 
 
-INT_HELPERS = ("maximum", "minimum", "floor_divide", "remainder", "sign", "abs", "floor")
+INT_HELPERS = ("maximum", "minimum", "floor_divide", "remainder", "sign", "abs", "floor", "neg")
 
 
 @triton.jit

@@ -29,6 +29,12 @@ class ShapeError(TracejitError, RuntimeError):
     message = "{where}: {function}: {reason} ({shapes})"
 
 
+class AxisError(TracejitError, IndexError):
+    """An axis or index out of range."""
+
+    message = "{where}: {reason}"
+
+
 class AutogradError(TracejitError, RuntimeError):
     """A use of autograd that eager rejects: in-place on a leaf, a saved tensor modified, …"""
 

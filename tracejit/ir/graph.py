@@ -25,6 +25,9 @@ class Value:
     id: int
     type: Type
 
+    def __hash__(self) -> int:
+        return self.id
+
     def __repr__(self) -> str:
         return f"%{self.id}"
 
@@ -133,13 +136,13 @@ class Graph:
 class Builder:
     """Appends nodes to a graph under construction; `b.mul(x, 2.0)` emits one primitive.
 
-    `where` is stamped on each node; `on_emit`, when set, sees every node as it is appended.
+    `line` is stamped on each node; `on_emit`, when set, sees every node as it is appended.
     """
 
     def __init__(self, first_id: int = 0):
         self.params: list[Param] = []
         self.nodes: list[Node] = []
-        self.where = ""
+        self.line = ""  # stamped on each node: the user's file:line
         self.on_emit: Callable[[Node], None] | None = None
         self._next = first_id
 
@@ -158,8 +161,8 @@ class Builder:
     def emit(self, op: Op, *args: Arg, **attrs: object) -> Value:
         """Append `op(*args, **attrs)` and return its (single) result."""
         types = tuple(a.type if isinstance(a, Value) else a for a in args)
-        out = self.value(op.infer(*types, **attrs))
-        node = Node(op, args, tuple(attrs.items()), (out,), self.where)
+        out = self.value(op.result_type(types, attrs))
+        node = Node(op, args, tuple(attrs.items()), (out,), self.line)
         self.nodes.append(node)
         if self.on_emit is not None:
             self.on_emit(node)
@@ -186,29 +189,58 @@ class Builder:
 
 
 def verify(graph: Graph) -> None:
-    """Check SSA order and that every node's type is what `infer` gives; raise InvalidGraph."""
-    known: set[Value] = {p.value for p in graph.params}
+    """Check SSA order, that every node's type is what `infer` gives, and the outputs' layouts."""
+    known: set[Value] = set()
+    numbers: set[int] = set()
+
+    def define(value: Value) -> None:
+        if value.id in numbers:
+            raise InvalidGraph(reason=f"{value} is defined twice")
+        numbers.add(value.id)
+        known.add(value)
+
+    for param in graph.params:
+        define(param.value)
+        _check_strides("input", param)
     for node in graph.nodes:
         for arg in node.inputs:
             if arg not in known:
                 raise InvalidGraph(reason=f"{node.op.name} reads {arg} before its definition")
         types = tuple(a.type if isinstance(a, Value) else a for a in node.args)
-        expected = node.op.infer(*types, **dict(node.attrs))
-        if node.out.type != expected:
+        expected = (node.op.result_type(types, dict(node.attrs)),)
+        found = tuple(out.type for out in node.outs)
+        if found != expected:
             raise InvalidGraph(
-                reason=f"{node.out} = {node.op.name}: has type {node.out.type}, infer gives "
-                f"{expected}"
+                reason=f"{', '.join(map(repr, node.outs))} = {node.op.name} has types "
+                f"{', '.join(map(str, found))}; infer gives {', '.join(map(str, expected))}"
             )
-        if node.out in known:
-            raise InvalidGraph(reason=f"{node.out} is defined twice")
-        known.update(node.outs)
-    params = {p.value for p in graph.params}
+        for out in node.outs:
+            define(out)
     for value in graph.outputs():
         if value not in known:
             raise InvalidGraph(reason=f"output {value} is not defined")
+    for result in graph.results:
+        _check_strides("result", result)
+    _check_writes(graph)
+
+
+def _check_strides(role: str, place: Param | Result) -> None:
+    rank = len(place.value.type.shape)
+    if place.strides is not None and len(place.strides) != rank:
+        raise InvalidGraph(
+            reason=f"{role} {place.value} of {rank} axes has strides {place.strides}"
+        )
+
+
+def _check_writes(graph: Graph) -> None:
+    params = {p.value for p in graph.params}
+    written: set[Value] = set()
     for write in graph.writes:
         if write.target not in params:
             raise InvalidGraph(reason=f"write to {write.target}, which is not an input")
+        if write.target in written:
+            raise InvalidGraph(reason=f"input {write.target} is written twice")
+        written.add(write.target)
         if write.target.type != write.value.type:
             raise InvalidGraph(
                 reason=f"write of {write.value.type} into an input of {write.target.type}"

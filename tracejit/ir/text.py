@@ -66,7 +66,8 @@ def print_graph(graph: Graph) -> str:
 
 _HEADER = re.compile(r"(\w+)\((.*)\)\s*\{\Z")
 _PARAM = re.compile(r"%(\d+):\s*(\w+\[[\d,]*\](?:@[\w:]+)?)(?:\s+strides\s+(\([^)]*\)))?")
-_NODE = re.compile(r"%(\d+):\s*(\S+)\s*=\s*(\w+\(.*\))\Z")
+_OUT = re.compile(r"%(\d+):\s*(\w+\[[\d,]*\](?:@[\w:]+)?)")
+_NODE = re.compile(r"(%\d+:[^=]*?)\s*=\s*(\w+)(\(.*\))\Z")
 _RESULT = re.compile(r"%(\d+)(?:\s+strides\s+(\([^)]*\)))?")
 _WRITE = re.compile(r"write\s+%(\d+)\s*<-\s*%(\d+)\Z")
 
@@ -81,6 +82,8 @@ def parse(text: str) -> Graph:
     values: dict[str, Value] = {}
 
     def define(number: str, type_text: str) -> Value:
+        if number in values:
+            raise InvalidGraph(reason=f"%{number} is defined twice")
         values[number] = Value(int(number), parse_type(type_text))
         return values[number]
 
@@ -111,10 +114,14 @@ def parse(text: str) -> Graph:
 
 
 def _parse_node(found: re.Match[str], where: str, define, use) -> Node:
-    call = ast.parse(re.sub(r"%(\d+)", r"v\1", found[3]), mode="eval").body
-    assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
-    if call.func.id not in OPS:
-        raise InvalidGraph(reason=f"no primitive named {call.func.id!r}")
+    name, operands = found[2], found[3]
+    if name not in OPS:
+        raise InvalidGraph(reason=f"no primitive named {name!r}")
+    try:  # `and`, `or`, `not` are keywords to Python, so the call is read under another name
+        call = ast.parse("op" + re.sub(r"%(\d+)", r"v\1", operands), mode="eval").body
+    except SyntaxError as error:
+        raise InvalidGraph(reason=f"cannot read {name}{operands}: {error.msg}") from error
+    assert isinstance(call, ast.Call)
 
     def arg(tree: ast.expr) -> Arg:
         if isinstance(tree, ast.Name) and re.fullmatch(r"v\d+", tree.id):
@@ -123,4 +130,5 @@ def _parse_node(found: re.Match[str], where: str, define, use) -> Node:
 
     args = tuple(map(arg, call.args))
     attrs = tuple((k.arg, parse_literal(k.value)) for k in call.keywords)
-    return Node(OPS[call.func.id], args, attrs, (define(found[1], found[2]),), where)
+    outs = tuple(define(m[1], m[2]) for m in _OUT.finditer(found[1]))
+    return Node(OPS[name], args, attrs, outs, where)

@@ -10,9 +10,9 @@ import numpy as np
 from tracejit.errors import InvalidGraph
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class DType:
-    """An element type. `compute` is the numpy dtype that values of it are computed in.
+    """An element type; there is one object of each. `compute` is the numpy dtype of its values.
 
     bf16 and f16 are computed in float32 and rounded once per operation; numpy holds such values
     as float32 arrays whose elements are representable in the narrow type.
@@ -25,6 +25,9 @@ class DType:
 
     def __repr__(self) -> str:
         return self.name
+
+    def __reduce__(self) -> tuple:
+        return dtype_named, (self.name,)
 
     @property
     def is_float(self) -> bool:
@@ -50,6 +53,11 @@ b1 = DType("b1", "b", 1, np.dtype(np.bool_))
 DTYPES = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, b1)}
 
 
+def dtype_named(name: str) -> DType:
+    """The dtype of a name; what copies and pickles of a dtype call."""
+    return DTYPES[name]
+
+
 def round_to(array: np.ndarray, dtype: DType) -> np.ndarray:
     """Round a compute-dtype array to the values `dtype` can represent (nearest even)."""
     if dtype is bf16:
@@ -62,7 +70,7 @@ def round_to(array: np.ndarray, dtype: DType) -> np.ndarray:
 
 def float_to_bits(array: np.ndarray) -> np.ndarray:
     """float32 → bf16 bit patterns (uint16), round to nearest even, NaN kept quiet."""
-    array = np.ascontiguousarray(array, np.float32)
+    array = np.asarray(array, np.float32, order="C")
     bits = array.view(np.uint32)
     rounded = (bits + (((bits >> 16) & 1) + np.uint32(0x7FFF))) >> 16
     return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
@@ -70,7 +78,8 @@ def float_to_bits(array: np.ndarray) -> np.ndarray:
 
 def bits_to_float(bits: np.ndarray) -> np.ndarray:
     """bf16 bit patterns (uint16) → float32."""
-    return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32)
+    wide = np.asarray(bits, np.uint32, order="C") << 16
+    return np.asarray(wide, np.uint32).view(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,23 @@
 """Element-wise primitives: arithmetic, comparison, selection, casts.
 
-Tensor operands have one shape, dtype and device; literals and host scalars broadcast. Ties and NaN
-follow torch: `maximum` shares the gradient at a tie and propagates NaN, `sign(nan)` is 0.
+Tensor operands have one shape, dtype and device; literals and host scalars broadcast, the latter
+and float literals next to floats only. Ties and NaN follow torch: `maximum` shares the gradient at
+a tie and propagates NaN, `sign(nan)` is 0. So do integers: they wrap, x // 0 and x % 0 are 0 (eager
+raises on a CPU), shifts by the width or more shift everything out. The sign of a zero that
+`maximum` or `minimum` picks from two zeros is not fixed.
+
+A C template's result is assigned to a variable of the result's C type (int8 to int32 operands are
+promoted meanwhile), in a program of C_FLAGS; `tj_` names are functions of C_PRELUDE.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Template, require
+from tracejit.ir.ops.record import NO_GRAD, Op, Template, require, require_tensor
 from tracejit.ir.types import DType, Type, b1, round_to
 
 
@@ -26,26 +33,62 @@ def _tensors(name: str, operands: tuple) -> list[Type]:
     return found
 
 
-def same(*operands: Type) -> Type:
-    """All tensor operands have one type, which is the result's."""
-    found = _tensors("element-wise op", operands)
-    require(all(t == found[0] for t in found), f"operands of several dtypes: {found}")
-    return found[0]
+def _check_literals(name: str, operands: tuple, dtype: DType) -> None:
+    """Literals and host scalars stand next to a dtype that holds their kind of number."""
+    for x in operands:
+        if isinstance(x, bool) or (isinstance(x, Type) and not x.is_host):
+            continue
+        if isinstance(x, int):
+            fits = dtype.kind == "f" or (dtype.kind in "iu" and _in_range(x, dtype))
+        else:
+            fits = dtype.kind == "f"
+        require(fits, f"{name}: the scalar {x} next to a tensor of {dtype} (insert cast)")
 
 
-def to_bool(*operands: Type) -> Type:
-    """As `same`, with a bool result."""
-    first = same(*operands)
-    return Type(b1, first.shape, first.device)
+def _in_range(x: int, dtype: DType) -> bool:
+    low = -(1 << (8 * dtype.itemsize - 1)) if dtype.kind == "i" else 0
+    return low <= x < low + (1 << 8 * dtype.itemsize)
+
+
+def _infer_same(name: str, kinds: str, operands: tuple) -> Type:
+    found = _tensors(name, operands)
+    first = found[0]
+    require(all(t == first for t in found), f"{name}: operands of several dtypes: {found}")
+    require(first.dtype.kind in kinds, f"{name} is not defined on {first.dtype}")
+    if len(found) != len(operands):
+        _check_literals(name, operands, first.dtype)
+    return first
+
+
+def same(name: str, kinds: str) -> Callable[..., Type]:
+    """The rule of ops whose tensor operands have one type, of these dtype kinds, the result's."""
+
+    def infer(*operands: Type) -> Type:
+        return _infer_same(name, kinds, operands)
+
+    return infer
+
+
+def to_bool(name: str) -> Callable[..., Type]:
+    """As `same`, of any dtype, with a bool result."""
+
+    def infer(*operands: Type) -> Type:
+        first = _infer_same(name, "fiub", operands)
+        return Type(b1, first.shape, first.device)
+
+    return infer
 
 
 def _infer_where(condition: Type, a: Type, b: Type) -> Type:
-    _tensors("where", (condition, a, b))
+    require_tensor("where", condition)
     require(condition.dtype is b1, f"where: condition is {condition}, not bool")
-    return same(a, b)
+    _tensors("where", (condition, a, b))
+    return _infer_same("where", "fiub", (a, b))
 
 
 def _infer_cast(x: Type, *, dtype: DType) -> Type:
+    require_tensor("cast", x)
+    require(isinstance(dtype, DType), f"cast to {dtype!r}, which is not a dtype")
     return Type(dtype, x.shape, x.device)
 
 
@@ -54,40 +97,74 @@ def _eval_cast(x: np.ndarray, *, dtype: DType) -> np.ndarray:
         return round_to(x, dtype) if dtype.is_float else x.astype(dtype.compute)
 
 
-def _sign(x: np.ndarray) -> np.ndarray:
+def _eval_sign(x: np.ndarray) -> np.ndarray:
     return ((x > 0).astype(np.int8) - (x < 0).astype(np.int8)).astype(x.dtype)
 
 
-def _unary(name: str, eval, vjp, triton: Template, c: Template) -> Op:
-    return Op(name, "elementwise", same, eval, (vjp,), triton, c)
+def _eval_mod(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Remainder with the divisor's sign; a float zero keeps the dividend's sign, as in torch."""
+    if (x if isinstance(x, np.ndarray) else z).dtype.kind != "f":
+        return np.remainder(x, z)
+    rest = np.fmod(x, z)
+    return np.where((rest != 0) & (np.less(z, 0) != (rest < 0)), rest + z, rest)
 
 
-def _binary(name: str, eval, vjp_a, vjp_b, triton: Template, c: Template) -> Op:
-    return Op(name, "elementwise", same, eval, (vjp_a, vjp_b), triton, c)
+def _eval_pow(x: np.ndarray, z: np.ndarray) -> np.ndarray:
+    """Power; an integer to a negative power is 1/x^-z truncated (0 for x = 0), as in torch."""
+    if (x if isinstance(x, np.ndarray) else z).dtype.kind == "f" or not np.any(np.less(z, 0)):
+        return np.power(x, z)
+    odd = np.where(np.bitwise_and(z, 1) == 1, x, np.multiply(x, x))  # right where |x| == 1
+    truncated = np.where(np.abs(x) == 1, odd, 0)
+    return np.where(np.less(z, 0), truncated, np.power(x, np.maximum(z, 0)))
+
+
+def _unary(name: str, eval, vjp, triton: Template, c: Template, kinds: str = "fiub") -> Op:
+    return Op(name, "elementwise", same(name, kinds), eval, (vjp,), triton, c)
+
+
+def _binary(
+    name: str, eval, vjp_a, vjp_b, triton: Template, c: Template, kinds: str = "fiub"
+) -> Op:
+    return Op(name, "elementwise", same(name, kinds), eval, (vjp_a, vjp_b), triton, c)
 
 
 def _compare(name: str, eval, sign: str) -> Op:
     text = f"({{0}} {sign} {{1}})"
-    return Op(name, "elementwise", to_bool, eval, (NO_GRAD, NO_GRAD), text, text)
+    return Op(name, "elementwise", to_bool(name), eval, (NO_GRAD, NO_GRAD), text, text)
 
 
-neg = _unary("neg", np.negative, lambda b, g, y, x: b.neg(g), "-{0}", "-{0}")
+neg = _unary(
+    "neg",
+    np.negative,
+    lambda b, g, y, x: b.neg(g),
+    {"f": "tj.neg({0})", "i": "-{0}"},
+    "(-{0})",
+    "fiu",
+)
 abs_ = _unary(
     "abs",
     np.abs,
     lambda b, g, y, x: b.mul(g, b.sign(x)),
     "tl.abs({0})",
-    {"f": "fabs{f}({0})", "i": "({0} < 0 ? -{0} : {0})", "u": "{0}", "b": "{0}"},
+    {"f": "fabs{f}({0})", "i": "({0} < 0 ? -{0} : {0})", "u": "{0}"},
+    "fiu",
 )
-sign = _unary("sign", _sign, NO_GRAD, "tj.sign({0})", "(({0} > 0) - ({0} < 0))")
-exp = _unary("exp", np.exp, lambda b, g, y, x: b.mul(g, y), "tj.exp({0})", "exp{f}({0})")
-log = _unary("log", np.log, lambda b, g, y, x: b.div(g, x), "tj.log({0})", "log{f}({0})")
+sign = _unary(
+    "sign",
+    _eval_sign,
+    NO_GRAD,
+    {"f": "tj.sign({0})", "b": "{0}"},
+    {"f": "(({0} > 0) - ({0} < 0))", "b": "{0}"},
+)
+exp = _unary("exp", np.exp, lambda b, g, y, x: b.mul(g, y), "tj.exp({0})", "exp{f}({0})", "f")
+log = _unary("log", np.log, lambda b, g, y, x: b.div(g, x), "tj.log({0})", "log{f}({0})", "f")
 sqrt = _unary(
     "sqrt",
     np.sqrt,
     lambda b, g, y, x: b.div(g, b.mul(y, 2.0)),
     "tj.sqrt({0})",
     "sqrt{f}({0})",
+    "f",
 )
 tanh = _unary(
     "tanh",
@@ -95,14 +172,31 @@ tanh = _unary(
     lambda b, g, y, x: b.mul(g, b.sub(1.0, b.mul(y, y))),
     "tj.tanh({0})",
     "tanh{f}({0})",
+    "f",
 )
-sin = _unary("sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), "tj.sin({0})", "sin{f}({0})")
+sin = _unary(
+    "sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), "tj.sin({0})", "sin{f}({0})", "f"
+)
 cos = _unary(
-    "cos", np.cos, lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))), "tj.cos({0})", "cos{f}({0})"
+    "cos", np.cos, lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))), "tj.cos({0})", "cos{f}({0})", "f"
 )
-floor = _unary("floor", np.floor, NO_GRAD, "tl.floor({0})", "floor{f}({0})")
-trunc = _unary("trunc", np.trunc, NO_GRAD, "tj.trunc({0})", "trunc{f}({0})")
-not_ = _unary("not", np.invert, NO_GRAD, "~{0}", {"i": "~{0}", "b": "!{0}"})
+floor = _unary("floor", np.floor, NO_GRAD, "tl.floor({0})", "floor{f}({0})", "f")
+trunc = _unary(
+    "trunc",
+    np.trunc,
+    NO_GRAD,
+    "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
+    "trunc{f}({0})",
+    "f",
+)
+not_ = _unary(
+    "not",
+    np.invert,
+    NO_GRAD,
+    {"i": "~{0}", "u": "({0} ^ 255)"},
+    {"i": "(~{0})", "b": "(!{0})"},
+    "iub",
+)
 
 add = _binary(
     "add",
@@ -119,6 +213,7 @@ sub = _binary(
     lambda b, g, y, x, z: b.neg(g),
     "({0} - {1})",
     "({0} - {1})",
+    "fiu",
 )
 mul = _binary(
     "mul",
@@ -135,28 +230,31 @@ div = _binary(
     lambda b, g, y, x, z: b.neg(b.mul(g, b.div(y, z))),
     "tj.div({0}, {1})",
     "({0} / {1})",
+    "f",
 )
 floordiv = _binary(
     "floordiv",
     np.floor_divide,
     NO_GRAD,
     NO_GRAD,
-    {"f": "tj.floordiv_float({0}, {1})", "i": "tj.floordiv_int({0}, {1})"},
+    "tj.floor_div({0}, {1})",
     {
         "f": "tj_floordiv{f}({0}, {1})",
-        "i": "({0} / {1} - (({0} % {1} != 0) && (({0} < 0) != ({1} < 0))))",
+        "i": "tj_floordiv_int({0}, {1})",
     },
+    "fiu",
 )
 mod = _binary(
     "mod",
-    np.remainder,
+    _eval_mod,
     lambda b, g, y, x, z: g,
     lambda b, g, y, x, z: b.neg(b.mul(g, b.floordiv(x, z))),
-    {"f": "tj.mod_float({0}, {1})", "i": "tj.mod_int({0}, {1})"},
+    "tj.remainder({0}, {1})",
     {
         "f": "tj_mod{f}({0}, {1})",
-        "i": "({0} % {1} + ((({0} % {1} != 0) && (({0} < 0) != ({1} < 0))) ? {1} : 0))",
+        "i": "tj_mod_int({0}, {1})",
     },
+    "fiu",
 )
 
 
@@ -171,7 +269,10 @@ def _as_tensor(b, x, like):
 def _pow_base(b, g, y, x, z):
     """z·x^(z-1), and 0 where the exponent is 0 (as torch: no 0·inf = nan there)."""
     if isinstance(z, (int, float)):
-        return b.mul(g, b.mul(b.pow(x, z - 1), z)) if z != 0 else b.mul(g, 0.0)
+        if z == 0:
+            kind = g.type
+            return b.full(0.0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
+        return b.mul(g, b.mul(b.pow(x, z - 1), z))
     z = _as_tensor(b, z, g)
     slope = b.mul(g, b.mul(b.pow(x, b.sub(z, 1.0)), z))
     return b.where(b.eq(z, 0.0), 0.0, slope)
@@ -190,11 +291,12 @@ def _pow_exponent(b, g, y, x, z):
 
 pow_ = _binary(
     "pow",
-    np.power,
+    _eval_pow,
     _pow_base,
     _pow_exponent,
     {"f": "tj.pow({0}, {1})", "i": "tj.pow_int({0}, {1})"},
     {"f": "pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
+    "fiu",
 )
 
 
@@ -226,11 +328,17 @@ minimum = _binary(
     {"f": "tj.minimum({0}, {1})", "i": "tl.minimum({0}, {1})", "b": "({0} & {1})"},
     "({0} != {0} || {0} < {1} ? {0} : {1})",
 )
-and_ = _binary("and", np.bitwise_and, NO_GRAD, NO_GRAD, "({0} & {1})", "({0} & {1})")
-or_ = _binary("or", np.bitwise_or, NO_GRAD, NO_GRAD, "({0} | {1})", "({0} | {1})")
-xor = _binary("xor", np.bitwise_xor, NO_GRAD, NO_GRAD, "({0} ^ {1})", "({0} ^ {1})")
-shl = _binary("shl", np.left_shift, NO_GRAD, NO_GRAD, "({0} << {1})", "({0} << {1})")
-shr = _binary("shr", np.right_shift, NO_GRAD, NO_GRAD, "({0} >> {1})", "({0} >> {1})")
+
+
+def _bitwise(name: str, eval, triton: Template, c: Template, kinds: str) -> Op:
+    return _binary(name, eval, NO_GRAD, NO_GRAD, triton, c, kinds)
+
+
+and_ = _bitwise("and", np.bitwise_and, "({0} & {1})", "({0} & {1})", "iub")
+or_ = _bitwise("or", np.bitwise_or, "({0} | {1})", "({0} | {1})", "iub")
+xor = _bitwise("xor", np.bitwise_xor, "({0} ^ {1})", "({0} ^ {1})", "iub")
+shl = _bitwise("shl", np.left_shift, "({0} << {1})", "tj_shl({0}, {1})", "iu")
+shr = _bitwise("shr", np.right_shift, "({0} >> {1})", "tj_shr({0}, {1})", "iu")
 
 eq = _compare("eq", np.equal, "==")
 ne = _compare("ne", np.not_equal, "!=")
@@ -264,7 +372,7 @@ cast = Op(
     _infer_cast,
     _eval_cast,
     (_vjp_cast,),
-    "tj.cast({0}, {T})",
+    "{0}.to({T})",
     {"f": "(({T}){0})", "b": "(({T}){0})"},
 )
 
@@ -273,4 +381,4 @@ def _vjp_alias(b, g, y, x):
     return g
 
 
-alias = Op("alias", "elementwise", same, lambda x: x, (_vjp_alias,), "{0}", "{0}")
+alias = Op("alias", "elementwise", same("alias", "fiub"), lambda x: x, (_vjp_alias,), "{0}", "{0}")

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tracejit.ir.ops.record import Op, Print, require
+from tracejit.ir.ops.record import Op, Print, require, require_tensor
 from tracejit.ir.types import Type
 
 Ints = tuple[int, ...]
@@ -16,25 +16,34 @@ def _movement(name: str, infer, eval, vjp) -> Op:
     return Op(name, "movement", infer, eval, (vjp,), Print.INDEX, Print.INDEX)
 
 
+def _ranks(name: str, x: Type, *rows: Ints) -> None:
+    require_tensor(name, x)
+    fits = all(len(row) == len(x.shape) for row in rows)
+    require(fits, f"{name} of {x}: {', '.join(map(str, rows))} do not match its axes")
+
+
 def _infer_reshape(x: Type, *, shape: Ints) -> Type:
-    require(math.prod(shape) == x.numel, f"reshape of {x} to {shape} changes the element count")
+    require_tensor("reshape", x)
+    fits = math.prod(shape) == x.numel and all(s >= 0 for s in shape)
+    require(fits, f"reshape of {x} to {shape} changes the element count")
     return Type(x.dtype, shape, x.device)
 
 
 def _infer_permute(x: Type, *, axes: Ints) -> Type:
+    require_tensor("permute", x)
     require(sorted(axes) == list(range(len(x.shape))), f"permute of {x} by {axes}")
     return Type(x.dtype, tuple(x.shape[a] for a in axes), x.device)
 
 
 def _infer_expand(x: Type, *, shape: Ints) -> Type:
-    fits = len(shape) == len(x.shape) and all(
-        a in (1, s) for a, s in zip(x.shape, shape, strict=False)
-    )
+    _ranks("expand", x, shape)
+    fits = all(s >= 0 and a in (1, s) for a, s in zip(x.shape, shape, strict=True))
     require(fits, f"expand of {x} to {shape}")
     return Type(x.dtype, shape, x.device)
 
 
 def _infer_slice(x: Type, *, starts: Ints, stops: Ints, steps: Ints) -> Type:
+    _ranks("slice", x, starts, stops, steps)
     rows = list(zip(x.shape, starts, stops, steps, strict=True))
     fits = all(0 <= lo <= hi <= size and step > 0 for size, lo, hi, step in rows)
     require(fits, f"slice of {x}: starts {starts}, stops {stops}, steps {steps}")
@@ -42,6 +51,8 @@ def _infer_slice(x: Type, *, starts: Ints, stops: Ints, steps: Ints) -> Type:
 
 
 def _infer_pad(x: Type, *, low: Ints, high: Ints, interior: Ints, value: float) -> Type:
+    _ranks("pad", x, low, high, interior)
+    require(isinstance(value, (int, float)), f"pad of {x} with {value}, which is no literal")
     shape = []
     for size, lo, hi, gap in zip(x.shape, low, high, interior, strict=True):
         require(lo >= 0 and hi >= 0 and gap >= 0, f"pad of {x}: {low}, {high}, {interior}")

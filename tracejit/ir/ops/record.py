@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from tracejit.errors import InvalidGraph
+from tracejit.ir.types import Type
 
 
 class Print(Enum):
@@ -57,16 +58,39 @@ class Op:
         return self.name
 
     def __reduce__(self) -> tuple:
-        return OPS.__getitem__, (self.name,)
+        return op_named, (self.name,)
+
+    def result_type(self, operands: tuple, attrs: dict[str, object]) -> Type:
+        """`infer`, with the number of operands and the names of attributes checked as well."""
+        if len(operands) != len(self.vjp):
+            raise InvalidGraph(
+                reason=f"{self.name} takes {len(self.vjp)} operands, not {len(operands)}"
+            )
+        try:
+            return self.infer(*operands, **attrs)
+        except TypeError as error:
+            raise InvalidGraph(reason=f"{self.name} with attributes {attrs}: {error}") from error
 
     def template(self, language: str, kind: str) -> str:
         """The template of this op in "triton" or "c" for operands of dtype kind f, i, u or b."""
         template = getattr(self, language)
         if isinstance(template, dict):
-            template = template.get(kind) or template.get("i" if kind in "ub" else "f")
+            order = (kind, "i", "f") if kind in "ub" else (kind, "f")
+            template = next((template[k] for k in order if k in template), None)
         if not isinstance(template, str):
             raise InvalidGraph(reason=f"{self.name} has no {language} template for kind {kind!r}")
         return template
+
+
+def op_named(name: str) -> Op:
+    """The primitive of a name; what copies and pickles of an Op call."""
+    return OPS[name]
+
+
+def require_tensor(name: str, x: object) -> None:
+    """Raise InvalidGraph unless an operand is a tensor (no literal, no host scalar)."""
+    if not isinstance(x, Type) or x.is_host:
+        raise InvalidGraph(reason=f"{name} needs a tensor operand, not {x}")
 
 
 def require(condition: bool, reason: str) -> None:

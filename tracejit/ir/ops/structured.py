@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Print, require
-from tracejit.ir.types import DType, Type, round_to
+from tracejit.ir.ops.record import NO_GRAD, Op, Print, require, require_tensor
+from tracejit.ir.types import DType, Type, b1, round_to
 
 Ints = tuple[int, ...]
 
 
 def _infer_reduce(x: Type, *, axes: Ints) -> Type:
+    require_tensor("reduction", x)
     fits = len(set(axes)) == len(axes) and all(0 <= a < len(x.shape) for a in axes)
     require(fits, f"reduction of {x} over axes {axes}")
     shape = tuple(s for i, s in enumerate(x.shape) if i not in axes)
@@ -18,8 +19,9 @@ def _infer_reduce(x: Type, *, axes: Ints) -> Type:
 
 
 def _infer_extremum(x: Type, *, axes: Ints) -> Type:
+    result = _infer_reduce(x, axes=axes)
     require(all(x.shape[a] > 0 for a in axes), f"max/min of {x} over an empty axis")
-    return _infer_reduce(x, axes=axes)
+    return result
 
 
 def _spread(b, v, x, axes: Ints):
@@ -60,6 +62,9 @@ reduce_min = _reduce(
 
 
 def _infer_matmul(a: Type, b: Type) -> Type:
+    require_tensor("matmul", a)
+    require_tensor("matmul", b)
+    require(a.dtype is not b1, "matmul is not defined on b1")
     fits = (
         len(a.shape) == len(b.shape) >= 2
         and a.shape[:-2] == b.shape[:-2]
@@ -90,6 +95,9 @@ matmul = Op(
 
 
 def _infer_full(value: object, *, shape: Ints, dtype: DType, device: str) -> Type:
+    known = isinstance(value, (int, float)) or (isinstance(value, Type) and value.is_host)
+    require(known, f"full of {value}, which is no literal or host scalar")
+    require(all(s >= 0 for s in shape), f"full of shape {shape}")
     return Type(dtype, shape, device)
 
 
@@ -101,7 +109,8 @@ full = Op("full", "source", _infer_full, _eval_full, (NO_GRAD,), "{0}", "{0}")
 
 
 def _infer_iota(*, axis: int, shape: Ints, dtype: DType, device: str) -> Type:
-    require(0 <= axis < len(shape), f"iota over axis {axis} of {shape}")
+    fits = 0 <= axis < len(shape) and all(s >= 0 for s in shape)
+    require(fits, f"iota over axis {axis} of {shape}")
     return Type(dtype, shape, device)
 
 

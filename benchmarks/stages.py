@@ -1,0 +1,82 @@
+"""What each stage of compilation costs per IR node, and what a replay costs on the host.
+
+    python -m benchmarks.stages
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+import tracejit
+from examples import two_layer_autograd
+from tracejit.capture.bind import bind, run, unwrap
+from tracejit.capture.effects import Captured, finish
+from tracejit.capture.tracer import Tracer
+from tracejit.codegen.triton import emit
+from tracejit.passes import optimize
+from tracejit.schedule import schedule
+
+
+def deep_net(layers: int = 24, width: int = 16) -> Callable[[], torch.Tensor]:
+    """A step of several hundred nodes: a deep tanh net with its gradient and update."""
+    x = torch.randn(8, width)
+    weights = tuple(torch.randn(width, width).requires_grad_() for _ in range(layers))
+
+    def step() -> torch.Tensor:
+        h = x
+        for w in weights:
+            h = torch.tanh(h @ w)
+        loss = (h * h).mean()
+        loss.backward()
+        with torch.no_grad():
+            for w in weights:
+                w -= 0.01 * w.grad
+                w.grad = None
+        return loss
+
+    return step
+
+
+def capture(step: Callable) -> Captured:
+    """One trace."""
+    function, bound_to = unwrap(step)
+    tracer = Tracer()
+    bound = bind(tracer, function, bound_to, {})
+    return finish(tracer, "step", [run(tracer, bound, function)])
+
+
+def median_us(call: Callable, repeats: int = 15) -> float:
+    times = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times) * 1e6
+
+
+def main() -> None:
+    print(f"{'step':12s} {'nodes':>6s} {'capture':>9s} {'passes':>9s} {'schedule':>9s} {'emit':>9s}")
+    for name, step in (("two_layer", two_layer_autograd.make_step()[0]), ("deep_net", deep_net())):
+        graph = capture(step).graph
+        nodes = len(graph.nodes)
+        final = optimize(graph)
+        plan = schedule(final)
+        costs = (
+            median_us(lambda step=step: capture(step)),
+            median_us(lambda graph=graph: optimize(graph)),
+            median_us(lambda final=final: schedule(final)),
+            median_us(lambda plan=plan: [emit(launch.kernel) for launch in plan.launches]),
+        )
+        print(f"{name:12s} {nodes:6d} " + " ".join(f"{c / nodes:6.1f} µs" for c in costs))
+    step = tracejit.compile(two_layer_autograd.make_step(n=1, d_in=1, h=1, d_out=1)[0])
+    for _ in range(3):
+        step()
+    print(f"replay of a step of 1 x 1 tensors: {median_us(step, 300):.1f} µs on the host")
+
+
+if __name__ == "__main__":
+    main()

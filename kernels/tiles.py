@@ -1,0 +1,78 @@
+"""Tile sizes of the matmul kernel: a table of choices measured by ahead-of-time compilation.
+
+Plain Python without Triton, so that a scheduler can plan where Triton cannot be imported.
+"""
+
+from __future__ import annotations
+
+FEW_TILES = 128  # below this many tiles a GPU of 132 SMs stands mostly idle
+
+
+def tiles(
+    M: int, N: int, K: int, dtype: str, precision: str = "ieee", epilogue_weight: int = 0
+) -> dict[str, int]:
+    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, num_warps, num_stages.
+
+    `dtype` is the operands' (IR names: f32, f64, bf16, f16, i32, …), `precision` the
+    input_precision of fp32 operands, `epilogue_weight` the number of [M, N] tensors that the
+    epilogue reads (each costs registers). The largest tile that still gives FEW_TILES programs
+    wins; else the smallest.
+    """
+    candidates = _CANDIDATES.get(_family(dtype, precision), _SUM)
+    allowed = [c for c in candidates if epilogue_weight <= c[5]] or candidates[-1:]
+    fitting = [c for c in allowed if -(-M // c[0]) * -(-N // c[1]) >= FEW_TILES]
+    block_m, block_n, block_k, warps, stages, _ = fitting[0] if fitting else allowed[-1]
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": min(block_k, max(16, _power_of_two(K))),
+        "GROUP_M": 8,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
+def dot_path(dtype: str) -> str:
+    """The matmul kernel's DOT argument: "tensor" where tl.dot has the dtype, else "sum"."""
+    return "tensor" if dtype in ("f32", "bf16", "f16") else "sum"
+
+
+# Per family, from the largest tile to the smallest:
+# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills).
+_CANDIDATES = {
+    "half": (
+        (128, 256, 64, 8, 3, 1),
+        (128, 128, 64, 4, 4, 1),
+        (128, 128, 64, 8, 3, 2),
+        (64, 64, 64, 4, 4, 8),
+        (32, 32, 64, 4, 4, 8),
+    ),
+    "tf32": (
+        (128, 128, 32, 8, 3, 2),
+        (64, 64, 32, 4, 3, 8),
+        (32, 32, 32, 4, 3, 8),
+    ),
+    "tf32x3": (
+        (128, 128, 32, 8, 3, 0),
+        (64, 64, 32, 4, 3, 8),
+        (32, 32, 32, 4, 3, 8),
+    ),
+    "ieee": (
+        (128, 128, 32, 8, 3, 1),
+        (64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
+        (32, 32, 32, 4, 3, 8),
+    ),
+}
+_SUM = ((16, 16, 16, 4, 2, 8),)
+
+
+def _family(dtype: str, precision: str) -> str:
+    """The row of _CANDIDATES for a dtype and precision."""
+    if dtype in ("bf16", "f16"):
+        return "half"
+    return precision if dtype == "f32" else "sum"
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,373 @@
+"""One table of samples for every primitive, which the op tests and others go through.
+
+A Sample is a recipe: operands (literals, or tensors by dtype, shape and filling) and attributes.
+`build(seed)` makes its arrays, in compute dtypes as the reference evaluator wants them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import zlib
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tracejit.ir.graph import Builder, Graph, Result, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import (
+    DType,
+    Type,
+    b1,
+    bf16,
+    f16,
+    f32,
+    f64,
+    i8,
+    i16,
+    i32,
+    i64,
+    round_to,
+    u8,
+)
+
+FLOATS = (f32, f64, bf16, f16)
+INTS = (i64, i32, i16, i8, u8)
+SHAPES = ((), (0,), (1,), (5,), (123,), (3, 5), (2, 3, 4), (3, 0, 2))
+
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 3.0, 7.0, -4.0, 1e4)
+SMALL_INTS = (0, 1, -1, 2, -3, 5, 7, -8)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor operand. `fill` names how it is filled:
+
+    normal    smooth floats away from 0, integers from -4 to 5 (0 to 5 if unsigned), either bool
+    positive  floats from 0.2 to 3, integers from 1 to 5
+    ties      floats among -1, 0, 0.5, 1; integers among 0, 1
+    edges     the dtype's extreme integers among small ones
+    left, right   the two sides of every pair of SPECIAL values (as many as fit the shape)
+    """
+
+    dtype: DType
+    shape: tuple[int, ...]
+    fill: str = "normal"
+
+    def build(self, rng: np.random.Generator) -> np.ndarray:
+        if self.fill in ("left", "right"):
+            return self._pairs()
+        if self.dtype is b1:
+            return rng.random(self.shape) < 0.5
+        if self.dtype.is_float:
+            return round_to(self._floats(rng), self.dtype)
+        low = {"normal": -4, "positive": 1, "ties": 0, "edges": -4}[self.fill]
+        low = max(low, 0) if self.dtype.kind == "u" else low
+        values = rng.integers(low, 2 if self.fill == "ties" else 6, self.shape)
+        if self.fill == "edges":
+            info = np.iinfo(self.dtype.compute)
+            extremes = rng.choice(np.array([info.min, info.max, info.max // 2], object), self.shape)
+            values = np.where(rng.random(self.shape) < 0.5, extremes, values)
+        return values.astype(self.dtype.compute)
+
+    def _floats(self, rng: np.random.Generator) -> np.ndarray:
+        if self.fill == "positive":
+            return rng.uniform(0.2, 3.0, self.shape)
+        if self.fill == "ties":
+            return rng.choice([-1.0, 0.0, 0.5, 1.0], self.shape)
+        return rng.uniform(0.2, 2.0, self.shape) * rng.choice([-1.0, 1.0], self.shape)
+
+    def _pairs(self) -> np.ndarray:
+        pool = SPECIAL if self.dtype.is_float else SMALL_INTS
+        if self.dtype.kind == "u":
+            pool = tuple(abs(v) for v in pool)
+        if self.dtype is b1:
+            pool = (False, True)
+        left, right = zip(*itertools.product(pool, repeat=2), strict=True)
+        values = np.resize(left if self.fill == "left" else right, self.shape)
+        return round_to(values.astype(self.dtype.compute), self.dtype)
+
+
+PAIRS = len(SPECIAL) ** 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One use of a primitive; `host` operands are Python floats declared as host scalars."""
+
+    operands: tuple[Tensor | int | float | bool, ...]
+    attrs: dict[str, object] = field(default_factory=dict)
+    host: bool = False
+
+    def __str__(self) -> str:
+        words = [
+            f"{x.dtype.name}[{','.join(map(str, x.shape))}]{'' if x.fill == 'normal' else x.fill}"
+            if isinstance(x, Tensor)
+            else str(x)
+            for x in self.operands
+        ]
+        words += [f"{k}={v}" for k, v in self.attrs.items() if k != "device"]
+        return " ".join(words) or "()"
+
+    def build(self, seed: int = 0) -> list:
+        """Arrays for tensors, literals as they are."""
+        rng = np.random.default_rng((seed, zlib.crc32(str(self).encode())))
+        return [x.build(rng) if isinstance(x, Tensor) else x for x in self.operands]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(x for x in self.operands if isinstance(x, Tensor))
+
+    @property
+    def is_float(self) -> bool:
+        """Whether there are tensor operands, and all are of a floating-point dtype."""
+        return bool(self.tensors) and all(t.dtype.is_float for t in self.tensors)
+
+    def emit(self, b: Builder, name: str, dtype: DType | None = None) -> tuple[list, Value]:
+        """Declare the operands as inputs and emit the primitive: (its arguments, its result).
+
+        `dtype` replaces the dtype of floating-point operands.
+        """
+        args = []
+        for x in self.operands:
+            if isinstance(x, Tensor):
+                kind = dtype if dtype is not None and x.dtype.is_float else x.dtype
+                args.append(b.param(Type(kind, x.shape)))
+            elif self.host:
+                args.append(b.param(Type(f64, (), "host")))
+            else:
+                args.append(x)
+        return args, b.emit(OPS[name], *args, **self.attrs)
+
+    def graph(self, name: str) -> Graph:
+        """The graph of this one primitive."""
+        b = Builder()
+        b.line = "model.py:12"
+        return b.graph(name, (Result(self.emit(b, name)[1]),))
+
+
+def unary(*dtypes: DType, fill: str = "normal") -> list[Sample]:
+    """Every shape in the first dtype, one in the others, special values in all."""
+    rows = [Sample((Tensor(dtypes[0], shape, fill),)) for shape in SHAPES]
+    rows += [Sample((Tensor(d, (123,), fill),)) for d in dtypes[1:]]
+    rows += [Sample((Tensor(d, (PAIRS,), "left"),)) for d in dtypes]
+    return rows + [Sample((Tensor(d, (40,), "edges"),)) for d in dtypes if d.kind in "iu"]
+
+
+def binary(*dtypes: DType, fill: str = "normal", edges: bool = True) -> list[Sample]:
+    """As `unary`, with all pairs of special values, ties, and a literal on either side."""
+
+    def two(dtype: DType, shape: tuple[int, ...], x: str, z: str) -> Sample:
+        return Sample((Tensor(dtype, shape, x), Tensor(dtype, shape, z)))
+
+    rows = [two(dtypes[0], shape, fill, fill) for shape in SHAPES]
+    for d in dtypes:
+        rows.append(two(d, (4, 31), fill, fill))
+        rows.append(two(d, (PAIRS,), "left", "right"))
+        rows.append(two(d, (40,), "ties", "ties"))
+        literals = (2.5, -2.0, 0.5) if d.is_float else (True,) if d is b1 else (2, 3)
+        for x in literals:
+            rows += [Sample((Tensor(d, (3, 5), fill), x)), Sample((x, Tensor(d, (3, 5), fill)))]
+        if d.kind in "iu" and edges:
+            rows.append(two(d, (40,), "edges", "edges"))
+    return rows
+
+
+def selections() -> list[Sample]:
+    rows = []
+    for d in (*FLOATS, i64, i32, u8, b1):
+        two = Tensor(d, (5, 5), "left"), Tensor(d, (5, 5), "right")
+        literal = 0.5 if d.is_float else True if d is b1 else 3
+        c = Tensor(b1, (5, 5))
+        rows += [Sample((c, *two)), Sample((c, two[0], literal)), Sample((c, literal, two[1]))]
+    for shape in SHAPES:
+        rows.append(Sample((Tensor(b1, shape), Tensor(f32, shape), Tensor(f32, shape))))
+    return rows
+
+
+def casts() -> list[Sample]:
+    rows = []
+    for a, b in itertools.product((*FLOATS, i64, i32, u8, b1), repeat=2):
+        fill = "positive" if b is u8 else "normal"
+        rows.append(Sample((Tensor(a, (40,), fill),), {"dtype": b}))
+        if a.is_float and (b.is_float or b is b1):
+            rows.append(Sample((Tensor(a, (PAIRS,), "left"),), {"dtype": b}))
+    rows += [Sample((Tensor(i64, (40,), "edges"),), {"dtype": d}) for d in (i32, u8, f32, b1)]
+    return rows + [Sample((Tensor(f32, shape),), {"dtype": bf16}) for shape in SHAPES]
+
+
+def moves(attr: str, *rows: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Sample]:
+    """(operand shape, attribute) in several dtypes."""
+    dtypes = (f32, f64, bf16, i64, u8, b1)
+    return [Sample((Tensor(d, shape),), {attr: value}) for shape, value in rows for d in dtypes]
+
+
+def slices() -> list[Sample]:
+    rows = (
+        ((5,), (1,), (4,), (1,)),
+        ((5,), (0,), (5,), (2,)),
+        ((5,), (3,), (3,), (1,)),
+        ((123,), (7,), (120,), (10,)),
+        ((3, 5), (1, 0), (3, 5), (1, 3)),
+        ((2, 3, 4), (0, 1, 1), (2, 2, 4), (2, 1, 2)),
+        ((0, 3), (0, 1), (0, 3), (1, 1)),
+        ((), (), (), ()),
+    )
+    return [
+        Sample((Tensor(d, shape),), {"starts": lo, "stops": hi, "steps": step})
+        for shape, lo, hi, step in rows
+        for d in (f32, f64, i32)
+    ]
+
+
+def pads() -> list[Sample]:
+    rows = (
+        ((5,), (1,), (2,), (0,), 0),
+        ((5,), (0,), (0,), (2,), 1.5),
+        ((1,), (3,), (0,), (4,), -0.0),
+        ((0,), (2,), (1,), (3,), math.nan),
+        ((3, 5), (0, 1), (2, 0), (1, 0), -math.inf),
+        ((2, 3, 4), (1, 0, 0), (0, 0, 2), (0, 2, 1), 0.0),
+        ((), (), (), (), 2),
+    )
+    samples = [
+        Sample((Tensor(d, shape),), {"low": lo, "high": hi, "interior": gap, "value": value})
+        for shape, lo, hi, gap, value in rows
+        for d in (f32, f64, bf16)
+    ]
+    attrs = {"low": (1,), "high": (2,), "interior": (1,), "value": 3}
+    samples += [Sample((Tensor(d, (5,)),), attrs) for d in (i64, u8)]
+    return [*samples, Sample((Tensor(b1, (5,)),), attrs | {"value": True})]
+
+
+def reductions(*, empty: bool) -> list[Sample]:
+    rows = [
+        ((5,), (0,)),
+        ((123,), (0,)),
+        ((1,), (0,)),
+        ((3, 5), (0,)),
+        ((3, 5), (1,)),
+        ((3, 5), (1, 0)),
+        ((3, 5), ()),
+        ((2, 3, 4), (0, 2)),
+        ((2, 1, 4), (1,)),
+        ((3, 0, 2), (0,)),
+        ((), ()),
+    ]
+    if empty:
+        rows += [((0,), (0,)), ((3, 0, 2), (1,)), ((3, 0, 2), (0, 1, 2))]
+    samples = [
+        Sample((Tensor(d, shape),), {"axes": axes}) for shape, axes in rows for d in (f32, f64)
+    ]
+    for d in (*FLOATS, i64, i32, u8, b1):
+        samples.append(Sample((Tensor(d, (7, 11), "ties"),), {"axes": (1,)}))
+    for d in FLOATS:
+        samples.append(Sample((Tensor(d, (13, 13), "left"),), {"axes": (0,)}))
+        samples.append(Sample((Tensor(d, (13, 13), "left"),), {"axes": (1,)}))
+    return [*samples, Sample((Tensor(i64, (40,), "edges"),), {"axes": (0,)})]
+
+
+def matmuls() -> list[Sample]:
+    rows = (
+        ((3, 5), (5, 4)),
+        ((1, 123), (123, 1)),
+        ((5, 1), (1, 5)),
+        ((3, 0), (0, 4)),
+        ((0, 3), (3, 2)),
+        ((2, 3, 4), (2, 4, 5)),
+        ((2, 1, 3, 4), (2, 1, 4, 2)),
+    )
+    dtypes = (f32, f64, bf16, f16, i64, i32)
+    return [Sample((Tensor(d, x), Tensor(d, z))) for x, z in rows for d in dtypes]
+
+
+def constants() -> list[Sample]:
+    rows = [(0.1, f32), (0.1, bf16), (0.1, f16), (-0.0, f64), (math.nan, f32), (1e4, f16)]
+    rows += [(-math.inf, bf16), (3, i64), (-1, i32), (255, u8), (True, b1), (2, f32)]
+    samples = [Sample((x,), {"shape": (3, 5), "dtype": d, "device": "cpu"}) for x, d in rows]
+    attrs = {"shape": (5,), "dtype": f32, "device": "cpu"}
+    samples += [Sample((2.5,), attrs | {"shape": shape}) for shape in SHAPES]
+    return [*samples, Sample((0.1,), attrs, host=True)]
+
+
+def iotas() -> list[Sample]:
+    rows = [(0, (5,)), (0, (0,)), (0, (123,)), (1, (3, 5)), (0, (3, 5)), (2, (2, 3, 4)), (0, (1,))]
+    return [
+        Sample((), {"axis": axis, "shape": shape, "dtype": d, "device": "cpu"})
+        for axis, shape in rows
+        for d in (i64, i32, f32, bf16)
+    ]
+
+
+def host(*rows: tuple[float, ...]) -> list[Sample]:
+    return [Sample(row, host=True) for row in rows]
+
+
+HOST_PAIRS = ((3.0, 2.0), (-3.5, 2.0), (7.25, -0.5), (0.1, 3.0))
+
+SAMPLES: dict[str, list[Sample]] = {
+    "neg": unary(*FLOATS, *INTS),
+    "abs": unary(*FLOATS, *INTS),
+    "sign": unary(*FLOATS, *INTS, b1),
+    "exp": unary(*FLOATS),
+    "log": unary(*FLOATS, fill="positive"),
+    "sqrt": unary(*FLOATS, fill="positive"),
+    "tanh": unary(*FLOATS),
+    "sin": unary(*FLOATS),
+    "cos": unary(*FLOATS),
+    "floor": unary(*FLOATS),
+    "trunc": unary(*FLOATS),
+    "not": unary(i64, i32, i8, u8, b1),
+    "add": binary(*FLOATS, *INTS, b1),
+    "sub": binary(*FLOATS, *INTS),
+    "mul": binary(*FLOATS, *INTS, b1),
+    "div": binary(*FLOATS),
+    "floordiv": binary(*FLOATS, *INTS),
+    "mod": binary(*FLOATS, *INTS),
+    "pow": binary(*FLOATS, i64, i32, u8, fill="positive", edges=False),
+    "maximum": binary(*FLOATS, *INTS, b1),
+    "minimum": binary(*FLOATS, *INTS, b1),
+    "and": binary(i64, i32, i8, u8, b1),
+    "or": binary(i64, i32, i8, u8, b1),
+    "xor": binary(i64, i32, i8, u8, b1),
+    "shl": binary(i64, i32, i8, u8),
+    "shr": binary(i64, i32, i8, u8),
+    **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "where": selections(),
+    "cast": casts(),
+    "alias": unary(*FLOATS, i64, u8, b1),
+    "host_add": host(*HOST_PAIRS),
+    "host_sub": host(*HOST_PAIRS),
+    "host_mul": host(*HOST_PAIRS),
+    "host_div": host(*HOST_PAIRS),
+    "host_floordiv": host(*HOST_PAIRS),
+    "host_mod": host(*HOST_PAIRS),
+    "host_pow": host((3.0, 2.0), (0.9, 100.0), (2.0, -0.5)),
+    "host_neg": host((3.0,), (-0.0,)),
+    "host_abs": host((3.0,), (-0.5,)),
+    "reshape": moves(
+        "shape", ((6,), (2, 3)), ((2, 3, 4), (4, 6)), ((), (1, 1)), ((0, 3), (5, 0)), ((1, 1), ())
+    ),
+    "permute": moves("axes", ((3, 5), (1, 0)), ((2, 3, 4), (2, 0, 1)), ((), ()), ((5, 0), (1, 0))),
+    "expand": moves(
+        "shape", ((1,), (5,)), ((3, 1), (3, 5)), ((1, 3, 1), (2, 3, 4)), ((1,), (0,)), ((5,), (5,))
+    ),
+    "slice": slices(),
+    "pad": pads(),
+    "reduce_sum": reductions(empty=True),
+    "reduce_max": reductions(empty=False),
+    "reduce_min": reductions(empty=False),
+    "matmul": matmuls(),
+    "full": constants(),
+    "iota": iotas(),
+}
+
+
+def each_sample(*names: str, where=lambda name, sample: True) -> list[tuple[str, Sample]]:
+    """(op name, sample) of the named ops (all if none is named) that pass the filter."""
+    return [
+        (name, sample)
+        for name in names or SAMPLES
+        for sample in SAMPLES[name]
+        if where(name, sample)
+    ]

@@ -1,0 +1,447 @@
+"""Generated Triton, run by the interpret executor, against the numpy evaluator."""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("interprets, so it needs TRITON_INTERPRET=1", allow_module_level=True)
+
+from samples import SAMPLES, Tensor
+
+from tracejit.ir.interp import evaluate
+from tracejit.ir.ops import OPS
+from tracejit.ir.text import parse
+from tracejit.ir.types import bits_to_float, contiguous_strides, float_to_bits
+from tracejit.runtime import triton_executor
+from tracejit.runtime.interpreter import OutOfBoundsAccess
+from tracejit.runtime.triton_executor import COUNTERS, TritonExecutor, memory_bytes
+from tracejit.schedule import schedule
+
+pytestmark = pytest.mark.interpret
+
+ELEMENTWISE = [name for name, op in OPS.items() if op.family == "elementwise"]
+APPROXIMATE = {"exp", "log", "tanh", "sin", "cos", "pow"}  # others agree to the bit
+
+
+def to_memory(array, dtype):
+    """Compute-dtype values as they lie in memory."""
+    if dtype.name == "bf16":
+        return float_to_bits(array).reshape(np.shape(array))
+    if dtype.name == "f16":
+        return np.asarray(array).astype(np.float16)
+    return np.array(array, dtype.compute, order="C")
+
+
+def from_memory(array, dtype):
+    """Inverse of to_memory."""
+    if dtype.name == "bf16":
+        return bits_to_float(array).reshape(array.shape)
+    return array.astype(dtype.compute)
+
+
+def empty_memory(buffer):
+    """A buffer's memory, and the view of it that has the buffer's shape and strides."""
+    storage = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16)}
+    dtype = storage.get(buffer.type.dtype.name, buffer.type.dtype.compute)
+    memory = np.zeros(memory_bytes(buffer) // dtype.itemsize, dtype)
+    shape = buffer.type.shape
+    strides = buffer.strides or contiguous_strides(shape)
+    view = np.lib.stride_tricks.as_strided(memory, shape, [s * dtype.itemsize for s in strides])
+    return memory, view
+
+
+def run(graph, inputs, max_tile=64, fuse=True, plan=None):
+    """Schedule a graph and run its plan; returns (results, written values, the loaded plan)."""
+    plan = plan or schedule(graph, fuse=fuse)
+    arena = np.full(plan.arena_bytes, 0xAB, np.uint8)
+    memory, views, addresses = [], {}, []
+    for buffer in plan.buffers:
+        if buffer.kind == "arena":
+            addresses.append(arena.ctypes.data + buffer.offset)
+            continue
+        array, views[buffer.name] = empty_memory(buffer)
+        if buffer.kind == "input":
+            views[buffer.name][...] = to_memory(inputs[buffer.index], buffer.type.dtype)
+        memory.append(array)
+        addresses.append(array.ctypes.data)
+    slots = {value.id: inputs[position] for value, position in plan.host_params}
+    for node in plan.host:
+        args = [slots[a.id] if hasattr(a, "id") else a for a in node.args]
+        slots[node.out.id] = node.op.eval(*args)
+    loaded = TritonExecutor("interpret", max_tile=max_tile).load(plan)
+    loaded(addresses, [slots[s.id] for s in plan.scalars])
+
+    def read(name):
+        return from_memory(views[name], plan.buffer(name).type.dtype)
+
+    by_param = {b.index: b.name for b in plan.buffers if b.kind == "input"}
+    position = {p.value: i for i, p in enumerate(graph.params)}
+    written = [read(by_param[position[w.target]]) for w in graph.writes]
+    return [read(name) for name in plan.results], written, loaded
+
+
+def fill(graph, seed=0):
+    """Inputs for a graph: floats of magnitude around 1, small integers, bools."""
+    rng = np.random.default_rng(seed)
+    inputs = []
+    for param in graph.params:
+        kind = param.value.type
+        if kind.is_host:
+            inputs.append(float(rng.uniform(0.1, 1.0)))
+        else:
+            inputs.append(Tensor(kind.dtype, kind.shape).build(rng))
+    return inputs
+
+
+def check(text, *, max_tile=64, forms=None, tolerance=1e-5, seed=0, fuse=True):
+    """A graph's plan gives what the evaluator gives; `forms` are the kernels' forms, in order."""
+    graph = parse(text)
+    inputs = fill(graph, seed)
+    expected = evaluate(graph, inputs)
+    results, written, loaded = run(graph, inputs, max_tile, fuse)
+    for ours, theirs in zip([*results, *written], [*expected[0], *expected[1]], strict=True):
+        assert ours.shape == theirs.shape
+        if theirs.dtype.kind == "f":
+            scale = max(1.0, float(np.abs(theirs).max(initial=0.0)))
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance * scale)
+        else:
+            np.testing.assert_array_equal(ours, theirs)
+    if forms is not None:
+        assert [source.name.rpartition("_")[0] for source in loaded.sources] == forms
+    return loaded
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_every_elementwise_op(name):
+    for sample in SAMPLES[name]:
+        graph = sample.graph(name)
+        pairs = zip(sample.operands, sample.build(), strict=True)
+        inputs = [
+            np.asarray(x) if isinstance(operand, Tensor) else x
+            for operand, x in pairs
+            if isinstance(operand, Tensor) or sample.host
+        ]
+        (expected,), _ = evaluate(graph, inputs)
+        (result,), _, _ = run(graph, inputs)
+        assert result.shape == expected.shape, sample
+        if name in ("floordiv", "mod") and expected.dtype.kind in "iu":
+            divisor = np.broadcast_to(np.asarray(sample.build()[1]), expected.shape)
+            expected = np.where(divisor == 0, result, expected)  # undefined on a GPU
+        inexact = name in APPROXIMATE and expected.dtype.kind == "f"
+        eps = 4 * np.finfo(expected.dtype).eps if inexact else 0.0
+        with np.errstate(invalid="ignore"):
+            np.testing.assert_allclose(result, expected, rtol=eps, atol=0, err_msg=str(sample))
+        if expected.dtype.kind == "f":
+            signs = np.signbit(result) == np.signbit(expected)
+            assert (signs | np.isnan(expected)).all(), sample
+
+
+# --- forms of kernels -------------------------------------------------------------------------
+
+FUSION = """
+f(%0: f32[{n}], %1: f32[{n}], %2: f32[{n}]) {{
+  %3: f32[{n}] = maximum(%0, 0.0)
+  %4: f32[{n}] = sub(%3, %1)
+  %5: f32[{n}] = mul(%4, %4)
+  %6: f32[] = reduce_sum(%5, axes=(0,))
+  %7: f32[{n}] = mul(%4, 2.0)
+  %8: b1[{n}] = gt(%0, 0.0)
+  %9: f32[{n}] = where(%8, %7, 0.0)
+  %10: f32[{n}] = add(%2, %9)
+  return %6
+  write %2 <- %10
+}}"""
+
+SOFTMAX = """
+f(%0: {t}[{r},{c}]) {{
+  %1: {t}[{keep}] = reduce_max(%0, axes=({axis},))
+  %2: {t}[{kept}] = reshape(%1, shape=({kept}))
+  %3: {t}[{r},{c}] = expand(%2, shape=({r}, {c}))
+  %4: {t}[{r},{c}] = sub(%0, %3)
+  %5: {t}[{r},{c}] = exp(%4)
+  %6: {t}[{keep}] = reduce_sum(%5, axes=({axis},))
+  %7: {t}[{kept}] = reshape(%6, shape=({kept}))
+  %8: {t}[{r},{c}] = expand(%7, shape=({r}, {c}))
+  %9: {t}[{r},{c}] = div(%5, %8)
+  return %9
+}}"""
+
+EPS = {"f64": 1e-12, "f32": 1e-5, "bf16": 2e-2, "f16": 2e-3}
+
+
+def softmax(r, c, axis, dtype="f32"):
+    keep, kept = (c, f"1,{c}") if axis == 0 else (r, f"{r},1")
+    return SOFTMAX.format(r=r, c=c, axis=axis, keep=keep, kept=kept, t=dtype)
+
+
+@pytest.mark.parametrize("n", [5, 123, 1000])
+def test_fused_reduction_is_one_kernel_of_several_programs(n):
+    loaded = check(FUSION.format(n=n), forms=["reduce"])
+    assert loaded.sources[0].geometry((n,), 64).grid == (-(-n // 64),)
+
+
+def test_programs_of_a_reduction_loop_in_a_fixed_order(monkeypatch):
+    from tracejit.codegen import geometry
+
+    monkeypatch.setattr(geometry, "MAX_PROGRAMS", 3)
+    check(FUSION.format(n=1000), forms=["reduce"])
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("max_tile", [64, 8192])
+def test_softmax(dtype, axis, max_tile):
+    for r, c in ((1, 5), (33, 77)):
+        check(softmax(r, c, axis, dtype), max_tile=max_tile, tolerance=EPS[dtype])
+
+
+@pytest.mark.parametrize("op", ["sum", "max", "min"])
+@pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16", "i64", "i32", "i8", "u8", "b1"])
+def test_reductions(op, dtype):
+    for axes, keep in (((0, 1), ""), ((0,), "29"), ((1,), "13")):
+        text = f"""
+        f(%0: {dtype}[13,29]) {{
+          %1: {dtype}[{keep}] = reduce_{op}(%0, axes={axes})
+          return %1
+        }}"""
+        for max_tile in (16, 8192):
+            check(text, max_tile=max_tile, tolerance=EPS.get(dtype, 0.0))
+
+
+def test_reductions_keep_nan():
+    for op in ("sum", "max", "min"):
+        for axes, keep in (((0, 1), ""), ((1,), "7")):
+            text = (
+                f"f(%0: f32[7,9]) {{\n%1: f32[{keep}] = reduce_{op}(%0, axes={axes})\nreturn %1\n}}"
+            )
+            graph, x = parse(text), np.ones((7, 9), np.float32)
+            x[3, 4] = np.nan
+            (result,), _, _ = run(graph, [x], 16)
+            assert np.array_equal(np.isnan(result), np.isnan(np.sum(x, axes)))
+
+
+def test_layer_norm_with_several_reductions_and_outputs():
+    check("""
+    f(%0: f32[19,37], %1: f32[37]) {
+      %2: f32[19] = reduce_sum(%0, axes=(1,))
+      %3: f32[19] = div(%2, 37.0)
+      %4: f32[19,1] = reshape(%3, shape=(19, 1))
+      %5: f32[19,37] = expand(%4, shape=(19, 37))
+      %6: f32[19,37] = sub(%0, %5)
+      %7: f32[19,37] = mul(%6, %6)
+      %8: f32[19] = reduce_sum(%7, axes=(1,))
+      %9: f32[19] = div(%8, 37.0)
+      %10: f32[19] = add(%9, 1e-05)
+      %11: f32[19] = sqrt(%10)
+      %12: f32[19,1] = reshape(%11, shape=(19, 1))
+      %13: f32[19,37] = expand(%12, shape=(19, 37))
+      %14: f32[19,37] = div(%6, %13)
+      %15: f32[1,37] = reshape(%1, shape=(1, 37))
+      %16: f32[19,37] = expand(%15, shape=(19, 37))
+      %17: f32[19,37] = mul(%14, %16)
+      return %17, %3, %11
+    }""")
+
+
+MATMUL = """
+f(%0: {t}[{m},{k}], %1: {t}[{k},{n}]) {{
+  %2: {t}[{m},{n}] = matmul(%0, %1)
+  return %2
+}}"""
+
+
+@pytest.mark.parametrize("dtype", [*EPS, "i64", "i32"])
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 7, 3), (40, 33, 70)])
+def test_matmul(dtype, m, n, k):
+    text = MATMUL.format(t=dtype, m=m, n=n, k=k)
+    check(text, forms=["matmul"], tolerance=EPS.get(dtype, 0.0))
+
+
+def test_matmul_with_transposes_prologue_and_epilogue():
+    check("""
+    f(%0: f32[33,70], %1: f32[40,33], %2: f32[40], %3: f32[70,40], %4: f64[]@host) {
+      %5: f32[70,33] = permute(%0, axes=(1, 0))
+      %6: f32[33,40] = permute(%1, axes=(1, 0))
+      %7: f32[33,40] = exp(%6)
+      %8: f32[70,40] = matmul(%5, %7)
+      %9: f32[1,40] = reshape(%2, shape=(1, 40))
+      %10: f32[70,40] = expand(%9, shape=(70, 40))
+      %11: f32[70,40] = add(%8, %10)
+      %12: f32[70,40] = mul(%11, %4)
+      %13: f32[70,40] = sub(%3, %12)
+      return %11
+      write %3 <- %13
+    }""")
+
+
+def test_matmul_with_full_reductions_in_its_epilogue():
+    check(
+        """
+    f(%0: f32[70,9], %1: f32[9,50], %2: f32[70,50]) {
+      %3: f32[70,50] = matmul(%0, %1)
+      %4: f32[70,50] = sub(%3, %2)
+      %5: f32[70,50] = mul(%4, %4)
+      %6: f32[] = reduce_sum(%5, axes=(0, 1))
+      %7: f32[] = div(%6, 3500.0)
+      %8: f32[70,50] = mul(%4, 2.0)
+      %9: f32[] = reduce_max(%4, axes=(0, 1))
+      return %7, %8, %9
+    }""",
+        forms=["matmul"],
+    )
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_batched_matmul(dtype):
+    check(
+        f"""
+    f(%0: {dtype}[2,3,5,17], %1: {dtype}[2,3,17,9]) {{
+      %2: {dtype}[2,3,5,9] = matmul(%0, %1)
+      %3: {dtype}[2,3,5,9] = maximum(%2, 0.0)
+      return %3
+    }}""",
+        forms=["matmul"],
+        tolerance=EPS[dtype],
+    )
+
+
+def test_training_step_of_two_layers():
+    check("""
+    f(%0: f32[40,70], %1: f32[40,10], %2: f32[70,33], %3: f32[33,10]) {
+      %4: f32[40,33] = matmul(%0, %2)
+      %5: f32[40,33] = maximum(%4, 0.0)
+      %6: f32[40,10] = matmul(%5, %3)
+      %7: f32[40,10] = sub(%6, %1)
+      %8: f32[40,10] = mul(%7, %7)
+      %9: f32[] = reduce_sum(%8, axes=(0, 1))
+      %10: f32[40,10] = mul(%7, 2.0)
+      %11: f32[33,40] = permute(%5, axes=(1, 0))
+      %12: f32[33,10] = matmul(%11, %10)
+      %13: f32[10,33] = permute(%3, axes=(1, 0))
+      %14: f32[40,33] = matmul(%10, %13)
+      %15: b1[40,33] = lt(%4, 0.0)
+      %16: f32[40,33] = where(%15, 0.0, %14)
+      %17: f32[70,40] = permute(%0, axes=(1, 0))
+      %18: f32[70,33] = matmul(%17, %16)
+      %19: f32[70,33] = mul(%18, 1e-06)
+      %20: f32[70,33] = sub(%2, %19)
+      %21: f32[33,10] = mul(%12, 1e-06)
+      %22: f32[33,10] = sub(%3, %21)
+      return %9
+      write %2 <- %20
+      write %3 <- %22
+    }""")
+
+
+def test_movement_becomes_index_maps():
+    check("""
+    f(%0: f32[6,35], %1: i64[4]) {
+      %2: f32[6,5,7] = reshape(%0, shape=(6, 5, 7))
+      %3: f32[7,6,5] = permute(%2, axes=(2, 0, 1))
+      %4: f32[7,3,4] = slice(%3, starts=(0, 1, 1), stops=(7, 6, 5), steps=(1, 2, 1))
+      %6: f32[9,3,7] = pad(%4, low=(1, 0, 0), high=(1, 0, 0), interior=(0, 0, 1), value=0)
+      %7: f32[9,3,7] = exp(%6)
+      %8: f32[9,3,7] = iota(axis=2, shape=(9, 3, 7), dtype=f32, device='cpu')
+      %9: f32[9,3,7] = add(%7, %8)
+      return %9
+    }""")
+
+
+def test_float64_literals_are_exact():
+    text = """
+    f(%0: f64[5]) {
+      %1: f64[5] = mul(%0, 0.1)
+      %2: f64[5] = maximum(%1, 0.3)
+      %3: f64[5] = pow(%2, 0.7)
+      return %1, %2, %3
+    }"""
+    check(text, tolerance=1e-15)
+
+
+def test_kernels_are_shared_among_plans():
+    text = "f(%0: f32[{n}]) {{\n%1: f32[{n}] = tanh(%0)\n%2: f32[{n}] = cos(%1)\nreturn %2\n}}"
+    check(text.format(n=17))
+    compiles, hits = COUNTERS.compiles, COUNTERS.hits
+    check(text.format(n=18))
+    assert (COUNTERS.compiles, COUNTERS.hits) == (compiles, hits + 1)
+
+
+def test_kernels_are_forgotten_least_recently_used_first(monkeypatch):
+    monkeypatch.setattr(triton_executor, "MAX_KERNELS", 1)
+    one, two = (f"f(%0: f32[9]) {{\n%1: f32[9] = {op}(%0)\nreturn %1\n}}" for op in ("sin", "log"))
+    for text, compiled in ((one, 1), (one, 0), (two, 1), (one, 1)):
+        before = COUNTERS.compiles
+        check(text)
+        assert COUNTERS.compiles - before == compiled
+
+
+def test_sources_are_files_and_may_vanish():
+    graph = parse("f(%0: f32[9]) {\n%1: f32[9] = sqrt(%0)\nreturn %1\n}")
+    _, _, loaded = run(graph, fill(graph))
+    (source,) = loaded.sources
+    paths = list((triton_executor.DISK.root / "triton").glob("*.py"))
+    (path,) = [path for path in paths if source.text in path.read_text()]
+    path.unlink()
+    run(graph, fill(graph))
+
+
+def test_out_of_bounds_access_is_found():
+    graph = parse("f(%0: f32[90]) {\n%1: f32[90] = sqrt(%0)\nreturn %1\n}")
+    plan = schedule(graph)
+    (launch,) = plan.launches
+    plan = replace(plan, launches=(replace(launch, sizes=(91,)),))
+    memory = [np.ones(90, np.float32), np.zeros(90, np.float32)]
+    with pytest.raises(OutOfBoundsAccess):
+        TritonExecutor("interpret").load(plan)([array.ctypes.data for array in memory], [])
+
+
+def test_workspace_is_left_as_it_was_found():
+    graph = parse("f(%0: f32[300]) {\n%1: f32[] = reduce_sum(%0, axes=(0,))\nreturn %1\n}")
+    loaded = TritonExecutor("interpret", max_tile=64).load(schedule(graph))
+    for value in (1.0, 2.0, 3.0):
+        x, out = np.full(300, value, np.float32), np.zeros((), np.float32)
+        loaded([x.ctypes.data, out.ctypes.data], [])
+        assert out == 300 * value
+
+
+ONE_OF_EACH = (FUSION.format(n=123), softmax(9, 23, 1), MATMUL.format(t="f32", m=5, n=7, k=3))
+
+
+@pytest.mark.parametrize("text", ONE_OF_EACH)
+def test_without_fusion(text):
+    check(text, fuse=False)
+
+
+def test_strided_inputs_and_outputs():
+    check("""
+    f(%0: f32[7,9] strides (1, 7), %1: f32[7,9] strides (20, 2)) {
+      %2: f32[7,9] = add(%0, %1)
+      %3: f32[7] = reduce_sum(%2, axes=(1,))
+      return %2 strides (1, 8), %3
+      write %1 <- %2
+    }""")
+
+
+def test_empty_tensors():
+    check("f(%0: f32[0,5]) {\n%1: f32[0,5] = exp(%0)\nreturn %1\n}")
+    for axes, keep in (((0,), "5"), ((0, 1), ""), ((1,), "0")):
+        check(f"f(%0: f32[0,5]) {{\n%1: f32[{keep}] = reduce_sum(%0, axes={axes})\nreturn %1\n}}")
+    check("f(%0: f32[4,0], %1: f32[0,5]) {\n%2: f32[4,5] = matmul(%0, %1)\nreturn %2\n}")
+    check("f(%0: f32[0,4], %1: f32[4,5]) {\n%2: f32[0,5] = matmul(%0, %1)\nreturn %2\n}")
+
+
+@pytest.mark.parametrize("text", ONE_OF_EACH)
+def test_64_bit_indices(text):
+    graph = parse(text)
+    plan = schedule(graph)
+    wide = tuple(replace(x, kernel=replace(x.kernel, index64=True)) for x in plan.launches)
+    inputs = fill(graph)
+    expected, _ = evaluate(graph, inputs)
+    results, _, loaded = run(graph, inputs, plan=replace(plan, launches=wide))
+    assert all("tl.int64" in source.text for source in loaded.sources)
+    for ours, theirs in zip(results, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

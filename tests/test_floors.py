@@ -1,0 +1,120 @@
+"""The house rules: who may import whom, what `import tracejit` loads, how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A unit is a module or a package directly under tracejit; it imports from floors below its own.
+FLOORS = {
+    "tracejit": 5,
+    "compile": 5,
+    "testing": 5,
+    "report": 5,
+    "__main__": 5,
+    "capture": 4,
+    "codegen": 4,
+    "runtime": 4,
+    "aot": 4,
+    "autodiff": 3,
+    "passes": 3,
+    "schedule": 3,
+    "ir": 2,
+    "kernels": 1,
+    "knobs": 1,
+    "errors": 1,
+}
+SAME_FLOOR = {
+    ("runtime", "codegen"),  # a Step is built from sources
+    ("tracejit", "compile"),  # the entry points
+    ("compile", "tracejit"),  # the version
+    ("__main__", "compile"),
+    ("__main__", "report"),
+    ("__main__", "testing"),
+    ("testing", "compile"),
+    ("report", "compile"),
+    ("tracejit", "testing"),
+}
+
+
+def source_files() -> dict[str, Path]:
+    """Every file by its dotted module name; kernels/ is installed as tracejit.kernels."""
+    files = {}
+    for folder, prefix in (("tracejit", "tracejit"), ("kernels", "tracejit.kernels")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            name = ".".join((prefix, *parts)).removesuffix(".__init__")
+            files[name] = path
+    return files
+
+
+FILES = source_files()
+
+
+def unit(module: str) -> str:
+    """What of tracejit a module belongs to; the package's own __init__ is "tracejit"."""
+    return (module.split(".") + ["tracejit"])[1] if "." in module else "tracejit"
+
+
+def imports(module: str, path: Path) -> list[tuple[int, str]]:
+    """(line, module of tracejit) for every import in a file, in functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+                for _ in range(node.level - 1):
+                    package = package.rpartition(".")[0]
+                base = f"{package}.{base}".rstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                known = inner in FILES or any(name.startswith(f"{inner}.") for name in FILES)
+                found.append((node.lineno, inner if known else base))
+    return [(line, name) for line, name in found if name.split(".")[0] == "tracejit"]
+
+
+def test_every_file_stands_on_a_floor():
+    assert {unit(module) for module in FILES} <= FLOORS.keys()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_down(module: str):
+    here = unit(module)
+    wrong = []
+    for line, target in imports(module, FILES[module]):
+        there = unit(target)
+        below = there in FLOORS and FLOORS[there] < FLOORS[here]
+        if not below and there != here and (here, there) not in SAME_FLOOR:
+            wrong.append(f"{FILES[module].relative_to(ROOT)}:{line} imports {target}")
+    assert not wrong, f"floor {FLOORS[here]}: {wrong}"
+
+
+def test_the_package_only_re_exports():
+    tree = ast.parse(FILES["tracejit"].read_text())
+    allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
+    assert all(isinstance(node, allowed) for node in tree.body)
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            assert all(isinstance(t, ast.Name) and t.id.startswith("__") for t in node.targets)
+
+
+def test_importing_tracejit_stays_light():
+    heavy = ("torch._dynamo", "torch._inductor", "sympy", "triton")
+    code = f"import sys, tracejit; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_file_is_too_long(module: str):
+    assert len(FILES[module].read_text().splitlines()) <= 600

@@ -1,0 +1,191 @@
+"""The numpy executor against the evaluator: plans over raw memory, in place, in odd layouts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from tracejit.ir.graph import Graph
+from tracejit.ir.interp import evaluate
+from tracejit.ir.text import parse
+from tracejit.ir.types import DType, bf16, bits_to_float, contiguous_strides, f16, float_to_bits
+from tracejit.runtime.numpy_executor import NumpyExecutor
+from tracejit.schedule import schedule
+from tracejit.schedule.plan import Plan, PlanBuffer
+
+GUARD = 77  # bytes before and after every buffer, which no kernel may touch
+
+
+@dataclass
+class Memory:
+    """A buffer's bytes between two guards, and the view of its elements."""
+
+    raw: np.ndarray
+    view: np.ndarray
+
+    @property
+    def address(self) -> int:
+        return self.view.__array_interface__["data"][0]
+
+
+def stored(dtype: DType) -> np.dtype:
+    """The numpy dtype of a dtype's elements in memory."""
+    return np.dtype(np.uint16) if dtype is bf16 else np.dtype(f"f{2}") if dtype is f16 else (
+        dtype.compute
+    )
+
+
+def allocate(buffer: PlanBuffer) -> Memory:
+    """Fresh memory of a buffer's shape and strides, filled with a pattern."""
+    shape = buffer.type.shape
+    strides = contiguous_strides(shape) if buffer.strides is None else buffer.strides
+    dtype = stored(buffer.type.dtype)
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
+    raw = np.full((last + 1) * dtype.itemsize + 2 * 128, GUARD, np.uint8)
+    start = 128 - (raw.__array_interface__["data"][0] % 16)
+    view = np.ndarray(
+        shape, dtype, raw.data, start, tuple(s * dtype.itemsize for s in strides)
+    )
+    return Memory(raw, view)
+
+
+def write(memory: Memory, buffer: PlanBuffer, value: np.ndarray) -> None:
+    memory.view[...] = float_to_bits(value) if buffer.type.dtype is bf16 else value
+
+
+def read(memory: Memory, buffer: PlanBuffer) -> np.ndarray:
+    if buffer.type.dtype is bf16:
+        return bits_to_float(memory.view)
+    return memory.view.astype(buffer.type.dtype.compute)
+
+
+def run_plan(plan: Plan, graph: Graph, inputs: list) -> tuple[list, list]:
+    """Run a plan on fresh memory; returns (results, final values of all written inputs)."""
+    arena = np.full(plan.arena_bytes + 128, GUARD, np.uint8)
+    base = arena.__array_interface__["data"][0]
+    memory: dict[str, Memory] = {}
+    addresses = []
+    for buffer in plan.buffers:
+        if buffer.kind == "arena":
+            addresses.append(base + buffer.offset)
+            continue
+        memory[buffer.name] = allocate(buffer)
+        if buffer.kind == "input":
+            write(memory[buffer.name], buffer, inputs[buffer.index])
+        addresses.append(memory[buffer.name].address)
+    env = {value: float(inputs[position]) for value, position in plan.host_params}
+    for node in plan.host:
+        args = [env.get(a, a) for a in node.args]
+        env[node.out] = node.op.eval(*args, **dict(node.attrs))
+    loaded = NumpyExecutor().load(plan)
+    loaded(addresses, [env.get(s, s) for s in plan.scalars])
+    results = [read(memory[name], plan.buffer(name)) for name in plan.results]
+    by_param = {b.index: b for b in plan.buffers if b.kind == "input"}
+    position = {p.value: i for i, p in enumerate(graph.params)}
+    written = [by_param[position[w.target]] for w in graph.writes]
+    targets = [read(memory[b.name], b) for b in written]
+    untouched = set(by_param.values()) - {plan.buffer(name) for name in plan.writes}
+    for buffer in untouched:
+        np.testing.assert_array_equal(
+            read(memory[buffer.name], buffer),
+            np.asarray(inputs[buffer.index], buffer.type.dtype.compute),
+        )
+    return results, targets
+
+
+def make_inputs(graph: Graph, seed: int = 0) -> list:
+    """Random inputs of a graph's params, representable in their dtypes."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for param in graph.params:
+        kind = param.value.type
+        if kind.is_host:
+            out.append(float(rng.uniform(0.1, 1.0)))
+        elif kind.dtype.kind == "f":
+            value = rng.normal(size=kind.shape).astype(kind.dtype.compute)
+            for k, stride in enumerate(param.strides or ()):
+                if stride == 0:
+                    value = np.broadcast_to(np.take(value, [0], k), kind.shape)
+            if kind.dtype is bf16:
+                value = bits_to_float(float_to_bits(value))
+            if kind.dtype is f16:
+                value = value.astype(np.float16).astype(np.float32)
+            out.append(value)
+        elif kind.dtype.kind == "b":
+            out.append(rng.random(kind.shape) < 0.5)
+        else:
+            out.append(rng.integers(0, 9, kind.shape).astype(kind.dtype.compute))
+    return out
+
+
+TOLERANCE = {"f64": 1e-12, "f32": 2e-5, "f16": 4e-3, "bf16": 4e-2}
+
+
+def check(graph: Graph, plan: Plan, seed: int = 0) -> None:
+    """A plan computes what the evaluator computes."""
+    inputs = make_inputs(graph, seed)
+    results, targets = run_plan(plan, graph, inputs)
+    expected, written = evaluate(graph, inputs)
+    found = zip([*results, *targets], [*expected, *written], graph.outputs(), strict=True)
+    for mine, right, value in found:
+        tolerance = TOLERANCE.get(value.type.dtype.name, 0)
+        size = max(1.0, float(np.max(np.abs(right), initial=0))) if tolerance else 1
+        np.testing.assert_allclose(
+            mine, right, rtol=tolerance, atol=tolerance * size, err_msg=f"{value}\n{plan.launches}"
+        )
+
+
+def both(text: str, seed: int = 0) -> tuple[Plan, Plan]:
+    """Check a graph fused and unfused; returns both plans."""
+    graph = parse(text)
+    plans = schedule(graph), schedule(graph, fuse=False)
+    for plan in plans:
+        check(graph, plan, seed)
+    return plans
+
+
+SHAPES = [(), (1,), (5,), (123,), (0,), (3, 0), (5, 1, 7), (1, 1), (4, 123)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
+def test_pointwise_and_full_reduction(shape, dtype):
+    kind = f"{dtype}[{','.join(map(str, shape))}]"
+    flat = f"{dtype}[{math.prod(shape)}]"
+    both(f"""
+    step(%0: {kind}, %1: {kind}) {{
+      %2: {kind} = mul(%0, %1)
+      %3: {kind} = add(%2, 0.3)
+      %4: {dtype}[] = reduce_sum(%3, axes={tuple(range(len(shape)))})
+      %5: {flat} = reshape(%3, shape=({math.prod(shape)},))
+      return %3, %4, %5
+    }}""")
+
+
+def test_matmul():
+    both("""
+    step(%0: f32[3,5,7], %1: f32[3,9,7], %2: f32[3,5,9]) {
+      %3: f32[3,7,9] = permute(%1, axes=(0,2,1))
+      %4: f32[3,5,7] = maximum(%0, 0.0)
+      %5: f32[3,5,9] = matmul(%4, %3)
+      %6: f32[3,5,9] = add(%5, %2)
+      %7: f32[3,9,5] = permute(%6, axes=(0,2,1))
+      return %6, %7
+    }""")
+
+
+def test_large_domain_in_blocks():
+    both("""
+    step(%0: f32[300,1001], %1: f32[1001]) {
+      %2: f32[1,1001] = reshape(%1, shape=(1,1001))
+      %3: f32[300,1001] = expand(%2, shape=(300,1001))
+      %4: f32[300,1001] = mul(%0, %3)
+      %5: f32[] = reduce_sum(%4, axes=(0,1))
+      %6: f32[] = reduce_max(%4, axes=(0,1))
+      %7: f32[300] = reduce_sum(%4, axes=(1,))
+      %8: f32[1001] = reduce_sum(%4, axes=(0,))
+      return %4, %5, %6, %7, %8
+    }""")

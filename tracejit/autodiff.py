@@ -1,0 +1,129 @@
+"""Reverse mode on the IR: a Tape of what was computed, and `backward`, which emits gradients.
+
+The tape stands beside the Graph under construction. Each entry names its input and output Values and
+knows how to emit cotangents with a Builder: by the primitives' own rules, or by the derivative
+formula of the torch function that was called. Gradients are ordinary nodes: when they are recorded
+too (create_graph), higher derivatives follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tracejit.ir.graph import Builder, Node, Value
+from tracejit.ir.ops import NO_GRAD
+
+# vjp(b, cotangents of the outputs, needed) -> one cotangent (or None) per input
+Vjp = Callable[[Builder, tuple[Value | None, ...], tuple[bool, ...]], Sequence[Value | None]]
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """One differentiable step. `freed` once a backward without retain_graph went through it."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    vjp: Vjp
+    name: str
+    freed: bool = False
+
+
+@dataclass(eq=False)
+class Tape:
+    """What was computed under grad mode, in order. Only floating-point values are tracked."""
+
+    entries: list[Entry] = field(default_factory=list)
+    tracked: set[Value] = field(default_factory=set)
+
+    def watch(self, value: Value) -> None:
+        """Make a value a root of differentiation (a leaf)."""
+        self.tracked.add(value)
+
+    def record(self, node: Node) -> None:
+        """Record a primitive, if an input is tracked and its result can carry a gradient."""
+        if not node.out.type.dtype.is_float or node.out.type.is_host:
+            return
+        if any(isinstance(a, Value) and a in self.tracked for a in node.args):
+            self.add(Entry(node.inputs, node.outs, _node_vjp(node), node.op.name))
+
+    def add(self, entry: Entry) -> None:
+        """Record an entry; its floating-point outputs become tracked."""
+        if any(v in self.tracked for v in entry.inputs):
+            self.entries.append(entry)
+            self.tracked.update(v for v in entry.outputs if v.type.dtype.is_float)
+
+
+def _node_vjp(node: Node) -> Vjp:
+    attrs = dict(node.attrs)
+
+    def vjp(b: Builder, cotangents: tuple[Value | None, ...], needed: tuple[bool, ...]):
+        (g,) = cotangents
+        wanted = iter(needed)
+        for arg, rule in zip(node.args, node.op.vjp, strict=True):
+            if not isinstance(arg, Value):
+                continue
+            if not next(wanted):
+                yield None
+            elif rule is NO_GRAD:
+                yield zeros(b, arg)
+            else:
+                yield rule(b, g, node.out, *node.args, **attrs)
+
+    return vjp
+
+
+def zeros(b: Builder, like: Value) -> Value:
+    """A zero of a value's type."""
+    t = like.type
+    return b.full(0.0, shape=t.shape, dtype=t.dtype, device=t.device)
+
+
+def reaches(tape: Tape, sources: Iterable[Value]) -> set[Value]:
+    """The tracked values that depend on `sources`, those included."""
+    reached = set(sources)
+    for entry in tape.entries:
+        if any(v in reached for v in entry.inputs):
+            reached.update(entry.outputs)
+    return reached
+
+
+def backward(
+    tape: Tape,
+    b: Builder,
+    roots: Sequence[tuple[Value, Value]],
+    wanted: Iterable[Value],
+    *,
+    retain_graph: bool,
+    enter: Callable[[Entry, frozenset[Value]], None],
+) -> dict[Value, Value]:
+    """Emit the cotangents of `wanted` values given `roots` (value, cotangent).
+
+    Returns those that the roots depend on. `enter(entry, cotangents)` is called before an entry's
+    formula is emitted, so that the caller can check what the formula reads.
+    """
+    wanted = set(wanted)
+    needed = reaches(tape, wanted)
+    found: dict[Value, Value] = {}
+
+    def accumulate(value: Value, cotangent: Value) -> None:
+        found[value] = b.add(found[value], cotangent) if value in found else cotangent
+
+    for value, cotangent in roots:
+        accumulate(value, cotangent)
+    for entry in reversed(tuple(tape.entries)):
+        cotangents = tuple(found.get(v) for v in entry.outputs)
+        flags = tuple(v in needed for v in entry.inputs)
+        if not any(flags) or all(c is None for c in cotangents):
+            continue
+        enter(entry, frozenset(c for c in cotangents if c is not None))
+        cotangents = tuple(
+            zeros(b, v) if c is None else c
+            for v, c in zip(entry.outputs, cotangents, strict=True)
+        )
+        given = entry.vjp(b, cotangents, flags)
+        for value, flag, cotangent in zip(entry.inputs, flags, given, strict=True):
+            if flag and cotangent is not None:
+                accumulate(value, cotangent)
+        entry.freed = entry.freed or not retain_graph
+    return {v: found[v] for v in wanted if v in found}

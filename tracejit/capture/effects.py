@@ -1,0 +1,335 @@
+"""What a trace leaves behind: the Captured step, and its commit to the user's objects.
+
+`finish` reads a tracer after the user's function returned and freezes everything in pure data:
+the raw Graph, which tensor feeds which input, and the effects: fresh tensors to return or to set as
+`.grad`, tensors written in place, host values in the result. `Captured.commit` applies them.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tracejit.capture.scalars import Predicate, TracedFloat
+from tracejit.capture.tensor import Handle, Ints, Storage, TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import LeakedTracer
+from tracejit.ir.graph import Arg, Graph, Result, Value, Write
+from tracejit.ir.types import contiguous_strides
+
+_AFTERWARDS = (
+    "backward through the result of a compiled step is not possible: the step either ran backward "
+    "itself or keeps no graph for it. Call backward inside the step"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor to hand out after the plan has run.
+
+    kind "real": the `index`-th outside tensor itself; "output": a view of the `index`-th fresh
+    output; "alias": a view of the memory of the `index`-th outside tensor.
+    """
+
+    kind: str
+    index: int
+    shape: Ints = ()
+    strides: Ints = ()
+    offset: int = 0
+    requires_grad: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in the returned structure that holds the `index`-th made tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """A place in the returned structure that holds a host value, by its position."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sequenced:
+    """A tuple, list or namedtuple in the returned structure."""
+
+    kind: type
+    items: tuple
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A dict in the returned structure."""
+
+    items: tuple[tuple[object, object], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """Anything else that was returned."""
+
+    value: object
+
+
+@dataclass(slots=True)
+class Captured:
+    """One traced step."""
+
+    graph: Graph
+    reals: list[torch.Tensor]  # outside tensors, in the order of first use
+    sources: tuple[tuple[str, int], ...]  # per graph param: ("tensor", reals index) or ("scalar", k)
+    scalars: tuple[float, ...]  # the runtime scalars' values in this trace
+    scalar_values: tuple[Value, ...]
+    predicates: tuple[Predicate, ...]
+    made: tuple[Made, ...]
+    tree: object
+    host_results: tuple[Arg, ...]
+    grads: tuple[tuple[int, int | None], ...]  # (reals index, made index or None: cleared)
+    datas: tuple[tuple[int, int], ...]  # (reals index, made index): `.data = …`
+    written: tuple[int, ...]  # reals whose memory is overwritten
+    grads_read: tuple[tuple[int, int | None], ...]  # (reals index, reals index of .grad or None)
+    escaped: tuple[tuple[TracedTensor, int], ...]  # proxies kept by user objects, made index
+    key: tuple  # equal keys: the same graph and the same effects
+
+    def commit(
+        self,
+        reals: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        host_results: Sequence[float],
+    ) -> object:
+        """Apply the effects once the plan has run; returns what the step returns."""
+        made = [_materialize(m, reals, outputs) for m in self.made]
+        if self.written:
+            torch.autograd.graph.increment_version([reals[i] for i in self.written])
+        for index, source in self.datas:
+            reals[index].data = made[source]
+        for index, source in self.grads:
+            reals[index].grad = None if source is None else made[source]
+        _make_real(self.escaped, made)
+        return _rebuild(self.tree, made, host_results)
+
+    def release(self) -> None:
+        """Forget the tensors of this trace, keeping what a replay needs."""
+        self.reals = []
+        self.escaped = ()
+
+
+def _materialize(
+    made: Made, reals: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    if made.kind == "real":
+        return reals[made.index]
+    base = (outputs if made.kind == "output" else reals)[made.index]
+    geometry = (made.shape, made.strides, made.offset)
+    if made.kind == "alias":
+        base = base.detach()
+    if geometry != (tuple(base.shape), base.stride(), base.storage_offset()):
+        base = base.as_strided(*geometry)
+    return _mark(base) if made.requires_grad else base
+
+
+def _mark(tensor: torch.Tensor) -> torch.Tensor:
+    """Let a tensor require grad, with a node that raises when backward reaches it."""
+    with torch.enable_grad():
+        leaf = tensor.detach().requires_grad_()
+        return torch._C._functions.DelayedError(_AFTERWARDS, 1)(leaf)
+
+
+def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: Sequence[torch.Tensor]) -> None:
+    """Turn proxies that user objects hold into the tensors they stand for, in place."""
+    for proxy, index in escaped:
+        real = made[index]
+        del proxy.handle, proxy.tracer
+        proxy.__class__ = torch.Tensor
+        try:
+            torch._C._swap_tensor_impl(proxy, real)
+        except RuntimeError as error:
+            raise LeakedTracer(
+                where="after the step",
+                function="storing an intermediate in a Python object",
+                reason=f"which cannot be made real ({error})",
+                remedy="Return the tensor from the step and store it outside",
+            ) from error
+
+
+def _rebuild(tree: object, made: list[torch.Tensor], host: Sequence[float]) -> object:
+    match tree:
+        case Slot(index):
+            return made[index]
+        case HostSlot(index):
+            return host[index]
+        case Sequenced(kind, items):
+            parts = [_rebuild(x, made, host) for x in items]
+            if kind in (list, tuple):
+                return kind(parts)
+            return kind(*parts)  # a namedtuple
+        case Mapped(items):
+            return {k: _rebuild(v, made, host) for k, v in items}
+        case Constant(value):
+            return value
+    raise AssertionError(tree)
+
+
+class _Collector:
+    """Numbers the tensors to make and the outputs they stand on."""
+
+    def __init__(self, tracer: Tracer):
+        self.tracer = tracer
+        self.real_index = {id(r): i for i, r in enumerate(tracer.reals)}
+        self.made: list[Made] = []
+        self.of_handle: dict[Handle, int] = {}
+        self.outputs: dict[Storage, int] = {}
+        self.host: list[Arg] = []
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        handle = self.tracer.lift(tensor)
+        if handle not in self.of_handle:
+            self.of_handle[handle] = len(self.made)
+            self.made.append(self._made(handle))
+        return self.of_handle[handle]
+
+    def _made(self, h: Handle) -> Made:
+        if h.is_real:
+            return Made("real", self.real_index[id(h.tensor)])
+        storage = h.storage
+        geometry = (h.shape, h.strides, h.offset, self.tracer.requires_grad(h))
+        if storage.real is not None:
+            return Made("alias", self.real_index[id(storage.real)], *geometry)
+        return Made("output", self.outputs.setdefault(storage, len(self.outputs)), *geometry)
+
+    def tree(self, x: object) -> object:
+        if isinstance(x, torch.Tensor):
+            return Slot(self.tensor(x))
+        if isinstance(x, TracedFloat):
+            self.host.append(x.value)
+            return HostSlot(len(self.host) - 1)
+        if type(x) in (tuple, list):
+            return Sequenced(type(x), tuple(map(self.tree, x)))
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            return Sequenced(type(x), tuple(map(self.tree, x)))
+        if type(x) is dict:
+            return Mapped(tuple((k, self.tree(v)) for k, v in x.items()))
+        return Constant(x)
+
+
+def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
+    """Freeze a trace. `returned` is a one-element list, emptied here, so that references to
+    intermediates can be counted."""
+    tracer._call = None
+    collect = _Collector(tracer)
+    tree = collect.tree(returned.pop())
+    grads, grads_read, datas = [], [], []
+    for i, h in enumerate(tuple(tracer.handles)):
+        if h.grad_known:
+            at_start = h.grad_at_start
+            found = None if at_start is None else collect.real_index.get(id(at_start), -1)
+            grads_read.append((i, found))
+            if h.grad is not at_start:
+                grads.append((i, None if h.grad is None else collect.tensor(h.grad)))
+        if h.storage.real is None:
+            datas.append((i, h))
+    datas = [(i, _data_of(collect, h)) for i, h in datas]
+    escaped = tuple((p, collect.tensor(p)) for p in _escapes(tracer, collect))
+    results = tuple(
+        Result(s.value, None if s.strides == contiguous_strides(s.value.type.shape) else s.strides)
+        for s in collect.outputs
+    )
+    writes, written = [], []
+    for s in tracer.storages:
+        if s.value is not s.param:
+            writes.append(Write(s.param, s.value))
+            written += [i for i, h in enumerate(tracer.handles) if h.storage is s]
+    graph = tracer.b.graph(name, results, tuple(writes))
+    scalar_index = {value: k for k, (value, _) in enumerate(tracer.scalars)}
+    of_param = {s.param: collect.real_index[id(s.real)] for s in tracer.storages}
+    sources = tuple(
+        ("scalar", scalar_index[p.value])
+        if p.value in scalar_index
+        else ("tensor", of_param[p.value])
+        for p in graph.params
+    )
+    made = tuple(collect.made)
+    key = (
+        graph_key(graph),
+        sources,
+        made,
+        repr(tree) if _plain(tree) else id(tree),
+        tuple(grads),
+        tuple(grads_read),
+        tuple(datas),
+        tuple(written),
+        tuple(repr(p) for p in tracer.predicates),
+    )
+    return Captured(
+        graph=graph,
+        reals=tracer.reals,
+        sources=sources,
+        scalars=tuple(number for _, number in tracer.scalars),
+        scalar_values=tuple(value for value, _ in tracer.scalars),
+        predicates=tuple(tracer.predicates),
+        made=made,
+        tree=tree,
+        host_results=tuple(collect.host),
+        grads=tuple(grads),
+        datas=tuple(datas),
+        written=tuple(written),
+        grads_read=tuple(grads_read),
+        escaped=escaped,
+        key=key,
+    )
+
+
+def _data_of(collect: _Collector, h: Handle) -> int:
+    """The made tensor for `.data = …`: the whole of the storage that the handle took over."""
+    storage = h.storage
+    index = collect.outputs.setdefault(storage, len(collect.outputs))
+    collect.made.append(Made("output", index, h.shape, h.strides, 0, False))
+    return len(collect.made) - 1
+
+
+def _plain(tree: object) -> bool:
+    """Whether a returned structure holds only tensors, host values, numbers, strings and None."""
+    match tree:
+        case Sequenced(_, items):
+            return all(map(_plain, items))
+        case Mapped(items):
+            return all(isinstance(k, (str, int)) and _plain(v) for k, v in items)
+        case Constant(value):
+            return value is None or type(value) in (bool, int, float, str, torch.dtype)
+    return True
+
+
+def _escapes(tracer: Tracer, collect: _Collector) -> list[TracedTensor]:
+    """Intermediates that user objects still hold, found by counting references."""
+
+    def suspects() -> list[TracedTensor]:
+        held: dict[int, int] = {}
+        for h in (*tracer.handles, *(p.handle for p in tracer.proxies)):
+            for grad in (h.grad, h.grad_at_start):
+                if grad is not None:
+                    held[id(grad)] = held.get(id(grad), 0) + 1
+        # known holders: tracer.proxies, handle.tensor, the loop variable, getrefcount's argument
+        return [p for p in tracer.proxies if sys.getrefcount(p) > 4 + held.get(id(p), 0)]
+
+    if not suspects():
+        return []
+    gc.collect()
+    return suspects()
+
+
+def graph_key(graph: Graph) -> tuple:
+    """A hashable identity of a graph that tells 1, 1.0 and True, and 0.0 and -0.0, apart."""
+    return (
+        tuple((str(p.value.type), p.strides) for p in graph.params),
+        tuple(f"{n.op.name}{n.args}{n.attrs}{n.where}" for n in graph.nodes),
+        tuple((r.value.id, r.strides) for r in graph.results),
+        tuple((w.target.id, w.value.id) for w in graph.writes),
+    )

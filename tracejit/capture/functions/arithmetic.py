@@ -1,0 +1,396 @@
+"""Element-wise arithmetic, comparison, logic and selection, with reflected and in-place forms."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions.common import (
+    Number,
+    as_float,
+    common_shape,
+    in_place,
+    literal,
+    operand,
+    operands_as,
+    pointwise,
+    register,
+    result_dtype,
+    result_strides,
+)
+from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.table import RULES, rule
+from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Arg, Value
+from tracejit.ir.types import DType, b1
+
+Tensor = torch.Tensor
+
+
+def _scaled(t: Tracer, x: Arg, alpha: Number, dtype: DType) -> Arg:
+    """alpha·x, exact when alpha is 1."""
+    if not isinstance(alpha, TracedFloat) and alpha == 1:
+        return x
+    factor = literal(alpha, dtype)
+    if isinstance(x, Value) and not x.type.is_host:
+        return t.b.mul(x, factor)
+    return t.b.host_mul(x, factor) if isinstance(x, Value) else _host(t, x, factor)
+
+
+def _host(t: Tracer, x: Number, factor: Arg) -> Arg:
+    return t.b.host_mul(x, factor) if isinstance(factor, Value) else x * factor
+
+
+def add(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+    xs = (operand(t, input), operand(t, other))
+    dtype = result_dtype(xs)
+    return pointwise(t, lambda x, y: _sum(t, x, _scaled(t, y, alpha, dtype), dtype), (input, other))
+
+
+def _sum(t: Tracer, x: Arg, y: Arg, dtype: DType) -> Value:
+    return t.b.or_(x, y) if dtype is b1 else t.b.add(x, y)
+
+
+def sub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+    dtype = result_dtype((operand(t, input), operand(t, other)))
+    if dtype is b1:
+        raise t.shape_error(
+            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or "
+            "`logical_xor()` operator instead"
+        )
+    return pointwise(t, lambda x, y: t.b.sub(x, _scaled(t, y, alpha, dtype)), (input, other))
+
+
+def rsub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+    return sub(t, other, input, alpha=alpha)
+
+
+def mul(t: Tracer, input: object, other: object) -> TracedTensor:
+    dtype = result_dtype((operand(t, input), operand(t, other)))
+    emit = t.b.and_ if dtype is b1 else t.b.mul
+    return pointwise(t, emit, (input, other))
+
+
+def div(
+    t: Tracer, input: object, other: object, *, rounding_mode: str | None = None
+) -> TracedTensor:
+    if rounding_mode == "floor":
+        return floor_divide(t, input, other)
+    quotient = pointwise(t, t.b.div, (input, other), to=as_float)
+    if rounding_mode is None:
+        return quotient
+    if rounding_mode != "trunc":
+        raise t.shape_error(f"div expected rounding_mode to be None, 'trunc' or 'floor'")
+    raise t.unsupported("Use rounding_mode='floor', or torch.trunc of the quotient")
+
+
+def rdiv(t: Tracer, input: object, other: object) -> TracedTensor:
+    """number / tensor, which torch computes as reciprocal(tensor) · number."""
+
+    def emit(x: Value, y: Arg) -> Value:
+        with t.untaped():
+            reciprocal = t.b.div(1.0, x)
+        t.derive(
+            "reciprocal",
+            (x,),
+            reciprocal,
+            lambda b, cts, need: (b.neg(b.mul(cts[0], b.mul(reciprocal, reciprocal))),),
+        )
+        return t.b.mul(reciprocal, y)
+
+    return pointwise(t, emit, (input, other), to=as_float)
+
+
+def reciprocal(t: Tracer, input: object) -> TracedTensor:
+    return rdiv(t, input, 1)
+
+
+def _no_derivative(t: Tracer, name: str, emit):
+    """Emit a step that torch has no derivative for: backward through it raises."""
+
+    def wrapped(x: Arg, y: Arg) -> Value:
+        with t.untaped():
+            out = emit(x, y)
+
+        def vjp(b, cts, need):
+            raise t.autograd_error(f"derivative for {name} is not implemented")
+
+        return t.derive(name, tuple(v for v in (x, y) if isinstance(v, Value)), out, vjp)
+
+    return wrapped
+
+
+def floor_divide(t: Tracer, input: object, other: object) -> TracedTensor:
+    return pointwise(t, _no_derivative(t, "floor_divide", t.b.floordiv), (input, other))
+
+
+def remainder(t: Tracer, input: object, other: object) -> TracedTensor:
+    return pointwise(t, t.b.mod, (input, other))
+
+
+def power(t: Tracer, input: object, exponent: object) -> TracedTensor:
+    """torch.pow, with torch's exact special cases of a literal exponent and its own derivative.
+
+    d/dx x^e = e·x^(e-1), zero where e is 0 (torch's pow_backward).
+    """
+    fixed = not isinstance(exponent, (Tensor, TracedFloat))
+    if fixed and isinstance(input, Tensor) and isinstance(exponent, (int, float)):
+        operands = (operand(t, input), operand(t, exponent))
+        dtype = result_dtype(operands)
+        if not dtype.is_float and exponent < 0 and not isinstance(exponent, float):
+            raise t.shape_error("Integers to negative integer powers are not allowed")
+        return pointwise(t, lambda x, e: _power_literal(t, x, e), (input, exponent))
+    return pointwise(t, t.b.pow, (input, exponent))
+
+
+def _raise_to(b, x: Value, e: Number) -> Value:
+    """x**e as torch computes it for a literal exponent."""
+    if e == 2:
+        return b.mul(x, x)
+    if e == 3:
+        return b.mul(b.mul(x, x), x)
+    if e == 1:
+        return b.alias(x)
+    if e == 0:
+        one = 1.0 if x.type.dtype.is_float else 1
+        return b.full(one, shape=x.type.shape, dtype=x.type.dtype, device=x.type.device)
+    if x.type.dtype.is_float:
+        if e == 0.5:
+            return b.sqrt(x)
+        if e == -0.5:
+            return b.div(1.0, b.sqrt(x))
+        if e == -1:
+            return b.div(1.0, x)
+        if e == -2:
+            return b.div(1.0, b.mul(x, x))
+    return b.pow(x, e)
+
+
+def _power_literal(t: Tracer, x: Value, e: Number) -> Value:
+    with t.untaped():
+        out = _raise_to(t.b, x, e)
+
+    def vjp(b, cts, need):
+        (g,) = cts
+        if e == 0:
+            return (b.mul(g, 0.0),)
+        return (b.mul(g, b.mul(_raise_to(b, x, e - 1), e)),)
+
+    return t.derive("pow", (x,), out, vjp)
+
+
+def maximum(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    return pointwise(t, t.b.maximum, (input, other))
+
+
+def minimum(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    return pointwise(t, t.b.minimum, (input, other))
+
+
+def clamp(t: Tracer, input: Tensor, min: object = None, max: object = None) -> TracedTensor:
+    """torch.clamp; its gradient passes where min <= x <= max, 1 at a tie."""
+    if min is None and max is None:
+        raise t.shape_error("At least one of 'min' or 'max' must not be None")
+    if isinstance(min, Tensor) or isinstance(max, Tensor):
+        raise t.unsupported("Use torch.maximum and torch.minimum for tensor bounds")
+    bounds = [v for v in (min, max) if v is not None]
+
+    def emit(x: Value, *limits: Arg) -> Value:
+        low = limits[0] if min is not None else None
+        high = limits[-1] if max is not None else None
+        with t.untaped():
+            out = x
+            if low is not None:
+                out = t.b.maximum(out, low)
+            if high is not None:
+                out = t.b.minimum(out, high)
+
+        def vjp(b, cts, need):
+            (g,) = cts
+            inside = None if low is None else b.ge(x, low)
+            if high is not None:
+                below = b.le(x, high)
+                inside = below if inside is None else b.and_(inside, below)
+            return (b.where(inside, g, 0.0),)
+
+        return t.derive("clamp", (x,), out, vjp)
+
+    return pointwise(t, emit, (input, *bounds))
+
+
+def clamp_min(t: Tracer, input: Tensor, min: object) -> TracedTensor:
+    return clamp(t, input, min=min)
+
+
+def clamp_max(t: Tracer, input: Tensor, max: object) -> TracedTensor:
+    return clamp(t, input, max=max)
+
+
+def where(t: Tracer, condition: Tensor, input: object, other: object) -> TracedTensor:
+    c, *xs = (operand(t, x) for x in (condition, input, other))
+    if c.handle is None or c.handle.dtype is not b1:
+        raise t.shape_error("where expected condition to be a boolean tensor")
+    dtype = result_dtype(xs)
+    shape = common_shape(t, (c, *xs))
+    (mask,) = operands_as(t, (c,), b1, shape)
+    x, y = operands_as(t, xs, dtype, shape)
+    if not _is_tensor(x) and not _is_tensor(y):
+        x = t.b.full(x, shape=shape, dtype=dtype, device=c.handle.device)
+    return t.fresh(t.b.where(mask, x, y), result_strides((c, *xs), shape))
+
+
+def _is_tensor(x: Arg) -> bool:
+    return isinstance(x, Value) and not x.type.is_host
+
+
+def _where_method(t: Tracer, input: Tensor, condition: Tensor, other: object) -> TracedTensor:
+    return where(t, condition, input, other)
+
+
+def masked_fill(t: Tracer, input: Tensor, mask: Tensor, value: object) -> TracedTensor:
+    x = operand(t, input)
+    v = operand(t, value)
+    if v.handle is not None and v.handle.shape:
+        raise t.shape_error("masked_fill_ only supports a 0-dimensional value tensor")
+    filled = where(t, mask, value, input)
+    into = x.handle.dtype
+    if filled.handle.dtype is into:
+        return filled
+    return t.fresh(t.b.cast(t.read(filled.handle), dtype=into), filled.handle.strides)
+
+
+def _compare(name: str):
+    def compare(t: Tracer, input: object, other: object) -> TracedTensor:
+        return pointwise(t, getattr(t.b, name), (input, other))
+
+    return compare
+
+
+def _bitwise(name: str):
+    def bitwise(t: Tracer, input: object, other: object) -> TracedTensor:
+        if result_dtype((operand(t, input), operand(t, other))).is_float:
+            raise t.shape_error(f"bitwise {name} is not implemented for floating-point tensors")
+        return pointwise(t, getattr(t.b, name), (input, other))
+
+    return bitwise
+
+
+def _logical(name: str):
+    def logical(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+        def emit(x: Value, y: Value) -> Value:
+            return getattr(t.b, name)(t.b.ne(x, 0), t.b.ne(y, 0))
+
+        return pointwise(t, emit, (input, other))
+
+    return logical
+
+
+def bitwise_not(t: Tracer, input: Tensor) -> TracedTensor:
+    if operand(t, input).handle.dtype.is_float:
+        raise t.shape_error("bitwise_not is not implemented for floating-point tensors")
+    return pointwise(t, t.b.not_, (input,))
+
+
+def logical_not(t: Tracer, input: Tensor) -> TracedTensor:
+    return pointwise(t, lambda x: t.b.eq(x, literal(0, x.type.dtype)), (input,))
+
+
+def _swapped(implementation):
+    def reflected(t: Tracer, self: Tensor, other: object) -> TracedTensor:
+        return implementation(t, other, self)
+
+    return reflected
+
+
+for _names, _implementation in (
+    (("add", "__add__", "__radd__"), add),
+    (("sub", "subtract", "__sub__"), sub),
+    (("rsub", "__rsub__"), rsub),
+    (("mul", "multiply", "__mul__", "__rmul__"), mul),
+    (("div", "divide", "true_divide", "__div__", "__truediv__"), div),
+    (("__rdiv__", "__rtruediv__"), rdiv),
+    (("reciprocal",), reciprocal),
+    (("floor_divide", "__floordiv__"), floor_divide),
+    (("remainder", "__mod__"), remainder),
+    (("pow", "__pow__"), power),
+    (("__rpow__",), _swapped(power)),
+    (("__rfloordiv__",), _swapped(floor_divide)),
+    (("__rmod__",), _swapped(remainder)),
+    (("maximum",), maximum),
+    (("minimum",), minimum),
+    (("clamp", "clip"), clamp),
+    (("clamp_min",), clamp_min),
+    (("clamp_max",), clamp_max),
+    (("masked_fill",), masked_fill),
+    (("eq", "__eq__"), _compare("eq")),
+    (("ne", "not_equal", "__ne__"), _compare("ne")),
+    (("lt", "less", "__lt__"), _compare("lt")),
+    (("le", "less_equal", "__le__"), _compare("le")),
+    (("gt", "greater", "__gt__"), _compare("gt")),
+    (("ge", "greater_equal", "__ge__"), _compare("ge")),
+    (("bitwise_and", "__and__", "__rand__"), _bitwise("and")),
+    (("bitwise_or", "__or__", "__ror__"), _bitwise("or")),
+    (("bitwise_xor", "__xor__", "__rxor__"), _bitwise("xor")),
+    (("bitwise_left_shift", "__lshift__"), _bitwise("shl")),
+    (("bitwise_right_shift", "__rshift__"), _bitwise("shr")),
+    (("__rlshift__",), _swapped(_bitwise("shl"))),
+    (("__rrshift__",), _swapped(_bitwise("shr"))),
+    (("logical_and",), _logical("and")),
+    (("logical_or",), _logical("or")),
+    (("logical_xor",), _logical("xor")),
+    (("bitwise_not", "__invert__"), bitwise_not),
+    (("logical_not",), logical_not),
+):
+    register(_names, _implementation)
+
+RULES[torch.where] = where
+RULES[Tensor.where] = _where_method
+for _name, _implementation in (
+    ("__iadd__", add),
+    ("__isub__", sub),
+    ("__imul__", mul),
+    ("__idiv__", div),
+    ("__itruediv__", div),
+    ("__ifloordiv__", floor_divide),
+    ("__imod__", remainder),
+    ("__ipow__", power),
+    ("__iand__", _bitwise("and")),
+    ("__ior__", _bitwise("or")),
+    ("__ixor__", _bitwise("xor")),
+    ("__ilshift__", _bitwise("shl")),
+    ("__irshift__", _bitwise("shr")),
+):
+    if hasattr(Tensor, _name):
+        RULES.setdefault(getattr(Tensor, _name), in_place(_implementation))
+
+
+@rule(Tensor.copy_)
+def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    into, source = t.lift(self), t.lift(src)
+    if into.device != source.device:
+        raise t.unsupported("Copies between devices have no rule; do them outside the step")
+    if common_shape(t, (operand(t, self), operand(t, src))) != into.shape:
+        raise t.shape_error(
+            f"output with shape {list(into.shape)} doesn't match the shape {list(source.shape)}"
+        )
+    (value,) = operands_as(t, (operand(t, src),), into.dtype, into.shape)
+    t.write(into, t.b.alias(value))
+    return self
+
+
+@rule(Tensor.fill_)
+def fill_(t: Tracer, self: Tensor, value: object) -> Tensor:
+    into = t.lift(self)
+    x = operand(t, value)
+    if x.handle is not None:
+        if x.handle.shape:
+            raise t.shape_error("fill_ only supports a 0-dimensional value tensor")
+        return copy_(t, self, value)
+    filled = literal(x.number, into.dtype)
+    t.write(into, t.b.full(filled, shape=into.shape, dtype=into.dtype, device=into.device))
+    return self
+
+
+@rule(Tensor.zero_, torch.zero_)
+def zero_(t: Tracer, self: Tensor) -> Tensor:
+    return fill_(t, self, 0)

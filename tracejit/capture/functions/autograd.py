@@ -1,0 +1,302 @@
+"""Autograd inside a step: backward, grad, `.grad`, `.data`, detach, requires_grad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from tracejit.autodiff import backward as reverse
+from tracejit.capture.table import rule
+from tracejit.capture.tensor import Handle, TracedTensor, is_dense
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
+
+Tensor = torch.Tensor
+
+
+def _as_tuple(x: object) -> tuple:
+    if x is None:
+        return ()
+    return (x,) if isinstance(x, Tensor) else tuple(x)
+
+
+def _roots(
+    t: Tracer, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[tuple[Value, Value]]:
+    roots = []
+    if len(cotangents) != len(tensors):
+        raise t.autograd_error(
+            f"got {len(tensors)} tensors and {len(cotangents)} gradients"
+        )
+    for i, (tensor, cotangent) in enumerate(zip(tensors, cotangents, strict=True)):
+        h = t.lift(tensor)
+        if not t.requires_grad(h):
+            raise t.autograd_error(
+                f"element {i} of tensors does not require grad and does not have a grad_fn"
+            )
+        value = t.read(h)
+        if cotangent is None:
+            if h.numel != 1:
+                raise t.autograd_error("grad can be implicitly created only for scalar outputs")
+            seed = t.b.full(1.0, shape=h.shape, dtype=h.dtype, device=h.device)
+        else:
+            g = t.lift(cotangent)
+            if g.shape != h.shape:
+                raise t.shape_error(
+                    f"Mismatch in shape: grad_output[{i}] has a shape of {list(g.shape)} and "
+                    f"output[{i}] has a shape of {list(h.shape)}"
+                )
+            seed = t.read(g)
+            if g.dtype is not h.dtype:
+                seed = t.b.cast(seed, dtype=h.dtype)
+        roots.append((value, seed))
+    return roots
+
+
+def _gradients(
+    t: Tracer,
+    roots: list[tuple[Value, Value]],
+    wanted: list[Value],
+    *,
+    retain_graph: bool,
+    create_graph: bool,
+) -> dict[Value, Value]:
+    before, t.taping = t.taping, t.taping and create_graph
+    try:
+        return reverse(
+            t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=t.reading_for
+        )
+    finally:
+        t.reading_for(None)
+        t.taping = before
+
+
+def _leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
+    """Every value that stands for a leaf, by leaf, in order of appearance."""
+    found: dict[Handle, list[Value]] = {}
+    for value, leaf in t.leaf_of.items():
+        found.setdefault(leaf, []).append(value)
+    return found
+
+
+def _total(t: Tracer, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
+    parts = [gradients[v] for v in values if v in gradients]
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = t.b.add(total, part)
+    return total
+
+
+@rule(torch.autograd.backward)
+def backward(
+    t: Tracer,
+    tensors: object,
+    grad_tensors: object = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: object = None,
+    inputs: object = None,
+) -> None:
+    """Accumulate into the `.grad` of every leaf that the tensors depend on."""
+    if grad_variables is not None:
+        raise t.unsupported("grad_variables is deprecated; use grad_tensors")
+    tensors = _as_tuple(tensors)
+    given = _as_tuple(grad_tensors) if grad_tensors is not None else (None,) * len(tensors)
+    retain = create_graph if retain_graph is None else retain_graph
+    leaves = _leaf_values(t)
+    if inputs is not None:
+        chosen = [t.lift(x) for x in _as_tuple(inputs)]
+        if not chosen:
+            raise t.autograd_error("inputs argument to backward() cannot be empty")
+        if any(h not in leaves for h in chosen):
+            raise t.unsupported("backward(inputs=…) of a tensor that is not a leaf has no rule")
+        leaves = {h: leaves[h] for h in chosen}
+    roots = _roots(t, tensors, given)
+    wanted = [v for values in leaves.values() for v in values]
+    found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
+    before, t.taping = t.taping, t.taping and create_graph
+    try:
+        for leaf, values in leaves.items():
+            total = _total(t, found, values)
+            if total is not None:
+                accumulate(t, leaf, total, create_graph)
+    finally:
+        t.taping = before
+
+
+@rule(Tensor.backward)
+def tensor_backward(
+    t: Tracer,
+    self: Tensor,
+    gradient: Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: object = None,
+) -> None:
+    given = None if gradient is None else (gradient,)
+    backward(t, (self,), given, retain_graph, create_graph, inputs=inputs)
+
+
+@rule(torch.autograd.grad)
+def grad(
+    t: Tracer,
+    outputs: object,
+    inputs: object,
+    grad_outputs: object = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    only_inputs: bool = True,
+    allow_unused: bool | None = None,
+    is_grads_batched: bool = False,
+    materialize_grads: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of outputs with respect to inputs, returned rather than accumulated."""
+    if is_grads_batched:
+        raise t.unsupported("is_grads_batched has no rule")
+    outputs = _as_tuple(outputs)
+    given = _as_tuple(grad_outputs) if grad_outputs is not None else (None,) * len(outputs)
+    retain = create_graph if retain_graph is None else retain_graph
+    handles = [t.lift(x) for x in _as_tuple(inputs)]
+    leaves = _leaf_values(t)
+    values = []
+    for h in handles:
+        if not t.requires_grad(h):
+            raise t.autograd_error("One of the differentiated Tensors does not require grad")
+        values.append(leaves[h] if h in leaves else [t.read(h)])
+    roots = _roots(t, outputs, given)
+    wanted = [v for group in values for v in group]
+    found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
+    out: list[Tensor | None] = []
+    before, t.taping = t.taping, t.taping and create_graph
+    try:
+        for h, group in zip(handles, values, strict=True):
+            total = _total(t, found, group)
+            if total is None and materialize_grads:
+                total = t.b.full(0.0, shape=h.shape, dtype=h.dtype, device=h.device)
+            if total is None:
+                if not allow_unused:
+                    raise t.autograd_error(
+                        "One of the differentiated Tensors appears to not have been used in the "
+                        "graph. Set allow_unused=True if this is the desired behavior"
+                    )
+                out.append(None)
+            else:
+                out.append(t.fresh(total))
+    finally:
+        t.taping = before
+    return tuple(out)
+
+
+def accumulate(t: Tracer, leaf: Handle, total: Value, create_graph: bool) -> None:
+    """AccumulateGrad: set the leaf's `.grad`, or add to it in place."""
+    existing = get_grad(t, leaf.tensor)
+    if existing is None:
+        dense = is_dense(leaf.shape, leaf.strides)
+        set_grad_of(leaf, t.fresh(total, leaf.strides if dense else None))
+        return
+    into = t.lift(existing)
+    if create_graph:
+        set_grad_of(leaf, t.fresh(t.b.add(t.read(into), total)))
+    else:
+        with torch.no_grad():
+            t.write(into, t.b.add(t.read(into), total))
+
+
+def set_grad_of(leaf: Handle, grad: Tensor | None) -> None:
+    leaf.grad, leaf.grad_known = grad, True
+
+
+@rule(Tensor.grad.__get__)
+def get_grad(t: Tracer, self: Tensor) -> Tensor | None:
+    h = t.lift(self)
+    if not h.grad_known:
+        with torch._C.DisableTorchFunction():
+            set_grad_of(h, self.grad)
+            h.grad_at_start = h.grad
+    return h.grad
+
+
+@rule(Tensor.grad.__set__)
+def set_grad(t: Tracer, self: Tensor, value: Tensor | None) -> None:
+    h = t.lift(self)
+    get_grad(t, self)
+    if value is not None:
+        g = t.lift(value)
+        if (g.shape, g.dtype, g.device) != (h.shape, h.dtype, h.device):
+            raise t.shape_error(
+                "assigned grad has data of a different size, dtype or device than the tensor"
+            )
+        if g is h:
+            raise t.autograd_error("can't assign Variable as its own grad")
+    set_grad_of(h, value)
+
+
+@rule(Tensor.grad.__delete__)
+def delete_grad(t: Tracer, self: Tensor) -> None:
+    set_grad(t, self, None)
+
+
+@rule(Tensor.data.__get__)
+def get_data(t: Tracer, self: Tensor) -> TracedTensor:
+    return t.detached(t.lift(self), share_version=False)
+
+
+@rule(Tensor.data.__set__)
+def set_data(t: Tracer, self: Tensor, value: Tensor) -> None:
+    """`p.data = x`: p takes x's memory. Kept when x is new and laid out as p."""
+    h, x = t.lift(self), t.lift(value)
+    if (h.shape, h.dtype, h.device) != (x.shape, x.dtype, x.device):
+        raise t.unsupported("Assigning .data of another shape, dtype or device has no rule")
+    if x.steps or h.steps or x.is_real or x.strides != h.strides:
+        raise t.unsupported(
+            "Assigning .data from a view or a tensor made outside has no rule; use p.data.copy_(x)"
+        )
+    t.rebind(h, x)
+
+
+@rule(Tensor.detach, torch.detach)
+def detach(t: Tracer, input: Tensor) -> TracedTensor:
+    return t.detached(t.lift(input), share_version=True)
+
+
+@rule(Tensor.requires_grad.__get__)
+def requires_grad(t: Tracer, self: Tensor) -> bool:
+    return t.requires_grad(t.lift(self))
+
+
+@rule(Tensor.is_leaf.__get__)
+def is_leaf(t: Tracer, self: Tensor) -> bool:
+    return t.is_leaf(t.lift(self))
+
+
+@rule(Tensor.requires_grad.__set__)
+def set_requires_grad(t: Tracer, self: Tensor, value: bool) -> None:
+    requires_grad_(t, self, value)
+
+
+@rule(Tensor.requires_grad_)
+def requires_grad_(t: Tracer, self: Tensor, requires_grad: bool = True) -> Tensor:
+    h = t.lift(self)
+    if t.requires_grad(h) == requires_grad:
+        return self
+    if h.is_real:
+        raise t.unsupported("Changing requires_grad of a tensor from outside has no rule")
+    if not requires_grad:
+        raise t.autograd_error(
+            "you can only change requires_grad flags of leaf variables. If you want to use a "
+            "computed variable in a subgraph that doesn't require differentiation use detach()"
+        )
+    if not h.dtype.is_float:
+        raise t.autograd_error("only Tensors of floating point dtype can require gradients")
+    t.make_leaf(h)
+    return self
+
+
+@rule(Tensor.grad_fn.__get__)
+def grad_fn(t: Tracer, self: Tensor) -> None:
+    if t.is_leaf(t.lift(self)):
+        return None
+    raise t.unsupported("The autograd graph of an intermediate cannot be inspected")

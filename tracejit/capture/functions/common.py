@@ -1,0 +1,284 @@
+"""What rules share: operands, type promotion, broadcasting, in-place forms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tracejit.capture import location
+from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.table import RULES, Rule, spellings
+from tracejit.capture.tensor import (
+    TO_IR,
+    TO_TORCH,
+    Handle,
+    Ints,
+    TracedTensor,
+    broadcast_shape,
+    elementwise_strides,
+)
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import AxisError
+from tracejit.ir.graph import Arg, Value
+from tracejit.ir.types import DType, b1, i64, round_to
+
+Number = int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """A tensor or number handed to a torch function."""
+
+    handle: Handle | None
+    number: Number | None = None
+
+
+def operand(t: Tracer, x: object) -> Operand:
+    """Read an argument as an operand; anything but a tensor or number is unsupported."""
+    if isinstance(x, torch.Tensor):
+        return Operand(t.lift(x))
+    if isinstance(x, (bool, int, float)):
+        return Operand(None, x)
+    raise t.unsupported(f"An operand of type {type(x).__name__} has no rule")
+
+
+def default_dtype() -> DType:
+    """The dtype of floating-point results of integers and numbers."""
+    return TO_IR[torch.get_default_dtype()]
+
+
+def number_dtype(x: Number) -> DType:
+    """The dtype that a Python number has on its own."""
+    if isinstance(x, bool):
+        return b1
+    return i64 if isinstance(x, int) else default_dtype()
+
+
+def promote_two(a: DType, b: DType) -> DType:
+    """torch.promote_types."""
+    return a if a is b else TO_IR[torch.promote_types(TO_TORCH[a], TO_TORCH[b])]
+
+
+def result_dtype(operands: Sequence[Operand]) -> DType:
+    """torch's result type: tensors with axes count first, then 0-d tensors, then numbers."""
+    ranks: list[DType | None] = [None, None, None]
+    for x in operands:
+        if x.handle is None:
+            rank, dtype = 2, number_dtype(x.number)
+        else:
+            rank, dtype = (0 if x.handle.shape else 1), x.handle.dtype
+        known = ranks[rank]
+        ranks[rank] = dtype if known is None else promote_two(known, dtype)
+    result = _combine(ranks[0], _combine(ranks[1], ranks[2]))
+    assert result is not None
+    return result
+
+
+def _combine(higher: DType | None, lower: DType | None) -> DType | None:
+    """A lower rank changes the result only when its category is higher."""
+    if higher is None or lower is None:
+        return higher or lower
+    if higher.is_float:
+        return higher
+    return promote_two(higher, lower) if higher is b1 or lower.is_float else higher
+
+
+def as_float(dtype: DType) -> DType:
+    """The dtype of a function that only makes sense on floats."""
+    return dtype if dtype.is_float else default_dtype()
+
+
+def literal(x: Number, dtype: DType) -> Arg:
+    """A number as an IR operand next to tensors of `dtype`; runtime scalars stay host values."""
+    if isinstance(x, TracedFloat):
+        return x.value
+    if dtype.is_float:
+        return float(x)
+    if dtype is b1:
+        return bool(x)
+    if isinstance(x, float) and not math.isfinite(x):
+        x = 0
+    number = int(x)
+    if dtype.kind in "iu":  # wrap as C does
+        bits = dtype.itemsize * 8
+        number &= (1 << bits) - 1
+        if dtype.kind == "i" and number >= 1 << (bits - 1):
+            number -= 1 << bits
+    return number
+
+
+def cast(t: Tracer, value: Value, dtype: DType) -> Value:
+    """Cast unless the dtype is already that."""
+    return value if value.type.dtype is dtype else t.b.cast(value, dtype=dtype)
+
+
+def expand(t: Tracer, value: Value, shape: Ints) -> Value:
+    """Broadcast a value to a shape it is known to broadcast to."""
+    if value.type.shape == shape:
+        return value
+    missing = len(shape) - len(value.type.shape)
+    if missing:
+        value = t.b.reshape(value, shape=(1,) * missing + value.type.shape)
+    return value if value.type.shape == shape else t.b.expand(value, shape=shape)
+
+
+def common_shape(t: Tracer, operands: Sequence[Operand]) -> Ints:
+    """The broadcast shape of the tensors among operands; torch's RuntimeError if there is none."""
+    shapes = [x.handle.shape for x in operands if x.handle is not None]
+    shape = broadcast_shape(shapes)
+    if shape is None:
+        raise t.shape_error(_broadcast_reason(shapes))
+    devices = {x.handle.device for x in operands if x.handle is not None}
+    if len(devices) > 1:
+        raise t.shape_error(
+            f"Expected all tensors to be on the same device, but found {sorted(devices)}"
+        )
+    return shape
+
+
+def _broadcast_reason(shapes: list[Ints]) -> str:
+    rank = max(map(len, shapes))
+    for axis in reversed(range(rank)):
+        sizes = [s[axis - rank + len(s)] for s in shapes if axis - rank + len(s) >= 0]
+        wide = [n for n in sizes if n != 1]
+        if len(set(wide)) > 1:
+            return (
+                f"The size of tensor a ({wide[0]}) must match the size of tensor b ({wide[1]}) at "
+                f"non-singleton dimension {axis}"
+            )
+    return "shapes do not broadcast"
+
+
+def rounded(t: Tracer, x: Number, dtype: DType, device: str) -> Arg:
+    """A number rounded to a narrow dtype before it takes part in an operation."""
+    if isinstance(x, TracedFloat):
+        return t.b.full(x.value, shape=(), dtype=dtype, device=device)
+    return float(round_to(np.asarray(x, np.float32), dtype))
+
+
+def operands_as(
+    t: Tracer, operands: Sequence[Operand], dtype: DType, shape: Ints, *, wide: bool = False
+) -> tuple[Arg, ...]:
+    """Operands cast and broadcast for one element-wise primitive.
+
+    Next to bf16 and f16 tensors eager rounds numbers to the tensor's dtype, except in the functions
+    that keep them `wide`, in float32.
+    """
+    out: list[Arg] = []
+    for x in operands:
+        if x.handle is None and dtype.narrow and not wide:
+            device = next(y.handle.device for y in operands if y.handle is not None)
+            number = rounded(t, x.number, dtype, device)
+            out.append(expand(t, number, shape) if isinstance(number, Value) else number)
+        elif x.handle is None:
+            out.append(literal(x.number, dtype))
+        else:
+            out.append(expand(t, cast(t, t.read(x.handle), dtype), shape))
+    return tuple(out)
+
+
+def result_strides(operands: Sequence[Operand], shape: Ints) -> Ints:
+    """The strides that torch gives an element-wise result."""
+    return elementwise_strides(
+        shape, [(x.handle.shape, x.handle.strides) for x in operands if x.handle is not None]
+    )
+
+
+def full_like(t: Tracer, x: Operand, dtype: DType, device: str) -> Value:
+    """A number as a 0-d tensor value."""
+    return t.b.full(literal(x.number, dtype), shape=(), dtype=dtype, device=device)
+
+
+def pointwise(
+    t: Tracer,
+    emit: Callable[..., Value],
+    xs: Sequence[object],
+    *,
+    to: Callable[[DType], DType] = lambda dtype: dtype,
+    wide: bool = False,
+) -> TracedTensor:
+    """One element-wise torch function: promote, broadcast, emit, wrap.
+
+    `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`.
+    """
+    operands = [operand(t, x) for x in xs]
+    shape = common_shape(t, operands)
+    value = emit(*operands_as(t, operands, to(result_dtype(operands)), shape, wide=wide))
+    return t.fresh(value, result_strides(operands, shape))
+
+
+def normal_axis(t: Tracer, axis: int, rank: int) -> int:
+    """An axis counted from the front; IndexError as torch's when out of range."""
+    axis, span = int(axis), max(rank, 1)
+    if not -span <= axis < span:
+        raise AxisError(
+            where=location.full(),
+            reason=f"Dimension out of range (expected to be in range of [{-span}, {span - 1}], "
+            f"but got {axis})",
+        )
+    return axis % span
+
+
+def normal_axes(t: Tracer, axes: object, rank: int) -> Ints:
+    """One axis, several, or None (all), counted from the front and sorted."""
+    if axes is None or axes == () or axes == []:
+        return tuple(range(rank))
+    if isinstance(axes, int):
+        axes = (axes,)
+    out = tuple(normal_axis(t, a, rank) for a in axes)
+    if len(set(out)) != len(out):
+        raise t.shape_error("dim appears multiple times in the list of dims")
+    return tuple(sorted(out)) if rank else ()
+
+
+def size_args(t: Tracer, sizes: tuple) -> Ints:
+    """Sizes given as f(2, 3) or f((2, 3))."""
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    if any(isinstance(s, torch.Tensor) for s in sizes):
+        raise t.unsupported("A size that is a tensor depends on values")
+    return tuple(int(s) for s in sizes)
+
+
+def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:
+    """Finish an in-place form: cast the result to the target's dtype and write it."""
+    into, got = t.lift(target), result.handle
+    if got.shape != into.shape:
+        raise t.shape_error(
+            f"output with shape {list(into.shape)} doesn't match the broadcast shape "
+            f"{list(got.shape)}"
+        )
+    if not torch.can_cast(TO_TORCH[got.dtype], TO_TORCH[into.dtype]):
+        raise t.shape_error(
+            f"result type {TO_TORCH[got.dtype]} can't be cast to the desired output type "
+            f"{TO_TORCH[into.dtype]}"
+        )
+    t.write(into, cast(t, t.read(got), into.dtype))
+    return target
+
+
+def in_place(out_of_place: Rule) -> Rule:
+    """The in-place form of a rule: its first argument is overwritten and returned."""
+
+    def rule(t: Tracer, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return write_back(t, self, out_of_place(t, self, *args, **kwargs))
+
+    return rule
+
+
+def register(names: Sequence[str], implementation: Rule, *, inplace: bool = True) -> None:
+    """Register a rule for every spelling of these names, and of their in-place forms."""
+    for name in names:
+        if name.startswith("__"):  # torch.__eq__ is the module's own
+            if hasattr(torch.Tensor, name):
+                RULES.setdefault(getattr(torch.Tensor, name), implementation)
+            continue
+        for function in spellings(name):
+            RULES.setdefault(function, implementation)
+        if inplace:
+            for function in spellings(name + "_"):
+                RULES.setdefault(function, in_place(implementation))

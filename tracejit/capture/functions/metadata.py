@@ -1,0 +1,193 @@
+"""What a tensor says of itself: shape, dtype, device, flags. And requests for values, refused."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture import location
+from tracejit.capture.functions.common import normal_axis, operand, result_dtype
+from tracejit.capture.functions.movement import select
+from tracejit.capture.table import RULES, function_name, rule
+from tracejit.capture.tensor import TO_TORCH
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import ValueDependentError
+
+Tensor = torch.Tensor
+
+
+@rule(Tensor.shape.__get__)
+def shape(t: Tracer, self: Tensor) -> torch.Size:
+    return torch.Size(t.lift(self).shape)
+
+
+@rule(Tensor.size)
+def size(t: Tracer, self: Tensor, dim: int | None = None) -> object:
+    h = t.lift(self)
+    return torch.Size(h.shape) if dim is None else h.shape[normal_axis(t, dim, len(h.shape))]
+
+
+@rule(Tensor.stride)
+def stride(t: Tracer, self: Tensor, dim: int | None = None) -> object:
+    h = t.lift(self)
+    return h.strides if dim is None else h.strides[normal_axis(t, dim, len(h.shape))]
+
+
+@rule(Tensor.storage_offset)
+def storage_offset(t: Tracer, self: Tensor) -> int:
+    return t.lift(self).offset
+
+
+@rule(Tensor.dim, Tensor.ndimension, Tensor.ndim.__get__)
+def dim(t: Tracer, self: Tensor) -> int:
+    return len(t.lift(self).shape)
+
+
+@rule(Tensor.numel, torch.numel, Tensor.nelement)
+def numel(t: Tracer, self: Tensor) -> int:
+    return t.lift(self).numel
+
+
+@rule(Tensor.__len__)
+def length(t: Tracer, self: Tensor) -> int:
+    h = t.lift(self)
+    if not h.shape:
+        raise TypeError("len() of a 0-d tensor")
+    return h.shape[0]
+
+
+@rule(Tensor.dtype.__get__)
+def dtype(t: Tracer, self: Tensor) -> torch.dtype:
+    return TO_TORCH[t.lift(self).dtype]
+
+
+@rule(Tensor.device.__get__)
+def device(t: Tracer, self: Tensor) -> torch.device:
+    return torch.device(t.lift(self).device)
+
+
+@rule(Tensor.layout.__get__)
+def layout(t: Tracer, self: Tensor) -> torch.layout:
+    return torch.strided
+
+
+@rule(Tensor.is_cpu.__get__)
+def is_cpu(t: Tracer, self: Tensor) -> bool:
+    return t.lift(self).device == "cpu"
+
+
+@rule(Tensor.is_cuda.__get__)
+def is_cuda(t: Tracer, self: Tensor) -> bool:
+    return t.lift(self).device.startswith("cuda")
+
+
+@rule(Tensor.is_contiguous)
+def is_contiguous(
+    t: Tracer, self: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> bool:
+    if memory_format is not torch.contiguous_format:
+        raise t.unsupported("Only the contiguous memory format has a rule")
+    return t.lift(self).is_contiguous
+
+
+@rule(Tensor.is_floating_point, torch.is_floating_point)
+def is_floating_point(t: Tracer, input: Tensor) -> bool:
+    return t.lift(input).dtype.is_float
+
+
+@rule(Tensor.element_size)
+def element_size(t: Tracer, self: Tensor) -> int:
+    return t.lift(self).dtype.itemsize
+
+
+@rule(Tensor.itemsize.__get__)
+def itemsize(t: Tracer, self: Tensor) -> int:
+    return t.lift(self).dtype.itemsize
+
+
+@rule(Tensor.nbytes.__get__)
+def nbytes(t: Tracer, self: Tensor) -> int:
+    h = t.lift(self)
+    return h.numel * h.dtype.itemsize
+
+
+@rule(Tensor.is_same_size)
+def is_same_size(t: Tracer, self: Tensor, other: Tensor) -> bool:
+    return t.lift(self).shape == t.lift(other).shape
+
+
+@rule(torch.result_type)
+def result_type(t: Tracer, tensor1: object, tensor2: object) -> torch.dtype:
+    return TO_TORCH[result_dtype((operand(t, tensor1), operand(t, tensor2)))]
+
+
+def _always(answer: object):
+    def flag(t: Tracer, self: Tensor) -> object:
+        t.lift(self)
+        return answer
+
+    return flag
+
+
+# Dense strided real tensors only reach a trace, so these are constants of it.
+for _function in (
+    *(Tensor.is_sparse.__get__, Tensor.is_sparse_csr.__get__, Tensor.is_quantized.__get__),
+    *(Tensor.is_nested.__get__, Tensor.is_mkldnn.__get__, Tensor.is_meta.__get__),
+    *(Tensor.is_complex, torch.is_complex, Tensor.is_conj, torch.is_conj, Tensor.is_neg),
+    *(torch.is_neg, Tensor.is_inference, torch.is_inference),
+):
+    RULES[_function] = _always(False)
+
+
+@rule(Tensor.__hash__)
+def hash_(t: Tracer, self: Tensor) -> int:
+    return id(self)
+
+
+@rule(Tensor.unbind, torch.unbind)
+def unbind(t: Tracer, self: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
+    h = t.lift(self)
+    if not h.shape:
+        raise TypeError("Dimension specified as 0 but tensor has no dimensions")
+    axis = normal_axis(t, dim, len(h.shape))
+    return tuple(select(t, self, axis, i) for i in range(h.shape[axis]))
+
+
+@rule(Tensor.__iter__)
+def iterate(t: Tracer, self: Tensor) -> object:
+    if not t.lift(self).shape:
+        raise TypeError("iteration over a 0-d tensor")
+    return iter(unbind(t, self))
+
+
+@rule(torch._C._set_grad_enabled)
+def set_grad_enabled(t: Tracer, enabled: bool) -> None:
+    torch._C._set_grad_enabled(enabled)
+
+
+def _value_needed(t: Tracer, self: Tensor, *args: object, **kwargs: object) -> object:
+    raise ValueDependentError(
+        where=location.full(),
+        function=function_name(t.calling),
+        shape=list(t.lift(self).shape),
+        remedy="Return the tensor and read it outside the step; for a choice between two values "
+        "use torch.where",
+    )
+
+
+for _name in (
+    *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__"),
+    *("__array__", "__contains__", "__repr__", "__format__", "__dlpack__", "nonzero"),
+    *("data_ptr", "is_nonzero"),
+):
+    if hasattr(Tensor, _name):
+        RULES[getattr(Tensor, _name)] = _value_needed
+for _name in ("nonzero", "equal", "allclose", "is_nonzero"):
+    RULES[getattr(torch, _name)] = _value_needed
+RULES[Tensor.equal] = _value_needed
+
+
+@rule(Tensor.cpu)
+def cpu(t: Tracer, self: Tensor, memory_format: object = None) -> Tensor:
+    if t.lift(self).device != "cpu":
+        raise t.unsupported("Copies between devices have no rule; do them outside the step")
+    return self

@@ -1,0 +1,435 @@
+"""Views and shape changes: handles on the same storage, with torch's geometry beside them."""
+
+from __future__ import annotations
+
+import math
+from types import EllipsisType
+
+import torch
+
+from tracejit.capture import location
+from tracejit.capture.functions.arithmetic import copy_, fill_, masked_fill
+from tracejit.capture.functions.common import (
+    cast,
+    normal_axis,
+    operand,
+    register,
+    size_args,
+    write_back,
+)
+from tracejit.capture.table import rule
+from tracejit.capture.tensor import Handle, Ints, Step, TracedTensor, elementwise_strides, is_dense
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import AxisError
+from tracejit.ir.types import b1, contiguous_strides
+
+Tensor = torch.Tensor
+
+
+def _step(name: str, **attrs: object) -> Step:
+    return name, tuple(attrs.items())
+
+
+def _permuted(t: Tracer, h: Handle, axes: Ints) -> TracedTensor:
+    return t.view(
+        h,
+        (_step("permute", axes=axes),),
+        tuple(h.shape[a] for a in axes),
+        tuple(h.strides[a] for a in axes),
+        h.offset,
+    )
+
+
+def _reshaped(t: Tracer, h: Handle, shape: Ints, strides: Ints) -> TracedTensor:
+    return t.view(h, (_step("reshape", shape=shape),), shape, strides, h.offset)
+
+
+def permute(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+    h = t.lift(input)
+    axes = tuple(normal_axis(t, d, len(h.shape)) for d in size_args(t, dims))
+    if sorted(axes) != list(range(len(h.shape))):
+        raise t.shape_error("permute(dims): number or values of dims do not match the tensor's")
+    return _permuted(t, h, axes)
+
+
+def _permute_function(t: Tracer, input: Tensor, dims: object) -> TracedTensor:
+    return permute(t, input, *dims)
+
+
+def transpose(t: Tracer, input: Tensor, dim0: int, dim1: int) -> TracedTensor:
+    h = t.lift(input)
+    axes = list(range(len(h.shape)))
+    if not axes:
+        return t.view(h, (), h.shape, h.strides, h.offset)
+    a, b = normal_axis(t, dim0, len(axes)), normal_axis(t, dim1, len(axes))
+    axes[a], axes[b] = axes[b], axes[a]
+    return _permuted(t, h, tuple(axes))
+
+
+def t_(t: Tracer, input: Tensor) -> TracedTensor:
+    h = t.lift(input)
+    if len(h.shape) > 2:
+        raise t.shape_error(f"t() expects a tensor with <= 2 dimensions, but self is {len(h.shape)}D")
+    return _permuted(t, h, tuple(reversed(range(len(h.shape)))))
+
+
+@rule(Tensor.T.__get__)
+def T(t: Tracer, input: Tensor) -> TracedTensor:
+    return _permuted(t, t.lift(input), tuple(reversed(range(len(t.lift(input).shape)))))
+
+
+@rule(Tensor.mT.__get__)
+def mT(t: Tracer, input: Tensor) -> TracedTensor:
+    return transpose(t, input, -2, -1)
+
+
+def view_strides(shape: Ints, strides: Ints, new: Ints) -> Ints | None:
+    """Strides of a view of another shape, or None where only a copy can have it.
+
+    Source: torch's computeStride; runs of axes that lie densely in memory are split or merged.
+    """
+    if 0 in shape:
+        return strides if new == shape else contiguous_strides(new)
+    if not shape:
+        return (1,) * len(new)
+    out = [0] * len(new)
+    at = len(new) - 1
+    chunk_stride, numel, covered = strides[-1], 1, 1
+    for axis in reversed(range(len(shape))):
+        numel *= shape[axis]
+        breaks = axis == 0 or (
+            shape[axis - 1] != 1 and strides[axis - 1] != numel * chunk_stride
+        )
+        if not breaks:
+            continue
+        while at >= 0 and (covered < numel or new[at] == 1):
+            out[at] = covered * chunk_stride
+            covered *= new[at]
+            at -= 1
+        if covered != numel:
+            return None
+        if axis > 0:
+            chunk_stride, numel, covered = strides[axis - 1], 1, 1
+    return tuple(out) if at == -1 else None
+
+
+def infer_size(t: Tracer, h: Handle, sizes: Ints) -> Ints:
+    """Resolve a -1 in the sizes of view and reshape."""
+    known = math.prod(n for n in sizes if n != -1)
+    if sizes.count(-1) > 1:
+        raise t.shape_error("only one dimension can be inferred")
+    if -1 in sizes:
+        if known == 0 or h.numel % known:
+            raise t.shape_error(f"shape '{list(sizes)}' is invalid for input of size {h.numel}")
+        sizes = tuple(h.numel // known if n == -1 else n for n in sizes)
+    if math.prod(sizes) != h.numel or any(n < 0 for n in sizes):
+        raise t.shape_error(f"shape '{list(sizes)}' is invalid for input of size {h.numel}")
+    return sizes
+
+
+@rule(Tensor.view)
+def view(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
+    h = t.lift(input)
+    if size and isinstance(size[0], torch.dtype):
+        raise t.unsupported("Reinterpreting the bits as another dtype has no rule")
+    shape = infer_size(t, h, size_args(t, size))
+    strides = view_strides(h.shape, h.strides, shape)
+    if strides is None:
+        raise t.shape_error(
+            "view size is not compatible with input tensor's size and stride (at least one "
+            "dimension spans across two contiguous subspaces). Use .reshape(...) instead"
+        )
+    return _reshaped(t, h, shape, strides)
+
+
+def reshape(t: Tracer, input: Tensor, *shape: object) -> TracedTensor:
+    h = t.lift(input)
+    sizes = infer_size(t, h, size_args(t, shape))
+    strides = view_strides(h.shape, h.strides, sizes)
+    if strides is not None:
+        return _reshaped(t, h, sizes, strides)
+    return t.fresh(t.b.reshape(t.read(h), shape=sizes))
+
+
+def flatten(t: Tracer, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> TracedTensor:
+    h = t.lift(input)
+    rank = len(h.shape)
+    if rank == 0:
+        return reshape(t, input, 1)
+    first, last = normal_axis(t, start_dim, rank), normal_axis(t, end_dim, rank)
+    if first > last:
+        raise t.shape_error("flatten() has invalid args: start_dim cannot come after end_dim")
+    if first == last:
+        return input
+    merged = math.prod(h.shape[first : last + 1])
+    return reshape(t, input, h.shape[:first] + (merged,) + h.shape[last + 1 :])
+
+
+def unsqueeze(t: Tracer, input: Tensor, dim: int) -> TracedTensor:
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape) + 1)
+    stride = h.shape[axis] * h.strides[axis] if axis < len(h.shape) else 1
+    shape = h.shape[:axis] + (1,) + h.shape[axis:]
+    return _reshaped(t, h, shape, h.strides[:axis] + (stride,) + h.strides[axis:])
+
+
+def squeeze(t: Tracer, input: Tensor, dim: object = None) -> TracedTensor:
+    h = t.lift(input)
+    rank = len(h.shape)
+    if dim is None:
+        chosen = set(range(rank))
+    else:
+        dims = (dim,) if isinstance(dim, int) else tuple(dim)
+        chosen = {normal_axis(t, d, rank) for d in dims}
+    kept = [i for i in range(rank) if i not in chosen or h.shape[i] != 1]
+    return _reshaped(
+        t, h, tuple(h.shape[i] for i in kept), tuple(h.strides[i] for i in kept)
+    )
+
+
+def expand_(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
+    h = t.lift(input)
+    sizes = size_args(t, size)
+    missing = len(sizes) - len(h.shape)
+    if missing < 0:
+        raise t.shape_error(
+            f"expand: the number of sizes provided ({len(sizes)}) must be greater or equal to the "
+            f"number of dimensions in the tensor ({len(h.shape)})"
+        )
+    old = (1,) * missing + h.shape
+    new, strides = [], []
+    for axis, (n, want) in enumerate(zip(old, sizes, strict=True)):
+        if want == -1 and axis >= missing:
+            want = n
+        if want < 0 or (n != want and n != 1):
+            raise t.shape_error(
+                f"The expanded size of the tensor ({want}) must match the existing size ({n}) at "
+                f"non-singleton dimension {axis}"
+            )
+        new.append(want)
+        if axis < missing:
+            strides.append(0)
+        else:
+            strides.append(h.strides[axis - missing] if n == want else 0)
+    steps = (_step("reshape", shape=old),) if missing else ()
+    if old != tuple(new):
+        steps += (_step("expand", shape=tuple(new)),)
+    return t.view(h, steps, tuple(new), tuple(strides), h.offset)
+
+
+@rule(Tensor.expand_as)
+def expand_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    return expand_(t, input, t.lift(other).shape)
+
+
+@rule(Tensor.view_as)
+def view_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    return view(t, input, t.lift(other).shape)
+
+
+@rule(Tensor.reshape_as)
+def reshape_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    return reshape(t, input, t.lift(other).shape)
+
+
+def preserved_strides(h: Handle) -> Ints:
+    """Strides of a copy under torch.preserve_format."""
+    if is_dense(h.shape, h.strides):
+        return h.strides
+    return elementwise_strides(h.shape, [(h.shape, h.strides)])
+
+
+@rule(Tensor.clone, torch.clone)
+def clone(
+    t: Tracer, input: Tensor, *, memory_format: torch.memory_format = torch.preserve_format
+) -> TracedTensor:
+    h = t.lift(input)
+    if memory_format not in (torch.preserve_format, torch.contiguous_format):
+        raise t.unsupported("channels_last has no rule")
+    strides = preserved_strides(h) if memory_format is torch.preserve_format else None
+    return t.fresh(t.b.alias(t.read(h)), strides)
+
+
+@rule(Tensor.contiguous)
+def contiguous(
+    t: Tracer, input: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+) -> Tensor:
+    if memory_format is not torch.contiguous_format:
+        raise t.unsupported("channels_last has no rule")
+    h = t.lift(input)
+    return input if h.is_contiguous else t.fresh(t.b.alias(t.read(h)))
+
+
+def slice_steps(h: Handle, axis: int, start: int, stop: int, step: int) -> Step:
+    """The slice primitive along one axis."""
+    rank = range(len(h.shape))
+    return _step(
+        "slice",
+        starts=tuple(start if i == axis else 0 for i in rank),
+        stops=tuple(stop if i == axis else h.shape[i] for i in rank),
+        steps=tuple(step if i == axis else 1 for i in rank),
+    )
+
+
+def _sliced(t: Tracer, h: Handle, axis: int, start: int, stop: int, step: int) -> Handle:
+    n = -(-(stop - start) // step)
+    shape = tuple(n if i == axis else m for i, m in enumerate(h.shape))
+    strides = tuple(st * step if i == axis else st for i, st in enumerate(h.strides))
+    offset = h.offset + start * h.strides[axis]
+    steps = (slice_steps(h, axis, start, stop, step),)
+    return t.view(h, steps, shape, strides, offset).handle
+
+
+def _selected(t: Tracer, h: Handle, axis: int, index: int) -> Handle:
+    n = h.shape[axis]
+    if not -n <= index < n:
+        raise AxisError(
+            where=location.full(),
+            reason=f"index {index} is out of bounds for dimension {axis} with size {n}",
+        )
+    h = _sliced(t, h, axis, index % n, index % n + 1, 1)
+    shape, strides = h.shape[:axis] + h.shape[axis + 1 :], h.strides[:axis] + h.strides[axis + 1 :]
+    return _reshaped(t, h, shape, strides).handle
+
+
+def select(t: Tracer, input: Tensor, dim: int, index: int) -> Tensor:
+    h = t.lift(input)
+    return _selected(t, h, normal_axis(t, dim, len(h.shape)), int(index)).tensor
+
+
+def narrow(t: Tracer, input: Tensor, dim: int, start: int, length: int) -> Tensor:
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    start = int(start) + (h.shape[axis] if start < 0 else 0)
+    if start < 0 or length < 0 or start + length > h.shape[axis]:
+        raise t.shape_error(
+            f"start ({start}) + length ({length}) exceeds dimension size ({h.shape[axis]})"
+        )
+    return _sliced(t, h, axis, start, start + int(length), 1).tensor
+
+
+def basic_index(t: Tracer, h: Handle, index: object) -> Handle:
+    """A view by ints, slices, None and Ellipsis."""
+    items = index if isinstance(index, tuple) else (index,)
+    taken = sum(1 for i in items if i is not None and not isinstance(i, EllipsisType))
+    if taken > len(h.shape):
+        raise AxisError(
+            where=location.full(),
+            reason=f"too many indices for tensor of dimension {len(h.shape)}",
+        )
+    axis = 0
+    for item in items:
+        if item is None:
+            h = unsqueeze(t, h.tensor, axis).handle
+            axis += 1
+        elif isinstance(item, EllipsisType):
+            axis += len(h.shape) - axis - sum(
+                1 for i in items[items.index(...) + 1 :] if i is not None
+            )
+        elif isinstance(item, slice):
+            if any(isinstance(v, Tensor) for v in (item.start, item.stop, item.step)):
+                raise t.unsupported("A slice bound that is a tensor depends on values")
+            if item.step is not None and item.step <= 0:
+                raise ValueError("step must be greater than zero")
+            start, stop, step = item.indices(h.shape[axis])
+            if (start, stop, step) != (0, h.shape[axis], 1):
+                h = _sliced(t, h, axis, start, max(start, stop), step)
+            axis += 1
+        else:
+            h = _selected(t, h, axis, int(item))
+    return h
+
+
+def _mask_of(t: Tracer, index: object) -> Tensor | None:
+    """The boolean mask, when the index is one tensor of bools."""
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    if isinstance(index, Tensor) and t.lift(index).dtype is b1:
+        return index
+    return None
+
+
+def _refuse_advanced(t: Tracer, index: object) -> None:
+    items = index if isinstance(index, tuple) else (index,)
+    for item in items:
+        if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
+            raise t.unsupported(
+                "Only basic indexing (ints, slices, None, ...) has a rule, and assignment through "
+                "a boolean mask; x[mask] as a value has a shape that depends on values, use "
+                "torch.where"
+            )
+
+
+@rule(Tensor.__getitem__)
+def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
+    _refuse_advanced(t, index)
+    h = t.lift(input)
+    found = basic_index(t, h, index)
+    if found is h:
+        found = t.view(h, (), h.shape, h.strides, h.offset).handle
+    return found.tensor
+
+
+@rule(Tensor.__setitem__)
+def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
+    mask = _mask_of(t, index)
+    if mask is not None:
+        _assign_masked(t, input, mask, value)
+        return
+    _refuse_advanced(t, index)
+    target = basic_index(t, t.lift(input), index).tensor
+    if not isinstance(value, Tensor):
+        fill_(t, target, value)
+        return
+    source, into = t.lift(value), t.lift(target)
+    extra = len(source.shape) - len(into.shape)
+    if extra > 0 and all(n == 1 for n in source.shape[:extra]):
+        value = reshape(t, value, source.shape[extra:])
+    copy_(t, target, value)
+
+
+def _assign_masked(t: Tracer, input: Tensor, mask: Tensor, value: object) -> None:
+    """x[mask] = scalar: the mask covers the leading axes of x."""
+    x, m = t.lift(input), t.lift(mask)
+    if m.shape != x.shape[: len(m.shape)]:
+        raise AxisError(
+            where=location.full(),
+            reason=f"The shape of the mask {list(m.shape)} does not match the indexed tensor "
+            f"{list(x.shape)}",
+        )
+    given = operand(t, value)
+    if given.handle is not None and given.handle.numel != 1:
+        raise t.unsupported("x[mask] = tensor depends on how many elements the mask selects")
+    if given.handle is not None and given.handle.shape:
+        value = reshape(t, value, ())
+    if given.handle is not None:
+        value = t.fresh(cast(t, t.read(t.lift(value)), x.dtype))
+    if len(m.shape) < len(x.shape):
+        mask = reshape(t, mask, m.shape + (1,) * (len(x.shape) - len(m.shape)))
+    write_back(t, input, masked_fill(t, input, mask, value))
+
+
+register(("permute",), _permute_function, inplace=False)
+for _names, _implementation in (
+    (("transpose", "swapaxes", "swapdims"), transpose),
+    (("t",), t_),
+    (("flatten",), flatten),
+    (("unsqueeze",), unsqueeze),
+    (("squeeze",), squeeze),
+    (("select",), select),
+    (("narrow",), narrow),
+):
+    register(_names, _implementation, inplace=False)
+rule(Tensor.permute)(permute)
+rule(Tensor.reshape)(reshape)
+rule(Tensor.expand)(expand_)
+
+
+@rule(torch.reshape)
+def _reshape_function(t: Tracer, input: Tensor, shape: object) -> TracedTensor:
+    return reshape(t, input, *shape)
+
+
+@rule(torch.broadcast_to, Tensor.broadcast_to)
+def broadcast_to(t: Tracer, input: Tensor, size: object) -> TracedTensor:
+    return expand_(t, input, size)

@@ -1,0 +1,107 @@
+"""Element-wise functions of one tensor: one row each, with torch's own derivative where needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from tracejit.capture.functions.common import as_float, pointwise, register, write_back
+from tracejit.capture.table import rule
+from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Builder, Value
+
+Emit = Callable[[Builder, Value], Value]
+Derivative = Callable[[Builder, Value, Value, Value], Value]  # (b, g, y, x)
+
+
+def _relu(b: Builder, x: Value) -> Value:
+    return b.maximum(x, 0.0 if x.type.dtype.is_float else 0)
+
+
+def _d_relu(b: Builder, g: Value, y: Value, x: Value) -> Value:
+    return b.where(b.le(y, 0.0), 0.0, g)
+
+
+def _sigmoid(b: Builder, x: Value) -> Value:
+    return b.div(1.0, b.add(b.exp(b.neg(x)), 1.0))
+
+
+def _d_sigmoid(b: Builder, g: Value, y: Value, x: Value) -> Value:
+    return b.mul(g, b.mul(b.sub(1.0, y), y))
+
+
+def _rsqrt(b: Builder, x: Value) -> Value:
+    return b.div(1.0, b.sqrt(x))
+
+
+def _d_rsqrt(b: Builder, g: Value, y: Value, x: Value) -> Value:
+    return b.mul(g, b.mul(b.mul(y, b.mul(y, y)), -0.5))
+
+
+def _isnan(b: Builder, x: Value) -> Value:
+    return b.ne(x, x)
+
+
+def _by_name(name: str) -> Emit:
+    return lambda b, x: getattr(b, name)(x)
+
+
+def _rounding(name: str) -> Emit:
+    return lambda b, x: getattr(b, name if x.type.dtype.is_float else "alias")(x)
+
+
+# name: (emit, derivative or None for the primitives' own, whether integers become floats)
+UNARY: dict[str, tuple[Emit, Derivative | None, bool]] = {
+    "neg": (_by_name("neg"), None, False),
+    "negative": (_by_name("neg"), None, False),
+    "abs": (_by_name("abs"), None, False),
+    "absolute": (_by_name("abs"), None, False),
+    "sign": (_by_name("sign"), None, False),
+    "floor": (_rounding("floor"), None, False),
+    "trunc": (_rounding("trunc"), None, False),
+    "exp": (_by_name("exp"), None, True),
+    "log": (_by_name("log"), None, True),
+    "sqrt": (_by_name("sqrt"), None, True),
+    "sin": (_by_name("sin"), None, True),
+    "cos": (_by_name("cos"), None, True),
+    "tanh": (_by_name("tanh"), None, True),
+    "relu": (_relu, _d_relu, False),
+    "sigmoid": (_sigmoid, _d_sigmoid, True),
+    "rsqrt": (_rsqrt, _d_rsqrt, True),
+    "square": (lambda b, x: b.mul(x, x), lambda b, g, y, x: b.mul(g, b.mul(x, 2.0)), False),
+    "isnan": (_isnan, None, False),
+}
+
+
+def _make(name: str, emit: Emit, derivative: Derivative | None, to_float: bool):
+    def function(t: Tracer, input: torch.Tensor) -> TracedTensor:
+        def step(x: Value) -> Value:
+            if derivative is None:
+                return emit(t.b, x)
+            with t.untaped():
+                y = emit(t.b, x)
+            return t.derive(name, (x,), y, lambda b, cts, need: (derivative(b, cts[0], y, x),))
+
+        return pointwise(t, step, (input,), to=as_float if to_float else lambda dtype: dtype)
+
+    return function
+
+
+FUNCTIONS = {name: _make(name, *row) for name, row in UNARY.items()}
+for _name, _implementation in FUNCTIONS.items():
+    register((_name,), _implementation)
+register(("__neg__",), FUNCTIONS["neg"], inplace=False)
+register(("__abs__",), FUNCTIONS["abs"], inplace=False)
+
+
+@rule(torch.nn.functional.relu)
+def relu(t: Tracer, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    out = FUNCTIONS["relu"](t, input)
+    return write_back(t, input, out) if inplace else out
+
+
+@rule(torch.positive, torch.Tensor.positive, torch.Tensor.__pos__)
+def positive(t: Tracer, input: torch.Tensor) -> torch.Tensor:
+    return input

@@ -1,0 +1,161 @@
+"""Runtime scalars: Python floats that a compiled step reads anew on every call.
+
+A `TracedFloat` is a float with the true value, so C code that reads it computes what eager would.
+Arithmetic on it is recorded as host nodes; a decision taken on it (comparison, `int()`, hashing,
+formatting) is recorded as a predicate, which a replay checks before it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tracejit.ir.graph import Arg, Value
+
+if TYPE_CHECKING:
+    from tracejit.capture.tracer import Tracer
+
+
+@dataclass(frozen=True, slots=True)
+class Predicate:
+    """A decision that the trace took: `left <relation> right` was `outcome` (host values)."""
+
+    relation: str  # "lt", "le", "eq", "ne", "gt", "ge", or "is": the very same float
+    left: Arg
+    right: Arg
+    outcome: bool
+
+
+RELATIONS: dict[str, Callable[[float, float], bool]] = {
+    name: getattr(operator, name) for name in ("lt", "le", "eq", "ne", "gt", "ge")
+}
+
+
+def same_float(a: float, b: float) -> bool:
+    """Whether two floats are the same value, sign of zero and NaN included."""
+    if a != a or b != b:
+        return a != a and b != b
+    return a == b and math.copysign(1.0, a) == math.copysign(1.0, b)
+
+
+RELATIONS["is"] = same_float
+
+
+class TracedFloat(float):
+    """A float whose value is a runtime scalar of the trace in progress."""
+
+    __slots__ = ("tracer", "value")
+    tracer: Tracer
+    value: Value
+
+    @classmethod
+    def make(cls, number: float, tracer: Tracer, value: Value) -> TracedFloat:
+        made = float.__new__(cls, number)
+        made.tracer = tracer
+        made.value = value
+        return made
+
+    def pin(self) -> float:
+        """Take the value itself: a replay is good for this value only."""
+        number = float.__pos__(self)
+        if self.tracer.active:
+            self.tracer.predicates.append(Predicate("is", self.value, number, True))
+        return number
+
+    real = property(lambda self: self.pin())
+    imag = property(lambda self: 0.0)
+
+    def __reduce__(self):
+        return float, (self.pin(),)
+
+
+def _operand(x: object, tracer: Tracer) -> Arg | None:
+    """The host operand that a number stands for; None for anything else."""
+    if isinstance(x, TracedFloat):
+        return x.value if x.tracer is tracer else float.__pos__(x)
+    return x if isinstance(x, (int, float)) else None
+
+
+def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
+    def method(self: TracedFloat, other: object):
+        tracer = self.tracer
+        operand = _operand(other, tracer)
+        if operand is None:
+            return NotImplemented
+        mine, theirs = float.__pos__(self), other
+        if isinstance(theirs, TracedFloat):
+            theirs = float.__pos__(theirs)
+        number = python(theirs, mine) if reflected else python(mine, theirs)
+        if not tracer.active:
+            return number
+        if not isinstance(number, float):  # a negative base to a fractional power is complex
+            for operand in (self, other):
+                if isinstance(operand, TracedFloat):
+                    operand.pin()
+            return number
+        args = (operand, self.value) if reflected else (self.value, operand)
+        return TracedFloat.make(number, tracer, getattr(tracer.b, op_name)(*args))
+
+    return method
+
+
+def _unary(op_name: str, python: Callable) -> Callable:
+    def method(self: TracedFloat):
+        number = python(float.__pos__(self))
+        if not self.tracer.active:
+            return number
+        return TracedFloat.make(number, self.tracer, getattr(self.tracer.b, op_name)(self.value))
+
+    return method
+
+
+def _comparison(relation: str) -> Callable:
+    def method(self: TracedFloat, other: object):
+        operand = _operand(other, self.tracer)
+        if operand is None:
+            return NotImplemented
+        plain = float.__pos__(other) if isinstance(other, TracedFloat) else other
+        outcome = RELATIONS[relation](float.__pos__(self), plain)
+        if self.tracer.active:
+            predicate = Predicate(relation, self.value, operand, outcome)
+            self.tracer.predicates.append(predicate)
+        return outcome
+
+    return method
+
+
+def _pinned(name: str) -> Callable:
+    plain = getattr(float, name)
+
+    def method(self: TracedFloat, *args):
+        return plain(self.pin(), *args)
+
+    return method
+
+
+for _name, _python in (
+    ("add", operator.add),
+    ("sub", operator.sub),
+    ("mul", operator.mul),
+    ("truediv", operator.truediv),
+    ("floordiv", operator.floordiv),
+    ("mod", operator.mod),
+    ("pow", operator.pow),
+):
+    _op = "host_" + _name.replace("truediv", "div")
+    setattr(TracedFloat, f"__{_name}__", _arithmetic(_op, _python, reflected=False))
+    setattr(TracedFloat, f"__r{_name}__", _arithmetic(_op, _python, reflected=True))
+TracedFloat.__neg__ = _unary("host_neg", operator.neg)
+TracedFloat.__abs__ = _unary("host_abs", abs)
+TracedFloat.__pos__ = lambda self: self
+for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
+    setattr(TracedFloat, f"__{_name}__", _comparison(_name))
+for _name in (
+    *("__bool__", "__int__", "__float__", "__trunc__", "__floor__", "__ceil__", "__round__"),
+    *("__hash__", "__repr__", "__str__", "__format__", "__divmod__", "__rdivmod__"),
+    *("is_integer", "as_integer_ratio", "hex", "conjugate", "__getnewargs__"),
+):
+    setattr(TracedFloat, _name, _pinned(_name))

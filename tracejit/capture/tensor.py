@@ -1,0 +1,270 @@
+"""Tensors of a trace: storages, handles on them, and the proxies that user code holds.
+
+A `Storage` is a region of memory with a current IR value. A `Handle` stands for one torch tensor
+object: a chain of movement primitives from its storage's value, with torch's geometry beside it.
+Handles that differentiate together share a `Family`; `.data` and `.detach()` start a new one on the
+same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+
+from tracejit.errors import LeakedTracer
+from tracejit.ir import types
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import DType
+
+TO_IR: dict[torch.dtype, DType] = {
+    torch.float64: types.f64,
+    torch.float32: types.f32,
+    torch.float16: types.f16,
+    torch.bfloat16: types.bf16,
+    torch.int64: types.i64,
+    torch.int32: types.i32,
+    torch.int16: types.i16,
+    torch.int8: types.i8,
+    torch.uint8: types.u8,
+    torch.bool: types.b1,
+}
+TO_TORCH = {ir: dtype for dtype, ir in TO_IR.items()}
+
+Step = tuple[str, tuple[tuple[str, object], ...]]  # one movement primitive and its attributes
+Ints = tuple[int, ...]
+
+
+@dataclass(eq=False, slots=True)
+class Version:
+    """torch's version counter: shared by a tensor, its views and its detached aliases."""
+
+    count: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """A region of memory. `value` is what it holds now; `shape`, `strides` lay it out.
+
+    `real` is the tensor outside the trace whose memory this is, `param` the graph input for it.
+    """
+
+    value: Value
+    strides: Ints
+    real: torch.Tensor | None = None
+    param: Value | None = None
+    writes: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Family:
+    """Handles that share autograd history: the tracked value of a storage as they see it."""
+
+    storage: Storage
+    value: Value
+    seen: int = 0  # the storage's write count that `value` belongs to
+    leaf: Handle | None = None  # the leaf that requires grad, when this family's base is one
+
+
+@dataclass(eq=False, slots=True)
+class Handle:
+    """One torch tensor of a trace."""
+
+    family: Family
+    steps: tuple[Step, ...]
+    shape: Ints
+    strides: Ints
+    offset: int
+    dtype: DType
+    device: str
+    version: Version
+    tensor: torch.Tensor | None = None  # the object user code holds: real, or a TracedTensor
+    requires_grad_leaf: bool = False
+    grad: torch.Tensor | None = None
+    grad_at_start: torch.Tensor | None = None  # a real tensor's .grad before the step
+    grad_known: bool = True  # False until a real tensor's .grad has been read
+    memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
+
+    @property
+    def storage(self) -> Storage:
+        return self.family.storage
+
+    @property
+    def is_real(self) -> bool:
+        return self.tensor is not None and not isinstance(self.tensor, TracedTensor)
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def is_contiguous(self) -> bool:
+        return is_contiguous(self.shape, self.strides)
+
+
+class TracedTensor(torch.Tensor):
+    """An intermediate of a trace. It has shape, dtype and device, and no data.
+
+    All torch functions on it are intercepted while its trace runs; any that slips through, or that
+    comes after the trace, ends in `__torch_dispatch__`, which always raises.
+    """
+
+    handle: Handle
+    tracer: object  # the trace that it belongs to
+
+    @staticmethod
+    def make(handle: Handle, tracer: object) -> TracedTensor:
+        made = torch.Tensor._make_wrapper_subclass(
+            TracedTensor,
+            handle.shape,
+            strides=handle.strides,
+            storage_offset=handle.offset,
+            dtype=TO_TORCH[handle.dtype],
+            device=handle.device,
+        )
+        made.handle = handle
+        made.tracer = tracer
+        handle.tensor = made
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        from tracejit.capture import location
+
+        raise LeakedTracer(
+            where=location.full(),
+            function=str(func),
+            reason="which has no data",
+            remedy="Use it only inside the step, through torch functions, or return it",
+        )
+
+
+def is_contiguous(shape: Ints, strides: Ints) -> bool:
+    """Row-major, axes of extent 1 aside; empty tensors are contiguous."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def is_dense(shape: Ints, strides: Ints) -> bool:
+    """Non-overlapping and dense: a permutation of a row-major layout."""
+    step = 1
+    for stride, size in sorted(
+        (st, sz) for st, sz in zip(strides, shape, strict=True) if sz != 1
+    ):
+        if size == 0:
+            return True
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def apply_steps(b: Builder, value: Value, steps: tuple[Step, ...]) -> Value:
+    """Follow a view chain from a storage's value."""
+    for name, attrs in steps:
+        value = getattr(b, name)(value, **dict(attrs))
+    return value
+
+
+def put_through(b: Builder, base: Value, steps: tuple[Step, ...], new: Value) -> Value:
+    """The base's value after `new` was written through a view chain."""
+    if not steps:
+        return new
+    (name, attrs), rest = steps[0], steps[1:]
+    attrs = dict(attrs)
+    if rest:
+        new = put_through(b, getattr(b, name)(base, **attrs), rest, new)
+    shape = base.type.shape
+    if name == "reshape":
+        return b.reshape(new, shape=shape)
+    if name == "permute":
+        axes = attrs["axes"]
+        return b.permute(new, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__)))
+    assert name == "slice", name  # writes through expand are refused before
+    starts, stops, steps_ = attrs["starts"], attrs["stops"], attrs["steps"]
+    if new.type.shape == shape:
+        return new
+    rows = list(zip(shape, starts, new.type.shape, steps_, strict=True))
+    ends = [lo + (n - 1) * st + 1 if n else lo for _, lo, n, st in rows]
+    pads = {
+        "low": starts,
+        "high": tuple(size - end for (size, *_), end in zip(rows, ends, strict=True)),
+        "interior": tuple(st - 1 for st in steps_),
+    }
+    inside = b.full(True, shape=new.type.shape, dtype=types.b1, device=new.type.device)
+    inside = b.pad(inside, **pads, value=False)
+    return b.where(inside, b.pad(new, **pads, value=0), base)
+
+
+def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
+    """Strides that torch gives the result of an element-wise op on (shape, strides) operands.
+
+    Source: TensorIterator's rule; axes are ordered by the operands' strides, ties by position.
+    """
+    if all(s == shape and is_contiguous(s, st) for s, st in operands):
+        return types.contiguous_strides(shape)
+    if len({st for _, st in operands}) == 1 and operands[0][0] == shape:
+        if is_dense(*operands[0]):
+            return operands[0][1]
+    rank = len(shape)
+    aligned = []
+    for s, st in operands:
+        pad = rank - len(s)
+        row = (0,) * pad + tuple(0 if n == 1 else x for n, x in zip(s, st, strict=True))
+        aligned.append(row)
+
+    def order(i: int, j: int) -> int:
+        for row in aligned:
+            if row[i] == 0 or row[j] == 0:
+                continue
+            if row[i] != row[j]:
+                return -1 if row[i] < row[j] else 1
+            if shape[i] > shape[j]:
+                return 1
+        return 0
+
+    axes = list(reversed(range(rank)))
+    for i in range(1, rank):
+        at = i
+        for j in reversed(range(i)):
+            verdict = order(axes[j], axes[at])
+            if verdict > 0:
+                axes[j], axes[at] = axes[at], axes[j]
+                at = j
+            elif verdict < 0:
+                break
+    strides = [0] * rank
+    step = 1
+    for axis in axes:
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def extent(handle_shape: Ints, strides: Ints) -> int:
+    """Elements spanned from the first to the last, 0 when empty."""
+    if 0 in handle_shape:
+        return 0
+    return 1 + sum((n - 1) * abs(st) for n, st in zip(handle_shape, strides, strict=True))
+
+
+def broadcast_shape(shapes: list[Ints]) -> Ints | None:
+    """torch's broadcast of several shapes, or None if they do not broadcast."""
+    out: list[int] = []
+    for sizes in itertools.zip_longest(*(reversed(s) for s in shapes), fillvalue=1):
+        wide = {n for n in sizes if n != 1}
+        if len(wide) > 1:
+            return None
+        out.append(wide.pop() if wide else 1)
+    return tuple(reversed(out))

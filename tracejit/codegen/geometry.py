@@ -1,0 +1,180 @@
+"""How a Triton kernel is launched for given sizes: grid, block sizes, warps, workspace.
+
+Also decides, from the sizes, whether the inner elements of a `rows` kernel fit one tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
+from tracejit.codegen.triton_matmul import contraction
+from tracejit.kernels.tiles import tiles
+from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store
+
+BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 128-bit accesses
+SMALL = 1 << 17  # domains below this many elements take smaller tiles, to fill more of the GPU
+MAX_PROGRAMS = 1024  # of a full reduction: bounds the partials that the last program folds
+MAX_TILE = 8192  # elements of a rows tile
+COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
+FILLED = 256  # programs that keep a GPU busy
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One launch's grid, constants and options; `workspace` in bytes."""
+
+    grid: tuple[int]
+    constants: Mapping[str, int]
+    num_warps: int
+    num_stages: int = 3
+    workspace: int = 0
+
+
+def geometry(
+    kernel: Kernel, sizes: Sequence[int], precision: str, looped: bool, max_tile: int = MAX_TILE
+) -> Geometry:
+    """The launch of a kernel for the values of its sizes; `max_tile` bounds elements per tile."""
+    bound = dict(zip(kernel.sizes, sizes, strict=True))
+    plan = {"pointwise": _pointwise, "reduce": _reduce, "matmul": _matmul}.get(form_of(kernel))
+    if plan is not None:
+        return plan(kernel, bound, precision, max_tile)
+    outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+    block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
+    return Geometry(
+        grid=(cdiv(outer, block_o),),
+        constants={"BLOCK_O": block_o, "BLOCK_I": block_i},
+        num_warps=_warps(block_o * block_i),
+    )
+
+
+def is_looped(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> bool:
+    """Whether a rows kernel must walk its inner elements block by block at these sizes."""
+    if form_of(kernel) != "rows":
+        return False
+    bound = dict(zip(kernel.sizes, sizes, strict=True))
+    outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+    block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
+    return not can_persist(kernel) or block_o * block_i > _tile_limit(kernel, max_tile)
+
+
+def _pointwise(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+    if not kernel.axes:
+        return Geometry(grid=(1,), constants={}, num_warps=1)
+    numel = _numel(kernel.axes, bound)
+    block = min(BLOCK if numel >= SMALL else BLOCK // 4, max_tile)
+    return Geometry((cdiv(numel, block),), {"BLOCK": block}, _warps(block))
+
+
+def _reduce(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+    first = kernel.stages[0]
+    numel = _numel(first.axes, bound)
+    block = min(BLOCK if numel >= SMALL else BLOCK // 4, max_tile)
+    blocks = max(1, cdiv(numel, block))
+    steps = cdiv(blocks, MAX_PROGRAMS)
+    programs = cdiv(blocks, steps)
+    return Geometry(
+        grid=(programs,),
+        constants={"BLOCK": block, "PROGRAMS": programs, "STEPS": steps},
+        num_warps=_warps(block),
+        workspace=_workspace(first.body, programs),
+    )
+
+
+def _matmul(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+    c = contraction(kernel)
+    m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
+    weight = sum(isinstance(s, Load) for s in c.stage.body)
+    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight))
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    programs = _numel(c.batch, bound) * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
+    workspace = _workspace(c.stage.body, programs)
+    return Geometry((programs,), chosen, workspace=workspace, **options)
+
+
+def _rows_tile(
+    kernel: Kernel, outer: int, inner: int, looped: bool, max_tile: int
+) -> tuple[int, int]:
+    """BLOCK_O and BLOCK_I: wide along the contiguous axis, narrow enough to fill the GPU."""
+    limit = _tile_limit(kernel, max_tile)
+    block_i = power_of_two(inner)
+    if outer_is_contiguous(kernel):
+        least, block_o = 8, COLUMNS
+        block_i = min(block_i, max(1, limit // 4 // block_o)) if looped else block_i
+    else:
+        block_i = min(block_i, max(1, limit // 4)) if looped else block_i
+        least, block_o = 1, max(1, BLOCK // block_i)
+    block_o = min(block_o, power_of_two(outer), max_tile)
+    while block_o > least and (cdiv(outer, block_o) < FILLED or block_o * block_i > limit):
+        block_o //= 2
+    return block_o, block_i
+
+
+def _tile_limit(kernel: Kernel, max_tile: int) -> int:
+    """Elements of a tile whose values still fit the registers: fewer, the more values it holds."""
+    loads = {
+        (s.buffer, s.index)
+        for stage in kernel.stages
+        if stage.axes
+        for s in stage.body
+        if isinstance(s, Load)
+    }
+    return min(max_tile, MAX_TILE if len(loads) <= 3 else MAX_TILE // 2)
+
+
+def outer_is_contiguous(kernel: Kernel) -> bool:
+    """Whether neighbours in memory lie along an outer axis, for most accesses of the stages."""
+    outer = {axis.name for axis in kernel.axes}
+    votes = 0
+    for stage in kernel.stages:
+        inner = {axis.name for axis in stage.axes}
+        for s in stage.body:
+            if not isinstance(s, Load | Store):
+                continue
+            names = _axis_names(s.index)
+            if names & outer and names & inner:
+                unit = _unit_axes(s.index)
+                votes += bool(unit & outer) - bool(unit & inner)
+    return votes > 0
+
+
+def _unit_axes(index: Index) -> set[str]:
+    """The axes that move an index by 1."""
+    units = {atom for atom, coefficient in index.terms if coefficient == 1}
+    return {name for a in units for name in ({a} if isinstance(a, str) else _unit_axes(a.index))}
+
+
+def _axis_names(index: Index) -> set[str]:
+    """All axes that an index depends on."""
+    atoms = {atom for atom, _ in index.terms}
+    return {name for a in atoms for name in ({a} if isinstance(a, str) else _axis_names(a.index))}
+
+
+def _workspace(body: Sequence, programs: int) -> int:
+    reductions = sum(isinstance(s, Reduce) for s in body)
+    return HEADER_BYTES + PARTIAL_BYTES * programs * reductions if reductions else 0
+
+
+def _inner_numel(kernel: Kernel, bound: Mapping) -> int:
+    return max(_numel(stage.axes, bound) for stage in kernel.stages if stage.axes)
+
+
+def _numel(axes: Sequence[Axis], bound: Mapping) -> int:
+    return math.prod(bound.get(a.extent, a.extent) for a in axes)
+
+
+def _warps(elements: int) -> int:
+    """8 elements a thread, in 1 to 8 warps."""
+    return min(8, max(1, elements // 256))
+
+
+def cdiv(n: int, by: int) -> int:
+    """n / by, rounded up."""
+    return -(-n // by)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()

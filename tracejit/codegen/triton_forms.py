@@ -1,0 +1,203 @@
+"""Kernels without a contraction as Triton functions, one printer per form.
+
+pointwise   outer axes only: a flat block of the domain per program
+reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
+            the last one to finish folds the partials in fixed order and runs the tail stages
+rows        everything else: a program holds BLOCK_O outer points and all (or, `looped`, BLOCK_I at
+            a time) of their inner elements
+
+Each printer returns a `Function`; `triton.emit` puts the module around it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracejit.codegen.triton_body import NO_DIMS, Body
+from tracejit.codegen.triton_text import Dim, Line, fold_of, indent
+from tracejit.errors import InvalidGraph
+from tracejit.schedule.kernel import Kernel, Reduce, Stage
+
+HEADER_BYTES = 16  # the workspace starts with the counter; the partials follow
+PARTIAL_BYTES = 8  # per program and reduction: enough for every accumulator
+FOLD_BLOCK = 256  # partials folded at a time
+
+
+@dataclass(frozen=True)
+class Function:
+    """A generated function's lines, its constants besides the kernel's sizes, and its imports.
+
+    `imports` are names of tracejit.kernels.reduce; a function that has any takes a workspace.
+    """
+
+    lines: tuple[Line, ...]
+    constants: tuple[str, ...]
+    imports: tuple[str, ...] = ()
+
+
+def form_of(kernel: Kernel) -> str:
+    """Which printer a kernel needs: pointwise, reduce, rows or matmul."""
+    if any(stage.dot is not None for stage in kernel.stages):
+        return "matmul"
+    inner = [stage for stage in kernel.stages if stage.axes]
+    if not inner:
+        return "pointwise"
+    alone = not kernel.axes and kernel.stages[0].axes and len(inner) == 1
+    if alone and any(isinstance(s, Reduce) for s in inner[0].body):
+        return "reduce"
+    return "rows"
+
+
+def pointwise(kernel: Kernel) -> Function:
+    """One flat block of the outer domain per program; a kernel without axes is one program."""
+    body = Body(kernel)
+    dim = Dim("x", kernel.axes)
+    if dim.axes:
+        body.enter(dim)
+    for stage in kernel.stages:
+        _without_reductions(body, stage)
+    index = f"{_program_id(kernel)} * BLOCK + {_lanes(dim)}"
+    prelude = body.prelude(dim, index) if dim.axes else []
+    lines = [*prelude, *body.scalar_lines(), *body.lines]
+    return Function(tuple(lines), ("BLOCK",) if dim.axes else ())
+
+
+def reduce(kernel: Kernel) -> Function:
+    """A full reduction with its element-wise stores and its tail in one launch."""
+    body = Body(kernel)
+    first, *tail = kernel.stages
+    dim = Dim("x", first.axes)
+    everywhere = frozenset([dim.name])
+    before = body.mark()
+    body.enter(dim)
+    reductions = body.emit(first.body)
+    totals, starts = {}, []
+    for r in reductions:
+        fold = fold_of(r)
+        totals[r] = f"{r.out!r}_{fold.kind}"
+        value = body.reduced_value(r, everywhere)
+        body.lines.append(Line(fold.combine(totals[r], value), r.where))
+        starts.append(Line(f"{totals[r]} = tl.full([BLOCK], {fold.neutral}, {fold.type})"))
+    index = f"(step * PROGRAMS + pid) * BLOCK + {_lanes(dim)}"
+    loop = [*body.prelude(dim, index), *body.lines]
+    body.lines = []
+    body.leave(dim, before)
+    last, imports = last_program(body, reductions, totals, tail, "PROGRAMS")
+    lines = [
+        Line(f"pid = {_program_id(kernel)}"),
+        *body.scalar_lines(),
+        *starts,
+        Line("for step in range(STEPS):"),
+        *indent(loop),
+        *last,
+    ]
+    return Function(tuple(lines), ("BLOCK", "PROGRAMS", "STEPS"), imports)
+
+
+def last_program(
+    body: Body,
+    reductions: list[Reduce],
+    totals: dict[Reduce, str],
+    tail: list[Stage],
+    programs: str,
+) -> tuple[list[Line], tuple[str, ...]]:
+    """Publish each reduction's tile total; the last program folds them and runs the tail."""
+    lines, collects = [], []
+    for position, r in enumerate(reductions):
+        fold = fold_of(r)
+        name = f"{r.out!r}_partials"
+        offset = f"workspace + {HEADER_BYTES}"
+        if position:
+            offset += f" + {PARTIAL_BYTES * position} * {programs}"
+        lines.append(Line(f"{name} = ({offset}).to(tl.pointer_type({fold.type}))"))
+        lines.append(Line(f"publish({name}, {fold.tile}({totals[r]}), pid)"))
+        total = fold.finish(f"{fold.collect}({name}, {programs}, {FOLD_BLOCK})")
+        collects.append(Line(f"{r.out!r} = {total}", r.where))
+        body.define(r.out, NO_DIMS)
+    for stage in tail:
+        _without_reductions(body, stage)
+    lines.append(Line(f"if is_last(workspace.to(tl.pointer_type(tl.int32)), {programs}):"))
+    lines += indent([*collects, *body.lines])
+    body.lines = []
+    return lines, ("is_last", "publish", *sorted({fold_of(r).collect for r in reductions}))
+
+
+def can_persist(kernel: Kernel) -> bool:
+    """Whether all inner stages run over one domain, so that one tile may serve them all."""
+    extents = {tuple(a.extent for a in stage.axes) for stage in kernel.stages if stage.axes}
+    return len(extents) == 1
+
+
+def rows(kernel: Kernel, looped: bool) -> Function:
+    """Outer points by inner elements; `looped` walks the inner elements block by block."""
+    body = Body(kernel)
+    outer = Dim("o", kernel.axes, "BLOCK_O", "[:, None]")
+    body.enter(outer)
+    if looped:
+        middle = [line for stage in kernel.stages for line in _looped_stage(body, stage)]
+    else:
+        middle = _persistent_stages(body, kernel)
+    index = f"{_program_id(kernel)} * BLOCK_O + {_lanes(outer)}"
+    lines = [*body.prelude(outer, index), *body.scalar_lines(), *middle]
+    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
+
+
+def _persistent_stages(body: Body, kernel: Kernel) -> list[Line]:
+    """All stages on one tile: what an earlier stage loaded or computed is used again."""
+    inner = next(Dim("i", s.axes, "BLOCK_I", "[None, :]") for s in kernel.stages if s.axes)
+    for stage in kernel.stages:
+        if not stage.axes:
+            _without_reductions(body, stage)
+            continue
+        body.enter(inner)
+        body.same_axes(stage.axes, inner)
+        for r in body.emit(stage.body):
+            fold = fold_of(r)
+            total = f"{fold.tile}({body.reduced_value(r, frozenset('i'))}, 1)[:, None]"
+            body.lines.append(Line(f"{r.out!r} = {fold.finish(total)}", r.where))
+            body.define(r.out, frozenset("o"))
+        body.leave(inner)
+    return [*body.prelude(inner, _lanes(inner, kernel.index64)), *body.lines]
+
+
+def _looped_stage(body: Body, stage: Stage) -> list[Line]:
+    """One stage; with axes, a loop over blocks of its inner elements."""
+    body.lines = []
+    if not stage.axes:
+        _without_reductions(body, stage)
+        return body.lines
+    inner = Dim("i", stage.axes, "BLOCK_I", "[None, :]")
+    mark = body.mark()
+    body.enter(inner)
+    starts, ends = [], []
+    reductions = body.emit(stage.body)
+    for r in reductions:
+        fold = fold_of(r)
+        total = f"{r.out!r}_{fold.kind}"
+        starts.append(Line(f"{total} = tl.full([BLOCK_O, BLOCK_I], {fold.neutral}, {fold.type})"))
+        value = body.reduced_value(r, frozenset("i"))
+        body.lines.append(Line(fold.combine(total, value), r.where))
+        result = fold.finish(f"{fold.tile}({total}, 1)[:, None]")
+        ends.append(Line(f"{r.out!r} = {result}", r.where))
+    index = f"start + {_lanes(inner, body.kernel.index64)}"
+    loop = [*body.prelude(inner, index), *body.lines]
+    body.leave(inner, mark)
+    for r in reductions:
+        body.define(r.out, frozenset("o"))
+    head = Line(f"for start in range(0, {inner.extent}, BLOCK_I):")
+    return [*starts, head, *indent(loop), *ends]
+
+
+def _without_reductions(body: Body, stage: Stage) -> None:
+    """A stage that runs once per outer point."""
+    if stage.axes or body.emit(stage.body):
+        raise InvalidGraph(reason="a reduction needs a stage with axes")
+
+
+def _lanes(dim: Dim, wide: bool = False) -> str:
+    """The positions of a block's elements within it."""
+    return f"tl.arange(0, {dim.block}){dim.place}" + (".to(tl.int64)" if wide else "")
+
+
+def _program_id(kernel: Kernel) -> str:
+    return "tl.program_id(0).to(tl.int64)" if kernel.index64 else "tl.program_id(0)"

@@ -1,0 +1,192 @@
+"""Kernels with a contraction: generated loads and epilogue around the hand-written matmul.
+
+Printed are `load_a`, `load_b` and `epilogue`, in the forms that `tracejit.kernels.matmul` asks
+for, and the kernel itself, which names its sizes and calls that matmul with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tracejit.codegen.triton_body import NO_DIMS, Body
+from tracejit.codegen.triton_forms import Function, last_program
+from tracejit.codegen.triton_text import (
+    MEMORY_TYPE,
+    Dim,
+    Line,
+    compute_type,
+    fold_of,
+    indent,
+    product,
+    render,
+    rounded,
+    unravel,
+)
+from tracejit.errors import InvalidGraph
+from tracejit.ir.types import DType
+from tracejit.kernels.tiles import dot_path
+from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Stage, Statement, Var
+
+TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """The parts of a matmul kernel."""
+
+    stage: Stage
+    dot: Dot
+    batch: tuple[Axis, ...]
+    m: Axis
+    n: Axis
+    tail: tuple[Stage, ...]
+
+    @property
+    def dtype(self) -> DType:
+        """The dtype of both operands."""
+        values = (self.dot.a_value, self.dot.b_value, self.dot.out)
+        return next(v.dtype for v in values if isinstance(v, Var))
+
+    def tile_dims(self, first: str, second: str) -> tuple[Dim, Dim]:
+        """Two of the dims m, n, k, over the ranges rm, rn, rk that the functions get."""
+        axes = {"m": self.m, "n": self.n, "k": self.dot.k}
+        return tuple(Dim(name, (axes[name],), f"r{name}.shape[0]") for name in (first, second))
+
+
+def contraction(kernel: Kernel) -> Contraction:
+    """Take a matmul kernel apart; raise InvalidGraph if it has another form."""
+    first, *tail = kernel.stages
+    if first.dot is None or kernel.axes or any(s.axes or s.dot for s in tail):
+        raise InvalidGraph(reason="a contraction is a kernel's first stage, alone with its axes")
+    *batch, m, n = first.axes
+    return Contraction(first, first.dot, tuple(batch), m, n, tuple(tail))
+
+
+def matmul(kernel: Kernel, precision: str) -> tuple[Function, list[str]]:
+    """The kernel's function, and the text of the functions that it hands to the matmul."""
+    c = contraction(kernel)
+    epilogue, imports = _epilogue(kernel, c)
+    functions = [_load(kernel, c, "a"), _load(kernel, c, "b"), epilogue]
+    b, m, n, k = (product([a.extent for a in axes]) for axes in (c.batch, [c.m], [c.n], [c.dot.k]))
+    dtype = c.dtype
+    total = compute_type(dtype) if dtype.is_float else "tl.int64"
+    arguments = [
+        f"{_tuple([b.name for b in kernel.buffers])},",
+        "scalars," if kernel.scalars else "None,  # no runtime scalars",
+        "workspace," if imports else "None,  # no full reductions",
+        f"{_tuple(kernel.sizes)},",
+        "load_a, load_b, epilogue,",
+        f"{b}, {m}, {n}, {k},",
+        f"{', '.join(TILE)},",
+        f'"{precision}", "{dot_path(dtype.name)}", {total},',
+    ]
+    lines = [Line("matmul("), *(Line(f"    {text}") for text in arguments), Line(")")]
+    return Function(tuple(lines), TILE, imports), functions
+
+
+def _tuple(names: Sequence[str]) -> str:
+    """A tuple of names as text."""
+    return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
+
+
+def _load(kernel: Kernel, c: Contraction, side: str) -> str:
+    """load_a or load_b: a tile of one operand, zero outside the matrix."""
+    if side == "a":
+        first, second = c.tile_dims("m", "k")
+        statements, value, ranges = c.dot.a, c.dot.a_value, ("rm", "rk")
+    else:
+        first, second = c.tile_dims("k", "n")
+        statements, value, ranges = c.dot.b, c.dot.b_value, ("rk", "rn")
+    body = Body(kernel)
+    body.enter(first, second)
+    _batch_axes(body, c)
+    everywhere = frozenset(body.dims)
+    result = _plain_load(body, statements, value, everywhere)
+    if result is None:
+        body.emit(statements)
+        text, _ = body.operand(value, c.dtype, typed=True)
+        zero = "0.0" if c.dtype.is_float else "0"
+        result = f"tl.where({body.mask(everywhere)}, {text}, {zero})"
+        if c.dtype.narrow:
+            result += f".to({MEMORY_TYPE[c.dtype.name]})"
+    head = f"def load_{side}(bufs, scalars, SIZES, b, {', '.join(ranges)}):"
+    shape = f"[BLOCK_{first.name.upper()}, BLOCK_{second.name.upper()}]"
+    doc = f"A {shape} tile of operand {side}, zero outside."
+    body.lines.append(Line(f"return {result}"))
+    return _function(body, c, head, doc, (first, second), ranges)
+
+
+def _plain_load(
+    body: Body, statements: tuple[Statement, ...], value: Operand, everywhere: frozenset[str]
+) -> str | None:
+    """The load of an operand that is nothing but a load over the whole tile, else None."""
+    if len(statements) != 1 or not isinstance(statements[0], Load) or statements[0].out != value:
+        return None
+    text, dims = body.load_text(statements[0], zero_outside=True)
+    return text if dims == everywhere else None
+
+
+def _epilogue(kernel: Kernel, c: Contraction) -> tuple[str, tuple[str, ...]]:
+    """The epilogue, and what it imports from tracejit.kernels.reduce."""
+    m, n = c.tile_dims("m", "n")
+    body = Body(kernel)
+    body.enter(m, n)
+    _batch_axes(body, c)
+    out, dtype = c.dot.out, c.dot.out.dtype
+    everywhere = frozenset(body.dims)
+    if dtype.narrow or not dtype.is_float:
+        text = rounded("acc", dtype) if dtype.narrow else f"acc.to({compute_type(dtype)})"
+        body.assign(out, text, everywhere, c.dot.where)
+    else:
+        body.define(out, everywhere, "acc")
+    reductions = body.emit(c.stage.body)
+    totals = {}
+    for r in reductions:
+        totals[r] = f"{r.out!r}_{fold_of(r).kind}"
+        body.lines.append(Line(f"{totals[r]} = {body.reduced_value(r, everywhere)}", r.where))
+    lines, imports = body.lines, ()
+    if reductions:
+        body.lines = []
+        body.leave(m)
+        body.leave(n)
+        last, imports = last_program(body, reductions, totals, list(c.tail), "num_programs")
+        lines = [*lines, *last]
+    elif c.tail:
+        raise InvalidGraph(reason="a contraction's tail follows a full reduction")
+    body.lines = lines
+    head = "def epilogue(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs):"
+    doc = f"What follows from the accumulated tile of {out!r}."
+    return _function(body, c, head, doc, (m, n), ("rm", "rn")), imports
+
+
+def _batch_axes(body: Body, c: Contraction) -> None:
+    """The batch axes are scalars, the same for a whole tile."""
+    for axis in c.batch:
+        body.axis_text[axis.name] = ("0" if axis.extent == 1 else axis.name, NO_DIMS)
+
+
+def _function(
+    body: Body, c: Contraction, head: str, doc: str, dims: tuple[Dim, Dim], ranges: tuple[str, str]
+) -> str:
+    """A jit function around the body's lines: it unpacks what it uses of bufs and SIZES."""
+    wide = ".to(tl.int64)" if body.kernel.index64 else ""
+    places = ("[:, None]", "[None, :]")
+    lines = unravel(c.batch, "b", {a.name for a in c.batch} & body.used)
+    for dim, variable, place in zip(dims, ranges, places, strict=True):
+        lines += body.prelude(dim, f"{variable}{place}{wide}")
+    lines += [*body.scalar_lines(), *body.lines]
+    names = set(re.findall(r"\w+", " ".join(line.text for line in lines)))
+    unpack = [
+        Line(f"{size}: tl.constexpr = SIZES[{i}]")
+        for i, size in enumerate(body.kernel.sizes)
+        if size in names
+    ]
+    unpack += [
+        Line(f"{buffer.name} = bufs[{i}]")
+        for i, buffer in enumerate(body.kernel.buffers)
+        if buffer.name in names
+    ]
+    text = [Line("@triton.jit"), Line(head), *indent([Line(f'"""{doc}"""'), *unpack, *lines])]
+    return "\n".join(render(text))

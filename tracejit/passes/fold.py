@@ -1,0 +1,167 @@
+"""Rules about constants: `full` nodes of a literal, and the literals themselves.
+
+Only what IEEE arithmetic fixes to the bit is computed here; exp, pow and the like are left to the
+device, whose last bit may differ from numpy's.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from tracejit.ir.graph import Arg, Node, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import DType, round_to
+from tracejit.passes.rewrite import Made
+
+FULL = OPS["full"]
+Literal = int | float | bool
+
+# Correctly rounded, and not left open by C (maximum(0.0, -0.0)) or refused by eager (1 // 0).
+EXACT = (
+    *("neg", "abs", "sign", "sqrt", "floor", "trunc", "not", "alias", "cast"),
+    *("add", "sub", "mul", "div", "and", "or", "xor"),
+    *("eq", "ne", "lt", "le", "gt", "ge"),
+)
+MOVEMENT = ("reshape", "permute", "expand", "slice")
+EXACT_INTEGERS = {"f64": 2**53, "f32": 2**24, "bf16": 2**24, "f16": 2**24}  # of the accumulator
+
+
+def constant(arg: Arg, made: Made) -> Literal | None:
+    """The number that every element of an operand is, if that is known."""
+    if arg.__class__ is not Value:
+        return arg
+    node = made.get(arg)
+    if node is None or node.op is not FULL or isinstance(node.args[0], Value):
+        return None
+    return typed(node.args[0], arg.type.dtype)
+
+
+def typed(value: Literal, dtype: DType) -> Literal:
+    """A literal as an element of `dtype`; f32 and f64 keep the digits they were written with."""
+    if dtype.kind == "f" and not dtype.narrow:
+        return float(value)
+    with np.errstate(all="ignore"):
+        return round_to(np.asarray(value), dtype).item()
+
+
+def same_bits(a: Literal, b: Literal) -> bool:
+    """Whether two literals of one dtype are the same number, telling 0.0 from -0.0."""
+    return (a == b and math.copysign(1, a) == math.copysign(1, b)) or (a != a and b != b)
+
+
+def full_like(node: Node, value: Literal) -> Node:
+    """`full` of the node's result type, in its place."""
+    kind = node.out.type
+    attrs = (("shape", kind.shape), ("dtype", kind.dtype), ("device", kind.device))
+    return Node(FULL, (value,), attrs, node.outs, node.where)
+
+
+def fold_exact(node: Node, made: Made) -> Node | None:
+    """An exact op of constants is a constant."""
+    operands = []
+    for arg in node.args:
+        value = constant(arg, made)
+        if value is None:
+            return None
+        is_tensor = arg.__class__ is Value
+        operands.append(np.full(1, value, arg.type.dtype.compute) if is_tensor else value)
+    if node.op.name == "cast" and not _cast_is_defined(operands[0], node.out.type.dtype):
+        return None
+    with np.errstate(all="ignore"):
+        result = round_to(node.op.eval(*operands, **dict(node.attrs)), node.out.type.dtype)
+    return full_like(node, result.item())
+
+
+def _cast_is_defined(x: np.ndarray, dtype: DType) -> bool:
+    """Whether all platforms agree: not for a float beyond the integers of `dtype`."""
+    if x.dtype.kind != "f" or dtype.kind not in "iu":
+        return True
+    limits = np.iinfo(dtype.compute)
+    return bool(np.all((x >= limits.min) & (x <= limits.max - 1)))
+
+
+def literal_operands(node: Node, made: Made) -> Node | None:
+    """A constant tensor operand is a literal, as long as another tensor remains."""
+    args = list(node.args)
+    start = 1 if node.op.name == "where" else 0  # the condition stays
+    tensors = [
+        i
+        for i in range(start, len(args))
+        if args[i].__class__ is Value and not args[i].type.is_host
+    ]
+    changed = False
+    for i in reversed(tensors):
+        if len(tensors) == 1:
+            break
+        value = constant(args[i], made)
+        if value is not None:
+            args[i], changed = value, True
+            tensors.remove(i)
+    return Node(node.op, tuple(args), node.attrs, node.outs, node.where) if changed else None
+
+
+def constant_condition(node: Node, made: Made) -> Node | Value | None:
+    """`where` of a constant condition is one of its branches."""
+    condition = constant(node.args[0], made)
+    if condition is None:
+        return None
+    chosen = node.args[1 if condition else 2]
+    if isinstance(chosen, Value) and not chosen.type.is_host:
+        return chosen
+    return Node(FULL, (chosen,), full_like(node, 0).attrs, node.outs, node.where)
+
+
+def moved_constant(node: Node, made: Made) -> Node | None:
+    """A movement of a constant is a constant (a runtime scalar's too)."""
+    source = made.get(node.args[0])
+    if source is None or source.op is not FULL:
+        return None
+    return Node(FULL, source.args, full_like(node, 0).attrs, node.outs, node.where)
+
+
+def padded_constant(node: Node, made: Made) -> Node | None:
+    """A constant padded with itself is a constant."""
+    value = constant(node.args[0], made)
+    if value is None or not same_bits(value, typed(node.attr("value"), node.out.type.dtype)):
+        return None
+    return full_like(node, value)
+
+
+def extremum_of_constant(node: Node, made: Made) -> Node | None:
+    """The maximum and the minimum of a constant are that constant."""
+    value = constant(node.args[0], made)
+    return None if value is None else full_like(node, value)
+
+
+def sum_of_constant(node: Node, made: Made) -> Node | None:
+    """A sum of one small integer is exact in any order, so it is a constant."""
+    value = constant(node.args[0], made)
+    if value is None or not float(value).is_integer():
+        return None
+    source = node.args[0].type
+    count = math.prod(source.shape[a] for a in node.attr("axes"))
+    limit = EXACT_INTEGERS.get(source.dtype.name, 2 ** (8 * source.dtype.itemsize - 1) - 1)
+    if source.dtype.kind == "b" or abs(value) * count > limit:
+        return None
+    return full_like(node, typed(value * count + 0, source.dtype))
+
+
+LITERAL_OPERANDS = tuple(
+    name
+    for name, op in OPS.items()
+    if op.family == "elementwise" and (len(op.vjp) == 2 or name == "where")
+)
+
+FOLD = {
+    **dict.fromkeys(EXACT, (fold_exact,)),
+    **{name: (literal_operands,) for name in LITERAL_OPERANDS if name not in EXACT},
+    **{name: (fold_exact, literal_operands) for name in LITERAL_OPERANDS if name in EXACT},
+    "where": (constant_condition, literal_operands),
+    **dict.fromkeys(MOVEMENT, (moved_constant,)),
+    "pad": (padded_constant,),
+    "reduce_max": (extremum_of_constant,),
+    "reduce_min": (extremum_of_constant,),
+    "reduce_sum": (sum_of_constant,),
+}

@@ -1,0 +1,199 @@
+"""The disk cache: text entries under knobs.cache_dir(), addressed by kind and key.
+
+An entry is a file `<kind>/<sha256 of key><suffix>` of three comment lines (format version, sha256
+of the body, full key) and the body, so that a Python source stays importable. Files appear by
+rename, so readers and concurrent writers never see half of one; what is damaged or belongs to
+another key is removed and reported as absent; what another user owns or may write is never read.
+Where the cache cannot be written, `put` falls back to a private folder of this process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from tracejit import knobs
+
+VERSION = "tracejit cache 1"
+SUFFIX = {"triton": ".py"}  # by kind; ".txt" for others
+MAX_BYTES = 256 << 20
+STALE_SECONDS = 3600.0  # a temporary file this old was left by a crash
+SWEEP_EVERY = 64  # writes between two checks of the total size
+
+
+def sha256(text: str) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class DiskCache:
+    """Get and put text entries; safe among threads and processes that share the folder."""
+
+    def __init__(self, root: Path | None = None, max_bytes: int = MAX_BYTES):
+        self._root = root
+        self.max_bytes = max_bytes
+        self._puts = 0
+        self._warned = False
+
+    @property
+    def root(self) -> Path:
+        """Where entries lie; follows the environment unless a root was given."""
+        return self._root or knobs.cache_dir()
+
+    def path(self, kind: str, key: str) -> Path:
+        """The file of an entry, whether it exists or not."""
+        return self.root / kind / (sha256(key) + SUFFIX.get(kind, ".txt"))
+
+    def get(self, kind: str, key: str) -> str | None:
+        """The body of an entry, or None where there is none that can be trusted."""
+        path = self.path(kind, key)
+        try:
+            if not (self._trusted(os.stat(self.root)) and self._trusted(os.stat(path.parent))):
+                return None
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            with open(descriptor, "rb") as file:
+                status = os.fstat(descriptor)
+                if not (stat.S_ISREG(status.st_mode) and self._trusted(status)):
+                    return None
+                content = file.read()
+        except OSError:
+            return None
+        body = unpack(content, key)
+        with contextlib.suppress(OSError):
+            if body is None:
+                path.unlink()
+            else:
+                os.utime(path)  # read just now: the last to be swept
+        return body
+
+    def put(self, kind: str, key: str, text: str) -> Path:
+        """Store an entry and return a file that holds it."""
+        path = self.path(kind, key)
+        if self.get(kind, key) == text:
+            return path
+        try:
+            for folder in (self.root, path.parent):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                if not self._trusted(os.stat(folder)):
+                    return self._put_private(path, key, text)
+            write_atomically(path, pack(key, text))
+        except OSError as error:
+            self._warn(f"the cache folder {self.root} cannot be written ({error})")
+            return self._put_private(path, key, text)
+        self._puts += 1
+        if self._puts % SWEEP_EVERY == 1:
+            self.sweep()
+        return path
+
+    def sweep(self) -> None:
+        """Remove what crashes left behind, and the least recently used beyond `max_bytes`."""
+        entries, now = [], time.time()
+        for path, status in _files(self.root):
+            if path.suffix == ".tmp":
+                if now - status.st_mtime > STALE_SECONDS:
+                    _remove(path)
+            else:
+                entries.append((status.st_mtime, status.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes:
+                return
+            _remove(path)
+            total -= size
+
+    def _put_private(self, path: Path, key: str, text: str) -> Path:
+        private = private_folder() / path.name
+        write_atomically(private, pack(key, text))
+        return private
+
+    def _trusted(self, status: os.stat_result) -> bool:
+        """Whether only this user may have written something."""
+        if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+            return True
+        self._warn(
+            f"the cache folder {self.root} has entries that other users own or may write; they "
+            "are ignored. Set TRACEJIT_CACHE to a folder of your own, or chmod go-w it"
+        )
+        return False
+
+    def _warn(self, text: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"tracejit: {text}", RuntimeWarning, stacklevel=3)
+
+
+def pack(key: str, body: str) -> bytes:
+    """An entry's file: three comment lines and the body."""
+    return f"# {VERSION}\n# body {sha256(body)}\n# key {json.dumps(key)}\n{body}".encode()
+
+
+def unpack(content: bytes, key: str) -> str | None:
+    """The body of a file written by `pack` for `key`, else None."""
+    try:
+        version, digest, found, body = content.decode().split("\n", 3)
+    except ValueError:
+        return None
+    expected = (f"# {VERSION}", f"# body {sha256(body)}", f"# key {json.dumps(key)}")
+    return body if (version, digest, found) == expected else None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Let `path` appear, or change, all at once; readable and writable by its owner only."""
+    temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
+_private: list[Path] = []
+_private_lock = threading.Lock()
+
+
+def private_folder() -> Path:
+    """A temporary folder of this process, removed when it exits."""
+    with _private_lock:
+        if not _private:
+            _private.append(Path(tempfile.mkdtemp(prefix="tracejit-")))
+            atexit.register(shutil.rmtree, _private[0], ignore_errors=True)
+        return _private[0]
+
+
+def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The entries and temporary files below a cache folder, and nothing else found there."""
+    for kind in _scan(root):
+        for entry in _scan(kind.path) if kind.is_dir(follow_symlinks=False) else ():
+            if entry.name.endswith((".tmp", ".txt", *SUFFIX.values())):
+                try:
+                    yield Path(entry.path), entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue  # removed by another process just now
+
+
+def _scan(folder: str | Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()

@@ -1,0 +1,141 @@
+"""Tidying a Kernel's axes: drop those of extent 1, join those walked as one, rename.
+
+In and out: a Kernel with concrete sizes over axes "i0", "i1", … Extent-1 axes stay where they are
+the m or n of a Dot. Two adjacent axes p, q are one axis when in every index the coefficient of p is
+that of q times q's extent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from tracejit.schedule.kernel import (
+    Axis,
+    Bound,
+    FloorDiv,
+    InBounds,
+    Index,
+    Kernel,
+    Load,
+    Mask,
+    Mod,
+    Position,
+    Stage,
+    Statement,
+    Store,
+)
+
+
+def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
+    """The kernel with every index (of accesses, positions and bounds) replaced."""
+
+    def mask(m: Mask) -> Mask:
+        return tuple(Bound(change(b.index), b.high, b.step) for b in m)
+
+    def statement(s: Statement) -> Statement:
+        if isinstance(s, Load):
+            return replace(s, index=change(s.index), mask=mask(s.mask))
+        if isinstance(s, Store | Position):
+            return replace(s, index=change(s.index))
+        if isinstance(s, InBounds):
+            return replace(s, mask=mask(s.mask))
+        return s
+
+    def body(statements: tuple[Statement, ...]) -> tuple[Statement, ...]:
+        return tuple(map(statement, statements))
+
+    stages = []
+    for stage in kernel.stages:
+        dot = stage.dot
+        if dot is not None:
+            dot = replace(dot, a=body(dot.a), b=body(dot.b))
+        stages.append(Stage(stage.axes, body(stage.body), dot))
+    return replace(kernel, stages=tuple(stages))
+
+
+def indices_of(kernel: Kernel) -> Iterator[Index]:
+    """Every index of a kernel, with the ones nested in quotients and remainders."""
+    for stage in kernel.stages:
+        bodies = (stage.body,) if stage.dot is None else (stage.body, stage.dot.a, stage.dot.b)
+        for body in bodies:
+            for s in body:
+                if isinstance(s, Load | Store | Position):
+                    yield from _nested(s.index)
+                if isinstance(s, Load | InBounds):
+                    for bound in s.mask:
+                        yield from _nested(bound.index)
+
+
+def _nested(index: Index) -> Iterator[Index]:
+    yield index
+    for atom, _ in index.terms:
+        if not isinstance(atom, str):
+            yield from _nested(atom.index)
+
+
+def tidy(kernel: Kernel) -> Kernel:
+    """Drop, join and rename axes."""
+    fixed: set[str] = set()  # axes that keep their role: m, n and k of a Dot
+    k_name = ""
+    for stage in kernel.stages:
+        if stage.dot is not None:
+            fixed |= {a.name for a in stage.axes[-2:]} | {stage.dot.k.name}
+            k_name = stage.dot.k.name
+    runs = {kernel.axes} | {stage.axes for stage in kernel.stages}
+    coefficients = [dict(terms) for terms in dict.fromkeys(i.terms for i in indices_of(kernel))]
+    joined: set[str] = set()  # axes that became part of the next one
+    kept: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
+    for run in sorted(runs, key=repr):
+        axes = [a for a in run if a.extent != 1 or a.name in fixed]
+        out: list[Axis] = []
+        for axis in axes:
+            last = out[-1] if out else None
+            if last is not None and not {last.name, axis.name} & fixed:
+                adjacent = all(
+                    c.get(last.name, 0) == c.get(axis.name, 0) * axis.extent for c in coefficients
+                )
+                if adjacent:
+                    joined.add(last.name)
+                    out[-1] = Axis(axis.name, last.extent * axis.extent)
+                    continue
+            out.append(axis)
+        kept[run] = tuple(out)
+    names: dict[str, str] = {k_name: "k"} if k_name else {}
+    for run in (kernel.axes, *(stage.axes for stage in kernel.stages)):
+        for axis in kept[run]:
+            names.setdefault(axis.name, f"i{len(names) - bool(k_name)}")
+
+    def change(index: Index) -> Index:
+        terms = []
+        for atom, c in index.terms:
+            if isinstance(atom, str):
+                if atom not in joined:
+                    terms.append((names[atom], c))
+            elif isinstance(atom, FloorDiv):
+                terms.append((FloorDiv(change(atom.index), atom.by), c))
+            else:
+                terms.append((Mod(change(atom.index), atom.by), c))
+        return Index(tuple(sorted(terms, key=_position)), index.offset)
+
+    def rename(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        return tuple(Axis(names[a.name], a.extent) for a in kept[axes])
+
+    kernel = map_indices(kernel, change)
+    stages = tuple(
+        Stage(
+            rename(stage.axes),
+            stage.body,
+            stage.dot and replace(stage.dot, k=Axis("k", stage.dot.k.extent)),
+        )
+        for stage in kernel.stages
+    )
+    return replace(kernel, axes=rename(kernel.axes), stages=stages)
+
+
+def _position(term: tuple) -> tuple:
+    """Terms in the order of their axes, k last, quotients and remainders after that."""
+    atom = term[0]
+    if not isinstance(atom, str):
+        return (2, 0, repr(atom))
+    return (1, 0, "") if atom == "k" else (0, int(atom[1:]), "")

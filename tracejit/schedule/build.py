@@ -1,0 +1,123 @@
+"""schedule: Graph → Plan. Fusion decides the kernels, lowering writes them, memory is laid out."""
+
+from __future__ import annotations
+
+from tracejit.ir.graph import Graph, Node, Value
+from tracejit.schedule.fuse import Fuser, Fusion
+from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
+from tracejit.schedule.memory import Lifetime, plan_arena
+from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.sizes import parametrize
+from tracejit.schedule.tasks import analyse
+
+
+def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
+    """The launches that compute a graph; without `fuse`, one kernel per computing node."""
+    buffers = _outer_buffers(graph)
+    inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
+    results = tuple(b.name for b in buffers if b.kind == "output")
+    analysis = analyse(graph, fuse)
+    fuser = Fuser(graph, analysis, fuse)
+    fusion = fuser.run(list(results), inputs)
+    memory = Memory(dict(inputs), {b.name: b for b in buffers})
+    _locate(fusion, memory, fuser)
+    lowered = [lower(group, analysis, memory) for group in fusion.groups]
+    arena_bytes = _lay_out(lowered, memory)
+    scalars = _scalars(lowered)
+    host, host_params = _host_part(graph, scalars)
+    slots = {value.id: slot for slot, value in enumerate(scalars)}
+    writes = tuple(
+        inputs[w.target.id] for w in graph.writes if analysis.resolve(w.value) is not w.target
+    )
+    return Plan(
+        name=graph.name,
+        buffers=tuple(memory.buffers.values()),
+        launches=tuple(_launch(one, slots) for one in lowered),
+        results=results,
+        writes=writes,
+        host_params=host_params,
+        host=host,
+        scalars=tuple(scalars),
+        arena_bytes=arena_bytes,
+        device=_device(graph),
+    )
+
+
+def _outer_buffers(graph: Graph) -> list[PlanBuffer]:
+    """Buffers of tensor inputs and of results, named t0, t1, …"""
+    buffers: list[PlanBuffer] = []
+    for position, param in enumerate(graph.params):
+        if not param.value.type.is_host:
+            name = f"t{len(buffers)}"
+            buffers.append(
+                PlanBuffer(name, "input", param.value.type, param.strides, index=position)
+            )
+    for position, result in enumerate(graph.results):
+        name = f"t{len(buffers)}"
+        buffers.append(PlanBuffer(name, "output", result.value.type, result.strides, position))
+    return buffers
+
+
+def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
+    """Give every realized value a buffer; those without one get an arena buffer and a store."""
+    for id, (value, buffer) in fusion.realized.items():
+        if not buffer:
+            buffer = f"t{len(memory.buffers)}"
+            memory.buffers[buffer] = PlanBuffer(buffer, "arena", value.type)
+            producer = fusion.tasks[fuser.analysis.origins[id].main.id]
+            producer.group.tasks.append(arena_store(producer, value, buffer, fuser.tick()))
+        memory.located[id] = buffer
+
+
+def _lay_out(lowered: list[Lowered], memory: Memory) -> int:
+    """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
+    spans: dict[str, tuple[int, int]] = {}
+    for position, one in enumerate(lowered):
+        for name in one.buffers:
+            first, _ = spans.get(name, (position, position))
+            spans[name] = (first, position)
+    arena = [b for b in memory.buffers.values() if b.kind == "arena"]
+    offsets, total = plan_arena([Lifetime(b.type.nbytes, *spans[b.name]) for b in arena])
+    for buffer, offset in zip(arena, offsets, strict=True):
+        memory.buffers[buffer.name] = PlanBuffer(buffer.name, "arena", buffer.type, offset=offset)
+    return total
+
+
+def _scalars(lowered: list[Lowered]) -> list[Value]:
+    """The host values that kernels read, in order of first use."""
+    found = {value.id: value for one in lowered for value in one.scalars}
+    return list(found.values())
+
+
+def _host_part(
+    graph: Graph, scalars: list[Value]
+) -> tuple[tuple[Node, ...], tuple[tuple[Value, int], ...]]:
+    """The host nodes and host inputs that the scalars need."""
+    live = {value.id for value in scalars}
+    nodes: list[Node] = []
+    for node in reversed(graph.nodes):
+        if node.op.family == "host" and node.out.id in live:
+            live.update(v.id for v in node.inputs)
+            nodes.append(node)
+    params = tuple(
+        (param.value, position)
+        for position, param in enumerate(graph.params)
+        if param.value.id in live
+    )
+    return tuple(reversed(nodes)), params
+
+
+def _launch(lowered: Lowered, slots: dict[int, int]) -> Launch:
+    kernel, sizes = parametrize(lowered.kernel)
+    return Launch(kernel, lowered.buffers, sizes, tuple(slots[v.id] for v in lowered.scalars))
+
+
+def _device(graph: Graph) -> str:
+    """The device of the graph's tensors."""
+    for param in graph.params:
+        if not param.value.type.is_host:
+            return param.value.type.device
+    for node in graph.nodes:
+        if not node.out.type.is_host:
+            return node.out.type.device
+    return "cpu"

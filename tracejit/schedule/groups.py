@@ -1,0 +1,317 @@
+"""Groups of tasks that become one kernel, and the merging of two of them.
+
+A group has a domain; each of its tasks has a place in it. Two groups merge when one's domain maps
+onto the other's so that every value passed between them is read exactly where it is computed, no
+third kernel stands between them, and the kernel stays within bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tracejit.ir.types import contiguous_strides
+from tracejit.schedule.index import (
+    Indices,
+    extents_of,
+    flatten,
+    identity,
+    invert,
+    substitute,
+    unflatten,
+)
+from tracejit.schedule.tasks import Demand, Task
+
+MAX_BUFFERS = 24
+MAX_TASKS = 400  # keeps one kernel's compile time bounded
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced)."""
+
+    id: int
+    shape: tuple[int, ...]
+    tasks: list[Task]
+    inner: tuple[int, ...] | None = None
+    dot: Task | None = None
+    reads: set[int] = field(default_factory=set)
+    stores: int = 0
+    preds: set[int] = field(default_factory=set)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """The axes that are not reduced."""
+        inner = self.inner or ()
+        return tuple(k for k in range(len(self.shape)) if k not in inner)
+
+    @property
+    def outer_numel(self) -> int:
+        return math.prod(self.shape[k] for k in self.outer)
+
+
+class Groups:
+    """All groups of a schedule, their order (who must run before whom), and merging."""
+
+    def __init__(self) -> None:
+        self.all: dict[int, Group] = {}  # live groups by id
+        self.consumers: dict[int, list[tuple[Task, Demand]]] = {}  # readers by origin id
+        self.tasks: dict[int, Task] = {}  # the task that computes a value, by value id
+        self._merged_into: dict[int, int] = {}
+        self._before: dict[int, int] = {}  # bit set of the groups that must run earlier
+        self._next = 0
+
+    def add(self, task: Task) -> Group:
+        """A new group for a task."""
+        group = Group(self._next, task.shape, [task])
+        self._next += 1
+        self.all[group.id] = group
+        task.group, task.place = group, identity(task.shape)
+        if task.kind == "reduce":
+            group.inner = _reduced_axes(task)
+        elif task.kind == "dot":
+            group.dot = task
+        if task.kind == "store":
+            group.stores = 1
+        else:
+            self.tasks[task.value.id] = task
+        before = 0
+        for demand in task.demands:
+            group.reads.add(demand.origin.id)
+            self.consumers.setdefault(demand.origin.id, []).append((task, demand))
+            producer = self.tasks.get(demand.origin.id)
+            if producer is not None:
+                group.preds.add(producer.group.id)
+                before |= self._before[producer.group.id] | 1 << producer.group.id
+        self._before[group.id] = before
+        return group
+
+    def find(self, id: int) -> int:
+        """The live group that an id belongs to by now."""
+        while id in self._merged_into:
+            id = self._merged_into[id]
+        return id
+
+    def runs_before(self, a: Group, b: Group) -> bool:
+        """Whether a must run before b."""
+        return bool(self._before[b.id] >> a.id & 1)
+
+    def order(self, a: Group, b: Group) -> None:
+        """Make a run before b; the caller knows that b need not run before a."""
+        b.preds.add(a.id)
+        new = self._before[a.id] | 1 << a.id
+        self._spread(b, new)
+
+    def _spread(self, group: Group, new: int) -> None:
+        """Add predecessors to a group and to all groups after it."""
+        if new & ~self._before[group.id] == 0:
+            return
+        self._before[group.id] |= new
+        bit = 1 << group.id
+        for other in self.all:
+            if self._before[other] & bit:
+                self._before[other] |= new
+
+    def _apart(self, a: Group, b: Group) -> bool:
+        """Whether a third group must run between a and b."""
+        for first, last in ((a, b), (b, a)):
+            for id in last.preds:
+                middle = self.find(id)
+                if middle not in (a.id, b.id) and self._before[middle] >> first.id & 1:
+                    return True
+        return False
+
+    def edges(self, a: Group, b: Group) -> Iterator[tuple[Task, Task, Demand]]:
+        """(producer, reader, demand) for every value passed between two groups."""
+        small, large = (a, b) if len(a.tasks) <= len(b.tasks) else (b, a)
+        for task in small.tasks:
+            for demand in task.demands:
+                producer = self.tasks.get(demand.origin.id)
+                if producer is not None and producer.group is large:
+                    yield producer, task, demand
+            if task.kind != "store":
+                for reader, demand in self.consumers.get(task.value.id, ()):
+                    if reader.group is large:
+                        yield task, reader, demand
+
+    def merge(self, a: Group, b: Group, guard=None) -> Group | None:
+        """Make a and b one group, or None where they must stay apart.
+
+        `guard(base, moved, place_of)` may veto, once the places of the moved tasks are known.
+        """
+        if a is b:
+            return a
+        base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
+        if not _compatible(base, moved) or not self._fits(a, b) or self._apart(a, b):
+            return None
+        edges = list(self.edges(a, b))
+        if not all(demand.aligned and not demand.mask for _, _, demand in edges):
+            return None
+        for axes, outer in self._candidates(base, moved, edges):
+            if self._aligned(base, moved, axes, outer, edges) and (
+                guard is None or guard(base, moved, axes)
+            ):
+                return self._join(base, moved, axes, outer)
+        return None
+
+    def _fits(self, a: Group, b: Group) -> bool:
+        return (
+            len(a.tasks) + len(b.tasks) <= MAX_TASKS
+            and len(a.reads | b.reads) + a.stores + b.stores <= MAX_BUFFERS
+        )
+
+    def _candidates(self, base: Group, moved: Group, edges) -> Iterator[tuple[Indices, bool]]:
+        """Indices of moved's domain over base's axes, and whether they use outer axes only."""
+        extents = extents_of(base.shape)
+        if moved.numel == base.numel:
+            yield _same_flat(base.shape, moved.shape), False
+        if base.inner is not None and moved.inner is None and moved.numel == base.outer_numel:
+            axes = tuple(identity(base.shape)[k] for k in base.outer)
+            shape = tuple(base.shape[k] for k in base.outer)
+            flat = flatten(axes, contiguous_strides(shape))
+            yield unflatten(flat, moved.shape, extents), True
+        if moved.numel != base.numel:
+            return
+        for producer, reader, demand in edges:
+            if producer.group is base and reader.place == identity(moved.shape):
+                axes = invert(
+                    demand.indices,
+                    demand.origin.type.shape,
+                    reader.shape,
+                    producer.value_place,
+                    extents,
+                )
+            elif producer.group is moved and producer.value_place == identity(moved.shape):
+                axes = placed(demand.indices, reader)
+                own = moved.shape
+                if invert(axes, own, base.shape, identity(own), extents_of(own)) is None:
+                    axes = None
+            else:
+                axes = None
+            if axes is not None:
+                yield axes, False
+                return
+
+    def _aligned(self, base: Group, moved: Group, axes: Indices, outer: bool, edges) -> bool:
+        """Whether every value is read where it is computed if moved's domain is mapped so."""
+        if not _reductions_fit(base, moved, axes):
+            return False
+        extents = extents_of(base.shape)
+        single_outer = (base.inner is not None or moved.inner is not None) and (
+            base.outer_numel == 1 or moved.inner is not None and moved.outer_numel == 1
+        )
+        for producer, reader, demand in edges:
+            produced, read = producer.value_place, placed(demand.indices, reader)
+            if producer.group is moved:
+                produced = _over(produced, axes, moved, extents)
+            else:
+                read = _over(read, axes, moved, extents)
+            if produced != read:
+                return False
+            total = producer.kind == "reduce" or _is_outer(producer, moved, outer)
+            if single_outer and total and not _is_outer(reader, moved, outer):
+                return False  # would wait for a full reduction of the same launch
+        return True
+
+    def _join(self, base: Group, moved: Group, axes: Indices, outer: bool) -> Group:
+        """Move all tasks of `moved` into `base`."""
+        kept, gone = (base, moved) if len(base.tasks) >= len(moved.tasks) else (moved, base)
+        extents = extents_of(base.shape)
+        exact = axes == identity(moved.shape) and len(moved.shape) == len(base.shape)
+        for task in moved.tasks:
+            if not exact:
+                task.place = _over(task.place, axes, moved, extents)
+            task.outer = task.outer or outer
+        inner = base.inner
+        if inner is None and moved.inner is not None:
+            full = moved.outer_numel == 1
+            inner = tuple(range(len(base.shape))) if full else moved.inner
+        kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
+        for task in gone.tasks:
+            task.group = kept
+        computed = {t.value.id for t in gone.tasks if t.kind != "store"}
+        computed_kept = self.tasks
+        kept.reads = {r for r in kept.reads if r not in computed}
+        kept.reads |= {
+            r for r in gone.reads if r not in computed_kept or computed_kept[r].group is not kept
+        }
+        kept.tasks.extend(gone.tasks)
+        kept.stores += gone.stores
+        kept.preds |= gone.preds
+        kept.preds -= {kept.id, gone.id}
+        both = 1 << kept.id | 1 << gone.id
+        before = (self._before[kept.id] | self._before.pop(gone.id)) & ~both
+        del self.all[gone.id]
+        self._merged_into[gone.id] = kept.id
+        unchanged = before & ~self._before[kept.id] == 0
+        self._before[kept.id] = before
+        after = before | 1 << kept.id
+        if not (unchanged and gone.id == self._next - 1):
+            for other in self.all:
+                if self._before[other] & both:
+                    self._before[other] |= after
+        return kept
+
+
+def _rank(group: Group) -> int:
+    """Which of two merging groups keeps its domain: contractions, then reductions, then maps."""
+    return 2 if group.dot is not None else 1 if group.inner is not None else 0
+
+
+def _reduced_axes(task: Task) -> tuple[int, ...]:
+    """The domain axes that a reduction reduces: all of them if nothing else has an extent."""
+    axes = task.node.attr("axes")
+    if all(n == 1 for k, n in enumerate(task.shape) if k not in axes):
+        return tuple(range(len(task.shape)))
+    return tuple(sorted(k for k in axes))
+
+
+def _compatible(base: Group, moved: Group) -> bool:
+    """Whether the reductions and contractions of two groups can share a kernel."""
+    if moved.dot is not None:
+        return False
+    if moved.inner is None:
+        return True
+    if base.dot is not None or moved.outer_numel == 1:
+        return moved.outer_numel == 1 and (base.inner is None or base.outer_numel == 1)
+    return base.shape == moved.shape and base.inner == moved.inner
+
+
+def _reductions_fit(base: Group, moved: Group, axes: Indices) -> bool:
+    """Partial reductions keep their axes; full ones may run over any bijection."""
+    if moved.inner is None or moved.outer_numel == 1:
+        return True
+    return axes == identity(base.shape)
+
+
+def _same_flat(shape: tuple[int, ...], wanted: tuple[int, ...]) -> Indices:
+    """Indices of `wanted` over the axes of `shape`, at equal row-major positions."""
+    if shape == wanted:
+        return identity(shape)
+    flat = flatten(identity(shape), contiguous_strides(shape))
+    return unflatten(flat, wanted, extents_of(shape))
+
+
+def placed(indices: Indices, task: Task) -> Indices:
+    """A demand's indices over the axes of its task's group."""
+    if task.place == identity(task.shape):
+        return indices
+    extents = extents_of(task.group.shape)
+    return tuple(substitute(i, task.place, extents) for i in indices)
+
+
+def _over(indices: Indices, axes: Indices, moved: Group, extents) -> Indices:
+    """Indices over moved's axes as indices over the axes of the base."""
+    if axes == identity(moved.shape):
+        return indices
+    return tuple(substitute(i, axes, extents) for i in indices)
+
+
+def _is_outer(task: Task, moved: Group, outer: bool) -> bool:
+    """Whether a task will be computed once per outer point."""
+    return task.outer or (outer and task.group is moved)

@@ -1,0 +1,357 @@
+"""The Kernel's text form, which parses back.
+
+    kernel(b0: f32 r, b1: f32 rw; n0, b1_s0; s0) over (i0: n0) {
+      stage (i1: n1) {
+        dot v4: f32 over (k: nk) {
+          v1: f32 = load b0[i0 * b0_s0 + k]
+          v2: f32 = load b1[k * b1_sk + i1]
+        } v1, v2                                  # step.py:9
+        v5: f32 = load b2[i0 + d0] if 0 <= i0 + d0 < n1 and 0 <= i1 < 7 step 2
+        v6: i64 = position i0 // d0 + i1 % 3
+        v7: b1 = inbounds 0 <= i0 < 4
+        v8: f32 = where(v7, v5, 0.0)
+        store b1[i0 * b1_s0] <- v8
+        v9: f32 = reduce_sum v8
+      }
+    }
+
+A Dot's statements are its two prologues, a first; `a |` stands between them. `kernel64` marks
+64-bit indices. Comments are the user's lines.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import replace
+
+from tracejit.errors import InvalidGraph
+from tracejit.ir.ops import OPS
+from tracejit.ir.text import parse_literal, print_literal
+from tracejit.ir.types import DTYPES
+from tracejit.schedule.kernel import (
+    Axis,
+    Bound,
+    Buffer,
+    Compute,
+    Dot,
+    FloorDiv,
+    InBounds,
+    Index,
+    Kernel,
+    Load,
+    Mask,
+    Mod,
+    Operand,
+    Position,
+    Reduce,
+    Scalar,
+    Size,
+    Stage,
+    Statement,
+    Store,
+    Var,
+)
+
+COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
+
+
+def print_kernel(kernel: Kernel) -> str:
+    """Text of a kernel, the user's lines as aligned comments."""
+    rows: list[tuple[str, str]] = []
+    for stage in kernel.stages:
+        rows.append((f"  stage {_axes(stage.axes)} {{", ""))
+        if stage.dot is not None:
+            dot = stage.dot
+            rows.append((f"    dot {_var(dot.out)} over {_axes((dot.k,))} {{", ""))
+            rows += [(f"      {_statement(s)}", s.where) for s in dot.a]
+            rows.append(("      |", ""))
+            rows += [(f"      {_statement(s)}", s.where) for s in dot.b]
+            rows.append((f"    }} {_operand(dot.a_value)}, {_operand(dot.b_value)}", dot.where))
+        rows += [(f"    {_statement(s)}", s.where) for s in stage.body]
+        rows.append(("  }", ""))
+    width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
+    buffers = ", ".join(f"{b.name}: {b.dtype} {b.access}" for b in kernel.buffers)
+    lists = [buffers, ", ".join(kernel.sizes), ", ".join(kernel.scalars)]
+    while lists and not lists[-1]:
+        lists.pop()
+    name = "kernel64" if kernel.index64 else "kernel"
+    lines = [f"{name}({'; '.join(lists)}) over {_axes(kernel.axes)} {{"]
+    lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
+    return "\n".join([*lines, "}"])
+
+
+def canonical(kernel: Kernel) -> Kernel:
+    """Variables numbered in order of definition, users' lines dropped: the kernel-cache key."""
+    number: dict[int, int] = {}
+
+    def var(v: Var) -> Var:
+        return Var(number.setdefault(v.id, len(number)), v.dtype)
+
+    def use(operand: Operand) -> Operand:
+        return var(operand) if isinstance(operand, Var) else operand
+
+    def statement(s: Statement) -> Statement:
+        if isinstance(s, Store):
+            return replace(s, value=use(s.value), where="")
+        if isinstance(s, Compute):
+            return replace(s, args=tuple(map(use, s.args)), out=var(s.out), where="")
+        if isinstance(s, Reduce):
+            return replace(s, value=use(s.value), out=var(s.out), where="")
+        return replace(s, out=var(s.out), where="")
+
+    def body(statements: tuple[Statement, ...]) -> tuple[Statement, ...]:
+        return tuple(map(statement, statements))
+
+    stages = []
+    for stage in kernel.stages:
+        dot = stage.dot
+        if dot is not None:
+            a, b = body(dot.a), body(dot.b)
+            a_value, b_value = use(dot.a_value), use(dot.b_value)
+            dot = Dot(var(dot.out), dot.k, a, a_value, b, b_value)
+        stages.append(Stage(stage.axes, body(stage.body), dot))
+    return replace(kernel, stages=tuple(stages))
+
+
+def _axes(axes: tuple[Axis, ...]) -> str:
+    return f"({', '.join(f'{a.name}: {a.extent}' for a in axes)})"
+
+
+def _var(var: Var) -> str:
+    return f"{var!r}: {var.dtype}"
+
+
+def _operand(operand: Operand) -> str:
+    return repr(operand) if isinstance(operand, Var | Scalar) else print_literal(operand)
+
+
+def _index(index: Index) -> str:
+    parts = []
+    for atom, c in index.terms:
+        if isinstance(atom, str):
+            text = atom
+        else:
+            inner = _index(atom.index)
+            if " " in inner:
+                inner = f"({inner})"
+            text = f"{inner} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by}"
+        if c != 1:
+            text = f"{text if isinstance(atom, str) else f'({text})'} * {c}"
+        parts.append(text)
+    if index.offset != 0 or not parts:
+        parts.append(str(index.offset))
+    return " + ".join(parts)
+
+
+def _mask(mask: Mask) -> str:
+    rows = []
+    for bound in mask:
+        step = "" if bound.step == 1 else f" step {bound.step}"
+        rows.append(f"0 <= {_index(bound.index)} < {bound.high}{step}")
+    return " and ".join(rows) or "true"
+
+
+def _statement(s: Statement) -> str:
+    if isinstance(s, Store):
+        return f"store {s.buffer}[{_index(s.index)}] <- {_operand(s.value)}"
+    if isinstance(s, Load):
+        right = f"load {s.buffer}[{_index(s.index)}]" + (f" if {_mask(s.mask)}" if s.mask else "")
+    elif isinstance(s, Compute):
+        args = [_operand(a) for a in s.args]
+        args += [f"{key}={print_literal(value)}" for key, value in s.attrs]
+        right = f"{s.op.name}({', '.join(args)})"
+    elif isinstance(s, Position):
+        right = f"position {_index(s.index)}"
+    elif isinstance(s, InBounds):
+        right = f"inbounds {_mask(s.mask)}"
+    else:
+        right = f"{s.op.name} {_operand(s.value)}"
+    return f"{_var(s.out)} = {right}"
+
+
+_HEADER = re.compile(r"kernel(64)?\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\) over \((.*)\) \{\Z")
+_STAGE = re.compile(r"stage \((.*)\) \{\Z")
+_DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
+_DOT_END = re.compile(r"\} (.+), (.+)\Z")
+_STORE = re.compile(r"store (\w+)\[(.*)\] <- (.+)\Z")
+_DEFINE = re.compile(r"v(\d+): (\w+) = (.*)\Z")
+_LOAD = re.compile(r"load (\w+)\[(.*?)\](?: if (.*))?\Z")
+_CALL = re.compile(r"(\w+)\((.*)\)\Z")
+_BOUND = re.compile(r"0 <= (.*) < (\w+)(?: step (\w+))?\Z")
+
+
+def parse_kernel(text: str) -> Kernel:
+    """Inverse of print_kernel."""
+    return _Parser(text).kernel()
+
+
+class _Parser:
+    """Reads one kernel line by line."""
+
+    def __init__(self, text: str):
+        self.lines: list[tuple[str, str]] = []
+        for line in text.strip().splitlines():
+            code, _, where = line.partition("  # ")
+            if code.strip():
+                self.lines.append((code.strip(), where.strip()))
+        self.at = 0
+        self.vars: dict[str, Var] = {}
+        self.sizes: tuple[str, ...] = ()
+
+    def next(self, pattern: re.Pattern | None = None) -> tuple[re.Match | str, str]:
+        """The next line, matched against a pattern if one is given, and its comment."""
+        if self.at == len(self.lines):
+            raise InvalidGraph(reason="a kernel's text ends early")
+        code, where = self.lines[self.at]
+        self.at += 1
+        if pattern is None:
+            return code, where
+        found = pattern.match(code)
+        if found is None:
+            raise InvalidGraph(reason=f"cannot read the line {code!r} of a kernel")
+        return found, where
+
+    def kernel(self) -> Kernel:
+        head, _ = self.next(_HEADER)
+        buffers = []
+        for part in _items(head[2]):
+            name, dtype, access = re.fullmatch(r"(\w+): (\w+) (\w+)", part).groups()
+            buffers.append(Buffer(name, DTYPES[dtype], access))
+        self.sizes = tuple(_items(head[3]))
+        axes = self.axes(head[5])
+        stages = []
+        while self.lines[self.at][0] != "}":
+            found, _ = self.next(_STAGE)
+            stages.append(self.stage(self.axes(found[1])))
+        return Kernel(
+            tuple(buffers),
+            self.sizes,
+            tuple(_items(head[4])),
+            axes,
+            tuple(stages),
+            head[1] is not None,
+        )
+
+    def stage(self, axes: tuple[Axis, ...]) -> Stage:
+        dot = None
+        if self.lines[self.at][0].startswith("dot "):
+            found, _ = self.next(_DOT)
+            (k,) = self.axes(found[3])
+            a = self.body("|")
+            b = self.body("} ", consume=False)
+            end, where = self.next(_DOT_END)
+            values = self.operand(end[1]), self.operand(end[2])
+            out = self.define(found[1], found[2])
+            dot = Dot(out, k, a, values[0], b, values[1], where)
+        return Stage(axes, self.body("}"), dot)
+
+    def body(self, end: str, consume: bool = True) -> tuple[Statement, ...]:
+        out = []
+        while not self.lines[self.at][0].startswith(end):
+            code, where = self.next()
+            out.append(self.statement(code, where))
+        self.at += consume
+        return tuple(out)
+
+    def statement(self, code: str, where: str) -> Statement:
+        if found := _STORE.match(code):
+            return Store(found[1], self.index(found[2]), self.operand(found[3]), where)
+        found = _DEFINE.match(code)
+        if found is None:
+            raise InvalidGraph(reason=f"cannot read the line {code!r} of a kernel")
+        right = found[3]
+        if load := _LOAD.match(right):
+            index, mask = self.index(load[2]), self.mask(load[3] or "true")
+            return Load(self.define(found[1], found[2]), load[1], index, mask, where)
+        if call := _CALL.match(right):
+            tree = ast.parse(right, mode="eval").body
+            args = tuple(self.operand_tree(a) for a in tree.args)
+            attrs = tuple((k.arg, parse_literal(k.value)) for k in tree.keywords)
+            return Compute(self.define(found[1], found[2]), _op(call[1]), args, attrs, where)
+        name, _, rest = right.partition(" ")
+        if name == "position":
+            return Position(self.define(found[1], found[2]), self.index(rest), where)
+        if name == "inbounds":
+            return InBounds(self.define(found[1], found[2]), self.mask(rest), where)
+        value = self.operand(rest)
+        return Reduce(self.define(found[1], found[2]), _op(name), value, where)
+
+    def define(self, number: str, dtype: str) -> Var:
+        var = self.vars[f"v{number}"] = Var(int(number), DTYPES[dtype])
+        return var
+
+    def axes(self, text: str) -> tuple[Axis, ...]:
+        pairs = [part.split(": ") for part in _items(text)]
+        return tuple(Axis(name, self.size(extent)) for name, extent in pairs)
+
+    def size(self, text: str) -> Size:
+        return text if text in self.sizes else int(text)
+
+    def operand(self, text: str) -> Operand:
+        return self.operand_tree(ast.parse(text, mode="eval").body)
+
+    def operand_tree(self, tree: ast.expr) -> Operand:
+        if isinstance(tree, ast.Name):
+            if tree.id in self.vars:
+                return self.vars[tree.id]
+            if re.fullmatch(r"s\d+", tree.id):
+                return Scalar(tree.id)
+        return parse_literal(tree)
+
+    def mask(self, text: str) -> Mask:
+        if text == "true":
+            return ()
+        out = []
+        for part in text.split(" and "):
+            found = _BOUND.match(part)
+            if found is None:
+                raise InvalidGraph(reason=f"cannot read the bound {part!r} of a kernel")
+            step = self.size(found[3]) if found[3] else 1
+            out.append(Bound(self.index(found[1]), self.size(found[2]), step))
+        return tuple(out)
+
+    def index(self, text: str) -> Index:
+        return self.index_tree(ast.parse(text, mode="eval").body)
+
+    def index_tree(self, tree: ast.expr) -> Index:
+        parts = []
+        while isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Add):
+            parts.append(tree.right)
+            tree = tree.left
+        parts.append(tree)
+        terms: list = []
+        offset: Size = 0
+        for part in reversed(parts):
+            size = self.constant(part)
+            if size is not None:
+                offset = size
+            elif isinstance(part, ast.BinOp) and isinstance(part.op, ast.Mult):
+                terms.append((self.atom(part.left), self.constant(part.right)))
+            else:
+                terms.append((self.atom(part), 1))
+        return Index(tuple(terms), offset)
+
+    def constant(self, tree: ast.expr) -> Size | None:
+        """A size's name or an int; None for anything else."""
+        if isinstance(tree, ast.Name):
+            return tree.id if tree.id in self.sizes else None
+        if isinstance(tree, ast.Constant | ast.UnaryOp):
+            return ast.literal_eval(tree)
+        return None
+
+    def atom(self, tree: ast.expr):
+        if isinstance(tree, ast.Name):
+            return tree.id
+        kind = FloorDiv if isinstance(tree.op, ast.FloorDiv) else Mod
+        return kind(self.index_tree(tree.left), self.constant(tree.right))
+
+
+def _items(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def _op(name: str):
+    if name not in OPS:
+        raise InvalidGraph(reason=f"no primitive named {name!r}")
+    return OPS[name]

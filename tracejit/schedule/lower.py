@@ -1,0 +1,358 @@
+"""Lowering: a Group of tasks → a Kernel with concrete sizes.
+
+Each stage evaluates what its reductions and stores ask for, at their places in the domain; movement
+nodes only change the indices on the way down to the loads. Axes of extent 1 are dropped, adjacent
+axes that every index walks as one are joined, and what is left is named i0, i1, … (outer first).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tracejit.ir.graph import Node, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import DType, b1, contiguous_strides
+from tracejit.schedule.axes import tidy
+from tracejit.schedule.groups import Group
+from tracejit.schedule.index import (
+    Indices,
+    bounds,
+    extents_of,
+    flatten,
+    operand_indices,
+)
+from tracejit.schedule.kernel import (
+    Axis,
+    Buffer,
+    Compute,
+    Dot,
+    InBounds,
+    Index,
+    Kernel,
+    Load,
+    Mask,
+    Operand,
+    Position,
+    Reduce,
+    Scalar,
+    Stage,
+    Statement,
+    Store,
+    Var,
+)
+from tracejit.schedule.plan import PlanBuffer
+from tracejit.schedule.tasks import Analysis, Demand, Task, dot_indices
+
+
+@dataclass(slots=True)
+class Memory:
+    """Where values live: param and realized values by id, and all buffers by plan name."""
+
+    located: dict[int, str]
+    buffers: dict[str, PlanBuffer]
+
+    def strides(self, name: str) -> tuple[int, ...]:
+        """Strides in elements of a buffer."""
+        buffer = self.buffers[name]
+        if buffer.strides is not None:
+            return buffer.strides
+        return contiguous_strides(buffer.type.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """A kernel and what its buffers and scalars are bound to, in the kernel's order."""
+
+    kernel: Kernel
+    buffers: tuple[str, ...]
+    scalars: tuple[Value, ...]
+
+
+def lower(group: Group, analysis: Analysis, memory: Memory) -> Lowered:
+    """The kernel of a group."""
+    return _Lowering(group, analysis, memory).run()
+
+
+@dataclass(slots=True)
+class _Scope:
+    """A body under construction, and the values it has computed: (indices, mask, operand)."""
+
+    extents: dict[str, int]
+    body: list[Statement] = field(default_factory=list)
+    known: dict[int, list[tuple[Indices, Mask, Operand]]] = field(default_factory=dict)
+    loads: dict[tuple[str, Index, Mask], Var] = field(default_factory=dict)
+    masks: dict[int, Mask] = field(default_factory=dict)  # of masked loads, by variable
+
+
+class _Lowering:
+    def __init__(self, group: Group, analysis: Analysis, memory: Memory):
+        self.group, self.analysis, self.memory = group, analysis, memory
+        self.tasks = sorted(group.tasks, key=lambda t: t.order)
+        self.own = {t.value.id: t for t in self.tasks if t.kind != "store"}
+        self.buffers: dict[str, tuple[str, set[str]]] = {}  # plan name → (kernel name, accesses)
+        self.scalars: dict[int, tuple[str, Value]] = {}
+        self.reduced: dict[int, Var] = {}
+        self.used: set[int] = set()
+        self.next_var = 1 + max(
+            [t.value.id for t in self.tasks] + [d.top.id for t in self.tasks for d in t.demands]
+        )
+        self.big = False
+
+    def run(self) -> Lowered:
+        """All stages, then the tidying of axes."""
+        shape = self.group.shape
+        times = self._times()
+        stages = []
+        for time in sorted(set(times.values())):
+            roots = [t for t in self.tasks if times.get(id(t)) == time]
+            stages.append(self._stage(time, roots))
+        inner = self.group.inner or ()
+        dot = self.group.dot is not None
+        outer = () if dot else tuple(k for k in range(len(shape)) if k not in inner)
+        axes = tuple(Axis(f"i{k}", shape[k]) for k in outer)
+        kernel = Kernel(
+            buffers=tuple(
+                Buffer(name, self.memory.buffers[plan].type.dtype, _access(used))
+                for plan, (name, used) in self.buffers.items()
+            ),
+            sizes=(),
+            scalars=tuple(name for name, _ in self.scalars.values()),
+            axes=axes,
+            stages=tuple(stages),
+            index64=self.big,
+        )
+        scalars = tuple(value for _, value in self.scalars.values())
+        return Lowered(tidy(kernel), tuple(self.buffers), scalars)
+
+    def _times(self) -> dict[int, int]:
+        """The stage number of each reduction and store: even over all axes, odd over outer ones.
+
+        A value is ready one stage after the last reduction that it needs. A store over an input
+        waits for the last stage that reads the old value.
+        """
+        ready: dict[int, int] = {}  # by value id
+        when: dict[int, int] = {}  # by id of task: the first stage that can evaluate it
+        for task in self.tasks:
+            below = [ready[d.origin.id] for d in task.demands if d.origin.id in self.own]
+            first = max(below, default=0)
+            outer = task.outer and self.group.inner is not None
+            when[id(task)] = first + (first % 2 != outer)
+            if task.kind == "reduce":
+                first = when[id(task)] + 1
+            if task.kind != "store":
+                ready[task.value.id] = first
+        times = {id(t): when[id(t)] for t in self.tasks if t.kind != "map"}
+        while self._delay_writes(times, when):
+            pass
+        return times
+
+    def _delay_writes(self, times: dict[int, int], when: dict[int, int]) -> bool:
+        """Move stores over inputs behind the last stage that reads the input; True if any moved."""
+        if all(task.target is None for task in self.tasks):
+            return False
+        last = when | times  # the last stage that evaluates each task
+        for task in reversed(self.tasks):
+            for demand in task.demands:
+                below = self.own.get(demand.origin.id)
+                if below is not None and below.kind != "reduce":
+                    last[id(below)] = max(last[id(below)], last[id(task)])
+        reads: dict[int, int] = {}
+        for task in self.tasks:
+            for demand in task.demands:
+                latest = max(reads.get(demand.origin.id, 0), last[id(task)])
+                reads[demand.origin.id] = latest
+        moved = False
+        for task in self.tasks:
+            if task.target is not None:
+                until = reads.get(task.target.id, 0)
+                until += until % 2 != times[id(task)] % 2
+                if until > times[id(task)]:
+                    times[id(task)], moved = until, True
+        return moved
+
+    def _stage(self, time: int, roots: list[Task]) -> Stage:
+        """The stage that evaluates `roots`: reductions in order, then stores."""
+        group = self.group
+        scope = _Scope(extents_of(group.shape))
+        dot = None
+        axes: tuple[int, ...] = ()
+        if group.dot is not None and time == 0:
+            axes = tuple(range(len(group.shape)))
+            dot = self._dot(group.dot)
+            scope.known[group.dot.value.id] = [(group.dot.place, (), dot.out)]
+        elif group.inner is not None and time % 2 == 0:
+            axes = group.inner
+        for task in self._needed(roots):
+            if task.kind == "map":
+                self._value(task.value, task.place, (), scope)
+            elif task.kind == "reduce":
+                value = self._value(task.node.args[0], task.place, (), scope)
+                out = self._var(task.value)
+                self.reduced[task.value.id] = out
+                scope.body.append(Reduce(out, task.node.op, value, task.node.where))
+        stores = [self._store(task, scope) for task in roots if task.kind == "store"]
+        scope.body.extend(stores)  # after all loads: a store may overwrite what they read
+        return Stage(tuple(Axis(f"i{k}", group.shape[k]) for k in axes), tuple(scope.body), dot)
+
+    def _needed(self, roots: list[Task]) -> list[Task]:
+        """The tasks that a stage evaluates, in order: roots and what they are computed from."""
+        needed: dict[int, Task] = {}
+        stack = list(roots)
+        while stack:
+            task = stack.pop()
+            if id(task) in needed:
+                continue
+            needed[id(task)] = task
+            for demand in task.demands:
+                below = self.own.get(demand.origin.id)
+                if below is not None and below.kind == "map":
+                    stack.append(below)
+        return sorted(needed.values(), key=lambda t: t.order)
+
+    def _dot(self, task: Task) -> Dot:
+        a, b, extents = dot_indices(task.node)
+        k = f"i{len(task.shape)}"
+        sides = []
+        for arg, indices in zip(task.node.args, (a, b), strict=True):
+            scope = _Scope(extents)
+            value = self._value(arg, indices, (), scope)
+            sides += [tuple(scope.body), value]
+        out = self._var(task.value)
+        return Dot(out, Axis(k, extents[k]), *sides, task.node.where)
+
+    def _store(self, task: Task, scope: _Scope) -> Store:
+        """The store of a task's value, which is evaluated in the scope."""
+        index = flatten(task.place, self.memory.strides(task.buffer))
+        self._check(index, scope)
+        producer = self.analysis.producer.get(task.value.id)
+        where = producer.where if producer is not None else ""
+        if task.value.type.is_host:
+            value = self._operand(task.value)
+        elif producer is not None and producer.op.name == "full":
+            value = self._operand(_literal(producer.args[0], task.value.type.dtype))
+        else:
+            value = self._value(task.value, task.place, (), scope)
+        return Store(self._buffer(task.buffer, "w"), index, value, where)
+
+    def _var(self, value: Value, dtype: DType | None = None) -> Var:
+        """A fresh variable, numbered as the value if that number is free."""
+        number = value.id
+        if number in self.used:
+            number, self.next_var = self.next_var, self.next_var + 1
+        self.used.add(number)
+        return Var(number, dtype or value.type.dtype)
+
+    def _buffer(self, plan: str, access: str) -> str:
+        name, accesses = self.buffers.setdefault(plan, (f"b{len(self.buffers)}", set()))
+        accesses.add(access)
+        return name
+
+    def _operand(self, arg: object) -> Operand:
+        """A literal as it is, a host value as a runtime scalar."""
+        if not isinstance(arg, Value):
+            return arg
+        name, _ = self.scalars.setdefault(arg.id, (f"s{len(self.scalars)}", arg))
+        return Scalar(name)
+
+    def _check(self, index: Index, scope: _Scope) -> None:
+        """Note whether an index outgrows 32 bits."""
+        if not self.big and bounds(index, scope.extents)[1] > 2**31 - 1:
+            self.big = True
+
+    def _value(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Operand:
+        """A variable that holds the value's element at the given indices."""
+        if value.id in self.reduced:
+            return self.reduced[value.id]
+        for known_at, known_mask, operand in scope.known.get(value.id, ()):
+            if known_at == at and known_mask == mask:
+                return operand
+        operand = self._evaluate(value, at, mask, scope)
+        scope.known.setdefault(value.id, []).append((at, mask, operand))
+        return operand
+
+    def _evaluate(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Operand:
+        if value.id in self.analysis.params:
+            return self._load(value, at, mask, scope)
+        main = self.analysis.origins[value.id].main
+        inside = main is not None and main.id in self.own
+        if not inside and value.id in self.memory.located:
+            return self._load(value, at, mask, scope)
+        node = self.analysis.producer[value.id]
+        name, family = node.op.name, node.op.family
+        if family == "movement":
+            below, bound = operand_indices(node, at, scope.extents)
+            source = self._value(node.args[0], below, mask + bound, scope)
+            return self._padded(node, source, mask + bound, bound, scope) if bound else source
+        if name == "alias":
+            return self._value(node.args[0], at, mask, scope)
+        if name == "iota":
+            out = self._var(value)
+            scope.body.append(Position(out, at[node.attr("axis")], node.where))
+            return out
+        if name == "full":
+            out = self._var(value)
+            scope.body.append(
+                Compute(out, node.op, (self._operand(node.args[0]),), (), node.where)
+            )
+            return out
+        assert family == "elementwise", f"{name} is read outside its kernel"
+        args = tuple(
+            self._value(a, at, mask, scope)
+            if isinstance(a, Value) and not a.type.is_host
+            else self._operand(a)
+            for a in node.args
+        )
+        out = self._var(value)
+        scope.body.append(Compute(out, node.op, args, node.attrs, node.where))
+        return out
+
+    def _load(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Var:
+        plan = self.memory.located[value.id]
+        index = flatten(at, self.memory.strides(plan))
+        name = self._buffer(plan, "r")
+        key = (name, index, mask)
+        if key not in scope.loads:
+            self._check(index, scope)
+            out = self._var(value)
+            scope.loads[key] = out
+            if mask:
+                scope.masks[out.id] = mask
+            producer = self.analysis.producer.get(value.id)
+            scope.body.append(Load(out, name, index, mask, producer.where if producer else ""))
+        return scope.loads[key]
+
+    def _padded(
+        self, node: Node, source: Operand, mask: Mask, bound: Mask, scope: _Scope
+    ) -> Operand:
+        """The operand inside the bounds, the fill outside; a masked load gives 0 by itself."""
+        fill = node.attr("value")
+        if fill == 0 and isinstance(source, Var) and scope.masks.get(source.id) == mask:
+            return source
+        condition = self._var(node.out, b1)
+        scope.body.append(InBounds(condition, bound, node.where))
+        out = self._var(node.out)
+        scope.body.append(
+            Compute(out, OPS["where"], (condition, source, fill), (), node.where)
+        )
+        return out
+
+
+def _access(used: set[str]) -> str:
+    return "rw" if len(used) == 2 else next(iter(used))
+
+
+def _literal(value: object, dtype: DType) -> object:
+    """A literal as a Python number of the dtype's kind; host values as they are."""
+    if isinstance(value, Value):
+        return value
+    return {"f": float, "i": int, "u": int, "b": bool}[dtype.kind](value)
+
+
+def arena_store(task: Task, value: Value, buffer: str, order: int) -> Task:
+    """The store, beside a task, of its value (or of a cheap value at the same place)."""
+    demand = Demand(task.value, value, task.value_place, ())
+    store = Task(order, "store", value, value.type.shape, (demand,), None, buffer)
+    store.group, store.place, store.outer = task.group, task.value_place, task.outer
+    if task.kind == "reduce":
+        store.outer = True
+    return store

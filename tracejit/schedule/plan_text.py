@@ -1,0 +1,187 @@
+"""The Plan's text form, which parses back.
+
+    plan step on cpu arena 51200 {
+      input  t0: f32[64,1000] <- 0
+      output t5: f32[] = 0
+      arena  t6: f32[64,100] at 0
+      host   %6: f64[]@host <- 3
+      host   %7: f64[]@host = host_mul(%6, 2.0)
+      scalar %7
+      launch k0(b0=t0, b1=t1, b2=t6; n0=64; s0=0)
+      return t5
+      write  t1
+      kernel k0 {
+        kernel(…) over () { … }
+      }
+    }
+
+Numbers after `<-` and `=` are positions among the graph's params and results; scalars are listed in
+slot order. Kernels used by several launches stand once.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+
+from tracejit.errors import InvalidGraph
+from tracejit.ir.graph import Arg, Node, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.text import parse_literal, print_literal
+from tracejit.ir.types import parse_type
+from tracejit.schedule.kernel import Kernel
+from tracejit.schedule.kernel_text import parse_kernel, print_kernel
+from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+
+
+def print_plan(plan: Plan) -> str:
+    """Text of a plan."""
+    lines = [f"plan {plan.name} on {plan.device} arena {plan.arena_bytes} {{"]
+    lines += [f"  {_buffer(b)}" for b in plan.buffers]
+    lines += [f"  host   {v}: {v.type} <- {position}" for v, position in plan.host_params]
+    for node in plan.host:
+        operands = ", ".join(map(_arg, node.args))
+        where = f"  # {node.where}" if node.where else ""
+        lines.append(f"  host   {node.out}: {node.out.type} = {node.op.name}({operands}){where}")
+    lines += [f"  scalar {_arg(s)}" for s in plan.scalars]
+    kernels: dict[Kernel, str] = {}
+    for launch in plan.launches:
+        name = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
+        lines.append(f"  launch {name}({_bindings(launch)})")
+    if plan.results:
+        lines.append(f"  return {', '.join(plan.results)}")
+    if plan.writes:
+        lines.append(f"  write  {', '.join(plan.writes)}")
+    for kernel, name in kernels.items():
+        lines.append(f"  kernel {name} {{")
+        lines += [f"    {line}" for line in print_kernel(kernel).splitlines()]
+        lines.append("  }")
+    return "\n".join([*lines, "}"])
+
+
+def _buffer(b: PlanBuffer) -> str:
+    layout = "" if b.strides is None else f" strides {print_literal(b.strides)}"
+    place = {"input": f"<- {b.index}", "output": f"= {b.index}", "arena": f"at {b.offset}"}[b.kind]
+    return f"{b.kind:<6} {b.name}: {b.type}{layout} {place}"
+
+
+def _arg(arg: Arg) -> str:
+    return repr(arg) if isinstance(arg, Value) else print_literal(arg)
+
+
+def _bindings(launch: Launch) -> str:
+    kernel = launch.kernel
+    names = [b.name for b in kernel.buffers], kernel.sizes, kernel.scalars
+    values = launch.buffers, launch.sizes, launch.scalars
+    lists = [
+        ", ".join(f"{n}={v}" for n, v in zip(ns, vs, strict=True))
+        for ns, vs in zip(names, values, strict=True)
+    ]
+    while lists and not lists[-1]:
+        lists.pop()
+    return "; ".join(lists)
+
+
+_HEADER = re.compile(r"plan (\w+) on (\S+) arena (\d+) \{\Z")
+_BUFFER = re.compile(
+    r"(input|output|arena)\s+(\w+): (\S+)(?: strides (\([^)]*\)))? (?:<-|=|at) (\d+)\Z"
+)
+_HOST_PARAM = re.compile(r"host\s+%(\d+): (\S+) <- (\d+)\Z")
+_HOST = re.compile(r"host\s+%(\d+): (\S+) = (\w+)\((.*)\)\Z")
+_LAUNCH = re.compile(r"launch (\w+)\((.*)\)\Z")
+_KERNEL = re.compile(r"kernel (\w+) \{\Z")
+
+
+def parse_plan(text: str) -> Plan:
+    """Inverse of print_plan."""
+    lines = [line.rstrip() for line in text.strip().splitlines() if line.strip()]
+    head = _HEADER.match(lines[0])
+    if head is None or lines[-1].strip() != "}":
+        raise InvalidGraph(reason="a plan's text is `plan name on device arena bytes {` … `}`")
+    return _PlanParser(lines[1:-1]).plan(head[1], head[2], int(head[3]))
+
+
+class _PlanParser:
+    """Reads the lines of one plan."""
+
+    def __init__(self, lines: list[str]):
+        self.values: dict[str, Value] = {}
+        self.kernels: dict[str, Kernel] = {}
+        self.lines: list[tuple[str, str]] = []
+        inside: list[str] | None = None
+        for line in lines:
+            found = _KERNEL.match(line.strip())
+            if inside is None and found is not None:
+                name, inside = found[1], []
+            elif inside is None:
+                code, _, where = line.partition("  # ")
+                self.lines.append((code.strip(), where.strip()))
+            elif line == "  }":
+                self.kernels[name], inside = parse_kernel("\n".join(inside)), None
+            else:
+                inside.append(line)
+
+    def plan(self, name: str, device: str, arena_bytes: int) -> Plan:
+        buffers: list[PlanBuffer] = []
+        host_params, host, scalars, launches = [], [], [], []
+        results: tuple[str, ...] = ()
+        writes: tuple[str, ...] = ()
+        for code, where in self.lines:
+            if m := _BUFFER.match(code):
+                buffers.append(_parse_buffer(m))
+            elif m := _HOST_PARAM.match(code):
+                host_params.append((self.define(m[1], m[2]), int(m[3])))
+            elif m := _HOST.match(code):
+                args = tuple(self.arg(part) for part in _items(m[4]))
+                host.append(Node(OPS[m[3]], args, (), (self.define(m[1], m[2]),), where))
+            elif code.startswith("scalar "):
+                scalars.append(self.arg(code[7:]))
+            elif m := _LAUNCH.match(code):
+                launches.append(self.launch(m[1], m[2]))
+            elif code.startswith("return "):
+                results = tuple(_items(code[7:]))
+            elif code.startswith("write "):
+                writes = tuple(_items(code[6:]))
+            else:
+                raise InvalidGraph(reason=f"cannot read the line {code!r} of a plan")
+        return Plan(
+            name,
+            tuple(buffers),
+            tuple(launches),
+            results,
+            writes,
+            tuple(host_params),
+            tuple(host),
+            tuple(scalars),
+            arena_bytes,
+            device,
+        )
+
+    def define(self, number: str, type_text: str) -> Value:
+        value = self.values[number] = Value(int(number), parse_type(type_text))
+        return value
+
+    def arg(self, text: str) -> Arg:
+        text = text.strip()
+        if text.startswith("%"):
+            return self.values[text[1:]]
+        return parse_literal(ast.parse(text, mode="eval").body)
+
+    def launch(self, name: str, text: str) -> Launch:
+        lists = [[p.split("=")[1] for p in _items(part)] for part in text.split(";")]
+        lists += [[]] * (3 - len(lists))
+        buffers, sizes, scalars = lists
+        return Launch(
+            self.kernels[name], tuple(buffers), tuple(map(int, sizes)), tuple(map(int, scalars))
+        )
+
+
+def _parse_buffer(m: re.Match) -> PlanBuffer:
+    kind, number = m[1], int(m[5])
+    strides = ast.literal_eval(m[4]) if m[4] else None
+    offset, index = (number, 0) if kind == "arena" else (0, number)
+    return PlanBuffer(m[2], kind, parse_type(m[3]), strides, index, offset)
+
+
+def _items(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,267 @@
+"""Tasks: the values of a Graph that cannot be recomputed for free, and what each of them reads.
+
+In: a Graph. Out: `Analysis`, its live nodes in a simpler vocabulary and, per value, its *origin*.
+
+A value is *cheap* when it is an element-wise and movement expression over one tensor (its origin)
+beside scalars, and short: reading it elsewhere costs no more than loading the origin. Every other
+computed value is its own origin and becomes a `Task`, to be grouped into kernels; so does every
+store of an output. A task's demands are the origins that it reads and at which indices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from tracejit.errors import InvalidGraph
+from tracejit.ir.graph import Graph, Node, Value
+from tracejit.ir.ops import OPS
+from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
+from tracejit.schedule.kernel import Mask
+
+CHEAP_LIMIT = 8  # operations that may be recomputed instead of loaded
+_COST = {"exp": 4, "log": 4, "tanh": 4, "sin": 4, "cos": 4, "pow": 6, "sqrt": 2, "div": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a value is computed from: `main` (None: nothing but scalars and literals).
+
+    `view`: the last movement on the way from the origin (the origin itself if there was none);
+    `pure`: no computed scalar joins in; `cost`: operations between the origin and the value.
+    """
+
+    main: Value | None
+    view: Value | None
+    cost: int = 0
+    pure: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """A task reads `origin` at `indices` over the task's own axes, where `mask` holds.
+
+    `top` is the value nearest to the reader that could be stored in the origin's stead.
+    `aligned` is False for operands of a contraction, which are read at other points too.
+    """
+
+    origin: Value
+    top: Value
+    indices: Indices
+    mask: Mask
+    aligned: bool = True
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """One unit of work. kind: "map", "reduce", "dot", or "store" (of `value` in a buffer).
+
+    `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
+    indices over the axes of its group's domain; `outer` says that they use outer axes only.
+    """
+
+    order: int
+    kind: str
+    value: Value
+    shape: tuple[int, ...]
+    demands: tuple[Demand, ...]
+    node: Node | None = None
+    buffer: str = ""
+    target: Value | None = None
+    group: object = None
+    place: Indices = ()
+    outer: bool = False
+    time: int = 0
+
+    @property
+    def value_place(self) -> Indices:
+        """The indices of the task's value: for a reduction, those of the kept dimensions."""
+        if self.kind != "reduce":
+            return self.place
+        reduced = self.node.attr("axes")
+        return tuple(p for k, p in enumerate(self.place) if k not in reduced)
+
+
+@dataclass(slots=True)
+class Analysis:
+    """Live nodes, aliases resolved; producers and origins by value id."""
+
+    nodes: list[Node]
+    alias: dict[int, Value]
+    params: set[int]
+    producer: dict[int, Node]
+    origins: dict[int, Origin] = field(default_factory=dict)
+
+    def resolve(self, value: Value) -> Value:
+        """The value behind aliases."""
+        return self.alias.get(value.id, value)
+
+    def is_task(self, value: Value) -> bool:
+        """Whether the value is computed by a task of its own."""
+        origin = self.origins.get(value.id)
+        return origin is not None and origin.main is value and value.id not in self.params
+
+    def demands(self, root: Value, indices: Indices, extents, aligned=True) -> list[Demand]:
+        """The origins that `root` at `indices` reads; `root` itself if it is a task or param."""
+        found: list[Demand] = []
+        stack: list[tuple[Value, Indices, Mask, Value | None]] = [(root, indices, (), None)]
+        while stack:
+            value, at, mask, top = stack.pop()
+            origin = self.origins[value.id]
+            if value.id in self.params or origin.main is value:
+                new = Demand(value, top or value, at, mask, aligned)
+                if not any(
+                    d.origin is value and d.indices == at and d.mask == mask and d.top is new.top
+                    for d in found
+                ):
+                    found.append(new)
+                continue
+            node = self.producer[value.id]
+            if node.op.family == "movement":
+                below, bound = operand_indices(node, at, extents)
+                stack.append((node.args[0], below, mask + bound, None))
+            elif node.op.family == "elementwise":
+                if not origin.pure:
+                    top = None
+                elif top is None and origin.view is origin.main:
+                    top = value
+                stack.extend((arg, at, mask, top) for arg in reversed(_tensors(node)))
+        return found
+
+    def task(self, order: int, node: Node) -> Task:
+        """The task of a node that is its own origin."""
+        value, family = node.out, node.op.family
+        if family == "contraction":
+            shape = value.type.shape
+            return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
+        kind = "reduce" if family == "reduce" else "map"
+        shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
+        demands: dict[int, list[Demand]] = {}
+        for arg in _tensors(node):
+            for demand in self.demands(arg, identity(shape), extents_of(shape)):
+                known = demands.setdefault(demand.origin.id, [])
+                if demand not in known:
+                    known.append(demand)
+        return Task(order, kind, value, shape, tuple(d for ds in demands.values() for d in ds), node)
+
+    def store(self, order: int, value: Value, buffer: str, target: Value | None) -> Task:
+        """The task that stores a value in an output buffer, or over the input `target`."""
+        shape = value.type.shape
+        found: list[Demand] = []
+        if not value.type.is_host:
+            found = self.demands(value, identity(shape), extents_of(shape))
+        return Task(order, "store", value, shape, tuple(found), None, buffer, target)
+
+    def _dot_demands(self, node: Node) -> Iterator[Demand]:
+        a, b, extents = dot_indices(node)
+        for arg, indices in zip(node.args, (a, b), strict=True):
+            yield from self.demands(arg, indices, extents, aligned=False)
+
+
+def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
+    """Operand indices of a matmul over (batch…, m, n) and the contraction as one more axis."""
+    shape, k = node.out.type.shape, node.args[0].type.shape[-1]
+    axes = identity((*shape, k))
+    *batch, m, n, last = axes
+    return (*batch, m, last), (*batch, last, n), extents_of((*shape, k))
+
+
+def _tensors(node: Node) -> list[Value]:
+    """The arguments of a node that are tensors."""
+    return [a for a in node.inputs if not a.type.is_host]
+
+
+def _as_source(node: Node, value: object) -> Node:
+    kind = node.out.type
+    attrs = (("shape", kind.shape), ("dtype", kind.dtype), ("device", kind.device))
+    return Node(OPS["full"], (value,), attrs, node.outs, node.where)
+
+
+def _simplify(node: Node) -> Node:
+    """Rewrite degenerate nodes: empty operands to a constant, reductions of size 1 to a reshape."""
+    name, first = node.op.name, node.args[0] if node.args else None
+    if name == "pad" and first.type.numel == 0:
+        return _as_source(node, node.attr("value"))
+    if name == "matmul" and first.type.numel == 0:
+        return _as_source(node, 0)
+    if node.op.family == "reduce":
+        if first.type.numel == 0:
+            return _as_source(node, 0)
+        if all(first.type.shape[k] == 1 for k in node.attr("axes")):
+            shape = (("shape", node.out.type.shape),)
+            return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
+    return node
+
+
+_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "source", "host")
+
+
+def analyse(graph: Graph, fuse: bool) -> Analysis:
+    """Resolve aliases, drop dead and empty nodes, and find every value's origin.
+
+    Without `fuse` no computed value is cheap: each element-wise node becomes a task.
+    """
+    alias: dict[int, Value] = {}
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op.family not in _FAMILIES:
+            raise InvalidGraph(reason=f"cannot schedule {node.op.name} ({node.where or 'no line'})")
+        if node.op.name == "alias":
+            first = node.args[0]
+            alias[node.out.id] = alias.get(first.id, first)
+            continue
+        node = _simplify(node)
+        if any(isinstance(a, Value) and a.id in alias for a in node.args):
+            args = tuple(alias.get(a.id, a) if isinstance(a, Value) else a for a in node.args)
+            node = Node(node.op, args, node.attrs, node.outs, node.where)
+        nodes.append(node)
+    live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
+    kept: list[Node] = []
+    for node in reversed(nodes):
+        if node.out.id in live:
+            live.update(v.id for v in node.inputs)
+            kept.append(node)
+    kept.reverse()
+    analysis = Analysis(
+        nodes=kept,
+        alias=alias,
+        params={p.value.id for p in graph.params},
+        producer={n.out.id: n for n in kept},
+    )
+    for param in graph.params:
+        analysis.origins[param.value.id] = Origin(param.value, param.value)
+    for node in kept:
+        if node.op.family != "host":
+            analysis.origins[node.out.id] = _origin(node, analysis, fuse)
+    return analysis
+
+
+def _origin(node: Node, analysis: Analysis, fuse: bool) -> Origin:
+    """The origin of a node's result, given those of its operands."""
+    own = Origin(node.out, node.out)
+    family = node.op.family
+    if family == "source":
+        return Origin(None, None)
+    if family == "movement":
+        below = analysis.origins[node.args[0].id]
+        view = node.out if below.main is not None else None
+        return Origin(below.main, view, below.cost, below.pure)
+    if family != "elementwise" or not fuse:
+        return own
+    main = view = None
+    cost, pure = _COST.get(node.op.name, 1), True
+    for arg in _tensors(node):
+        below = analysis.origins[arg.id]
+        cost += below.cost
+        pure = pure and below.pure
+        if below.main is None:
+            continue
+        if below.main.type.numel == 1 and node.out.type.numel > 1:
+            pure = pure and below.main.id in analysis.params
+        elif main is None:
+            main, view = below.main, below.view
+        elif main is not below.main or view is not below.view:
+            return own
+    if cost > CHEAP_LIMIT:
+        return own
+    return Origin(main, view, cost, pure)

@@ -1,0 +1,346 @@
+"""Equal to eager, as a check that anyone can run on a step of their own.
+
+`assert_equal_to_eager` compares in lockstep: each call starts from the state that eager is in, and a
+float64 run of the same step tells how much of a difference is rounding. `assert_trains_like_eager`
+lets both run free for many calls. All tolerances of the project stand here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from tracejit.capture.bind import unwrap
+from tracejit.capture.reads import analyze
+from tracejit.capture.tensor import TO_IR
+from tracejit.compile import CompiledStep, compile
+from tracejit.ir.graph import Arg, Graph, Value
+from tracejit.ir.types import round_to
+
+# Unit roundoff doubled: the distance from 1 to the next number of each dtype.
+EPS = {
+    torch.float64: 2.0**-52,
+    torch.float32: 2.0**-23,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-7,
+}
+EAGER_FACTOR = 4.0  # ‖ours - f64‖ may be this many times ‖eager - f64‖ …
+MAGNITUDE_FACTOR = 16.0  # … plus this many eps of the result recomputed with absolute values
+LOSS_RELATIVE = 1e-3  # free run: |Δloss| against |loss| …
+LOSS_FIRST = 1e-9  # … plus this much of the first loss
+PARAMETER_RELATIVE = 1e-5  # free run: parameters by norm
+
+
+@dataclass
+class _Saved:
+    """A tensor and its .grad as they were."""
+
+    tensor: torch.Tensor
+    data: torch.Tensor
+    grad: torch.Tensor | None
+    grad_data: torch.Tensor | None
+
+
+def assert_equal_to_eager(
+    step: Callable,
+    make_args: Callable[[], Sequence[object]] = tuple,
+    *,
+    calls: int = 3,
+    state: Iterable[torch.Tensor] = (),
+    **options: object,
+) -> CompiledStep:
+    """Check a compiled step against eager over several calls in lockstep; returns it.
+
+    step:      the plain function, or an already compiled step.
+    make_args: returns its arguments; called once, the same objects are used on every call.
+    calls:     how many calls to compare; replay is armed from the third on.
+    state:     tensors that the step changes and that are neither arguments nor read by name.
+    options:   passed to `tracejit.compile`.
+
+    For every floating-point tensor t (returned values, arguments, state, `.grad`):
+    ‖ours - f64‖ ≤ 4·‖eager - f64‖ + 16·eps·‖t recomputed with absolute values‖; other dtypes must
+    be equal, and so must shapes, dtypes, `requires_grad` and which `.grad` are None.
+    Raises AssertionError naming the call and the tensor.
+    """
+    compiled = step if isinstance(step, CompiledStep) else compile(step, **options)
+    plain = compiled.__wrapped__
+    args = tuple(make_args())
+    tensors = _unique([*_tensors(args), *_read_tensors(plain), *state])
+    for call in range(calls):
+        before = [_save(t) for t in tensors]
+        exact = _in_float64(plain, args, tensors)
+        _restore(before)
+        returned = plain(*args)
+        eager = _visible(returned, tensors)
+        after_eager = [_save(t) for t in tensors]
+        _restore(before)
+        magnitudes = _Magnitudes()
+        compiled.observer = magnitudes
+        try:
+            ours_returned = compiled(*args)
+        finally:
+            compiled.observer = None
+        ours = _visible(ours_returned, tensors)
+        _compare(call, ours, eager, exact, magnitudes)
+        _restore(after_eager)
+    return compiled
+
+
+def assert_trains_like_eager(
+    make_step: Callable[[], tuple[Callable, Sequence[torch.Tensor]]],
+    *,
+    calls: int = 500,
+    **options: object,
+) -> tuple[CompiledStep, list[float], list[float]]:
+    """Let eager and compiled train freely from the same start and compare every loss.
+
+    make_step: builds a fresh (step, parameters); the step takes no arguments and returns its loss.
+    Losses agree when |Δ| ≤ 1e-3·|loss| + 1e-9·|first loss|, parameters when within 1e-5 by norm.
+    Returns the compiled step and both lists of losses.
+    """
+    plain, parameters = make_step()
+    eager = [float(plain()) for _ in range(calls)]
+    other, ours_parameters = make_step()
+    compiled = compile(other, **options)
+    ours = [float(compiled()) for _ in range(calls)]
+    for call, (a, b) in enumerate(zip(ours, eager, strict=True)):
+        if not losses_agree(a, b, eager[0]):
+            raise AssertionError(f"call {call}: loss {a!r}, eager has {b!r}")
+    for i, (p, q) in enumerate(zip(ours_parameters, parameters, strict=True)):
+        distance = float((p.detach().double() - q.detach().double()).norm())
+        norm = float(q.detach().double().norm())
+        if not distance <= PARAMETER_RELATIVE * norm:
+            raise AssertionError(f"parameter {i} is off by {distance / norm:.2e} of its norm")
+    return compiled, ours, eager
+
+
+def losses_agree(ours: float, eager: float, first: float) -> bool:
+    """The free-run rule for one loss."""
+    if math.isnan(eager) or math.isinf(eager):
+        return ours == eager or (math.isnan(eager) and math.isnan(ours))
+    return abs(ours - eager) <= LOSS_RELATIVE * abs(eager) + LOSS_FIRST * abs(first)
+
+
+def _unique(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return list({id(t): t for t in tensors}.values())
+
+
+def _tensors(x: object) -> list[torch.Tensor]:
+    """The tensors of a nested structure, in order."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if isinstance(x, (tuple, list)):
+        return [t for item in x for t in _tensors(item)]
+    if isinstance(x, dict):
+        return [t for item in x.values() for t in _tensors(item)]
+    return []
+
+
+def _read_tensors(step: Callable) -> list[torch.Tensor]:
+    function, _ = unwrap(step)
+    return [r.value for r in analyze(function).reads if r.kind == "tensor"] if function else []
+
+
+def _save(t: torch.Tensor) -> _Saved:
+    grad = t.grad if t.is_leaf else None
+    return _Saved(t, t.detach().clone(), grad, None if grad is None else grad.detach().clone())
+
+
+def _restore(saved: Sequence[_Saved]) -> None:
+    for s in saved:
+        s.tensor.data = s.tensor.data.to(s.data.dtype)
+        s.tensor.data.copy_(s.data)
+        if s.tensor.is_leaf:
+            if s.grad is not None:
+                s.grad.data.copy_(s.grad_data)
+            s.tensor.grad = s.grad
+
+
+def _in_float64(plain: Callable, args: tuple, tensors: list[torch.Tensor]) -> list:
+    """The visible tensors after the step in float64, from the same state."""
+    dtypes = [t.dtype for t in tensors]
+    memory = [t.data for t in tensors]
+    grads = [t.grad if t.is_leaf else None for t in tensors]
+    default = torch.get_default_dtype()
+    try:
+        for t, grad in zip(tensors, grads, strict=True):
+            if t.is_floating_point():
+                if t.is_leaf:
+                    t.grad = None
+                t.data = t.data.double().clone()
+                if grad is not None:
+                    t.grad = grad.detach().double().clone()
+        torch.set_default_dtype(torch.float64)
+        return _visible(plain(*args), tensors)
+    finally:
+        torch.set_default_dtype(default)
+        for t, dtype, data, grad in zip(tensors, dtypes, memory, grads, strict=True):
+            if dtype.is_floating_point:
+                if t.is_leaf:
+                    t.grad = None
+                t.data = data
+                if t.is_leaf:
+                    t.grad = grad
+
+
+def _visible(returned: object, tensors: list[torch.Tensor]) -> list:
+    """(name, requires_grad, pointer, copy or None) of everything that the user can see."""
+    found = [(f"returned tensor {i}", t) for i, t in enumerate(_tensors(returned))]
+    found += [(f"tensor {i} of shape {list(t.shape)}", t) for i, t in enumerate(tensors)]
+    found += [
+        (f"the .grad of tensor {i} of shape {list(t.shape)}", t.grad if t.is_leaf else None)
+        for i, t in enumerate(tensors)
+    ]
+    return [
+        (name, None, 0, None)
+        if t is None
+        else (name, t.requires_grad, t.data_ptr(), t.detach().clone())
+        for name, t in found
+    ]
+
+
+def _compare(call: int, ours: list, eager: list, exact: list, magnitudes: _Magnitudes) -> None:
+    if len(ours) != len(eager):
+        raise AssertionError(f"call {call}: {len(ours)} tensors, eager has {len(eager)}")
+    for (name, grad, pointer, a), (_, eager_grad, _, b), (*_, reference) in zip(
+        ours, eager, exact, strict=True
+    ):
+        at = f"call {call}: {name}"
+        if (a is None) != (b is None):
+            raise AssertionError(f"{at} is {'None' if a is None else 'set'}, in eager it is not")
+        if a is None:
+            continue
+        if (a.shape, a.dtype, grad) != (b.shape, b.dtype, eager_grad):
+            raise AssertionError(
+                f"{at}: {list(a.shape)} {a.dtype} requires_grad={grad}, eager has "
+                f"{list(b.shape)} {b.dtype} requires_grad={eager_grad}"
+            )
+        if not a.is_floating_point():
+            if not torch.equal(a, b):
+                raise AssertionError(f"{at} differs from eager")
+            continue
+        if not torch.equal(a.isnan(), b.isnan()):
+            raise AssertionError(f"{at}: NaN where eager has none, or the reverse")
+        finite = b.isfinite() & reference.isfinite()
+        if not torch.equal(a[~finite], b[~finite]) and not torch.equal(
+            a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)
+        ):
+            raise AssertionError(f"{at}: infinities differ from eager")
+        zero = torch.zeros((), dtype=torch.float64)
+        error = torch.where(finite, a.double() - reference.double(), zero).norm()
+        eager_error = torch.where(finite, b.double() - reference.double(), zero).norm()
+        size = magnitudes.norm_of(pointer, b)
+        allowed = EAGER_FACTOR * eager_error + MAGNITUDE_FACTOR * EPS[b.dtype] * size
+        if not error <= allowed:
+            raise AssertionError(
+                f"{at}: ‖ours - f64‖ = {error:.3e}, allowed {allowed:.3e} "
+                f"(‖eager - f64‖ = {eager_error:.3e}, magnitude {size:.3e})"
+            )
+
+
+class _Magnitudes:
+    """Observes a run: the norm of every output recomputed with absolute values."""
+
+    def __init__(self) -> None:
+        self._norms: dict[int, float] = {}
+
+    def __call__(self, graph: Graph, inputs: Sequence, outputs: Sequence[torch.Tensor]) -> Callable:
+        arrays = [x if isinstance(x, float) else _array(x) for x in inputs]
+
+        def after() -> None:
+            found = magnitudes(graph, arrays)
+            pairs = [(r.value, out) for r, out in zip(graph.results, outputs, strict=True)]
+            position = {p.value: i for i, p in enumerate(graph.params)}
+            pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
+            for value, tensor in pairs:
+                self._norms[tensor.data_ptr()] = float(np.linalg.norm(found[value].ravel()))
+
+        return after
+
+    def norm_of(self, pointer: int, tensor: torch.Tensor) -> float:
+        """The magnitude of the memory at an address; the tensor's own norm where unknown."""
+        own = torch.where(tensor.isfinite(), tensor.double(), 0.0).norm()
+        found = self._norms.get(pointer, 0.0)
+        return max(float(own), found) if math.isfinite(found) else float(own)
+
+
+def _array(t: torch.Tensor) -> np.ndarray:
+    t = t.detach()
+    if TO_IR[t.dtype].narrow:
+        t = t.float()
+    return t.cpu().clone().numpy()
+
+
+_SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "exp": lambda x, y: np.abs(y),
+    "log": lambda x, y: 1.0 / np.abs(x),
+    "sqrt": lambda x, y: 0.5 / y,
+    "tanh": lambda x, y: 1.0 - y * y,
+    "sin": lambda x, y: np.abs(np.cos(x)),
+    "cos": lambda x, y: np.abs(np.sin(x)),
+}
+
+
+def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
+    """For every value, what it is when all its terms are taken by absolute value.
+
+    Sums add magnitudes, products multiply them, and a function f(x) counts |f(x)| + |f'(x)|·m(x):
+    the first-order bound of how rounding errors grow, up to the factor eps.
+    """
+    values: dict[Value, object] = {}
+    sizes: dict[Value, np.ndarray] = {}
+    for p, x in zip(graph.params, inputs, strict=True):
+        values[p.value] = x
+        sizes[p.value] = np.abs(x)
+
+    def value(a: Arg) -> object:
+        return values[a] if isinstance(a, Value) else a
+
+    def size(a: Arg) -> object:
+        return sizes[a] if isinstance(a, Value) else abs(a)
+
+    with np.errstate(all="ignore"):
+        for node in graph.nodes:
+            args = [value(a) for a in node.args]
+            out = node.op.eval(*args, **dict(node.attrs))
+            out = out if node.out.type.is_host else round_to(out, node.out.type.dtype)
+            values[node.out] = out
+            if node.out.type.is_host or not node.out.type.dtype.is_float:
+                sizes[node.out] = np.abs(np.asarray(out, np.float64))
+                continue
+            sizes[node.out] = _size(node.op.name, node, args, [size(a) for a in node.args], out)
+    return sizes
+
+
+def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
+    if name in ("add", "sub"):
+        return np.asarray(m[0] + m[1], np.float64)
+    if name == "mul":
+        return np.asarray(m[0] * np.asarray(m[1], np.float64))
+    if name == "div":
+        return m[0] / np.abs(args[1]) + np.abs(out) * m[1] / np.abs(args[1])
+    if name in ("maximum", "minimum"):
+        return np.maximum(m[0], m[1])
+    if name == "pow":
+        slope = np.abs(args[1] * out / args[0])
+        return np.abs(out) + np.where(np.isfinite(slope), slope, 0.0) * m[0]
+    if name in _SLOPES:
+        return np.abs(out) + np.abs(_SLOPES[name](args[0], out)) * m[0]
+    if name == "where":
+        return np.where(args[0], m[1], m[2])
+    if name in ("full", "iota"):
+        return np.abs(np.asarray(out, np.float64))
+    if name == "cast":
+        return np.asarray(m[0], np.float64)
+    if node.op.family == "elementwise" and name not in ("neg", "abs", "alias"):
+        return np.abs(np.asarray(out, np.float64))
+    if name in ("neg", "abs", "alias"):
+        return m[0]
+    return node.op.eval(*m, **dict(node.attrs))
+
+
+__all__ = ["assert_equal_to_eager", "assert_trains_like_eager", "losses_agree", "magnitudes"]
