@@ -34,9 +34,9 @@ def worker(case_name: str, contender: str, device: str) -> None:
         import tracejit
 
         step = tracejit.compile(step)
-    losses = [float(step())]
+    losses = [step().item()]
     first_call = time.perf_counter() - started
-    losses += [float(step()) for _ in range(WARMUP)]
+    losses += [step().item() for _ in range(WARMUP)]
 
     def timed(count: int) -> float:
         if device == "cuda":

@@ -15,11 +15,13 @@ from samples import SAMPLES, Tensor
 from tracejit.ir.interp import evaluate
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
-from tracejit.ir.types import bits_to_float, contiguous_strides, float_to_bits
+from tracejit.ir.types import Type, bits_to_float, contiguous_strides, f32, float_to_bits
 from tracejit.runtime import triton_executor
 from tracejit.runtime.interpreter import OutOfBoundsAccess
 from tracejit.runtime.triton_executor import COUNTERS, TritonExecutor, memory_bytes
 from tracejit.schedule import schedule
+from tracejit.schedule.kernel_text import parse_kernel
+from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 
 pytestmark = pytest.mark.interpret
 
@@ -445,3 +447,64 @@ def test_64_bit_indices(text):
     assert all("tl.int64" in source.text for source in loaded.sources)
     for ours, theirs in zip(results, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_several_full_reductions_in_one_kernel():
+    check(
+        """
+    f(%0: f32[13,29], %1: f64[]@host) {
+      %2: f32[] = reduce_sum(%0, axes=(0, 1))
+      %3: f32[] = reduce_max(%0, axes=(0, 1))
+      %4: b1[13,29] = gt(%0, 0.5)
+      %5: b1[] = reduce_sum(%4, axes=(0, 1))
+      %6: f32[] = mul(%2, %1)
+      %7: f32[] = where(%5, %6, %3)
+      return %2, %3, %5, %7
+    }""",
+        forms=["reduce"],
+    )
+
+
+def test_one_scalar_in_several_dtypes():
+    check("""
+    f(%0: f32[33], %1: f64[33], %2: i64[33], %3: f64[]@host, %4: bf16[33]) {
+      %5: f32[33] = mul(%0, %3)
+      %6: f64[33] = mul(%1, %3)
+      %7: bf16[33] = mul(%4, %3)
+      %8: f32[33] = full(%3, shape=(33,), dtype=f32, device='cpu')
+      return %5, %6, %7, %8
+    }""")
+
+
+NORMALIZE = """
+kernel(b0: f32 r, b1: f32 w, b2: f32 w; n0) over () {
+  stage (i0: n0) {
+    v0: f32 = load b0[i0]
+    v1: f32 = reduce_sum v0
+  }
+  stage (i0: n0) {
+    v2: f32 = load b0[i0]
+    v3: f32 = div(v2, v1)
+    store b1[i0] <- v3
+  }
+  stage () {
+    store b2[0] <- v1
+  }
+}"""
+
+
+@pytest.mark.parametrize("max_tile", [64, 8192])
+def test_full_reduction_read_by_a_later_loop_is_one_program(max_tile):
+    kernel = parse_kernel(NORMALIZE)
+    shapes = ((300,), (300,), ())
+    buffers = tuple(
+        PlanBuffer(f"t{i}", "input", Type(f32, shape), index=i) for i, shape in enumerate(shapes)
+    )
+    launch = Launch(kernel, tuple(b.name for b in buffers), (300,), ())
+    plan = Plan("p", buffers, (launch,), (), (), (), (), (), 0, "cpu")
+    x = np.random.default_rng(0).uniform(0.5, 1.5, 300).astype(np.float32)
+    memory = [x, np.zeros_like(x), np.zeros((), np.float32)]
+    loaded = TritonExecutor("interpret", max_tile=max_tile).load(plan)
+    loaded([array.ctypes.data for array in memory], [])
+    np.testing.assert_allclose(memory[1], x / x.sum(), rtol=1e-6)
+    np.testing.assert_allclose(memory[2], x.sum(), rtol=1e-6)

@@ -33,8 +33,12 @@ class Memory:
 
 def stored(dtype: DType) -> np.dtype:
     """The numpy dtype of a dtype's elements in memory."""
-    return np.dtype(np.uint16) if dtype is bf16 else np.dtype(f"f{2}") if dtype is f16 else (
-        dtype.compute
+    return (
+        np.dtype(np.uint16)
+        if dtype is bf16
+        else np.dtype(f"f{2}")
+        if dtype is f16
+        else (dtype.compute)
     )
 
 
@@ -46,9 +50,7 @@ def allocate(buffer: PlanBuffer) -> Memory:
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
     raw = np.full((last + 1) * dtype.itemsize + 2 * 128, GUARD, np.uint8)
     start = 128 - (raw.__array_interface__["data"][0] % 16)
-    view = np.ndarray(
-        shape, dtype, raw.data, start, tuple(s * dtype.itemsize for s in strides)
-    )
+    view = np.ndarray(shape, dtype, raw.data, start, tuple(s * dtype.itemsize for s in strides))
     return Memory(raw, view)
 
 

@@ -63,7 +63,6 @@ class _Compiled:
 
     program: Program
     final: Graph
-    device: str
     seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
 
 
@@ -254,9 +253,9 @@ class CompiledStep:
     # ---- building programs
 
     def _program_for(self, captured: Captured) -> _Compiled:
-        device, executor = self._executor(captured)
+        executor = self._executor(captured)
         aligned = tuple(t.data_ptr() % 16 == 0 for t in captured.reals)
-        key = (captured.key[0], aligned, executor.name, device)
+        key = (captured.key[0], aligned, executor)
         found = self._programs.get(key)
         if found is not None:
             self._programs.move_to_end(key)
@@ -265,7 +264,7 @@ class CompiledStep:
         final = self._optimized(captured.graph)
         plan = self._plan(final)
         started = time.perf_counter()
-        compiled = _Compiled(Program(plan, executor), final, device)
+        compiled = _Compiled(Program(plan, executor), final)
         self.stats.add("load", started)
         self.stats.compiles += 1
         _report(self, f"compiled {len(plan.launches)} launch(es) for {executor.name}")
@@ -315,7 +314,7 @@ class CompiledStep:
                 print(emit(launch.kernel).text)
         return plan
 
-    def _executor(self, captured: Captured) -> tuple[str, Executor]:
+    def _executor(self, captured: Captured) -> Executor:
         devices = {str(t.device) for t in captured.reals}
         devices |= {n.out.type.device for n in captured.graph.nodes} - {"host"}
         if len(devices) > 1:
@@ -326,7 +325,8 @@ class CompiledStep:
                 remedy="Move every tensor that the step uses to one device.",
             )
         device = devices.pop() if devices else "cpu"
-        return device, executor_for(self.backend, device)
+        precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
+        return executor_for(self.backend, device, precision)
 
     def _dump(self, raw: Graph, final: Graph, plan: Plan) -> None:
         directory = knobs.dump_dir()
@@ -342,8 +342,12 @@ class CompiledStep:
             (at / f"3_kernel_{i}_{source.name}.py").write_text(source.text)
 
 
+# torch.get_float32_matmul_precision() → how fp32 contractions are computed on a GPU
+_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
+
+
 @functools.cache
-def executor_for(backend: str, device: str) -> Executor:
+def executor_for(backend: str, device: str, precision: str = "highest") -> Executor:
     """The executor that runs plans of a device under a backend."""
     on_cpu = device == "cpu"
     if backend == "auto":
@@ -360,7 +364,7 @@ def executor_for(backend: str, device: str) -> Executor:
         return NumpyExecutor()
     from tracejit.runtime.triton_executor import TritonExecutor
 
-    return TritonExecutor(backend)
+    return TritonExecutor(backend, precision=_PRECISION[precision])
 
 
 def _identifier(name: str) -> str:

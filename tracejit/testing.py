@@ -103,10 +103,10 @@ def assert_trains_like_eager(
     Returns the compiled step and both lists of losses.
     """
     plain, parameters = make_step()
-    eager = [float(plain()) for _ in range(calls)]
+    eager = [plain().item() for _ in range(calls)]
     other, ours_parameters = make_step()
     compiled = compile(other, **options)
-    ours = [float(compiled()) for _ in range(calls)]
+    ours = [compiled().item() for _ in range(calls)]
     for call, (a, b) in enumerate(zip(ours, eager, strict=True)):
         if not losses_agree(a, b, eager[0]):
             raise AssertionError(f"call {call}: loss {a!r}, eager has {b!r}")

@@ -228,12 +228,13 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
     tree = collect.tree(returned.pop())
     grads, grads_read, datas = [], [], []
     for i, h in enumerate(tuple(tracer.handles)):
-        if h.grad_known:
+        if h.grad_read:
             at_start = h.grad_at_start
             found = None if at_start is None else collect.real_index.get(id(at_start), -1)
             grads_read.append((i, found))
-            if h.grad is not at_start:
-                grads.append((i, None if h.grad is None else collect.tensor(h.grad)))
+        assigned = h.is_real and h.grad_known
+        if assigned and (h.grad is not h.grad_at_start or not h.grad_read):
+            grads.append((i, None if h.grad is None else collect.tensor(h.grad)))
         if h.storage.real is None:
             datas.append((i, h))
     datas = [(i, _data_of(collect, h)) for i, h in datas]

@@ -204,7 +204,9 @@ def _guard_tensors(w: _Writer, captured: Captured) -> str:
         at = w.tensors[id(captured.reals[i])]
         if grad is None:
             w.check(f"{at}.grad is None", "a .grad that was None when traced is set")
-        elif grad >= 0 and w.tensors[id(captured.reals[grad])] != f"{at}.grad":
+        elif grad < 0:
+            w.check(f"{at}.grad is not None", "a .grad that the step asks for is None")
+        elif w.tensors[id(captured.reals[grad])] != f"{at}.grad":
             w.check(f"{at}.grad is {w.tensors[id(captured.reals[grad])]}", "a .grad was replaced")
     _guard_aliasing(w, captured)
     return ""

@@ -83,7 +83,8 @@ class Handle:
     requires_grad_leaf: bool = False
     grad: torch.Tensor | None = None
     grad_at_start: torch.Tensor | None = None  # a real tensor's .grad before the step
-    grad_known: bool = True  # False until a real tensor's .grad has been read
+    grad_read: bool = False  # whether the step depends on the .grad that was there before
+    grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
     memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
 
     @property

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tracejit.autodiff import Entry, Tape, Vjp
+from tracejit.autodiff import Entry, Tape, Vjp, zeros
 from tracejit.capture import location
 from tracejit.capture.scalars import Predicate, TracedFloat
 from tracejit.capture.table import RULES, function_name
@@ -41,6 +41,8 @@ from tracejit.ir.graph import Builder, Node, Value
 from tracejit.ir.types import HOST_SCALAR, Type, contiguous_strides
 
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
+# torch takes these names of numpy wherever it takes its own
+_NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x2": "other"}
 
 
 class Tracer(TorchFunctionMode):
@@ -77,7 +79,7 @@ class Tracer(TorchFunctionMode):
     # ---- interception
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
         rule = RULES.get(func)
         self._call = (func, args, kwargs)
         if rule is None:
@@ -195,6 +197,17 @@ class Tracer(TorchFunctionMode):
         if self.grad_on:
             self.tape.add(Entry(inputs, (output,), vjp, name))
         return output
+
+    def unread(self, new: Value, old: Value) -> Value:
+        """`new`, as a value that depends on `old` too, with derivative zero: it replaced `old`."""
+        with self.untaped():
+            out = self.b.alias(new)
+        return self.derive(
+            "copy_",
+            (new, old),
+            out,
+            lambda b, cts, need: (cts[0] if need[0] else None, zeros(b, old) if need[1] else None),
+        )
 
     # ---- values of handles
 
@@ -408,7 +421,10 @@ class Tracer(TorchFunctionMode):
         new = put_through(self.b, self.base(family), handle.steps, value)
         if new in self._origin:
             new = self.b.alias(new)
-        untracked = family.leaf is None and family.value not in self.tape.tracked
+        old, tracked = family.value, family.value in self.tape.tracked
+        untracked = family.leaf is None and not tracked
+        if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
+            new = self.unread(new, old)
         storage.value = new
         storage.writes += 1
         if self.grad_on or untracked:

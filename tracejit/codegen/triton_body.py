@@ -103,6 +103,8 @@ class Body:
     def shape(self, dims: Dims) -> str:
         """The shape of a tile over all dims of the moment, 1 where it does not vary."""
         blocks = [d.block if d.name in dims else "1" for d in self.dims.values()]
+        if [d.place for d in self.dims.values()] == ["[:, None]"]:
+            blocks.append("1")  # between the loops of a rows kernel: a column
         return f"[{', '.join(blocks)}]"
 
     def prelude(self, dim: Dim, index: str) -> list[Line]:

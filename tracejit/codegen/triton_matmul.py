@@ -173,7 +173,7 @@ def _function(
     """A jit function around the body's lines: it unpacks what it uses of bufs and SIZES."""
     wide = ".to(tl.int64)" if body.kernel.index64 else ""
     places = ("[:, None]", "[None, :]")
-    lines = unravel(c.batch, "b", {a.name for a in c.batch} & body.used)
+    lines = unravel(c.batch, f"b{wide}", {a.name for a in c.batch} & body.used)
     for dim, variable, place in zip(dims, ranges, places, strict=True):
         lines += body.prelude(dim, f"{variable}{place}{wide}")
     lines += [*body.scalar_lines(), *body.lines]

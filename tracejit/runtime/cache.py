@@ -33,6 +33,9 @@ STALE_SECONDS = 3600.0  # a temporary file this old was left by a crash
 SWEEP_EVERY = 64  # writes between two checks of the total size
 
 
+_warned: set[Path] = set()  # roots that were complained about: once is enough
+
+
 def sha256(text: str) -> str:
     """Hex digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
@@ -45,7 +48,6 @@ class DiskCache:
         self._root = root
         self.max_bytes = max_bytes
         self._puts = 0
-        self._warned = False
 
     @property
     def root(self) -> Path:
@@ -129,8 +131,8 @@ class DiskCache:
         return False
 
     def _warn(self, text: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if self.root not in _warned:
+            _warned.add(self.root)
             warnings.warn(f"tracejit: {text}", RuntimeWarning, stacklevel=3)
 
 

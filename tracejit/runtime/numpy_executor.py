@@ -31,7 +31,6 @@ from tracejit.schedule.kernel import (
     FloorDiv,
     InBounds,
     Index,
-    Kernel,
     Load,
     Mask,
     Operand,
@@ -256,9 +255,7 @@ class _StageSteps:
         dtype = self.run.types[number].type.dtype
         slot = self.run.slot()
         count = _span(self.run.types[number]) // dtype.itemsize
-        self.run.views.append(
-            _View(slot, number, _stored(dtype), (count,), (dtype.itemsize,), 0)
-        )
+        self.run.views.append(_View(slot, number, _stored(dtype), (count,), (dtype.itemsize,), 0))
         return slot
 
     def _load(self, s: Load, dims: Dims) -> Step:

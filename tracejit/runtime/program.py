@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import torch
 
+from tracejit import knobs
 from tracejit.ir import types
 from tracejit.ir.hostcode import host_function
 from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.executor import Executor
+from tracejit.runtime.profile import ProfiledPlan
 from tracejit.schedule.plan import Plan
 
 _TORCH_DTYPE = {
@@ -35,7 +37,8 @@ class Program:
 
     def __init__(self, plan: Plan, executor: Executor):
         self.plan = plan
-        self.loaded = executor.load(plan)
+        profiled = knobs.debug() >= 2
+        self.loaded = ProfiledPlan(plan, executor) if profiled else executor.load(plan)
         self._host = host_function(plan.host, [v for v, _ in plan.host_params], plan.scalars)
         self._host_positions = [position for _, position in plan.host_params]
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)

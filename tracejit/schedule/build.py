@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
@@ -13,6 +14,9 @@ from tracejit.schedule.tasks import analyse
 
 def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
     """The launches that compute a graph; without `fuse`, one kernel per computing node."""
+    for write in graph.writes:
+        if write.target.type.is_host:
+            raise InvalidGraph(reason=f"write to the host scalar {write.target}: it has no memory")
     buffers = _outer_buffers(graph)
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")

@@ -46,6 +46,9 @@ class Fuser:
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
         """Group everything. `outputs`: buffer per result; `inputs`: buffer per param id."""
+        for result in self.graph.results:
+            id = self.analysis.resolve(result.value).id
+            self.groups.results[id] = self.groups.results.get(id, 0) + 1
         for node in self.analysis.nodes:
             if self.analysis.is_task(node.out):
                 self.place(self.analysis.task(self.tick(), node))

@@ -62,6 +62,7 @@ class Groups:
         self.all: dict[int, Group] = {}  # live groups by id
         self.consumers: dict[int, list[tuple[Task, Demand]]] = {}  # readers by origin id
         self.tasks: dict[int, Task] = {}  # the task that computes a value, by value id
+        self.results: dict[int, int] = {}  # how many results store a value, by value id
         self._merged_into: dict[int, int] = {}
         self._before: dict[int, int] = {}  # bit set of the groups that must run earlier
         self._next = 0
@@ -77,9 +78,10 @@ class Groups:
         elif task.kind == "dot":
             group.dot = task
         if task.kind == "store":
-            group.stores = 1
+            group.stores = task.value.id not in self.tasks
         else:
             self.tasks[task.value.id] = task
+            group.stores = self.results.get(task.value.id, 0)
         before = 0
         for demand in task.demands:
             group.reads.add(demand.origin.id)
@@ -147,9 +149,12 @@ class Groups:
         if a is b:
             return a
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
-        if not _compatible(base, moved) or not self._fits(a, b) or self._apart(a, b):
+        if not _compatible(base, moved) or self._apart(a, b):
             return None
         edges = list(self.edges(a, b))
+        stores_here = edges and len(moved.tasks) == 1 and moved.tasks[0].kind == "store"
+        if not stores_here and not self._fits(a, b):
+            return None
         if not all(demand.aligned and not demand.mask for _, _, demand in edges):
             return None
         for axes, outer in self._candidates(base, moved, edges):

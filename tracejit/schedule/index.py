@@ -25,9 +25,7 @@ ZERO = Index()
 @lru_cache(4096)
 def identity(shape: Ints) -> Indices:
     """The indices of a value's element at the point (i0, i1, …) of its own shape."""
-    return tuple(
-        Index(((f"i{k}", 1),)) if extent > 1 else ZERO for k, extent in enumerate(shape)
-    )
+    return tuple(Index(((f"i{k}", 1),)) if extent > 1 else ZERO for k, extent in enumerate(shape))
 
 
 @lru_cache(4096)
@@ -144,7 +142,7 @@ def _split(
         high_offset, low_offset = divmod(offset, common)
         rest = _make(dict(terms[count:]), low_offset)
         low, high = bounds(rest, extents)
-        if 0 <= low and high < common:
+        if low >= 0 and high < common:
             head = _make({atom: c // common for atom, c in terms[:count]}, high_offset)
             quotient, remainder = divmod_index(head, by // common, extents)
             return quotient, add([scale(remainder, common), rest])

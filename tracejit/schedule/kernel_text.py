@@ -199,11 +199,15 @@ class _Parser:
         self.vars: dict[str, Var] = {}
         self.sizes: tuple[str, ...] = ()
 
-    def next(self, pattern: re.Pattern | None = None) -> tuple[re.Match | str, str]:
-        """The next line, matched against a pattern if one is given, and its comment."""
+    def peek(self) -> str:
+        """The next line, which stays next."""
         if self.at == len(self.lines):
             raise InvalidGraph(reason="a kernel's text ends early")
-        code, where = self.lines[self.at]
+        return self.lines[self.at][0]
+
+    def next(self, pattern: re.Pattern | None = None) -> tuple[re.Match | str, str]:
+        """The next line, matched against a pattern if one is given, and its comment."""
+        code, where = self.peek(), self.lines[self.at][1]
         self.at += 1
         if pattern is None:
             return code, where
@@ -221,7 +225,7 @@ class _Parser:
         self.sizes = tuple(_items(head[3]))
         axes = self.axes(head[5])
         stages = []
-        while self.lines[self.at][0] != "}":
+        while not self.peek().startswith("}"):
             found, _ = self.next(_STAGE)
             stages.append(self.stage(self.axes(found[1])))
         return Kernel(
@@ -235,7 +239,7 @@ class _Parser:
 
     def stage(self, axes: tuple[Axis, ...]) -> Stage:
         dot = None
-        if self.lines[self.at][0].startswith("dot "):
+        if self.peek().startswith("dot "):
             found, _ = self.next(_DOT)
             (k,) = self.axes(found[3])
             a = self.body("|")
@@ -248,7 +252,7 @@ class _Parser:
 
     def body(self, end: str, consume: bool = True) -> tuple[Statement, ...]:
         out = []
-        while not self.lines[self.at][0].startswith(end):
+        while not self.peek().startswith(end):
             code, where = self.next()
             out.append(self.statement(code, where))
         self.at += consume

@@ -291,9 +291,7 @@ class _Lowering:
             return out
         if name == "full":
             out = self._var(value)
-            scope.body.append(
-                Compute(out, node.op, (self._operand(node.args[0]),), (), node.where)
-            )
+            scope.body.append(Compute(out, node.op, (self._operand(node.args[0]),), (), node.where))
             return out
         assert family == "elementwise", f"{name} is read outside its kernel"
         args = tuple(
@@ -331,9 +329,7 @@ class _Lowering:
         condition = self._var(node.out, b1)
         scope.body.append(InBounds(condition, bound, node.where))
         out = self._var(node.out)
-        scope.body.append(
-            Compute(out, OPS["where"], (condition, source, fill), (), node.where)
-        )
+        scope.body.append(Compute(out, OPS["where"], (condition, source, fill), (), node.where))
         return out
 
 

@@ -141,4 +141,6 @@ def _rewrite(kernel: Kernel, sizes: _Naming | _Binding) -> Kernel:
             dot = replace(dot, k=axis(dot.k), a=a, b=b)
         return Stage(axes, tuple(map(statement, s.body)), dot)
 
-    return replace(kernel, axes=tuple(map(axis, kernel.axes)), stages=tuple(map(stage, kernel.stages)))
+    return replace(
+        kernel, axes=tuple(map(axis, kernel.axes)), stages=tuple(map(stage, kernel.stages))
+    )

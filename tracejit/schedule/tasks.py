@@ -142,7 +142,9 @@ class Analysis:
                 known = demands.setdefault(demand.origin.id, [])
                 if demand not in known:
                     known.append(demand)
-        return Task(order, kind, value, shape, tuple(d for ds in demands.values() for d in ds), node)
+        return Task(
+            order, kind, value, shape, tuple(d for ds in demands.values() for d in ds), node
+        )
 
     def store(self, order: int, value: Value, buffer: str, target: Value | None) -> Task:
         """The task that stores a value in an output buffer, or over the input `target`."""

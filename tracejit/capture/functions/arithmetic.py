@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from tracejit.autodiff import zeros
 from tracejit.capture.functions.common import (
     Number,
     as_float,
+    cast,
+    check_range,
     common_shape,
+    expand,
     in_place,
     literal,
     operand,
@@ -16,13 +22,15 @@ from tracejit.capture.functions.common import (
     register,
     result_dtype,
     result_strides,
+    rounded,
+    truth,
 )
 from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.table import RULES, rule
 from tracejit.capture.tensor import TracedTensor
 from tracejit.capture.tracer import Tracer
 from tracejit.ir.graph import Arg, Value
-from tracejit.ir.types import DType, b1
+from tracejit.ir.types import DType, b1, f32, u8
 
 Tensor = torch.Tensor
 
@@ -31,9 +39,11 @@ def _scaled(t: Tracer, x: Arg, alpha: Number, dtype: DType) -> Arg:
     """alpha·x, exact when alpha is 1."""
     if not isinstance(alpha, TracedFloat) and alpha == 1:
         return x
-    factor = literal(alpha, dtype)
-    if isinstance(x, Value) and not x.type.is_host:
-        return t.b.mul(x, factor)
+    factor = alpha if isinstance(alpha, Value) else literal(alpha, dtype)
+    if _is_tensor(x):
+        return t.b.and_(x, factor) if dtype is b1 else t.b.mul(x, factor)
+    if _is_tensor(factor):
+        return t.b.mul(factor, x)
     return t.b.host_mul(x, factor) if isinstance(x, Value) else _host(t, x, factor)
 
 
@@ -41,24 +51,49 @@ def _host(t: Tracer, x: Number, factor: Arg) -> Arg:
     return t.b.host_mul(x, factor) if isinstance(factor, Value) else x * factor
 
 
+def _linear(
+    t: Tracer, emit: Callable[[Arg, Arg], Value], input: object, other: object, alpha: Number
+) -> TracedTensor:
+    """emit(input, alpha·other), rounded once where the dtype is narrow."""
+    dtype = result_dtype((operand(t, input), operand(t, other)))
+    unscaled = not isinstance(alpha, TracedFloat) and alpha == 1
+    if not dtype.is_float and isinstance(alpha, float):
+        raise t.shape_error(
+            "For integral input tensors, argument alpha must not be a floating point number"
+        )
+    if dtype is not b1 and isinstance(alpha, bool):
+        raise t.shape_error("Boolean alpha only supported for Boolean results")
+    if unscaled or not dtype.narrow:
+        return pointwise(t, lambda x, y: emit(x, _scaled(t, y, alpha, dtype)), (input, other))
+
+    def widened(x: Arg, y: Arg) -> Value:
+        x, y = (cast(t, a, f32) if _is_tensor(a) else a for a in (x, y))
+        device = (x if _is_tensor(x) else y).type.device
+        factor = rounded(t, alpha, dtype, device)
+        if isinstance(factor, Value):
+            like = x if _is_tensor(x) else y
+            factor = expand(t, cast(t, factor, f32), like.type.shape)
+        return t.b.cast(emit(x, _scaled(t, y, factor, f32)), dtype=dtype)
+
+    return pointwise(t, widened, (input, other))
+
+
 def add(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
-    xs = (operand(t, input), operand(t, other))
-    dtype = result_dtype(xs)
-    return pointwise(t, lambda x, y: _sum(t, x, _scaled(t, y, alpha, dtype), dtype), (input, other))
+    def emit(x: Arg, y: Arg) -> Value:
+        either = x if _is_tensor(x) else y
+        return t.b.or_(x, y) if either.type.dtype is b1 else t.b.add(x, y)
 
-
-def _sum(t: Tracer, x: Arg, y: Arg, dtype: DType) -> Value:
-    return t.b.or_(x, y) if dtype is b1 else t.b.add(x, y)
+    return _linear(t, emit, input, other, alpha)
 
 
 def sub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
-    dtype = result_dtype((operand(t, input), operand(t, other)))
-    if dtype is b1:
-        raise t.shape_error(
-            "Subtraction, the `-` operator, with two bool tensors is not supported. Use the `^` or "
-            "`logical_xor()` operator instead"
-        )
-    return pointwise(t, lambda x, y: t.b.sub(x, _scaled(t, y, alpha, dtype)), (input, other))
+    for x in (operand(t, input), operand(t, other)):
+        if isinstance(x.number, bool) or (x.handle is not None and x.handle.dtype is b1):
+            raise t.shape_error(
+                "Subtraction, the `-` operator, with a bool tensor is not supported. If you are "
+                "trying to invert a mask, use the `~` or `logical_not()` operator instead"
+            )
+    return _linear(t, t.b.sub, input, other, alpha)
 
 
 def rsub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
@@ -68,19 +103,20 @@ def rsub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> Trace
 def mul(t: Tracer, input: object, other: object) -> TracedTensor:
     dtype = result_dtype((operand(t, input), operand(t, other)))
     emit = t.b.and_ if dtype is b1 else t.b.mul
-    return pointwise(t, emit, (input, other))
+    return pointwise(t, emit, (input, other), wide=True)
 
 
 def div(
     t: Tracer, input: object, other: object, *, rounding_mode: str | None = None
 ) -> TracedTensor:
     if rounding_mode == "floor":
-        return floor_divide(t, input, other)
-    quotient = pointwise(t, t.b.div, (input, other), to=as_float)
+        _check_divisor(t, input, other)
+        return pointwise(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
+    quotient = pointwise(t, t.b.div, (input, other), to=as_float, wide=True)
     if rounding_mode is None:
         return quotient
     if rounding_mode != "trunc":
-        raise t.shape_error(f"div expected rounding_mode to be None, 'trunc' or 'floor'")
+        raise t.shape_error("div expected rounding_mode to be None, 'trunc' or 'floor'")
     raise t.unsupported("Use rounding_mode='floor', or torch.trunc of the quotient")
 
 
@@ -98,7 +134,7 @@ def rdiv(t: Tracer, input: object, other: object) -> TracedTensor:
         )
         return t.b.mul(reciprocal, y)
 
-    return pointwise(t, emit, (input, other), to=as_float)
+    return pointwise(t, emit, (input, other), to=as_float, wide=True)
 
 
 def reciprocal(t: Tracer, input: object) -> TracedTensor:
@@ -120,12 +156,36 @@ def _no_derivative(t: Tracer, name: str, emit):
     return wrapped
 
 
+def _flat(t: Tracer, name: str, emit):
+    """Emit a step whose derivative is zero."""
+
+    def wrapped(x: Arg, y: Arg) -> Value:
+        with t.untaped():
+            out = emit(x, y)
+        inputs = tuple(v for v in (x, y) if isinstance(v, Value))
+        return t.derive(name, inputs, out, lambda b, cts, need: [zeros(b, v) for v in inputs])
+
+    return wrapped
+
+
 def floor_divide(t: Tracer, input: object, other: object) -> TracedTensor:
-    return pointwise(t, _no_derivative(t, "floor_divide", t.b.floordiv), (input, other))
+    _check_divisor(t, input, other)
+    emit = _no_derivative(t, "floor_divide", t.b.floordiv)
+    return pointwise(t, emit, (input, other), wide=True)
+
+
+def _check_divisor(t: Tracer, input: object, other: object) -> None:
+    """An integer division by the number 0 raises; by a zero in a tensor gives 0, as on a GPU."""
+    if not isinstance(other, (Tensor, float)) and other == 0:
+        handle = operand(t, input).handle
+        if handle is not None and not handle.dtype.is_float and handle.device == "cpu":
+            raise t.shape_error("ZeroDivisionError")
 
 
 def remainder(t: Tracer, input: object, other: object) -> TracedTensor:
-    return pointwise(t, t.b.mod, (input, other))
+    _check_divisor(t, input, other)
+    emit = t.b.mod if isinstance(input, Tensor) else _no_derivative(t, "remainder", t.b.mod)
+    return pointwise(t, emit, (input, other))
 
 
 def power(t: Tracer, input: object, exponent: object) -> TracedTensor:
@@ -140,7 +200,10 @@ def power(t: Tracer, input: object, exponent: object) -> TracedTensor:
         if not dtype.is_float and exponent < 0 and not isinstance(exponent, float):
             raise t.shape_error("Integers to negative integer powers are not allowed")
         return pointwise(t, lambda x, e: _power_literal(t, x, e), (input, exponent))
-    return pointwise(t, t.b.pow, (input, exponent))
+    out = pointwise(t, t.b.pow, (input, exponent))
+    if isinstance(input, Tensor):
+        return out
+    return t.fresh(t.read(out.handle))  # row-major, whatever the exponent's strides
 
 
 def _raise_to(b, x: Value, e: Number) -> Value:
@@ -174,7 +237,7 @@ def _power_literal(t: Tracer, x: Value, e: Number) -> Value:
         (g,) = cts
         if e == 0:
             return (b.mul(g, 0.0),)
-        return (b.mul(g, b.mul(_raise_to(b, x, e - 1), e)),)
+        return (b.mul(g, b.mul(_power_literal(t, x, e - 1), e)),)
 
     return t.derive("pow", (x,), out, vjp)
 
@@ -191,8 +254,6 @@ def clamp(t: Tracer, input: Tensor, min: object = None, max: object = None) -> T
     """torch.clamp; its gradient passes where min <= x <= max, 1 at a tie."""
     if min is None and max is None:
         raise t.shape_error("At least one of 'min' or 'max' must not be None")
-    if isinstance(min, Tensor) or isinstance(max, Tensor):
-        raise t.unsupported("Use torch.maximum and torch.minimum for tensor bounds")
     bounds = [v for v in (min, max) if v is not None]
 
     def emit(x: Value, *limits: Arg) -> Value:
@@ -211,10 +272,28 @@ def clamp(t: Tracer, input: Tensor, min: object = None, max: object = None) -> T
             if high is not None:
                 below = b.le(x, high)
                 inside = below if inside is None else b.and_(inside, below)
-            return (b.where(inside, g, 0.0),)
+            given = [b.where(inside, g, 0.0)]
+            if low is not None and _is_tensor(low):
+                lifted = b.lt(x, low)
+                if high is not None:
+                    lifted = b.and_(b.lt(low, high), lifted)
+                given.append(b.where(lifted, g, 0.0))
+            if high is not None and _is_tensor(high):
+                cut = b.gt(x, high)
+                if low is not None:
+                    cut = b.or_(cut, b.lt(high, low))
+                given.append(b.where(cut, g, 0.0))
+            return given
 
-        return t.derive("clamp", (x,), out, vjp)
+        inputs = (x, *(v for v in limits if _is_tensor(v)))
+        return t.derive("clamp", inputs, out, vjp)
 
+    dtype = result_dtype([operand(t, v) for v in (input, *bounds)])
+    if dtype is b1:
+        raise t.shape_error("clamp is not implemented for 'Bool'")
+    for bound in bounds:
+        if not isinstance(bound, Tensor):
+            check_range(t, bound, dtype)
     return pointwise(t, emit, (input, *bounds))
 
 
@@ -228,11 +307,11 @@ def clamp_max(t: Tracer, input: Tensor, max: object) -> TracedTensor:
 
 def where(t: Tracer, condition: Tensor, input: object, other: object) -> TracedTensor:
     c, *xs = (operand(t, x) for x in (condition, input, other))
-    if c.handle is None or c.handle.dtype is not b1:
+    if c.handle is None or c.handle.dtype not in (b1, u8):
         raise t.shape_error("where expected condition to be a boolean tensor")
     dtype = result_dtype(xs)
     shape = common_shape(t, (c, *xs))
-    (mask,) = operands_as(t, (c,), b1, shape)
+    mask = expand(t, truth(t, t.read(c.handle)), shape)
     x, y = operands_as(t, xs, dtype, shape)
     if not _is_tensor(x) and not _is_tensor(y):
         x = t.b.full(x, shape=shape, dtype=dtype, device=c.handle.device)
@@ -248,6 +327,8 @@ def _where_method(t: Tracer, input: Tensor, condition: Tensor, other: object) ->
 
 
 def masked_fill(t: Tracer, input: Tensor, mask: Tensor, value: object) -> TracedTensor:
+    if t.lift(mask).dtype is not b1:
+        raise t.shape_error("masked_fill only supports boolean masks")
     x = operand(t, input)
     v = operand(t, value)
     if v.handle is not None and v.handle.shape:
@@ -278,7 +359,7 @@ def _bitwise(name: str):
 def _logical(name: str):
     def logical(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
         def emit(x: Value, y: Value) -> Value:
-            return getattr(t.b, name)(t.b.ne(x, 0), t.b.ne(y, 0))
+            return getattr(t.b, name)(truth(t, x), truth(t, y))
 
         return pointwise(t, emit, (input, other))
 
@@ -287,7 +368,7 @@ def _logical(name: str):
 
 def bitwise_not(t: Tracer, input: Tensor) -> TracedTensor:
     if operand(t, input).handle.dtype.is_float:
-        raise t.shape_error("bitwise_not is not implemented for floating-point tensors")
+        raise t.unsupported("It is only implemented on integer and bool tensors")
     return pointwise(t, t.b.not_, (input,))
 
 
@@ -374,7 +455,10 @@ def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> T
             f"output with shape {list(into.shape)} doesn't match the shape {list(source.shape)}"
         )
     (value,) = operands_as(t, (operand(t, src),), into.dtype, into.shape)
-    t.write(into, t.b.alias(value))
+    new = t.b.alias(value)
+    if t.grad_on and t.requires_grad(into):
+        new = t.unread(new, t.read(into))
+    t.write(into, new)
     return self
 
 
@@ -386,6 +470,7 @@ def fill_(t: Tracer, self: Tensor, value: object) -> Tensor:
         if x.handle.shape:
             raise t.shape_error("fill_ only supports a 0-dimensional value tensor")
         return copy_(t, self, value)
+    check_range(t, x.number, into.dtype)
     filled = literal(x.number, into.dtype)
     t.write(into, t.b.full(filled, shape=into.shape, dtype=into.dtype, device=into.device))
     return self
@@ -393,4 +478,7 @@ def fill_(t: Tracer, self: Tensor, value: object) -> Tensor:
 
 @rule(Tensor.zero_, torch.zero_)
 def zero_(t: Tracer, self: Tensor) -> Tensor:
+    h = t.lift(self)
+    if any(st == 0 and n > 1 for st, n in zip(h.strides, h.shape, strict=True)):
+        raise t.unsupported("Write to the tensor that was expanded")
     return fill_(t, self, 0)

@@ -215,14 +215,13 @@ def get_grad(t: Tracer, self: Tensor) -> Tensor | None:
     if not h.grad_known:
         with torch._C.DisableTorchFunction():
             set_grad_of(h, self.grad)
-            h.grad_at_start = h.grad
+        h.grad_at_start, h.grad_read = h.grad, True
     return h.grad
 
 
 @rule(Tensor.grad.__set__)
 def set_grad(t: Tracer, self: Tensor, value: Tensor | None) -> None:
     h = t.lift(self)
-    get_grad(t, self)
     if value is not None:
         g = t.lift(value)
         if (g.shape, g.dtype, g.device) != (h.shape, h.dtype, h.device):

@@ -116,6 +116,23 @@ def cast(t: Tracer, value: Value, dtype: DType) -> Value:
     return value if value.type.dtype is dtype else t.b.cast(value, dtype=dtype)
 
 
+def check_range(t: Tracer, x: Number, dtype: DType) -> None:
+    """Refuse a number that a new tensor of `dtype` cannot hold, as eager does."""
+    number = float(x)
+    if dtype is b1 or (dtype.is_float and math.isinf(number)):
+        return
+    info = (torch.finfo if dtype.is_float else torch.iinfo)(TO_TORCH[dtype])
+    low = -info.max if dtype.kind == "u" else info.min
+    if not (low <= number <= info.max or (dtype.is_float and number != number)):
+        raise t.shape_error(f"value cannot be converted to {TO_TORCH[dtype]} without overflow")
+
+
+def truth(t: Tracer, value: Value) -> Value:
+    """Whether each element differs from zero."""
+    dtype = value.type.dtype
+    return value if dtype is b1 else t.b.ne(value, literal(0, dtype))
+
+
 def expand(t: Tracer, value: Value, shape: Ints) -> Value:
     """Broadcast a value to a shape it is known to broadcast to."""
     if value.type.shape == shape:
@@ -166,11 +183,11 @@ def operands_as(
     """Operands cast and broadcast for one element-wise primitive.
 
     Next to bf16 and f16 tensors eager rounds numbers to the tensor's dtype, except in the functions
-    that keep them `wide`, in float32.
+    that keep the second operand `wide`, in float32.
     """
     out: list[Arg] = []
     for x in operands:
-        if x.handle is None and dtype.narrow and not wide:
+        if x.handle is None and dtype.narrow and not (wide and out):
             device = next(y.handle.device for y in operands if y.handle is not None)
             number = rounded(t, x.number, dtype, device)
             out.append(expand(t, number, shape) if isinstance(number, Value) else number)
@@ -244,6 +261,13 @@ def size_args(t: Tracer, sizes: tuple) -> Ints:
     return tuple(int(s) for s in sizes)
 
 
+def can_cast(source: DType, target: DType) -> bool:
+    """torch.can_cast: an in-place form may not lose the fraction, nor turn numbers into bools."""
+    if source.is_float and not target.is_float:
+        return False
+    return source is b1 or target is not b1
+
+
 def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:
     """Finish an in-place form: cast the result to the target's dtype and write it."""
     into, got = t.lift(target), result.handle
@@ -252,7 +276,7 @@ def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.T
             f"output with shape {list(into.shape)} doesn't match the broadcast shape "
             f"{list(got.shape)}"
         )
-    if not torch.can_cast(TO_TORCH[got.dtype], TO_TORCH[into.dtype]):
+    if not can_cast(got.dtype, into.dtype):
         raise t.shape_error(
             f"result type {TO_TORCH[got.dtype]} can't be cast to the desired output type "
             f"{TO_TORCH[into.dtype]}"
@@ -262,10 +286,17 @@ def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.T
 
 
 def in_place(out_of_place: Rule) -> Rule:
-    """The in-place form of a rule: its first argument is overwritten and returned."""
+    """The in-place form of a rule: its first argument is overwritten and returned.
+
+    Where gradients are recorded, the rule reads a copy, which its derivative may read again.
+    """
 
     def rule(t: Tracer, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return write_back(t, self, out_of_place(t, self, *args, **kwargs))
+        source = self
+        if t.grad_on:
+            h = t.lift(self)
+            source = t.fresh(t.b.alias(t.read(h)), h.strides)
+        return write_back(t, self, out_of_place(t, source, *args, **kwargs))
 
     return rule
 

@@ -6,6 +6,7 @@ import torch
 
 from tracejit.capture.functions.arithmetic import add, mul
 from tracejit.capture.functions.common import expand, register
+from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.table import rule
 from tracejit.capture.tensor import Handle, TracedTensor, broadcast_shape
 from tracejit.capture.tracer import Tracer
@@ -107,6 +108,9 @@ def linear(t: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     """input @ weight.T + bias"""
     w = t.lift(weight)
     x = t.lift(input)
+    if len(w.shape) == 1:
+        out = matmul(t, input, weight)
+        return out if bias is None else add(t, out, bias)
     _check(t, x, w)
     if x.shape[-1:] != w.shape[-1:]:
         raise t.shape_error(
@@ -128,6 +132,13 @@ def addmm(
     t: Tracer, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     product = mm(t, mat1, mat2)
+    if not isinstance(beta, TracedFloat) and beta == 0:  # torch does not read input then
+        out = product if alpha == 1 else mul(t, product, alpha)
+        return t.fresh(t.unread(t.read(out.handle), t.read(t.lift(input))))
+    shape = product.handle.shape
+    given = t.lift(input).shape
+    if broadcast_shape([given, shape]) != shape:
+        raise t.shape_error(f"input of shape {list(given)} does not expand to {list(shape)}")
     if isinstance(alpha, float) or alpha != 1:
         product = mul(t, product, alpha)
     if isinstance(beta, float) or beta != 1:

@@ -8,6 +8,7 @@ import torch
 
 from tracejit.capture.functions.common import (
     cast,
+    check_range,
     common_shape,
     default_dtype,
     literal,
@@ -21,7 +22,7 @@ from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.table import rule
 from tracejit.capture.tensor import TO_IR, Handle, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.types import DType, i64
+from tracejit.ir.types import DType, f64, i64
 
 Tensor = torch.Tensor
 Number = int | float | bool
@@ -67,6 +68,7 @@ def _make(
 ) -> TracedTensor:
     if any(n < 0 for n in shape):
         raise t.shape_error(f"Trying to create tensor with negative dimension: {list(shape)}")
+    check_range(t, value, dtype)
     made = t.b.full(literal(value, dtype), shape=shape, dtype=dtype, device=device)
     made = t.fresh(made, strides)
     if requires_grad:
@@ -83,9 +85,10 @@ def _constant(value: Number):
         requires_grad: bool = False,
         **options: object,
     ) -> TracedTensor:
+        given = (options.pop("size"),) if "size" in options else size
         _plain(t, options)
         chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
-        shape = size_args(t, size)
+        shape = size_args(t, given)
         return _make(t, value, shape, chosen, device_name(device), requires_grad)
 
     return factory
@@ -154,8 +157,9 @@ def _new_constant(value: Number):
         requires_grad: bool = False,
         **options: object,
     ) -> TracedTensor:
+        given = (options.pop("size"),) if "size" in options else size
         return _new_full(
-            t, self, size_args(t, size), value, dtype, device, requires_grad, **options
+            t, self, size_args(t, given), value, dtype, device, requires_grad, **options
         )
 
     return method
@@ -178,7 +182,12 @@ def _new_full(
     return _make(t, fill_value, size_args(t, (size,)), chosen, place, requires_grad)
 
 
-@rule(torch.tensor, torch.scalar_tensor)
+@rule(torch.scalar_tensor)
+def scalar_tensor(t: Tracer, s: Number, **options: object) -> TracedTensor:
+    return tensor(t, s, **{"dtype": torch.get_default_dtype(), **options})
+
+
+@rule(torch.tensor)
 def tensor(
     t: Tracer,
     data: object,
@@ -199,7 +208,7 @@ def tensor(
 @rule(torch.arange)
 def arange(
     t: Tracer,
-    start: Number,
+    start: Number = 0,
     end: Number | None = None,
     step: Number = 1,
     *,
@@ -219,12 +228,14 @@ def arange(
     integral = not any(isinstance(x, float) for x in (start, end, step))
     chosen = ir_dtype(t, dtype) if dtype is not None else (i64 if integral else default_dtype())
     shape = (math.ceil((end - start) / step),)
-    value = t.b.iota(axis=0, shape=shape, dtype=chosen, device=device_name(device))
+    place = device_name(device)
+    inner = f64 if chosen.is_float and place == "cpu" else chosen  # where torch counts
+    value = t.b.iota(axis=0, shape=shape, dtype=inner, device=place)
     if step != 1:
-        value = t.b.mul(value, literal(step, chosen))
+        value = t.b.mul(value, literal(step, inner))
     if start != 0:
-        value = t.b.add(value, literal(start, chosen))
-    made = t.fresh(value)
+        value = t.b.add(value, literal(start, inner))
+    made = t.fresh(cast(t, value, chosen))
     if requires_grad:
         t.make_leaf(made.handle)
     return made
@@ -254,6 +265,9 @@ def to(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
     copy = kwargs.pop("copy", False)
     kwargs.pop("non_blocking", None)
+    flags = [arg for arg in args if isinstance(arg, bool)]
+    if len(flags) == 2:
+        copy = flags[1]
     for arg in args:
         if isinstance(arg, torch.dtype):
             dtype = arg
@@ -314,4 +328,4 @@ for _name, _dtype in (
 def broadcast_tensors(t: Tracer, *tensors: object) -> tuple[Tensor, ...]:
     given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
     shape = common_shape(t, [operand(t, x) for x in given])
-    return tuple(expand_(t, x, shape) for x in given)
+    return tuple(x if t.lift(x).shape == shape else expand_(t, x, shape) for x in given)

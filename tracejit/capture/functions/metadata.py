@@ -10,7 +10,7 @@ from tracejit.capture.functions.movement import select
 from tracejit.capture.table import RULES, function_name, rule
 from tracejit.capture.tensor import TO_TORCH
 from tracejit.capture.tracer import Tracer
-from tracejit.errors import ValueDependentError
+from tracejit.errors import AxisError, ValueDependentError
 
 Tensor = torch.Tensor
 
@@ -147,7 +147,9 @@ def hash_(t: Tracer, self: Tensor) -> int:
 def unbind(t: Tracer, self: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
     h = t.lift(self)
     if not h.shape:
-        raise TypeError("Dimension specified as 0 but tensor has no dimensions")
+        raise AxisError(
+            where=location.full(), reason="Dimension specified as 0 but tensor has no dimensions"
+        )
     axis = normal_axis(t, dim, len(h.shape))
     return tuple(select(t, self, axis, i) for i in range(h.shape[axis]))
 

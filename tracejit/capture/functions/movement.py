@@ -79,7 +79,12 @@ def T(t: Tracer, input: Tensor) -> TracedTensor:
 
 
 @rule(Tensor.mT.__get__)
-def mT(t: Tracer, input: Tensor) -> TracedTensor:
+def mT(t: Tracer, input: Tensor) -> Tensor:
+    rank = len(t.lift(input).shape)
+    if rank == 0:
+        return input
+    if rank == 1:
+        raise t.shape_error("tensor.mT is only supported on matrices or batches of matrices")
     return transpose(t, input, -2, -1)
 
 

@@ -6,16 +6,20 @@ import math
 
 import torch
 
+from tracejit.capture import location
 from tracejit.capture.functions.arithmetic import maximum, minimum, sub
 from tracejit.capture.functions.common import (
     cast,
+    expand,
     normal_axes,
     register,
+    truth,
 )
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.table import rule
 from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
+from tracejit.errors import AxisError
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64, u8
 
@@ -46,6 +50,8 @@ def sum_(
     into = TO_IR[dtype] if dtype is not None else handle.dtype
     if dtype is None and not into.is_float:
         into = i64
+    if handle.dtype.is_float and not into.is_float and t.grad_on and t.requires_grad(handle):
+        raise t.autograd_error(f"Autograd not support dtype: {dtype}")
     axes = normal_axes(t, dim, len(handle.shape))
     value = _sum(t, cast(t, t.read(handle), into), axes)
     return t.fresh(keep(t, value, handle.shape, axes, keepdim))
@@ -79,7 +85,12 @@ def _extremum(name: str):
         handle = t.lift(input)
         axes = normal_axes(t, dim, len(handle.shape))
         if any(handle.shape[a] == 0 for a in axes):
-            raise t.shape_error("Expected reduction dim to have non-zero size")
+            if dim == ():
+                raise t.shape_error("Expected reduction dim to be specified for an empty input")
+            raise AxisError(
+                where=location.full(),
+                reason=f"a{name}: Expected reduction dim to have non-zero size",
+            )
         x = t.read(handle)
         value = getattr(t.b, f"reduce_{name}")(x, axes=axes) if axes else t.b.alias(x)
         return t.fresh(keep(t, value, handle.shape, axes, keepdim))
@@ -88,6 +99,31 @@ def _extremum(name: str):
 
 
 amax, amin = _extremum("max"), _extremum("min")
+
+
+def _whole(name: str):
+    """max() and min() of all elements: the gradient is shared by those that attain it, NaN too."""
+
+    def reduce(t: Tracer, input: Tensor) -> TracedTensor:
+        handle = t.lift(input)
+        if not handle.numel:
+            raise t.shape_error("Expected reduction dim to be specified for input.numel() == 0")
+        x, axes = t.read(handle), tuple(range(len(handle.shape)))
+        with t.untaped():
+            y = getattr(t.b, f"reduce_{name}")(x, axes=axes) if axes else t.b.alias(x)
+
+        def vjp(b, cts, need):
+            top = expand(t, y, x.type.shape)
+            hit = b.eq(x, top)
+            if x.type.dtype.is_float:
+                hit = b.or_(hit, b.and_(b.ne(x, x), b.ne(top, top)))
+            ones = b.cast(hit, dtype=x.type.dtype)
+            count = b.reduce_sum(ones, axes=axes) if axes else ones
+            return (b.mul(ones, expand(t, b.div(cts[0], count), x.type.shape)),)
+
+        return t.fresh(t.derive(name, (x,), y, vjp))
+
+    return reduce
 
 
 def _max_or_min(whole, elementwise):
@@ -106,16 +142,16 @@ def _boolean(name: str):
 
     def reduce(t: Tracer, input: Tensor, dim: object = None, keepdim: bool = False) -> TracedTensor:
         handle = t.lift(input)
-        axes = normal_axes(t, dim, len(handle.shape))
+        axes = normal_axes(t, dim, len(handle.shape)) if dim not in ((), []) else ()
         x = t.read(handle)
-        truth = x if handle.dtype is b1 else t.b.ne(x, 0.0 if handle.dtype.is_float else 0)
+        found = truth(t, x)
         if any(handle.shape[a] == 0 for a in axes):
             shape = tuple(n for i, n in enumerate(handle.shape) if i not in axes)
             value = t.b.full(name == "min", shape=shape, dtype=b1, device=handle.device)
         elif axes:
-            value = getattr(t.b, f"reduce_{name}")(truth, axes=axes)
+            value = getattr(t.b, f"reduce_{name}")(found, axes=axes)
         else:
-            value = t.b.alias(truth)
+            value = t.b.alias(found)
         value = cast(t, value, u8) if handle.dtype is u8 else value
         return t.fresh(keep(t, value, handle.shape, axes, keepdim))
 
@@ -126,8 +162,8 @@ register(("sum",), sum_, inplace=False)
 register(("mean",), mean, inplace=False)
 register(("amax",), amax, inplace=False)
 register(("amin",), amin, inplace=False)
-register(("max",), _max_or_min(amax, maximum), inplace=False)
-register(("min",), _max_or_min(amin, minimum), inplace=False)
+register(("max",), _max_or_min(_whole("max"), maximum), inplace=False)
+register(("min",), _max_or_min(_whole("min"), minimum), inplace=False)
 register(("any",), _boolean("max"), inplace=False)
 register(("all",), _boolean("min"), inplace=False)
 
@@ -149,5 +185,5 @@ def mse_loss(
     if reduction == "none":
         return squared
     if reduction not in ("mean", "sum"):
-        raise t.shape_error(f"{reduction} is not a valid value for reduction")
+        raise t.unsupported(f"{reduction} is not a valid value for reduction")
     return (mean if reduction == "mean" else sum_)(t, squared)

@@ -6,22 +6,18 @@ from collections.abc import Callable
 
 import torch
 
+from tracejit.autodiff import zeros
+from tracejit.capture.functions.arithmetic import power
 from tracejit.capture.functions.common import as_float, pointwise, register, write_back
 from tracejit.capture.table import rule
 from tracejit.capture.tensor import TracedTensor
 from tracejit.capture.tracer import Tracer
+from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import b1
 
 Emit = Callable[[Builder, Value], Value]
 Derivative = Callable[[Builder, Value, Value, Value], Value]  # (b, g, y, x)
-
-
-def _relu(b: Builder, x: Value) -> Value:
-    return b.maximum(x, 0.0 if x.type.dtype.is_float else 0)
-
-
-def _d_relu(b: Builder, g: Value, y: Value, x: Value) -> Value:
-    return b.where(b.le(y, 0.0), 0.0, g)
 
 
 def _sigmoid(b: Builder, x: Value) -> Value:
@@ -49,7 +45,12 @@ def _by_name(name: str) -> Emit:
 
 
 def _rounding(name: str) -> Emit:
-    return lambda b, x: getattr(b, name if x.type.dtype.is_float else "alias")(x)
+    def emit(b: Builder, x: Value) -> Value:
+        if x.type.dtype is b1:
+            raise InvalidGraph(reason=f"{name} is not defined on b1")
+        return getattr(b, name if x.type.dtype.is_float else "alias")(x)
+
+    return emit
 
 
 # name: (emit, derivative or None for the primitives' own, whether integers become floats)
@@ -67,10 +68,8 @@ UNARY: dict[str, tuple[Emit, Derivative | None, bool]] = {
     "sin": (_by_name("sin"), None, True),
     "cos": (_by_name("cos"), None, True),
     "tanh": (_by_name("tanh"), None, True),
-    "relu": (_relu, _d_relu, False),
     "sigmoid": (_sigmoid, _d_sigmoid, True),
     "rsqrt": (_rsqrt, _d_rsqrt, True),
-    "square": (lambda b, x: b.mul(x, x), lambda b, g, y, x: b.mul(g, b.mul(x, 2.0)), False),
     "isnan": (_isnan, None, False),
 }
 
@@ -89,7 +88,36 @@ def _make(name: str, emit: Emit, derivative: Derivative | None, to_float: bool):
     return function
 
 
+def _relu_function(t: Tracer, input: torch.Tensor) -> TracedTensor:
+    """relu; its gradient depends on the result as well, with derivative zero, as in torch."""
+
+    def threshold(b: Builder, g: Value, y: Value) -> Value:
+        with t.untaped():
+            out = b.where(b.le(y, 0.0), 0.0, g)
+        return t.derive(
+            "threshold_backward",
+            (g, y),
+            out,
+            lambda b, cts, need: (threshold(b, cts[0], y), zeros(b, y) if need[1] else None),
+        )
+
+    def emit(x: Value) -> Value:
+        if x.type.dtype is b1:
+            raise InvalidGraph(reason="relu is not defined on b1")
+        with t.untaped():
+            y = t.b.maximum(x, 0.0 if x.type.dtype.is_float else 0)
+        return t.derive("relu", (x,), y, lambda b, cts, need: (threshold(b, cts[0], y),))
+
+    return pointwise(t, emit, (input,))
+
+
+def square(t: Tracer, input: torch.Tensor) -> TracedTensor:
+    return power(t, input, 2)
+
+
 FUNCTIONS = {name: _make(name, *row) for name, row in UNARY.items()}
+FUNCTIONS["relu"] = _relu_function
+FUNCTIONS["square"] = square
 for _name, _implementation in FUNCTIONS.items():
     register((_name,), _implementation)
 register(("__neg__",), FUNCTIONS["neg"], inplace=False)
@@ -104,4 +132,6 @@ def relu(t: Tracer, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 
 @rule(torch.positive, torch.Tensor.positive, torch.Tensor.__pos__)
 def positive(t: Tracer, input: torch.Tensor) -> torch.Tensor:
+    if t.lift(input).dtype is b1:
+        raise t.shape_error("the `+` operator, on a bool tensor is not supported")
     return input
