@@ -55,7 +55,7 @@ def worker(case_name: str, contender: str, device: str) -> None:
 
 
 def floor(case: Case, bandwidth: float) -> float:
-    """Seconds that no version can beat here: its GEMMs by numpy's BLAS plus its bytes by copying."""
+    """Seconds no version can beat: its GEMMs by numpy's BLAS plus its bytes at copy speed."""
     total = case.bytes / bandwidth
     for m, k, n in case.gemms:
         a, b = np.ones((m, k), np.float32), np.ones((k, n), np.float32)

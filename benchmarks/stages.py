@@ -59,7 +59,8 @@ def median_us(call: Callable, repeats: int = 15) -> float:
 
 
 def main() -> None:
-    print(f"{'step':12s} {'nodes':>6s} {'capture':>9s} {'passes':>9s} {'schedule':>9s} {'emit':>9s}")
+    stages = ("capture", "passes", "schedule", "emit")
+    print(f"{'step':12s} {'nodes':>6s} " + " ".join(f"{s:>9s}" for s in stages))
     for name, step in (("two_layer", two_layer_autograd.make_step()[0]), ("deep_net", deep_net())):
         graph = capture(step).graph
         nodes = len(graph.nodes)

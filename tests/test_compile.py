@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import _thread
 import inspect
 import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -95,9 +98,6 @@ def test_import_keeps_triton_and_dynamo_out_of_a_numpy_run():
         "bad = {'triton', 'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)\n"
         "assert not bad, bad\n"
     )
-    import subprocess
-    import sys
-
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
 
 
@@ -140,8 +140,6 @@ def test_python_body_counter_by_profile():
     def profile(frame, event, arg):
         if event == "call" and frame.f_code is body.__code__:
             calls.append(1)
-
-    import sys
 
     step = tracejit.compile(body)
     sys.setprofile(profile)
@@ -365,9 +363,6 @@ def test_a_failing_compilation_changes_nothing(monkeypatch):
         with torch.no_grad():
             w.sub_(w.grad)
 
-    import tracejit.compile as _  # noqa: F401  the module, not the function
-    import sys
-
     driver = sys.modules["tracejit.compile"]
     before = w.detach().clone()
     compiled = tracejit.compile(step)
@@ -383,8 +378,6 @@ def test_a_failing_compilation_changes_nothing(monkeypatch):
 
 def test_interrupt_while_writing_is_deferred(monkeypatch):
     """Ctrl-C during the plan: the step goes to its end, then KeyboardInterrupt is raised."""
-    import _thread
-
     w = torch.zeros(3)
 
     def step():

@@ -1,4 +1,4 @@
-"""The programs of examples/, whole: lockstep and free run on the numpy executor, launches, bytes."""
+"""The programs of examples/, whole: lockstep and free run, launches, bytes, goldens."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Equal to eager, as a check that anyone can run on a step of their own.
 
-`assert_equal_to_eager` compares in lockstep: each call starts from the state that eager is in, and a
-float64 run of the same step tells how much of a difference is rounding. `assert_trains_like_eager`
-lets both run free for many calls. All tolerances of the project stand here.
+`assert_equal_to_eager` compares in lockstep: each call starts from the state that eager is in, and
+a float64 run of the same step tells how much of a difference is rounding.
+`assert_trains_like_eager` lets both run free for many calls. All tolerances stand here.
 """
 
 from __future__ import annotations

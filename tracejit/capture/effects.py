@@ -183,11 +183,15 @@ class _Collector:
 
     def __init__(self, tracer: Tracer):
         self.tracer = tracer
-        self.real_index = {id(r): i for i, r in enumerate(tracer.reals)}
         self.made: list[Made] = []
         self.of_handle: dict[Handle, int] = {}
         self.outputs: dict[Storage, int] = {}
         self.host: list[Arg] = []
+
+    def real(self, tensor: torch.Tensor) -> int:
+        """The position of an outside tensor in `tracer.reals`, which may grow here."""
+        self.tracer.lift(tensor)
+        return next(i for i, r in enumerate(self.tracer.reals) if r is tensor)
 
     def tensor(self, tensor: torch.Tensor) -> int:
         handle = self.tracer.lift(tensor)
@@ -198,11 +202,11 @@ class _Collector:
 
     def _made(self, h: Handle) -> Made:
         if h.is_real:
-            return Made("real", self.real_index[id(h.tensor)])
+            return Made("real", self.real(h.tensor))
         storage = h.storage
         geometry = (h.shape, h.strides, h.offset, self.tracer.requires_grad(h))
         if storage.real is not None:
-            return Made("alias", self.real_index[id(storage.real)], *geometry)
+            return Made("alias", self.real(storage.real), *geometry)
         return Made("output", self.outputs.setdefault(storage, len(self.outputs)), *geometry)
 
     def tree(self, x: object) -> object:
@@ -230,7 +234,8 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
     for i, h in enumerate(tuple(tracer.handles)):
         if h.grad_read:
             at_start = h.grad_at_start
-            found = None if at_start is None else collect.real_index.get(id(at_start), -1)
+            lifted = (k for k, r in enumerate(tracer.reals) if r is at_start)
+            found = None if at_start is None else next(lifted, -1)
             grads_read.append((i, found))
         assigned = h.is_real and h.grad_known
         if assigned and (h.grad is not h.grad_at_start or not h.grad_read):
@@ -250,7 +255,8 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
             written += [i for i, h in enumerate(tracer.handles) if h.storage is s]
     graph = tracer.b.graph(name, results, tuple(writes))
     scalar_index = {value: k for k, (value, _) in enumerate(tracer.scalars)}
-    of_param = {s.param: collect.real_index[id(s.real)] for s in tracer.storages}
+    position = {id(r): i for i, r in enumerate(tracer.reals)}
+    of_param = {s.param: position[id(s.real)] for s in tracer.storages}
     sources = tuple(
         ("scalar", scalar_index[p.value])
         if p.value in scalar_index

@@ -14,7 +14,7 @@ import torch
 
 from tracejit.capture.bind import Bound
 from tracejit.capture.effects import Captured
-from tracejit.capture.reads import Reads, analyze, is_tensor, is_value
+from tracejit.capture.reads import DEFAULTS, Reads, analyze, is_tensor, is_value
 from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.ir.graph import Arg
 from tracejit.ir.hostcode import host_lines
@@ -158,23 +158,26 @@ def _guard_reads(w: _Writer, function: FunctionType, bound: Bound, reads: Reads)
         elif path[0] == "global":
             scalars[(id(function.__globals__), path[1])] = path
         elif path[0] == "default" and len(path) == 2:
-            scalars[(id(function.__defaults__), path[1])] = path
+            scalars[(id(function), path[1])] = path
         elif path[0] == "kwdefault" and len(path) == 2:
-            scalars[(id(function.__kwdefaults__), path[1])] = path
-    defaults = {id(function.__defaults__): "__defaults__"}
-    defaults |= {id(function.__kwdefaults__): "__kwdefaults__"}
+            scalars[(id(function), path[1])] = path
+    counted: set[tuple[int, bool]] = set()
     for read in reads.reads:
         holder = w.constant(read.holder)
-        if id(read.holder) in defaults:  # fetched through the function: they can be replaced
-            holder = f"{w.constant(function)}.{defaults[id(read.holder)]}"
         if isinstance(read.holder, CellType):
             expression = f"{holder}.cell_contents"
-        elif isinstance(read.holder, (dict, tuple)):
-            expression = f"{holder}[{read.key!r}]"
+        elif isinstance(read.holder, dict):
+            expression = f"{holder}.get({read.key!r})"
+        elif isinstance(read.holder, FunctionType):
+            positional = isinstance(read.key, int)
+            defaults = f"{holder}.{DEFAULTS[positional]}"
+            if (id(read.holder), positional) not in counted:
+                counted.add((id(read.holder), positional))
+                count = len(getattr(read.holder, DEFAULTS[positional]))
+                w.check(f"len({defaults} or ()) == {count}", "the defaults of a function changed")
+            expression = f"{defaults}[{read.key!r}]"
         else:
             expression = f"{holder}.{read.key}"
-        if isinstance(read.holder, dict) and id(read.holder) not in defaults:
-            expression = f"{holder}.get({read.key!r})"
         at = w.local(expression)
         path = scalars.get((id(read.holder), read.key))
         if path is not None:

@@ -41,6 +41,7 @@ PURE_TORCH = frozenset(
         *(torch.Size, torch.device, torch.dtype),
     }
 )
+DEFAULTS = {True: "__defaults__", False: "__kwdefaults__"}  # by whether the default is positional
 VALUE_TYPES = (int, float, bool, str, bytes, complex, type(None), type(Ellipsis))
 TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -56,8 +57,8 @@ class Read:
 
     kind: str  # "value", "tensor" or "callable"
     path: str  # as a person would name it: "lr", "torch.nn.functional.relu", "closure w1"
-    holder: object  # a cell, a namespace dict, a module, or a tuple of defaults
-    key: object  # None for a cell, else the name or index in the holder
+    holder: object  # a cell, a namespace dict, a module, or the function whose default it is
+    key: object  # None for a cell, else the name (for a positional default: its index)
     value: object
 
     def fetch(self) -> object:
@@ -66,6 +67,9 @@ class Read:
             return self.holder.cell_contents
         if isinstance(self.holder, ModuleType):
             return getattr(self.holder, self.key)
+        if isinstance(self.holder, FunctionType):
+            positional = isinstance(self.key, int)
+            return getattr(self.holder, DEFAULTS[positional])[self.key]
         return self.holder[self.key]
 
 
@@ -102,9 +106,9 @@ def analyze(function: FunctionType) -> Reads:
             continue
         seen.add(current)
         for i, default in enumerate(current.__defaults__ or ()):
-            _classify(found, known, queue, _default_path(current, i), current.__defaults__, i, default)
+            _classify(found, known, queue, _default_path(current, i), current, i, default)
         for name, default in (current.__kwdefaults__ or {}).items():
-            _classify(found, known, queue, name, current.__kwdefaults__, name, default)
+            _classify(found, known, queue, name, current, name, default)
         cells = dict(zip(current.__code__.co_freevars, current.__closure__ or (), strict=True))
         for code in _codes(current.__code__):
             _scan(found, known, queue, current, code, cells)

@@ -72,6 +72,11 @@ class TracedFloat(float):
         return float, (self.pin(),)
 
 
+def is_runtime(x: object) -> bool:
+    """Whether a number is a runtime scalar of a trace that is still going on."""
+    return isinstance(x, TracedFloat) and x.tracer.active
+
+
 def _operand(x: object, tracer: Tracer) -> Arg | None:
     """The host operand that a number stands for; None for anything else."""
     if isinstance(x, TracedFloat):
@@ -83,6 +88,8 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
     def method(self: TracedFloat, other: object):
         tracer = self.tracer
         operand = _operand(other, tracer)
+        if isinstance(other, complex):  # complex would read the value itself
+            return python(other, self.pin()) if reflected else python(self.pin(), other)
         if operand is None:
             return NotImplemented
         mine, theirs = float.__pos__(self), other

@@ -65,6 +65,7 @@ class Family:
     value: Value
     seen: int = 0  # the storage's write count that `value` belongs to
     leaf: Handle | None = None  # the leaf that requires grad, when this family's base is one
+    quiet: bool = False  # views made under no_grad: they require grad, and no gradient leaves them
 
 
 @dataclass(eq=False, slots=True)

@@ -357,7 +357,8 @@ class Tracer(TorchFunctionMode):
 
     def is_leaf(self, handle: Handle) -> bool:
         """What `tensor.is_leaf` says."""
-        return handle.requires_grad_leaf or not self.requires_grad(handle)
+        leaf = handle.requires_grad_leaf or handle.family.quiet
+        return leaf or not self.requires_grad(handle)
 
     def fresh(self, value: Value, strides: Ints | None = None) -> TracedTensor:
         """A new tensor in memory of its own (row-major unless `strides` says otherwise)."""
@@ -376,7 +377,9 @@ class Tracer(TorchFunctionMode):
         """A view: the same memory through further movement steps."""
         family = of.family
         if not self.grad_on and self.base(family) in self.tape.tracked:
-            family = Family(family.storage, self._stripped(family.storage), family.storage.writes)
+            storage = family.storage
+            family = Family(storage, self._stripped(storage), storage.writes, quiet=True)
+            self.tape.watch(family.value)
         handle = Handle(
             family, of.steps + steps, shape, strides, offset, of.dtype, of.device, of.version
         )
@@ -411,6 +414,11 @@ class Tracer(TorchFunctionMode):
             raise self.autograd_error(
                 f"{kind} that requires grad is being used in an in-place operation. Wrap the "
                 "update in torch.no_grad()"
+            )
+        if self.grad_on and handle.family.quiet:
+            raise self.autograd_error(
+                "A view was created in no_grad mode and is being modified inplace with grad mode "
+                "enabled; move both inside the no_grad block, or both outside"
             )
         if any(st == 0 and n > 1 for st, n in zip(handle.strides, handle.shape, strict=True)):
             raise self.shape_error(

@@ -1,4 +1,4 @@
-"""TRACEJIT_DEBUG=2: each launch of a plan timed on its own, with its bytes and share of bandwidth."""
+"""TRACEJIT_DEBUG=2: each launch of a plan timed alone, with bytes and share of bandwidth."""
 
 from __future__ import annotations
 

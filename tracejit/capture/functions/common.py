@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tracejit.capture import location
-from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.scalars import TracedFloat, is_runtime
 from tracejit.capture.table import RULES, Rule, spellings
 from tracejit.capture.tensor import (
     TO_IR,
@@ -94,10 +94,10 @@ def as_float(dtype: DType) -> DType:
 
 def literal(x: Number, dtype: DType) -> Arg:
     """A number as an IR operand next to tensors of `dtype`; runtime scalars stay host values."""
-    if isinstance(x, TracedFloat):
+    if is_runtime(x):
         return x.value
     if dtype.is_float:
-        return float(x)
+        return float.__pos__(x) if isinstance(x, TracedFloat) else float(x)
     if dtype is b1:
         return bool(x)
     if isinstance(x, float) and not math.isfinite(x):
@@ -172,7 +172,7 @@ def _broadcast_reason(shapes: list[Ints]) -> str:
 
 def rounded(t: Tracer, x: Number, dtype: DType, device: str) -> Arg:
     """A number rounded to a narrow dtype before it takes part in an operation."""
-    if isinstance(x, TracedFloat):
+    if is_runtime(x):
         return t.b.full(x.value, shape=(), dtype=dtype, device=device)
     return float(round_to(np.asarray(x, np.float32), dtype))
 

@@ -1,0 +1,298 @@
+"""Runtime scalars: equal to Python's floats while tracing, recomputed on the host for new values."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import operator
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracle import call, captured_of
+
+from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
+from tracejit.errors import UnsupportedOperation
+from tracejit.ir.hostcode import host_function
+
+INF, NAN = math.inf, math.nan
+VALUES = (0.0, -0.0, 1.0, -1.5, 2.5, 1e-300, 1e300, INF, -INF, NAN, 0.1)
+ARITHMETIC = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
+    "**": operator.pow,
+}
+ERRORS = (ArithmeticError, ValueError, TypeError)
+
+
+def outcome(run: Callable) -> object:
+    """The result, or the type of the error."""
+    try:
+        return run()
+    except ERRORS as error:
+        return type(error)
+
+
+def same(a: object, b: object) -> bool:
+    if isinstance(a, float) and isinstance(b, float):
+        return same_float(float(a), float(b))
+    return type(a) is type(b) and (a == b or a != a)
+
+
+def on_host(captured, values: list[float]) -> list[float]:
+    """The host results of a trace for other values of its runtime scalars."""
+    host = host_function(captured.graph.nodes, captured.scalar_values, captured.host_results)
+    return host(values)
+
+
+@pytest.mark.parametrize("symbol", ARITHMETIC)
+@pytest.mark.parametrize("other", [3, 0, -2, True, 2.5, 0.0, -0.5, 10**20, INF, NAN], ids=repr)
+def test_arithmetic_with_numbers(symbol, other):
+    function, box = ARITHMETIC[symbol], [other]  # a float in a list is a literal
+    for step in (lambda x: function(x, box[0]), lambda x: function(box[0], x)):
+        for value in VALUES:
+            expected = outcome(lambda: step(value))
+            found = outcome(lambda: call(step, value))
+            assert same(found, expected), (value, found, expected)
+        captured = outcome(lambda: captured_of(step, 1.5))
+        if isinstance(captured, type) or not captured.graph.nodes:
+            continue
+        for value in VALUES:
+            expected = outcome(lambda: step(value))
+            found = outcome(lambda: on_host(captured, [value])[0])
+            assert same(found, expected), (value, found, expected)
+
+
+@pytest.mark.parametrize("symbol", ARITHMETIC)
+def test_arithmetic_of_two(symbol):
+    function = ARITHMETIC[symbol]
+    captured = captured_of(lambda a, b: function(a, b), 1.5, 2.5)
+    assert len(captured.graph.nodes) == 1 and captured.predicates == ()
+    for a in VALUES:
+        for b in VALUES:
+            expected = outcome(lambda: function(a, b))
+            assert same(outcome(lambda: on_host(captured, [a, b])[0]), expected), (a, b)
+
+
+def test_unary():
+    def step(x):
+        return -x, abs(x), +x, x
+
+    captured = captured_of(step, -2.0)
+    assert captured.predicates == ()
+    for x in VALUES:
+        assert all(map(same, on_host(captured, [x]), step(x)))
+
+
+def test_long_expressions_are_recomputed():
+    def step(lr, beta, n):
+        return lr * (1 - beta**n) / (1 - beta) + abs(-lr) // 0.3 % 7 - 2**lr
+
+    captured = captured_of(step, 0.1, 0.9, 3.0)
+    for values in ([0.1, 0.9, 3.0], [0.01, 0.5, 4.0], [3.0, 0.25, 10.0]):
+        assert same(on_host(captured, values)[0], step(*values))
+
+
+def test_zero_division_raises_as_python():
+    for step in (lambda x: 1 / x, lambda x: 1 // x, lambda x: 1 % x, lambda x: 0.0**-x if x else 1 / x):
+        with pytest.raises(ZeroDivisionError):
+            call(step, 0.0)
+    captured = captured_of(lambda x: 1 / x, 2.0)
+    with pytest.raises(ZeroDivisionError):
+        on_host(captured, [0.0])
+
+
+def test_overflow_raises_as_python():
+    with pytest.raises(OverflowError):
+        call(lambda x: x**1000, 1e300)
+    with pytest.raises(OverflowError):
+        call(lambda x: x * 10**400, 2.0)
+
+
+def test_complex_results_pin_the_value():
+    captured = captured_of(lambda x: ((x**0.5).imag, 3), -4.0)
+    assert [p.relation for p in captured.predicates] == ["is"]
+    assert call(lambda x: x**0.5, -4.0) == (-4.0) ** 0.5
+    captured = captured_of(lambda x: (x + 1j) * (1j - x), 2.0)
+    assert [p.relation for p in captured.predicates] == ["is", "is"]
+    assert call(lambda x: (x + 1j) * (1j - x), 2.0) == (2 + 1j) * (1j - 2)
+
+
+@pytest.mark.parametrize("relation", ["lt", "le", "eq", "ne", "gt", "ge"])
+def test_comparisons_are_predicates(relation):
+    function = getattr(operator, relation)
+    for other in (2, 2.5, 1.0, INF, NAN, True):
+        for value in VALUES:
+            captured = captured_of(lambda x: bool(function(x, other)), value)
+            (predicate,) = captured.predicates
+            assert predicate.outcome is function(value, other)
+            assert RELATIONS[predicate.relation](value, other) is predicate.outcome
+    captured = captured_of(lambda a, b: function(a * 2, b), 1.0, 2.0)
+    assert len(captured.predicates) == 1
+    assert captured_of(lambda x: function(3, x), 1.0).predicates[0].outcome is function(3, 1.0)
+
+
+def test_comparison_with_something_else():
+    assert call(lambda x: (x == "s", x != "s", x == None), 1.0) == (False, True, False)  # noqa: E711
+    with pytest.raises(TypeError):
+        call(lambda x: x < "s", 1.0)
+
+
+_DECISIONS = {
+    "bool": lambda x: bool(x),
+    "if": lambda x: 1 if x else 2,
+    "not": lambda x: not x,
+    "int": lambda x: int(x),
+    "round": lambda x: round(x),
+    "round 1": lambda x: round(x, 1),
+    "floor": lambda x: math.floor(x),
+    "ceil": lambda x: math.ceil(x),
+    "trunc": lambda x: math.trunc(x),
+    "hash": lambda x: hash(x),
+    "repr": lambda x: repr(x),
+    "str": lambda x: str(x),
+    "format": lambda x: f"{x:.3f}",
+    "divmod": lambda x: divmod(x, 2),
+    "rdivmod": lambda x: divmod(7, x),
+    "is_integer": lambda x: x.is_integer(),
+    "ratio": lambda x: x.as_integer_ratio(),
+    "hex": lambda x: x.hex(),
+    "float": lambda x: float(x) * 2,
+    "dict": lambda x: {2.5: "found"}.get(x),
+    "set": lambda x: x in {2.5, 3.5},
+    "in": lambda x: x in [1.0, 2.5],
+    "max": lambda x: max(x, 1.0) is x,
+    "min": lambda x: min(1.0, x),
+    "sorted": lambda x: sorted([3.0, x, 1.0])[0],
+    "range": lambda x: list(range(int(x))),
+    "real": lambda x: x.real,
+    "complex": lambda x: complex(x),
+    "pickle": lambda x: pickle.loads(pickle.dumps(x)),
+    "copy": lambda x: float(copy.copy(x)),
+}
+
+
+@pytest.mark.parametrize("name", _DECISIONS)
+def test_decisions_are_predicates(name):
+    step = _DECISIONS[name]
+    captured = captured_of(step, 2.5)
+    assert captured.predicates, f"{name} decided on the value and left no predicate"
+    assert same_structure(call(step, 2.5), step(2.5))
+
+
+def same_structure(a: object, b: object) -> bool:
+    return a == b and str(a) == str(b)
+
+
+_MATH = [
+    *(math.sqrt, math.exp, math.log, math.log2, math.log10, math.log1p, math.expm1, math.sin),
+    *(math.cos, math.tan, math.tanh, math.atan, math.fabs, math.isnan, math.isfinite, math.isinf),
+    *(math.degrees, math.erf, math.gamma, math.frexp, math.modf),
+]
+
+
+@pytest.mark.parametrize("function", _MATH, ids=lambda f: f.__name__)
+def test_math_sees_the_true_value(function):
+    assert call(lambda x: function(x), 0.75) == function(0.75)
+    assert call(lambda x: math.copysign(x, -1) + math.fmod(x, 0.5) + math.pow(x, 2), 0.75) == (
+        math.copysign(0.75, -1) + math.fmod(0.75, 0.5) + math.pow(0.75, 2)
+    )
+
+
+def test_sum_and_nested_arguments():
+    captured = captured_of(lambda betas, eps: sum(betas) + eps, (0.9, 0.99), 1e-8)
+    assert len(captured.scalars) == 3
+    assert on_host(captured, [1.0, 2.0, 3.0]) == [6.0]
+
+
+def test_ints_and_bools_are_not_runtime_scalars():
+    captured = captured_of(lambda n, flag, x: x * n if flag else x, 3, True, torch.ones(2))
+    assert captured.scalars == ()
+
+
+def test_floats_of_closures_globals_and_defaults():
+    lr = 0.5
+
+    def step(x, momentum=0.9, *, eps=1e-3):
+        return x * lr + momentum * GLOBAL + eps
+
+    captured = captured_of(step, torch.ones(2))
+    assert sorted(captured.scalars) == sorted([0.5, 0.9, 1e-3, GLOBAL])
+    torch.testing.assert_close(call(step, torch.ones(2)), step(torch.ones(2)))
+
+
+GLOBAL = 0.25
+
+
+def test_tensors_next_to_runtime_scalars():
+    x = torch.linspace(-2, 2, 5)
+
+    def step(x, a, b):
+        y = a * x + x / b - a**2 + (a - x) / (x + 3 * b)
+        y = torch.where(y > a, y, b).clamp(min=-a, max=b * 9)
+        z = torch.full((5,), a) + torch.full_like(x, b) + x.new_full((5,), a * b)
+        return torch.add(y, z, alpha=a), y**a, a**z, x.masked_fill(x > 0, a), x.abs().pow(b)
+
+    for mine, theirs in zip(call(step, x, 0.5, 2.5), step(x, 0.5, 2.5), strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_gradients_next_to_runtime_scalars():
+    def step(w, a):
+        loss = ((w * a - a / (w + 5)).clamp(max=a) ** a).sum() + (a**w).mean()
+        loss.backward()
+        with torch.no_grad():
+            w -= a * w.grad
+        return loss.detach()
+
+    ours = torch.linspace(0.5, 2, 5).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    torch.testing.assert_close(call(step, ours, 1.5), step(theirs, 1.5))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_size_pins_the_value():
+    captured = captured_of(lambda n: torch.zeros(int(n * 2)), 1.5)
+    assert captured.predicates[0].relation == "is"
+    with pytest.raises(UnsupportedOperation, match="plain numbers"):
+        captured_of(lambda n: torch.arange(n), 3.0)
+
+
+def test_after_the_trace_it_is_a_plain_float():
+    kept = []
+
+    def step(x):
+        kept.append(x * 2)
+        return x
+
+    captured = captured_of(step, 1.25)
+    nodes, predicates = len(captured.graph.nodes), len(captured.predicates)
+    x = kept[0]
+    assert type(x) is TracedFloat and isinstance(x, float)
+    assert type(x + 1) is float and type(-x) is float and type(abs(x)) is float
+    assert type(1 / x) is float and x == 2.5 and x < 3 and hash(x) == hash(2.5)
+    assert repr(x) == "2.5" and f"{x:.2f}" == "2.50" and json.dumps(x) == "2.5"
+    assert type(pickle.loads(pickle.dumps(x))) is float
+    assert type(copy.deepcopy(x)) is float and copy.deepcopy(x) == 2.5
+    assert math.sqrt(x) == math.sqrt(2.5) and round(x) == 2 and int(x) == 2
+    torch.testing.assert_close(torch.ones(2) * x, torch.ones(2) * 2.5)
+    assert (len(captured.graph.nodes), len(captured.predicates)) == (nodes, predicates)
+
+
+def test_a_scalar_of_another_trace_is_its_value():
+    kept = []
+
+    def first(x):
+        kept.append(x)
+
+    captured_of(first, 2.5)
+    captured = captured_of(lambda x: x * kept[0], 2.0)
+    assert on_host(captured, [3.0]) == [7.5]
+    torch.testing.assert_close(call(lambda t: t * kept[0], torch.ones(2)), torch.ones(2) * 2.5)
