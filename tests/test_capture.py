@@ -11,6 +11,7 @@ import threading
 from collections import namedtuple
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from oracle import call, captured_of
@@ -1039,6 +1040,25 @@ def test_disjoint_views_are_fine():
     step(twin[:2], twin[2:])
     call(step, base[:2], base[2:])
     torch.testing.assert_close(base, twin)
+
+
+class Scale:
+    """A number-like object that handles tensors itself."""
+
+    def __radd__(self, other):
+        return other * 2 + 1
+
+
+def test_operands_of_other_classes():
+    def step(x):
+        numbers = x * np.float32(2), x + np.int64(3), x * np.float64(2.5), np.bool_(True) == x
+        return x == None, x != "s", x + Scale(), None == x, numbers  # noqa: E711
+
+    same(step, randn(3))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        call(lambda x: x + "s", randn(3))
+    with pytest.raises(UnsupportedOperation):
+        call(lambda x: torch.where(x > 0, x, "s"), randn(3))
 
 
 # --- modes, threads ----------------------------------------------------------------------------

@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 
 MAX_SHARED_BYTES = 232448  # what one block may use on sm_90 and sm_100
@@ -33,12 +35,15 @@ class KernelFacts:
     shared_bytes: int
     loads: Mapping[int, int]  # global loads by width (LDG, and LDGSTS into shared memory)
     stores: Mapping[int, int]  # global stores by width (STG)
+    streamed: Mapping[int, int]  # of these, what precedes the first atomic, tables left out
     wgmma: int  # HGMMA on sm_90, UTC*MMA on sm_100
     mma: int  # HMMA, IMMA, DMMA
     ffma: int
     barriers: int
     atomics: int
     instructions: int
+    tensor_memory: int = 0  # columns, on sm_100
+    compile_seconds: float = field(default=0.0, compare=False)
 
     @property
     def wide_share(self) -> float:
@@ -85,10 +90,34 @@ def compile_for(
     `constexprs` gives the others: numbers, strings, tuples, dtypes, jit functions. Every pointer
     counts as 16-byte aligned except those of the arguments named in `unaligned`.
     """
+    keywords = {
+        **constexprs,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+        "enable_fp_fusion": enable_fp_fusion,
+        "enable_reflect_ftz": False,
+    }
+    return compile_launch(jit_fn, signature, keywords, unaligned=unaligned, target=target)
+
+
+def compile_launch(
+    jit_fn,
+    signature: Signature,
+    keywords: Mapping[str, object],
+    *,
+    unaligned: frozenset[str] | set[str] = frozenset(),
+    target: int = 90,
+) -> KernelFacts:
+    """As `compile_for`, with constants and options together as a launch takes its `keywords`.
+
+    Triton's disk cache is not read, so that `compile_seconds` is what compiling takes.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    constexprs = {n: value for n, value in keywords.items() if n in jit_fn.arg_names}
+    options = {n: value for n, value in keywords.items() if n not in constexprs}
     types = {n: "constexpr" if n in constexprs else signature[n] for n in jit_fn.arg_names}
     attrs = {
         path: [["tt.divisibility", 16]]
@@ -96,18 +125,16 @@ def compile_for(
         if name not in unaligned
         for path in _pointer_paths((position,), kind)
     }
-    compiled = triton.compile(
-        ASTSource(jit_fn, types, dict(constexprs), attrs),
-        target=GPUTarget("cuda", target, 32),
-        options={
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-            "enable_fp_fusion": enable_fp_fusion,
-            "enable_reflect_ftz": False,
-        },
-    )
+    source = ASTSource(jit_fn, types, constexprs, attrs)
+    started = time.perf_counter()
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    seconds = time.perf_counter() - started
     sass = disassemble(compiled.asm["cubin"])
-    return parse_sass(sass, jit_fn.__name__, target, compiled.metadata.shared)
+    facts = parse_sass(sass, jit_fn.__name__, target, compiled.metadata.shared)
+    tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+    return replace(facts, tensor_memory=tensor_memory, compile_seconds=seconds)
 
 
 def disassemble(cubin: bytes) -> str:
@@ -129,6 +156,8 @@ def parse_sass(sass: str, name: str, target: int, shared_bytes: int) -> KernelFa
     count = Counter(op[0] for op in opcodes)
     loads = Counter(_width(op) for op in opcodes if op[0] in ("LDG", "LDGSTS"))
     stores = Counter(_width(op) for op in opcodes if op[0] == "STG")
+    before = takewhile(lambda op: op[0] not in _ATOMICS, opcodes)
+    streamed = Counter(_width(op) for op in before if op[0] in _GLOBAL and "CONSTANT" not in op)
     return KernelFacts(
         name=name,
         target=target,
@@ -138,11 +167,12 @@ def parse_sass(sass: str, name: str, target: int, shared_bytes: int) -> KernelFa
         shared_bytes=shared_bytes,
         loads=dict(sorted(loads.items())),
         stores=dict(sorted(stores.items())),
+        streamed=dict(sorted(streamed.items())),
         wgmma=count["HGMMA"] + sum(n for op, n in count.items() if re.fullmatch("UTC.*MMA", op)),
         mma=count["HMMA"] + count["IMMA"] + count["DMMA"],
         ffma=count["FFMA"] + count["FFMA2"],
         barriers=count["BAR"],
-        atomics=count["ATOM"] + count["ATOMG"] + count["RED"] + count["REDG"],
+        atomics=sum(count[op] for op in _ATOMICS),
         instructions=len(opcodes),
     )
 
@@ -169,6 +199,9 @@ def check_limits(
     if violations:
         raise LimitExceeded(facts, violations)
 
+
+_ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")
+_GLOBAL = ("LDG", "LDGSTS", "STG")
 
 # "        /*00a0*/              @!P0 LDG.E.128 R4, ..." -> "LDG.E.128"
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)

@@ -154,7 +154,7 @@ class CompiledStep:
         """The Triton source of each launch of the plan that ran last."""
         if self._last is None:
             return []
-        return [emit(launch.kernel).text for launch in self._last.program.plan.launches]
+        return [emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches]
 
     def explain_mode(self) -> str:
         """Whether calls are replayed, and if not, why."""
@@ -311,7 +311,7 @@ class CompiledStep:
         self.stats.add("schedule", started)
         if knobs.debug() >= 4:
             for launch in plan.launches:
-                print(emit(launch.kernel).text)
+                print(emit(launch.kernel, launch.sizes).text)
         return plan
 
     def _executor(self, captured: Captured) -> Executor:
@@ -338,7 +338,7 @@ class CompiledStep:
         (at / "1_final.txt").write_text(str(final))
         (at / "2_plan.txt").write_text(str(plan))
         for i, launch in enumerate(plan.launches):
-            source = emit(launch.kernel)
+            source = emit(launch.kernel, launch.sizes)
             (at / f"3_kernel_{i}_{source.name}.py").write_text(source.text)
 
 

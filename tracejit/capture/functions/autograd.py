@@ -106,15 +106,15 @@ def backward(
     tensors = _as_tuple(tensors)
     given = _as_tuple(grad_tensors) if grad_tensors is not None else (None,) * len(tensors)
     retain = create_graph if retain_graph is None else retain_graph
+    chosen = [t.lift(x) for x in _as_tuple(inputs)]
+    roots = _roots(t, tensors, given)
     leaves = _leaf_values(t)
     if inputs is not None:
-        chosen = [t.lift(x) for x in _as_tuple(inputs)]
         if not chosen:
             raise t.autograd_error("inputs argument to backward() cannot be empty")
         if any(h not in leaves for h in chosen):
             raise t.unsupported("backward(inputs=…) of a tensor that is not a leaf has no rule")
         leaves = {h: leaves[h] for h in chosen}
-    roots = _roots(t, tensors, given)
     wanted = [v for values in leaves.values() for v in values]
     found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
     before, t.taping = t.taping, t.taping and create_graph

@@ -38,11 +38,18 @@ class Operand:
 
 
 def operand(t: Tracer, x: object) -> Operand:
-    """Read an argument as an operand; anything but a tensor or number is unsupported."""
+    """Read an argument as an operand; anything but a tensor or number is unsupported.
+
+    Next to an operator it is a TypeError, so that Python asks the other operand's class.
+    """
     if isinstance(x, torch.Tensor):
         return Operand(t.lift(x))
     if isinstance(x, (bool, int, float)):
         return Operand(None, x)
+    if isinstance(x, np.generic) and x.dtype.kind in "biuf":
+        return Operand(None, x.item())
+    if getattr(t.calling, "__name__", "").startswith("__"):
+        raise TypeError(f"unsupported operand type: {type(x).__name__}")
     raise t.unsupported(f"An operand of type {type(x).__name__} has no rule")
 
 
@@ -117,7 +124,12 @@ def cast(t: Tracer, value: Value, dtype: DType) -> Value:
 
 
 def check_range(t: Tracer, x: Number, dtype: DType) -> None:
-    """Refuse a number that a new tensor of `dtype` cannot hold, as eager does."""
+    """Refuse a number that a new tensor of `dtype` cannot hold, as eager does.
+
+    Runtime scalars are not checked: their values change.
+    """
+    if isinstance(x, TracedFloat):
+        return
     number = float(x)
     if dtype is b1 or (dtype.is_float and math.isinf(number)):
         return
@@ -266,6 +278,17 @@ def can_cast(source: DType, target: DType) -> bool:
     if source.is_float and not target.is_float:
         return False
     return source is b1 or target is not b1
+
+
+def sized(name: str, implementation: Rule) -> Rule:
+    """A rule of sizes, f(2, 3) or f((2, 3)), that takes them by name too."""
+
+    def rule(t: Tracer, input: torch.Tensor, *sizes: object, **named: object) -> object:
+        if name in named:
+            sizes = (named.pop(name),)
+        return implementation(t, input, *sizes, **named)
+
+    return rule
 
 
 def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:

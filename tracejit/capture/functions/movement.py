@@ -15,6 +15,7 @@ from tracejit.capture.functions.common import (
     operand,
     register,
     size_args,
+    sized,
     write_back,
 )
 from tracejit.capture.table import rule
@@ -132,7 +133,6 @@ def infer_size(t: Tracer, h: Handle, sizes: Ints) -> Ints:
     return sizes
 
 
-@rule(Tensor.view)
 def view(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
     h = t.lift(input)
     if size and isinstance(size[0], torch.dtype):
@@ -425,9 +425,10 @@ for _names, _implementation in (
     (("narrow",), narrow),
 ):
     register(_names, _implementation, inplace=False)
-rule(Tensor.permute)(permute)
-rule(Tensor.reshape)(reshape)
-rule(Tensor.expand)(expand_)
+rule(Tensor.permute)(sized("dims", permute))
+rule(Tensor.reshape)(sized("shape", reshape))
+rule(Tensor.view)(sized("size", view))
+rule(Tensor.expand)(sized("size", expand_))
 
 
 @rule(torch.reshape)
