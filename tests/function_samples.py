@@ -543,7 +543,10 @@ ASSIGNED = [
 
 x23, x234 = r(2, 3), r(2, 3, 4)
 RESHAPED = [
-    *(S(x234, s) for s in ((24,), (6, 4), (2, 12), (-1, 4), (2, 3, 2, 2), (1, 24), (5, 5), (-1, -1))),
+    *(
+        S(x234, s)
+        for s in ((24,), (6, 4), (2, 12), (-1, 4), (2, 3, 2, 2), (1, 24), (5, 5), (-1, -1))
+    ),
     S(x234, 4, 6),
     S(x234, -1),
     S(x234, [4, -1]),
@@ -747,7 +750,10 @@ row(
 )
 row("expand_as", [S(r(3, 1), r(3, 4)), S(r(3), r(4))])
 row("view_as reshape_as", [S(x234, r(6, 4)), S(x23.t(), r(6)), S(x23, r(5))])
-row("select", [S(x234, d, i) for d, i in ((0, 1), (-1, -1), (1, 0), (1, 3), (3, 0))] + [S(r(), 0, 0)])
+row(
+    "select",
+    [S(x234, d, i) for d, i in ((0, 1), (-1, -1), (1, 0), (1, 3), (3, 0))] + [S(r(), 0, 0)],
+)
 row(
     "narrow",
     [S(x234, *a) for a in ((0, 0, 1), (-1, 1, 2), (1, -2, 2), (1, 2, 2), (1, 3, 0), (2, 0, -1))],
@@ -764,8 +770,18 @@ row("broadcast_tensors", [S(r(3, 1), r(4)), S(r()), S(r(3), r(4)), S(r(2, 1), r(
 
 row("zeros ones", SIZES)
 row("zeros_like ones_like", LIKE)
-row("new_zeros new_ones", after(lambda: r(2, dtype=f64), SIZES) + after(lambda: r(2, dtype=i32), SIZES[:3]))
-_full = [S((2, 3), 2.5), S((2,), 3), S((), True), S((2,), 1.5, dtype=i64), S([2], nan), S((2,), 1, dtype=b1)]
+row(
+    "new_zeros new_ones",
+    after(lambda: r(2, dtype=f64), SIZES) + after(lambda: r(2, dtype=i32), SIZES[:3]),
+)
+_full = [
+    S((2, 3), 2.5),
+    S((2,), 3),
+    S((), True),
+    S((2,), 1.5, dtype=i64),
+    S([2], nan),
+    S((2,), 1, dtype=b1),
+]
 _full += [S((2,), 0.1, dtype=bf16), S((2,), 2, dtype=f64), S((2,), -1, dtype=u8)]
 row("full", [*_full, S(2, 1.0), S((2,), fill_value=3.0), S((2,), 1.0, requires_grad=True)])
 row("full_like", [Sample((*s.args, 2.5), s.kwargs) for s in LIKE] + [S(r(3), 2, dtype=i64)])
@@ -831,27 +847,33 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
     torch.Tensor.div_: BINARY + ROUNDED,
     torch.pow: POW + [Sample(s.args[::-1], s.kwargs) for s in REFLECTED_POW],
     torch.rsub: BINARY + ALPHA,
-    torch.Tensor.where: [S(s.args[1], s.args[0], *s.args[2:]) for s in WHERE if s.args[1] is not True],
+    torch.Tensor.where: [
+        S(s.args[1], s.args[0], *s.args[2:]) for s in WHERE if s.args[1] is not True
+    ],
     torch.Tensor.view: RESHAPED + [no(r(4), i32), S(x234, size=(6, 4))],
     torch.Tensor.reshape: RESHAPED + [S(x23, shape=(3, 2))],
-    torch.Tensor.permute: [S(x234, 2, 0, 1), S(x234, (2, 0, 1)), S(x234, -1, 0), S(x23, dims=[1, 0])],
+    torch.Tensor.permute: [
+        S(x234, 2, 0, 1),
+        S(x234, (2, 0, 1)),
+        S(x234, -1, 0),
+        S(x23, dims=[1, 0]),
+    ],
     torch.Tensor.expand: ROWS["expand"] + [S(r(3, 1), 3, 4), S(r(3), 2, -1), S(r(3), size=(2, 3))],
     torch.nn.functional.relu: UNARY + [S(r(5), inplace=True), S(r(5), True)],
     torch.broadcast_tensors: ROWS["broadcast_tensors"],
 }
 
 # Metadata, autograd and requests for values: their own tests say what they answer.
-ELSEWHERE = set(
-    """
-    __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__ __index__
-    __int__ __iter__ __len__ __repr__ _set_grad_enabled allclose backward data_ptr device dim dtype
-    element_size equal grad grad_fn is_complex is_conj is_contiguous is_cpu is_cuda
-    is_floating_point is_inference is_leaf is_meta is_mkldnn is_neg is_nested is_nonzero
-    is_quantized is_same_size is_sparse is_sparse_csr item itemsize layout nbytes ndim ndimension
-    nelement nonzero numel numpy requires_grad requires_grad_ result_type shape size storage_offset
-    stride tolist
-    """.split()
-)
+_elsewhere = """
+    __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
+    __index__ __int__ __iter__ __len__ __repr__ _set_grad_enabled allclose backward data_ptr
+    device dim dtype element_size equal grad grad_fn is_complex is_conj is_contiguous is_cpu
+    is_cuda is_floating_point is_inference is_leaf is_meta is_mkldnn is_neg is_nested is_nonzero
+    is_quantized is_same_size is_sparse is_sparse_csr item itemsize layout nbytes ndim
+    ndimension nelement nonzero numel numpy requires_grad requires_grad_ result_type shape size
+    storage_offset stride tolist
+"""
+ELSEWHERE = set(_elsewhere.split())
 
 
 def bare_name(function: Callable) -> str:

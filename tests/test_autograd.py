@@ -193,7 +193,9 @@ def test_ties():
     assert (a.tolist(), b.tolist()) == ([0.5, 0, 1], [0.5, 1, 0])
     a, b = gradients(torch.minimum, vec(1, 2, 3), vec(1, 3, 2))
     assert (a.tolist(), b.tolist()) == ([0.5, 1, 0], [0.5, 0, 1])
-    assert gradients(lambda x: x.amax(), vec(2, 1, 2, 2))[0].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
+    assert gradients(lambda x: x.amax(), vec(2, 1, 2, 2))[0].tolist() == pytest.approx(
+        [1 / 3, 0, 1 / 3, 1 / 3]
+    )
     assert gradients(lambda x: x.max(), vec(2, 1, 2, 1))[0].tolist() == [0.5, 0, 0.5, 0]
     assert gradients(lambda x: x.amin(0), vec(2, 1, 1, 2))[0].tolist() == [0, 0.5, 0.5, 0]
     assert gradients(torch.sign, x)[0].tolist() == [0, 0, 0, 0]
@@ -250,7 +252,9 @@ SMOOTH = {
     "division": lambda a, b: (a / (b * b + 1) + 2 / (a.exp() + 1)).mean(),
     "logistic": lambda a, b: (torch.sigmoid(a @ b.t()) * torch.tanh(b @ a.t())).sum(),
     "log softmax": lambda a, b: (a - a.exp().sum(1, keepdim=True).log()).mul(b).mean(),
-    "norm": lambda a, b: ((a - a.mean(0)) * torch.rsqrt((a - a.mean(0)).pow(2).mean(0) + 0.1) * b).sum(),
+    "norm": lambda a, b: (
+        (a - a.mean(0)) * torch.rsqrt((a - a.mean(0)).pow(2).mean(0) + 0.1) * b
+    ).sum(),
     "views": lambda a, b: (a.t()[1:].reshape(-1) * b.view(-1)[:9].expand(2, 9).sum(0)).sum(),
     "layers": lambda a, b: F.mse_loss(F.linear(torch.tanh(a @ b.t()), b.t()), b),
     "powers": lambda a, b: ((a * a + 0.5) ** (b * 0.5)).sum() + (1.5**a).sum(),
@@ -444,7 +448,9 @@ def test_saved_tensors_are_checked_by_version():
 
 
 def test_roots():
-    both_raise(lambda w: (w * 2).backward(), "grad can be implicitly created only for scalar outputs")
+    both_raise(
+        lambda w: (w * 2).backward(), "grad can be implicitly created only for scalar outputs"
+    )
     both_raise(lambda w: w.detach().sum().backward(), "does not require grad")
     both_run(lambda w: (w * 2).sum().reshape(1, 1).backward())
     both_run(lambda w: (w * w).backward(w.detach()))

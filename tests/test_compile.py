@@ -288,6 +288,18 @@ def test_version_counters_move_with_writes():
     assert torch.equal(w, torch.full((3,), 5.0))
 
 
+def test_writes_through_data_leave_the_version_as_in_eager():
+    w = torch.ones(3)
+
+    @tracejit.compile
+    def step():
+        w.data.add_(1.0)
+
+    for _ in range(4):
+        step()
+    assert w._version == 0 and torch.equal(w, torch.full((3,), 5.0))
+
+
 # ---- bad input
 
 

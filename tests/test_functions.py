@@ -21,6 +21,8 @@ from oracle import call
 from tracejit.capture.table import RULES, function_name
 from tracejit.errors import UnsupportedOperation
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
+
 EPS = {
     torch.float64: 2.0**-52,
     torch.float32: 2.0**-23,
@@ -73,9 +75,9 @@ def is_in_place(function: Callable) -> bool:
     return name.endswith("_")
 
 
-def outcome(run: Callable[[], object]) -> tuple[object, Exception | None]:
+def outcome(run: Callable, *args: object) -> tuple[object, Exception | None]:
     try:
-        return run(), None
+        return run(*args), None
     except ERRORS as error:
         return None, error
 
@@ -100,7 +102,7 @@ def test_every_function_has_samples():
     assert [function_name(f) for f in each_function() if not samples_of(f)] == []
     names = {bare_name(f) for f in RULES}
     assert set(ROWS) <= names, set(ROWS) - names
-    assert ELSEWHERE <= names, ELSEWHERE - names
+    assert names >= ELSEWHERE, ELSEWHERE - names
 
 
 @pytest.mark.parametrize("function", parameters(each_function()))
@@ -165,7 +167,8 @@ SCALED = [f for f in each_function() if any(runtime_floats(s) for s in samples_o
 def test_runtime_scalars(function: Callable):
     """Floats that reach a function as arguments of the step give what literals give."""
     rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]
-    rows = [s for s in rows if not (SPELLED[bare_name(function)] == "pow" and s.args[1] == -0.5)]
+    if SPELLED[bare_name(function)] == "pow":  # eager's rsqrt(-inf) is nan, its pow(-inf, -0.5) 0
+        rows = [s for s in rows if runtime_floats(s) != [-0.5]]
     on_each_sample(check_runtime_scalars, function, rows)
 
 
@@ -274,7 +277,7 @@ def check_gradients(function: Callable, sample: Sample) -> None:
         for x in floats:
             x.requires_grad_()
         step = gradient_step(function, args, kwargs, sample.smooth)
-        results.append((*outcome(lambda: run(step)), floats))
+        results.append((*outcome(run, step), floats))
     (theirs, error, leaves), (ours, our_error, our_leaves) = results
     if error is not None:
         if "Autograd not support dtype" in str(error):
@@ -297,4 +300,6 @@ def check_gradients(function: Callable, sample: Sample) -> None:
     for i, (mine, his) in enumerate(zip(our_leaves, leaves, strict=True)):
         assert (mine.grad is None) == (his.grad is None), f"second {i}: {mine.grad}, {his.grad}"
         if mine.grad is not None:
-            assert_close(mine.grad, his.grad, exact=False, what=f"second derivative {i}", ulps=4 * ULPS)
+            assert_close(
+                mine.grad, his.grad, exact=False, what=f"second derivative {i}", ulps=4 * ULPS
+            )

@@ -52,6 +52,7 @@ def both(build, changes=(), calls=6, args=lambda i: ()):
             seen.append(_flat(returned) + _flat([v for v in vars(world.state).values()]))
         outputs.append(seen)
         globals().update(saved)
+        globals().pop("len", None)
         torch.set_default_dtype(torch.float32)
     for i, (a, b) in enumerate(zip(*outputs, strict=True)):
         assert len(a) == len(b), i
@@ -424,6 +425,38 @@ def environment(s):
 
     x = torch.ones(3)
     return lambda: x * len(os.environ)
+
+
+@case("rerun", changes={3: lambda s: setattr(s.x, "scale", 5.0)})
+def attribute_of_a_tensor(s):
+    s.x = x = torch.ones(3)
+    x.scale = 2.0
+    return lambda: x * x.scale
+
+
+@case("replay", changes={3: set_global("len", lambda x: 40)}, calls=8)
+def builtin_shadowed(s):
+    globals().pop("len", None)
+    x = torch.ones(3)
+    return lambda: x * len((1, 2))
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def percent_formatting(s):
+    x = torch.ones(3)
+    return lambda a: x * (2 if "%.1f" % a == "1.5" else 3)
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def complex_arithmetic(s):
+    x = torch.ones(3)
+    return lambda a: x * (1j - a).real
+
+
+@case("replay", args=lambda i: (1.0 + 0.5 * (i // 3),), calls=9)
+def f_string(s):
+    x = torch.ones(3)
+    return lambda a: x * (2 if f"{a:.1f}" == "1.5" else 3)
 
 
 @case("replay")

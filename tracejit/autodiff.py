@@ -1,7 +1,7 @@
 """Reverse mode on the IR: a Tape of what was computed, and `backward`, which emits gradients.
 
-The tape stands beside the Graph under construction. Each entry names its input and output Values and
-knows how to emit cotangents with a Builder: by the primitives' own rules, or by the derivative
+The tape stands beside the Graph under construction. Each entry names its input and output Values
+and knows how to emit cotangents with a Builder: by the primitives' own rules, or by the derivative
 formula of the torch function that was called. Gradients are ordinary nodes: when they are recorded
 too (create_graph), higher derivatives follow.
 """
@@ -118,8 +118,7 @@ def backward(
             continue
         enter(entry, frozenset(c for c in cotangents if c is not None))
         cotangents = tuple(
-            zeros(b, v) if c is None else c
-            for v, c in zip(entry.outputs, cotangents, strict=True)
+            zeros(b, v) if c is None else c for v, c in zip(entry.outputs, cotangents, strict=True)
         )
         given = entry.vjp(b, cotangents, flags)
         for value, flag, cotangent in zip(entry.inputs, flags, given, strict=True):

@@ -235,7 +235,10 @@ class CompiledStep:
         self, bound: Bound, captured: Captured, compiled: _Compiled, host_results: Callable
     ) -> _Replay | None:
         """An armed replay, once two traces agree and everything the step reads is guarded."""
-        count = compiled.seen[captured.key] = compiled.seen.get(captured.key, 0) + 1
+        count = compiled.seen.pop(captured.key, 0) + 1
+        compiled.seen[captured.key] = count
+        if len(compiled.seen) > _MAX_PROGRAMS:
+            del compiled.seen[next(iter(compiled.seen))]
         if self.mode == "rerun":
             self._why = 'mode="rerun" was asked for'
             return None

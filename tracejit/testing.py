@@ -278,6 +278,9 @@ def _array(t: torch.Tensor) -> np.ndarray:
 _SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "exp": lambda x, y: np.abs(y),
     "log": lambda x, y: 1.0 / np.abs(x),
+    "expm1": lambda x, y: np.abs(y + 1.0),
+    "log1p": lambda x, y: 1.0 / np.abs(x + 1.0),
+    "erf": lambda x, y: np.exp(-x * x) * 1.13,
     "sqrt": lambda x, y: 0.5 / y,
     "tanh": lambda x, y: 1.0 - y * y,
     "sin": lambda x, y: np.abs(np.cos(x)),

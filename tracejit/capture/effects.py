@@ -252,7 +252,11 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
     for s in tracer.storages:
         if s.value is not s.param:
             writes.append(Write(s.param, s.value))
-            written += [i for i, h in enumerate(tracer.handles) if h.storage is s]
+            written += [
+                i
+                for i, h in enumerate(tracer.handles)
+                if h.storage is s and h.version.count  # writes through .data do not count
+            ]
     graph = tracer.b.graph(name, results, tuple(writes))
     scalar_index = {value: k for k, (value, _) in enumerate(tracer.scalars)}
     position = {id(r): i for i, r in enumerate(tracer.reals)}

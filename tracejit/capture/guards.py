@@ -57,6 +57,8 @@ def proof(function: FunctionType, bound: Bound, captured: Captured) -> tuple[Rea
         reasons.append("it stores an intermediate tensor in a Python object")
     if not isinstance(captured.key[3], str):
         reasons.append("it returns an object that is neither a tensor nor a plain value")
+    if any(t.__dict__ for t in captured.reals):
+        reasons.append("a tensor that it uses carries Python attributes")
     for path, x in _leaves(bound):
         if not (is_value(x) or is_tensor(x) or isinstance(x, float)):
             reasons.append(f"argument {path} is an object of type {type(x).__name__}")
@@ -96,6 +98,9 @@ def arm(
         "not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')",
         "autocast is on",
     )
+    w.names["default_device"] = torch.get_default_device
+    device = w.constant(torch.get_default_device())
+    w.check(f"default_device() == {device}", "the default device changed")
     w.check(f"len(args) == {len(bound.args)}", "the number of arguments changed")
     names = w.constant(set(bound.kwargs))
     w.check(f"kwargs.keys() == {names}", "the keyword arguments changed")
@@ -178,6 +183,9 @@ def _guard_reads(w: _Writer, function: FunctionType, bound: Bound, reads: Reads)
             expression = f"{defaults}[{read.key!r}]"
         else:
             expression = f"{holder}.{read.key}"
+        if read.shadow is not None:
+            shadow = w.constant(read.shadow)
+            w.check(f"{read.key!r} not in {shadow}", f"{read.path} is a global name now")
         at = w.local(expression)
         path = scalars.get((id(read.holder), read.key))
         if path is not None:
@@ -226,7 +234,7 @@ def _guard_tensor(w: _Writer, at: str, tensor: torch.Tensor, i: int) -> None:
     w.check(f"{at}.requires_grad is {tensor.requires_grad}", f"{what} changed requires_grad")
     aligned = tensor.data_ptr() % 16 == 0
     w.check(f"({at}.data_ptr() % 16 == 0) is {aligned}", f"{what} changed its alignment")
-    w.check(f"{at}.is_conj() is False and {at}.is_neg() is False", f"{what} has a lazy bit")
+    w.check(f"{at}.is_neg() is False", f"{what} has its negative bit set")
     if tensor.requires_grad:
         w.check(
             f"{at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None",

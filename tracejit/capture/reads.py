@@ -42,7 +42,7 @@ PURE_TORCH = frozenset(
     }
 )
 DEFAULTS = {True: "__defaults__", False: "__kwdefaults__"}  # by whether the default is positional
-VALUE_TYPES = (int, float, bool, str, bytes, complex, type(None), type(Ellipsis))
+VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis))
 TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 TENSOR_STORES = frozenset({"grad", "data", "requires_grad"})
@@ -60,6 +60,7 @@ class Read:
     holder: object  # a cell, a namespace dict, a module, or the function whose default it is
     key: object  # None for a cell, else the name (for a positional default: its index)
     value: object
+    shadow: dict | None = None  # the globals that a builtin of this name would be shadowed in
 
     def fetch(self) -> object:
         """What the name holds now."""
@@ -163,6 +164,10 @@ def _scan(
                 value = getattr(builtins, name, _MISSING)
             if value is _MISSING:
                 continue  # a NameError, or a name that the step itself defines first
+            if holder is builtins and value in PURE_BUILTINS:
+                builtin = Read("callable", name, builtins, name, value, function.__globals__)
+                _add(found, known, builtin)
+                continue
             _follow(found, known, queue, instructions, i, holder, name, value, _at(code, line))
         elif opcode in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in cells:
             try:
@@ -179,6 +184,12 @@ def _scan(
             found.refusals.append(f"{_at(code, line)}: it imports {name}")
         elif opcode in ("STORE_ATTR", "DELETE_ATTR") and name not in TENSOR_STORES:
             found.refusals.append(f"{_at(code, line)}: it sets the attribute {name!r}")
+        elif opcode == "LOAD_CONST" and isinstance(name, complex):
+            found.refusals.append(f"{_at(code, line)}: it computes with complex numbers")
+        elif opcode == "BINARY_OP" and instruction.argrepr in ("%", "%="):
+            if any(isinstance(c, str) and "%" in c for c in code.co_consts):
+                # C code formats a runtime scalar without asking it
+                found.refusals.append(f"{_at(code, line)}: it may format a string with %")
         elif opcode == "LOAD_BUILD_CLASS":
             found.refusals.append(f"{_at(code, line)}: it defines a class")
         elif opcode in ("LOAD_ATTR", "LOAD_METHOD") and name in _UNSAFE_ATTRIBUTES:
@@ -205,7 +216,7 @@ def _follow(found, known, queue, instructions, i, holder, name, value, at) -> No
 
 
 def _add(found: Reads, known: set, read: Read) -> None:
-    identity = (id(read.holder), read.key)
+    identity = (id(read.holder), read.key, id(read.shadow))
     if identity not in known:
         known.add(identity)
         found.reads.append(read)
@@ -213,7 +224,9 @@ def _add(found: Reads, known: set, read: Read) -> None:
 
 def _classify(found, known, queue, path, holder, key, value, at="") -> None:
     prefix = f"{at}: " if at else ""
-    if is_value(value):
+    if isinstance(value, str) and "%" in value:
+        found.refusals.append(f"{prefix}it reads {path}, a string that % may format")
+    elif is_value(value):
         _add(found, known, Read("value", path, holder, key, value))
     elif is_tensor(value):
         _add(found, known, Read("tensor", path, holder, key, value))

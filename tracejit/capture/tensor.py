@@ -161,9 +161,7 @@ def is_contiguous(shape: Ints, strides: Ints) -> bool:
 def is_dense(shape: Ints, strides: Ints) -> bool:
     """Non-overlapping and dense: a permutation of a row-major layout."""
     step = 1
-    for stride, size in sorted(
-        (st, sz) for st, sz in zip(strides, shape, strict=True) if sz != 1
-    ):
+    for stride, size in sorted((st, sz) for st, sz in zip(strides, shape, strict=True) if sz != 1):
         if size == 0:
             return True
         if stride != step:
@@ -194,7 +192,7 @@ def put_through(b: Builder, base: Value, steps: tuple[Step, ...], new: Value) ->
         axes = attrs["axes"]
         return b.permute(new, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__)))
     assert name == "slice", name  # writes through expand are refused before
-    starts, stops, steps_ = attrs["starts"], attrs["stops"], attrs["steps"]
+    starts, steps_ = attrs["starts"], attrs["steps"]
     if new.type.shape == shape:
         return new
     rows = list(zip(shape, starts, new.type.shape, steps_, strict=True))
@@ -216,9 +214,9 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     """
     if all(s == shape and is_contiguous(s, st) for s, st in operands):
         return types.contiguous_strides(shape)
-    if len({st for _, st in operands}) == 1 and operands[0][0] == shape:
-        if is_dense(*operands[0]):
-            return operands[0][1]
+    one_layout = len({st for _, st in operands}) == 1 and operands[0][0] == shape
+    if one_layout and is_dense(*operands[0]):
+        return operands[0][1]
     rank = len(shape)
     aligned = []
     for s, st in operands:

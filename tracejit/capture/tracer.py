@@ -91,7 +91,9 @@ class Tracer(TorchFunctionMode):
             return rule(self, *args, **kwargs)
         except TypeError as error:
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
-                raise self.unsupported(f"This combination of arguments ({error}) has no rule") from None
+                raise self.unsupported(
+                    f"This combination of arguments ({error}) has no rule"
+                ) from None
             raise
         except InvalidGraph as error:
             raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
@@ -367,7 +369,9 @@ class Tracer(TorchFunctionMode):
         t = value.type
         strides = contiguous_strides(t.shape) if strides is None else strides
         storage = Storage(value, strides)
-        handle = Handle(Family(storage, value), (), t.shape, strides, 0, t.dtype, t.device, Version())
+        handle = Handle(
+            Family(storage, value), (), t.shape, strides, 0, t.dtype, t.device, Version()
+        )
         self._origin[value] = (handle.version, 0)
         return self._proxy(handle)
 

@@ -11,6 +11,7 @@ from tracejit.capture.functions.common import (
     Number,
     as_float,
     cast,
+    check_overlap,
     check_range,
     common_shape,
     expand,
@@ -454,6 +455,7 @@ def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> T
         raise t.shape_error(
             f"output with shape {list(into.shape)} doesn't match the shape {list(source.shape)}"
         )
+    check_overlap(t, into, source)
     (value,) = operands_as(t, (operand(t, src),), into.dtype, into.shape)
     new = t.b.alias(value)
     if t.grad_on and t.requires_grad(into):

@@ -26,9 +26,7 @@ def _roots(
 ) -> list[tuple[Value, Value]]:
     roots = []
     if len(cotangents) != len(tensors):
-        raise t.autograd_error(
-            f"got {len(tensors)} tensors and {len(cotangents)} gradients"
-        )
+        raise t.autograd_error(f"got {len(tensors)} tensors and {len(cotangents)} gradients")
     for i, (tensor, cotangent) in enumerate(zip(tensors, cotangents, strict=True)):
         h = t.lift(tensor)
         if not t.requires_grad(h):
@@ -64,9 +62,7 @@ def _gradients(
 ) -> dict[Value, Value]:
     before, t.taping = t.taping, t.taping and create_graph
     try:
-        return reverse(
-            t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=t.reading_for
-        )
+        return reverse(t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=t.reading_for)
     finally:
         t.reading_for(None)
         t.taping = before

@@ -20,6 +20,7 @@ from tracejit.capture.tensor import (
     TracedTensor,
     broadcast_shape,
     elementwise_strides,
+    is_dense,
 )
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError
@@ -217,11 +218,6 @@ def result_strides(operands: Sequence[Operand], shape: Ints) -> Ints:
     )
 
 
-def full_like(t: Tracer, x: Operand, dtype: DType, device: str) -> Value:
-    """A number as a 0-d tensor value."""
-    return t.b.full(literal(x.number, dtype), shape=(), dtype=dtype, device=device)
-
-
 def pointwise(
     t: Tracer,
     emit: Callable[..., Value],
@@ -308,6 +304,21 @@ def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.T
     return target
 
 
+def check_overlap(t: Tracer, into: Handle, source: Handle) -> None:
+    """Refuse, as eager does, to write a tensor from another that shares part of its memory."""
+    if source.storage is not into.storage or not (source.numel and into.numel):
+        return
+    mine, its = ((h.offset, h.shape, h.strides) for h in (into, source))
+    if mine == its or not (is_dense(*mine[1:]) and is_dense(*its[1:])):
+        return
+    if mine[0] < its[0] + source.numel and its[0] < mine[0] + into.numel:
+        raise t.shape_error(
+            "unsupported operation: some elements of the input tensor and the written-to tensor "
+            "refer to a single memory location. Please clone() the tensor before performing the "
+            "operation"
+        )
+
+
 def in_place(out_of_place: Rule) -> Rule:
     """The in-place form of a rule: its first argument is overwritten and returned.
 
@@ -316,7 +327,10 @@ def in_place(out_of_place: Rule) -> Rule:
 
     def rule(t: Tracer, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
-        if t.grad_on:
+        for arg in args:
+            if isinstance(arg, torch.Tensor) and arg is not self:
+                check_overlap(t, t.lift(self), t.lift(arg))
+        if t.grad_on and t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
         return write_back(t, self, out_of_place(t, source, *args, **kwargs))

@@ -18,7 +18,9 @@ Tensor = torch.Tensor
 
 def _check(t: Tracer, a: Handle, b: Handle) -> None:
     if a.dtype is not b.dtype:
-        raise t.shape_error(f"expected m1 and m2 to have the same dtype, but got: {a.dtype} != {b.dtype}")
+        raise t.shape_error(
+            f"expected m1 and m2 to have the same dtype, but got: {a.dtype} != {b.dtype}"
+        )
     if a.dtype is b1:
         raise t.shape_error("matrix products are not implemented for bool")
     if a.device != b.device:

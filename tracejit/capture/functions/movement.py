@@ -70,7 +70,9 @@ def transpose(t: Tracer, input: Tensor, dim0: int, dim1: int) -> TracedTensor:
 def t_(t: Tracer, input: Tensor) -> TracedTensor:
     h = t.lift(input)
     if len(h.shape) > 2:
-        raise t.shape_error(f"t() expects a tensor with <= 2 dimensions, but self is {len(h.shape)}D")
+        raise t.shape_error(
+            f"t() expects a tensor with <= 2 dimensions, but self is {len(h.shape)}D"
+        )
     return _permuted(t, h, tuple(reversed(range(len(h.shape)))))
 
 
@@ -103,9 +105,7 @@ def view_strides(shape: Ints, strides: Ints, new: Ints) -> Ints | None:
     chunk_stride, numel, covered = strides[-1], 1, 1
     for axis in reversed(range(len(shape))):
         numel *= shape[axis]
-        breaks = axis == 0 or (
-            shape[axis - 1] != 1 and strides[axis - 1] != numel * chunk_stride
-        )
+        breaks = axis == 0 or (shape[axis - 1] != 1 and strides[axis - 1] != numel * chunk_stride)
         if not breaks:
             continue
         while at >= 0 and (covered < numel or new[at] == 1):
@@ -187,9 +187,7 @@ def squeeze(t: Tracer, input: Tensor, dim: object = None) -> TracedTensor:
         dims = (dim,) if isinstance(dim, int) else tuple(dim)
         chosen = {normal_axis(t, d, rank) for d in dims}
     kept = [i for i in range(rank) if i not in chosen or h.shape[i] != 1]
-    return _reshaped(
-        t, h, tuple(h.shape[i] for i in kept), tuple(h.strides[i] for i in kept)
-    )
+    return _reshaped(t, h, tuple(h.shape[i] for i in kept), tuple(h.strides[i] for i in kept))
 
 
 def expand_(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
@@ -328,8 +326,8 @@ def basic_index(t: Tracer, h: Handle, index: object) -> Handle:
             h = unsqueeze(t, h.tensor, axis).handle
             axis += 1
         elif isinstance(item, EllipsisType):
-            axis += len(h.shape) - axis - sum(
-                1 for i in items[items.index(...) + 1 :] if i is not None
+            axis += (
+                len(h.shape) - axis - sum(1 for i in items[items.index(...) + 1 :] if i is not None)
             )
         elif isinstance(item, slice):
             if any(isinstance(v, Tensor) for v in (item.start, item.stop, item.step)):
