@@ -514,3 +514,11 @@ def test_stats_of_an_empty_step():
     for _ in range(4):
         doubled, total = empty(torch.ones(0))
         assert doubled.shape == (0,) and total.item() == 0.0
+
+
+def test_the_plan_that_ran_last_stands_at_the_end():
+    step = tracejit.compile(lambda x: x * 2)
+    for n in (10, 10, 20, 20, 10):
+        step(torch.ones(n))
+        assert step.plans[-1].buffers[0].type.shape == (n,)
+    assert step.stats.replays == 1

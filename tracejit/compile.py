@@ -61,6 +61,7 @@ class Stats:
 class _Compiled:
     """A program with the graphs that it came from."""
 
+    key: tuple
     program: Program
     final: Graph
     seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
@@ -204,6 +205,7 @@ class CompiledStep:
         if after is not None:
             after()
         self._last = compiled
+        self._programs.move_to_end(compiled.key)
         return returned
 
     def _rerun(self, args: tuple, kwargs: dict) -> object:
@@ -267,7 +269,7 @@ class CompiledStep:
         final = self._optimized(captured.graph)
         plan = self._plan(final)
         started = time.perf_counter()
-        compiled = _Compiled(Program(plan, executor), final)
+        compiled = _Compiled(key, Program(plan, executor), final)
         self.stats.add("load", started)
         self.stats.compiles += 1
         _report(self, f"compiled {len(plan.launches)} launch(es) for {executor.name}")

@@ -14,6 +14,7 @@ from tracejit.codegen import triton_forms, triton_matmul
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, is_looped
 from tracejit.codegen.triton_text import Line, fold_of, indent, render
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
+from tracejit.schedule.kernel_text import canonical
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def emit(
         function = {"pointwise": triton_forms.pointwise, "reduce": triton_forms.reduce}[form](
             kernel
         )
-    digest = hashlib.sha256(str(kernel).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
     name = f"{form}_{'looped_' if looped else ''}{digest}"
     summary = describe(kernel, form)
     lines = [*map(Line, [f'"""{summary[0]}', *summary[1:]]), *function.lines]

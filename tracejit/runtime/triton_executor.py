@@ -20,11 +20,12 @@ from types import ModuleType
 
 import numpy as np
 
-from tracejit.codegen.geometry import MAX_TILE, Geometry
+from tracejit.codegen.geometry import MAX_TILE, Geometry, is_looped
 from tracejit.codegen.triton import Source, emit
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.cache import DiskCache, pack, sha256
+from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 
 TRITON_NAME = {
@@ -114,12 +115,15 @@ class TritonExecutor:
         position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
         launches, first_scalar = [], 0
         for launch in plan.launches:
-            launches.append(self._load(launch, position, first_scalar))
+            launches.append(self.load_launch(launch, position, first_scalar))
             first_scalar += len(launch.scalars)
         not_empty = [launch for launch in launches if launch.geometry.grid[0] > 0]
         return LoadedPlan(plan, launches, runner(plan, not_empty, first_scalar))
 
-    def _load(self, launch: Launch, position: Mapping[str, int], first_scalar: int) -> LoadedLaunch:
+    def load_launch(
+        self, launch: Launch, position: Mapping[str, int], first_scalar: int
+    ) -> LoadedLaunch:
+        """Make one launch ready; its scalars start at `first_scalar` of the loaded table."""
         source, function = load_kernel(self, launch)
         geometry = source.geometry(launch.sizes, self.max_tile)
         sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
@@ -129,17 +133,24 @@ class TritonExecutor:
 
 
 def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, object]:
-    """The source of a launch's kernel and its jit function, from memory where possible."""
-    source = emit(
-        launch.kernel, launch.sizes, precision=executor.precision, max_tile=executor.max_tile
-    )
-    key = (executor.name, source.text)
+    """The source of a launch's kernel and its jit function, from memory where possible.
+
+    Kernels that differ only in the user's lines are one kernel, printed as it came first.
+    """
+    looped = is_looped(launch.kernel, launch.sizes, executor.max_tile)
+    key = (executor.name, str(canonical(launch.kernel)), executor.precision, looped)
     with _lock:
         if key in _kernels:
             COUNTERS.hits += 1
             _kernels.move_to_end(key)
         else:
             COUNTERS.compiles += 1
+            source = emit(
+                launch.kernel,
+                launch.sizes,
+                precision=executor.precision,
+                max_tile=executor.max_tile,
+            )
             _kernels[key] = (source, import_source(source))
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)

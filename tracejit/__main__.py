@@ -1,0 +1,159 @@
+"""`python -m tracejit`: what can be asked about a step from a shell.
+
+python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+from tracejit.compile import CompiledStep
+from tracejit.compile import compile as compile_step
+from tracejit.errors import TracejitError
+from tracejit.report import ARCHES, limits, report
+
+CALLS = 3  # of the step before the report: enough to arm a replay
+
+REPORT = """\
+Compile every kernel of a step ahead of time and print what it became: registers, spills, shared
+memory, CTAs per SM, share of 128-bit accesses, tensor core and FFMA counts, barriers, atomics,
+instructions, compile time, the bytes that it has to move, and the lines it comes from. No GPU is
+needed. The step is called three times; its last plan is reported.
+
+exit status: 0, or 1 if a kernel breaks a limit (it spills, it uses more shared memory than there
+is, or a large contiguous fp32 stream moves less than 90% of its accesses in 128 bits), or 2 if
+there is nothing to report."""
+
+
+class Refused(Exception):
+    """What the user has to correct, in one sentence."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser, report_parser = parsers()
+    options = parser.parse_args(arguments)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
+            step = load_step(*options.step)
+            for _ in range(CALLS):
+                step()
+        found = report(step, target=options.target)
+    except (Refused, TracejitError) as error:
+        report_parser.exit(2, f"{report_parser.prog}: error: {error}\n")
+    except Exception:
+        traceback.print_exc()
+        file, name = options.step
+        report_parser.exit(2, f"{report_parser.prog}: error: {file}:{name} raised the above\n")
+    violations = limits(found)
+    print(json.dumps(found.as_dict(), indent=2) if options.json else found)
+    for violation in violations:
+        print(f"limit broken: {violation}", file=sys.stderr)
+    return 1 if violations else 0
+
+
+def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """The parser of the command line, and that of `report`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tracejit", description="Ask about a compiled training step."
+    )
+    parser.add_argument("--version", action="version", version=f"tracejit {version('tracejit')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    report_parser = commands.add_parser(
+        "report",
+        help="judge every kernel of a step by its machine code, without a GPU",
+        description=REPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    report_parser.add_argument(
+        "step",
+        metavar="FILE:STEP",
+        type=file_and_name,
+        help="a Python file, and the name in it of a compiled step, of a function without "
+        "arguments, or of a factory that returns one of these, alone or first in a tuple",
+    )
+    report_parser.add_argument(
+        "--target",
+        type=target,
+        default=90,
+        metavar="SM",
+        help=f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90",
+    )
+    report_parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    return parser, report_parser
+
+
+def file_and_name(text: str) -> tuple[Path, str]:
+    """`FILE:STEP` taken apart."""
+    file, _, name = text.rpartition(":")
+    if not file or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form FILE:STEP")
+    if not Path(file).is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {file}")
+    return Path(file), name
+
+
+def target(text: str) -> int:
+    """`sm_90` as 90."""
+    number = text.removeprefix("sm_")
+    if not number.isdigit() or int(number) not in ARCHES:
+        known = ", ".join(f"sm_{t}" for t in ARCHES)
+        raise argparse.ArgumentTypeError(f"{text} is not one of {known}")
+    return int(number)
+
+
+def load_step(file: Path, name: str) -> CompiledStep:
+    """The compiled step that FILE:STEP stands for; a factory is called."""
+    module = import_file(file)
+    found = getattr(module, name, None)
+    if found is None:
+        own = (n for n, v in vars(module).items() if callable(v) and _is_from(v, module))
+        raise Refused(f"{file} has no {name}; it defines {', '.join(own) or 'no functions'}")
+    if not callable(found):
+        raise Refused(f"{name} in {file} is no function but of type {type(found).__name__}")
+    if isinstance(found, CompiledStep):
+        return found
+    missing = [
+        p.name
+        for p in inspect.signature(found).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if missing:
+        raise Refused(
+            f"{name} takes arguments ({', '.join(missing)}); write a function without any, "
+            "such as make_step, that makes them and returns a step to be called without arguments"
+        )
+    made = found()
+    made = made[0] if isinstance(made, tuple) and made else made
+    step = made if callable(made) else found  # a step returns tensors, a factory a function
+    return step if isinstance(step, CompiledStep) else compile_step(step)
+
+
+def import_file(file: Path) -> ModuleType:
+    """Run a file as a module that finds its neighbours, as a script does."""
+    spec = importlib.util.spec_from_file_location(f"reported_{file.stem}", file)
+    if spec is None:
+        raise Refused(f"{file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(file.resolve().parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+def _is_from(value: Callable, module: ModuleType) -> bool:
+    return getattr(value, "__module__", None) == module.__name__
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
