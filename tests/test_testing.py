@@ -1,0 +1,131 @@
+"""The equality check must be able to fail: each kind of difference from eager is caught."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import tracejit
+from tracejit.capture.effects import Captured
+from tracejit.ir.text import parse
+from tracejit.testing import (
+    assert_equal_to_eager,
+    assert_trains_like_eager,
+    losses_agree,
+    magnitudes,
+)
+
+
+def make_step():
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 5), torch.randn(5, 4, requires_grad=True)
+
+    def step():
+        loss = (x @ w).tanh().pow(2).sum()
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(0.1 * w.grad)
+        return loss
+
+    return step, [w]
+
+
+def spoil(monkeypatch, change):
+    """Let every commit change what the step leaves behind."""
+    original = Captured.commit
+
+    def commit(self, reals, outputs, host):
+        returned = original(self, reals, outputs, host)
+        change(reals, outputs)
+        return returned
+
+    monkeypatch.setattr(Captured, "commit", commit)
+
+
+def test_an_honest_step_passes():
+    step, _ = make_step()
+    compiled = assert_equal_to_eager(step, calls=5)
+    assert compiled.stats.replays > 0
+
+
+@pytest.mark.parametrize("relative", [1e-3, 1e-4])
+def test_a_small_error_in_a_parameter_is_caught(monkeypatch, relative):
+    step, (w,) = make_step()
+    spoil(monkeypatch, lambda reals, outputs: w.data.mul_(1 + relative))
+    with pytest.raises(AssertionError, match="allowed"):
+        assert_equal_to_eager(step)
+
+
+def test_a_nan_is_caught(monkeypatch):
+    step, (w,) = make_step()
+    spoil(monkeypatch, lambda reals, outputs: w.data[0].fill_(float("nan")))
+    with pytest.raises(AssertionError, match="NaN"):
+        assert_equal_to_eager(step)
+
+
+def test_a_lost_gradient_is_caught(monkeypatch):
+    step, (w,) = make_step()
+    spoil(monkeypatch, lambda reals, outputs: setattr(w, "grad", None))
+    with pytest.raises(AssertionError, match="grad"):
+        assert_equal_to_eager(step)
+
+
+def test_a_wrong_integer_is_caught(monkeypatch):
+    counts = torch.zeros(3, dtype=torch.int64)
+
+    def step():
+        counts.add_(1)
+
+    spoil(monkeypatch, lambda reals, outputs: counts.add_(1))
+    with pytest.raises(AssertionError, match="differs from eager"):
+        assert_equal_to_eager(step)
+
+
+def test_a_drifting_free_run_is_caught(monkeypatch):
+    parameters = []
+
+    def make():
+        step, ws = make_step()
+        parameters[:] = ws
+        return step, ws
+
+    spoil(monkeypatch, lambda reals, outputs: parameters[0].data.mul_(0.999))
+    with pytest.raises(AssertionError, match="loss|parameter"):
+        assert_trains_like_eager(make, calls=20)
+
+
+def test_loss_rule():
+    assert losses_agree(1.0005, 1.0, 1.0) and not losses_agree(1.002, 1.0, 1.0)
+    assert losses_agree(1e-9, 0.0, 2.0) and not losses_agree(1e-8, 0.0, 2.0)
+    assert losses_agree(float("nan"), float("nan"), 1.0)
+    assert not losses_agree(float("nan"), 1.0, 1.0)
+    assert not losses_agree(1.0, float("inf"), 1.0)
+
+
+def test_arguments_state_and_options_are_passed_on():
+    kept = [torch.zeros(3)]
+
+    def step(x):
+        kept[0].add_(x)
+        return kept[0] * 2
+
+    compiled = assert_equal_to_eager(
+        step, lambda: [torch.ones(3)], state=kept, calls=3, mode="rerun"
+    )
+    assert isinstance(compiled, tracejit.CompiledStep) and compiled.mode == "rerun"
+
+
+def test_magnitudes_see_cancellation():
+    graph = parse(
+        """
+        f(%0: f32[2], %1: f32[2]) {
+          %2: f32[2] = sub(%0, %1)
+          %3: f32[2] = mul(%2, %2)
+          %4: f32[] = reduce_sum(%3, axes=(0,))
+          return %4
+        }"""
+    )
+    x = np.array([1000.0, 1.0], np.float32)
+    sizes = magnitudes(graph, [x, x])
+    assert sizes[graph.results[0].value] == pytest.approx(2000.0**2 + 2.0**2)
