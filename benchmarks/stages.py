@@ -1,6 +1,6 @@
 """What each stage of compilation costs per IR node, and what a replay costs on the host.
 
-    python -m benchmarks.stages
+python -m benchmarks.stages
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What `make demo` runs: the two-layer net trained in eager and compiled, side by side.
 
-    python -m examples.demo
+python -m examples.demo
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Program 3: clamp → sub → pow → sum with its gradient, over 4M elements: one kernel.
 
-    python -m examples.fused_chain
+python -m examples.fused_chain
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Program 2: the two-layer net with autograd inside the step, in every classic spelling.
 
-    python -m examples.two_layer_autograd
+python -m examples.two_layer_autograd
 """
 
 from __future__ import annotations

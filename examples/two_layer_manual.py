@@ -1,6 +1,6 @@
 """Program 1: a two-layer net with its gradients written out by hand, tensor operations only.
 
-    python -m examples.two_layer_manual
+python -m examples.two_layer_manual
 """
 
 from __future__ import annotations

@@ -43,7 +43,9 @@ def call(step, *args, **kwargs):
     for result, array in zip(captured.graph.results, results, strict=True):
         kind = result.value.type
         out = torch.empty_strided(
-            kind.shape, result.strides or torch.empty(kind.shape).stride(), dtype=TO_TORCH[kind.dtype]
+            kind.shape,
+            result.strides or torch.empty(kind.shape).stride(),
+            dtype=TO_TORCH[kind.dtype],
         )
         out.copy_(torch.from_numpy(np.array(array)))
         outputs.append(out)

@@ -240,6 +240,30 @@ def pads() -> list[Sample]:
     return [*samples, Sample((Tensor(b1, (5,)),), attrs | {"value": True})]
 
 
+def gathers() -> list[Sample]:
+    """(operand shape, index shape, axis, filling of the index); "normal" is out of range too."""
+    rows = (
+        ((2,), (5,), 0, "ties"),
+        ((6,), (123,), 0, "positive"),
+        ((3, 6), (3, 4), 1, "positive"),
+        ((6, 3), (1, 3), 0, "positive"),
+        ((2, 6, 4), (2, 9, 4), 1, "positive"),
+        ((2, 3, 2), (2, 3, 2), 2, "ties"),
+        ((3, 0, 2), (3, 0, 2), 1, "ties"),
+        ((0, 2), (0, 3), 1, "ties"),
+        ((4, 3), (40, 3), 0, "normal"),
+        ((0, 3), (2, 3), 0, "normal"),
+    )
+    samples = [
+        Sample((Tensor(d, shape), Tensor(i64, index, fill)), {"axis": axis})
+        for shape, index, axis, fill in rows
+        for d in (f32, f64)
+    ]
+    for d in (bf16, f16, i64, i32, u8, b1):
+        samples.append(Sample((Tensor(d, (4, 3)), Tensor(i64, (40, 3), "normal")), {"axis": 0}))
+    return samples
+
+
 def reductions(*, empty: bool) -> list[Sample]:
     rows = [
         ((5,), (0,)),
@@ -311,6 +335,9 @@ SAMPLES: dict[str, list[Sample]] = {
     "sign": unary(*FLOATS, *INTS, b1),
     "exp": unary(*FLOATS),
     "log": unary(*FLOATS, fill="positive"),
+    "expm1": unary(*FLOATS),
+    "log1p": unary(*FLOATS, fill="positive"),
+    "erf": unary(*FLOATS),
     "sqrt": unary(*FLOATS, fill="positive"),
     "tanh": unary(*FLOATS),
     "sin": unary(*FLOATS),
@@ -353,6 +380,10 @@ SAMPLES: dict[str, list[Sample]] = {
         "shape", ((1,), (5,)), ((3, 1), (3, 5)), ((1, 3, 1), (2, 3, 4)), ((1,), (0,)), ((5,), (5,))
     ),
     "slice": slices(),
+    "flip": moves(
+        "axes", ((5,), (0,)), ((2, 3, 4), (0, 2)), ((3, 5), ()), ((), ()), ((0, 3), (1,))
+    ),
+    "gather": gathers(),
     "pad": pads(),
     "reduce_sum": reductions(empty=True),
     "reduce_max": reductions(empty=False),

@@ -906,10 +906,6 @@ def _leaf_hook(w, x):
     w.register_hook(print)
 
 
-def _retain_grad(w, x):
-    (w * x).retain_grad()
-
-
 def _dropout(w, x):
     torch.nn.functional.dropout(x)
 
@@ -978,7 +974,6 @@ REFUSED = [
             _unknown_function,
             _hook,
             _leaf_hook,
-            _retain_grad,
             _dropout,
             _random,
             _out_argument,
@@ -1079,7 +1074,6 @@ def with_late_hook() -> torch.Tensor:
         lambda: torch.ones(3, dtype=torch.complex64),
         lambda: torch.ones(3).to_sparse(),
         lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
-        lambda: leaf(3) * 2,
         lambda: torch.ones(3, device="meta"),
         lambda: torch.quantize_per_tensor(randn(3), 0.1, 0, torch.qint8),
         with_hook,
@@ -1090,7 +1084,6 @@ def with_late_hook() -> torch.Tensor:
         "complex",
         "sparse",
         "neg",
-        "grad_fn",
         "meta",
         "quantized",
         "hook",
@@ -1100,6 +1093,12 @@ def with_late_hook() -> torch.Tensor:
 def test_refused_inputs(make):
     with pytest.raises(UnsupportedOperation, match=rf"{FILE}:\d+"):
         call(lambda x: x + 1, make())
+
+
+def test_gradients_do_not_leave_the_step_by_an_inner_backward():
+    y = leaf(3) * 2
+    with pytest.raises(UnsupportedOperation, match="outside the step"):
+        call(lambda y: (y * 3).sum().backward(), y)
 
 
 def test_a_result_of_autograd_is_fine_without_grad():

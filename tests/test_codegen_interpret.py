@@ -26,7 +26,8 @@ from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 pytestmark = pytest.mark.interpret
 
 ELEMENTWISE = [name for name, op in OPS.items() if op.family == "elementwise"]
-APPROXIMATE = {"exp", "log", "tanh", "sin", "cos", "pow"}  # others agree to the bit
+# Others agree to the bit.
+APPROXIMATE = {"exp", "log", "tanh", "sin", "cos", "pow", "expm1", "log1p", "erf"}
 
 
 def to_memory(array, dtype):

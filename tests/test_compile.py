@@ -329,13 +329,17 @@ def failing_steps():
         w.data.mul_(2.0)
         w.add_(1)
 
-    return x, w, {
-        wrong_shape: ShapeError,
-        value_needed: ValueDependentError,
-        unsupported: UnsupportedOperation,
-        user_error: KeyError,
-        leaf_in_place: RuntimeError,
-    }
+    return (
+        x,
+        w,
+        {
+            wrong_shape: ShapeError,
+            value_needed: ValueDependentError,
+            unsupported: UnsupportedOperation,
+            user_error: KeyError,
+            leaf_in_place: RuntimeError,
+        },
+    )
 
 
 @pytest.mark.parametrize("index", range(5))

@@ -48,7 +48,16 @@ def test_canonical_drops_lines_and_numbers():
     assert str(canonical(parse_kernel(renamed))) == str(kernel)
 
 
-@pytest.mark.parametrize("text", [PROGRAM_3, two_layers(FRESH, ZEROS), softmax(5, 7, 0)])
+LOGIC = """
+f(%0: b1[5], %1: b1[5]) {
+  %2: b1[5] = or(%0, %1)
+  %3: b1[5] = not(%2)
+  %4: b1[5] = and(%3, %1)
+  return %4
+}"""
+
+
+@pytest.mark.parametrize("text", [LOGIC, PROGRAM_3, two_layers(FRESH, ZEROS), softmax(5, 7, 0)])
 def test_plans_round_trip(text):
     plan = schedule(parse(text))
     assert parse_plan(print_plan(plan)) == plan

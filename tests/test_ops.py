@@ -38,7 +38,7 @@ TORCH = {
 }
 EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 ULPS = 4  # of functions that IEEE does not fix to the bit
-INEXACT = {"exp", "log", "tanh", "sin", "cos", "pow"}
+INEXACT = {"exp", "log", "tanh", "sin", "cos", "pow", "expm1", "log1p", "erf"}
 ACCUMULATING = {"reduce_sum", "matmul"}  # error grows with the absolute values summed
 ZERO_SIGN_OPEN = {"maximum", "minimum", "reduce_max", "reduce_min"}
 
@@ -85,6 +85,14 @@ def _iota(axis, shape, dtype, device) -> torch.Tensor:
     return row.expand(shape).to(TORCH[dtype.name])
 
 
+def _gather(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    inside = (index >= 0) & (index < x.shape[axis])
+    if not x.shape[axis] and index.numel():
+        return (x.sum(axis, keepdim=True) + math.nan).expand(index.shape)
+    found = torch.gather(x, axis, index.where(inside, 0))
+    return torch.where(inside, found, math.nan if x.dtype.is_floating_point else 0).to(x.dtype)
+
+
 def _sum(x: torch.Tensor, axes) -> torch.Tensor:
     if not axes:
         return x + 0 if x.dtype is not torch.bool else x
@@ -94,6 +102,7 @@ def _sum(x: torch.Tensor, axes) -> torch.Tensor:
 REFERENCE: dict[str, Callable] = {
     **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
     **{name: getattr(torch, name) for name in ("tanh", "sin", "cos", "floor", "trunc")},
+    **{name: getattr(torch, name) for name in ("expm1", "log1p", "erf")},
     "not": torch.bitwise_not,
     **{name: getattr(operator, name) for name in ("add", "sub", "mul", "pow")},
     **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "xor")},
@@ -116,6 +125,8 @@ REFERENCE: dict[str, Callable] = {
         x[tuple(map(slice, starts, stops, steps))] if x.dim() else x.clone()
     ),
     "pad": _pad,
+    "flip": lambda x, axes: x.flip(axes),
+    "gather": _gather,
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),
@@ -316,11 +327,17 @@ def second_order_graph(name: str, sample: Sample) -> Graph:
     return b.graph("second", tuple(map(Result, results)))
 
 
+def varied(name: str, sample: Sample) -> tuple[Tensor, ...]:
+    """The operands of a sample, without an index in range."""
+    in_range = name == "gather" and sample.tensors[1].fill != "normal"
+    return sample.tensors[:1] if in_range else sample.tensors
+
+
 def is_smooth(name: str, sample: Sample) -> bool:
     """Whether finite differences make sense: f32 recipe, run in float64, away from kinks."""
     return (
         name in DIFFERENTIABLE
-        and all(t.dtype in (f32, b1) and t.fill in SMOOTH_AT for t in sample.tensors)
+        and all(t.dtype in (f32, b1) and t.fill in SMOOTH_AT for t in varied(name, sample))
         and sample.attrs.get("dtype", f32).is_float
         and not sample.host
         and math.isfinite(sample.attrs.get("value", 0.0))
@@ -383,7 +400,7 @@ AUTOGRAD = each_sample(
     where=lambda name, sample: (
         name in DIFFERENTIABLE
         and any(t.dtype in (f32, f64) for t in sample.tensors)
-        and all(t.dtype in (f32, f64, b1) for t in sample.tensors)
+        and all(t.dtype in (f32, f64, b1) for t in varied(name, sample))
         and sample.attrs.get("dtype", f32).is_float
     )
 )
@@ -408,7 +425,7 @@ def test_vjp_against_autograd(name: str, sample: Sample):
         allowed = 8 * eps * np.abs(want) + 1e-30
         if name in ("matmul", "expand"):
             allowed = allowed + 64 * eps * (1 + np.sum(np.abs(g)))
-        elif name == "tanh":  # 1 - y * y cancels
+        elif name in ("tanh", "expm1"):  # 1 - y * y and y + 1 cancel
             allowed = allowed + 8 * eps * g
         assert_within(mine, want, allowed)
 
@@ -482,6 +499,12 @@ MALFORMED = [
     ("reduce_sum", (X,), {"axes": (-1,)}),
     ("reduce_max", (Type(f32, (0, 3)),), {"axes": (0,)}),
     ("reduce_min", (X,), {"axes": (2,)}),
+    ("flip", (X,), {"axes": (0, 0)}),
+    ("flip", (X,), {"axes": (-1,)}),
+    ("gather", (X, X), {"axis": 0}),
+    ("gather", (X, N), {"axis": 2}),
+    ("gather", (X, Type(i64, (4, 4))), {"axis": 0}),
+    ("gather", (X, Type(i64, (3,))), {"axis": 0}),
     ("matmul", (X, X), {}),
     ("matmul", (X, Type(f64, (5, 4))), {}),
     ("matmul", (X, Type(f32, (5,))), {}),

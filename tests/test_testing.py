@@ -35,8 +35,8 @@ def spoil(monkeypatch, change):
     """Let every commit change what the step leaves behind."""
     original = Captured.commit
 
-    def commit(self, reals, outputs, host):
-        returned = original(self, reals, outputs, host)
+    def commit(self, reals, outputs, *rest):
+        returned = original(self, reals, outputs, *rest)
         change(reals, outputs)
         return returned
 

@@ -22,7 +22,7 @@ import tracejit
 from tracejit import knobs
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import Bound, bind, run, unwrap
-from tracejit.capture.effects import Captured, finish
+from tracejit.capture.effects import Captured, finish, graph_key
 from tracejit.capture.guards import Guard, arm, proof
 from tracejit.capture.tracer import Tracer, current
 from tracejit.codegen.triton import emit
@@ -64,7 +64,23 @@ class _Compiled:
     key: tuple
     program: Program
     final: Graph
+    backwards: list[_Backward] = field(default_factory=list)
     seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
+
+
+class _Backward:
+    """Runs the backward graph of a returned tensor, which is compiled when it is first needed."""
+
+    def __init__(self, step: CompiledStep, graph: Graph, executor: Executor):
+        self.step, self.graph, self.executor = step, graph, executor
+        self.program: Program | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, inputs: list) -> list[torch.Tensor]:
+        with self.lock:
+            if self.program is None:
+                self.program = self.step._backward_program(self.graph, self.executor)
+            return self.program.prepare(inputs).run()
 
 
 @dataclass
@@ -151,11 +167,20 @@ class CompiledStep:
         return [c.program.plan for c in self._programs.values()]
 
     @property
+    def backward_plans(self) -> list[Plan]:
+        """The plans that backward outside the step has run, of the plan that ran last."""
+        if self._last is None:
+            return []
+        return [b.program.plan for b in self._last.backwards if b.program is not None]
+
+    @property
     def kernels(self) -> list[str]:
         """The Triton source of each launch of the plan that ran last."""
         if self._last is None:
             return []
-        return [emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches]
+        return [
+            emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches
+        ]
 
     def explain_mode(self) -> str:
         """Whether calls are replayed, and if not, why."""
@@ -181,8 +206,7 @@ class CompiledStep:
     def _replay(self, replay: _Replay, reals: list[torch.Tensor], scalars: list[float]) -> object:
         captured, compiled = replay.captured, replay.compiled
         inputs = [
-            reals[index] if kind == "tensor" else scalars[index]
-            for kind, index in captured.sources
+            reals[index] if kind == "tensor" else scalars[index] for kind, index in captured.sources
         ]
         host = replay.host_results(scalars)
         returned = self._execute(compiled, captured, inputs, reals, host)
@@ -201,7 +225,7 @@ class CompiledStep:
         prepared = compiled.program.prepare(inputs)
         after = self.observer(compiled.final, inputs, prepared.outputs) if self.observer else None
         with uninterrupted():
-            returned = captured.commit(reals, prepared.run(), host)
+            returned = captured.commit(reals, prepared.run(), host, compiled.backwards)
         if after is not None:
             after()
         self._last = compiled
@@ -260,7 +284,8 @@ class CompiledStep:
     def _program_for(self, captured: Captured) -> _Compiled:
         executor = self._executor(captured)
         aligned = tuple(t.data_ptr() % 16 == 0 for t in captured.reals)
-        key = (captured.key[0], aligned, executor)
+        backward = tuple(graph_key(node.graph) for node in captured.outside)
+        key = (captured.key[0], backward, aligned, executor)
         found = self._programs.get(key)
         if found is not None:
             self._programs.move_to_end(key)
@@ -269,7 +294,8 @@ class CompiledStep:
         final = self._optimized(captured.graph)
         plan = self._plan(final)
         started = time.perf_counter()
-        compiled = _Compiled(key, Program(plan, executor), final)
+        backwards = [_Backward(self, node.graph, executor) for node in captured.outside]
+        compiled = _Compiled(key, Program(plan, executor), final, backwards)
         self.stats.add("load", started)
         self.stats.compiles += 1
         _report(self, f"compiled {len(plan.launches)} launch(es) for {executor.name}")
@@ -279,6 +305,15 @@ class CompiledStep:
             _, dropped = self._programs.popitem(last=False)
             self._replays = [r for r in self._replays if r.compiled is not dropped]
         return compiled
+
+    def _backward_program(self, graph: Graph, executor: Executor) -> Program:
+        final = self._optimized(graph)
+        plan = self._plan(final)
+        program = Program(plan, executor)
+        self.stats.compiles += 1
+        _report(self, f"compiled {len(plan.launches)} launch(es) of backward for {executor.name}")
+        self._dump(graph, final, plan)
+        return program
 
     def _optimized(self, graph: Graph) -> Graph:
         started = time.perf_counter()

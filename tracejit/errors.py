@@ -35,6 +35,12 @@ class AxisError(TracejitError, IndexError):
     message = "{where}: {reason}"
 
 
+class ArgumentError(TracejitError, ValueError):
+    """Arguments whose values eager rejects."""
+
+    message = "{where}: {function}: {reason}"
+
+
 class AutogradError(TracejitError, RuntimeError):
     """A use of autograd that eager rejects: in-place on a leaf, a saved tensor modified, …"""
 

@@ -13,10 +13,13 @@ from types import CellType, FunctionType, MethodType
 
 import torch
 
+from tracejit.capture.custom import intercepted
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import SideEffectError
 
-Path = tuple  # ("arg", i, …), ("kwarg", name, …), ("cell", name), ("global", name), ("default", i), …
+Path = (
+    tuple  # ("arg", i, …), ("kwarg", name, …), ("cell", name), ("global", name), ("default", i), …
+)
 
 
 @dataclass
@@ -35,7 +38,7 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
         return step, ()
     if isinstance(step, MethodType) and isinstance(step.__func__, FunctionType):
         return step.__func__, (step.__self__,)
-    call = getattr(type(step), "__call__", None)
+    call = getattr(type(step), "__call__", None)  # noqa: B004
     if isinstance(call, FunctionType):
         return call, (step,)
     return None, ()
@@ -115,10 +118,16 @@ def _names(function: FunctionType, opcodes: tuple[str, ...]) -> set[str]:
 
 def run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
     """Call the function under the tracer; the interpreter's modes must be as they were after it."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise SideEffectError(
+            where=_where(original),
+            reason="hooks on saved tensors are active, and a compiled step would ignore them",
+            remedy="Call the step outside `saved_tensors_hooks`",
+        )
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     before = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     try:
-        with tracer:
+        with intercepted(), tracer:
             returned = bound.function(*bound.args, **bound.kwargs)
     finally:
         changed = (torch.is_grad_enabled(), torch.get_default_dtype()) != (grad_mode, dtype)
@@ -143,5 +152,3 @@ def run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
 
 def _where(function: FunctionType) -> str:
     return f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
-
-

@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from tracejit.capture import location
+from tracejit.capture.outside import Nodes, Outside, Run, attach, nodes
 from tracejit.capture.scalars import Predicate, TracedFloat
 from tracejit.capture.tensor import Handle, Ints, Storage, TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.errors import LeakedTracer
+from tracejit.errors import LeakedTracer, SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Value, Write
 from tracejit.ir.types import contiguous_strides
 
-_AFTERWARDS = (
-    "backward through the result of a compiled step is not possible: the step either ran backward "
-    "itself or keeps no graph for it. Call backward inside the step"
-)
+_AFTERWARDS = "backward through the result of a compiled step is not possible: {reason}"
+_NO_NODE = "the step keeps no graph for it. Call backward inside the step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class Made:
     """A tensor to hand out after the plan has run.
 
     kind "real": the `index`-th outside tensor itself; "output": a view of the `index`-th fresh
-    output; "alias": a view of the memory of the `index`-th outside tensor.
+    output; "alias": a view of the memory of the `index`-th outside tensor; "view": a view of the
+    `index`-th tensor made, with its history.
     """
 
     kind: str
@@ -41,6 +43,7 @@ class Made:
     strides: Ints = ()
     offset: int = 0
     requires_grad: bool = False
+    is_leaf: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,7 @@ class Captured:
 
     graph: Graph
     reals: list[torch.Tensor]  # outside tensors, in the order of first use
-    sources: tuple[tuple[str, int], ...]  # per graph param: ("tensor", reals index) or ("scalar", k)
+    sources: tuple[tuple[str, int], ...]  # per param: ("tensor", reals index) or ("scalar", k)
     scalars: tuple[float, ...]  # the runtime scalars' values in this trace
     scalar_values: tuple[Value, ...]
     predicates: tuple[Predicate, ...]
@@ -97,6 +100,8 @@ class Captured:
     written: tuple[int, ...]  # reals whose memory is overwritten
     grads_read: tuple[tuple[int, int | None], ...]  # (reals index, reals index of .grad or None)
     escaped: tuple[tuple[TracedTensor, int], ...]  # proxies kept by user objects, made index
+    outside: tuple[Outside, ...]  # autograd nodes of made tensors, in order of dependence
+    reasons: tuple[tuple[int, str], ...]  # made tensors that no backward can go through, and why
     key: tuple  # equal keys: the same graph and the same effects
 
     def commit(
@@ -104,17 +109,52 @@ class Captured:
         reals: Sequence[torch.Tensor],
         outputs: Sequence[torch.Tensor],
         host_results: Sequence[float],
+        backwards: Sequence[Run] = (),
     ) -> object:
-        """Apply the effects once the plan has run; returns what the step returns."""
-        made = [_materialize(m, reals, outputs) for m in self.made]
+        """Apply the effects once the plan has run; returns what the step returns.
+
+        `backwards` run the graphs of `outside`; without them no backward goes through the results.
+        """
         if self.written:
             torch.autograd.graph.increment_version([reals[i] for i in self.written])
+        made = self._make(reals, outputs, host_results, backwards)
         for index, source in self.datas:
             reals[index].data = made[source]
         for index, source in self.grads:
             reals[index].grad = None if source is None else made[source]
         _make_real(self.escaped, made)
         return _rebuild(self.tree, made, host_results)
+
+    def _make(
+        self,
+        reals: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        host_results: Sequence[float],
+        backwards: Sequence[Run],
+    ) -> list[torch.Tensor]:
+        """The tensors to hand out. Those with an autograd node come after what they depend on."""
+        nodes = self.outside if backwards else ()
+        later = {node.made for node in nodes}
+        reasons = dict(self.reasons)
+        made: list[torch.Tensor | None] = []
+        for i, m in enumerate(self.made):
+            if i in later or m.kind == "view":
+                made.append(None)
+                continue
+            tensor = _materialize(m, reals, outputs)
+            if m.is_leaf:
+                tensor = tensor.detach().requires_grad_()
+            elif m.requires_grad:
+                tensor = _mark(tensor, reasons.get(i, _NO_NODE))
+            made.append(tensor)
+        for node, run in zip(nodes, backwards, strict=bool(nodes)):
+            plain = _materialize(self.made[node.made], reals, outputs).detach()
+            made[node.made] = attach(node, plain, reals, made, outputs, host_results, run)
+        for i, m in enumerate(self.made):
+            if m.kind == "view":
+                with torch.enable_grad():
+                    made[i] = made[m.index].as_strided(m.shape, m.strides, m.offset)
+        return made
 
     def release(self) -> None:
         """Forget the tensors of this trace, keeping what a replay needs."""
@@ -133,17 +173,17 @@ def _materialize(
         base = base.detach()
     if geometry != (tuple(base.shape), base.stride(), base.storage_offset()):
         base = base.as_strided(*geometry)
-    return _mark(base) if made.requires_grad else base
+    return base
 
 
-def _mark(tensor: torch.Tensor) -> torch.Tensor:
+def _mark(tensor: torch.Tensor, reason: str) -> torch.Tensor:
     """Let a tensor require grad, with a node that raises when backward reaches it."""
     with torch.enable_grad():
         leaf = tensor.detach().requires_grad_()
-        return torch._C._functions.DelayedError(_AFTERWARDS, 1)(leaf)
+        return torch._C._functions.DelayedError(_AFTERWARDS.format(reason=reason), 1)(leaf)
 
 
-def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: Sequence[torch.Tensor]) -> None:
+def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: list[torch.Tensor]) -> None:
     """Turn proxies that user objects hold into the tensors they stand for, in place."""
     for proxy, index in escaped:
         real = made[index]
@@ -158,6 +198,7 @@ def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: Sequence[torch
                 reason=f"which cannot be made real ({error})",
                 remedy="Return the tensor from the step and store it outside",
             ) from error
+        made[index] = proxy  # the other object is an empty shell now
 
 
 def _rebuild(tree: object, made: list[torch.Tensor], host: Sequence[float]) -> object:
@@ -204,7 +245,8 @@ class _Collector:
         if h.is_real:
             return Made("real", self.real(h.tensor))
         storage = h.storage
-        geometry = (h.shape, h.strides, h.offset, self.tracer.requires_grad(h))
+        leaf = h.requires_grad_leaf
+        geometry = (h.shape, h.strides, h.offset, self.tracer.requires_grad(h), leaf)
         if storage.real is not None:
             return Made("alias", self.real(storage.real), *geometry)
         return Made("output", self.outputs.setdefault(storage, len(self.outputs)), *geometry)
@@ -244,10 +286,13 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
             datas.append((i, h))
     datas = [(i, _data_of(collect, h)) for i, h in datas]
     escaped = tuple((p, collect.tensor(p)) for p in _escapes(tracer, collect))
+    found = _nodes(collect, name)
+    tracer.forget()
     results = tuple(
         Result(s.value, None if s.strides == contiguous_strides(s.value.type.shape) else s.strides)
         for s in collect.outputs
     )
+    results += tuple(map(Result, found.saved))
     writes, written = [], []
     for s in tracer.storages:
         if s.value is not s.param:
@@ -267,7 +312,10 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
         else ("tensor", of_param[p.value])
         for p in graph.params
     )
-    made = tuple(collect.made)
+    made = tuple(
+        replace(m, kind="view", index=found.views[i]) if i in found.views else m
+        for i, m in enumerate(collect.made)
+    )
     key = (
         graph_key(graph),
         sources,
@@ -278,6 +326,8 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
         tuple(datas),
         tuple(written),
         tuple(repr(p) for p in tracer.predicates),
+        tuple((graph_key(o.graph), o.made, o.inputs, o.saved, o.hosts) for o in found.outside),
+        tuple(sorted(found.reasons.items())),
     )
     return Captured(
         graph=graph,
@@ -294,8 +344,37 @@ def finish(tracer: Tracer, name: str, returned: list[object]) -> Captured:
         written=tuple(written),
         grads_read=tuple(grads_read),
         escaped=escaped,
+        outside=tuple(found.outside),
+        reasons=tuple(sorted(found.reasons.items())),
         key=key,
     )
+
+
+def _nodes(collect: _Collector, name: str) -> Nodes:
+    """Autograd nodes for the made tensors that require grad and have a history."""
+    t = collect.tracer
+    handles: list[Handle | None] = [None] * len(collect.made)
+    for h, i in collect.of_handle.items():
+        handles[i] = h
+    for h in t.handles:
+        if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
+            raise SideEffectError(
+                where=location.full(),
+                reason=f"a tensor of shape {list(h.shape)} from outside the step was modified in "
+                "place by an operation that is differentiated, so it would require grad from now "
+                "on",
+                remedy="Modify it under torch.no_grad(), or with a detached value",
+            )
+    roots = [
+        i
+        for i, (h, m) in enumerate(zip(handles, collect.made, strict=True))
+        if h is not None
+        and m.requires_grad
+        and not m.is_leaf
+        and m.kind != "real"
+        and not h.family.quiet
+    ]
+    return nodes(t, handles, roots, collect.of_handle, collect.outputs, collect.host, name)
 
 
 def _data_of(collect: _Collector, h: Handle) -> int:
@@ -322,13 +401,14 @@ def _escapes(tracer: Tracer, collect: _Collector) -> list[TracedTensor]:
     """Intermediates that user objects still hold, found by counting references."""
 
     def suspects() -> list[TracedTensor]:
-        held: dict[int, int] = {}
+        contexts = tracer.contexts  # of custom autograd functions; they go with the trace
+        held = Counter(id(x) for context in contexts for x in context.references())
         for h in (*tracer.handles, *(p.handle for p in tracer.proxies)):
             for grad in (h.grad, h.grad_at_start):
                 if grad is not None:
-                    held[id(grad)] = held.get(id(grad), 0) + 1
+                    held[id(grad)] += 1
         # known holders: tracer.proxies, handle.tensor, the loop variable, getrefcount's argument
-        return [p for p in tracer.proxies if sys.getrefcount(p) > 4 + held.get(id(p), 0)]
+        return [p for p in tracer.proxies if sys.getrefcount(p) > 4 + held[id(p)]]
 
     if not suspects():
         return []

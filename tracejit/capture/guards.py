@@ -101,6 +101,8 @@ def arm(
     w.names["default_device"] = torch.get_default_device
     device = w.constant(torch.get_default_device())
     w.check(f"default_device() == {device}", "the default device changed")
+    w.names["saved_hooks"] = torch._C._autograd._top_saved_tensors_default_hooks
+    w.check("saved_hooks(True) is None", "hooks on saved tensors are active")
     w.check(f"len(args) == {len(bound.args)}", "the number of arguments changed")
     names = w.constant(set(bound.kwargs))
     w.check(f"kwargs.keys() == {names}", "the keyword arguments changed")
@@ -162,9 +164,7 @@ def _guard_reads(w: _Writer, function: FunctionType, bound: Bound, reads: Reads)
             scalars[(id(cells[path[1]]), None)] = path
         elif path[0] == "global":
             scalars[(id(function.__globals__), path[1])] = path
-        elif path[0] == "default" and len(path) == 2:
-            scalars[(id(function), path[1])] = path
-        elif path[0] == "kwdefault" and len(path) == 2:
+        elif path[0] == "default" and len(path) == 2 or path[0] == "kwdefault" and len(path) == 2:
             scalars[(id(function), path[1])] = path
     counted: set[tuple[int, bool]] = set()
     for read in reads.reads:
@@ -240,8 +240,7 @@ def _guard_tensor(w: _Writer, at: str, tensor: torch.Tensor, i: int) -> None:
             f"{at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None",
             f"{what} has a hook",
         )
-        if tensor.grad_fn is None:
-            w.check(f"{at}.is_leaf", f"{what} is no leaf any more")
+        w.check(f"{at}.is_leaf is {tensor.is_leaf}", f"{what} is a leaf now, or no leaf any more")
 
 
 def _guard_aliasing(w: _Writer, captured: Captured) -> None:

@@ -5,7 +5,8 @@ and default that the code can read is classified:
 
 value    a number, string, bool, None, dtype, device, or a tuple of such: guarded by value
 tensor   guarded by its metadata and fetched anew on every replay
-callable torch functions with a capture rule, pure builtins, user functions: guarded by identity
+callable torch functions with a capture rule, pure builtins, user functions, custom autograd
+         functions: guarded by identity
 
 Everything else (containers, objects, unknown callables, imports, attribute stores, generators) is a
 refusal: the step then reruns its Python on every call, which is sound without any proof.
@@ -15,12 +16,14 @@ from __future__ import annotations
 
 import builtins
 import dis
+import inspect
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
 
 import torch
+from torch.autograd.function import Function, FunctionMeta
 
 from tracejit.capture.table import RULES
 
@@ -66,7 +69,7 @@ class Read:
         """What the name holds now."""
         if isinstance(self.holder, CellType):
             return self.holder.cell_contents
-        if isinstance(self.holder, ModuleType):
+        if isinstance(self.holder, (ModuleType, type)):
             return getattr(self.holder, self.key)
         if isinstance(self.holder, FunctionType):
             positional = isinstance(self.key, int)
@@ -81,6 +84,7 @@ class Reads:
     reads: list[Read] = field(default_factory=list)
     stores: list[Read] = field(default_factory=list)  # outside names that the code rebinds
     refusals: list[str] = field(default_factory=list)
+    contexts: set[CodeType] = field(default_factory=set)  # whose first argument is a ctx
 
 
 def is_value(x: object) -> bool:
@@ -145,10 +149,9 @@ def _scan(
     code: CodeType,
     cells: dict[str, CellType],
 ) -> None:
-    if code.co_flags & 0x2A0:  # generator, coroutine, async generator
-        if code is function.__code__:
-            found.refusals.append(f"{_at(code, None)}: it is a generator or coroutine")
-            return
+    if code.co_flags & 0x2A0 and code is function.__code__:
+        found.refusals.append(f"{_at(code, None)}: it is a generator or coroutine")
+        return
     instructions = list(dis.get_instructions(code))
     line: int | None = None
     for i, instruction in enumerate(instructions):
@@ -182,6 +185,8 @@ def _scan(
             found.stores.append(Read("store", name, cells[name], None, cells[name].cell_contents))
         elif opcode in ("IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR"):
             found.refusals.append(f"{_at(code, line)}: it imports {name}")
+        elif opcode == "STORE_ATTR" and code in found.contexts and _on_first(code, instructions, i):
+            continue  # ctx.x = …: the context is dropped with the trace
         elif opcode in ("STORE_ATTR", "DELETE_ATTR") and name not in TENSOR_STORES:
             found.refusals.append(f"{_at(code, line)}: it sets the attribute {name!r}")
         elif opcode == "LOAD_CONST" and isinstance(name, complex):
@@ -212,7 +217,48 @@ def _follow(found, known, queue, instructions, i, holder, name, value, at) -> No
             return  # an AttributeError when it runs
         holder, key, value = value, attribute, getattr(value, attribute)
         i += 1
+    if isinstance(value, FunctionMeta) and _attribute(instructions, i) == "apply":
+        _add(found, known, Read("callable", path, holder, key, value))
+        _custom_function(found, known, queue, path, value, at)
+        return
     _classify(found, known, queue, path, holder, key, value, at)
+
+
+def _attribute(instructions: list[dis.Instruction], i: int) -> str | None:
+    """The attribute that instruction i loads from what was loaded before, if it does."""
+    if i < len(instructions) and instructions[i].opname in ("LOAD_ATTR", "LOAD_METHOD"):
+        return instructions[i].argval
+    return None
+
+
+def _custom_function(found, known, queue, path: str, cls: FunctionMeta, at: str) -> None:
+    """Classify what a call of a custom autograd function runs: the user's static methods."""
+    if cls.apply.__func__ is not Function.apply.__func__:
+        found.refusals.append(f"{at}: {path} has an apply of its own")
+    boxed = "boxed_grads_call"
+    _classify(found, known, queue, f"{path}.{boxed}", cls, boxed, getattr(cls, boxed, False))
+    for name in ("forward", "setup_context", "backward", "vjp"):
+        method = inspect.getattr_static(cls, name)
+        function = getattr(cls, name)
+        if function is getattr(Function, name):
+            _add(found, known, Read("callable", f"{path}.{name}", cls, name, function))
+            continue
+        plain = isinstance(method, (staticmethod, FunctionType))
+        if not plain or not isinstance(function, FunctionType):
+            found.refusals.append(f"{at}: {path}.{name} is no plain static method")
+            continue
+        context = function.__code__.co_argcount and (
+            name != "forward" or cls.setup_context is Function.setup_context
+        )
+        if context:
+            found.contexts.add(function.__code__)
+        _classify(found, known, queue, f"{path}.{name}", cls, name, function, at)
+
+
+def _on_first(code: CodeType, instructions: list[dis.Instruction], i: int) -> bool:
+    """Whether the attribute that instruction i stores is one of the first argument."""
+    loaded = instructions[i - 1]
+    return loaded.opname == "LOAD_FAST" and loaded.argval == code.co_varnames[0]
 
 
 def _add(found: Reads, known: set, read: Read) -> None:
@@ -235,6 +281,9 @@ def _classify(found, known, queue, path, holder, key, value, at="") -> None:
     elif isinstance(value, FunctionType) and not _is_library(value):
         _add(found, known, Read("callable", path, holder, key, value))
         queue.append(value)
+    elif _is_apply(value):
+        _add(found, known, Read("callable", path, holder, key, value))
+        _custom_function(found, known, queue, path, value.__self__, at)
     else:
         what = "calls" if callable(value) else "reads"
         kind = type(value).__name__
@@ -242,6 +291,15 @@ def _classify(found, known, queue, path, holder, key, value, at="") -> None:
             found.refusals.append(f"{prefix}it {what} {path}, which is not known to be pure")
         else:
             found.refusals.append(f"{prefix}it {what} {path}, an object of type {kind}")
+
+
+def _is_apply(value: object) -> bool:
+    """Whether this is `SomeFunction.apply` of a custom autograd function."""
+    return (
+        isinstance(value, MethodType)
+        and isinstance(value.__self__, FunctionMeta)
+        and value.__func__ is Function.apply.__func__
+    )
 
 
 def _is_pure_callable(value: object) -> bool:

@@ -43,6 +43,14 @@ from tracejit.ir.types import HOST_SCALAR, Type, contiguous_strides
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
 # torch takes these names of numpy wherever it takes its own
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x2": "other"}
+# what torch's own Python reports to a profiler concerns no tensor
+_PASSED_ON = frozenset(
+    {
+        torch.ops.profiler._record_function_enter_new,
+        torch.ops.profiler._record_function_exit,
+        torch.ops.profiler._record_function_exit._RecordFunction,
+    }
+)
 
 
 class Tracer(TorchFunctionMode):
@@ -62,6 +70,10 @@ class Tracer(TorchFunctionMode):
         self.predicates: list[Predicate] = []
         self.scalars: list[tuple[Value, float]] = []  # runtime scalar inputs
         self.leaf_of: dict[Value, Handle] = {}
+        self.sealed: dict[Family, str] = {}  # why autograd refuses to write to these
+        self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
+        self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
+        self.contexts: list[object] = []  # of custom autograd functions
         self._by_id: dict[int, Handle] = {}
         self._memory: dict[int, list[Handle]] = {}  # by torch storage
         self._origin: dict[Value, tuple[Version, int]] = {}
@@ -79,6 +91,8 @@ class Tracer(TorchFunctionMode):
     # ---- interception
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in _PASSED_ON:
+            return func(*args, **(kwargs or {}))
         kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
         rule = RULES.get(func)
         self._call = (func, args, kwargs)
@@ -97,6 +111,25 @@ class Tracer(TorchFunctionMode):
             raise
         except InvalidGraph as error:
             raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
+
+    def begin(self, function: Callable, args: tuple) -> None:
+        """Start a call that reaches the trace by another way than a torch function."""
+        self._call = (function, args, {})
+        self.b.line = location.short()
+
+    @contextmanager
+    def user_code(self, *, grad: bool) -> Iterator[None]:
+        """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
+        before = self._reading, self.taping, self._call, self.b.line, torch.is_grad_enabled()
+        self._reading, self.taping = None, True
+        torch._C._set_grad_enabled(grad)
+        TorchFunctionMode.__enter__(self)
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self, None, None, None)
+            self._reading, self.taping, self._call, self.b.line, enabled = before
+            torch._C._set_grad_enabled(enabled)
 
     def unsupported(self, remedy: str = _REWRITE) -> UnsupportedOperation:
         """The error for the torch call in progress."""
@@ -186,6 +219,11 @@ class Tracer(TorchFunctionMode):
                     f"{entry.name} is at version {version.count}; expected version {count} instead"
                 )
 
+    @property
+    def cotangents(self) -> frozenset[Value]:
+        """The cotangents that have arrived at the entry whose formula is being emitted."""
+        return self._reading[2] if self._reading else frozenset()
+
     def reading_for(self, entry: Entry | None, cotangents: frozenset[Value] = frozenset()) -> None:
         """Announce whose gradient formula is emitted next (None: no formula any more)."""
         if entry is None:
@@ -233,14 +271,17 @@ class Tracer(TorchFunctionMode):
             shape, strides = tuple(tensor.shape), tuple(tensor.stride())
             device, dtype = str(tensor.device), TO_IR[tensor.dtype]
             offset, requires_grad = tensor.storage_offset(), tensor.requires_grad
+            foreign = tensor.grad_fn is not None
         storage = self._real_storage(tensor, Type(dtype, shape, device), strides)
         with self.untaped():
-            family = Family(storage, self._stripped(storage), storage.writes)
+            family = Family(storage, self.stripped(storage), storage.writes)
         handle = Handle(
             family, (), shape, strides, offset, dtype, device, Version(), tensor, grad_known=False
         )
         if requires_grad:
             self.make_leaf(handle)
+        if foreign:
+            self.foreign.add(handle)
         self._by_id[id(tensor)] = handle
         with torch._C.DisableTorchFunction():
             self._memory[tensor.untyped_storage()._cdata].append(handle)
@@ -250,7 +291,9 @@ class Tracer(TorchFunctionMode):
 
     def _check_real(self, tensor: torch.Tensor) -> None:
         problem = None
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            problem = "vmap, torch.func and forward-mode differentiation have no rules"
+        elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
             problem = f"a tensor subclass ({type(tensor).__name__}) is not supported"
         elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
             problem = "only dense strided tensors are supported"
@@ -264,11 +307,6 @@ class Tracer(TorchFunctionMode):
             problem = "inference tensors are not supported"
         elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             problem = "tensors with hooks are not supported; remove the hook"
-        elif tensor.requires_grad and tensor.grad_fn is not None and torch.is_grad_enabled():
-            problem = (
-                "it was computed outside the step and requires grad, so gradients would have to "
-                "leave the step; compute it inside, or pass tensor.detach()"
-            )
         if problem is not None:
             raise UnsupportedOperation(
                 where=location.full(),
@@ -306,7 +344,7 @@ class Tracer(TorchFunctionMode):
         self.storages.append(storage)
         return storage
 
-    def _stripped(self, storage: Storage) -> Value:
+    def stripped(self, storage: Storage) -> Value:
         """The storage's value without autograd history: an untracked alias if it has any."""
         if storage.value in self.tape.tracked or storage.value in self.leaf_of:
             with self.untaped():
@@ -360,6 +398,8 @@ class Tracer(TorchFunctionMode):
     def is_leaf(self, handle: Handle) -> bool:
         """What `tensor.is_leaf` says."""
         leaf = handle.requires_grad_leaf or handle.family.quiet
+        if handle in self.foreign:
+            return False
         return leaf or not self.requires_grad(handle)
 
     def fresh(self, value: Value, strides: Ints | None = None) -> TracedTensor:
@@ -373,7 +413,7 @@ class Tracer(TorchFunctionMode):
             Family(storage, value), (), t.shape, strides, 0, t.dtype, t.device, Version()
         )
         self._origin[value] = (handle.version, 0)
-        return self._proxy(handle)
+        return self.proxy(handle)
 
     def view(
         self, of: Handle, steps: tuple[Step, ...], shape: Ints, strides: Ints, offset: int
@@ -382,24 +422,24 @@ class Tracer(TorchFunctionMode):
         family = of.family
         if not self.grad_on and self.base(family) in self.tape.tracked:
             storage = family.storage
-            family = Family(storage, self._stripped(storage), storage.writes, quiet=True)
+            family = Family(storage, self.stripped(storage), storage.writes, quiet=True)
             self.tape.watch(family.value)
         handle = Handle(
             family, of.steps + steps, shape, strides, offset, of.dtype, of.device, of.version
         )
-        return self._proxy(handle)
+        return self.proxy(handle)
 
     def detached(self, of: Handle, *, share_version: bool) -> TracedTensor:
         """The same memory without history: `.detach()`, or `.data` with its own version counter."""
         storage = of.family.storage
-        family = Family(storage, self._stripped(storage), storage.writes)
+        family = Family(storage, self.stripped(storage), storage.writes)
         version = of.version if share_version else Version()
         handle = Handle(
             family, of.steps, of.shape, of.strides, of.offset, of.dtype, of.device, version
         )
-        return self._proxy(handle)
+        return self.proxy(handle)
 
-    def _proxy(self, handle: Handle) -> TracedTensor:
+    def proxy(self, handle: Handle) -> TracedTensor:
         proxy = TracedTensor.make(handle, self)
         self.proxies.append(proxy)
         return proxy
@@ -407,12 +447,16 @@ class Tracer(TorchFunctionMode):
     def rebind(self, handle: Handle, to: Handle) -> None:
         """`handle.data = to`: the handle stands for the other's memory from now on."""
         storage = to.family.storage
-        handle.family = Family(storage, self._stripped(storage), storage.writes)
+        handle.family = Family(storage, self.stripped(storage), storage.writes)
         if handle.requires_grad_leaf:
             self.make_leaf(handle)
 
     def write(self, handle: Handle, value: Value) -> None:
         """Overwrite a tensor in place with a value of its shape and dtype."""
+        if self.grad_on and handle.family in self.sealed:
+            raise self.autograd_error(self.sealed[handle.family])
+        if self.grad_on and handle.family.leaf in self.foreign:
+            raise self.unsupported("It was computed outside the step; clone it, or write outside")
         if self.grad_on and handle.family.leaf is not None:
             kind = "a leaf Variable" if not handle.steps else "a view of a leaf Variable"
             raise self.autograd_error(
@@ -443,6 +487,12 @@ class Tracer(TorchFunctionMode):
             family.value, family.seen = new, storage.writes
         handle.version.count += 1
         self._origin[new] = self._origin[value] = (handle.version, handle.version.count)
+
+    def forget(self) -> None:
+        """Drop the tape and what user code attached to it."""
+        self.tape = Tape()
+        for context in self.contexts:
+            vars(context).clear()
 
     # ---- runtime scalars
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.kernels.tiles import tiles
-from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store
+from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store, Var
 
 BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 128-bit accesses
 SMALL = 1 << 17  # domains below this many elements take smaller tiles, to fill more of the GPU
@@ -142,13 +142,13 @@ def outer_is_contiguous(kernel: Kernel) -> bool:
 
 def _unit_axes(index: Index) -> set[str]:
     """The axes that move an index by 1."""
-    units = {atom for atom, coefficient in index.terms if coefficient == 1}
+    units = {a for a, coefficient in index.terms if coefficient == 1 and not isinstance(a, Var)}
     return {name for a in units for name in ({a} if isinstance(a, str) else _unit_axes(a.index))}
 
 
 def _axis_names(index: Index) -> set[str]:
     """All axes that an index depends on."""
-    atoms = {atom for atom, _ in index.terms}
+    atoms = {atom for atom, _ in index.terms if not isinstance(atom, Var)}
     return {name for a in atoms for name in ({a} if isinstance(a, str) else _axis_names(a.index))}
 
 

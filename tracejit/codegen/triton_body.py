@@ -27,6 +27,7 @@ from tracejit.codegen.triton_text import (
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import DType, b1, f64, round_to
 from tracejit.schedule.kernel import (
+    Atom,
     Axis,
     Compute,
     FloorDiv,
@@ -35,6 +36,7 @@ from tracejit.schedule.kernel import (
     Kernel,
     Load,
     Mask,
+    Mod,
     Operand,
     Position,
     Reduce,
@@ -43,6 +45,7 @@ from tracejit.schedule.kernel import (
     Store,
     Var,
 )
+from tracejit.schedule.sizes import is_negative
 
 Dims = frozenset[str]  # names of the dims that a value varies over
 NO_DIMS: Dims = frozenset()
@@ -174,7 +177,9 @@ class Body:
             parts.append(str(index.offset))
         return " + ".join(parts) or "0", dims
 
-    def _atom(self, atom) -> tuple[str, Dims]:
+    def _atom(self, atom: Atom) -> tuple[str, Dims]:
+        if isinstance(atom, Var):
+            return self.operand(atom, atom.dtype)
         if isinstance(atom, str):
             if atom not in self.axis_text:
                 raise InvalidGraph(reason=f"axis {atom} is used outside its stage")
@@ -194,7 +199,7 @@ class Body:
             text, bound_dims = self.index(bound.index)
             dims |= bound_dims
             inner = f"({text})" if " " in text else text
-            if _has_offset(bound.index):  # without one, it is a sum of what is not negative
+            if _may_be_negative(bound.index):
                 conditions.append(f"({text} >= 0)")
             conditions.append(f"({text} < {bound.high})")
             if bound.step != 1:
@@ -345,10 +350,14 @@ _EMIT = {
 }
 
 
-def _has_offset(index: Index) -> bool:
-    """Whether an offset, which may be negative, is added anywhere in an index."""
-    atoms = (atom for atom, _ in index.terms if not isinstance(atom, str))
-    return index.offset != 0 or any(_has_offset(atom.index) for atom in atoms)
+def _may_be_negative(index: Index) -> bool:
+    """Whether an index is more than a sum of what is not negative: axes times positive sizes."""
+    below = [atom.index for atom, _ in index.terms if isinstance(atom, FloorDiv | Mod)]
+    return (
+        index.offset != 0
+        or any(isinstance(atom, Var) or is_negative(c) for atom, c in index.terms)
+        or any(map(_may_be_negative, below))
+    )
 
 
 def _is_normal(value: Operand) -> bool:

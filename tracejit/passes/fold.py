@@ -24,7 +24,7 @@ EXACT = (
     *("add", "sub", "mul", "div", "and", "or", "xor"),
     *("eq", "ne", "lt", "le", "gt", "ge"),
 )
-MOVEMENT = ("reshape", "permute", "expand", "slice")
+MOVEMENT = ("reshape", "permute", "expand", "slice", "flip")
 EXACT_INTEGERS = {"f64": 2**53, "f32": 2**24, "bf16": 2**24, "f16": 2**24}  # of the accumulator
 
 

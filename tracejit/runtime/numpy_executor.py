@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,6 +49,8 @@ BLOCK = 1 << 16  # elements of a block: a float32 temporary is then 256 KiB
 CACHED = 1 << 20  # index arrays up to this many elements are kept; larger ones are made per block
 
 Step = Callable[[list, int, int], None]  # (slots, first, last) of one block of the leading axis
+At = Callable[[list, int, int], np.ndarray]  # (slots, first, last): an array of positions or bools
+Values = Mapping[Var, np.ndarray]  # of the variables that stand in indices
 Dims = tuple[Axis, ...]
 
 
@@ -194,19 +196,51 @@ class _StageSteps:
             return self._reduce(s)
         out = self._define(s.out)
         if isinstance(s, Position):
-            position = _positions(s.index, dims)
+            position = self._positions(s.index, dims)
 
             def step(slots: list, first: int, last: int) -> None:
-                slots[out] = round_to(position(first, last), s.out.dtype)
+                slots[out] = round_to(position(slots, first, last), s.out.dtype)
 
             return step
         assert isinstance(s, InBounds)
-        inside = _inside(s.mask, dims)
+        inside = self._inside(s.mask, dims)
 
         def step(slots: list, first: int, last: int) -> None:
-            slots[out] = inside(first, last)
+            slots[out] = inside(slots, first, last)
 
         return step
+
+    def _positions(self, index: Index, dims: Dims, mask: Mask = ()) -> At:
+        """The index at the points of a block, 0 where the mask does not hold."""
+        slots_of = self._atoms(index, *(b.index for b in mask))
+
+        def make(first: int, last: int, values: Values) -> np.ndarray:
+            found = _index_array(index, dims, first, last, values)
+            if not mask:
+                return found
+            return np.where(_mask_array(mask, dims, first, last, values), found, 0)
+
+        return _per_block(make, dims, slots_of)
+
+    def _inside(self, mask: Mask, dims: Dims) -> At:
+        """Whether the mask holds at the points of a block."""
+        slots_of = self._atoms(*(b.index for b in mask))
+
+        def make(first: int, last: int, values: Values) -> np.ndarray:
+            return _mask_array(mask, dims, first, last, values)
+
+        return _per_block(make, dims, slots_of)
+
+    def _atoms(self, *indices: Index) -> dict[Var, int]:
+        """The slots of the variables that stand in indices."""
+        found: dict[Var, int] = {}
+        for index in indices:
+            for atom, _ in index.terms:
+                if isinstance(atom, Var):
+                    found[atom] = self._operand(atom)
+                elif not isinstance(atom, str):
+                    found |= self._atoms(atom.index)
+        return found
 
     def _define(self, var: Var) -> int:
         slot = self.run.slot()
@@ -278,15 +312,15 @@ class _StageSteps:
         return step
 
     def _gather(self, s: Load, dims: Dims, out: int, decode: Callable | None) -> Step:
-        flat, inside = self._flat(s.buffer), _inside(s.mask, dims)
-        position = _positions(s.index, dims, s.mask)
+        flat, inside = self._flat(s.buffer), self._inside(s.mask, dims)
+        position = self._positions(s.index, dims, s.mask)
 
         def step(slots: list, first: int, last: int) -> None:
-            found = slots[flat][position(first, last)]
+            found = slots[flat][position(slots, first, last)]
             if decode is not None:
                 found = decode(found)
             if s.mask:
-                found = np.where(inside(first, last), found, s.out.dtype.compute.type(0))
+                found = np.where(inside(slots, first, last), found, s.out.dtype.compute.type(0))
             slots[out] = found
 
         return step
@@ -308,11 +342,11 @@ class _StageSteps:
         return step
 
     def _scatter(self, s: Store, dims: Dims, value: int, narrow: bool) -> Step:
-        flat, position = self._flat(s.buffer), _positions(s.index, dims)
+        flat, position = self._flat(s.buffer), self._positions(s.index, dims)
 
         def step(slots: list, first: int, last: int) -> None:
             given = slots[value]
-            slots[flat][position(first, last)] = float_to_bits(given) if narrow else given
+            slots[flat][position(slots, first, last)] = float_to_bits(given) if narrow else given
 
         return step
 
@@ -457,23 +491,22 @@ def _copied(body: tuple[Statement, ...]) -> set[str]:
     stored: set[str] = set()
     copied: set[str] = set()
     for s in body:
-        if isinstance(s, Load):
-            loads[s.out.id] = {s.buffer}
-            continue
-        args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
+        args = s.args if isinstance(s, Compute) else (getattr(s, "value", None), *_places(s))
         below: set[str] = set()
         for arg in args:
             if isinstance(arg, Var):
                 below |= loads.get(arg.id, set())
         copied |= below & stored
-        if isinstance(s, Compute) and s.op.name in ("alias", "cast"):
+        if isinstance(s, Load):
+            loads[s.out.id] = {s.buffer}
+        elif isinstance(s, Compute) and s.op.name in ("alias", "cast"):
             loads[s.out.id] = below
         elif isinstance(s, Store):
             stored.add(s.buffer)
     return copied
 
 
-def _index_array(index: Index, dims: Dims, first: int, last: int) -> np.ndarray:
+def _index_array(index: Index, dims: Dims, first: int, last: int, values: Values) -> np.ndarray:
     """The index at all points of a block, with extent 1 along the axes it does not use."""
     total = np.full((1,) * len(dims), index.offset, np.int64)
     for atom, c in index.terms:
@@ -481,18 +514,20 @@ def _index_array(index: Index, dims: Dims, first: int, last: int) -> np.ndarray:
             k = next(i for i, a in enumerate(dims) if a.name == atom)
             row = np.arange(first, last) if k == 0 else np.arange(dims[k].extent)
             part = row.reshape([-1 if i == k else 1 for i in range(len(dims))])
+        elif isinstance(atom, Var):
+            part = values[atom]
         else:
-            below = _index_array(atom.index, dims, first, last)
+            below = _index_array(atom.index, dims, first, last, values)
             part = below // atom.by if isinstance(atom, FloorDiv) else below % atom.by
         total = total + part * c
     return total
 
 
-def _mask_array(mask: Mask, dims: Dims, first: int, last: int) -> np.ndarray:
+def _mask_array(mask: Mask, dims: Dims, first: int, last: int, values: Values) -> np.ndarray:
     """Whether all bounds hold at the points of a block."""
     inside = np.ones((1,) * len(dims), np.bool_)
     for bound in mask:
-        index = _index_array(bound.index, dims, first, last)
+        index = _index_array(bound.index, dims, first, last, values)
         inside = inside & (index >= 0) & (index < bound.high) & (index % bound.step == 0)
     return inside
 
@@ -508,16 +543,27 @@ def _kept(make: Callable[[int, int], np.ndarray], dims: Dims) -> Callable[[int, 
     return lambda first, last: whole[first:last]
 
 
-def _positions(index: Index, dims: Dims, mask: Mask = ()) -> Callable[[int, int], np.ndarray]:
-    """The index at the points of a block, 0 where the mask does not hold."""
+def _per_block(
+    make: Callable[[int, int, Values], np.ndarray], dims: Dims, slots_of: Mapping[Var, int]
+) -> At:
+    """`make`, kept where no variable takes part in it."""
+    if not slots_of:
+        kept = _kept(lambda first, last: make(first, last, {}), dims)
+        return lambda slots, first, last: kept(first, last)
+    pairs = tuple(slots_of.items())
+    return lambda slots, first, last: make(first, last, {var: slots[at] for var, at in pairs})
 
-    def make(first: int, last: int) -> np.ndarray:
-        found = _index_array(index, dims, first, last)
-        return np.where(_mask_array(mask, dims, first, last), found, 0) if mask else found
 
-    return _kept(make, dims)
-
-
-def _inside(mask: Mask, dims: Dims) -> Callable[[int, int], np.ndarray]:
-    """Whether the mask holds at the points of a block."""
-    return _kept(lambda first, last: _mask_array(mask, dims, first, last), dims)
+def _places(s: Statement) -> list[Var]:
+    """The variables that stand in the indices of a statement."""
+    indices = [s.index] if isinstance(s, Load | Store | Position) else []
+    if isinstance(s, Load | InBounds):
+        indices += [bound.index for bound in s.mask]
+    found: list[Var] = []
+    while indices:
+        for atom, _ in indices.pop().terms:
+            if isinstance(atom, Var):
+                found.append(atom)
+            elif not isinstance(atom, str):
+                indices.append(atom.index)
+    return found

@@ -11,25 +11,12 @@ from collections.abc import Sequence
 import torch
 
 from tracejit import knobs
-from tracejit.ir import types
 from tracejit.ir.hostcode import host_function
+from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.profile import ProfiledPlan
 from tracejit.schedule.plan import Plan
-
-_TORCH_DTYPE = {
-    types.f64: torch.float64,
-    types.f32: torch.float32,
-    types.f16: torch.float16,
-    types.bf16: torch.bfloat16,
-    types.i64: torch.int64,
-    types.i32: torch.int32,
-    types.i16: torch.int16,
-    types.i8: torch.int8,
-    types.u8: torch.uint8,
-    types.b1: torch.bool,
-}
 
 
 class Program:
@@ -46,7 +33,7 @@ class Program:
             (
                 b.type.shape,
                 b.strides or contiguous_strides(b.type.shape),
-                _TORCH_DTYPE[b.type.dtype],
+                TO_TORCH[b.type.dtype],
                 torch.device(b.type.device),
             )
             for b in outputs

@@ -24,6 +24,7 @@ from tracejit.schedule.kernel import (
     Stage,
     Statement,
     Store,
+    Var,
 )
 
 
@@ -70,7 +71,7 @@ def indices_of(kernel: Kernel) -> Iterator[Index]:
 def _nested(index: Index) -> Iterator[Index]:
     yield index
     for atom, _ in index.terms:
-        if not isinstance(atom, str):
+        if not isinstance(atom, str | Var):
             yield from _nested(atom.index)
 
 
@@ -112,6 +113,8 @@ def tidy(kernel: Kernel) -> Kernel:
             if isinstance(atom, str):
                 if atom not in joined:
                     terms.append((names[atom], c))
+            elif isinstance(atom, Var):
+                terms.append((atom, c))
             elif isinstance(atom, FloorDiv):
                 terms.append((FloorDiv(change(atom.index), atom.by), c))
             else:
@@ -134,7 +137,7 @@ def tidy(kernel: Kernel) -> Kernel:
 
 
 def _position(term: tuple) -> tuple:
-    """Terms in the order of their axes, k last, quotients and remainders after that."""
+    """Terms in the order of their axes, k last, quotients, remainders and values after that."""
     atom = term[0]
     if not isinstance(atom, str):
         return (2, 0, repr(atom))

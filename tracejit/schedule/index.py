@@ -13,11 +13,11 @@ from functools import lru_cache
 
 from tracejit.ir.graph import Node
 from tracejit.ir.types import contiguous_strides
-from tracejit.schedule.kernel import Atom, Bound, FloorDiv, Index, Mask, Mod
+from tracejit.schedule.kernel import Atom, Bound, FloorDiv, Index, Mask, Mod, Var
 
 Ints = tuple[int, ...]
 Indices = tuple[Index, ...]  # one index per dimension of a value
-Extents = Mapping[str, int]
+Extents = Mapping["str | Var", int]  # of a Var: one more than the largest index that it may be
 
 ZERO = Index()
 
@@ -100,7 +100,7 @@ def bounds(index: Index, extents: Extents) -> tuple[int, int]:
     """The least and the greatest value (both inclusive) over the domain."""
     low = high = index.offset
     for atom, c in index.terms:
-        if isinstance(atom, str):
+        if isinstance(atom, str | Var):
             first, last = 0, extents[atom] - 1
         else:
             first, last = bounds(atom.index, extents)
@@ -123,6 +123,9 @@ def divmod_index(index: Index, by: int, extents: Extents) -> tuple[Index, Index]
     whole = {atom: c // by for atom, c in index.terms if c % by == 0}
     rest = [(atom, c) for atom, c in index.terms if c % by]
     whole_offset, offset = divmod(index.offset, by)
+    if any(c < 0 for _, c in rest):  # what is divided stays positive: C and Triton truncate
+        below = bounds(Index(tuple(rest), offset), extents)[0] // by
+        whole_offset, offset = whole_offset + below, offset - below * by
     quotient = Index(tuple(whole.items()), whole_offset)
     inner_quotient, remainder = _split(rest, offset, by, extents)
     return add([quotient, inner_quotient]), remainder
@@ -165,6 +168,8 @@ def substitute(index: Index, axes: Sequence[Index], extents: Extents) -> Index:
     for atom, c in index.terms:
         if isinstance(atom, str):
             part = axes[int(atom[1:])]
+        elif isinstance(atom, Var):
+            part = Index(((atom, 1),))
         else:
             below = substitute(atom.index, axes, extents)
             both = divmod_index(below, atom.by, extents)
@@ -229,6 +234,12 @@ def operand_indices(node: Node, indices: Indices, extents: Extents) -> tuple[Ind
     if name == "slice":
         rows = zip(indices, node.attr("starts"), node.attr("steps"), strict=True)
         return tuple(add([scale(index, step)], low) for index, low, step in rows), ()
+    if name == "flip":
+        flipped = node.attr("axes")
+        rows = enumerate(zip(indices, shape, strict=True))
+        return tuple(
+            add([scale(index, -1)], n - 1) if k in flipped else index for k, (index, n) in rows
+        ), ()
     assert name == "pad", name
     out, mask = [], []
     rows = zip(indices, shape, node.attr("low"), node.attr("interior"), strict=True)

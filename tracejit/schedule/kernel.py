@@ -44,7 +44,10 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A sum of `atom * coefficient` plus an offset. Atoms are axis names, FloorDiv, Mod."""
+    """A sum of `atom * coefficient` plus an offset. Atoms: axis names, FloorDiv, Mod, Var.
+
+    A Var is an i64 value of the body, for what is only known when the kernel runs (gather).
+    """
 
     terms: tuple[tuple[Atom, Size], ...] = ()
     offset: Size = 0
@@ -66,7 +69,7 @@ class Mod:
     by: Size
 
 
-Atom = str | FloorDiv | Mod
+Atom = "str | FloorDiv | Mod | Var"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@
         v5: f32 = load b2[i0 + d0] if 0 <= i0 + d0 < n1 and 0 <= i1 < 7 step 2
         v6: i64 = position i0 // d0 + i1 % 3
         v7: b1 = inbounds 0 <= i0 < 4
+        v10: f32 = load b3[v6 * b3_sv + i1] if 0 <= v6 < n2
         v8: f32 = where(v7, v5, 0.0)
         store b1[i0 * b1_s0] <- v8
         v9: f32 = reduce_sum v8
@@ -30,6 +31,7 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse_literal, print_literal
 from tracejit.ir.types import DTYPES
 from tracejit.schedule.kernel import (
+    Atom,
     Axis,
     Bound,
     Buffer,
@@ -91,14 +93,32 @@ def canonical(kernel: Kernel) -> Kernel:
     def use(operand: Operand) -> Operand:
         return var(operand) if isinstance(operand, Var) else operand
 
+    def index(i: Index) -> Index:
+        return Index(tuple((atom_of(atom), c) for atom, c in i.terms), i.offset)
+
+    def atom_of(atom: Atom) -> Atom:
+        if isinstance(atom, FloorDiv | Mod):
+            return replace(atom, index=index(atom.index))
+        return var(atom) if isinstance(atom, Var) else atom
+
+    def mask(m: Mask) -> Mask:
+        return tuple(replace(bound, index=index(bound.index)) for bound in m)
+
     def statement(s: Statement) -> Statement:
         if isinstance(s, Store):
-            return replace(s, value=use(s.value), where="")
+            return replace(s, index=index(s.index), value=use(s.value), where="")
+        if isinstance(s, Load):
+            at, inside = index(s.index), mask(s.mask)
+            return replace(s, out=var(s.out), index=at, mask=inside, where="")
+        if isinstance(s, InBounds):
+            return replace(s, out=var(s.out), mask=mask(s.mask), where="")
+        if isinstance(s, Position):
+            return replace(s, out=var(s.out), index=index(s.index), where="")
         if isinstance(s, Compute):
             return replace(s, args=tuple(map(use, s.args)), out=var(s.out), where="")
         if isinstance(s, Reduce):
             return replace(s, value=use(s.value), out=var(s.out), where="")
-        return replace(s, out=var(s.out), where="")
+        raise InvalidGraph(reason=f"no statement of a kernel: {s!r}")
 
     def body(statements: tuple[Statement, ...]) -> tuple[Statement, ...]:
         return tuple(map(statement, statements))
@@ -129,15 +149,15 @@ def _operand(operand: Operand) -> str:
 def _index(index: Index) -> str:
     parts = []
     for atom, c in index.terms:
-        if isinstance(atom, str):
-            text = atom
+        if isinstance(atom, str | Var):
+            text = atom if isinstance(atom, str) else repr(atom)
         else:
             inner = _index(atom.index)
             if " " in inner:
                 inner = f"({inner})"
             text = f"{inner} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by}"
         if c != 1:
-            text = f"{text if isinstance(atom, str) else f'({text})'} * {c}"
+            text = f"{text if isinstance(atom, str | Var) else f'({text})'} * {c}"
         parts.append(text)
     if index.offset != 0 or not parts:
         parts.append(str(index.offset))
@@ -269,7 +289,8 @@ class _Parser:
             index, mask = self.index(load[2]), self.mask(load[3] or "true")
             return Load(self.define(found[1], found[2]), load[1], index, mask, where)
         if call := _CALL.match(right):
-            tree = ast.parse(right, mode="eval").body
+            inside = right.removeprefix(call[1])  # `and`, `or`, `not` are keywords to Python
+            tree = ast.parse(f"call{inside}", mode="eval").body
             args = tuple(self.operand_tree(a) for a in tree.args)
             attrs = tuple((k.arg, parse_literal(k.value)) for k in tree.keywords)
             return Compute(self.define(found[1], found[2]), _op(call[1]), args, attrs, where)
@@ -346,7 +367,7 @@ class _Parser:
 
     def atom(self, tree: ast.expr):
         if isinstance(tree, ast.Name):
-            return tree.id
+            return self.vars.get(tree.id, tree.id)
         kind = FloorDiv if isinstance(tree.op, ast.FloorDiv) else Mod
         return kind(self.index_tree(tree.left), self.constant(tree.right))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from tracejit.ir.graph import Node, Value
 from tracejit.ir.ops import OPS
+from tracejit.ir.ops.indexing import missing
 from tracejit.ir.types import DType, b1, contiguous_strides
 from tracejit.schedule.axes import tidy
 from tracejit.schedule.groups import Group
@@ -23,6 +24,7 @@ from tracejit.schedule.index import (
 )
 from tracejit.schedule.kernel import (
     Axis,
+    Bound,
     Buffer,
     Compute,
     Dot,
@@ -293,6 +295,8 @@ class _Lowering:
             out = self._var(value)
             scope.body.append(Compute(out, node.op, (self._operand(node.args[0]),), (), node.where))
             return out
+        if name == "gather":
+            return self._gathered(node, at, mask, scope)
         assert family == "elementwise", f"{name} is read outside its kernel"
         args = tuple(
             self._value(a, at, mask, scope)
@@ -303,6 +307,17 @@ class _Lowering:
         out = self._var(value)
         scope.body.append(Compute(out, node.op, args, node.attrs, node.where))
         return out
+
+    def _gathered(self, node: Node, at: Indices, mask: Mask, scope: _Scope) -> Operand:
+        """The operand where the index value says, read only where that is in range."""
+        source, axis = node.args[0], node.attr("axis")
+        position = self._value(node.args[1], at, mask, scope)
+        scope.extents = {**scope.extents, position: source.type.shape[axis]}
+        where = Index(((position, 1),))
+        bound = (Bound(where, source.type.shape[axis]),)
+        below = (*at[:axis], where, *at[axis + 1 :])
+        found = self._value(source, below, mask + bound, scope)
+        return self._filled(node, found, bound, missing(source.type.dtype), scope)
 
     def _load(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Var:
         plan = self.memory.located[value.id]
@@ -326,6 +341,12 @@ class _Lowering:
         fill = node.attr("value")
         if fill == 0 and isinstance(source, Var) and scope.masks.get(source.id) == mask:
             return source
+        return self._filled(node, source, bound, fill, scope)
+
+    def _filled(
+        self, node: Node, source: Operand, bound: Mask, fill: object, scope: _Scope
+    ) -> Operand:
+        """The source inside the bounds, the fill outside."""
         condition = self._var(node.out, b1)
         scope.body.append(InBounds(condition, bound, node.where))
         out = self._var(node.out)

@@ -1,8 +1,8 @@
 """Named sizes: a Kernel's concrete ints become parameters, and back.
 
 One kernel text then serves many shapes. Extents are n0, n1, … after their axes (nk for k), strides
-`b0_s1` (buffer, axis), offsets `b0_o`, all others (divisors, bounds) d0, d1, …; the coefficient 1
-and the offset 0 stay literal.
+`b0_s1` (buffer, axis; `b0_sv` of a value), offsets `b0_o`, negative coefficients m, m_1, …, all
+others (divisors, bounds) d0, d1, …; the coefficient 1 and the offset 0 stay literal.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tracejit.schedule.kernel import (
     Stage,
     Statement,
     Store,
+    Var,
 )
 
 
@@ -40,6 +41,13 @@ def parametrize(kernel: Kernel) -> tuple[Kernel, tuple[int, ...]]:
 def substitute(kernel: Kernel, sizes: Mapping[str, int]) -> Kernel:
     """The kernel with its named sizes replaced by ints."""
     return replace(_rewrite(kernel, _Binding(sizes)), sizes=())
+
+
+def is_negative(coefficient: Size) -> bool:
+    """Whether the coefficient of an index is negative; its name says so too."""
+    if isinstance(coefficient, str):
+        return coefficient.startswith("m")
+    return coefficient < 0
 
 
 class _Naming:
@@ -63,8 +71,11 @@ class _Naming:
     def coefficient(self, buffer: str | None, atom: object, value: int) -> Size:
         if value == 1:
             return 1
-        if buffer is not None and isinstance(atom, str):
-            return self._named(f"{buffer}_s{'k' if atom == 'k' else atom[1:]}", value)
+        if buffer is not None and isinstance(atom, str | Var):
+            along = "v" if isinstance(atom, Var) else "k" if atom == "k" else atom[1:]
+            return self._named(f"{buffer}_s{along}", value)
+        if value < 0:
+            return self._named("m", value)
         return self.other(value)
 
     def offset(self, buffer: str | None, value: int) -> Size:

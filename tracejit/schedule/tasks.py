@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.ir.ops import OPS
+from tracejit.ir.ops.indexing import missing
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
 CHEAP_LIMIT = 8  # operations that may be recomputed instead of loaded
 _COST = {"exp": 4, "log": 4, "tanh": 4, "sin": 4, "cos": 4, "pow": 6, "sqrt": 2, "div": 2}
+_COST |= {"expm1": 4, "log1p": 4, "erf": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Demand:
     """A task reads `origin` at `indices` over the task's own axes, where `mask` holds.
 
     `top` is the value nearest to the reader that could be stored in the origin's stead.
-    `aligned` is False for operands of a contraction, which are read at other points too.
+    `aligned` is False for operands of a contraction, which are read at other points too, and for
+    what a gather reads at points that only the values of its index tell (`indices` is then empty).
     """
 
     origin: Value
@@ -128,6 +131,13 @@ class Analysis:
                 stack.extend((arg, at, mask, top) for arg in reversed(_tensors(node)))
         return found
 
+    def scattered(self, root: Value) -> list[Demand]:
+        """The origins of a value that is read at points which other values decide."""
+        shape = root.type.shape
+        found = self.demands(root, identity(shape), extents_of(shape), aligned=False)
+        unique = dict.fromkeys((d.origin, d.top) for d in found)
+        return [Demand(origin, top, (), (), aligned=False) for origin, top in unique]
+
     def task(self, order: int, node: Node) -> Task:
         """The task of a node that is its own origin."""
         value, family = node.out, node.op.family
@@ -137,8 +147,12 @@ class Analysis:
         kind = "reduce" if family == "reduce" else "map"
         shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
         demands: dict[int, list[Demand]] = {}
-        for arg in _tensors(node):
-            for demand in self.demands(arg, identity(shape), extents_of(shape)):
+        for position, arg in enumerate(_tensors(node)):
+            if family == "indexing" and position == 0:
+                found = self.scattered(arg)
+            else:
+                found = self.demands(arg, identity(shape), extents_of(shape))
+            for demand in found:
                 known = demands.setdefault(demand.origin.id, [])
                 if demand not in known:
                     known.append(demand)
@@ -186,6 +200,8 @@ def _simplify(node: Node) -> Node:
         return _as_source(node, node.attr("value"))
     if name == "matmul" and first.type.numel == 0:
         return _as_source(node, 0)
+    if name == "gather" and first.type.numel == 0:
+        return _as_source(node, missing(first.type.dtype))
     if node.op.family == "reduce":
         if first.type.numel == 0:
             return _as_source(node, 0)
@@ -195,7 +211,7 @@ def _simplify(node: Node) -> Node:
     return node
 
 
-_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "source", "host")
+_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "indexing", "source", "host")
 
 
 def analyse(graph: Graph, fuse: bool) -> Analysis:

@@ -2,7 +2,7 @@
 
 Affine accesses whose addresses cannot collide are counted from their extents; others, and several
 different accesses of one buffer, are enumerated (where too large for that, bounded by their sum and
-by the buffer's size).
+by the buffer's size). What is read at the values of an index is bounded in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,21 @@ import math
 
 import numpy as np
 
-from tracejit.schedule.kernel import Axis, FloorDiv, Index, Kernel, Load, Mask, Statement, Store
+from tracejit.schedule.kernel import (
+    Axis,
+    Compute,
+    FloorDiv,
+    InBounds,
+    Index,
+    Kernel,
+    Load,
+    Mask,
+    Mod,
+    Position,
+    Statement,
+    Store,
+    Var,
+)
 from tracejit.schedule.plan import Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
@@ -40,13 +54,17 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
     """The distinct accesses of each buffer, loads and stores apart."""
     found: dict[tuple[str, type], dict[_Access, None]] = {}
 
+    varies: dict[int, set[str]] = {}  # the axes that a variable depends on
+
     def visit(body: tuple[Statement, ...], axes: tuple[Axis, ...]) -> None:
         for s in body:
+            used = _read_axes(s, varies)
             if isinstance(s, Load | Store):
                 mask = s.mask if isinstance(s, Load) else ()
-                used = _used(s.index) | {n for b in mask for n in _used(b.index)}
                 walked = tuple(a for a in axes if a.name in used)
                 found.setdefault((s.buffer, type(s)), {})[s.index, mask, walked] = None
+            if isinstance(s, Load | Compute | Position | InBounds):
+                varies[s.out.id] = used
 
     for stage in kernel.stages:
         axes = kernel.axes + stage.axes
@@ -57,12 +75,34 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
     return found
 
 
-def _used(index: Index) -> set[str]:
+def _read_axes(s: Statement, varies: dict[int, set[str]]) -> set[str]:
+    """The axes that the place, or the result, of a statement depends on."""
+    names: set[str] = set()
+    if isinstance(s, Load | Store | Position):
+        names |= _used(s.index, varies)
+    if isinstance(s, Load | InBounds):
+        names |= {n for b in s.mask for n in _used(b.index, varies)}
+    if isinstance(s, Compute):
+        names |= {n for a in s.args if isinstance(a, Var) for n in varies.get(a.id, ())}
+    return names
+
+
+def _used(index: Index, varies: dict[int, set[str]]) -> set[str]:
     """The axes that an index depends on."""
     names: set[str] = set()
     for atom, _ in index.terms:
-        names |= {atom} if isinstance(atom, str) else _used(atom.index)
+        if isinstance(atom, Var):
+            names |= varies.get(atom.id, set())
+        else:
+            names |= {atom} if isinstance(atom, str) else _used(atom.index, varies)
     return names
+
+
+def _is_dynamic(index: Index, mask: Mask) -> bool:
+    """Whether values decide an access."""
+    atoms = [atom for i in (index, *(b.index for b in mask)) for atom, _ in i.terms]
+    below = (atom.index for atom in atoms if isinstance(atom, FloorDiv | Mod))
+    return any(isinstance(a, Var) for a in atoms) or any(_is_dynamic(i, ()) for i in below)
 
 
 def _addresses(accesses: list[_Access], buffer: PlanBuffer) -> int:
@@ -72,7 +112,8 @@ def _addresses(accesses: list[_Access], buffer: PlanBuffer) -> int:
         if not mask and _is_injective(index, axes):
             return math.prod(a.extent for a in axes)
     points = [math.prod(a.extent for a in axes) for _, _, axes in accesses]
-    if sum(points) > ENUMERATED:
+    dynamic = any(_is_dynamic(index, mask) for index, mask, _ in accesses)
+    if dynamic or sum(points) > ENUMERATED:
         return min(sum(points), buffer.type.numel)
     return len(np.unique(np.concatenate([_enumerate(*access) for access in accesses])))
 

@@ -68,7 +68,7 @@ def _gradients(
         t.taping = before
 
 
-def _leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
+def leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
     """Every value that stands for a leaf, by leaf, in order of appearance."""
     found: dict[Handle, list[Value]] = {}
     for value, leaf in t.leaf_of.items():
@@ -76,7 +76,7 @@ def _leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
     return found
 
 
-def _total(t: Tracer, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
+def total_of(t: Tracer, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
     parts = [gradients[v] for v in values if v in gradients]
     if not parts:
         return None
@@ -104,7 +104,7 @@ def backward(
     retain = create_graph if retain_graph is None else retain_graph
     chosen = [t.lift(x) for x in _as_tuple(inputs)]
     roots = _roots(t, tensors, given)
-    leaves = _leaf_values(t)
+    leaves = leaf_values(t)
     if inputs is not None:
         if not chosen:
             raise t.autograd_error("inputs argument to backward() cannot be empty")
@@ -112,13 +112,20 @@ def backward(
             raise t.unsupported("backward(inputs=…) of a tensor that is not a leaf has no rule")
         leaves = {h: leaves[h] for h in chosen}
     wanted = [v for values in leaves.values() for v in values]
+    retained = {h: t.read(h) for h in t.retained if h not in leaves}
+    wanted += retained.values()
     found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
     before, t.taping = t.taping, t.taping and create_graph
     try:
         for leaf, values in leaves.items():
-            total = _total(t, found, values)
+            total = total_of(t, found, values)
             if total is not None:
                 accumulate(t, leaf, total, create_graph)
+        for h, value in retained.items():
+            if value in found:
+                known = h.grad is None
+                total = found[value] if known else t.b.add(t.read(t.lift(h.grad)), found[value])
+                set_grad_of(h, t.fresh(total))
     finally:
         t.taping = before
 
@@ -156,7 +163,7 @@ def grad(
     given = _as_tuple(grad_outputs) if grad_outputs is not None else (None,) * len(outputs)
     retain = create_graph if retain_graph is None else retain_graph
     handles = [t.lift(x) for x in _as_tuple(inputs)]
-    leaves = _leaf_values(t)
+    leaves = leaf_values(t)
     values = []
     for h in handles:
         if not t.requires_grad(h):
@@ -169,7 +176,7 @@ def grad(
     before, t.taping = t.taping, t.taping and create_graph
     try:
         for h, group in zip(handles, values, strict=True):
-            total = _total(t, found, group)
+            total = total_of(t, found, group)
             if total is None and materialize_grads:
                 total = t.b.full(0.0, shape=h.shape, dtype=h.dtype, device=h.device)
             if total is None:
@@ -188,6 +195,12 @@ def grad(
 
 def accumulate(t: Tracer, leaf: Handle, total: Value, create_graph: bool) -> None:
     """AccumulateGrad: set the leaf's `.grad`, or add to it in place."""
+    if leaf in t.foreign:
+        raise t.unsupported(
+            f"A tensor of shape {list(leaf.shape)} was computed outside the step and requires grad,"
+            " so gradients would have to leave the step; compute it inside, pass tensor.detach(), "
+            "or call backward outside"
+        )
     existing = get_grad(t, leaf.tensor)
     if existing is None:
         dense = is_dense(leaf.shape, leaf.strides)
@@ -288,6 +301,22 @@ def requires_grad_(t: Tracer, self: Tensor, requires_grad: bool = True) -> Tenso
         raise t.autograd_error("only Tensors of floating point dtype can require gradients")
     t.make_leaf(h)
     return self
+
+
+@rule(Tensor.retain_grad)
+def retain_grad(t: Tracer, self: Tensor) -> None:
+    h = t.lift(self)
+    if not t.requires_grad(h):
+        raise t.autograd_error("can't retain_grad on Tensor that has requires_grad=False")
+    if h in t.foreign:
+        raise t.unsupported("The tensor was computed outside the step; call retain_grad there")
+    if not t.is_leaf(h) and h not in t.retained:
+        t.retained.append(h)
+
+
+@rule(Tensor.retains_grad.__get__)
+def retains_grad(t: Tracer, self: Tensor) -> bool:
+    return t.lift(self) in t.retained
 
 
 @rule(Tensor.grad_fn.__get__)

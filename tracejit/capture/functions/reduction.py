@@ -7,7 +7,7 @@ import math
 import torch
 
 from tracejit.capture import location
-from tracejit.capture.functions.arithmetic import maximum, minimum, sub
+from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import (
     cast,
     expand,
@@ -15,8 +15,6 @@ from tracejit.capture.functions.common import (
     register,
     truth,
 )
-from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import rule
 from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError
@@ -166,24 +164,3 @@ register(("max",), _max_or_min(_whole("max"), maximum), inplace=False)
 register(("min",), _max_or_min(_whole("min"), minimum), inplace=False)
 register(("any",), _boolean("max"), inplace=False)
 register(("all",), _boolean("min"), inplace=False)
-
-
-@rule(torch.nn.functional.mse_loss)
-def mse_loss(
-    t: Tracer,
-    input: Tensor,
-    target: Tensor,
-    size_average: object = None,
-    reduce: object = None,
-    reduction: str = "mean",
-    weight: object = None,
-) -> TracedTensor:
-    """Mean, sum, or none of (input - target)²; its gradient is 2·(input - target)·g (·1/n)."""
-    if size_average is not None or reduce is not None or weight is not None:
-        raise t.unsupported("Use reduction='mean', 'sum' or 'none'")
-    squared = FUNCTIONS["square"](t, sub(t, input, target))
-    if reduction == "none":
-        return squared
-    if reduction not in ("mean", "sum"):
-        raise t.unsupported(f"{reduction} is not a valid value for reduction")
-    return (mean if reduction == "mean" else sum_)(t, squared)

@@ -101,6 +101,14 @@ def _eval_sign(x: np.ndarray) -> np.ndarray:
     return ((x > 0).astype(np.int8) - (x < 0).astype(np.int8)).astype(x.dtype)
 
 
+_erf_of_each = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _eval_erf(x: np.ndarray) -> np.ndarray:
+    """The error function, computed in float64."""
+    return _erf_of_each(x).astype(x.dtype)
+
+
 def _eval_mod(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Remainder with the divisor's sign; a float zero keeps the dividend's sign, as in torch."""
     if (x if isinstance(x, np.ndarray) else z).dtype.kind != "f":
@@ -156,8 +164,32 @@ sign = _unary(
     {"f": "tj.sign({0})", "b": "{0}"},
     {"f": "(({0} > 0) - ({0} < 0))", "b": "{0}"},
 )
-exp = _unary("exp", np.exp, lambda b, g, y, x: b.mul(g, y), "tj.exp({0})", "exp{f}({0})", "f")
-log = _unary("log", np.log, lambda b, g, y, x: b.div(g, x), "tj.log({0})", "log{f}({0})", "f")
+exp = _unary("exp", np.exp, lambda b, g, y, x: b.mul(g, y), "tj.exp({0})", "tj_exp{f}({0})", "f")
+log = _unary("log", np.log, lambda b, g, y, x: b.div(g, x), "tj.log({0})", "tj_log{f}({0})", "f")
+expm1 = _unary(
+    "expm1",
+    np.expm1,
+    lambda b, g, y, x: b.mul(g, b.add(y, 1.0)),
+    "tj.expm1({0})",
+    "tj_expm1{f}({0})",
+    "f",
+)
+log1p = _unary(
+    "log1p",
+    np.log1p,
+    lambda b, g, y, x: b.div(g, b.add(x, 1.0)),
+    "tj.log1p({0})",
+    "tj_log1p{f}({0})",
+    "f",
+)
+erf = _unary(
+    "erf",
+    _eval_erf,
+    lambda b, g, y, x: b.mul(g, b.mul(b.exp(b.neg(b.mul(x, x))), 2 / math.sqrt(math.pi))),
+    "tj.erf({0})",
+    "tj_erf{f}({0})",
+    "f",
+)
 sqrt = _unary(
     "sqrt",
     np.sqrt,
@@ -171,14 +203,19 @@ tanh = _unary(
     np.tanh,
     lambda b, g, y, x: b.mul(g, b.sub(1.0, b.mul(y, y))),
     "tj.tanh({0})",
-    "tanh{f}({0})",
+    "tj_tanh{f}({0})",
     "f",
 )
 sin = _unary(
-    "sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), "tj.sin({0})", "sin{f}({0})", "f"
+    "sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), "tj.sin({0})", "tj_sin{f}({0})", "f"
 )
 cos = _unary(
-    "cos", np.cos, lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))), "tj.cos({0})", "cos{f}({0})", "f"
+    "cos",
+    np.cos,
+    lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))),
+    "tj.cos({0})",
+    "tj_cos{f}({0})",
+    "f",
 )
 floor = _unary("floor", np.floor, NO_GRAD, "tl.floor({0})", "floor{f}({0})", "f")
 trunc = _unary(
@@ -295,7 +332,7 @@ pow_ = _binary(
     _pow_base,
     _pow_exponent,
     {"f": "tj.pow({0}, {1})", "i": "tj.pow_int({0}, {1})"},
-    {"f": "pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
+    {"f": "tj_pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
     "fiu",
 )
 
@@ -319,14 +356,14 @@ maximum = _binary(
     np.maximum,
     *_share("lt"),
     {"f": "tj.maximum({0}, {1})", "i": "tl.maximum({0}, {1})", "b": "({0} | {1})"},
-    "({0} != {0} || {0} > {1} ? {0} : {1})",
+    "(({0} > {1}) | ({0} != {0}) ? {0} : {1})",
 )
 minimum = _binary(
     "minimum",
     np.minimum,
     *_share("gt"),
     {"f": "tj.minimum({0}, {1})", "i": "tl.minimum({0}, {1})", "b": "({0} & {1})"},
-    "({0} != {0} || {0} < {1} ? {0} : {1})",
+    "(({0} < {1}) | ({0} != {0}) ? {0} : {1})",
 )
 
 

@@ -78,6 +78,13 @@ def _eval_pad(x: np.ndarray, *, low: Ints, high: Ints, interior: Ints, value: fl
     return out
 
 
+def _infer_flip(x: Type, *, axes: Ints) -> Type:
+    require_tensor("flip", x)
+    fits = len(set(axes)) == len(axes) and all(0 <= a < len(x.shape) for a in axes)
+    require(fits, f"flip of {x} along axes {axes}")
+    return x
+
+
 def _vjp_expand(b, g, y, x, *, shape: Ints):
     axes = tuple(i for i, (a, s) in enumerate(zip(x.type.shape, shape, strict=True)) if a != s)
     if not axes:
@@ -125,3 +132,9 @@ slice_ = _movement(
     _vjp_slice,
 )
 pad = _movement("pad", _infer_pad, _eval_pad, _vjp_pad)
+flip = _movement(
+    "flip",
+    _infer_flip,
+    lambda x, *, axes: np.flip(x, axes),
+    lambda b, g, y, x, *, axes: b.flip(g, axes=axes),
+)

@@ -1,0 +1,673 @@
+"""Samples of functions that put tensors together, take them apart, and read where integers say.
+
+Importing this adds them to the table of `function_samples`; `NAMES` are the spellings added here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from function_samples import (
+    BY_FUNCTION,
+    ROWS,
+    S,
+    Sample,
+    b1,
+    bare_name,
+    bf16,
+    f16,
+    f32,
+    f64,
+    i32,
+    i64,
+    inf,
+    layouts,
+    nan,
+    no,
+    r,
+    reduction,
+    restart,
+    row,
+    u8,
+    v,
+)
+
+_before = set(ROWS)
+restart()
+
+
+def i(*values: int) -> torch.Tensor:
+    """A vector of indices."""
+    return v(*values, dtype=i64)
+
+
+def at(*shape: int, below: int) -> torch.Tensor:
+    """Random indices."""
+    return torch.randint(0, below, shape, generator=torch.Generator().manual_seed(7))
+
+
+# --- joining -----------------------------------------------------------------------------------
+
+x23, x234 = r(2, 3), r(2, 3, 4)
+PAIRS = [
+    S([r(2, 3), r(4, 3)], smooth=True),
+    S([r(2, 3), r(4, 3), r(1, 3)], 0),
+    S([r(3), r(0), r(2)]),
+    S([r(0), r(2, 3)]),
+    S([r(0)]),
+    S([r(5)]),
+    S((r(3), r(2, dtype=f64))),
+    S([r(3, dtype=bf16), r(2, dtype=bf16)]),
+    S([r(3, dtype=i64), r(2)]),
+    S([r(3, dtype=i32), r(2, dtype=u8)]),
+    S([r(3, dtype=b1), r(2, dtype=b1)]),
+    S([r(4, 3).t(), r(3, 2)], 1),
+    S([v(nan, inf), v(-0.0, -inf)]),
+    S([r(123), r(5)]),
+    S([r(2, 3), r(2, 4)]),
+    S([r(2, 3), r(3)]),
+    S([r(), r()]),
+    S([]),
+    S([r(2), r(3)], 1),
+]
+JOINED = [
+    *PAIRS,
+    S([r(2, 3), r(2, 1)], 1, smooth=True),
+    S([r(2, 3), r(2, 1)], -1),
+    S([r(2, 3), r(2, 1)], dim=1),
+    S([r(2, 0), r(2, 3)], 1),
+    S([r(2, 3, 4).permute(2, 0, 1), r(1, 2, 3)]),
+]
+row("cat concat concatenate", JOINED)
+STACKED = [
+    S([r(3), r(3)], smooth=True),
+    S([r(), r()]),
+    S([r(2, 3), r(2, 3), r(2, 3)]),
+    S([r(4, 3).t(), r(3, 4)]),
+    S([r(3), r(3, dtype=f64)]),
+    S([r(3, dtype=i64)]),
+    S([r(0), r(0)]),
+    S([r(3), r(4)]),
+    S([]),
+]
+row(
+    "stack",
+    [
+        *STACKED,
+        S([r(2, 3), r(2, 3)], 1),
+        S([r(2, 3), r(2, 3)], -1),
+        S([r(2, 3), r(2, 3)], dim=2),
+        S([r(3), r(3)], 2),
+    ],
+)
+row("hstack vstack row_stack dstack column_stack", [*STACKED, *PAIRS[:5], S([r(), r(2)])])
+row("atleast_1d atleast_2d atleast_3d", [S(r()), S(r(3)), S(r(2, 3)), S(x234), S(r(), r(3))])
+
+# --- taking apart ------------------------------------------------------------------------------
+
+row(
+    "split",
+    [
+        S(r(7), 3, smooth=True),
+        S(r(7), [3, 4]),
+        S(x234, 2, 1),
+        S(x234, (1, 3), -1),
+        S(x234, 2, dim=-1),
+        S(r(4, 3).t(), 2),
+        S(r(0), 2),
+        S(r(0), 0),
+        S(r(6), 6),
+        S(r(6), 9),
+        S(r(6), 0),
+        S(r(6), [2, 3]),
+        S(r(), 1),
+        S(r(5, dtype=i64), 2),
+    ],
+)
+row("split_with_sizes", [S(r(7), [3, 4]), S(x234, (1, 3), -1), S(x234, [1, 0, 2], 1), S(r(3), [1])])
+row("chunk", [S(r(7), 3), S(x234, 2, 1), S(x234, 5, -1), S(r(0), 3), S(r(3), 0), S(r(), 1)])
+row(
+    "tensor_split",
+    [
+        S(r(7), 3, smooth=True),
+        S(r(7), (2, 5)),
+        S(r(7), [5, 2]),
+        S(r(7), (2, -1)),
+        S(r(7), (2, 50)),
+        S(x234, 2, dim=1),
+        S(x234, (1,), -1),
+        S(r(3), 5),
+        S(r(3), 0),
+        S(r(), 1),
+        no(r(7), i(2, 5)),
+    ],
+)
+row("hsplit", [S(r(6), 3), S(r(4, 6), 2), S(r(4, 6), (1, 3)), S(r(6), 4), S(r(), 1)])
+row("vsplit", [S(r(6, 2), 3), S(r(4, 6), (1, 3)), S(r(6), 2), S(r(3, 2), 2)])
+row("dsplit", [S(r(2, 1, 6), 3), S(x234, (1, 3)), S(r(6, 2), 2)])
+row(
+    "pad",
+    [
+        S(r(5), (1, 2), smooth=True),
+        S(r(5), [1, 2], "constant", 2.5),
+        S(x234, (1, 0, 0, 2)),
+        S(x234, (1, 0, 0, 2), value=3),
+        S(x234, (0, 1, 1, 0, 2, 2), value=-0.5),
+        S(x234, (-1, 0, 2, -2), smooth=True),
+        S(r(5), (-2, -3)),
+        S(r(5), (-2, -4)),
+        S(r(0), (1, 2)),
+        S(r(4, 3).t(), (1, 1)),
+        S(r(5, dtype=i64), (1, 1), value=2.0),
+        S(r(5, dtype=b1), (1, 1)),
+        S(r(5, dtype=bf16), (1, 1), value=0.1),
+        S(r(5), ()),
+        S(r(5), (1,)),
+        S(r(5), (1, 1, 1, 1)),
+        no(r(1, 5), (1, 1), "reflect"),
+        no(r(1, 5), (1, 1), mode="replicate"),
+    ],
+)
+row(
+    "constant_pad_nd",
+    [S(r(5), (1, 2)), S(r(5), (1, 2), 2.5), S(x234, [0, 1, -1, 0], value=2)],
+)
+
+# --- order and copies --------------------------------------------------------------------------
+
+row(
+    "flip",
+    [
+        *(S(x, (0,)) for x in layouts()),
+        S(x234, (0, 2), smooth=True),
+        S(x234, [-1]),
+        S(x234, ()),
+        S(x234, (0, 0)),
+        S(x234, (3,)),
+        S(r(5, dtype=b1), (0,)),
+        S(r(5, dtype=bf16), (0,)),
+        S(r(6, 4)[::2, 1:3], (1,)),
+    ],
+)
+row("fliplr flipud", [S(r()), S(r(3)), S(r(2, 3)), S(x234), S(r(0, 3))])
+row(
+    "roll",
+    [
+        S(r(5), 2, smooth=True),
+        S(r(5), -2, 0),
+        S(r(5), 7, 0),
+        S(x234, 1),
+        S(x234, (1, 2), (0, 2)),
+        S(x234, (1, 2), (2, 2)),
+        S(x234, shifts=1, dims=-1),
+        S(r(4, 3).t(), 1, 0),
+        S(r(4, 3).t(), 1),
+        S(r(0), 1),
+        S(r(3, 0), 1, 0),
+        S(r(5), 0, 0),
+        S(r(5), 5, 0),
+        S(r(), 2),
+        S(x234, (1, 2), 0),
+        S(r(5, dtype=i64), 1),
+    ],
+)
+TIMES = [
+    S(r(3), (2,), smooth=True),
+    S(r(2, 3), (2, 2)),
+    S(r(2, 3), (2, 1, 3)),
+    S(r(2, 3), [1, 0]),
+    S(r(4, 3).t(), (2, 2)),
+    S(r(), (3,)),
+    S(r(), ()),
+    S(r(0, 2), (2, 2)),
+    S(r(3, 1).expand(3, 4), (1, 2)),
+    S(r(5, dtype=b1), (2,)),
+    S(r(2, 3), (-1, 1)),
+]
+row("repeat", [*TIMES, S(r(2, 3), 2, 1), S(r(2, 3), (2,)), S(r(3), repeats=(2,))])
+row("tile", [*TIMES, S(r(2, 3), (2,)), S(r(2, 3), dims=(2,))])
+row(
+    "repeat_interleave",
+    [
+        S(r(3), 2, smooth=True),
+        S(r(2, 3), 2),
+        S(r(2, 3), 3, 1),
+        S(r(2, 3), 2, dim=0),
+        S(r(2, 3), 0, 1),
+        S(r(4, 3).t(), 2, -1),
+        S(r(0, 3), 2, 0),
+        S(r(5, dtype=i64), 2),
+        S(r(3), 2, output_size=6),
+        S(r(3), -1),
+        no(r(3), i(1, 2, 0)),
+    ],
+)
+row(
+    "meshgrid",
+    [
+        S(r(3), r(4), indexing="ij", smooth=True),
+        S(r(3), r(4), indexing="xy"),
+        S([r(3), r(4), r(2)], indexing="xy"),
+        S(r(3)),
+        S(r(), r(2)),
+        S(r(3), r(4), indexing="yx"),
+        S(r(2, 3), r(2)),
+    ],
+)
+
+# --- views -------------------------------------------------------------------------------------
+
+row(
+    "movedim moveaxis",
+    [
+        S(x234, 0, 2, smooth=True),
+        S(x234, -1, 0),
+        S(x234, (0, 1), (1, 2)),
+        S(x234, (0, 1), (2, 0)),
+        S(x234, [0, 0], [1, 2]),
+        S(x234, (0,), (1, 2)),
+        S(x234, 3, 0),
+        S(r(), 0, 0),
+    ],
+)
+row(
+    "unflatten",
+    [
+        S(r(6), 0, (2, 3), smooth=True),
+        S(r(2, 6), 1, (-1, 2)),
+        S(r(2, 6), -1, [3, 2, 1]),
+        S(r(6, 2).t(), -1, (2, 3)),
+        S(r(6), 0, (4, 2)),
+        S(r(6), 1, (2, 3)),
+    ],
+)
+DIAGONALS = [S(r(3, 4), k) for k in (0, 1, -1, 3, -2, 4, 9, -3)]
+row(
+    "diagonal",
+    [
+        S(r(3, 3), smooth=True),
+        *DIAGONALS,
+        S(r(4, 3).t(), 1),
+        S(x234, 0, 1, 2),
+        S(x234, 1, -1, 0),
+        S(x234, offset=-1, dim1=0, dim2=2),
+        S(x234, 0, 1, 1),
+        S(r(3)),
+        S(r(0, 3)),
+        S(r(6, 4)[::2, 1:3], -1),
+    ],
+)
+
+# --- positions ---------------------------------------------------------------------------------
+
+row(
+    "tril triu tril_ triu_",
+    [
+        S(r(3, 4), smooth=True),
+        *DIAGONALS,
+        S(x234, 1),
+        S(x234, diagonal=-1),
+        S(r(4, 3).t()),
+        S(v(nan, inf, -inf, 1).reshape(2, 2)),
+        S(r(3, 3, dtype=i64)),
+        S(r(3, 3, dtype=b1)),
+        S(r(3, 3, dtype=bf16)),
+        S(r(0, 3)),
+        S(r(3)),
+    ],
+)
+row(
+    "diag",
+    [S(r(3, 3), smooth=True), *DIAGONALS, S(r(3), smooth=True), S(r(3), 2), S(r(3), -1)]
+    + [S(r(0)), S(r(2, dtype=i64), 1), S(x234), S(r())],
+)
+row(
+    "diag_embed",
+    [
+        S(r(3), smooth=True),
+        S(r(2, 3), 1),
+        S(r(2, 3), -2),
+        S(r(2, 3), 0, 0, 2),
+        S(r(2, 3), 1, 1, 0),
+        S(r(2, dtype=b1)),
+        S(r(3), 0, 0, 0),
+        S(r(3), 0, 5, 0),
+    ],
+)
+row(
+    "trace",
+    [S(r(3, 4), smooth=True), S(r(4, 3).t()), S(r(3, 3, dtype=i32)), S(r(0, 2)), S(r(3))],
+    exact=False,
+)
+row("eye", [S(3), S(3, 5), S(3, m=2), S(0), S(2, dtype=i64), S(2, dtype=b1), S(-1), S(3, bad=1)])
+row(
+    "linspace",
+    [
+        S(0, 1, 5),
+        S(-2.5, 3, 8),
+        S(3, 0, 4, dtype=f64),
+        S(0.0, 1.0, 123),
+        S(0, 1, 1),
+        S(0, 1, 0),
+        S(0, 1, 2, requires_grad=True),
+        S(0, 1, 5, dtype=bf16),
+        S(0, 1, -1),
+        no(0, 9, 4, dtype=i64),
+    ],
+    exact=False,
+)
+LISTS = [
+    S([1, 2, 3]),
+    S([1.5, 2, True]),
+    S([[1, 2], [3, 4]]),
+    S([]),
+    S([[], []]),
+    S([True, False]),
+    S([nan, inf, -0.0]),
+    S((1, 2), dtype=bf16),
+    S([0.1, 0.2], dtype=f16),
+    S([1.5, 2.0], requires_grad=True),
+    S([[1, 2], [3]]),
+    S([300], dtype=u8),
+    no([0.5] * 65),
+]
+BY_FUNCTION[torch.tensor] = [*ROWS["tensor"], *LISTS]
+row(
+    "one_hot",
+    [
+        S(i(0, 2, 1), 3),
+        S(i(0, 2, 1), num_classes=5),
+        S(at(2, 3, below=4), 4),
+        S(torch.tensor(1), 3),
+        S(i(0), 0),
+        S(v(0, 1, dtype=i32), 2),
+        no(i(0, 2, 1)),
+    ],
+)
+
+# --- products and running sums -----------------------------------------------------------------
+
+row("outer ger", [S(r(3), r(4), smooth=True), S(r(0), r(2)), S(r(2, 3), r(2)), S(r(2), i(1, 2))])
+ADDED = {"beta": 0.5, "alpha": 2}
+
+
+def sums(matrix: tuple, *factors: tuple) -> list[Sample]:
+    """input, factors: a sum with a product, of `matrix` shape."""
+
+    def given(*first: torch.Tensor, dtype: torch.dtype = f32, **options: object) -> Sample:
+        return S(*first, *(r(*shape, dtype=dtype) for shape in factors), **options)
+
+    return [
+        given(r(*matrix), smooth=True),
+        given(r(*matrix), **ADDED),
+        given(r(matrix[-1]), beta=2),
+        given(r()),
+        given(v(nan).expand(matrix), beta=0, alpha=0.5),
+        given(r(*matrix, dtype=f64), dtype=f64),
+        given(r(7, *matrix)),
+    ]
+
+
+row("baddbmm", sums((2, 3, 5), (2, 3, 4), (2, 4, 5)), exact=False)
+row("addbmm", sums((3, 5), (2, 3, 4), (2, 4, 5)), exact=False)
+row("addmv", sums((3,), (3, 4), (4,)), exact=False)
+row("addr", sums((3, 4), (3,), (4,)), exact=False)
+row(
+    "einsum",
+    [
+        S("ij,jk->ik", r(3, 4), r(4, 5), smooth=True),
+        S("ij,jk", r(3, 4), r(4, 5)),
+        S("ij->ji", x23),
+        S("ij->", x23, smooth=True),
+        S("ii->i", r(3, 3)),
+        S("ii", r(3, 3), smooth=True),
+        S("i,j->ij", r(3), r(4)),
+        S("i,i", r(3), r(3)),
+        S("bij,bjk->bik", r(2, 3, 4), r(2, 4, 5)),
+        S("bhqd,bhkd->bhqk", r(2, 2, 3, 4), r(2, 2, 5, 4)),
+        S("...ij,...jk->...ik", r(2, 3, 4), r(2, 4, 5)),
+        S("...ij,jk", r(2, 3, 4), r(4, 5)),
+        S("...i->...", x234),
+        S("ij,ij->i", r(3, 4), r(3, 4)),
+        S("ij,k->i", r(3, 4), r(5)),
+        S("ij,jk,kl->il", r(2, 3), r(3, 4), r(4, 2), smooth=True),
+        S("bn,anm,bm->ba", r(2, 3), r(4, 3, 5), r(2, 5)),
+        S("ij,ij->ij", r(3, 1), r(3, 4)),
+        S("ij,j->i", r(3, 4), r(1)),
+        S("ij, jk -> ki", r(3, 4), r(4, 5)),
+        S("bij,bjk->kbi", r(2, 3, 4), r(2, 4, 5)),
+        S("aij,bjk->akib", r(2, 3, 4), r(6, 4, 5)),
+        S("aij,bjk->biak", r(2, 3, 4), r(6, 4, 5)),
+        S("i,j->ji", r(2), r(3)),
+        S("ij,ij->ji", x23, r(2, 3)),
+        S("ij,jk->ik", [r(3, 4), r(4, 5)]),
+        S("i->", r(0)),
+        S("ij,jk->ik", r(3, 0), r(0, 2)),
+        S("ij,jk->ik", r(3, 4, dtype=f64), r(4, 5, dtype=f64)),
+        S("ij,jk->ik", r(3, 4), r(3, 5)),
+        S("ij->ik", x23),
+        S("ijk->ij", x23),
+        S("ij->ii", x23),
+        S("i?->i", x23),
+        S("ij", x23, x23),
+    ],
+    exact=False,
+)
+ALONG = [
+    *(S(x, 0) for x in layouts()),
+    S(x234, 1, smooth=True),
+    S(x234, -1),
+    S(x234, dim=2),
+    S(x234, 3),
+    S(r(5, dtype=f64), 0),
+    S(r(5, dtype=bf16), 0),
+    S(r(5, dtype=i64), 0),
+    S(r(5, dtype=u8), 0),
+    S(r(5, dtype=b1), 0),
+    S(r(5), 0, dtype=f64),
+    S(r(5, dtype=i32), 0, dtype=f32),
+]
+row("cumsum", [*ALONG, S(v(1, inf, 2, -inf, 3, nan), 0)], exact=False)
+row(
+    "prod",
+    [
+        *[s for s in ALONG if s.args[0].numel() < 100],
+        S(r(2, 3), smooth=True),
+        S(r()),
+        S(r(0)),
+        S(r(3, 0), 1),
+        S(x234, 1, True),
+        S(v(2, 0, 3)),
+        S(v(2, 0, 0)),
+        S(v(2, nan, 0)),
+        S(r(5, dtype=i64)),
+    ],
+    exact=False,
+)
+row(
+    "diff",
+    [
+        S(r(5), smooth=True),
+        S(x234, 1, 1),
+        S(x234, 2, -1),
+        S(r(3), 3),
+        S(r(5), prepend=r(2), append=r(1)),
+        S(r(5, dtype=i64)),
+        S(r(5), 0),
+        S(r()),
+    ],
+)
+
+# --- where integers say ------------------------------------------------------------------------
+
+row(
+    "gather",
+    [
+        S(r(5), 0, i(4, 0, 0, 2), smooth=True),
+        S(r(3, 4), 0, at(2, 4, below=3)),
+        S(r(3, 4), 1, at(3, 7, below=4), smooth=True),
+        S(r(3, 4), -1, at(2, 2, below=4)),
+        S(r(4, 3).t(), 1, at(3, 1, below=4)),
+        S(x234, 1, at(2, 5, 4, below=3)),
+        S(r(3, 4), 1, at(3, 2, below=4).to(i32)),
+        S(r(), 0, torch.tensor(0)),
+        S(r(3), 0, torch.tensor(2)),
+        S(r(3, 4), 1, torch.zeros(3, 0, dtype=i64)),
+        S(r(5, dtype=i64), 0, i(1, 1)),
+        S(r(5, dtype=b1), 0, i(1, 1)),
+        S(r(5, dtype=bf16), 0, i(1, 4, 1)),
+        S(r(5, dtype=f64), 0, i(1, 4, 1)),
+        S(r(5), 0, r(5)),
+        S(r(3, 4), 0, i(1)),
+        S(r(3, 4), 0, at(2, 5, below=3)),
+        S(r(3, 4), 2, at(2, 5, below=3)),
+    ],
+)
+row(
+    "take_along_dim",
+    [
+        S(r(3, 4), at(3, 2, below=4), 1, smooth=True),
+        S(r(3, 4), at(1, 4, below=3), 0),
+        S(r(3, 1), at(2, 4, below=3), 0),
+        S(r(3, 4), at(1, 2, below=4), dim=1),
+        S(r(3, 4), at(5, below=12)),
+        S(r(3, 4), at(2, below=3), 0),
+        S(r(3, 4), at(3, 2, below=4).to(i32), 1),
+    ],
+)
+row(
+    "index_select",
+    [
+        S(r(5), 0, i(4, 0, 0), smooth=True),
+        S(x234, 1, i(2, 0, 2, 1)),
+        S(x234, -1, i(3)),
+        S(x234, 0, torch.tensor(1)),
+        S(r(4, 3).t(), 0, i(0, 2)),
+        S(x234, 1, i()),
+        S(x234, 1, v(1, 2, dtype=i32)),
+        S(r(5, dtype=bf16), 0, i(1, 1, 4)),
+        S(r(5, dtype=b1), 0, i(1, 1, 4)),
+        S(r(), 0, i(0)),
+        S(x234, 1, at(2, 2, below=3)),
+        S(x234, 1, r(2)),
+    ],
+)
+row(
+    "take",
+    [S(x23, i(5, 0, -1), smooth=True), S(x23.t(), at(2, 2, below=6)), S(r(), i(0)), S(x23, r(2))],
+)
+TABLE = [
+    S(i(1, 0, 1), r(4, 3), smooth=True),
+    S(at(2, 5, below=4), r(4, 3)),
+    S(at(2, 5, below=4).to(i32), r(4, 3)),
+    S(torch.tensor(2), r(4, 3)),
+    S(i(), r(4, 3)),
+    S(at(50, below=4), r(4, 3, dtype=f64)),
+    S(at(5, below=4), r(4, 3, dtype=bf16)),
+    S(at(5, below=4), r(3, 4).t()),
+    S(i(1, 0, 1), r(4)),
+]
+row(
+    "embedding",
+    [
+        *TABLE,
+        S(i(1, 0, 1), r(4, 3), 1),
+        S(i(1, 3, 1), r(4, 3), padding_idx=-1),
+        no(i(1, 3), r(4, 3), max_norm=1.0),
+        no(i(1, 3), r(4, 3), sparse=True),
+    ],
+)
+BY_FUNCTION[torch.embedding] = [
+    *(Sample(s.args[::-1], smooth=s.smooth) for s in TABLE),
+    S(r(4, 3), i(1, 0, 1), 1),
+    S(r(4, 3), i(1, 0, 1), padding_idx=0),
+]
+EXTREMA = [
+    *reduction(True),
+    S(v(1, 3, 3, 2)),
+    S(v(1, 3, 3, 2), 0),
+    S(v(1, nan, 3, nan), 0),
+    S(v(-inf, -inf), 0),
+    S(v(0.0, -0.0), 0),
+]
+row("argmax argmin", EXTREMA)
+TIES = [s for s in EXTREMA[-5:] if len(s.args) > 1]
+for _name in ("max", "min"):
+    ROWS[_name] = [*ROWS[_name], *TIES, S(x234, 1, smooth=True)]
+
+# --- x[i] and x[i] = y -------------------------------------------------------------------------
+
+PLACES = [
+    (r(5), i(4, 0, 0)),
+    (r(5), i(-1, 2)),
+    (r(5), [0, -2]),
+    (r(3, 4), i(2, 0)),
+    (r(3, 4), at(2, 3, below=3)),
+    (r(3, 4), (slice(None), i(3, 1, 1))),
+    (r(3, 4), (slice(None), [0, 1])),
+    (r(3, 4), (i(2, 0, 1), i(3, 3, 0))),
+    (r(3, 4), (i(2, 0, 1).reshape(3, 1), i(3, 0))),
+    (r(3, 4), (i(2, 0), 1)),
+    (r(3, 4), (1, i(2, 0))),
+    (r(3, 4), (i(-1, 0), slice(1, 3))),
+    (r(3, 4), (..., i(2, 0))),
+    (r(3, 4), (None, i(2, 0))),
+    (r(3, 4), (i(2, 0), None)),
+    (r(4, 3).t(), i(2, 0)),
+    (r(4, 3).t(), (slice(None), i(2, 0))),
+    (x234, (i(1, 0), slice(None), i(3, 1))),
+    (x234, (slice(None), i(2, 0), i(3, 1))),
+    (x234, (i(1, 0), i(2, 1))),
+    (x234, (0, i(2, 1))),
+    (r(3, 4), i()),
+    (r(5, dtype=i64), i(1, 1)),
+    (r(5, dtype=bf16), i(1, 4)),
+]
+READ = [
+    *(S(x, index) for x, index in PLACES),
+    S(r(3, 4), i(2, 0), smooth=True),
+    S(r(3, 4), (i(2, 0, 1), i(3, 3, 0)), smooth=True),
+    S(r(3, 4), (i(0, 1), i(0, 1, 2))),
+    S(r(3, 4), r(2)),
+    S(r(3, 4), (i(0), i(0), i(0))),
+    no(r(3, 4), torch.tensor(1)),
+    no(r(3, 4), r(3, dtype=b1)),
+    no(r(3, 4), (slice(None), r(4, dtype=b1))),
+    no(r(3, 4), [True, False, True]),
+    no(r(3, 4), True),
+]
+WRITTEN = [
+    *(S(x, index, 2.5) for x, index in PLACES),
+    S(r(5), i(4, 0), r(2)),
+    S(r(5), i(4, 0, 4), v(1, 2, 3)),
+    S(r(5), [1, 2], r()),
+    S(r(3, 4), i(2, 0), r(2, 4)),
+    S(r(3, 4), i(2, 0), r(4)),
+    S(r(3, 4), (slice(None), i(2, 0)), r(3, 2)),
+    S(r(3, 4), (i(2, 0, 1), i(3, 3, 0)), r(3)),
+    S(x234, (i(1, 0), slice(None), i(3, 1)), r(2, 3)),
+    S(r(3, 4), i(2, 0), r(1, 2, 4)),
+    S(r(3, 4), i(2, 0), r(3, 4)),
+    S(r(3, 4), torch.tensor(1), 1.0),
+    S(r(3, 4, dtype=i64), i(2, 0), r(4)),
+    S(r(3), i(2, 0), r(2, dtype=f64)),
+]
+
+
+def is_basic(sample: Sample) -> bool:
+    """Whether an index sample of the other file is still what it says."""
+    items = sample.args[1] if isinstance(sample.args[1], tuple) else (sample.args[1],)
+    return not sample.refused and not any(isinstance(x, list) for x in items)
+
+
+ROWS["__getitem__"] = [*filter(is_basic, ROWS["__getitem__"]), *READ]
+_assigned = [s for s in ROWS["__setitem__"] if not isinstance(s.args[1], list)]
+ROWS["__setitem__"] = [*_assigned, *WRITTEN]
+
+NAMES = (set(ROWS) - _before) | {"max", "min", "__getitem__", "__setitem__"}
+
+
+def is_indexing(function: Callable) -> bool:
+    """Whether the samples of a function stand in this file."""
+    return bare_name(function) in NAMES

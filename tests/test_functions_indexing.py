@@ -1,0 +1,161 @@
+"""Functions that assemble, take apart and index tensors against eager, and in whole steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from function_samples import each_function, samples_of
+from function_samples_indexing import is_indexing
+from oracle import call
+from test_functions import (
+    check_gradients,
+    check_runtime_scalars,
+    check_values,
+    on_each_sample,
+    parameters,
+    runtime_floats,
+)
+
+import tracejit
+from tracejit.errors import UnsupportedOperation
+from tracejit.testing import assert_equal_to_eager
+
+nan = math.nan
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
+
+CHOSEN = [f for f in each_function() if is_indexing(f)]
+
+
+@pytest.mark.parametrize("function", parameters(CHOSEN))
+def test_values(function):
+    on_each_sample(check_values, function, samples_of(function))
+
+
+@pytest.mark.parametrize("function", parameters(CHOSEN))
+def test_gradients(function):
+    on_each_sample(check_gradients, function, samples_of(function))
+
+
+@pytest.mark.parametrize(
+    "function",
+    parameters([f for f in CHOSEN if any(runtime_floats(s) for s in samples_of(f))]),
+)
+def test_runtime_scalars(function):
+    rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]
+    on_each_sample(check_runtime_scalars, function, rows)
+
+
+# --- whole steps -------------------------------------------------------------------------------
+
+
+def bag_of_words(table, weight, tokens, labels):
+    """Embedding, running sums, a classifier, and the accuracy; plain SGD."""
+    rows = torch.nn.functional.embedding(tokens, table, padding_idx=0)
+    context = rows.cumsum(1).flip(1).roll(1, 0)
+    features = torch.cat([rows, context], -1).mean(1)
+    scores = torch.einsum("bd,dk->bk", features, weight)
+    shifted = scores - scores.max(1, keepdim=True).values
+    loss = shifted.exp().sum(1).log() - shifted.gather(1, labels[:, None])[:, 0]
+    loss.sum().backward()
+    with torch.no_grad():
+        for p in (table, weight):
+            p -= 0.1 * p.grad
+            p.grad = None
+    return loss, (scores.argmax(1) == labels).sum()
+
+
+def bag_of_words_arguments():
+    torch.manual_seed(0)
+    table = torch.randn(11, 6, requires_grad=True)
+    weight = torch.randn(12, 5, requires_grad=True)
+    return table, weight, torch.randint(0, 11, (7, 9)), torch.randint(0, 5, (7,))
+
+
+def attention(x, w, mask_value=-1e9):
+    """Heads by chunk and unflatten, a causal mask by tril, a relative bias by an index grid."""
+    q, k, v = (x @ w).chunk(3, -1)
+    q, k, v = (y.unflatten(-1, (2, -1)).movedim(1, 0) for y in (q, k, v))
+    n = x.shape[0]
+    causal = torch.ones(n, n, dtype=torch.bool).tril()
+    place = torch.arange(n)
+    bias = w[0][(place[:, None] - place).clamp(min=0)]
+    scores = torch.einsum("hqd,hkd->hqk", q, k) + bias
+    scores = scores.masked_fill(~causal, mask_value)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = weights / weights.sum(-1, keepdim=True)
+    out = torch.stack([(weights @ v)[0], (weights @ v)[1]], 1).flatten(1)
+    loss = (torch.nn.functional.pad(out, (1, 0), value=0.5) ** 2).sum()
+    loss.backward()
+    return loss, out.detach()
+
+
+def attention_arguments():
+    torch.manual_seed(1)
+    return torch.randn(10, 8), torch.randn(8, 24, requires_grad=True)
+
+
+def replay_memory(memory, values, where):
+    """A ring buffer: reads, and overwrites rows (one of them twice) in place."""
+    with torch.no_grad():
+        old = memory[where]
+        memory[where] = values
+        memory[:, [0, 2]] += 1.0
+        memory[where[:2], 1] = 7.0
+    return old, memory.diagonal().prod(), torch.tensor([0.5, 2.0, 1.0]).outer(memory[0])
+
+
+def replay_memory_arguments():
+    torch.manual_seed(2)
+    return torch.randn(6, 3), torch.randn(4, 3), torch.tensor([5, 0, 5, -2])
+
+
+STEPS = {
+    "bag of words": (bag_of_words, bag_of_words_arguments),
+    "attention": (attention, attention_arguments),
+    "replay memory": (replay_memory, replay_memory_arguments),
+}
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", STEPS)
+def test_whole_step(name: str, fuse: bool):
+    step, arguments = STEPS[name]
+    compiled = assert_equal_to_eager(step, arguments, calls=4, backend="numpy", fuse=fuse)
+    assert compiled.explain_mode().startswith("replay")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", STEPS)
+def test_whole_step_on_triton(name: str):
+    step, arguments = STEPS[name]
+    assert_equal_to_eager(step, arguments, calls=2, backend="interpret")
+
+
+def test_index_out_of_range_reads_nan():
+    """Eager raises IndexError; a compiled step reads no memory outside, and NaN shows it."""
+
+    @tracejit.compile(backend="numpy")
+    def step(x, index):
+        y = x[index]
+        (y.where(y == y, 0.0) * 2).sum().backward()
+        return y
+
+    x = torch.arange(3.0, requires_grad=True)
+    y = step(x, torch.tensor([1, 3, -3, -4, 2**40]))
+    torch.testing.assert_close(y, torch.tensor([1, nan, 0, nan, nan]), equal_nan=True)
+    torch.testing.assert_close(x.grad, torch.tensor([2.0, 2.0, 0.0]))
+
+
+def test_what_is_refused():
+    x = torch.randn(3, 4)
+    for function in (
+        lambda: x[x > 0],
+        lambda: x.sort(),
+        lambda: x.topk(2),
+        lambda: torch.nn.functional.one_hot(torch.tensor([1])),
+        lambda: torch.tensor([0.0] * 65),
+    ):
+        with pytest.raises(UnsupportedOperation):
+            call(function)

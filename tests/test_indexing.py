@@ -1,0 +1,171 @@
+"""flip and gather below capture: their kernels, as text and on the numpy executor and Triton's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from test_numpy_executor import both
+
+from tracejit.ir.text import parse
+from tracejit.schedule import bytes_moved, schedule
+from tracejit.schedule.kernel_text import canonical, parse_kernel, print_kernel
+
+PROGRAMS = {
+    "flip": """step(%0: f32[3,5], %1: f32[5,3]) {
+        %2: f32[3,5] = flip(%0, axes=(0, 1))
+        %3: f32[3,5] = permute(%1, axes=(1, 0))
+        %4: f32[3,5] = add(%2, %3)
+        return %4
+    }""",
+    "flip of a pad": """step(%0: f32[5]) {
+        %1: f32[6] = pad(%0, low=(1,), high=(0,), interior=(0,), value=3.0)
+        %2: f32[6] = flip(%1, axes=(0,))
+        return %2
+    }""",
+    "pad so wide that only the first element is left": """step(%0: f32[1], %1: f32[6]) {
+        %2: f32[6] = pad(%0, low=(5,), high=(0,), interior=(0,), value=3.0)
+        %3: f32[6] = flip(%2, axes=(0,))
+        %4: f32[6] = add(%3, %1)
+        return %4
+    }""",
+    "flip of a reshape": """step(%0: f32[4,6]) {
+        %1: f32[3,8] = reshape(%0, shape=(3, 8))
+        %2: f32[3,8] = flip(%1, axes=(1,))
+        %3: f32[24] = reshape(%2, shape=(24,))
+        %4: f32[24] = flip(%3, axes=(0,))
+        return %3, %4
+    }""",
+    "flip in place": """step(%0: f32[7]) {
+        %1: f32[7] = flip(%0, axes=(0,))
+        write %0 <- %1
+    }""",
+    "rows": """step(%0: f32[4,6], %1: i64[5], %2: f32[5,6]) {
+        %4: i64[5,1] = reshape(%1, shape=(5, 1))
+        %5: i64[5,6] = expand(%4, shape=(5, 6))
+        %8: f32[5,6] = gather(%0, %5, axis=0)
+        %9: f32[5,6] = mul(%8, %2)
+        %10: f32[5] = reduce_sum(%9, axes=(1,))
+        return %10, %9
+    }""",
+    "through views": """step(%0: f32[12], %1: i64[3,9]) {
+        %2: f32[4,3] = reshape(%0, shape=(4, 3))
+        %3: f32[3,4] = permute(%2, axes=(1, 0))
+        %4: f32[3,4] = flip(%3, axes=(1,))
+        %5: f32[3,6] = pad(%4, low=(0, 1), high=(0, 1), interior=(0, 0), value=0.5)
+        %6: f32[3,9] = gather(%5, %1, axis=1)
+        return %6
+    }""",
+    "through a merging reshape": """step(%0: f32[2,3], %1: i64[40]) {
+        %2: f32[6] = reshape(%0, shape=(6,))
+        %3: f32[40] = gather(%2, %1, axis=0)
+        return %3
+    }""",
+    "of positions": """step(%0: i64[40]) {
+        %1: f32[5] = iota(axis=0, shape=(5,), dtype=f32, device='cpu')
+        %2: f32[5] = mul(%1, 0.5)
+        %3: f32[40] = gather(%2, %0, axis=0)
+        return %3
+    }""",
+    "of a computed value": """step(%0: f32[5,7], %1: f32[7,6], %2: i64[5,6]) {
+        %3: f32[5,6] = matmul(%0, %1)
+        %4: f32[5,6] = gather(%3, %2, axis=1)
+        %5: f32[5,6] = gather(%4, %2, axis=0)
+        %6: f32[5,6] = add(%5, %3)
+        return %6
+    }""",
+    "at a reduced index": """step(%0: i64[5,6], %1: f32[5,6]) {
+        %2: i64[5] = reduce_max(%0, axes=(1,))
+        %3: i64[5,1] = reshape(%2, shape=(5, 1))
+        %4: f32[5,1] = gather(%1, %3, axis=1)
+        %5: f32[5,6] = expand(%4, shape=(5, 6))
+        %6: f32[5,6] = sub(%1, %5)
+        %7: f32[5] = reduce_sum(%6, axes=(1,))
+        return %7, %6
+    }""",
+    "in an epilogue": """step(%0: f32[5,7], %1: f32[7,6], %2: i64[5], %3: f32[4,6]) {
+        %4: f32[5,6] = matmul(%0, %1)
+        %5: i64[5,1] = reshape(%2, shape=(5, 1))
+        %6: i64[5,6] = expand(%5, shape=(5, 6))
+        %7: f32[5,6] = gather(%3, %6, axis=0)
+        %8: f32[5,6] = add(%4, %7)
+        return %8
+    }""",
+    "padded afterwards": """step(%0: f32[5], %1: i64[6]) {
+        %2: f32[6] = gather(%0, %1, axis=0)
+        %3: f32[9] = pad(%2, low=(1,), high=(2,), interior=(0,), value=0)
+        return %3
+    }""",
+    "overwritten source": """step(%0: f32[5], %1: i64[5], %2: f32[5]) {
+        %3: f32[5] = gather(%0, %1, axis=0)
+        %4: f32[5] = add(%3, %2)
+        write %0 <- %4
+    }""",
+    "overwritten index": """step(%0: f32[5], %1: i64[5]) {
+        %2: f32[5] = gather(%0, %1, axis=0)
+        %3: i64[5] = add(%1, 1)
+        return %2
+        write %1 <- %3
+    }""",
+    "nothing to read": """step(%0: f32[0,3], %1: i64[2,3]) {
+        %2: f32[2,3] = gather(%0, %1, axis=0)
+        return %2
+    }""",
+    "narrow": """step(%0: bf16[4,6], %1: i64[5,6]) {
+        %2: bf16[5,6] = gather(%0, %1, axis=0)
+        %3: bf16[5,6] = mul(%2, 3.0)
+        return %2, %3
+    }""",
+}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_on_numpy(name: str):
+    both(PROGRAMS[name])
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_kernels_parse_back(name: str):
+    for launch in schedule(parse(PROGRAMS[name])).launches:
+        kernel = launch.kernel
+        assert parse_kernel(print_kernel(kernel)) == kernel
+        assert parse_kernel(print_kernel(canonical(kernel))) == canonical(kernel)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_on_triton(name: str, fuse: bool):
+    from test_codegen_interpret import check
+
+    check(PROGRAMS[name], fuse=fuse)
+
+
+def test_bytes_of_a_gather():
+    """Rows are counted once per reader, up to the whole table."""
+    few, many = (
+        schedule(parse(PROGRAMS["rows"].replace("f32[4,6]", f"f32[{n},6]"))) for n in (2, 1000)
+    )
+    rest = 5 * 8 + 5 * 6 * 4 + 5 * 6 * 4 + 5 * 4  # index, factor, two results
+    assert sum(bytes_moved(few)) == rest + 2 * 6 * 4
+    assert sum(bytes_moved(many)) == rest + 5 * 6 * 4
+
+
+def test_rows_of_a_table_move_128_bits():
+    """An embedding's loads are as wide as copies: the index is one per row, the rows are dense."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("compiles, so it needs a process without the interpreter")
+    pytest.importorskip("triton")
+    from test_codegen_triton import facts
+
+    form, found = facts(
+        """step(%0: f32[50000,768], %1: i64[4096]) {
+            %2: i64[4096,1] = reshape(%1, shape=(4096, 1))
+            %3: i64[4096,768] = expand(%2, shape=(4096, 768))
+            %4: f32[4096,768] = gather(%0, %3, axis=0)
+            return %4
+        }""",
+        90,
+    )
+    assert form == "pointwise" and not found.spills
+    assert found.loads[128] == found.stores[128] == 2 and set(found.loads) == {64, 128}

@@ -1,0 +1,287 @@
+"""Modules and optimizers in a step, recurrences, and what autograd says of intermediates."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import call
+
+import tracejit
+from examples import modules, recurrence
+from tracejit.errors import SideEffectError, UnsupportedOperation
+from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
+
+SMALL = {"n": 16, "d_in": 20, "h": 10, "d_out": 5}
+
+
+@pytest.mark.parametrize("variant", modules.VARIANTS)
+def test_program_5_in_lockstep(variant):
+    step, parameters = modules.make_step(variant, **SMALL)
+    assert_equal_to_eager(step, calls=20, state=parameters)
+
+
+@pytest.mark.parametrize("variant", modules.VARIANTS)
+def test_program_5_trains_like_eager(variant):
+    assert_trains_like_eager(lambda: modules.make_step(variant, **SMALL), calls=25)
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+def test_program_6(skip):
+    step, parameters = recurrence.make_step(t=6, n=13, skip=skip)
+    compiled = assert_equal_to_eager(step, calls=20, state=parameters)
+    assert compiled.explain_mode().startswith("replay")
+    compiled, *_ = assert_trains_like_eager(
+        lambda: recurrence.make_step(t=6, n=13, skip=skip), calls=25
+    )
+    assert compiled.stats.replays == 23
+
+
+def test_examples():
+    modules.main(steps=2)
+    recurrence.main(steps=3)
+
+
+@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"weight_decay": 0.1}, {"maximize": True}], ids=["plain", "decay", "maximize"]
+)
+def test_sgd(foreach, options):
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        model.extra = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=foreach, **options)
+        x = torch.randn(5, 4)
+
+        def step():
+            optimizer.zero_grad(set_to_none=False)
+            model(x).pow(2).mean().backward()
+            model.extra.pow(2).sum().backward()
+            optimizer.step()
+
+        return step, list(model.parameters())
+
+    step, parameters = make()
+    assert_equal_to_eager(step, calls=6, state=parameters)
+
+
+def test_a_learning_rate_that_changes_between_calls():
+    def make():
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        x = torch.randn(5, 4)
+
+        def step():
+            optimizer.zero_grad()
+            loss = model(x).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return step, optimizer
+
+    (eager, first), (ours, second) = make(), make()
+    ours = tracejit.compile(ours)
+    for i in range(6):
+        first.param_groups[0]["lr"] = second.param_groups[0]["lr"] = 0.1 / (i + 1)
+        torch.testing.assert_close(ours(), eager())
+
+
+def test_two_groups_and_a_frozen_parameter():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    model[0].bias.requires_grad_(False)
+    groups = [{"params": model[0].parameters(), "lr": 0.5}, {"params": model[1].parameters()}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    x = torch.randn(5, 4)
+
+    def step():
+        loss = model(x).pow(2).mean()
+        model.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    assert_equal_to_eager(step, calls=6, state=list(model.parameters()))
+
+
+def test_a_training_flag_is_read_on_every_call():
+    x = torch.randn(5, 4)
+    flags = []
+
+    class Scaled(torch.nn.Module):
+        def forward(self, x):
+            flags.append(self.training)
+            return x * 2 if self.training else x
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), Scaled())
+    step = tracejit.compile(lambda: model(x))
+    for training in (True, True, False, True):
+        model.train(training)
+        torch.testing.assert_close(step(), model(x))
+    assert step.explain_mode().startswith("rerun")
+
+
+# ---- hooks
+
+
+def linear():
+    torch.manual_seed(0)
+    return torch.nn.Linear(4, 3), torch.randn(5, 4)
+
+
+def test_forward_hooks_run():
+    def make():
+        model, x = linear()
+        model.register_forward_hook(lambda module, args, out: out * 3)
+        model.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+
+        def step():
+            model(x).sum().backward()
+
+        return step, list(model.parameters())
+
+    step, parameters = make()
+    assert_equal_to_eager(step, calls=3, state=parameters)
+
+
+def test_optimizer_hooks_run():
+    def make():
+        model, x = linear()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def halve(optimizer, args, kwargs):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad.mul_(0.5)
+
+        optimizer.register_step_pre_hook(halve)
+
+        def step():
+            optimizer.zero_grad()
+            model(x).sum().backward()
+            optimizer.step()
+
+        return step, list(model.parameters())
+
+    step, parameters = make()
+    assert_equal_to_eager(step, calls=3, state=parameters)
+
+
+def backward_hook(model):
+    model.register_full_backward_hook(lambda module, grad_in, grad_out: None)
+
+
+def backward_pre_hook(model):
+    model.register_full_backward_pre_hook(lambda module, grad_out: None)
+
+
+def parameter_hook(model):
+    model.weight.register_hook(lambda g: g * 2)
+
+
+def accumulate_hook(model):
+    model.weight.register_post_accumulate_grad_hook(lambda p: None)
+
+
+@pytest.mark.parametrize("add", [backward_hook, backward_pre_hook, parameter_hook, accumulate_hook])
+def test_hooks_that_would_be_ignored_are_refused(add):
+    model, x = linear()
+    add(model)
+    with pytest.raises(UnsupportedOperation):
+        call(lambda: model(x).sum().backward())
+    assert model.weight.grad is None
+
+
+def test_hooks_on_intermediates_are_refused():
+    w = torch.ones(3, requires_grad=True)
+
+    def on_tensor():
+        y = w * 2
+        y.register_hook(lambda g: g * 2)
+        y.sum().backward()
+
+    def on_saved():
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            (w * w).sum().backward()
+
+    for step in (on_tensor, on_saved):
+        with pytest.raises(UnsupportedOperation):
+            call(step)
+
+
+def test_hooks_on_saved_tensors_around_a_step_are_refused():
+    w = torch.ones(3, requires_grad=True)
+    step = tracejit.compile(lambda: (w * w).sum())
+    for _ in range(4):
+        step()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with hooks, pytest.raises(SideEffectError, match="hooks on saved tensors"):
+        step()
+    step()
+
+
+# ---- what autograd says of intermediates
+
+
+def both(step, *shapes):
+    """Equal returned values and gradients."""
+    ours = [torch.linspace(-1, 2, torch.Size(s).numel()).reshape(s) for s in shapes]
+    theirs = [x.clone().requires_grad_() for x in ours]
+    ours = [x.requires_grad_() for x in ours]
+    torch.testing.assert_close(call(step, *ours), step(*theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_retain_grad():
+    def step(w):
+        h = w.exp()
+        h.retain_grad()
+        v = h[1:]
+        v.retain_grad()
+        unused = w * 2
+        unused.retain_grad()
+        flags = h.retains_grad, w.retains_grad, (w * 1).retains_grad
+        (v * v).sum().backward(retain_graph=True)
+        first = h.grad.clone()
+        (h * 3).sum().backward()
+        return h.grad, first, v.grad, unused.grad, flags
+
+    both(step, (4,))
+
+
+def test_retain_grad_after_a_write():
+    def step(w):
+        h = w * 2
+        h.retain_grad()
+        h.mul_(3)
+        (h * h).sum().backward()
+        return h.grad
+
+    both(step, (4,))
+
+
+def test_retain_grad_is_refused_as_eager():
+    step = lambda w: w.detach().retain_grad()  # noqa: E731
+    for run in (step, lambda w: call(step, w)):
+        with pytest.raises(RuntimeError, match="can't retain_grad on Tensor"):
+            run(torch.ones(3, requires_grad=True))
+
+
+def test_requires_grad_of_intermediates_and_grad_mode():
+    def step(w):
+        x = (w.detach() * 2).requires_grad_()
+        y = w.detach().exp()
+        y.requires_grad = True
+        flags = [torch.is_grad_enabled(), x.is_leaf, y.requires_grad]
+        with torch.no_grad():
+            flags += [torch.is_grad_enabled(), (x * 2).requires_grad]
+            with torch.enable_grad():
+                flags += [torch.is_grad_enabled(), (x * 2).requires_grad]
+        with torch.set_grad_enabled(False):
+            flags.append(torch.is_grad_enabled())
+        (x * y * w).sum().backward()
+        return x.grad, y.grad, flags
+
+    both(step, (4,))

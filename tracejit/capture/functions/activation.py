@@ -1,0 +1,469 @@
+"""Activation functions: one row each, with torch's formulas of value and derivative.
+
+A row is `name: (constants, value, slope)`. `constants` has the torch function's signature after the
+input and gives the numbers of the formulas; `value(t, x, *constants)` is the function, and
+`slope(t, g, x, *constants)` the gradient. Dropout is here too, where it does nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from tracejit.capture.functions.arithmetic import add, clamp, div, sub
+from tracejit.capture.functions.common import (
+    expand,
+    in_place,
+    literal,
+    normal_axis,
+    pointwise,
+    register,
+)
+from tracejit.capture.functions.derived import (
+    argument_error,
+    derived,
+    require_float,
+    sigmoid,
+    widen,
+)
+from tracejit.capture.functions.unary import FUNCTIONS
+from tracejit.capture.table import RULES, Rule, spellings
+from tracejit.capture.tensor import TracedTensor, elementwise_strides, is_dense
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Arg, Value
+
+Tensor = torch.Tensor
+functional = torch.nn.functional
+Constants = Callable[..., tuple]
+Formula = Callable[..., Value]
+
+_SELU_ALPHA = 1.6732632423543772848170429916717
+_SELU_SCALE = 1.0507009873554804934193349852946
+_CUBIC = 0.044715  # of gelu's tanh approximation
+_GELU_SCALE = math.sqrt(2 / math.pi)
+_SIXTH = float(np.float32(1 / 6))  # torch's constant, in float64 too
+# These are straight lines between their kinks.
+_FLAT = {"leaky_relu", "hardtanh", "hardsigmoid", "threshold", "hardshrink", "softshrink"}
+
+
+def _none() -> tuple:
+    return ()
+
+
+# --- formulas ----------------------------------------------------------------------------------
+
+
+def _gelu(t: Tracer, x: Value) -> Value:
+    """x·Φ(x), Φ the normal distribution's cumulative function."""
+    b = t.b
+    return b.mul(b.mul(x, 0.5), b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0))
+
+
+def _d_gelu(t: Tracer, g: Value, x: Value) -> Value:
+    """g·(Φ(x) + x·φ(x))."""
+    b = t.b
+    cdf = b.mul(b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0), 0.5)
+    pdf = b.mul(b.exp(b.mul(b.mul(x, x), -0.5)), 1 / math.sqrt(2 * math.pi))
+    return b.mul(g, b.add(cdf, b.mul(x, pdf)))
+
+
+def _gelu_inner(t: Tracer, x: Value) -> Value:
+    b = t.b
+    return b.mul(b.add(x, b.mul(b.mul(b.mul(x, x), x), _CUBIC)), _GELU_SCALE)
+
+
+def _gelu_tanh(t: Tracer, x: Value) -> Value:
+    """x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
+    b = t.b
+    return b.mul(b.mul(x, 0.5), b.add(b.tanh(_gelu_inner(t, x)), 1.0))
+
+
+def _d_gelu_tanh(t: Tracer, g: Value, x: Value) -> Value:
+    b = t.b
+    y = b.tanh(_gelu_inner(t, x))
+    inner = b.mul(b.add(b.mul(b.mul(x, x), 3 * _CUBIC), 1.0), _GELU_SCALE)
+    right = b.mul(b.mul(b.mul(x, 0.5), b.sub(1.0, b.mul(y, y))), inner)
+    return b.mul(g, b.add(b.mul(b.add(y, 1.0), 0.5), right))
+
+
+def _silu(t: Tracer, x: Value) -> Value:
+    """x·sigmoid(x)."""
+    return t.b.div(x, t.b.add(t.b.exp(t.b.neg(x)), 1.0))
+
+
+def _d_silu(t: Tracer, g: Value, x: Value) -> Value:
+    """g·s·(1 + x·(1 - s)), s = sigmoid(x)."""
+    b, s = t.b, sigmoid(t, x)
+    return b.mul(b.mul(g, s), b.add(b.mul(x, b.sub(1.0, s)), 1.0))
+
+
+def _leaky_relu(t: Tracer, x: Value, slope: Arg) -> Value:
+    return t.b.where(t.b.gt(x, 0.0), x, t.b.mul(x, slope))
+
+
+def _d_leaky_relu(t: Tracer, g: Value, x: Value, slope: Arg) -> Value:
+    return t.b.where(t.b.gt(x, 0.0), g, t.b.mul(g, slope))
+
+
+def _elu(t: Tracer, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
+    """above·x, and below·(exp(inner·x) - 1) where x <= 0."""
+    b = t.b
+    return b.where(b.gt(x, 0.0), b.mul(x, above), b.mul(b.expm1(b.mul(x, inner)), below))
+
+
+def _d_elu(t: Tracer, g: Value, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
+    b = t.b
+    low = b.minimum(x, 0.0)  # keeps exp finite where it is not used
+    slope = b.mul(b.mul(b.mul(g, inner), below), b.exp(b.mul(low, inner)))
+    return b.where(b.le(x, 0.0), slope, b.mul(g, above))
+
+
+def _d_inside(t: Tracer, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+    """g between the bounds, 0 at them and outside."""
+    b = t.b
+    return b.where(b.or_(b.le(x, low), b.ge(x, high)), 0.0, g)
+
+
+def _clamped(t: Tracer, x: Value) -> Value:
+    """min(max(x + 3, 0), 6)."""
+    return t.b.minimum(t.b.maximum(t.b.add(x, 3.0), 0.0), 6.0)
+
+
+def _hardsigmoid(t: Tracer, x: Value) -> Value:
+    return t.b.div(_clamped(t, x), 6.0)
+
+
+def _d_hardsigmoid(t: Tracer, g: Value, x: Value) -> Value:
+    b = t.b
+    return b.where(b.and_(b.gt(x, -3.0), b.lt(x, 3.0)), b.mul(g, _SIXTH), 0.0)
+
+
+def _hardswish(t: Tracer, x: Value) -> Value:
+    return t.b.div(t.b.mul(x, _clamped(t, x)), 6.0)
+
+
+def _d_hardswish(t: Tracer, g: Value, x: Value) -> Value:
+    b = t.b
+    inside = b.mul(g, b.add(b.div(x, 3.0), 0.5))
+    return b.where(b.le(x, -3.0), 0.0, b.where(b.lt(x, 3.0), inside, g))
+
+
+def _softplus(t: Tracer, x: Value, beta: Arg, threshold: Arg) -> Value:
+    """log(1 + exp(β·x)) / β, and x where β·x is above the threshold."""
+    b, scaled = t.b, t.b.mul(x, beta)
+    return b.where(b.gt(scaled, threshold), x, b.div(b.log1p(b.exp(scaled)), beta))
+
+
+def _d_softplus(t: Tracer, g: Value, x: Value, beta: Arg, threshold: Arg) -> Value:
+    b, scaled = t.b, t.b.mul(x, beta)
+    return b.where(b.gt(scaled, threshold), g, b.mul(g, sigmoid(t, scaled)))
+
+
+def log_sigmoid(t: Tracer, x: Value) -> Value:
+    """min(x, 0) - log(1 + exp(-|x|))."""
+    b = t.b
+    return b.sub(b.minimum(x, 0.0), b.log1p(b.exp(b.neg(b.abs(x)))))
+
+
+def _d_logsigmoid(t: Tracer, g: Value, x: Value) -> Value:
+    """g·(1 - sigmoid(x)), from exp(-|x|)."""
+    b = t.b
+    z = b.exp(b.neg(b.abs(x)))
+    part, below = b.div(z, b.add(z, 1.0)), b.lt(x, 0.0)
+    return b.mul(g, b.where(below, b.sub(1.0, part), part))
+
+
+def _mish(t: Tracer, x: Value) -> Value:
+    """x·tanh(log(1 + exp(x)))."""
+    return t.b.mul(x, t.b.tanh(t.b.log1p(t.b.exp(x))))
+
+
+def _d_mish(t: Tracer, g: Value, x: Value) -> Value:
+    b = t.b
+    y = b.tanh(b.log1p(b.exp(x)))
+    rest = b.mul(b.mul(x, sigmoid(t, x)), b.sub(1.0, b.mul(y, y)))
+    return b.mul(g, b.add(y, rest))
+
+
+def _threshold(t: Tracer, x: Value, threshold: Arg, value: Arg) -> Value:
+    return t.b.where(t.b.le(x, threshold), value, x)
+
+
+def _d_threshold(t: Tracer, g: Value, x: Value, threshold: Arg, value: Arg) -> Value:
+    return t.b.where(t.b.le(x, threshold), 0.0, g)
+
+
+def _hardshrink(t: Tracer, x: Value, low: Arg, high: Arg) -> Value:
+    b = t.b
+    return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, x)
+
+
+def _d_hardshrink(t: Tracer, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+    b = t.b
+    return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, g)
+
+
+def _softshrink(t: Tracer, x: Value, low: Arg, high: Arg) -> Value:
+    """x moved towards 0 by λ, 0 between -λ and λ."""
+    b = t.b
+    middle = b.where(b.ne(x, x), x, 0.0)
+    return b.where(b.gt(x, high), b.sub(x, high), b.where(b.lt(x, low), b.sub(x, low), middle))
+
+
+def _elu_constants(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> tuple:
+    return alpha * scale, scale, input_scale
+
+
+ACTIVATIONS: dict[str, tuple[Constants, Formula, Formula]] = {
+    "silu": (_none, _silu, _d_silu),
+    "mish": (_none, _mish, _d_mish),
+    "hardsigmoid": (_none, _hardsigmoid, _d_hardsigmoid),
+    "hardswish": (_none, _hardswish, _d_hardswish),
+    "log_sigmoid": (_none, log_sigmoid, _d_logsigmoid),
+    "selu": (lambda: (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE, 1.0), _elu, _d_elu),
+    "celu": (lambda alpha=1.0: (alpha, 1.0, 1.0 / alpha), _elu, _d_elu),
+    "elu": (_elu_constants, _elu, _d_elu),
+    "leaky_relu": (lambda negative_slope=0.01: (negative_slope,), _leaky_relu, _d_leaky_relu),
+    "softplus": (lambda beta=1.0, threshold=20.0: (beta, threshold), _softplus, _d_softplus),
+    "threshold": (lambda threshold, value: (threshold, value), _threshold, _d_threshold),
+    "hardshrink": (lambda lambd=0.5: (-lambd, lambd), _hardshrink, _d_hardshrink),
+    "softshrink": (lambda lambd=0.5: (-lambd, lambd), _softshrink, _d_hardshrink),
+}
+
+
+def _activation(name: str, constants: Constants, value: Formula, slope: Formula) -> Rule:
+    def function(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> TracedTensor:
+        numbers = constants(*args, **kwargs)
+
+        def emit(x: Value) -> Value:
+            require_float(t, name, x)
+            wide = widen(t, x).type.dtype
+            given = [literal(n, wide) for n in numbers]
+            return derived(
+                t,
+                name,
+                (x,),
+                lambda x: value(t, x, *given),
+                (lambda g, y, x: slope(t, g, x, *given),),
+                flat=name in _FLAT,
+            )
+
+        return pointwise(t, emit, (input,))
+
+    return function
+
+
+def with_inplace(implementation: Rule, position: int) -> Rule:
+    """A rule of torch.nn.functional: an `inplace` flag stands after `position` arguments."""
+
+    def rule(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+        inplace = kwargs.pop("inplace", args[position] if len(args) > position else False)
+        run = in_place(implementation) if inplace else implementation
+        return run(t, input, *args[:position], **kwargs)
+
+    return rule
+
+
+def _register(name: str, implementation: Rule, arguments: int) -> None:
+    """All spellings; the Python functions of torch.nn.functional take `inplace` as well."""
+    for function in spellings(name):
+        if inspect.isfunction(function):
+            RULES.setdefault(function, with_inplace(implementation, arguments))
+    register((name,), implementation)
+
+
+def _row_major(implementation: Rule) -> Rule:
+    def function(t: Tracer, input: Tensor) -> TracedTensor:
+        return t.fresh(t.read(implementation(t, input).handle))
+
+    return function
+
+
+# The numbers that stand before `inplace` in torch.nn.functional.
+ARGUMENTS = {"leaky_relu": 1, "elu": 1, "celu": 1, "threshold": 2}
+for _name, _row in ACTIVATIONS.items():
+    FUNCTIONS[_name] = _activation(_name, *_row)
+    if _name == "log_sigmoid":  # its results are row-major
+        FUNCTIONS[_name] = _row_major(FUNCTIONS[_name])
+    _register(_name, FUNCTIONS[_name], ARGUMENTS.get(_name, 0))
+RULES[torch.special.expit] = FUNCTIONS["sigmoid"]
+_GELU = {
+    "none": _activation("gelu", _none, _gelu, _d_gelu),
+    "tanh": _activation("gelu", _none, _gelu_tanh, _d_gelu_tanh),
+}
+
+
+def gelu(t: Tracer, input: Tensor, *, approximate: str = "none") -> TracedTensor:
+    if approximate not in _GELU:
+        raise t.shape_error("approximate argument must be either none or tanh.")
+    return _GELU[approximate](t, input)
+
+
+def hardtanh(t: Tracer, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> TracedTensor:
+    """clamp, with gradient 0 at the bounds."""
+    h = t.lift(input)
+    if not h.dtype.is_float:
+        return clamp(t, input, int(min_val), int(max_val))
+    out = _hardtanh(t, input, min_val, max_val)
+    return t.fresh(t.read(out.handle), h.strides) if is_dense(h.shape, h.strides) else out
+
+
+def _checked_hardtanh(
+    t: Tracer, input: Tensor, min_val: float = -1.0, max_val: float = 1.0
+) -> TracedTensor:
+    if min_val > max_val:
+        raise argument_error(t, "min_val cannot be greater than max_val")
+    return hardtanh(t, input, min_val, max_val)
+
+
+_hardtanh = _activation(
+    "hardtanh",
+    lambda low, high: (low, high),
+    lambda t, x, low, high: t.b.minimum(t.b.maximum(x, low), high),
+    _d_inside,
+)
+
+
+def relu6(t: Tracer, input: Tensor) -> TracedTensor:
+    return hardtanh(t, input, 0.0, 6.0)
+
+
+def softsign(t: Tracer, input: Tensor) -> TracedTensor:
+    """x / (|x| + 1), as torch composes it."""
+    return div(t, input, add(t, FUNCTIONS["abs"](t, input), 1))
+
+
+def tanhshrink(t: Tracer, input: Tensor) -> TracedTensor:
+    """x - tanh(x), as torch composes it."""
+    return sub(t, input, FUNCTIONS["tanh"](t, input))
+
+
+def prelu(t: Tracer, input: Tensor, weight: Tensor) -> TracedTensor:
+    """x, and weight·x where x <= 0; one weight, or one per channel (axis 1)."""
+    x, w = t.lift(input), t.lift(weight)
+    channels = x.shape[1] if len(x.shape) > 1 else 1
+    if len(w.shape) > 1 or (w.numel != 1 and w.numel != channels) or x.dtype is not w.dtype:
+        raise t.shape_error(
+            f"prelu expects one weight or one per channel ({channels}), of the input's dtype"
+        )
+    kept = tuple(w.numel if i == min(1, len(x.shape) - 1) else 1 for i in range(len(x.shape)))
+    b = t.b
+    factor = expand(t, b.reshape(t.read(w), shape=kept), x.shape)
+    require_float(t, "prelu", factor)
+    value = derived(
+        t,
+        "prelu",
+        (t.read(x), factor),
+        lambda x, w: b.where(b.gt(x, 0.0), x, b.mul(x, w)),
+        (
+            lambda g, y, x, w: b.where(b.gt(x, 0.0), g, b.mul(g, w)),
+            lambda g, y, x, w: b.where(b.gt(x, 0.0), 0.0, b.mul(g, x)),
+        ),
+    )
+    strides = elementwise_strides(x.shape, [(x.shape, x.strides)])
+    return t.fresh(value, strides)
+
+
+def glu(t: Tracer, input: Tensor, dim: int = -1) -> TracedTensor:
+    """The first half along an axis times the sigmoid of the second."""
+    x, b = t.lift(input), t.b
+    if not x.shape:
+        raise t.shape_error("glu does not support 0-dimensional tensors")
+    axis = normal_axis(t, dim, len(x.shape))
+    size = x.shape[axis]
+    if size % 2:
+        raise t.shape_error(f"Halving dimension must be even, but dimension {axis} is size {size}")
+    value, ones = t.read(x), (1,) * len(x.shape)
+    require_float(t, "glu", value)
+
+    def part(first: int, last: int) -> Value:
+        starts = tuple(first if i == axis else 0 for i in range(len(x.shape)))
+        stops = tuple(last if i == axis else n for i, n in enumerate(x.shape))
+        return b.slice(value, starts=starts, stops=stops, steps=ones)
+
+    halves = part(0, size // 2), part(size // 2, size)
+
+    def d_gate(g: Value, y: Value, a: Value, z: Value) -> Value:
+        s = sigmoid(t, z)
+        return b.mul(b.mul(g, b.mul(b.sub(1.0, s), s)), a)
+
+    out = derived(
+        t,
+        "glu",
+        halves,
+        lambda a, z: b.mul(a, sigmoid(t, z)),
+        (lambda g, y, a, z: b.mul(g, sigmoid(t, z)), d_gate),
+    )
+    strides = elementwise_strides(out.type.shape, [(out.type.shape, x.strides)])
+    return t.fresh(out, strides)
+
+
+register(("gelu",), gelu)
+RULES[functional.hardtanh] = with_inplace(_checked_hardtanh, 2)
+RULES[functional.relu6] = with_inplace(relu6, 0)
+register(("hardtanh",), hardtanh)
+register(("relu6",), relu6)
+register(("softsign",), softsign, inplace=False)
+register(("tanhshrink",), tanhshrink, inplace=False)
+register(("prelu",), prelu, inplace=False)
+register(("glu",), glu, inplace=False)
+
+
+# --- dropout -----------------------------------------------------------------------------------
+
+
+def dropout(
+    t: Tracer,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    train: bool | None = None,
+) -> Tensor:
+    """The input itself where nothing is dropped; random numbers are not supported yet."""
+    training = training if train is None else train
+    if not 0 <= p <= 1:
+        raise argument_error(t, f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or p == 0 or not t.lift(input).numel:
+        return input
+    raise t.unsupported("Random numbers are not supported yet; use p=0 or evaluation mode")
+
+
+def alpha_dropout(
+    t: Tracer, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+) -> Tensor:
+    """Dropout that is off unless asked for."""
+    return dropout(t, input, p, training)
+
+
+for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
+    for _function in (*spellings(_name), *spellings(_name + "_")):
+        RULES.setdefault(_function, dropout)
+
+
+def _of_batches(rank: int):
+    """Dropout of whole channels: without a batch axis, one is put in front and taken away again."""
+
+    def rule(
+        t: Tracer, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        if rank == 3 and len(t.lift(input).shape) not in (2, 3):
+            raise t.shape_error("dropout1d: Expected 2D or 3D input")
+        if len(t.lift(input).shape) == rank:
+            return dropout(t, input, p, training)
+        batch = RULES[Tensor.unsqueeze](t, input, 0)
+        return RULES[Tensor.squeeze](t, dropout(t, batch, p, training), 0)
+
+    return rule
+
+
+RULES[functional.dropout1d] = _of_batches(3)
+RULES[functional.dropout2d] = dropout
+RULES[functional.dropout3d] = _of_batches(5)
+for _name in ("alpha_dropout", "feature_alpha_dropout"):
+    RULES[getattr(functional, _name)] = alpha_dropout

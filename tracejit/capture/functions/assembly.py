@@ -1,0 +1,492 @@
+"""Tensors put together, taken apart and laid out anew: cat, stack, split, pad, flip, repeat, …
+
+Views (split, chunk, movedim, …) are handles on the same storage, as in torch; the others
+are compositions of movement primitives and `where`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from tracejit.capture.functions.common import (
+    Operand,
+    cast,
+    expand,
+    literal,
+    normal_axes,
+    normal_axis,
+    register,
+    result_dtype,
+    size_args,
+    sized,
+)
+from tracejit.capture.functions.movement import (
+    expand_,
+    narrow,
+    permute,
+    preserved_strides,
+    reshape,
+    unsqueeze,
+    view,
+)
+from tracejit.capture.scalars import is_runtime
+from tracejit.capture.table import rule
+from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
+from tracejit.ir.types import b1, i64
+
+Tensor = torch.Tensor
+Tensors = Sequence[Tensor]
+
+
+# ---- joining
+
+
+def joined(t: Tracer, pieces: Sequence[Value], axis: int) -> Value:
+    """Values of one dtype along an axis, each where its positions begin."""
+    sizes = [p.type.shape[axis] for p in pieces]
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    with t.untaped():
+        value = _joined(t, pieces, starts, axis, sum(sizes))
+
+    def vjp(b, cts, need):
+        (g,) = cts
+        for piece, start, wanted in zip(pieces, starts, need, strict=True):
+            yield _part(b, g, axis, start, piece.type.shape[axis]) if wanted else None
+
+    return t.derive("cat", tuple(pieces), value, vjp)
+
+
+def _joined(t: Tracer, pieces: Sequence[Value], starts: list[int], axis: int, total: int) -> Value:
+    kind = pieces[0].type
+    rank = len(kind.shape)
+    value = None
+    for piece, start in zip(pieces, starts, strict=True):
+        after = total - start - piece.type.shape[axis]
+        padded = t.b.pad(
+            piece,
+            low=tuple(start if k == axis else 0 for k in range(rank)),
+            high=tuple(after if k == axis else 0 for k in range(rank)),
+            interior=(0,) * rank,
+            value=literal(0, kind.dtype),
+        )
+        if value is None:
+            value = padded
+            continue
+        place = t.b.iota(axis=axis, shape=padded.type.shape, dtype=i64, device=kind.device)
+        value = t.b.where(t.b.lt(place, start), value, padded)
+    return value
+
+
+def _part(b, x: Value, axis: int, start: int, length: int) -> Value:
+    shape = x.type.shape
+    stops = tuple(start + length if k == axis else n for k, n in enumerate(shape))
+    starts = tuple(start if k == axis else 0 for k in range(len(shape)))
+    return b.slice(x, starts=starts, stops=stops, steps=(1,) * len(shape))
+
+
+def cat(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
+    """torch.cat; tensors of shape (0,) are skipped, as they always were."""
+    if not tensors:
+        raise ValueError("torch.cat(): expected a non-empty list of Tensors")
+    handles = [t.lift(x) for x in tensors]
+    if any(not h.shape for h in handles):
+        raise t.shape_error("zero-dimensional tensors cannot be concatenated")
+    kept = [h for h in handles if h.shape != (0,)] or handles[:1]
+    axis = normal_axis(t, dim, len(kept[0].shape))
+    first = kept[0].shape
+    for h in kept:
+        same = len(h.shape) == len(first) and all(
+            n == m or k == axis for k, (n, m) in enumerate(zip(h.shape, first, strict=True))
+        )
+        if not same:
+            raise t.shape_error(
+                f"Sizes of tensors must match except in dimension {axis}: got {list(h.shape)} "
+                f"and {list(first)}"
+            )
+    dtype = result_dtype([Operand(h) for h in handles])
+    value = joined(t, [cast(t, t.read(h), dtype) for h in kept], axis)
+    for h in handles:
+        if h not in kept and h.dtype.is_float:  # it gets a gradient, which is as empty
+            value = t.unread(value, t.read(h))
+    return t.fresh(value)
+
+
+def stack(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
+    if not tensors:
+        raise t.shape_error("stack expects a non-empty TensorList")
+    first = t.lift(tensors[0]).shape
+    for x in tensors:
+        if t.lift(x).shape != first:
+            raise t.shape_error(
+                f"stack expects each tensor to be equal size, but got {list(first)} and "
+                f"{list(t.lift(x).shape)}"
+            )
+    axis = normal_axis(t, dim, len(first) + 1)
+    return cat(t, [unsqueeze(t, x, axis) for x in tensors], axis)
+
+
+def at_least(t: Tracer, x: Tensor, rank: int) -> Tensor:
+    """atleast_1d, atleast_2d, atleast_3d of one tensor."""
+    have = len(t.lift(x).shape)
+    if have >= rank:
+        return x
+    if have == 0:
+        return reshape(t, x, (1,) * rank)
+    x = unsqueeze(t, x, 0) if have == 1 and rank > 1 else x
+    return unsqueeze(t, x, -1) if rank == 3 else x
+
+
+def _require_some(t: Tracer, tensors: Tensors) -> None:
+    if not tensors:
+        raise t.shape_error("expected a non-empty TensorList")
+
+
+def hstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+    _require_some(t, tensors)
+    tensors = [at_least(t, x, 1) for x in tensors]
+    return cat(t, tensors, int(len(t.lift(tensors[0]).shape) > 1))
+
+
+def vstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+    _require_some(t, tensors)
+    return cat(t, [at_least(t, x, 2) for x in tensors], 0)
+
+
+def dstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+    _require_some(t, tensors)
+    return cat(t, [at_least(t, x, 3) for x in tensors], 2)
+
+
+def column_stack(t: Tracer, tensors: Tensors) -> TracedTensor:
+    columns = [
+        x if len(t.lift(x).shape) > 1 else reshape(t, x, (t.lift(x).numel, 1)) for x in tensors
+    ]
+    return hstack(t, columns)
+
+
+# ---- taking apart
+
+
+def split(t: Tracer, tensor: Tensor, split_size_or_sections: object, dim: int = 0) -> tuple:
+    """Views of equal size (the last may be smaller), or of the given sizes."""
+    if isinstance(split_size_or_sections, (tuple, list)):
+        return split_with_sizes(t, tensor, split_size_or_sections, dim)
+    h, size = t.lift(tensor), int(split_size_or_sections)
+    axis = normal_axis(t, dim, len(h.shape))
+    if not h.shape:
+        raise t.shape_error("split expects at least a 1-dimensional tensor")
+    n = h.shape[axis]
+    if size < 0 or (size == 0 and n):
+        raise t.shape_error(f"split expects split_size be non-negative and not 0, but got {size}")
+    starts = range(0, n, size) if n else (0,)
+    return tuple(narrow(t, tensor, axis, s, min(size, n - s)) for s in starts)
+
+
+def split_with_sizes(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int = 0) -> tuple:
+    h = t.lift(tensor)
+    axis, sizes = normal_axis(t, dim, len(h.shape)), [int(n) for n in split_sizes]
+    if not h.shape or sum(sizes) != h.shape[axis] or any(n < 0 for n in sizes):
+        raise t.shape_error(f"split_with_sizes expects sizes that sum to the extent, got {sizes}")
+    starts = [sum(sizes[:k]) for k in range(len(sizes))]
+    return tuple(narrow(t, tensor, axis, s, n) for s, n in zip(starts, sizes, strict=True))
+
+
+def chunk(t: Tracer, input: Tensor, chunks: int, dim: int = 0) -> tuple:
+    h = t.lift(input)
+    if not h.shape:
+        raise t.shape_error("chunk expects at least a 1-dimensional tensor")
+    if chunks <= 0:
+        raise t.shape_error(f"chunk expects `chunks` to be greater than 0, got: {chunks}")
+    n = h.shape[normal_axis(t, dim, len(h.shape))]
+    if n == 0:
+        return split_with_sizes(t, input, [0] * chunks, dim)
+    return split(t, input, -(-n // chunks), dim)
+
+
+def tensor_split(
+    t: Tracer,
+    input: Tensor,
+    indices_or_sections: object = None,
+    dim: int = 0,
+    *,
+    indices: object = None,
+    sections: object = None,
+) -> tuple:
+    """Views between the given indices, or of nearly equal sizes."""
+    given = next(x for x in (indices_or_sections, indices, sections) if x is not None)
+    h = t.lift(input)
+    if isinstance(given, Tensor):
+        raise t.unsupported("Split points that are a tensor depend on values")
+    if not h.shape:
+        raise t.shape_error("tensor_split expected at least a 1-dimensional tensor")
+    axis = normal_axis(t, dim, len(h.shape))
+    n = h.shape[axis]
+    if isinstance(given, int):
+        if given <= 0:
+            raise t.shape_error(f"number of sections must be larger than 0, got {given}")
+        small, more = divmod(n, given)
+        sizes = [small + (k < more) for k in range(given)]
+        return split_with_sizes(t, input, sizes, axis)
+    ends = [*(slice(None, int(i)).indices(n)[1] for i in given), n]
+    begins = [0, *ends[:-1]]
+    return tuple(
+        narrow(t, input, axis, s, max(e - s, 0)) for s, e in zip(begins, ends, strict=True)
+    )
+
+
+def _split_along(name: str, dim: int, least: int):
+    def rule(t: Tracer, input: Tensor, indices_or_sections: object) -> tuple:
+        rank = len(t.lift(input).shape)
+        if rank < least:
+            raise t.shape_error(f"torch.{name} requires a tensor with at least {least} dimension")
+        axis = 0 if name == "hsplit" and rank == 1 else dim
+        n = t.lift(input).shape[axis]
+        if isinstance(indices_or_sections, int) and (
+            indices_or_sections <= 0 or n % indices_or_sections
+        ):
+            raise t.shape_error(f"torch.{name}: {indices_or_sections} sections do not divide {n}")
+        return tensor_split(t, input, indices_or_sections, axis)
+
+    return rule
+
+
+# ---- padding
+
+
+def pad(
+    t: Tracer, input: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None
+) -> TracedTensor:
+    """F.pad with a constant; negative widths cut off."""
+    if mode != "constant":
+        raise t.unsupported(f"Padding of mode {mode!r} has no rule; use mode='constant'")
+    h = t.lift(input)
+    if len(pad) % 2 or len(pad) // 2 > len(h.shape):
+        raise t.shape_error(f"Padding {list(pad)} does not fit a tensor of {len(h.shape)} axes")
+    rank = len(h.shape)
+    low, high = [0] * rank, [0] * rank
+    for k in range(len(pad) // 2):
+        low[rank - 1 - k], high[rank - 1 - k] = int(pad[2 * k]), int(pad[2 * k + 1])
+    if any(n + a + b < 0 for n, a, b in zip(h.shape, low, high, strict=True)):
+        raise t.shape_error(f"Padding {list(pad)} results in a negative output size")
+    x = _cut(t, t.read(h), low, high)
+    widths = {
+        "low": tuple(max(n, 0) for n in low),
+        "high": tuple(max(n, 0) for n in high),
+        "interior": (0,) * rank,
+    }
+    value = 0 if value is None else value
+    if not is_runtime(value):
+        return t.fresh(t.b.pad(x, **widths, value=literal(value, h.dtype)))
+    inside = t.b.full(True, shape=x.type.shape, dtype=b1, device=h.device)
+    inside = t.b.pad(inside, **widths, value=False)
+    x = t.b.pad(x, **widths, value=literal(0, h.dtype))
+    number = literal(value, h.dtype)
+    fill = t.b.full(number, shape=x.type.shape, dtype=h.dtype, device=h.device)
+    return t.fresh(t.b.where(inside, x, fill))
+
+
+def _cut(t: Tracer, x: Value, low: list[int], high: list[int]) -> Value:
+    if all(n >= 0 for n in (*low, *high)):
+        return x
+    starts = tuple(max(-n, 0) for n in low)
+    stops = tuple(n - max(-m, 0) for n, m in zip(x.type.shape, high, strict=True))
+    stops = tuple(map(max, starts, stops))
+    return t.b.slice(x, starts=starts, stops=stops, steps=(1,) * len(starts))
+
+
+def constant_pad_nd(
+    t: Tracer, input: Tensor, pad_: Sequence[int], value: object = 0
+) -> TracedTensor:
+    return pad(t, input, pad_, "constant", value)
+
+
+# ---- order
+
+
+def flip(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+    h = t.lift(input)
+    chosen = size_args(t, dims)
+    axes = normal_axes(t, chosen, len(h.shape)) if chosen else ()
+    return t.fresh(t.b.flip(t.read(h), axes=axes if h.shape else ()), preserved_strides(h))
+
+
+def _flip_function(t: Tracer, input: Tensor, dims: object) -> TracedTensor:
+    return flip(t, input, dims)
+
+
+def _flip_one(name: str, axis: int):
+    def rule(t: Tracer, input: Tensor) -> TracedTensor:
+        if len(t.lift(input).shape) <= axis:
+            raise t.shape_error(f"{name}: Input must be >= {axis + 1}-d.")
+        return flip(t, input, axis)
+
+    return rule
+
+
+def roll(t: Tracer, input: Tensor, shifts: object, dims: object = ()) -> TracedTensor:
+    """Each axis in two parts, in the other order."""
+    h = t.lift(input)
+    shifts = (shifts,) if isinstance(shifts, int) else tuple(shifts)
+    dims = (dims,) if isinstance(dims, int) else tuple(dims)
+    if not dims and len(shifts) == 1:
+        flat = reshape(t, input, -1) if h.numel else input
+        return reshape(t, roll(t, flat, shifts, 0), h.shape) if h.numel else flip(t, input, ())
+    if len(shifts) != len(dims):
+        raise t.shape_error(f"shifts and dimensions must align. shifts: {shifts}, dims: {dims}")
+    value = t.read(h)
+    for shift, dim in zip(shifts, dims, strict=True):
+        axis = normal_axis(t, dim, len(h.shape))
+        n = h.shape[axis] if h.shape else 0
+        if n and shift % n:
+            at = n - shift % n
+            parts = _part(t.b, value, axis, at, n - at), _part(t.b, value, axis, 0, at)
+            value = joined(t, parts, axis)
+    return t.fresh(value)
+
+
+# ---- copies side by side
+
+
+def repeat(t: Tracer, input: Tensor, *repeats: object) -> TracedTensor:
+    times = size_args(t, repeats)
+    h = t.lift(input)
+    missing = len(times) - len(h.shape)
+    if missing < 0 or any(n < 0 for n in times):
+        raise t.shape_error(f"repeat {list(times)} does not fit a tensor of shape {list(h.shape)}")
+    shape = (1,) * missing + h.shape
+    apart = tuple(n for size in shape for n in (1, size))
+    spread = tuple(n for pair in zip(times, shape, strict=True) for n in pair)
+    value = expand(t, t.b.reshape(t.read(h), shape=apart), spread)
+    whole = tuple(n * size for n, size in zip(times, shape, strict=True))
+    return t.fresh(t.b.reshape(value, shape=whole))
+
+
+def tile(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+    times = size_args(t, dims)
+    missing = len(t.lift(input).shape) - len(times)
+    return repeat(t, input, (1,) * missing + times)
+
+
+def repeat_interleave(
+    t: Tracer, input: Tensor, repeats: object = None, dim: int | None = None, **options: object
+) -> TracedTensor:
+    """Each element `repeats` times in a row."""
+    if not isinstance(repeats, int) or set(options) - {"output_size"}:
+        raise t.unsupported("Repeats that are a tensor decide a shape; use a number")
+    h = t.lift(input)
+    value = t.read(h)
+    if dim is None:
+        value, axis = t.b.reshape(value, shape=(h.numel,)), 0
+    else:
+        axis = normal_axis(t, dim, len(h.shape))
+    if repeats < 0:
+        raise t.shape_error("Repeats must be non-negative")
+    shape = value.type.shape
+    if not shape:
+        value, shape = t.b.reshape(value, shape=(1,)), (1,)
+    thin = (*shape[: axis + 1], 1, *shape[axis + 1 :])
+    wide = (*shape[: axis + 1], repeats, *shape[axis + 1 :])
+    value = expand(t, t.b.reshape(value, shape=thin), wide)
+    whole = (*shape[:axis], shape[axis] * repeats, *shape[axis + 1 :])
+    return t.fresh(t.b.reshape(value, shape=whole))
+
+
+def meshgrid(t: Tracer, *tensors: object, indexing: str | None = None) -> tuple:
+    """Views of vectors, one axis for each."""
+    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
+    if not given:
+        raise t.shape_error("meshgrid expects a non-empty TensorList")
+    if any(len(t.lift(x).shape) > 1 for x in given):
+        raise t.shape_error("Expected 0D or 1D tensor in the tensor list")
+    if indexing not in (None, "ij", "xy"):
+        raise t.shape_error(f"indexing must be one of 'xy' or 'ij', but received: {indexing}")
+    swap = indexing == "xy" and len(given) > 1
+    order = [1, 0, *range(2, len(given))] if swap else list(range(len(given)))
+    given = [given[k] for k in order]
+    shape = tuple(t.lift(x).numel for x in given)
+    grids = []
+    for k, x in enumerate(given):
+        thin = tuple(n if i == k else 1 for i, n in enumerate(shape))
+        grids.append(expand_(t, view(t, x, thin), shape))
+    return tuple(grids[k] for k in order)
+
+
+# ---- views
+
+
+def movedim(t: Tracer, input: Tensor, source: object, destination: object) -> TracedTensor:
+    rank = len(t.lift(input).shape)
+    source = (source,) if isinstance(source, int) else tuple(source)
+    destination = (destination,) if isinstance(destination, int) else tuple(destination)
+    if len(source) != len(destination):
+        raise t.shape_error(f"movedim: {source} and {destination} differ in length")
+    come = [normal_axis(t, a, rank) for a in source]
+    go = [normal_axis(t, a, rank) for a in destination]
+    if len(set(come)) != len(come) or len(set(go)) != len(go):
+        raise t.shape_error(f"movedim: repeated dim in {source} or {destination}")
+    if not rank:
+        return permute(t, input, ())
+    order: list[int | None] = [None] * rank
+    for a, b in zip(come, go, strict=True):
+        order[b] = a
+    others = iter(a for a in range(rank) if a not in come)
+    return permute(t, input, tuple(next(others) if a is None else a for a in order))
+
+
+def unflatten(t: Tracer, input: Tensor, dim: int, sizes: Sequence[int]) -> TracedTensor:
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    sizes = tuple(int(n) for n in sizes)
+    if not h.shape or not sizes:
+        raise t.shape_error("unflatten: sizes must be non-empty, and the tensor have an axis")
+    known = math.prod(n for n in sizes if n != -1)
+    if -1 in sizes and known and h.shape[axis] % known == 0:
+        sizes = tuple(h.shape[axis] // known if n == -1 else n for n in sizes)
+    if math.prod(sizes) != h.shape[axis] or any(n < 0 for n in sizes):
+        raise t.shape_error(f"unflatten: {sizes} don't multiply up to {h.shape[axis]}")
+    return view(t, input, h.shape[:axis] + sizes + h.shape[axis + 1 :])
+
+
+@rule(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
+def _atleast(t: Tracer, *tensors: object) -> object:
+    rank = int(t.calling.__name__[-2])
+    given = tensors[0] if len(tensors) == 1 else tensors
+    if isinstance(given, Tensor):
+        return at_least(t, given, rank)
+    return tuple(at_least(t, x, rank) for x in given)
+
+
+for _names, _implementation in (
+    (("cat", "concat", "concatenate"), cat),
+    (("stack",), stack),
+    (("hstack",), hstack),
+    (("vstack", "row_stack"), vstack),
+    (("dstack",), dstack),
+    (("column_stack",), column_stack),
+    (("split",), split),
+    (("split_with_sizes",), split_with_sizes),
+    (("chunk",), chunk),
+    (("tensor_split",), tensor_split),
+    (("hsplit",), _split_along("hsplit", 1, 1)),
+    (("vsplit",), _split_along("vsplit", 0, 2)),
+    (("dsplit",), _split_along("dsplit", 2, 3)),
+    (("pad",), pad),
+    (("constant_pad_nd",), constant_pad_nd),
+    (("flip",), _flip_function),
+    (("fliplr",), _flip_one("fliplr", 1)),
+    (("flipud",), _flip_one("flipud", 0)),
+    (("roll",), roll),
+    (("repeat_interleave",), repeat_interleave),
+    (("meshgrid",), meshgrid),
+    (("movedim", "moveaxis"), movedim),
+    (("unflatten",), unflatten),
+):
+    register(_names, _implementation, inplace=False)
+rule(Tensor.repeat)(sized("repeats", repeat))
+rule(Tensor.flip)(sized("dims", flip))
+rule(torch.tile, Tensor.tile)(sized("dims", tile))

@@ -1,0 +1,108 @@
+"""What rules of whole neural-network functions share: wide arithmetic, one derivative per input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tracejit.capture import location
+from tracejit.capture.functions.common import cast, expand
+from tracejit.capture.table import function_name
+from tracejit.capture.tensor import TO_TORCH, Ints
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import ArgumentError
+from tracejit.ir.graph import Value
+from tracejit.ir.types import f32
+
+Forward = Callable[..., Value]  # (*inputs) -> result
+Cotangent = Callable[..., Value | None]  # (cotangent of the result, result, *inputs) -> cotangent
+
+
+def widen(t: Tracer, x: Value) -> Value:
+    """bf16 and f16 as float32, where torch computes; other dtypes as they are."""
+    return cast(t, x, f32) if x.type.dtype.narrow else x
+
+
+def derived(
+    t: Tracer,
+    name: str,
+    inputs: Sequence[Value],
+    forward: Forward,
+    backward: Sequence[Cotangent] = (),
+    *,
+    flat: bool = False,
+) -> Value:
+    """One torch function of values, rounded once to the first input's dtype.
+
+    `backward` holds the derivative formula of each input, torch's own; without any, the primitives'
+    rules serve. Formulas compute wide as well, and their results are rounded to the inputs' dtypes.
+    `flat`: the formulas do not vary with the inputs, which second derivatives then say with zeros.
+    """
+    dtype, inputs = inputs[0].type.dtype, tuple(inputs)
+
+    def compute() -> Value:
+        return cast(t, forward(*(widen(t, x) for x in inputs)), dtype)
+
+    if not backward:
+        return compute()
+    with t.untaped():
+        out = compute()
+
+    def vjp(b, cts, need):
+        first = len(b.nodes)
+        reading, t._reading = t._reading, None
+        g, y, *wide = (widen(t, v) for v in (cts[0], out, *inputs))
+        t._reading = reading
+        casts = {node.out: node for node in b.nodes[first:]}
+        first += len(casts)
+        found: list[Value | None] = []
+        for x, formula, wanted in zip(inputs, backward, need, strict=True):
+            slope = formula(g, y, *wide) if wanted else None
+            slope = None if slope is None else cast(t, slope, x.type.dtype)
+            found.append(t.unread(slope, x) if flat and slope is not None else slope)
+        if reading is not None:  # of the saved values, those count that a formula read
+            used = {v for node in b.nodes[first:] for v in node.inputs}
+            for value in casts.keys() & used:
+                t._check_saved(casts[value])
+        return found
+
+    return t.derive(name, inputs, out, vjp)
+
+
+def require_float(t: Tracer, name: str, *xs: Value) -> None:
+    """Refuse dtypes that torch has no kernel for."""
+    for x in xs:
+        if not x.type.dtype.is_float:
+            raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[x.type.dtype]}')
+
+
+def argument_error(t: Tracer, reason: str) -> ArgumentError:
+    """The error for argument values that the torch call in progress rejects."""
+    where, function = location.full(), function_name(t.calling)
+    return ArgumentError(where=where, function=function, reason=reason)
+
+
+def no_derivative(t: Tracer, name: str, argument: str) -> Cotangent:
+    """The formula of an input that torch cannot differentiate."""
+
+    def refuse(*_: Value) -> Value:
+        raise t.autograd_error(f"the derivative for '{argument}' of {name} is not implemented")
+
+    return refuse
+
+
+def spread(t: Tracer, x: Value, shape: Ints, axes: Ints) -> Value:
+    """Broadcast a reduced value back over the axes of `shape` that were reduced away."""
+    kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
+    return expand(t, t.b.reshape(x, shape=kept), shape)
+
+
+def sigmoid(t: Tracer, x: Value) -> Value:
+    """1 / (1 + exp(-x)), with the derivative y·(1 - y), which is finite far out."""
+    b = t.b
+    return derived(
+        t,
+        "sigmoid",
+        (x,),
+        lambda x: b.div(1.0, b.add(b.exp(b.neg(x)), 1.0)),
+        (lambda g, y, x: b.mul(g, b.mul(b.sub(1.0, y), y)),),
+    )

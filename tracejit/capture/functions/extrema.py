@@ -1,0 +1,118 @@
+"""Where the extremum is: argmax, argmin, max and min along a dim; the first of ties, NaN first."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture import location
+from tracejit.capture.functions.common import expand, normal_axis, register
+from tracejit.capture.functions.patterns import position
+from tracejit.capture.functions.reduction import keep
+from tracejit.capture.table import RULES, Rule, rule
+from tracejit.capture.tensor import Handle, TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.errors import AxisError
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import b1, i64
+
+Tensor = torch.Tensor
+
+
+def _is_extremum(t: Tracer, x: Value, top: Value) -> Value:
+    """Whether elements equal an extremum; NaN equals NaN."""
+    hit = t.b.eq(x, top)
+    if not x.type.dtype.is_float:
+        return hit
+    return t.b.or_(hit, t.b.and_(t.b.ne(x, x), t.b.ne(top, top)))
+
+
+def _extremum(t: Tracer, x: Value, axis: int, name: str) -> tuple[Value, Value]:
+    """The extremum along an axis, and the first place that attains it; NaN is the extremum."""
+    kept = (*x.type.shape[:axis], 1, *x.type.shape[axis + 1 :])
+    top = getattr(t.b, f"reduce_{name}")(x, axes=(axis,))
+    hit = _is_extremum(t, x, expand(t, t.b.reshape(top, shape=kept), x.type.shape))
+    place = position(t, axis, x.type.shape, x.type.device)
+    first = t.b.reduce_min(t.b.where(hit, place, x.type.shape[axis]), axes=(axis,))
+    return top, first
+
+
+def _arg(name: str):
+    def rule(
+        t: Tracer, input: Tensor, dim: int | None = None, keepdim: bool = False
+    ) -> TracedTensor:
+        h = t.lift(input)
+        if h.dtype is b1:
+            raise t.shape_error(f"\"arg{name}_cpu\" not implemented for 'Bool'")
+        axis = 0 if dim is None else normal_axis(t, dim, len(h.shape))
+        _require_elements(t, h, None if dim is None else axis, f"arg{name}()")
+        with t.untaped():
+            x = t.read(h)
+            flat = dim is None or not h.shape
+            if flat:
+                x = t.b.reshape(x, shape=(h.numel,))
+            _, first = _extremum(t, x, axis, name)
+        if flat:
+            kept = (1,) * len(h.shape) if keepdim else ()
+            return t.fresh(t.b.reshape(first, shape=kept))
+        return t.fresh(keep(t, first, h.shape, (axis,), keepdim))
+
+    return rule
+
+
+def _require_elements(t: Tracer, h: Handle, axis: int | None, name: str) -> None:
+    if axis is None and not h.numel:
+        raise AxisError(
+            where=location.full(),
+            reason=f"{name}: Expected reduction dim to be specified for input.numel() == 0.",
+        )
+    if axis is not None and h.shape and not h.shape[axis]:
+        raise AxisError(
+            where=location.full(),
+            reason=f"{name}: Expected reduction dim {axis} to have non-zero size.",
+        )
+
+
+def _with_index(t: Tracer, input: Tensor, dim: int, keepdim: bool, name: str) -> object:
+    """max and min along a dim: the gradient goes to the element that the index names."""
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    _require_elements(t, h, axis, f"{name}()")
+    x = t.read(h)
+    made = getattr(torch.return_types, name)
+    if not h.shape:
+        zero = t.b.full(0, shape=(), dtype=i64, device=h.device)
+        return made((t.fresh(t.b.alias(x)), t.fresh(zero)))
+    with t.untaped():
+        top, first = _extremum(t, x, axis, name)
+    kept = (*h.shape[:axis], 1, *h.shape[axis + 1 :])
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        def spread(v: Value) -> Value:
+            return expand(t, b.reshape(v, shape=kept), h.shape)
+
+        hit = b.eq(spread(first), position(t, axis, h.shape, h.device))
+        return (b.where(hit, spread(cts[0]), 0.0),)
+
+    values = t.derive(name, (x,), top, vjp)
+    return made(tuple(t.fresh(keep(t, v, h.shape, (axis,), keepdim)) for v in (values, first)))
+
+
+def _extremum_function(name: str, others: Rule):
+    """max and min: of everything, of two tensors, and along a dim."""
+
+    def either(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> object:
+        names = ("dim", "keepdim")
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if "dim" not in given or isinstance(given["dim"], Tensor):
+            return others(t, input, *args, **kwargs)
+        if set(given) - set(names):
+            raise t.unsupported(f"The options {sorted(set(given) - set(names))} have no rule")
+        return _with_index(t, input, given["dim"], bool(given.get("keepdim", False)), name)
+
+    return either
+
+
+for _name in ("max", "min"):
+    for _function in (getattr(torch, _name), getattr(Tensor, _name)):
+        rule(_function)(_extremum_function(_name, RULES[_function]))
+    register((f"arg{_name}",), _arg(_name), inplace=False)

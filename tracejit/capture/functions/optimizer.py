@@ -1,0 +1,162 @@
+"""What optimizers call: addcmul, addcdiv, lerp, and the `_foreach_` functions of lists."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions import arithmetic, statistics, transcendental, unary  # noqa: F401
+from tracejit.capture.functions.common import Number, in_place, literal, pointwise, register
+from tracejit.capture.functions.derived import derived, require_float, widen
+from tracejit.capture.functions.statistics import vector_norm
+from tracejit.capture.table import RULES, Rule
+from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
+
+Tensor = torch.Tensor
+
+
+def _added(name: str):
+    """input + value·tensor1·tensor2, or with a quotient; rounded once."""
+
+    def function(
+        t: Tracer, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Number = 1
+    ) -> TracedTensor:
+        b = t.b
+
+        def emit(x: Value, y: Value, z: Value) -> Value:
+            dtype = widen(t, x).type.dtype
+            if name == "addcdiv" and not dtype.is_float:
+                raise t.shape_error("Integer division with addcdiv is no longer supported")
+            factor = literal(value, dtype)
+
+            def forward(x: Value, y: Value, z: Value) -> Value:
+                scaled = b.mul(y, factor)
+                return b.add(x, b.mul(scaled, z) if name == "addcmul" else b.div(scaled, z))
+
+            return derived(t, name, (x, y, z), forward)
+
+        return pointwise(t, emit, (input, tensor1, tensor2))
+
+    return function
+
+
+addcmul, addcdiv = _added("addcmul"), _added("addcdiv")
+
+
+def lerp(t: Tracer, input: Tensor, end: Tensor, weight: Tensor | Number) -> TracedTensor:
+    """input + w·(end - input), from the nearer end; the gradients are (1 - w)·g and w·g."""
+    b = t.b
+    if t.lift(input).dtype is not t.lift(end).dtype:
+        raise t.shape_error("expected dtype of `end` to be that of `input`")
+
+    def near(x: Value, z: Value, w: Value) -> Value:
+        return b.add(x, b.mul(b.sub(z, x), w))
+
+    def far(x: Value, z: Value, rest: Value) -> Value:
+        return b.sub(z, b.mul(b.sub(z, x), rest))
+
+    def emit(x: Value, z: Value) -> Value:
+        require_float(t, "lerp", x)
+        dtype = widen(t, x).type.dtype
+        w, rest = literal(weight, dtype), literal(1.0 - weight, dtype)
+        close = abs(weight) < 0.5
+        return derived(
+            t,
+            "lerp",
+            (x, z),
+            lambda x, z: near(x, z, w) if close else far(x, z, rest),
+            (lambda g, y, x, z: b.mul(g, rest), lambda g, y, x, z: b.mul(g, w)),
+        )
+
+    def emit_tensor(x: Value, z: Value, w: Value) -> Value:
+        require_float(t, "lerp", x)
+        return derived(
+            t,
+            "lerp",
+            (x, z, w),
+            lambda x, z, w: b.where(b.lt(b.abs(w), 0.5), near(x, z, w), far(x, z, b.sub(1.0, w))),
+            (
+                lambda g, y, x, z, w: b.mul(g, b.sub(1.0, w)),
+                lambda g, y, x, z, w: b.mul(g, w),
+                lambda g, y, x, z, w: b.mul(g, b.sub(z, x)),
+            ),
+        )
+
+    if isinstance(weight, Tensor):
+        return pointwise(t, emit_tensor, (input, end, weight))
+    return pointwise(t, emit, (input, end))
+
+
+register(("addcmul",), addcmul)
+register(("addcdiv",), addcdiv)
+register(("lerp",), lerp)
+
+
+# --- lists of tensors --------------------------------------------------------------------------
+
+
+def _each(one: Rule, keyword: str | None, *, inplace: bool) -> Rule:
+    """Apply a rule to every tensor of a list, with its own element of the lists beside it.
+
+    `keyword` is what the single function calls the last argument, when the list form has it by
+    position.
+    """
+
+    def rule(t: Tracer, self: object, *args: object, **kwargs: object) -> object:
+        lists = [x for x in (self, *args) if isinstance(x, (list, tuple))]
+        if len({len(x) for x in lists}) != 1:
+            raise t.shape_error("Tensor lists must have the same number of tensors")
+
+        def item(x: object, i: int) -> object:
+            return x[i] if isinstance(x, (list, tuple)) else x
+
+        out = []
+        for i in range(len(lists[0])):
+            given, named = [item(x, i) for x in (self, *args)], dict(kwargs)
+            if keyword is not None and len(given) == 4:
+                named[keyword] = given.pop()
+            out.append(one(t, *given, **named))
+        return list(self) if inplace else tuple(out)
+
+    return rule
+
+
+def _maximum(name: str) -> Rule:
+    """Of two tensors, or of a tensor and a number."""
+    number = "clamp_min" if name == "maximum" else "clamp_max"
+
+    def rule(t: Tracer, input: Tensor, other: object) -> Tensor:
+        return getattr(arithmetic, name if isinstance(other, Tensor) else number)(t, input, other)
+
+    return rule
+
+
+_KEYWORDS = {"addcmul": "value", "addcdiv": "value"}
+_SINGLE: dict[str, Rule] = {
+    "norm": lambda t, x, ord=2, dtype=None: vector_norm(t, x, ord, dtype=dtype),
+    "pow": lambda t, x, exponent: RULES[torch.pow](t, x, exponent),
+    "maximum": _maximum("maximum"),
+    "minimum": _maximum("minimum"),
+    "maximum_": in_place(_maximum("maximum")),
+    "minimum_": in_place(_maximum("minimum")),
+}
+
+
+def _register_lists() -> None:
+    """Every `_foreach_` function whose single form has a rule."""
+    for name in dir(torch):
+        base = name.removeprefix("_foreach_")
+        if base == name:
+            continue
+        plain, inplace = base.removesuffix("_"), base.endswith("_")
+        one = RULES.get(getattr(Tensor, base, None)) or RULES.get(getattr(torch, base, None))
+        if base in _SINGLE:
+            one = _SINGLE[base]
+        if one is not None:
+            RULES.setdefault(
+                getattr(torch, name), _each(one, _KEYWORDS.get(plain), inplace=inplace)
+            )
+
+
+_register_lists()

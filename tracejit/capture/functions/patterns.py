@@ -1,0 +1,287 @@
+"""What is told from positions: eye, tril, triu, diag, one_hot, linspace, and small constants."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions import factories
+from tracejit.capture.functions.assembly import movedim
+from tracejit.capture.functions.common import (
+    cast,
+    check_range,
+    default_dtype,
+    expand,
+    literal,
+    normal_axis,
+    number_dtype,
+    promote_two,
+    register,
+)
+from tracejit.capture.functions.factories import device_name, ir_dtype
+from tracejit.capture.functions.movement import clone, slice_steps
+from tracejit.capture.functions.reduction import sum_
+from tracejit.capture.table import rule
+from tracejit.capture.tensor import Ints, TracedTensor
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
+from tracejit.ir.types import DType, f64, i64
+
+Tensor = torch.Tensor
+LARGEST_CONSTANT = 64  # elements of a torch.tensor([…]): each costs a comparison where it is read
+
+
+def position(t: Tracer, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:
+    """The index along an axis, at every point of a shape."""
+    return t.b.iota(axis=axis, shape=shape, dtype=dtype, device=device)
+
+
+def _finished(t: Tracer, value: Value, requires_grad: bool) -> TracedTensor:
+    made = t.fresh(value)
+    if requires_grad:
+        t.make_leaf(made.handle)
+    return made
+
+
+# ---- triangles and diagonals
+
+
+def _triangle(name: str):
+    def rule(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
+        h = t.lift(input)
+        if len(h.shape) < 2:
+            raise t.shape_error(f"{name}: input tensor must have at least 2 dimensions")
+        last = len(h.shape) - 1
+        ahead = t.b.sub(
+            position(t, last, h.shape, h.device), position(t, last - 1, h.shape, h.device)
+        )
+        inside = (t.b.le if name == "tril" else t.b.ge)(ahead, int(diagonal))
+        return t.fresh(t.b.where(inside, t.read(h), literal(0, h.dtype)))
+
+    return rule
+
+
+def diagonal(
+    t: Tracer, input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> TracedTensor:
+    """A view of the elements (i, i + offset): a square, flattened, in steps of its side and 1."""
+    h = t.lift(input)
+    rank = len(h.shape)
+    a, b = normal_axis(t, dim1, rank), normal_axis(t, dim2, rank)
+    if a == b:
+        raise t.shape_error(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
+    row, column = max(-offset, 0), max(offset, 0)
+    n = max(min(h.shape[a] - row, h.shape[b] - column), 0)
+    row, column = (row, column) if n else (0, 0)
+    rest = tuple(k for k in range(rank) if k not in (a, b))
+    kept = tuple(h.shape[k] for k in rest)
+    steps = (
+        slice_steps(h, a, row, row + n, 1),
+        ("slice", _square(h.shape, a, b, n, column)),
+        ("permute", (("axes", (*rest, a, b)),)),
+        ("reshape", (("shape", (*kept, n * n)),)),
+        ("slice", _strided(kept, n)),
+    )
+    strides = (*(h.strides[k] for k in rest), h.strides[a] + h.strides[b])
+    at = h.offset + row * h.strides[a] + column * h.strides[b]
+    return t.view(h, steps, (*kept, n), strides, at)
+
+
+def _square(shape: Ints, a: int, b: int, n: int, column: int) -> tuple:
+    """The slice along axis b, once axis a has extent n."""
+    extents = [n if k == a else m for k, m in enumerate(shape)]
+    starts = tuple(column if k == b else 0 for k in range(len(shape)))
+    stops = tuple(column + n if k == b else m for k, m in enumerate(extents))
+    return (("starts", starts), ("stops", stops), ("steps", (1,) * len(shape)))
+
+
+def _strided(kept: Ints, n: int) -> tuple:
+    rank = len(kept) + 1
+    return (
+        ("starts", (0,) * rank),
+        ("stops", (*kept, n * n)),
+        ("steps", (1,) * (rank - 1) + (n + 1,)),
+    )
+
+
+def diag_embed(
+    t: Tracer, input: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> TracedTensor:
+    """The last axis along a diagonal of two new axes, zero elsewhere."""
+    h = t.lift(input)
+    if not h.shape:
+        raise t.shape_error("diag_embed needs a tensor with at least one dimension")
+    rank, n = len(h.shape) + 1, h.shape[-1] + abs(offset)
+    a, b = normal_axis(t, dim1, rank), normal_axis(t, dim2, rank)
+    if a == b:
+        raise t.shape_error(f"diagonal dimensions cannot be identical {dim1}, {dim2}")
+    lead = h.shape[:-1]
+    low, high = (max(-offset, 0), max(offset, 0))
+    none = (0,) * len(lead)
+    zero = literal(0, h.dtype)
+    rows = t.b.pad(t.read(h), low=(*none, low), high=(*none, high), interior=(*none, 0), value=zero)
+    shape = (*lead, n, n)
+    spread = expand(t, t.b.reshape(rows, shape=(*lead, n, 1)), shape)
+    ahead = t.b.sub(position(t, rank - 1, shape, h.device), position(t, rank - 2, shape, h.device))
+    made = t.fresh(t.b.where(t.b.eq(ahead, int(offset)), spread, zero))
+    if (a, b) == (rank - 2, rank - 1):
+        return made
+    moved = movedim(t, made, (-2, -1), (a, b))
+    return clone(t, moved, memory_format=torch.contiguous_format)
+
+
+def diag(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
+    """A vector as a diagonal matrix; the diagonal of a matrix, copied."""
+    rank = len(t.lift(input).shape)
+    if rank not in (1, 2):
+        raise t.shape_error(f"diag(): Supports 1D or 2D tensors. Got {rank}D")
+    if rank == 1:
+        return diag_embed(t, input, diagonal)
+    return clone(t, _diagonal(t, input, diagonal), memory_format=torch.contiguous_format)
+
+
+_diagonal = diagonal
+
+
+def trace(t: Tracer, input: Tensor) -> TracedTensor:
+    if len(t.lift(input).shape) != 2:
+        raise t.shape_error("trace: expected a matrix")
+    return sum_(t, diagonal(t, input))
+
+
+# ---- constants
+
+
+@rule(torch.eye)
+def eye(
+    t: Tracer,
+    n: int,
+    m: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    device: object = None,
+    requires_grad: bool = False,
+    **options: object,
+) -> TracedTensor:
+    factories._plain(t, options)
+    shape = (n, n if m is None else m)
+    if min(shape) < 0:
+        raise t.shape_error(f"n and m must be greater or equal to 0, got {shape}")
+    place = device_name(device)
+    chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
+    same = t.b.eq(position(t, 0, shape, place), position(t, 1, shape, place))
+    return _finished(t, cast(t, same, chosen), requires_grad)
+
+
+@rule(torch.linspace)
+def linspace(
+    t: Tracer,
+    start: float,
+    end: float,
+    steps: int,
+    *,
+    dtype: torch.dtype | None = None,
+    device: object = None,
+    requires_grad: bool = False,
+    **options: object,
+) -> TracedTensor:
+    """From both ends towards the middle, as torch counts."""
+    factories._plain(t, options)
+    if isinstance(start, Tensor) or isinstance(end, Tensor):
+        raise t.unsupported("Use numbers as the ends of linspace")
+    if steps < 0:
+        raise t.shape_error("number of steps must be non-negative")
+    chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
+    if not chosen.is_float:
+        raise t.unsupported("linspace of integers has no rule; use arange")
+    place, inner = device_name(device), f64 if chosen is f64 else default_dtype()
+    step = (end - start) / (steps - 1) if steps > 1 else 0.0
+    i = position(t, 0, (steps,), place, inner)
+    up = t.b.add(t.b.mul(i, literal(step, inner)), literal(start, inner))
+    back = t.b.sub(float(steps - 1), i)
+    down = t.b.sub(literal(end, inner), t.b.mul(back, literal(step, inner)))
+    value = t.b.where(t.b.lt(i, float(steps // 2 or 1)), up, down)
+    return _finished(t, cast(t, value, chosen), requires_grad)
+
+
+def _flat(t: Tracer, data: object) -> tuple[list, Ints]:
+    """The numbers of nested lists in order, and their shape."""
+    if not isinstance(data, (list, tuple)):
+        if not isinstance(data, (bool, int, float)):
+            raise t.unsupported("torch.tensor has a rule for numbers and nested lists of numbers")
+        return [data], ()
+    parts = [_flat(t, item) for item in data]
+    shapes = {shape for _, shape in parts}
+    if len(shapes) > 1:
+        raise ValueError("expected sequence of equal length at each depth of a nested list")
+    inner = shapes.pop() if shapes else ()
+    return [x for numbers, _ in parts for x in numbers], (len(parts), *inner)
+
+
+def constant(t: Tracer, numbers: list, shape: Ints, dtype: DType, device: str) -> Value:
+    """A small array of given numbers: a chain of selections by position."""
+    if len(numbers) > LARGEST_CONSTANT:
+        raise t.unsupported(
+            f"A constant of {len(numbers)} elements has no rule (at most {LARGEST_CONSTANT}); "
+            "build it outside the step"
+        )
+    for x in numbers:
+        check_range(t, x, dtype)
+    values = [literal(x, dtype) for x in numbers]
+    flat = (len(values),)
+    value = t.b.full(values[0] if values else 0, shape=flat, dtype=dtype, device=device)
+    place = position(t, 0, flat, device)
+    for k, x in enumerate(values):
+        if k:
+            value = t.b.where(t.b.eq(place, k), x, value)
+    return value if flat == shape else t.b.reshape(value, shape=shape)
+
+
+@rule(torch.tensor)
+def tensor(
+    t: Tracer,
+    data: object,
+    *,
+    dtype: torch.dtype | None = None,
+    device: object = None,
+    requires_grad: bool = False,
+    **options: object,
+) -> TracedTensor:
+    """torch.tensor of a number, or of nested lists of a few numbers."""
+    if not isinstance(data, (list, tuple)):
+        return factories.tensor(
+            t, data, dtype=dtype, device=device, requires_grad=requires_grad, **options
+        )
+    factories._plain(t, options)
+    numbers, shape = _flat(t, data)
+    chosen = default_dtype() if not numbers else number_dtype(numbers[0])
+    for x in numbers:
+        chosen = promote_two(chosen, number_dtype(x))
+    chosen = chosen if dtype is None else ir_dtype(t, dtype)
+    value = constant(t, numbers, shape, chosen, device_name(device))
+    return _finished(t, value, requires_grad)
+
+
+def one_hot(t: Tracer, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
+    h = t.lift(tensor)
+    if h.dtype is not i64:
+        raise t.shape_error("one_hot is only applicable to index tensor of type LongTensor")
+    if num_classes == -1:
+        raise t.unsupported("The number of classes depends on values; pass num_classes")
+    if num_classes < 1:
+        raise t.shape_error("num_classes should be positive")
+    shape = (*h.shape, int(num_classes))
+    index = expand(t, t.b.reshape(t.read(h), shape=(*h.shape, 1)), shape)
+    hit = t.b.eq(index, position(t, len(h.shape), shape, h.device))
+    return t.fresh(cast(t, hit, i64))
+
+
+for _names, _implementation, _inplace in (
+    (("tril",), _triangle("tril"), True),
+    (("triu",), _triangle("triu"), True),
+    (("diag_embed",), diag_embed, False),
+    (("diag",), diag, False),
+    (("diagonal",), diagonal, False),
+    (("trace",), trace, False),
+    (("one_hot",), one_hot, False),
+):
+    register(_names, _implementation, inplace=_inplace)

@@ -1,0 +1,303 @@
+"""Products and running sums: outer, einsum, baddbmm and its kin, prod, cumsum, diff."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from tracejit.capture.functions.arithmetic import add, mul, sub
+from tracejit.capture.functions.assembly import cat
+from tracejit.capture.functions.common import cast, expand, normal_axis, register
+from tracejit.capture.functions.contraction import bmm, mv
+from tracejit.capture.functions.movement import narrow, permute, reshape
+from tracejit.capture.functions.patterns import diagonal
+from tracejit.capture.functions.reduction import sum_
+from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.tensor import TO_IR, Ints, TracedTensor, broadcast_shape
+from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
+from tracejit.ir.types import f32, i64
+
+Tensor = torch.Tensor
+
+
+# ---- products of vectors and matrices, and sums with them
+
+
+def outer(t: Tracer, input: Tensor, vec2: Tensor) -> TracedTensor:
+    a, b = t.lift(input), t.lift(vec2)
+    if len(a.shape) != 1 or len(b.shape) != 1:
+        raise t.shape_error("outer: Expected 1-D arguments")
+    return mul(t, reshape(t, input, (a.numel, 1)), vec2)
+
+
+def _plus(
+    t: Tracer, input: Tensor, product: TracedTensor, beta: float, alpha: float
+) -> TracedTensor:
+    """beta * input + alpha * product; an input times 0 is not read."""
+    shape, given = product.handle.shape, t.lift(input).shape
+    if broadcast_shape([given, shape]) != shape:
+        raise t.shape_error(f"input of shape {list(given)} does not expand to {list(shape)}")
+    if isinstance(alpha, float) or alpha != 1:
+        product = mul(t, product, alpha)
+    if not isinstance(beta, TracedFloat) and beta == 0:
+        return t.fresh(t.unread(t.read(product.handle), t.read(t.lift(input))))
+    if isinstance(beta, float) or beta != 1:
+        input = mul(t, input, beta)
+    return add(t, product, input)
+
+
+def baddbmm(
+    t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> TracedTensor:
+    return _plus(t, input, bmm(t, batch1, batch2), beta, alpha)
+
+
+def addbmm(
+    t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> TracedTensor:
+    return _plus(t, input, sum_(t, bmm(t, batch1, batch2), 0), beta, alpha)
+
+
+def addmv(
+    t: Tracer, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1
+) -> TracedTensor:
+    return _plus(t, input, mv(t, mat, vec), beta, alpha)
+
+
+def addr(
+    t: Tracer, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> TracedTensor:
+    return _plus(t, input, outer(t, vec1, vec2), beta, alpha)
+
+
+# ---- einsum
+
+
+def einsum(t: Tracer, equation: object, *operands: object) -> TracedTensor:
+    """Sums of products by labels, two operands at a time, from left to right.
+
+    Each operand gets one axis per label (results first, then what is summed), in the order in which
+    torch lays them out; each pair is then one batched matrix product.
+    """
+    if not isinstance(equation, str):
+        raise t.unsupported("Pass einsum an equation string")
+    if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
+        operands = tuple(operands[0])
+    terms, result = _labels(t, equation, operands)
+    summed = [k for k in sorted({k for term in terms for k in term}, key=str) if k not in result]
+    order = [*result, *summed]
+    aligned = [_align(t, x, term, order) for x, term in zip(operands, terms, strict=True)]
+    sizes = broadcast_shape([t.lift(x).shape for x in aligned])
+    if sizes is None:
+        raise t.shape_error("einsum(): operands do not broadcast with remapped shapes")
+    out = aligned[0]
+    kept = len(result)
+    last_use = {k: max(i for i, x in enumerate(terms) if order[k] in x) for k in range(len(order))}
+    if len(aligned) == 1:
+        axes = tuple(range(kept, len(order)))
+        return sum_(t, out, axes) if axes else out
+    for i, x in enumerate(aligned[1:], 1):
+        over = {k for k in range(kept, len(order)) if last_use[k] == i}
+        over |= {k for k in range(kept, len(order)) if i == 1 and last_use[k] == 0}
+        out = _pair(t, out, x, over)
+    return reshape(t, out, t.lift(out).shape[:kept]) if len(order) > kept else out
+
+
+def _labels(t: Tracer, equation: str, operands: tuple) -> tuple[list[list], list]:
+    """The labels of each operand and of the result; an axis of "..." is a negative number."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    words = left.split(",")
+    if len(words) != len(operands):
+        raise t.shape_error(
+            f"einsum(): {len(words)} terms in the equation for {len(operands)} operands"
+        )
+    terms, widest = [], 0
+    for word, x in zip(words, operands, strict=True):
+        rank, named = len(t.lift(x).shape), len(word.replace("...", ""))
+        hidden = rank - named if "..." in word else 0
+        if hidden < 0 or named + hidden != rank:
+            raise t.shape_error(f"einsum(): the subscripts {word!r} do not match {rank} axes")
+        widest = max(widest, hidden)
+        terms.append(_spelled(t, word, hidden))
+    if arrow:
+        if "..." not in right:
+            widest = 0
+        result = _spelled(t, right, widest)
+        known = {k for term in terms for k in term}
+        if len(set(result)) != len(result) or any(k not in known for k in result):
+            raise t.shape_error(f"einsum(): the output subscripts {right!r} are not well formed")
+        return terms, result
+    every = [k for term in terms for k in term if isinstance(k, str)]
+    once = sorted(k for k in set(every) if every.count(k) == 1)
+    return terms, [*range(-widest, 0), *once]
+
+
+def _spelled(t: Tracer, word: str, hidden: int) -> list:
+    before, dots, after = word.partition("...")
+    if not all(c.isascii() and c.isalpha() for c in before + after):
+        raise t.shape_error(f"einsum(): invalid subscripts {word!r}")
+    return [*before, *(range(-hidden, 0) if dots else ()), *after]
+
+
+def _align(t: Tracer, x: Tensor, term: list, order: list) -> Tensor:
+    """An operand with one axis per label of `order`, of extent 1 where it has none."""
+    term = list(term)
+    for label in list(dict.fromkeys(term)):
+        while term.count(label) > 1:
+            a = term.index(label)
+            b = term.index(label, a + 1)
+            if t.lift(x).shape[a] != t.lift(x).shape[b]:
+                raise t.shape_error(f"einsum(): subscript {label} is repeated with other sizes")
+            x = diagonal(t, x, 0, a, b)
+            term = [k for i, k in enumerate(term) if i not in (a, b)] + [label]
+    there = [k for k in order if k in term]
+    x = permute(t, x, *(term.index(k) for k in there)) if there else x
+    shape = iter(t.lift(x).shape)
+    return reshape(t, x, tuple(next(shape) if k in term else 1 for k in order))
+
+
+def _pair(t: Tracer, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
+    """The product of two operands, summed over some axes, which keep extent 1."""
+    if not over:
+        return mul(t, a, b)
+    for k in over:
+        in_a, in_b = t.lift(a).shape[k] != 1, t.lift(b).shape[k] != 1
+        if in_a and not in_b:
+            a = sum_(t, a, k, True)
+        elif in_b and not in_a:
+            b = sum_(t, b, k, True)
+    x, y = t.lift(a).shape, t.lift(b).shape
+    free = [k for k in range(len(x)) if k not in over]
+    both = [k for k in free if x[k] != 1 and y[k] != 1]
+    left = [k for k in free if x[k] != 1 and y[k] == 1]
+    right = [k for k in free if x[k] == 1]
+    if left and right and right[-1] < left[-1]:  # the last axis of the result is the contiguous one
+        a, b, x, y, left, right = b, a, y, x, right, left
+    if any(x[k] != y[k] for k in (*both, *over)):
+        raise t.shape_error("einsum(): operands do not broadcast with remapped shapes")
+    summed = sorted(over)
+    one = _grouped(t, a, (both, left, summed, right))
+    two = _grouped(t, b, (both, summed, right, left))
+    axes = [*both, *left, *right, *summed]
+    sizes = [*(x[k] for k in (*both, *left)), *(y[k] for k in right), *(1 for _ in summed)]
+    product = reshape(t, bmm(t, one, two), tuple(sizes))
+    return permute(t, product, *(axes.index(k) for k in range(len(axes))))
+
+
+def _grouped(t: Tracer, x: Tensor, groups: tuple[list[int], ...]) -> TracedTensor:
+    """An operand of a batched matrix product: three groups of axes, as one axis each."""
+    shape = t.lift(x).shape
+    moved = permute(t, x, *(k for group in groups for k in group))
+    return reshape(t, moved, tuple(math.prod(shape[k] for k in g) for g in groups[:3]))
+
+
+# ---- along an axis
+
+
+def _spread(t: Tracer, x: Value, axis: int) -> tuple[Value, Ints]:
+    """x with an axis of its own extent before `axis`, along which it does not vary."""
+    shape = x.type.shape
+    thin = (*shape[:axis], 1, *shape[axis:])
+    wide = (*shape[:axis], shape[axis], *shape[axis:])
+    return expand(t, t.b.reshape(x, shape=thin), wide), wide
+
+
+def cumsum(t: Tracer, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
+    """Each element is a sum over those up to it: for an extent of n, n² additions.
+
+    The work is bounded by the bandwidth of the cache, up to a few thousand elements an axis.
+    """
+    h = t.lift(input)
+    into = TO_IR[dtype] if dtype is not None else h.dtype if h.dtype.is_float else i64
+    axis = normal_axis(t, dim, len(h.shape))
+    x = cast(t, t.read(h), into)
+    if not h.shape:
+        return t.fresh(t.b.alias(x))
+    spread, wide = _spread(t, cast(t, x, f32) if into.narrow else x, axis)
+    to = t.b.iota(axis=axis, shape=wide, dtype=i64, device=h.device)
+    of = t.b.iota(axis=axis + 1, shape=wide, dtype=i64, device=h.device)
+    zero = 0.0 if into.is_float else 0
+    total = t.b.reduce_sum(t.b.where(t.b.le(of, to), spread, zero), axes=(axis + 1,))
+    return t.fresh(cast(t, total, into))
+
+
+def prod(
+    t: Tracer,
+    input: Tensor,
+    dim: int | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> TracedTensor:
+    """A product by halves: log2(n) element-wise products, whose gradients know about zeros."""
+    h = t.lift(input)
+    into = TO_IR[dtype] if dtype is not None else h.dtype if h.dtype.is_float else i64
+    x = cast(t, t.read(h), into)
+    if dim is None:
+        return t.fresh(t.b.reshape(_halved(t, t.b.reshape(x, shape=(h.numel,)), 0), shape=()))
+    axis = normal_axis(t, dim, len(h.shape))
+    if not h.shape:
+        return t.fresh(t.b.alias(x))
+    x = _halved(t, x, axis)
+    kept = h.shape[:axis] + ((1,) if keepdim else ()) + h.shape[axis + 1 :]
+    return t.fresh(t.b.reshape(x, shape=kept))
+
+
+def _halved(t: Tracer, x: Value, axis: int) -> Value:
+    """The product along an axis, of extent 1 in the end."""
+    zeros = (0,) * len(x.type.shape)
+    one = 1.0 if x.type.dtype.is_float else 1
+
+    def at(k: int) -> Ints:
+        return tuple(k if i == axis else 0 for i in range(len(zeros)))
+
+    while (n := x.type.shape[axis]) != 1:
+        if n % 2 or n == 0:
+            x = t.b.pad(x, low=zeros, high=at(1), interior=zeros, value=one)
+            continue
+        shape, steps = x.type.shape, (1,) * len(zeros)
+        middle = tuple(n // 2 if i == axis else m for i, m in enumerate(shape))
+        low = t.b.slice(x, starts=zeros, stops=middle, steps=steps)
+        x = t.b.mul(low, t.b.slice(x, starts=at(n // 2), stops=shape, steps=steps))
+    return x
+
+
+def diff(
+    t: Tracer,
+    input: Tensor,
+    n: int = 1,
+    dim: int = -1,
+    prepend: Tensor | None = None,
+    append: Tensor | None = None,
+) -> TracedTensor:
+    h = t.lift(input)
+    if not h.shape:
+        raise t.shape_error("diff expects input to be at least one-dimensional")
+    axis = normal_axis(t, dim, len(h.shape))
+    if n < 0:
+        raise t.shape_error(f"order must be non-negative but got {n}")
+    parts = [x for x in (prepend, input, append) if x is not None]
+    x = cat(t, parts, axis) if len(parts) > 1 else input
+    for _ in range(n):
+        size = t.lift(x).shape[axis]
+        if not size:
+            break
+        later, earlier = narrow(t, x, axis, 1, size - 1), narrow(t, x, axis, 0, size - 1)
+        x = sub(t, later, earlier)
+    return t.fresh(t.b.alias(t.read(t.lift(x)))) if x is input else x
+
+
+for _names, _implementation in (
+    (("outer", "ger"), outer),
+    (("baddbmm",), baddbmm),
+    (("addbmm",), addbmm),
+    (("addmv",), addmv),
+    (("addr",), addr),
+    (("einsum",), einsum),
+    (("cumsum",), cumsum),
+    (("prod",), prod),
+    (("diff",), diff),
+):
+    register(_names, _implementation, inplace=False)
