@@ -257,7 +257,8 @@ class _Magnitudes:
             position = {p.value: i for i, p in enumerate(graph.params)}
             pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
             for value, tensor in pairs:
-                self._norms[tensor.data_ptr()] = float(np.linalg.norm(found[value].ravel()))
+                size = np.asarray(found[value], np.float64).ravel()
+                self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
 
         return after
 
