@@ -1,6 +1,6 @@
 """Program 7: an MLP classifier (784-512-512-10, batch 256) with cross-entropy, and a linear fit.
 
-    python -m examples.classifier
+python -m examples.classifier
 """
 
 from __future__ import annotations

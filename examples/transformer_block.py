@@ -1,6 +1,6 @@
 """Program 9: a pre-norm transformer block with softmax attention written out, and plain SGD.
 
-    python -m examples.transformer_block
+python -m examples.transformer_block
 """
 
 from __future__ import annotations

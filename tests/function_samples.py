@@ -29,7 +29,6 @@ i64, i32, i16, i8, u8, b1 = (
 _random = torch.Generator().manual_seed(20)
 
 
-
 @dataclass(frozen=True)
 class Sample:
     """Arguments of one call. `smooth`: second derivatives are compared too."""

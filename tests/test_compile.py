@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -425,6 +426,24 @@ def test_grad_mode_left_changed_is_refused_and_restored():
     with pytest.raises(SideEffectError, match="grad mode"):
         tracejit.compile(step)(torch.ones(3))
     assert torch.is_grad_enabled()
+
+
+def test_without_a_compiler_steps_run_on_numpy_with_one_warning(monkeypatch):
+    driver = sys.modules["tracejit.compile"]
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    driver.executor_for.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="numpy"):
+            step = tracejit.compile(lambda x: x * 2)
+            assert torch.equal(step(torch.ones(3)), torch.full((3,), 2.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            step(torch.ones(4))
+        with pytest.raises(BackendUnavailable, match="no C compiler"):
+            tracejit.compile(lambda x: x * 2, backend="c")(torch.ones(3))
+    finally:
+        driver.executor_for.cache_clear()
 
 
 def test_backend_for_the_wrong_device():

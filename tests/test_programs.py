@@ -22,27 +22,34 @@ STEPS = {
 }
 
 
+BACKENDS = pytest.mark.parametrize("backend", ["numpy", "c"])
+
+
+@BACKENDS
 @pytest.mark.parametrize("name", STEPS)
-def test_lockstep(name):
+def test_lockstep(name, backend):
     step, _ = STEPS[name]()
-    compiled = assert_equal_to_eager(step, calls=10)
+    compiled = assert_equal_to_eager(step, calls=10, backend=backend)
     assert compiled.explain_mode().startswith("replay")
     assert compiled.stats.replays >= 6
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", STEPS)
-def test_lockstep_without_fusion(name):
+def test_lockstep_without_fusion(name, backend):
     step, _ = STEPS[name]()
-    assert_equal_to_eager(step, calls=3, fuse=False)
+    assert_equal_to_eager(step, calls=3, fuse=False, backend=backend)
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", [n for n in STEPS if n != "chain"])
-def test_free_run_over_500_steps(name):
-    assert_trains_like_eager(STEPS[name], calls=500)
+def test_free_run_over_500_steps(name, backend):
+    assert_trains_like_eager(STEPS[name], calls=500, backend=backend)
 
 
-def test_free_run_of_the_chain():
-    assert_trains_like_eager(lambda: fused_chain.make_step(), calls=20)
+@BACKENDS
+def test_free_run_of_the_chain(backend):
+    assert_trains_like_eager(lambda: fused_chain.make_step(), calls=20, backend=backend)
 
 
 def _kernels_of(step):
@@ -96,10 +103,11 @@ class Dispatched(TorchDispatchMode):
 ALLOWED = {"empty", "empty_strided", "detach", "as_strided", "alias"}
 
 
+@BACKENDS
 @pytest.mark.parametrize("name", STEPS)
-def test_no_torch_kernel_computes_during_call_and_replay(name):
+def test_no_torch_kernel_computes_during_call_and_replay(name, backend):
     step, _ = STEPS[name]()
-    step = tracejit.compile(step)
+    step = tracejit.compile(step, backend=backend)
     with Dispatched() as seen:
         for _ in range(6):
             step()

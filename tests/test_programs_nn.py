@@ -14,9 +14,10 @@ from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 @pytest.mark.parametrize(
     "make", [classifier.make_linear_fit, classifier.make_step, transformer_block.make_step]
 )
-def test_lockstep(make):
+@pytest.mark.parametrize("backend", ["numpy", "c"])
+def test_lockstep(make, backend):
     step, parameters = make()
-    compiled = assert_equal_to_eager(step, calls=20, state=parameters)
+    compiled = assert_equal_to_eager(step, calls=20, state=parameters, backend=backend)
     assert compiled.stats.compiles <= 2
 
 

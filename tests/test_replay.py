@@ -49,7 +49,7 @@ def both(build, changes=(), calls=6, args=lambda i: ()):
             if i in changes:
                 changes[i](world.state)
             returned = world.step(*args(i))
-            seen.append(_flat(returned) + _flat([v for v in vars(world.state).values()]))
+            seen.append(_flat(returned) + _flat(list(vars(world.state).values())))
         outputs.append(seen)
         globals().update(saved)
         globals().pop("len", None)
@@ -444,7 +444,7 @@ def builtin_shadowed(s):
 @case("rerun", args=lambda i: (0.5 * i,))
 def percent_formatting(s):
     x = torch.ones(3)
-    return lambda a: x * (2 if "%.1f" % a == "1.5" else 3)
+    return lambda a: x * (2 if "%.1f" % a == "1.5" else 3)  # noqa: UP031
 
 
 @case("rerun", args=lambda i: (0.5 * i,))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
-BACKENDS = ("auto", "numpy", "triton", "interpret")
+BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _MAX_PROGRAMS = 64  # per step; the least recently used goes first
 
 
@@ -108,8 +109,9 @@ def compile(
 
     mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it,
               "replay" arms at the first call and raises ReplayNotArmed if that cannot be proven.
-    backend:  "auto" (numpy for CPU tensors, triton for CUDA tensors), "numpy", "triton", or
-              "interpret" (the generated Triton under Triton's interpreter, for checking).
+    backend:  "auto" (c for CPU tensors, or numpy where there is no C compiler; triton for CUDA
+              tensors), "c", "numpy", "triton", or "interpret" (the generated Triton under Triton's
+              interpreter, for checking).
     fuse:     False compiles one kernel per primitive, for ablation and for hunting faults.
     """
     if mode not in MODES:
@@ -391,13 +393,17 @@ def executor_for(backend: str, device: str, precision: str = "highest") -> Execu
     """The executor that runs plans of a device under a backend."""
     on_cpu = device == "cpu"
     if backend == "auto":
-        backend = "numpy" if on_cpu else "triton"
+        return _cpu_executor() if on_cpu else executor_for("triton", device, precision)
     if (backend == "triton") == on_cpu:
         raise BackendUnavailable(
             backend=backend,
             reason=f"the step's tensors are on {device}",
             remedy="Use backend='auto', or move the tensors",
         )
+    if backend == "c":
+        from tracejit.runtime.c_executor import CExecutor
+
+        return CExecutor(torch.get_num_threads)
     if backend == "numpy":
         from tracejit.runtime.numpy_executor import NumpyExecutor
 
@@ -405,6 +411,15 @@ def executor_for(backend: str, device: str, precision: str = "highest") -> Execu
     from tracejit.runtime.triton_executor import TritonExecutor
 
     return TritonExecutor(backend, precision=_PRECISION[precision])
+
+
+def _cpu_executor() -> Executor:
+    """The C executor, or numpy with a warning where there is no C compiler."""
+    try:
+        return executor_for("c", "cpu")
+    except BackendUnavailable as error:
+        warnings.warn(f"tracejit: {error} Steps run on numpy until then.", stacklevel=2)
+        return executor_for("numpy", "cpu")
 
 
 def _identifier(name: str) -> str:

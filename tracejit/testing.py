@@ -258,7 +258,8 @@ class _Magnitudes:
             pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
             for value, tensor in pairs:
                 size = np.asarray(found[value], np.float64).ravel()
-                self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
+                with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
+                    self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
 
         return after
 

@@ -1,0 +1,502 @@
+"""The C executor against the evaluator and eager: every op, plans, programs, threads, its cache."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_numpy_executor as plans
+from samples import SAMPLES
+from test_ops import (
+    ACCUMULATING,
+    EPS,
+    INEXACT,
+    ZERO_SIGN_OPEN,
+    assert_same_numbers,
+    assert_within,
+    run,
+    tensors_of,
+)
+from test_schedule import RandomProgram
+
+from examples import fused_chain, two_layer_autograd, two_layer_manual
+from tracejit.codegen.c_pool import POOL_SOURCE
+from tracejit.errors import BackendUnavailable
+from tracejit.ir.graph import Builder, Result
+from tracejit.ir.ops import OPS
+from tracejit.ir.text import parse
+from tracejit.ir.types import DType, f64
+from tracejit.runtime import c_compiler, c_executor
+from tracejit.runtime.c_executor import CExecutor
+from tracejit.schedule import schedule
+from tracejit.testing import assert_equal_to_eager
+
+ULPS = 2  # of functions that IEEE does not fix to the bit
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler() -> tuple[str, ...]:
+    try:
+        return c_compiler.find_compiler()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(autouse=True)
+def on_c(monkeypatch):
+    """Let `check` and `both` of the numpy executor's tests run plans on the C executor."""
+    monkeypatch.setattr(plans, "NumpyExecutor", lambda: CExecutor(2))
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Compile with -O1: for many small plans, whose loops are as they are."""
+    flags = ("-O1", *c_compiler.FLAGS[1:])
+    monkeypatch.setattr(
+        c_executor, "load_library", lambda text: c_compiler.load_library(text, flags)
+    )
+
+
+# --- every op ----------------------------------------------------------------------------------
+
+
+def assert_close(name: str, dtype: DType, attrs: dict, arrays: list, ours, right) -> None:
+    """As the tests of the C templates: exact but for transcendental functions and sums."""
+    if name in ACCUMULATING and dtype.is_float:
+        size = OPS[name].eval(*map(np.abs, arrays), **attrs)
+        step = EPS["f64" if dtype is f64 else "f32"]
+        assert_within(ours, right, 4 * step * size + EPS[dtype.name] * np.abs(right))
+    elif name in INEXACT and dtype.is_float:
+        step = ULPS * EPS["f64" if dtype is f64 else "f32"]
+        assert_within(
+            ours, right, max(step, EPS[dtype.name] * dtype.narrow) * np.abs(right) + 1e-30
+        )
+    else:
+        assert_same_numbers(ours, right, zero_sign=name not in ZERO_SIGN_OPEN)
+
+
+def pads_with_minus_zero(sample) -> bool:
+    """A masked load gives +0 for it on every executor."""
+    return np.signbit(sample.attrs.get("value", 0)) and sample.attrs["value"] == 0
+
+
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.family != "host"])
+def test_every_op(name):
+    """All samples of an op, a kernel each, in one unit."""
+    b, inputs = Builder(), []
+    samples = [s for s in SAMPLES[name] if not pads_with_minus_zero(s)]
+    results = tuple(Result(sample.emit(b, name)[1]) for sample in samples)
+    for sample in samples:
+        inputs += tensors_of(sample, sample.build())
+    graph = b.graph(name, results)
+    found, _ = plans.run_plan(schedule(graph, fuse=False), graph, inputs)
+    for sample, ours, result in zip(samples, found, results, strict=True):
+        arrays = sample.build()
+        right = run(sample.graph(name), *tensors_of(sample, arrays))
+        assert_close(name, result.value.type.dtype, sample.attrs, arrays, ours, right)
+
+
+# --- plans -------------------------------------------------------------------------------------
+
+MATMULS = [
+    (64, 100, 1000),
+    (100, 10, 64),
+    (1, 300, 77),
+    (300, 1, 77),
+    (33, 65, 2100),
+    (257, 129, 130),
+    (5, 48, 3),
+]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (123,), (3, 0), (5, 1, 7)], ids=str)
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
+def test_pointwise_and_full_reduction(shape, dtype, quick):
+    plans.test_pointwise_and_full_reduction(shape, dtype)
+
+
+def test_plans_of_the_numpy_executor():
+    plans.test_matmul()
+    plans.test_large_domain_in_blocks()
+
+
+@pytest.mark.parametrize("m, n, k", MATMULS)
+def test_matmul_in_all_layouts(m, n, k):
+    a, at, b, bt = (f"f32[{x},{y}]" for x, y in ((m, k), (k, m), (k, n), (n, k)))
+    plans.both(f"""
+    step(%0: {a}, %1: {at}, %2: {b}, %3: {bt}, %4: f32[{m},{n}]) {{
+      %5: f32[{m},{k}] = permute(%1, axes=(1,0))
+      %6: f32[{k},{n}] = permute(%3, axes=(1,0))
+      %7: f32[{m},{k}] = maximum(%0, 0.0)
+      %8: f32[{m},{n}] = matmul(%0, %2)
+      %9: f32[{m},{n}] = matmul(%5, %6)
+      %10: f32[{m},{n}] = matmul(%7, %6)
+      %11: f32[{m},{n}] = sub(%10, %4)
+      %12: f32[{m},{n}] = mul(%11, %11)
+      %13: f32[] = reduce_sum(%12, axes=(0,1))
+      %14: f32[] = reduce_max(%8, axes=(0,1))
+      return %8, %9, %11, %13, %14
+    }}""")
+
+
+@pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
+def test_matmul_in_other_dtypes(dtype):
+    plans.both(f"""
+    step(%0: {dtype}[3,65,130], %1: {dtype}[3,130,43]) {{
+      %2: {dtype}[3,65,43] = matmul(%0, %1)
+      %3: {dtype}[3,65,43] = mul(%2, 0.1)
+      %4: {dtype}[] = reduce_sum(%3, axes=(0,1,2))
+      return %3, %4
+    }}""")
+
+
+def test_batches_in_rounds(monkeypatch):
+    from tracejit.codegen import c_blocking
+
+    monkeypatch.setattr(c_blocking, "SCRATCH", 20_000)
+    plans.both("""
+    step(%0: f32[7,33,20], %1: f32[7,17,20]) {
+      %2: f32[7,20,17] = permute(%1, axes=(0,2,1))
+      %3: f32[7,33,17] = matmul(%0, %2)
+      %4: f32[] = reduce_sum(%3, axes=(0,1,2))
+      return %3, %4
+    }""")
+
+
+SOFTMAX = """
+step(%0: f32[{m},{n}]) {{
+  %1: f32[{kept}] = reduce_max(%0, axes=({axis},))
+  %2: f32[{one}] = reshape(%1, shape=({one},))
+  %3: f32[{m},{n}] = expand(%2, shape=({m},{n}))
+  %4: f32[{m},{n}] = sub(%0, %3)
+  %5: f32[{m},{n}] = exp(%4)
+  %6: f32[{kept}] = reduce_sum(%5, axes=({axis},))
+  %7: f32[{one}] = reshape(%6, shape=({one},))
+  %8: f32[{m},{n}] = expand(%7, shape=({m},{n}))
+  %9: f32[{m},{n}] = div(%5, %8)
+  return %9
+}}"""
+
+
+@pytest.mark.parametrize("m, n", [(5, 7), (300, 1001), (1001, 300), (3, 5000), (5000, 3)])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_softmax_by_rows_and_columns(m, n, axis):
+    kept, one = (n, f"1,{n}") if axis == 0 else (m, f"{m},1")
+    plans.both(SOFTMAX.format(m=m, n=n, axis=axis, kept=kept, one=one))
+
+
+def test_full_reduction_is_as_accurate_as_torch():
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).uniform(0, 1, 3_000_001).astype(np.float32)
+    graph = parse(
+        f"step(%0: f32[{x.size}]) {{\n%1: f32[] = reduce_sum(%0, axes=(0,))\nreturn %1\n}}"
+    )
+    (ours,), _ = plans.run_plan(schedule(graph), graph, [x])
+    right = np.sum(x, dtype=np.float64)
+    theirs = abs(float(torch.from_numpy(x).sum()) - right)
+    assert abs(float(ours) - right) <= max(theirs, np.spacing(np.float32(right)))
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_programs(block, quick):
+    for seed in range(block * 10, block * 10 + 10):
+        graph = RandomProgram(seed).graph()
+        try:
+            for fuse in (True, False):
+                plans.check(graph, schedule(graph, fuse=fuse), seed)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}:\n{graph}") from error
+
+
+# --- programs ----------------------------------------------------------------------------------
+
+STEPS = {
+    "manual": two_layer_manual.make_step,
+    **{v: (lambda v=v: two_layer_autograd.make_step(v)) for v in two_layer_autograd.UPDATES},
+    "grad": lambda: two_layer_autograd.make_step("grad"),
+    "chain": lambda: fused_chain.make_step(100_003),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_programs_equal_eager(name, monkeypatch):
+    executor = CExecutor(2)
+    driver = sys.modules["tracejit.compile"]
+    monkeypatch.setattr(driver, "executor_for", lambda *_: executor)
+    step, _ = STEPS[name]()
+    compiled = assert_equal_to_eager(step, calls=6)
+    assert compiled.explain_mode().startswith("replay")
+
+
+# --- threads -----------------------------------------------------------------------------------
+
+WORK = """
+step(%0: f32[300,1001], %1: f32[1001,64]) {
+  %2: f32[300,1001] = exp(%0)
+  %3: f32[] = reduce_sum(%2, axes=(0,1))
+  %4: f32[1001] = reduce_sum(%2, axes=(0,))
+  %5: f32[300,64] = matmul(%2, %1)
+  return %2, %3, %4, %5
+}"""
+
+
+def results_on(threads: int) -> list[np.ndarray]:
+    graph = parse(WORK)
+    plans.NumpyExecutor = lambda: CExecutor(threads)
+    return plans.run_plan(schedule(graph), graph, plans.make_inputs(graph))[0]
+
+
+def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
+    monkeypatch.setattr(plans, "NumpyExecutor", plans.NumpyExecutor)  # put back afterwards
+    first = results_on(1)
+    for threads in (1, 2, 3, 3):
+        for ours, right in zip(results_on(threads), first, strict=True):
+            np.testing.assert_array_equal(ours, right)
+
+
+def in_child(action) -> int:
+    """The exit status of a forked child that runs the action, within 30 seconds."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python 3.12 and later: forking with threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            action()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_forked_child_has_a_pool_of_its_own(monkeypatch):
+    monkeypatch.setattr(plans, "NumpyExecutor", plans.NumpyExecutor)
+    first = results_on(3)
+
+    def again() -> None:
+        for _ in range(3):
+            for ours, right in zip(results_on(3), first, strict=True):
+                np.testing.assert_array_equal(ours, right)
+
+    assert in_child(again) == 0
+    assert in_child(lambda: in_child(again) == 0 or os._exit(1)) == 0
+    again()
+
+
+RACES = """
+#include <stdio.h>
+#include <stdlib.h>
+enum { N = 1 << 14 };
+struct job { double in[N], out[N], sums[128]; int64_t chunks; };
+static void square(void *arguments, int64_t chunk) {
+  struct job *job = arguments;
+  double sum = 0;
+  for (int64_t i = chunk * N / job->chunks; i < (chunk + 1) * N / job->chunks; i++)
+    sum += job->out[i] = job->in[i] * job->in[i];
+  job->sums[chunk] = sum;
+}
+static void *caller(void *unused) {
+  (void)unused;
+  struct job *job = calloc(1, sizeof *job);
+  for (int round = 0; round < 1500; round++) {
+    job->chunks = 1 + round % 100;
+    for (int i = 0; i < N; i += 97) job->in[i] = round % 7;
+    tj_pool_launch(square, job, job->chunks, 1 + round % 4);
+    double sum = 0;
+    for (int i = 0; i < job->chunks; i++) sum += job->sums[i];
+    double right = (double)(round % 7) * (round % 7) * ((N + 96) / 97);
+    if (sum != right) { printf("sum %g is not %g\\n", sum, right); exit(1); }
+  }
+  free(job);
+  return 0;
+}
+int main(void) {
+  pthread_t second;
+  pthread_create(&second, 0, caller, 0);
+  caller(0);
+  pthread_join(second, 0);
+  puts("fine");
+  return 0;
+}
+"""
+
+
+def test_the_pool_has_no_races(tmp_path, compiler):
+    """Jobs from two threads at once under ThreadSanitizer."""
+    (tmp_path / "races.c").write_text(POOL_SOURCE + RACES)
+    line = [*compiler, "-O1", "-g", "-fsanitize=thread", "-pthread", "races.c", "-o", "races"]
+    if subprocess.run(line, cwd=tmp_path, capture_output=True).returncode:
+        pytest.skip("the C compiler has no ThreadSanitizer")
+    found = subprocess.run(["./races"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    if "unexpected memory mapping" in found.stderr:
+        pytest.skip("ThreadSanitizer does not run with this kernel's address layout")
+    assert found.returncode == 0 and found.stdout == "fine\n", found.stderr[:3000]
+
+
+# --- compiler and cache ------------------------------------------------------------------------
+
+SMALL = "step(%0: f32[5]) {\n%1: f32[5] = add(%0, 1.0)\nreturn %1\n}"
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path) -> list[str]:
+    """Sources handed to the compiler, with a cache folder of the test's own."""
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / "cache"))
+    CExecutor(1).load(schedule(parse(SMALL)))  # the pool, which stays loaded
+    for entry in entries(tmp_path):
+        entry.unlink()
+    sources: list[str] = []
+    original = c_compiler.compile_c
+
+    def counted(command, source, flags):
+        sources.append(source)
+        return original(command, source, flags)
+
+    monkeypatch.setattr(c_compiler, "compile_c", counted)
+    return sources
+
+
+def entries(tmp_path: Path) -> list[Path]:
+    return list((tmp_path / "cache" / "c").glob("*"))
+
+
+def check_small() -> None:
+    graph = parse(SMALL)
+    plans.check(graph, schedule(graph))
+
+
+def test_a_plan_is_compiled_once(compiled, tmp_path):
+    check_small()
+    check_small()
+    assert len(compiled) == 1
+    (entry,) = entries(tmp_path)
+    assert entry.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_a_damaged_library_is_rebuilt(compiled, tmp_path, damage):
+    check_small()
+    (entry,) = entries(tmp_path)
+    body = bytearray(entry.read_bytes())
+    if damage == "flip":
+        body[-100] ^= 1
+    entry.write_bytes(
+        {"cut": body[:-50], "empty": b"", "other": b"\x7fELF" + bytes(body)}.get(
+            damage, bytes(body)
+        )
+    )
+    check_small()
+    check_small()
+    assert len(compiled) == 2
+
+
+def test_a_library_of_another_compiler_is_not_used(compiled, monkeypatch):
+    check_small()
+    monkeypatch.setattr(c_compiler, "version", lambda command: "another 1.0")
+    check_small()
+    assert len(compiled) == 2
+
+
+def test_what_others_may_write_is_not_loaded(compiled, tmp_path):
+    check_small()
+    (entry,) = entries(tmp_path)
+    entry.chmod(0o666)
+    with pytest.warns(RuntimeWarning, match="others? users? own or may write"):
+        check_small()
+    assert len(compiled) == 2
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(BackendUnavailable, match="no C compiler"):
+        CExecutor()
+
+
+def test_a_compiler_that_fails(monkeypatch, compiled):
+    monkeypatch.setenv("CC", shutil.which("false"))
+    with pytest.raises(BackendUnavailable, match="does not run"):
+        CExecutor()
+
+
+def test_the_compiler_asked_for_is_taken(monkeypatch, compiler):
+    monkeypatch.setenv("CC", f"{compiler[0]} -DASKED")
+    assert c_compiler.find_compiler() == (compiler[0], "-DASKED")
+
+
+# --- sanitizers --------------------------------------------------------------------------------
+
+SANITIZED = (
+    WORK,
+    SMALL,
+    SOFTMAX.format(m=33, n=1030, axis=1, kept=33, one="33,1"),
+    SOFTMAX.format(m=40, n=300, axis=0, kept=300, one="1,300"),
+    """
+    step(%0: f32[64,1000], %1: f32[1000,100], %2: bf16[33,7], %3: f16[33,7], %4: i64[9]) {
+      %5: f32[64,100] = matmul(%0, %1)
+      %6: f32[] = reduce_sum(%5, axes=(0,1))
+      %7: f32[33,7] = cast(%2, dtype=f32)
+      %8: f32[33,7] = cast(%3, dtype=f32)
+      %9: f32[33,7] = sin(%7)
+      %10: f32[33,7] = pow(%8, %9)
+      %11: f32[36,15] = pad(%10, low=(1,2), high=(2,0), interior=(0,1), value=1.5)
+      %12: f16[36,15] = cast(%11, dtype=f16)
+      %13: i64[9] = shl(%4, 62)
+      %14: i64[9] = mul(%13, %4)
+      return %5, %6, %12, %14
+    }""",
+)
+
+
+def exact_memory(buffer) -> plans.Memory:
+    """Memory of a buffer without a byte to spare, so that any access outside is noticed."""
+    shape = buffer.type.shape
+    strides = buffer.strides or plans.contiguous_strides(shape)
+    dtype = plans.stored(buffer.type.dtype)
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
+    raw = np.empty((last + 1) * dtype.itemsize, np.uint8)
+    view = np.ndarray(shape, dtype, raw.data, 0, tuple(s * dtype.itemsize for s in strides))
+    return plans.Memory(raw, view)
+
+
+def run_sanitized() -> None:
+    """What the process under the sanitizers runs."""
+    plans.allocate = exact_memory
+    plans.NumpyExecutor = lambda: CExecutor(3)
+    flags = (*c_compiler.FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    c_executor.load_library = lambda text: c_compiler.load_library(text, flags)
+    for text in SANITIZED:
+        graph = parse(text)
+        for fuse in (True, False):
+            plans.check(graph, schedule(graph, fuse=fuse))
+    print("sanitized")
+
+
+def test_no_access_outside_and_no_undefined_behaviour(compiler):
+    line = [*compiler, "-print-file-name=libasan.so"]
+    library = subprocess.run(line, capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(library):
+        pytest.skip("the C compiler has no AddressSanitizer")
+    environment = os.environ | {
+        "LD_PRELOAD": os.path.realpath(library),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }
+    program = "import test_c_executor; test_c_executor.run_sanitized()"
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert found.stdout.endswith("sanitized\n"), (found.stdout + found.stderr)[-4000:]

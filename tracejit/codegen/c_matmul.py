@@ -1,0 +1,210 @@
+"""A contraction as C: tiles of the result, and the rest of the stage's body over each while hot.
+
+Three ways: tiles dealt to threads (after a task that packs the operands, where that is needed);
+slices of k dealt to threads, for results much smaller than the operands; and one loop along k per
+result, for products with a vector. The reductions of the body go along.
+"""
+
+from __future__ import annotations
+
+from tracejit.codegen.c_blocking import Contraction
+from tracejit.codegen.c_body import opened
+from tracejit.codegen.c_loops import (
+    BLOCK,
+    GRAIN,
+    MAX_CHUNKS,
+    Part,
+    Task,
+    chunk_range,
+    combined,
+    is_independent,
+    nested,
+    partial_fields,
+    split,
+    vector_loop,
+)
+from tracejit.codegen.c_micro import tile
+from tracejit.codegen.c_pack import pack_a, pack_b, pack_task
+from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
+from tracejit.codegen.c_text import Line, block, rounded, value_type
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import f32, f64
+from tracejit.schedule.kernel import Compute, Reduce, Statement, Store, Var
+
+
+def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list[Line]]]:
+    """(the parts, the struct's fields, the functions of the micro-kernels)."""
+    folds = [fold_of(s) for s in c.stage.body if isinstance(s, Reduce)]
+    tiles = c.row_tiles * c.column_tiles
+    chunks = max(1, min(c.round * tiles, c.work // max(c.rounds, 1) // GRAIN, MAX_CHUNKS))
+    if chunks > 1:
+        chunks = min(c.round * tiles, MAX_CHUNKS)
+    if c.slices > 1 or c.by_dots:
+        chunks = 1
+    fields, after = [], []
+    for f in folds:
+        fields += partial_fields(f, chunks)
+        after += combined(f, chunks)
+    if not c.batches * tiles:  # an empty result: nothing but the reductions' neutral values
+        for f in folds:
+            after.insert(0, Line(f"at->p{f.name}[0] = {f.neutral};"))
+        return [Part(None, after)], fields, []
+    if c.by_dots:
+        fields.append(Line(f"{c.type} *packed;"))
+        return _dots(c, folds, after), fields, []
+    micros, tile_lines = tile(c)
+    if c.slices > 1:
+        fields.append(Line(f"{c.type} *packed;"))
+        return _sliced(c, folds, tile_lines, after), fields, micros
+    tile_lines += _epilogue(c, folds)
+    tile_task = Task(f"{c.name}_tiles", chunks, _tiles_head(c, chunks, folds, tile_lines))
+    parts = []
+    if c.per_batch:
+        fields.append(Line(f"{c.type} *packed;"))
+        pack = pack_task(c)
+        parts.append(Part(pack, []))
+    parts.append(Part(tile_task, after))
+    if c.rounds > 1:
+        fields.append(Line("int64_t round;"))
+    return parts, fields, micros
+
+
+def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Line]) -> list[Part]:
+    """The parts where k is dealt to threads: the sums of all slices, then the epilogue."""
+    k, b = c.k.extent, c.blocking
+    size = b.tile_rows * b.tile_columns
+    statements = (*c.dot.a, *c.dot.b)
+    lines = [
+        *opened(c.kernel, statements, c.name),
+        Line(f"{c.type} *const packed = at->packed;"),
+        Line(f"{c.type} *const tile = packed + {c.per_batch} + chunk * {size};"),
+        Line(f"const int64_t low = chunk * {k} / {c.slices};"),
+        Line(f"const int64_t high = (chunk + 1) * {k} / {c.slices};"),
+    ]
+    if c.packed_from < c.strips:
+        count = c.strips - c.packed_from
+        packing = pack_b(c, "part", "low", "high")
+        lines += block(f"for (int64_t part = 0; part < {count}; part++)", packing)
+    if c.a_elements:
+        m = f"0; {c.m.name} < {c.m.extent}"
+        of_k = f"low; {c.k.name} < high"
+        rows, columns = (m, of_k) if c.a_by_rows else (of_k, m)
+        lines += pack_a(c, rows, columns)
+    lines += [
+        Line(f"const int64_t row = 0, column = 0, rows = {c.m.extent};"),
+        Line(f"const int64_t columns = {c.n.extent}, depth = low, deep = high - low;"),
+        *tile_lines,
+    ]
+    slices = Part(Task(f"{c.name}_slices", c.slices, lines), [])
+    return [slices, _rest(c, folds, after, c.per_batch)]
+
+
+def _rest(c: Contraction, folds: list, after: list[Line], place: int) -> Part:
+    """The epilogue over the whole result, which lies in scratch memory from `place` on."""
+    inner = [
+        *opened(c.kernel, c.stage.body, c.name),
+        Line(f"const {c.type} *const tile = at->packed + {place};"),
+        *(Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds),
+        Line("const int64_t row = 0, column = 0;"),
+        Line(f"const int64_t rows = {c.m.extent}, columns = {c.n.extent};"),
+        *_epilogue(c, folds),
+        *(Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds),
+    ]
+    return Part(Task(f"{c.name}_rest", 1, inner), after)
+
+
+def _dots(c: Contraction, folds: list, after: list[Line]) -> list[Part]:
+    """The parts where each result is a sum along k, in vector lanes."""
+    m, n, count = c.m, c.n, c.m.extent * c.n.extent
+    statements, folded = _products(c)
+    loop = [Line(f"{folded.total} r{folded.name} = {folded.neutral};")]
+    inner = vector_loop(c.body, statements, c.k, [folded])
+    loop += nested(split([c.k], c.k, BLOCK), inner)
+    loop.append(Line(f"at->packed[unit] = r{folded.name};"))
+    axes = [Line(f"const int64_t {m.name} = {'0' if m.extent == 1 else 'unit'};")]
+    axes.append(Line(f"const int64_t {n.name} = {'unit' if m.extent == 1 else '0'};"))
+    chunks = max(1, min(count, c.work // GRAIN, MAX_CHUNKS))
+    lines = [
+        *opened(c.kernel, statements, c.name),
+        *chunk_range(count, chunks),
+        *block("for (int64_t unit = first; unit < last; unit++)", axes + loop),
+    ]
+    return [Part(Task(f"{c.name}_dots", chunks, lines), []), _rest(c, folds, after, 0)]
+
+
+def _products(c: Contraction) -> tuple[list[Statement], Fold]:
+    """Both prologues and the product of their values, and its sum."""
+    dot, wide = c.dot, f64 if c.type == "double" else f32
+    product, total = Var(1_000_000, wide), Var(1_000_001, wide)
+    statements = [
+        *dot.a,
+        *dot.b,
+        Compute(product, OPS["mul"], (dot.a_value, dot.b_value), (), dot.where),
+    ]
+    return statements, fold_of(Reduce(total, OPS["reduce_sum"], product, dot.where))
+
+
+def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]) -> list[Line]:
+    """The body of the task over tiles."""
+    tiles = c.row_tiles * c.column_tiles
+    loads = [load for load in (c.a_load, c.b_load) if load is not None]
+    lines = [*opened(c.kernel, [*loads, *c.stage.body], c.name)]
+    if c.per_batch:
+        lines.append(Line(f"const {c.type} *const packed = at->packed;"))
+    lines += chunk_range(c.round * tiles, chunks)
+    several = c.round < c.batches
+    for f in folds:
+        start = f"at->round ? at->p{f.name}[chunk] : {f.neutral}" if several else f.neutral
+        lines.append(Line(f"{f.total} r{f.name} = {start};"))
+    b = c.blocking
+    aligned = f"__attribute__((aligned({c.vector_bytes})))"
+    lines.append(Line(f"{c.type} tile[{b.tile_rows} * {b.tile_columns}] {aligned};"))
+    inner = c.batch_of("unit", tiles)
+    place = "unit" if c.row_tiles == 1 and not c.batch else f"unit % {tiles}"
+    if c.column_tiles == 1:
+        inner.append(Line(f"const int64_t row = {place} * {b.tile_rows}, column = 0;"))
+    else:
+        inner.append(
+            Line(
+                f"const int64_t row = {place} / {c.column_tiles} * {b.tile_rows},"
+                f" column = unit % {c.column_tiles} * {b.tile_columns};"
+            )
+        )
+    inner.append(Line(f"const int64_t rows = tj_least({b.tile_rows}, {c.m.extent} - row);"))
+    inner.append(
+        Line(f"const int64_t columns = tj_least({b.tile_columns}, {c.n.extent} - column);")
+    )
+    lines += block("for (int64_t unit = first; unit < last; unit++)", inner + tile_lines)
+    lines += [Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds]
+    return lines
+
+
+def _epilogue(c: Contraction, folds: list) -> list[Line]:
+    """The rest of the stage's body over a finished tile."""
+    m, n, dot = c.m.name, c.n.name, c.dot
+    b = c.blocking
+    places = [f"r * {b.tile_columns} + c"]
+    for i in range(1, c.slices):
+        places.append(f"r * {b.tile_columns} + c + {i * b.tile_rows * b.tile_columns}")
+    value = " + ".join(f"tile[{place}]" for place in places)
+    value = f"({value})" if len(places) > 1 else value
+    if c.type != value_type(dot.out.dtype):
+        value = f"({value_type(dot.out.dtype)}){value}"
+    inner = [Line(f"const int64_t {n} = column + c;")]
+    kind = value_type(dot.out.dtype)
+    inner.append(Line(f"const {kind} {dot.out!r} = {rounded(value, dot.out.dtype)};", dot.where))
+    inner += c.body.lines(s for s in c.stage.body if not isinstance(s, Store))
+    lanes = lanes_of(folds, c.body)
+    inner += lanes.steps
+    inner += c.body.lines(s for s in c.stage.body if isinstance(s, Store))
+    pragma = []
+    if is_independent(c.stage.body, n):
+        pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
+    rows = [
+        Line(f"const int64_t {m} = row + r;"),
+        *lanes.before,
+        *pragma,
+        *block("for (int64_t c = 0; c < columns; c++)", inner),
+        *lanes.after,
+    ]
+    return block("for (int64_t r = 0; r < rows; r++)", rows)

@@ -1,0 +1,162 @@
+"""The inner part of a contraction: micro-kernels that keep a block of the result in registers.
+
+A micro-kernel reads A element by element, whatever its strides, and B by whole vectors, from a
+packed strip or from where it lies. It may fuse a product and a sum into one rounding: the order of
+a contraction's sums is not eager's either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracejit.codegen.c_blocking import DEPTH, Contraction
+from tracejit.codegen.c_text import Line, block
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Where an operand starts, and its steps along its own axis and along k."""
+
+    text: str
+    step: int
+    k_step: int
+
+
+@dataclass(frozen=True)
+class _Strips:
+    """Strips of one kind: which ones (a C condition), their vectors, and their B."""
+
+    condition: str
+    vectors: int
+    b: _Operand
+
+
+def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
+    """The micro-kernels' functions, and the lines that compute one tile."""
+    micros: dict[str, list[Line]] = {}
+    a, kinds = _a(c), _strips(c)
+    inner: list[Line] = []
+    for number, kind in enumerate(kinds):
+        panels = _panels(c, micros, a, kind)
+        if len(kinds) == 1:
+            inner = panels
+        elif number + 1 < len(kinds):
+            inner += block(f"{'else ' if number else ''}if ({kind.condition})", panels)
+        else:
+            inner += block("else", panels)
+    lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
+    if c.deep:
+        k = c.k.extent
+        deep = Line(f"const int64_t deep = tj_least({DEPTH}, {k} - depth);")
+        lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {DEPTH})", [deep, *lines])
+    return list(micros.values()), lines
+
+
+def _a(c: Contraction) -> _Operand:
+    m, k = c.m, c.k
+    if c.a_load is None:
+        steps = (k.extent, 1) if c.a_by_rows else (1, m.extent)
+        return _Operand(f"packed{c.slot}", *steps)
+    step = dict(c.a_load.index.terms)
+    fixed = c.body.index(c.a_load.index, {m.name: "", k.name: ""})
+    return _Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
+
+
+def _strips(c: Contraction) -> list[_Strips]:
+    """Whole strips read directly, whole strips from packed memory (all, or the ragged last one),
+    and a last strip of fewer vectors."""
+    place = "column + strip"
+    number = f"(({place}) / {c.strip} - {c.packed_from})"
+    address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
+    packed = direct = _Operand(address, 1, c.strip)
+    if c.b_load is not None:
+        fixed = c.body.index(c.b_load.index, {c.n.name: "", c.k.name: ""})
+        k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
+        direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
+    vectors = c.blocking.vectors
+    wide = -(-c.n.extent // c.lanes)
+    whole, rest = wide // vectors, wide % vectors
+    unpacked = min(c.packed_from, whole)
+    kinds = []
+    if unpacked:
+        kinds.append(_Strips(f"{place} < {unpacked * c.strip}", vectors, direct))
+    if whole > unpacked:
+        kinds.append(_Strips(f"{place} < {whole * c.strip}", vectors, packed))
+    if rest:
+        last = packed if c.packed_from < c.strips else direct
+        kinds.append(_Strips(f"{place} == {whole * c.strip}", rest, last))
+    return kinds
+
+
+def _panels(
+    c: Contraction, micros: dict[str, list[Line]], a: _Operand, kind: _Strips
+) -> list[Line]:
+    """All rows of a tile under one strip."""
+    rows, extent = c.blocking.rows, c.m.extent
+    partial = c.deep or c.slices > 1  # of k
+    depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.deep else "false"
+    b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if partial else kind.b.text
+    a_from = f"{a.text} + (row + r) * {a.step}" + (f" + depth * {a.k_step}" if partial else "")
+    lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
+
+    def call(count: int) -> str:
+        name = _micro(c, micros, count, kind.vectors, a, kind.b)
+        to = f"tile + r * {c.blocking.tile_columns} + strip"
+        return f"{name}({depth}, {a_from}, b, {to}, {add});"
+
+    if extent >= rows:
+        lines += block(f"for (; r + {rows} <= rows; r += {rows})", [Line(call(rows))])
+    if extent % rows:
+        lines.append(Line(f"if (r < rows) {call(extent % rows)}"))
+    return lines
+
+
+def _micro(
+    c: Contraction,
+    micros: dict[str, list[Line]],
+    rows: int,
+    vectors: int,
+    a: _Operand,
+    b: _Operand,
+) -> str:
+    """The name of the micro-kernel for `rows` rows and `vectors` vectors, which it defines."""
+    name = f"{c.name}_micro_{rows}x{vectors * c.lanes}_{b.k_step}"
+    if name in micros:
+        return name
+    vector = f"tj_{c.type.removesuffix('_t')}_vector"
+    sums = [[f"c{r}_{j}" for j in range(vectors)] for r in range(rows)]
+    lines = [Line(f"{vector} {', '.join(f'{x} = {{0}}' for x in row)};") for row in sums]
+    inner = [
+        Line(f"const {vector} b{j} = *(const {vector} *)(b + {j * c.lanes});")
+        for j in range(vectors)
+    ]
+    for r, row in enumerate(sums):
+        inner.append(Line(" ".join(f"{x} += a[{r * a.step}] * b{j};" for j, x in enumerate(row))))
+    lines += block(f"for (int64_t k = 0; k < depth; k++, a += {a.k_step}, b += {b.k_step})", inner)
+    places = {
+        x: f"*({vector} *)(c + {r * c.blocking.tile_columns + j * c.lanes})"
+        for r, row in enumerate(sums)
+        for j, x in enumerate(row)
+    }
+    if c.deep:
+        lines += block("if (add)", [Line(f"{x} += {place};") for x, place in places.items()])
+    lines += [Line(f"{place} = {x};") for x, place in places.items()]
+    head = (
+        f"TJ_FUSED static void {name}(int64_t depth, const {c.type} *a,"
+        f" const {c.type} *b, {c.type} *c, bool add)"
+    )
+    micros[name] = block(head, lines)
+    return name
+
+
+def vector_types(vector_bytes: int) -> str:
+    """The C vector types that micro-kernels use, and the mark of functions that may fuse."""
+    rows = [
+        f"typedef {kind} tj_{kind.removesuffix('_t')}_vector"
+        f" __attribute__((vector_size({vector_bytes}), aligned({size}), may_alias));"
+        for kind, size in (("float", 4), ("double", 8), ("int64_t", 8))
+    ]
+    return "\n".join(rows) + (
+        "\n#ifdef __clang__\n#define TJ_FUSED\n#else\n"
+        '#define TJ_FUSED __attribute__((noinline, optimize("fp-contract=fast")))\n#endif\n'
+    )

@@ -1,0 +1,137 @@
+"""Packing of a contraction's operands into scratch memory, their prologues evaluated on the way.
+
+A keeps the order of its memory. B becomes strips of whole vectors, [strip][k][columns], padded with
+zeros; where it lies along k, it is turned in small squares.
+"""
+
+from __future__ import annotations
+
+from tracejit.codegen.c_blocking import PACKED_DEPTH, Contraction
+from tracejit.codegen.c_body import opened
+from tracejit.codegen.c_loops import (
+    GRAIN,
+    MAX_CHUNKS,
+    Task,
+    chunk_range,
+    contiguity,
+    weight,
+)
+from tracejit.codegen.c_text import Line, block
+
+ACROSS = 64  # of k that are turned from rows to columns at a time
+
+
+def pack_task(c: Contraction) -> Task:
+    """The task that packs the operands of all batches of a round."""
+    a_rows = c.m if c.a_by_rows else c.k
+    a_units = -(-a_rows.extent // 16) if c.a_elements else 0
+    k_parts = max(1, -(-c.k.extent // PACKED_DEPTH))
+    b_units = (c.strips - c.packed_from) * k_parts
+    each = a_units + b_units
+    units = c.round * each
+    statements = (*c.dot.a, *c.dot.b)
+    cost = c.round * c.per_batch * (weight(statements) + 2)
+    chunks = max(1, min(units, cost // GRAIN, MAX_CHUNKS))
+    lines = [*opened(c.kernel, statements, c.name)]
+    lines.append(Line(f"{c.type} *const packed = at->packed;"))
+    inner = c.batch_of("unit", each)
+    inner.append(Line(f"const int64_t part = unit % {each};"))
+    if b_units:
+        head = f"if (part < {b_units})" if a_units else ""
+        packing = _packed_part(c, k_parts)
+        inner += block(head, packing) if head else packing
+    if a_units:
+        r, rest = a_rows.name, c.m if a_rows is c.k else c.k
+        first = f"(part - {b_units}) * 16" if b_units else "part * 16"
+        packing = [
+            Line(f"const int64_t start = {first};"),
+            *pack_a(
+                c,
+                f"start; {r} < tj_least(start + 16, {a_rows.extent})",
+                f"0; {rest.name} < {rest.extent}",
+            ),
+        ]
+        inner += block(f"if (part >= {b_units})", packing) if b_units else packing
+    lines += chunk_range(units, chunks)
+    lines += block("for (int64_t unit = first; unit < last; unit++)", inner)
+    return Task(f"{c.name}_pack", chunks, lines)
+
+
+def pack_a(c: Contraction, rows: str, columns: str) -> list[Line]:
+    """Some rows of A, evaluated in the order of its memory; `rows` and `columns` are the limits
+    of the two loops."""
+    outer, inner = (c.m, c.k) if c.a_by_rows else (c.k, c.m)
+    target = f"packed[{outer.name} * {inner.extent} + {inner.name}{c.slot}]"
+    lines = [
+        *c.body.lines(c.dot.a),
+        Line(f"{target} = {c.body.operand(c.dot.a_value, c.dot.out.dtype)};"),
+    ]
+    loop = block(f"for (int64_t {inner.name} = {columns}; {inner.name}++)", lines)
+    simd = Line("#pragma omp simd")
+    return block(f"for (int64_t {outer.name} = {rows}; {outer.name}++)", [simd, *loop])
+
+
+def _packed_part(c: Contraction, k_parts: int) -> list[Line]:
+    """The strip of B, and the rows of it, that a unit of packing says."""
+    if k_parts == 1:
+        return pack_b(c, "part", "0", str(c.k.extent))
+    return [
+        Line(f"const int64_t low = part % {k_parts} * {PACKED_DEPTH};"),
+        Line(f"const int64_t high = tj_least(low + {PACKED_DEPTH}, {c.k.extent});"),
+        *pack_b(c, f"part / {k_parts}", "low", "high"),
+    ]
+
+
+def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
+    """The rows `low` … `high` of the strip of B of a number, counted from the first packed."""
+    k, n, width = c.k.name, c.n.name, c.strip
+    lines = [
+        Line(
+            f"{c.type} *const strip = packed + {c.a_elements}{c.slot}"
+            f" + {number} * {width * c.k.extent};"
+        ),
+        Line(f"const int64_t start = ({number} + {c.packed_from}) * {width};"),
+        Line(f"const int64_t columns = tj_least({width}, {c.n.extent} - start);"),
+    ]
+    along_k = f"for (int64_t {k} = {low}; {k} < {high}; {k}++)"
+    value = c.body.operand(c.dot.b_value, c.dot.out.dtype)
+    inner = [*c.body.lines(c.dot.b)]
+    if contiguity(c.n, c.dot.b) >= contiguity(c.k, c.dot.b):
+        inner = [Line(f"const int64_t {n} = start + j;"), *inner]
+        inner.append(Line(f"strip[{k} * {width} + j] = {value};"))
+        loop = [
+            Line("#pragma omp simd"),
+            *block("for (int64_t j = 0; j < columns; j++)", inner),
+            Line(f"for (int64_t j = columns; j < {width}; j++) strip[{k} * {width} + j] = 0;"),
+        ]
+        return lines + block(along_k, loop)
+    # B lies along k: rows of it into a small block, and its columns from there to the strip
+    inner.append(Line(f"rows[j * {ACROSS} + {k} - from] = {value};"))
+    fill = [
+        Line(f"const int64_t {n} = start + j;"),
+        Line("#pragma omp simd"),
+        *block(f"for (int64_t {k} = from; {k} < from + deep; {k}++)", inner),
+    ]
+    target, source = f"strip[(from + i) * {width} + j]", f"rows[j * {ACROSS} + i]"
+    across: list[Line] = []
+    if c.type == "float":
+        four = f"tj_transpose(&{target}, {width}, &{source}, {ACROSS});"
+        across = [
+            Line(f"for (; i + 4 <= deep; i += 4) for (int64_t j = 0; j < {width}; j += 4) {four}")
+        ]
+    rest = f"for (; i < deep; i++) for (int64_t j = 0; j < {width}; j++) {target} = {source};"
+    lines.append(Line(f"{c.type} rows[{width} * {ACROSS}];"))
+    lines.append(
+        Line(
+            f"memset(rows + columns * {ACROSS}, 0, sizeof rows -"
+            f" columns * {ACROSS} * sizeof *rows);"
+        )
+    )
+    body = [
+        Line(f"const int64_t deep = tj_least({ACROSS}, {high} - from);"),
+        *block("for (int64_t j = 0; j < columns; j++)", fill),
+        Line("int64_t i = 0;"),
+        *across,
+        Line(rest),
+    ]
+    return lines + block(f"for (int64_t from = {low}; from < {high}; from += {ACROSS})", body)

@@ -1,0 +1,146 @@
+"""C source → a loaded shared library, through the system's compiler and the disk cache.
+
+An entry of the cache is keyed by the source, the compiler (path and version), the flags and the
+CPU, and holds the library as base64, so that everything the cache promises about its entries holds
+for libraries too: what is loaded is exactly the bytes whose checksum was verified.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ctypes
+import functools
+import os
+import platform
+import secrets
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from tracejit.errors import BackendUnavailable, TracejitError
+from tracejit.ir.ops.c_prelude import C_FLAGS
+from tracejit.runtime.cache import DiskCache, private_folder
+
+FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread")
+CANDIDATES = ("cc", "gcc", "clang")
+
+
+class CompilationFailed(TracejitError, RuntimeError):
+    """The system's compiler rejected a generated program: a bug of the generator."""
+
+    message = (
+        "the C compiler failed on generated code: {command}\n{output}\n"
+        'Use backend="numpy" meanwhile, and report this'
+    )
+
+
+def find_compiler() -> tuple[str, ...]:
+    """The command of the C compiler: $CC, else the first of cc, gcc, clang on the path."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    for command in ([asked] if asked else []) + [[name] for name in CANDIDATES]:
+        found = shutil.which(command[0])
+        if found is not None:
+            return (found, *command[1:])
+    raise BackendUnavailable(
+        backend="c",
+        reason=f"no C compiler was found ($CC, {', '.join(CANDIDATES)})",
+        remedy="Install one (gcc or clang), or set CC; the numpy executor needs none",
+    )
+
+
+@functools.cache
+def version(command: tuple[str, ...]) -> str:
+    """What a compiler says about itself, in one line."""
+    try:
+        done = subprocess.run(
+            [*command, "--version"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BackendUnavailable(
+            backend="c",
+            reason=f"the C compiler {shlex.join(command)} does not run ({error})",
+            remedy="Set CC to one that does; the numpy executor needs none",
+        ) from error
+    return done.stdout.partition("\n")[0]
+
+
+@functools.cache
+def cpu() -> tuple[str, frozenset[str]]:
+    """The CPU's model and its feature flags, as far as the system tells them."""
+    model, flags = platform.machine(), frozenset[str]()
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return f"{model} {platform.processor()}", flags
+    for line in text.partition("\n\n")[0].splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            model = f"{model} {value.strip()}"
+        elif name.strip() in ("flags", "Features"):
+            flags = frozenset(value.split())
+    return model, flags
+
+
+def vector_bytes() -> int:
+    """The width of the CPU's widest vector registers that -march=native uses."""
+    _, flags = cpu()
+    if "avx512f" in flags:
+        return 64
+    return 32 if "avx" in flags else 16
+
+
+def load_library(source: str, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
+    """The library of a C program, compiled unless the disk cache has it."""
+    command = find_compiler()
+    model, features = cpu()
+    key = "\n".join(
+        [
+            shlex.join(command),
+            version(command),
+            " ".join(flags),
+            model,
+            " ".join(sorted(features)),
+            source,
+        ]
+    )
+    cache = DiskCache()
+    code = _decoded(cache.get("c", key))
+    if code is None:
+        code = compile_c(command, source, flags)
+        cache.put("c", key, base64.b64encode(code).decode())
+    return _opened(code)
+
+
+def compile_c(command: tuple[str, ...], source: str, flags: tuple[str, ...] = FLAGS) -> bytes:
+    """The bytes of a shared library."""
+    stem = private_folder() / f"unit_{secrets.token_hex(8)}"
+    program, library = stem.with_suffix(".c"), stem.with_suffix(".so")
+    try:
+        program.write_text(source)
+        line = [*command, *flags, "-o", str(library), str(program), "-lm"]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode:
+            raise CompilationFailed(command=shlex.join(line), output=done.stderr)
+        return library.read_bytes()
+    finally:
+        for path in (program, library):
+            path.unlink(missing_ok=True)
+
+
+def _decoded(body: str | None) -> bytes | None:
+    try:
+        return None if body is None else base64.b64decode(body, validate=True)
+    except binascii.Error:
+        return None
+
+
+def _opened(code: bytes) -> ctypes.CDLL:
+    """Load a library from a file that only this process can reach."""
+    path = private_folder() / f"library_{secrets.token_hex(8)}.so"
+    try:
+        path.write_bytes(code)
+        return ctypes.CDLL(str(path))
+    finally:
+        path.unlink(missing_ok=True)
