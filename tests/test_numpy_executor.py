@@ -191,3 +191,16 @@ def test_large_domain_in_blocks():
       %8: f32[1001] = reduce_sum(%4, axes=(0,))
       return %4, %5, %6, %7, %8
     }""")
+
+
+@pytest.mark.parametrize("fill", [0.0, -0.0])
+def test_padding_keeps_the_sign_of_zero(fill):
+    text = f"""
+    f(%0: f32[3]) {{
+      %1: f32[6] = pad(%0, low=(1,), high=(2,), interior=(0,), value={fill})
+      return %1
+    }}"""
+    graph = parse(text)
+    x = np.array([1.0, 2.0, 3.0], np.float32)
+    (out,), _ = run_plan(schedule(graph), graph, [x])
+    assert np.array_equal(np.signbit(out), np.signbit(np.array([fill, 1, 2, 3, fill, fill])))

@@ -7,6 +7,7 @@ axes that every index walks as one are joined, and what is left is named i0, i1,
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from tracejit.ir.graph import Node, Value
@@ -337,9 +338,10 @@ class _Lowering:
     def _padded(
         self, node: Node, source: Operand, mask: Mask, bound: Mask, scope: _Scope
     ) -> Operand:
-        """The operand inside the bounds, the fill outside; a masked load gives 0 by itself."""
+        """The operand inside the bounds, the fill outside; a masked load gives +0 by itself."""
         fill = node.attr("value")
-        if fill == 0 and isinstance(source, Var) and scope.masks.get(source.id) == mask:
+        free = fill == 0 and math.copysign(1.0, fill) > 0
+        if free and isinstance(source, Var) and scope.masks.get(source.id) == mask:
             return source
         return self._filled(node, source, bound, fill, scope)
 
