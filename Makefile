@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
+PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
 .PHONY: demo test test-all lint bench accept clean
 
@@ -16,19 +17,19 @@ demo: $(READY)                  ## train the two-layer net, eager and compiled s
 	$(PY) -m examples.demo
 
 test: $(READY)                  ## compiled-process tests, then Triton's interpreter in its own process
-	$(PY) -m pytest -m "not interpret and not slow" tests
-	TRITON_INTERPRET=1 $(PY) -m pytest -m "interpret and not slow" tests
+	$(PYTEST) -m "not interpret and not slow" tests
+	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests
 
 test-all: $(READY)
-	$(PY) -m pytest -m "not interpret" tests
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret tests
+	$(PYTEST) -m "not interpret" tests
+	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
 
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: $(READY)
-	$(PY) -m benchmarks.run
+bench: $(READY)                 ## times beside the peers (BENCH='--rounds 5 --case mlp …')
+	$(PY) -m benchmarks.run $(BENCH)
 
 accept: $(READY)                ## rewrite the golden files after reading their diff
 	TRACEJIT_ACCEPT=1 $(PY) -m pytest tests -k golden

@@ -33,17 +33,18 @@ def matmul(
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
+    FIRST: tl.constexpr = 0,
 ):
     """One program per (batch, tile): acc[ACC] = A @ B over K, then EPILOGUE.
 
-    Grid: (B * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N),). DOT is "tensor" (tl.dot with
-    input_precision=PRECISION; BLOCK_K >= 16) or "sum" (multiply and add in ACC, for dtypes that
-    tl.dot lacks). ACC is fp32, fp64 or an integer dtype. Tiles go down GROUP_M rows before
-    the next column, so that neighbouring programs share their operands in L2.
+    Grid: B * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N) programs from number FIRST on. DOT is "tensor"
+    (tl.dot with input_precision=PRECISION; BLOCK_K >= 16) or "sum" (multiply and add in ACC, for
+    dtypes that tl.dot lacks). ACC is fp32, fp64 or an integer dtype. Tiles go down GROUP_M rows
+    before the next column, so that neighbouring programs share their operands in L2.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
+    pid = tl.program_id(0) - FIRST
     b = pid // (TILES_M * TILES_N)
     tile = pid % (TILES_M * TILES_N)
     group = tile // (GROUP_M * TILES_N)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -55,3 +56,10 @@ def golden() -> Iterator[Callable[[str, str], None]]:
         assert not diff, f"{diff}\n`make accept` rewrites the file once this is what is wanted"
 
     yield check
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of collected tests are no part of a user's heap: gc, which aborts of a trace use to
+    find what holds an intermediate, does not look at them again."""
+    gc.collect()
+    gc.freeze()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -598,7 +598,7 @@ row(
     + [S(v(nan, inf, -inf, 1, -1, -0.5, 0, 5, -5), v(1, 1, 1, inf, inf, 0, 2, -3, 3))],
 )
 row("pow pow_", POW, exact=False)
-row("__rpow__", REFLECTED_POW, exact=False)
+row("__rpow__", [*REFLECTED_POW, S(r(5), 2.5, smooth=True)], exact=False)
 row("maximum minimum", TENSOR_PAIRS)
 row("eq __eq__ eq_", BINARY)
 row("ne __ne__ not_equal ne_ not_equal_", BINARY)
@@ -694,6 +694,7 @@ row(
         S(v(nan).expand(5), r(3, 4), r(4, 5), beta=0),
         S(r(2, 3, 5), r(3, 4), r(4, 5)),
         S(r(4), r(3, 4), r(4, 5)),
+        S(r(5, dtype=i32), r(3, 4, dtype=i32), r(4, 5, dtype=i32), beta=2, alpha=3),
     ],
     exact=False,
 )
@@ -769,7 +770,7 @@ row("zeros ones", SIZES)
 row("zeros_like ones_like", LIKE)
 row(
     "new_zeros new_ones",
-    after(lambda: r(2, dtype=f64), SIZES) + after(lambda: r(2, dtype=i32), SIZES[:3]),
+    after(lambda: r(3, dtype=f64), SIZES) + after(lambda: r(2, dtype=i32), SIZES[:3]),
 )
 _full = [
     S((2, 3), 2.5),
@@ -782,7 +783,7 @@ _full = [
 _full += [S((2,), 0.1, dtype=bf16), S((2,), 2, dtype=f64), S((2,), -1, dtype=u8)]
 row("full", [*_full, S(2, 1.0), S((2,), fill_value=3.0), S((2,), 1.0, requires_grad=True)])
 row("full_like", [Sample((*s.args, 2.5), s.kwargs) for s in LIKE] + [S(r(3), 2, dtype=i64)])
-row("new_full", after(lambda: r(2), _full) + after(lambda: r(2, dtype=i64), _full))
+row("new_full", after(lambda: r(3), _full) + after(lambda: r(2, dtype=i64), _full))
 row(
     "tensor scalar_tensor",
     [S(2), S(2.5), S(True), S(nan), S(2, dtype=f32), S(2.5, dtype=i64), S(2.5, requires_grad=True)],
@@ -860,8 +861,10 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
     torch.broadcast_tensors: ROWS["broadcast_tensors"],
 }
 
-# Metadata, autograd and requests for values: their own tests say what they answer.
+# Metadata, autograd, requests for values, memory as it comes, and whole optimizers: their own tests
+# say what they answer.
 _elsewhere = """
+    empty empty_like new_empty _fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
     __index__ __int__ __iter__ __len__ __repr__ _set_grad_enabled allclose backward data_ptr
     device dim dtype element_size equal grad grad_fn is_complex is_conj is_contiguous is_cpu
@@ -879,10 +882,24 @@ def bare_name(function: Callable) -> str:
     return function_name(function).rpartition(".")[2]
 
 
+# Smooth, or linear, wherever their samples are: all of these are differentiated twice.
+_smooth = """
+    T mT as_tensor atleast_1d atleast_2d atleast_3d batch_norm bmm broadcast_tensors
+    broadcast_to chunk clone constant_pad_nd contiguous cpu double dsplit expand expand_as
+    flatten fliplr flipud float hsplit instance_norm mv narrow permute reshape reshape_as select
+    split_with_sizes squeeze t to transpose type type_as unbind unsqueeze view view_as vsplit
+    where
+"""
+SMOOTH = set(_smooth.split())
+
+
 def samples_of(function: Callable) -> list[Sample]:
     """The samples of one spelling; empty when there are none."""
     found = BY_FUNCTION.get(function)
-    return ROWS.get(bare_name(function), []) if found is None else found
+    found = ROWS.get(bare_name(function), []) if found is None else found
+    if bare_name(function) in SMOOTH:
+        return [replace(s, smooth=not s.refused) for s in found]
+    return found
 
 
 def each_function() -> list[Callable]:

@@ -143,7 +143,7 @@ row(
         no(r(7), i(2, 5)),
     ],
 )
-row("hsplit", [S(r(6), 3), S(r(4, 6), 2), S(r(4, 6), (1, 3)), S(r(6), 4), S(r(), 1)])
+row("hsplit", [S(r(6), 3), S(r(4, 6), 2), S(r(4, 6), (1, 3)), S(r(6), 4), S(r(), 1), S(r(5, 3), 3)])
 row("vsplit", [S(r(6, 2), 3), S(r(4, 6), (1, 3)), S(r(6), 2), S(r(3, 2), 2)])
 row("dsplit", [S(r(2, 1, 6), 3), S(x234, (1, 3)), S(r(6, 2), 2)])
 row(
@@ -278,6 +278,7 @@ row(
         S(r(2, 6), 1, (-1, 2)),
         S(r(2, 6), -1, [3, 2, 1]),
         S(r(6, 2).t(), -1, (2, 3)),
+        S(r(5, 9), 1, (3, 3)),
         S(r(6), 0, (4, 2)),
         S(r(6), 1, (2, 3)),
     ],
@@ -374,6 +375,14 @@ LISTS = [
 ]
 BY_FUNCTION[torch.tensor] = [*ROWS["tensor"], *LISTS]
 row(
+    "as_tensor",
+    [
+        *(S(x) for x in (3, 2.5, True, [1, 2], r(3), r(3, 2).t(), r(0), i(1, 2))),
+        *(S(x, dtype=f64) for x in (3, [1.5, 2], r(3), r(4, 3)[::2], r(2, dtype=f64))),
+        S(r(3), device="cpu"),
+    ],
+)
+row(
     "one_hot",
     [
         S(i(0, 2, 1), 3),
@@ -406,6 +415,8 @@ def sums(matrix: tuple, *factors: tuple) -> list[Sample]:
         given(v(nan).expand(matrix), beta=0, alpha=0.5),
         given(r(*matrix, dtype=f64), dtype=f64),
         given(r(7, *matrix)),
+        given(r(*matrix, dtype=i32), dtype=i32, beta=2, alpha=3),
+        given(r(*matrix, dtype=u8), dtype=u8),
     ]
 
 

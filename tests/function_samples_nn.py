@@ -284,7 +284,7 @@ SPREADS = [
     S(v(2, 2, 2)),
     S(v(1, nan, 2)),
     S(v(1, inf, 2)),
-    S(r(3, 4) + 1000, 1),
+    S(torch.arange(12.0).reshape(3, 4) ** 2 + 1000, 1),  # means that float32 holds exactly
     S(r(3, 4), 2),
     S(r(5, dtype=i64)),
 ]
@@ -645,6 +645,17 @@ BY_FUNCTION[torch.instance_norm] = [
     S(r(2, 3, 5), r(3), r(3), None, None, True, 0.1, 1e-5, False),
     S(r(2, 3, 5), None, None, None, None, True, 0.1, 1e-5, False),
 ]
+row(
+    "_weight_norm",
+    [
+        S(r(6, 4), r(6, 1)),
+        S(r(3, 4, 5), r(1, 4, 1), 1),
+        S(r(1, 5), r(1, 1)),
+        S(r(4, 3), torch.tensor(2.0), -1),
+        S(r(3, 4, dtype=f64), r(3, 1, dtype=f64)),
+    ],
+    exact=False,
+)
 for _function, _name in ((torch.layer_norm, "layer_norm"), (torch.group_norm, "group_norm")):
     BY_FUNCTION[_function] = list(ROWS[_name])
 

@@ -53,7 +53,7 @@ def call(step, *args, **kwargs):
     with torch.no_grad():
         for write, array in zip(captured.graph.writes, written, strict=True):
             by_param[write.target].data.copy_(torch.from_numpy(np.array(array)))
-    host = host_function(captured.graph.nodes, captured.scalar_values, captured.host_results)
+    host = host_function(captured.host_nodes, captured.scalar_values, captured.host_results)
     return captured.commit(captured.reals, outputs, host(list(captured.scalars)))
 
 

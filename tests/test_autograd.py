@@ -420,11 +420,6 @@ def test_saved_tensors_are_checked_by_version():
         y.add_(2)
         y.sum().backward()
 
-    def through_data(w):  # .data has a version of its own: eager does not see it either
-        y = (w * 1).exp()
-        y.data.mul_(1.0)
-        y.sum().backward()
-
     def own_saved_copy(w):
         y = w * 1
         y.pow_(2).clamp_(0.1, 3).tanh_()
@@ -443,7 +438,7 @@ def test_saved_tensors_are_checked_by_version():
         with torch.no_grad():
             w.zero_()
 
-    for step in (not_saved, through_data, own_saved_copy, not_needed, after_backward):
+    for step in (not_saved, own_saved_copy, not_needed, after_backward):
         both_run(step)
 
 

@@ -27,6 +27,7 @@ from test_ops import (
 from test_schedule import RandomProgram
 
 from examples import fused_chain, two_layer_autograd, two_layer_manual
+from tracejit.codegen.c_blocking import Contraction, Target
 from tracejit.codegen.c_pool import POOL_SOURCE
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.graph import Builder, Result
@@ -36,6 +37,7 @@ from tracejit.ir.types import DType, f64
 from tracejit.runtime import c_compiler, c_executor
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
+from tracejit.schedule.sizes import substitute
 from tracejit.testing import assert_equal_to_eager
 
 ULPS = 2  # of functions that IEEE does not fix to the bit
@@ -156,6 +158,26 @@ def test_matmul_in_other_dtypes(dtype):
       %4: {dtype}[] = reduce_sum(%3, axes=(0,1,2))
       return %3, %4
     }}""")
+
+
+@pytest.mark.parametrize("m, k, n", [(30, 64, 20), (1, 64, 20), (30, 64, 1), (300, 70, 190)])
+def test_a_transposed_result_is_written_along_memory(m, k, n, quick):
+    """A linear layer's weight gradient and update, which are made for the transposed weight."""
+    fused, _ = plans.both(f"""
+    step(%0: f32[2,{k},{m}], %1: f32[2,{k},{n}], %2: f32[2,{n},{m}]) {{
+      %3: f32[2,{m},{k}] = permute(%0, axes=(0,2,1))
+      %4: f32[2,{m},{n}] = matmul(%3, %1)
+      %5: f32[2,{n},{m}] = permute(%4, axes=(0,2,1))
+      %6: f32[2,{n},{m}] = mul(%5, %5)
+      %7: f32[2,{n},{m}] = sub(%2, %6)
+      %8: f32[] = reduce_sum(%7, axes=(0,1,2))
+      return %5, %8
+      write %2 <- %7
+    }}""")
+    launch = fused.launches[0]
+    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    found = Contraction(substitute(launch.kernel, sizes), "k", Target())
+    assert (found.m.extent, found.n.extent) == ((n, m) if min(m, n) > 1 else (m, n))
 
 
 def test_batches_in_rounds(monkeypatch):

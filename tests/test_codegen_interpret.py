@@ -11,6 +11,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets, so it needs TRITON_INTERPRET=1", allow_module_level=True)
 
 from samples import SAMPLES, Tensor
+from test_launches import SIDE_BY_SIDE
+from test_numpy_executor import TOLERANCE, make_inputs
+from test_schedule import RandomProgram
 
 from tracejit.ir.interp import evaluate
 from tracejit.ir.ops import OPS
@@ -411,6 +414,49 @@ def test_workspace_is_left_as_it_was_found():
         assert out == 300 * value
 
 
+@pytest.mark.parametrize("n", [(1 << 17) + 1, (1 << 17) - 1])
+def test_large_domains_of_odd_size(n):
+    ragged = "_ragged" if n > 1 << 17 else ""
+    check(FUSION.format(n=n), max_tile=1024, forms=[f"reduce{ragged}"])
+    start = f"""
+    f(%0: f32[{n}]) {{
+      %1: f32[{n}] = mul(%0, 2.0)
+      %2: f32[{n}] = full(-3.0, shape=({n},), dtype=f32, device='cpu')
+    """
+    check(start + "return %1, %2\n}", max_tile=1024, forms=[f"pointwise{ragged}"])
+    end = f"%3: f32[] = reduce_max(%2, axes=(0,))\n%4: f32[{n}] = abs(%1)\nreturn %3, %4\n}}"
+    check(start + end, max_tile=1024)
+
+
+@pytest.mark.parametrize("max_tile", [64, 8192])
+def test_kernels_side_by_side(max_tile):
+    check(SIDE_BY_SIDE, max_tile=max_tile, forms=["joint"])
+
+
+def test_workspaces_of_kernels_side_by_side():
+    graph = parse("""
+    f(%0: f32[300], %1: f32[200], %2: f32[40]) {
+      %3: f32[] = reduce_sum(%0, axes=(0,))
+      %4: f32[] = reduce_sum(%1, axes=(0,))
+      %5: f32[] = add(%3, %4)
+      %6: f32[40] = mul(%2, 2.0)
+      %7: f32[] = reduce_max(%6, axes=(0,))
+      return %5, %7
+    }""")
+    plan = schedule(graph)
+    assert [len(launch.kernel.parts) for launch in plan.launches] == [3, 0]
+    loaded = TritonExecutor("interpret", max_tile=16).load(plan)
+    arena = np.empty(plan.arena_bytes, np.uint8)
+    for value in (1.0, 2.0, 3.0):
+        memory = [np.full(n, value, np.float32) for n in (300, 200, 40)]
+        memory += [np.zeros((), np.float32), np.zeros((), np.float32)]
+        addresses = [array.ctypes.data for array in memory]
+        arenas = [b for b in plan.buffers if b.kind == "arena"]
+        addresses += [arena.ctypes.data + b.offset for b in arenas]
+        loaded(addresses, [])
+        assert (memory[3], memory[4]) == (500 * value, 2 * value)
+
+
 ONE_OF_EACH = (FUSION.format(n=123), softmax(9, 23, 1), MATMUL.format(t="f32", m=5, n=7, k=3))
 
 
@@ -509,3 +555,22 @@ def test_full_reduction_read_by_a_later_loop_is_one_program(max_tile):
     loaded([array.ctypes.data for array in memory], [])
     np.testing.assert_allclose(memory[1], x / x.sum(), rtol=1e-6)
     np.testing.assert_allclose(memory[2], x.sum(), rtol=1e-6)
+
+
+def test_random_programs():
+    joined = 0
+    for seed in range(40):
+        graph = RandomProgram(seed).graph()
+        inputs = make_inputs(graph, seed)
+        plan = schedule(graph)
+        joined += sum(bool(launch.kernel.parts) for launch in plan.launches)
+        expected, written = evaluate(graph, inputs)
+        results, targets, _ = run(graph, inputs, max_tile=16, plan=plan)
+        found = zip([*results, *targets], [*expected, *written], graph.outputs(), strict=True)
+        for ours, theirs, value in found:
+            tolerance = TOLERANCE.get(value.type.dtype.name, 0)
+            scale = tolerance * max(1.0, float(np.abs(theirs).max(initial=0)))
+            np.testing.assert_allclose(
+                ours, theirs, rtol=tolerance, atol=scale, err_msg=f"seed {seed}:\n{graph}"
+            )
+    assert joined >= 10

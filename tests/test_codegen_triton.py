@@ -10,6 +10,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
+from test_launches import SIDE_BY_SIDE
+
 from tracejit.aot import TARGETS, check_limits, compile_for
 from tracejit.codegen.geometry import MAX_PROGRAMS
 from tracejit.codegen.triton import emit
@@ -128,9 +130,9 @@ import triton.language as tl
 @triton.jit
 def {source.name}(b0, b1, b2, scalars, n0: tl.constexpr, BLOCK: tl.constexpr):
     """Element-wise over (i0: n0). Reads b0, b1. Writes b2."""
+    s0 = tl.load(scalars).to(tl.float32)
     i0 = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     in_x = i0 < n0
-    s0 = tl.load(scalars).to(tl.float32)
     v0 = tl.load(b0 + i0, mask=in_x)
     v3 = v0 * s0                      # model.py:7
     v1 = tl.load(b1 + i0, mask=in_x)
@@ -279,6 +281,17 @@ def test_fusion_showcase_streams_128_bits(target):
 
 
 @each_target
+@pytest.mark.parametrize(
+    ("text", "form", "loads"), [(AXPY, "pointwise", 4), (FUSION, "reduce", 4)], ids=["axpy", "sum"]
+)
+def test_odd_sizes_move_128_bits_but_at_the_end(text, form, loads, target):
+    form_found, found = facts(text.format(n=1_000_001), target)
+    assert form_found == f"{form}_ragged" and found.spills == 0
+    assert (found.loads[128], found.stores[128]) == (loads, 2)  # 1024 elements, 128 threads
+    assert facts(text.format(n=1_000_000), target)[0] == form
+
+
+@each_target
 @pytest.mark.parametrize("shape", [(4096, 1000), (4096, 8192), (64, 100_000)])
 def test_rows_move_128_bits(shape, target):
     _, found = facts(softmax(*shape), target)
@@ -305,3 +318,34 @@ def test_large_matmul_on_tensor_cores(precision, wgmma):
     _, found = facts(UPDATE.format(t="f32", m=4096, n=4096, k=1024), 90, precision)
     check_limits(found, want_wgmma=wgmma)
     assert (found.ffma > 1000) == (precision == "ieee")
+
+
+BIAS = """
+f(%0: bf16[512,2048], %1: bf16[512,2048], %2: bf16[2048]) {{
+  %3: bf16[2048,512] = permute(%0, axes=(1, 0))
+  %4: bf16[2048,2048] = matmul(%3, %1)
+  {bias}
+  return %4
+}}"""
+COLUMN_SUM = """%5: bf16[2048] = reduce_sum(%1, axes=(0,))
+  %6: bf16[2048] = add(%2, %5)"""
+
+
+@each_target
+def test_company_costs_a_matmul_nothing(target):
+    form, alone = facts(BIAS.format(bias=""), target)
+    assert form == "matmul"
+    form, together = facts(BIAS.format(bias=COLUMN_SUM).replace("return", "return %6,"), target)
+    assert form == "joint" and together.spills == alone.spills == 0
+    assert (together.shared_bytes, together.tensor_memory) == (
+        alone.shared_bytes,
+        alone.tensor_memory,
+    )
+    assert (together.wgmma, together.mma) == (alone.wgmma, alone.mma)
+    assert together.registers <= alone.registers + 16  # one CTA a multiprocessor either way
+
+
+@each_target
+def test_kernels_of_every_form_side_by_side(target):
+    form, found = facts(SIDE_BY_SIDE, target)
+    assert form == "joint" and found.spills == 0 and found.registers <= 128

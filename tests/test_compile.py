@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import inspect
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -74,7 +75,7 @@ def test_bound_method_and_decorated_method():
         assert torch.equal(model.decorated(torch.ones(3)), torch.full((3,), 3.0))
     model.w = torch.full((3,), 5.0)
     assert torch.equal(compiled(torch.ones(3)), torch.full((3,), 5.0))
-    assert "argument 0" in compiled.explain_mode()
+    assert compiled.stats.replays == 2 and compiled.explain_mode().startswith("replay")
 
 
 @pytest.mark.parametrize("bad", [{"mode": "fast"}, {"backend": "cuda"}])
@@ -410,8 +411,12 @@ def test_interrupt_while_writing_is_deferred(monkeypatch):
         inner(*args)
 
     program.loaded = interrupted
-    with pytest.raises(KeyboardInterrupt):
-        compiled()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compiled()
+    finally:
+        signal.signal(signal.SIGINT, before)
     program.loaded = inner
     assert torch.equal(w, torch.full((3,), 2.0))
     compiled()

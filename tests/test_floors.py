@@ -17,6 +17,7 @@ FLOORS = {
     "compile": 5,
     "testing": 5,
     "report": 5,
+    "support": 5,
     "__main__": 5,
     "capture": 4,
     "codegen": 4,
@@ -36,6 +37,7 @@ SAME_FLOOR = {
     ("compile", "tracejit"),  # the version
     ("__main__", "compile"),
     ("__main__", "report"),
+    ("__main__", "support"),
     ("__main__", "testing"),
     ("testing", "compile"),
     ("report", "compile"),

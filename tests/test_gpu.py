@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from optimizer_checks import OPTIMIZERS, lockstep, training
 
 from examples import fused_chain, two_layer_autograd, two_layer_manual
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
@@ -43,3 +44,25 @@ def test_same_inputs_same_bits():
     for _ in range(5):
         assert step().item() == first
         assert torch.equal(x.grad, gradient)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, foreach):
+    for options, plans in OPTIMIZERS[name]:
+        make = training(
+            lambda p, o=options: getattr(torch.optim, name)(p, foreach=foreach, **o), "cuda"
+        )
+        lockstep(make, compiles=plans, calls=20, backend="auto")
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "NAdam", "RAdam", "ASGD", "Rprop"])
+def test_capturable_optimizers(name):
+    make = training(lambda p: getattr(torch.optim, name)(p, capturable=True), "cuda")
+    lockstep(make, compiles=2, calls=20, backend="auto")
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_optimizers(name):
+    make = training(lambda p: getattr(torch.optim, name)(p, lr=0.01, fused=True), "cuda")
+    lockstep(make, compiles=2, calls=20, backend="auto")

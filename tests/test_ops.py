@@ -142,6 +142,9 @@ REFERENCE: dict[str, Callable] = {
     "host_pow": operator.pow,
     "host_neg": operator.neg,
     "host_abs": abs,
+    "host_f32": lambda x: torch.tensor(x, dtype=torch.float64).float().item(),
+    "host_f16": lambda x: torch.tensor(x, dtype=torch.float64).half().item(),
+    "host_bf16": lambda x: torch.tensor(x, dtype=torch.float64).bfloat16().item(),
 }
 
 

@@ -150,7 +150,7 @@ def global_tensor_of_another_shape(s):
     return lambda: GLOBAL_TENSOR * 2
 
 
-@case("rerun", changes={3: lambda s: GLOBAL_LIST.__setitem__(0, 50.0)})
+@case("replay", changes={3: lambda s: GLOBAL_LIST.__setitem__(0, 50.0)})
 def global_list_element(s):
     GLOBAL_LIST[0] = 1.0
     x = torch.ones(3)
@@ -277,14 +277,14 @@ def list_append(s):
     return step
 
 
-@case("rerun", changes={3: lambda s: setattr(s.config, "scale", 5.0)})
+@case("replay", changes={3: lambda s: setattr(s.config, "scale", 5.0)})
 def attribute_of_an_object(s):
     x, config = torch.ones(3), SimpleNamespace(scale=2.0)
     s.config = config
     return lambda: x * config.scale
 
 
-@case("rerun", changes={3: lambda s: s.config.update(scale=5.0)})
+@case("replay", changes={3: lambda s: s.config.update(scale=5.0)})
 def dict_item(s):
     x, config = torch.ones(3), {"scale": 2.0}
     s.config = config
@@ -427,7 +427,7 @@ def environment(s):
     return lambda: x * len(os.environ)
 
 
-@case("rerun", changes={3: lambda s: setattr(s.x, "scale", 5.0)})
+@case("replay", changes={3: lambda s: setattr(s.x, "scale", 5.0)})
 def attribute_of_a_tensor(s):
     s.x = x = torch.ones(3)
     x.scale = 2.0

@@ -13,8 +13,9 @@ import pytest
 import torch
 from oracle import call, captured_of
 
+from tracejit.capture.effects import Constant
 from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
-from tracejit.errors import UnsupportedOperation
+from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.ir.hostcode import host_function
 
 INF, NAN = math.inf, math.nan
@@ -47,7 +48,7 @@ def same(a: object, b: object) -> bool:
 
 def all_on_host(captured, values: list[float]) -> list[float]:
     """The host results of a trace for other values of its runtime scalars."""
-    host = host_function(captured.graph.nodes, captured.scalar_values, captured.host_results)
+    host = host_function(captured.host_nodes, captured.scalar_values, captured.host_results)
     return host(values)
 
 
@@ -67,7 +68,7 @@ def test_arithmetic_with_numbers(symbol, other):
             found = outcome(call, step, value)
             assert same(found, expected), (value, found, expected)
         captured = outcome(captured_of, step, 1.5)
-        if isinstance(captured, type) or not captured.graph.nodes:
+        if isinstance(captured, type) or not captured.host_nodes:
             continue
         for value in VALUES:
             expected = outcome(step, value)
@@ -79,7 +80,7 @@ def test_arithmetic_with_numbers(symbol, other):
 def test_arithmetic_of_two(symbol):
     function = ARITHMETIC[symbol]
     captured = captured_of(lambda a, b: function(a, b), 1.5, 2.5)
-    assert len(captured.graph.nodes) == 1 and captured.predicates == ()
+    assert len(captured.host_nodes) == 1 and captured.predicates == ()
     for a in VALUES:
         for b in VALUES:
             expected = outcome(function, a, b)
@@ -288,7 +289,7 @@ def test_after_the_trace_it_is_a_plain_float():
         return x
 
     captured = captured_of(step, 1.25)
-    nodes, predicates = len(captured.graph.nodes), len(captured.predicates)
+    nodes, predicates = len(captured.host_nodes), len(captured.predicates)
     x = kept[0]
     assert type(x) is TracedFloat and isinstance(x, float)
     assert type(x + 1) is float and type(-x) is float and type(abs(x)) is float
@@ -298,7 +299,7 @@ def test_after_the_trace_it_is_a_plain_float():
     assert type(copy.deepcopy(x)) is float and copy.deepcopy(x) == 2.5
     assert math.sqrt(x) == math.sqrt(2.5) and round(x) == 2 and int(x) == 2
     torch.testing.assert_close(torch.ones(2) * x, torch.ones(2) * 2.5)
-    assert (len(captured.graph.nodes), len(captured.predicates)) == (nodes, predicates)
+    assert (len(captured.host_nodes), len(captured.predicates)) == (nodes, predicates)
 
 
 def test_a_scalar_of_another_trace_is_its_value():
@@ -311,3 +312,86 @@ def test_a_scalar_of_another_trace_is_its_value():
     captured = captured_of(lambda x: x * kept[0], 2.0)
     assert on_host(captured, [3.0]) == 7.5
     torch.testing.assert_close(call(lambda t: t * kept[0], torch.ones(2)), torch.ones(2) * 2.5)
+
+
+# ---- numbers in tensors
+
+
+ITEMS: dict[str, Callable] = {
+    "as it is": lambda t: t.item(),
+    "counted": lambda t: (t + 1).item(),
+    "arithmetic": lambda t: ((t * 3 - 0.1) / (2 + t)).item(),
+    "powers": lambda t: (t.abs().sqrt() + t**2 - 0.9**t).item(),
+    "in place": lambda t: t.clone().mul_(0.3).sub_(t).neg_().item(),
+    "a view": lambda t: t.detach().reshape(1, 1).add_(0.5).squeeze().item(),
+    "with constants": lambda t: (t * torch.tensor(0.3) + torch.ones_like(t)).item(),
+    "cast": lambda t: (t.double() / 3).float().item() + t.half().item(),
+    "filled": lambda t: torch.full((), t.item() * 2).copy_(t).item(),
+    "as a float": lambda t: 2 * t.item() + abs(t.item()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ITEMS)
+def test_items(name, dtype):
+    """`.item()` of what is computed from CPU numbers: eager's value, for other numbers too."""
+    step = ITEMS[name]
+    captured = captured_of(step, torch.tensor(1.5, dtype=dtype))
+    assert captured.graph.params == captured.graph.nodes == ()  # all on the host
+    for number in (1.5, -0.7, 3.0, 100.1):
+        tensor = torch.tensor(number, dtype=dtype)
+        expected = step(tensor.clone())
+        assert math.isclose(call(step, tensor.clone()), expected, rel_tol=1e-6), number
+        found = all_on_host(captured, [tensor.item()])[0]
+        assert math.isclose(found, expected, rel_tol=1e-6), number
+
+
+@pytest.mark.parametrize(
+    ("step", "outcome"),
+    [
+        (lambda t: 1 if t else 0, 1),
+        (lambda t: 1 if t > 1 else 0, 1),
+        (lambda t: 1 if t + 1 <= 2.5 else 0, 1),
+        (lambda t: 1 if t.item() == 2 else 0, 0),
+        (lambda t: int(t), 1),
+        (lambda t: float(t), 1.5),
+    ],
+)
+def test_decisions_on_items_are_predicates(step, outcome):
+    captured = captured_of(step, torch.tensor(1.5))
+    assert captured.tree == Constant(outcome) and len(captured.predicates) == 1
+
+
+def test_items_of_what_the_plan_computes_are_refused():
+    for step in (lambda t: (t * t.new_ones(3).sum()).item(), lambda t: t.exp().item()):
+        with pytest.raises(ValueDependentError, match="Tensor.item"):
+            call(step, torch.tensor(1.5))
+
+
+def test_a_number_read_after_a_write_is_written_by_the_host():
+    count, total = torch.tensor(3.0), torch.tensor(1.0, dtype=torch.float64)
+
+    def step(x):
+        count.add_(1)
+        total.add_(count.item() * 0.5)
+        x.mul_(total)
+        return total.item(), x.sum()
+
+    captured = captured_of(step, torch.ones(2))
+    assert len(captured.host_writes) == 2 and len(captured.graph.writes) == 1  # the plan's: x
+    x = torch.ones(2)
+    assert call(step, x)[0] == 3.0 and count.item() == 4.0 and total.item() == 3.0
+    assert call(step, x)[0] == 5.5 and x.tolist() == [16.5, 16.5]
+
+
+def test_a_float_kept_from_an_earlier_call_is_a_number():
+    kept = []
+
+    def step(x, rate):
+        kept.append(rate * 2)
+        return x * kept[0] + rate, kept[0] + rate, rate > kept[0]
+
+    first, second = call(step, torch.ones(2), 0.25), call(step, torch.ones(2), 0.75)
+    assert first[0].tolist() == [0.75, 0.75] and second[0].tolist() == [1.25, 1.25]
+    assert second[1:] == (1.25, True) and type(second[1]) is float
+    assert kept[0].tracer is None and kept[0].link.tracer is None

@@ -129,3 +129,43 @@ def test_magnitudes_see_cancellation():
     x = np.array([1000.0, 1.0], np.float32)
     sizes = magnitudes(graph, [x, x])
     assert sizes[graph.results[0].value] == pytest.approx(2000.0**2 + 2.0**2)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
+def test_a_step_with_a_module_and_an_optimizer(optimizer):
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(4, 3), torch.randn(5, 4)
+    opt = getattr(torch.optim, optimizer)(model.parameters(), lr=0.05)
+
+    def step():
+        opt.zero_grad()
+        loss = model(x).tanh().pow(2).sum()
+        loss.backward()
+        opt.step()
+        return loss
+
+    compiled = assert_equal_to_eager(step, calls=6)
+    assert compiled.stats.replays > 0
+    counters = [s["step"].item() for s in opt.state.values() if "step" in s]
+    assert counters == [6.0] * len(counters)  # set back between the runs of a call
+
+
+def test_a_wrong_optimizer_state_is_found():
+    w = torch.ones(3, requires_grad=True)
+    opt = torch.optim.Adam([w])
+
+    def step():
+        opt.zero_grad()
+        (w * w).sum().backward()
+        opt.step()
+
+    compiled = tracejit.compile(step)
+
+    def spoiled():
+        compiled()
+        opt.state[w]["exp_avg"].mul_(1.01)
+
+    with pytest.raises(AssertionError, match="returned tensor"):
+        wrong = tracejit.compile(step)
+        wrong.__class__ = type("Spoiled", (type(wrong),), {"__call__": lambda self: spoiled()})
+        assert_equal_to_eager(wrong, calls=1)

@@ -1,6 +1,7 @@
-"""`python -m tracejit`: what can be asked about a step from a shell.
+"""`python -m tracejit`: what can be asked from a shell, about a step and about tracejit.
 
 python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
+python -m tracejit ops cumsum
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import TracejitError
 from tracejit.report import ARCHES, limits, report
+from tracejit.support import markdown, operations
 
 CALLS = 3  # of the step before the report: enough to arm a replay
 
@@ -43,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser, report_parser = parsers()
     options = parser.parse_args(arguments)
+    if "function" in options:
+        return print_operations(options.function)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
             step = load_step(*options.step)
@@ -60,6 +64,19 @@ def main(arguments: list[str] | None = None) -> int:
     for violation in violations:
         print(f"limit broken: {violation}", file=sys.stderr)
     return 1 if violations else 0
+
+
+def print_operations(name: str | None) -> int:
+    """docs/operations.md, or the operations whose names contain `name`; 1 if there are none."""
+    if name is None:
+        print(markdown(), end="")
+        return 0
+    found = [o for o in operations() if name in o.names]
+    for o in found:
+        print(f"{o.names}\n    dtypes: {o.dtypes or '-'}   gradient: {o.gradient or '-'}")
+    if not found:
+        print(f"no supported torch function has {name!r} in its name", file=sys.stderr)
+    return 0 if found else 1
 
 
 def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -90,6 +107,10 @@ def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help=f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90",
     )
     report_parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    ops_parser = commands.add_parser(
+        "ops", help="list the torch functions that a step may call, and what is refused"
+    )
+    ops_parser.add_argument("function", nargs="?", help="only those with this in their names")
     return parser, report_parser
 
 

@@ -7,6 +7,7 @@ against limits. The tools (ptxas, cuobjdump) come with Triton.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -116,7 +117,13 @@ def compile_launch(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constexprs = {n: value for n, value in keywords.items() if n in jit_fn.arg_names}
+    defaults = inspect.signature(jit_fn.fn).parameters
+    constexprs = {
+        n: keywords.get(n, defaults[n].default)
+        for n in jit_fn.arg_names
+        if n in keywords
+        or (n not in signature and defaults[n].default is not inspect.Parameter.empty)
+    }
     options = {n: value for n, value in keywords.items() if n not in constexprs}
     types = {n: "constexpr" if n in constexprs else signature[n] for n in jit_fn.arg_names}
     attrs = {

@@ -20,13 +20,16 @@ Vjp = Callable[[Builder, tuple[Value | None, ...], tuple[bool, ...]], Sequence[V
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """One differentiable step. `freed` once a backward without retain_graph went through it."""
+    """One differentiable step. `freed` once a backward without retain_graph went through it.
+
+    `saved`: what torch keeps for the formula that ours does not read (a number: no values)."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     vjp: Vjp
     name: str
     freed: bool = False
+    saved: tuple[Value, ...] | None = None
 
 
 @dataclass(eq=False)
@@ -100,7 +103,8 @@ def backward(
     """Emit the cotangents of `wanted` values given `roots` (value, cotangent).
 
     Returns those that the roots depend on. `enter(entry, cotangents)` is called before an entry's
-    formula is emitted, so that the caller can check what the formula reads.
+    formula is emitted and added to the cotangents of its inputs, so that the caller can check what
+    the formula reads.
     """
     wanted = set(wanted)
     needed = reaches(tape, wanted)
@@ -116,7 +120,8 @@ def backward(
         flags = tuple(v in needed for v in entry.inputs)
         if not any(flags) or all(c is None for c in cotangents):
             continue
-        enter(entry, frozenset(c for c in cotangents if c is not None))
+        arrived = (found.get(v) for v in (*entry.outputs, *entry.inputs))
+        enter(entry, frozenset(c for c in arrived if c is not None))
         cotangents = tuple(
             zeros(b, v) if c is None else c for v, c in zip(entry.outputs, cotangents, strict=True)
         )

@@ -9,38 +9,52 @@ tracer, finds or builds the program for the captured graph, runs it, and commits
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import time
 import warnings
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-import tracejit
 from tracejit import knobs
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
-from tracejit.capture.bind import Bound, bind, run, unwrap
+from tracejit.capture.bind import bind, run, unwrap
+from tracejit.capture.commit import Commit, committer, leaver
 from tracejit.capture.effects import Captured, finish, graph_key
-from tracejit.capture.guards import Guard, arm, proof
+from tracejit.capture.guards import Armed, arm, reasons_against, survey
+from tracejit.capture.heap import Walk
+from tracejit.capture.literals import Literals
 from tracejit.capture.tracer import Tracer, current
+from tracejit.capture.watch import Seen, watch
 from tracejit.codegen.triton import emit
-from tracejit.errors import BackendUnavailable, ReplayNotArmed, TracejitError, UnsupportedOperation
+from tracejit.errors import (
+    ReplayNotArmed,
+    TracejitError,
+    TracejitWarning,
+    UnsupportedOperation,
+)
 from tracejit.ir.graph import Graph, verify
 from tracejit.ir.hostcode import host_function
 from tracejit.passes import optimize
-from tracejit.runtime.cache import DiskCache
+from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.interrupts import uninterrupted
-from tracejit.runtime.program import Program
+from tracejit.runtime.program import Prepared, Program
+from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _MAX_PROGRAMS = 64  # per step; the least recently used goes first
+_PROOFS = 4  # traces of each new program that are watched, to arm a replay
+_tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
+_MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
+_MANY_RETRACES = 20  # or of failed guards, where these are more than the replays
 
 
 @dataclass
@@ -50,6 +64,7 @@ class Stats:
     traces: int = 0  # times the Python body ran
     compiles: int = 0  # programs built
     replays: int = 0  # calls served without running the Python body
+    retraces: int = 0  # calls that an armed replay did not accept, and no other did
     reruns: int = 0  # calls that ran the Python body on a program built before
     cache_hits: int = 0  # plans found in the disk cache
     seconds: dict[str, float] = field(default_factory=dict)
@@ -88,11 +103,16 @@ class _Backward:
 class _Replay:
     """An armed replay: the guard, the program, and what to commit."""
 
-    guard: Guard
+    armed: Armed
     compiled: _Compiled
     captured: Captured
     host_results: Callable[[list[float]], list[float]]
-    misses: int = 0
+    commit: Commit
+
+    def __post_init__(self) -> None:
+        # per graph param: whether it is a runtime scalar, and its position among these or the reals
+        self.sources = [(kind == "scalar", index) for kind, index in self.captured.sources]
+        self.leaving = leaver(self.captured)
 
 
 def compile(
@@ -101,6 +121,7 @@ def compile(
     mode: str = "auto",
     backend: str = "auto",
     fuse: bool = True,
+    keep_grads: bool = True,
 ) -> Callable:
     """Compile a training step.
 
@@ -113,23 +134,27 @@ def compile(
               tensors), "c", "numpy", "triton", or "interpret" (the generated Triton under Triton's
               interpreter, for checking).
     fuse:     False compiles one kernel per primitive, for ablation and for hunting faults.
+    keep_grads:  False leaves None in the `.grad` that the step computes, instead of the gradient:
+              an update that is fused with its gradient then need not write it to memory.
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {MODES}, not {mode!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
     if step is None:
-        return functools.partial(compile, mode=mode, backend=backend, fuse=fuse)
+        return functools.partial(
+            compile, mode=mode, backend=backend, fuse=fuse, keep_grads=keep_grads
+        )
     if not callable(step):
         raise TypeError(f"tracejit.compile takes a function, not {type(step).__name__}")
-    return CompiledStep(step, mode, backend, fuse)
+    return CompiledStep(step, mode, backend, fuse, keep_grads)
 
 
 class CompiledStep:
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
-    def __init__(self, step: Callable, mode: str, backend: str, fuse: bool):
+    def __init__(self, step: Callable, mode: str, backend: str, fuse: bool, keep_grads: bool):
         functools.update_wrapper(self, step)
         self._step = step
         self._function, self._bound_to = unwrap(step)
@@ -137,19 +162,38 @@ class CompiledStep:
             raise TypeError(
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
-        self.mode, self.backend, self.fuse = mode, backend, fuse
+        self.mode, self.backend, self.fuse, self.keep_grads = mode, backend, fuse, keep_grads
         self.observer: Callable | None = None  # sees (graph, inputs, outputs) before a run
         self._lock = threading.RLock()
+        self._own: frozenset[str] = frozenset()
         self.reset()
+        self._own = frozenset(vars(self)).difference(
+            vars(step) if hasattr(step, "__dict__") else ()
+        )
+
+    def user_attributes(self) -> list[str]:
+        """The attributes that are the user's: `step.calls = 0`, and what the function had."""
+        return [name for name in vars(self) if name not in self._own]
+
+    def __reduce__(self) -> object:
+        """Copied and pickled like the step itself, without plans; by its name, if it has one."""
+        if getattr(sys.modules.get(self.__module__), self.__qualname__, None) is self:
+            return self.__qualname__
+        return CompiledStep, (self._step, self.mode, self.backend, self.fuse, self.keep_grads)
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
         with self._lock:
             self.stats = Stats()
             self._programs: OrderedDict[tuple, _Compiled] = OrderedDict()
+            self._literals = Literals()
             self._replays: list[_Replay] = []
             self._last: _Compiled | None = None
             self._why = "it has not been called"
+            self._ran: Seen | None = None  # what the last watched trace ran
+            self._proofs_left = _PROOFS
+            self._retraces: deque[str] = deque(maxlen=100)
+            self._warned: set[str] = set()
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
@@ -184,102 +228,212 @@ class CompiledStep:
             emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches
         ]
 
+    @property
+    def guards(self) -> list[str]:
+        """The source of the guard of each armed replay, the one that ran last first."""
+        return [replay.armed.text for replay in self._replays]
+
     def explain_mode(self) -> str:
         """Whether calls are replayed, and if not, why."""
         if self._replays:
             return f"replay: {len(self._replays)} plan(s) armed"
         return f"rerun: {self._why}"
 
+    def explain_retraces(self) -> list[str]:
+        """Why calls were not replayed although a replay was armed, the latest last: what changed,
+        from what to what, and whether a plan was found or built."""
+        return list(self._retraces)
+
     # ---- calls
 
     def __call__(self, *args: object, **kwargs: object) -> object:
-        if current() is not None:  # inside another compiled step: part of its trace
+        if _tracing() and current() is not None:  # inside another compiled step: part of its trace
             return self._step(*args, **kwargs)
         with self._lock:
             args = self._bound_to + args
+            failed = ""
             for i, replay in enumerate(self._replays):
-                found = replay.guard(args, kwargs)
+                found = replay.armed.guard(args, kwargs)
                 if type(found) is not str:
                     if i:
                         self._replays.insert(0, self._replays.pop(i))
                     return self._replay(replay, *found)
-            return self._rerun(args, kwargs)
+                failed = failed or found
+            return self._rerun(args, kwargs, failed)
 
-    def _replay(self, replay: _Replay, reals: list[torch.Tensor], scalars: list[float]) -> object:
+    def _replay(
+        self,
+        replay: _Replay,
+        reals: list[torch.Tensor],
+        scalars: list[float],
+        addresses: list[int],
+    ) -> object:
         captured, compiled = replay.captured, replay.compiled
-        inputs = [
-            reals[index] if kind == "tensor" else scalars[index] for kind, index in captured.sources
-        ]
+        for bound in captured.bounds:
+            bound.check(reals)
+        if replay.armed.after is not None:
+            replay.armed.after(scalars)
+        inputs = None
+        if self.observer is not None:
+            inputs = [
+                reals[index] if kind == "tensor" else scalars[index]
+                for kind, index in captured.sources
+            ]
         host = replay.host_results(scalars)
-        returned = self._execute(compiled, captured, inputs, reals, host)
+        both = addresses, scalars
+        given = [both[is_scalar][index] for is_scalar, index in replay.sources]
+        prepared = compiled.program.start(given, given, replay.leaving(reals))
+        returned = self._run(compiled, replay.commit, prepared, inputs, reals, host)
         self.stats.replays += 1
         return returned
 
-    def _execute(
+    def _run(
         self,
         compiled: _Compiled,
-        captured: Captured,
-        inputs: list,
+        commit: Commit,
+        prepared: Prepared,
+        inputs: list | None,
         reals: list[torch.Tensor],
         host: list[float],
     ) -> object:
-        """Run a program and commit the effects. What can fail comes before the first write."""
-        prepared = compiled.program.prepare(inputs)
+        """Run a program for which all is prepared, and commit the effects."""
         after = self.observer(compiled.final, inputs, prepared.outputs) if self.observer else None
         with uninterrupted():
-            returned = captured.commit(reals, prepared.run(), host, compiled.backwards)
+            returned = commit(reals, prepared.run(), host, compiled.backwards)
         if after is not None:
             after()
-        self._last = compiled
-        self._programs.move_to_end(compiled.key)
+        if self._last is not compiled:
+            self._last = compiled
+            self._programs.move_to_end(compiled.key)
         return returned
 
-    def _rerun(self, args: tuple, kwargs: dict) -> object:
+    def _rerun(self, args: tuple, kwargs: dict, failed: str) -> object:
+        """Run the Python under a tracer. `failed`: why a replay did not accept the call."""
         started = time.perf_counter()
+        walk = None
+        watched = self.mode != "rerun" and self._proofs_left > 0
+        if watched and (self._ran is not None or self.mode == "replay"):
+            walk = survey(self._function, args, kwargs, self._ran)
         tracer = Tracer()
         bound = bind(tracer, self._function, args, kwargs)
         self.stats.traces += 1
-        returned = [run(tracer, bound, self._function)]
-        captured = finish(tracer, _identifier(self._function.__name__), returned)
+        with watch(watched) as ran:
+            returned = [run(tracer, bound, self._function)]
+        name = _identifier(self._function.__name__)
+        captured = finish(tracer, name, returned, keep_grads=self.keep_grads)
         self.stats.add("capture", started)
-        compiled = self._program_for(captured)
-        inputs = [
-            captured.reals[index] if kind == "tensor" else captured.scalars[index]
-            for kind, index in captured.sources
-        ]
-        host_results = host_function(
-            captured.graph.nodes, captured.scalar_values, captured.host_results
-        )
-        host = host_results(list(captured.scalars))
-        replay = self._try_to_arm(bound, captured, compiled, host_results)
-        returned = self._execute(compiled, captured, inputs, captured.reals, host)
+        try:
+            compiles = self.stats.compiles
+            compiled = self._program_for(captured)
+            self._note(failed, built=self.stats.compiles > compiles)
+            inputs = [
+                captured.reals[index] if kind == "tensor" else captured.scalars[index]
+                for kind, index in captured.sources
+            ]
+            host_results = host_function(
+                captured.host_nodes, captured.scalar_values, captured.host_results
+            )
+            host = host_results(list(captured.scalars))
+            for bound in captured.bounds:
+                bound.check(captured.reals)
+            armed = self._prove(walk, ran, args, kwargs, captured, compiled)
+            commit = committer(captured) if armed is not None else None
+            prepared = compiled.program.prepare(inputs)
+        except BaseException:
+            captured.undo()
+            raise
+        returned = self._run(compiled, captured.commit, prepared, inputs, captured.reals, host)
         captured.release()
-        if replay is not None:
-            self._replays.insert(0, replay)
+        tracer.release()
+        if armed is not None:
+            self._replays.insert(0, _Replay(armed, compiled, captured, host_results, commit))
             del self._replays[_MAX_PROGRAMS:]
         return returned
 
-    def _try_to_arm(
-        self, bound: Bound, captured: Captured, compiled: _Compiled, host_results: Callable
-    ) -> _Replay | None:
-        """An armed replay, once two traces agree and everything the step reads is guarded."""
+    def _note(self, failed: str, *, built: bool) -> None:
+        """Keep why a call was not replayed, and warn of a step that keeps making plans."""
+        if failed:
+            text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
+            self._retraces.append(text)
+            self.stats.retraces += 1
+            _report(self, f"not replayed: {text}")
+        if built:
+            self._proofs_left = min(self._proofs_left + _PROOFS, _PROOFS * _MAX_PROGRAMS)
+        often = self.stats.retraces >= _MANY_RETRACES and self.stats.retraces > self.stats.replays
+        if self.stats.compiles >= _MANY_PLANS or often:
+            last = "; ".join(list(self._retraces)[-3:]) or "its Python takes another path"
+            self._warn(
+                "plans",
+                f"has made {self.stats.compiles} plans and was traced again "
+                f"{self.stats.retraces} times because something that it reads changed. Latest "
+                f"causes: {last}. Pass what changes as a float argument or a tensor, and keep "
+                "shapes to a few sizes",
+            )
+
+    def _warn(self, kind: str, what: str) -> None:
+        """Warn, once for each kind of warning."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"tracejit: {self.__name__} {what}.", TracejitWarning, stacklevel=5)
+
+    def _prove(
+        self,
+        walk: Walk | None,
+        ran: Seen | None,
+        args: tuple,
+        kwargs: dict,
+        captured: Captured,
+        compiled: _Compiled,
+    ) -> Armed | None:
+        """A replay's guard, once two traces agree, all that ran is known to be pure, all that
+        it read is guarded, and it changed nothing of that. A reason is kept otherwise."""
+        if self.mode == "rerun":
+            self._why = 'mode="rerun" was asked for'
+            return None
         count = compiled.seen.pop(captured.key, 0) + 1
         compiled.seen[captured.key] = count
         if len(compiled.seen) > _MAX_PROGRAMS:
             del compiled.seen[next(iter(compiled.seen))]
-        if self.mode == "rerun":
-            self._why = 'mode="rerun" was asked for'
+        if ran is None:
+            if self._proofs_left > 0:
+                self._why = "another profiler is active (sys.setprofile)"
             return None
-        reads, reasons = proof(self._function, bound, captured)
-        if not reasons and (count >= 2 or self.mode == "replay"):
-            guard, text = arm(self._function, bound, captured, reads)
-            if guard is not None:
-                return _Replay(guard, compiled, captured, host_results)
-            reasons = [text]
-        self._why = "; ".join(reasons) or "two traces have to agree first"
-        if self.mode == "replay" and reasons:
-            raise ReplayNotArmed(reason=self._why)
-        return None
+        self._proofs_left -= 1
+        before = self._ran
+        self._ran = ran if before is None else before.joined(ran)
+        if walk is None:
+            self._why = "two traces have to agree first"
+            return None
+        reasons, walk_lines = reasons_against(walk, ran, captured), walk.lines
+        if not reasons:
+            armed = arm(walk, self._function, captured)
+            if isinstance(armed, str):
+                reasons = [armed]
+            else:
+                found: list[int] = []
+                after = armed.guard(args, kwargs, found)
+                if type(after) is str:
+                    reasons = [f"it changes what it reads: {after}"]
+                elif found != armed.found:
+                    reasons = ["it puts a tensor where another was"]
+        incomplete = before is not None and not (
+            before.covers(ran)
+            or survey(self._function, args, kwargs, self._ran).lines == walk_lines
+        )
+        if reasons and not incomplete:
+            more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
+            self._why = "; ".join(reasons[:4]) + more
+            if self.mode == "replay":
+                raise ReplayNotArmed(reason=self._why)
+            if ran.refusals or walk.refusals:
+                self._warn(
+                    "rerun", f"reruns its Python on every call, which is slower: {self._why}"
+                )
+            return None
+        if reasons or incomplete or (count < 2 and self.mode != "replay"):
+            self._why = "two traces have to agree first"
+            return None
+        return armed
 
     # ---- building programs
 
@@ -289,6 +443,9 @@ class CompiledStep:
         backward = tuple(graph_key(node.graph) for node in captured.outside)
         key = (captured.key[0], backward, aligned, executor)
         found = self._programs.get(key)
+        if found is None and self._literals.generalize(captured):
+            key = (captured.key[0], *key[1:])
+            found = self._programs.get(key)
         if found is not None:
             self._programs.move_to_end(key)
             self.stats.reruns += 1
@@ -338,7 +495,8 @@ class CompiledStep:
 
         started = time.perf_counter()
         cache = DiskCache()
-        key = f"{tracejit.__version__} fuse={self.fuse}\n{graph}"
+        made_by = digest_of("ir", "passes", "schedule")
+        key = f"{made_by} fuse={self.fuse}\n{graph}"
         text = cache.get("plan", key)
         plan = None
         if text is not None:
@@ -357,8 +515,9 @@ class CompiledStep:
         return plan
 
     def _executor(self, captured: Captured) -> Executor:
-        devices = {str(t.device) for t in captured.reals}
-        devices |= {n.out.type.device for n in captured.graph.nodes} - {"host"}
+        graph = captured.graph
+        devices = {p.value.type.device for p in graph.params}
+        devices = (devices | {n.out.type.device for n in graph.nodes}) - {"host"}
         if len(devices) > 1:
             raise UnsupportedOperation(
                 where=_where(self._function),
@@ -382,44 +541,6 @@ class CompiledStep:
         for i, launch in enumerate(plan.launches):
             source = emit(launch.kernel, launch.sizes)
             (at / f"3_kernel_{i}_{source.name}.py").write_text(source.text)
-
-
-# torch.get_float32_matmul_precision() → how fp32 contractions are computed on a GPU
-_PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
-
-
-@functools.cache
-def executor_for(backend: str, device: str, precision: str = "highest") -> Executor:
-    """The executor that runs plans of a device under a backend."""
-    on_cpu = device == "cpu"
-    if backend == "auto":
-        return _cpu_executor() if on_cpu else executor_for("triton", device, precision)
-    if (backend == "triton") == on_cpu:
-        raise BackendUnavailable(
-            backend=backend,
-            reason=f"the step's tensors are on {device}",
-            remedy="Use backend='auto', or move the tensors",
-        )
-    if backend == "c":
-        from tracejit.runtime.c_executor import CExecutor
-
-        return CExecutor(torch.get_num_threads)
-    if backend == "numpy":
-        from tracejit.runtime.numpy_executor import NumpyExecutor
-
-        return NumpyExecutor()
-    from tracejit.runtime.triton_executor import TritonExecutor
-
-    return TritonExecutor(backend, precision=_PRECISION[precision])
-
-
-def _cpu_executor() -> Executor:
-    """The C executor, or numpy with a warning where there is no C compiler."""
-    try:
-        return executor_for("c", "cpu")
-    except BackendUnavailable as error:
-        warnings.warn(f"tracejit: {error} Steps run on numpy until then.", stacklevel=2)
-        return executor_for("numpy", "cpu")
 
 
 def _identifier(name: str) -> str:

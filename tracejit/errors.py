@@ -17,6 +17,10 @@ class TracejitError(Exception):
         super().__init__(self.message.format(**fields))
 
 
+class TracejitWarning(UserWarning):
+    """Something that costs speed, with its cause and what to do about it."""
+
+
 class UnsupportedOperation(TracejitError, RuntimeError):
     """A torch function, or a use of one, that capture has no rule for."""
 

@@ -11,10 +11,12 @@ kernel may do.
 
 from __future__ import annotations
 
-import functools
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import get_context
 
 import torch
 
@@ -23,8 +25,9 @@ from tracejit.compile import CompiledStep, executor_for
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides, f32
 from tracejit.runtime.triton_executor import TRITON_NAME, LoadedLaunch, TritonExecutor, options
-from tracejit.schedule.kernel import Compute, Kernel, Load, Reduce, Stage, Statement, Store
+from tracejit.schedule.kernel import Compute, Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.plan_text import parse_plan, print_plan
 from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import bytes_moved
 
@@ -164,14 +167,43 @@ def report(step_or_plan: CompiledStep | Plan, *, target: int = 90) -> Report:
         raise ValueError(f"target is one of {', '.join(map(str, ARCHES))}, not {target!r}")
     plan = step_or_plan if isinstance(step_or_plan, Plan) else _last_plan(step_or_plan)
     version = _triton_version()
-    executor = executor_for("triton", "cuda", torch.get_float32_matmul_precision())
-    rows, first_scalar = [], 0
-    for launch, minimum_bytes in zip(plan.launches, bytes_moved(plan), strict=True):
-        loaded = _loaded(executor, plan, launch, first_scalar)
-        first_scalar += len(launch.scalars)
-        if loaded.geometry.grid[0] > 0:
-            rows.append(_row(plan, launch, loaded, minimum_bytes, target))
+    executor = _executor()
+    moved = bytes_moved(plan)
+    rows = [
+        _row(plan, plan.launches[i], loaded, moved[i], target)
+        for i, loaded in _loaded(plan, executor)
+    ]
     return Report(plan.name, target, executor.precision, version, tuple(rows))
+
+
+def precompile(
+    plans: Iterable[Plan], *, targets: Sequence[int] = tuple(ARCHES), processes: int | None = None
+) -> None:
+    """Compile the kernels of plans in several processes, by default one a core, for all targets.
+
+    Afterwards `report` finds them done. Raises as `report` does.
+    """
+    _triton_version()
+    executor = _executor()
+    jobs: dict[tuple, tuple] = {}
+    for plan in plans:
+        text = print_plan(plan)
+        for i, loaded in _loaded(plan, executor):
+            for target in targets:
+                key = _key(plan.launches[i], loaded, target)
+                if key not in _FACTS:
+                    jobs[key] = (text, i, target, executor)
+    if not jobs:
+        return
+    with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
+        _FACTS.update(zip(jobs, pool.map(_compile, *zip(*jobs.values(), strict=True)), strict=True))
+
+
+def _compile(text: str, launch: int, target: int, executor: TritonExecutor) -> KernelFacts:
+    """One launch of a plan, given as text because a Plan does not pickle."""
+    plan = parse_plan(text)
+    loaded = dict(_loaded(plan, executor))[launch]
+    return _facts(plan.launches[launch], loaded, target)
 
 
 def _last_plan(step: CompiledStep) -> Plan:
@@ -199,29 +231,51 @@ def _triton_version() -> str:
     return triton.__version__
 
 
-def _loaded(
-    executor: TritonExecutor, plan: Plan, launch: Launch, first_scalar: int
-) -> LoadedLaunch:
-    """A launch as the CUDA executor prepares it."""
+def _executor() -> TritonExecutor:
+    return executor_for("triton", "cuda", torch.get_float32_matmul_precision())
+
+
+def _loaded(plan: Plan, executor: TritonExecutor) -> Iterator[tuple[int, LoadedLaunch]]:
+    """The launches that have a grid, by position, as the CUDA executor prepares them."""
     position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
-    return executor.load_launch(launch, position, first_scalar)
+    first_scalar = 0
+    for i, launch in enumerate(plan.launches):
+        loaded = executor.load_launch(launch, position, first_scalar)
+        first_scalar += len(launch.scalars)
+        if loaded.geometry.grid[0] > 0:
+            yield i, loaded
+
+
+_COMMENT = re.compile(r" +# .*")
+_FACTS: dict[tuple, KernelFacts] = {}  # of what this process compiled
+
+
+def _key(launch: Launch, loaded: LoadedLaunch, target: int) -> tuple:
+    """Equal for kernels whose sources differ in their name and the user's lines only."""
+    text = _COMMENT.sub("", loaded.source.text).replace(loaded.source.name, "kernel")
+    signature = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
+    signature |= {"scalars": "*fp64", "workspace": "*i8"}
+    unaligned = frozenset(("scalars",) if loaded.first_scalar % 2 else ())  # 8 bytes a scalar
+    keywords = tuple(sorted(options(loaded).items()))
+    return text, tuple(signature.items()), keywords, unaligned, target
+
+
+def _facts(launch: Launch, loaded: LoadedLaunch, target: int) -> KernelFacts:
+    """Compile, once a process."""
+    key = _key(launch, loaded, target)
+    if key not in _FACTS:
+        _, signature, keywords, unaligned, _ = key
+        _FACTS[key] = compile_launch(
+            loaded.function, dict(signature), dict(keywords), unaligned=unaligned, target=target
+        )
+    return _FACTS[key]
 
 
 def _row(plan: Plan, launch: Launch, loaded: LoadedLaunch, minimum_bytes: int, target: int) -> Row:
-    kernel, warps = launch.kernel, loaded.geometry.num_warps
-    signature = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in kernel.buffers}
-    signature |= {"scalars": "*fp64", "workspace": "*i8"}
-    unaligned = ("scalars",) if loaded.first_scalar % 2 else ()  # 8 bytes a scalar
-    name = loaded.source.name
-    facts = _facts(
-        _Code(_COMMENT.sub("", loaded.source.text).replace(name, "kernel"), loaded.function),
-        tuple(signature.items()),
-        tuple(sorted(options(loaded).items())),
-        unaligned,
-        target,
-    )
+    kernel, warps, name = launch.kernel, loaded.geometry.num_warps, loaded.source.name
+    facts = _facts(launch, loaded, target)
     form = name.rpartition("_")[0]
-    statements = list(_statements(kernel))
+    statements = list(kernel.statements)
     return Row(
         name=name,
         form=form,
@@ -235,35 +289,6 @@ def _row(plan: Plan, launch: Launch, loaded: LoadedLaunch, minimum_bytes: int, t
         stream_share=stream_share_of(plan, launch, form, facts),
         has_tables=any(isinstance(s, Compute) and s.op.name in ("sin", "cos") for s in statements),
     )
-
-
-_COMMENT = re.compile(r" +# .*")
-
-
-@dataclass(frozen=True)
-class _Code:
-    """A kernel, equal to those whose sources differ in their name and the user's lines only."""
-
-    text: str
-    function: object = field(compare=False)
-
-
-@functools.lru_cache(1024)
-def _facts(
-    code: _Code, signature: tuple, keywords: tuple, unaligned: tuple[str, ...], target: int
-) -> KernelFacts:
-    """Compile, once a process."""
-    return compile_launch(
-        code.function, dict(signature), dict(keywords), unaligned=set(unaligned), target=target
-    )
-
-
-def _statements(kernel: Kernel) -> Iterator[Statement]:
-    """All statements; a contraction counts as one too, for its line."""
-    for stage in kernel.stages:
-        if stage.dot is not None:
-            yield from (*stage.dot.a, *stage.dot.b, stage.dot)
-        yield from stage.body
 
 
 def occupancy(

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
-from tracejit.capture.bind import unwrap
-from tracejit.capture.reads import analyze
+from tracejit.capture.bind import names_of_globals, unwrap
+from tracejit.capture.heap import tensors_of
+from tracejit.capture.state import within_reach
 from tracejit.capture.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
@@ -61,6 +63,10 @@ def assert_equal_to_eager(
     state:     tensors that the step changes and that are neither arguments nor read by name.
     options:   passed to `tracejit.compile`.
 
+    The parameters of modules and the state of optimizers that the step can reach are found, set
+    back between the runs, and compared. Python state that the step itself changes (a counter, an LR
+    scheduler's) is not set back: give such a step two copies and `assert_trains_like_eager`.
+
     For every floating-point tensor t (returned values, arguments, state, `.grad`):
     ‖ours - f64‖ ≤ 4·‖eager - f64‖ + 16·eps·‖t recomputed with absolute values‖; other dtypes must
     be equal, and so must shapes, dtypes, `requires_grad` and which `.grad` are None.
@@ -69,22 +75,26 @@ def assert_equal_to_eager(
     compiled = step if isinstance(step, CompiledStep) else compile(step, **options)
     plain = compiled.__wrapped__
     args = tuple(make_args())
-    tensors = _unique([*_tensors(args), *_read_tensors(plain), *state])
+    function, bound_to = unwrap(plain)
+    reached = within_reach([function, *bound_to, *args], names_of_globals)
+    optimizers = [x for x in reached if isinstance(x, Optimizer)]
     for call in range(calls):
+        tensors = _unique([*_tensors(args), *_read_tensors(plain), *state])
         before = [_save(t) for t in tensors]
-        exact = _in_float64(plain, args, tensors)
-        _restore(before)
+        held = [_Held.of(o) for o in optimizers]
+        exact = _in_float64(plain, args, tensors, optimizers)
+        _restore(before, held)
         returned = plain(*args)
-        eager = _visible(returned, tensors)
+        eager = _visible((returned, _state_of(optimizers)), tensors)
         after_eager = [_save(t) for t in tensors]
-        _restore(before)
+        _restore(before, held)
         magnitudes = _Magnitudes()
         compiled.observer = magnitudes
         try:
             ours_returned = compiled(*args)
         finally:
             compiled.observer = None
-        ours = _visible(ours_returned, tensors)
+        ours = _visible((ours_returned, _state_of(optimizers)), tensors)
         _compare(call, ours, eager, exact, magnitudes)
         _restore(after_eager)
     return compiled
@@ -141,8 +151,7 @@ def _tensors(x: object) -> list[torch.Tensor]:
 
 
 def _read_tensors(step: Callable) -> list[torch.Tensor]:
-    function, _ = unwrap(step)
-    return [r.value for r in analyze(function).reads if r.kind == "tensor"] if function else []
+    return tensors_of(*unwrap(step))
 
 
 def _save(t: torch.Tensor) -> _Saved:
@@ -150,7 +159,44 @@ def _save(t: torch.Tensor) -> _Saved:
     return _Saved(t, t.detach().clone(), grad, None if grad is None else grad.detach().clone())
 
 
-def _restore(saved: Sequence[_Saved]) -> None:
+@dataclass
+class _Held:
+    """An optimizer with its state and param groups as they were."""
+
+    optimizer: Optimizer
+    state: dict
+    groups: list[dict]
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> _Held:
+        state = {p: (s, dict(s)) for p, s in optimizer.state.items()}
+        return cls(optimizer, state, [dict(group) for group in optimizer.param_groups])
+
+    def restore(self) -> None:
+        self.optimizer.state.clear()
+        for p, (inner, saved) in self.state.items():  # the same dicts, which guards know
+            inner.clear()
+            inner.update(saved)
+            self.optimizer.state[p] = inner
+        for group, saved in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group.update(saved)
+
+
+def _state_of(optimizers: Sequence[Optimizer]) -> list[torch.Tensor]:
+    """The tensors of the optimizers' state, in order."""
+    return [
+        value
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+        for _, value in sorted(optimizer.state.get(p, {}).items())
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def _restore(saved: Sequence[_Saved], optimizers: Sequence[_Held] = ()) -> None:
+    for held in optimizers:
+        held.restore()
     for s in saved:
         s.tensor.data = s.tensor.data.to(s.data.dtype)
         s.tensor.data.copy_(s.data)
@@ -160,7 +206,9 @@ def _restore(saved: Sequence[_Saved]) -> None:
             s.tensor.grad = s.grad
 
 
-def _in_float64(plain: Callable, args: tuple, tensors: list[torch.Tensor]) -> list:
+def _in_float64(
+    plain: Callable, args: tuple, tensors: list[torch.Tensor], optimizers: Sequence[Optimizer]
+) -> list:
     """The visible tensors after the step in float64, from the same state."""
     dtypes = [t.dtype for t in tensors]
     memory = [t.data for t in tensors]
@@ -175,7 +223,8 @@ def _in_float64(plain: Callable, args: tuple, tensors: list[torch.Tensor]) -> li
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        return _visible(plain(*args), tensors)
+        returned = plain(*args)
+        return _visible((returned, _state_of(optimizers)), tensors)
     finally:
         torch.set_default_dtype(default)
         for t, dtype, data, grad in zip(tensors, dtypes, memory, grads, strict=True):

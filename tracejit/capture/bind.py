@@ -7,24 +7,29 @@ touched and other threads see nothing.
 
 from __future__ import annotations
 
+import builtins
 import dis
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 
 import torch
 
 from tracejit.capture.custom import intercepted
+from tracejit.capture.reads import codes
+from tracejit.capture.scalars import Path, plain
+from tracejit.capture.state import Hyperparameters, within_reach
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import SideEffectError
 
-Path = (
-    tuple  # ("arg", i, …), ("kwarg", name, …), ("cell", name), ("global", name), ("default", i), …
-)
+_FUNCTIONS = 200  # looked at before each trace
 
 
 @dataclass
 class Bound:
-    """A call ready to be traced, and where each runtime scalar came from, in order."""
+    """A call ready to be traced, and where each runtime scalar came from, in order.
+
+    `scalars` is the tracer's own list: what the step reads of its state is added while it runs.
+    """
 
     function: FunctionType
     args: tuple
@@ -46,35 +51,34 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
 
 def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> Bound:
     """Substitute runtime scalars for the floats that the step reads directly."""
-    paths: list[Path] = []
-
-    def scalar(x: float, path: Path) -> float:
-        paths.append(path)
-        return tracer.scalar(x)
 
     def replace(x: object, path: Path) -> object:
+        x = plain(x)  # a float kept from an earlier call
         if type(x) is float:
-            return scalar(x, path)
+            return tracer.scalar(x, path)
         if type(x) is tuple and any(type(item) in (float, tuple) for item in x):
             return tuple(replace(item, (*path, i)) for i, item in enumerate(x))
         return x
 
+    called = _called(function)
+    if any(_asks_for_float(f.__code__) for f in called):  # where TracedFloat is no float
+        return Bound(function, tuple(map(plain, args)), kwargs, tracer.paths)
     args = tuple(replace(x, ("arg", i)) for i, x in enumerate(args))
     kwargs = {name: replace(x, ("kwarg", name)) for name, x in kwargs.items()}
     code = function.__code__
     stored = _stored_names(function)
+    rebound = {id(cell) for f in called for cell in _stored_cells(f)}
     cells = []
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         number = _contents(cell)
-        if type(number) is float and name not in stored:
-            cell = CellType(scalar(number, ("cell", name)))
+        if type(number) is float and name not in stored and id(cell) not in rebound:
+            cell = CellType(tracer.scalar(number, ("cell", name)))
         cells.append(cell)
     namespace = function.__globals__
-    floats = [n for n in _global_names(function) if type(namespace.get(n)) is float]
-    if floats and not stored & set(_global_names(function)):
-        namespace = dict(namespace)
-        for name in floats:
-            namespace[name] = scalar(namespace[name], ("global", name))
+    floats = [n for n in names_of_globals(function) if type(namespace.get(n)) is float]
+    if floats and not _names(function, ("STORE_GLOBAL", "DELETE_GLOBAL")):
+        found = {name: tracer.scalar(namespace[name], ("global", name)) for name in floats}
+        namespace = _Overlay(namespace, found)
     rebuilt = FunctionType(code, namespace, function.__name__, None, tuple(cells))
     rebuilt.__defaults__ = replace(function.__defaults__, ("default",))
     if function.__kwdefaults__:
@@ -82,7 +86,46 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
             name: replace(x, ("kwdefault", name)) for name, x in function.__kwdefaults__.items()
         }
     rebuilt.__qualname__ = function.__qualname__
-    return Bound(rebuilt, args, kwargs, paths)
+    return Bound(rebuilt, args, kwargs, tracer.paths)
+
+
+class _Overlay(dict):
+    """A namespace in which some names stand for something else. (The interpreter asks a dict that
+    is none exactly through `__getitem__`.)"""
+
+    def __init__(self, namespace: dict, instead: dict):
+        super().__init__(instead, __builtins__=namespace.get("__builtins__", builtins))
+        self._namespace = namespace
+
+    def __missing__(self, name: str) -> object:
+        return self._namespace[name]
+
+
+def _called(function: FunctionType) -> list[FunctionType]:
+    """A step and the user functions that its variables lead to."""
+    found, seen, pending = [], set(), [function]
+    while pending and len(found) < _FUNCTIONS:
+        f = pending.pop()
+        if type(f) is not FunctionType or f in seen or (f.__module__ or "").startswith("torch"):
+            continue
+        seen.add(f)
+        found.append(f)
+        pending += [_contents(cell) for cell in f.__closure__ or ()]
+        pending += [f.__globals__.get(name) for name in names_of_globals(f)]
+    return found
+
+
+def _stored_cells(function: FunctionType) -> list[CellType]:
+    """The closure's variables that a function rebinds."""
+    stored = _stored_names(function)
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return [cell for name, cell in cells if name in stored]
+
+
+def _asks_for_float(code: CodeType) -> bool:
+    """Whether code may ask whether something's class is float itself."""
+    names = {name for c in codes(code) for name in c.co_names}
+    return "float" in names and not names.isdisjoint({"type", "__class__"})
 
 
 def _contents(cell: CellType) -> object:
@@ -92,7 +135,7 @@ def _contents(cell: CellType) -> object:
         return None
 
 
-def _global_names(function: FunctionType) -> list[str]:
+def names_of_globals(function: FunctionType) -> list[str]:
     return sorted(_names(function, ("LOAD_GLOBAL", "LOAD_NAME")))
 
 
@@ -117,7 +160,33 @@ def _names(function: FunctionType, opcodes: tuple[str, ...]) -> set[str]:
 
 
 def run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
-    """Call the function under the tracer; the interpreter's modes must be as they were after it."""
+    """Call the function under the tracer; the interpreter's modes must be as they were after it.
+
+    While it runs, the floats in optimizers' param_groups are runtime scalars; a failure leaves
+    optimizers and schedulers as they were.
+    """
+    state = tracer.state = Hyperparameters(tracer)
+    try:
+        roots = [original, *bound.args, *bound.kwargs.values()]
+        state.start(within_reach(roots, names_of_globals))
+        returned = _run(tracer, bound, original)
+        if tracer.refused is not None:
+            raise tracer.refused
+        state.finish()
+    except BaseException:
+        tracer.forget()
+        state.undo()
+        raise
+    return returned
+
+
+def _run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
+    if torch.is_inference_mode_enabled():
+        raise SideEffectError(
+            where=_where(original),
+            reason="inference mode is on, and a compiled step would return ordinary tensors",
+            remedy="Use torch.no_grad() around the step",
+        )
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise SideEffectError(
             where=_where(original),

@@ -13,12 +13,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, FunctionCtx, _SingleLevelFunction
 
 from tracejit.autodiff import Entry
+from tracejit.capture.state import SHADOWS, as_callback, scheduler_classes
 from tracejit.capture.tensor import (
     Family,
     Handle,
@@ -395,15 +397,38 @@ def _group(lists: list[list], with_indices: bool = False) -> dict:
     return found
 
 
-def _refuse_hooks(original: Callable) -> Callable:
-    def push(*hooks: object) -> object:
-        t = current()
-        if t is None:
-            return original(*hooks)
-        t.begin(original, ())
-        raise t.unsupported("Hooks on saved tensors would be ignored; use them outside the step")
+def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
+    """Wrap what a trace cannot see into, so that it raises while one runs on its thread."""
 
-    return push
+    def wrap(original: Callable) -> Callable:
+        def refused(*args: object, **kwargs: object) -> object:
+            t = current()
+            if t is None:
+                return original(*args, **kwargs)
+            t.begin(owner if isinstance(owner, type) else original, ())
+            raise t.unsupported(remedy)
+
+        return refused
+
+    return wrap
+
+
+_SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
+REFUSED = (
+    (
+        torch._C._autograd,
+        "_push_saved_tensors_default_hooks",
+        "Hooks on saved tensors would be ignored; use them outside the step",
+    ),
+    (torch._C.ScriptFunction, "__call__", _SCRIPT),
+    (torch._C.ScriptMethod, "__call__", _SCRIPT),
+    (
+        torch.nn.parallel.DistributedDataParallel,
+        "forward",
+        "Its gradients would not be averaged over the processes; compile a step on its `.module` "
+        "and reduce the gradients outside",
+    ),
+)
 
 
 _lock = threading.Lock()
@@ -422,7 +447,13 @@ def _install() -> None:
     _undo.append(lambda: delattr(_SingleLevelFunction, "apply"))
     _replace(torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group)
     _replace(torch_function, "_functions", lambda original: _DelayedErrors())
-    _replace(torch._C._autograd, "_push_saved_tensors_default_hooks", _refuse_hooks)
+    for owner, name, remedy in REFUSED:
+        _replace(owner, name, _refuse(owner, remedy))
+    for scheduler in scheduler_classes():
+        _replace(scheduler, "step", as_callback)
+    for module, name, shadow in SHADOWS:
+        setattr(module, name, shadow)
+        _undo.append(partial(delattr, module, name))
 
 
 @contextmanager

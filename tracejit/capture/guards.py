@@ -1,203 +1,255 @@
 """Guards: generated Python that decides whether a call may be replayed, and fetches its inputs.
 
-`arm` turns a Captured step and what its code reads into one function `guard(args, kwargs)`. It
-returns (outside tensors, runtime scalars), or the text of the first condition that failed.
+`survey` walks what the step can read before a trace; `arm` completes that with what the trace
+turned out to need, as one function `guard(args, kwargs)`. It returns (outside tensors, runtime
+scalars, addresses), or the text of the first condition that failed: about what, the old value, the
+new one. Nothing in a guard depends on how often it ran, but what it found out about a set of
+addresses (alignment, overlap) holds for as long as they stay the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import CellType, FunctionType
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import FunctionType
 
 import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from tracejit.capture.bind import Bound
 from tracejit.capture.effects import Captured
-from tracejit.capture.reads import DEFAULTS, Reads, analyze, is_tensor, is_value
-from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
+from tracejit.capture.heap import FloatLine, Walk, differs
+from tracejit.capture.scalars import RELATIONS, Path
+from tracejit.capture.tensor import extent
+from tracejit.capture.watch import Seen, origin
+from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg
-from tracejit.ir.hostcode import host_lines
+from tracejit.ir.hostcode import NAMES, host_lines
 
-Guard = Callable[[tuple, dict], tuple[list, list] | str]
-
-
-@dataclass
-class _Writer:
-    """Collects the guard's lines and the objects that they refer to."""
-
-    lines: list[str] = field(default_factory=list)
-    names: dict[str, object] = field(default_factory=dict)
-    tensors: dict[int, str] = field(default_factory=dict)  # id(tensor) -> expression
-    scalars: dict[tuple, str] = field(default_factory=dict)  # path of a scalar -> expression
-
-    def constant(self, value: object) -> str:
-        name = f"k{len(self.names)}"
-        self.names[name] = value
-        return name
-
-    def local(self, expression: str) -> str:
-        name = f"x{len(self.lines)}"
-        self.lines.append(f"{name} = {expression}")
-        return name
-
-    def check(self, condition: str, reason: str) -> None:
-        self.lines.append(f"if not ({condition}): return {reason!r}")
+# (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses), or what failed
+Guard = Callable[..., tuple[list, list, list] | str]
+_MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
+_GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
+    (_MODULES, "_global_backward_hooks"),
+    (_MODULES, "_global_backward_pre_hooks"),
+    (_MODULES, "_global_forward_hooks"),
+    (_MODULES, "_global_forward_pre_hooks"),
+    (_OPTIMIZERS, "_global_optimizer_post_hooks"),
+    (_OPTIMIZERS, "_global_optimizer_pre_hooks"),
+)
 
 
-def proof(function: FunctionType, bound: Bound, captured: Captured) -> tuple[Reads, list[str]]:
-    """What the step reads, and the reasons (none when it is safe) not to replay it."""
-    reads = analyze(function)
-    reasons = list(reads.refusals)
-    for store in reads.stores:
-        now = store.fetch()
-        if now is not store.value or not is_tensor(now):
-            reasons.append(f"it rebinds {store.path} outside itself")
+def survey(function: FunctionType, args: tuple, kwargs: dict, ran: Seen | None) -> Walk:
+    """The guard lines about Python state, as it is before a trace of `function(*args, **kwargs)`.
+
+    `ran` is what an earlier trace ran: only what its code names is followed. Without it everything
+    is, and the guard is wider than it has to be.
+    """
+    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes))
+    w.root = function
+    _modes(w)
+    w.check(f"len(args) == {len(args)}", "the number of arguments changed")
+    w.check(f"[*kwargs] == {w.constant([*kwargs])}", "the keyword arguments changed")
+    for i, x in enumerate(args):
+        w.visit(x, f"args[{i}]", f"argument {i}", ("arg", i), owned=False)
+    for name, x in kwargs.items():
+        at = f"kwargs[{name!r}]"
+        w.visit(x, at, f"argument {name}", ("kwarg", name), owned=False)
+    w.function(function, function.__qualname__)
+    return w
+
+
+def _modes(w: Walk) -> None:
+    """Guard the modes of torch that decide what its functions do."""
+    w.names |= {
+        "grad_on": torch.is_grad_enabled,
+        "default_dtype": torch.get_default_dtype,
+        "precision": torch._C._get_float32_matmul_precision,
+        "autocast": torch._C._is_any_autocast_enabled,
+        "function_modes": torch._C._len_torch_function_stack,
+        "default_device": torch.get_default_device,
+        "saved_hooks": torch._C._autograd._top_saved_tensors_default_hooks,
+        "inference": torch.is_inference_mode_enabled,
+    }
+    precision = torch._C._get_float32_matmul_precision()
+    w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
+    w.check(f"default_dtype() is {w.constant(torch.get_default_dtype())}", "default dtype changed")
+    w.check(f"precision() == {precision!r}", "torch.get_float32_matmul_precision changed")
+    w.check("not autocast()", "autocast is on")
+    w.check("not inference()", "inference mode is on")
+    modes = torch._C._len_torch_function_stack()  # a default device is one
+    w.check(f"function_modes() == {modes}", "the default device or a torch function mode changed")
+    if modes:
+        device = w.constant(torch.get_default_device())
+        w.check(f"default_device() == {device}", "the default device changed")
+    w.check("saved_hooks(True) is None", "hooks on saved tensors are active")
+    for module, name in _GLOBAL_HOOKS:
+        hooks = getattr(module, name)
+        w.check(f"[*{w.constant(hooks)}] == {[*hooks]}", f"torch's {name} changed")
+
+
+def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
+    """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
+    reasons = ran.refusals + walk.refusals
+    for code, module in ran.codes.items():
+        if code not in walk.codes and origin(code) == "user":
+            reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
     if captured.escaped:
         reasons.append("it stores an intermediate tensor in a Python object")
     if not isinstance(captured.key[3], str):
         reasons.append("it returns an object that is neither a tensor nor a plain value")
-    if any(t.__dict__ for t in captured.reals):
-        reasons.append("a tensor that it uses carries Python attributes")
-    for path, x in _leaves(bound):
-        if not (is_value(x) or is_tensor(x) or isinstance(x, float)):
-            reasons.append(f"argument {path} is an object of type {type(x).__name__}")
-    return reads, list(dict.fromkeys(reasons))
+    return list(dict.fromkeys(reasons))
 
 
-def _leaves(bound: Bound):
-    for i, x in enumerate(bound.args):
-        yield from _leaf(f"{i}", x)
-    for name, x in bound.kwargs.items():
-        yield from _leaf(name, x)
+@dataclass(frozen=True)
+class Armed:
+    """What a replay asks of Python: whether it may go on, with what, and what it calls again."""
+
+    guard: Guard
+    text: str  # of the guard
+    found: list[int]  # the ids of the tensors that the walk found
+    after: Callable[[list], None] | None  # runs the callbacks, completes the scalars
 
 
-def _leaf(path: str, x: object):
-    if type(x) is tuple and not is_value(x):
-        for i, item in enumerate(x):
-            yield from _leaf(f"{path}[{i}]", item)
-    else:
-        yield path, x
-
-
-def arm(
-    function: FunctionType, bound: Bound, captured: Captured, reads: Reads
-) -> tuple[Guard | None, str]:
-    """The guard of a captured step, its text, or (None, reason)."""
-    w = _Writer()
-    w.names |= {"torch": torch, "grad_on": torch.is_grad_enabled, "same_float": same_float}
-    w.names["default_dtype"] = torch.get_default_dtype
-    w.names["precision"] = torch.get_float32_matmul_precision
-    w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
-    w.check(f"default_dtype() is {w.constant(torch.get_default_dtype())}", "default dtype changed")
-    w.check(
-        f"precision() == {torch.get_float32_matmul_precision()!r}",
-        "torch.get_float32_matmul_precision changed",
-    )
-    w.check(
-        "not torch.is_autocast_enabled('cpu') and not torch.is_autocast_enabled('cuda')",
-        "autocast is on",
-    )
-    w.names["default_device"] = torch.get_default_device
-    device = w.constant(torch.get_default_device())
-    w.check(f"default_device() == {device}", "the default device changed")
-    w.names["saved_hooks"] = torch._C._autograd._top_saved_tensors_default_hooks
-    w.check("saved_hooks(True) is None", "hooks on saved tensors are active")
-    w.check(f"len(args) == {len(bound.args)}", "the number of arguments changed")
-    names = w.constant(set(bound.kwargs))
-    w.check(f"kwargs.keys() == {names}", "the keyword arguments changed")
-    for i, x in enumerate(bound.args):
-        _guard_leaf(w, w.local(f"args[{i}]"), x, ("arg", i), f"argument {i}")
-    for name, x in bound.kwargs.items():
-        _guard_leaf(w, w.local(f"kwargs[{name!r}]"), x, ("kwarg", name), f"argument {name}")
-    _guard_reads(w, function, bound, reads)
-    reason = _guard_tensors(w, captured)
+def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
+    """The guard of a captured step, or the reason why there is none."""
+    reason = _against_callbacks(captured)
     if reason:
-        return None, reason
-    missing = [path for path in bound.scalars if path not in w.scalars]
-    if missing:
-        return None, f"a runtime scalar has no path: {missing[0]}"
-    scalars = ", ".join(w.scalars[path] for path in bound.scalars)
-    w.lines.append(f"scalars = [{scalars}]")
-    _guard_predicates(w, captured)
-    tensors = ", ".join(w.tensors[id(t)] for t in captured.reals)
-    w.lines.append(f"return [{tensors}], scalars")
-    text = "def guard(args, kwargs):\n" + "\n".join(f"    {line}" for line in w.lines) + "\n"
-    namespace = dict(w.names)
+        return reason
+    scalars = _decide_floats(walk, function, captured.paths)
+    reason = _guard_tensors(walk, captured)
+    if reason:
+        return reason
+    unread = _unread(captured)
+    for path in captured.paths:
+        if path[0] == "item":
+            walk.names |= {"item": host_memory.read, "item_at": host_memory.read_at}
+            tensor = captured.reals[path[1]]
+            if tensor.is_cpu:
+                place = f"{walk.constant(tensor.dtype)}, addresses[{path[1]}]"
+                scalars[path] = f"item_at({place})"
+            else:
+                scalars[path] = f"item({walk.tensors[id(tensor)]})"
+        elif path[0] == "after" or (path not in scalars and path in unread):
+            scalars[path] = "None"
+        elif path not in scalars:
+            return f"a runtime scalar has no path: {path}"
+    walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
+    _guard_predicates(walk, captured)
+    everything = "".join(f"{at}, " for at in walk.tensors.values())
+    if not {id(t) for t in captured.reals}.issuperset(walk.tensors):  # the others lie apart
+        apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
+        walk.check(apart, "two tensors that the step can tell apart are one now")
+    tensors = ", ".join(walk.tensors[id(t)] for t in captured.reals)
+    walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
+    walk.lines.append(f"return [{tensors}], scalars, addresses")
+    body = "\n".join(f"        {line}" for line in walk.lines)
+    walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+    text = (
+        f"def guard(args, kwargs, found=None):\n    try:\n{body}\n"
+        "    except missing as error:\n"
+        "        return f'something that the step reads is gone ({error!r})'\n"
+    )
+    namespace = dict(walk.names)
     exec(compile(text, "<tracejit guard>", "exec"), namespace)
-    return namespace["guard"], text
+    return Armed(namespace["guard"], text, [*walk.tensors], _callbacks(captured))
 
 
-def _guard_leaf(w: _Writer, at: str, x: object, path: tuple, name: str) -> None:
-    """Guard one argument, default or outside name that holds x (a TracedFloat: a scalar)."""
-    if isinstance(x, TracedFloat):
-        w.check(f"type({at}) is float", f"{name} is no float any more")
-        w.scalars[path] = at
-    elif is_tensor(x):
-        w.check(f"type({at}) is {w.constant(type(x))}", f"{name} has another type")
-        w.tensors.setdefault(id(x), at)
-    elif type(x) is tuple and not is_value(x):
-        w.check(f"type({at}) is tuple and len({at}) == {len(x)}", f"{name} has another length")
-        for i, item in enumerate(x):
-            _guard_leaf(w, w.local(f"{at}[{i}]"), item, (*path, i), f"{name}[{i}]")
-    elif type(x) is float:
-        k = w.constant(x)
-        w.check(f"type({at}) is float and same_float({at}, {k})", f"{name} is not {x!r} any more")
-    else:
-        k = w.constant(x)
-        if x is None or x is True or x is False or x is ...:
-            w.check(f"{at} is {x!r}", f"{name} is not {x!r} any more")
+def _unread(captured: Captured) -> set[Path]:
+    """The runtime scalars that nothing was computed from: of an optimizer that did not run."""
+    read = {value for node in captured.host_nodes for value in node.args}
+    read.update(side for p in captured.predicates for side in (p.left, p.right))
+    read.update(captured.host_results)
+    planned = {index for kind, index in captured.sources if kind == "scalar"}
+    return {
+        path
+        for i, (path, value) in enumerate(zip(captured.paths, captured.scalar_values, strict=True))
+        if i not in planned and value not in read
+    }
+
+
+def _decide_floats(walk: Walk, function: FunctionType, paths: Sequence[Path]) -> dict[Path, str]:
+    """Turn the lines of floats into checks: of the type for a runtime scalar, else of the value.
+    Returns the expressions of the runtime scalars among them."""
+    place = _scalar_places(walk, function)
+    inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
+    wanted = {place(p): p for p in paths if not (walk.reentrant and p[0] in inner)}
+    scalars: dict[Path, str] = {}
+    lines, walk.lines = walk.lines, []
+    for line in lines:
+        if not isinstance(line, FloatLine):
+            walk.lines.append(line)
+        elif line.key in wanted:
+            scalars[wanted[line.key]] = line.at
+            walk.expect(f"type({line.at}) is float", line.path, line.value, line.at)
         else:
-            kind = w.constant(type(x))
-            same = f"type({at}) is {kind} and {at} == {k}"
-            if type(x) is tuple:  # 1 == 1.0 == True inside
-                same += f" and repr({at}) == {repr(x)!r}"
-            w.check(same, f"{name} is not {x!r} any more")
+            k = walk.constant(line.value)
+            same = f"{line.at} is {k} or type({line.at}) is float and same_float({line.at}, {k})"
+            walk.expect(same, line.path, line.value, line.at)
+    return scalars
 
 
-def _guard_reads(w: _Writer, function: FunctionType, bound: Bound, reads: Reads) -> None:
-    """Guard everything that the code reads from cells, globals, defaults and modules."""
+def _against_callbacks(captured: Captured) -> str:
+    """Why the calls that a replay makes again cannot come before its plan, if so."""
+    for callback in captured.callbacks:
+        scheduler = callback.function.__self__
+        for group in scheduler.optimizer.param_groups:
+            if any(isinstance(x, torch.Tensor) for name, x in group.items() if name != "params"):
+                return f"{type(scheduler).__name__} steps a hyperparameter that is a tensor"
+    late = {
+        value
+        for value, path in zip(captured.scalar_values, captured.paths, strict=True)
+        if path[0] == "after"
+    }
+    for node in captured.host_nodes:
+        if late.intersection(node.args):
+            late.update(node.outs)
+    if any(late.intersection((p.left, p.right)) for p in captured.predicates):
+        return "it decides by a value that a scheduler has just computed"
+    return ""
+
+
+def _callbacks(captured: Captured) -> Callable[[list], None] | None:
+    """A function that calls what a replay calls again, and fills in the scalars that this makes."""
+    if not captured.callbacks:
+        return None
+    late = [(i, path) for i, path in enumerate(captured.paths) if path[0] == "after"]
+
+    def after(scalars: list) -> None:
+        for n, callback in enumerate(captured.callbacks):
+            callback.function(*callback.args, **callback.kwargs)
+            for i, path in late:
+                if path[1] == n:
+                    _, held, key, *indices = path[2]
+                    x = held.holder[key]
+                    for k in (*indices, *path[3:]):
+                        x = x[k]
+                    scalars[i] = float(x)
+
+    return after
+
+
+def _scalar_places(walk: Walk, function: FunctionType) -> Callable[[tuple], tuple]:
+    """From the path of a runtime scalar to the key that the walk gave to its place."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    scalars = {}
-    for path in bound.scalars:
-        if path[0] == "cell":
-            scalars[(id(cells[path[1]]), None)] = path
-        elif path[0] == "global":
-            scalars[(id(function.__globals__), path[1])] = path
-        elif path[0] == "default" and len(path) == 2 or path[0] == "kwdefault" and len(path) == 2:
-            scalars[(id(function), path[1])] = path
-    counted: set[tuple[int, bool]] = set()
-    for read in reads.reads:
-        holder = w.constant(read.holder)
-        if isinstance(read.holder, CellType):
-            expression = f"{holder}.cell_contents"
-        elif isinstance(read.holder, dict):
-            expression = f"{holder}.get({read.key!r})"
-        elif isinstance(read.holder, FunctionType):
-            positional = isinstance(read.key, int)
-            defaults = f"{holder}.{DEFAULTS[positional]}"
-            if (id(read.holder), positional) not in counted:
-                counted.add((id(read.holder), positional))
-                count = len(getattr(read.holder, DEFAULTS[positional]))
-                w.check(f"len({defaults} or ()) == {count}", "the defaults of a function changed")
-            expression = f"{defaults}[{read.key!r}]"
-        else:
-            expression = f"{holder}.{read.key}"
-        if read.shadow is not None:
-            shadow = w.constant(read.shadow)
-            w.check(f"{read.key!r} not in {shadow}", f"{read.path} is a global name now")
-        at = w.local(expression)
-        path = scalars.get((id(read.holder), read.key))
-        if path is not None:
-            w.check(f"type({at}) is float", f"{read.path} is no float any more")
-            w.scalars[path] = at
-        elif read.kind == "callable":
-            w.check(f"{at} is {w.constant(read.value)}", f"{read.path} was replaced")
-        else:
-            _guard_leaf(w, at, read.value, ("read", read.path), read.path)
+
+    def place(path: tuple) -> tuple:
+        kind = path[0]
+        if kind == "cell":
+            return ("cell", walk.constant(cells[path[1]]))
+        if kind == "global":
+            return ("global", walk.constant(function.__globals__), path[1])
+        if kind in ("default", "kwdefault"):
+            return (kind, walk.constant(function), *path[1:])
+        if kind == "entry":
+            return ("entry", id(path[1].holder), *path[2:])
+        return path
+
+    return place
 
 
-def _guard_tensors(w: _Writer, captured: Captured) -> str:
+def _guard_tensors(w: Walk, captured: Captured) -> str:
     """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
     grad_of = {g: i for i, g in captured.grads_read if g is not None}
     for i, tensor in enumerate(captured.reals):
@@ -217,63 +269,106 @@ def _guard_tensors(w: _Writer, captured: Captured) -> str:
             w.check(f"{at}.grad is None", "a .grad that was None when traced is set")
         elif grad < 0:
             w.check(f"{at}.grad is not None", "a .grad that the step asks for is None")
-        elif w.tensors[id(captured.reals[grad])] != f"{at}.grad":
-            w.check(f"{at}.grad is {w.tensors[id(captured.reals[grad])]}", "a .grad was replaced")
-    _guard_aliasing(w, captured)
+        else:
+            own = w.tensors[id(captured.reals[grad])]
+            w.check(f"{at}.grad is {own}", "a .grad was replaced")
+    _guard_places(w, captured)
     return ""
 
 
-def _guard_tensor(w: _Writer, at: str, tensor: torch.Tensor, i: int) -> None:
+def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor, i: int) -> None:
     k = w.constant
-    what = f"input tensor {i} of shape {list(tensor.shape)}"
-    w.check(
-        f"{at}.shape == {k(tensor.shape)} and {at}.dtype is {k(tensor.dtype)} and "
-        f"{at}.stride() == {tensor.stride()} and {at}.device == {k(tensor.device)}",
-        f"{what} changed its shape, dtype, strides or device",
+    layout = (
+        f"{at}.is_contiguous()" if tensor.is_contiguous() else f"{at}.stride() == {tensor.stride()}"
     )
-    w.check(f"{at}.requires_grad is {tensor.requires_grad}", f"{what} changed requires_grad")
-    aligned = tensor.data_ptr() % 16 == 0
-    w.check(f"({at}.data_ptr() % 16 == 0) is {aligned}", f"{what} changed its alignment")
-    w.check(f"{at}.is_neg() is False", f"{what} has its negative bit set")
+    device = f"{at}.is_cpu" if tensor.is_cpu else f"{at}.device == {k(tensor.device)}"
+    same = (
+        f"{at}.shape == {k(tensor.shape)} and {layout} and {at}.dtype is {k(tensor.dtype)} and "
+        f"{device} and {at}.requires_grad is {tensor.requires_grad} and not {at}.is_neg()"
+    )
     if tensor.requires_grad:
-        w.check(
-            f"{at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None",
-            f"{what} has a hook",
+        same += (
+            f" and {at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None and "
+            f"{at}.is_leaf is {tensor.is_leaf}"
         )
-        w.check(f"{at}.is_leaf is {tensor.is_leaf}", f"{what} is a leaf now, or no leaf any more")
+    w.names |= {"differs": differs, "described": _described}
+    old = k(_described(tensor))
+    w.lines.append(f"if not ({same}): return differs('input tensor {i}', {old}, described({at}))")
 
 
-def _guard_aliasing(w: _Writer, captured: Captured) -> None:
-    """The inputs share memory with each other exactly as they did."""
+def _described(x: object) -> str:
+    """The metadata of a tensor that a guard compares."""
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    dtype = str(x.dtype).removeprefix("torch.")
+    text = f"{dtype}{list(x.shape)}, strides {list(x.stride())}, on {x.device}"
+    if x.requires_grad:
+        text += ", a leaf that requires grad" if x.is_leaf else ", requires grad"
+    if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
+        text += ", with a hook"
+    return text + (", negated" if x.is_neg() else "")
+
+
+def _guard_places(w: Walk, captured: Captured) -> None:
+    """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
+    at = [w.tensors[id(t)] for t in captured.reals]
+    w.lines.append(f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]")
     storages = [t.untyped_storage()._cdata for t in captured.reals]
-    first = {}
-    pattern = tuple(first.setdefault(s, len(first)) for s in storages)
-    names = [f"{w.tensors[id(t)]}.untyped_storage()._cdata" for t in captured.reals]
-    if len(first) == len(storages):
-        if len(storages) > 1:
-            unique = f"len({{{', '.join(names)}}}) == {len(storages)}"
-            w.check(unique, "two inputs share memory now")
-        return
-    w.names["pattern_of"] = _pattern
-    w.check(f"pattern_of(({', '.join(names)},)) == {pattern}", "inputs share memory otherwise")
-    offsets = tuple(t.storage_offset() for t in captured.reals)
-    found = ", ".join(f"{w.tensors[id(t)]}.storage_offset()" for t in captured.reals)
-    w.check(f"({found},) == {offsets}", "inputs overlap otherwise")
+    if w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided")):
+        offsets = ", ".join(f"{x}.storage_offset()" for x in at)
+        expected = [t.storage_offset() for t in captured.reals]
+        w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
+    if len(set(storages)) < len(storages):
+        names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
+        w.names["pattern_of"] = _pattern
+        w.check(f"pattern_of(({names},)) == {_pattern(storages)}", "inputs share memory otherwise")
+        offsets = tuple(t.storage_offset() for t in captured.reals)
+        found = ", ".join(f"{x}.storage_offset()" for x in at)
+        w.check(f"({found},) == {offsets}", "inputs overlap otherwise")
+        sizes = None
+    else:
+        sizes = [extent(t.shape, t.stride()) * t.element_size() for t in captured.reals]
+    aligned = [t.data_ptr() % 16 == 0 for t in captured.reals]
+    w.names["places"] = _Places(sizes, aligned)
+    w.lines.append("if addresses != places.good and (why := places.against(addresses)): return why")
 
 
-def _pattern(storages: tuple[int, ...]) -> tuple[int, ...]:
+class _Places:
+    """Whether inputs at some addresses are aligned as when traced, and apart from each other."""
+
+    def __init__(self, sizes: list[int] | None, aligned: list[bool]):
+        self.sizes = sizes  # in bytes; None: they overlapped when traced, which is checked apart
+        self.aligned = aligned
+        self.good: list[int] | None = None  # the latest addresses that were found to be so
+
+    def against(self, addresses: list[int]) -> str:
+        """Why a replay is wrong for inputs at these addresses; empty if it is right."""
+        if [a % 16 == 0 for a in addresses] != self.aligned:
+            return "the alignment of an input changed"
+        if self.sizes is not None:
+            end = 0
+            for start, size in sorted(zip(addresses, self.sizes, strict=True)):
+                if start < end and size:
+                    return "two inputs share memory now"
+                end = max(end, start + size)
+        self.good = addresses
+        return ""
+
+
+def _pattern(storages: Sequence[int]) -> tuple[int, ...]:
     first: dict[int, int] = {}
     return tuple(first.setdefault(s, len(first)) for s in storages)
 
 
-def _guard_predicates(w: _Writer, captured: Captured) -> None:
+def _guard_predicates(w: Walk, captured: Captured) -> None:
     """Every decision that Python took on a runtime scalar must come out the same."""
     wanted: list[Arg] = []
     for predicate in captured.predicates:
         wanted += (predicate.left, predicate.right)
     names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalar_values)}
-    lines, found = host_lines(captured.graph.nodes, wanted, names)
+    lines, found = host_lines(captured.host_nodes, wanted, names)
     w.lines += lines
+    w.names |= NAMES
     for i, predicate in enumerate(captured.predicates):
         w.names[f"relation_{predicate.relation}"] = RELATIONS[predicate.relation]
         left, right = found[2 * i], found[2 * i + 1]

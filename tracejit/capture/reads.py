@@ -1,90 +1,51 @@
-"""What a step reads from Python, found in its bytecode: the proof that lets a replay be armed.
+"""The outside names that a function's bytecode reads, and what in it forbids a replay.
 
-`analyze` walks the code of a function and of every user function that it names. Each global, cell
-and default that the code can read is classified:
-
-value    a number, string, bool, None, dtype, device, or a tuple of such: guarded by value
-tensor   guarded by its metadata and fetched anew on every replay
-callable torch functions with a capture rule, pure builtins, user functions, custom autograd
-         functions: guarded by identity
-
-Everything else (containers, objects, unknown callables, imports, attribute stores, generators) is a
-refusal: the step then reruns its Python on every call, which is sound without any proof.
+`scan` looks at one function and the code nested in it; what the names hold, and the functions among
+them, are followed by `heap.py`. Chains of modules are followed here, as far as the code spells them
+out: `torch.nn.functional.relu` is a read of that function.
 """
 
 from __future__ import annotations
 
 import builtins
 import dis
-import inspect
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 
 import torch
-from torch.autograd.function import Function, FunctionMeta
 
-from tracejit.capture.table import RULES
-
-PURE_BUILTINS = frozenset(
-    getattr(builtins, name)
-    for name in (
-        *("range", "len", "zip", "enumerate", "abs", "min", "max", "sum", "tuple", "list"),
-        *("dict", "set", "frozenset", "float", "int", "bool", "isinstance", "issubclass"),
-        *("reversed", "sorted", "any", "all", "round", "slice", "map", "filter", "pow", "divmod"),
-        *("iter", "next", "type", "str", "callable", "NotImplementedError", "ValueError"),
-        *("TypeError", "RuntimeError", "AssertionError", "IndexError", "KeyError", "Exception"),
-    )
-)
-PURE_TORCH = frozenset(
-    {
-        *(torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.is_tensor),
-        *(torch.is_grad_enabled, torch.get_default_dtype, torch.Tensor, torch.nn.Parameter),
-        *(torch.Size, torch.device, torch.dtype),
-    }
-)
-DEFAULTS = {True: "__defaults__", False: "__kwdefaults__"}  # by whether the default is positional
-VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis))
-TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format)
+VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis), range, slice)
+TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-TENSOR_STORES = frozenset({"grad", "data", "requires_grad"})
 _UNSAFE_ATTRIBUTES = frozenset(
-    {"__dict__", "__globals__", "__code__", "__closure__", "__class__", "__defaults__"}
+    {
+        *("__dict__", "__globals__", "__code__", "__closure__", "__defaults__", "__subclasses__"),
+        *("f_locals", "f_globals", "f_back", "f_code", "gi_frame", "tb_frame", "cell_contents"),
+    }
 )
 
 
 @dataclass(frozen=True)
 class Read:
-    """One outside name that the code reads: where it lives, and what kind of thing it holds."""
+    """One outside name: `key` of a namespace (a dict of globals, or a module), and its value."""
 
-    kind: str  # "value", "tensor" or "callable"
-    path: str  # as a person would name it: "lr", "torch.nn.functional.relu", "closure w1"
-    holder: object  # a cell, a namespace dict, a module, or the function whose default it is
-    key: object  # None for a cell, else the name (for a positional default: its index)
+    path: str  # as a person would name it: "lr", "torch.nn.functional.relu"
+    holder: object  # the dict of globals, or the module
+    key: str
     value: object
-    shadow: dict | None = None  # the globals that a builtin of this name would be shadowed in
-
-    def fetch(self) -> object:
-        """What the name holds now."""
-        if isinstance(self.holder, CellType):
-            return self.holder.cell_contents
-        if isinstance(self.holder, (ModuleType, type)):
-            return getattr(self.holder, self.key)
-        if isinstance(self.holder, FunctionType):
-            positional = isinstance(self.key, int)
-            return getattr(self.holder, DEFAULTS[positional])[self.key]
-        return self.holder[self.key]
+    builtin: bool = False  # found in builtins, because `holder` has no such name
+    missing: bool = False  # nowhere: reading it is an error, which the code may catch
 
 
 @dataclass
-class Reads:
-    """All that a step can read and store outside itself, and why it cannot be replayed, if so."""
+class Scanned:
+    """What the code of one function reads and does."""
 
     reads: list[Read] = field(default_factory=list)
-    stores: list[Read] = field(default_factory=list)  # outside names that the code rebinds
     refusals: list[str] = field(default_factory=list)
-    contexts: set[CodeType] = field(default_factory=set)  # whose first argument is a ctx
 
 
 def is_value(x: object) -> bool:
@@ -99,39 +60,71 @@ def is_tensor(x: object) -> bool:
     return type(x) in TENSOR_TYPES
 
 
-def analyze(function: FunctionType) -> Reads:
-    """Everything that calling `function` can read from outside its arguments."""
-    found = Reads()
-    seen: set[FunctionType] = set()
-    known: set[tuple[int, object]] = set()
-    queue = [function]
-    while queue:
-        current = queue.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        for i, default in enumerate(current.__defaults__ or ()):
-            _classify(found, known, queue, _default_path(current, i), current, i, default)
-        for name, default in (current.__kwdefaults__ or {}).items():
-            _classify(found, known, queue, name, current, name, default)
-        cells = dict(zip(current.__code__.co_freevars, current.__closure__ or (), strict=True))
-        for code in _codes(current.__code__):
-            _scan(found, known, queue, current, code, cells)
-    return found
-
-
-def _default_path(function: FunctionType, i: int) -> str:
-    code = function.__code__
-    first = code.co_argcount - len(function.__defaults__ or ())
-    return f"the default of {code.co_varnames[first + i]}"
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
+def codes(code: CodeType) -> Iterator[CodeType]:
     """A code object and all that are nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from _codes(constant)
+            yield from codes(constant)
+
+
+_BY_NAME = frozenset({"getattr", "hasattr", "setattr", "delattr"})
+_DYNAMIC = frozenset(
+    {
+        *("vars", "attrgetter", "methodcaller", "__reduce_ex__"),
+        *("__getattribute__", "__setattr__", "__delattr__"),
+    }
+)
+_ASKING = frozenset({"getattr", "hasattr", "AttributeError", "Exception", "suppress"})
+
+
+@functools.cache
+def dynamic(code: CodeType) -> bool:
+    """Whether code may reach attributes by names that it does not spell out."""
+    constants = {c for c in code.co_consts if type(c) is str}
+    if not _DYNAMIC.isdisjoint({*code.co_names, *constants}):
+        return True
+    instructions = list(dis.get_instructions(code))
+    return any(
+        (x.opname == "MATCH_CLASS" and x.arg)  # by position: __match_args__ names them
+        or (x.opname.startswith("LOAD_") and x.argval in _BY_NAME and not _named(instructions, i))
+        for i, x in enumerate(instructions)
+    )
+
+
+def _named(instructions: list[dis.Instruction], i: int) -> bool:
+    """Whether the function loaded at i is called with a constant as its second argument."""
+    depth, constant = 0, False
+    for x in instructions[i + 1 :]:
+        if constant and x.opname in ("PRECALL", "CALL") and depth == x.arg:
+            return True
+        depth += dis.stack_effect(x.opcode, x.arg, jump=False)
+        if constant and depth < 3:
+            return False  # the constant is a part of something
+        if depth == 2:
+            constant = x.opname == "LOAD_CONST"
+            if not constant:
+                return False
+    return False
+
+
+def asks(code: CodeType) -> bool:
+    """Whether code may notice that an object has no attribute of some name."""
+    return not _ASKING.isdisjoint(code.co_names)
+
+
+@functools.cache
+def compares(code: CodeType) -> bool:
+    """Whether code compares objects, which for a SimpleNamespace reads all of it."""
+    return any(x.opname in ("COMPARE_OP", "CONTAINS_OP") for x in dis.get_instructions(code))
+
+
+def scan(function: FunctionType) -> Scanned:
+    """Read the bytecode of a user function."""
+    found = Scanned()
+    for code in codes(function.__code__):
+        _scan(found, function, code)
+    return found
 
 
 def _at(code: CodeType, line: int | None) -> str:
@@ -141,18 +134,9 @@ def _at(code: CodeType, line: int | None) -> str:
 _MISSING = object()
 
 
-def _scan(
-    found: Reads,
-    known: set,
-    queue: list[FunctionType],
-    function: FunctionType,
-    code: CodeType,
-    cells: dict[str, CellType],
-) -> None:
-    if code.co_flags & 0x2A0 and code is function.__code__:
-        found.refusals.append(f"{_at(code, None)}: it is a generator or coroutine")
-        return
+def _scan(found: Scanned, function: FunctionType, code: CodeType) -> None:
     instructions = list(dis.get_instructions(code))
+    namespace = function.__globals__
     line: int | None = None
     for i, instruction in enumerate(instructions):
         if instruction.starts_line:
@@ -160,35 +144,21 @@ def _scan(
             line = position.lineno if position is not None else code.co_firstlineno
         name, opcode = instruction.argval, instruction.opname
         if opcode in ("LOAD_GLOBAL", "LOAD_NAME"):
-            holder: object = function.__globals__
-            value = function.__globals__.get(name, _MISSING)
-            if value is _MISSING:
-                holder = builtins
-                value = getattr(builtins, name, _MISSING)
-            if value is _MISSING:
-                continue  # a NameError, or a name that the step itself defines first
-            if holder is builtins and value in PURE_BUILTINS:
-                builtin = Read("callable", name, builtins, name, value, function.__globals__)
-                _add(found, known, builtin)
-                continue
-            _follow(found, known, queue, instructions, i, holder, name, value, _at(code, line))
-        elif opcode in ("LOAD_DEREF", "LOAD_CLASSDEREF") and name in cells:
-            try:
-                value = cells[name].cell_contents
-            except ValueError:
-                continue
-            _follow(found, known, queue, instructions, i, cells[name], name, value, _at(code, line))
+            value = namespace.get(name, _MISSING)
+            if value is not _MISSING:
+                _chain(found, instructions, i, namespace, name, value, _at(code, line))
+            elif hasattr(builtins, name):
+                value = getattr(builtins, name)
+                found.reads.append(Read(name, namespace, name, value, builtin=True))
+            else:
+                found.reads.append(Read(name, namespace, name, None, missing=True))
         elif opcode in ("STORE_GLOBAL", "DELETE_GLOBAL"):
-            value = function.__globals__.get(name)
-            found.stores.append(Read("store", name, function.__globals__, name, value))
-        elif opcode in ("STORE_DEREF", "DELETE_DEREF") and name in cells:
-            found.stores.append(Read("store", name, cells[name], None, cells[name].cell_contents))
+            if name not in namespace:
+                found.refusals.append(f"{_at(code, line)}: it makes the global name {name!r}")
+            else:
+                found.reads.append(Read(name, namespace, name, namespace[name]))
         elif opcode in ("IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR"):
             found.refusals.append(f"{_at(code, line)}: it imports {name}")
-        elif opcode == "STORE_ATTR" and code in found.contexts and _on_first(code, instructions, i):
-            continue  # ctx.x = …: the context is dropped with the trace
-        elif opcode in ("STORE_ATTR", "DELETE_ATTR") and name not in TENSOR_STORES:
-            found.refusals.append(f"{_at(code, line)}: it sets the attribute {name!r}")
         elif opcode == "LOAD_CONST" and isinstance(name, complex):
             found.refusals.append(f"{_at(code, line)}: it computes with complex numbers")
         elif opcode == "BINARY_OP" and instruction.argrepr in ("%", "%="):
@@ -201,117 +171,29 @@ def _scan(
             found.refusals.append(f"{_at(code, line)}: it reads {name}")
 
 
-def _follow(found, known, queue, instructions, i, holder, name, value, at) -> None:
-    """Classify a loaded name, following attributes of modules: `torch.nn.functional.relu`."""
-    path, key = str(name), None if isinstance(holder, CellType) else name
-    i += 1
+def _chain(
+    found: Scanned,
+    instructions: list[dis.Instruction],
+    i: int,
+    holder: object,
+    key: str,
+    value: object,
+    at: str,
+) -> None:
+    """Record the name that instruction i loads, and its attributes as long as it is a module."""
+    path = key
+    found.reads.append(Read(path, holder, key, value))
     while isinstance(value, ModuleType):
-        if not isinstance(holder, ModuleType):
-            _add(found, known, Read("callable", path, holder, key, value))
-        if i >= len(instructions) or instructions[i].opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-            found.refusals.append(f"{at}: it uses the module {path} as a value")
-            return
-        attribute = instructions[i].argval
-        path = f"{path}.{attribute}"
-        if not hasattr(value, attribute):
-            return  # an AttributeError when it runs
-        holder, key, value = value, attribute, getattr(value, attribute)
         i += 1
-    if isinstance(value, FunctionMeta) and _attribute(instructions, i) == "apply":
-        _add(found, known, Read("callable", path, holder, key, value))
-        _custom_function(found, known, queue, path, value, at)
-        return
-    _classify(found, known, queue, path, holder, key, value, at)
-
-
-def _attribute(instructions: list[dis.Instruction], i: int) -> str | None:
-    """The attribute that instruction i loads from what was loaded before, if it does."""
-    if i < len(instructions) and instructions[i].opname in ("LOAD_ATTR", "LOAD_METHOD"):
-        return instructions[i].argval
-    return None
-
-
-def _custom_function(found, known, queue, path: str, cls: FunctionMeta, at: str) -> None:
-    """Classify what a call of a custom autograd function runs: the user's static methods."""
-    if cls.apply.__func__ is not Function.apply.__func__:
-        found.refusals.append(f"{at}: {path} has an apply of its own")
-    boxed = "boxed_grads_call"
-    _classify(found, known, queue, f"{path}.{boxed}", cls, boxed, getattr(cls, boxed, False))
-    for name in ("forward", "setup_context", "backward", "vjp"):
-        method = inspect.getattr_static(cls, name)
-        function = getattr(cls, name)
-        if function is getattr(Function, name):
-            _add(found, known, Read("callable", f"{path}.{name}", cls, name, function))
-            continue
-        plain = isinstance(method, (staticmethod, FunctionType))
-        if not plain or not isinstance(function, FunctionType):
-            found.refusals.append(f"{at}: {path}.{name} is no plain static method")
-            continue
-        context = function.__code__.co_argcount and (
-            name != "forward" or cls.setup_context is Function.setup_context
-        )
-        if context:
-            found.contexts.add(function.__code__)
-        _classify(found, known, queue, f"{path}.{name}", cls, name, function, at)
-
-
-def _on_first(code: CodeType, instructions: list[dis.Instruction], i: int) -> bool:
-    """Whether the attribute that instruction i stores is one of the first argument."""
-    loaded = instructions[i - 1]
-    return loaded.opname == "LOAD_FAST" and loaded.argval == code.co_varnames[0]
-
-
-def _add(found: Reads, known: set, read: Read) -> None:
-    identity = (id(read.holder), read.key, id(read.shadow))
-    if identity not in known:
-        known.add(identity)
-        found.reads.append(read)
-
-
-def _classify(found, known, queue, path, holder, key, value, at="") -> None:
-    prefix = f"{at}: " if at else ""
-    if isinstance(value, str) and "%" in value:
-        found.refusals.append(f"{prefix}it reads {path}, a string that % may format")
-    elif is_value(value):
-        _add(found, known, Read("value", path, holder, key, value))
-    elif is_tensor(value):
-        _add(found, known, Read("tensor", path, holder, key, value))
-    elif _is_pure_callable(value):
-        _add(found, known, Read("callable", path, holder, key, value))
-    elif isinstance(value, FunctionType) and not _is_library(value):
-        _add(found, known, Read("callable", path, holder, key, value))
-        queue.append(value)
-    elif _is_apply(value):
-        _add(found, known, Read("callable", path, holder, key, value))
-        _custom_function(found, known, queue, path, value.__self__, at)
-    else:
-        what = "calls" if callable(value) else "reads"
-        kind = type(value).__name__
-        if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
-            found.refusals.append(f"{prefix}it {what} {path}, which is not known to be pure")
-        else:
-            found.refusals.append(f"{prefix}it {what} {path}, an object of type {kind}")
-
-
-def _is_apply(value: object) -> bool:
-    """Whether this is `SomeFunction.apply` of a custom autograd function."""
-    return (
-        isinstance(value, MethodType)
-        and isinstance(value.__self__, FunctionMeta)
-        and value.__func__ is Function.apply.__func__
-    )
-
-
-def _is_pure_callable(value: object) -> bool:
-    try:
-        return value in PURE_BUILTINS or value in PURE_TORCH or value in RULES
-    except TypeError:
-        return False
-
-
-def _is_library(function: FunctionType) -> bool:
-    """Functions of torch and the standard library are not followed: they must be in the table."""
-    module = (getattr(function, "__module__", None) or "").partition(".")[0]
-    if module in ("torch", "numpy", "tracejit"):
-        return True
-    return os.path.dirname(function.__code__.co_filename).startswith(os.path.dirname(os.__file__))
+        opcode = instructions[i].opname if i < len(instructions) else ""
+        if opcode not in ("LOAD_ATTR", "LOAD_METHOD"):
+            what = "stores into" if opcode in ("STORE_ATTR", "DELETE_ATTR") else "uses"
+            found.refusals.append(f"{at}: it {what} the module {path} as a value")
+            return
+        key = instructions[i].argval
+        path = f"{path}.{key}"
+        if not hasattr(value, key):
+            found.reads.append(Read(path, value, key, None, missing=True))
+            return
+        holder, value = value, getattr(value, key)
+        found.reads.append(Read(path, holder, key, value))

@@ -15,6 +15,14 @@ from typing import TYPE_CHECKING
 
 from tracejit.ir.graph import Arg, Value
 
+# Where a runtime scalar comes from, by the first item:
+#   arg i …, kwarg name …, cell name, global name, default i …, kwdefault name …   of the step
+#   entry Held(dict) key i …   a float in a dict (param_groups), as it is when the call starts
+#   item k                     the one element of the k-th outside tensor, read before the plan runs
+#   after n path               what a path leads to when the n-th callback has run
+#   computed n                 a float that Python computed in this call; a replay cannot know it
+Path = tuple
+
 if TYPE_CHECKING:
     from tracejit.capture.tracer import Tracer
 
@@ -44,25 +52,41 @@ def same_float(a: float, b: float) -> bool:
 RELATIONS["is"] = same_float
 
 
+@dataclass(eq=False, slots=True)
+class Link:
+    """The way from the floats of a trace to its tracer, cut when the trace is over: a float that
+    the user keeps is a plain number then, and keeps nothing alive."""
+
+    tracer: Tracer | None
+
+
 class TracedFloat(float):
     """A float whose value is a runtime scalar of the trace in progress."""
 
-    __slots__ = ("tracer", "value")
-    tracer: Tracer
+    __slots__ = ("link", "value")
+    link: Link
     value: Value
 
     @classmethod
     def make(cls, number: float, tracer: Tracer, value: Value) -> TracedFloat:
         made = float.__new__(cls, number)
-        made.tracer = tracer
+        made.link = tracer.link
         made.value = value
+        tracer.numbers[value] = float.__pos__(made)
         return made
+
+    @property
+    def tracer(self) -> Tracer | None:
+        """The tracer, while it is active."""
+        tracer = self.link.tracer
+        return tracer if tracer is not None and tracer.active else None
 
     def pin(self) -> float:
         """Take the value itself: a replay is good for this value only."""
         number = float.__pos__(self)
-        if self.tracer.active:
-            self.tracer.predicates.append(Predicate("is", self.value, number, True))
+        tracer = self.tracer
+        if tracer is not None:
+            tracer.predicates.append(Predicate("is", self.value, number, True))
         return number
 
     real = property(lambda self: self.pin())
@@ -74,10 +98,20 @@ class TracedFloat(float):
 
 def is_runtime(x: object) -> bool:
     """Whether a number is a runtime scalar of a trace that is still going on."""
-    return isinstance(x, TracedFloat) and x.tracer.active
+    return isinstance(x, TracedFloat) and x.tracer is not None
 
 
-def _operand(x: object, tracer: Tracer) -> Arg | None:
+def plain(x: object) -> object:
+    """A float without the record of where it comes from; anything else as it is."""
+    return float.__pos__(x) if isinstance(x, TracedFloat) else x
+
+
+def pinned(x: object) -> object:
+    """A float as a plain one, good for its value only; anything else as it is."""
+    return x.pin() if isinstance(x, TracedFloat) else x
+
+
+def _operand(x: object, tracer: Tracer | None) -> Arg | None:
     """The host operand that a number stands for; None for anything else."""
     if isinstance(x, TracedFloat):
         return x.value if x.tracer is tracer else float.__pos__(x)
@@ -87,16 +121,16 @@ def _operand(x: object, tracer: Tracer) -> Arg | None:
 def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
     def method(self: TracedFloat, other: object):
         tracer = self.tracer
+        if tracer is None and is_runtime(other):  # self was kept from an earlier trace
+            return python(other, plain(self)) if reflected else python(plain(self), other)
         operand = _operand(other, tracer)
         if isinstance(other, complex):  # complex would read the value itself
             return python(other, self.pin()) if reflected else python(self.pin(), other)
         if operand is None:
             return NotImplemented
-        mine, theirs = float.__pos__(self), other
-        if isinstance(theirs, TracedFloat):
-            theirs = float.__pos__(theirs)
+        mine, theirs = float.__pos__(self), plain(other)
         number = python(theirs, mine) if reflected else python(mine, theirs)
-        if not tracer.active:
+        if tracer is None:
             return number
         if not isinstance(number, float):  # a negative base to a fractional power is complex
             for operand in (self, other):
@@ -112,23 +146,25 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
 def _unary(op_name: str, python: Callable) -> Callable:
     def method(self: TracedFloat):
         number = python(float.__pos__(self))
-        if not self.tracer.active:
+        tracer = self.tracer
+        if tracer is None:
             return number
-        return TracedFloat.make(number, self.tracer, getattr(self.tracer.b, op_name)(self.value))
+        return TracedFloat.make(number, tracer, getattr(tracer.b, op_name)(self.value))
 
     return method
 
 
 def _comparison(relation: str) -> Callable:
     def method(self: TracedFloat, other: object):
-        operand = _operand(other, self.tracer)
+        tracer = self.tracer
+        if tracer is None and is_runtime(other):
+            return RELATIONS[relation](plain(self), other)
+        operand = _operand(other, tracer)
         if operand is None:
             return NotImplemented
-        plain = float.__pos__(other) if isinstance(other, TracedFloat) else other
-        outcome = RELATIONS[relation](float.__pos__(self), plain)
-        if self.tracer.active:
-            predicate = Predicate(relation, self.value, operand, outcome)
-            self.tracer.predicates.append(predicate)
+        outcome = RELATIONS[relation](float.__pos__(self), plain(other))
+        if tracer is not None:
+            tracer.predicates.append(Predicate(relation, self.value, operand, outcome))
         return outcome
 
     return method

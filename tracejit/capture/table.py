@@ -11,7 +11,21 @@ from collections.abc import Callable, Iterator
 import torch
 
 Rule = Callable[..., object]
-RULES: dict[Callable, Rule] = {}
+
+
+class Rules(dict[Callable, Rule]):
+    """The rule of each torch function; ValueError at a second one, as one would hide the other."""
+
+    def __setitem__(self, function: Callable, implementation: Rule) -> None:
+        first = self.setdefault(function, implementation)
+        if first is not implementation:
+            places = " and ".join(
+                f"{f.__module__}.{f.__qualname__}" for f in (first, implementation)
+            )
+            raise ValueError(f"{function_name(function)} has two rules: {places}")
+
+
+RULES = Rules()
 
 
 def rule(*functions: Callable) -> Callable[[Rule], Rule]:

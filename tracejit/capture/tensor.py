@@ -74,6 +74,7 @@ class Handle:
     grad_at_start: torch.Tensor | None = None  # a real tensor's .grad before the step
     grad_read: bool = False  # whether the step depends on the .grad that was there before
     grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
+    fixed: int | None = None  # the version at which its history was fixed: one of several views
     memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
 
     @property
@@ -125,12 +126,16 @@ class TracedTensor(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         from tracejit.capture import location
 
-        raise LeakedTracer(
+        error = LeakedTracer(
             where=location.full(),
             function=str(func),
             reason="which has no data",
             remedy="Use it only inside the step, through torch functions, or return it",
         )
+        for x in args:
+            if type(x) is cls:
+                x.tracer.refuse(error)
+        raise error
 
 
 def is_contiguous(shape: Ints, strides: Ints) -> bool:
@@ -256,3 +261,24 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
             return None
         out.append(wide.pop() if wide else 1)
     return tuple(reversed(out))
+
+
+def problem_with(tensor: torch.Tensor) -> str | None:
+    """Why a tensor from outside cannot take part in a trace, if it cannot."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "vmap, torch.func and forward-mode differentiation have no rules"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return f"a tensor subclass ({type(tensor).__name__}) is not supported"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "only dense strided tensors are supported"
+    if tensor.dtype not in TO_IR:
+        return f"{tensor.dtype} is not supported"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"device {tensor.device} is not supported"
+    if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
+        return "conjugate, negative-bit and named tensors are not supported"
+    if tensor.is_inference():
+        return "inference tensors are not supported"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "tensors with hooks are not supported; remove the hook"
+    return None

@@ -7,18 +7,22 @@ changed; the real effects are collected for the commit after the compiled plan h
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from tracejit.autodiff import Entry, Tape, Vjp, zeros
 from tracejit.capture import location
-from tracejit.capture.scalars import Predicate, TracedFloat
+from tracejit.capture.reals import lift_real
+from tracejit.capture.rejections import check_held, check_read, check_saved, check_write
+from tracejit.capture.scalars import Link, Path, Predicate, TracedFloat
 from tracejit.capture.table import RULES, function_name
 from tracejit.capture.tensor import (
-    TO_IR,
+    TO_TORCH,
     Family,
     Handle,
     Ints,
@@ -27,7 +31,6 @@ from tracejit.capture.tensor import (
     TracedTensor,
     Version,
     apply_steps,
-    extent,
     put_through,
 )
 from tracejit.errors import (
@@ -35,12 +38,18 @@ from tracejit.errors import (
     InvalidGraph,
     LeakedTracer,
     ShapeError,
+    TracejitError,
     UnsupportedOperation,
 )
 from tracejit.ir.graph import Builder, Node, Value
 from tracejit.ir.types import HOST_SCALAR, Type, contiguous_strides
 
+if TYPE_CHECKING:
+    from tracejit.capture.state import Hyperparameters
+
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
+# broadcast, promoted or transposed on the way into an operation: torch saves what was given to it
+_SAVED_THROUGH = frozenset({"cast", "expand", "permute", "reshape"})
 # torch takes these names of numpy wherever it takes its own
 _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "x2": "other"}
 # what torch's own Python reports to a profiler concerns no tensor
@@ -69,15 +78,26 @@ class Tracer(TorchFunctionMode):
         self.proxies: list[TracedTensor] = []
         self.predicates: list[Predicate] = []
         self.scalars: list[tuple[Value, float]] = []  # runtime scalar inputs
+        self.paths: list[Path] = []  # where each of them comes from
+        self.numbers: dict[Value, float] = {}  # what every host value is in this trace
+        self.link = Link(self)
+        self.producers: dict[Value, Node] = {}
+        self.hosted: dict[Value, float | None] = {}  # see host.py
+        self.asked: set[Storage] = set()  # whose number Python asked for
+        self.state: Hyperparameters | None = None
         self.leaf_of: dict[Value, Handle] = {}
         self.sealed: dict[Family, str] = {}  # why autograd refuses to write to these
         self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
-        self._by_id: dict[int, Handle] = {}
-        self._memory: dict[int, list[Handle]] = {}  # by torch storage
-        self._origin: dict[Value, tuple[Version, int]] = {}
-        self._reading: tuple[int, Entry, frozenset[Value]] | None = None
+        self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
+        self.collections = gc.get_stats()[1]["collections"]
+        self.by_id: dict[int, Handle] = {}  # of the real tensors
+        self.memory: dict[int, list[Handle]] = {}  # of the real tensors, by torch storage
+        # where a value was read: the version counter, its count, the storage, its writes
+        self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        self.reading: tuple[int, Entry, frozenset[Value]] | None = None
+        self.refused: TracejitError | None = None  # what eager would not have raised
         self._call: tuple[Callable, tuple, dict] | None = None
 
     def __enter__(self) -> Tracer:
@@ -88,10 +108,20 @@ class Tracer(TorchFunctionMode):
         self.active = False
         super().__exit__(*exception)
 
+    def release(self) -> None:
+        """Let go of outside tensors: a trace's objects lie in cycles until the collector comes, and
+        gradients that the step has dropped must not wait for it."""
+        for handle in self.by_id.values():
+            handle.tensor = handle.grad = handle.grad_at_start = None
+            handle.storage.real = None
+        self.by_id.clear()
+
     # ---- interception
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func in _PASSED_ON:
+            if self.state is not None:
+                self.state.profiled(args)
             return func(*args, **(kwargs or {}))
         kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
         rule = RULES.get(func)
@@ -102,6 +132,8 @@ class Tracer(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.unsupported("autocast is not supported yet; run the step without it")
         try:
+            if kwargs.get("out") is not None:
+                return self._into(kwargs.pop("out"), rule(self, *args, **kwargs))
             return rule(self, *args, **kwargs)
         except TypeError as error:
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
@@ -112,6 +144,25 @@ class Tracer(TorchFunctionMode):
         except InvalidGraph as error:
             raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
 
+    def _into(self, out: object, result: object) -> torch.Tensor:
+        """`out=`: write the result of a call into a tensor of its shape."""
+        if not isinstance(out, torch.Tensor) or not isinstance(result, torch.Tensor):
+            raise self.unsupported("out= has a rule for one tensor")
+        into, made = self.lift(out), self.lift(result)
+        if into.shape != made.shape or not torch.can_cast(
+            TO_TORCH[made.dtype], TO_TORCH[into.dtype]
+        ):
+            raise self.unsupported("out= has a rule for a tensor of the result's shape and kind")
+        for h in (self.lift(x) for x in self._call[1] if isinstance(x, torch.Tensor)):
+            if h.storage is into.storage and (h.offset, h.shape) != (into.offset, into.shape):
+                raise self.unsupported("out= has no rule for a tensor that overlaps an operand")
+        if self.grad_on and (self.requires_grad(into) or self.requires_grad(made)):
+            raise self.autograd_error(
+                "functions with out=... arguments don't support automatic differentiation, but one "
+                "of the arguments requires grad"
+            )
+        return RULES[torch.Tensor.copy_](self, out, result)
+
     def begin(self, function: Callable, args: tuple) -> None:
         """Start a call that reaches the trace by another way than a torch function."""
         self._call = (function, args, {})
@@ -120,26 +171,34 @@ class Tracer(TorchFunctionMode):
     @contextmanager
     def user_code(self, *, grad: bool) -> Iterator[None]:
         """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
-        before = self._reading, self.taping, self._call, self.b.line, torch.is_grad_enabled()
-        self._reading, self.taping = None, True
+        before = self.reading, self.taping, self._call, self.b.line, torch.is_grad_enabled()
+        self.reading, self.taping = None, True
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self)
         try:
             yield
         finally:
             TorchFunctionMode.__exit__(self, None, None, None)
-            self._reading, self.taping, self._call, self.b.line, enabled = before
+            self.reading, self.taping, self._call, self.b.line, enabled = before
             torch._C._set_grad_enabled(enabled)
 
     def unsupported(self, remedy: str = _REWRITE) -> UnsupportedOperation:
         """The error for the torch call in progress."""
         func, args, kwargs = self._call
-        return UnsupportedOperation(
-            where=location.full(),
-            function=function_name(func),
-            shapes=self.describe(args, kwargs),
-            remedy=remedy + ("" if remedy.endswith(".") else "."),
+        return self.refuse(
+            UnsupportedOperation(
+                where=location.full(),
+                function=function_name(func),
+                shapes=self.describe(args, kwargs),
+                remedy=remedy + ("" if remedy.endswith(".") else "."),
+            )
         )
+
+    def refuse(self, error: TracejitError) -> TracejitError:
+        """An error that eager would not raise, about to be raised: a step that catches it takes a
+        path that eager would not, so it is raised again when the step returns."""
+        self.refused = self.refused or error
+        return error
 
     def shape_error(self, reason: str) -> ShapeError:
         """The error for shapes or dtypes that the torch call in progress rejects."""
@@ -173,9 +232,9 @@ class Tracer(TorchFunctionMode):
         return ", ".join(parts) or "no arguments"
 
     @property
-    def calling(self) -> Callable:
-        """The torch function whose rule is running."""
-        return self._call[0]
+    def calling(self) -> Callable | None:
+        """The torch function whose rule is running; None while arguments are bound."""
+        return self._call[0] if self._call else None
 
     # ---- recording
 
@@ -194,43 +253,37 @@ class Tracer(TorchFunctionMode):
             self.taping = before
 
     def _on_emit(self, node: Node) -> None:
-        if self._reading is not None:
-            self._check_saved(node)
+        self.producers[node.out] = node
+        if self.reading is not None:
+            check_saved(self, node)
+        elif node.op.name in _SAVED_THROUGH and node.args[0] in self.origin:
+            self.origin[node.out] = self.origin[node.args[0]]
         if self.grad_on:
             self.tape.record(node)
-
-    def _check_saved(self, node: Node) -> None:
-        """Raise as eager does where a gradient formula reads a value that it may not read."""
-        start, entry, cotangents = self._reading
-        for value in node.inputs:
-            if value.id >= start or value in cotangents:
-                continue
-            if entry.freed:
-                raise self.autograd_error(
-                    "Trying to backward through the graph a second time (or directly access saved "
-                    "tensors after they have already been freed). Specify retain_graph=True if you "
-                    "need to backward through the graph a second time"
-                )
-            version, count = self._origin.get(value, (None, 0))
-            if version is not None and version.count != count:
-                raise self.autograd_error(
-                    "one of the variables needed for gradient computation has been modified by an "
-                    f"inplace operation: a tensor of shape {list(value.type.shape)} read by "
-                    f"{entry.name} is at version {version.count}; expected version {count} instead"
-                )
 
     @property
     def cotangents(self) -> frozenset[Value]:
         """The cotangents that have arrived at the entry whose formula is being emitted."""
-        return self._reading[2] if self._reading else frozenset()
+        return self.reading[2] if self.reading else frozenset()
+
+    def saves(self, out: Value, *values: Value) -> Value:
+        """Say that torch saves these (or numbers, if none) for the derivative of `out`, though our
+        formula does not read them; returns `out`."""
+        if out in self.tape.tracked:
+            entry = next((e for e in reversed(self.tape.entries) if out in e.outputs), None)
+            if entry is not None:
+                entry.saved = (entry.saved or ()) + values
+        return out
 
     def reading_for(self, entry: Entry | None, cotangents: frozenset[Value] = frozenset()) -> None:
         """Announce whose gradient formula is emitted next (None: no formula any more)."""
         if entry is None:
-            self._reading = None
+            self.reading = None
         else:
-            start = self._reading[0] if self._reading else self.b._next
-            self._reading = (start, entry, cotangents)
+            start = self.reading[0] if self.reading else self.b._next
+            self.reading = (start, entry, cotangents)
+            if entry.saved is not None:
+                check_held(self, entry)
 
     def derive(self, name: str, inputs: tuple[Value, ...], output: Value, vjp: Vjp) -> Value:
         """Give `output`, emitted untaped, its own derivative formula; returns it."""
@@ -255,94 +308,18 @@ class Tracer(TorchFunctionMode):
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
         if type(tensor) is TracedTensor:
             if tensor.tracer is not self:
-                raise LeakedTracer(
-                    where=location.full(),
-                    function=function_name(self._call[0]) if self._call else "a torch function",
-                    reason="which belongs to another trace",
-                    remedy="Do not keep intermediates of a step; return them",
+                called = function_name(self.calling) if self.calling else "a torch function"
+                raise self.refuse(
+                    LeakedTracer(
+                        where=location.full(),
+                        function=called,
+                        reason="which belongs to another trace",
+                        remedy="Do not keep intermediates of a step; return them",
+                    )
                 )
             return tensor.handle
-        handle = self._by_id.get(id(tensor))
-        return handle if handle is not None else self._lift_real(tensor)
-
-    def _lift_real(self, tensor: torch.Tensor) -> Handle:
-        with torch._C.DisableTorchFunction():
-            self._check_real(tensor)
-            shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-            device, dtype = str(tensor.device), TO_IR[tensor.dtype]
-            offset, requires_grad = tensor.storage_offset(), tensor.requires_grad
-            foreign = tensor.grad_fn is not None
-        storage = self._real_storage(tensor, Type(dtype, shape, device), strides)
-        with self.untaped():
-            family = Family(storage, self.stripped(storage), storage.writes)
-        handle = Handle(
-            family, (), shape, strides, offset, dtype, device, Version(), tensor, grad_known=False
-        )
-        if requires_grad:
-            self.make_leaf(handle)
-        if foreign:
-            self.foreign.add(handle)
-        self._by_id[id(tensor)] = handle
-        with torch._C.DisableTorchFunction():
-            self._memory[tensor.untyped_storage()._cdata].append(handle)
-        self.reals.append(tensor)
-        self.handles.append(handle)
-        return handle
-
-    def _check_real(self, tensor: torch.Tensor) -> None:
-        problem = None
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            problem = "vmap, torch.func and forward-mode differentiation have no rules"
-        elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-            problem = f"a tensor subclass ({type(tensor).__name__}) is not supported"
-        elif tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-            problem = "only dense strided tensors are supported"
-        elif tensor.dtype not in TO_IR:
-            problem = f"{tensor.dtype} is not supported"
-        elif tensor.device.type not in ("cpu", "cuda"):
-            problem = f"device {tensor.device} is not supported"
-        elif tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
-            problem = "conjugate, negative-bit and named tensors are not supported"
-        elif tensor.is_inference():
-            problem = "inference tensors are not supported"
-        elif tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-            problem = "tensors with hooks are not supported; remove the hook"
-        if problem is not None:
-            raise UnsupportedOperation(
-                where=location.full(),
-                function=function_name(self._call[0]) if self._call else "an input",
-                shapes=f"tensor of shape {list(tensor.shape)}, {tensor.dtype}",
-                remedy=problem[0].upper() + problem[1:] + ".",
-            )
-
-    def _real_storage(self, tensor: torch.Tensor, type: Type, strides: Ints) -> Storage:
-        """The storage of a real tensor: shared by tensors of the same memory and geometry."""
-        with torch._C.DisableTorchFunction():
-            memory = self._memory.setdefault(tensor.untyped_storage()._cdata, [])
-            low = tensor.storage_offset()
-        high = low + extent(type.shape, strides)
-        for other in memory:
-            if (other.offset, other.shape, other.strides, other.dtype) == (
-                low,
-                type.shape,
-                strides,
-                type.dtype,
-            ):
-                return other.storage
-            stop = other.offset + extent(other.shape, other.strides)
-            if other.dtype != type.dtype or (other.offset < high and low < stop):
-                raise UnsupportedOperation(
-                    where=location.full(),
-                    function=function_name(self._call[0]) if self._call else "an input",
-                    shapes=f"{list(type.shape)} and {list(other.shape)}",
-                    remedy="Two tensors from outside the step overlap in memory with different "
-                    "shapes; make the view inside the step, or clone one.",
-                )
-        standard = None if strides == contiguous_strides(type.shape) else strides
-        value = self.b.param(type, standard)
-        storage = Storage(value, strides, real=tensor, param=value)
-        self.storages.append(storage)
-        return storage
+        handle = self.by_id.get(id(tensor))
+        return handle if handle is not None else lift_real(self, tensor)
 
     def stripped(self, storage: Storage) -> Value:
         """The storage's value without autograd history: an untracked alias if it has any."""
@@ -366,19 +343,26 @@ class Tracer(TorchFunctionMode):
         storage = family.storage
         if family.seen != storage.writes:
             old, tracked = family.value, family.value in self.tape.tracked
-            with self.untaped():
-                family.value = self.b.alias(storage.value)
             family.seen = storage.writes
+            inherited = tracked and family.leaf is None
+            family.value = self._silently(old if inherited else None, storage.value)
             if family.leaf is not None:
                 self.tape.watch(family.value)
                 self.leaf_of[family.value] = family.leaf
-            elif tracked:  # written behind autograd's back: gradients flow as if unchanged
-                self.tape.add(Entry((old,), (family.value,), lambda b, cts, need: cts, "data"))
         return family.value
+
+    def _silently(self, old: Value | None, new: Value) -> Value:
+        """`new` with the history of `old`: written behind autograd's back, gradients flow on."""
+        with self.untaped():
+            new = self.b.alias(new)
+        if old is not None:
+            self.tape.add(Entry((old,), (new,), lambda b, cts, need: cts, "data"))
+        return new
 
     def read(self, handle: Handle) -> Value:
         """The value of a tensor now."""
         base = self.base(handle.family)
+        check_read(self, handle, base)
         key = (base, self.grad_on)
         if not handle.steps:
             value = base
@@ -387,9 +371,13 @@ class Tracer(TorchFunctionMode):
         else:
             value = apply_steps(self.b, base, handle.steps)
             handle.memo = (*key, value)
-        if value not in self._origin:
-            self._origin[value] = (handle.version, handle.version.count)
+        if value not in self.origin:
+            self._note(value, handle)
         return value
+
+    def _note(self, value: Value, handle: Handle) -> None:
+        storage, version = handle.storage, handle.version
+        self.origin[value] = (version, version.count, storage, storage.writes)
 
     def requires_grad(self, handle: Handle) -> bool:
         """What `tensor.requires_grad` says."""
@@ -404,7 +392,7 @@ class Tracer(TorchFunctionMode):
 
     def fresh(self, value: Value, strides: Ints | None = None) -> TracedTensor:
         """A new tensor in memory of its own (row-major unless `strides` says otherwise)."""
-        if value in self._origin or value in self.leaf_of:
+        if value in self.origin or value in self.leaf_of:
             value = self.b.alias(value)
         t = value.type
         strides = contiguous_strides(t.shape) if strides is None else strides
@@ -412,7 +400,7 @@ class Tracer(TorchFunctionMode):
         handle = Handle(
             Family(storage, value), (), t.shape, strides, 0, t.dtype, t.device, Version()
         )
-        self._origin[value] = (handle.version, 0)
+        self._note(value, handle)
         return self.proxy(handle)
 
     def view(
@@ -422,12 +410,22 @@ class Tracer(TorchFunctionMode):
         family = of.family
         if not self.grad_on and self.base(family) in self.tape.tracked:
             storage = family.storage
-            family = Family(storage, self.stripped(storage), storage.writes, quiet=True)
+            with self.untaped():  # of its own: others without history may read the storage's value
+                family = Family(storage, self.b.alias(storage.value), storage.writes, quiet=True)
             self.tape.watch(family.value)
+        fixed = of.version.count if family.quiet else of.fixed
         handle = Handle(
             family, of.steps + steps, shape, strides, offset, of.dtype, of.device, of.version
         )
+        handle.fixed = fixed
         return self.proxy(handle)
+
+    def together(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Views that one function returns; autograd lets none of them be written to."""
+        for view in views:
+            handle = self.lift(view)
+            handle.fixed = handle.version.count
+        return views
 
     def detached(self, of: Handle, *, share_version: bool) -> TracedTensor:
         """The same memory without history: `.detach()`, or `.data` with its own version counter."""
@@ -446,36 +444,19 @@ class Tracer(TorchFunctionMode):
 
     def rebind(self, handle: Handle, to: Handle) -> None:
         """`handle.data = to`: the handle stands for the other's memory from now on."""
-        storage = to.family.storage
+        old, storage = self.base(handle.family), to.family.storage
         handle.family = Family(storage, self.stripped(storage), storage.writes)
         if handle.requires_grad_leaf:
             self.make_leaf(handle)
+        elif old in self.tape.tracked:  # its history stays
+            handle.family.value = self._silently(old, storage.value)
 
     def write(self, handle: Handle, value: Value) -> None:
         """Overwrite a tensor in place with a value of its shape and dtype."""
-        if self.grad_on and handle.family in self.sealed:
-            raise self.autograd_error(self.sealed[handle.family])
-        if self.grad_on and handle.family.leaf in self.foreign:
-            raise self.unsupported("It was computed outside the step; clone it, or write outside")
-        if self.grad_on and handle.family.leaf is not None:
-            kind = "a leaf Variable" if not handle.steps else "a view of a leaf Variable"
-            raise self.autograd_error(
-                f"{kind} that requires grad is being used in an in-place operation. Wrap the "
-                "update in torch.no_grad()"
-            )
-        if self.grad_on and handle.family.quiet:
-            raise self.autograd_error(
-                "A view was created in no_grad mode and is being modified inplace with grad mode "
-                "enabled; move both inside the no_grad block, or both outside"
-            )
-        if any(st == 0 and n > 1 for st, n in zip(handle.strides, handle.shape, strict=True)):
-            raise self.shape_error(
-                "unsupported operation: more than one element of the written-to tensor refers to a "
-                "single memory location. Please clone() the tensor before performing the operation"
-            )
+        check_write(self, handle, value)
         family, storage = handle.family, handle.storage
         new = put_through(self.b, self.base(family), handle.steps, value)
-        if new in self._origin:
+        if new in self.origin:
             new = self.b.alias(new)
         old, tracked = family.value, family.value in self.tape.tracked
         untracked = family.leaf is None and not tracked
@@ -486,21 +467,30 @@ class Tracer(TorchFunctionMode):
         if self.grad_on or untracked:
             family.value, family.seen = new, storage.writes
         handle.version.count += 1
-        self._origin[new] = self._origin[value] = (handle.version, handle.version.count)
+        self._note(new, handle)
+        self._note(value, handle)
 
     def forget(self) -> None:
-        """Drop the tape and what user code attached to it."""
+        """Drop the tape and what user code attached to it; floats that it kept are plain now."""
         self.tape = Tape()
+        self.link.tracer = None
         for context in self.contexts:
             vars(context).clear()
 
     # ---- runtime scalars
 
-    def scalar(self, number: float) -> TracedFloat:
+    def scalar(self, number: float, path: Path) -> TracedFloat:
         """A runtime scalar: a new host input of the graph."""
         value = self.b.param(HOST_SCALAR)
         self.scalars.append((value, number))
+        self.paths.append(path)
         return TracedFloat.make(number, self, value)
+
+    def number(self, x: float) -> float:
+        """A number next to a tensor: a runtime scalar if a scheduler just computed it."""
+        if type(x) is float and self.state is not None and self.state.inside:
+            return self.scalar(x, self.state.computed())
+        return x
 
 
 def current() -> Tracer | None:

@@ -66,7 +66,7 @@ def emit_plan(plan: Plan, target: Target | None = None) -> CSource:
     calls: list[Line] = []
     scratch = 0
     position = {b.name: i for i, b in enumerate(plan.buffers)}
-    for launch in plan.launches:
+    for launch in (alone for together in plan.launches for alone in together.alone()):
         kernel = _concrete(launch)
         key = canonical(kernel)  # kernels that differ in the users' lines only are one
         if key not in names:

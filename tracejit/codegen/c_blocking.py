@@ -7,7 +7,7 @@ vectors are like. Out: a `Contraction`, which the printers of its tasks read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tracejit.codegen.c_body import Body, extents_of
@@ -74,11 +74,25 @@ def blocking(m: int, n: int, k: int, lanes: int, accumulators: int, size: int) -
     return Blocking(rows, vectors, min(tall * rows, -(-m // rows) * rows), columns)
 
 
+def oriented(kernel: Kernel) -> Kernel:
+    """The kernel with rows and columns of its contraction exchanged, where that lets the rest of
+    the body go along memory: a linear layer's weight gradient is made for the transposed weight."""
+    stage = kernel.stages[0]
+    *batch, m, n = stage.axes
+    if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
+        return kernel
+    dot = stage.dot
+    dot = replace(dot, a=dot.b, a_value=dot.b_value, b=dot.a, b_value=dot.a_value)
+    stage = replace(stage, axes=(*batch, n, m), dot=dot)
+    return replace(kernel, stages=(stage, *kernel.stages[1:]))
+
+
 class Contraction:
     """A kernel's stage that starts with a contraction, and all decisions about it."""
 
     def __init__(self, kernel: Kernel, name: str, target: Target):
-        self.kernel, self.name = kernel, name
+        self.kernel = kernel = oriented(kernel)
+        self.name = name
         self.stage = kernel.stages[0]
         self.dot = self.stage.dot
         *batch, self.m, self.n = self.stage.axes

@@ -1,12 +1,12 @@
 """How a Triton kernel is launched for given sizes: grid, block sizes, warps, workspace.
 
-Also decides, from the sizes, whether the inner elements of a `rows` kernel fit one tile.
+Also decides what the text of a kernel depends on of the sizes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
@@ -34,13 +34,86 @@ class Geometry:
 
 
 def geometry(
-    kernel: Kernel, sizes: Sequence[int], precision: str, looped: bool, max_tile: int = MAX_TILE
+    kernel: Kernel,
+    sizes: Sequence[int],
+    precision: str,
+    variants: Sequence[str],
+    max_tile: int = MAX_TILE,
 ) -> Geometry:
     """The launch of a kernel for the values of its sizes; `max_tile` bounds elements per tile."""
+    parts = list(_each(kernel, sizes, max_tile))
+    looped = [variant == "looped" for variant in variants]
+    plans = [_alone(*part, precision, loop) for part, loop in zip(parts, looped, strict=True)]
+    if not kernel.parts:
+        return plans[0]
+    dots = [p for (k, *_), p in zip(parts, plans, strict=True) if form_of(k) == "matmul"]
+    warps = max(plan.num_warps for plan in dots or plans)
+    constants: dict[str, int] = {}
+    programs = workspace = 0
+    for i, (part, loop) in enumerate(zip(parts, looped, strict=True)):
+        plan = _alone(*part, precision, loop, warps)
+        constants |= {f"{name}_{i}": value for name, value in plan.constants.items()}
+        constants[f"FIRST_{i}"] = programs
+        programs += plan.grid[0]
+        if plan.workspace:
+            constants[f"WORKSPACE_{i}"] = workspace
+            workspace += cdiv(plan.workspace, HEADER_BYTES) * HEADER_BYTES
+    # The fewest stages: what one matmul keeps in shared memory at more is not known to fit.
+    stages = min((plan.num_stages for plan in dots), default=3)
+    return Geometry((programs,), constants, warps, stages, workspace)
+
+
+def variants(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> tuple[str, ...]:
+    """What the sizes demand of the text of a kernel, or of each of its parts; "" if nothing.
+
+    "looped": rows that do not fit one tile, whose inner elements are walked block by block;
+    "ragged": a large flat domain that ends within a 128-bit access.
+    """
+    return tuple(_variant(*part) for part in _each(kernel, sizes, max_tile))
+
+
+def _variant(kernel: Kernel, bound: Mapping, max_tile: int) -> str:
+    form = form_of(kernel)
+    if form == "rows":
+        outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+        block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
+        fits = can_persist(kernel) and block_o * block_i <= _tile_limit(kernel, max_tile)
+        return "" if fits else "looped"
+    if form in ("pointwise", "reduce"):
+        axes = kernel.axes or kernel.stages[0].axes
+        numel = _numel(axes, bound)
+        wide = min(8, 16 // min(b.dtype.itemsize for b in kernel.buffers))  # elements an access
+        if len(axes) == 1 and numel >= SMALL and numel % wide:
+            return "ragged"
+    return ""
+
+
+def _each(
+    kernel: Kernel, sizes: Sequence[int], max_tile: int
+) -> Iterator[tuple[Kernel, dict[str, int], int]]:
+    """A kernel, or each of its parts, with the values of its sizes and the limit of its tiles:
+    beside a matmul, what its four warps can hold."""
     bound = dict(zip(kernel.sizes, sizes, strict=True))
-    plan = {"pointwise": _pointwise, "reduce": _reduce, "matmul": _matmul}.get(form_of(kernel))
-    if plan is not None:
-        return plan(kernel, bound, precision, max_tile)
+    if not kernel.parts:
+        yield kernel, bound, max_tile
+    if any(form_of(part.kernel) == "matmul" for part in kernel.parts):
+        max_tile = min(max_tile, MAX_TILE // 2)
+    for part in kernel.parts:
+        values = (bound[name] for name in part.sizes)
+        yield part.kernel, dict(zip(part.kernel.sizes, values, strict=True)), max_tile
+
+
+def _alone(
+    kernel: Kernel, bound: Mapping, max_tile: int, precision: str, looped: bool, warps: int = 0
+) -> Geometry:
+    """The launch of one kernel; with `warps`, in tiles that so many warps move in wide accesses."""
+    form = form_of(kernel)
+    if form == "matmul":
+        return _matmul(kernel, bound, precision)
+    if form == "pointwise":
+        return _pointwise(kernel, bound, max_tile, warps)
+    if form == "reduce":
+        return _reduce(kernel, bound, max_tile, warps)
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
     return Geometry(
@@ -50,28 +123,24 @@ def geometry(
     )
 
 
-def is_looped(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> bool:
-    """Whether a rows kernel must walk its inner elements block by block at these sizes."""
-    if form_of(kernel) != "rows":
-        return False
-    bound = dict(zip(kernel.sizes, sizes, strict=True))
-    outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
-    block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
-    return not can_persist(kernel) or block_o * block_i > _tile_limit(kernel, max_tile)
+def _flat_block(numel: int, max_tile: int, warps: int) -> int:
+    """Elements of a flat tile: at least 4 for each thread of `warps`."""
+    block = BLOCK if numel >= SMALL else BLOCK // 4
+    return min(max(block, 128 * warps), max_tile)
 
 
-def _pointwise(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+def _pointwise(kernel: Kernel, bound: Mapping, max_tile: int, warps: int) -> Geometry:
     if not kernel.axes:
         return Geometry(grid=(1,), constants={}, num_warps=1)
     numel = _numel(kernel.axes, bound)
-    block = min(BLOCK if numel >= SMALL else BLOCK // 4, max_tile)
+    block = _flat_block(numel, max_tile, warps)
     return Geometry((cdiv(numel, block),), {"BLOCK": block}, _warps(block))
 
 
-def _reduce(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+def _reduce(kernel: Kernel, bound: Mapping, max_tile: int, warps: int) -> Geometry:
     first = kernel.stages[0]
     numel = _numel(first.axes, bound)
-    block = min(BLOCK if numel >= SMALL else BLOCK // 4, max_tile)
+    block = _flat_block(numel, max_tile, warps)
     blocks = max(1, cdiv(numel, block))
     steps = cdiv(blocks, MAX_PROGRAMS)
     programs = cdiv(blocks, steps)
@@ -83,7 +152,7 @@ def _reduce(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Ge
     )
 
 
-def _matmul(kernel: Kernel, bound: Mapping, precision: str, max_tile: int) -> Geometry:
+def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)

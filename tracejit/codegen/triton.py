@@ -1,7 +1,7 @@
 """Kernel → the source of a Python module with one Triton kernel, and how to launch it.
 
-The text depends only on the Kernel, the matmul precision, and whether the inner elements of a
-`rows` kernel fit one tile; sizes are named constants of the generated function.
+The text depends only on the Kernel, the matmul precision, and what `variants` finds in the sizes,
+which are named constants of the generated function.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracejit.codegen import triton_forms, triton_matmul
-from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, is_looped
+from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.triton_text import Line, fold_of, indent, render
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
 from tracejit.schedule.kernel_text import canonical
@@ -19,23 +19,33 @@ from tracejit.schedule.kernel_text import canonical
 
 @dataclass(frozen=True)
 class Source:
-    """A generated module. `name` is its kernel: the form, and the hash of the Kernel's text."""
+    """A generated module. `name` is its kernel: the form, and the hash of the Kernel's text.
+    `variants` is what `variants` found."""
 
     name: str
     text: str
     kernel: Kernel
     precision: str
-    looped: bool
+    variants: tuple[str, ...]
 
     def geometry(self, sizes: Sequence[int], max_tile: int = MAX_TILE) -> Geometry:
         """How to launch for these sizes. The kernel's arguments are its buffers, then the scalar
         table (`has_scalars`), the workspace (`Geometry.workspace` bytes, zeroed once), the sizes
         by name, and `Geometry.constants`."""
-        return geometry(self.kernel, sizes, self.precision, self.looped, max_tile)
+        return geometry(self.kernel, sizes, self.precision, self.variants, max_tile)
 
     @property
     def has_scalars(self) -> bool:
         return bool(self.kernel.scalars)
+
+
+@dataclass(frozen=True)
+class _Printed:
+    """A kernel's functions, its own last; its constants besides its sizes; its imports."""
+
+    blocks: list[str]
+    constants: tuple[str, ...]
+    imports: frozenset[str]
 
 
 def emit(
@@ -45,48 +55,127 @@ def emit(
     precision: str = "ieee",
     max_tile: int = MAX_TILE,
 ) -> Source:
-    """Print a kernel. `sizes` decide only whether the inner elements fit one tile (they do if not
-    given); `precision` of fp32 contractions is "ieee", "tf32" or "tf32x3"."""
+    """Print a kernel. `sizes` decide only its variants (if not given, the simplest); `precision`
+    of fp32 contractions is "ieee", "tf32" or "tf32x3"."""
     form = triton_forms.form_of(kernel)
     if sizes is None:
-        looped = form == "rows" and not triton_forms.can_persist(kernel)
+        kernels = [part.kernel for part in kernel.parts] or [kernel]
+        found = tuple(
+            "looped" * (triton_forms.form_of(k) == "rows" and not triton_forms.can_persist(k))
+            for k in kernels
+        )
     else:
-        looped = is_looped(kernel, sizes, max_tile)
+        found = variants(kernel, sizes, max_tile)
+    digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
+    name = "_".join([form, *(v for v in found if v and not kernel.parts), digest])
+    if kernel.parts:
+        printed = _side_by_side(kernel, name, precision, found)
+    else:
+        printed = _alone(kernel, name, precision, found[0])
+    code = "\n\n\n".join(printed.blocks)
+    imports = ["import triton", "import triton.language as tl", ""]
+    if "tj." in code:
+        imports.append("from tracejit.kernels import device as tj")
+    if " matmul(" in code:
+        imports.append("from tracejit.kernels.matmul import matmul")
+    if printed.imports:
+        names = ", ".join(sorted(printed.imports))
+        imports.append(f"from tracejit.kernels.reduce import {names}")
+    header = "\n".join(imports).rstrip()
+    return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, found)
+
+
+def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = "") -> _Printed:
+    """The function of a kernel that is no other's company, or of a part of a launch."""
+    form = triton_forms.form_of(kernel)
     helpers: list[str] = []
     if form == "matmul":
-        function, helpers = triton_matmul.matmul(kernel, precision)
-    elif form == "rows":
-        function = triton_forms.rows(kernel, looped)
+        function, helpers = triton_matmul.matmul(kernel, precision, part)
     else:
-        function = {"pointwise": triton_forms.pointwise, "reduce": triton_forms.reduce}[form](
-            kernel
-        )
-    digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
-    name = f"{form}_{'looped_' if looped else ''}{digest}"
-    summary = describe(kernel, form)
-    lines = [*map(Line, [f'"""{summary[0]}', *summary[1:]]), *function.lines]
+        printer = {
+            "pointwise": triton_forms.pointwise,
+            "reduce": triton_forms.reduce,
+            "rows": triton_forms.rows,
+        }[form]
+        function = printer(kernel, bool(variant), part)
+    constants = (*(["FIRST"] if part else []), *function.constants)
+    text = _function(
+        kernel,
+        name,
+        bool(function.imports),
+        [*kernel.sizes, *constants],
+        describe(kernel, form),
+        function.lines,
+    )
+    return _Printed([*helpers, text], constants, frozenset(function.imports))
+
+
+def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str]) -> _Printed:
+    """The function of a launch of several kernels: each program runs one of them.
+
+    The programs of the first kernel come first. What is a constant of the second alone has its
+    number here: BLOCK_1; FIRST_1 is its first program, WORKSPACE_1 where its workspace starts.
+    """
+    blocks: list[str] = []
+    constants: list[str] = []
+    imports: frozenset[str] = frozenset()
+    lines = [Line("program = tl.program_id(0)")]
+    scalar = 0
+    known: dict[tuple[Kernel, str], tuple[str, _Printed]] = {}
+    for i, part in enumerate(kernel.parts):
+        key = canonical(part.kernel), found[i]
+        if key not in known:  # parts that differ in sizes and the user's lines only share one
+            known[key] = (
+                f"part_{i}",
+                _alone(part.kernel, f"part_{i}", precision, found[i], f"_{i}"),
+            )
+            blocks += known[key][1].blocks
+        function, printed = known[key]
+        pointers = [*part.buffers]
+        if part.scalars:
+            pointers.append(f"scalars + {scalar}" if scalar else "scalars")
+        if printed.imports:
+            pointers.append(f"workspace + WORKSPACE_{i}")
+            constants.append(f"WORKSPACE_{i}")
+        own = [f"{constant}_{i}" for constant in printed.constants]
+        if i + 1 < len(kernel.parts):
+            lines.append(Line(f"{'elif' if i else 'if'} program < FIRST_{i + 1}:"))
+        else:
+            lines.append(Line("else:"))
+        rows = (", ".join(names) for names in (pointers, part.sizes, own) if names)
+        call = [Line(f"{function}("), *indent(Line(f"{row},") for row in rows), Line(")")]
+        lines += indent(call)
+        scalar += len(part.scalars)
+        constants += own
+        imports |= printed.imports
+    text = _function(
+        kernel, name, bool(imports), [*kernel.sizes, *constants], describe(kernel, "joint"), lines
+    )
+    return _Printed([*blocks, text], tuple(constants), imports)
+
+
+def _function(
+    kernel: Kernel,
+    name: str,
+    has_workspace: bool,
+    constants: Sequence[str],
+    summary: Sequence[str],
+    lines: Sequence[Line],
+) -> str:
+    """A jit function of a kernel's parameters, with its docstring."""
+    documented = [*map(Line, [f'"""{summary[0]}', *summary[1:]]), *lines]
     if len(summary) == 1:
-        lines[0] = Line(lines[0].text + '"""')
+        documented[0] = Line(documented[0].text + '"""')
     else:
-        lines.insert(len(summary), Line('"""'))
+        documented.insert(len(summary), Line('"""'))
     parameters = [
         *(b.name for b in kernel.buffers),
         *(["scalars"] if kernel.scalars else []),
-        *(["workspace"] if function.imports else []),
-        *(f"{name}: tl.constexpr" for name in (*kernel.sizes, *function.constants)),
+        *(["workspace"] if has_workspace else []),
+        *(f"{constant}: tl.constexpr" for constant in constants),
     ]
-    body = "\n".join(render(indent(lines)))
-    blocks = [*helpers, f"@triton.jit\n{signature(name, parameters)}\n{body}"]
-    imports = ["import triton", "import triton.language as tl", ""]
-    code = "\n\n\n".join(blocks)
-    if "tj." in code:
-        imports.append("from tracejit.kernels import device as tj")
-    if form == "matmul":
-        imports.append("from tracejit.kernels.matmul import matmul")
-    if function.imports:
-        imports.append(f"from tracejit.kernels.reduce import {', '.join(sorted(function.imports))}")
-    header = "\n".join(imports).rstrip()
-    return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, looped)
+    body = "\n".join(render(indent(documented)))
+    return f"@triton.jit\n{signature(name, parameters)}\n{body}"
 
 
 def signature(name: str, parameters: Sequence[str]) -> str:
@@ -104,6 +193,8 @@ def describe(kernel: Kernel, form: str) -> list[str]:
         first = f"Element-wise over {domain(kernel.axes)}."
     elif form == "reduce":
         first = f"One pass over {domain(inner)}; the last program finishes."
+    elif form == "joint":
+        first = f"{len(kernel.parts)} kernels side by side, each program one of them."
     elif form == "matmul":
         dot = kernel.stages[0].dot
         first = f"{dot.out!r} over {domain(inner)}: a matmul summed over {domain([dot.k])}."

@@ -99,7 +99,7 @@ class Body:
 
     def mask(self, dims: Dims) -> str:
         """The condition that an element of a tile over `dims` exists."""
-        names = [self.dims[name].mask for name in self.dims if name in dims]
+        names = [d.mask for name, d in self.dims.items() if name in dims and not d.full]
         self.used.update(names)
         return " & ".join(names)
 
@@ -241,7 +241,7 @@ class Body:
         if not mask_dims <= dims:
             dims |= mask_dims
             pointer = f"tl.broadcast_to({pointer}, {self.shape(dims)})"
-        masks = [self.mask(dims)] if dims else []
+        masks = [mask] if (mask := self.mask(dims)) else []
         if conditions:
             name = f"{statement.out!r}_in"
             self.lines.append(Line(f"{name} = {strip(' & '.join(conditions))}"))
@@ -338,7 +338,8 @@ class Body:
         value, _ = self.operand(reduce.value, reduce.out.dtype, typed=True)
         if fold.type != compute_type(reduce.out.dtype):
             value = f"{value}.to({fold.type})"
-        return f"tl.where({self.mask(over)}, {value}, {fold.neutral})"
+        mask = self.mask(over)
+        return f"tl.where({mask}, {value}, {fold.neutral})" if mask else value
 
 
 _EMIT = {

@@ -6,12 +6,14 @@ reduce      no outer axes, one stage with inner axes: a bounded number of progra
 rows        everything else: a program holds BLOCK_O outer points and all (or, `looped`, BLOCK_I at
             a time) of their inner elements
 
-Each printer returns a `Function`; `triton.emit` puts the module around it.
+Each printer returns a `Function`; `triton.emit` puts the module around it. With `part` (its number
+as a suffix) a kernel shares its launch with others: its programs are those from FIRST on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_text import Dim, Line, fold_of, indent
@@ -36,7 +38,9 @@ class Function:
 
 
 def form_of(kernel: Kernel) -> str:
-    """Which printer a kernel needs: pointwise, reduce, rows or matmul."""
+    """Which printer a kernel needs: pointwise, reduce, rows, matmul, or joint for several."""
+    if kernel.parts:
+        return "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
     inner = [stage for stage in kernel.stages if stage.axes]
@@ -48,43 +52,46 @@ def form_of(kernel: Kernel) -> str:
     return "rows"
 
 
-def pointwise(kernel: Kernel) -> Function:
+def pointwise(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
     """One flat block of the outer domain per program; a kernel without axes is one program."""
     body = Body(kernel)
     dim = Dim("x", kernel.axes)
-    if dim.axes:
+    if not dim.axes:
+        for stage in kernel.stages:
+            _without_reductions(body, stage)
+        return Function((*body.scalar_lines(), *body.lines), ())
+
+    def block(dim: Dim) -> None:
         body.enter(dim)
-    for stage in kernel.stages:
-        _without_reductions(body, stage)
-    index = f"{_program_id(kernel)} * BLOCK + {_lanes(dim)}"
-    prelude = body.prelude(dim, index) if dim.axes else []
-    lines = [*prelude, *body.scalar_lines(), *body.lines]
-    return Function(tuple(lines), ("BLOCK",) if dim.axes else ())
+        for stage in kernel.stages:
+            _without_reductions(body, stage)
+
+    lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", ragged, block)
+    return Function((*body.scalar_lines(), *lines), ("BLOCK",))
 
 
-def reduce(kernel: Kernel) -> Function:
+def reduce(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
     """A full reduction with its element-wise stores and its tail in one launch."""
     body = Body(kernel)
-    first, *tail = kernel.stages
-    dim = Dim("x", first.axes)
-    everywhere = frozenset([dim.name])
-    before = body.mark()
-    body.enter(dim)
-    reductions = body.emit(first.body)
-    totals, starts = {}, []
+    main, *tail = kernel.stages
+    dim = Dim("x", main.axes)
+    reductions = [s for s in main.body if isinstance(s, Reduce)]
+    totals = {r: f"{r.out!r}_{fold_of(r).kind}" for r in reductions}
+    starts = []
     for r in reductions:
         fold = fold_of(r)
-        totals[r] = f"{r.out!r}_{fold.kind}"
-        value = body.reduced_value(r, everywhere)
-        body.lines.append(Line(fold.combine(totals[r], value), r.where))
         starts.append(Line(f"{totals[r]} = tl.full([BLOCK], {fold.neutral}, {fold.type})"))
-    index = f"(step * PROGRAMS + pid) * BLOCK + {_lanes(dim)}"
-    loop = [*body.prelude(dim, index), *body.lines]
-    body.lines = []
-    body.leave(dim, before)
+
+    def block(dim: Dim) -> None:
+        body.enter(dim)
+        for r in body.emit(main.body):
+            value = body.reduced_value(r, frozenset([dim.name]))
+            body.lines.append(Line(fold_of(r).combine(totals[r], value), r.where))
+
+    loop = _flat(body, dim, "(step * PROGRAMS + pid) * BLOCK", ragged, block)
     last, imports = last_program(body, reductions, totals, tail, "PROGRAMS")
     lines = [
-        Line(f"pid = {_program_id(kernel)}"),
+        Line(f"pid = {program_number(kernel, part)}"),
         *body.scalar_lines(),
         *starts,
         Line("for step in range(STEPS):"),
@@ -92,6 +99,36 @@ def reduce(kernel: Kernel) -> Function:
         *last,
     ]
     return Function(tuple(lines), ("BLOCK", "PROGRAMS", "STEPS"), imports)
+
+
+def _flat(
+    body: Body, dim: Dim, first: str, ragged: bool, block: Callable[[Dim], None]
+) -> list[Line]:
+    """The lines of one flat block, which starts at the element `first`; `block` prints them.
+
+    Of a `ragged` domain, whose size is no multiple of a 128-bit access, only the last block has a
+    mask: under one that ends within an access the hardware's accesses would all be narrow.
+    """
+
+    def printed(dim: Dim, index: str) -> list[Line]:
+        before = body.mark()
+        block(dim)
+        lines = [*body.prelude(dim, index), *body.lines]
+        body.lines = []
+        body.used.clear()
+        body.leave(dim, before)
+        return lines
+
+    if not ragged:
+        return printed(dim, f"{first} + {_lanes(dim)}")
+    index = f"first + {_lanes(dim)}"
+    return [
+        Line(f"first = {first}"),
+        Line(f"if first + BLOCK <= {dim.extent}:"),
+        *indent(printed(replace(dim, full=True), index)),
+        Line("else:"),
+        *indent(printed(dim, index)),
+    ]
 
 
 def last_program(
@@ -128,7 +165,7 @@ def can_persist(kernel: Kernel) -> bool:
     return len(extents) == 1
 
 
-def rows(kernel: Kernel, looped: bool) -> Function:
+def rows(kernel: Kernel, looped: bool = False, part: str = "") -> Function:
     """Outer points by inner elements; `looped` walks the inner elements block by block."""
     body = Body(kernel)
     outer = Dim("o", kernel.axes, "BLOCK_O", "[:, None]")
@@ -137,7 +174,7 @@ def rows(kernel: Kernel, looped: bool) -> Function:
         middle = [line for stage in kernel.stages for line in _looped_stage(body, stage)]
     else:
         middle = _persistent_stages(body, kernel)
-    index = f"{_program_id(kernel)} * BLOCK_O + {_lanes(outer)}"
+    index = f"{program_number(kernel, part)} * BLOCK_O + {_lanes(outer)}"
     lines = [*body.prelude(outer, index), *body.scalar_lines(), *middle]
     return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
 
@@ -199,5 +236,7 @@ def _lanes(dim: Dim, wide: bool = False) -> str:
     return f"tl.arange(0, {dim.block}){dim.place}" + (".to(tl.int64)" if wide else "")
 
 
-def _program_id(kernel: Kernel) -> str:
-    return "tl.program_id(0).to(tl.int64)" if kernel.index64 else "tl.program_id(0)"
+def program_number(kernel: Kernel, part: str) -> str:
+    """The number of a program among those of the kernel."""
+    number = "(tl.program_id(0) - FIRST)" if part else "tl.program_id(0)"
+    return f"{number}.to(tl.int64)" if kernel.index64 else number

@@ -64,11 +64,11 @@ def contraction(kernel: Kernel) -> Contraction:
     return Contraction(first, first.dot, tuple(batch), m, n, tuple(tail))
 
 
-def matmul(kernel: Kernel, precision: str) -> tuple[Function, list[str]]:
+def matmul(kernel: Kernel, precision: str, part: str = "") -> tuple[Function, list[str]]:
     """The kernel's function, and the text of the functions that it hands to the matmul."""
     c = contraction(kernel)
-    epilogue, imports = _epilogue(kernel, c)
-    functions = [_load(kernel, c, "a"), _load(kernel, c, "b"), epilogue]
+    epilogue, imports = _epilogue(kernel, c, part)
+    functions = [_load(kernel, c, "a", part), _load(kernel, c, "b", part), epilogue]
     b, m, n, k = (product([a.extent for a in axes]) for axes in (c.batch, [c.m], [c.n], [c.dot.k]))
     dtype = c.dtype
     total = compute_type(dtype) if dtype.is_float else "tl.int64"
@@ -77,10 +77,10 @@ def matmul(kernel: Kernel, precision: str) -> tuple[Function, list[str]]:
         "scalars," if kernel.scalars else "None,  # no runtime scalars",
         "workspace," if imports else "None,  # no full reductions",
         f"{_tuple(kernel.sizes)},",
-        "load_a, load_b, epilogue,",
+        f"load_a{part}, load_b{part}, epilogue{part},",
         f"{b}, {m}, {n}, {k},",
         f"{', '.join(TILE)},",
-        f'"{precision}", "{dot_path(dtype.name)}", {total},',
+        f'"{precision}", "{dot_path(dtype.name)}", {total},' + (" FIRST," if part else ""),
     ]
     lines = [Line("matmul("), *(Line(f"    {text}") for text in arguments), Line(")")]
     return Function(tuple(lines), TILE, imports), functions
@@ -91,7 +91,7 @@ def _tuple(names: Sequence[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
-def _load(kernel: Kernel, c: Contraction, side: str) -> str:
+def _load(kernel: Kernel, c: Contraction, side: str, part: str) -> str:
     """load_a or load_b: a tile of one operand, zero outside the matrix."""
     if side == "a":
         first, second = c.tile_dims("m", "k")
@@ -111,7 +111,7 @@ def _load(kernel: Kernel, c: Contraction, side: str) -> str:
         result = f"tl.where({body.mask(everywhere)}, {text}, {zero})"
         if c.dtype.narrow:
             result += f".to({MEMORY_TYPE[c.dtype.name]})"
-    head = f"def load_{side}(bufs, scalars, SIZES, b, {', '.join(ranges)}):"
+    head = f"def load_{side}{part}(bufs, scalars, SIZES, b, {', '.join(ranges)}):"
     shape = f"[BLOCK_{first.name.upper()}, BLOCK_{second.name.upper()}]"
     doc = f"A {shape} tile of operand {side}, zero outside."
     body.lines.append(Line(f"return {result}"))
@@ -128,7 +128,7 @@ def _plain_load(
     return text if dims == everywhere else None
 
 
-def _epilogue(kernel: Kernel, c: Contraction) -> tuple[str, tuple[str, ...]]:
+def _epilogue(kernel: Kernel, c: Contraction, part: str) -> tuple[str, tuple[str, ...]]:
     """The epilogue, and what it imports from tracejit.kernels.reduce."""
     m, n = c.tile_dims("m", "n")
     body = Body(kernel)
@@ -156,7 +156,9 @@ def _epilogue(kernel: Kernel, c: Contraction) -> tuple[str, tuple[str, ...]]:
     elif c.tail:
         raise InvalidGraph(reason="a contraction's tail follows a full reduction")
     body.lines = lines
-    head = "def epilogue(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs):"
+    head = (
+        f"def epilogue{part}(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs):"
+    )
     doc = f"What follows from the accumulated tile of {out!r}."
     return _function(body, c, head, doc, (m, n), ("rm", "rn")), imports
 

@@ -79,13 +79,14 @@ def render(lines: Sequence[Line]) -> list[str]:
 class Dim:
     """One tile dimension: its name, the axes it flattens, its block's name, its place in a tile.
 
-    `place` is "" in a 1-D tile, else "[:, None]" or "[None, :]".
+    `place` is "" in a 1-D tile, else "[:, None]" or "[None, :]"; a `full` one needs no mask.
     """
 
     name: str
     axes: tuple[Axis, ...]
     block: str = "BLOCK"
     place: str = ""
+    full: bool = False
 
     @property
     def real_axes(self) -> tuple[Axis, ...]:

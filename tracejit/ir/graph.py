@@ -154,15 +154,17 @@ class Builder:
 
     def param(self, type: Type, strides: tuple[int, ...] | None = None) -> Value:
         """Declare a graph input."""
-        value = self.value(type)
+        value = self.value(_TYPES.setdefault(type, type))  # one object, for `_inferred`
+        if len(_TYPES) > _MAX_INFERRED:
+            _TYPES.clear()
         self.params.append(Param(value, strides))
         return value
 
     def emit(self, op: Op, *args: Arg, **attrs: object) -> Value:
         """Append `op(*args, **attrs)` and return its (single) result."""
-        types = tuple(a.type if isinstance(a, Value) else a for a in args)
-        out = self.value(op.result_type(types, attrs))
-        node = Node(op, args, tuple(attrs.items()), (out,), self.line)
+        items = tuple(attrs.items())
+        out = self.value(_inferred(op, args, attrs, items))
+        node = Node(op, args, items, (out,), self.line)
         self.nodes.append(node)
         if self.on_emit is not None:
             self.on_emit(node)
@@ -186,6 +188,28 @@ class Builder:
     ) -> Graph:
         """Freeze what has been built."""
         return Graph(name, tuple(self.params), tuple(self.nodes), results, writes)
+
+
+_INFERRED: dict[tuple, tuple[Type, tuple]] = {}  # with the operands, so that their ids stay theirs
+_TYPES: dict[Type, Type] = {}
+_MAX_INFERRED = 20_000
+
+
+def _inferred(op: Op, args: tuple[Arg, ...], attrs: dict[str, object], items: tuple) -> Type:
+    """`op.result_type`, remembered: a step that is traced again asks the same questions."""
+    operands = [id(a.type) if type(a) is Value else (type(a), a) for a in args]
+    key = (op.name, *operands, items)
+    try:
+        known = _INFERRED.get(key)
+    except TypeError:  # an attribute without a hash: `result_type` says what is wrong with it
+        return op.result_type(tuple(a.type if type(a) is Value else a for a in args), attrs)
+    if known is None:
+        types = tuple(a.type if type(a) is Value else a for a in args)
+        known = op.result_type(types, attrs), types
+        if len(_INFERRED) >= _MAX_INFERRED:
+            _INFERRED.clear()
+        _INFERRED[key] = known
+    return known[0]
 
 
 def verify(graph: Graph) -> None:

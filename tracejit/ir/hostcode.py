@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tracejit.ir.graph import Arg, Node, Value
+from tracejit.ir.ops import host
 
 _OPERATORS = {
     "host_add": "+",
@@ -15,6 +16,14 @@ _OPERATORS = {
     "host_mod": "%",
     "host_pow": "**",
 }
+_FUNCTIONS = {
+    "host_abs": "abs",
+    "host_f32": "round_f32",
+    "host_f16": "round_f16",
+    "host_bf16": "round_bf16",
+}
+# what generated host code calls by name, besides builtins
+NAMES = {name: getattr(host, name) for name in ("round_f32", "round_f16", "round_bf16")}
 
 
 def host_lines(
@@ -22,7 +31,8 @@ def host_lines(
 ) -> tuple[list[str], list[str]]:
     """Python lines that compute host values, and the expressions of the wanted ones.
 
-    `names` maps host inputs to expressions; only nodes that `wanted` depends on are printed.
+    `names` maps host inputs to expressions; only nodes that `wanted` depends on are printed. The
+    lines call the functions of NAMES.
     """
     producers = {node.out: node for node in nodes if node.op.family == "host"}
     needed: set[Value] = set()
@@ -47,8 +57,8 @@ def host_lines(
         args = [text(a) for a in node.args]
         if node.op.name == "host_neg":
             body = f"-{args[0]}"
-        elif node.op.name == "host_abs":
-            body = f"abs({args[0]})"
+        elif node.op.name in _FUNCTIONS:
+            body = f"{_FUNCTIONS[node.op.name]}({args[0]})"
         else:
             body = f" {_OPERATORS[node.op.name]} ".join(args)
         lines.append(f"h{node.out.id} = {body}")
@@ -62,6 +72,6 @@ def host_function(
     names = {v: f"scalars[{i}]" for i, v in enumerate(params)}
     lines, found = host_lines(nodes, list(wanted), names)
     body = "\n".join(f"    {line}" for line in [*lines, f"return [{', '.join(found)}]"])
-    namespace: dict[str, object] = {}
+    namespace: dict[str, object] = dict(NAMES)
     exec(compile(f"def host(scalars):\n{body}\n", "<tracejit host>", "exec"), namespace)
     return namespace["host"]

@@ -64,7 +64,7 @@ def print_graph(graph: Graph) -> str:
     return "\n".join([*lines, "}"])
 
 
-_HEADER = re.compile(r"(\w+)\((.*)\)\s*\{\Z")
+_HEADER = re.compile(r"([\w<>]+)\((.*)\)\s*\{\Z")
 _PARAM = re.compile(r"%(\d+):\s*(\w+\[[\d,]*\](?:@[\w:]+)?)(?:\s+strides\s+(\([^)]*\)))?")
 _OUT = re.compile(r"%(\d+):\s*(\w+\[[\d,]*\](?:@[\w:]+)?)")
 _NODE = re.compile(r"(%\d+:[^=]*?)\s*=\s*(\w+)(\(.*\))\Z")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -39,6 +40,19 @@ _warned: set[Path] = set()  # roots that were complained about: once is enough
 def sha256(text: str) -> str:
     """Hex digest of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def digest_of(*folders: str) -> str:
+    """Hex digest of the sources in some folders of this package: part of the key of what they made,
+    so that nothing made by other sources is ever used."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted((package / folder).rglob("*.py")):
+            digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 class DiskCache:

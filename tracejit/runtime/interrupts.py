@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+# the C functions themselves: signal.signal() spends microseconds on enums
+from _signal import SIGINT, getsignal, signal
+from threading import get_ident, main_thread
+
+_MAIN = main_thread().ident
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
+class uninterrupted:
     """Defer SIGINT until the block is over (main thread; other threads never get it)."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.getsignal(signal.SIGINT)
-    pending: list[tuple] = []
-    if not callable(handler):  # ignored, default, or not installed from Python
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *args: pending.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pending:
-        handler(*pending[-1])
+
+    __slots__ = ("handler", "pending")
+
+    def __enter__(self) -> None:
+        self.handler = None
+        if get_ident() != _MAIN:
+            return
+        handler = getsignal(SIGINT)
+        if callable(handler):  # else ignored, default, or not installed from Python
+            self.pending: list[tuple] = []
+            signal(SIGINT, self._defer)
+            self.handler = handler
+
+    def _defer(self, *args: object) -> None:
+        self.pending.append(args)
+
+    def __exit__(self, *exception: object) -> None:
+        if self.handler is not None:
+            signal(SIGINT, self.handler)
+            if self.pending and exception[0] is None:
+                self.handler(*self.pending[-1])

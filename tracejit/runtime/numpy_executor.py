@@ -72,7 +72,8 @@ class LoadedNumpyPlan:
         position = {b.name: i for i, b in enumerate(plan.buffers)}
         self._runs = [
             _Run(launch, buffers, [position[name] for name in launch.buffers])
-            for launch in plan.launches
+            for together in plan.launches
+            for launch in together.alone()
         ]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:

@@ -1,12 +1,13 @@
 """A Program: a Plan loaded by an executor, with its memory; running it is one call.
 
-Fresh outputs are allocated by torch and belong to the caller; the arena belongs to the program and
-is reused. All allocation comes before the executor's first write.
+Fresh outputs belong to the caller for as long as anyone holds them; the arena
+belongs to the program. All allocation comes before the executor's first write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from sys import getrefcount
 
 import torch
 
@@ -16,7 +17,9 @@ from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.profile import ProfiledPlan
-from tracejit.schedule.plan import Plan
+from tracejit.schedule.plan import Plan, PlanBuffer
+
+_users = torch._C._storage_Use_Count
 
 
 class Program:
@@ -29,49 +32,117 @@ class Program:
         self._host = host_function(plan.host, [v for v, _ in plan.host_params], plan.scalars)
         self._host_positions = [position for _, position in plan.host_params]
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
-        self._outputs = [
-            (
-                b.type.shape,
-                b.strides or contiguous_strides(b.type.shape),
-                TO_TORCH[b.type.dtype],
-                torch.device(b.type.device),
-            )
-            for b in outputs
-        ]
+        self._outputs = [_Fresh(b) for b in outputs]
         position = {b.name: i for i, b in enumerate(outputs)}
         self._results = [position[name] for name in plan.results]
-        self._buffers = [(b.kind, b.offset if b.kind == "arena" else b.index) for b in plan.buffers]
-        self._arena: torch.Tensor | None = None
+        self._inputs: list[tuple[int, int]] = []  # (buffer, graph param)
+        self._placed: list[tuple[int, int]] = []  # (buffer, output)
+        for i, buffer in enumerate(plan.buffers):
+            if buffer.kind == "input":
+                self._inputs.append((i, buffer.index))
+            elif buffer.kind == "output":
+                self._placed.append((i, position[buffer.name]))
+        self._runs = 0
+        self._arena: torch.Tensor | None = None  # kept from the second run on, as outputs are
+        self._addresses: list[int] = []  # of the buffers in the arena; the others' change per run
 
     def prepare(self, inputs: Sequence[torch.Tensor | float]) -> Prepared:
+        """`start` for inputs as tensors and floats, one per graph param."""
+        tensors = [isinstance(x, torch.Tensor) for x in inputs]
+        addresses = [x.data_ptr() if t else 0 for x, t in zip(inputs, tensors, strict=True)]
+        return self.start(addresses, inputs)
+
+    def start(
+        self,
+        addresses: Sequence[int],
+        numbers: Sequence[float],
+        leaving: Collection[int] = (),
+    ) -> Prepared:
         """Allocate a run's outputs and gather its addresses; nothing is written yet.
 
-        `inputs` has one entry per graph param: a tensor, or a float for a host scalar.
+        Both have one entry per graph param: an address where it is a tensor, a float where it is a
+        host scalar. `leaving` are storages that each have one holder outside, which lets go once
+        the plan has run and until then is not read: an output may be written there.
         """
-        outputs = [
-            torch.empty_strided(shape, strides, dtype=dtype, device=device)
-            for shape, strides, dtype, device in self._outputs
-        ]
-        if self._arena is None:
-            size = max(self.plan.arena_bytes, 1)
-            self._arena = torch.empty(size, dtype=torch.uint8, device=self.plan.device)
-        arena = self._arena.data_ptr()
-        addresses = []
-        for kind, number in self._buffers:
-            if kind == "input":
-                addresses.append(inputs[number].data_ptr())
-            elif kind == "output":
-                addresses.append(outputs[number].data_ptr())
-            else:
-                addresses.append(arena + number)
-        scalars = self._host([inputs[i] for i in self._host_positions])
-        return Prepared(self, addresses, scalars, [outputs[i] for i in self._results])
+        arena = self._arena
+        if arena is None:
+            arena = self._allocate()
+        table, again = self._addresses.copy(), self._runs > 0
+        for i, k in self._inputs:
+            table[i] = addresses[k]
+        fresh = [output.take(leaving, again) for output in self._outputs]
+        for i, k in self._placed:
+            table[i] = fresh[k][1]
+        outputs = [fresh[k][0] for k in self._results]
+        scalars = self._host([numbers[i] for i in self._host_positions])
+        self._runs += 1
+        return Prepared(self, table, scalars, outputs, arena)
+
+    def _allocate(self) -> torch.Tensor:
+        some = any(b.kind == "arena" for b in self.plan.buffers)
+        size = max(self.plan.arena_bytes, int(some))
+        arena = torch.empty(size, dtype=torch.uint8, device=self.plan.device)
+        start = arena.data_ptr()
+        self._addresses = [start + b.offset if b.kind == "arena" else 0 for b in self.plan.buffers]
+        if self._runs:
+            self._arena = arena
+        return arena
+
+
+class _Fresh:
+    """Memory for one output, which the caller keeps: reused when nobody holds it any more."""
+
+    KEPT = 2  # a gradient of the last step is held while the next one is written
+
+    def __init__(self, buffer: PlanBuffer):
+        self.shape = buffer.type.shape
+        self.strides = buffer.strides or contiguous_strides(buffer.type.shape)
+        self.options = {
+            "dtype": TO_TORCH[buffer.type.dtype],
+            "device": torch.device(buffer.type.device),
+        }
+        self.kept: list[_Kept] = []
+
+    def take(self, leaving: Collection[int], keep: bool) -> tuple[torch.Tensor, int]:
+        """A tensor that shares memory with no other that the caller could hold, and its address.
+
+        Without `keep` the memory is the caller's alone: many plans run just once, such as the one
+        that makes an optimizer's state.
+        """
+        for kept in self.kept:
+            held = kept.holders() - kept.alone
+            if held <= 0:
+                return kept.memory.detach(), kept.address
+            if held == 1 and kept.number in leaving:
+                self.kept = [kept]  # one is enough from now on
+                return kept.memory.detach(), kept.address
+        memory = torch.empty_strided(self.shape, self.strides, **self.options)
+        if not keep or len(self.kept) >= self.KEPT:
+            return memory, memory.data_ptr()
+        self.kept.append(_Kept(memory))
+        return memory.detach(), memory.data_ptr()
+
+
+class _Kept:
+    """Memory that may be handed out again."""
+
+    __slots__ = ("memory", "address", "storage", "number", "alone")
+
+    def __init__(self, memory: torch.Tensor):
+        self.memory, self.address = memory, memory.data_ptr()
+        self.storage = memory.untyped_storage()
+        self.number = self.storage._cdata
+        self.alone = self.holders()
+
+    def holders(self) -> int:
+        """Tensors on the storage, and references to the Python object that stands for it."""
+        return _users(self.number) + getrefcount(self.storage)
 
 
 class Prepared:
     """A run with everything in place: `run` writes, and goes to its end."""
 
-    __slots__ = ("program", "addresses", "scalars", "outputs")
+    __slots__ = ("program", "addresses", "scalars", "outputs", "arena")
 
     def __init__(
         self,
@@ -79,11 +150,13 @@ class Prepared:
         addresses: list[int],
         scalars: list[float],
         outputs: list[torch.Tensor],
+        arena: torch.Tensor,
     ):
         self.program = program
         self.addresses = addresses
         self.scalars = scalars
         self.outputs = outputs
+        self.arena = arena
 
     def run(self) -> list[torch.Tensor]:
         """Execute; returns the tensor of each graph result."""

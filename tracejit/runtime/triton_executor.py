@@ -15,12 +15,12 @@ import linecache
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
 
-from tracejit.codegen.geometry import MAX_TILE, Geometry, is_looped
+from tracejit.codegen.geometry import MAX_TILE, Geometry, variants
 from tracejit.codegen.triton import Source, emit
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides
@@ -80,6 +80,7 @@ class LoadedLaunch:
     first_scalar: int  # position of its first scalar in the loaded plan's table
     geometry: Geometry
     constants: Mapping[str, int]
+    workspace: int = 0  # where its piece of the plan's workspace starts, in bytes
 
 
 class LoadedPlan:
@@ -113,10 +114,12 @@ class TritonExecutor:
         prepare, runner = _BACKENDS[self.name]
         prepare()
         position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
-        launches, first_scalar = [], 0
+        launches, first_scalar, workspace = [], 0, 0
         for launch in plan.launches:
-            launches.append(self.load_launch(launch, position, first_scalar))
+            loaded = self.load_launch(launch, position, first_scalar)
+            launches.append(replace(loaded, workspace=workspace))
             first_scalar += len(launch.scalars)
+            workspace += -(-loaded.geometry.workspace // 16) * 16
         not_empty = [launch for launch in launches if launch.geometry.grid[0] > 0]
         return LoadedPlan(plan, launches, runner(plan, not_empty, first_scalar))
 
@@ -137,8 +140,8 @@ def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, objec
 
     Kernels that differ only in the user's lines are one kernel, printed as it came first.
     """
-    looped = is_looped(launch.kernel, launch.sizes, executor.max_tile)
-    key = (executor.name, str(canonical(launch.kernel)), executor.precision, looped)
+    found = variants(launch.kernel, launch.sizes, executor.max_tile)
+    key = (executor.name, str(canonical(launch.kernel)), executor.precision, found)
     with _lock:
         if key in _kernels:
             COUNTERS.hits += 1
@@ -187,9 +190,7 @@ def _interpreted(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int
     from tracejit.runtime import interpreter
     from tracejit.runtime.interpreter import Pointer
 
-    workspace = np.zeros(
-        max((launch.geometry.workspace for launch in launches), default=0), np.int8
-    )
+    workspace = np.zeros(_workspace_bytes(launches), np.int8)
     sizes = [memory_bytes(buffer) for buffer in plan.buffers]
 
     def run(addresses: Sequence[int], scalars: Sequence[float]) -> None:
@@ -209,8 +210,9 @@ def _interpreted(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int
                 pointers.append(Pointer(first, "fp64"))
                 memory.append((first, 8 * len(kernel.scalars)))
             if launch.geometry.workspace:
-                pointers.append(Pointer(workspace.ctypes.data, "i8"))
-                memory.append((workspace.ctypes.data, launch.geometry.workspace))
+                place = workspace.ctypes.data + launch.workspace
+                pointers.append(Pointer(place, "i8"))
+                memory.append((place, launch.geometry.workspace))
             try:
                 interpreter.run(
                     launch.function,
@@ -225,6 +227,11 @@ def _interpreted(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int
                 raise
 
     return run
+
+
+def _workspace_bytes(launches: Sequence[LoadedLaunch]) -> int:
+    """Of all launches: each has its piece, where its counters rest at 0 between calls."""
+    return max((one.workspace + one.geometry.workspace for one in launches), default=0)
 
 
 def memory_bytes(buffer: PlanBuffer) -> int:
@@ -283,8 +290,7 @@ def _on_cuda(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int) ->
     import torch
 
     device = torch.device(plan.device)
-    bytes_needed = max((launch.geometry.workspace for launch in launches), default=0)
-    workspace = torch.zeros(bytes_needed, dtype=torch.int8, device=device)
+    workspace = torch.zeros(_workspace_bytes(launches), dtype=torch.int8, device=device)
     table = torch.zeros(scalar_count, dtype=torch.float64, device=device)
     dtypes = {name: getattr(torch, torch_name) for name, torch_name in TORCH_NAME.items()}
     prepared: set[tuple[bool, ...]] = set()
@@ -299,7 +305,7 @@ def _on_cuda(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int) ->
             first = table.data_ptr() + 8 * launch.first_scalar
             pointers.append(DevicePointer(first, torch.float64))
         if launch.geometry.workspace:
-            pointers.append(workspace)
+            pointers.append(DevicePointer(workspace.data_ptr() + launch.workspace, torch.int8))
         return pointers
 
     def compile_all(addresses: Sequence[int]) -> None:

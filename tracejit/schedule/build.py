@@ -1,12 +1,16 @@
-"""schedule: Graph → Plan. Fusion decides the kernels, lowering writes them, memory is laid out."""
+"""schedule: Graph → Plan. Fusion decides the kernels, lowering writes them, packing the launches,
+and memory is laid out."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
+from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.tasks import analyse
@@ -26,7 +30,8 @@ def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     _locate(fusion, memory, fuser)
     lowered = [lower(group, analysis, memory) for group in fusion.groups]
-    arena_bytes = _lay_out(lowered, memory)
+    launches = _packed(lowered, fusion, fuser, memory) if fuse else [[one] for one in lowered]
+    arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
     slots = {value.id: slot for slot, value in enumerate(scalars)}
@@ -36,7 +41,7 @@ def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
     return Plan(
         name=graph.name,
         buffers=tuple(memory.buffers.values()),
-        launches=tuple(_launch(one, slots) for one in lowered),
+        launches=tuple(_launch(launch, slots) for launch in launches),
         results=results,
         writes=writes,
         host_params=host_params,
@@ -73,11 +78,22 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
         memory.located[id] = buffer
 
 
-def _lay_out(lowered: list[Lowered], memory: Memory) -> int:
+def _packed(
+    lowered: list[Lowered], fusion: Fusion, fuser: Fuser, memory: Memory
+) -> list[list[Lowered]]:
+    """The kernels of each launch."""
+
+    position = {group.id: i for i, group in enumerate(fusion.groups)}
+    before = [{position[id] for id in fuser.groups.before(group)} for group in fusion.groups]
+    launches = pack(lowered, before, memory.buffers)
+    return [[lowered[i] for i in launch] for launch in launches]
+
+
+def _lay_out(launches: list[list[Lowered]], memory: Memory) -> int:
     """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
     spans: dict[str, tuple[int, int]] = {}
-    for position, one in enumerate(lowered):
-        for name in one.buffers:
+    for position, launch in enumerate(launches):
+        for name in (name for one in launch for name in one.buffers):
             first, _ = spans.get(name, (position, position))
             spans[name] = (first, position)
     arena = [b for b in memory.buffers.values() if b.kind == "arena"]
@@ -111,9 +127,19 @@ def _host_part(
     return tuple(reversed(nodes)), params
 
 
-def _launch(lowered: Lowered, slots: dict[int, int]) -> Launch:
-    kernel, sizes = parametrize(lowered.kernel)
-    return Launch(kernel, lowered.buffers, sizes, tuple(slots[v.id] for v in lowered.scalars))
+def _launch(kernels: list[Lowered], slots: dict[int, int]) -> Launch:
+    """The launch of one kernel, or of several side by side."""
+    named, values = [], []
+    for one in kernels:
+        kernel, sizes = parametrize(one.kernel)
+        named.append(replace(one, kernel=kernel))
+        values.append(sizes)
+    if len(named) == 1:
+        (lowered,), (sizes,) = named, values
+    else:
+        lowered, sizes = side_by_side(named, values)
+    slots_of = tuple(slots[v.id] for v in lowered.scalars)
+    return Launch(lowered.kernel, lowered.buffers, sizes, slots_of)
 
 
 def _device(graph: Graph) -> str:

@@ -231,7 +231,7 @@ class Fuser:
         waiting: dict[int, int] = {}
         first = {id: min(t.order for t in g.tasks) for id, g in self.groups.all.items()}
         for id, group in self.groups.all.items():
-            before = {self.groups.find(p) for p in group.preds} - {id}
+            before = self.groups.before(group)
             waiting[id] = len(before)
             for p in before:
                 followers.setdefault(p, []).append(id)

@@ -25,11 +25,14 @@ from tracejit.schedule.tasks import Demand, Task
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
+ONE_PROGRAM = 4096  # elements that one program reduces as fast as many that wait for each other
+SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's waiting
 
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced)."""
+    """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
+    `again`: it goes over the elements of a full reduction once more, with the result."""
 
     id: int
     shape: tuple[int, ...]
@@ -38,6 +41,7 @@ class Group:
     dot: Task | None = None
     reads: set[int] = field(default_factory=set)
     stores: int = 0
+    again: bool = False
     preds: set[int] = field(default_factory=set)
 
     @property
@@ -65,6 +69,7 @@ class Groups:
         self.results: dict[int, int] = {}  # how many results store a value, by value id
         self._merged_into: dict[int, int] = {}
         self._before: dict[int, int] = {}  # bit set of the groups that must run earlier
+        self._depths: dict[int, int] = {}  # what `_depth` found, while it holds
         self._next = 0
 
     def add(self, task: Task) -> Group:
@@ -99,6 +104,10 @@ class Groups:
             id = self._merged_into[id]
         return id
 
+    def before(self, group: Group) -> set[int]:
+        """The ids of the groups that must run right before a group, and of some before those."""
+        return {self.find(id) for id in group.preds} - {group.id}
+
     def runs_before(self, a: Group, b: Group) -> bool:
         """Whether a must run before b."""
         return bool(self._before[b.id] >> a.id & 1)
@@ -106,6 +115,7 @@ class Groups:
     def order(self, a: Group, b: Group) -> None:
         """Make a run before b; the caller knows that b need not run before a."""
         b.preds.add(a.id)
+        self._forget_depths(b)
         new = self._before[a.id] | 1 << a.id
         self._spread(b, new)
 
@@ -153,7 +163,7 @@ class Groups:
             return None
         edges = list(self.edges(a, b))
         stores_here = edges and len(moved.tasks) == 1 and moved.tasks[0].kind == "store"
-        if not stores_here and not self._fits(a, b):
+        if not stores_here and (not self._fits(a, b) or self._delays(a, b, edges)):
             return None
         if not all(demand.aligned and not demand.mask for _, _, demand in edges):
             return None
@@ -161,7 +171,8 @@ class Groups:
             if self._aligned(base, moved, axes, outer, edges) and (
                 guard is None or guard(base, moved, axes)
             ):
-                return self._join(base, moved, axes, outer)
+                again = _is_again(base, moved, outer, edges)
+                return self._join(base, moved, axes, outer, again)
         return None
 
     def _fits(self, a: Group, b: Group) -> bool:
@@ -169,6 +180,50 @@ class Groups:
             len(a.tasks) + len(b.tasks) <= MAX_TASKS
             and len(a.reads | b.reads) + a.stores + b.stores <= MAX_BUFFERS
         )
+
+    def _delays(self, a: Group, b: Group, edges) -> bool:
+        """Whether a full reduction would wait for what it does not need, and that saves little.
+
+        All readers of its result would wait too; in a kernel of its own it finds company in an
+        earlier launch.
+        """
+        if not (_is_total(a) or _is_total(b)):
+            return False
+        others = (self.before(a) | self.before(b)) - {a.id, b.id}
+        start = max((self._depth(id) + 1 for id in others), default=0)
+        if not any(_is_total(g) and self._depth(g.id) < start for g in (a, b)):
+            return False
+        passed = {producer.value.id: producer.value for producer, _, _ in edges}
+        shared = {
+            d.origin.id: d.origin
+            for group in (a, b)
+            for task in group.tasks
+            for d in task.demands
+            if d.origin.id in a.reads & b.reads
+        }
+        return sum(v.type.nbytes for v in (passed | shared).values()) < SAVED_BYTES
+
+    def _depth(self, id: int) -> int:
+        """The length of the longest chain of groups that must run before a group."""
+        stack = [id]
+        while stack:
+            before = self.before(self.all[stack[-1]])
+            unknown = [p for p in before if p not in self._depths]
+            if unknown:
+                stack += unknown
+            else:
+                depth = max((self._depths[p] + 1 for p in before), default=0)
+                self._depths[stack.pop()] = depth
+        return self._depths[id]
+
+    def _forget_depths(self, group: Group) -> None:
+        """A group's place in the order has changed, and so that of the groups after it."""
+        bit = 1 << group.id
+        self._depths = {
+            id: depth
+            for id, depth in self._depths.items()
+            if id != group.id and not self._before[id] & bit
+        }
 
     def _candidates(self, base: Group, moved: Group, edges) -> Iterator[tuple[Indices, bool]]:
         """Indices of moved's domain over base's axes, and whether they use outer axes only."""
@@ -207,9 +262,6 @@ class Groups:
         if not _reductions_fit(base, moved, axes):
             return False
         extents = extents_of(base.shape)
-        single_outer = (base.inner is not None or moved.inner is not None) and (
-            base.outer_numel == 1 or moved.inner is not None and moved.outer_numel == 1
-        )
         for producer, reader, demand in edges:
             produced, read = producer.value_place, placed(demand.indices, reader)
             if producer.group is moved:
@@ -218,12 +270,10 @@ class Groups:
                 read = _over(read, axes, moved, extents)
             if produced != read:
                 return False
-            total = producer.kind == "reduce" or _is_outer(producer, moved, outer)
-            if single_outer and total and not _is_outer(reader, moved, outer):
-                return False  # would wait for a full reduction of the same launch
-        return True
+        one_program = base.dot is None and base.numel <= ONE_PROGRAM
+        return one_program or not _is_again(base, moved, outer, edges)
 
-    def _join(self, base: Group, moved: Group, axes: Indices, outer: bool) -> Group:
+    def _join(self, base: Group, moved: Group, axes: Indices, outer: bool, again: bool) -> Group:
         """Move all tasks of `moved` into `base`."""
         kept, gone = (base, moved) if len(base.tasks) >= len(moved.tasks) else (moved, base)
         extents = extents_of(base.shape)
@@ -237,6 +287,7 @@ class Groups:
             full = moved.outer_numel == 1
             inner = tuple(range(len(base.shape))) if full else moved.inner
         kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
+        kept.again = base.again or moved.again or again
         for task in gone.tasks:
             task.group = kept
         computed = {t.value.id for t in gone.tasks if t.kind != "store"}
@@ -253,6 +304,7 @@ class Groups:
         before = (self._before[kept.id] | self._before.pop(gone.id)) & ~both
         del self.all[gone.id]
         self._merged_into[gone.id] = kept.id
+        self._depths.pop(gone.id, None)
         unchanged = before & ~self._before[kept.id] == 0
         self._before[kept.id] = before
         after = before | 1 << kept.id
@@ -260,12 +312,28 @@ class Groups:
             for other in self.all:
                 if self._before[other] & both:
                     self._before[other] |= after
+        self._forget_depths(kept)
         return kept
 
 
 def _rank(group: Group) -> int:
     """Which of two merging groups keeps its domain: contractions, then reductions, then maps."""
     return 2 if group.dot is not None else 1 if group.inner is not None else 0
+
+
+def _is_total(group: Group) -> bool:
+    """Whether a group reduces its whole domain: then by many programs, the last of which ends it,
+    or if it is small by a single one, which may go over it again with the result."""
+    return group.inner is not None and group.outer_numel == 1
+
+
+def _is_again(base: Group, moved: Group, outer: bool, edges) -> bool:
+    """Whether a full reduction's result is passed to what runs over all elements."""
+    return (_is_total(base) or _is_total(moved)) and any(
+        (producer.kind == "reduce" or _is_outer(producer, moved, outer))
+        and not _is_outer(reader, moved, outer)
+        for producer, reader, _ in edges
+    )
 
 
 def _reduced_axes(task: Task) -> tuple[int, ...]:
@@ -278,7 +346,7 @@ def _reduced_axes(task: Task) -> tuple[int, ...]:
 
 def _compatible(base: Group, moved: Group) -> bool:
     """Whether the reductions and contractions of two groups can share a kernel."""
-    if moved.dot is not None:
+    if moved.dot is not None or (base.dot is not None and moved.again):
         return False
     if moved.inner is None:
         return True

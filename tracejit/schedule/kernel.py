@@ -22,10 +22,14 @@ body. A full reduction is a kernel with no outer axes.
 Sizes (extents, strides, offsets, divisors) are *names* bound per call, so that one kernel serves
 many shapes; the number 1 as a coefficient and 0 as an offset stay literal, because they decide how
 code is generated. During scheduling sizes are plain ints; `schedule.parametrize` names them.
+
+Kernels that need not wait for each other may share a launch: a Kernel is then nothing but its
+`parts`, each a kernel of its own, which run side by side in any order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tracejit.ir.ops import Op
@@ -211,8 +215,21 @@ class Buffer:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A kernel beside others: what its parameters, in order, are called in the launch's kernel."""
+
+    kernel: Kernel
+    buffers: tuple[str, ...]
+    sizes: tuple[str, ...]
+    scalars: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
-    """One launch. `index64`: some index may exceed 2**31 - 1, so indices are 64-bit."""
+    """One launch. `index64`: some index may exceed 2**31 - 1, so indices are 64-bit.
+
+    With `parts` there are no axes and stages. What one part writes, no other reads or writes.
+    """
 
     buffers: tuple[Buffer, ...]
     sizes: tuple[str, ...]
@@ -220,6 +237,17 @@ class Kernel:
     axes: tuple[Axis, ...]
     stages: tuple[Stage, ...]
     index64: bool = False
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def statements(self) -> Iterator[Statement | Dot]:
+        """All statements; a Dot follows those of its prologues."""
+        for part in self.parts:
+            yield from part.kernel.statements
+        for stage in self.stages:
+            if stage.dot is not None:
+                yield from (*stage.dot.a, *stage.dot.b, stage.dot)
+            yield from stage.body
 
     def __str__(self) -> str:
         from tracejit.schedule.kernel_text import print_kernel

@@ -17,13 +17,22 @@
     }
 
 A Dot's statements are its two prologues, a first; `a |` stands between them. `kernel64` marks
-64-bit indices. Comments are the user's lines.
+64-bit indices. Comments are the user's lines. Kernels side by side stand in one with their
+parameters' names there:
+
+    kernel(b0: f32 r, b1: f32 w, b2: f32 w; n0_0, n0_1) side by side {
+      part (b0, b1; n0_0) {
+        kernel(b0: f32 r, b1: f32 w; n0) over () { … }
+      }
+      part (b0, b2; n0_1) { … }
+    }
 """
 
 from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
@@ -45,6 +54,7 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Operand,
+    Part,
     Position,
     Reduce,
     Scalar,
@@ -73,14 +83,24 @@ def print_kernel(kernel: Kernel) -> str:
         rows += [(f"    {_statement(s)}", s.where) for s in stage.body]
         rows.append(("  }", ""))
     width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
-    buffers = ", ".join(f"{b.name}: {b.dtype} {b.access}" for b in kernel.buffers)
-    lists = [buffers, ", ".join(kernel.sizes), ", ".join(kernel.scalars)]
-    while lists and not lists[-1]:
-        lists.pop()
+    buffers = [f"{b.name}: {b.dtype} {b.access}" for b in kernel.buffers]
     name = "kernel64" if kernel.index64 else "kernel"
-    lines = [f"{name}({'; '.join(lists)}) over {_axes(kernel.axes)} {{"]
+    domain = "side by side" if kernel.parts else f"over {_axes(kernel.axes)}"
+    lines = [f"{name}({_lists(buffers, kernel.sizes, kernel.scalars)}) {domain} {{"]
+    for part in kernel.parts:
+        lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
+        lines += [f"    {line}" for line in print_kernel(part.kernel).splitlines()]
+        lines.append("  }")
     lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
     return "\n".join([*lines, "}"])
+
+
+def _lists(*lists: Sequence[str]) -> str:
+    """`a, b; c`: lists apart, empty ones at the end left out."""
+    texts = [", ".join(names) for names in lists]
+    while texts and not texts[-1]:
+        texts.pop()
+    return "; ".join(texts)
 
 
 def canonical(kernel: Kernel) -> Kernel:
@@ -131,7 +151,8 @@ def canonical(kernel: Kernel) -> Kernel:
             a_value, b_value = use(dot.a_value), use(dot.b_value)
             dot = Dot(var(dot.out), dot.k, a, a_value, b, b_value)
         stages.append(Stage(stage.axes, body(stage.body), dot))
-    return replace(kernel, stages=tuple(stages))
+    parts = tuple(replace(part, kernel=canonical(part.kernel)) for part in kernel.parts)
+    return replace(kernel, stages=tuple(stages), parts=parts)
 
 
 def _axes(axes: tuple[Axis, ...]) -> str:
@@ -190,7 +211,10 @@ def _statement(s: Statement) -> str:
     return f"{_var(s.out)} = {right}"
 
 
-_HEADER = re.compile(r"kernel(64)?\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\) over \((.*)\) \{\Z")
+_LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
+_HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side) \{{\Z")
+_PART = re.compile(rf"part {_LISTS} \{{\Z")
+_END = re.compile(r"\}\Z")
 _STAGE = re.compile(r"stage \((.*)\) \{\Z")
 _DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
 _DOT_END = re.compile(r"\} (.+), (.+)\Z")
@@ -238,23 +262,31 @@ class _Parser:
 
     def kernel(self) -> Kernel:
         head, _ = self.next(_HEADER)
+        self.vars = {}
         buffers = []
         for part in _items(head[2]):
             name, dtype, access = re.fullmatch(r"(\w+): (\w+) (\w+)", part).groups()
             buffers.append(Buffer(name, DTYPES[dtype], access))
-        self.sizes = tuple(_items(head[3]))
-        axes = self.axes(head[5])
-        stages = []
+        sizes = self.sizes = tuple(_items(head[3]))
+        axes = self.axes(head[5] or "")
+        stages, parts = [], []
         while not self.peek().startswith("}"):
-            found, _ = self.next(_STAGE)
-            stages.append(self.stage(self.axes(found[1])))
+            if head[5] is None:
+                found, _ = self.next(_PART)
+                parts.append(Part(self.kernel(), *(tuple(_items(found[i])) for i in (1, 2, 3))))
+                self.next(_END)
+            else:
+                found, _ = self.next(_STAGE)
+                stages.append(self.stage(self.axes(found[1])))
+        self.next(_END)
         return Kernel(
             tuple(buffers),
-            self.sizes,
+            sizes,
             tuple(_items(head[4])),
             axes,
             tuple(stages),
             head[1] is not None,
+            tuple(parts),
         )
 
     def stage(self, axes: tuple[Axis, ...]) -> Stage:

@@ -49,6 +49,24 @@ class Launch:
     sizes: tuple[int, ...]
     scalars: tuple[int, ...]
 
+    def alone(self) -> tuple[Launch, ...]:
+        """A launch for each kernel that runs side by side in this one; itself if it is only one."""
+        kernel = self.kernel
+        if not kernel.parts:
+            return (self,)
+        buffers = dict(zip((b.name for b in kernel.buffers), self.buffers, strict=True))
+        sizes = dict(zip(kernel.sizes, self.sizes, strict=True))
+        scalars = dict(zip(kernel.scalars, self.scalars, strict=True))
+        return tuple(
+            Launch(
+                part.kernel,
+                tuple(buffers[name] for name in part.buffers),
+                tuple(sizes[name] for name in part.sizes),
+                tuple(scalars[name] for name in part.scalars),
+            )
+            for part in kernel.parts
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

@@ -82,7 +82,7 @@ def _bindings(launch: Launch) -> str:
     return "; ".join(lists)
 
 
-_HEADER = re.compile(r"plan (\w+) on (\S+) arena (\d+) \{\Z")
+_HEADER = re.compile(r"plan ([\w<>]+) on (\S+) arena (\d+) \{\Z")
 _BUFFER = re.compile(
     r"(input|output|arena)\s+(\w+): (\S+)(?: strides (\([^)]*\)))? (?:<-|=|at) (\d+)\Z"
 )

@@ -38,15 +38,20 @@ def bytes_moved(plan: Plan) -> tuple[int, ...]:
     """Per launch, the bytes of unique addresses loaded plus those stored."""
     buffers = {b.name: b for b in plan.buffers}
     totals = []
-    for launch in plan.launches:
-        sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-        kernel = substitute(launch.kernel, sizes)
-        memory = dict(zip((b.name for b in kernel.buffers), launch.buffers, strict=True))
-        total = 0
-        for (name, _), accesses in _accesses(kernel).items():
-            buffer = buffers[memory[name]]
-            total += _addresses(list(accesses), buffer) * buffer.type.dtype.itemsize
-        totals.append(total)
+    for together in plan.launches:
+        found: dict[tuple[str, type], dict[_Access, None]] = {}
+        for launch in together.alone():
+            sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+            kernel = substitute(launch.kernel, sizes)
+            memory = dict(zip((b.name for b in kernel.buffers), launch.buffers, strict=True))
+            for (name, kind), accesses in _accesses(kernel).items():
+                found.setdefault((memory[name], kind), {}).update(accesses)
+        totals.append(
+            sum(
+                _addresses(list(accesses), buffers[name]) * buffers[name].type.dtype.itemsize
+                for (name, _), accesses in found.items()
+            )
+        )
     return tuple(totals)
 
 

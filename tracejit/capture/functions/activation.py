@@ -270,10 +270,9 @@ def with_inplace(implementation: Rule, position: int) -> Rule:
 
 def _register(name: str, implementation: Rule, arguments: int) -> None:
     """All spellings; the Python functions of torch.nn.functional take `inplace` as well."""
-    for function in spellings(name):
-        if inspect.isfunction(function):
-            RULES.setdefault(function, with_inplace(implementation, arguments))
-    register((name,), implementation)
+    flagged = with_inplace(implementation, arguments)
+    python = (f for f in spellings(name) if inspect.isfunction(f))
+    register((name,), implementation, others=dict.fromkeys(python, flagged))
 
 
 def _row_major(implementation: Rule) -> Rule:
@@ -403,10 +402,8 @@ def glu(t: Tracer, input: Tensor, dim: int = -1) -> TracedTensor:
 
 
 register(("gelu",), gelu)
-RULES[functional.hardtanh] = with_inplace(_checked_hardtanh, 2)
-RULES[functional.relu6] = with_inplace(relu6, 0)
-register(("hardtanh",), hardtanh)
-register(("relu6",), relu6)
+_register("relu6", relu6, 0)
+register(("hardtanh",), hardtanh, others={functional.hardtanh: with_inplace(_checked_hardtanh, 2)})
 register(("softsign",), softsign, inplace=False)
 register(("tanhshrink",), tanhshrink, inplace=False)
 register(("prelu",), prelu, inplace=False)
@@ -441,9 +438,10 @@ def alpha_dropout(
     return dropout(t, input, p, training)
 
 
+OFF = (functional.alpha_dropout, functional.feature_alpha_dropout)
 for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
     for _function in (*spellings(_name), *spellings(_name + "_")):
-        RULES.setdefault(_function, dropout)
+        RULES[_function] = alpha_dropout if _function in OFF else dropout
 
 
 def _of_batches(rank: int):
@@ -465,5 +463,3 @@ def _of_batches(rank: int):
 RULES[functional.dropout1d] = _of_batches(3)
 RULES[functional.dropout2d] = dropout
 RULES[functional.dropout3d] = _of_batches(5)
-for _name in ("alpha_dropout", "feature_alpha_dropout"):
-    RULES[getattr(functional, _name)] = alpha_dropout

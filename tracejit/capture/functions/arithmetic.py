@@ -10,6 +10,7 @@ from tracejit.autodiff import zeros
 from tracejit.capture.functions.common import (
     Number,
     as_float,
+    as_number,
     cast,
     check_overlap,
     check_range,
@@ -17,6 +18,7 @@ from tracejit.capture.functions.common import (
     expand,
     in_place,
     literal,
+    moved,
     operand,
     operands_as,
     pointwise,
@@ -30,7 +32,7 @@ from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.table import RULES, rule
 from tracejit.capture.tensor import TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.graph import Arg, Value
+from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import DType, b1, f32, u8
 
 Tensor = torch.Tensor
@@ -56,6 +58,9 @@ def _linear(
     t: Tracer, emit: Callable[[Arg, Arg], Value], input: object, other: object, alpha: Number
 ) -> TracedTensor:
     """emit(input, alpha·other), rounded once where the dtype is narrow."""
+    alpha = as_number(t, alpha)
+    if isinstance(alpha, Tensor):
+        other, alpha = mul(t, other, alpha), 1
     dtype = result_dtype((operand(t, input), operand(t, other)))
     unscaled = not isinstance(alpha, TracedFloat) and alpha == 1
     if not dtype.is_float and isinstance(alpha, float):
@@ -102,9 +107,27 @@ def rsub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> Trace
 
 
 def mul(t: Tracer, input: object, other: object) -> TracedTensor:
+    return _product(t, input, other, _holding(t, t.b.mul))
+
+
+def scaled(t: Tracer, input: Tensor, factor: Number) -> TracedTensor:
+    """A product with a number that torch keeps as a number, as alpha and beta."""
+    return _product(t, input, factor, t.b.mul)
+
+
+def _product(t: Tracer, input: object, other: object, emit: Callable) -> TracedTensor:
     dtype = result_dtype((operand(t, input), operand(t, other)))
-    emit = t.b.and_ if dtype is b1 else t.b.mul
-    return pointwise(t, emit, (input, other), wide=True)
+    return pointwise(t, t.b.and_ if dtype is b1 else emit, (input, other), wide=True)
+
+
+def _holding(t: Tracer, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg], Value]:
+    """A product or quotient: torch saves a number among the operands as it saves a tensor."""
+
+    def wrapped(x: Arg, y: Arg) -> Value:
+        out = emit(x, y)
+        return out if _is_tensor(x) and _is_tensor(y) else t.saves(out)
+
+    return wrapped
 
 
 def div(
@@ -113,7 +136,7 @@ def div(
     if rounding_mode == "floor":
         _check_divisor(t, input, other)
         return pointwise(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
-    quotient = pointwise(t, t.b.div, (input, other), to=as_float, wide=True)
+    quotient = pointwise(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
     if rounding_mode is None:
         return quotient
     if rounding_mode != "trunc":
@@ -125,21 +148,23 @@ def rdiv(t: Tracer, input: object, other: object) -> TracedTensor:
     """number / tensor, which torch computes as reciprocal(tensor) · number."""
 
     def emit(x: Value, y: Arg) -> Value:
-        with t.untaped():
-            reciprocal = t.b.div(1.0, x)
-        t.derive(
-            "reciprocal",
-            (x,),
-            reciprocal,
-            lambda b, cts, need: (b.neg(b.mul(cts[0], b.mul(reciprocal, reciprocal))),),
-        )
-        return t.b.mul(reciprocal, y)
+        return t.saves(t.b.mul(_reciprocal(t, x), y))
 
     return pointwise(t, emit, (input, other), to=as_float, wide=True)
 
 
 def reciprocal(t: Tracer, input: object) -> TracedTensor:
-    return rdiv(t, input, 1)
+    return pointwise(t, lambda x: _reciprocal(t, x), (input,), to=as_float)
+
+
+def _reciprocal(t: Tracer, x: Value) -> Value:
+    with t.untaped():
+        y = t.b.div(1.0, x)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        return (b.neg(b.mul(cts[0], b.mul(y, y))),)
+
+    return t.derive("reciprocal", (x,), y, vjp)
 
 
 def _no_derivative(t: Tracer, name: str, emit):
@@ -204,7 +229,10 @@ def power(t: Tracer, input: object, exponent: object) -> TracedTensor:
     out = pointwise(t, t.b.pow, (input, exponent))
     if isinstance(input, Tensor):
         return out
-    return t.fresh(t.read(out.handle))  # row-major, whatever the exponent's strides
+    value = t.read(out.handle)
+    result = t.fresh(value)  # row-major, whatever the exponent's strides
+    t.saves(value, t.read(result.handle), t.read(t.lift(exponent)))
+    return result
 
 
 def _raise_to(b, x: Value, e: Number) -> Value:
@@ -240,7 +268,7 @@ def _power_literal(t: Tracer, x: Value, e: Number) -> Value:
             return (b.mul(g, 0.0),)
         return (b.mul(g, b.mul(_power_literal(t, x, e - 1), e)),)
 
-    return t.derive("pow", (x,), out, vjp)
+    return t.saves(t.derive("pow", (x,), out, vjp), x)
 
 
 def maximum(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
@@ -431,8 +459,7 @@ for _name, _implementation in (
     ("__iadd__", add),
     ("__isub__", sub),
     ("__imul__", mul),
-    ("__idiv__", div),
-    ("__itruediv__", div),
+    ("__itruediv__", div),  # torch's __idiv__ too
     ("__ifloordiv__", floor_divide),
     ("__imod__", remainder),
     ("__ipow__", power),
@@ -443,18 +470,24 @@ for _name, _implementation in (
     ("__irshift__", _bitwise("shr")),
 ):
     if hasattr(Tensor, _name):
-        RULES.setdefault(getattr(Tensor, _name), in_place(_implementation))
+        RULES[getattr(Tensor, _name)] = in_place(_implementation)
 
 
 @rule(Tensor.copy_)
 def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(src, Tensor):
+        return fill_(t, self, src)
     into, source = t.lift(self), t.lift(src)
     if into.device != source.device:
-        raise t.unsupported("Copies between devices have no rule; do them outside the step")
+        src = moved(t, source, into.device)
+        source = src.handle
     if common_shape(t, (operand(t, self), operand(t, src))) != into.shape:
         raise t.shape_error(
             f"output with shape {list(into.shape)} doesn't match the shape {list(source.shape)}"
         )
+    mine, its = ((h.storage, h.offset, h.shape, h.strides) for h in (into, source))
+    if mine == its and 0 in into.strides:  # an expanded tensor may be copied to itself only
+        return self
     check_overlap(t, into, source)
     (value,) = operands_as(t, (operand(t, src),), into.dtype, into.shape)
     new = t.b.alias(value)

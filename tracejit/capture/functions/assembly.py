@@ -34,7 +34,7 @@ from tracejit.capture.functions.movement import (
 )
 from tracejit.capture.scalars import is_runtime
 from tracejit.capture.table import rule
-from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.tensor import TracedTensor, elementwise_strides
 from tracejit.capture.tracer import Tracer
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64
@@ -184,10 +184,15 @@ def split(t: Tracer, tensor: Tensor, split_size_or_sections: object, dim: int = 
     if size < 0 or (size == 0 and n):
         raise t.shape_error(f"split expects split_size be non-negative and not 0, but got {size}")
     starts = range(0, n, size) if n else (0,)
-    return tuple(narrow(t, tensor, axis, s, min(size, n - s)) for s in starts)
+    return t.together(tuple(narrow(t, tensor, axis, s, min(size, n - s)) for s in starts))
 
 
 def split_with_sizes(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int = 0) -> tuple:
+    """Views of the given sizes."""
+    return t.together(_pieces(t, tensor, split_sizes, dim))
+
+
+def _pieces(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int) -> tuple:
     h = t.lift(tensor)
     axis, sizes = normal_axis(t, dim, len(h.shape)), [int(n) for n in split_sizes]
     if not h.shape or sum(sizes) != h.shape[axis] or any(n < 0 for n in sizes):
@@ -231,7 +236,7 @@ def tensor_split(
             raise t.shape_error(f"number of sections must be larger than 0, got {given}")
         small, more = divmod(n, given)
         sizes = [small + (k < more) for k in range(given)]
-        return split_with_sizes(t, input, sizes, axis)
+        return _pieces(t, input, sizes, axis)
     ends = [*(slice(None, int(i)).indices(n)[1] for i in given), n]
     begins = [0, *ends[:-1]]
     return tuple(
@@ -274,6 +279,9 @@ def pad(
     if any(n + a + b < 0 for n, a, b in zip(h.shape, low, high, strict=True)):
         raise t.shape_error(f"Padding {list(pad)} results in a negative output size")
     x = _cut(t, t.read(h), low, high)
+    if max(*low, *high, 0) == 0:  # torch clones what is left
+        shape = x.type.shape
+        return t.fresh(x, elementwise_strides(shape, [(shape, h.strides)]))
     widths = {
         "low": tuple(max(n, 0) for n in low),
         "high": tuple(max(n, 0) for n in high),
@@ -477,7 +485,6 @@ for _names, _implementation in (
     (("dsplit",), _split_along("dsplit", 2, 3)),
     (("pad",), pad),
     (("constant_pad_nd",), constant_pad_nd),
-    (("flip",), _flip_function),
     (("fliplr",), _flip_one("fliplr", 1)),
     (("flipud",), _flip_one("flipud", 0)),
     (("roll",), roll),
@@ -488,5 +495,5 @@ for _names, _implementation in (
 ):
     register(_names, _implementation, inplace=False)
 rule(Tensor.repeat)(sized("repeats", repeat))
-rule(Tensor.flip)(sized("dims", flip))
+register(("flip",), _flip_function, inplace=False, others={Tensor.flip: sized("dims", flip)})
 rule(torch.tile, Tensor.tile)(sized("dims", tile))

@@ -258,6 +258,8 @@ def set_data(t: Tracer, self: Tensor, value: Tensor) -> None:
     h, x = t.lift(self), t.lift(value)
     if (h.shape, h.dtype, h.device) != (x.shape, x.dtype, x.device):
         raise t.unsupported("Assigning .data of another shape, dtype or device has no rule")
+    if (x.storage, x.offset, x.strides) == (h.storage, h.offset, h.strides):
+        return  # its own memory, as `t.data -= x` assigns it
     if x.steps or h.steps or x.is_real or x.strides != h.strides:
         raise t.unsupported(
             "Assigning .data from a view or a tensor made outside has no rule; use p.data.copy_(x)"

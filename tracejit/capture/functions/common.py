@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 import torch
 
-from tracejit.capture import location
+from tracejit.capture import host, location
 from tracejit.capture.scalars import TracedFloat, is_runtime
 from tracejit.capture.table import RULES, Rule, spellings
 from tracejit.capture.tensor import (
@@ -46,12 +47,22 @@ def operand(t: Tracer, x: object) -> Operand:
     if isinstance(x, torch.Tensor):
         return Operand(t.lift(x))
     if isinstance(x, (bool, int, float)):
-        return Operand(None, x)
+        return Operand(None, t.number(x))
     if isinstance(x, np.generic) and x.dtype.kind in "biuf":
         return Operand(None, x.item())
     if getattr(t.calling, "__name__", "").startswith("__"):
         raise TypeError(f"unsupported operand type: {type(x).__name__}")
     raise t.unsupported(f"An operand of type {type(x).__name__} has no rule")
+
+
+def as_number(t: Tracer, x: object) -> object:
+    """A 0-d tensor given for a number: the number where the host knows it, else the tensor."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    if t.lift(x).shape:
+        raise t.shape_error("a number is expected, or a tensor with 0 dimensions")
+    number = host.item(t, t.lift(x))
+    return x if number is None else number
 
 
 def default_dtype() -> DType:
@@ -170,6 +181,32 @@ def common_shape(t: Tracer, operands: Sequence[Operand]) -> Ints:
     return shape
 
 
+def on_one_device(t: Tracer, operands: Sequence[Operand]) -> Sequence[Operand]:
+    """Operands with 0-d tensors of the CPU moved to the device of the others, as eager allows."""
+    devices = {x.handle.device for x in operands if x.handle is not None}
+    if len(devices) == 1:
+        return operands
+    alone = [x.handle is not None and not x.handle.shape for x in operands]
+    alone = [yes and x.handle.device == "cpu" for yes, x in zip(alone, operands, strict=True)]
+    others = devices - {"cpu"}
+    if len(others) != 1:
+        return operands
+    (device,) = others
+    return [
+        Operand(moved(t, x.handle, device).handle) if yes else x
+        for yes, x in zip(alone, operands, strict=True)
+    ]
+
+
+def moved(t: Tracer, h: Handle, device: str) -> TracedTensor:
+    """A copy on another device of a tensor of one element, whose number the host knows."""
+    number = host.item(t, h)
+    if number is None or (t.grad_on and t.requires_grad(h)):
+        raise t.unsupported("Copies between devices have no rule; do them outside the step")
+    value = literal(number, h.dtype)
+    return t.fresh(t.b.full(value, shape=h.shape, dtype=h.dtype, device=device))
+
+
 def _broadcast_reason(shapes: list[Ints]) -> str:
     rank = max(map(len, shapes))
     for axis in reversed(range(rank)):
@@ -230,7 +267,7 @@ def pointwise(
 
     `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`.
     """
-    operands = [operand(t, x) for x in xs]
+    operands = on_one_device(t, [operand(t, x) for x in xs])
     shape = common_shape(t, operands)
     value = emit(*operands_as(t, operands, to(result_dtype(operands)), shape, wide=wide))
     return t.fresh(value, result_strides(operands, shape))
@@ -338,15 +375,24 @@ def in_place(out_of_place: Rule) -> Rule:
     return rule
 
 
-def register(names: Sequence[str], implementation: Rule, *, inplace: bool = True) -> None:
-    """Register a rule for every spelling of these names, and of their in-place forms."""
+def register(
+    names: Sequence[str],
+    implementation: Rule,
+    *,
+    inplace: bool = True,
+    others: Mapping[Callable, Rule] = MappingProxyType({}),
+) -> None:
+    """Register a rule for every spelling of these names, and of their in-place forms.
+
+    `others` are the rules of the spellings that take their arguments in another way.
+    """
     for name in names:
         if name.startswith("__"):  # torch.__eq__ is the module's own
             if hasattr(torch.Tensor, name):
-                RULES.setdefault(getattr(torch.Tensor, name), implementation)
+                RULES[getattr(torch.Tensor, name)] = implementation
             continue
         for function in spellings(name):
-            RULES.setdefault(function, implementation)
+            RULES[function] = others.get(function, implementation)
         if inplace:
             for function in spellings(name + "_"):
-                RULES.setdefault(function, in_place(implementation))
+                RULES[function] = in_place(implementation)

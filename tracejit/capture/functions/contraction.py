@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tracejit.capture.functions.arithmetic import add, mul
+from tracejit.capture.functions.arithmetic import add, scaled
 from tracejit.capture.functions.common import expand, register
 from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.table import rule
@@ -130,22 +130,32 @@ def linear(t: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return result if bias is None else add(t, result, bias)
 
 
+def plus(
+    t: Tracer, input: Tensor, product: TracedTensor, beta: float, alpha: float
+) -> TracedTensor:
+    """beta * input + alpha * product, the factors in their dtype; an input times 0 is not read."""
+    shape, given = product.handle.shape, t.lift(input).shape
+    if broadcast_shape([given, shape]) != shape:
+        raise t.shape_error(f"input of shape {list(given)} does not expand to {list(shape)}")
+    dtype = product.handle.dtype
+    if not dtype.is_float:
+        if isinstance(alpha, TracedFloat) or isinstance(beta, TracedFloat):
+            raise t.unsupported("Give int factors for int tensors")
+        number = bool if dtype is b1 else int
+        beta, alpha = number(beta), number(alpha)
+    if isinstance(alpha, float) or alpha != 1:
+        product = scaled(t, product, alpha)
+    if not isinstance(beta, TracedFloat) and beta == 0:
+        return t.fresh(t.unread(t.read(product.handle), t.read(t.lift(input))))
+    if isinstance(beta, float) or beta != 1:
+        input = scaled(t, input, beta)
+    return add(t, product, input)
+
+
 def addmm(
     t: Tracer, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    product = mm(t, mat1, mat2)
-    if not isinstance(beta, TracedFloat) and beta == 0:  # torch does not read input then
-        out = product if alpha == 1 else mul(t, product, alpha)
-        return t.fresh(t.unread(t.read(out.handle), t.read(t.lift(input))))
-    shape = product.handle.shape
-    given = t.lift(input).shape
-    if broadcast_shape([given, shape]) != shape:
-        raise t.shape_error(f"input of shape {list(given)} does not expand to {list(shape)}")
-    if isinstance(alpha, float) or alpha != 1:
-        product = mul(t, product, alpha)
-    if isinstance(beta, float) or beta != 1:
-        input = mul(t, input, beta)
-    return add(t, product, input)
+    return plus(t, input, mm(t, mat1, mat2), beta, alpha)
 
 
 for _names, _implementation in (

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tracejit.capture import location
 from tracejit.capture.functions.common import cast, expand
+from tracejit.capture.rejections import check_saved
 from tracejit.capture.table import function_name
 from tracejit.capture.tensor import TO_TORCH, Ints
 from tracejit.capture.tracer import Tracer
@@ -49,9 +50,9 @@ def derived(
 
     def vjp(b, cts, need):
         first = len(b.nodes)
-        reading, t._reading = t._reading, None
+        reading, t.reading = t.reading, None
         g, y, *wide = (widen(t, v) for v in (cts[0], out, *inputs))
-        t._reading = reading
+        t.reading = reading
         casts = {node.out: node for node in b.nodes[first:]}
         first += len(casts)
         found: list[Value | None] = []
@@ -62,7 +63,7 @@ def derived(
         if reading is not None:  # of the saved values, those count that a formula read
             used = {v for node in b.nodes[first:] for v in node.inputs}
             for value in casts.keys() & used:
-                t._check_saved(casts[value])
+                check_saved(t, casts[value])
         return found
 
     return t.derive(name, inputs, out, vjp)

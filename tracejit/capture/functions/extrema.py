@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture import location
+from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import expand, normal_axis, register
 from tracejit.capture.functions.patterns import position
-from tracejit.capture.functions.reduction import keep
-from tracejit.capture.table import RULES, Rule, rule
+from tracejit.capture.functions.reduction import keep, whole
+from tracejit.capture.table import Rule
 from tracejit.capture.tensor import Handle, TracedTensor
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError
@@ -81,7 +82,7 @@ def _with_index(t: Tracer, input: Tensor, dim: int, keepdim: bool, name: str) ->
     made = getattr(torch.return_types, name)
     if not h.shape:
         zero = t.b.full(0, shape=(), dtype=i64, device=h.device)
-        return made((t.fresh(t.b.alias(x)), t.fresh(zero)))
+        return made((t.fresh(t.saves(t.b.alias(x))), t.fresh(zero)))  # torch saves the index
     with t.untaped():
         top, first = _extremum(t, x, axis, name)
     kept = (*h.shape[:axis], 1, *h.shape[axis + 1 :])
@@ -97,22 +98,25 @@ def _with_index(t: Tracer, input: Tensor, dim: int, keepdim: bool, name: str) ->
     return made(tuple(t.fresh(keep(t, v, h.shape, (axis,), keepdim)) for v in (values, first)))
 
 
-def _extremum_function(name: str, others: Rule):
+def _extremum_function(name: str, elementwise: Rule):
     """max and min: of everything, of two tensors, and along a dim."""
+    of_all = whole(name)
 
     def either(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> object:
-        names = ("dim", "keepdim")
-        given = dict(zip(names, args, strict=False)) | kwargs
-        if "dim" not in given or isinstance(given["dim"], Tensor):
-            return others(t, input, *args, **kwargs)
-        if set(given) - set(names):
-            raise t.unsupported(f"The options {sorted(set(given) - set(names))} have no rule")
+        given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
+        if not given:
+            return of_all(t, input)
+        other = given.get("other", given.get("dim"))
+        if isinstance(other, Tensor) and len(given) == 1:
+            return elementwise(t, input, other)
+        unknown = sorted(set(given) - {"dim", "keepdim"})
+        if unknown or "dim" not in given:
+            raise t.unsupported(f"The options {unknown or sorted(given)} have no rule")
         return _with_index(t, input, given["dim"], bool(given.get("keepdim", False)), name)
 
     return either
 
 
-for _name in ("max", "min"):
-    for _function in (getattr(torch, _name), getattr(Tensor, _name)):
-        rule(_function)(_extremum_function(_name, RULES[_function]))
+for _name, _elementwise in (("max", maximum), ("min", minimum)):
+    register((_name,), _extremum_function(_name, _elementwise), inplace=False)
     register((f"arg{_name}",), _arg(_name), inplace=False)

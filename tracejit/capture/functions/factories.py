@@ -1,8 +1,9 @@
-"""New tensors from nothing, and casts: zeros, ones, full, arange, tensor, *_like, to, float, …"""
+"""New tensors from nothing, and casts: zeros, ones, full, arange, *_like, to, float, …"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from tracejit.capture.functions.common import (
     common_shape,
     default_dtype,
     literal,
+    moved,
     number_dtype,
     operand,
     register,
@@ -19,9 +21,10 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
 from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.table import rule
+from tracejit.capture.table import RULES, rule
 from tracejit.capture.tensor import TO_IR, Handle, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
+from tracejit.ir.graph import Value
 from tracejit.ir.types import DType, f64, i64
 
 Tensor = torch.Tensor
@@ -43,166 +46,114 @@ def ir_dtype(t: Tracer, dtype: torch.dtype) -> DType:
     return TO_IR[dtype]
 
 
-def _plain(t: Tracer, options: dict) -> None:
-    """Refuse factory options that would change the result."""
-    for name, value in options.items():
-        harmless = {
-            "layout": (None, torch.strided),
-            "pin_memory": (None, False),
-            "memory_format": (None, torch.preserve_format, torch.contiguous_format),
-            "out": (None,),
-            "names": (None,),
-        }
-        if name not in harmless or value not in harmless[name]:
+class Options(NamedTuple):
+    """What every factory takes by keyword."""
+
+    dtype: DType | None  # None: what the function chooses
+    device: str
+    requires_grad: bool
+    packed: bool  # row-major, however the tensor that is copied is laid out
+
+
+HARMLESS = {
+    "layout": (None, torch.strided),
+    "pin_memory": (None, False),
+    "memory_format": (None, torch.preserve_format, torch.contiguous_format),
+    "out": (None,),
+    "names": (None,),
+}
+
+
+def options_of(t: Tracer, options: dict, like: Handle | None = None) -> Options:
+    """The keywords of a factory, by default as those of a tensor that it is made like.
+
+    Those that would change the result otherwise are refused.
+    """
+    given = {"dtype": None, "device": None, "requires_grad": False} | options
+    dtype, device, requires_grad = (given.pop(k) for k in ("dtype", "device", "requires_grad"))
+    for name, value in given.items():
+        if name not in HARMLESS or value not in HARMLESS[name]:
             raise t.unsupported(f"The option {name}={value!r} has no rule")
+    kept = like is not None and dtype is None
+    return Options(
+        like.dtype if kept else None if dtype is None else ir_dtype(t, dtype),
+        like.device if like is not None and device is None else device_name(device),
+        bool(requires_grad),
+        given.get("memory_format") is torch.contiguous_format,
+    )
 
 
-def _make(
+def made(
+    t: Tracer, value: Value, requires_grad: bool = False, strides: Ints | None = None
+) -> TracedTensor:
+    """A new tensor of a value, a leaf if it requires grad."""
+    out = t.fresh(value, strides)
+    if requires_grad:
+        t.make_leaf(out.handle)
+    return out
+
+
+def filled(
     t: Tracer,
     value: Number,
     shape: Ints,
     dtype: DType,
-    device: str,
-    requires_grad: bool,
+    options: Options,
     strides: Ints | None = None,
 ) -> TracedTensor:
+    """A new tensor of one number."""
     if any(n < 0 for n in shape):
         raise t.shape_error(f"Trying to create tensor with negative dimension: {list(shape)}")
     check_range(t, value, dtype)
-    made = t.b.full(literal(value, dtype), shape=shape, dtype=dtype, device=device)
-    made = t.fresh(made, strides)
-    if requires_grad:
-        t.make_leaf(made.handle)
-    return made
+    full = t.b.full(literal(value, dtype), shape=shape, dtype=dtype, device=options.device)
+    return made(t, full, options.requires_grad, strides)
+
+
+def _size(t: Tracer, size: tuple, options: dict) -> Ints:
+    return size_args(t, (options.pop("size"),) if "size" in options else size)
 
 
 def _constant(value: Number):
-    def factory(
-        t: Tracer,
-        *size: object,
-        dtype: torch.dtype | None = None,
-        device: object = None,
-        requires_grad: bool = False,
-        **options: object,
-    ) -> TracedTensor:
-        given = (options.pop("size"),) if "size" in options else size
-        _plain(t, options)
-        chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
-        shape = size_args(t, given)
-        return _make(t, value, shape, chosen, device_name(device), requires_grad)
+    def factory(t: Tracer, *size: object, **options: object) -> TracedTensor:
+        shape = _size(t, size, options)
+        o = options_of(t, options)
+        return filled(t, value, shape, o.dtype or default_dtype(), o)
 
     return factory
 
 
 def _constant_like(value: Number):
-    def factory(
-        t: Tracer,
-        input: Tensor,
-        *,
-        dtype: torch.dtype | None = None,
-        device: object = None,
-        requires_grad: bool = False,
-        **options: object,
-    ) -> TracedTensor:
-        return full_like(
-            t, input, value, dtype=dtype, device=device, requires_grad=requires_grad, **options
-        )
+    def factory(t: Tracer, input: Tensor, **options: object) -> TracedTensor:
+        return full_like(t, input, value, **options)
 
     return factory
 
 
-def full(
-    t: Tracer,
-    size: object,
-    fill_value: Number,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
-    _plain(t, options)
+def full(t: Tracer, size: object, fill_value: Number, **options: object) -> TracedTensor:
+    o = options_of(t, options)
     if isinstance(fill_value, Tensor):
         raise t.unsupported("A fill value that is a tensor has no rule; use expand")
-    chosen = number_dtype(fill_value) if dtype is None else ir_dtype(t, dtype)
-    return _make(t, fill_value, size_args(t, (size,)), chosen, device_name(device), requires_grad)
+    return filled(t, fill_value, size_args(t, (size,)), o.dtype or number_dtype(fill_value), o)
 
 
-def full_like(
-    t: Tracer,
-    input: Tensor,
-    fill_value: Number,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
-    _plain(t, options)
+def full_like(t: Tracer, input: Tensor, fill_value: Number, **options: object) -> TracedTensor:
     h = t.lift(input)
-    chosen = h.dtype if dtype is None else ir_dtype(t, dtype)
-    place = h.device if device is None else device_name(device)
-    packed = options.get("memory_format") is torch.contiguous_format
-    strides = None if packed else preserved_strides(h)
-    return _make(t, fill_value, h.shape, chosen, place, requires_grad, strides)
+    o = options_of(t, options, h)
+    return filled(t, fill_value, h.shape, o.dtype, o, None if o.packed else preserved_strides(h))
 
 
 def _new_constant(value: Number):
-    def method(
-        t: Tracer,
-        self: Tensor,
-        *size: object,
-        dtype: torch.dtype | None = None,
-        device: object = None,
-        requires_grad: bool = False,
-        **options: object,
-    ) -> TracedTensor:
-        given = (options.pop("size"),) if "size" in options else size
-        return _new_full(
-            t, self, size_args(t, given), value, dtype, device, requires_grad, **options
-        )
+    def method(t: Tracer, self: Tensor, *size: object, **options: object) -> TracedTensor:
+        return _new_full(t, self, _size(t, size, options), value, **options)
 
     return method
 
 
 def _new_full(
-    t: Tracer,
-    self: Tensor,
-    size: object,
-    fill_value: Number,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
+    t: Tracer, self: Tensor, size: object, fill_value: Number, **options: object
 ) -> TracedTensor:
-    _plain(t, options)
-    h = t.lift(self)
-    chosen = h.dtype if dtype is None else ir_dtype(t, dtype)
-    place = h.device if device is None else device_name(device)
-    return _make(t, fill_value, size_args(t, (size,)), chosen, place, requires_grad)
-
-
-@rule(torch.scalar_tensor)
-def scalar_tensor(t: Tracer, s: Number, **options: object) -> TracedTensor:
-    return tensor(t, s, **{"dtype": torch.get_default_dtype(), **options})
-
-
-@rule(torch.tensor)
-def tensor(
-    t: Tracer,
-    data: object,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
-    """torch.tensor of one number; a list would be a constant array, which has no rule yet."""
-    _plain(t, options)
-    if not isinstance(data, (bool, int, float)):
-        raise t.unsupported("Only torch.tensor(number) has a rule; build larger constants outside")
-    chosen = number_dtype(data) if dtype is None else ir_dtype(t, dtype)
-    return _make(t, data, (), chosen, device_name(device), requires_grad)
+    o = options_of(t, options, t.lift(self))
+    return filled(t, fill_value, size_args(t, (size,)), o.dtype, o)
 
 
 @rule(torch.arange)
@@ -211,14 +162,10 @@ def arange(
     start: Number = 0,
     end: Number | None = None,
     step: Number = 1,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
     **options: object,
 ) -> TracedTensor:
     """start, start + step, … below end."""
-    _plain(t, options)
+    o = options_of(t, options)
     if end is None:
         start, end = 0, start
     if any(isinstance(x, (Tensor, TracedFloat)) for x in (start, end, step)):
@@ -226,22 +173,18 @@ def arange(
     if step == 0 or (end - start) * step < 0:
         raise t.shape_error("upper bound and lower bound inconsistent with step sign")
     integral = not any(isinstance(x, float) for x in (start, end, step))
-    chosen = ir_dtype(t, dtype) if dtype is not None else (i64 if integral else default_dtype())
+    chosen = o.dtype or (i64 if integral else default_dtype())
     shape = (math.ceil((end - start) / step),)
-    place = device_name(device)
-    inner = f64 if chosen.is_float and place == "cpu" else chosen  # where torch counts
-    value = t.b.iota(axis=0, shape=shape, dtype=inner, device=place)
+    inner = f64 if chosen.is_float and o.device == "cpu" else chosen  # where torch counts
+    value = t.b.iota(axis=0, shape=shape, dtype=inner, device=o.device)
     if step != 1:
         value = t.b.mul(value, literal(step, inner))
     if start != 0:
         value = t.b.add(value, literal(start, inner))
-    made = t.fresh(cast(t, value, chosen))
-    if requires_grad:
-        t.make_leaf(made.handle)
-    return made
+    return made(t, cast(t, value, chosen), o.requires_grad)
 
 
-for _name, _value in (("zeros", 0), ("ones", 1)):
+for _name, _value in (("zeros", 0), ("ones", 1), ("empty", 0)):
     register((_name,), _constant(_value), inplace=False)
     register((f"{_name}_like",), _constant_like(_value), inplace=False)
     register((f"new_{_name}",), _new_constant(_value), inplace=False)
@@ -274,7 +217,7 @@ def to(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         elif isinstance(arg, Tensor):
             other = t.lift(arg)
             if other.device != h.device:
-                raise t.unsupported("Copies between devices have no rule; do them outside")
+                input = moved(t, h, other.device)
             return converted(t, input, other.dtype)
         elif isinstance(arg, (str, torch.device)):
             device = arg
@@ -283,7 +226,7 @@ def to(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     if kwargs:
         raise t.unsupported(f"The options {sorted(kwargs)} have no rule")
     if device is not None and device_name(device) != h.device:
-        raise t.unsupported("Copies between devices have no rule; do them outside the step")
+        input = moved(t, h, device_name(device))
     chosen = h.dtype if dtype is None else ir_dtype(t, dtype)
     return converted(t, input, chosen, bool(copy))
 
@@ -322,6 +265,16 @@ for _name, _dtype in (
     ("bool", torch.bool),
 ):
     rule(getattr(Tensor, _name))(_cast_method(_dtype))
+
+
+@rule(torch.as_tensor)
+def as_tensor(
+    t: Tracer, data: object, dtype: torch.dtype | None = None, device: object = None
+) -> Tensor:
+    """The tensor itself, or a copy of another dtype; of numbers, a new tensor."""
+    if isinstance(data, Tensor):
+        return to(t, data, dtype=dtype, device=device)
+    return RULES[torch.tensor](t, data, dtype=dtype, device=device)
 
 
 @rule(torch.broadcast_tensors)

@@ -13,6 +13,7 @@ from types import EllipsisType
 import torch
 
 from tracejit.capture import location
+from tracejit.capture.bounds import within
 from tracejit.capture.functions import movement
 from tracejit.capture.functions.arithmetic import copy_
 from tracejit.capture.functions.common import (
@@ -79,6 +80,9 @@ def gather(
             f"Size does not match: expected index {list(i.shape)} to be no larger than self "
             f"{list(h.shape)} apart from dimension {axis}"
         )
+    whole, n = x, x.type.shape[axis]
+    reason = f"index {{value}} is out of bounds for dimension {axis} with size {n}"
+    within(t, index, 0, n, t.shape_error(reason))
     if not at.type.numel:
         nothing = t.b.full(0, shape=i.shape, dtype=h.dtype, device=h.device)
         return t.fresh(t.unread(nothing, x) if h.dtype.is_float else nothing)
@@ -88,7 +92,7 @@ def gather(
     )
     if stops != x.type.shape:
         x = t.b.slice(x, starts=(0,) * len(stops), stops=stops, steps=(1,) * len(stops))
-    out = t.b.gather(x, at, axis=axis)
+    out = t.saves(t.b.gather(x, at, axis=axis), whole)
     return t.fresh(out if i.shape else t.b.reshape(out, shape=()))
 
 
@@ -106,12 +110,15 @@ def take_along_dim(
     if i.dtype is not i64:
         raise t.shape_error("take_along_dim(): dtype of indices should be Long")
     axis = normal_axis(t, dim, len(h.shape))
+    reason = f"index {{value}} is out of bounds for dimension {axis} with size {h.shape[axis]}"
+    within(t, indices, 0, h.shape[axis], t.shape_error(reason))
     rest = broadcast_shape([_without(h.shape, axis), _without(i.shape, axis)])
     if rest is None:
         raise t.shape_error("take_along_dim(): input and indices do not broadcast")
     x = expand(t, t.read(h), (*rest[:axis], h.shape[axis], *rest[axis:]))
-    at = expand(t, t.read(i), (*rest[:axis], i.shape[axis], *rest[axis:]))
-    return t.fresh(t.b.gather(x, at, axis=axis))
+    at = t.b.alias(t.read(i))  # torch wraps negative indices: it does not save what was given
+    at = expand(t, at, (*rest[:axis], i.shape[axis], *rest[axis:]))
+    return t.fresh(t.saves(t.b.gather(x, at, axis=axis), x))
 
 
 def _without(shape: Ints, axis: int) -> Ints:
@@ -126,6 +133,9 @@ def index_select(t: Tracer, input: Tensor, dim: int, index: Tensor) -> TracedTen
             where=location.full(), reason="index_select(): Index is supposed to be a vector"
         )
     at, n = _index(t, index, "index_select"), i.numel
+    length = h.shape[axis] if h.shape else 1
+    reason = f"INDICES element is out of DATA bounds, id={{value}} axis_dim={length}"
+    within(t, index, 0, length, t.shape_error(reason))
     x = t.read(h)
     if not h.shape:
         if n != 1:
@@ -141,6 +151,8 @@ def take(t: Tracer, input: Tensor, index: Tensor) -> TracedTensor:
     h, i = t.lift(input), t.lift(index)
     if i.dtype is not i64:
         raise t.shape_error("take(): Expected a long tensor for index")
+    reason = f"out of range: tried to access index {{value}} on a tensor of {h.numel} elements."
+    within(t, index, -h.numel, h.numel, AxisError(where=location.full(), reason=reason))
     flat = t.b.reshape(t.read(h), shape=(h.numel,))
     at = t.b.reshape(_wrapped(t, t.read(i), h.numel), shape=(i.numel,))
     return t.fresh(t.b.reshape(t.b.gather(flat, at, axis=0), shape=i.shape))
@@ -160,6 +172,8 @@ def embedding(
     w, i = t.lift(weight), t.lift(indices)
     if len(w.shape) != 2:
         raise t.shape_error("'weight' must be 2-D")
+    outside = AxisError(where=location.full(), reason="index out of range in self")
+    within(t, indices, 0, w.shape[0], outside)
     table, shape = t.read(w), (i.numel, w.shape[1])
     at = t.b.reshape(_index(t, indices, "embedding"), shape=(i.numel,))
     at = _along(t, at, shape, 0)
@@ -215,6 +229,10 @@ class _Chosen:
         self.axes = tuple(tensors)
         self.has_scalar = any(not t.lift(x).shape for x in tensors.values())
         shape = self.target.shape
+        for k, x in tensors.items():
+            reason = f"index {{value}} is out of bounds for dimension {k} with size {shape[k]}"
+            error = AxisError(where=location.full(), reason=reason)
+            within(t, x, -shape[k], shape[k], error)
         read = [cast(t, t.read(t.lift(x)), i64) for x in tensors.values()]
         self.batch = broadcast_shape([v.type.shape for v in read])
         if self.batch is None:
@@ -406,7 +424,7 @@ def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
 
 @rule(Tensor.__setitem__)
 def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
-    masked = movement._mask_of(t, index) is not None
+    masked = movement.mask_of(t, index) is not None
     (assign if is_advanced(index) and not masked else movement.setitem)(t, input, index, value)
 
 

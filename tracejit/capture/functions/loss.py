@@ -6,12 +6,15 @@ stands between a row's softmax and its loss.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Callable
 
 import torch
 
+from tracejit.capture import location
+from tracejit.capture.bounds import within
 from tracejit.capture.functions.activation import log_sigmoid
 from tracejit.capture.functions.arithmetic import add, div, mul, sub
 from tracejit.capture.functions.common import (
@@ -32,9 +35,10 @@ from tracejit.capture.functions.derived import (
 from tracejit.capture.functions.reduction import mean, sum_
 from tracejit.capture.functions.softmax import log_softmax
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import RULES, rule
+from tracejit.capture.table import RULES, Rule, rule
 from tracejit.capture.tensor import TracedTensor
 from tracejit.capture.tracer import Tracer
+from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import i64
 
@@ -42,16 +46,30 @@ Tensor = torch.Tensor
 functional = torch.nn.functional
 
 
-def _reduction(
-    t: Tracer, reduction: str, size_average: bool | None = None, reduce: bool | None = None
-) -> str:
-    """The reduction asked for; the old flags decide when they are given."""
-    if size_average is not None or reduce is not None:
-        average, any_ = size_average in (None, True), reduce in (None, True)
-        return "none" if not any_ else "mean" if average else "sum"
-    if reduction not in ("none", "mean", "sum"):
-        raise argument_error(t, f"{reduction} is not a valid value for reduction")
-    return reduction
+def loss(function: Callable) -> Callable[[Rule], Rule]:
+    """Register a rule of a loss: it gets the arguments by name, and `how` to reduce the losses.
+
+    The old flags `size_average` and `reduce` decide that when they are given, else `reduction`.
+    """
+    signature = inspect.signature(function)
+    known = ("none", "mean", "sum", *(("batchmean",) * (function is functional.kl_div)))
+
+    def register(implementation: Rule) -> Rule:
+        @rule(function)
+        def head(t: Tracer, *args: object, **kwargs: object) -> TracedTensor:
+            given = signature.bind(*args, **kwargs).arguments
+            how = given.pop("reduction", "mean")
+            flags = [given.pop(name, None) for name in ("size_average", "reduce")]
+            if flags != [None, None]:
+                average, any_ = (flag in (None, True) for flag in flags)
+                how = "none" if not any_ else "mean" if average else "sum"
+            if how not in known:
+                raise argument_error(t, f"{how} is not a valid value for reduction")
+            return implementation(t, how=how, **given)
+
+        return implementation
+
+    return register
 
 
 def _reduced(t: Tracer, losses: TracedTensor, reduction: str) -> TracedTensor:
@@ -146,18 +164,15 @@ def _pair(
     return pointwise(t, emit, (input, target))
 
 
-@rule(functional.mse_loss)
+@loss(functional.mse_loss)
 def mse_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    how: str,
     weight: Tensor | None = None,
 ) -> TracedTensor:
     """(input - target)²; its gradient is 2·(input - target)·g (·1/n)."""
-    how = _reduction(t, reduction, size_average, reduce)
     squared = FUNCTIONS["square"](t, sub(t, input, target))
     return _finish(t, squared, weight, how)
 
@@ -171,18 +186,15 @@ def _finish(t: Tracer, losses: TracedTensor, weight: Tensor | None, how: str) ->
     return div(t, sum_(t, mul(t, losses, weight)), sum_(t, weight))
 
 
-@rule(functional.l1_loss)
+@loss(functional.l1_loss)
 def l1_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    how: str,
     weight: Tensor | None = None,
 ) -> TracedTensor:
     """|input - target|."""
-    how = _reduction(t, reduction, size_average, reduce)
     weight = _unpassed_weight() if weight is None else weight
     return _finish(t, FUNCTIONS["abs"](t, sub(t, input, target)), weight, how)
 
@@ -198,51 +210,44 @@ def _unpassed_weight() -> Tensor | None:
     return None if frame is None else frame.f_locals.get("weight")
 
 
-@rule(functional.smooth_l1_loss)
+@loss(functional.smooth_l1_loss)
 def smooth_l1_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    how: str,
     beta: float = 1.0,
 ) -> TracedTensor:
-    how = _reduction(t, reduction, size_average, reduce)
     if beta < 0:
         raise t.shape_error("smooth_l1_loss does not support negative values for beta.")
     if beta == 0:
-        return l1_loss(t, input, target, reduction=how)
+        return l1_loss(t, input, target, how)
     losses = _pair(t, "smooth_l1_loss", _smooth_l1, _d_smooth_l1, input, target, beta)
     return _reduced(t, losses, how)
 
 
-@rule(functional.huber_loss)
+@loss(functional.huber_loss)
 def huber_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    reduction: str = "mean",
+    how: str,
     delta: float = 1.0,
     weight: Tensor | None = None,
 ) -> TracedTensor:
-    how = _reduction(t, reduction)
     if delta <= 0:
         raise t.shape_error("huber_loss does not support non-positive values for delta.")
     losses = _pair(t, "huber_loss", _huber, _d_huber, input, target, delta)
     return _finish(t, losses, weight, how)
 
 
-@rule(functional.soft_margin_loss)
+@loss(functional.soft_margin_loss)
 def soft_margin_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    how: str,
 ) -> TracedTensor:
-    how = _reduction(t, reduction, size_average, reduce)
 
     def emit(x: Value, z: Value) -> Value:
         require_float(t, "soft_margin_loss", x)
@@ -263,21 +268,19 @@ def soft_margin_loss(
 # --- probabilities -----------------------------------------------------------------------------
 
 
-@rule(functional.binary_cross_entropy)
+@loss(functional.binary_cross_entropy)
 def binary_cross_entropy(
     t: Tracer,
     input: Tensor,
     target: Tensor,
+    how: str,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
 ) -> TracedTensor:
     """-(z·log(x) + (1 - z)·log(1 - x)), logarithms not below -100.
 
     Its gradient is g·(x - z) / max((1 - x)·x, 1e-12). Inputs outside 0 … 1 are not noticed.
     """
-    how, b = _reduction(t, reduction, size_average, reduce), t.b
+    b = t.b
     x, z = operand(t, input).handle, operand(t, target).handle
     if x.shape != z.shape:
         raise argument_error(
@@ -309,22 +312,20 @@ def binary_cross_entropy(
     return _reduced(t, _weighted(t, losses, _constant(t, "binary_cross_entropy", weight)), how)
 
 
-@rule(functional.binary_cross_entropy_with_logits)
+@loss(functional.binary_cross_entropy_with_logits)
 def binary_cross_entropy_with_logits(
     t: Tracer,
     input: Tensor,
     target: Tensor,
+    how: str,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> TracedTensor:
     """(1 - z)·x - (1 + (p - 1)·z)·log(sigmoid(x)), p the weight of the positive class.
 
     Its gradient is g·((p·z + 1 - z)·sigmoid(x) - p·z).
     """
-    how, b = _reduction(t, reduction, size_average, reduce), t.b
+    b = t.b
     if operand(t, input).handle.shape != operand(t, target).handle.shape:
         raise argument_error(t, "Target size must be the same as input size")
 
@@ -361,19 +362,15 @@ def binary_cross_entropy_with_logits(
     return _reduced(t, _weighted(t, pointwise(t, emit, xs), weight), how)
 
 
-@rule(functional.kl_div)
+@loss(functional.kl_div)
 def kl_div(
     t: Tracer,
     input: Tensor,
     target: Tensor,
-    size_average: bool | None = None,
-    reduce: bool | None = None,
-    reduction: str = "mean",
+    how: str,
     log_target: bool = False,
 ) -> TracedTensor:
     """z·(log(z) - x), or exp(z)·(z - x) where the target holds logarithms."""
-    batch = reduction == "batchmean" and size_average is None and reduce is None
-    how = "sum" if batch else _reduction(t, reduction, size_average, reduce)
     b = t.b
 
     def entropy(z: Value) -> Value:
@@ -395,8 +392,9 @@ def kl_div(
             return b.mul(b.exp(z), b.sub(z, x))
         return b.sub(entropy(z), b.mul(z, x))
 
-    losses = _reduced(t, pointwise(t, emit, (input, target)), how)
     shape = operand(t, input).handle.shape
+    batch = how == "batchmean"
+    losses = _reduced(t, pointwise(t, emit, (input, target)), "sum" if batch else how)
     return div(t, losses, shape[0]) if batch and shape else losses
 
 
@@ -470,19 +468,16 @@ def _class_axis(t: Tracer, shape: tuple[int, ...]) -> int:
     return 0 if len(shape) == 1 else 1
 
 
-@rule(functional.nll_loss)
+@loss(functional.nll_loss)
 def nll_loss(
     t: Tracer,
     input: Tensor,
     target: Tensor,
+    how: str,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
 ) -> TracedTensor:
     """Negative log likelihood of the target classes: input [C], [N, C] or [N, C, d1, …]."""
-    how = _reduction(t, reduction, size_average, reduce)
     x, z = t.lift(input), t.lift(target)
     axis = _class_axis(t, x.shape)
     if z.shape != x.shape[:axis] + x.shape[axis + 1 :]:
@@ -498,6 +493,8 @@ def nll_loss(
             f"weight tensor should be defined either for all {x.shape[axis]} classes or no "
             f"classes but got weight tensor of shape: {list(w.type.shape)}"
         )
+    outside = AxisError(where=location.full(), reason="Target {value} is out of bounds.")
+    within(t, target, 0, x.shape[axis], outside, ignore_index)
     values = (t.read(x), t.read(z), w)
     require_float(t, "nll_loss", values[0])
     return t.fresh(_nll_value(t, *values, ignore_index, how, axis))
@@ -538,20 +535,17 @@ def _per_class(t: Tracer, weight: Tensor, like: TracedTensor, axis: int) -> Trac
     return RULES[torch.reshape](t, weight, kept)
 
 
-@rule(functional.cross_entropy)
+@loss(functional.cross_entropy)
 def cross_entropy(
     t: Tracer,
     input: Tensor,
     target: Tensor,
+    how: str,
     weight: Tensor | None = None,
-    size_average: bool | None = None,
     ignore_index: int = -100,
-    reduce: bool | None = None,
-    reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> TracedTensor:
     """nll_loss of log_softmax; the target holds class indices, or probabilities of all classes."""
-    how = _reduction(t, reduction, size_average, reduce)
     x, z = t.lift(input), t.lift(target)
     axis = _class_axis(t, x.shape)
     if not 0.0 <= label_smoothing <= 1.0:
@@ -570,8 +564,8 @@ def cross_entropy(
             return FUNCTIONS["neg"](t, sum_(t, product, axis))
         total = FUNCTIONS["neg"](t, sum_(t, product))
         return div(t, total, x.numel / classes) if how == "mean" else total
-    loss = nll_loss(t, logs, target, weight, None, ignore_index, None, how)
+    picked = nll_loss(t, logs, target, how, weight, ignore_index)
     if label_smoothing == 0:
-        return loss
+        return picked
     rest = _smoothed(t, logs, target, weight, ignore_index, how, axis)
-    return add(t, mul(t, loss, 1 - label_smoothing), mul(t, rest, label_smoothing / classes))
+    return add(t, mul(t, picked, 1 - label_smoothing), mul(t, rest, label_smoothing / classes))

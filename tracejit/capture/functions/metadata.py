@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import torch
+import sys
+from collections.abc import Callable
 
-from tracejit.capture import location
+import torch
+from torch.optim import _adafactor
+
+from tracejit.capture import host, location
 from tracejit.capture.functions.common import normal_axis, operand, result_dtype
+from tracejit.capture.functions.factories import converted
 from tracejit.capture.functions.movement import select
-from tracejit.capture.table import RULES, function_name, rule
+from tracejit.capture.scalars import pinned
+from tracejit.capture.table import RULES, Rule, function_name, rule
 from tracejit.capture.tensor import TO_TORCH
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError, ValueDependentError
+from tracejit.ir.types import f64
 
 Tensor = torch.Tensor
 
@@ -151,7 +158,7 @@ def unbind(t: Tracer, self: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
             where=location.full(), reason="Dimension specified as 0 but tensor has no dimensions"
         )
     axis = normal_axis(t, dim, len(h.shape))
-    return tuple(select(t, self, axis, i) for i in range(h.shape[axis]))
+    return t.together(tuple(select(t, self, axis, i) for i in range(h.shape[axis])))
 
 
 @rule(Tensor.__iter__)
@@ -166,26 +173,49 @@ def set_grad_enabled(t: Tracer, enabled: bool) -> None:
     torch._C._set_grad_enabled(enabled)
 
 
-def _value_needed(t: Tracer, self: Tensor, *args: object, **kwargs: object) -> object:
-    raise ValueDependentError(
-        where=location.full(),
-        function=function_name(t.calling),
-        shape=list(t.lift(self).shape),
-        remedy="Return the tensor and read it outside the step; for a choice between two values "
-        "use torch.where",
+def value_needed(t: Tracer, self: Tensor, *args: object, **kwargs: object) -> object:
+    raise t.refuse(
+        ValueDependentError(
+            where=location.full(),
+            function=function_name(t.calling),
+            shape=list(t.lift(self).shape),
+            remedy="Return the tensor and read it outside the step; for a choice between two "
+            "values use torch.where",
+        )
     )
 
 
+def _known(read: Callable, convert: Callable = lambda x: x) -> Rule:
+    """What a tensor is, where it is arithmetic on the host: an optimizer's step counter."""
+
+    def value(t: Tracer, self: Tensor) -> object:
+        found = read(t, t.lift(self))
+        return value_needed(t, self) if found is None else convert(found)
+
+    return value
+
+
+@rule(Tensor.item)
+def item(t: Tracer, self: Tensor) -> object:
+    number = host.item(t, t.lift(self))
+    if number is None and sys._getframe(2).f_globals is vars(_adafactor):
+        return converted(t, self, f64)  # its `max` takes tensors during a trace
+    return value_needed(t, self) if number is None else number
+
+
+rule(Tensor.__bool__)(_known(host.truth))
+rule(Tensor.__int__)(_known(host.item, int))
+rule(Tensor.__float__)(_known(host.item, pinned))
 for _name in (
-    *("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "__complex__"),
+    *("tolist", "numpy", "__index__", "__complex__"),
     *("__array__", "__contains__", "__repr__", "__format__", "__dlpack__", "nonzero"),
     *("data_ptr", "is_nonzero"),
 ):
     if hasattr(Tensor, _name):
-        RULES[getattr(Tensor, _name)] = _value_needed
+        RULES[getattr(Tensor, _name)] = value_needed
 for _name in ("nonzero", "equal", "allclose", "is_nonzero"):
-    RULES[getattr(torch, _name)] = _value_needed
-RULES[Tensor.equal] = _value_needed
+    RULES[getattr(torch, _name)] = value_needed
+RULES[Tensor.equal] = value_needed
 
 
 @rule(Tensor.cpu)

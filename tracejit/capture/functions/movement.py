@@ -343,7 +343,7 @@ def basic_index(t: Tracer, h: Handle, index: object) -> Handle:
     return h
 
 
-def _mask_of(t: Tracer, index: object) -> Tensor | None:
+def mask_of(t: Tracer, index: object) -> Tensor | None:
     """The boolean mask, when the index is one tensor of bools."""
     if isinstance(index, tuple) and len(index) == 1:
         index = index[0]
@@ -356,15 +356,11 @@ def _refuse_advanced(t: Tracer, index: object) -> None:
     items = index if isinstance(index, tuple) else (index,)
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
-            raise t.unsupported(
-                "Only basic indexing (ints, slices, None, ...) has a rule, and assignment through "
-                "a boolean mask; x[mask] as a value has a shape that depends on values, use "
-                "torch.where"
-            )
+            raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
 
 
-@rule(Tensor.__getitem__)
 def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
+    """x[index] by ints, slices, None and Ellipsis: a view."""
     _refuse_advanced(t, index)
     h = t.lift(input)
     found = basic_index(t, h, index)
@@ -373,9 +369,9 @@ def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
     return found.tensor
 
 
-@rule(Tensor.__setitem__)
 def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
-    mask = _mask_of(t, index)
+    """x[index] = value, with an index as of `getitem` or one mask."""
+    mask = mask_of(t, index)
     if mask is not None:
         _assign_masked(t, input, mask, value)
         return
@@ -388,6 +384,8 @@ def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
     extra = len(source.shape) - len(into.shape)
     if extra > 0 and all(n == 1 for n in source.shape[:extra]):
         value = reshape(t, value, source.shape[extra:])
+    if source.shape != into.shape and source.numel == into.numel:
+        value = reshape(t, value, into.shape)  # torch expands it first; the tensor itself may come
     copy_(t, target, value)
 
 
@@ -412,7 +410,8 @@ def _assign_masked(t: Tracer, input: Tensor, mask: Tensor, value: object) -> Non
     write_back(t, input, masked_fill(t, input, mask, value))
 
 
-register(("permute",), _permute_function, inplace=False)
+_METHOD = {Tensor.permute: sized("dims", permute)}
+register(("permute",), _permute_function, inplace=False, others=_METHOD)
 for _names, _implementation in (
     (("transpose", "swapaxes", "swapdims"), transpose),
     (("t",), t_),
@@ -423,7 +422,6 @@ for _names, _implementation in (
     (("narrow",), narrow),
 ):
     register(_names, _implementation, inplace=False)
-rule(Tensor.permute)(sized("dims", permute))
 rule(Tensor.reshape)(sized("shape", reshape))
 rule(Tensor.view)(sized("size", view))
 rule(Tensor.expand)(sized("size", expand_))

@@ -21,7 +21,7 @@ from tracejit.capture.functions.derived import (
     spread,
     widen,
 )
-from tracejit.capture.table import rule
+from tracejit.capture.table import RULES, rule
 from tracejit.capture.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError
@@ -410,3 +410,11 @@ def _instance_norm_builtin(
     return instance_norm(
         t, input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )
+
+
+@rule(torch._weight_norm)
+def weight_norm(t: Tracer, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """v · g / ‖v‖, the norm over all axes but `dim` (over all, if it is -1)."""
+    axes = [a for a in range(len(t.lift(v).shape)) if a != dim]
+    norm = RULES[torch.linalg.vector_norm](t, v, 2, axes, True)
+    return RULES[torch.mul](t, v, RULES[torch.div](t, g, norm))

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from tracejit.capture.functions import arithmetic, statistics, transcendental, unary  # noqa: F401
-from tracejit.capture.functions.common import Number, in_place, literal, pointwise, register
+from tracejit.capture.functions.common import (
+    Number,
+    as_number,
+    in_place,
+    literal,
+    pointwise,
+    register,
+)
 from tracejit.capture.functions.derived import derived, require_float, widen
 from tracejit.capture.functions.statistics import vector_norm
 from tracejit.capture.table import RULES, Rule
 from tracejit.capture.tensor import TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Arg, Value
 
 Tensor = torch.Tensor
 
@@ -24,19 +33,27 @@ def _added(name: str):
     ) -> TracedTensor:
         b = t.b
 
-        def emit(x: Value, y: Value, z: Value) -> Value:
+        def emit(x: Value, y: Value, z: Value, *factors: Value) -> Value:
             dtype = widen(t, x).type.dtype
             if name == "addcdiv" and not dtype.is_float:
                 raise t.shape_error("Integer division with addcdiv is no longer supported")
-            factor = literal(value, dtype)
 
-            def forward(x: Value, y: Value, z: Value) -> Value:
+            def forward(x: Value, y: Value, z: Value, factor: Arg = 1) -> Value:
                 scaled = b.mul(y, factor)
                 return b.add(x, b.mul(scaled, z) if name == "addcmul" else b.div(scaled, z))
 
-            return derived(t, name, (x, y, z), forward)
+            if factors:
+                out = derived(t, name, (x, y, z, *factors), forward)
+            else:
+                out = derived(t, name, (x, y, z), partial(forward, factor=literal(value, dtype)))
+            saved = [y] if z in t.tape.tracked else []
+            if name == "addcdiv" or y in t.tape.tracked:
+                saved.append(z)
+            return t.saves(out, *saved) if saved else out
 
-        return pointwise(t, emit, (input, tensor1, tensor2))
+        value = as_number(t, value)
+        factors = (value,) if isinstance(value, Tensor) else ()
+        return pointwise(t, emit, (input, tensor1, tensor2, *factors))
 
     return function
 
@@ -71,7 +88,7 @@ def lerp(t: Tracer, input: Tensor, end: Tensor, weight: Tensor | Number) -> Trac
 
     def emit_tensor(x: Value, z: Value, w: Value) -> Value:
         require_float(t, "lerp", x)
-        return derived(
+        out = derived(
             t,
             "lerp",
             (x, z, w),
@@ -82,6 +99,7 @@ def lerp(t: Tracer, input: Tensor, end: Tensor, weight: Tensor | Number) -> Trac
                 lambda g, y, x, z, w: b.mul(g, b.sub(z, x)),
             ),
         )
+        return t.saves(out, w)
 
     if isinstance(weight, Tensor):
         return pointwise(t, emit_tensor, (input, end, weight))

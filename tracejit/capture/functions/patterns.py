@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tracejit.capture.functions import factories
+from tracejit.capture.bounds import within
 from tracejit.capture.functions.assembly import movedim
 from tracejit.capture.functions.common import (
     cast,
@@ -17,13 +17,13 @@ from tracejit.capture.functions.common import (
     promote_two,
     register,
 )
-from tracejit.capture.functions.factories import device_name, ir_dtype
+from tracejit.capture.functions.factories import Number, filled, made, options_of
 from tracejit.capture.functions.movement import clone, slice_steps
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.table import rule
 from tracejit.capture.tensor import Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import DType, f64, i64
 
 Tensor = torch.Tensor
@@ -35,27 +35,28 @@ def position(t: Tracer, axis: int, shape: Ints, device: str, dtype: DType = i64)
     return t.b.iota(axis=axis, shape=shape, dtype=dtype, device=device)
 
 
-def _finished(t: Tracer, value: Value, requires_grad: bool) -> TracedTensor:
-    made = t.fresh(value)
-    if requires_grad:
-        t.make_leaf(made.handle)
-    return made
-
-
 # ---- triangles and diagonals
 
 
-def _triangle(name: str):
+def _selected(t: Tracer, name: str, x: Value, related: str, offset: int) -> Value:
+    """x where column - row is `related` to an offset, else zero; torch saves no mask for that."""
+    shape, last, device = x.type.shape, len(x.type.shape) - 1, x.type.device
+    with t.untaped():
+        ahead = t.b.sub(position(t, last, shape, device), position(t, last - 1, shape, device))
+        out = t.b.where(getattr(t.b, related)(ahead, offset), x, literal(0, x.type.dtype))
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        return (_selected(t, name, cts[0], related, offset),)
+
+    return t.derive(name, (x,), out, vjp)
+
+
+def _triangle(name: str, related: str):
     def rule(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
         h = t.lift(input)
         if len(h.shape) < 2:
             raise t.shape_error(f"{name}: input tensor must have at least 2 dimensions")
-        last = len(h.shape) - 1
-        ahead = t.b.sub(
-            position(t, last, h.shape, h.device), position(t, last - 1, h.shape, h.device)
-        )
-        inside = (t.b.le if name == "tril" else t.b.ge)(ahead, int(diagonal))
-        return t.fresh(t.b.where(inside, t.read(h), literal(0, h.dtype)))
+        return t.fresh(_selected(t, name, t.read(h), related, int(diagonal)))
 
     return rule
 
@@ -121,11 +122,10 @@ def diag_embed(
     rows = t.b.pad(t.read(h), low=(*none, low), high=(*none, high), interior=(*none, 0), value=zero)
     shape = (*lead, n, n)
     spread = expand(t, t.b.reshape(rows, shape=(*lead, n, 1)), shape)
-    ahead = t.b.sub(position(t, rank - 1, shape, h.device), position(t, rank - 2, shape, h.device))
-    made = t.fresh(t.b.where(t.b.eq(ahead, int(offset)), spread, zero))
+    out = t.fresh(_selected(t, "diag_embed", spread, "eq", int(offset)))
     if (a, b) == (rank - 2, rank - 1):
-        return made
-    moved = movedim(t, made, (-2, -1), (a, b))
+        return out
+    moved = movedim(t, out, (-2, -1), (a, b))
     return clone(t, moved, memory_format=torch.contiguous_format)
 
 
@@ -152,55 +152,34 @@ def trace(t: Tracer, input: Tensor) -> TracedTensor:
 
 
 @rule(torch.eye)
-def eye(
-    t: Tracer,
-    n: int,
-    m: int | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
-    factories._plain(t, options)
+def eye(t: Tracer, n: int, m: int | None = None, **options: object) -> TracedTensor:
+    o = options_of(t, options)
     shape = (n, n if m is None else m)
     if min(shape) < 0:
         raise t.shape_error(f"n and m must be greater or equal to 0, got {shape}")
-    place = device_name(device)
-    chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
-    same = t.b.eq(position(t, 0, shape, place), position(t, 1, shape, place))
-    return _finished(t, cast(t, same, chosen), requires_grad)
+    same = t.b.eq(position(t, 0, shape, o.device), position(t, 1, shape, o.device))
+    return made(t, cast(t, same, o.dtype or default_dtype()), o.requires_grad)
 
 
 @rule(torch.linspace)
-def linspace(
-    t: Tracer,
-    start: float,
-    end: float,
-    steps: int,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
+def linspace(t: Tracer, start: float, end: float, steps: int, **options: object) -> TracedTensor:
     """From both ends towards the middle, as torch counts."""
-    factories._plain(t, options)
+    o = options_of(t, options)
     if isinstance(start, Tensor) or isinstance(end, Tensor):
         raise t.unsupported("Use numbers as the ends of linspace")
     if steps < 0:
         raise t.shape_error("number of steps must be non-negative")
-    chosen = default_dtype() if dtype is None else ir_dtype(t, dtype)
+    chosen = o.dtype or default_dtype()
     if not chosen.is_float:
         raise t.unsupported("linspace of integers has no rule; use arange")
-    place, inner = device_name(device), f64 if chosen is f64 else default_dtype()
+    inner = f64 if chosen is f64 else default_dtype()
     step = (end - start) / (steps - 1) if steps > 1 else 0.0
-    i = position(t, 0, (steps,), place, inner)
+    i = position(t, 0, (steps,), o.device, inner)
     up = t.b.add(t.b.mul(i, literal(step, inner)), literal(start, inner))
     back = t.b.sub(float(steps - 1), i)
     down = t.b.sub(literal(end, inner), t.b.mul(back, literal(step, inner)))
     value = t.b.where(t.b.lt(i, float(steps // 2 or 1)), up, down)
-    return _finished(t, cast(t, value, chosen), requires_grad)
+    return made(t, cast(t, value, chosen), o.requires_grad)
 
 
 def _flat(t: Tracer, data: object) -> tuple[list, Ints]:
@@ -237,28 +216,22 @@ def constant(t: Tracer, numbers: list, shape: Ints, dtype: DType, device: str) -
 
 
 @rule(torch.tensor)
-def tensor(
-    t: Tracer,
-    data: object,
-    *,
-    dtype: torch.dtype | None = None,
-    device: object = None,
-    requires_grad: bool = False,
-    **options: object,
-) -> TracedTensor:
+def tensor(t: Tracer, data: object, **options: object) -> TracedTensor:
     """torch.tensor of a number, or of nested lists of a few numbers."""
-    if not isinstance(data, (list, tuple)):
-        return factories.tensor(
-            t, data, dtype=dtype, device=device, requires_grad=requires_grad, **options
-        )
-    factories._plain(t, options)
+    o = options_of(t, options)
     numbers, shape = _flat(t, data)
+    if not isinstance(data, (list, tuple)):
+        return filled(t, data, (), o.dtype or number_dtype(data), o)
     chosen = default_dtype() if not numbers else number_dtype(numbers[0])
     for x in numbers:
         chosen = promote_two(chosen, number_dtype(x))
-    chosen = chosen if dtype is None else ir_dtype(t, dtype)
-    value = constant(t, numbers, shape, chosen, device_name(device))
-    return _finished(t, value, requires_grad)
+    value = constant(t, numbers, shape, o.dtype or chosen, o.device)
+    return made(t, value, o.requires_grad)
+
+
+@rule(torch.scalar_tensor)
+def scalar_tensor(t: Tracer, s: Number, **options: object) -> TracedTensor:
+    return tensor(t, s, **{"dtype": torch.get_default_dtype(), **options})
 
 
 def one_hot(t: Tracer, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
@@ -269,6 +242,8 @@ def one_hot(t: Tracer, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
         raise t.unsupported("The number of classes depends on values; pass num_classes")
     if num_classes < 1:
         raise t.shape_error("num_classes should be positive")
+    reason = "Class values must be non-negative and smaller than num_classes, not {value}"
+    within(t, tensor, 0, int(num_classes), t.shape_error(reason))
     shape = (*h.shape, int(num_classes))
     index = expand(t, t.b.reshape(t.read(h), shape=(*h.shape, 1)), shape)
     hit = t.b.eq(index, position(t, len(h.shape), shape, h.device))
@@ -276,8 +251,8 @@ def one_hot(t: Tracer, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
 
 
 for _names, _implementation, _inplace in (
-    (("tril",), _triangle("tril"), True),
-    (("triu",), _triangle("triu"), True),
+    (("tril",), _triangle("tril", "le"), True),
+    (("triu",), _triangle("triu", "ge"), True),
     (("diag_embed",), diag_embed, False),
     (("diag",), diag, False),
     (("diagonal",), diagonal, False),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.arithmetic import add, mul, sub
+from tracejit.autodiff import zeros
+from tracejit.capture.functions.arithmetic import mul, sub
 from tracejit.capture.functions.assembly import cat
 from tracejit.capture.functions.common import cast, expand, normal_axis, register
-from tracejit.capture.functions.contraction import bmm, mv
+from tracejit.capture.functions.contraction import bmm, mv, plus
+from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
-from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.tensor import TO_IR, Ints, TracedTensor, broadcast_shape
+from tracejit.capture.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.graph import Value
-from tracejit.ir.types import f32, i64
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
 
@@ -32,44 +34,30 @@ def outer(t: Tracer, input: Tensor, vec2: Tensor) -> TracedTensor:
     return mul(t, reshape(t, input, (a.numel, 1)), vec2)
 
 
-def _plus(
-    t: Tracer, input: Tensor, product: TracedTensor, beta: float, alpha: float
-) -> TracedTensor:
-    """beta * input + alpha * product; an input times 0 is not read."""
-    shape, given = product.handle.shape, t.lift(input).shape
-    if broadcast_shape([given, shape]) != shape:
-        raise t.shape_error(f"input of shape {list(given)} does not expand to {list(shape)}")
-    if isinstance(alpha, float) or alpha != 1:
-        product = mul(t, product, alpha)
-    if not isinstance(beta, TracedFloat) and beta == 0:
-        return t.fresh(t.unread(t.read(product.handle), t.read(t.lift(input))))
-    if isinstance(beta, float) or beta != 1:
-        input = mul(t, input, beta)
-    return add(t, product, input)
-
-
 def baddbmm(
     t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    return _plus(t, input, bmm(t, batch1, batch2), beta, alpha)
+    return plus(t, input, bmm(t, batch1, batch2), beta, alpha)
 
 
 def addbmm(
     t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    return _plus(t, input, sum_(t, bmm(t, batch1, batch2), 0), beta, alpha)
+    product = bmm(t, batch1, batch2)
+    total = sum_(t, product, 0, dtype=TO_TORCH[product.handle.dtype])
+    return plus(t, input, total, beta, alpha)
 
 
 def addmv(
     t: Tracer, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    return _plus(t, input, mv(t, mat, vec), beta, alpha)
+    return plus(t, input, mv(t, mat, vec), beta, alpha)
 
 
 def addr(
     t: Tracer, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    return _plus(t, input, outer(t, vec1, vec2), beta, alpha)
+    return plus(t, input, outer(t, vec1, vec2), beta, alpha)
 
 
 # ---- einsum
@@ -169,6 +157,9 @@ def _pair(t: Tracer, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
         elif in_b and not in_a:
             b = sum_(t, b, k, True)
     x, y = t.lift(a).shape, t.lift(b).shape
+    over = {k for k in over if x[k] != 1 and y[k] != 1}
+    if not over:  # laid out as an element-wise product, not as a matrix product
+        return mul(t, a, b)
     free = [k for k in range(len(x)) if k not in over]
     both = [k for k in free if x[k] != 1 and y[k] != 1]
     left = [k for k in free if x[k] != 1 and y[k] == 1]
@@ -215,12 +206,22 @@ def cumsum(t: Tracer, input: Tensor, dim: int, *, dtype: torch.dtype | None = No
     x = cast(t, t.read(h), into)
     if not h.shape:
         return t.fresh(t.b.alias(x))
-    spread, wide = _spread(t, cast(t, x, f32) if into.narrow else x, axis)
-    to = t.b.iota(axis=axis, shape=wide, dtype=i64, device=h.device)
-    of = t.b.iota(axis=axis + 1, shape=wide, dtype=i64, device=h.device)
     zero = 0.0 if into.is_float else 0
-    total = t.b.reduce_sum(t.b.where(t.b.le(of, to), spread, zero), axes=(axis + 1,))
-    return t.fresh(cast(t, total, into))
+
+    def running(x: Value, related: Callable) -> Value:
+        spread, wide = _spread(t, x, axis)
+        to = t.b.iota(axis=axis, shape=wide, dtype=i64, device=h.device)
+        of = t.b.iota(axis=axis + 1, shape=wide, dtype=i64, device=h.device)
+        return t.b.reduce_sum(t.b.where(related(of, to), spread, zero), axes=(axis + 1,))
+
+    total = derived(
+        t,
+        "cumsum",
+        (x,),
+        lambda x: running(x, t.b.le),
+        (lambda g, y, x: running(g, t.b.ge),),
+    )
+    return t.fresh(total)
 
 
 def prod(
@@ -236,13 +237,30 @@ def prod(
     into = TO_IR[dtype] if dtype is not None else h.dtype if h.dtype.is_float else i64
     x = cast(t, t.read(h), into)
     if dim is None:
-        return t.fresh(t.b.reshape(_halved(t, t.b.reshape(x, shape=(h.numel,)), 0), shape=()))
-    axis = normal_axis(t, dim, len(h.shape))
+        axis, kept = 0, ()
+        factors = t.b.reshape(x, shape=(h.numel,))
+    else:
+        axis, factors = normal_axis(t, dim, len(h.shape)), x
+        kept = h.shape[:axis] + (1,) * keepdim + h.shape[axis + 1 :] if h.shape else ()
     if not h.shape:
-        return t.fresh(t.b.alias(x))
-    x = _halved(t, x, axis)
-    kept = h.shape[:axis] + ((1,) if keepdim else ()) + h.shape[axis + 1 :]
-    return t.fresh(t.b.reshape(x, shape=kept))
+        value = t.b.alias(x)
+    elif factors.type.shape[axis] > 1:
+        value = t.b.reshape(_halved(t, factors, axis), shape=kept)
+    else:
+        value = _of_one(t, factors, axis, kept)
+    return t.fresh(t.saves(value, x, value))
+
+
+def _of_one(t: Tracer, x: Value, axis: int, kept: Ints) -> Value:
+    """The product of one factor or none, whose constant derivative depends on it for torch."""
+    with t.untaped():
+        value = t.b.alias(t.b.reshape(_halved(t, x, axis), shape=kept))
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        slope = b.reshape(cts[0], shape=x.type.shape) if x.type.shape[axis] else zeros(b, x)
+        return (t.unread(slope, x),)
+
+    return t.derive("prod", (x,), value, vjp)
 
 
 def _halved(t: Tracer, x: Value, axis: int) -> Value:

@@ -1,4 +1,4 @@
-"""Reductions over axes: sum, mean, amax, amin, max, min, any, all."""
+"""Reductions over axes: sum, mean, amax, amin, any, all; max and min of everything."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import torch
 
 from tracejit.capture import location
-from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import (
     cast,
     expand,
@@ -18,7 +17,7 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import b1, i64, u8
 
 Tensor = torch.Tensor
@@ -90,16 +89,32 @@ def _extremum(name: str):
                 reason=f"a{name}: Expected reduction dim to have non-zero size",
             )
         x = t.read(handle)
-        value = getattr(t.b, f"reduce_{name}")(x, axes=axes) if axes else t.b.alias(x)
-        return t.fresh(keep(t, value, handle.shape, axes, keepdim))
+        if not axes:
+            return t.fresh(_only(t, f"a{name}", x))
+        value = getattr(t.b, f"reduce_{name}")(x, axes=axes)
+        kept = keep(t, value, handle.shape, axes, keepdim)
+        t.saves(value, kept)
+        return t.fresh(kept)
 
     return reduce
+
+
+def _only(t: Tracer, name: str, x: Value) -> Value:
+    """The extremum of one element: the derivative asks whether x attains it, as for several."""
+    with t.untaped():
+        y = t.b.alias(x)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        hit = b.cast(b.eq(x, y), dtype=x.type.dtype)
+        return (b.mul(hit, b.div(cts[0], hit)),)
+
+    return t.derive(name, (x,), y, vjp)
 
 
 amax, amin = _extremum("max"), _extremum("min")
 
 
-def _whole(name: str):
+def whole(name: str):
     """max() and min() of all elements: the gradient is shared by those that attain it, NaN too."""
 
     def reduce(t: Tracer, input: Tensor) -> TracedTensor:
@@ -122,17 +137,6 @@ def _whole(name: str):
         return t.fresh(t.derive(name, (x,), y, vjp))
 
     return reduce
-
-
-def _max_or_min(whole, elementwise):
-    def either(t: Tracer, input: Tensor, other: object = None, **rest: object) -> TracedTensor:
-        if isinstance(other, Tensor):
-            return elementwise(t, input, other)
-        if other is None and not rest:
-            return whole(t, input)
-        raise t.unsupported("max and min along a dim (with indices) have no rule; use amax or amin")
-
-    return either
 
 
 def _boolean(name: str):
@@ -160,7 +164,5 @@ register(("sum",), sum_, inplace=False)
 register(("mean",), mean, inplace=False)
 register(("amax",), amax, inplace=False)
 register(("amin",), amin, inplace=False)
-register(("max",), _max_or_min(_whole("max"), maximum), inplace=False)
-register(("min",), _max_or_min(_whole("min"), minimum), inplace=False)
 register(("any",), _boolean("max"), inplace=False)
 register(("all",), _boolean("min"), inplace=False)

@@ -116,11 +116,6 @@ def logsumexp(t: Tracer, input: Tensor, dim: object, keepdim: bool = False) -> T
     return t.fresh(keep(t, y, h.shape, axes, keepdim and bool(h.shape)))
 
 
-register(("softmax",), softmax, inplace=False)
-register(("log_softmax",), log_softmax, inplace=False)
-register(("logsumexp",), logsumexp, inplace=False)
-
-
 def _functional(implementation):
     """The signature of torch.nn.functional: a stack level stands before the dtype."""
 
@@ -143,6 +138,8 @@ def softmin(
     return softmax(t, FUNCTIONS["neg"](t, input), dim, dtype)
 
 
-rule(torch.nn.functional.softmax)(_functional(softmax))
-rule(torch.nn.functional.log_softmax)(_functional(log_softmax))
+for _name, _implementation in (("softmax", softmax), ("log_softmax", log_softmax)):
+    _own = {getattr(torch.nn.functional, _name): _functional(_implementation)}
+    register((_name,), _implementation, inplace=False, others=_own)
+register(("logsumexp",), logsumexp, inplace=False)
 rule(torch.nn.functional.softmin)(_functional(softmin))

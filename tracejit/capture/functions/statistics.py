@@ -93,7 +93,10 @@ def _statistic(*, root: bool, with_mean: bool) -> Callable:
             raise t.shape_error("std and var only support floating point and complex dtypes")
         axes = normal_axes(t, dim, len(h.shape))
         y = _variance(t, x, axes, correction, root=root)
-        y = t.fresh(keep(t, y, h.shape, axes, keepdim))
+        kept = keep(t, y, h.shape, axes, keepdim)
+        if root:  # whose derivative reads the result
+            t.saves(y, kept)
+        y = t.fresh(kept)
         if not with_mean:
             return y
         mean = derived(t, "mean", (x,), lambda x: _mean(t, x, axes))

@@ -118,16 +118,17 @@ def square(t: Tracer, input: torch.Tensor) -> TracedTensor:
 FUNCTIONS = {name: _make(name, *row) for name, row in UNARY.items()}
 FUNCTIONS["relu"] = _relu_function
 FUNCTIONS["square"] = square
-for _name, _implementation in FUNCTIONS.items():
-    register((_name,), _implementation)
-register(("__neg__",), FUNCTIONS["neg"], inplace=False)
-register(("__abs__",), FUNCTIONS["abs"], inplace=False)
 
 
-@rule(torch.nn.functional.relu)
 def relu(t: Tracer, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     out = FUNCTIONS["relu"](t, input)
     return write_back(t, input, out) if inplace else out
+
+
+for _name, _implementation in FUNCTIONS.items():
+    register((_name,), _implementation, others={torch.nn.functional.relu: relu})
+register(("__neg__",), FUNCTIONS["neg"], inplace=False)
+register(("__abs__",), FUNCTIONS["abs"], inplace=False)
 
 
 @rule(torch.positive, torch.Tensor.positive, torch.Tensor.__pos__)

@@ -111,7 +111,7 @@ def _eval_erf(x: np.ndarray) -> np.ndarray:
 
 def _eval_mod(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Remainder with the divisor's sign; a float zero keeps the dividend's sign, as in torch."""
-    if (x if isinstance(x, np.ndarray) else z).dtype.kind != "f":
+    if np.result_type(x, z).kind != "f":
         return np.remainder(x, z)
     rest = np.fmod(x, z)
     return np.where((rest != 0) & (np.less(z, 0) != (rest < 0)), rest + z, rest)
@@ -119,7 +119,7 @@ def _eval_mod(x: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 def _eval_pow(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     """Power; an integer to a negative power is 1/x^-z truncated (0 for x = 0), as in torch."""
-    if (x if isinstance(x, np.ndarray) else z).dtype.kind == "f" or not np.any(np.less(z, 0)):
+    if np.result_type(x, z).kind == "f" or not np.any(np.less(z, 0)):
         return np.power(x, z)
     odd = np.where(np.bitwise_and(z, 1) == 1, x, np.multiply(x, x))  # right where |x| == 1
     truncated = np.where(np.abs(x) == 1, odd, 0)
@@ -264,7 +264,7 @@ div = _binary(
     "div",
     np.divide,
     lambda b, g, y, x, z: b.div(g, z),
-    lambda b, g, y, x, z: b.neg(b.mul(g, b.div(y, z))),
+    lambda b, g, y, x, z: b.neg(b.mul(g, b.div(b.div(x, z), z))),  # y may be written to
     "tj.div({0}, {1})",
     "({0} / {1})",
     "f",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from collections.abc import Callable
 
+import numpy as np
+
 from tracejit.ir.ops.record import NO_GRAD, Op, Print, require
-from tracejit.ir.types import HOST_SCALAR, Type
+from tracejit.ir.types import HOST_SCALAR, Type, bf16, f16, round_to
 
 
 def _infer_host(*operands: Type) -> Type:
@@ -28,3 +31,23 @@ host_mod = _host("host_mod", operator.mod, 2)
 host_pow = _host("host_pow", operator.pow, 2)
 host_neg = _host("host_neg", operator.neg, 1)
 host_abs = _host("host_abs", abs, 1)
+
+
+def round_f32(x: float) -> float:
+    """A float rounded to float32, as a 0-d tensor of that dtype holds it."""
+    return ctypes.c_float(x).value
+
+
+def round_f16(x: float) -> float:
+    """A float rounded to float16."""
+    return float(round_to(np.float64(x), f16))
+
+
+def round_bf16(x: float) -> float:
+    """A float rounded to bfloat16."""
+    return float(round_to(np.float64(x), bf16))
+
+
+host_f32 = _host("host_f32", round_f32, 1)
+host_f16 = _host("host_f16", round_f16, 1)
+host_bf16 = _host("host_bf16", round_bf16, 1)

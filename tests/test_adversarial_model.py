@@ -1,0 +1,465 @@
+"""The model, the batches and the configuration of a step, changed between calls.
+
+As in `test_adversarial.py`, each case is compared with eager after every call.
+"""
+
+from __future__ import annotations
+
+import copy
+import enum
+import weakref
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import nn
+from worlds import Case, Keywords, Trainer, X, Y, check, on_trainer, table, trainer
+
+CASES: dict[str, Case] = {}
+case = table(CASES)
+
+# ---- the model
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: t.model.eval()), 6: on_trainer(lambda t: t.model.train())},
+    calls=10,
+)
+def eval_and_back(w):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x * 2 if self.training else x
+
+    w.t = Trainer()
+    w.t.model.append(Noisy())
+    return w.t.step
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model[1].eval())})
+def batch_norm_frozen(w):
+    w.t = Trainer()
+    w.t.model[1] = nn.BatchNorm1d(6)
+    return w.t.step
+
+
+@case(
+    "replay",
+    changes={
+        3: on_trainer(lambda t: t.model[0].weight.requires_grad_(False)),
+        6: on_trainer(lambda t: t.model[0].weight.requires_grad_(True)),
+    },
+    calls=10,
+)
+def parameter_frozen_and_back(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={
+        3: on_trainer(lambda t: t.model.requires_grad_(False) and t.model[2].requires_grad_(True))
+    },
+    calls=9,
+)
+def backbone_frozen(w):
+    return trainer(w, momentum=0.9)
+
+
+def _fresh(layer):
+    return nn.Parameter(torch.full_like(layer.weight, 0.3))
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: setattr(t.model[0], "weight", _fresh(t.model[0])))},
+    calls=9,
+)
+def parameter_replaced(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: setattr(t.model[0].weight, "data", torch.ones(6, 4)))},
+    calls=9,
+)
+def data_of_a_parameter_replaced(w):
+    return trainer(w, momentum=0.9)
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model.double().float())}, calls=9)
+def model_moved_and_back(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict()))},
+)
+def weights_loaded(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={
+        3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict(), assign=True))
+    },
+    calls=9,
+)
+def weights_assigned(w):
+    return trainer(w)
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model.__setitem__(1, nn.ReLU()))}, calls=9)
+def layer_swapped(w):
+    return trainer(w)
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model.append(nn.Linear(3, 3)))}, calls=9)
+def layer_added(w):
+    return trainer(w)
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model.__delitem__(1))}, calls=9)
+def layer_removed(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: setattr(t, "model", copy.deepcopy(t.model)))},
+    calls=9,
+)
+def model_copied(w):
+    return trainer(w)
+
+
+@case("replay", changes={3: on_trainer(lambda t: setattr(t.model[2], "bias", None))}, calls=9)
+def bias_removed(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: setattr(t.model[2], "weight", t.model[0].weight))},
+    calls=9,
+)
+def weights_tied_later(w):
+    w.t = Trainer()
+    w.t.model[0], w.t.model[2] = nn.Linear(4, 4), nn.Linear(4, 4)
+    w.t.opt = torch.optim.SGD(w.t.model.parameters(), lr=0.1)
+    w.t.head = nn.Linear(4, 3)
+    w.t.loss = lambda x, y: (w.t.head(w.t.model(x)) - y).pow(2).mean()
+    return w.t.step
+
+
+@case(
+    "replay", changes={3: on_trainer(lambda t: t.frozen.__setitem__(0, t.model[0].weight))}, calls=9
+)
+def list_of_tensors_compared_by_identity(w):
+    class Mine(Trainer):
+        def step(self):
+            self.model.zero_grad()
+            self.loss(X, Y).backward()
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    if not any(p is q for q in self.frozen):
+                        p -= 0.1 * p.grad
+
+    w.t = Mine()
+    w.t.frozen = [torch.ones(6, 4)]
+    return w.t.step
+
+
+@case(
+    "replay",
+    changes={3: on_trainer(lambda t: t.model.register_forward_hook(lambda m, a, out: out * 3))},
+    calls=9,
+)
+def forward_hook_added(w):
+    return trainer(w)
+
+
+@case("replay", changes={3: lambda w: w.remove()}, calls=9)
+def forward_hook_removed(w):
+    step = trainer(w)
+    handle = w.t.model[0].register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    w.remove = lambda: handle.remove()
+    return step
+
+
+@case(
+    "refused: gradients computed by a plan do not pass torch's hooks",
+    changes={3: on_trainer(lambda t: t.model[0].weight.register_hook(lambda g: g * 2))},
+    says="hook",
+)
+def tensor_hook_added(w):
+    return trainer(w)
+
+
+@case(
+    "refused: gradients computed by a plan do not pass torch's hooks",
+    changes={3: on_trainer(lambda t: t.model[0].register_full_backward_hook(lambda m, a, b: None))},
+    says="grad_fn",
+)
+def backward_hook_added(w):
+    return trainer(w)
+
+
+@case(
+    "replay",
+    changes={
+        5: on_trainer(lambda t: t.opt.register_step_post_hook(lambda o, a, k: t.seen.append(1)))
+    },
+    calls=9,
+)
+def optimizer_hook_added(w):
+    step = trainer(w)
+    w.t.seen = []
+    return step
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model[0].weight.grad.mul_(5.0))})
+def gradients_accumulate_and_are_edited(w):
+    w.t = t = Trainer()
+
+    def step():
+        t.loss(X, Y).backward()
+
+    return step
+
+
+@case("replay", changes={3: on_trainer(lambda t: t.model.zero_grad())}, calls=9)
+def gradients_cleared_between(w):
+    w.t = t = Trainer()
+
+    def step():
+        t.loss(X, Y).backward()
+
+    return step
+
+
+@case("replay", changes={3: lambda w: w.opts.reverse()}, calls=9)
+def optimizers_in_a_list_reordered(w):
+    w.p = torch.ones(3, requires_grad=True)
+    w.opts = [torch.optim.SGD([w.p], lr=0.1), torch.optim.Adam([w.p], lr=0.1)]
+
+    def step():
+        for opt in w.opts:
+            opt.zero_grad()
+            w.p.pow(2).sum().backward()
+            opt.step()
+
+    return step
+
+
+# ---- containers of modules, buffers
+
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+        self.gains = nn.ParameterList([nn.Parameter(torch.ones(4)) for _ in range(3)])
+        self.register_buffer("seen", torch.zeros(4))
+        self.route, self.depth, self.names = "a", 2, ["layer0", "layer1"]
+        self.layer0, self.layer1 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        h = self.parts[self.route](x)
+        for layer, gain in zip(self.layers[: self.depth], self.gains, strict=False):
+            h = torch.tanh(layer(h)) * gain
+        for name in self.names:
+            h = getattr(self, name)(h)
+        self.seen += h.detach().mean(0)
+        return h
+
+
+def branches(w):
+    w.m = m = Branches()
+
+    def step():
+        m.zero_grad()
+        loss = m(X).pow(2).mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", changes={3: lambda w: setattr(w.m, "route", "b")}, calls=9)
+def routed_through_a_module_dict(w):
+    return branches(w)
+
+
+@case("replay", changes={3: lambda w: setattr(w.m, "depth", 3)}, calls=9)
+def depth_attribute(w):
+    return branches(w)
+
+
+@case("replay", changes={3: lambda w: w.m.names.reverse()}, calls=9)
+def layers_found_by_name(w):
+    return branches(w)
+
+
+@case("replay", changes={3: lambda w: w.m.seen.zero_()})
+def buffer_edited(w):
+    return branches(w)
+
+
+@case("replay", changes={3: lambda w: w.m.layers.insert(0, nn.Linear(4, 4))}, calls=9)
+def module_list_inserted(w):
+    return branches(w)
+
+
+# ---- batches
+
+
+def batch_of(i):
+    return torch.full((3, 4), 0.1 * i), torch.full((3, 3), 0.2 * i)
+
+
+@case("replay", args=lambda i: ({"x": batch_of(i)[0], "y": batch_of(i)[1]},))
+def dict_batches(w):
+    w.t = t = Trainer()
+
+    def step(batch):
+        return t.step(batch["x"], batch["y"])
+
+    return step
+
+
+@case("replay", args=lambda i: ({"xs": [*batch_of(i)], "n": {"k": (i // 4, "a")}},), calls=9)
+def nested_batches(w):
+    w.t = t = Trainer()
+
+    def step(batch):
+        x, y = batch["xs"]
+        return t.step(x, y) * batch["n"]["k"][0]
+
+    return step
+
+
+Batch = namedtuple("Batch", ["x", "y"])
+
+
+@dataclass
+class Example:
+    x: torch.Tensor
+    y: torch.Tensor
+    weight: float = 1.0
+    tags: list = field(default_factory=list)
+
+
+@case("replay", args=lambda i: (Batch(*batch_of(i)),))
+def namedtuple_batches(w):
+    w.t = t = Trainer()
+    return lambda batch: t.step(batch.x, batch.y)
+
+
+@case("replay", args=lambda i: (Example(*batch_of(i), tags=["a"] * (i // 4)),), calls=9)
+def dataclass_batches(w):
+    w.t = t = Trainer()
+    return lambda b: t.step(b.x, b.y) * b.weight + len(b.tags)
+
+
+class Encoding(dict):
+    def __getattr__(self, name):
+        return self[name]
+
+
+@case("replay", args=lambda i: (Encoding(x=batch_of(i)[0], y=batch_of(i)[1]),))
+def batches_of_a_dict_subclass(w):
+    w.t = t = Trainer()
+    return lambda batch: t.step(batch.x, batch["y"])
+
+
+@case("replay", args=lambda i: (OrderedDict(x=batch_of(i)[0], y=batch_of(i)[1]),))
+def ordered_dict_batches(w):
+    w.t = t = Trainer()
+    return lambda batch: t.step(*batch.values())
+
+
+def _keywords(i):
+    x, y = batch_of(i + 1)
+    found = {"a": x, "b": x * 2} if i < 4 else {"b": x, "a": x * 2}
+    return (Keywords(found),)
+
+
+@case("replay", args=_keywords, calls=9)
+def keyword_arguments_in_another_order(w):
+    return lambda **kw: torch.cat([*kw.values()]).flatten() * torch.arange(24)
+
+
+@case("replay", args=lambda i: (*batch_of(i), 2.0)[: 2 + i // 4], calls=9)
+def more_arguments(w):
+    w.t = t = Trainer()
+
+    def step(*args, **kwargs):
+        t.weight = 1.0
+        return t.step(*args[:2]) * len(args)
+
+    return step
+
+
+@case("replay", args=lambda i: (Mode.TRAIN if i < 4 else Mode.TEST,), calls=9)
+def enum_argument(w):
+    w.t = t = Trainer()
+    return lambda mode: t.step() if mode is Mode.TRAIN else t.loss(X, Y).detach()
+
+
+class Mode(enum.Enum):
+    TRAIN = 1
+    TEST = 2
+
+
+# ---- configuration
+
+
+@dataclass
+class Config:
+    scale: float = 2.0
+    depth: int = 1
+    names: tuple = ("a",)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    scale: float = 2.0
+
+
+@case(
+    "replay",
+    changes={3: lambda w: setattr(w.cfg, "scale", 5.0), 5: lambda w: setattr(w.cfg, "depth", 2)},
+    calls=9,
+)
+def dataclass_configuration(w):
+    w.cfg = cfg = Config()
+    return lambda: X * cfg.scale * cfg.depth
+
+
+@case("replay", changes={3: lambda w: setattr(w, "cfg", Frozen(7.0))}, calls=9)
+def configuration_replaced(w):
+    w.cfg = Frozen()
+    return lambda: X * w.cfg.scale
+
+
+@case("rerun", changes={3: lambda w: w.ref().__setitem__("k", 5.0), 5: lambda w: w.drop()})
+def weak_reference(w):
+    class Settings(dict):
+        pass
+
+    settings = [Settings(k=2.0)]
+    w.ref, w.drop = weakref.ref(settings[0]), settings.clear
+    ref = w.ref
+    return lambda: X * ref()["k"] if ref() is not None else X
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+def test_models(name):
+    check(CASES[name])

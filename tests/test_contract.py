@@ -1,0 +1,256 @@
+"""What a user is told and promised around replays: reasons, warnings, gradients, memory."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tracejit
+from tracejit.errors import ReplayNotArmed, TracejitWarning
+
+
+def network(seed: int = 0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+    return model, torch.randn(4, 5), torch.randn(4, 3)
+
+
+def trainer(optimizer=torch.optim.Adam, **options):
+    """(model, optimizer, step) of a small regression."""
+    model, x, y = network()
+    opt = optimizer(model.parameters(), lr=0.01, **options)
+
+    def step():
+        opt.zero_grad()
+        loss = ((model(x) - y) ** 2).mean()
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    return model, opt, step
+
+
+# ---- reasons
+
+
+def test_a_retrace_names_the_path_with_the_old_and_the_new_value():
+    config, x = SimpleNamespace(scale=2, name="a"), torch.ones(3)
+    step = tracejit.compile(lambda: x * config.scale)
+    for _ in range(4):
+        step()
+    assert step.explain_retraces() == []
+    config.scale = 3
+    for _ in range(4):
+        assert torch.equal(step(), x * 3)
+    reasons = step.explain_retraces()  # two traces have to agree before the new plan is replayed
+    assert all("config.scale was 2 and is 3 now" in reason for reason in reasons)
+    assert ["new plan" in reason for reason in reasons] == [True, False]
+    config.scale = 2
+    assert torch.equal(step(), x * 2) and len(step.explain_retraces()) == 2  # armed before
+
+
+def test_a_retrace_for_a_tensor_describes_it():
+    step = tracejit.compile(lambda x: x * 2)
+    for n in (3, 3, 3, 4):
+        step(torch.ones(n))
+    (reason,) = step.explain_retraces()
+    assert "float32[3]" in reason and "float32[4]" in reason
+
+
+def test_retraces_are_reported_at_debug_level_1(monkeypatch, capsys):
+    monkeypatch.setenv("TRACEJIT_DEBUG", "1")
+    config, x = {"power": 2}, torch.ones(3)
+    step = tracejit.compile(lambda: x ** config["power"])
+    for _ in range(3):
+        step()
+    config["power"] = 3
+    step()
+    assert "config['power'] was 2 and is 3 now" in capsys.readouterr().out
+
+
+def test_a_guard_is_readable_source():
+    _, _, step = trainer()
+    compiled = tracejit.compile(step)
+    for _ in range(4):
+        compiled()
+    (text,) = compiled.guards
+    assert text.startswith("def guard(args, kwargs") and "param_groups[0]['lr']" in text
+
+
+# ---- warnings
+
+
+def test_a_step_that_cannot_replay_warns_once_with_the_line():
+    x = torch.ones(3)
+
+    def step():
+        time.time()
+        return x * 2
+
+    compiled = tracejit.compile(step)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            compiled()
+    (warning,) = [w for w in caught if w.category is TracejitWarning]
+    line = step.__code__.co_firstlineno + 1
+    assert f"test_contract.py:{line}" in str(warning.message) and "time" in str(warning.message)
+
+
+def test_a_step_that_keeps_making_plans_warns_once_with_the_cause():
+    config, x = SimpleNamespace(scale=0), torch.ones(3)
+    step = tracejit.compile(lambda: x * config.scale)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(40):
+            config.scale = i // 3
+            assert torch.equal(step(), x * (i // 3))
+    (warning,) = [w for w in caught if w.category is TracejitWarning]
+    assert "plans" in str(warning.message) and "config.scale" in str(warning.message)
+
+
+def test_replay_mode_raises_where_a_proof_is_impossible():
+    counter = SimpleNamespace(n=0)
+    x = torch.ones(3)
+
+    def step():
+        counter.n += 1
+        return x * counter.n
+
+    compiled = tracejit.compile(step, mode="replay")
+    with pytest.raises(ReplayNotArmed, match="counter.n"):
+        compiled()
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_without_keep_grads_nothing_but_the_gradients_differs(backend):
+    model, _, step = trainer()
+    other, _, eager = trainer()
+    compiled = tracejit.compile(step, backend=backend, keep_grads=False)
+    for _ in range(10):
+        torch.testing.assert_close(compiled(), eager())
+        assert all(p.grad is None for p in model.parameters())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
+    outputs = [b for b in compiled.plans[-1].buffers if b.kind == "output"]
+    assert len(outputs) == 1  # the loss
+
+
+def test_without_keep_grads_accumulation_into_existing_gradients_goes_on():
+    w = torch.ones(3, requires_grad=True)
+    w.grad = torch.zeros(3)
+    grad = w.grad
+    step = tracejit.compile(lambda: (w * w).sum().backward(), keep_grads=False)
+    for i in range(4):
+        step()
+        assert w.grad is grad and torch.equal(grad, torch.full((3,), 2.0 * (i + 1)))
+
+
+# ---- memory
+
+
+def test_what_a_step_returned_is_the_callers_to_keep():
+    x = torch.zeros(3)
+
+    def step():
+        x.add_(1)
+        return x * 2, (x * 3).view(3, 1)
+
+    compiled = tracejit.compile(step)
+    kept = [compiled() for _ in range(12)]
+    arrays = [compiled()[0].numpy() for _ in range(5)]  # numpy holds the memory, not the tensor
+    views = [compiled()[0][1:] for _ in range(5)]
+    for i, (double, triple) in enumerate(kept, 1):
+        assert torch.equal(double, torch.full((3,), 2.0 * i))
+        assert torch.equal(triple, torch.full((3, 1), 3.0 * i))
+    for i, array in enumerate(arrays, 13):
+        assert (array == 2.0 * i).all()
+    for i, view in enumerate(views, 18):
+        assert torch.equal(view, torch.full((2,), 2.0 * i))
+
+
+def test_a_gradient_that_the_user_kept_is_not_written_again():
+    model, _, step = trainer()
+    other, _, eager = trainer()
+    compiled = tracejit.compile(step)
+    kept, wanted = [], []
+    for _ in range(8):
+        compiled()
+        eager()
+        kept.append([p.grad for p in model.parameters()])
+        wanted.append([p.grad.clone() for p in other.parameters()])
+    for ours, eagers in zip(kept, wanted, strict=True):
+        for a, b in zip(ours, eagers, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_what_autograd_saved_of_a_result_is_not_written_again():
+    x, w = torch.zeros(3), torch.ones(3, requires_grad=True)
+
+    def step():
+        x.add_(1)
+        return x * 2
+
+    compiled = tracejit.compile(step)
+    outside = [(compiled() * w).sum() for _ in range(8)]  # each saved a result for its backward
+    for i, loss in enumerate(outside, 1):
+        (g,) = torch.autograd.grad(loss, w)
+        assert torch.equal(g, torch.full((3,), 2.0 * i))
+
+
+# ---- what a guard must not miss
+
+
+def test_attributes_by_computed_names():
+    holder, x = SimpleNamespace(scale0=2.0, scale1=3.0), torch.ones(3)
+    step = tracejit.compile(lambda i: x * getattr(holder, f"scale{i}"))
+    for i in (0, 1) * 4:
+        assert torch.equal(step(i), x * (2.0 + i))
+    holder.scale1 = 50.0
+    assert torch.equal(step(1), x * 50.0)
+    assert step.stats.replays > 0
+
+
+def test_attributes_by_class_pattern():
+    class Config:
+        def __init__(self):
+            self.scale = 2
+
+    config, x = Config(), torch.ones(3)
+
+    def step():
+        match config:
+            case Config(scale=s):
+                return x * s
+
+    compiled = tracejit.compile(step)
+    for _ in range(4):
+        assert torch.equal(compiled(), x * 2)
+    config.scale = 5
+    assert torch.equal(compiled(), x * 5) and compiled.stats.replays > 0
+
+
+def test_inference_mode_is_refused():
+    x = torch.ones(3)
+    step = tracejit.compile(lambda: x * 2)
+    for _ in range(4):
+        step()
+    with torch.inference_mode(), pytest.raises(tracejit.errors.SideEffectError, match="inference"):
+        step()
+    assert not step().is_inference()
+
+
+def test_where_a_view_starts_is_guarded_if_the_step_asks():
+    memory = torch.arange(12.0)
+    step = tracejit.compile(lambda x: x * x.storage_offset())
+    for start in (0, 0, 0, 4, 8, 8):
+        x = memory[start : start + 4]
+        assert torch.equal(step(x), x * start)

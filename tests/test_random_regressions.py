@@ -1,0 +1,455 @@
+"""Shrunk failures of the random programs, each under the name of what was wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_check import compare
+from random_text import randn
+
+from tracejit.errors import UnsupportedOperation
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+
+
+def data(seed, *shape, dtype=F32):
+    return lambda cast: cast(randn(seed, *shape), dtype)
+
+
+def leaf(seed, *shape, dtype=F32):
+    return lambda cast: cast(randn(seed, *shape), dtype).requires_grad_()
+
+
+def check(step, *args, **options):
+    """Compare on numpy, fused and not, with eager; each arg makes a tensor when given `cast`."""
+
+    def make_args(cast):
+        return [a(cast) if callable(a) else a for a in args]
+
+    for fuse in (True, False):
+        compare(step, make_args, backend="numpy", fuse=fuse, **options)
+
+
+def test_copy_from_a_number():
+    def step(x):
+        x.copy_(0.25)
+        x[0].copy_(2)
+
+    check(step, data(1, 3))
+
+
+def test_assigning_data_of_an_intermediate_keeps_its_history():
+    def step(w):
+        t = w * w
+        t.data -= 0.1
+        (t * t).sum().backward()
+        return t
+
+    check(step, leaf(1, 3))
+
+
+def test_writing_a_tensor_of_one_element_from_a_view_of_itself():
+    def step(w):
+        t = w * 2
+        t.view(1, 1)[...] = t
+        t.sum().backward()
+        return t
+
+    check(step, leaf(1))
+
+
+def test_writing_through_a_view_of_an_expanded_tensor_is_refused():
+    def step(x):
+        x.expand(3, 2)[1].mul_(0.5)
+        return x
+
+    with pytest.raises(UnsupportedOperation, match="Write to the tensor that was expanded"):
+        check(step, data(1, 2))
+
+
+def test_dividing_saves_its_operands_not_its_result():
+    def step(w, x):
+        t = x / w
+        t.neg_()
+        t.sum().backward()
+
+    check(step, leaf(1, 3), data(2, 3))
+
+
+def test_a_saved_tensor_written_through_data_is_refused():
+    def step(w):
+        t = w * 2
+        loss = (t * t).sum()
+        t.data.mul_(0.5)
+        loss.backward()
+
+    with pytest.raises(UnsupportedOperation, match="written through .data"):
+        check(step, leaf(1, 3))
+
+
+def test_power_of_a_scalar_in_float64():
+    def step(x):
+        return ((x.amin([], keepdim=True).abs() + 0.5) ** 1.5).sum()
+
+    check(step, data(1, dtype=F64))
+
+
+def test_copying_an_expanded_tensor_onto_itself():
+    def step(x):
+        t = (x * 1).expand(7, 3)
+        t.copy_(t)
+        return t
+
+    check(step, data(1, 1, 3))
+
+
+def test_subtracting_from_a_slice_of_one_column():
+    def step(x):
+        x[:, :1] -= 0.5
+        x[:1] -= x[1:2]
+        x[:1, :1] -= x[1, 0]
+
+    check(step, data(1, 2, 3))
+    check(step, data(1, 3, 2))
+
+
+def test_a_freed_node_that_saved_nothing_runs_again():
+    def step(w):
+        t = w.unsqueeze(0)
+        torch.autograd.grad((t**2).mean(), [w])
+        (w.sum() + t.mean()).backward()
+
+    check(step, leaf(1))
+    check(step, leaf(1, 3))
+
+
+def test_a_saved_operand_that_was_broadcast_is_checked():
+    def broadcast(w, u):
+        t = w * w
+        loss = (t * u).sum()
+        with torch.no_grad():
+            t.sin_()
+        loss.backward()
+
+    def promoted(w, u):
+        t = w * w
+        loss = (t * u.double()).sum()
+        with torch.no_grad():
+            t.sin_()
+        loss.backward()
+
+    def linear(w, u):
+        t = w * w
+        loss = F.linear(t, u, t).sum()
+        with torch.no_grad():
+            t.sin_()
+        loss.backward()
+
+    def copied(w, u):
+        t = w * w
+        loss = (t.t().reshape(-1)[:2] * u).sum()
+        with torch.no_grad():
+            t.sin_()
+        loss.backward()
+
+    for step in (broadcast, promoted, linear, copied):
+        check(step, leaf(1, 1, 2), leaf(2, 2, 2))
+
+
+def test_a_view_under_no_grad_leaves_aliases_without_history():
+    def step(w):
+        y = w.detach() * 2
+        d = w.detach()
+        with torch.no_grad():
+            w.view(-1).fill_(0.5)
+        assert not d.requires_grad
+        return y, d + 1
+
+    check(step, leaf(1, 3, 2))
+
+
+def test_a_detached_argument_beside_its_parameter():
+    def step(w, y):
+        t = y * 2
+        with torch.no_grad():
+            w.view(-1).fill_(0.5)
+        return t
+
+    def make_args(cast):
+        w = leaf(1, 3, 2)(cast)
+        return [w, w.detach()]
+
+    compare(step, make_args, backend="numpy")
+
+
+def test_views_returned_together_may_not_be_written_to():
+    def write(w):
+        (w * 1).unbind(0)[0].add_(1)
+
+    def write_a_view(w):
+        (w * 1).chunk(2)[0][:1].mul_(2)
+
+    def write_with_history(w):
+        w.detach().clone().split(1)[0].add_(w[:1])
+
+    def read_after_the_base(w):
+        t = w * 1
+        a, _ = t.split([1, 1])
+        t.mul_(2)
+        a.sum().backward()
+
+    def read_after_a_quiet_write(w):
+        a, _ = w.unbind()
+        with torch.no_grad():
+            w.mul_(2)
+        a.sum().backward()
+
+    def read_made_quietly(w):
+        t = w * 1
+        with torch.no_grad():
+            a = t[0]
+            t.mul_(2)
+        return a * 2
+
+    steps = (write, write_a_view, write_with_history)
+    for step in (*steps, read_after_the_base, read_after_a_quiet_write, read_made_quietly):
+        with pytest.raises(RuntimeError, match="view"):
+            step(leaf(1, 2, 3)(torch.Tensor.to))
+        check(step, leaf(1, 2, 3))
+
+
+def test_views_returned_together_may_be_written_to_where_nothing_differentiates():
+    def step(w, x):
+        x.unbind(0)[0].add_(1)
+        t = w * 1
+        a, b = t.unbind(0)
+        with torch.no_grad():
+            a.mul_(2)
+        (w * 3).tensor_split(2)[0].mul_(2)
+        t.sum().backward()
+        return b.detach(), x
+
+    check(step, leaf(1, 2, 3), data(2, 2, 3))
+
+
+def test_einsum_without_a_common_sum_is_laid_out_as_a_product():
+    def step(a, b):
+        t = torch.einsum("ij,kj->jk", a, b)
+        t.reshape(20).data.zero_()  # a copy in eager
+        return t, torch.einsum("ij,kj->kj", a, b)
+
+    check(step, data(1, 3, 4), data(2, 5, 4))
+
+
+def test_a_normalized_single_row_into_a_matmul():
+    def step(w, x):
+        return F.rms_norm(torch.tril(w, -1), (7,)) @ x
+
+    check(step, leaf(1, 1, 7), data(2, 7, 4), outside=True)
+
+
+def test_two_matmuls_beside_a_full_reduction():
+    def step(x, a, b, c, d):
+        return (((a @ b) * x.double().sum((0, 1, 2), True)) + c @ d).tanh()
+
+    check(
+        step,
+        data(1, 1, 2, 1),
+        data(2, 1, 4),
+        data(3, 4, 2),
+        data(4, 1),
+        leaf(5, 1, 1),
+        outside=True,
+    )
+
+
+def test_a_running_sum_saves_nothing():
+    def step(w):
+        t = w.cumsum(0)
+        t.tanh().sum().backward()
+        (t - 0.5).square().mean().backward()
+        (g,) = torch.autograd.grad((w.cumsum(-1) ** 2).sum(), [w], create_graph=True)
+        (g**2).sum().backward()
+
+    check(step, leaf(1, 5, 3))
+    check(step, leaf(1, 5, 3, dtype=BF16), narrow=BF16)
+
+
+def test_padding_by_nothing_keeps_the_layout():
+    def step(x):
+        return F.pad(x.mT, (0, 0)), F.pad(x.mT, (-1, 0)), F.pad(x[..., ::2], (0, -1))
+
+    check(step, data(1, 2, 3, 4))
+
+
+def twice(function):
+    """A step that differentiates a function's result, and then the same result again."""
+
+    def step(w):
+        t = function(w.clone())
+        t.sum().backward()
+        t.sum().backward()
+
+    return step
+
+
+def eager_raises(step, *args):
+    try:
+        step(*(a(torch.Tensor.to) for a in args))
+    except RuntimeError:
+        return True
+    return False
+
+
+def check_both(step, *args, raises):
+    """What eager does is known, so that the test says it, and the compiled step does the same."""
+    assert eager_raises(step, *args) is raises
+    check(step, *args)
+
+
+def test_a_triangle_saves_no_mask():
+    for function in (torch.tril, torch.triu, lambda x: x.tril(-1), torch.diag_embed):
+        check_both(twice(function), leaf(1, 3, 3), raises=False)
+
+    def masked(x):
+        return x.masked_fill(x > 0, 0.5)
+
+    check_both(twice(masked), leaf(1, 3, 3), raises=True)
+
+    def twice_differentiated(w):
+        (g,) = torch.autograd.grad((torch.tril(w) ** 3).sum(), [w], create_graph=True)
+        (g**2).sum().backward()
+
+    check(twice_differentiated, leaf(1, 3, 4))
+
+
+def test_a_product_with_a_number_saves_the_number():
+    for function in (
+        lambda x: x * 1,
+        lambda x: 2.0 * x,
+        lambda x: x / 4,
+        lambda x: 3 / x,
+        lambda x: x.clone().mul_(0.5),
+        lambda x: x**1,
+        lambda x: x**0,
+    ):
+        check_both(twice(function), leaf(1, 3), raises=True)
+    for function in (
+        lambda x: x + 2.0,
+        lambda x: 1 - x,
+        lambda x: x.add(x, alpha=3),
+        lambda x: x.mean(0),
+        lambda x: torch.addmm(x, torch.ones(3, 3), torch.ones(3, 3), beta=0.5, alpha=2),
+    ):
+        check_both(twice(function), leaf(1, 3), raises=False)
+
+
+def test_a_runtime_scalar_is_no_saved_tensor():
+    def added(w, s):
+        t = w.add(w, alpha=s)
+        t.sum().backward()
+        t.sum().backward()
+
+    def multiplied(w, s):
+        t = w * s
+        t.sum().backward()
+        t.sum().backward()
+
+    check(added, leaf(1, 3), 0.5)
+    with pytest.raises(RuntimeError, match="second time"):
+        multiplied(leaf(1, 3)(torch.Tensor.to), 0.5)
+    check(multiplied, leaf(1, 3), 0.5)
+
+
+def test_a_number_saved_before_a_backward_outside():
+    def step(w, u):
+        t = w * 1
+        (t @ u).tanh().sum().backward()
+        return t.t()
+
+    check(step, leaf(1, 5, 1), leaf(2, 1, 1), outside=True)
+
+
+def test_results_that_a_derivative_reads_may_not_be_written():
+    def written(function):
+        def step(w):
+            t = function(w.clone())
+            loss = t.sum()
+            with torch.no_grad():
+                t.zero_()
+            loss.backward()
+
+        return step
+
+    for function in (
+        lambda x: x.sum().amax([]),
+        lambda x: x.sum().amin([], keepdim=True),
+        lambda x: x.amax(0, keepdim=True),
+        lambda x: x.std(0, keepdim=True),
+        lambda x: x.prod(0),
+        lambda x: x[:1].prod(0),
+        torch.reciprocal,
+    ):
+        check_both(written(function), leaf(1, 3), raises=True)
+    for function in (lambda x: 1 / x, lambda x: x.var(0, keepdim=True)):
+        check_both(written(function), leaf(1, 3), raises=False)
+
+
+def test_operands_that_only_torch_saves():
+    def step(function):
+        def written(w):
+            t = w.clone()
+            loss = function(t).sum()
+            with torch.no_grad():
+                t.zero_()
+            loss.backward()
+
+        return written
+
+    index = torch.tensor([[0, 1], [1, 0]])
+    for function in (
+        lambda x: x.gather(0, index),
+        lambda x: x.take_along_dim(index, 0),
+        lambda x: x**1,
+        lambda x: x[:1].prod(0),
+    ):
+        check_both(step(function), leaf(1, 2, 3), raises=True)
+    for function in (lambda x: x.tril(), lambda x: x.index_select(0, index[0])):
+        check_both(step(function), leaf(1, 2, 3), raises=False)
+    check_both(twice(lambda x: x.sum().max(0).values), leaf(1, 3), raises=True)
+
+
+def test_factors_that_are_saved_for_each_other():
+    def step(function):
+        def written(w, x, u):
+            y, z = x * 1, u * 1
+            loss = function(w * 1, y, z).sum()
+            with torch.no_grad():
+                y.zero_()
+            loss.backward()
+            (function(w * 1, y, z).sum() + 0).backward()
+
+        return written
+
+    plain = torch.addcmul, torch.addcdiv, torch.lerp
+    for function in plain:
+        check_both(step(function), leaf(1, 3), data(2, 3), data(3, 3), raises=False)
+    for function in plain[:2]:
+        check_both(step(function), leaf(1, 3), data(2, 3), leaf(3, 3), raises=True)
+    for function, raises in zip(plain, (False, True, True), strict=True):
+        both = twice(lambda x, function=function: function(x, torch.ones(3), torch.ones(3)))
+        check_both(both, leaf(1, 3), raises=raises)
+
+
+def test_the_constant_gradient_of_a_product_of_one_depends_on_it():
+    def step(w):
+        w[:, :1].prod(1).sum().backward(create_graph=True)
+        flags = w.grad.requires_grad
+        return torch.zeros(int(flags) + 1)
+
+    assert step(leaf(1, 2, 3)(torch.Tensor.to)).shape == (2,)
+    check(step, leaf(1, 2, 3))
+    check(step, leaf(1, 2, 1))

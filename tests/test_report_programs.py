@@ -1,0 +1,199 @@
+"""What whole programs compile to: launches, bytes and machine code, by limits and by goldens.
+
+A golden says what is; the limits say what may be, and accepting a golden does not lift them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
+
+import torch
+import triton
+from conftest import GOLDEN
+from function_samples import each_function, samples_of
+from programs import PROGRAMS, Program, plans_of
+from test_functions import outcome, step_of
+
+import tracejit
+from tracejit.aot import TARGETS
+from tracejit.capture.table import function_name
+from tracejit.report import COLUMNS, Report, limits, precompile, report, table
+from tracejit.schedule.plan import Plan
+from tracejit.schedule.traffic import bytes_moved
+
+# The kernels of these are compiled in every run of the tests, those of the others in `test-all`.
+FIXED = ("2 zero_", "3 chain", "5 sgd", "6 recurrence", "7 linear fit", "7 classifier")
+FIXED += ("softmax", "layer norm", "bf16")
+
+# Kernels that may break a limit: the program or function, a part of the sentence, and why.
+EXCEPTIONS: tuple[tuple[str, str, str], ...] = ()
+
+STABLE = ("kernel", "form", "regs", "spills", "shared", "CTAs/SM", "128-bit", "stream", "wgmma")
+STABLE += ("mma", "bars", "atomics", "min bytes")
+
+each_target = pytest.mark.parametrize("target", TARGETS)
+plans = functools.cache(plans_of)
+
+
+def broken(name: str, found: list[Report]) -> list[str]:
+    """The violations that no exception covers."""
+    known = [part for program, part, _ in EXCEPTIONS if program == name]
+    violations = [v for one in found for v in limits(one)]
+    return [v for v in violations if not any(part in v for part in known)]
+
+
+def cost(found: tuple[Plan, ...]) -> tuple[int, int]:
+    """Launches of a call, and the bytes that they move."""
+    return sum(len(p.launches) for p in found), sum(sum(bytes_moved(p)) for p in found)
+
+
+def check_cost(name: str, program: Program, found: tuple[Plan, ...]) -> None:
+    launches, moved = cost(found)
+    assert launches <= program.launches, f"{name}: {launches} launches, limit {program.launches}"
+    assert moved <= program.bytes, f"{name}: {moved:,} bytes, limit {program.bytes:,}"
+
+
+# --- launches and bytes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_launches_and_bytes(name):
+    check_cost(name, PROGRAMS[name], plans(name))
+
+
+def test_golden_launches(golden):
+    lines = [f"{'program':16}  launches         bytes"]
+    for name, program in PROGRAMS.items():
+        check_cost(name, program, plans(name))
+        launches, moved = cost(plans(name))
+        lines.append(f"{name:16}  {launches:8}  {moved:12,}")
+    golden("launches.txt", "\n".join(lines))
+
+
+# --- machine code -----------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled() -> None:
+    precompile([plan for name in FIXED for plan in plans(name)])
+
+
+@functools.cache
+def reports(name: str, target: int) -> list[Report]:
+    compiled()
+    return [report(plan, target=target) for plan in plans(name)]
+
+
+@each_target
+@pytest.mark.parametrize("name", FIXED)
+def test_kernels_keep_the_limits(name, target):
+    found = reports(name, target)
+    assert broken(name, found) == []
+    for row in (row for one in found for row in one.rows):
+        assert row.occupancy > 0 and row.minimum_bytes > 0 and row.lines
+
+
+def test_every_exception_is_needed():
+    names = {name for name, _, _ in EXCEPTIONS}
+    assert names <= set(FIXED) and all(reason for _, _, reason in EXCEPTIONS)
+    for name, part, _ in EXCEPTIONS:
+        assert any(
+            part in v for target in TARGETS for one in reports(name, target) for v in limits(one)
+        )
+
+
+@each_target
+def test_golden_reports(golden, target):
+    check_golden(golden, target, {name: reports(name, target) for name in FIXED})
+
+
+def check_golden(golden, target: int, found: dict[str, list[Report]]) -> None:
+    """Compare the rows of programs with the golden; the limits hold whatever the golden says."""
+    assert [v for name, some in found.items() for v in broken(name, some)] == []
+    name = f"report_sm_{target}_triton_{triton.__version__}.txt"
+    accepting = os.environ.get("TRACEJIT_ACCEPT") == "1"
+    if not accepting and not (GOLDEN / name).exists():
+        pytest.skip(f"no golden report for Triton {triton.__version__}; `make accept` writes it")
+    lines = []
+    for program, some in found.items():
+        rows = [row for one in some for row in one.rows]
+        lines += [f"--- {program}", *table(rows, {n: COLUMNS[n] for n in STABLE})]
+    golden(name, "\n".join(lines))
+
+
+def test_the_accept_switch_cannot_lift_the_limits(golden, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACEJIT_ACCEPT", "1")
+    monkeypatch.setitem(golden.__globals__, "GOLDEN", tmp_path)
+
+    @tracejit.compile
+    def strided(x, y):
+        return (x[::2].clamp(min=0) - y).pow(2).sum()
+
+    strided(torch.randn(1 << 19), torch.randn(1 << 18))
+    with pytest.raises(AssertionError, match="contiguous fp32 stream"):
+        check_golden(golden, 90, {"strided": [report(strided)]})
+    for limit in ({"launches": 0}, {"bytes": 1000}):
+        program = Program(PROGRAMS["3 chain"].make, **({"launches": 9, "bytes": 10**9} | limit))
+        with pytest.raises(AssertionError, match=f"{next(iter(limit))}, limit"):
+            check_cost("3 chain", program, plans("3 chain"))
+    assert not list(tmp_path.iterdir())
+    check_golden(golden, 90, {"3 chain": reports("3 chain", 90)})
+    assert list(tmp_path.iterdir())
+
+
+def test_kernels_compiled_in_processes_are_those_compiled_here(monkeypatch):
+    here, there = {}, {}
+    for facts, compile_ahead in ((here, False), (there, True)):
+        monkeypatch.setattr("tracejit.report._FACTS", facts)
+        if compile_ahead:
+            precompile(plans("2 zero_"), targets=(90,), processes=1)
+            assert len(facts) == len(here)
+        report(*plans("2 zero_"), target=90)
+    assert here == there and here
+
+
+# --- all kernels ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_kernels_of_all_programs_keep_the_limits():
+    names = [name for name in PROGRAMS if name not in FIXED]
+    precompile([plan for name in names for plan in plans(name)])
+    check_all({name: plans(name) for name in names})
+
+
+def check_all(found: dict[str, tuple[Plan, ...]]) -> None:
+    failures = []
+    for name, some in found.items():
+        for target in TARGETS:
+            failures += broken(name, [report(plan, target=target) for plan in some])
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(8))
+def test_kernels_of_functions_keep_the_limits(part):
+    """The first sample of each function that has a gradient, forward and backward; else forward."""
+    found = {}
+    for function in each_function()[part::8]:
+        for sample in samples_of(function):
+            plan = plan_of_sample(function, sample)
+            if plan is not None:
+                found[function_name(function)] = (plan,)
+                break
+    assert found
+    precompile([plan for some in found.values() for plan in some])
+    check_all(found)
+
+
+def plan_of_sample(function, sample) -> Plan | None:
+    step = tracejit.compile(step_of(function, sample))
+    _, error = outcome(step)
+    return None if error or not step.plans or not step.plans[-1].launches else step.plans[-1]

@@ -1,0 +1,201 @@
+"""The support table: dtypes and gradients measured on the samples, and the document made of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from function_samples import (
+    ELSEWHERE,
+    Sample,
+    b1,
+    bare_name,
+    bf16,
+    f16,
+    f32,
+    f64,
+    i8,
+    i16,
+    i32,
+    i64,
+    samples_of,
+    u8,
+)
+from oracle import captured_of
+from test_functions import (
+    check_gradients,
+    check_values,
+    is_logic_in_place,
+    outcome,
+    step_of,
+    tensors_of,
+)
+
+from tracejit import support
+from tracejit.capture.table import RULES
+from tracejit.support import Operation, markdown, operations, refusals
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
+
+ROOT = Path(__file__).parents[1]
+FLOATS = {"f64": f64, "f32": f32, "f16": f16, "bf16": bf16}
+INTS = {"i64": i64, "i32": i32, "i16": i16, "i8": i8, "u8": u8}
+DTYPES = FLOATS | INTS | {"b1": b1}
+
+
+def converted(sample: Sample, dtype: torch.dtype) -> Sample | None:
+    """The sample with another dtype for its first tensor and for those that have the same."""
+    first = tensors_of(sample.args)
+    if not first:
+        return None
+    if dtype is first[0].dtype:
+        return sample
+
+    def change(x: object) -> object:
+        if isinstance(x, (tuple, list)):
+            return type(x)(change(item) for item in x)
+        return x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype is first[0].dtype else x
+
+    kwargs = {k: change(v) for k, v in sample.kwargs.items()}
+    return Sample(change(sample.args), kwargs)
+
+
+def operations_measured() -> list[Operation]:
+    """Those that compute or make views; for lists, the plain function says it."""
+    return [
+        o
+        for o in operations()
+        if not o.name.startswith("torch._")
+        and not o.needs_values
+        and bare_name(o.functions[0]) not in ELSEWHERE
+        and getattr(o.functions[0], "__name__", "") not in ("__set__", "__delete__")
+    ]
+
+
+def chosen(operation: Operation) -> tuple[Callable, list[Sample]]:
+    """The function that is measured, and its samples that eager and capture accept."""
+    function = min(operation.functions, key=lambda f: support.rank(support.public_name(f)))
+    return function, [s for s in samples_of(function) if not s.refused]
+
+
+def accepted(function: Callable, samples: list[Sample], dtype: torch.dtype) -> Iterator[Sample]:
+    """Samples of a dtype that eager computes and a trace takes."""
+    for sample in samples:
+        other, error = outcome(converted, sample, dtype)
+        if error is not None or other is None:
+            continue
+        args, kwargs = other.fresh()
+        if outcome(lambda args=args, kwargs=kwargs: function(*args, **kwargs))[1] is not None:
+            continue
+        args, kwargs = other.fresh()
+        step = lambda args=args, kwargs=kwargs: function(*args, **kwargs)  # noqa: E731
+        if outcome(captured_of, step)[1] is None:
+            yield other
+
+
+def measured(operation: Operation) -> tuple[str, str]:
+    """The dtypes whose results are eager's, and whether there is a gradient."""
+    function, samples = chosen(operation)
+    names = []
+    for name, dtype in DTYPES.items():
+        found = next(accepted(function, samples[:12], dtype), None)
+        if found is not None:
+            check_values(function, found)
+            if dtype.is_floating_point and not is_logic_in_place(function):
+                check_gradients(function, found)
+            names.append(name)
+    for group, members in (("ints", INTS), ("floats", FLOATS)):
+        if all(name in names for name in members):
+            names = [group, *(n for n in names if n not in members)]
+    return " ".join(names) or "-", gradient_of(function, samples)
+
+
+def gradient_of(function: Callable, samples: list[Sample]) -> str:
+    for sample in [s for s in samples if s.smooth] + samples:
+        if not any(x.is_floating_point() for x in tensors_of(sample.args)):
+            continue
+        for only_first in (False, True):
+            results, error = outcome(step_of(function, sample, only_first=only_first))
+            if error is None and any(g is not None for g in results[2]):
+                check_gradients(function, sample)
+                return "twice" if sample.smooth else "yes"
+    return "no"
+
+
+# Functions whose second derivative is not compared: it is zero, or undefined at kinks.
+ONCE = {
+    "torch.amax": "ties share the gradient",
+    "torch.amin": "ties share the gradient",
+    "torch.clamp": "piecewise linear",
+    "torch.nn.functional.hardsigmoid": "piecewise linear",
+    "torch.threshold": "piecewise linear",
+    "torch.masked_fill": "selects",
+    "Tensor.__setitem__": "selects",
+    "Tensor.bfloat16": "rounds",
+    "Tensor.half": "rounds",
+    "Tensor.fill_": "the old value has gradient zero",
+    "torch.zero_": "the old value has gradient zero",
+    "torch.dropout": "the identity, as long as nothing is random",
+    "torch.nn.functional.alpha_dropout": "the identity, as long as nothing is random",
+    "torch.nn.functional.dropout1d": "the identity, as long as nothing is random",
+    "torch.nn.functional.dropout3d": "the identity, as long as nothing is random",
+}
+
+
+def test_smooth_functions_are_differentiated_twice(facts):
+    assert {name for name, (_, gradient) in facts.items() if gradient == "yes"} == set(ONCE)
+
+
+@pytest.fixture(scope="module")
+def facts() -> dict[str, tuple[str, str]]:
+    return {o.name: measured(o) for o in operations_measured()}
+
+
+def test_golden_support_table(facts):
+    """dtypes and gradients as measured; TRACEJIT_ACCEPT=1 rewrites the table."""
+    text = "".join("\t".join((name, *row)) + "\n" for name, row in sorted(facts.items()))
+    if os.environ.get("TRACEJIT_ACCEPT") == "1":
+        support.FACTS.write_text(text)
+        operations.cache_clear()
+    now = set(support.FACTS.read_text().splitlines())
+    assert now == set(text.splitlines()), "`make accept` rewrites tracejit/support.tsv"
+
+
+def test_golden_document():
+    """docs/operations.md is what `python -m tracejit ops` prints."""
+    path, text = ROOT / "docs" / "operations.md", markdown()
+    if os.environ.get("TRACEJIT_ACCEPT") == "1":
+        path.write_text(text)
+    assert path.read_text() == text, "`make accept` rewrites docs/operations.md"
+
+
+def test_every_rule_is_listed_once():
+    listed = [f for o in operations() for f in o.functions]
+    assert len(listed) == len(set(listed)) and set(listed) == set(RULES)
+    text = markdown()
+    assert all(o.names in text or o.name in text for o in operations())
+
+
+def test_refusals_come_from_the_source():
+    said = {r.text for r in refusals()}
+    assert "channels_last has no rule" in said and len(said) > 50
+    assert any("TorchScript" in text for text in said)
+    assert "Padding of mode {…} has no rule; use mode='constant'" in said
+    assert all(r.function for r in refusals())
+
+
+def test_the_command_line(capsys):
+    from tracejit.__main__ import main
+
+    assert main(["ops"]) == 0
+    assert capsys.readouterr().out == markdown()
+    assert main(["ops", "log_softmax"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("torch: log_softmax; torch.nn.functional: log_softmax; ")
+    assert "dtypes: floats   gradient: twice" in out
+    assert main(["ops", "svd"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "no supported torch function has 'svd'" in captured.err

@@ -1,0 +1,468 @@
+"""Whole training loops, against eager after every call: what users do around and between steps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from worlds import picture, same
+
+import tracejit
+from tracejit.compile import CompiledStep
+
+pytestmark = pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+
+
+@dataclass
+class Loop:
+    """A training run: its step, everything to compare, and what is done before each call."""
+
+    step: Callable
+    state: object
+    between: Callable[[int], object] = lambda i: None
+    args: Callable[[int], tuple] = lambda i: ()
+
+    def call(self, i: int, step: Callable) -> list:
+        self.between(i)
+        return picture((step(*self.args(i)), self.state))
+
+
+def alike(make: Callable[[], Loop], *, calls: int = 14, backend: str = "numpy") -> CompiledStep:
+    """Run a loop in eager and compiled; all that it shows is the same after every call."""
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        random.seed(0)
+        loop = make()
+        step = tracejit.compile(loop.step, backend=backend) if compiled else loop.step
+        runs.append([loop.call(i, step) for i in range(calls)])
+    for i, (theirs, ours) in enumerate(zip(*runs, strict=True)):
+        same(ours, theirs, f"call {i}")
+    return step
+
+
+def net(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for a, b in zip(sizes, sizes[1:], strict=False):
+        layers += [nn.Linear(a, b), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+X = torch.linspace(-1, 2, 20).reshape(5, 4)
+Y = torch.linspace(0, 1, 15).reshape(5, 3)
+
+
+class Trainer:
+    """A model, its optimizer, a step."""
+
+    def __init__(self, make=torch.optim.Adam, **options):
+        self.model = net(4, 6, 3)
+        self.optimizer = make(self.model.parameters(), **({"lr": 0.02} | options))
+
+    def step(self, x=X, y=Y):
+        self.optimizer.zero_grad()
+        loss = (self.model(x) - y).pow(2).mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+OPTIMIZERS = {
+    "SGD": {"momentum": 0.9, "lr": 0.1},
+    "Adam": {},
+    "AdamW": {"weight_decay": 0.1},
+    "RMSprop": {},
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_round_trip(name, assign):
+    """Saved to a file in the middle, trained on, and loaded again."""
+
+    def make():
+        t = Trainer(getattr(torch.optim, name), **OPTIMIZERS[name])
+        file = io.BytesIO()
+
+        def between(i):
+            if i == 5:
+                torch.save((t.model.state_dict(), t.optimizer.state_dict()), file)
+            if i == 9:
+                file.seek(0)
+                model, optimizer = torch.load(file)
+                t.model.load_state_dict(model, assign=assign)
+                t.optimizer.load_state_dict(optimizer)
+
+        return Loop(t.step, t, between)
+
+    step = alike(make)
+    assert step.explain_mode().startswith("replay") and step.stats.replays >= 5
+    if not assign:  # which leaves the optimizer with the old parameters
+        assert step.stats.compiles == 2  # with and without state of the optimizer
+
+
+def test_state_dicts_into_another_trainer():
+    def make():
+        first, second = Trainer(), Trainer()
+        for _ in range(3):
+            first.step()
+
+        def between(i):
+            if i == 6:
+                second.model.load_state_dict(first.model.state_dict())
+                second.optimizer.load_state_dict(copy.deepcopy(first.optimizer.state_dict()))
+
+        return Loop(second.step, (first, second), between)
+
+    assert alike(make).stats.replays > 5
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_gradients_accumulate_across_calls(inside):
+    """Four backward passes for an update: the update in the step, or between steps."""
+
+    def make():
+        t = Trainer()
+        t.micro = 0
+
+        def step(x, y):
+            loss = (t.model(x) - y).pow(2).mean() / 4
+            loss.backward()
+            if inside:
+                t.micro += 1
+                if t.micro % 4 == 0:
+                    t.optimizer.step()
+                    t.optimizer.zero_grad()
+            return loss.detach()
+
+        def between(i):
+            if not inside and i and i % 4 == 0:
+                t.optimizer.step()
+                t.optimizer.zero_grad()
+
+        return Loop(step, t, between, lambda i: (X * (1 + i % 4), Y))
+
+    step = alike(make, calls=20)
+    assert step.explain_mode().startswith("rerun" if inside else "replay")
+    assert step.stats.compiles <= 5
+
+
+def test_two_optimizers_of_a_gan():
+    def make():
+        class Gan:
+            def __init__(self):
+                self.g, self.d = net(3, 8, 4), net(4, 8, 1)
+                self.g_opt = torch.optim.Adam(self.g.parameters(), lr=0.01, betas=(0.5, 0.9))
+                self.d_opt = torch.optim.Adam(self.d.parameters(), lr=0.02, betas=(0.5, 0.9))
+                self.bce = nn.BCEWithLogitsLoss()
+
+            def step(self, real, noise):
+                ones, zeros = torch.ones(len(real), 1), torch.zeros(len(real), 1)
+                fake = self.g(noise)
+                self.d_opt.zero_grad()
+                d_loss = self.bce(self.d(real), ones) + self.bce(self.d(fake.detach()), zeros)
+                d_loss.backward()
+                self.d_opt.step()
+                self.g_opt.zero_grad()
+                g_loss = self.bce(self.d(fake), ones)
+                g_loss.backward()
+                self.g_opt.step()
+                return {"d": d_loss.detach(), "g": g_loss.detach()}
+
+        gan = Gan()
+        noise = torch.arange(15.0).view(5, 3)
+        return Loop(gan.step, gan, args=lambda i: (X * i / 9, torch.sin(noise * i)))
+
+    step = alike(make)
+    assert step.explain_mode().startswith("replay") and step.stats.replays >= 10
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99])
+def test_exponential_average_of_a_model(decay):
+    """A copy that follows the model, read in eval between the calls."""
+
+    def make():
+        t = Trainer()
+        t.ema, t.decay = copy.deepcopy(t.model).requires_grad_(False), decay
+
+        def step():
+            loss = t.step()
+            with torch.no_grad():
+                for average, p in zip(t.ema.parameters(), t.model.parameters(), strict=True):
+                    average.mul_(t.decay).add_(p, alpha=1 - t.decay)
+            return loss
+
+        def between(i):
+            if i == 6:
+                t.decay = 0.5
+            if i == 9:
+                t.ema.load_state_dict(t.model.state_dict())
+
+        return Loop(step, t, between)
+
+    assert alike(make).explain_mode().startswith("replay")
+
+
+def test_tied_weights():
+    def make():
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.enter, self.leave = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False)
+                self.leave.weight = nn.Parameter(self.enter.weight.detach().t().clone())
+                self.again = nn.Linear(4, 6, bias=False)
+                self.again.weight = self.enter.weight
+
+            def forward(self, x):
+                return self.leave(torch.tanh(self.enter(x)) + torch.tanh(self.again(x * 2)))
+
+        t = Trainer()
+        t.model = Tied()
+        t.optimizer = torch.optim.SGD(t.model.parameters(), lr=0.1, momentum=0.9)
+
+        def between(i):
+            if i == 7:  # untied
+                t.model.again.weight = nn.Parameter(t.model.enter.weight.detach().clone())
+
+        return Loop(lambda: t.step(X, X), t, between)
+
+    assert alike(make).explain_mode().startswith("replay")
+
+
+def test_gradient_penalty():
+    """A derivative of a derivative."""
+
+    def make():
+        t = Trainer(torch.optim.SGD, lr=0.05)
+        t.critic = net(4, 5, 1)
+        t.optimizer = torch.optim.SGD(t.critic.parameters(), lr=0.003)
+
+        def step(x):
+            x = x.clone().requires_grad_()
+            out = t.critic(x)
+            (gradient,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+            penalty = (gradient.norm(2, dim=1) - 1).pow(2).mean()
+            t.optimizer.zero_grad()
+            (out.mean() + 10 * penalty).backward()
+            t.optimizer.step()
+            return penalty.detach()
+
+        return Loop(step, t, args=lambda i: (X + 0.1 * i,))
+
+    assert alike(make).explain_mode().startswith("replay")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_weight_norm(new):
+    def make():
+        t = Trainer()
+        norm = torch.nn.utils.parametrizations.weight_norm if new else torch.nn.utils.weight_norm
+        t.model = nn.Sequential(norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, 3))
+        t.optimizer = torch.optim.SGD(t.model.parameters(), lr=0.1)
+        return Loop(t.step, t.model)
+
+    alike(make, calls=10)
+
+
+def test_parameters_frozen_and_unfrozen():
+    def make():
+        t = Trainer(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+        def between(i):
+            if i == 4:
+                t.model[0].requires_grad_(False)
+            if i == 8:
+                t.model[0].requires_grad_(True)
+                t.model[2].requires_grad_(False)
+            if i == 12:
+                t.model.requires_grad_(True)
+
+        return Loop(t.step, t, between)
+
+    step = alike(make, calls=18)
+    assert step.explain_mode().startswith("replay") and step.stats.replays >= 6
+
+
+def test_evaluation_and_back():
+    """The same step serves training and evaluation, as its flag and grad mode say."""
+
+    def make():
+        t = Trainer()
+        t.model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+        t.optimizer = torch.optim.SGD(t.model.parameters(), lr=0.02)
+        data = torch.randn(5, 4)
+
+        def step(x):
+            if not t.model.training:
+                with torch.no_grad():
+                    return (t.model(x) - Y).pow(2).mean()
+            return t.step(x)
+
+        def between(i):
+            t.model.train(i % 5 < 3)
+
+        return Loop(step, t, between, lambda i: (data + 0.1 * i,))
+
+    step = alike(make, calls=20)
+    assert step.explain_mode().startswith("replay") and step.stats.replays >= 12
+    assert step.stats.compiles == 2
+
+
+def test_a_layer_swapped_out():
+    def make():
+        t = Trainer(torch.optim.SGD, lr=0.1)
+
+        def between(i):
+            if i == 5:
+                t.model[2] = nn.Linear(6, 3, bias=False)
+                t.optimizer = torch.optim.SGD(t.model.parameters(), lr=0.05)
+            if i == 9:
+                t.model[1] = nn.Sigmoid()
+
+        return Loop(t.step, t, between)
+
+    step = alike(make, calls=15)
+    assert step.explain_mode().startswith("replay") and step.stats.replays >= 7
+
+
+# ---- data
+
+
+def loader(n: int = 22, batch: int = 5, *, shuffle: bool = True, as_dict: bool = False):
+    x = torch.randn(n, 4)
+    y = torch.randn(n, 3)
+    if as_dict:
+        rows = [{"x": a, "y": b} for a, b in zip(x, y, strict=True)]
+        return DataLoader(rows, batch_size=batch, shuffle=shuffle)
+    return DataLoader(TensorDataset(x, y), batch_size=batch, shuffle=shuffle)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("backend", ["numpy", "c"])
+def test_epochs_of_a_data_loader(shuffle, as_dict, backend):
+    """One plan for each shape; no trace after the first epoch in which each shape came twice."""
+    runs = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        t = Trainer()
+        step = (lambda b, t=t: t.step(b["x"], b["y"])) if as_dict else (lambda b, t=t: t.step(*b))
+        if compiled:
+            step = tracejit.compile(step, backend=backend)
+        data, losses, traces = loader(shuffle=shuffle, as_dict=as_dict), [], []
+        for _ in range(4):
+            losses.append([step(batch).item() for batch in data])
+            traces.append(step.stats.traces if compiled else 0)
+        runs.append((losses, picture(t)))
+    (theirs, eager), (ours, mine) = runs
+    for a, b in zip(theirs, ours, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    same(mine, eager, "after four epochs")
+    assert step.stats.compiles == 3  # the first call makes state; full batches; the odd one
+    assert traces[1] == traces[3], f"traces after each epoch: {traces}"
+    full, odd = ({launch.kernel for launch in plan.launches} for plan in step.plans[1:])
+    assert len(full - odd) == 1  # the one that divides by the number of elements
+
+
+def test_a_batch_size_that_keeps_changing():
+    def make():
+        t = Trainer()
+        return Loop(t.step, t, args=lambda i: (X[: 1 + i % 4], Y[: 1 + i % 4]))
+
+    step = alike(make, calls=24)
+    assert step.stats.compiles == 5 and step.stats.replays >= 12
+
+
+# ---- control flow that changes
+
+
+class DynamicNet(nn.Module):
+    """The tutorial's: a random number of hidden layers, all with the same weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.enter(x).clamp(min=0)
+        for _ in range(random.randint(0, 3)):
+            h = self.middle(h).clamp(min=0)
+        return self.leave(h)
+
+
+@pytest.mark.parametrize("backend", ["numpy", "c"])
+def test_dynamic_net(backend):
+    def make():
+        model = DynamicNet()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
+        loss_of = nn.MSELoss(reduction="sum")
+
+        def step(x, y):
+            loss = loss_of(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return Loop(step, (model, optimizer), args=lambda i: (X, Y))
+
+    step = alike(make, calls=40, backend=backend)
+    assert step.explain_mode().startswith("rerun") and "random.randint" in step.explain_mode()
+    assert step.stats.replays == 0 and step.stats.compiles <= 10
+
+
+def test_dynamic_net_in_replay_mode_is_refused():
+    model = DynamicNet()
+    step = tracejit.compile(lambda: model(X).sum(), mode="replay", backend="numpy")
+    with pytest.raises(tracejit.errors.ReplayNotArmed, match="random.randint"):
+        step()
+
+
+def test_progressive_depth():
+    """More layers as training goes on, from an attribute."""
+
+    def make():
+        t = Trainer()
+        t.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        t.optimizer = torch.optim.SGD(t.blocks.parameters(), lr=0.1)
+        t.depth = 1
+
+        def step():
+            h = X
+            for block in t.blocks[: t.depth]:
+                h = h + torch.tanh(block(h))
+            t.optimizer.zero_grad()
+            loss = h.pow(2).mean()
+            loss.backward()
+            t.optimizer.step()
+            return loss.detach()
+
+        def between(i):
+            t.depth = 1 + i // 5
+
+        return Loop(step, t, between)
+
+    step = alike(make, calls=15)
+    assert step.stats.replays >= 6 and step.explain_mode().startswith("replay")
+
+
+def test_a_scheduler_and_a_counter_of_the_user():
+    def make():
+        t = Trainer(torch.optim.SGD, lr=0.1)
+        t.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(t.optimizer, 10)
+
+        def step():
+            loss = t.step()
+            t.scheduler.step()
+            return loss, t.scheduler.get_last_lr()[0]
+
+        return Loop(step, (t.model, t.optimizer))
+
+    assert alike(make).stats.compiles <= 2

@@ -1,0 +1,228 @@
+"""Two copies of a small world, one stepped by eager and one compiled, with changes between calls.
+
+A case builds everything that its step can reach into a namespace `w` and returns the step. After
+every call all of it is compared: returned values, tensors with their `.grad`, optimizer state,
+attributes, containers, and what was printed.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from enum import Enum
+from types import FunctionType, SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import tracejit
+from tracejit.capture.tensor import TracedTensor
+from tracejit.compile import CompiledStep
+from tracejit.errors import TracejitError
+
+Change = Callable[[SimpleNamespace], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step, what happens to it, and how it ends: "replay", "rerun", or "refused: <why>"."""
+
+    build: Callable[[SimpleNamespace], Callable]
+    mode: str
+    changes: dict[int, Change]
+    args: Callable[[int], tuple]
+    calls: int
+    says: str  # a pattern that the refusal matches
+    backend: str
+
+
+def table(cases: dict[str, Case]) -> Callable:
+    """`case(mode, …)` registers the function under it in `cases`."""
+
+    def case(mode, *, changes=None, args=lambda i: (), calls=7, says="", backend="numpy"):
+        def register(build):
+            assert build.__name__ not in cases
+            cases[build.__name__] = Case(build, mode, changes or {}, args, calls, says, backend)
+            return build
+
+        return register
+
+    return case
+
+
+class World:
+    """One copy of a case."""
+
+    def __init__(self, case: Case, compiled: bool):
+        torch.manual_seed(0)
+        random.seed(0)
+        self.case, self.state = case, SimpleNamespace()
+        step = case.build(self.state)
+        self.step = tracejit.compile(step, backend=case.backend) if compiled else step
+        self.random = random.getstate()
+
+    def call(self, i: int) -> list:
+        """Change what is to be changed, and step; returns a picture of the state, the arguments,
+        what was returned, and what was printed."""
+        torch.manual_seed(i)
+        random.setstate(self.random)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            if i in self.case.changes:
+                self.case.changes[i](self.state)
+            args = self.case.args(i)
+            self.before = picture((self.state, args))
+            keywords = args[-1] if args and type(args[-1]) is Keywords else {}
+            returned = self.step(*args[: len(args) - bool(keywords)], **keywords)
+        self.random = random.getstate()
+        return picture((self.state, args, returned, printed.getvalue()))
+
+
+class Keywords(dict):
+    """As the last of a call's arguments: its keyword arguments."""
+
+
+def check(case: Case, reset: Callable[[], None] = lambda: None) -> CompiledStep:
+    """Run a case; the compiled copy is like eager's after every call, or refuses. `reset` puts the
+    globals that the case changes back for the second copy."""
+    reset()
+    eager = World(case, False)
+    expected = [eager.call(i) for i in range(case.calls)]
+    reset()
+    ours = World(case, True)
+    refused = None
+    for i, theirs in enumerate(expected):
+        try:
+            mine = ours.call(i)
+        except TracejitError as error:
+            refused = error
+            same(picture((ours.state, case.args(i))), ours.before, f"call {i} was refused")
+            break
+        same(mine, theirs, f"call {i}")
+    step = ours.step
+    if case.mode.startswith("refused"):
+        assert refused is not None, f"not refused, but {step.explain_mode()}"
+        assert re.search(case.says, str(refused)), str(refused)
+        return step
+    if refused is not None:
+        raise refused
+    assert step.explain_mode().startswith(case.mode), step.explain_mode()
+    assert (step.stats.replays > 0) == (case.mode == "replay"), step.explain_retraces()
+    return step
+
+
+# ---- what a world looks like
+
+_PLAIN = (int, float, str, bytes, bool, type(None), torch.dtype, torch.Size, range, Enum)
+
+
+def picture(x: object) -> list[tuple[str, object]]:
+    """Everything reachable from x by attributes and items, as (path, value) pairs; tensors are
+    copied, and an object met again is the path of the first meeting."""
+    found: list[tuple[str, object]] = []
+    seen: dict[int, str] = {}
+    keep: list[object] = []
+
+    def look(x: object, path: str) -> None:
+        if isinstance(x, float):
+            found.append((path, float.__pos__(x)))
+            return
+        if isinstance(x, _PLAIN):
+            found.append((path, x))
+            return
+        if id(x) in seen:
+            found.append((path, f"<{seen[id(x)]}>"))
+            return
+        seen[id(x)] = path
+        keep.append(x)
+        if isinstance(x, torch.Tensor):
+            assert type(x) is not TracedTensor, f"{path} is left a tracer"
+            strides = [st for n, st in zip(x.shape, x.stride(), strict=True) if n > 1]
+            flags = (type(x).__name__, x.requires_grad, x.is_leaf, strides)
+            found.append((path, flags))
+            found.append((path, x.detach().clone()))
+            if x.is_leaf and x.grad is not None:
+                look(x.grad, f"{path}.grad")
+            for name, item in vars(x).items():
+                look(item, f"{path}.{name}")
+            return
+        if isinstance(x, (type, FunctionType, CompiledStep)):
+            found.append((path, x.__name__))
+            return
+        found.append((path, type(x).__name__))
+        if isinstance(x, dict):
+            for n, (key, item) in enumerate(dict.items(x)):
+                if not callable(item):  # hooks are numbered throughout the process
+                    look(key, f"{path} key {n}")
+                named = isinstance(key, (str, int)) and not callable(item)
+                look(item, f"{path}[{key if named else n}]")
+        elif isinstance(x, (set, frozenset)) and all(isinstance(i, _PLAIN) for i in x):
+            found.append((path, sorted(map(repr, x))))
+        elif isinstance(x, (list, tuple)) or type(x).__name__ == "deque":
+            for n, item in enumerate(x):
+                look(item, f"{path}[{n}]")
+        slots = [s for c in type(x).__mro__ for s in vars(c).get("__slots__", ())]
+        for name in slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(x, name):
+                look(getattr(x, name), f"{path}.{name}")
+        for name, item in getattr(x, "__dict__", {}).items():
+            look(item, f"{path}.{name}")
+
+    look(x, "w")
+    return found
+
+
+def same(mine: list, theirs: list, where: str) -> None:
+    """Both pictures show the same: values exactly, tensors within float32 rounding."""
+    ours, its = [p for p, _ in mine], [p for p, _ in theirs]
+    assert ours == its, f"{where}: {sorted(set(ours) ^ set(its))}"
+    for (path, a), (_, b) in zip(mine, theirs, strict=True):
+        at = f"{where}, {path}"
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            assert a.dtype == b.dtype and a.shape == b.shape, f"{at}: {a.shape} {a.dtype}"
+            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, equal_nan=True, msg=at)
+        elif isinstance(a, float) and isinstance(b, float):
+            assert a == pytest.approx(b, rel=1e-6, abs=1e-9, nan_ok=True), f"{at}: {a} {b}"
+        else:
+            assert type(a) is type(b) and a == b, f"{at}: {a!r}, eager has {b!r}"
+
+
+# ---- what most cases train
+
+X = torch.linspace(-1, 2, 20).reshape(5, 4)
+Y = torch.linspace(0, 1, 15).reshape(5, 3)
+
+
+class Trainer:
+    """What most users write: an object with a model, an optimizer and a step."""
+
+    scale = 1.0
+
+    def __init__(self, lr=0.1, **options):
+        self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.opt = torch.optim.SGD(self.model.parameters(), lr=lr, **options)
+        self.weight = 1.0
+
+    def loss(self, x, y):
+        return (self.model(x) - y).pow(2).mean() * self.weight * self.scale
+
+    def step(self, x=X, y=Y):
+        self.opt.zero_grad()
+        loss = self.loss(x, y)
+        loss.backward()
+        self.opt.step()
+        return loss.detach()
+
+
+def trainer(w, **options):
+    w.t = Trainer(**options)
+    return w.t.step
+
+
+def on_trainer(change):
+    return lambda w: change(w.t)

@@ -1,0 +1,110 @@
+"""Floats that Python computes anew on every call: `0.1 * 0.99**n` of a counter, `math.sqrt(step)`.
+
+They reach the graph as literals, so each value would be a plan of its own. Once a few graphs differ
+in nothing but the values of float literals, those that differ become runtime scalars of one plan.
+It reruns the Python on every call: a replay cannot know what Python would compute.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+
+from tracejit.capture.effects import Captured, graph_key
+from tracejit.errors import InvalidGraph
+from tracejit.ir.graph import Graph, Node, Param, Value
+from tracejit.ir.types import HOST_SCALAR
+
+_ENOUGH = 3  # plans of their own, before one is made for all values
+_REMEMBERED = 64
+
+Place = tuple[int, int]  # a node's position, and that of the operand
+
+
+@dataclass(slots=True)
+class _Family:
+    """Graphs that differ in float literals only."""
+
+    first: dict[Place, str]  # the literals of the first one, by repr: -0.0 and NaN count
+    varying: set[Place] = field(default_factory=set)
+    count: int = 0
+
+
+class Literals:
+    """What one compiled step remembers of the float literals of its graphs."""
+
+    def __init__(self) -> None:
+        self._families: OrderedDict[tuple, _Family] = OrderedDict()
+
+    def generalize(self, captured: Captured) -> bool:
+        """Called for a graph without a plan: make its varying literals runtime scalars, in place.
+
+        Returns whether the graph is another one now, with a key of its own.
+        """
+        if captured.outside:  # backward graphs repeat the literals
+            return False
+        literals = _float_literals(captured.graph)
+        family = self._family(captured.graph, literals)
+        family.varying |= {p for p, x in literals.items() if family.first[p] != repr(x)}
+        family.count += 1
+        if family.count <= _ENOUGH or not family.varying:
+            return False
+        chosen = [p for p in literals if p in family.varying]
+        graph, values = _with_scalars(captured.graph, chosen)
+        first = len(captured.scalars)
+        captured.graph = graph
+        captured.scalars += tuple(literals[p] for p in chosen)
+        captured.scalar_values += values
+        captured.sources += tuple(("scalar", first + k) for k in range(len(chosen)))
+        captured.paths += tuple(("computed", f"literal {k}") for k in range(len(chosen)))
+        captured.key = (graph_key(graph), *captured.key[1:])
+        return True
+
+    def _family(self, graph: Graph, literals: dict[Place, float]) -> _Family:
+        blank = graph_key(_replaced(graph, dict.fromkeys(literals, 0.0)))
+        family = self._families.setdefault(
+            blank, _Family({p: repr(x) for p, x in literals.items()})
+        )
+        self._families.move_to_end(blank)
+        if len(self._families) > _REMEMBERED:
+            self._families.popitem(last=False)
+        return family
+
+
+def _float_literals(graph: Graph) -> dict[Place, float]:
+    """The float literals among operands that may as well be runtime scalars."""
+    return {
+        (i, k): x
+        for i, node in enumerate(graph.nodes)
+        for k, x in enumerate(node.args)
+        if type(x) is float and _may_vary(node, k)
+    }
+
+
+def _may_vary(node: Node, k: int) -> bool:
+    types = [a.type if isinstance(a, Value) else a for a in node.args]
+    types[k] = HOST_SCALAR
+    try:
+        return node.op.result_type(tuple(types), dict(node.attrs)) == node.out.type
+    except InvalidGraph:
+        return False
+
+
+def _replaced(graph: Graph, operands: dict[Place, Value | float]) -> Graph:
+    changed: dict[int, list] = {}
+    for (i, k), operand in operands.items():
+        changed.setdefault(i, list(graph.nodes[i].args))[k] = operand
+    nodes = (
+        replace(node, args=tuple(changed[i])) if i in changed else node
+        for i, node in enumerate(graph.nodes)
+    )
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _with_scalars(graph: Graph, places: list[Place]) -> tuple[Graph, tuple[Value, ...]]:
+    """The graph with runtime scalars, as further inputs, in place of literals."""
+    used = [p.value.id for p in graph.params] + [v.id for n in graph.nodes for v in n.outs]
+    start = max(used, default=-1) + 1
+    values = tuple(Value(start + k, HOST_SCALAR) for k in range(len(places)))
+    graph = _replaced(graph, dict(zip(places, values, strict=True)))
+    return replace(graph, params=(*graph.params, *map(Param, values))), values

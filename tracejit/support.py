@@ -1,0 +1,230 @@
+"""What a compiled step supports and what it refuses, as Markdown (docs/operations.md).
+
+The functions come from the table of capture rules, the refusals from the source of `capture/`, and
+dtypes and gradients from support.tsv, which the tests measure and keep true.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import torch
+
+from tracejit.capture import functions
+from tracejit.capture.functions import metadata
+from tracejit.capture.table import RULES, Rule, function_name
+
+HERE = Path(__file__).parent
+FACTS = HERE / "support.tsv"
+# Functions that make another form of a rule: in place, or with arguments in another order.
+_FORMS = ("in_place.", "sized.", "with_inplace.", "_functional.")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One rule: its family (a module of capture/functions) and the torch functions that it serves.
+
+    `dtypes` and `gradient` ("no", "yes", "twice": its gradient is tested as well) are None where a
+    function computes nothing of which that could be said.
+    """
+
+    family: str
+    functions: tuple[Callable, ...]
+    dtypes: str | None = None
+    gradient: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names that was registered: torch's own before the methods'."""
+        return min((public_name(f) for f in self.functions), key=rank)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether it only tells the user that a trace has no values."""
+        return RULES[self.functions[0]] is metadata.value_needed
+
+    @property
+    def names(self) -> str:
+        """All of its names, those of one namespace together."""
+        spaces: dict[str, list[str]] = {}
+        for function in self.functions:
+            space, _, bare = public_name(function).rpartition(".")
+            if bare not in spaces.setdefault(space, []):
+                spaces[space].append(bare)
+        ordered = sorted(spaces.items(), key=lambda item: (item[0] == "Tensor", item[0]))
+        return "; ".join(f"{space}: {' '.join(bare)}" for space, bare in ordered)
+
+
+@cache
+def _public() -> dict[Callable, str]:
+    """What torch's public namespaces call their functions."""
+    found: dict[Callable, str] = {}
+    for space in (torch, torch.linalg, torch.special, torch.nn.functional):
+        for name, value in vars(space).items():
+            if callable(value) and not isinstance(value, type):
+                found.setdefault(value, f"{space.__name__}.{name}")
+    return found
+
+
+def public_name(function: Callable) -> str:
+    """A function as a user writes it; of an attribute's getter, the attribute."""
+    return _public().get(function) or function_name(function)
+
+
+def rank(name: str) -> tuple:
+    """Orders names: torch's before methods, plain ones before operators and in-place forms."""
+    return not name.startswith("torch."), "__" in name, name.endswith("_")
+
+
+def _own(rule: Rule) -> Rule:
+    """The rule that a form was made of."""
+    while rule.__qualname__.startswith(_FORMS) and rule.__closure__:
+        rule = next(c.cell_contents for c in rule.__closure__ if callable(c.cell_contents))
+    return rule
+
+
+@cache
+def operations() -> tuple[Operation, ...]:
+    """All of them, by family and name."""
+    by_rule: dict[Rule, list[Callable]] = {}
+    for function, rule in RULES.items():
+        by_rule.setdefault(_own(rule), []).append(function)
+    facts = {}
+    for line in FACTS.read_text().splitlines():
+        name, dtypes, gradient = line.split("\t")
+        facts[name] = {"dtypes": dtypes, "gradient": gradient}
+    by_name: dict[str, Operation] = {}
+    for rule, served in by_rule.items():
+        found = Operation(rule.__module__.rpartition(".")[2], tuple(served))
+        same = by_name.get(found.name)  # as of an attribute's getter and setter
+        by_name[found.name] = (
+            found if same is None else replace(same, functions=same.functions + found.functions)
+        )
+    found = [replace(o, **facts.get(name, {})) for name, o in by_name.items()]
+    return tuple(sorted(found, key=lambda o: (o.family, o.name.startswith("Tensor"), o.name)))
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One place in capture/ that refuses something: in which function of which module, and what
+    the error says, with {…} for what it fills in."""
+
+    module: str
+    function: str
+    text: str
+
+
+@cache
+def refusals() -> tuple[Refusal, ...]:
+    """All that `capture/` refuses though eager has it, in the order of the source."""
+    found = []
+    for path in sorted((HERE / "capture").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        module = path.stem
+        for function, text in _raised(tree, ""):
+            found.append(Refusal(module, function, text))
+        for function, text in _listed(tree):
+            found.append(Refusal(module, function, text))
+    return tuple(dict.fromkeys(found))
+
+
+def _raised(tree: ast.AST, function: str) -> Iterator[tuple[str, str]]:
+    """Calls of `unsupported(remedy)`, and of an error class by keyword, with texts of their own."""
+    for node in ast.iter_child_nodes(tree):
+        name = node.name if isinstance(node, ast.FunctionDef) else function
+        if isinstance(node, ast.Call):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            called = called or getattr(node.func, "id", "")
+            given = {k.arg: _text(k.value) for k in node.keywords}
+            if called == "unsupported" and node.args and _text(node.args[0]):
+                yield function, _text(node.args[0])
+            if called in ("SideEffectError", "ValueDependentError", "UnsupportedOperation"):
+                parts = [given.get(k) for k in ("reason", "remedy")]
+                if any(parts):
+                    yield function, ". ".join(p[0].upper() + p[1:] for p in parts if p)
+        yield from _raised(node, name)
+
+
+def _listed(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """What `problem_with` and the table REFUSED list."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name == "problem_with":
+            for inner in ast.walk(node):
+                if isinstance(inner, ast.Return) and _text(inner.value):
+                    text = _text(inner.value)
+                    yield "an input", text[0].upper() + text[1:]
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REFUSED":
+            constants = {
+                n.targets[0].id: _text(n.value)
+                for n in tree.body
+                if isinstance(n, ast.Assign) and _text(n.value)
+            }
+            for entry in node.value.elts:
+                owner, _, remedy = entry.elts
+                text = _text(remedy) or constants[remedy.id]
+                yield ast.unparse(owner).rpartition(".")[2], text
+
+
+def _text(tree: ast.expr) -> str | None:
+    """A string as the source has it; what is filled in becomes {…}."""
+    if isinstance(tree, ast.Constant) and isinstance(tree.value, str):
+        return tree.value
+    if isinstance(tree, ast.JoinedStr):
+        return "".join(p.value if isinstance(p, ast.Constant) else "{…}" for p in tree.values)
+    return None
+
+
+# --- text -------------------------------------------------------------------------------------
+
+HEAD = """\
+# What a compiled step supports
+
+Written by `python -m tracejit ops`; `make accept` renews it.
+
+**dtypes**: of the first tensor, where eager takes them on a CPU too and gives equal results;
+*floats* are f64, f32, f16, bf16, *ints* i64, i32, i16, i8, u8. **gradient**: *twice* where the
+second derivative is tested too."""
+
+REFUSED_HEAD = """\
+## What is refused
+
+A torch function that is not listed above raises `UnsupportedOperation`, which names the function,
+the shapes and the user's line: rewrite it with listed functions, or move it out of the step. What
+eager rejects raises the same class of error. Of what is listed, these uses are refused, with this
+advice:"""
+
+VALUES = """\
+### Values
+
+These need the value of a tensor, which a trace does not have, and raise `ValueDependentError`.
+Return the tensor and read it outside; for a choice between two values use `torch.where`."""
+
+
+def markdown() -> str:
+    """All operations by family, and all refusals."""
+    lines = [HEAD]
+    public = [o for o in operations() if not (o.needs_values or o.name.startswith("torch._"))]
+    for family in dict.fromkeys(o.family for o in public):
+        title = import_module(f"{functions.__name__}.{family}").__doc__.splitlines()[0]
+        lines += ["", f"## {family}", "", title, ""]
+        lines += ["| function | dtypes | gradient |", "| --- | --- | --- |"]
+        for o in public:
+            if o.family == family:
+                cells = (o.names.replace("|", "\\|"), o.dtypes or "", o.gradient or "")
+                lines.append("| " + " | ".join(cells) + " |")
+    private = sorted(o.name for o in operations() if o.name.startswith("torch._"))
+    lines += ["", "## Functions that torch itself calls", "", " ".join(f"`{n}`" for n in private)]
+    lines += ["", REFUSED_HEAD, ""]
+    for refusal in refusals():
+        lines.append(f"- `{refusal.module}.{refusal.function}`: {refusal.text}")
+    lines += ["", VALUES, ""]
+    lines += [" ".join(f"`{o.names}`" for o in operations() if o.needs_values)]
+    return "\n".join(lines) + "\n"
