@@ -1,0 +1,127 @@
+"""What a call costs on the host: replays by the number of guarded values, and reruns.
+
+    python -m benchmarks.replay_cost [--json FILE]
+
+A step reads `n` integers, strings and flags of an object and adds 1 to a tensor of four
+elements. Reported are its guard alone, the whole call, and what of it is neither guard nor C;
+then, for a deep net that is traced anew on every call, what each torch call costs beyond the
+replay. Medians, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+import tracejit
+from benchmarks.stages import deep_net
+
+COUNTS = (4, 50, 500)
+GOALS = {4: 5.0, 50: 8.0, 500: 25.0}  # of the guard, in microseconds
+AROUND_GOAL = 3.0
+
+
+class Config:
+    """Holds the values that a step reads."""
+
+
+def make_step(n: int) -> Callable:
+    """A step that reads n plain values, each by its own attribute."""
+    config = Config()
+    for i in range(n):
+        setattr(config, f"v{i}", (i, f"text {i}", i % 2 == 0)[i % 3])
+    reads = "\n".join(f"    config.v{i}" for i in range(n))
+    source = f"def step():\n{reads}\n    x.add_(1)\n"
+    namespace = {"config": config, "x": torch.zeros(4)}
+    exec(source, namespace)
+    return namespace["step"]
+
+
+def microseconds(call: Callable, rounds: int = 15, calls: int = 1000) -> float:
+    """The median time of a call."""
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times)
+
+
+def replay(n: int) -> dict[str, float]:
+    """The guard and the whole call, for n guarded values."""
+    step = tracejit.compile(make_step(n))
+    for _ in range(5):
+        step()
+    assert step.stats.replays >= 2, step.explain_mode()
+    guard = step._replays[0].armed.guard
+    loaded = step._replays[0].compiled.program.loaded  # the C executor's: the foreign call alone
+    found = {"guard": microseconds(lambda: guard((), {})), "call": microseconds(step)}
+    bare = microseconds(lambda: loaded._step(*loaded._arguments))
+    return found | {"around": found["call"] - found["guard"] - bare}
+
+
+class _Counter(TorchFunctionMode):
+    """Counts torch calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def rerun() -> dict[str, float]:
+    """A deep net in both modes: per call, and per torch call what a rerun costs more."""
+    step = deep_net()
+    with _Counter() as counter:
+        step()
+    found = {"torch_calls": counter.calls}
+    for mode in ("rerun", "replay"):
+        compiled = tracejit.compile(step, mode="rerun" if mode == "rerun" else "auto")
+        for _ in range(5):
+            compiled()
+        found[mode] = microseconds(compiled, rounds=7, calls=20)
+    found["per_torch_call"] = (found["rerun"] - found["replay"]) / counter.calls
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    replays = {n: replay(n) for n in COUNTS}
+    for n, found in replays.items():
+        print(
+            f"{n:4d} guarded values: guard {found['guard']:6.1f} µs (goal {GOALS[n]:.0f}), "
+            f"whole call {found['call']:6.1f} µs, of it around guard and C call "
+            f"{found['around']:.1f} µs (goal {AROUND_GOAL:.0f})"
+        )
+    reruns = rerun()
+    print(
+        f"deep net, {reruns['torch_calls']} torch calls: replay {reruns['replay']:.0f} µs, rerun "
+        f"{reruns['rerun']:.0f} µs, {reruns['per_torch_call']:.1f} µs per torch call (goal 25)"
+    )
+    if options.json:
+        found = {
+            "device": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "replay_us": replays,
+            "rerun_us": reruns,
+        }
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Benchmarked steps that examples/ does not have. Each maker gives (step, tensors that it changes).
+
+`fused` is handed to the optimizer: None is torch's default, True its one-kernel implementation.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from examples.modules import sequential
+
+Made = tuple[Callable[[], torch.Tensor | None], list[torch.Tensor]]
+
+
+def nn_adam(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """The two-layer net out of modules, with Adam."""
+    torch.manual_seed(0)
+    x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
+    model = sequential(d_in, h, d_out).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
+
+    def step() -> torch.Tensor:
+        loss = (model(x) - y).pow(2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
+def mlp(
+    batch: int = 256,
+    sizes: Sequence[int] = (784, 512, 512, 10),
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """A classifier with cross-entropy and SGD with momentum."""
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers[:-1]).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    x = torch.randn(batch, sizes[0]).to(device)
+    labels = torch.randint(0, sizes[-1], (batch,)).to(device)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), labels)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
+def adam(
+    count: int = 20,
+    shape: tuple[int, int] = (500, 500),
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """Adam's update alone, over `count` parameters with given gradients."""
+    torch.manual_seed(0)
+    parameters = [torch.randn(shape).to(device).requires_grad_() for _ in range(count)]
+    grads = [torch.randn(shape).to(device) for _ in range(count)]
+    for p, g in zip(parameters, grads, strict=True):
+        p.grad = g
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused)
+
+    def step() -> None:
+        optimizer.step()
+
+    return step, parameters
+
+
+def softmax(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
+    """Row softmax, forward and backward; the outputs are returned, the gradient is on x."""
+    torch.manual_seed(0)
+    x = torch.randn(n, width).to(device).requires_grad_()
+    g = torch.randn(n, width).to(device)
+
+    def step() -> torch.Tensor:
+        x.grad = None
+        y = torch.softmax(x, dim=-1)
+        y.backward(g)
+        return y.detach()
+
+    return step, [x]
+
+
+def layer_norm(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
+    """Layer norm with weight and bias, forward and backward; gradients on all three."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(width).to(device)
+    x = torch.randn(n, width).to(device).requires_grad_()
+    g = torch.randn(n, width).to(device)
+
+    def step() -> torch.Tensor:
+        x.grad = norm.weight.grad = norm.bias.grad = None
+        y = norm(x)
+        y.backward(g)
+        return y.detach()
+
+    return step, [x, norm.weight, norm.bias]
+
+
+class DynamicNet(torch.nn.Module):
+    """A net that uses its middle layer none to three times, drawn anew on every call."""
+
+    def __init__(self, d_in: int, h: int, d_out: int):
+        super().__init__()
+        self.input_linear = torch.nn.Linear(d_in, h)
+        self.middle_linear = torch.nn.Linear(h, h)
+        self.output_linear = torch.nn.Linear(h, d_out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.input_linear(x).clamp(min=0)
+        for _ in range(random.randint(0, 3)):
+            hidden = self.middle_linear(hidden).clamp(min=0)
+        return self.output_linear(hidden)
+
+
+def dynamic_net(
+    n: int = 64, d_in: int = 1000, h: int = 100, d_out: int = 10, device: str = "cpu"
+) -> Made:
+    """DynamicNet with SGD; its Python runs on every call."""
+    random.seed(0)
+    torch.manual_seed(0)
+    x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
+    model = DynamicNet(d_in, h, d_out).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def step() -> torch.Tensor:
+        loss = (model(x) - y).pow(2).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
