@@ -254,3 +254,30 @@ def test_where_a_view_starts_is_guarded_if_the_step_asks():
     for start in (0, 0, 0, 4, 8, 8):
         x = memory[start : start + 4]
         assert torch.equal(step(x), x * start)
+
+
+@pytest.mark.parametrize("name", ["StepLR", "CosineAnnealingLR", "LinearLR"])
+def test_a_scheduler_stepped_inside_the_step_is_replayed(name):
+    def make():
+        model, opt, step = trainer(torch.optim.Adam)
+        options = {"step_size": 3} if name == "StepLR" else {}
+        options |= {"T_max": 10} if name == "CosineAnnealingLR" else {}
+        scheduler = getattr(torch.optim.lr_scheduler, name)(opt, **options)
+
+        def both():
+            loss = step()
+            scheduler.step()
+            return loss
+
+        return model, opt, scheduler, both
+
+    model, opt, scheduler, step = make()
+    other, eager_opt, eager_scheduler, eager = make()
+    compiled = tracejit.compile(step, backend="numpy")
+    for _ in range(30):
+        torch.testing.assert_close(compiled(), eager())
+        assert opt.param_groups[0]["lr"] == eager_opt.param_groups[0]["lr"]
+        assert scheduler.last_epoch == eager_scheduler.last_epoch
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+    assert compiled.stats.replays >= 26 and compiled.stats.compiles <= 2

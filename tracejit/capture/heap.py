@@ -35,6 +35,7 @@ from types import (
 
 import torch
 from torch.autograd.function import Function
+from torch.optim import Optimizer
 
 from tracejit.capture.kinds import (
     C_FUNCTIONS,
@@ -401,7 +402,10 @@ class Walk:
             if isinstance(getattr(x, "__self__", None), CONTAINERS):  # items.append
                 self.visit(x.__self__, f"{place}.__self__", path.rpartition(".")[0] or path)
         elif isinstance(x, weakref.ref):  # a guard would keep alive what it refers to
-            self.refuse(f"it reads {path}, a weak reference")
+            if isinstance(x(), Optimizer):  # of a scheduler, which holds it too
+                self.visit(x(), f"{place}()", path)
+            else:
+                self.refuse(f"it reads {path}, a weak reference")
         elif isinstance(x, WRAPPERS):
             self._wrapper(x, place, path)
         elif isinstance(x, CellType):
