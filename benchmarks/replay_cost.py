@@ -62,10 +62,11 @@ def replay(n: int) -> dict[str, float]:
     for _ in range(5):
         step()
     assert step.stats.replays >= 2, step.explain_mode()
-    guard = step._replays[0].armed.guard
+    guard = step._replays[0].guard
     loaded = step._replays[0].compiled.program.loaded  # the C executor's: the foreign call alone
     found = {"guard": microseconds(lambda: guard((), {})), "call": microseconds(step)}
-    bare = microseconds(lambda: loaded._step(*loaded._arguments))
+    call = loaded._pack(0, 1, *guard((), {})[2])
+    bare = microseconds(lambda: loaded._run(loaded._at, call))
     return found | {"around": found["call"] - found["guard"] - bare}
 
 

@@ -14,7 +14,8 @@ import torch
 import tracejit
 from examples import two_layer_autograd
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.effects import Captured, finish
+from tracejit.capture.captured import Captured
+from tracejit.capture.effects import finish
 from tracejit.capture.tracer import Tracer
 from tracejit.codegen.triton import emit
 from tracejit.passes import optimize

@@ -16,6 +16,19 @@ from examples.modules import sequential
 Made = tuple[Callable[[], torch.Tensor | None], list[torch.Tensor]]
 
 
+def _training(
+    loss_of: Callable[[], torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> Made:
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
 def nn_adam(
     n: int = 64,
     d_in: int = 1000,
@@ -29,15 +42,7 @@ def nn_adam(
     x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
     model = sequential(d_in, h, d_out).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
-
-    def step() -> torch.Tensor:
-        loss = (model(x) - y).pow(2).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step, list(model.parameters())
+    return _training(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
 
 
 def mlp(
@@ -55,15 +60,7 @@ def mlp(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
     x = torch.randn(batch, sizes[0]).to(device)
     labels = torch.randint(0, sizes[-1], (batch,)).to(device)
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), labels)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step, list(model.parameters())
+    return _training(lambda: F.cross_entropy(model(x), labels), model, optimizer)
 
 
 def adam(
@@ -142,12 +139,4 @@ def dynamic_net(
     x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
     model = DynamicNet(d_in, h, d_out).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-
-    def step() -> torch.Tensor:
-        loss = (model(x) - y).pow(2).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step, list(model.parameters())
+    return _training(lambda: (model(x) - y).pow(2).sum(), model, optimizer)

@@ -110,6 +110,19 @@ def loss_of(w: torch.Tensor, v: torch.Tensor, x: torch.Tensor, y: torch.Tensor) 
     return (torch.tanh(x @ w) - y).pow(2).mean() + (v - 0.3).pow(2).sum() * 0.1
 
 
+def update_of(optimizer: Optimizer, *tensors: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """A step that makes the gradients of `loss_of(*tensors)` afresh and updates with them."""
+
+    def step():
+        optimizer.zero_grad()
+        loss = loss_of(*tensors)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 Make = Callable[[torch.dtype], Training]
 
 
@@ -122,14 +135,7 @@ def training(
         w, v, x, y = weights(dtype, device)
         optimizer = make_optimizer([w, v])
 
-        def step():
-            optimizer.zero_grad()
-            loss = loss_of(w, v, x, y)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
-        return Training(step, [w, v], [optimizer])
+        return Training(update_of(optimizer, w, v, x, y), [w, v], [optimizer])
 
     return make
 

@@ -7,7 +7,8 @@ import torch
 
 from tracejit.capture import functions  # noqa: F401
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.effects import Captured, finish
+from tracejit.capture.captured import Captured
+from tracejit.capture.effects import finish
 from tracejit.capture.tensor import TO_IR, TO_TORCH
 from tracejit.capture.tracer import Tracer
 from tracejit.ir.graph import verify

@@ -19,8 +19,10 @@ from collections import ChainMap, Counter, UserDict, defaultdict, deque
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 from worlds import Case, Keywords, check, table
 
+import tracejit
 from tracejit.errors import TracejitWarning
 
 CASES: dict[str, Case] = {}
@@ -392,6 +394,63 @@ def frame_of_the_caller(w):
 
     w.now, w.set = scale, lambda value: setattr(w, "now", value)
     return step
+
+
+# ---- torch's own functions, replaced between calls
+
+
+def halved(params: list, *args: object, **kwargs: object) -> None:
+    for p in params:
+        p.mul_(0.5)
+
+
+PATCHES = {  # what is replaced, by what
+    "of a module": (functional, "gelu", lambda x, **options: x * 7),
+    "of a loss": (functional, "mse_loss", lambda x, y, **options: (x * y).sum()),
+    "of C": (torch, "tanh", lambda x: x * 5),
+    "inherited method": (torch.Tensor, "exp", lambda x: x * 3),
+    "method": (torch.Tensor, "norm", lambda x: x.abs().sum()),
+    "operator": (torch.Tensor, "__add__", lambda x, y: torch.sub(x, y)),
+    "method of a module": (torch.nn.Linear, "forward", lambda self, x: x - self.weight[0]),
+    "of an optimizer": (sys.modules["torch.optim.sgd"], "sgd", halved),
+    "helper": (torch.nn.utils.clip_grad, "_get_total_norm", lambda *a, **k: torch.tensor(5.0)),
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_a_replaced_function_of_torch_is_noticed(name, monkeypatch):
+    """And the original one, when it is back."""
+    owner, attribute, mine = PATCHES[name]
+
+    def make():
+        torch.manual_seed(0)
+        layers = torch.nn.Linear(6, 6), torch.nn.GELU(), torch.nn.Tanh(), torch.nn.Linear(6, 6)
+        model, loss_of = torch.nn.Sequential(*layers), torch.nn.MSELoss()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step():
+            optimizer.zero_grad()
+            y = model(X)
+            loss = loss_of(y, X * y) + y.exp().norm()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    eager, step = make(), tracejit.compile(make(), backend="numpy")
+    losses = []
+    for call in range(12):
+        if call == 4:
+            assert step.stats.replays
+            monkeypatch.setattr(owner, attribute, mine)
+        if call == 8:
+            monkeypatch.undo()
+        losses.append(eager())
+        torch.testing.assert_close(step(), losses[-1])
+    unpatched = make()
+    assert not torch.equal(torch.stack([unpatched() for _ in losses]), torch.stack(losses))
 
 
 @pytest.mark.parametrize("name", CASES)

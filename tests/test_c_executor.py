@@ -34,7 +34,7 @@ from tracejit.ir.graph import Builder, Result
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, f64
-from tracejit.runtime import c_compiler, c_executor
+from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.sizes import substitute
@@ -62,9 +62,7 @@ def on_c(monkeypatch):
 def quick(monkeypatch):
     """Compile with -O1, which still makes vector code of the loops marked for it."""
     flags = ("-O1", *c_compiler.FLAGS[1:])
-    monkeypatch.setattr(
-        c_executor, "load_library", lambda text: c_compiler.load_library(text, flags)
-    )
+    monkeypatch.setattr(c_compiler, "FLAGS", flags)
 
 
 # --- every op ----------------------------------------------------------------------------------
@@ -215,6 +213,21 @@ def test_softmax_by_rows_and_columns(m, n, axis):
     plans.both(SOFTMAX.format(m=m, n=n, axis=axis, kept=kept, one=one))
 
 
+@pytest.mark.parametrize("shape, kept", [("50", "1"), ("50,60", "1,60")])
+def test_a_reduced_value_decides_what_is_read(shape, kept, quick):
+    """Its later stage has no other use for it than as an index."""
+    short = kept.partition(",")[2]
+    plans.both(f"""
+    step(%0: i64[{shape}], %1: f32[{shape}]) {{
+      %2: i64[{short}] = reduce_max(%0, axes=(0,))
+      %3: i64[{kept}] = reshape(%2, shape=({kept},))
+      %4: i64[{shape}] = expand(%3, shape=({shape},))
+      %5: f32[{shape}] = gather(%1, %4, axis=0)
+      %6: f32[{shape}] = mul(%5, 2.0)
+      return %2, %6
+    }}""")
+
+
 def test_full_reduction_is_as_accurate_as_torch():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).uniform(0, 1, 3_000_001).astype(np.float32)
@@ -251,7 +264,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_programs_equal_eager(name, monkeypatch):
     executor = CExecutor(2)
-    driver = sys.modules["tracejit.compile"]
+    driver = sys.modules["tracejit.programs"]
     monkeypatch.setattr(driver, "executor_for", lambda *_: executor)
     step, _ = STEPS[name]()
     compiled = assert_equal_to_eager(step, calls=6)
@@ -395,6 +408,41 @@ def check_small() -> None:
     plans.check(graph, schedule(graph))
 
 
+def test_kernels_that_do_the_same_are_compiled_once(compiled):
+    rows = [f"%{i + 4}: f32[7] = exp(%{i})" for i in range(4)]
+    graph = parse(
+        "step(%0: f32[7], %1: f32[7], %2: f32[7], %3: f32[7]) {\n"
+        + "\n".join(rows)
+        + "\nreturn %4, %5, %6, %7\n}"
+    )
+    plan = schedule(graph, fuse=False)
+    assert len(plan.launches) == 4
+    plans.check(graph, plan)
+    (source,) = compiled
+    assert source.count("void kernel") == 1
+    both = parse("step(%0: f32[7]) {\n%1: f32[7] = exp(%0)\n%2: f32[7] = sin(%1)\nreturn %1, %2\n}")
+    plans.check(both, schedule(both, fuse=False))
+    assert len(compiled) == 2 and "tj_sinf(" in compiled[1] and "tj_expf(" not in compiled[1]
+
+
+def test_many_kernels_are_compiled_side_by_side(compiled, monkeypatch):
+    monkeypatch.setattr(c_kernels, "WORTH_A_UNIT", 500)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    graph = parse(WORK)
+    plans.check(graph, schedule(graph, fuse=False))
+    assert len(compiled) == 3
+    assert max(map(len, compiled)) < 3 * min(map(len, compiled))
+    plans.check(graph, schedule(graph, fuse=False))
+    assert len(compiled) == 3
+
+
+def test_a_warm_start_prints_no_kernel(compiled, monkeypatch):
+    check_small()
+    monkeypatch.setattr(c_kernels, "emit_kernel", None)
+    check_small()
+    assert len(compiled) == 1
+
+
 def test_a_plan_is_compiled_once(compiled, tmp_path):
     check_small()
     check_small()
@@ -494,7 +542,7 @@ def run_sanitized() -> None:
     plans.allocate = exact_memory
     plans.NumpyExecutor = lambda: CExecutor(3)
     flags = (*c_compiler.FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    c_executor.load_library = lambda text: c_compiler.load_library(text, flags)
+    c_compiler.FLAGS = flags
     for text in SANITIZED:
         graph = parse(text)
         for fuse in (True, False):

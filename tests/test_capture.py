@@ -247,7 +247,6 @@ def test_returned_requires_grad():
         found[0].sum().backward()
 
 
-@pytest.mark.xfail(reason="a leaf made inside is returned without its .grad, with an error node")
 def test_returned_leaves():
     def step(x):
         made = torch.zeros(2, requires_grad=True)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from tracejit.codegen.c import emit_plan
+from tracejit.codegen.c import emit_kernel, pieces, unit
 from tracejit.codegen.c_blocking import Target, blocking
 from tracejit.codegen.c_body import Body, is_independent
 from tracejit.codegen.c_loops import vector_axis
@@ -59,24 +59,18 @@ def test_text_helpers():
 
 
 def test_a_unit_reads_like_the_plan():
-    text = emit_plan(schedule(parse(CHAIN))).text
+    text = printed(CHAIN)
     assert "const float v2 = (v0 > 0.0f) | (v0 != v0) ? v0 : 0.0f;" in text
     assert "// step.py:1" in text and "// step.py:2" in text
     assert "#pragma omp simd reduction(+:t5)" in text
     assert ".b0 = buffers[0]" in text
-    assert text == emit_plan(schedule(parse(CHAIN))).text
+    assert text == printed(CHAIN)
 
 
-def test_kernels_of_one_shape_are_printed_once():
-    rows = "\n".join(f"%{i + 4}: f32[7] = exp(%{i})" for i in range(4))
-    graph = parse(f"""
-    step(%0: f32[7], %1: f32[7], %2: f32[7], %3: f32[7]) {{
-      {rows}
-      return %4, %5, %6, %7
-    }}""")
-    text = emit_plan(schedule(graph, fuse=False)).text
-    assert text.count("struct k0 {\n") == 1 and "struct k1 {" not in text
-    assert text.count("k0(run, scratch") == 4
+def printed(program: str) -> str:
+    """The C unit of a program's kernels."""
+    found = pieces(schedule(parse(program)))
+    return unit([emit_kernel(piece, number=i) for i, piece in enumerate(found)])
 
 
 def index(*terms, offset: int = 0) -> Index:

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "tracejit": 5,
     "compile": 5,
+    "programs": 5,
+    "replay": 5,
     "testing": 5,
     "report": 5,
     "support": 5,
@@ -35,6 +37,8 @@ SAME_FLOOR = {
     ("runtime", "codegen"),  # a Step is built from sources
     ("tracejit", "compile"),  # the entry points
     ("compile", "tracejit"),  # the version
+    ("compile", "programs"),
+    ("compile", "replay"),
     ("__main__", "compile"),
     ("__main__", "report"),
     ("__main__", "support"),

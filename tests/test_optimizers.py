@@ -14,6 +14,7 @@ from optimizer_checks import (
     lockstep,
     loss_of,
     training,
+    update_of,
     weights,
 )
 from oracle import call, captured_of
@@ -270,18 +271,11 @@ def test_a_new_group_in_the_middle():
         w, v, x, y = weights(dtype)
         optimizer = torch.optim.AdamW([w], lr=0.01)
 
-        def step():
-            optimizer.zero_grad()
-            loss = loss_of(w, v, x, y)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
-
         def between(call: int) -> None:
             if call == 5:
                 optimizer.add_param_group({"params": [v], "lr": 0.1, "amsgrad": True})
 
-        return Training(step, [w, v], [optimizer], [], between)
+        return Training(update_of(optimizer, w, v, x, y), [w, v], [optimizer], [], between)
 
     lockstep(make, compiles=4, calls=10)
 

@@ -16,7 +16,7 @@ from random_programs import generate
 from random_text import Program
 
 FUSED = {"backend": "numpy"}
-UNFUSED = {"backend": "numpy", "fuse": False}
+UNFUSED = {"backend": "numpy", "fuse": False, "mode": "rerun"}  # later calls follow the first
 C = {"backend": "c"}
 INTERPRET = {"backend": "interpret"}
 REFUSED_AT_MOST = 0.05

@@ -584,3 +584,20 @@ def test_random_depth_is_traced_each_time_and_plans_are_found_again():
     assert ours == [step().item() for _ in range(20)]
     assert compiled.stats.compiles == 3 and compiled.stats.replays == 0
     assert compiled.stats.reruns == 17
+
+
+@pytest.mark.parametrize("mode", ["rerun", "auto"])
+def test_a_leaf_made_inside_is_returned_with_its_gradient(mode):
+    x = torch.randn(2)
+
+    @tracejit.compile(mode=mode, backend="numpy")
+    def step(scale: float) -> torch.Tensor:
+        made = torch.zeros(2, requires_grad=True)
+        ((made * x).sum() * scale).backward()
+        return made
+
+    for i in range(6):
+        made = step(i + 1.0)
+        assert made.is_leaf and made.requires_grad
+        torch.testing.assert_close(made.grad, x * (i + 1))
+    assert (step.stats.replays > 0) == (mode == "auto"), step.explain_mode()

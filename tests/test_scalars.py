@@ -13,7 +13,7 @@ import pytest
 import torch
 from oracle import call, captured_of
 
-from tracejit.capture.effects import Constant
+from tracejit.capture.captured import Constant
 from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.ir.hostcode import host_function

@@ -13,7 +13,7 @@ from functools import partial
 
 import pytest
 import torch
-from optimizer_checks import Training, lockstep, loss_of, weights
+from optimizer_checks import Training, lockstep, loss_of, update_of, weights
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -110,18 +110,16 @@ def scheduled(kind: type, *, inside: bool, first: bool = False, alias: bool = Fa
         def plain():
             scheduler.step()
 
+        update = update_of(optimizer, w, v, x, y)
         advance = watch if kind is ReduceLROnPlateau else scheduler.step if alias else plain
 
         def step():
             if inside and first:
                 advance()
-            optimizer.zero_grad()
-            loss = loss_of(w, v, x, y)
-            loss.backward()
-            optimizer.step()
+            loss = update()
             if inside and not first:
                 advance()
-            return loss.detach()
+            return loss
 
         def between(call: int) -> None:
             if not inside and call:
@@ -163,15 +161,13 @@ def test_schedule_of_a_tensor(make_scheduler, foreach, inside):
         w, v, x, y = weights(dtype)
         optimizer = torch.optim.SGD([w, v], lr=torch.tensor(0.1), momentum=0.9, foreach=foreach)
         scheduler = make_scheduler(optimizer)
+        update = update_of(optimizer, w, v, x, y)
 
         def step():
-            optimizer.zero_grad()
-            loss = loss_of(w, v, x, y)
-            loss.backward()
-            optimizer.step()
+            loss = update()
             if inside:
                 scheduler.step()
-            return loss.detach()
+            return loss
 
         def between(call: int) -> None:
             if not inside and call:
@@ -194,15 +190,12 @@ def edited(edit: Callable, *, inside: bool, make_optimizer: Callable = adam) -> 
         w, v, x, y = weights(dtype)
         optimizer = make_optimizer([w, v])
         calls = iter(range(1000))
+        update = update_of(optimizer, w, v, x, y)
 
         def step():
             if inside:
                 edit(optimizer.param_groups, next(calls))
-            optimizer.zero_grad()
-            loss = loss_of(w, v, x, y)
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
+            return update()
 
         def between(call: int) -> None:
             if not inside:

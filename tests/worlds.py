@@ -58,12 +58,14 @@ def table(cases: dict[str, Case]) -> Callable:
 class World:
     """One copy of a case."""
 
-    def __init__(self, case: Case, compiled: bool):
+    def __init__(self, case: Case, mode: str | None):
         torch.manual_seed(0)
         random.seed(0)
         self.case, self.state = case, SimpleNamespace()
         step = case.build(self.state)
-        self.step = tracejit.compile(step, backend=case.backend) if compiled else step
+        self.step = step
+        if mode is not None:
+            self.step = tracejit.compile(step, backend=case.backend, mode=mode)
         self.random = random.getstate()
 
     def call(self, i: int) -> list:
@@ -88,32 +90,36 @@ class Keywords(dict):
 
 
 def check(case: Case, reset: Callable[[], None] = lambda: None) -> CompiledStep:
-    """Run a case; the compiled copy is like eager's after every call, or refuses. `reset` puts the
-    globals that the case changes back for the second copy."""
+    """Run a case in auto mode and in rerun mode; the compiled copies are like eager's after every
+    call, or refuse. `reset` puts the globals that the case changes back for the next copy."""
     reset()
-    eager = World(case, False)
+    eager = World(case, None)
     expected = [eager.call(i) for i in range(case.calls)]
-    reset()
-    ours = World(case, True)
-    refused = None
+    for mode in ("rerun", "auto"):
+        reset()
+        step, refused = _run(case, mode, expected)
+        if case.mode.startswith("refused"):
+            assert refused is not None, f"not refused, but {step.explain_mode()}"
+            assert re.search(case.says, str(refused)), str(refused)
+        elif refused is not None:
+            raise refused
+    if not case.mode.startswith("refused"):
+        assert step.explain_mode().startswith(case.mode), step.explain_mode()
+        assert (step.stats.replays > 0) == (case.mode == "replay"), step.explain_retraces()
+    return step
+
+
+def _run(case: Case, mode: str, expected: list) -> tuple[CompiledStep, TracejitError | None]:
+    """The step after all calls, or after the one that was refused with this error."""
+    ours = World(case, mode)
     for i, theirs in enumerate(expected):
         try:
             mine = ours.call(i)
         except TracejitError as error:
-            refused = error
             same(picture((ours.state, case.args(i))), ours.before, f"call {i} was refused")
-            break
-        same(mine, theirs, f"call {i}")
-    step = ours.step
-    if case.mode.startswith("refused"):
-        assert refused is not None, f"not refused, but {step.explain_mode()}"
-        assert re.search(case.says, str(refused)), str(refused)
-        return step
-    if refused is not None:
-        raise refused
-    assert step.explain_mode().startswith(case.mode), step.explain_mode()
-    assert (step.stats.replays > 0) == (case.mode == "replay"), step.explain_retraces()
-    return step
+            return ours.step, error
+        same(mine, theirs, f"call {i}, mode {mode}")
+    return ours.step, None
 
 
 # ---- what a world looks like

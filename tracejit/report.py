@@ -21,9 +21,10 @@ from multiprocessing import get_context
 import torch
 
 from tracejit.aot import KernelFacts, compile_launch
-from tracejit.compile import CompiledStep, executor_for
+from tracejit.compile import CompiledStep
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides, f32
+from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TRITON_NAME, LoadedLaunch, TritonExecutor, options
 from tracejit.schedule.kernel import Compute, Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer

@@ -13,6 +13,7 @@ from types import CellType, FunctionType, MethodType, ModuleType
 
 import torch
 
+from tracejit.capture.reads import contents
 from tracejit.capture.tensor import TracedTensor
 
 _WIDE = 1000  # what has more items holds data
@@ -28,7 +29,7 @@ class Memory:
     def add(self, x: list | dict | CellType) -> None:
         """Copy one, if it is not too wide."""
         if isinstance(x, CellType):
-            self._copies[id(x)] = x, _contents(x)
+            self._copies[id(x)] = x, contents(x)
         elif isinstance(x, (list, dict)) and len(x) <= _WIDE:
             self._copies[id(x)] = x, x.copy()
 
@@ -119,10 +120,3 @@ def _scrub_dict(x: dict, dead: set[int], around: set[int], memory: Memory) -> No
 
 def _goes(item: object, dead: set[int], around: set[int], new: bool) -> bool:
     return id(item) in dead or (new and id(item) in around)
-
-
-def _contents(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

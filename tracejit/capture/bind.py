@@ -10,12 +10,13 @@ from __future__ import annotations
 import builtins
 import dis
 from dataclasses import dataclass
+from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType
 
 import torch
 
 from tracejit.capture.custom import intercepted
-from tracejit.capture.reads import codes
+from tracejit.capture.reads import codes, contents
 from tracejit.capture.scalars import Path, plain
 from tracejit.capture.state import Hyperparameters, within_reach
 from tracejit.capture.tracer import Tracer
@@ -25,7 +26,7 @@ _FUNCTIONS = 200  # looked at before each trace
 
 
 @dataclass
-class Bound:
+class BoundCall:
     """A call ready to be traced, and where each runtime scalar came from, in order.
 
     `scalars` is the tracer's own list: what the step reads of its state is added while it runs.
@@ -49,7 +50,7 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
     return None, ()
 
 
-def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> Bound:
+def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> BoundCall:
     """Substitute runtime scalars for the floats that the step reads directly."""
 
     def replace(x: object, path: Path) -> object:
@@ -62,7 +63,7 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
 
     called = _called(function)
     if any(_asks_for_float(f.__code__) for f in called):  # where TracedFloat is no float
-        return Bound(function, tuple(map(plain, args)), kwargs, tracer.paths)
+        return BoundCall(function, tuple(map(plain, args)), kwargs, tracer.paths)
     args = tuple(replace(x, ("arg", i)) for i, x in enumerate(args))
     kwargs = {name: replace(x, ("kwarg", name)) for name, x in kwargs.items()}
     code = function.__code__
@@ -70,7 +71,7 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
     rebound = {id(cell) for f in called for cell in _stored_cells(f)}
     cells = []
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        number = _contents(cell)
+        number = contents(cell)
         if type(number) is float and name not in stored and id(cell) not in rebound:
             cell = CellType(tracer.scalar(number, ("cell", name)))
         cells.append(cell)
@@ -86,7 +87,7 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
             name: replace(x, ("kwdefault", name)) for name, x in function.__kwdefaults__.items()
         }
     rebuilt.__qualname__ = function.__qualname__
-    return Bound(rebuilt, args, kwargs, tracer.paths)
+    return BoundCall(rebuilt, args, kwargs, tracer.paths)
 
 
 class _Overlay(dict):
@@ -110,7 +111,7 @@ def _called(function: FunctionType) -> list[FunctionType]:
             continue
         seen.add(f)
         found.append(f)
-        pending += [_contents(cell) for cell in f.__closure__ or ()]
+        pending += [contents(cell) for cell in f.__closure__ or ()]
         pending += [f.__globals__.get(name) for name in names_of_globals(f)]
     return found
 
@@ -128,13 +129,6 @@ def _asks_for_float(code: CodeType) -> bool:
     return "float" in names and not names.isdisjoint({"type", "__class__"})
 
 
-def _contents(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None
-
-
 def names_of_globals(function: FunctionType) -> list[str]:
     return sorted(_names(function, ("LOAD_GLOBAL", "LOAD_NAME")))
 
@@ -149,17 +143,12 @@ _cache: dict[tuple, set[str]] = {}
 def _names(function: FunctionType, opcodes: tuple[str, ...]) -> set[str]:
     key = (function.__code__, opcodes)
     if key not in _cache:
-        found: set[str] = set()
-        pending = [function.__code__]
-        while pending:
-            code = pending.pop()
-            pending += [c for c in code.co_consts if isinstance(c, type(code))]
-            found |= {i.argval for i in dis.get_instructions(code) if i.opname in opcodes}
-        _cache[key] = found
+        instructions = chain.from_iterable(map(dis.get_instructions, codes(function.__code__)))
+        _cache[key] = {i.argval for i in instructions if i.opname in opcodes}
     return _cache[key]
 
 
-def run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
+def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
     """Call the function under the tracer; the interpreter's modes must be as they were after it.
 
     While it runs, the floats in optimizers' param_groups are runtime scalars; a failure leaves
@@ -180,7 +169,7 @@ def run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
     return returned
 
 
-def _run(tracer: Tracer, bound: Bound, original: FunctionType) -> object:
+def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
     if torch.is_inference_mode_enabled():
         raise SideEffectError(
             where=_where(original),

@@ -1,4 +1,4 @@
-"""The commit of a replay as generated code: the effects of one Captured, in microseconds.
+"""The commit of a replay as lines of code: the effects of one Captured, in microseconds.
 
 `Captured.commit` interprets its tables on every call. A replay does the same effects each time, so
 they are written out once as straight lines; what is rare is left to `Captured.commit`.
@@ -12,7 +12,7 @@ from sys import getrefcount
 
 import torch
 
-from tracejit.capture.effects import (
+from tracejit.capture.captured import (
     Captured,
     Constant,
     HostSlot,
@@ -20,27 +20,27 @@ from tracejit.capture.effects import (
     Mapped,
     Sequenced,
     Slot,
-    rebuild,
+    refusal,
 )
+from tracejit.capture.guards import Places
 from tracejit.ir import host_memory
 from tracejit.ir.types import contiguous_strides
-
-# (outside tensors, results of the plan, host results, runs of backward graphs) -> what is returned
-Commit = Callable[[Sequence, Sequence, Sequence, Sequence], object]
-
 
 WORTH = 4096  # elements of a gradient from which its memory is looked after
 
 
-def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]]:
+def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
     """A function of the outside tensors: the storages of the gradients that the commit replaces and
     that nobody else can see, so that the plan may write new ones there, as eager does when a step
-    drops its gradients first."""
+    drops its gradients first. None if there are none."""
     owners = [
         index
         for index, source in captured.grads
         if source is not None and prod(captured.made[source].shape) >= WORTH
     ]
+
+    if not owners:
+        return None
 
     def leaving(reals: Sequence[torch.Tensor]) -> list[int]:
         return [storage for i in owners if (storage := _sole(reals[i]))]
@@ -69,45 +69,65 @@ def _counts() -> tuple[int, int]:
 _ALONE = _counts()
 
 
-def committer(captured: Captured) -> Commit:
-    """What `captured.commit` does, for many calls."""
-    odd = captured.outside or captured.reasons or captured.datas or captured.escaped
-    if odd or not all(_simple(m) for m in captured.made):
-        return captured.commit
-    names: dict[str, object] = {
-        "bump": torch._C._increment_version,
-        "write": host_memory.write,
-        "rebuild": rebuild,
-    }
+def commit_lines(
+    captured: Captured,
+    outputs: Sequence[str],
+    host: Sequence[str],
+    places: Places,
+    names: dict[str, object],
+) -> list[str]:
+    """What `captured.commit` does, as lines of Python that set `returned`; to do it twice is as
+    good as once. They read `reals`, and `cells` at the outside tensors' addresses.
+
+    outputs, host: expressions of the plan's results and of the host results.
+    names:         the namespace of the lines, which grows here.
+    """
 
     def constant(x: object) -> str:
         names[f"k{len(names)}"] = x
         return f"k{len(names) - 1}"
 
+    odd = captured.outside or captured.datas or captured.escaped
+    if odd or any(m.kind in ("view", "host") for m in captured.made):
+        names["commit"] = captured.commit
+        results, numbers = ", ".join(outputs), ", ".join(host)
+        return [f"returned = commit(reals, [{results}], [{numbers}], backwards)"]
     lines = []
     if captured.written:
+        names["bump"] = torch._C._increment_version
         lines.append(f"bump([{', '.join(f'reals[{i}]' for i in captured.written)}])")
     for index, source in captured.host_writes:
-        lines.append(f"write(reals[{index}], host[{source}])")
+        cell = places.cell(index)
+        if cell is not None:
+            lines.append(f"cells[{cell}].value = {host[source]}")
+        else:
+            names["write"] = host_memory.write
+            lines.append(f"write(reals[{index}], {host[source]})")
     for held, key, tree in captured.stores:
         target = f"{constant(held.holder)}[{key!r}]"
-        lines.append(f"{target} = rebuild({constant(tree)}, (), host)")
+        lines.append(f"{target} = {_tree(tree, host, constant)}")
+    reasons, taken = dict(captured.reasons), set()
     for i, m in enumerate(captured.made):
-        lines.append(f"m{i} = {_made(m, captured)}")
+        tensor = _made(m, captured, outputs)
+        again = tensor in taken and m.kind == "output"  # another tensor of the same memory
+        taken.add(tensor)
+        lines.append(f"m{i} = {tensor}{'.detach()' * again}")
+        if m.is_leaf:
+            lines.append(f"m{i} = m{i}.data.requires_grad_()")
+        elif m.requires_grad:
+            mark = f"m{i} = {constant(refusal(reasons.get(i)))}(m{i}.data.requires_grad_())"
+            names["enable_grad"] = torch.enable_grad
+            grad_on = torch.is_grad_enabled()  # as in every call that the guard accepts
+            lines.append(mark if grad_on else f"with enable_grad(): {mark}")
     for index, source in captured.grads:
         lines.append(f"reals[{index}].grad = {'None' if source is None else f'm{source}'}")
-    lines.append(f"return {_tree(captured.tree, constant)}")
-    body = "\n".join(f"    {line}" for line in lines)
-    text = f"def commit(reals, outputs, host, backwards):\n{body}\n"
-    exec(compile(text, "<tracejit commit>", "exec"), names)
-    return names["commit"]
+    for index, source in captured.leaf_grads:
+        lines.append(f"m{index}.grad = m{source}")
+    lines.append(f"returned = {_tree(captured.tree, host, constant)}")
+    return lines
 
 
-def _simple(m: Made) -> bool:
-    return m.kind == "real" or (m.kind in ("output", "alias") and not m.requires_grad)
-
-
-def _made(m: Made, captured: Captured) -> str:
+def _made(m: Made, captured: Captured, outputs: Sequence[str]) -> str:
     if m.kind == "real":
         return f"reals[{m.index}]"
     if m.kind == "alias":
@@ -116,26 +136,26 @@ def _made(m: Made, captured: Captured) -> str:
     shape = result.value.type.shape
     strides = result.strides or contiguous_strides(shape)
     if (m.shape, m.strides, m.offset) == (shape, strides, 0):
-        return f"outputs[{m.index}]"
-    return f"outputs[{m.index}].as_strided({m.shape}, {m.strides}, {m.offset})"
+        return outputs[m.index]
+    return f"{outputs[m.index]}.as_strided({m.shape}, {m.strides}, {m.offset})"
 
 
-def _tree(tree: object, constant: Callable[[object], str]) -> str:
+def _tree(tree: object, host: Sequence[str], constant: Callable[[object], str]) -> str:
     """The returned structure as an expression."""
     match tree:
         case Slot(index):
             return f"m{index}"
         case HostSlot(index):
-            return f"host[{index}]"
+            return host[index]
         case Sequenced(kind, items):
-            parts = [_tree(x, constant) for x in items]
+            parts = [_tree(x, host, constant) for x in items]
             if kind is list:
                 return f"[{', '.join(parts)}]"
             if kind is tuple:
                 return f"({''.join(f'{p}, ' for p in parts)})"
             return f"{constant(kind)}({', '.join(parts)})"  # a namedtuple
         case Mapped(items):
-            parts = [f"{constant(k)}: {_tree(v, constant)}" for k, v in items]
+            parts = [f"{constant(k)}: {_tree(v, host, constant)}" for k, v in items]
             return f"{{{', '.join(parts)}}}"
         case Constant(value):
             return constant(value)

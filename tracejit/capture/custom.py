@@ -2,7 +2,8 @@
 
 The user's forward runs on intermediates, untaped, with a context of ours. Its outputs get one tape
 entry, whose derivative formula runs the user's backward on intermediates: what it computes is
-differentiated again where a second derivative is asked for.
+differentiated again where a second derivative is asked for. Modules' full backward hooks are hooks
+on the node of a custom function of torch's: here its context.
 
 `intercepted` patches the innermost globals that reach C code without passing a TorchFunctionMode.
 Only threads that are tracing see another behaviour, and nothing stays patched after the trace.
@@ -18,6 +19,7 @@ from functools import partial
 import torch
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, FunctionCtx, _SingleLevelFunction
+from torch.nn.modules._functions import BackwardHookFunction
 
 from tracejit.autodiff import Entry
 from tracejit.capture.state import SHADOWS, as_callback, scheduler_classes
@@ -30,6 +32,7 @@ from tracejit.capture.tensor import (
     put_through,
 )
 from tracejit.capture.tracer import Tracer, current
+from tracejit.errors import TracejitError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import contiguous_strides
 
@@ -44,6 +47,10 @@ _SEALED = (
     "Output {i} of {name} is a view and is being modified inplace. This view was created inside a "
     "custom Function (or because an input was returned as-is). Clone the output of the Function"
 )
+_HOOKED = (
+    "the step runs modules with backward hooks, which a backward after it would not call; call "
+    "backward inside the step"
+)
 _TWICE = "trying to differentiate twice a function that was marked with @once_differentiable"
 
 
@@ -57,9 +64,16 @@ class Context(FunctionCtx):
         self._saved: tuple[tuple[Tensor | None, int], ...] = ()  # and the version when saved
         self.needs_input_grad = needs
         self.materialize_grads = True
+        self.families: tuple[Family, ...] = ()  # of outputs whose `grad_fn` this is
+        self.hooks: list[Callable] = []
+        self.over = False  # the step has returned
 
     def name(self) -> str:
         return self._name
+
+    def register_hook(self, hook: Callable) -> None:
+        """Call `hook(grad_inputs, grad_outputs)` after backward; it may return other gradients."""
+        self.hooks.append(hook)
 
     @property
     def saved_tensors(self) -> tuple[Tensor | None, ...]:
@@ -117,6 +131,8 @@ def call(t: Tracer, cls: type[Function], args: tuple) -> object:
     t.begin(cls, args)
     raw = output if isinstance(output, tuple) else (output,)
     wrapped = _wrap(t, cls, ctx, args, inputs if executable else None, raw)
+    if cls is BackwardHookFunction:
+        ctx.families = tuple(t.lift(x).family for x in wrapped)
     return wrapped if isinstance(output, tuple) else wrapped[0]
 
 
@@ -249,12 +265,18 @@ class _Formula:
     ) -> list[Value | None]:
         t, ctx = self.t, self.ctx
         defined = t.cotangents
+        if ctx.hooks and ctx.over:
+            raise TracejitError(reason=_HOOKED)
         with t.user_code(grad=t.grad_on):
-            grads = self._given(cotangents, defined)
+            arrived = self._arrived(cotangents, defined)
             del cotangents
+            grads = self._materialized(arrived) if ctx.materialize_grads else arrived
             returned = self._backward()(
                 ctx, *([grads] if getattr(self.cls, "boxed_grads_call", False) else grads)
             )
+            for hook in ctx.hooks:
+                changed = hook(returned, tuple(arrived))
+                returned = returned if changed is None else changed
             return self._checked(returned, needed)
 
     def _backward(self) -> Callable:
@@ -266,20 +288,20 @@ class _Formula:
             )
         return own if vjp is Function.vjp else vjp
 
-    def _given(self, cotangents: tuple, defined: frozenset[Value]) -> list[Tensor | None]:
-        """One gradient per output of the user's forward."""
+    def _arrived(self, cotangents: tuple, defined: frozenset[Value]) -> list[Tensor | None]:
+        """The gradients of the outputs of the user's forward; None where none arrived."""
         t, found = self.t, iter(cotangents)
-        out: list[Tensor | None] = []
-        for kind, differentiable in zip(self.outputs, self.differentiable, strict=True):
-            value = next(found) if differentiable else None
-            if value is not None and value in defined:
-                out.append(t.fresh(t.b.alias(value)))
-            elif kind is None or not self.ctx.materialize_grads:
-                out.append(None)
-            else:
+        values = [next(found) if differentiable else None for differentiable in self.differentiable]
+        return [t.fresh(t.b.alias(v)) if v is not None and v in defined else None for v in values]
+
+    def _materialized(self, arrived: list[Tensor | None]) -> list[Tensor | None]:
+        """The same with zeros for the missing ones."""
+        t, out = self.t, list(arrived)
+        for i, kind in enumerate(self.outputs):
+            if out[i] is None and kind is not None:
                 shape, dtype, device = kind
                 zero = 0.0 if dtype.is_float else (False if dtype.kind == "b" else 0)
-                out.append(t.fresh(t.b.full(zero, shape=shape, dtype=dtype, device=device)))
+                out[i] = t.fresh(t.b.full(zero, shape=shape, dtype=dtype, device=device))
         return out
 
     def _checked(self, returned: object, needed: tuple[bool, ...]) -> list[Value | None]:
@@ -436,9 +458,15 @@ _tracing = 0
 _undo: list[Callable[[], None]] = []
 
 
+_wrapped: dict[tuple[object, str], tuple[object, object]] = {}  # place -> original, its wrapper
+
+
 def _replace(owner: object, name: str, wrap: Callable) -> None:
     original = getattr(owner, name)
-    setattr(owner, name, wrap(original))
+    known = _wrapped.get((owner, name))
+    if known is None or known[0] is not original:
+        known = _wrapped[owner, name] = original, wrap(original)
+    setattr(owner, name, known[1])
     _undo.append(lambda: setattr(owner, name, original))
 
 

@@ -1,8 +1,6 @@
-"""What a trace leaves behind: the Captured step, and its commit to the user's objects.
+"""What a trace leaves behind: a Captured step.
 
-`finish` reads a tracer after the user's function returned and freezes everything in pure data:
-the raw Graph, which tensor feeds which input, and the effects: fresh tensors to return or to set as
-`.grad`, tensors written in place, host values in the result. `Captured.commit` applies them.
+`finish` reads a tracer after the user's function returned and freezes everything in pure data.
 """
 
 from __future__ import annotations
@@ -10,245 +8,37 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
 from tracejit.capture import location
-from tracejit.capture.bounds import Bound
+from tracejit.capture.captured import (
+    Captured,
+    Constant,
+    HostSlot,
+    Made,
+    Mapped,
+    Sequenced,
+    Slot,
+    graph_key,
+    is_plain,
+    slots,
+)
 from tracejit.capture.host import for_the_plan, mixed_devices, settled
-from tracejit.capture.outside import Nodes, Outside, Run, attach, nodes
-from tracejit.capture.scalars import Path, Predicate, TracedFloat, plain
-from tracejit.capture.state import Callback, Held
-from tracejit.capture.tensor import TO_TORCH, Handle, Ints, Storage, TracedTensor
+from tracejit.capture.outside import Nodes, nodes
+from tracejit.capture.scalars import TracedFloat, plain
+from tracejit.capture.state import Held
+from tracejit.capture.tensor import TO_TORCH, Handle, Storage, TracedTensor
 from tracejit.capture.tracer import Tracer
-from tracejit.errors import LeakedTracer, SideEffectError
-from tracejit.ir import host_memory
-from tracejit.ir.graph import Arg, Graph, Node, Result, Value, Write
+from tracejit.errors import SideEffectError
+from tracejit.ir.graph import Arg, Result, Write
 from tracejit.ir.types import contiguous_strides
 
-_AFTERWARDS = "backward through the result of a compiled step is not possible: {reason}"
-_NO_NODE = "the step keeps no graph for it. Call backward inside the step"
 
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A tensor to hand out after the plan has run.
-
-    kind "real": the `index`-th outside tensor itself; "output": a view of the `index`-th fresh
-    output; "alias": a view of the memory of the `index`-th outside tensor; "view": a view of the
-    `index`-th tensor made, with its history; "host": a view of the `index`-th of `hosts`.
-    """
-
-    kind: str
-    index: int
-    shape: Ints = ()
-    strides: Ints = ()
-    offset: int = 0
-    requires_grad: bool = False
-    is_leaf: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A place in the returned structure that holds the `index`-th made tensor."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class HostSlot:
-    """A place in the returned structure that holds a host value, by its position."""
-
-    index: int
-
-
-@dataclass(frozen=True, slots=True)
-class Sequenced:
-    """A tuple, list or namedtuple in the returned structure."""
-
-    kind: type
-    items: tuple
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """A dict in the returned structure."""
-
-    items: tuple[tuple[object, object], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """Anything else that was returned."""
-
-    value: object
-
-
-@dataclass(slots=True)
-class Captured:
-    """One traced step."""
-
-    graph: Graph
-    reals: list[torch.Tensor]  # outside tensors, in the order of first use
-    sources: tuple[tuple[str, int], ...]  # per param: ("tensor", reals index) or ("scalar", k)
-    scalars: tuple[float, ...]  # the runtime scalars' values in this trace
-    paths: tuple[Path, ...]  # where each comes from
-    scalar_values: tuple[Value, ...]
-    host_nodes: tuple[Node, ...]  # the arithmetic on them
-    predicates: tuple[Predicate, ...]
-    made: tuple[Made, ...]
-    tree: object
-    host_results: tuple[Arg, ...]
-    grads: tuple[tuple[int, int | None], ...]  # (reals index, made index or None: cleared)
-    datas: tuple[tuple[int, int], ...]  # (reals index, made index): `.data = …`
-    written: tuple[int, ...]  # reals whose memory is overwritten
-    hosts: tuple[tuple[torch.dtype, int], ...]  # new CPU tensors of one element: host results index
-    host_writes: tuple[tuple[int, int], ...]  # (reals index, host results index): its one element
-    stores: tuple[tuple[Held, str, object], ...]  # dict entries rebound to a tree of host results
-    callbacks: tuple[Callback, ...]  # calls that the trace ran as they are
-    grads_read: tuple[tuple[int, int | None], ...]  # (reals index, reals index of .grad or None)
-    escaped: tuple[tuple[TracedTensor, int], ...]  # proxies kept by user objects, made index
-    outside: tuple[Outside, ...]  # autograd nodes of made tensors, in order of dependence
-    reasons: tuple[tuple[int, str], ...]  # made tensors that no backward can go through, and why
-    key: tuple  # equal keys: the same graph and the same effects
-    bounds: tuple[Bound, ...]  # what the values of index tensors must be
-    undo: Callable[[], None]  # before the commit: put optimizers and schedulers back as they were
-
-    def commit(
-        self,
-        reals: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
-        host_results: Sequence[float],
-        backwards: Sequence[Run] = (),
-    ) -> object:
-        """Apply the effects once the plan has run; returns what the step returns.
-
-        `backwards` run the graphs of `outside`; without them no backward goes through the results.
-        """
-        if self.written:
-            torch.autograd.graph.increment_version([reals[i] for i in self.written])
-        for index, source in self.host_writes:
-            host_memory.write(reals[index], host_results[source])
-        for held, key, tree in self.stores:
-            held.holder[key] = rebuild(tree, [], host_results)
-        made = self._make(reals, outputs, host_results, backwards)
-        for index, source in self.datas:
-            reals[index].data = made[source]
-        for index, source in self.grads:
-            reals[index].grad = None if source is None else made[source]
-        _make_real(self.escaped, made)
-        return rebuild(self.tree, made, host_results)
-
-    def _make(
-        self,
-        reals: Sequence[torch.Tensor],
-        outputs: Sequence[torch.Tensor],
-        host_results: Sequence[float],
-        backwards: Sequence[Run],
-    ) -> list[torch.Tensor]:
-        """The tensors to hand out. Those with an autograd node come after what they depend on."""
-        nodes = self.outside if backwards else ()
-        later = {node.made for node in nodes}
-        reasons = dict(self.reasons)
-        hosts = [_host_tensor(dtype, host_results[i]) for dtype, i in self.hosts]
-        made: list[torch.Tensor | None] = []
-        for i, m in enumerate(self.made):
-            if i in later or m.kind == "view":
-                made.append(None)
-                continue
-            tensor = _materialize(m, reals, hosts if m.kind == "host" else outputs)
-            if m.is_leaf:
-                tensor = tensor.detach().requires_grad_()
-            elif m.requires_grad:
-                tensor = _mark(tensor, reasons.get(i, _NO_NODE))
-            made.append(tensor)
-        for node, run in zip(nodes, backwards, strict=bool(nodes)):
-            plain = _materialize(self.made[node.made], reals, outputs).detach()
-            made[node.made] = attach(node, plain, reals, made, outputs, host_results, run)
-        for i, m in enumerate(self.made):
-            if m.kind == "view":
-                with torch.enable_grad():
-                    made[i] = made[m.index].as_strided(m.shape, m.strides, m.offset)
-        return made
-
-    def release(self) -> None:
-        """Forget the tensors of this trace, keeping what a replay needs."""
-        self.reals = []
-        self.escaped = ()
-        self.undo = _nothing
-
-
-def _nothing() -> None:
-    """What is committed is not undone."""
-
-
-def _materialize(
-    made: Made, reals: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    if made.kind == "real":
-        return reals[made.index]
-    base = (reals if made.kind == "alias" else outputs)[made.index]
-    geometry = (made.shape, made.strides, made.offset)
-    if made.kind == "alias":
-        base = base.detach()
-    if geometry != (tuple(base.shape), base.stride(), base.storage_offset()):
-        base = base.as_strided(*geometry)
-    return base
-
-
-def _host_tensor(dtype: torch.dtype, number: float) -> torch.Tensor:
-    tensor = torch.empty((), dtype=dtype, device="cpu")
-    host_memory.write(tensor, number)
-    return tensor
-
-
-def _mark(tensor: torch.Tensor, reason: str) -> torch.Tensor:
-    """Let a tensor require grad, with a node that raises when backward reaches it."""
-    with torch.enable_grad():
-        leaf = tensor.detach().requires_grad_()
-        return torch._C._functions.DelayedError(_AFTERWARDS.format(reason=reason), 1)(leaf)
-
-
-def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: list[torch.Tensor]) -> None:
-    """Turn proxies that user objects hold into the tensors they stand for, in place."""
-    for proxy, index in escaped:
-        real = made[index]
-        del proxy.handle, proxy.tracer
-        proxy.__class__ = torch.Tensor
-        try:
-            torch._C._swap_tensor_impl(proxy, real)
-        except RuntimeError as error:
-            raise LeakedTracer(
-                where="after the step",
-                function="storing an intermediate in a Python object",
-                reason=f"which cannot be made real ({error})",
-                remedy="Return the tensor from the step and store it outside",
-            ) from error
-        made[index] = proxy  # the other object is an empty shell now
-
-
-def rebuild(tree: object, made: Sequence[torch.Tensor], host: Sequence[float]) -> object:
-    """The structure that a tree describes."""
-    match tree:
-        case Slot(index):
-            return made[index]
-        case HostSlot(index):
-            return host[index]
-        case Sequenced(kind, items):
-            parts = [rebuild(x, made, host) for x in items]
-            if kind in (list, tuple):
-                return kind(parts)
-            return kind(*parts)  # a namedtuple
-        case Mapped(items):
-            return {k: rebuild(v, made, host) for k, v in items}
-        case Constant(value):
-            return value
-    raise AssertionError(tree)
-
-
-class _Collector:
+class Collector:
     """Numbers the tensors to make and the outputs they stand on."""
 
     def __init__(self, tracer: Tracer):
@@ -334,7 +124,8 @@ def finish(
 
 def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool) -> Captured:
     tracer._call = None
-    collect = _Collector(tracer)
+    tracer.trail.over()
+    collect = Collector(tracer)
     tree = collect.tree(returned.pop())
     stores = tuple((Held(d), key, collect.tree(x)) for d, key, x in tracer.state.stores)
     grads, grads_read, datas = [], [], []
@@ -352,6 +143,11 @@ def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool)
             datas.append((i, h))
     datas = [(i, _data_of(collect, h)) for i, h in datas]
     escaped = tuple((p, collect.tensor(p)) for p in _escapes(tracer, collect))
+    leaf_grads = tuple(
+        (i, collect.tensor(h.grad))
+        for h, i in tuple(collect.of_handle.items())
+        if keep_grads and not h.is_real and h.grad is not None and tracer.is_leaf(h)
+    )
     found = _nodes(collect, name)
     writes, host_writes, written = _writes(collect)
     tracer.forget()
@@ -380,9 +176,10 @@ def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool)
         graph_key(graph),
         sources,
         made,
-        repr(tree) if _plain(tree) else id(tree),
+        repr(tree) if is_plain(tree) else id(tree),
         tuple(grads),
         tuple(grads_read),
+        leaf_grads,
         tuple(datas),
         tuple(written),
         tuple(repr(p) for p in tracer.predicates),
@@ -394,7 +191,7 @@ def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool)
         (hosts, host_writes, tuple((d, key, repr(x)) for d, key, x in stores)),
         len(tracer.state.callbacks),
     )
-    return Captured(
+    captured = Captured(
         graph=graph,
         reals=tracer.reals,
         sources=sources,
@@ -407,6 +204,7 @@ def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool)
         tree=tree,
         host_results=tuple(collect.host),
         grads=tuple(grads),
+        leaf_grads=leaf_grads,
         datas=tuple(datas),
         written=tuple(written),
         hosts=hosts,
@@ -421,6 +219,8 @@ def _finish(tracer: Tracer, name: str, returned: list[object], keep_grads: bool)
         bounds=tuple(tracer.bounds),
         undo=tracer.state.undo,
     )
+    tracer.trail.close(captured, collect.of_handle, frozenset(slots(tree)))
+    return captured
 
 
 def _is_new(grad: torch.Tensor) -> bool:
@@ -429,7 +229,7 @@ def _is_new(grad: torch.Tensor) -> bool:
 
 
 def _writes(
-    collect: _Collector,
+    collect: Collector,
 ) -> tuple[tuple[Write, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
     """Outside memory that the step overwrites: by the plan, by the host, and whose it is."""
     t = collect.tracer
@@ -450,7 +250,7 @@ def _writes(
     return tuple(writes), tuple(host_writes), tuple(written)
 
 
-def _nodes(collect: _Collector, name: str) -> Nodes:
+def _nodes(collect: Collector, name: str) -> Nodes:
     """Autograd nodes for the made tensors that require grad and have a history."""
     t = collect.tracer
     handles: list[Handle | None] = [None] * len(collect.made)
@@ -477,7 +277,7 @@ def _nodes(collect: _Collector, name: str) -> Nodes:
     return nodes(t, handles, roots, collect.of_handle, collect.outputs, collect.host, name)
 
 
-def _data_of(collect: _Collector, h: Handle) -> int:
+def _data_of(collect: Collector, h: Handle) -> int:
     """The made tensor for `.data = …`: the whole of the storage that the handle took over."""
     storage = h.storage
     index = collect.outputs.setdefault(storage, len(collect.outputs))
@@ -485,19 +285,7 @@ def _data_of(collect: _Collector, h: Handle) -> int:
     return len(collect.made) - 1
 
 
-def _plain(tree: object) -> bool:
-    """Whether a returned structure holds only tensors, host values, numbers, strings and None."""
-    match tree:
-        case Sequenced(_, items):
-            return all(map(_plain, items))
-        case Mapped(items):
-            return all(isinstance(k, (str, int)) and _plain(v) for k, v in items)
-        case Constant(value):
-            return value is None or type(value) in (bool, int, float, str, torch.dtype)
-    return True
-
-
-def _escapes(tracer: Tracer, collect: _Collector) -> list[TracedTensor]:
+def _escapes(tracer: Tracer, collect: Collector) -> list[TracedTensor]:
     """Intermediates that user objects still hold, found by counting references."""
 
     def suspects() -> list[TracedTensor]:
@@ -507,31 +295,32 @@ def _escapes(tracer: Tracer, collect: _Collector) -> list[TracedTensor]:
             for grad in (h.grad, h.grad_at_start):
                 if grad is not None:
                     held[id(grad)] += 1
+        held.update(tracer.trail.ids.keys())
         # known holders: tracer.proxies, handle.tensor, the loop variable, getrefcount's argument
         return [p for p in tracer.proxies if sys.getrefcount(p) > 4 + held[id(p)]]
 
     if not suspects():
         return []
-    # what the trace made is young, unless a collection of the middle generation went by
-    young = gc.get_stats()[1]["collections"] == tracer.collections
-    gc.collect(1 if young else 2)
+    collect_young(tracer)
     return suspects()
 
 
-def graph_key(graph: Graph) -> tuple:
-    """A hashable identity of what a graph computes, its user's lines included.
+def collect_young(tracer: Tracer) -> None:
+    """Let go of cycles that the trace made: they are young, unless a collection went by."""
+    for generation, stats in enumerate(gc.get_stats()):
+        if stats["collections"] == tracer.collections[generation]:
+            break
+    gc.collect(generation)
 
-    It tells 1, 1.0 and True, and 0.0 and -0.0, apart.
-    """
-    number = {p.value: k for k, p in enumerate(graph.params)}
-    lines = []
-    for node in graph.nodes:
-        args = [f"%{number[a]}" if isinstance(a, Value) else repr(a) for a in node.args]
-        lines.append(f"{node.op.name}{args}{node.attrs}{node.where}")
-        number |= {out: len(number) + k for k, out in enumerate(node.outs)}
-    return (
-        tuple((str(p.value.type), p.strides) for p in graph.params),
-        tuple(lines),
-        tuple((number[r.value], r.strides) for r in graph.results),
-        tuple((number[w.target], number[w.value]) for w in graph.writes),
-    )
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Without the garbage collector's own collections: what is made inside stays young, and
+    `collect_young` takes microseconds."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -12,24 +12,26 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import FunctionType
 
 import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from tracejit.capture.effects import Captured
+from tracejit.capture.captured import Captured
 from tracejit.capture.heap import FloatLine, Walk, differs
-from tracejit.capture.scalars import RELATIONS, Path
+from tracejit.capture.scalars import Path
 from tracejit.capture.tensor import extent
 from tracejit.capture.watch import Seen, origin
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg
-from tracejit.ir.hostcode import NAMES, host_lines
+from tracejit.ir.hostcode import HostCode, host_names
 
 # (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses), or what failed
 Guard = Callable[..., tuple[list, list, list] | str]
 _MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
+_SIGNS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}  # else: "is"
 _GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
     (_MODULES, "_global_backward_hooks"),
     (_MODULES, "_global_backward_pre_hooks"),
@@ -57,6 +59,8 @@ def survey(function: FunctionType, args: tuple, kwargs: dict, ran: Seen | None) 
         at = f"kwargs[{name!r}]"
         w.visit(x, at, f"argument {name}", ("kwarg", name), owned=False)
     w.function(function, function.__qualname__)
+    if ran is not None:
+        _torch_functions(w, ran)
     return w
 
 
@@ -89,6 +93,19 @@ def _modes(w: Walk) -> None:
         w.check(f"[*{w.constant(hooks)}] == {[*hooks]}", f"torch's {name} changed")
 
 
+def _torch_functions(w: Walk, ran: Seen) -> None:
+    """Guard that torch's functions that ran are still found under their names."""
+    for holder, names in ran.places.values():
+        found = sorted(names.intersection(holder))
+        if found:
+            get = itemgetter(*found)
+            where = holder.get("__name__", "torch.Tensor")
+            why = f"a function of {where} was replaced: one of {', '.join(found)}"
+            w.check(f"{w.constant(get)}({w.constant(holder)}) == {w.constant(get(holder))}", why)
+    methods = vars(torch.Tensor)  # most are inherited: a replacement is a new name
+    w.check(f"len({w.constant(methods)}) == {len(methods)}", "torch.Tensor was changed")
+
+
 def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
     reasons = ran.refusals + walk.refusals
@@ -109,6 +126,7 @@ class Armed:
     guard: Guard
     text: str  # of the guard
     found: list[int]  # the ids of the tensors that the walk found
+    places: Places  # of the outside tensors, as the guard saw them last
     after: Callable[[list], None] | None  # runs the callbacks, completes the scalars
 
 
@@ -118,23 +136,23 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
     if reason:
         return reason
     scalars = _decide_floats(walk, function, captured.paths)
-    reason = _guard_tensors(walk, captured)
+    places = Places(captured.reals)
+    reason = _guard_tensors(walk, captured, places)
     if reason:
         return reason
     unread = _unread(captured)
     for path in captured.paths:
         if path[0] == "item":
-            walk.names |= {"item": host_memory.read, "item_at": host_memory.read_at}
-            tensor = captured.reals[path[1]]
-            if tensor.is_cpu:
-                place = f"{walk.constant(tensor.dtype)}, addresses[{path[1]}]"
-                scalars[path] = f"item_at({place})"
-            else:
-                scalars[path] = f"item({walk.tensors[id(tensor)]})"
+            walk.names["item"] = host_memory.read
+            cell = places.cell(path[1])
+            at = walk.tensors[id(captured.reals[path[1]])]
+            scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
         elif path[0] == "after" or (path not in scalars and path in unread):
             scalars[path] = "None"
         elif path not in scalars:
             return f"a runtime scalar has no path: {path}"
+    if any("cells[" in x for x in scalars.values()):
+        walk.lines.append("cells = places.cells")
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
     _guard_predicates(walk, captured)
     everything = "".join(f"{at}, " for at in walk.tensors.values())
@@ -153,7 +171,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
     )
     namespace = dict(walk.names)
     exec(compile(text, "<tracejit guard>", "exec"), namespace)
-    return Armed(namespace["guard"], text, [*walk.tensors], _callbacks(captured))
+    return Armed(namespace["guard"], text, [*walk.tensors], places, _callbacks(captured))
 
 
 def _unread(captured: Captured) -> set[Path]:
@@ -249,7 +267,7 @@ def _scalar_places(walk: Walk, function: FunctionType) -> Callable[[tuple], tupl
     return place
 
 
-def _guard_tensors(w: Walk, captured: Captured) -> str:
+def _guard_tensors(w: Walk, captured: Captured, places: Places) -> str:
     """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
     grad_of = {g: i for i, g in captured.grads_read if g is not None}
     for i, tensor in enumerate(captured.reals):
@@ -272,7 +290,7 @@ def _guard_tensors(w: Walk, captured: Captured) -> str:
         else:
             own = w.tensors[id(captured.reals[grad])]
             w.check(f"{at}.grad is {own}", "a .grad was replaced")
-    _guard_places(w, captured)
+    _guard_places(w, captured, places)
     return ""
 
 
@@ -309,48 +327,58 @@ def _described(x: object) -> str:
     return text + (", negated" if x.is_neg() else "")
 
 
-def _guard_places(w: Walk, captured: Captured) -> None:
+def _guard_places(w: Walk, captured: Captured, places: Places) -> None:
     """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
     at = [w.tensors[id(t)] for t in captured.reals]
     w.lines.append(f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]")
-    storages = [t.untyped_storage()._cdata for t in captured.reals]
-    if w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided")):
+    if places.shared:
+        names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
+        w.names["pattern_of"] = _pattern
+        pattern = _pattern(places.storages)
+        w.check(f"pattern_of(({names},)) == {pattern}", "inputs share memory otherwise")
+    asked = w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided"))
+    if places.shared or asked:
         offsets = ", ".join(f"{x}.storage_offset()" for x in at)
         expected = [t.storage_offset() for t in captured.reals]
         w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
-    if len(set(storages)) < len(storages):
-        names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
-        w.names["pattern_of"] = _pattern
-        w.check(f"pattern_of(({names},)) == {_pattern(storages)}", "inputs share memory otherwise")
-        offsets = tuple(t.storage_offset() for t in captured.reals)
-        found = ", ".join(f"{x}.storage_offset()" for x in at)
-        w.check(f"({found},) == {offsets}", "inputs overlap otherwise")
-        sizes = None
-    else:
-        sizes = [extent(t.shape, t.stride()) * t.element_size() for t in captured.reals]
-    aligned = [t.data_ptr() % 16 == 0 for t in captured.reals]
-    w.names["places"] = _Places(sizes, aligned)
+    w.names["places"] = places
     w.lines.append("if addresses != places.good and (why := places.against(addresses)): return why")
 
 
-class _Places:
-    """Whether inputs at some addresses are aligned as when traced, and apart from each other."""
+class Places:
+    """Where the outside tensors lie: aligned as when traced and apart from each other; and the
+    cells, which read and write the one element of some of them."""
 
-    def __init__(self, sizes: list[int] | None, aligned: list[bool]):
-        self.sizes = sizes  # in bytes; None: they overlapped when traced, which is checked apart
-        self.aligned = aligned
-        self.good: list[int] | None = None  # the latest addresses that were found to be so
+    def __init__(self, reals: Sequence[torch.Tensor]):
+        self.storages = [t.untyped_storage()._cdata for t in reals]
+        self.shared = len({*self.storages}) < len(reals)  # which is checked apart
+        self.sizes = [extent(t.shape, t.stride()) * t.element_size() for t in reals]
+        self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
+        self.good: list[int] | None = None  # the latest addresses that were found to be right
+        self.cells: list = []  # at these addresses
+        self._types = [host_memory.cell_type(t) for t in reals]
+        self._with_cells: list[int] = []
+
+    def cell(self, index: int) -> int | None:
+        """The position in `cells` of the `index`-th tensor's; None if it cannot have one."""
+        if self._types[index] is None:
+            return None
+        if index not in self._with_cells:
+            self._with_cells.append(index)
+            self.good = None
+        return self._with_cells.index(index)
 
     def against(self, addresses: list[int]) -> str:
         """Why a replay is wrong for inputs at these addresses; empty if it is right."""
         if [a % 16 == 0 for a in addresses] != self.aligned:
             return "the alignment of an input changed"
-        if self.sizes is not None:
+        if not self.shared:
             end = 0
             for start, size in sorted(zip(addresses, self.sizes, strict=True)):
                 if start < end and size:
                     return "two inputs share memory now"
                 end = max(end, start + size)
+        self.cells = [self._types[i].from_address(addresses[i]) for i in self._with_cells]
         self.good = addresses
         return ""
 
@@ -366,13 +394,15 @@ def _guard_predicates(w: Walk, captured: Captured) -> None:
     for predicate in captured.predicates:
         wanted += (predicate.left, predicate.right)
     names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalar_values)}
-    lines, found = host_lines(captured.host_nodes, wanted, names)
-    w.lines += lines
-    w.names |= NAMES
+    code = HostCode()
+    found = code.add(captured.host_nodes, wanted, names)
+    w.lines += code.lines
+    w.names |= host_names()
+    conditions: dict[str, str] = {}
     for i, predicate in enumerate(captured.predicates):
-        w.names[f"relation_{predicate.relation}"] = RELATIONS[predicate.relation]
         left, right = found[2 * i], found[2 * i + 1]
-        w.check(
-            f"relation_{predicate.relation}({left}, {right}) is {predicate.outcome}",
-            f"a decision on a runtime scalar ({predicate.relation}) came out otherwise",
-        )
+        sign = _SIGNS.get(predicate.relation)
+        test = f"{left} {sign} {right}" if sign else f"same_float({left}, {right})"
+        conditions[test if predicate.outcome else f"not ({test})"] = predicate.relation
+    for condition, relation in conditions.items():
+        w.check(condition, f"a decision on a runtime scalar ({relation}) came out otherwise")

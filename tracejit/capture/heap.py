@@ -90,7 +90,9 @@ def same_value(a: object, b: object) -> bool:
 
 def differs(path: str, old: str, new: str) -> str:
     """The reason of a guard that failed."""
-    return f"{path} was {old} and is {new} now" if new != old else f"{path} is another {new} now"
+    if new == old:
+        return f"{path} is another {new.removeprefix('a ')} now"
+    return f"{path} was {old} and is {new} now"
 
 
 def changed(path: str, old: str, new: object) -> str:
@@ -297,7 +299,8 @@ class Walk:
 
     def _attributes_of_tensor(self, x: torch.Tensor, at: str, path: str) -> None:
         if self._asked:
-            attributes = f"[*{at}.__dict__] == {[*x.__dict__]!r}"
+            names = [*x.__dict__]
+            attributes = f"[*{at}.__dict__] == {names!r}" if names else f"not {at}.__dict__"
             self.check(attributes, f"{path} has other attributes now")
         if x.__dict__ and not self._seen(x.__dict__):
             for name in self._named(x.__dict__):
@@ -402,7 +405,8 @@ class Walk:
             if isinstance(getattr(x, "__self__", None), CONTAINERS):  # items.append
                 self.visit(x.__self__, f"{place}.__self__", path.rpartition(".")[0] or path)
         elif isinstance(x, weakref.ref):  # a guard would keep alive what it refers to
-            if isinstance(x(), Optimizer):  # of a scheduler, which holds it too
+            # of a scheduler, which holds it too; to a tensor that is found elsewhere as well
+            if isinstance(x(), Optimizer) or id(x()) in self.tensors:
                 self.visit(x(), f"{place}()", path)
             else:
                 self.refuse(f"it reads {path}, a weak reference")
@@ -448,7 +452,8 @@ class Walk:
                 self.check(f"{at}.__dict__ is {place}", f"{path} has other attributes now")
             else:
                 place = self.local(f"{at}.__dict__")
-            self.expect(f"[*{place}] == {self.constant([*attributes])}", path, x, at)
+            names = f"[*{place}] == {self.constant([*attributes])}"
+            self.check(names, f"{path} has other attributes now")
             wide = self._compared and isinstance(x, SimpleNamespace)
             for name in attributes if wide else self._named(attributes):
                 self.visit(
@@ -505,22 +510,26 @@ class Walk:
             ) or not library_module(base.__module__)
             for name in [*held]:
                 x = held[name]
-                if not mine:
-                    if self.ran and isinstance(x, FunctionType) and x.__code__ in self.ran:
-                        at = f"{place}[{name!r}]"
-                        self.expect(f"{at} is {self.constant(x)}", f"{base.__name__}.{name}", x, at)
-                    continue
-                named = self.wanted is None or name in self.wanted or issubclass(base, Function)
-                dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
-                if isinstance(x, FunctionType) and origin(x.__code__) == "stdlib":
-                    at = f"{place}[{name!r}]"  # made by namedtuple or dataclasses
+                at = f"{place}[{name!r}]"
+                if self._by_identity(x, mine=mine):
                     self.expect(f"{at} is {self.constant(x)}", f"{base.__name__}.{name}", x, at)
-                elif (named or dunder) and not isinstance(x, SLOT) and name not in CLASS_NOISE:
-                    self.visit(x, f"{place}[{name!r}]", f"{base.__qualname__}.{name}")
+                elif mine and not isinstance(x, SLOT) and name not in CLASS_NOISE:
+                    dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
+                    if dunder or issubclass(base, Function) or self._named([name]):
+                        self.visit(x, at, f"{base.__qualname__}.{name}")
             self.check(f"len({place}) == {len(held)}", f"the class {base.__qualname__} changed")
             if mine:
                 bases = f"{self.constant(base)}.__bases__ == {self.constant(base.__bases__)}"
                 self.check(bases, f"the class {base.__qualname__} has other bases now")
+
+    def _by_identity(self, x: object, *, mine: bool) -> bool:
+        """Whether what a class holds is a function of which nothing is followed: one of a library
+        class that ran, or in a user's class one that namedtuple or dataclasses made."""
+        if not isinstance(x, FunctionType):
+            return False
+        if mine:
+            return origin(x.__code__) == "stdlib"
+        return self.ran is not None and x.__code__ in self.ran
 
     def _named(self, attributes: Iterable[str]) -> list[str]:
         if self.wanted is None:

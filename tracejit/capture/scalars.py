@@ -86,7 +86,7 @@ class TracedFloat(float):
         number = float.__pos__(self)
         tracer = self.tracer
         if tracer is not None:
-            tracer.predicates.append(Predicate("is", self.value, number, True))
+            tracer.decide(Predicate("is", self.value, number, True))
         return number
 
     real = property(lambda self: self.pin())
@@ -138,7 +138,7 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
                     operand.pin()
             return number
         args = (operand, self.value) if reflected else (self.value, operand)
-        return TracedFloat.make(number, tracer, getattr(tracer.b, op_name)(*args))
+        return TracedFloat.make(number, tracer, tracer.arithmetic(op_name, *args))
 
     return method
 
@@ -149,7 +149,7 @@ def _unary(op_name: str, python: Callable) -> Callable:
         tracer = self.tracer
         if tracer is None:
             return number
-        return TracedFloat.make(number, tracer, getattr(tracer.b, op_name)(self.value))
+        return TracedFloat.make(number, tracer, tracer.arithmetic(op_name, self.value))
 
     return method
 
@@ -164,7 +164,7 @@ def _comparison(relation: str) -> Callable:
             return NotImplemented
         outcome = RELATIONS[relation](float.__pos__(self), plain(other))
         if tracer is not None:
-            tracer.predicates.append(Predicate(relation, self.value, operand, outcome))
+            tracer.decide(Predicate(relation, self.value, operand, outcome))
         return outcome
 
     return method

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial, wraps
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch.nn.utils import clip_grad
@@ -21,6 +21,7 @@ from torch.optim import Optimizer, _adafactor
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.aborts import Memory, remember, scrub
+from tracejit.capture.reads import contents
 from tracejit.capture.scalars import Path, TracedFloat, is_runtime, pinned, plain
 from tracejit.capture.tracer import Tracer, current
 
@@ -116,9 +117,7 @@ class Hyperparameters:
             inner = {p: dict(s) for p, s in optimizer.state.items() if isinstance(s, dict)}
             self._optimizers[id(optimizer)] = optimizer, list(optimizer.param_groups), inner
 
-    def _substitute(
-        self, optimizer: Optimizer, path: Callable[[dict, str], Path], *, anew: bool = False
-    ) -> None:
+    def _substitute(self, optimizer: Optimizer, path: Callable[[dict, str], Path]) -> None:
         for group in optimizer.param_groups:
             known = self._groups.get(id(group))
             if known is None:
@@ -128,11 +127,8 @@ class Hyperparameters:
                     value = group[key] = _plain(value)  # the user kept it from an earlier call
                 if not _has_floats(value):
                     continue
-                entry = known.entries.get(key)
-                if anew or entry is None or entry.original is not value:
-                    traced = self._traced(value, path(group, key))
-                    entry = known.entries[key] = _Entry(value, traced)
-                group[key] = entry.traced
+                group[key] = self._traced(value, path(group, key))
+                known.entries[key] = _Entry(value, group[key])
 
     def _traced(self, x: object, path: Path) -> object:
         if type(x) is tuple:
@@ -140,7 +136,8 @@ class Hyperparameters:
         return self.tracer.scalar(float(x), path) if _has_floats(x) else x
 
     def _restore(self) -> list[tuple[dict, str, object]]:
-        """Make all floats plain again; returns what the step stored of runtime scalars."""
+        """Make all floats plain again; returns what the step stored of runtime scalars, and in
+        their place."""
         stored = []
         for known in self._all_groups():
             for key, value in known.group.items():
@@ -150,6 +147,8 @@ class Hyperparameters:
                 elif _holds_traced(value):
                     number = known.group[key] = _plain(value)
                     entry = known.entries[key] = _Entry(number, value, stored=True)
+                elif entry is not None:  # a number that Python has, perhaps the one from before
+                    entry = known.entries[key] = _Entry(value, value, stored=True)
                 if entry is not None and entry.stored and value is entry.traced:
                     stored.append((known.group, key, value))
         return stored
@@ -202,7 +201,7 @@ class Hyperparameters:
         finally:
             self.inside = False
             for optimizer, *_ in tuple(self._optimizers.values()):
-                self._substitute(optimizer, partial(self._after, n), anew=True)
+                self._substitute(optimizer, partial(self._after, n))
 
     def _after(self, n: int, group: dict, key: str) -> Path:
         known = self._groups[id(group)].entries.get(key)
@@ -236,6 +235,7 @@ class Hyperparameters:
             vars(scheduler).update(attributes)
         if self.tracer.proxies:
             scrub(self.tracer.proxies, self._memory)
+        self.tracer.trail.abandon()
 
 
 def _live(x: object) -> bool:
@@ -328,7 +328,7 @@ def _parts(x: object, names: Callable[[FunctionType], list[str]]) -> list[object
         module = (x.__module__ or "").partition(".")[0]
         if module in ("torch", "numpy", "tracejit"):
             return []
-        cells = [_contents(cell) for cell in x.__closure__ or ()]
+        cells = [contents(cell) for cell in x.__closure__ or ()]
         return cells + [x.__globals__.get(name) for name in names(x)] + list(x.__defaults__ or ())
     if isinstance(x, MethodType):
         return [x.__self__, x.__func__]
@@ -343,10 +343,3 @@ def _parts(x: object, names: Callable[[FunctionType], list[str]]) -> list[object
         return []
     hidden = ("_parameters", "_buffers", "_modules") if isinstance(x, torch.nn.Module) else ()
     return [value for name, value in attributes.items() if name not in hidden]
-
-
-def _contents(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:
-        return None

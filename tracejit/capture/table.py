@@ -7,6 +7,7 @@ returns what the user gets. A family module registers its rules with `rule(torch
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import FrameType
 
 import torch
 
@@ -26,6 +27,9 @@ class Rules(dict[Callable, Rule]):
 
 
 RULES = Rules()
+
+# functions whose call does not say all: from the caller's frame to further keyword arguments
+BY_CALLER: dict[Callable, Callable[[FrameType], dict[str, object]]] = {}
 
 
 def rule(*functions: Callable) -> Callable[[Rule], Rule]:

@@ -22,6 +22,7 @@ from tracejit.ir.types import DType
 
 Step = tuple[str, tuple[tuple[str, object], ...]]  # one movement primitive and its attributes
 Ints = tuple[int, ...]
+Geometry = tuple[Ints, Ints, int, DType, str]  # shape, strides, offset, dtype, device
 
 
 @dataclass(eq=False, slots=True)
@@ -93,6 +94,10 @@ class Handle:
         return n
 
     @property
+    def geometry(self) -> Geometry:
+        return self.shape, self.strides, self.offset, self.dtype, self.device
+
+    @property
     def is_contiguous(self) -> bool:
         return is_contiguous(self.shape, self.strides)
 
@@ -108,15 +113,23 @@ class TracedTensor(torch.Tensor):
     tracer: object  # the trace that it belongs to
 
     @staticmethod
-    def make(handle: Handle, tracer: object) -> TracedTensor:
-        made = torch.Tensor._make_wrapper_subclass(
+    def blank(geometry: Geometry) -> TracedTensor:
+        """A tensor of this geometry that has no handle yet."""
+        shape, strides, offset, dtype, device = geometry
+        return torch.Tensor._make_wrapper_subclass(
             TracedTensor,
-            handle.shape,
-            strides=handle.strides,
-            storage_offset=handle.offset,
-            dtype=TO_TORCH[handle.dtype],
-            device=handle.device,
+            shape,
+            strides=strides,
+            storage_offset=offset,
+            dtype=TO_TORCH[dtype],
+            device=device,
         )
+
+    @staticmethod
+    def make(handle: Handle, tracer: object, made: TracedTensor | None = None) -> TracedTensor:
+        """The tensor of a handle; `made` if user code has it already."""
+        if made is None:
+            made = TracedTensor.blank(handle.geometry)
         made.handle = handle
         made.tracer = tracer
         handle.tensor = made

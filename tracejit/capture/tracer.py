@@ -8,6 +8,7 @@ changed; the real effects are collected for the commit after the compiled plan h
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,7 +21,7 @@ from tracejit.capture import location
 from tracejit.capture.reals import lift_real
 from tracejit.capture.rejections import check_held, check_read, check_saved, check_write
 from tracejit.capture.scalars import Link, Path, Predicate, TracedFloat
-from tracejit.capture.table import RULES, function_name
+from tracejit.capture.table import BY_CALLER, RULES, function_name
 from tracejit.capture.tensor import (
     TO_TORCH,
     Family,
@@ -33,6 +34,7 @@ from tracejit.capture.tensor import (
     apply_steps,
     put_through,
 )
+from tracejit.capture.trail import UNKNOWN, Trail
 from tracejit.errors import (
     AutogradError,
     InvalidGraph,
@@ -41,10 +43,11 @@ from tracejit.errors import (
     TracejitError,
     UnsupportedOperation,
 )
-from tracejit.ir.graph import Builder, Node, Value
+from tracejit.ir.graph import Arg, Builder, Node, Value
 from tracejit.ir.types import HOST_SCALAR, Type, contiguous_strides
 
 if TYPE_CHECKING:
+    from tracejit.capture.recall import Recall
     from tracejit.capture.state import Hyperparameters
 
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
@@ -60,12 +63,15 @@ _PASSED_ON = frozenset(
         torch.ops.profiler._record_function_exit._RecordFunction,
     }
 )
+# these answer by the Python object or change Python's state, and emit nothing
+_OF_PYTHON = frozenset({torch.Tensor.__hash__, torch._C._set_grad_enabled})
 
 
 class Tracer(TorchFunctionMode):
     """One trace. Enter it as a context manager around the user's function."""
 
-    def __init__(self) -> None:
+    def __init__(self, recall: Recall | None = None, *, follow: bool = False) -> None:
+        """`recall`: what the step remembers of its traces; `follow`: answer calls from there."""
         super().__init__()
         self.active = False
         self.b = Builder()
@@ -91,13 +97,14 @@ class Tracer(TorchFunctionMode):
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
         self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
-        self.collections = gc.get_stats()[1]["collections"]
+        self.collections = [g["collections"] for g in gc.get_stats()]
         self.by_id: dict[int, Handle] = {}  # of the real tensors
         self.memory: dict[int, list[Handle]] = {}  # of the real tensors, by torch storage
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
         self.reading: tuple[int, Entry, frozenset[Value]] | None = None
         self.refused: TracejitError | None = None  # what eager would not have raised
+        self.trail = Trail(self, recall, follow=follow)
         self._call: tuple[Callable, tuple, dict] | None = None
 
     def __enter__(self) -> Tracer:
@@ -115,6 +122,7 @@ class Tracer(TorchFunctionMode):
             handle.tensor = handle.grad = handle.grad_at_start = None
             handle.storage.real = None
         self.by_id.clear()
+        self.trail.release()
 
     # ---- interception
 
@@ -124,11 +132,33 @@ class Tracer(TorchFunctionMode):
                 self.state.profiled(args)
             return func(*args, **(kwargs or {}))
         kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
+        by_caller = BY_CALLER.get(func)
+        if by_caller is not None:
+            kwargs = by_caller(sys._getframe(1)) | kwargs
+        if func in _OF_PYTHON:
+            return RULES[func](self, *args, **kwargs)
+        trail = self.trail
+        if trail.following:
+            answer = trail.follow(func, args, kwargs)
+            if answer is not UNKNOWN:
+                return answer
+        self.b.line = location.short()
+        call = trail.begin(func, args, kwargs)
+        try:
+            result = self.apply(func, args, kwargs)
+        except BaseException:
+            trail.forget()
+            raise
+        if call is not None:
+            trail.end(call, result)
+        return result
+
+    def apply(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """What a torch function returns, by its rule."""
         rule = RULES.get(func)
         self._call = (func, args, kwargs)
         if rule is None:
             raise self.unsupported()
-        self.b.line = location.short()
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.unsupported("autocast is not supported yet; run the step without it")
         try:
@@ -165,6 +195,7 @@ class Tracer(TorchFunctionMode):
 
     def begin(self, function: Callable, args: tuple) -> None:
         """Start a call that reaches the trace by another way than a torch function."""
+        self.trail.forget()
         self._call = (function, args, {})
         self.b.line = location.short()
 
@@ -254,6 +285,8 @@ class Tracer(TorchFunctionMode):
 
     def _on_emit(self, node: Node) -> None:
         self.producers[node.out] = node
+        if node.op.family == "host":
+            self.trail.found_host(node)
         if self.reading is not None:
             check_saved(self, node)
         elif node.op.name in _SAVED_THROUGH and node.args[0] in self.origin:
@@ -438,7 +471,7 @@ class Tracer(TorchFunctionMode):
         return self.proxy(handle)
 
     def proxy(self, handle: Handle) -> TracedTensor:
-        proxy = TracedTensor.make(handle, self)
+        proxy = TracedTensor.make(handle, self, self.trail.given.get(len(self.proxies)))
         self.proxies.append(proxy)
         return proxy
 
@@ -481,10 +514,29 @@ class Tracer(TorchFunctionMode):
 
     def scalar(self, number: float, path: Path) -> TracedFloat:
         """A runtime scalar: a new host input of the graph."""
-        value = self.b.param(HOST_SCALAR)
-        self.scalars.append((value, number))
+        value = None
+        if self.trail.following:
+            value = self.trail.scalar(path, number)
         self.paths.append(path)
+        if value is None:
+            value = self.b.param(HOST_SCALAR)
+            self.scalars.append((value, number))
+            self.trail.found_scalar(path, value)
         return TracedFloat.make(number, self, value)
+
+    def arithmetic(self, op: str, *args: Arg) -> Value:
+        """Emit arithmetic on runtime scalars."""
+        value = None
+        if self.trail.following:
+            value = self.trail.host(op, args)
+        return getattr(self.b, op)(*args) if value is None else value
+
+    def decide(self, predicate: Predicate) -> None:
+        """Python takes a decision on a runtime scalar."""
+        if self.trail.following and self.trail.decision(predicate):
+            return
+        self.trail.found_decision(predicate)
+        self.predicates.append(predicate)
 
     def number(self, x: float) -> float:
         """A number next to a tensor: a runtime scalar if a scheduler just computed it."""

@@ -12,7 +12,7 @@ import builtins
 import os
 import sys
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType
 
@@ -113,6 +113,12 @@ _IMPURE_TORCH_C = frozenset(
 )
 
 
+# Where users put functions of their own in place of torch's.
+_PATCHED = ("torch.nn", "torch.optim", "torch.functional")
+_TENSOR = vars(torch.Tensor)
+_C_NAMES = (vars(torch), vars(torch.nn.functional))
+
+
 def origin(code: CodeType) -> str:
     """Whose code this is: "tracejit", "torch", "stdlib" (and its like) or "user"."""
     known = _origins.get(code)
@@ -145,6 +151,8 @@ class Seen:
         self.codes: dict[CodeType, str] = {}
         self.refusals: list[str] = []
         self.computes_names = False  # it reaches attributes by names that it does not spell out
+        # names of torch under which functions that it ran may be found, per id of their namespace
+        self.places: dict[int, tuple[Mapping[str, object], set[str]]] = {}
         self._calls: set[tuple] = set()
         self._impure: set[CodeType] = set()  # already refused, with all that they call
         self._ignoring: FrameType | None = None  # a call that a replay makes again
@@ -167,6 +175,9 @@ class Seen:
 
     def covers(self, other: Seen) -> bool:
         """Whether `other` names nothing that this does not."""
+        for i, (_, names) in other.places.items():
+            if i not in self.places or not names <= self.places[i][1]:
+                return False
         return self.computes_names or (not other.computes_names and other.names() <= self.names())
 
     def joined(self, other: Seen) -> Seen:
@@ -174,6 +185,8 @@ class Seen:
         both = Seen()
         both.codes = self.codes | other.codes
         both.computes_names = other.computes_names
+        for holder, names in (*self.places.values(), *other.places.values()):
+            both.places.setdefault(id(holder), (holder, set()))[1].update(names)
         return both
 
     def profile(self, frame: FrameType, event: str, arg: object) -> None:
@@ -211,6 +224,10 @@ class Seen:
         if (whose == "user" or module in _READ_ALL) and dynamic(code):
             self.computes_names = True
         if whose == "torch":
+            if _within(module, _PATCHED):
+                self._place(frame.f_globals, code.co_name)
+            elif module == torch._tensor.__name__:
+                self._place(_TENSOR, code.co_name)
             known = _within(module, _PURE_TORCH_MODULES) and not _within(
                 module, _IMPURE_TORCH_MODULES
             )
@@ -232,11 +249,19 @@ class Seen:
         if key in self._calls:
             return
         self._calls.add(key)
+        if not by_user:  # what user code names is guarded where it is read
+            for holder in _C_NAMES:
+                if holder.get(function.__name__) is function:
+                    self._place(holder, function.__name__)
         if not _pure(function, owner, by_user) and not _called_by_us(frame):
             name = getattr(function, "__qualname__", function.__name__)
             module = function.__module__ or type(owner).__module__
             self._calls.discard(key)
             self._refuse(frame, f"it calls {module}.{name}")
+
+    def _place(self, holder: Mapping[str, object], name: str) -> None:
+        if callable(holder.get(name)):
+            self.places.setdefault(id(holder), (holder, set()))[1].add(name)
 
     def _refuse(self, frame: FrameType | None, what: str) -> None:
         while frame is not None and origin(frame.f_code) != "user":

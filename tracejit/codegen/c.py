@@ -1,12 +1,12 @@
-"""Plan → one C translation unit with one exported function that runs the whole step.
+"""A plan's kernels → C functions, and C units that export them.
 
-    void step(void *const *buffers, const double *scalars, void *scratch, const struct tj_run *run)
+    void kernel0(const struct tj_run *run, void *scratch, void *const *buffers,
+                 const double *scalars)
 
-`buffers` are the addresses of the plan's buffers in their order, `scalars` the table of runtime
-scalars, `scratch` memory for packed operands (CSource.scratch_bytes), `run` says how a task is run
-on all threads. Each kernel is a struct of its pointers, scalars and reduced values, functions that
-compute a chunk of a stage, and a function that runs the stages one after another. Sizes are plain
-numbers: a unit belongs to one plan.
+`run` says how a task is run on all threads, `scratch` is memory for packed operands, `buffers` and
+`scalars` are what the kernel lists, in its order. Each kernel is a struct of its pointers, scalars
+and reduced values, functions that compute a chunk of a stage, and a function that runs the stages
+one after another. Sizes are plain numbers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass, replace
 
 from tracejit.codegen.c_blocking import Contraction, Target
 from tracejit.codegen.c_body import pointers
-from tracejit.codegen.c_loops import Part, full_stage, parts_of
+from tracejit.codegen.c_loops import Part, full_stage
 from tracejit.codegen.c_matmul import contraction_parts
 from tracejit.codegen.c_micro import vector_types
+from tracejit.codegen.c_outer import parts_of
+from tracejit.codegen.c_ride import Ride, ride_parts, with_rides
 from tracejit.codegen.c_text import Line, block, comment, render
 from tracejit.ir.ops.c_prelude import prelude_for
 from tracejit.schedule.kernel import Kernel
@@ -51,63 +53,74 @@ static inline int64_t tj_least(int64_t a, int64_t b) {
 
 
 @dataclass(frozen=True)
-class CSource:
-    """A generated unit; `scratch_bytes` of memory, 64-byte aligned, go with each call."""
+class Piece:
+    """What is compiled as one function: a kernel with plain numbers as sizes, and what rides along.
+    `launch` binds it, but for the sizes."""
 
+    launch: Launch
+    ride: Ride | None
+
+    @property
+    def identity(self) -> str:
+        """A text that pieces share if they differ in names and the users' lines only."""
+        kernel, ride = self.launch.kernel, self.ride
+        if ride is None:
+            return str(canonical(kernel))
+        together = replace(kernel, stages=(*kernel.stages, ride.stage))
+        return f"{canonical(together)}\n{canonical(ride.columns)}"
+
+
+@dataclass(frozen=True)
+class CKernel:
+    """A generated kernel: the exported function `symbol` of a unit that has its text; `scratch`
+    bytes of memory, 64-byte aligned, go with each call."""
+
+    symbol: str
     text: str
-    scratch_bytes: int
+    scratch: int
 
 
-def emit_plan(plan: Plan, target: Target | None = None) -> CSource:
-    """Print a plan as a C unit for a machine with such vectors."""
-    target = target or Target()
-    names: dict[Kernel, str] = {}
-    functions: list[str] = []
-    calls: list[Line] = []
-    scratch = 0
-    position = {b.name: i for i, b in enumerate(plan.buffers)}
-    for launch in (alone for together in plan.launches for alone in together.alone()):
-        kernel = _concrete(launch)
-        key = canonical(kernel)  # kernels that differ in the users' lines only are one
-        if key not in names:
-            names[key] = f"k{len(names)}"
-            text, needed = _kernel(kernel, names[key], target)
-            functions.append(text)
-            scratch = max(scratch, needed)
-        calls.append(_call(launch, names[key], position))
-    step = render(
-        block(
-            "void step(void *const *buffers, const double *scalars, void *scratch,"
-            " const struct tj_run *run)",
-            [Line("(void)buffers, (void)scalars, (void)scratch, (void)run;"), *calls],
-        )
+def pieces(plan: Plan) -> list[Piece]:
+    """What a plan runs, in its order."""
+    alone = [_concrete(one) for together in plan.launches for one in together.alone()]
+    return [Piece(launch, ride) for launch, ride in with_rides(alone)]
+
+
+def _concrete(launch: Launch) -> Launch:
+    """The launch of a kernel with plain numbers as sizes."""
+    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    return replace(launch, kernel=substitute(launch.kernel, sizes), sizes=())
+
+
+def emit_kernel(piece: Piece, target: Target | None = None, number: int = 0) -> CKernel:
+    """Print a piece for a machine with such vectors; `number` names it in a unit."""
+    kernel = piece.launch.kernel
+    text, scratch = _kernel(kernel, piece.ride, f"k{number}", target or Target())
+    bound = [f".{b.name} = buffers[{i}]" for i, b in enumerate(kernel.buffers)]
+    bound += [f".{s} = scalars[{i}]" for i, s in enumerate(kernel.scalars)]
+    entry = block(
+        f"void kernel{number}(const struct tj_run *run, void *scratch, void *const *buffers,"
+        " const double *scalars)",
+        [
+            Line("(void)buffers, (void)scalars;"),
+            Line(f"k{number}(run, scratch, &(struct k{number}){{{', '.join(bound)}}});"),
+        ],
     )
-    body = "\n\n".join([*functions, step]) + "\n"
-    vectors = vector_types(target.vector_bytes) if "_vector" in body else ""
-    text = f"/* The plan {comment(plan.name)}. */\n{prelude_for(body)}{_RUN}{vectors}\n{body}"
-    return CSource(text, scratch)
+    return CKernel(f"kernel{number}", f"{text}\n\n{render(entry)}\n", scratch)
 
 
-def _concrete(launch: Launch) -> Kernel:
-    return substitute(launch.kernel, dict(zip(launch.kernel.sizes, launch.sizes, strict=True)))
+def unit(kernels: Sequence[CKernel], target: Target | None = None) -> str:
+    """The C program of kernels of different numbers."""
+    body = "\n".join(kernel.text for kernel in kernels)
+    vectors = vector_types((target or Target()).vector_bytes) if "_vector" in body else ""
+    return f"{prelude_for(body)}{_RUN}{vectors}\n{body}"
 
 
-def _call(launch: Launch, name: str, position: dict[str, int]) -> Line:
-    bound = [
-        f".{b.name} = buffers[{position[memory]}]"
-        for b, memory in zip(launch.kernel.buffers, launch.buffers, strict=True)
-    ]
-    bound += [
-        f".{s} = scalars[{slot}]"
-        for s, slot in zip(launch.kernel.scalars, launch.scalars, strict=True)
-    ]
-    return Line(f"{name}(run, scratch, &(struct {name}){{{', '.join(bound)}}});")
-
-
-def _kernel(kernel: Kernel, name: str, target: Target) -> tuple[str, int]:
+def _kernel(kernel: Kernel, ride: Ride | None, name: str, target: Target) -> tuple[str, int]:
     """The struct and functions of a kernel, and the scratch bytes that it needs."""
     micros: list[list[Line]] = []
     scratch, rounds = 0, 1
+    own = kernel  # with buffers of its own in scratch memory
     if kernel.stages and kernel.stages[0].dot is not None:
         contraction = Contraction(kernel, name, target)
         parts, fields, micros = contraction_parts(contraction)
@@ -117,12 +130,18 @@ def _kernel(kernel: Kernel, name: str, target: Target) -> tuple[str, int]:
             part, more = full_stage(kernel, stage, f"{name}_stage{number}", name)
             rest.append(part)
             fields += more
+    elif ride is not None:
+        parts, fields, rest = ride_parts(ride, name), [], []
+        own = replace(kernel, buffers=(*kernel.buffers, *ride.parts))
     else:
-        parts, fields = parts_of(kernel, name)
+        parts, fields = parts_of(kernel, name, name)
         rest = []
-    struct = block(f"struct {name}", [*pointers(kernel), *fields])
+    struct = block(f"struct {name}", [*pointers(own), *fields])
     struct[-1] = Line("};")
-    blocks = [[*_described(kernel), *struct], *micros]
+    described = _described(kernel)
+    if ride is not None:
+        described += _described(replace(kernel, stages=(ride.stage,)))
+    blocks = [[*described, *struct], *micros]
     for part in (*parts, *rest):
         if part.task is not None:
             head = f"TJ_TASK {part.task.name}(void *arguments, int64_t chunk)"
@@ -130,6 +149,9 @@ def _kernel(kernel: Kernel, name: str, target: Target) -> tuple[str, int]:
     main = [Line("(void)run, (void)scratch;")]
     if scratch:
         main.append(Line("at->packed = scratch;"))
+    for part in ride.parts if ride is not None else ():
+        main.append(Line(f"at->{part.name} = (void *)((char *)scratch + {scratch});"))
+        scratch += -(-ride.part_elements * part.dtype.itemsize // 64) * 64
     main += _sequence(parts, rounds) + _sequence(rest, 1)
     blocks.append(
         block(

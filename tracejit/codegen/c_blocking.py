@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from tracejit.codegen.c_body import Body, extents_of
-from tracejit.codegen.c_loops import GRAIN, contiguity, stride, weight
+from tracejit.codegen.c_loops import GRAIN, Loop, contiguity, stride, unravelled, weight
 from tracejit.codegen.c_text import Line, product, value_type
 from tracejit.schedule.kernel import Axis, Kernel, Load, Operand, Statement
 
@@ -228,17 +228,6 @@ class Contraction:
 
     # --- batches
 
-    def _axes_of(self, index: str) -> list[Line]:
-        """The axes of a batch number."""
-        lines, below = [], self.batches
-        for i, axis in enumerate(self.batch):
-            below //= axis.extent
-            text = index if below == 1 else f"({index}) / {below}"
-            if i:
-                text = f"({text}) % {axis.extent}"
-            lines.append(Line(f"const int64_t {axis.name} = {text};"))
-        return lines
-
     def batch_of(self, unit: str, each: int) -> list[Line]:
         """`slot`, the batch of a unit's number in this round, and its axes."""
         if not self.batch:
@@ -248,7 +237,7 @@ class Contraction:
         if self.round < self.batches:
             index = f"(at->round * {self.round} + slot)"
             lines.append(Line(f"if ({index} >= {self.batches}) break;"))
-        return lines + self._axes_of(index)
+        return lines + unravelled([Loop(axis) for axis in self.batch], index)
 
     @property
     def slot(self) -> str:

@@ -7,7 +7,7 @@ reduced values too. bf16 and f16 are floats, rounded after every operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tracejit.codegen.c_text import (
     Line,
@@ -19,6 +19,7 @@ from tracejit.codegen.c_text import (
     strip,
     value_type,
 )
+from tracejit.ir.ops.elementwise import UNROUNDED
 from tracejit.ir.types import DType, b1, f64
 from tracejit.schedule import index as indices
 from tracejit.schedule.kernel import (
@@ -40,16 +41,17 @@ from tracejit.schedule.kernel import (
     Var,
 )
 
-# Operations whose result is representable when their operands are: no rounding afterwards.
-_EXACT = {"neg", "abs", "sign", "floor", "trunc", "where", "maximum", "minimum", "alias"}
-
 
 class Body:
-    """Prints statements. `axis_text` says what an axis is called where the name is not its own."""
+    """Prints statements. `axis_text` says what an axis is called where the name is not its own;
+    `local` names the buffers that are arrays of the function itself."""
 
-    def __init__(self, kernel: Kernel, extents: Mapping[str, int]):
+    def __init__(
+        self, kernel: Kernel, extents: Mapping[str, int], local: frozenset[str] = frozenset()
+    ):
         self.kernel = kernel
         self.extents = extents
+        self.local = local
         self.buffers = {b.name: b.dtype for b in kernel.buffers}
         self.axis_text: dict[str, str] = {}
 
@@ -85,7 +87,7 @@ class Body:
 
     def bounds(self, index: Index) -> tuple[float, float]:
         """The least and the greatest value of an index; infinite where a value takes part."""
-        if _has_value(index):
+        if has_value(index):
             return -math.inf, math.inf
         return indices.bounds(index, self.extents)
 
@@ -163,16 +165,41 @@ class Body:
             for i, a in enumerate(args)
         ]
         text = template.format(*operands)
-        if s.op.name in _EXACT and all(isinstance(a, Var) for a in values):
+        if s.op.name in UNROUNDED and all(isinstance(a, Var) for a in values):
             return text
         if s.op.name == "cast" and dtype is out:
             return text
         return rounded(text, out)
 
 
-def _has_value(index: Index) -> bool:
-    below = (atom.index for atom, _ in index.terms if isinstance(atom, FloorDiv | Mod))
-    return any(isinstance(atom, Var) for atom, _ in index.terms) or any(map(_has_value, below))
+def variables(s: Statement) -> list[Var]:
+    """The variables that a statement reads, those that decide a place included."""
+    args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
+    found = [a for a in args if isinstance(a, Var)]
+    for index in places(s):
+        found += _values(index)
+    return found
+
+
+def places(s: Statement) -> list[Index]:
+    """The indices of a statement, those of its mask included."""
+    found = [s.index] if isinstance(s, Load | Store | Position) else []
+    if isinstance(s, Load | InBounds):
+        found += [bound.index for bound in s.mask]
+    return found
+
+
+def _values(index: Index) -> Iterator[Var]:
+    for atom, _ in index.terms:
+        if isinstance(atom, Var):
+            yield atom
+        elif isinstance(atom, FloorDiv | Mod):
+            yield from _values(atom.index)
+
+
+def has_value(index: Index) -> bool:
+    """Whether a value of the body takes part in an index."""
+    return any(True for _ in _values(index))
 
 
 def _grouped(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Kernels without a contraction as C loops: point-wise, full reductions, rows, columns.
+"""Stages of kernels as C loops, and what c_outer and c_matmul share with them.
 
 One loop of each nest is the vector loop: the axis that most accesses walk contiguously. Axes longer
 than BLOCK are split, the blocks being one more outer loop. The outer loops are flattened as far as
@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracejit.codegen.c_body import Body, extents_of, is_independent, opened
+from tracejit.codegen.c_body import Body, extents_of, is_independent, opened, variables
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import Line, block, indent, memory_type, product, value_type
 from tracejit.schedule.kernel import (
@@ -88,21 +88,6 @@ def chunks_of(units: int, work: int) -> int:
     return max(1, min(units, work // GRAIN, MAX_CHUNKS))
 
 
-def parts_of(kernel: Kernel, name: str) -> tuple[list[Part], list[Line]]:
-    """The parts of a kernel without a contraction, and the fields that its struct needs."""
-    if kernel.axes:
-        body = tuple(s for stage in kernel.stages for s in stage.body)
-        task = _OverOuter(kernel, name).task()
-        lines = [*opened(kernel, body, name), *task.lines, *finished(task.lines)]
-        return [Part(Task(f"{name}_chunk", task.chunks, lines), [])], []
-    parts, fields = [], []
-    for number, stage in enumerate(kernel.stages):
-        part, more = full_stage(kernel, stage, f"{name}_stage{number}", name)
-        parts.append(part)
-        fields += more
-    return parts, fields
-
-
 def full_stage(kernel: Kernel, stage: Stage, task_name: str, name: str) -> tuple[Part, list[Line]]:
     """A stage of a kernel without outer axes: a loop nest of its own."""
     body = Body(kernel, extents_of(kernel))
@@ -169,11 +154,7 @@ def reduced_values(kernel: Kernel, body: Sequence[Statement]) -> list[Line]:
 
 def operands(body: Sequence[Statement]) -> list[int]:
     """The variables that statements read."""
-    found = []
-    for s in body:
-        args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
-        found += [a.id for a in args if hasattr(a, "id")]
-    return found
+    return [v.id for s in body for v in variables(s)]
 
 
 # --- loops
@@ -243,18 +224,25 @@ def vector_loop(
     # a reduction follows what it reduces: stores stand after all values
     inner = body.lines(s for s in statements if not isinstance(s, Store))
     inner += lanes.steps
-    for s in statements:
-        if isinstance(s, Store) and independent and is_streamed(body, s, vector):
+    stores = [s for s in statements if isinstance(s, Store)]
+    kept = {s.value: s.buffer for s in stores if s.buffer in body.local}
+    for s in stores:
+        if independent and is_streamed(body, s, vector):
             dtype, name = body.buffers[s.buffer], f"{s.buffer}_block"
-            size = min(vector.extent, BLOCK)
-            before.append(
-                Line(f"{memory_type(dtype)} {name}[{size}] __attribute__((aligned(64)));")
-            )
-            inner.append(Line(f"{name}[{vector.name} - ({first})] = {body.stored(s)};", s.where))
+            source = name
+            if body.buffers.get(kept.get(s.value)) is dtype:
+                source = f"{kept[s.value]} + {first}"  # lies in a local array anyway
+            else:
+                size = min(vector.extent, BLOCK)
+                before.append(
+                    Line(f"{memory_type(dtype)} {name}[{size}] __attribute__((aligned(64)));")
+                )
+                target = f"{name}[{vector.name} - ({first})]"
+                inner.append(Line(f"{target} = {body.stored(s)};", s.where))
             place = body.index(s.index, {vector.name: f"({first})"})
             nbytes = f"({last} - ({first})) * {dtype.itemsize}"
-            after.append(Line(f"tj_stream({s.buffer} + {place}, {name}, {nbytes});"))
-        elif isinstance(s, Store):
+            after.append(Line(f"tj_stream({s.buffer} + {place}, {source}, {nbytes});"))
+        else:
             inner += body.lines([s])
     return [*before, *pragma, *block(head, inner), *after]
 
@@ -320,125 +308,3 @@ def unravelled(loops: Sequence[Loop], unit: str) -> list[Line]:
             text = f"{f'({text})' if below > 1 else text} % {loop.count}"
         lines.append(Line(f"const int64_t {loop.variable} = {text};"))
     return lines
-
-
-# --- kernels with outer axes
-
-
-class _OverOuter:
-    """A kernel with outer axes: the stages one after another, for each outer point, or for a block
-    of them where the outer axis is the contiguous one."""
-
-    def __init__(self, kernel: Kernel, name: str):
-        self.kernel, self.name = kernel, name
-        self.body = Body(kernel, extents_of(kernel))
-        self.statements = [s for stage in kernel.stages for s in stage.body]
-        self.inner = any(stage.axes for stage in kernel.stages)
-        self.work = sum(
-            product(a.extent for a in (*kernel.axes, *stage.axes)) * weight(stage.body)
-            for stage in kernel.stages
-        )
-
-    def task(self) -> Task:
-        """The task over all outer points."""
-        axes, vector = self.kernel.axes, self._outer_vector()
-        if vector is None:
-            lines = [line for stage in self.kernel.stages for line in self._row_stage(stage)]
-            loops = [Loop(a) for a in axes]
-        else:
-            size = COLUMNS if self.inner else BLOCK
-            loops = split(axes, vector, size)
-            lines = self._columns(vector, size)
-        units, lines, chunks = parallel(loops, lines, self.work)
-        return Task(self.name, chunks, [*units, *lines])
-
-    def _outer_vector(self) -> Axis | None:
-        """The outer axis to vectorise over; None where an inner one is better."""
-        best = vector_axis(self.kernel.axes, self.statements)
-        if not self.inner:
-            return best
-        inner = [a for stage in self.kernel.stages for a in stage.axes]
-        most = max(contiguity(a, self.statements) for a in inner)
-        return best if contiguity(best, self.statements) > most else None
-
-    def _row_stage(self, stage: Stage) -> list[Line]:
-        """A stage for one outer point."""
-        if not stage.axes:
-            lines = self.body.lines(stage.body)
-            for s in stage.body:
-                if isinstance(s, Reduce):  # over axes of extent 1
-                    value = self.body.operand(s.value, s.out.dtype)
-                    kind = value_type(s.out.dtype)
-                    lines.append(Line(f"const {kind} {s.out!r} = {value};", s.where))
-            return lines
-        folds = [fold_of(s) for s in stage.body if isinstance(s, Reduce)]
-        vector = vector_axis(stage.axes, stage.body)
-        inner = vector_loop(self.body, stage.body, vector, folds)
-        lines = [Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds]
-        lines += nested(split(stage.axes, vector, BLOCK), inner)
-        for f in folds:
-            value = f"const {value_type(f.reduce.out.dtype)} v{f.name}"
-            lines.append(Line(f"{value} = {f.result(f'r{f.name}')};", f.reduce.where))
-        return lines
-
-    def _columns(self, vector: Axis, size: int) -> list[Line]:
-        """All stages for one block of the vector axis."""
-        if not self.inner:
-            bodies = [stage.body for stage in self.kernel.stages]
-            return [line for b in bodies for line in vector_loop(self.body, b, vector, ())]
-        first, last = limits(vector, size)
-        lines = [Line(f"const int64_t start = {first}, count = {last} - start;")]
-        for stage in self.kernel.stages:
-            lines += self._column_stage(stage, vector, size)
-        return lines
-
-    def _column_stage(self, stage: Stage, vector: Axis, size: int) -> list[Line]:
-        folds = [fold_of(s) for s in stage.body if isinstance(s, Reduce)]
-        lines = [Line(f"const int64_t {vector.name} = start + j;"), *self._seen(stage)]
-        lines += self.body.lines(s for s in stage.body if not isinstance(s, Store))
-        for f in folds:
-            value = self.body.operand(f.reduce.value, f.reduce.out.dtype)
-            in_runs = f.lane != f.total and stage.axes
-            target = f"p{f.name}[j]" if in_runs else f"r{f.name}[j]"
-            lines.append(Line(f.merge(target, value), f.reduce.where))
-        lines += self.body.lines(s for s in stage.body if isinstance(s, Store))
-        lines = block("for (int64_t j = 0; j < count; j++)", lines)
-        if is_independent(stage.body, vector.name):
-            lines.insert(0, Line("#pragma omp simd"))
-        return self._column_loops(stage, folds, lines, size)
-
-    def _column_loops(
-        self, stage: Stage, folds: list[Fold], lines: list[Line], size: int
-    ) -> list[Line]:
-        """The loops over a stage's own axes around the vector loop; float sums in runs."""
-        each = "for (int64_t j = 0; j < count; j++)"
-        runs = [f for f in folds if f.lane != f.total and stage.axes]
-        loops = [Loop(a) for a in stage.axes]
-        if runs:
-            last = loops.pop()
-            extent, v = last.axis.extent, last.variable
-            run = f"for (int64_t {v} = run; {v} < tj_least(run + {RUN}, {extent}); {v}++)"
-            opened = [Line(f"{f.lane} p{f.name}[{size}] = {{0}};") for f in runs]
-            folded = [Line(f"{each} r{f.name}[j] += p{f.name}[j];") for f in runs]
-            lines = block(
-                f"for (int64_t run = 0; run < {extent}; run += {RUN})",
-                [*opened, *block(run, lines), *folded],
-            )
-        lines = nested(loops, lines)
-        totals = []
-        for f in folds:
-            totals.append(Line(f"{f.total} r{f.name}[{size}];"))
-            totals.append(Line(f"{each} r{f.name}[j] = {f.neutral};"))
-        return totals + lines
-
-    def _seen(self, stage: Stage) -> list[Line]:
-        """Reduced values of earlier stages at this point of a block."""
-        used = set(operands(stage.body))
-        lines = []
-        for other in self.kernel.stages:
-            for s in other.body:
-                if isinstance(s, Reduce) and s.out.id in used:
-                    f = fold_of(s)
-                    kind = value_type(s.out.dtype)
-                    lines.append(Line(f"const {kind} {s.out!r} = {f.result(f'r{f.name}[j]')};"))
-        return lines

@@ -1,4 +1,6 @@
-"""The thread pool, as C: one per process, compiled and loaded once, shared by all plans.
+"""What runs plans, as C: one per process, compiled and loaded once, shared by all plans.
+
+`tj_run_plan` calls a plan's kernels one after another; their tasks run on a pool of threads.
 
 A job is a task and a number of chunks. Each thread takes chunks from a range of its own, then from
 the others': a thread that the system does not run delays nobody. Chunks are claimed by
@@ -154,5 +156,40 @@ void tj_pool_launch(tj_task task, void *arguments, int64_t chunks, int64_t threa
     if (spins > SPINS) sched_yield();
   }
   atomic_store_explicit(&pool.busy, false, memory_order_release);
+}
+
+struct tj_run {
+  void (*launch)(tj_task task, void *arguments, int64_t chunks, int64_t threads);
+  int64_t threads;
+};
+
+struct tj_launch {
+  void (*kernel)(const struct tj_run *, void *scratch, void *const *buffers, const double *scalars);
+  int64_t buffers, scalars; /* how many of each */
+};
+
+struct tj_plan {
+  int64_t addresses; /* how many a call has */
+  void *scratch;
+  int64_t launches;
+  const struct tj_launch *launch;
+  const int64_t *slots; /* of each launch: the places of its addresses, then of its scalars */
+  void **buffers;       /* room for the addresses and the scalars of one launch */
+  double *scalars;
+};
+
+/* Run a plan. A call is made of words: whether it is over, the number of threads, the addresses of
+   the plan's buffers, its scalars. The first is 0 before and -1 after. */
+void tj_run_plan(const struct tj_plan *plan, int64_t *call) {
+  const struct tj_run run = {tj_pool_launch, call[1]};
+  void *const *addresses = (void *const *)(call + 2);
+  const double *scalars = (const double *)(call + 2 + plan->addresses);
+  const int64_t *slot = plan->slots;
+  for (const struct tj_launch *at = plan->launch; at < plan->launch + plan->launches; at++) {
+    for (int64_t i = 0; i < at->buffers; i++) plan->buffers[i] = addresses[*slot++];
+    for (int64_t i = 0; i < at->scalars; i++) plan->scalars[i] = scalars[*slot++];
+    at->kernel(&run, plan->scratch, plan->buffers, plan->scalars);
+  }
+  call[0] = -1;
 }
 """

@@ -25,6 +25,7 @@ from tracejit.codegen.triton_text import (
     unravel,
 )
 from tracejit.errors import InvalidGraph
+from tracejit.ir.ops.elementwise import UNROUNDED
 from tracejit.ir.types import DType, b1, f64, round_to
 from tracejit.schedule.kernel import (
     Atom,
@@ -49,9 +50,6 @@ from tracejit.schedule.sizes import is_negative
 
 Dims = frozenset[str]  # names of the dims that a value varies over
 NO_DIMS: Dims = frozenset()
-
-# Operations whose result is representable when their operands are: no rounding afterwards.
-_EXACT = {"neg", "abs", "sign", "floor", "trunc", "where", "maximum", "minimum", "alias"}
 
 _TAKES_BARE = r"tj\.(maximum|minimum|div|pow)\("  # take a bare fp32 literal as second operand
 
@@ -277,7 +275,7 @@ class Body:
         text = template.format(*(t for t, _ in operands), T=compute_type(out.dtype))
         if op.name == "cast" and compute_type(dtype) == compute_type(out.dtype):
             text = operands[0][0]
-        exact = op.name in _EXACT and all(isinstance(a, Var) for a in values)
+        exact = op.name in UNROUNDED and all(isinstance(a, Var) for a in values)
         widened = op.name == "cast" and (dtype is out.dtype or not out.dtype.narrow)
         if not exact and not widened:
             text = rounded(strip(text), out.dtype)

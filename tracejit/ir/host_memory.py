@@ -18,20 +18,20 @@ _C_TYPES = {torch.float64: ctypes.c_double, torch.float32: ctypes.c_float}
 _BITS = ctypes.c_uint16
 
 
+def cell_type(tensor: torch.Tensor) -> type | None:
+    """The ctypes type of a CPU tensor's elements; None for what ctypes cannot read as a float."""
+    return _C_TYPES.get(tensor.dtype) if tensor.is_cpu else None
+
+
 def read(tensor: torch.Tensor) -> float:
     """The element of a floating-point tensor of one element."""
     if tensor.device.type != "cpu":
         return tensor.item()
-    return read_at(tensor.dtype, tensor.data_ptr())
-
-
-def read_at(dtype: torch.dtype, address: int) -> float:
-    """The floating-point element at an address of the CPU's memory."""
-    c_type = _C_TYPES.get(dtype)
+    c_type = _C_TYPES.get(tensor.dtype)
     if c_type is not None:
-        return c_type.from_address(address).value
-    bits = _BITS.from_address(address).value
-    if dtype is torch.bfloat16:
+        return c_type.from_address(tensor.data_ptr()).value
+    bits = _BITS.from_address(tensor.data_ptr()).value
+    if tensor.dtype is torch.bfloat16:
         return float(bits_to_float(np.uint16(bits)))
     return struct.unpack("e", struct.pack("H", bits))[0]
 

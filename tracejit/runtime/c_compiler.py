@@ -1,8 +1,8 @@
 """C source → a loaded shared library, through the system's compiler and the disk cache.
 
-An entry of the cache is keyed by the source, the compiler (path and version), the flags and the
-CPU, and holds the library as base64, so that everything the cache promises about its entries holds
-for libraries too: what is loaded is exactly the bytes whose checksum was verified.
+An entry of the cache is keyed by the source's digest, the compiler (path and version), the flags
+and the CPU, and holds the library as base64, so that everything the cache promises about its
+entries holds for libraries too: what is loaded is exactly the bytes whose checksum was verified.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import secrets
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tracejit.errors import BackendUnavailable, TracejitError
 from tracejit.ir.ops.c_prelude import C_FLAGS
-from tracejit.runtime.cache import DiskCache, private_folder
+from tracejit.runtime.cache import DiskCache, private_folder, sha256
 
 FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread")
 CANDIDATES = ("cc", "gcc", "clang")
@@ -91,26 +93,42 @@ def vector_bytes() -> int:
     return 32 if "avx" in flags else 16
 
 
-def load_library(source: str, flags: tuple[str, ...] = FLAGS) -> ctypes.CDLL:
-    """The library of a C program, compiled unless the disk cache has it."""
+def toolchain() -> str:
+    """What a library depends on besides its source: the compiler, its flags and the CPU."""
     command = find_compiler()
     model, features = cpu()
-    key = "\n".join(
-        [
-            shlex.join(command),
-            version(command),
-            " ".join(flags),
-            model,
-            " ".join(sorted(features)),
-            source,
-        ]
-    )
-    cache = DiskCache()
-    code = _decoded(cache.get("c", key))
-    if code is None:
-        code = compile_c(command, source, flags)
-        cache.put("c", key, base64.b64encode(code).decode())
+    parts = [shlex.join(command), version(command), " ".join(FLAGS), model, *sorted(features)]
+    return "\n".join(parts)
+
+
+def load_library(source: str) -> ctypes.CDLL:
+    """The library of a C program, compiled unless the disk cache has it."""
+    return load_libraries([source])[0]
+
+
+def load_libraries(sources: Sequence[str]) -> list[ctypes.CDLL]:
+    """The libraries of C programs; those that the disk cache does not have are compiled side by
+    side."""
+    if len(sources) < 2:
+        return [cached_library(sha256(s)) or _compiled(s) for s in sources]
+    with ThreadPoolExecutor(len(sources)) as threads:
+        return list(threads.map(lambda s: cached_library(sha256(s)) or _compiled(s), sources))
+
+
+def cached_library(digest: str) -> ctypes.CDLL | None:
+    """The library of the program with this sha256, if the disk cache has it."""
+    code = _decoded(DiskCache().get("c", _key(digest)))
+    return None if code is None else _opened(code)
+
+
+def _compiled(source: str) -> ctypes.CDLL:
+    code = compile_c(find_compiler(), source, FLAGS)
+    DiskCache().put("c", _key(sha256(source)), base64.b64encode(code).decode())
     return _opened(code)
+
+
+def _key(digest: str) -> str:
+    return f"{toolchain()}\n{digest}"
 
 
 def compile_c(command: tuple[str, ...], source: str, flags: tuple[str, ...] = FLAGS) -> bytes:

@@ -1,7 +1,8 @@
-"""The C executor: a Plan becomes one C function, compiled by the system's compiler.
+"""The C executor: a Plan becomes a table of compiled kernels.
 
-Running a plan is one foreign call with the table of addresses and the table of scalars; the pool of
-threads is shared by all plans of the process.
+Running a plan is one foreign call with one block of bytes: the number of threads, the addresses,
+the scalars. What calls the kernels, and the pool of threads that they share, is compiled once for
+all plans.
 """
 
 from __future__ import annotations
@@ -12,20 +13,40 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
-from tracejit.codegen.c import emit_plan
-from tracejit.codegen.c_blocking import Target
+from tracejit.codegen.c import pieces
 from tracejit.codegen.c_pool import POOL_SOURCE
-from tracejit.runtime.c_compiler import find_compiler, load_library, vector_bytes, version
+from tracejit.runtime.c_compiler import find_compiler, load_library, version
+from tracejit.runtime.c_kernels import load_kernels
+from tracejit.runtime.executor import Inlined
 from tracejit.schedule.plan import Plan
 
 ALIGNMENT = 64  # bytes, of scratch memory
 
 
-class _Run(ctypes.Structure):
-    """struct tj_run of the generated units."""
+class _Launch(ctypes.Structure):
+    """struct tj_launch of the pool's source."""
 
-    _fields_ = [("launch", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+    _fields_ = [
+        ("kernel", ctypes.c_void_p),
+        ("buffers", ctypes.c_int64),
+        ("scalars", ctypes.c_int64),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    """struct tj_plan of the pool's source."""
+
+    _fields_ = [
+        ("addresses", ctypes.c_int64),
+        ("scratch", ctypes.c_void_p),
+        ("launches", ctypes.c_int64),
+        ("launch", ctypes.POINTER(_Launch)),
+        ("slots", ctypes.POINTER(ctypes.c_int64)),
+        ("buffers", ctypes.c_void_p),
+        ("scalars", ctypes.c_void_p),
+    ]
 
 
 class CExecutor:
@@ -51,33 +72,57 @@ class CExecutor:
 
 
 class LoadedCPlan:
-    """A plan as a C function. Calls must not overlap: the tables and the scratch are its own."""
+    """A plan as compiled kernels. Calls must not overlap: the memory for them is its own."""
 
     def __init__(self, plan: Plan, threads: Callable[[], int]):
-        source = emit_plan(plan, Target(vector_bytes()))
-        self._library = load_library(source.text)
+        parts = pieces(plan)
+        launches = [piece.launch for piece in parts]
+        with ThreadPoolExecutor(1) as beside:
+            beside.submit(_pool)
+            self._kernels = load_kernels(parts)
+        position = {b.name: i for i, b in enumerate(plan.buffers)}
+        slots: list[int] = []
+        for launch in launches:
+            slots += [*(position[name] for name in launch.buffers), *launch.scalars]
         self._threads = threads
-        self._addresses = bytearray(8 * max(len(plan.buffers), 1))
-        self._scalars = bytearray(8 * max(len(plan.scalars), 1))
-        self._scratch = bytearray(source.scratch_bytes + ALIGNMENT)
-        self._run = _Run(ctypes.cast(_pool().tj_pool_launch, ctypes.c_void_p).value, 1)
-        self._put_addresses = struct.Struct(f"{len(plan.buffers)}Q").pack_into
-        self._put_scalars = struct.Struct(f"{len(plan.scalars)}d").pack_into
-        scratch = _address(self._scratch)
-        self._arguments = (
-            ctypes.c_void_p(_address(self._addresses)),
-            ctypes.c_void_p(_address(self._scalars)),
-            ctypes.c_void_p(-(-scratch // ALIGNMENT) * ALIGNMENT),
-            ctypes.c_void_p(ctypes.addressof(self._run)),
+        self._pack = struct.Struct(f"2q{len(plan.buffers)}Q{len(plan.scalars)}d").pack
+        scratch = max((kernel.scratch for kernel in self._kernels), default=0)
+        self._scratch = bytearray(scratch + ALIGNMENT)
+        self._buffers = bytearray(8 * max((len(x.buffers) for x in launches), default=0) + 8)
+        self._scalars = bytearray(8 * max((len(x.scalars) for x in launches), default=0) + 8)
+        self._plan = _Plan(
+            len(plan.buffers),
+            -(-_address(self._scratch) // ALIGNMENT) * ALIGNMENT,
+            len(launches),
+            (_Launch * len(launches))(
+                *(
+                    (kernel.address, len(launch.buffers), len(launch.scalars))
+                    for kernel, launch in zip(self._kernels, launches, strict=True)
+                )
+            ),
+            (ctypes.c_int64 * len(slots))(*slots),
+            _address(self._buffers),
+            _address(self._scalars),
         )
-        self._step = self._library.step
-        self._step.restype = None
+        self._at = ctypes.c_void_p(ctypes.addressof(self._plan))
+        self._run = _pool()["tj_run_plan"]
+        self._run.restype = None
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
-        self._put_addresses(self._addresses, 0, *addresses)
-        self._put_scalars(self._scalars, 0, *scalars)
-        self._run.threads = self._threads()
-        self._step(*self._arguments)
+        self._run(self._at, self._pack(0, self._threads(), *addresses, *scalars))
+
+    def inlined(self, addresses: Sequence[str], scalars: Sequence[str]) -> Inlined:
+        """The lines of a call. C code is not interrupted, and says in the first word that it ran.
+        Each call has words of its own: a signal handler may call the step before they are used."""
+        given = "".join(f", {x}" for x in (*addresses, *scalars))
+        names = {
+            "pack": self._pack,
+            "threads": self._threads,
+            "run": self._run,
+            "at": self._at,
+            "loaded": self,  # whose memory is used
+        }
+        return Inlined([f"call = pack(0, threads(){given})"], "run(at, call)", "call[0]", names)
 
 
 _pool_lock = threading.Lock()
@@ -89,7 +134,7 @@ def _load_pool() -> ctypes.CDLL:
 
 
 def _pool() -> ctypes.CDLL:
-    """The process's thread pool."""
+    """What runs plans, with the process's thread pool."""
     with _pool_lock:
         return _load_pool()
 

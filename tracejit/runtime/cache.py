@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,7 @@ STALE_SECONDS = 3600.0  # a temporary file this old was left by a crash
 SWEEP_EVERY = 64  # writes between two checks of the total size
 
 
+_puts: Counter[Path] = Counter()  # of this process, by root
 _warned: set[Path] = set()  # roots that were complained about: once is enough
 
 
@@ -61,7 +63,6 @@ class DiskCache:
     def __init__(self, root: Path | None = None, max_bytes: int = MAX_BYTES):
         self._root = root
         self.max_bytes = max_bytes
-        self._puts = 0
 
     @property
     def root(self) -> Path:
@@ -108,8 +109,8 @@ class DiskCache:
         except OSError as error:
             self._warn(f"the cache folder {self.root} cannot be written ({error})")
             return self._put_private(path, key, text)
-        self._puts += 1
-        if self._puts % SWEEP_EVERY == 1:
+        _puts[self.root] += 1
+        if _puts[self.root] % SWEEP_EVERY == 1:
             self.sweep()
         return path
 
@@ -117,7 +118,7 @@ class DiskCache:
         """Remove what crashes left behind, and the least recently used beyond `max_bytes`."""
         entries, now = [], time.time()
         for path, status in _files(self.root):
-            if path.suffix == ".tmp":
+            if path.endswith(".tmp"):
                 if now - status.st_mtime > STALE_SECONDS:
                     _remove(path)
             else:
@@ -191,13 +192,13 @@ def private_folder() -> Path:
         return _private[0]
 
 
-def _files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def _files(root: Path) -> Iterator[tuple[str, os.stat_result]]:
     """The entries and temporary files below a cache folder, and nothing else found there."""
     for kind in _scan(root):
         for entry in _scan(kind.path) if kind.is_dir(follow_symlinks=False) else ():
             if entry.name.endswith((".tmp", ".txt", *SUFFIX.values())):
                 try:
-                    yield Path(entry.path), entry.stat(follow_symlinks=False)
+                    yield entry.path, entry.stat(follow_symlinks=False)
                 except OSError:
                     continue  # removed by another process just now
 
@@ -210,6 +211,6 @@ def _scan(folder: str | Path) -> list[os.DirEntry]:
         return []
 
 
-def _remove(path: Path) -> None:
+def _remove(path: str | Path) -> None:
     with contextlib.suppress(OSError):
-        path.unlink()
+        os.unlink(path)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from tracejit.schedule.plan import Plan
@@ -17,6 +18,31 @@ class LoadedPlan(Protocol):
         `addresses`: of element 0 of every buffer, in the order of `plan.buffers` (for arena buffers
         the arena's address plus the offset). `scalars`: the table, one float64 per slot.
         """
+
+
+@dataclass(frozen=True)
+class Inlined:
+    """A run of a plan as lines of Python.
+
+    gather: puts everything in place; nothing of the caller's is written.
+    run:    the line that runs the plan.
+    ran:    an expression: whether it has, for a `run` that goes to its end whatever happens; None
+            where an interrupt may stop it halfway.
+    names:  what the lines refer to.
+    """
+
+    gather: Sequence[str]
+    run: str
+    ran: str | None
+    names: Mapping[str, object]
+
+
+def inlined(loaded: LoadedPlan, addresses: Sequence[str], scalars: Sequence[str]) -> Inlined:
+    """The lines that run a loaded plan; the arguments are expressions."""
+    if hasattr(loaded, "inlined"):
+        return loaded.inlined(addresses, scalars)
+    run = f"loaded([{', '.join(addresses)}], [{', '.join(scalars)}])"
+    return Inlined((), run, None, {"loaded": loaded})
 
 
 class Executor(Protocol):

@@ -7,15 +7,16 @@ belongs to the program. All allocation comes before the executor's first write.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from sys import getrefcount
 
 import torch
 
 from tracejit import knobs
-from tracejit.ir.hostcode import host_function
+from tracejit.ir.hostcode import HostCode, host_function
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
-from tracejit.runtime.executor import Executor
+from tracejit.runtime.executor import Executor, Inlined, inlined
 from tracejit.runtime.profile import ProfiledPlan
 from tracejit.schedule.plan import Plan, PlanBuffer
 
@@ -47,36 +48,53 @@ class Program:
         self._addresses: list[int] = []  # of the buffers in the arena; the others' change per run
 
     def prepare(self, inputs: Sequence[torch.Tensor | float]) -> Prepared:
-        """`start` for inputs as tensors and floats, one per graph param."""
-        tensors = [isinstance(x, torch.Tensor) for x in inputs]
-        addresses = [x.data_ptr() if t else 0 for x, t in zip(inputs, tensors, strict=True)]
-        return self.start(addresses, inputs)
-
-    def start(
-        self,
-        addresses: Sequence[int],
-        numbers: Sequence[float],
-        leaving: Collection[int] = (),
-    ) -> Prepared:
         """Allocate a run's outputs and gather its addresses; nothing is written yet.
 
-        Both have one entry per graph param: an address where it is a tensor, a float where it is a
-        host scalar. `leaving` are storages that each have one holder outside, which lets go once
-        the plan has run and until then is not read: an output may be written there.
+        `inputs` has one entry per graph param: a tensor, or a float where it is a host scalar.
         """
         arena = self._arena
         if arena is None:
             arena = self._allocate()
         table, again = self._addresses.copy(), self._runs > 0
         for i, k in self._inputs:
-            table[i] = addresses[k]
-        fresh = [output.take(leaving, again) for output in self._outputs]
+            table[i] = inputs[k].data_ptr()
+        fresh = [output.take((), again) for output in self._outputs]
         for i, k in self._placed:
             table[i] = fresh[k][1]
         outputs = [fresh[k][0] for k in self._results]
-        scalars = self._host([numbers[i] for i in self._host_positions])
+        scalars = self._host([inputs[i] for i in self._host_positions])
         self._runs += 1
         return Prepared(self, table, scalars, outputs, arena)
+
+    def inlined(
+        self, params: Sequence[str], leaving: str, code: HostCode
+    ) -> tuple[Inlined, list[str]]:
+        """A run as lines of Python, and the expressions of the graph's results, for many runs.
+
+        params:   per graph param an expression: of an address where it is a tensor, or of a float.
+        leaving:  an expression of the storages that each have one holder outside, which lets go
+            once the plan has run and until then is not read: an output may be written there.
+        code:     the host arithmetic goes there; its lines come before the run's.
+        """
+        self._runs += 1
+        if self._arena is None:
+            self._allocate()
+        table = [str(address) for address in self._addresses]
+        for i, k in self._inputs:
+            table[i] = params[k]
+        for i, k in self._placed:
+            table[i] = f"place{k}"
+        given = {v: params[i] for v, i in self.plan.host_params}
+        scalars = code.add(self.plan.host, self.plan.scalars, given)
+        run = inlined(self.loaded, table, scalars)
+        takes = [
+            f"fresh{k}, place{k} = output{k}.take({leaving}, True)"
+            for k in range(len(self._outputs))
+        ]
+        names = {f"output{k}": output for k, output in enumerate(self._outputs)}
+        names["arena"] = self._arena  # its address is in the lines
+        whole = replace(run, gather=[*takes, *run.gather], names=run.names | names)
+        return whole, [f"fresh{k}" for k in self._results]
 
     def _allocate(self) -> torch.Tensor:
         some = any(b.kind == "arena" for b in self.plan.buffers)
@@ -110,17 +128,17 @@ class _Fresh:
         that makes an optimizer's state.
         """
         for kept in self.kept:
-            held = kept.holders() - kept.alone
+            held = _users(kept.number) + getrefcount(kept.storage) - kept.alone
             if held <= 0:
-                return kept.memory.detach(), kept.address
+                return kept.memory.data, kept.address
             if held == 1 and kept.number in leaving:
                 self.kept = [kept]  # one is enough from now on
-                return kept.memory.detach(), kept.address
+                return kept.memory.data, kept.address
         memory = torch.empty_strided(self.shape, self.strides, **self.options)
         if not keep or len(self.kept) >= self.KEPT:
             return memory, memory.data_ptr()
         self.kept.append(_Kept(memory))
-        return memory.detach(), memory.data_ptr()
+        return memory.data, memory.data_ptr()
 
 
 class _Kept:
@@ -132,11 +150,8 @@ class _Kept:
         self.memory, self.address = memory, memory.data_ptr()
         self.storage = memory.untyped_storage()
         self.number = self.storage._cdata
-        self.alone = self.holders()
-
-    def holders(self) -> int:
-        """Tensors on the storage, and references to the Python object that stands for it."""
-        return _users(self.number) + getrefcount(self.storage)
+        # tensors on the storage, and references to the Python object that stands for it
+        self.alone = _users(self.number) + getrefcount(self.storage)
 
 
 class Prepared:

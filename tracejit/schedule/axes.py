@@ -119,7 +119,7 @@ def tidy(kernel: Kernel) -> Kernel:
                 terms.append((FloorDiv(change(atom.index), atom.by), c))
             else:
                 terms.append((Mod(change(atom.index), atom.by), c))
-        return Index(tuple(sorted(terms, key=_position)), index.offset)
+        return Index(tuple(sorted(terms, key=position)), index.offset)
 
     def rename(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
         return tuple(Axis(names[a.name], a.extent) for a in kept[axes])
@@ -136,7 +136,7 @@ def tidy(kernel: Kernel) -> Kernel:
     return replace(kernel, axes=rename(kernel.axes), stages=stages)
 
 
-def _position(term: tuple) -> tuple:
+def position(term: tuple) -> tuple:
     """Terms in the order of their axes, k last, quotients, remainders and values after that."""
     atom = term[0]
     if not isinstance(atom, str):

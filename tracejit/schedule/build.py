@@ -3,10 +3,12 @@ and memory is laid out."""
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
+from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
@@ -68,13 +70,29 @@ def _outer_buffers(graph: Graph) -> list[PlanBuffer]:
 
 
 def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
-    """Give every realized value a buffer; those without one get an arena buffer and a store."""
-    for id, (value, buffer) in fusion.realized.items():
+    """Give every realized value a buffer; those without one get a store, in a buffer of the arena
+    that is their own or that of a value which ends there."""
+    position = {group.id: i for i, group in enumerate(fusion.groups)}
+    origins = {id: fuser.analysis.origins[id].main for id in fusion.realized}
+    often = Counter(origin.id for origin in origins.values())
+    donors = Donors(fuser.groups)
+
+    def launched(item: tuple) -> int:
+        return position[fusion.tasks[origins[item[0]].id].group.id]
+
+    for id, (value, buffer) in sorted(fusion.realized.items(), key=launched):
         if not buffer:
-            buffer = f"t{len(memory.buffers)}"
-            memory.buffers[buffer] = PlanBuffer(buffer, "arena", value.type)
-            producer = fusion.tasks[fuser.analysis.origins[id].main.id]
-            producer.group.tasks.append(arena_store(producer, value, buffer, fuser.tick()))
+            origin = origins[id]
+            producer = fusion.tasks[origin.id]
+            store = arena_store(producer, value, "", fuser.tick())
+            buffer, store.target = donors.take(store) or ("", None)
+            if not buffer:
+                buffer = f"t{len(memory.buffers)}"
+                memory.buffers[buffer] = PlanBuffer(buffer, "arena", value.type)
+            store.buffer = buffer
+            producer.group.tasks.append(store)
+            if often[origin.id] == 1:
+                donors.add(origin, value, buffer)
         memory.located[id] = buffer
 
 

@@ -16,6 +16,7 @@ from tracejit.ir.graph import Graph, Node, Value
 from tracejit.ir.ops import OPS
 from tracejit.schedule.groups import Group, Groups, placed
 from tracejit.schedule.index import Indices, identity
+from tracejit.schedule.recompute import recompute
 from tracejit.schedule.tasks import Analysis, Origin, Task
 
 SIBLINGS = 6  # how many earlier readers of a tensor are tried as company
@@ -64,6 +65,7 @@ class Fuser:
                 self.place(self.analysis.store(self.tick(), value, buffer, None))
         if self.fuse:
             self._retry()
+            self._recompute({value.id for _, value in writes})
         for target, value in writes:
             store = self.analysis.store(self.tick(), value, inputs[target.id], target)
             self.place_write(store)
@@ -160,6 +162,12 @@ class Fuser:
                 producer = self.groups.tasks.get(demand.origin.id)
                 if producer is not None and demand.aligned and producer.group is not task.group:
                     self.groups.merge(producer.group, task.group)
+
+    def _recompute(self, written: set[int]) -> None:
+        """Recompute what is cheaper to compute again than to store; then kernels read the same."""
+        stored = written | set(self.groups.results)
+        for task in recompute(self.groups, self.analysis, stored):
+            self._join_sibling(task, task.group)
 
     def place_write(self, store: Task) -> None:
         """Put a write where no kernel still needs the value that it overwrites."""

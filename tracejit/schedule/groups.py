@@ -98,6 +98,16 @@ class Groups:
         self._before[group.id] = before
         return group
 
+    def read(self, task: Task, demand: Demand) -> None:
+        """Note that a task reads an origin, for a task that joins a group later; the origin's
+        group, if it has one, must run before the task's anyway."""
+        group = task.group
+        group.reads.add(demand.origin.id)
+        self.consumers.setdefault(demand.origin.id, []).append((task, demand))
+        producer = self.tasks.get(demand.origin.id)
+        if producer is not None and producer.group is not group:
+            self.order(producer.group, group)
+
     def find(self, id: int) -> int:
         """The live group that an id belongs to by now."""
         while id in self._merged_into:

@@ -182,6 +182,11 @@ def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
     return (*batch, m, last), (*batch, last, n), extents_of((*shape, k))
 
 
+def node_cost(node: Node) -> int:
+    """The cost of an element-wise operation, that of an addition being 1."""
+    return _COST.get(node.op.name, 1)
+
+
 def _tensors(node: Node) -> list[Value]:
     """The arguments of a node that are tensors."""
     return [a for a in node.inputs if not a.type.is_host]
@@ -267,7 +272,7 @@ def _origin(node: Node, analysis: Analysis, fuse: bool) -> Origin:
     if family != "elementwise" or not fuse:
         return own
     main = view = None
-    cost, pure = _COST.get(node.op.name, 1), True
+    cost, pure = node_cost(node), True
     for arg in _tensors(node):
         below = analysis.origins[arg.id]
         cost += below.cost

@@ -225,6 +225,7 @@ def get_grad(t: Tracer, self: Tensor) -> Tensor | None:
         with torch._C.DisableTorchFunction():
             set_grad_of(h, self.grad)
         h.grad_at_start, h.grad_read = h.grad, True
+        t.trail.found_grad(self, h.grad)
     return h.grad
 
 
@@ -322,7 +323,15 @@ def retains_grad(t: Tracer, self: Tensor) -> bool:
 
 
 @rule(Tensor.grad_fn.__get__)
-def grad_fn(t: Tracer, self: Tensor) -> None:
-    if t.is_leaf(t.lift(self)):
+def grad_fn(t: Tracer, self: Tensor) -> object:
+    """None for a leaf; the node on which torch puts a module's full backward hooks."""
+    h = t.lift(self)
+    if t.is_leaf(h):
         return None
-    raise t.unsupported("The autograd graph of an intermediate cannot be inspected")
+    for context in t.contexts:
+        if h.family in context.families:
+            return context
+    raise t.unsupported(
+        "The autograd graph of an intermediate cannot be inspected; in place of a module's "
+        "register_backward_hook, use register_full_backward_hook"
+    )

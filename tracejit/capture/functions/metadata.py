@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from types import FrameType
 
 import torch
 from torch.optim import _adafactor
@@ -13,7 +13,7 @@ from tracejit.capture.functions.common import normal_axis, operand, result_dtype
 from tracejit.capture.functions.factories import converted
 from tracejit.capture.functions.movement import select
 from tracejit.capture.scalars import pinned
-from tracejit.capture.table import RULES, Rule, function_name, rule
+from tracejit.capture.table import BY_CALLER, RULES, Rule, function_name, rule
 from tracejit.capture.tensor import TO_TORCH
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import AxisError, ValueDependentError
@@ -196,11 +196,19 @@ def _known(read: Callable, convert: Callable = lambda x: x) -> Rule:
 
 
 @rule(Tensor.item)
-def item(t: Tracer, self: Tensor) -> object:
+def item(t: Tracer, self: Tensor, or_tensor: bool = False) -> object:
     number = host.item(t, t.lift(self))
-    if number is None and sys._getframe(2).f_globals is vars(_adafactor):
-        return converted(t, self, f64)  # its `max` takes tensors during a trace
+    if number is None and or_tensor:
+        return converted(t, self, f64)
     return value_needed(t, self) if number is None else number
+
+
+def _asked_by(caller: FrameType) -> dict[str, object]:
+    """Adafactor's `max` takes tensors during a trace."""
+    return {"or_tensor": True} if caller.f_globals is vars(_adafactor) else {}
+
+
+BY_CALLER[Tensor.item] = _asked_by
 
 
 rule(Tensor.__bool__)(_known(host.truth))

@@ -419,3 +419,8 @@ def _vjp_alias(b, g, y, x):
 
 
 alias = Op("alias", "elementwise", same("alias", "fiub"), lambda x: x, (_vjp_alias,), "{0}", "{0}")
+
+# Their results are representable when their operands are: printers round nothing afterwards.
+UNROUNDED = frozenset(
+    {"neg", "abs", "sign", "floor", "trunc", "where", "maximum", "minimum", "alias"}
+)

@@ -1,0 +1,120 @@
+"""The end of a trace that went as an earlier one: its Captured step without running a rule."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+
+import torch
+
+from tracejit.capture.captured import Captured, rebuild, slots
+from tracejit.capture.effects import Collector, collect_young
+from tracejit.capture.recall import End
+from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.state import Held
+from tracejit.capture.tracer import Tracer
+from tracejit.capture.trail import HERE, Trail
+from tracejit.ir import host_memory
+
+
+class _Unlike(Exception):
+    """Something that the earlier trace did not make."""
+
+
+class _Positions(Collector):
+    """Finds what the earlier trace made for the tensors and numbers of this one."""
+
+    def __init__(self, tracer: Tracer, end: End):
+        self.tracer, self.end = tracer, end
+        self.floats: dict[int, TracedFloat] = {}  # by their position among the host results
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        index = self.end.made.get(self.tracer.trail.ids.get(id(tensor)))
+        if index is None:
+            raise _Unlike
+        return index
+
+    def host_result(self, number: float) -> int:
+        results = self.end.captured.host_results
+        if not isinstance(number, TracedFloat) or number.value not in results:
+            raise _Unlike
+        index = results.index(number.value)
+        self.floats[index] = number
+        return index
+
+
+def followed(tracer: Tracer, returned: list[object]) -> Captured | None:
+    """What `finish` would give, for a trace that stayed on the path of an earlier one; None for any
+    other, which is an ordinary trace then. `returned` is emptied if a step is given."""
+    trail = tracer.trail
+    if not trail.following:
+        return None
+    try:
+        return _followed(tracer, trail, returned)
+    except BaseException:
+        tracer.forget()
+        tracer.state.undo()
+        raise
+
+
+def _followed(tracer: Tracer, trail: Trail, returned: list[object]) -> Captured | None:
+    x = returned.pop()
+    alike = []
+    for end in trail.point.ends:
+        collect = _Positions(tracer, end)
+        try:
+            tree = collect.tree(x, 3)  # `x` here too
+            stores = tuple((Held(d), key, collect.tree(v)) for d, key, v in tracer.state.stores)
+        except _Unlike:
+            continue
+        callbacks = len(tracer.state.callbacks)
+        if frozenset(slots(tree)) == end.returned and callbacks == end.callbacks:
+            alike.append((end, tree, stores, collect.floats))
+    if not alike:
+        returned.append(x)
+        trail.leave()
+        return None
+    del x
+    held = _held(tracer)
+    if all(held != end.holding for end, *_ in alike):
+        collect_young(tracer)
+        held = _held(tracer)
+    fitting = ((a, _numbers(tracer, a[0])) for a in alike if a[0].holding == held)
+    found = next((x for x in fitting if x[1] is not None), None)
+    if found is None:
+        end, tree, _, floats = alike[0]
+        objects = {index: trail.objects[at] for at, index in end.made.items()}
+        returned.append(rebuild(tree, objects, floats))
+        trail.leave()
+        return None
+    (end, tree, stores, _), numbers = found
+    trail.recall.kept += 1
+    tracer.forget()
+    return replace(
+        end.captured,
+        reals=[trail.objects[at] for at in end.reals],
+        scalars=(*trail.scalars, *numbers),
+        tree=tree,
+        stores=stores,
+        callbacks=tuple(tracer.state.callbacks),
+        escaped=tuple((trail.objects[at], index) for at, index in end.escaped),
+        undo=tracer.state.undo,
+        end=end,
+    )
+
+
+def _numbers(tracer: Tracer, end: End) -> list[float] | None:
+    """The numbers of tensors that the end needs besides those of the way; None where it computes
+    something of them that is no number now: 1 / 0 is inf in a tensor."""
+    numbers = []
+    for at, value in end.items:
+        numbers.append(host_memory.read(tracer.trail.objects[at]))
+        tracer.numbers[value] = numbers[-1]
+    return numbers if all(map(tracer.trail.computes, end.hosted)) else None
+
+
+def _held(tracer: Tracer) -> set[int]:
+    """The positions of proxies that somebody holds besides the trace: its `proxies`, the trail's
+    `objects` and `given`, and the tree."""
+    ids = tracer.trail.ids
+    return {ids[id(proxy)] for proxy in tracer.proxies if sys.getrefcount(proxy) > HERE + 4}

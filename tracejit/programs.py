@@ -1,0 +1,214 @@
+"""The programs of one compiled step: captured graphs through passes and schedule to an executor.
+
+    Captured → passes → schedule → load → Compiled
+
+A program serves every capture with the same graph, alignment of inputs, and executor.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FunctionType
+
+import torch
+
+from tracejit import knobs
+from tracejit.capture.captured import Captured, graph_key
+from tracejit.capture.literals import Literals
+from tracejit.codegen.triton import emit
+from tracejit.errors import TracejitError, UnsupportedOperation
+from tracejit.ir.graph import Graph, verify
+from tracejit.passes import optimize
+from tracejit.runtime.cache import DiskCache, digest_of
+from tracejit.runtime.executor import Executor
+from tracejit.runtime.program import Program
+from tracejit.runtime.select import executor_for
+from tracejit.schedule import schedule
+from tracejit.schedule.plan import Plan
+
+MAX_PROGRAMS = 64  # per step; the least recently used goes first
+
+
+@dataclass
+class Stats:
+    """Counters of one compiled step. `seconds` has the total per stage."""
+
+    traces: int = 0  # times the Python body ran
+    compiles: int = 0  # programs built
+    replays: int = 0  # calls served without running the Python body
+    retraces: int = 0  # calls that an armed replay did not accept, and no other did
+    reruns: int = 0  # calls that ran the Python body on a program built before
+    cache_hits: int = 0  # plans found in the disk cache
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, stage: str, started: float) -> None:
+        """Count the time since `started` (of perf_counter)."""
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+@dataclass
+class Compiled:
+    """A program with the graphs that it came from."""
+
+    key: tuple
+    program: Program
+    final: Graph
+    backwards: list[Backward] = field(default_factory=list)
+    seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
+
+
+class Backward:
+    """Runs the backward graph of a returned tensor, which is compiled when it is first needed."""
+
+    def __init__(self, programs: Programs, graph: Graph, executor: Executor):
+        self.programs, self.graph, self.executor = programs, graph, executor
+        self.program: Program | None = None
+        self.lock = threading.Lock()
+
+    def __call__(self, inputs: list) -> list[torch.Tensor]:
+        with self.lock:
+            if self.program is None:
+                self.program, _ = self.programs.build(self.graph, self.executor, " of backward")
+            return self.program.prepare(inputs).run()
+
+
+class Programs:
+    """Finds or builds the program of a captured step.
+
+    dropped: called with what is forgotten when there are more than MAX_PROGRAMS.
+    """
+
+    def __init__(
+        self,
+        function: FunctionType,
+        stats: Stats,
+        backend: str,
+        fuse: bool,
+        dropped: Callable[[Compiled], None],
+    ):
+        self.kept: OrderedDict[tuple, Compiled] = OrderedDict()  # the one used last at the end
+        self.name = function.__name__ if function.__name__.isidentifier() else "step"
+        self.stats, self.backend, self.fuse, self.dropped = stats, backend, fuse, dropped
+        self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
+        self._literals = Literals()
+
+    def report(self, what: str) -> None:
+        """Print what happens, under TRACEJIT_DEBUG."""
+        if knobs.debug() >= 1:
+            print(f"tracejit: {self.name}: {what}")
+
+    def used(self, compiled: Compiled) -> None:
+        """A program has run."""
+        self.kept.move_to_end(compiled.key)
+
+    def find(self, captured: Captured) -> Compiled:
+        """The program of a captured step; varying literals of its graph may become scalars."""
+        known = {} if captured.end is None else captured.end.cache
+        precision = torch.get_float32_matmul_precision()
+        executor = known.get(precision) or self._executor(captured)
+        aligned = tuple([t.data_ptr() % 16 == 0 for t in captured.reals])
+        found = known.get((aligned, executor))
+        if found is None or self.kept.get(found.key) is not found:
+            backward = tuple(graph_key(node.graph) for node in captured.outside)
+            key = (captured.key[0], backward, aligned, executor)
+            found = self.kept.get(key)
+            if found is not None:
+                known |= {precision: executor, (aligned, executor): found}
+            elif self._literals.generalize(captured):
+                key = (captured.key[0], *key[1:])
+                found = self.kept.get(key)
+        if found is not None:
+            self.used(found)
+            self.stats.reruns += 1
+            return found
+        backwards = [Backward(self, node.graph, executor) for node in captured.outside]
+        compiled = Compiled(key, *self.build(captured.graph, executor), backwards)
+        self.kept[key] = compiled
+        while len(self.kept) > MAX_PROGRAMS:
+            self.dropped(self.kept.popitem(last=False)[1])
+        return compiled
+
+    def build(self, graph: Graph, executor: Executor, what: str = "") -> tuple[Program, Graph]:
+        """A program for a graph, and the final form of the graph."""
+        final = self._optimized(graph)
+        plan = self._plan(final)
+        started = time.perf_counter()
+        program = Program(plan, executor)
+        self.stats.add("load", started)
+        self.stats.compiles += 1
+        self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")
+        self._dump(graph, final, plan)
+        return program, final
+
+    def _optimized(self, graph: Graph) -> Graph:
+        started = time.perf_counter()
+        if knobs.verify():
+            verify(graph)
+
+        def on_pass(name: str, result: Graph) -> None:
+            if knobs.debug() >= 5:
+                print(f"# after {name}\n{result}")
+
+        final = optimize(graph, on_pass)
+        self.stats.add("passes", started)
+        if knobs.debug() >= 3:
+            print(final)
+        return final
+
+    def _plan(self, graph: Graph) -> Plan:
+        """The schedule of a graph, from the disk cache when it is there."""
+        from tracejit.schedule.plan_text import parse_plan
+
+        started = time.perf_counter()
+        cache = DiskCache()
+        made_by = digest_of("ir", "passes", "schedule")
+        key = f"{made_by} fuse={self.fuse}\n{graph}"
+        text = cache.get("plan", key)
+        plan = None
+        if text is not None:
+            try:
+                plan = parse_plan(text)
+                self.stats.cache_hits += 1
+            except TracejitError:
+                plan = None  # written by another version: rebuilt below
+        if plan is None:
+            plan = schedule(graph, fuse=self.fuse)
+            cache.put("plan", key, str(plan))
+        self.stats.add("schedule", started)
+        if knobs.debug() >= 4:
+            for launch in plan.launches:
+                print(emit(launch.kernel, launch.sizes).text)
+        return plan
+
+    def _executor(self, captured: Captured) -> Executor:
+        graph = captured.graph
+        devices = {p.value.type.device for p in graph.params}
+        devices = (devices | {n.out.type.device for n in graph.nodes}) - {"host"}
+        if len(devices) > 1:
+            raise UnsupportedOperation(
+                where=self._where,
+                function="a step over several devices",
+                shapes=", ".join(sorted(devices)),
+                remedy="Move every tensor that the step uses to one device.",
+            )
+        device = devices.pop() if devices else "cpu"
+        precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
+        return executor_for(self.backend, device, precision)
+
+    def _dump(self, raw: Graph, final: Graph, plan: Plan) -> None:
+        directory = knobs.dump_dir()
+        if directory is None:
+            return
+        at = Path(directory) / f"{self.name}_{self.stats.compiles}"
+        at.mkdir(parents=True, exist_ok=True)
+        (at / "0_captured.txt").write_text(str(raw))
+        (at / "1_final.txt").write_text(str(final))
+        (at / "2_plan.txt").write_text(str(plan))
+        for i, launch in enumerate(plan.launches):
+            source = emit(launch.kernel, launch.sizes)
+            (at / f"3_kernel_{i}_{source.name}.py").write_text(source.text)

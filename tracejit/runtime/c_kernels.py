@@ -1,0 +1,86 @@
+"""Kernels → loaded C functions, through the disk cache.
+
+A kernel is compiled once for all plans that have it with these sizes. Kernels that are missing are
+compiled together in a few units, side by side on the machine's cores: an entry of the cache says in
+which unit a kernel is, under which name. That makes it unnecessary to print what is there already.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tracejit.codegen.c import Piece, emit_kernel, unit
+from tracejit.codegen.c_blocking import Target
+from tracejit.runtime.c_compiler import cached_library, load_libraries, toolchain, vector_bytes
+from tracejit.runtime.cache import DiskCache, digest_of, sha256
+
+WORTH_A_UNIT = 10_000  # characters of C; starting a compiler costs as much as some thousand
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel in memory: the address of its function, and the scratch bytes of a call."""
+
+    address: int
+    scratch: int
+    library: ctypes.CDLL  # holds the function
+
+
+def load_kernels(pieces: Sequence[Piece]) -> list[LoadedKernel]:
+    """The functions of a plan's pieces."""
+    cache = DiskCache()
+    made_by = sha256(f"{toolchain()}\n{digest_of('codegen', 'ir')}\n{vector_bytes()}")
+    keys = [f"{made_by}\n{piece.identity}" for piece in pieces]
+    loaded: dict[str, LoadedKernel] = {}
+    missing: dict[str, Piece] = {}
+    libraries: dict[str, ctypes.CDLL | None] = {}
+    for key, piece in zip(keys, pieces, strict=True):
+        if key in loaded or key in missing:
+            continue
+        digest, symbol, scratch = (cache.get("kernel", key) or "- - -").split()
+        if digest not in libraries:
+            libraries[digest] = None if digest == "-" else cached_library(digest)
+        library = libraries[digest]
+        if library is None:
+            missing[key] = piece
+        else:
+            loaded[key] = _loaded(library, symbol, int(scratch))
+    if missing:
+        loaded |= _compiled(missing, cache)
+    return [loaded[key] for key in keys]
+
+
+def _compiled(missing: Mapping[str, Piece], cache: DiskCache) -> dict[str, LoadedKernel]:
+    """Kernels that are not in the cache, by the keys that they are put there under."""
+    target = Target(vector_bytes())
+    emitted = {k: emit_kernel(piece, target, i) for i, (k, piece) in enumerate(missing.items())}
+    batches = _batches({key: len(kernel.text) for key, kernel in emitted.items()})
+    sources = [unit([emitted[key] for key in batch], target) for batch in batches]
+    loaded = {}
+    for batch, source, library in zip(batches, sources, load_libraries(sources), strict=True):
+        for key in batch:
+            made = emitted[key]
+            cache.put("kernel", key, f"{sha256(source)} {made.symbol} {made.scratch}")
+            loaded[key] = _loaded(library, made.symbol, made.scratch)
+    return loaded
+
+
+def _loaded(library: ctypes.CDLL, symbol: str, scratch: int) -> LoadedKernel:
+    address = ctypes.cast(library[symbol], ctypes.c_void_p).value
+    return LoadedKernel(address, scratch, library)
+
+
+def _batches(lengths: Mapping[str, int]) -> list[list[str]]:
+    """The kernels in as many units as can be compiled at once, of about the same length."""
+    count = 1 + sum(lengths.values()) // WORTH_A_UNIT
+    count = min(count, len(lengths), len(os.sched_getaffinity(0)))
+    batches: list[list[str]] = [[] for _ in range(count)]
+    filled = [0] * count
+    for key in sorted(lengths, key=lengths.__getitem__, reverse=True):
+        least = filled.index(min(filled))
+        batches[least].append(key)
+        filled[least] += lengths[key]
+    return batches
