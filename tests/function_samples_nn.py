@@ -35,6 +35,8 @@ from function_samples import (
 
 functional = torch.nn.functional
 _before = set(ROWS)
+import function_samples_recurrent  # noqa: E402, F401
+
 restart()
 
 # --- element-wise ------------------------------------------------------------------------------
