@@ -453,3 +453,14 @@ def test_the_constant_gradient_of_a_product_of_one_depends_on_it():
     assert step(leaf(1, 2, 3)(torch.Tensor.to)).shape == (2,)
     check(step, leaf(1, 2, 3))
     check(step, leaf(1, 2, 1))
+
+
+@pytest.mark.parametrize("number", [0.1, 0.37, -1e5 - 0.3])
+def test_the_spread_of_equal_numbers_is_exactly_zero(number):
+    def step(w):
+        with torch.no_grad():
+            w.copy_(number)
+        w.std([1, 2]).sum().backward()
+        return w.var(0), *torch.std_mean(w.detach(), dim=1)
+
+    check(step, leaf(1, 5, 7, 3))

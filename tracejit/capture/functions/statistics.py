@@ -12,6 +12,7 @@ from tracejit.capture.functions.common import (
     Number,
     cast,
     common_shape,
+    expand,
     literal,
     normal_axes,
     normal_axis,
@@ -44,7 +45,19 @@ def _mean(t: Tracer, x: Value, axes: Ints) -> Value:
 
 
 def _from_mean(t: Tracer, x: Value, axes: Ints) -> Value:
-    return t.b.sub(x, spread(t, _mean(t, x, axes), x.type.shape, axes))
+    """x - mean, both less the first value: exactly 0 for equal values, as in torch.
+
+    Source: shifted data, in Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance".
+    The derivatives of the shift add up to 0, so it has none.
+    """
+    b, shape = t.b, x.type.shape
+    if axes and 0 not in shape:
+        stops = tuple(1 if i in axes else n for i, n in enumerate(shape))
+        with t.untaped():
+            first = b.slice(x, starts=(0,) * len(shape), stops=stops, steps=(1,) * len(shape))
+            first = expand(t, first, shape)
+        x = b.sub(x, first)
+    return b.sub(x, spread(t, _mean(t, x, axes), shape, axes))
 
 
 def _variance(t: Tracer, x: Value, axes: Ints, correction: Number, *, root: bool) -> Value:
