@@ -252,11 +252,11 @@ class CompiledStep:
                 captured.reals[index] if kind == "tensor" else captured.scalars[index]
                 for kind, index in captured.sources
             ]
-            known = {} if captured.end is None else captured.end.cache
-            host_results = known.get("host") or host_function(
+            memo = captured.memo
+            host_results = memo.get("host") or host_function(
                 captured.host_nodes, captured.scalar_values, captured.host_results
             )
-            known["host"] = host_results
+            memo["host"] = host_results
             host = host_results(list(captured.scalars))
             for bound in captured.bounds:
                 bound.check(captured.reals)

@@ -108,17 +108,17 @@ class Programs:
 
     def find(self, captured: Captured) -> Compiled:
         """The program of a captured step; varying literals of its graph may become scalars."""
-        known = {} if captured.end is None else captured.end.cache
+        memo = captured.memo
         precision = torch.get_float32_matmul_precision()
-        executor = known.get(precision) or self._executor(captured)
+        executor = memo.get(precision) or self._executor(captured)
         aligned = tuple([t.data_ptr() % 16 == 0 for t in captured.reals])
-        found = known.get((aligned, executor))
+        found = memo.get((aligned, executor))
         if found is None or self.kept.get(found.key) is not found:
             backward = tuple(graph_key(node.graph) for node in captured.outside)
             key = (captured.key[0], backward, aligned, executor)
             found = self.kept.get(key)
             if found is not None:
-                known |= {precision: executor, (aligned, executor): found}
+                memo |= {precision: executor, (aligned, executor): found}
             elif self._literals.generalize(captured):
                 key = (captured.key[0], *key[1:])
                 found = self.kept.get(key)

@@ -175,6 +175,11 @@ class Captured:
                     made[i] = made[m.index].as_strided(m.shape, m.strides, m.offset)
         return made
 
+    @property
+    def memo(self) -> dict:
+        """What the driver has found out about this path before; empty on a path of its own."""
+        return {} if self.end is None else self.end.cache
+
     def release(self) -> None:
         """Forget the tensors of this trace, keeping what a replay needs."""
         self.reals = []

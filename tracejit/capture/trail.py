@@ -99,9 +99,8 @@ class Trail:
             for call in self.point.events:
                 if (
                     call.__class__ is Call
-                    and (
-                        call.func is func or call.func == func
-                    )  # `Tensor.grad.__get__` is new each time
+                    # `Tensor.grad.__get__` is another object each time
+                    and (call.func is func or call.func == func)
                     and call.grad_on is grad_on
                     and call.dtype is dtype
                     and call.names == names
