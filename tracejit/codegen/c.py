@@ -112,7 +112,7 @@ def emit_kernel(piece: Piece, target: Target | None = None, number: int = 0) -> 
 def unit(kernels: Sequence[CKernel], target: Target | None = None) -> str:
     """The C program of kernels of different numbers."""
     body = "\n".join(kernel.text for kernel in kernels)
-    vectors = vector_types((target or Target()).vector_bytes) if "_vector" in body else ""
+    vectors = vector_types((target or Target()).vector_bytes, body)
     return f"{prelude_for(body)}{_RUN}{vectors}\n{body}"
 
 

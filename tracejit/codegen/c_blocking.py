@@ -126,13 +126,13 @@ class Contraction:
         self.work = work + self.batches * m * n * weight(self.stage.body)
         self.strip = b.vectors * self.lanes
         self.strips = -(-n // self.strip)
-        self.a_load = self._plain(self.dot.a, self.dot.a_value)
-        self.b_load = self._plain(self.dot.b, self.dot.b_value, self.n.name)
+        self.a_load = self.plain(self.dot.a, self.dot.a_value)
+        self.b_load = self.plain(self.dot.b, self.dot.b_value, self.n.name)
         if m >= 128 and k * n * self.size >= PACKED_BYTES:
             self.b_load = None
         # which strips of B are packed: all, the ragged last one, or none
         self.packed_from = 0 if self.b_load is None else n // self.strip
-        if self.b_load is not None and n % self.lanes == 0:
+        if self.b_load is not None and sum(self.vectors_of(n % self.strip)) == n % self.strip:
             self.packed_from = self.strips
         self.a_by_rows = self._a_by_rows()
         self.deep = k > WHOLE_DEPTH and self.slices == 1  # k is summed in several passes
@@ -166,7 +166,7 @@ class Contraction:
             rows = max(b.rows, -(-rows // 2 // b.rows) * b.rows)
         return Blocking(b.rows, b.vectors, rows, b.tile_columns)
 
-    def _plain(
+    def plain(
         self, body: Sequence[Statement], value: Operand, unit: str | None = None
     ) -> Load | None:
         """The only statement of a side, if it is a load that a micro-kernel can do itself."""
@@ -187,6 +187,13 @@ class Contraction:
         """Whether packed A keeps k contiguous, as most of its loads have it."""
         k, m = contiguity(self.k, self.dot.a), contiguity(self.m, self.dot.a)
         return k >= m
+
+    def vectors_of(self, columns: int) -> tuple[int, ...]:
+        """The lanes of the vectors that hold some columns: whole ones, and one no longer than it
+        takes, as short ones are done two at a time."""
+        whole, rest = divmod(columns, self.lanes)
+        short = max(16 // self.size, 1 << max(rest - 1, 0).bit_length())
+        return (self.lanes,) * whole + ((short,) if rest else ())
 
     # --- scratch memory, in elements: A first, then the strips of B, per batch of a round
 

@@ -164,10 +164,11 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
     if c.column_tiles == 1:
         inner.append(Line(f"const int64_t row = {place} * {b.tile_rows}, column = 0;"))
     else:
+        # columns are the outer loop: a thread keeps its own part of B in its cache
         inner.append(
             Line(
-                f"const int64_t row = {place} / {c.column_tiles} * {b.tile_rows},"
-                f" column = unit % {c.column_tiles} * {b.tile_columns};"
+                f"const int64_t row = {place} % {c.row_tiles} * {b.tile_rows},"
+                f" column = {place} / {c.row_tiles} * {b.tile_columns};"
             )
         )
     inner.append(Line(f"const int64_t rows = tj_least({b.tile_rows}, {c.m.extent} - row);"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.codegen.c_blocking import DEPTH, Contraction
-from tracejit.codegen.c_text import Line, block
+from tracejit.codegen.c_text import Line, block, render
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class _Operand:
 
 @dataclass(frozen=True)
 class _Strips:
-    """Strips of one kind: which ones (a C condition), their vectors, and their B."""
+    """Strips of one kind: which ones (a C condition), the lanes of their vectors, and their B."""
 
     condition: str
-    vectors: int
+    vectors: tuple[int, ...]
     b: _Operand
 
 
@@ -73,9 +73,11 @@ def _strips(c: Contraction) -> list[_Strips]:
         fixed = c.body.index(c.b_load.index, {c.n.name: "", c.k.name: ""})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
-    vectors = c.blocking.vectors
-    wide = -(-c.n.extent // c.lanes)
-    whole, rest = wide // vectors, wide % vectors
+    vectors = (c.lanes,) * c.blocking.vectors
+    whole, rest = divmod(c.n.extent, c.strip)
+    last_vectors = c.vectors_of(rest)
+    if last_vectors == vectors:
+        whole, rest = whole + 1, 0
     unpacked = min(c.packed_from, whole)
     kinds = []
     if unpacked:
@@ -84,7 +86,7 @@ def _strips(c: Contraction) -> list[_Strips]:
         kinds.append(_Strips(f"{place} < {whole * c.strip}", vectors, packed))
     if rest:
         last = packed if c.packed_from < c.strips else direct
-        kinds.append(_Strips(f"{place} == {whole * c.strip}", rest, last))
+        kinds.append(_Strips(f"{place} == {whole * c.strip}", last_vectors, last))
     return kinds
 
 
@@ -115,26 +117,30 @@ def _micro(
     c: Contraction,
     micros: dict[str, list[Line]],
     rows: int,
-    vectors: int,
+    vectors: tuple[int, ...],
     a: _Operand,
     b: _Operand,
 ) -> str:
-    """The name of the micro-kernel for `rows` rows and `vectors` vectors, which it defines."""
-    name = f"{c.name}_micro_{rows}x{vectors * c.lanes}_{b.k_step}"
+    """The name of the micro-kernel for `rows` rows and such vectors, which it defines."""
+    name = f"{c.name}_micro_{rows}x{sum(vectors)}_{b.k_step}"
     if name in micros:
         return name
-    vector = f"tj_{c.type.removesuffix('_t')}_vector"
-    sums = [[f"c{r}_{j}" for j in range(vectors)] for r in range(rows)]
-    lines = [Line(f"{vector} {', '.join(f'{x} = {{0}}' for x in row)};") for row in sums]
+    kinds = [vector_type(c.type, lanes * c.size) for lanes in vectors]
+    starts = [sum(vectors[:j]) for j in range(len(vectors))]
+    sums = [[f"c{r}_{j}" for j in range(len(vectors))] for r in range(rows)]
+    lines = [
+        Line(" ".join(f"{kind} {x} = {{0}};" for kind, x in zip(kinds, row, strict=True)))
+        for row in sums
+    ]
     inner = [
-        Line(f"const {vector} b{j} = *(const {vector} *)(b + {j * c.lanes});")
-        for j in range(vectors)
+        Line(f"const {kind} b{j} = *(const {kind} *)(b + {start});")
+        for j, (kind, start) in enumerate(zip(kinds, starts, strict=True))
     ]
     for r, row in enumerate(sums):
         inner.append(Line(" ".join(f"{x} += a[{r * a.step}] * b{j};" for j, x in enumerate(row))))
     lines += block(f"for (int64_t k = 0; k < depth; k++, a += {a.k_step}, b += {b.k_step})", inner)
     places = {
-        x: f"*({vector} *)(c + {r * c.blocking.tile_columns + j * c.lanes})"
+        x: f"*({kinds[j]} *)(c + {r * c.blocking.tile_columns + starts[j]})"
         for r, row in enumerate(sums)
         for j, x in enumerate(row)
     }
@@ -149,14 +155,52 @@ def _micro(
     return name
 
 
-def vector_types(vector_bytes: int) -> str:
-    """The C vector types that micro-kernels use, and the mark of functions that may fuse."""
-    rows = [
-        f"typedef {kind} tj_{kind.removesuffix('_t')}_vector"
-        f" __attribute__((vector_size({vector_bytes}), aligned({size}), may_alias));"
-        for kind, size in (("float", 4), ("double", 8), ("int64_t", 8))
+def vector_type(kind: str, nbytes: int) -> str:
+    """The name of the C type of a vector of so many bytes of floats, doubles or integers."""
+    return f"tj_{kind.removesuffix('_t')}_vector{nbytes}"
+
+
+def vector_types(vector_bytes: int, body: str) -> str:
+    """What micro-kernels and packing in `body` use: the C vector types, the mark of functions that
+    may fuse, and the turning of squares."""
+    turn = _turn(vector_bytes) if "tj_turn(" in body else ""
+    text = ""
+    for kind, size in (("float", 4), ("double", 8), ("int64_t", 8)):
+        for nbytes in (16, 32, 64):
+            name = vector_type(kind, nbytes)
+            if f"{name} " in body + turn:
+                says = f"vector_size({nbytes}), aligned({size}), may_alias"
+                text += f"typedef {kind} {name} __attribute__(({says}));\n"
+    if "TJ_FUSED" in body:
+        text += (
+            "#ifdef __clang__\n#define TJ_FUSED\n#else\n"
+            '#define TJ_FUSED __attribute__((noinline, optimize("fp-contract=fast")))\n#endif\n'
+        )
+    return text + turn
+
+
+def _turn(vector_bytes: int) -> str:
+    """`tj_turn`, the transpose of a square of floats in registers: rows whose numbers differ in one
+    bit exchange the columns whose numbers differ in the same bit, for each bit."""
+    vector, lanes = vector_type("float", vector_bytes), vector_bytes // 4
+    lines = [
+        Line(f"const {vector} r0_{r} = *(const {vector} *)(from + {r} * from_step);")
+        for r in range(lanes)
     ]
-    return "\n".join(rows) + (
-        "\n#ifdef __clang__\n#define TJ_FUSED\n#else\n"
-        '#define TJ_FUSED __attribute__((noinline, optimize("fp-contract=fast")))\n#endif\n'
+    done, bit = 0, lanes // 2
+    while bit:
+        done += 1
+        for r in range(lanes):
+            low, high = (f"r{done - 1}_{x}" for x in (r & ~bit, r | bit))
+            places = [(c & ~bit) + (r & bit) + (lanes if c & bit else 0) for c in range(lanes)]
+            taken = ", ".join(map(str, places))
+            shuffled = f"__builtin_shufflevector({low}, {high}, {taken})"
+            lines.append(Line(f"const {vector} r{done}_{r} = {shuffled};"))
+        bit //= 2
+    lines += [Line(f"*({vector} *)(to + {r} * to_step) = r{done}_{r};") for r in range(lanes)]
+    head = (
+        "static inline void tj_turn(float *to, int64_t to_step, const float *from,"
+        " int64_t from_step)"
     )
+    says = "/* to[c * to_step + r] = from[r * from_step + c] of a square of floats. */\n"
+    return says + render(block(head, lines)) + "\n"

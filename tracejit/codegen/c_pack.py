@@ -105,33 +105,32 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
             Line(f"for (int64_t j = columns; j < {width}; j++) strip[{k} * {width} + j] = 0;"),
         ]
         return lines + block(along_k, loop)
-    # B lies along k: rows of it into a small block, and its columns from there to the strip
-    inner.append(Line(f"rows[j * {ACROSS} + {k} - from] = {value};"))
-    fill = [
-        Line(f"const int64_t {n} = start + j;"),
-        Line("#pragma omp simd"),
-        *block(f"for (int64_t {k} = from; {k} < from + deep; {k}++)", inner),
-    ]
-    target, source = f"strip[(from + i) * {width} + j]", f"rows[j * {ACROSS} + i]"
-    across: list[Line] = []
-    if c.type == "float":
-        four = f"tj_transpose(&{target}, {width}, &{source}, {ACROSS});"
-        across = [
-            Line(f"for (; i + 4 <= deep; i += 4) for (int64_t j = 0; j < {width}; j += 4) {four}")
+    # B lies along k: small squares are turned, from where it lies if it is there as it is
+    lanes, load, lines_of = c.lanes, c.plain(c.dot.b, c.dot.b_value, k), []
+    if load is not None:
+        source = f"{load.buffer} + {c.body.index(load.index, {n: 'start', k: 'from'})}"
+        step = dict(load.index.terms).get(n, 0)
+    else:
+        source, step = "rows", ACROSS
+        inner.append(Line(f"rows[j * {ACROSS} + {k} - from] = {value};"))
+        fill = [
+            Line(f"const int64_t {n} = start + j;"),
+            Line("#pragma omp simd"),
+            *block(f"for (int64_t {k} = from; {k} < from + deep; {k}++)", inner),
         ]
-    rest = f"for (; i < deep; i++) for (int64_t j = 0; j < {width}; j++) {target} = {source};"
-    lines.append(Line(f"{c.type} rows[{width} * {ACROSS}];"))
-    lines.append(
-        Line(
-            f"memset(rows + columns * {ACROSS}, 0, sizeof rows -"
-            f" columns * {ACROSS} * sizeof *rows);"
-        )
-    )
+        lines.append(Line(f"{c.type} rows[{width} * {ACROSS}];"))
+        lines_of = block("for (int64_t j = 0; j < columns; j++)", fill)
+    squares = [Line("int64_t i = 0;")]
+    if c.type == "float":
+        head = f"if (j + {lanes} <= columns) for (; i + {lanes} <= deep; i += {lanes})"
+        to = f"strip + (from + i) * {width} + j"
+        squares.append(Line(f"{head} tj_turn({to}, {width}, source + j * {step} + i, {step});"))
+    one = f"strip[(from + i) * {width} + to] = to < columns ? source[to * {step} + i] : 0;"
+    rest = f"for (; i < deep; i++) for (int64_t to = j; to < j + {lanes}; to++) {one}"
     body = [
         Line(f"const int64_t deep = tj_least({ACROSS}, {high} - from);"),
-        *block("for (int64_t j = 0; j < columns; j++)", fill),
-        Line("int64_t i = 0;"),
-        *across,
-        Line(rest),
+        *lines_of,
+        Line(f"const {c.type} *const source = {source};"),
+        *block(f"for (int64_t j = 0; j < {width}; j += {lanes})", [*squares, Line(rest)]),
     ]
     return lines + block(f"for (int64_t from = {low}; from < {high}; from += {ACROSS})", body)

@@ -205,24 +205,6 @@ static inline void tj_stream_end(void) {}
 """
 
 
-_TRANSPOSE = """
-/* to[c * to_step + r] = from[r * step + c] of a square of 4 × 4 floats. */
-typedef float tj_four __attribute__((vector_size(16), aligned(4), may_alias));
-static inline void tj_transpose(float *to, int64_t to_step, const float *from, int64_t step) {
-  tj_four a = *(const tj_four *)from, b = *(const tj_four *)(from + step);
-  tj_four c = *(const tj_four *)(from + 2 * step), d = *(const tj_four *)(from + 3 * step);
-  tj_four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  tj_four cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-  *(tj_four *)to = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-  *(tj_four *)(to + to_step) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-  ab = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-  cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-  *(tj_four *)(to + 2 * to_step) = __builtin_shufflevector(ab, cd, 0, 1, 4, 5);
-  *(tj_four *)(to + 3 * to_step) = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-}
-"""
-
-
 def _polynomial(variable: str, coefficients: list[float]) -> str:
     """A polynomial by Horner's rule, lowest coefficient first."""
     text = repr(coefficients[-1])
@@ -422,19 +404,19 @@ C_PARTS = (
     _SIN,
     _F64,
     _STREAM,
-    _TRANSPOSE,
 )
 C_PRELUDE = C_HEADER + "".join(C_PARTS)
 
 _DEFINED = re.compile(r"^(?:static inline .*?|#define )(tj_\w+)", re.MULTILINE)
+_USED = re.compile(r"\btj_\w+")
 
 
 def prelude_for(text: str) -> str:
     """The parts of the prelude that a program text needs, and what these need."""
     kept: list[str] = []
+    used = set(_USED.findall(text))
     for part in reversed(C_PARTS):
-        defined = set(_DEFINED.findall(part))
-        used = set(re.findall(r"\btj_\w+", text + "".join(kept)))
-        if defined & used:
+        if not used.isdisjoint(_DEFINED.findall(part)):
             kept.insert(0, part)
+            used.update(_USED.findall(part))
     return C_HEADER + "".join(kept)
