@@ -58,8 +58,11 @@ def golden() -> Iterator[Callable[[str, str], None]]:
     yield check
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     """Thousands of collected tests are no part of a user's heap: gc, which aborts of a trace use to
-    find what holds an intermediate, does not look at them again."""
+    find what holds an intermediate, does not look at them again. Nor at the objects of Dynamo,
+    which some of torch's eager functions import."""
+    if len(session.items) > 200:
+        import torch._dynamo  # noqa: F401
     gc.collect()
     gc.freeze()

@@ -55,22 +55,26 @@ def test_nothing_is_written():
     torch.manual_seed(0)
     table = torch.randn(5, 3, requires_grad=True)
     optimizer = torch.optim.Adam([table], lr=0.1)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
     @tracejit.compile
     def step(tokens):
         optimizer.zero_grad()
         functional.embedding(tokens, table).pow(2).sum().backward()
         optimizer.step()
+        scheduler.step()
 
     for _ in range(4):
         step(torch.tensor([0, 1, 2]))
     assert step.stats.replays > 0
     before = table.detach().clone(), table.grad.clone(), optimizer.state[table]["step"].clone()
+    epoch, rate = scheduler.last_epoch, optimizer.param_groups[0]["lr"]
     for bad in ([0, 1, 5], [-1, 0, 0]):
         with pytest.raises(IndexError, match=r"test_bounds\.py.*out of range in self"):
             step(torch.tensor(bad))
     after = table.detach(), table.grad, optimizer.state[table]["step"]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert (scheduler.last_epoch, optimizer.param_groups[0]["lr"]) == (epoch, rate)
     step(torch.tensor([4, 4, 4]))
     assert not torch.equal(table.detach(), before[0])
 

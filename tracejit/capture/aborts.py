@@ -26,12 +26,28 @@ class Memory:
     def __init__(self) -> None:
         self._copies: dict[int, tuple[object, object]] = {}
 
-    def add(self, x: list | dict | CellType) -> None:
+    def add(self, x: list | dict) -> None:
         """Copy one, if it is not too wide."""
-        if isinstance(x, CellType):
-            self._copies[id(x)] = x, contents(x)
-        elif isinstance(x, (list, dict)) and len(x) <= _WIDE:
+        if isinstance(x, (list, dict)) and len(x) <= _WIDE:
             self._copies[id(x)] = x, x.copy()
+
+    def add_cells(self, cells: Iterable[CellType]) -> None:
+        """Copy the variables of a closure."""
+        for cell in cells:
+            self._copies[id(cell)] = cell, contents(cell)
+
+    def add_module(self, module: torch.nn.Module) -> None:
+        """Copy the attributes and buffers of a module and all below it."""
+        copies, pending, seen = self._copies, [module], set()
+        while pending:
+            module = pending.pop()
+            if module is None or module in seen:
+                continue
+            seen.add(module)
+            for x in (module.__dict__, module._buffers):
+                if isinstance(x, dict) and len(x) <= _WIDE:  # a ScriptModule has other things
+                    copies[id(x)] = x, x.copy()
+            pending += module._modules.values()
 
     def knows(self, x: object) -> bool:
         """Whether there is a copy of x."""
@@ -49,12 +65,9 @@ def remember(objects: Iterable[object]) -> Memory:
         if isinstance(x, (list, dict)):
             memory.add(x)
         elif isinstance(x, FunctionType):
-            for cell in x.__closure__ or ():
-                memory.add(cell)
+            memory.add_cells(x.__closure__ or ())
         elif isinstance(x, torch.nn.Module):
-            for module in x.modules():
-                memory.add(vars(module))
-                memory.add(module._buffers)
+            memory.add_module(x)
         elif type(x).__dictoffset__ and not isinstance(x, (type, ModuleType, MethodType)):
             memory.add(x.__dict__)
     return memory
@@ -68,10 +81,13 @@ def scrub(proxies: list[TracedTensor], memory: Memory) -> None:
     pending: list[object] = list(proxies)
     keep: list[object] = []  # ids stay unique as long as the objects live
     for _ in range(_NESTED):
-        holders = gc.get_referrers(*pending) if pending else []
-        pending = []
+        if not pending:
+            break
+        asked, pending = pending, []
+        mine = {id(proxies), id(keep), id(asked)}
+        holders = gc.get_referrers(*asked)  # a walk over the whole heap
         for x in holders:
-            if x is proxies or x is keep or type(x).__module__.startswith("tracejit"):
+            if id(x) in mine or type(x).__module__.startswith("tracejit"):
                 continue
             if isinstance(x, CellType):
                 if memory.knows(x):  # others are of frames that are still running

@@ -37,7 +37,13 @@ class Bound:
             start = tensor.storage_offset() + self.offset
             tensor = tensor.as_strided(self.shape, self.strides, start)
         values = tensor.numpy()
-        if values.size == 0 or (values.min() >= self.low and values.max() < self.high):
+        if values.size == 0:
+            return
+        if self.low == 0:  # one look: as unsigned numbers, negative ones are large
+            unsigned = values.view(f"u{values.itemsize}")
+            if np.maximum.reduce(unsigned, axis=None) < self.high:
+                return
+        elif values.min() >= self.low and values.max() < self.high:
             return
         outside = (values < self.low) | (values >= self.high)
         if self.ignore is not None:
