@@ -5,7 +5,8 @@
 FILES is a folder: `start.npz` holds the arrays that contenders without torch start from, and
 `CONTENDER.npz` is written here: the tensors that the case changes, after the first CALLS calls.
 stdout carries JSON lines: first {"numbers", "first_call_s"}, then a time per call in seconds for
-each line on stdin. With --memory there is one line instead, {"rss_bytes", "allocated_bytes"}.
+each line on stdin. With --memory there is one line instead: {"rss_bytes", "allocated_bytes",
+"library_bytes"}.
 
 first_call_s starts before the contender's compiler is imported and ends when the first result is a
 number. The timed calls are preceded by one that is not timed.
@@ -161,8 +162,10 @@ def peak_memory(build: Callable[[bool], Contender], device: str) -> dict[str, in
     """What a warm step needs beyond the tensors that exist before its first call.
 
     build: small -> a fresh contender. The small one loads libraries, so that they do not count.
-    allocated_bytes counts what torch's allocator gave, exactly. rss_bytes is the peak of
-    resident memory, to some hundred KiB; it includes what compilation left behind. None on a GPU.
+    allocated_bytes counts what kernels work in: all that torch's allocator gave, which has all
+    memory of a compiled step, and in eager the buffers in which MKL packs operands of matmuls.
+    library_bytes is MKL's part. rss_bytes is the peak of resident memory, to some hundred KiB; it
+    includes what compilation left behind. None on a GPU.
     """
     import torch
 
@@ -175,12 +178,13 @@ def peak_memory(build: Callable[[bool], Contender], device: str) -> dict[str, in
         for _ in range(CALLS):
             measured.step()
         peak = torch.cuda.max_memory_allocated() - before
-        return {"rss_bytes": None, "allocated_bytes": peak}
+        return {"rss_bytes": None, "allocated_bytes": peak, "library_bytes": None}
 
     def settle() -> None:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
 
+    library = _mkl_peak()
     warm, measured = build(True), build(False)
     for _ in range(3):
         warm.step()
@@ -193,8 +197,30 @@ def peak_memory(build: Callable[[bool], Contender], device: str) -> dict[str, in
     for _ in range(CALLS):
         measured.step()
     rss = _status("VmHWM") - before
+    packed = library()
+    del warm, measured
+    gc.collect()  # memory that steps share counts for the next one
     allocated = allocated_peak(build(False).step, CALLS)
-    return {"rss_bytes": rss, "allocated_bytes": allocated}
+    return {
+        "rss_bytes": rss,
+        "allocated_bytes": allocated + packed,
+        "library_bytes": packed,
+    }
+
+
+def _mkl_peak() -> Callable[[], int]:
+    """Starts to count the bytes of MKL's own buffers; gives the most that they were so far. MKL is
+    linked into torch; where it is not, nothing is counted."""
+    import torch
+
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    try:
+        peak = library.mkl_serv_peak_mem_usage  # of mkl_service.h: 1 enables, 2 reads
+    except AttributeError:
+        return lambda: 0
+    peak.restype = ctypes.c_longlong
+    peak(1)
+    return lambda: max(0, peak(2))
 
 
 def allocated_peak(step: Callable[[], object], calls: int) -> int:

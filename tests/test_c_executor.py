@@ -37,6 +37,7 @@ from tracejit.ir.types import DType, f64
 from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
+from tracejit.schedule.memory import layout_of
 from tracejit.schedule.sizes import substitute
 from tracejit.testing import assert_equal_to_eager
 
@@ -114,6 +115,9 @@ MATMULS = [
     (33, 65, 2100),
     (257, 129, 130),
     (5, 48, 3),
+    (70, 36, 90),
+    (9, 20, 67),
+    (300, 513, 600),
 ]
 
 
@@ -534,12 +538,13 @@ def exact_memory(buffer) -> plans.Memory:
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
     raw = np.empty((last + 1) * dtype.itemsize, np.uint8)
     view = np.ndarray(shape, dtype, raw.data, 0, tuple(s * dtype.itemsize for s in strides))
-    return plans.Memory(raw, view)
+    return plans.Memory(raw, view, 0, raw.nbytes)
 
 
 def run_sanitized() -> None:
     """What the process under the sanitizers runs."""
     plans.allocate = exact_memory
+    plans.memory_of = lambda loaded, plan: layout_of(plan)  # what kernels work in lies apart
     plans.NumpyExecutor = lambda: CExecutor(3)
     flags = (*c_compiler.FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     c_compiler.FLAGS = flags

@@ -13,8 +13,10 @@ import torch
 import tracejit
 
 
-def test_a_replay_does_all_or_nothing_wherever_it_is_interrupted():
-    """KeyboardInterrupt before each line of a replay in turn: with some state, or the next."""
+@pytest.mark.parametrize("mode", ["auto", "rerun"])
+def test_a_call_does_all_or_nothing_wherever_it_is_interrupted(mode):
+    """KeyboardInterrupt before each line of a replay, or of what ends a rerun, in turn: with some
+    state, or the next."""
 
     def world() -> tuple:
         w = torch.ones(3, requires_grad=True)
@@ -36,10 +38,10 @@ def test_a_replay_does_all_or_nothing_wherever_it_is_interrupted():
 
     eager, right = world()
     plain, ours = world()
-    step = tracejit.compile(plain)
-    for _ in range(4):
+    step = tracejit.compile(plain, mode=mode)
+    for _ in range(5):
         eager(), step()
-    assert step.stats.replays == 1, step.explain_mode()
+    assert step.stats.replays == (2 if mode == "auto" else 0), step.explain_mode()
     outcomes: list[str] = []
     while outcomes[-1:] != ["finished"]:
         before = ours()
@@ -89,7 +91,7 @@ def test_a_signal_handler_may_call_the_step_that_it_interrupts():
 
 @contextlib.contextmanager
 def interrupted_at(line: int):
-    """Raise KeyboardInterrupt before the line that a replay runs as its `line`-th."""
+    """Raise KeyboardInterrupt before the line that a replay or rerun runs as its `line`-th."""
     left = line
 
     def in_replay(frame, event, arg):
@@ -121,7 +123,7 @@ def test_interrupt_while_writing_is_deferred(monkeypatch):
 
     compiled = tracejit.compile(step)
     compiled()
-    program = next(iter(compiled._programs.kept.values())).program
+    program = compiled._programs.kept[0].program
     inner = program.loaded
 
     def interrupted(*args):

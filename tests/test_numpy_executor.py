@@ -12,6 +12,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ir.interp import evaluate
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, bf16, bits_to_float, contiguous_strides, f16, float_to_bits
+from tracejit.runtime.executor import memory_of
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan, PlanBuffer
@@ -21,10 +22,12 @@ GUARD = 77  # bytes before and after every buffer, which no kernel may touch
 
 @dataclass
 class Memory:
-    """A buffer's bytes between two guards, and the view of its elements."""
+    """A buffer's bytes from `start` to `end` between two guards, and the view of its elements."""
 
     raw: np.ndarray
     view: np.ndarray
+    start: int
+    end: int
 
     @property
     def address(self) -> int:
@@ -49,9 +52,10 @@ def allocate(buffer: PlanBuffer) -> Memory:
     dtype = stored(buffer.type.dtype)
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
     raw = np.full((last + 1) * dtype.itemsize + 2 * 128, GUARD, np.uint8)
-    start = 128 - (raw.__array_interface__["data"][0] % 16)
+    aligned = 64 if buffer.kind == "output" else 16  # torch's own memory, and what it may be handed
+    start = 128 - (raw.__array_interface__["data"][0] % aligned)
     view = np.ndarray(shape, dtype, raw.data, start, tuple(s * dtype.itemsize for s in strides))
-    return Memory(raw, view)
+    return Memory(raw, view, start, start + (last + 1) * dtype.itemsize)
 
 
 def write(memory: Memory, buffer: PlanBuffer, value: np.ndarray) -> None:
@@ -66,24 +70,30 @@ def read(memory: Memory, buffer: PlanBuffer) -> np.ndarray:
 
 def run_plan(plan: Plan, graph: Graph, inputs: list) -> tuple[list, list]:
     """Run a plan on fresh memory; returns (results, final values of all written inputs)."""
-    arena = np.full(plan.arena_bytes + 128, GUARD, np.uint8)
-    base = arena.__array_interface__["data"][0]
+    loaded = NumpyExecutor().load(plan)
+    layout = memory_of(loaded, plan)
+    arena = np.full(layout.arena_bytes + 128 + 64, GUARD, np.uint8)
+    base = -(-arena.__array_interface__["data"][0] // 64) * 64
     memory: dict[str, Memory] = {}
-    addresses = []
-    for buffer in plan.buffers:
+    addresses = [base] * layout.count
+    for i, buffer in enumerate(plan.buffers):
         if buffer.kind == "arena":
-            addresses.append(base + buffer.offset)
             continue
         memory[buffer.name] = allocate(buffer)
         if buffer.kind == "input":
             write(memory[buffer.name], buffer, inputs[buffer.index])
-        addresses.append(memory[buffer.name].address)
+        addresses[i] = memory[buffer.name].address
+    for i, place in layout.places.items():
+        addresses[i] = place.offset + (base if place.room is None else addresses[place.room])
     env = {value: float(inputs[position]) for value, position in plan.host_params}
     for node in plan.host:
         args = [env.get(a, a) for a in node.args]
         env[node.out] = node.op.eval(*args, **dict(node.attrs))
-    loaded = NumpyExecutor().load(plan)
     loaded(addresses, [env.get(s, s) for s in plan.scalars])
+    for m in memory.values():
+        assert (m.raw[: m.start] == GUARD).all() and (m.raw[m.end :] == GUARD).all()
+    edge = base - arena.__array_interface__["data"][0]
+    assert (arena[:edge] == GUARD).all() and (arena[edge + layout.arena_bytes :] == GUARD).all()
     results = [read(memory[name], plan.buffer(name)) for name in plan.results]
     by_param = {b.index: b for b in plan.buffers if b.kind == "input"}
     position = {p.value: i for i, p in enumerate(graph.params)}

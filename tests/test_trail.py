@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 import tracejit
 from tracejit.errors import TracejitError
+from tracejit.runtime.memory import Fresh
 
 CALLS = 8
 
@@ -721,3 +722,123 @@ def test_a_rate_that_every_call_sets_is_set_whatever_it_was(stepping):
         torch.testing.assert_close(compiled(torch.ones(3)), eager(torch.ones(3)))
         assert opt.param_groups[0]["lr"] == 0.05
         torch.testing.assert_close(w, v)
+
+
+def test_a_step_goes_with_its_last_holder_without_the_collector():
+    compiled = tracejit.compile(lambda x: x * 2 + 1, mode="rerun", backend="numpy")
+    for _ in range(5):
+        compiled(torch.ones(3))
+    seen = weakref.ref(compiled._programs.kept[0].program), weakref.ref(compiled._recall)
+    gc.collect()
+    gc.disable()
+    try:
+        del compiled
+        assert [r() for r in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def steps_with_a_large_gradient(kept: list[torch.Tensor]) -> tuple:
+    torch.manual_seed(0)
+    w, x = torch.randn(80, 60, requires_grad=True), torch.randn(5, 80)
+    opt = torch.optim.SGD([w], lr=0.01)
+
+    def step(keep: bool) -> torch.Tensor:
+        if keep:
+            kept.append(w.grad)
+        opt.zero_grad()
+        loss = (x @ w).pow(2).mean()
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    return w, step
+
+
+@pytest.mark.parametrize("backend", ["numpy", "c"])
+def test_the_memory_of_a_gradient_that_is_dropped_is_used_for_the_next(backend):
+    w, step = steps_with_a_large_gradient([])
+    compiled = tracejit.compile(step, mode="rerun", backend=backend)
+    for _ in range(6):
+        compiled(False)
+    addresses = set()
+    for _ in range(6):
+        compiled(False)
+        addresses.add(w.grad.data_ptr())
+    assert len(addresses) == 1
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_gradient_that_somebody_holds_is_never_written_to(inside):
+    """Held by the step's own Python, or by the caller alone."""
+    found: list[torch.Tensor] = []
+    right: list[torch.Tensor] = []
+    w, step = steps_with_a_large_gradient(found if inside else [])
+    v, eager = steps_with_a_large_gradient(right if inside else [])
+    compiled = tracejit.compile(step, mode="rerun", backend="numpy")
+    for i in range(20):
+        keep = i in (5, 8, 9, 13, 14, 15)  # after an even and an odd number of others
+        compiled(keep and inside), eager(keep and inside)
+        if keep and not inside:
+            found.append(w.grad)
+            right.append(v.grad)
+    assert compiled._recall.kept >= 8
+    for ours, theirs in zip([*found, w], [*right, v], strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_rerun_that_fails_before_its_plan_leaves_everything_as_it_was(monkeypatch):
+    w = torch.ones(3, requires_grad=True)
+    opt = torch.optim.Adam([w], lr=0.1)
+
+    def step() -> torch.Tensor:
+        opt.param_groups[0]["lr"] *= 0.5
+        opt.zero_grad()
+        loss = w.pow(2).sum()
+        loss.backward()
+        opt.step()
+        return loss.detach()
+
+    compiled = tracejit.compile(step, mode="rerun", backend="numpy")
+    for _ in range(4):
+        compiled()
+    rate, count = opt.param_groups[0]["lr"], opt.state[w]["step"].item()
+    before, grad = w.detach().clone(), w.grad
+
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Fresh, "take", full)
+        with pytest.raises(MemoryError):
+            compiled()
+    assert (opt.param_groups[0]["lr"], opt.state[w]["step"].item()) == (rate, count)
+    assert torch.equal(w, before) and w.grad is grad
+    compiled()
+    assert (opt.param_groups[0]["lr"], opt.state[w]["step"].item()) == (rate / 2, count + 1)
+
+
+def test_a_step_that_runs_inside_itself_on_a_known_path():
+    """A signal handler or a hook may call the step while it is traced: each has its own proxies."""
+    x = torch.arange(3.0)
+    again: list[bool] = []
+
+    def step(scale: float) -> torch.Tensor:
+        h = x * scale
+        if again:
+            again.clear()
+            modes = []
+            while torch._C._len_torch_function_stack():  # as if it came in the middle of a rule
+                modes.append(_pop_mode())
+            inner.append(compiled(10.0))
+            while modes:
+                _push_mode(modes.pop())
+        return h + 1
+
+    inner: list[torch.Tensor] = []
+    compiled = tracejit.compile(step, mode="rerun", backend="numpy")
+    for i in range(6):
+        if i > 3:
+            again.append(True)
+        torch.testing.assert_close(compiled(float(i)), x * i + 1)
+    assert [t.tolist() for t in inner] == [[1.0, 11.0, 21.0]] * 2

@@ -24,8 +24,9 @@ from tracejit import knobs
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import bind, run, unwrap
 from tracejit.capture.captured import Captured
+from tracejit.capture.commit import leaver
 from tracejit.capture.effects import finish, uncollected
-from tracejit.capture.followed import followed
+from tracejit.capture.followed import Followed, followed
 from tracejit.capture.guards import Armed, arm, reasons_against, survey
 from tracejit.capture.heap import Walk
 from tracejit.capture.recall import Recall
@@ -36,9 +37,10 @@ from tracejit.errors import ReplayNotArmed, TracejitWarning
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import host_function
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
-from tracejit.replay import Replay, replay
+from tracejit.replay import Replay, Rerun, replay, rerun
 from tracejit.runtime.interrupts import uninterrupted
 from tracejit.runtime.program import Prepared
+from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
@@ -46,6 +48,7 @@ BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _PROOFS = 4  # traces of each new program that are watched, to arm a replay
 _REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
+_precision = torch._C._get_float32_matmul_precision
 _MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
 _MANY_RETRACES = 20  # or of failed guards, where these are more than the replays
 
@@ -127,6 +130,7 @@ class CompiledStep:
             self._recall = Recall()
             self._replays: list[Replay] = []
             self._last: Compiled | None = None
+            self._resting: Tracer | None = None  # of the latest trace, to be used again
             self._why = "it has not been called"
             self._ran: Seen | None = None  # what the last watched trace ran
             self._proofs_left = _PROOFS
@@ -149,7 +153,7 @@ class CompiledStep:
     @property
     def plans(self) -> list[Plan]:
         """Every plan, the one that ran last at the end."""
-        return [c.program.plan for c in self._programs.kept.values()]
+        return [c.program.plan for c in self._programs.kept]
 
     @property
     def backward_plans(self) -> list[Plan]:
@@ -230,20 +234,34 @@ class CompiledStep:
     def _rerun(self, args: tuple, kwargs: dict, failed: str) -> object:
         """Run the Python under a tracer. `failed`: why a replay did not accept the call."""
         started = time.perf_counter()
+        start_early(self.backend)
         walk = None
         watched = self.mode != "rerun" and self._proofs_left > 0
         if watched and (self._ran is not None or self.mode == "replay"):
             walk = survey(self._function, args, kwargs, self._ran)
-        tracer = Tracer(self._recall, follow=not watched)
+        tracer, self._resting = self._resting, None
+        if watched or tracer is None:
+            tracer = Tracer(self._recall, follow=not watched)
+        else:
+            tracer.again(self._recall)
         bound = bind(tracer, self._function, args, kwargs)
         self.stats.traces += 1
         with uncollected():
             with watch(watched) as ran:
                 returned = [run(tracer, bound, self._function)]
-            captured = followed(tracer, returned)
-            if captured is None:
+            if self._last is not None:
+                self._last.program.expect()
+            way = followed(tracer, returned)
+            if way is None:
                 captured = finish(tracer, self._programs.name, returned, keep_grads=self.keep_grads)
         self.stats.add("capture", started)
+        if way is not None:
+            addresses = [t.data_ptr() for t in way.reals]
+            key = "rerun", _precision(), tuple([a % 16 == 0 for a in addresses])
+            known = way.end.cache.get(key)
+            if known is not None and known.compiled.kept:
+                return self._follow(way, known, addresses, failed)
+            captured = way.captured()
         try:
             compiles = self.stats.compiles
             compiled = self._programs.find(captured)
@@ -263,16 +281,40 @@ class CompiledStep:
             armed = None
             if captured.end is None:
                 armed = self._prove(walk, ran, args, kwargs, captured, compiled)
-            prepared = compiled.program.prepare(inputs)
+            if "leaver" not in memo:
+                memo["leaver"] = leaver(captured, noted=True)
+            leaving = memo["leaver"](captured.reals) if memo["leaver"] else ()
+            prepared = compiled.program.prepare(inputs, leaving)
         except BaseException:
             captured.undo()
             raise
         returned = self._run(compiled, captured, prepared, inputs, host)
+        if way is not None and not way.escaped and captured.graph is way.end.captured.graph:
+            program, final = compiled.program, compiled.final
+            step = weakref.proxy(self)  # which holds what it remembers
+            way.end.cache[key] = rerun(compiled, way.end.captured, program, final, step)
         captured.release()
         tracer.release()
         if armed is not None:
             self._replays.insert(0, self._replay(armed, compiled, captured))
             del self._replays[MAX_PROGRAMS:]
+        return returned
+
+    def _follow(self, way: Followed, known: Rerun, addresses: list[int], failed: str) -> object:
+        """Run the plan of a trace that went as earlier ones."""
+        self.stats.reruns += 1
+        tracer, undo = way.tracer, way.tracer.state.undo
+        try:
+            self._note(failed, built=False)
+        except BaseException:  # a warning may be an error
+            undo()
+            raise
+        tracer.trail.release()  # nobody else holds a gradient that goes now
+        returned = known.run(way.reals, way.scalars, addresses, way.tree, way.stores, undo)
+        if known.compiled is not self._last:
+            self._ran_last(known.compiled)
+        tracer.rest()
+        self._resting = tracer
         return returned
 
     def _replay(self, armed: Armed, compiled: Compiled, captured: Captured) -> Replay:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +25,7 @@ from tracejit.ir.graph import Graph, verify
 from tracejit.passes import optimize
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
+from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule
@@ -60,6 +60,8 @@ class Compiled:
     final: Graph
     backwards: list[Backward] = field(default_factory=list)
     seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
+    used: int = 0  # when it ran last
+    kept: bool = True  # until there are too many
 
 
 class Backward:
@@ -73,7 +75,9 @@ class Backward:
     def __call__(self, inputs: list) -> list[torch.Tensor]:
         with self.lock:
             if self.program is None:
-                self.program, _ = self.programs.build(self.graph, self.executor, " of backward")
+                self.program, _ = self.programs.build(
+                    self.graph, self.executor, Memory(), " of backward"
+                )
             return self.program.prepare(inputs).run()
 
 
@@ -91,20 +95,28 @@ class Programs:
         fuse: bool,
         dropped: Callable[[Compiled], None],
     ):
-        self.kept: OrderedDict[tuple, Compiled] = OrderedDict()  # the one used last at the end
+        self._kept: dict[tuple, Compiled] = {}
+        self._uses = 0
         self.name = function.__name__ if function.__name__.isidentifier() else "step"
         self.stats, self.backend, self.fuse, self.dropped = stats, backend, fuse, dropped
         self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self._literals = Literals()
+        self._memory = Memory()  # of all programs that run in calls of the step
 
     def report(self, what: str) -> None:
         """Print what happens, under TRACEJIT_DEBUG."""
         if knobs.debug() >= 1:
             print(f"tracejit: {self.name}: {what}")
 
+    @property
+    def kept(self) -> list[Compiled]:
+        """The programs that there are, the one used last at the end."""
+        return sorted(self._kept.values(), key=lambda x: x.used)
+
     def used(self, compiled: Compiled) -> None:
         """A program has run."""
-        self.kept.move_to_end(compiled.key)
+        self._uses += 1
+        compiled.used = self._uses
 
     def find(self, captured: Captured) -> Compiled:
         """The program of a captured step; varying literals of its graph may become scalars."""
@@ -113,32 +125,37 @@ class Programs:
         executor = memo.get(precision) or self._executor(captured)
         aligned = tuple([t.data_ptr() % 16 == 0 for t in captured.reals])
         found = memo.get((aligned, executor))
-        if found is None or self.kept.get(found.key) is not found:
+        if found is None or not found.kept:
             backward = tuple(graph_key(node.graph) for node in captured.outside)
             key = (captured.key[0], backward, aligned, executor)
-            found = self.kept.get(key)
+            found = self._kept.get(key)
             if found is not None:
                 memo |= {precision: executor, (aligned, executor): found}
             elif self._literals.generalize(captured):
                 key = (captured.key[0], *key[1:])
-                found = self.kept.get(key)
+                found = self._kept.get(key)
         if found is not None:
             self.used(found)
             self.stats.reruns += 1
             return found
         backwards = [Backward(self, node.graph, executor) for node in captured.outside]
-        compiled = Compiled(key, *self.build(captured.graph, executor), backwards)
-        self.kept[key] = compiled
-        while len(self.kept) > MAX_PROGRAMS:
-            self.dropped(self.kept.popitem(last=False)[1])
+        compiled = Compiled(key, *self.build(captured.graph, executor, self._memory), backwards)
+        self._kept[key] = compiled
+        self.used(compiled)
+        while len(self._kept) > MAX_PROGRAMS:
+            dropped = self._kept.pop(self.kept[0].key)
+            dropped.kept = False
+            self.dropped(dropped)
         return compiled
 
-    def build(self, graph: Graph, executor: Executor, what: str = "") -> tuple[Program, Graph]:
+    def build(
+        self, graph: Graph, executor: Executor, memory: Memory, what: str = ""
+    ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph."""
         final = self._optimized(graph)
         plan = self._plan(final)
         started = time.perf_counter()
-        program = Program(plan, executor)
+        program = Program(plan, executor, memory)
         self.stats.add("load", started)
         self.stats.compiles += 1
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")

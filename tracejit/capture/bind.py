@@ -23,6 +23,7 @@ from tracejit.capture.tracer import Tracer
 from tracejit.errors import SideEffectError
 
 _FUNCTIONS = 200  # looked at before each trace
+_CODES = 10_000  # remembered
 
 
 @dataclass
@@ -62,24 +63,27 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
         return x
 
     called = _called(function)
-    if any(_asks_for_float(f.__code__) for f in called):  # where TracedFloat is no float
+    if any(_facts(f.__code__).asks_for_float for f in called):  # where TracedFloat is no float
         return BoundCall(function, tuple(map(plain, args)), kwargs, tracer.paths)
     args = tuple(replace(x, ("arg", i)) for i, x in enumerate(args))
     kwargs = {name: replace(x, ("kwarg", name)) for name, x in kwargs.items()}
     code = function.__code__
-    stored = _stored_names(function)
+    stored = _facts(code).stored
     rebound = {id(cell) for f in called for cell in _stored_cells(f)}
-    cells = []
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        number = contents(cell)
+    cells = list(function.__closure__ or ())
+    changed = False
+    for i, cell in enumerate(cells):
+        number, name = contents(cell), code.co_freevars[i]
         if type(number) is float and name not in stored and id(cell) not in rebound:
-            cell = CellType(tracer.scalar(number, ("cell", name)))
-        cells.append(cell)
+            cells[i] = CellType(tracer.scalar(number, ("cell", name)))
+            changed = True
     namespace = function.__globals__
     floats = [n for n in names_of_globals(function) if type(namespace.get(n)) is float]
-    if floats and not _names(function, ("STORE_GLOBAL", "DELETE_GLOBAL")):
+    if floats and not _facts(code).stores_globals:
         found = {name: tracer.scalar(namespace[name], ("global", name)) for name in floats}
         namespace = _Overlay(namespace, found)
+    elif not changed and function.__defaults__ is None and not function.__kwdefaults__:
+        return BoundCall(function, args, kwargs, tracer.paths)
     rebuilt = FunctionType(code, namespace, function.__name__, None, tuple(cells))
     rebuilt.__defaults__ = replace(function.__defaults__, ("default",))
     if function.__kwdefaults__:
@@ -107,45 +111,68 @@ def _called(function: FunctionType) -> list[FunctionType]:
     found, seen, pending = [], set(), [function]
     while pending and len(found) < _FUNCTIONS:
         f = pending.pop()
-        if type(f) is not FunctionType or f in seen or (f.__module__ or "").startswith("torch"):
+        if f in seen or (f.__module__ or "").startswith("torch"):
             continue
         seen.add(f)
         found.append(f)
-        pending += [contents(cell) for cell in f.__closure__ or ()]
-        pending += [f.__globals__.get(name) for name in names_of_globals(f)]
+        namespace = f.__globals__
+        for x in (
+            *map(contents, f.__closure__ or ()),
+            *map(namespace.get, names_of_globals(f)),
+        ):
+            if type(x) is FunctionType:
+                pending.append(x)
     return found
 
 
 def _stored_cells(function: FunctionType) -> list[CellType]:
     """The closure's variables that a function rebinds."""
-    stored = _stored_names(function)
+    stored = _facts(function.__code__).stored
+    if not stored:
+        return []
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     return [cell for name, cell in cells if name in stored]
 
 
-def _asks_for_float(code: CodeType) -> bool:
-    """Whether code may ask whether something's class is float itself."""
-    names = {name for c in codes(code) for name in c.co_names}
-    return "float" in names and not names.isdisjoint({"type", "__class__"})
+def names_of_globals(function: FunctionType) -> tuple[str, ...]:
+    """The globals that a function's code names."""
+    return _facts(function.__code__).globals
 
 
-def names_of_globals(function: FunctionType) -> list[str]:
-    return sorted(_names(function, ("LOAD_GLOBAL", "LOAD_NAME")))
+@dataclass(frozen=True, slots=True)
+class _Facts:
+    """What the code of a function, and what is nested in it, names."""
+
+    code: CodeType
+    globals: tuple[str, ...]
+    stores_globals: bool
+    stored: frozenset[str]  # globals and cells
+    asks_for_float: bool  # it may ask whether something's class is float itself
 
 
-def _stored_names(function: FunctionType) -> set[str]:
-    return _names(function, ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF", "DELETE_DEREF"))
+_known: dict[int, _Facts] = {}  # by identity: a code's hash takes long
 
 
-_cache: dict[tuple, set[str]] = {}
+def _facts(code: CodeType) -> _Facts:
+    found = _known.get(id(code))
+    if found is None:
+        if len(_known) >= _CODES:
+            _known.clear()
+        instructions = [*chain.from_iterable(map(dis.get_instructions, codes(code)))]
 
+        def names(*opcodes: str) -> frozenset[str]:
+            return frozenset(i.argval for i in instructions if i.opname in opcodes)
 
-def _names(function: FunctionType, opcodes: tuple[str, ...]) -> set[str]:
-    key = (function.__code__, opcodes)
-    if key not in _cache:
-        instructions = chain.from_iterable(map(dis.get_instructions, codes(function.__code__)))
-        _cache[key] = {i.argval for i in instructions if i.opname in opcodes}
-    return _cache[key]
+        stores = names("STORE_GLOBAL", "DELETE_GLOBAL")
+        used = {name for c in codes(code) for name in c.co_names}
+        found = _known[id(code)] = _Facts(
+            code,
+            tuple(sorted(names("LOAD_GLOBAL", "LOAD_NAME"))),
+            bool(stores),
+            stores | names("STORE_DEREF", "DELETE_DEREF"),
+            "float" in used and not used.isdisjoint({"type", "__class__"}),
+        )
+    return found
 
 
 def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:

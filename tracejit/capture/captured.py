@@ -223,7 +223,7 @@ def _make_real(escaped: Sequence[tuple[TracedTensor, int]], made: list[torch.Ten
     for proxy, index in escaped:
         real = made[index]
         proxy.__dict__.pop("handle", None)
-        del proxy.tracer
+        proxy.__dict__.pop("tracer", None)
         proxy.__class__ = torch.Tensor
         try:
             torch._C._swap_tensor_impl(proxy, real)

@@ -20,6 +20,7 @@ from tracejit.capture.captured import (
     Mapped,
     Sequenced,
     Slot,
+    rebuild,
     refusal,
 )
 from tracejit.capture.guards import Places
@@ -29,29 +30,55 @@ from tracejit.ir.types import contiguous_strides
 WORTH = 4096  # elements of a gradient from which its memory is looked after
 
 
-def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
+def leaver(
+    captured: Captured, *, noted: bool = False, listed: bool = False
+) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
     """A function of the outside tensors: the storages of the gradients that the commit replaces and
     that nobody else can see, so that the plan may write new ones there, as eager does when a step
-    drops its gradients first. None if there are none."""
+    drops its gradients first. None if there are none.
+
+    noted:  the trace holds the gradients that were looked at.
+    listed: the outside tensors hold those of them that were lifted. Whoever else holds one, it is
+        not left: here are just the holders that are known to be there.
+    """
     owners = [
         index
         for index, source in captured.grads
         if source is not None and prod(captured.made[source].shape) >= WORTH
     ]
+    looked_at = _only_looked_at(captured) if noted or listed else {}
+    wanted = []
+    for index in owners:
+        grad = looked_at.get(index)
+        more = 0 if grad is None else noted + (listed and grad >= 0)
+        wanted.append((index, more))
 
     if not owners:
         return None
 
     def leaving(reals: Sequence[torch.Tensor]) -> list[int]:
-        return [storage for i in owners if (storage := _sole(reals[i]))]
+        return [storage for i, more in wanted if (storage := _sole(reals[i], more))]
 
     return leaving
 
 
-def _sole(owner: torch.Tensor) -> int:
-    """The storage of a `.grad` that only its owner holds, in Python and in C++; else 0."""
+def _only_looked_at(captured: Captured) -> dict[int, int]:
+    """The outside tensors whose `.grad` was looked at and serves for nothing, and where it is among
+    them: -1 if it is not."""
+    used = {index for kind, index in captured.sources if kind == "tensor"}
+    used.update(m.index for m in captured.made if m.kind in ("real", "alias"))
+    used.update(captured.written, (i for i, _ in captured.host_writes))
+    used.update(i for pairs in (captured.grads, captured.datas) for i, _ in pairs)
+    if captured.outside or captured.bounds:
+        return {}
+    return {i: grad for i, grad in captured.grads_read if grad is not None and grad not in used}
+
+
+def _sole(owner: torch.Tensor, more: int) -> int:
+    """The storage of a `.grad` that only its owner holds, in Python and in C++, and `more` that let
+    go; else 0."""
     grad = owner.grad
-    if grad is None or (getrefcount(grad), grad._use_count()) != _ALONE:
+    if grad is None or (getrefcount(grad) - more, grad._use_count()) != _ALONE:
         return 0
     if type(grad) is not torch.Tensor or grad.layout is not torch.strided:
         return 0
@@ -69,17 +96,25 @@ def _counts() -> tuple[int, int]:
 _ALONE = _counts()
 
 
+def is_odd(captured: Captured) -> bool:
+    """Whether the effects are rare ones, which only `captured.commit` does."""
+    rare = captured.outside or captured.datas or captured.escaped
+    return bool(rare) or any(m.kind in ("view", "host") for m in captured.made)
+
+
 def commit_lines(
     captured: Captured,
     outputs: Sequence[str],
     host: Sequence[str],
-    places: Places,
+    places: Places | None,
     names: dict[str, object],
 ) -> list[str]:
     """What `captured.commit` does, as lines of Python that set `returned`; to do it twice is as
     good as once. They read `reals`, and `cells` at the outside tensors' addresses.
 
     outputs, host: expressions of the plan's results and of the host results.
+    places:        of the replay that has the cells. None for a rerun, whose own `tree` and `stores`
+        the lines read.
     names:         the namespace of the lines, which grows here.
     """
 
@@ -87,8 +122,7 @@ def commit_lines(
         names[f"k{len(names)}"] = x
         return f"k{len(names) - 1}"
 
-    odd = captured.outside or captured.datas or captured.escaped
-    if odd or any(m.kind in ("view", "host") for m in captured.made):
+    if is_odd(captured):
         names["commit"] = captured.commit
         results, numbers = ", ".join(outputs), ", ".join(host)
         return [f"returned = commit(reals, [{results}], [{numbers}], backwards)"]
@@ -97,13 +131,20 @@ def commit_lines(
         names["bump"] = torch._C._increment_version
         lines.append(f"bump([{', '.join(f'reals[{i}]' for i in captured.written)}])")
     for index, source in captured.host_writes:
-        cell = places.cell(index)
+        cell = None if places is None else places.cell(index)
         if cell is not None:
             lines.append(f"cells[{cell}].value = {host[source]}")
         else:
             names["write"] = host_memory.write
             lines.append(f"write(reals[{index}], {host[source]})")
-    for held, key, tree in captured.stores:
+    if places is None:
+        names["rebuild"] = rebuild
+        lines += [
+            f"numbers = [{', '.join(host)}]",
+            "for entry, key, stored in stores:",
+            "    entry.holder[key] = rebuild(stored, (), numbers)",
+        ]
+    for held, key, tree in captured.stores if places is not None else ():
         target = f"{constant(held.holder)}[{key!r}]"
         lines.append(f"{target} = {_tree(tree, host, constant)}")
     reasons, taken = dict(captured.reasons), set()
@@ -117,13 +158,18 @@ def commit_lines(
         elif m.requires_grad:
             mark = f"m{i} = {constant(refusal(reasons.get(i)))}(m{i}.data.requires_grad_())"
             names["enable_grad"] = torch.enable_grad
-            grad_on = torch.is_grad_enabled()  # as in every call that the guard accepts
+            # as in every call that the guard accepts
+            grad_on = places is not None and torch.is_grad_enabled()
             lines.append(mark if grad_on else f"with enable_grad(): {mark}")
     for index, source in captured.grads:
         lines.append(f"reals[{index}].grad = {'None' if source is None else f'm{source}'}")
     for index, source in captured.leaf_grads:
         lines.append(f"m{index}.grad = m{source}")
-    lines.append(f"returned = {_tree(captured.tree, host, constant)}")
+    if places is None:
+        made = "".join(f"m{i}, " for i in range(len(captured.made)))
+        lines.append(f"returned = rebuild(tree, ({made}), numbers)")
+    else:
+        lines.append(f"returned = {_tree(captured.tree, host, constant)}")
     return lines
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
 
 import torch
 from torch.autograd import function as torch_function
@@ -455,48 +453,60 @@ REFUSED = (
 
 _lock = threading.Lock()
 _tracing = 0
-_undo: list[Callable[[], None]] = []
+# (owner, name, what is there, what it is while any thread traces), of the latest trace
+_replaced: list[tuple[object, str, object, object]] = []
+# names that nothing has but while any thread traces; `apply` is inherited from C
+_added = [(_SingleLevelFunction, "apply", classmethod(_apply)), *SHADOWS]
 
 
-_wrapped: dict[tuple[object, str], tuple[object, object]] = {}  # place -> original, its wrapper
-
-
-def _replace(owner: object, name: str, wrap: Callable) -> None:
-    original = getattr(owner, name)
-    known = _wrapped.get((owner, name))
-    if known is None or known[0] is not original:
-        known = _wrapped[owner, name] = original, wrap(original)
-    setattr(owner, name, known[1])
-    _undo.append(lambda: setattr(owner, name, original))
+def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
+    """What to replace, and how to make from what is there what replaces it."""
+    return [
+        (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
+        (torch_function, "_functions", lambda original: _DelayedErrors()),
+        *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
+        *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
+    ]
 
 
 def _install() -> None:
-    _SingleLevelFunction.apply = classmethod(_apply)  # inherited from C: deleted again below
-    _undo.append(lambda: delattr(_SingleLevelFunction, "apply"))
-    _replace(torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group)
-    _replace(torch_function, "_functions", lambda original: _DelayedErrors())
-    for owner, name, remedy in REFUSED:
-        _replace(owner, name, _refuse(owner, remedy))
-    for scheduler in scheduler_classes():
-        _replace(scheduler, "step", as_callback)
-    for module, name, shadow in SHADOWS:
-        setattr(module, name, shadow)
-        _undo.append(partial(delattr, module, name))
+    global _replaced, _of
+    schedulers = scheduler_classes()
+    if _of is not schedulers or any(getattr(o, name) is not x for o, name, x, _ in _replaced):
+        _of = schedulers
+        there = [(o, name, getattr(o, name), wrap) for o, name, wrap in _replacements()]
+        _replaced = [(o, name, original, wrap(original)) for o, name, original, wrap in there]
+    for owner, name, _, instead in _replaced:
+        setattr(owner, name, instead)
+    for owner, name, new in _added:
+        setattr(owner, name, new)
 
 
-@contextmanager
-def intercepted() -> Iterator[None]:
+_of: object = None  # the list of schedulers that `_replaced` was made for
+
+
+def _remove() -> None:
+    for owner, name, original, _ in _replaced:
+        setattr(owner, name, original)
+    for owner, name, _ in _added:
+        delattr(owner, name)
+
+
+class intercepted:
     """While any thread is inside, C entry points that bypass interception are patched."""
-    global _tracing
-    with _lock:
-        _tracing += 1
-        if _tracing == 1:
-            _install()
-    try:
-        yield
-    finally:
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        global _tracing
+        with _lock:
+            _tracing += 1
+            if _tracing == 1:
+                _install()
+
+    def __exit__(self, *exception: object) -> None:
+        global _tracing
         with _lock:
             _tracing -= 1
             if _tracing == 0:
-                while _undo:
-                    _undo.pop()()
+                _remove()

@@ -8,8 +8,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -313,14 +311,16 @@ def collect_young(tracer: Tracer) -> None:
     gc.collect(generation)
 
 
-@contextmanager
-def uncollected() -> Iterator[None]:
+class uncollected:
     """Without the garbage collector's own collections: what is made inside stays young, and
     `collect_young` takes microseconds."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
+
+    __slots__ = ("enabled",)
+
+    def __enter__(self) -> None:
+        self.enabled = gc.isenabled()
+        gc.disable()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.enabled:
             gc.enable()

@@ -7,7 +7,7 @@ Tensors are told by their position among all tensor objects that the user's Pyth
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,7 @@ CONSTANTS = frozenset(
     | {torch.device, torch.layout, torch.memory_format}
 )
 TUPLE_ITERATOR = type(iter(()))
+Match = Callable[..., object]  # see matchers.py
 
 
 class Untold(Exception):
@@ -43,16 +44,69 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """All that a trace can see of a tensor from outside, besides its `.grad` and values."""
+
+    type: type
+    keys: int  # torch's dispatch keys
+    shape: torch.Size
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    is_leaf: bool
+    hooks: bool
+    memory: int  # the position of the first tensor of its storage
+
+    @classmethod
+    def of(cls, x: torch.Tensor, at: int, memory: dict[int, int]) -> Look:
+        """How the tensor at a position looks. `memory` has the first position of each storage, and
+        grows here. Raises Untold for tensors that have no strides."""
+        strided = x.layout is torch.strided and not x.is_quantized
+        if not strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
+            raise Untold
+        geometry = x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
+        requires_grad = x.requires_grad
+        autograd = requires_grad, x.is_leaf, requires_grad and _hooked(x)
+        first = memory.setdefault(x.untyped_storage()._cdata, at)
+        return cls(type(x), _keys(x).raw_repr(), *geometry, *autograd, first)
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether something is a tensor that looks so, but for its memory."""
+        requires_grad = self.requires_grad
+        return (
+            type(x) is self.type
+            and _keys(x).raw_repr() == self.keys
+            and x.shape == self.shape
+            and x.dtype is self.dtype
+            and x.stride() == self.strides
+            and x.storage_offset() == self.offset
+            and x.requires_grad is requires_grad
+            and (self.device == _CPU or x.device == self.device)  # the keys say so
+            and (not requires_grad or (x.is_leaf is self.is_leaf and _hooked(x) is self.hooks))
+        )
+
+
+_keys = torch._C._dispatch_keys
+_CPU = torch.device("cpu")
+
+
+def _hooked(x: torch.Tensor) -> bool:
+    return bool(x._backward_hooks or x._post_accumulate_grad_hooks)
+
+
+@dataclass(frozen=True, slots=True)
 class Outside:
-    """A tensor from outside that is met for the first time, by all that a trace can see of it."""
+    """A tensor from outside that is met for the first time."""
 
     at: int
-    look: tuple
+    look: Look
 
 
 @dataclass(eq=False, slots=True)
 class New:
-    """A new proxy. `spare` is the one of the latest trace, which is used again if nobody has it."""
+    """A new proxy. `spare` is the one of an earlier trace, which nobody has any more."""
 
     at: int
     number: int  # among the proxies of the trace
@@ -167,6 +221,7 @@ class Call(Event):
     found: list[tuple] = field(default_factory=list)
     result: object = None
     errors: list[TracejitError] = field(default_factory=list)  # of indices that are out of range
+    match: Match | None = None  # whether a call is this one, made when it is first asked for
 
     @property
     def key(self) -> tuple:
@@ -174,6 +229,15 @@ class Call(Event):
             ("decision", *Decision(x[1]).key) if x[0] == "decision" else x for x in self.found
         )
         return self.func, self.args, self.names, self.grad_on, self.dtype, found
+
+
+def news(told: object) -> Iterator[New]:
+    """The new proxies of a result."""
+    if type(told) is New:
+        yield told
+    elif type(told) is Many:
+        for item in told.items:
+            yield from news(item)
 
 
 def operand(arg: Arg) -> Same | Number:

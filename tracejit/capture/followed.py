@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from tracejit.capture.captured import Captured, rebuild, slots
 from tracejit.capture.effects import Collector, collect_young
+from tracejit.capture.events import New
 from tracejit.capture.recall import End
 from tracejit.capture.scalars import TracedFloat
 from tracejit.capture.state import Held
 from tracejit.capture.tracer import Tracer
-from tracejit.capture.trail import HERE, Trail
+from tracejit.capture.trail import ALONE, Trail
 from tracejit.ir import host_memory
 
 
@@ -43,7 +44,34 @@ class _Positions(Collector):
         return index
 
 
-def followed(tracer: Tracer, returned: list[object]) -> Captured | None:
+@dataclass(slots=True)
+class Followed:
+    """The end that a trace came to, and what is this trace's own."""
+
+    end: End
+    reals: list[torch.Tensor]
+    scalars: list[float]
+    tree: object
+    stores: tuple
+    escaped: tuple
+    tracer: Tracer
+
+    def captured(self) -> Captured:
+        """What `finish` would give."""
+        return replace(
+            self.end.captured,
+            reals=self.reals,
+            scalars=tuple(self.scalars),
+            tree=self.tree,
+            stores=self.stores,
+            callbacks=tuple(self.tracer.state.callbacks),
+            escaped=self.escaped,
+            undo=self.tracer.state.undo,
+            end=self.end,
+        )
+
+
+def followed(tracer: Tracer, returned: list[object]) -> Followed | None:
     """What `finish` would give, for a trace that stayed on the path of an earlier one; None for any
     other, which is an ordinary trace then. `returned` is emptied if a step is given."""
     trail = tracer.trail
@@ -57,7 +85,7 @@ def followed(tracer: Tracer, returned: list[object]) -> Captured | None:
         raise
 
 
-def _followed(tracer: Tracer, trail: Trail, returned: list[object]) -> Captured | None:
+def _followed(tracer: Tracer, trail: Trail, returned: list[object]) -> Followed | None:
     x = returned.pop()
     alike = []
     for end in trail.point.ends:
@@ -75,10 +103,11 @@ def _followed(tracer: Tracer, trail: Trail, returned: list[object]) -> Captured 
         trail.leave()
         return None
     del x
-    held = _held(tracer)
+    news = alike[0][0].news  # the way's, whatever the end
+    held = _held(trail, news)
     if all(held != end.holding for end, *_ in alike):
         collect_young(tracer)
-        held = _held(tracer)
+        held = _held(trail, news)
     fitting = ((a, _numbers(tracer, a[0])) for a in alike if a[0].holding == held)
     found = next((x for x in fitting if x[1] is not None), None)
     if found is None:
@@ -90,17 +119,11 @@ def _followed(tracer: Tracer, trail: Trail, returned: list[object]) -> Captured 
     (end, tree, stores, _), numbers = found
     trail.recall.kept += 1
     tracer.forget()
-    return replace(
-        end.captured,
-        reals=[trail.objects[at] for at in end.reals],
-        scalars=(*trail.scalars, *numbers),
-        tree=tree,
-        stores=stores,
-        callbacks=tuple(tracer.state.callbacks),
-        escaped=tuple((trail.objects[at], index) for at, index in end.escaped),
-        undo=tracer.state.undo,
-        end=end,
-    )
+    trail.lay_aside(end.news)
+    objects = trail.objects
+    reals = [objects[at] for at in end.reals]
+    escaped = tuple([(objects[at], index) for at, index in end.escaped])
+    return Followed(end, reals, [*trail.scalars, *numbers], tree, stores, escaped, tracer)
 
 
 def _numbers(tracer: Tracer, end: End) -> list[float] | None:
@@ -113,8 +136,7 @@ def _numbers(tracer: Tracer, end: End) -> list[float] | None:
     return numbers if all(map(tracer.trail.computes, end.hosted)) else None
 
 
-def _held(tracer: Tracer) -> set[int]:
-    """The positions of proxies that somebody holds besides the trace: its `proxies`, the trail's
-    `objects` and `given`, and the tree."""
-    ids = tracer.trail.ids
-    return {ids[id(proxy)] for proxy in tracer.proxies if sys.getrefcount(proxy) > HERE + 4}
+def _held(trail: Trail, news: tuple[New, ...]) -> set[int]:
+    """The positions of proxies that somebody holds besides the trail's `objects`."""
+    objects, count = trail.objects, sys.getrefcount
+    return {new.at for new in news if count(objects[new.at]) > ALONE}

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from tracejit.capture.events import Event, Point
+from tracejit.capture.events import Call, Event, New, Point, news
 
 if TYPE_CHECKING:
     from tracejit.capture.captured import Captured
@@ -31,12 +31,12 @@ class End:
     items: tuple[tuple[int, Value], ...]  # tensors whose number was read after the user's code
     hosted: tuple[Node, ...]  # and the arithmetic on runtime scalars that came up then
     callbacks: int  # calls that ran as they are
+    news: tuple[New, ...] = ()  # the proxies of the way
     cache: dict = field(default_factory=dict)  # the driver's
+    holding: frozenset[int] = frozenset()  # positions of tensors that somebody holds afterwards
 
-    @property
-    def holding(self) -> set[int]:
-        """The positions of the tensors that somebody holds afterwards."""
-        return {at for at, _ in self.escaped}
+    def __post_init__(self) -> None:
+        self.holding = frozenset(at for at, _ in self.escaped)
 
     @property
     def key(self) -> tuple:
@@ -72,14 +72,17 @@ class Recall:
         """Where traces begin in the present state of torch."""
         modes = torch._C._len_torch_function_stack()
         world = torch.get_default_dtype(), torch.get_default_device() if modes else None, modes
-        return self._roots.setdefault(world, Point())
+        found = self._roots.get(world)
+        if found is None:
+            found = self._roots[world] = Point()
+        return found
 
     def add(self, root: Point, events: list[Event], end: End) -> None:
         """Remember a trace."""
         if self._ends >= _MAX_ENDS:
             self._roots.clear()
             self._ends, root = 0, self.root()
-        point = root
+        point, way = root, []
         for event in events:
             key = event.key
             found = next((e for e in point.events if e is event or e.key == key), None)
@@ -89,6 +92,9 @@ class Recall:
                 found = event
                 point.events.append(event)
             point = found.then
+            if type(found) is Call:
+                way += news(found.result)
+        end.news = tuple(way)
         if not any(e.key == end.key for e in point.ends):
             point.ends.append(end)
             self._ends += 1

@@ -10,7 +10,7 @@ itself stores there (`group["lr"] *= 0.9`) is kept, and listed in `stores`. An L
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import FunctionType, MethodType, ModuleType
@@ -69,6 +69,9 @@ class _Group:
     entries: dict[str, _Entry] = field(default_factory=dict)
 
 
+_NO_FLOATS = frozenset({bool, type(None), list, int, str, torch.Tensor})
+
+
 def _has_floats(x: object) -> bool:
     if type(x) is tuple:
         return any(map(_has_floats, x))
@@ -123,6 +126,8 @@ class Hyperparameters:
             if known is None:
                 known = self._groups[id(group)] = _Group(group, dict(group))
             for key, value in group.items():
+                if type(value) in _NO_FLOATS:
+                    continue
                 if _holds_traced(value) and not _live(value):
                     value = group[key] = _plain(value)  # the user kept it from an earlier call
                 if not _has_floats(value):
@@ -142,6 +147,8 @@ class Hyperparameters:
         for known in self._all_groups():
             for key, value in known.group.items():
                 entry = known.entries.get(key)
+                if entry is None and type(value) in _NO_FLOATS:
+                    continue
                 if entry is not None and value is entry.traced:
                     known.group[key] = entry.original
                 elif _holds_traced(value):
@@ -233,9 +240,11 @@ class Hyperparameters:
         for scheduler, attributes in self._schedulers.values():
             vars(scheduler).clear()
             vars(scheduler).update(attributes)
-        if self.tracer.proxies:
-            scrub(self.tracer.proxies, self._memory)
-        self.tracer.trail.abandon()
+        trail = self.tracer.trail
+        proxies = trail.proxies() if trail.following else self.tracer.proxies
+        if proxies:
+            scrub(proxies, self._memory)
+        trail.release()
 
 
 def _live(x: object) -> bool:
@@ -246,26 +255,41 @@ def _running_optimizer() -> Optimizer | None:
     """The optimizer whose `step` is being entered: torch's wrapper around it is on the stack."""
     frame = sys._getframe(2)
     while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Optimizer):
-            return found
+        if frame.f_code.co_filename == _OPTIMIZERS:
+            found = frame.f_locals.get("self")
+            if isinstance(found, Optimizer):
+                return found
         frame = frame.f_back
     return None
+
+
+_OPTIMIZERS = Optimizer.profile_hook_step.__code__.co_filename
 
 
 # ---- schedulers
 
 
-def scheduler_classes() -> Iterator[type]:
-    """Every class of LR schedulers with a `step` of its own."""
-    pending, seen = [LRScheduler], set()
-    while pending:
-        found = pending.pop()
-        if found not in seen:
-            seen.add(found)
-            pending += found.__subclasses__()
-            if "step" in vars(found):
-                yield found
+def scheduler_classes() -> list[type]:
+    """Every class of LR schedulers with a `step` of its own; the same list while they are so."""
+    global _schedulers
+    classes, below, stepping, found = _schedulers
+    if (
+        not classes
+        or [c.__subclasses__() for c in classes] != below
+        or ["step" in c.__dict__ for c in classes] != stepping
+    ):
+        classes, below = [LRScheduler], []
+        for c in classes:  # which grows
+            below.append(c.__subclasses__())
+            classes += [x for x in below[-1] if x not in classes]
+        stepping = ["step" in c.__dict__ for c in classes]
+        found = [c for c, own in zip(classes, stepping, strict=True) if own]
+        _schedulers = classes, below, stepping, found
+    return found
+
+
+# of the latest trace: all classes, those right below each, whether each has a step, the result
+_schedulers: tuple[list[type], list[list[type]], list[bool], list[type]] = [], [], [], []
 
 
 def as_callback(step: Callable) -> Callable:
@@ -303,7 +327,7 @@ SHADOWS = ((clip_grad, "float", _float), (_adafactor, "max", _max))
 # ---- the search for optimizers
 
 
-def within_reach(roots: list[object], names: Callable[[FunctionType], list[str]]) -> list:
+def within_reach(roots: list[object], names: Callable[[FunctionType], Sequence[str]]) -> list:
     """What is reachable from some objects, in the order of discovery.
 
     `names(function)` are the globals that a function's code names. Containers, closures, and the
@@ -314,22 +338,36 @@ def within_reach(roots: list[object], names: Callable[[FunctionType], list[str]]
     pending = list(reversed(roots))
     while pending and len(seen) < _WALKED:
         x = pending.pop()
-        if id(x) in seen or isinstance(x, (str, int, float, torch.Tensor, type)) or x is None:
+        if id(x) in seen or isinstance(x, _LEAVES) or type(x) in _COMMON:
             continue
         seen.add(id(x))
         found.append(x)
         if not isinstance(x, Optimizer):
-            pending += reversed(_parts(x, names))
+            pending += [part for part in reversed(_parts(x, names)) if type(part) not in _COMMON]
     return found
 
 
-def _parts(x: object, names: Callable[[FunctionType], list[str]]) -> list[object]:
+_LEAVES = (str, int, float, torch.Tensor, type)
+_COMMON = frozenset({torch.nn.Parameter, torch.Tensor, type(None), bool, int, float, str})
+_LIBRARIES = ("torch", "numpy", "tracejit")
+_OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
+_HOOKS = tuple(sorted(name for name in _OF_ANY_MODULE if name.endswith("_hooks")))
+
+
+def _parts(x: object, names: Callable[[FunctionType], Sequence[str]]) -> list[object]:
+    if isinstance(x, torch.nn.Module):
+        attributes = x.__dict__
+        parts = [attributes[name] for name in _HOOKS if attributes.get(name)]
+        if not attributes.keys() <= _OF_ANY_MODULE:
+            parts += [value for name, value in attributes.items() if name not in _OF_ANY_MODULE]
+        return parts
     if isinstance(x, FunctionType):
-        module = (x.__module__ or "").partition(".")[0]
-        if module in ("torch", "numpy", "tracejit"):
+        if (x.__module__ or "").partition(".")[0] in _LIBRARIES:
             return []
-        cells = [contents(cell) for cell in x.__closure__ or ()]
-        return cells + [x.__globals__.get(name) for name in names(x)] + list(x.__defaults__ or ())
+        parts = [contents(cell) for cell in x.__closure__ or ()]
+        namespace = x.__globals__
+        parts += [namespace.get(name) for name in names(x)]
+        return parts + [*x.__defaults__] if x.__defaults__ else parts
     if isinstance(x, MethodType):
         return [x.__self__, x.__func__]
     if isinstance(x, partial):
@@ -341,5 +379,4 @@ def _parts(x: object, names: Callable[[FunctionType], list[str]]) -> list[object
     attributes = x.__dict__ if type(x).__dictoffset__ else None
     if isinstance(x, ModuleType) or not isinstance(attributes, dict):
         return []
-    hidden = ("_parameters", "_buffers", "_modules") if isinstance(x, torch.nn.Module) else ()
-    return [value for name, value in attributes.items() if name not in hidden]
+    return [*attributes.values()]

@@ -110,7 +110,7 @@ class TracedTensor(torch.Tensor):
     """
 
     handle: Handle
-    tracer: object  # the trace that it belongs to
+    tracer: object = None  # the trace that it belongs to, from when rules are run
 
     @staticmethod
     def blank(geometry: Geometry) -> TracedTensor:
@@ -138,6 +138,7 @@ class TracedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         from tracejit.capture import location
+        from tracejit.capture.tracer import current
 
         error = LeakedTracer(
             where=location.full(),
@@ -146,8 +147,9 @@ class TracedTensor(torch.Tensor):
             remedy="Use it only inside the step, through torch functions, or return it",
         )
         for x in args:
-            if type(x) is cls:
-                x.tracer.refuse(error)
+            tracer = (x.tracer or current()) if type(x) is cls else None
+            if tracer is not None:
+                tracer.refuse(error)
         raise error
 
 

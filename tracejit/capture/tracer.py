@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from tracejit.autodiff import Entry, Tape, Vjp, zeros
 from tracejit.capture import location
+from tracejit.capture.events import Call
+from tracejit.capture.matchers import UNKNOWN, follow, matcher
 from tracejit.capture.reals import lift_real
 from tracejit.capture.rejections import check_held, check_read, check_saved, check_write
 from tracejit.capture.scalars import Link, Path, Predicate, TracedFloat
@@ -34,7 +36,7 @@ from tracejit.capture.tensor import (
     apply_steps,
     put_through,
 )
-from tracejit.capture.trail import UNKNOWN, Trail
+from tracejit.capture.trail import Trail
 from tracejit.errors import (
     AutogradError,
     InvalidGraph,
@@ -63,6 +65,7 @@ _PASSED_ON = frozenset(
         torch.ops.profiler._record_function_exit._RecordFunction,
     }
 )
+_UNRECORDED = object()  # what stands for the record of what no profiler sees
 # these answer by the Python object or change Python's state, and emit nothing
 _OF_PYTHON = frozenset({torch.Tensor.__hash__, torch._C._set_grad_enabled})
 
@@ -107,6 +110,17 @@ class Tracer(TorchFunctionMode):
         self.trail = Trail(self, recall, follow=follow)
         self._call: tuple[Callable, tuple, dict] | None = None
 
+    def again(self, recall: Recall) -> None:
+        """Start another trace, after one that was followed to its end: no rule has run."""
+        self.link, self.trail = Link(self), Trail(self, recall, follow=True)
+        self.collections = [g["collections"] for g in gc.get_stats()]
+
+    def rest(self) -> None:
+        """Let go of all that is the user's, after a trace that was followed to its end."""
+        self.trail.release()
+        del self.trail  # and with it what the step remembers
+        self.paths, self.numbers, self.state = [], {}, None
+
     def __enter__(self) -> Tracer:
         self.active = True
         return super().__enter__()
@@ -127,21 +141,29 @@ class Tracer(TorchFunctionMode):
     # ---- interception
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        trail = self.trail
+        if trail.following and not trail.modes:  # nearly all calls are answered here
+            for event in trail.point.events:  # `follow`, written out
+                if event.__class__ is Call and (event.func is func or event.func == func):
+                    answer = (event.match or matcher(event))(trail, args, kwargs)
+                    if answer is not UNKNOWN:
+                        trail.events.append(event)
+                        trail.point = event.then
+                        return answer
         if func in _PASSED_ON:
-            if self.state is not None:
-                self.state.profiled(args)
-            return func(*args, **(kwargs or {}))
+            return self._passed_on(func, args, kwargs or {})
         kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
         by_caller = BY_CALLER.get(func)
         if by_caller is not None:
             kwargs = by_caller(sys._getframe(1)) | kwargs
         if func in _OF_PYTHON:
             return RULES[func](self, *args, **kwargs)
-        trail = self.trail
         if trail.following:
-            answer = trail.follow(func, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                answer = follow(trail, func, args, kwargs)
             if answer is not UNKNOWN:
                 return answer
+            trail.leave()
         self.b.line = location.short()
         call = trail.begin(func, args, kwargs)
         try:
@@ -152,6 +174,18 @@ class Tracer(TorchFunctionMode):
         if call is not None:
             trail.end(call, result)
         return result
+
+    def _passed_on(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """What torch's own Python reports to a profiler."""
+        about = args[0] if args else None
+        if about is _UNRECORDED:
+            return None
+        if self.state is not None:
+            self.state.profiled(args)
+        of_optimizer = type(about) is str and about.startswith("Optimizer.")
+        if of_optimizer and not torch.autograd._profiler_enabled():  # nobody asks, in microseconds
+            return _UNRECORDED
+        return func(*args, **kwargs)
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """What a torch function returns, by its rule."""

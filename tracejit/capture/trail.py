@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from tracejit.capture.events import (
     Decision,
     Event,
     Known,
+    Look,
     Many,
     New,
     Number,
@@ -38,9 +39,11 @@ from tracejit.capture.events import (
     Untold,
     container,
     items_of,
+    news,
     operand,
     same,
 )
+from tracejit.capture.matchers import UNKNOWN
 from tracejit.capture.recall import End, Recall
 from tracejit.capture.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.tensor import TracedTensor
@@ -54,16 +57,15 @@ if TYPE_CHECKING:
     from tracejit.capture.tracer import Tracer
     from tracejit.errors import TracejitError
 
-UNKNOWN = object()  # the answer to a call that no earlier trace made here
 _REAL = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
-def _here() -> int:
-    x = object()
-    return sys.getrefcount(x)
+def _alone() -> int:
+    held = [object()]
+    return sys.getrefcount(held[0])
 
 
-HERE = _here()  # references that a variable makes: in Python 3.14 one, without the argument's
+ALONE = _alone()  # references to an item of a list that nobody else holds
 
 
 class Trail:
@@ -74,61 +76,23 @@ class Trail:
         useful = recall is not None and recall.begin()
         self.root = self.point = recall.root() if useful else Point()
         self.following = follow and bool(self.root.events)
+        self.modes = torch._C._len_torch_function_stack()  # that see what is asked of tensors here
         self.recording = useful and not self.following
         self.objects: list[torch.Tensor] = []  # every tensor that user code has passed or got
         self.ids: dict[int, int] = {}  # and its position here
         self.scalars: list[float] = []  # the runtime scalars while following
-        self.given: dict[int, TracedTensor] = {}  # proxies handed out, by their number
+        self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
         self._memory: dict[int, int] = {}  # torch storage -> the first tensor of it
-        self._events: list[Event] = []
+        self.events: list[Event] = []  # of this trace so far
         self._call: Call | None = None  # whose rule is running
         self._bounds = 0  # how many the tracer had before
         self._over = False
         self._inside = 0  # nodes emitted while the user's code ran
-        self._lent: list[New] = []
 
     # ---- following
 
-    def follow(self, func: Callable, args: tuple, kwargs: dict) -> object:
-        """The answer to a torch call, or UNKNOWN: rules are run from then on."""
-        grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-        if not torch._C._is_any_autocast_enabled():
-            names = ()
-            if kwargs:
-                names, args = tuple(kwargs), (*args, *kwargs.values())
-            for call in self.point.events:
-                if (
-                    call.__class__ is Call
-                    # `Tensor.grad.__get__` is another object each time
-                    and (call.func is func or call.func == func)
-                    and call.grad_on is grad_on
-                    and call.dtype is dtype
-                    and call.names == names
-                    and len(call.args) == len(args)
-                    and self._agrees(call, args)
-                ):
-                    self._events.append(call)
-                    self.point = call.then
-                    return self._give(call.result)
-        self.leave()
-        return UNKNOWN
-
-    def _agrees(self, call: Call, args: tuple) -> bool:
-        objects, scalars = len(self.objects), len(self.scalars)
-        match = self._matches
-        for told, x in zip(call.args, args, strict=True):
-            if not match(told, x):
-                break
-        else:
-            if not call.found or self._finds(call.found):
-                return True
-        for x in self.objects[objects:]:
-            del self.ids[id(x)]
-        del self.objects[objects:], self.scalars[scalars:]
-        self._memory = {s: i for s, i in self._memory.items() if i < objects}
-        return False
-
-    def _matches(self, told: object, x: object) -> bool:
+    def matches(self, told: object, x: object) -> bool:
+        """Whether an argument is what it was; takes note of it."""
         kind = told.__class__
         if kind is Known:
             return self.objects[told.at] is x
@@ -138,43 +102,40 @@ class Trail:
             if type(x) is not told.kind:
                 return False
             items = items_of(x)
-            return len(items) == len(told.items) and all(map(self._matches, told.items, items))
+            return len(items) == len(told.items) and all(map(self.matches, told.items, items))
         if kind is Number:
             return type(x) is TracedFloat and x.link is self.t.link and x.value == told.value
-        return kind is Outside and type(x) in _REAL and self._meet(x, told.look)
+        return kind is Outside and self.meet(x, told.look)
 
-    def _meet(self, x: torch.Tensor, look: tuple) -> bool:
+    def meet(self, x: torch.Tensor, look: Look) -> bool:
         """Take note of a tensor from outside if it is a new one that looks so."""
-        try:
-            if id(x) in self.ids or self._look(x) != look:
-                return False
-        except Untold:
+        at = len(self.objects)
+        if id(x) in self.ids or not look.fits(x):
             return False
-        self._note(x)
+        if self._memory.setdefault(x.untyped_storage()._cdata, at) != look.memory:
+            self._memory = {s: i for s, i in self._memory.items() if i < at}
+            return False
+        self.ids[id(x)] = at
+        self.objects.append(x)
         return True
 
-    def _finds(self, found: list[tuple]) -> bool:
-        """Whether a rule would find the same outside; takes note of it."""
-        numbers = self.t.numbers
-        for kind, *what in found:
-            if kind == "grad":
-                owner, told = what
-                with torch._C.DisableTorchFunction():
-                    grad = self.objects[owner].grad
-                    alike = grad is None if told is None else self._matches(told, grad)
-                if not alike:
-                    return False
-            elif kind == "item":
-                tensor, value = what
-                with torch._C.DisableTorchFunction():
-                    numbers[value] = host_memory.read(self.objects[tensor])
-                self.scalars.append(numbers[value])
-            elif kind == "host":
-                if not self.computes(what[0]):
-                    return False
-            elif not self._holds(what[0]):
-                return False
-        return True
+    def back(self, objects: int, scalars: int) -> object:
+        """A call is another one after all: forget what was noted. Returns UNKNOWN."""
+        for x in self.objects[objects:]:
+            del self.ids[id(x)]
+        del self.objects[objects:], self.scalars[scalars:]
+        self._memory = {s: i for s, i in self._memory.items() if i < objects}
+        return UNKNOWN
+
+    def finds(self, what: tuple) -> bool:
+        """Whether a rule would find the same number, or decide the same; takes note of it."""
+        kind, *what = what
+        if kind == "item":
+            tensor, value = what
+            self.t.numbers[value] = host_memory.read(self.objects[tensor])
+            self.scalars.append(self.t.numbers[value])
+            return True
+        return self.computes(what[0]) if kind == "host" else self._holds(what[0])
 
     def computes(self, node: Node) -> bool:
         """Whether arithmetic on runtime scalars gives a float again; takes note of it."""
@@ -191,30 +152,22 @@ class Trail:
     def _holds(self, p: Predicate) -> bool:
         return RELATIONS[p.relation](self._number(p.left), self._number(p.right)) is p.outcome
 
-    def _give(self, told: object) -> object:
+    def give(self, told: object) -> object:
+        """What a call returns."""
         kind = told.__class__
         if kind is New:
-            return self._proxy(told)
+            proxy, told.spare = told.spare, None
+            if proxy is None:
+                proxy = TracedTensor.blank(told.geometry)
+            self._note(proxy)
+            return proxy
         if kind is Known:
             return self.objects[told.at]
         if kind is Same:
             return told.x
         if kind is Number:
             return TracedFloat.make(self.t.numbers[told.value], self.t, told.value)
-        return container(told.kind, [self._give(x) for x in told.items])
-
-    def _proxy(self, told: New) -> TracedTensor:
-        proxy = told.spare
-        # held by `told` and this variable only, and as it was made
-        unused = type(proxy) is TracedTensor and sys.getrefcount(proxy) == HERE + 1
-        if not unused or len(proxy.__dict__) > 1:
-            proxy = told.spare = TracedTensor.blank(told.geometry)
-        proxy.tracer = self.t
-        self._lent.append(told)
-        self.given[told.number] = proxy
-        self.t.proxies.append(proxy)
-        self._note(proxy)
-        return proxy
+        return container(told.kind, [self.give(x) for x in told.items])
 
     def scalar(self, path: Path, number: float) -> Value | None:
         """The value of a runtime scalar that comes in; None where rules are run."""
@@ -229,9 +182,8 @@ class Trail:
 
     def host(self, op: str, args: tuple[Arg, ...]) -> Value | None:
         """The value of arithmetic on runtime scalars; None where rules are run."""
-        told = tuple(map(operand, args))
         for event in self.point.events:
-            if type(event) is Arithmetic and event.op == op and event.args == told:
+            if type(event) is Arithmetic and event.op == op and _alike(event.args, args):
                 self._go(event)
                 return event.value
         self.leave()
@@ -248,7 +200,7 @@ class Trail:
         return False
 
     def _go(self, event: Event) -> None:
-        self._events.append(event)
+        self.events.append(event)
         self.point = event.then
 
     # ---- from following to running rules
@@ -261,8 +213,9 @@ class Trail:
         self.recall.left += 1
         self.following = False
         scalars, paths = iter(self.scalars), iter([*t.paths])
-        t.proxies.clear()
         t.paths.clear()
+        told = (new for e in self.events if type(e) is Call for new in news(e.result))
+        self.given = {new.number: self.objects[new.at] for new in told}
         active, t.active, call = t.active, True, t._call
         state = t.state
         inside = state is not None and state.inside  # a scheduler's step, on plain floats
@@ -271,7 +224,7 @@ class Trail:
         grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         try:
             with _below(t), torch._C._DisableAutocast():
-                for event in self._events:
+                for event in self.events:
                     match event:
                         case ScalarCame():
                             t.scalar(next(scalars), next(paths))
@@ -291,7 +244,6 @@ class Trail:
             if inside:
                 state.inside = True
             self.given.clear()
-            self._forget_spares()
         self.recording = self.recall.useful
 
     def _again(self, call: Call) -> None:
@@ -353,7 +305,7 @@ class Trail:
                 call.result = self._tell_result(result)
             except Untold:
                 self.recording = False
-            self._events.append(call)
+            self.events.append(call)
 
     def _tell(self, x: object) -> object:
         if isinstance(x, torch.Tensor):
@@ -362,7 +314,8 @@ class Trail:
                 return Known(at)
             if type(x) not in _REAL:
                 raise Untold
-            look = self._look(x)
+            with torch._C.DisableTorchFunction():
+                look = Look.of(x, len(self.objects), self._memory)
             return Outside(self._note(x), look)
         return self._tell_plain(x, self._tell)
 
@@ -407,7 +360,7 @@ class Trail:
         if not self.recording or self._over:
             return
         if self._call is None:
-            self._events.append(ScalarCame(_told(path), value))
+            self.events.append(ScalarCame(_told(path), value))
         elif path[0] == "item" and id(self.t.reals[path[1]]) in self.ids:
             self._call.found.append(("item", self.ids[id(self.t.reals[path[1]])], value))
         else:
@@ -420,7 +373,7 @@ class Trail:
         if self._call is not None:
             self._call.found.append(("host", node))
         else:
-            self._events.append(Arithmetic(node.op.name, tuple(map(operand, node.args)), node.out))
+            self.events.append(Arithmetic(node.op.name, tuple(map(operand, node.args)), node.out))
 
     def found_decision(self, predicate: Predicate) -> None:
         """A decision was taken on a runtime scalar."""
@@ -429,7 +382,7 @@ class Trail:
         if self._call is not None:
             self._call.found.append(("decision", predicate))
         else:
-            self._events.append(Decision(predicate))
+            self.events.append(Decision(predicate))
 
     def over(self) -> None:
         """The user's code has returned."""
@@ -465,44 +418,35 @@ class Trail:
             tuple(n for n in self.t.b.nodes[self._inside :] if n.op.family == "host"),
             len(captured.callbacks),
         )
-        self.recall.add(self.root, self._events, end)
+        self.recall.add(self.root, self.events, end)
 
     def _came_in(self) -> int:
         """The number of runtime scalars that came in while the user's code ran."""
-        inside = (x for e in self._events if type(e) is Call for x in e.found)
-        return sum(type(e) is ScalarCame for e in self._events) + sum(
-            x[0] == "item" for x in inside
-        )
+        inside = (x for e in self.events if type(e) is Call for x in e.found)
+        return sum(type(e) is ScalarCame for e in self.events) + sum(x[0] == "item" for x in inside)
 
     def _handle(self, x: torch.Tensor) -> Handle | None:
         return x.handle if type(x) is TracedTensor else self.t.by_id.get(id(x))
 
     # ---- afterwards
 
+    def proxies(self) -> list[TracedTensor]:
+        """Those that user code has got so far."""
+        return [x for x in self.objects if type(x) is TracedTensor]
+
+    def lay_aside(self, told: Iterable[New]) -> None:
+        """Keep the proxies that nobody has any more, to hand them out again."""
+        objects = self.objects
+        for new in told:
+            if sys.getrefcount(objects[new.at]) == ALONE:
+                proxy = objects[new.at]
+                # not real now, and nothing on it that the user put there
+                unused = type(proxy) is TracedTensor and not proxy.__dict__
+                if unused and not weakref.getweakrefcount(proxy):
+                    new.spare = proxy
+
     def release(self) -> None:
-        """Let go of the tensors: proxies that only the tree holds can be handed out again."""
-        for told in self._lent:
-            spare = told.spare
-            unused = type(spare) is TracedTensor and len(spare.__dict__) == 1
-            if unused and not weakref.getweakrefcount(spare):
-                spare.tracer = None
-            else:  # real now, or with what the user put on it, or to be gone with its last user
-                told.spare = None
-        self._clear()
-
-    def abandon(self) -> None:
-        """The call has failed: the user may hold its proxies, which are not used again."""
-        self._forget_spares()
-        self._clear()
-
-    def _forget_spares(self) -> None:
-        for told in self._lent:
-            told.spare = None
-        self._lent.clear()
-
-    def _clear(self) -> None:
-        self._lent.clear()
-        self.t.proxies.clear()
+        """Let go of the tensors."""
         self.given.clear()
         self.objects.clear()
         self.ids.clear()
@@ -514,21 +458,16 @@ class Trail:
         self.objects.append(x)
         return at
 
-    def _look(self, x: torch.Tensor) -> tuple:
-        """All that a trace can see of a tensor from outside, besides its `.grad` and values."""
-        with torch._C.DisableTorchFunction():
-            strided = x.layout is torch.strided and not x.is_quantized
-            if not strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
-                raise Untold
-            memory = self._memory.setdefault(x.untyped_storage()._cdata, len(self.objects))
-            requires_grad = x.requires_grad
-            hooks = requires_grad and bool(
-                x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None)
-            )
-            keys = torch._C._dispatch_keys(x).raw_repr()
-            device = x.device
-            geometry = (x.dtype, x.shape, x.stride(), x.storage_offset(), device)
-            return type(x), geometry, keys, requires_grad, x.is_leaf, hooks, memory
+
+def _alike(told: tuple[Same | Number, ...], args: tuple[Arg, ...]) -> bool:
+    """Whether operands of host arithmetic are what they were."""
+    if len(told) != len(args):
+        return False
+    for a, x in zip(told, args, strict=True):
+        mine = a.value if type(a) is Number else a.x
+        if mine is not x and not (mine == x if isinstance(mine, Value) else same(mine, x)):
+            return False
+    return True
 
 
 def nothing() -> None:

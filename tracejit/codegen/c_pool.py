@@ -19,7 +19,8 @@ POOL_SOURCE = r"""
 #include <stdint.h>
 
 #define MAX_THREADS 256
-#define SPINS 8000 /* of a worker before it sleeps; some 200 µs */
+#define SPINS 16000 /* of a worker before it sleeps; some 400 µs: waking it takes 50 to 100 */
+#define WAITS 8000 /* of the caller for chunks that others do before it lets them run */
 
 typedef void (*tj_task)(void *, int64_t);
 
@@ -38,6 +39,7 @@ static struct {
   _Atomic uint32_t done; /* chunks of the job that are finished */
   char pad1[64];
   _Atomic uint32_t sleeping;
+  _Atomic uint32_t woken; /* how often the workers were told that a job is to come */
   _Atomic bool busy;
   uint32_t workers; /* written by the owner of `busy` only */
   bool watches_fork;
@@ -78,6 +80,7 @@ static void work(uint64_t job, uint32_t self) {
 static void *worker(void *number) {
   uint32_t self = (uint32_t)(uintptr_t)number;
   uint64_t seen = 0;
+  uint32_t woken = 0;
   for (;;) {
     uint64_t job = atomic_load_explicit(&pool.job, memory_order_acquire);
     for (int i = 0; job == seen && i < SPINS; i++) {
@@ -87,9 +90,12 @@ static void *worker(void *number) {
     if (job == seen) {
       pthread_mutex_lock(&pool.mutex);
       atomic_fetch_add(&pool.sleeping, 1);
-      while ((job = atomic_load(&pool.job)) == seen) pthread_cond_wait(&pool.wake, &pool.mutex);
+      while ((job = atomic_load(&pool.job)) == seen && atomic_load(&pool.woken) == woken)
+        pthread_cond_wait(&pool.wake, &pool.mutex);
+      woken = atomic_load(&pool.woken);
       atomic_fetch_sub(&pool.sleeping, 1);
       pthread_mutex_unlock(&pool.mutex);
+      if (job == seen) continue; /* soon */
     }
     seen = job;
     if (self < atomic_load_explicit(&pool.threads, memory_order_relaxed)) work(job, self);
@@ -124,6 +130,15 @@ static void start_workers(uint32_t wanted) {
   }
 }
 
+/* A job will come soon: to wake up takes as long as a small plan. */
+void tj_pool_wake(void) {
+  if (!atomic_load(&pool.sleeping)) return;
+  pthread_mutex_lock(&pool.mutex);
+  atomic_fetch_add(&pool.woken, 1);
+  pthread_mutex_unlock(&pool.mutex);
+  pthread_cond_broadcast(&pool.wake);
+}
+
 void tj_pool_launch(tj_task task, void *arguments, int64_t chunks, int64_t threads) {
   bool idle = false;
   if (threads < 2 || chunks > 0xffff ||
@@ -153,7 +168,7 @@ void tj_pool_launch(tj_task task, void *arguments, int64_t chunks, int64_t threa
   work(job, 0);
   for (int spins = 0; atomic_load_explicit(&pool.done, memory_order_acquire) < chunks; spins++) {
     relax();
-    if (spins > SPINS) sched_yield();
+    if (spins > WAITS) sched_yield();
   }
   atomic_store_explicit(&pool.busy, false, memory_order_release);
 }
@@ -170,25 +185,28 @@ struct tj_launch {
 
 struct tj_plan {
   int64_t addresses; /* how many a call has */
-  void *scratch;
   int64_t launches;
   const struct tj_launch *launch;
-  const int64_t *slots; /* of each launch: the places of its addresses, then of its scalars */
+  const int64_t *slots; /* of each launch: the places of its working memory and its buffers, each
+                           the number of an address and bytes from there, then of its scalars */
   void **buffers;       /* room for the addresses and the scalars of one launch */
   double *scalars;
 };
 
 /* Run a plan. A call is made of words: whether it is over, the number of threads, the addresses of
-   the plan's buffers, its scalars. The first is 0 before and -1 after. */
+   memory, the plan's scalars. The first is 0 before and -1 after. */
 void tj_run_plan(const struct tj_plan *plan, int64_t *call) {
   const struct tj_run run = {tj_pool_launch, call[1]};
-  void *const *addresses = (void *const *)(call + 2);
+  char *const *addresses = (char *const *)(call + 2);
   const double *scalars = (const double *)(call + 2 + plan->addresses);
   const int64_t *slot = plan->slots;
   for (const struct tj_launch *at = plan->launch; at < plan->launch + plan->launches; at++) {
-    for (int64_t i = 0; i < at->buffers; i++) plan->buffers[i] = addresses[*slot++];
+    void *const scratch = addresses[slot[0]] + slot[1];
+    slot += 2;
+    for (int64_t i = 0; i < at->buffers; i++, slot += 2)
+      plan->buffers[i] = addresses[slot[0]] + slot[1];
     for (int64_t i = 0; i < at->scalars; i++) plan->scalars[i] = scalars[*slot++];
-    at->kernel(&run, plan->scratch, plan->buffers, plan->scalars);
+    at->kernel(&run, scratch, plan->buffers, plan->scalars);
   }
   call[0] = -1;
 }

@@ -25,7 +25,7 @@ from tracejit.errors import BackendUnavailable, TracejitError
 from tracejit.ir.ops.c_prelude import C_FLAGS
 from tracejit.runtime.cache import DiskCache, private_folder, sha256
 
-FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")
 CANDIDATES = ("cc", "gcc", "clang")
 
 

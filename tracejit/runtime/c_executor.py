@@ -8,18 +8,17 @@ all plans.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tracejit.codegen.c import pieces
-from tracejit.codegen.c_pool import POOL_SOURCE
-from tracejit.runtime.c_compiler import find_compiler, load_library, version
+from tracejit.runtime.c_compiler import find_compiler, version
 from tracejit.runtime.c_kernels import load_kernels
 from tracejit.runtime.executor import Inlined
+from tracejit.runtime.pool import load_pool
+from tracejit.schedule.memory import layout_in_turn
 from tracejit.schedule.plan import Plan
 
 ALIGNMENT = 64  # bytes, of scratch memory
@@ -40,7 +39,6 @@ class _Plan(ctypes.Structure):
 
     _fields_ = [
         ("addresses", ctypes.c_int64),
-        ("scratch", ctypes.c_void_p),
         ("launches", ctypes.c_int64),
         ("launch", ctypes.POINTER(_Launch)),
         ("slots", ctypes.POINTER(ctypes.c_int64)),
@@ -78,65 +76,90 @@ class LoadedCPlan:
         parts = pieces(plan)
         launches = [piece.launch for piece in parts]
         with ThreadPoolExecutor(1) as beside:
-            beside.submit(_pool)
-            self._kernels = load_kernels(parts)
-        position = {b.name: i for i, b in enumerate(plan.buffers)}
-        slots: list[int] = []
-        for launch in launches:
-            slots += [*(position[name] for name in launch.buffers), *launch.scalars]
-        self._threads = threads
-        self._pack = struct.Struct(f"2q{len(plan.buffers)}Q{len(plan.scalars)}d").pack
-        scratch = max((kernel.scratch for kernel in self._kernels), default=0)
-        self._scratch = bytearray(scratch + ALIGNMENT)
-        self._buffers = bytearray(8 * max((len(x.buffers) for x in launches), default=0) + 8)
-        self._scalars = bytearray(8 * max((len(x.scalars) for x in launches), default=0) + 8)
-        self._plan = _Plan(
-            len(plan.buffers),
-            -(-_address(self._scratch) // ALIGNMENT) * ALIGNMENT,
-            len(launches),
-            (_Launch * len(launches))(
-                *(
-                    (kernel.address, len(launch.buffers), len(launch.scalars))
-                    for kernel, launch in zip(self._kernels, launches, strict=True)
-                )
-            ),
-            (ctypes.c_int64 * len(slots))(*slots),
-            _address(self._buffers),
-            _address(self._scalars),
+            beside.submit(load_pool)
+            kernels = load_kernels(parts)
+        self.layout, working = layout_in_turn(
+            plan, [launch.buffers for launch in launches], [kernel.scratch for kernel in kernels]
         )
-        self._at = ctypes.c_void_p(ctypes.addressof(self._plan))
-        self._run = _pool()["tj_run_plan"]
+        self._threads, self._scalars = threads, len(plan.scalars)
+        self._loaded = list(zip(kernels, launches, working, strict=True))
+        self._buffers = {b.name: i for i, b in enumerate(plan.buffers)}
+        self._whole = self._table([(i, 0) for i in range(self.layout.count)])
+        self._working: tuple[list[int], bytearray] | None = None
+        self._run = load_pool()["tj_run_plan"]
         self._run.restype = None
+        self._wake = load_pool()["tj_pool_wake"]
+        self._wake.restype = None
+
+    def _table(self, places: Sequence[tuple[int, int]]) -> _Table:
+        """What a run does, for calls with addresses of which each of the layout's is one, and bytes
+        from there."""
+        slots: list[int] = []
+        for _, launch, working in self._loaded:
+            slots += places[working if working else self._buffers[launch.buffers[0]]]
+            for name in launch.buffers:
+                slots += places[self._buffers[name]]
+            slots += launch.scalars
+        calls = [
+            (kernel.address, len(launch.buffers), len(launch.scalars))
+            for kernel, launch, _ in self._loaded
+        ]
+        return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, calls, slots)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
-        self._run(self._at, self._pack(0, self._threads(), *addresses, *scalars))
+        """Memory that the kernels work in may be left out: it is made then."""
+        if len(addresses) < self.layout.count:
+            addresses = [*addresses, *self._own()]
+        table = self._whole
+        self._run(table.at, table.pack(0, self._threads(), *addresses, *scalars))
 
-    def inlined(self, addresses: Sequence[str], scalars: Sequence[str]) -> Inlined:
+    def expect(self) -> None:
+        """A call will come soon: wake the threads that share it."""
+        if self._threads() > 1:
+            self._wake()
+
+    def _own(self) -> list[int]:
+        if self._working is None:
+            scratch = [kernel.scratch for kernel, _, working in self._loaded if working]
+            memory = bytearray(max(scratch, default=0) + ALIGNMENT)
+            start = -(-_address(memory) // ALIGNMENT) * ALIGNMENT
+            self._working = [start] * len(scratch), memory
+        return self._working[0]
+
+    def inlined(self, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]) -> Inlined:
         """The lines of a call. C code is not interrupted, and says in the first word that it ran.
         Each call has words of its own: a signal handler may call the step before they are used."""
-        given = "".join(f", {x}" for x in (*addresses, *scalars))
+        bases = {base: n for n, base in enumerate(dict.fromkeys(base for base, _ in addresses))}
+        table = self._table([(bases[base], offset) for base, offset in addresses])
+        given = "".join(f", {x}" for x in (*bases, *scalars))
         names = {
-            "pack": self._pack,
+            "pack": table.pack,
             "threads": self._threads,
             "run": self._run,
-            "at": self._at,
-            "loaded": self,  # whose memory is used
+            "at": table.at,
+            "loaded": (self, table),  # whose memory is used
         }
         return Inlined([f"call = pack(0, threads(){given})"], "run(at, call)", "call[0]", names)
 
 
-_pool_lock = threading.Lock()
+class _Table:
+    """struct tj_plan with what it points to; `pack` makes the words of a call."""
 
-
-@functools.cache
-def _load_pool() -> ctypes.CDLL:
-    return load_library(POOL_SOURCE)
-
-
-def _pool() -> ctypes.CDLL:
-    """What runs plans, with the process's thread pool."""
-    with _pool_lock:
-        return _load_pool()
+    def __init__(
+        self, addresses: int, scalars: int, calls: list[tuple[int, int, int]], slots: list[int]
+    ):
+        self._memory = (
+            (_Launch * len(calls))(*calls),
+            (ctypes.c_int64 * len(slots))(*slots),
+            bytearray(8 * max((n for _, n, _ in calls), default=0) + 8),
+            bytearray(8 * max((n for _, _, n in calls), default=0) + 8),
+        )
+        launches, places, buffers, numbers = self._memory
+        self._plan = _Plan(
+            addresses, len(calls), launches, places, _address(buffers), _address(numbers)
+        )
+        self.at = ctypes.c_void_p(ctypes.addressof(self._plan))
+        self.pack = struct.Struct(f"2q{addresses}Q{scalars}d").pack
 
 
 def _address(memory: bytearray) -> int:

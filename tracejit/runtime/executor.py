@@ -6,18 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from tracejit.schedule.memory import Layout, layout_of
 from tracejit.schedule.plan import Plan
 
 
 class LoadedPlan(Protocol):
-    """A plan ready to run. Everything that does not depend on addresses has been done."""
+    """A plan ready to run. Everything that does not depend on addresses has been done.
+
+    An executor that places memory in its own way says how: `layout`.
+    """
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Run all launches in order.
 
         `addresses`: of element 0 of every buffer, in the order of `plan.buffers` (for arena buffers
-        the arena's address plus the offset). `scalars`: the table, one float64 per slot.
+        where the layout has them), then of memory that the kernels work in, if the layout has any.
+        `scalars`: the table, one float64 per slot.
         """
+
+
+def memory_of(loaded: LoadedPlan, plan: Plan) -> Layout:
+    """Where a loaded plan's kernels work."""
+    return getattr(loaded, "layout", None) or layout_of(plan)
 
 
 @dataclass(frozen=True)
@@ -37,11 +47,15 @@ class Inlined:
     names: Mapping[str, object]
 
 
-def inlined(loaded: LoadedPlan, addresses: Sequence[str], scalars: Sequence[str]) -> Inlined:
-    """The lines that run a loaded plan; the arguments are expressions."""
+def inlined(
+    loaded: LoadedPlan, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]
+) -> Inlined:
+    """The lines that run a loaded plan. An address is an expression, and bytes from there; a scalar
+    is an expression."""
     if hasattr(loaded, "inlined"):
         return loaded.inlined(addresses, scalars)
-    run = f"loaded([{', '.join(addresses)}], [{', '.join(scalars)}])"
+    places = [f"{base} + {offset}" if offset else base for base, offset in addresses]
+    run = f"loaded([{', '.join(places)}], [{', '.join(scalars)}])"
     return Inlined((), run, None, {"loaded": loaded})
 
 

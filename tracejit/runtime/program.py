@@ -1,39 +1,36 @@
 """A Program: a Plan loaded by an executor, with its memory; running it is one call.
 
 Fresh outputs belong to the caller for as long as anyone holds them; the arena
-belongs to the program. All allocation comes before the executor's first write.
+is shared with other programs (`memory.py`). All allocation comes before the executor's first write.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from sys import getrefcount
 
 import torch
 
 from tracejit import knobs
 from tracejit.ir.hostcode import HostCode, host_function
-from tracejit.ir.torch_types import TO_TORCH
-from tracejit.ir.types import contiguous_strides
-from tracejit.runtime.executor import Executor, Inlined, inlined
+from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
+from tracejit.runtime.memory import Memory
 from tracejit.runtime.profile import ProfiledPlan
-from tracejit.schedule.plan import Plan, PlanBuffer
-
-_users = torch._C._storage_Use_Count
+from tracejit.schedule.plan import Plan
 
 
 class Program:
-    """One compiled plan. Not safe for concurrent calls: the arena is shared between them."""
+    """One compiled plan. Programs that share a Memory run one after another."""
 
-    def __init__(self, plan: Plan, executor: Executor):
+    def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
         self.plan = plan
         profiled = knobs.debug() >= 2
         self.loaded = ProfiledPlan(plan, executor) if profiled else executor.load(plan)
         self._host = host_function(plan.host, [v for v, _ in plan.host_params], plan.scalars)
         self._host_positions = [position for _, position in plan.host_params]
+        memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
-        self._outputs = [_Fresh(b) for b in outputs]
+        self._outputs = memory.outputs(outputs)
         position = {b.name: i for i, b in enumerate(outputs)}
         self._results = [position[name] for name in plan.results]
         self._inputs: list[tuple[int, int]] = []  # (buffer, graph param)
@@ -43,24 +40,39 @@ class Program:
                 self._inputs.append((i, buffer.index))
             elif buffer.kind == "output":
                 self._placed.append((i, position[buffer.name]))
+        layout = memory_of(self.loaded, plan)
+        self._count = layout.count  # of addresses
+        self._rooms = [  # (address, the one that it is in, bytes from there)
+            (i, layout.count if place.room is None else place.room, place.offset)
+            for i, place in layout.places.items()
+        ]
+        some = any(place.room is None for place in layout.places.values())
+        self._arena_bytes = max(layout.arena_bytes, int(some))
+        self._arena = memory.arena(plan.device)
         self._runs = 0
-        self._arena: torch.Tensor | None = None  # kept from the second run on, as outputs are
-        self._addresses: list[int] = []  # of the buffers in the arena; the others' change per run
+        # says that a call will come soon
+        self.expect = getattr(self.loaded, "expect", lambda: None)
 
-    def prepare(self, inputs: Sequence[torch.Tensor | float]) -> Prepared:
+    def prepare(
+        self, inputs: Sequence[torch.Tensor | float], leaving: Collection[int] = ()
+    ) -> Prepared:
         """Allocate a run's outputs and gather its addresses; nothing is written yet.
 
-        `inputs` has one entry per graph param: a tensor, or a float where it is a host scalar.
+        inputs:   one entry per graph param: a tensor, or a float where it is a host scalar.
+        leaving:  storages where an output may be written (see `Fresh.take`).
         """
-        arena = self._arena
-        if arena is None:
-            arena = self._allocate()
-        table, again = self._addresses.copy(), self._runs > 0
+        table, again = [0] * (self._count + 1), self._runs > 0
         for i, k in self._inputs:
             table[i] = inputs[k].data_ptr()
-        fresh = [output.take((), again) for output in self._outputs]
+        fresh = [output.take(leaving, again) for output in self._outputs]
         for i, k in self._placed:
             table[i] = fresh[k][1]
+        arena = self._arena.take(self._arena_bytes) if self._arena_bytes else None
+        if arena is not None:
+            table[-1] = arena[0]
+        for i, room, offset in self._rooms:
+            table[i] = table[room] + offset
+        del table[-1]
         outputs = [fresh[k][0] for k in self._results]
         scalars = self._host([inputs[i] for i in self._host_positions])
         self._runs += 1
@@ -72,86 +84,31 @@ class Program:
         """A run as lines of Python, and the expressions of the graph's results, for many runs.
 
         params:   per graph param an expression: of an address where it is a tensor, or of a float.
-        leaving:  an expression of the storages that each have one holder outside, which lets go
-            once the plan has run and until then is not read: an output may be written there.
+        leaving:  an expression of the storages where an output may be written (see `Fresh.take`).
         code:     the host arithmetic goes there; its lines come before the run's.
         """
         self._runs += 1
-        if self._arena is None:
-            self._allocate()
-        table = [str(address) for address in self._addresses]
+        table = [("0", 0)] * self._count + [("arena", 0)]
         for i, k in self._inputs:
-            table[i] = params[k]
+            table[i] = params[k], 0
         for i, k in self._placed:
-            table[i] = f"place{k}"
+            table[i] = f"place{k}", 0
+        for i, room, offset in self._rooms:
+            table[i] = table[room][0], offset
         given = {v: params[i] for v, i in self.plan.host_params}
         scalars = code.add(self.plan.host, self.plan.scalars, given)
-        run = inlined(self.loaded, table, scalars)
-        takes = [
+        run = inlined(self.loaded, table[:-1], scalars)
+        gather = [
             f"fresh{k}, place{k} = output{k}.take({leaving}, True)"
             for k in range(len(self._outputs))
         ]
         names = {f"output{k}": output for k, output in enumerate(self._outputs)}
-        names["arena"] = self._arena  # its address is in the lines
-        whole = replace(run, gather=[*takes, *run.gather], names=run.names | names)
+        if self._arena_bytes:
+            gather += [f"held = take({self._arena_bytes})", "arena = held[0]"]
+            names |= {"take": self._arena.take, "give": self._arena.give}
+            run = replace(run, run=f"{run.run}; give(held)")
+        whole = replace(run, gather=[*gather, *run.gather], names=run.names | names)
         return whole, [f"fresh{k}" for k in self._results]
-
-    def _allocate(self) -> torch.Tensor:
-        some = any(b.kind == "arena" for b in self.plan.buffers)
-        size = max(self.plan.arena_bytes, int(some))
-        arena = torch.empty(size, dtype=torch.uint8, device=self.plan.device)
-        start = arena.data_ptr()
-        self._addresses = [start + b.offset if b.kind == "arena" else 0 for b in self.plan.buffers]
-        if self._runs:
-            self._arena = arena
-        return arena
-
-
-class _Fresh:
-    """Memory for one output, which the caller keeps: reused when nobody holds it any more."""
-
-    KEPT = 2  # a gradient of the last step is held while the next one is written
-
-    def __init__(self, buffer: PlanBuffer):
-        self.shape = buffer.type.shape
-        self.strides = buffer.strides or contiguous_strides(buffer.type.shape)
-        self.options = {
-            "dtype": TO_TORCH[buffer.type.dtype],
-            "device": torch.device(buffer.type.device),
-        }
-        self.kept: list[_Kept] = []
-
-    def take(self, leaving: Collection[int], keep: bool) -> tuple[torch.Tensor, int]:
-        """A tensor that shares memory with no other that the caller could hold, and its address.
-
-        Without `keep` the memory is the caller's alone: many plans run just once, such as the one
-        that makes an optimizer's state.
-        """
-        for kept in self.kept:
-            held = _users(kept.number) + getrefcount(kept.storage) - kept.alone
-            if held <= 0:
-                return kept.memory.data, kept.address
-            if held == 1 and kept.number in leaving:
-                self.kept = [kept]  # one is enough from now on
-                return kept.memory.data, kept.address
-        memory = torch.empty_strided(self.shape, self.strides, **self.options)
-        if not keep or len(self.kept) >= self.KEPT:
-            return memory, memory.data_ptr()
-        self.kept.append(_Kept(memory))
-        return memory.data, memory.data_ptr()
-
-
-class _Kept:
-    """Memory that may be handed out again."""
-
-    __slots__ = ("memory", "address", "storage", "number", "alone")
-
-    def __init__(self, memory: torch.Tensor):
-        self.memory, self.address = memory, memory.data_ptr()
-        self.storage = memory.untyped_storage()
-        self.number = self.storage._cdata
-        # tensors on the storage, and references to the Python object that stands for it
-        self.alone = _users(self.number) + getrefcount(self.storage)
 
 
 class Prepared:
@@ -165,7 +122,7 @@ class Prepared:
         addresses: list[int],
         scalars: list[float],
         outputs: list[torch.Tensor],
-        arena: torch.Tensor,
+        arena: tuple | None,
     ):
         self.program = program
         self.addresses = addresses
@@ -176,4 +133,7 @@ class Prepared:
     def run(self) -> list[torch.Tensor]:
         """Execute; returns the tensor of each graph result."""
         self.program.loaded(self.addresses, self.scalars)
+        if self.arena is not None:
+            self.program._arena.give(self.arena)
+            self.arena = None
         return self.outputs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import threading
 import warnings
 
 import torch
@@ -37,6 +39,25 @@ def executor_for(backend: str, device: str, precision: str = "highest") -> Execu
     from tracejit.runtime.triton_executor import TritonExecutor
 
     return TritonExecutor(backend, precision=_PRECISION[precision])
+
+
+def start_early(backend: str) -> None:
+    """Begin what the executor of CPU steps needs, beside the first trace, where the step's device
+    is known already."""
+    if torch.version.cuda is None and torch.version.hip is None and backend in ("auto", "c"):
+        _started()
+
+
+@functools.cache
+def _started() -> None:
+    threading.Thread(target=_prepared, daemon=True).start()
+
+
+def _prepared() -> None:
+    with contextlib.suppress(Exception):  # it is said where the executor is needed
+        from tracejit.runtime.pool import load_pool
+
+        load_pool()
 
 
 def _cpu_executor() -> Executor:

@@ -1,48 +1,185 @@
-"""Memory planning: arena offsets by liveness.
+"""Memory planning: places by liveness.
 
-In: for each arena buffer its size and the first and last launch that touch it. Out: offsets such
-that buffers alive at one time do not overlap, and the arena's size.
+In: for each piece of memory its size and the first and last launch that touch it, and rooms that
+stand empty for some time. Out: places such that pieces alive at one time do not overlap, and the
+size of the arena, which holds what no room can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracejit.ir.types import contiguous_strides
+from tracejit.schedule.plan import Plan, PlanBuffer
+
 ALIGNMENT = 128  # bytes; a cache line, and enough for every vector load
+ATTEMPTS = 8  # to place pieces
+WORK = 40_000  # pairs of pieces to look at in all attempts
 
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:
-    """A buffer of `nbytes` used by launches first … last (inclusive)."""
+    """A piece of `nbytes` used by launches first … last (inclusive)."""
 
     nbytes: int
     first: int
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory of `nbytes` that holds nothing before launch `until`: an output not yet written."""
+
+    nbytes: int
+    until: int
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """`offset` bytes from the start of a room, or of the arena where `room` is None."""
+
+    room: int | None
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a plan's kernels work.
+
+    places: by position among the addresses of a run; a room is the position of an output there.
+    count:  of these addresses: the plan's buffers, then memory that kernels work in.
+    """
+
+    places: Mapping[int, Place]
+    count: int
+    arena_bytes: int
+
+
+def layout_of(plan: Plan) -> Layout:
+    """The layout that a plan says itself."""
+    arena = {i: Place(None, b.offset) for i, b in enumerate(plan.buffers) if b.kind == "arena"}
+    return Layout(arena, len(plan.buffers), plan.arena_bytes)
+
+
+def layout_in_turn(
+    plan: Plan, touched: Sequence[Sequence[str]], working: Sequence[int]
+) -> tuple[Layout, list[int]]:
+    """The layout for kernels that run one after another, whatever launches they share, and where
+    among the addresses each one's working memory is.
+
+    touched: the buffers of each kernel. working: the bytes that each one works in besides.
+    A plan's own layout knows launches only, and nothing of what an executor's kernels work in.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    for number, names in enumerate(touched):
+        for name in names:
+            spans[name] = spans.get(name, (number, number))[0], number
+    arena = [i for i, b in enumerate(plan.buffers) if b.kind == "arena" and b.name in spans]
+    pieces = [Lifetime(plan.buffers[i].type.nbytes, *spans[plan.buffers[i].name]) for i in arena]
+    count = len(plan.buffers)
+    positions = list(arena)
+    slots = []
+    for number, nbytes in enumerate(working):
+        slots.append(count if nbytes else 0)
+        if nbytes:
+            pieces.append(Lifetime(nbytes, number, number))
+            positions.append(count)
+            count += 1
+    outputs = [i for i, b in enumerate(plan.buffers) if b.kind == "output"]
+    never = len(touched)
+    rooms = []
+    for i in outputs:
+        buffer = plan.buffers[i]
+        rooms.append(Room(_span(buffer), spans.get(buffer.name, (never, never))[0]))
+    places, total = plan_memory(pieces, rooms)
+    found = {
+        position: place if place.room is None else Place(outputs[place.room], place.offset)
+        for position, place in zip(positions, places, strict=True)
+    }
+    return Layout(found, count, total), slots
+
+
+def _span(buffer: PlanBuffer) -> int:
+    """The bytes from a buffer's first element to its last."""
+    shape = buffer.type.shape
+    strides = buffer.strides or contiguous_strides(shape)
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return 0 if 0 in shape else (last + 1) * buffer.type.dtype.itemsize
+
+
 def plan_arena(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
-    """Offsets (first fit, largest buffers first) and the total size in bytes."""
-    offsets = [0] * len(lifetimes)
-    placed: list[int] = []
-    total = 0
+    """Offsets in an arena (first fit, largest pieces first), and its size in bytes."""
     order = sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i))
+    places, total = _fitted(lifetimes, (), order)
+    return [place.offset for place in places], total
+
+
+def plan_memory(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> tuple[list[Place], int]:
+    """Places in rooms and an arena, and the arena's size: the best of some attempts, in each of
+    which those come first that made the arena large before."""
+    least = _least(lifetimes, rooms)
+    order = sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i))
+    found = best = _fitted(lifetimes, rooms, order)
+    for _ in range(min(ATTEMPTS, WORK // (len(lifetimes) + 1) ** 2)):
+        if best[1] <= least:
+            break
+        places, total = found
+        high = {
+            i
+            for i, place in enumerate(places)
+            if place.room is None and place.offset + _padded(lifetimes[i].nbytes) == total
+        }
+        order = [*(i for i in order if i in high), *(i for i in order if i not in high)]
+        found = _fitted(lifetimes, rooms, order)
+        best = min(best, found, key=lambda x: x[1])
+    return best
+
+
+def _least(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> int:
+    """A size that an arena cannot be smaller than: of what no room can hold, and of what is alive
+    at one time beyond what the rooms hold."""
+    alone = [
+        _padded(x.nbytes)
+        for x in lifetimes
+        if not any(x.nbytes <= room.nbytes and x.last < room.until for room in rooms)
+    ]
+    steps = range(max((x.last for x in lifetimes), default=-1) + 1)
+    alive = [sum(_padded(x.nbytes) for x in lifetimes if x.first <= t <= x.last) for t in steps]
+    empty = [sum(_padded(room.nbytes) for room in rooms if room.until > t) for t in steps]
+    return max((*alone, *(a - e for a, e in zip(alive, empty, strict=True))), default=0)
+
+
+def _fitted(
+    lifetimes: Sequence[Lifetime], rooms: Sequence[Room], order: Sequence[int]
+) -> tuple[list[Place], int]:
+    """Places by first fit in some order: in the smallest room that does, else in the arena."""
+    places: list[Place] = [Place(None, 0)] * len(lifetimes)
+    placed: dict[int | None, list[int]] = {}
+    total = 0
+    by_size = sorted(range(len(rooms)), key=lambda i: rooms[i].nbytes)
     for i in order:
         mine = lifetimes[i]
-        taken = sorted(
-            (offsets[j], offsets[j] + _padded(lifetimes[j].nbytes))
-            for j in placed
-            if lifetimes[j].first <= mine.last and mine.first <= lifetimes[j].last
-        )
-        offset = 0
-        for low, high in taken:
-            if offset + _padded(mine.nbytes) <= low:
+        for at in (*by_size, None):
+            if at is not None and (mine.last >= rooms[at].until or mine.nbytes > rooms[at].nbytes):
+                continue
+            taken = sorted(
+                (places[j].offset, places[j].offset + _padded(lifetimes[j].nbytes))
+                for j in placed.get(at, ())
+                if lifetimes[j].first <= mine.last and mine.first <= lifetimes[j].last
+            )
+            offset = 0
+            for low, high in taken:
+                if offset + mine.nbytes <= low:
+                    break
+                offset = max(offset, high)
+            if at is None or offset + mine.nbytes <= rooms[at].nbytes:
                 break
-            offset = max(offset, high)
-        offsets[i] = offset
-        placed.append(i)
-        total = max(total, offset + _padded(mine.nbytes))
-    return offsets, total
+        places[i] = Place(at, offset)
+        placed.setdefault(at, []).append(i)
+        if at is None:
+            total = max(total, offset + _padded(mine.nbytes))
+    return places, total
 
 
 def _padded(nbytes: int) -> int:
