@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from torch.overrides import _pop_mode
 
 import tracejit
+from tracejit.capture.tracer import Tracer
 
 
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
@@ -141,3 +143,33 @@ def test_interrupt_while_writing_is_deferred(monkeypatch):
     assert torch.equal(w, torch.full((3,), 2.0))
     compiled()
     assert torch.equal(w, torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_trace_that_is_interrupted_leaves_no_mode_behind(late, monkeypatch):
+    """KeyboardInterrupt while torch has taken the mode off, or before `__exit__` has."""
+    x = torch.arange(3.0)
+    interrupted = False
+
+    def leave(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def step() -> torch.Tensor:
+        y = x * 2
+        if interrupted and not late:
+            _pop_mode()
+            raise KeyboardInterrupt
+        return y
+
+    compiled = tracejit.compile(step, mode="rerun", backend="numpy")
+    for _ in range(4):
+        compiled()
+    interrupted = True
+    with monkeypatch.context() as patch:
+        if late:
+            patch.setattr(Tracer, "__exit__", leave)
+        with pytest.raises(KeyboardInterrupt):
+            compiled()
+    interrupted = False
+    assert torch._C._len_torch_function_stack() == 0
+    assert compiled().tolist() == [0.0, 2.0, 4.0]

@@ -601,3 +601,18 @@ def test_a_leaf_made_inside_is_returned_with_its_gradient(mode):
         assert made.is_leaf and made.requires_grad
         torch.testing.assert_close(made.grad, x * (i + 1))
     assert (step.stats.replays > 0) == (mode == "auto"), step.explain_mode()
+
+
+def test_two_tensors_of_one_memory_are_not_one_tensor():
+    """A replay made for a tensor and a view of it all is not for the same tensor twice."""
+
+    def step(a: torch.Tensor, b: torch.Tensor) -> tuple:
+        return a + b, a is b
+
+    compiled = tracejit.compile(step, backend="numpy")
+    x = torch.arange(4.0)
+    for _ in range(4):
+        assert compiled(x, x.view(4))[1] is False
+    assert compiled.stats.replays
+    assert compiled(x, x)[1] is True
+    assert compiled(x, x.view(4))[1] is False

@@ -406,3 +406,29 @@ def test_rates_are_scalars_wherever_the_optimizer_is(how):
         assert compiled().tolist() == [rate, rate]
         assert optimizer.param_groups[0]["lr"] is rate
     assert compiled.stats.compiles == 1
+
+
+@pytest.mark.parametrize("key", ["weight_decay", "lr"])
+def test_a_hyperparameter_set_before_the_scheduler_steps_is_set_by_every_call(key):
+    def world() -> tuple:
+        w = torch.ones(3, requires_grad=True)
+        opt = torch.optim.SGD([w], lr=0.01)
+        schedule = StepLR(opt, 1)
+
+        def step(x: torch.Tensor, number: float) -> None:
+            opt.zero_grad()
+            (w * x).square().sum().backward()
+            opt.param_groups[0][key] = number
+            opt.step()
+            schedule.step()
+
+        return w, opt, step
+
+    (w, opt, step), (v, right, eager) = world(), world()
+    compiled = tracejit.compile(step)
+    for i in range(8):
+        number = (i + 1) / 100
+        compiled(torch.ones(3), number), eager(torch.ones(3), number)
+        torch.testing.assert_close(w, v)
+        assert opt.param_groups[0][key] == right.param_groups[0][key]
+    assert "after it has set a hyperparameter" in compiled.explain_mode()

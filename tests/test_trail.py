@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 import tracejit
@@ -842,3 +843,18 @@ def test_a_step_that_runs_inside_itself_on_a_known_path():
             again.append(True)
         torch.testing.assert_close(compiled(float(i)), x * i + 1)
     assert [t.tolist() for t in inner] == [[1.0, 11.0, 21.0]] * 2
+
+
+def test_a_weight_that_torch_hides_from_its_overrides_is_another_path():
+    """torch does not hand `weight` of l1_loss on: the call looks the same."""
+
+    def step(x: torch.Tensor, y: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is None:
+            return functional.l1_loss(x, y)
+        return functional.l1_loss(x, y, weight=weight)
+
+    compiled = tracejit.compile(step, mode="rerun", backend="numpy")
+    x, y, w = torch.arange(4.0), torch.ones(4), torch.tensor([1.0, 0.0, 5.0, 2.0])
+    for weight in [None] * 6 + [w] * 6 + [None, w] * 3:
+        torch.testing.assert_close(compiled(x, y, weight), step(x, y, weight))
+    assert compiled.stats.compiles == 2

@@ -14,6 +14,7 @@ from itertools import chain
 from types import CellType, CodeType, FunctionType, MethodType
 
 import torch
+from torch.overrides import _pop_mode
 
 from tracejit.capture.custom import intercepted
 from tracejit.capture.reads import codes, contents
@@ -210,11 +211,14 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             remedy="Call the step outside `saved_tensors_hooks`",
         )
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    modes = torch._C._len_torch_function_stack()
     before = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     try:
         with intercepted(), tracer:
             returned = bound.function(*bound.args, **bound.kwargs)
     finally:
+        while torch._C._len_torch_function_stack() > modes:  # an interrupt cut an `__exit__` off
+            _pop_mode()
         changed = (torch.is_grad_enabled(), torch.get_default_dtype()) != (grad_mode, dtype)
         if changed:
             torch._C._set_grad_enabled(grad_mode)

@@ -156,7 +156,9 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
     _guard_predicates(walk, captured)
     everything = "".join(f"{at}, " for at in walk.tensors.values())
-    if not {id(t) for t in captured.reals}.issuperset(walk.tensors):  # the others lie apart
+    reals = {id(t): t.untyped_storage()._cdata for t in captured.reals}
+    lie_apart = len(set(reals.values())) == len(reals)  # which the guard sees from their memory
+    if not (lie_apart and reals.keys() >= walk.tensors.keys()):
         apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
         walk.check(apart, "two tensors that the step can tell apart are one now")
     tensors = ", ".join(walk.tensors[id(t)] for t in captured.reals)
@@ -215,6 +217,8 @@ def _against_callbacks(captured: Captured) -> str:
         for group in scheduler.optimizer.param_groups:
             if any(isinstance(x, torch.Tensor) for name, x in group.items() if name != "params"):
                 return f"{type(scheduler).__name__} steps a hyperparameter that is a tensor"
+    if any(path[0] == "stored" for path in captured.paths):
+        return "a scheduler steps after it has set a hyperparameter"
     late = {
         value
         for value, path in zip(captured.scalar_values, captured.paths, strict=True)

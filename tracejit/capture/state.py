@@ -213,7 +213,7 @@ class Hyperparameters:
     def _after(self, n: int, group: dict, key: str) -> Path:
         known = self._groups[id(group)].entries.get(key)
         if known is not None and known.stored:  # the callback built on what the step had stored
-            return self.computed()
+            return "stored", self.computed()[1]
         return "after", n, ("entry", Held(group), key)
 
     def _remember_scheduler(self, scheduler: LRScheduler) -> None:

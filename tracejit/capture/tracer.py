@@ -123,11 +123,13 @@ class Tracer(TorchFunctionMode):
 
     def __enter__(self) -> Tracer:
         self.active = True
+        self._below = torch._C._len_torch_function_stack()
         return super().__enter__()
 
     def __exit__(self, *exception: object) -> None:
         self.active = False
-        super().__exit__(*exception)
+        if torch._C._len_torch_function_stack() > self._below:  # no interrupt has taken it off
+            super().__exit__(*exception)
 
     def release(self) -> None:
         """Let go of outside tensors: a trace's objects lie in cycles until the collector comes, and
