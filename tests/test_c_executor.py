@@ -333,6 +333,7 @@ def test_a_forked_child_has_a_pool_of_its_own(monkeypatch):
 RACES = """
 #include <stdio.h>
 #include <stdlib.h>
+#include <unistd.h>
 enum { N = 1 << 14 };
 struct job { double in[N], out[N], sums[128]; int64_t chunks; };
 static void square(void *arguments, int64_t chunk) {
@@ -348,6 +349,8 @@ static void *caller(void *unused) {
   for (int round = 0; round < 1500; round++) {
     job->chunks = 1 + round % 100;
     for (int i = 0; i < N; i += 97) job->in[i] = round % 7;
+    if (round % 100 == 0) usleep(2000); /* the workers sleep */
+    if (round % 50 == 0) tj_pool_wake();
     tj_pool_launch(square, job, job->chunks, 1 + round % 4);
     double sum = 0;
     for (int i = 0; i < job->chunks; i++) sum += job->sums[i];
