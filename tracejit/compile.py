@@ -234,7 +234,8 @@ class CompiledStep:
     def _rerun(self, args: tuple, kwargs: dict, failed: str) -> object:
         """Run the Python under a tracer. `failed`: why a replay did not accept the call."""
         started = time.perf_counter()
-        start_early(self.backend)
+        if not self.stats.traces:
+            start_early(self.backend)
         walk = None
         watched = self.mode != "rerun" and self._proofs_left > 0
         if watched and (self._ran is not None or self.mode == "replay"):

@@ -38,15 +38,14 @@ class Memory:
 
     def add_module(self, module: torch.nn.Module) -> None:
         """Copy the attributes and buffers of a module and all below it."""
-        copies, pending, seen = self._copies, [module], set()
+        pending, seen = [module], set()
         while pending:
             module = pending.pop()
             if module is None or module in seen:
                 continue
             seen.add(module)
-            for x in (module.__dict__, module._buffers):
-                if isinstance(x, dict) and len(x) <= _WIDE:  # a ScriptModule has other things
-                    copies[id(x)] = x, x.copy()
+            self.add(module.__dict__)
+            self.add(module._buffers)
             pending += module._modules.values()
 
     def knows(self, x: object) -> bool:

@@ -46,15 +46,14 @@ def leaver(
         for index, source in captured.grads
         if source is not None and prod(captured.made[source].shape) >= WORTH
     ]
+    if not owners:
+        return None
     looked_at = _only_looked_at(captured) if noted or listed else {}
     wanted = []
     for index in owners:
         grad = looked_at.get(index)
         more = 0 if grad is None else noted + (listed and grad >= 0)
         wanted.append((index, more))
-
-    if not owners:
-        return None
 
     def leaving(reals: Sequence[torch.Tensor]) -> list[int]:
         return [storage for i, more in wanted if (storage := _sole(reals[i], more))]
@@ -65,12 +64,12 @@ def leaver(
 def _only_looked_at(captured: Captured) -> dict[int, int]:
     """The outside tensors whose `.grad` was looked at and serves for nothing, and where it is among
     them: -1 if it is not."""
+    if captured.outside or captured.bounds:
+        return {}
     used = {index for kind, index in captured.sources if kind == "tensor"}
     used.update(m.index for m in captured.made if m.kind in ("real", "alias"))
     used.update(captured.written, (i for i, _ in captured.host_writes))
     used.update(i for pairs in (captured.grads, captured.datas) for i, _ in pairs)
-    if captured.outside or captured.bounds:
-        return {}
     return {i: grad for i, grad in captured.grads_read if grad is not None and grad not in used}
 
 

@@ -9,7 +9,6 @@ function of its own: straight lines, compiled once for all calls of one form.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ import torch
 
 from tracejit.capture.events import Call, Known, Match, New, Number, Outside, Same, same
 from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.table import BY_CALLER
 from tracejit.capture.tensor import TracedTensor
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ _NAMES = {
     "autocast": torch._C._is_any_autocast_enabled,
     "blank": TracedTensor.blank,
     "default_dtype": torch.get_default_dtype,
-    "frame": sys._getframe,
     "grad_on": torch.is_grad_enabled,
     "same": same,
 }
@@ -61,9 +58,6 @@ class _Lines:
 
     def function(self) -> Match:
         call = self.call
-        if call.func in BY_CALLER:  # what the call was not told itself
-            by_caller = self._value(BY_CALLER[call.func])
-            self.lines.append(f"kwargs = {by_caller}(frame(1)) | (kwargs or {{}})")
         count = len(call.args) - len(call.names)
         given = f"len(args) != {count}"
         if call.names:

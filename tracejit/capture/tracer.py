@@ -18,8 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from tracejit.autodiff import Entry, Tape, Vjp, zeros
 from tracejit.capture import location
-from tracejit.capture.events import Call
-from tracejit.capture.matchers import UNKNOWN, follow, matcher
+from tracejit.capture.matchers import UNKNOWN, follow
 from tracejit.capture.reals import lift_real
 from tracejit.capture.rejections import check_held, check_read, check_saved, check_write
 from tracejit.capture.scalars import Link, Path, Predicate, TracedFloat
@@ -144,18 +143,14 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         trail = self.trail
-        if trail.following and not trail.modes:  # nearly all calls are answered here
-            for event in trail.point.events:  # `follow`, written out
-                if event.__class__ is Call and (event.func is func or event.func == func):
-                    answer = (event.match or matcher(event))(trail, args, kwargs)
-                    if answer is not UNKNOWN:
-                        trail.events.append(event)
-                        trail.point = event.then
-                        return answer
+        by_caller = BY_CALLER.get(func)
+        if trail.following and not trail.modes and by_caller is None:  # nearly all calls
+            answer = follow(trail, func, args, kwargs)
+            if answer is not UNKNOWN:
+                return answer
         if func in _PASSED_ON:
             return self._passed_on(func, args, kwargs or {})
         kwargs = {_NUMPY_NAMES.get(k, k): v for k, v in kwargs.items()} if kwargs else {}
-        by_caller = BY_CALLER.get(func)
         if by_caller is not None:
             kwargs = by_caller(sys._getframe(1)) | kwargs
         if func in _OF_PYTHON:

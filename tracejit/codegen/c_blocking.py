@@ -20,7 +20,6 @@ TILE_COLUMNS = 256
 WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
 DEPTH = 512  # of a longer k that it sums before it goes on
 PACKED_DEPTH = 256  # of k in a unit of packing
-ACROSS = 64  # of k that are turned from rows to columns at a time while packing
 PACKED_BYTES = 1 << 20  # of B, from which it is packed even where it could be read as it lies
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
 SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
