@@ -17,7 +17,7 @@ from torch import nn
 from worlds import Case, Trainer, X, Y, check, on_trainer, picture, same, table, trainer
 
 import tracejit
-from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

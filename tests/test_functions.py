@@ -20,7 +20,7 @@ from function_samples_indexing import is_indexing  # its samples: test_functions
 from function_samples_nn import is_nn  # its samples have their tests in test_functions_nn
 from oracle import call
 
-from tracejit.capture.table import RULES, function_name, rule
+from tracejit.capture.trace.table import RULES, function_name, rule
 from tracejit.errors import UnsupportedOperation
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations

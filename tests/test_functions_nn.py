@@ -21,7 +21,7 @@ from test_functions import (
 )
 
 import tracejit
-from tracejit.capture.table import function_name
+from tracejit.capture.trace.table import function_name
 from tracejit.testing import assert_equal_to_eager
 
 functional = torch.nn.functional

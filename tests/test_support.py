@@ -35,7 +35,7 @@ from test_functions import (
 )
 
 from tracejit import support
-from tracejit.capture.table import RULES
+from tracejit.capture.trace.table import RULES
 from tracejit.support import Operation, markdown, operations, refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations

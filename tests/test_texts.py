@@ -9,8 +9,8 @@ from programs import CALLS, PROGRAMS
 from test_functions import outcome, step_of
 
 import tracejit
-from tracejit.capture.captured import graph_key
-from tracejit.capture.table import function_name
+from tracejit.capture.effects.captured import graph_key
+from tracejit.capture.trace.table import function_name
 from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.passes import optimize
