@@ -16,7 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "compile": 5,
     "programs": 5,
-    "replay": 5,
+    "run": 5,
     "testing": 5,
     "report": 5,
     "support": 5,
@@ -38,7 +38,8 @@ SAME_FLOOR = {
     ("tracejit", "compile"),  # the entry points
     ("compile", "tracejit"),  # the version
     ("compile", "programs"),
-    ("compile", "replay"),
+    ("compile", "run"),
+    ("programs", "run"),
     ("__main__", "compile"),
     ("__main__", "report"),
     ("__main__", "support"),
