@@ -11,9 +11,10 @@ from collections import Counter
 
 import pytest
 import torch
-from random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
-from random_programs import generate
-from random_text import Program
+
+from support.random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
+from support.random_programs import generate
+from support.random_text import Program
 
 FUSED = {"backend": "numpy"}
 UNFUSED = {"backend": "numpy", "fuse": False, "mode": "rerun"}  # later calls follow the first

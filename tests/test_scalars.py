@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import call, captured_of
 
+from support.oracle import call, captured_of
 from tracejit.capture.captured import Constant
 from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError
