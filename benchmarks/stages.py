@@ -14,8 +14,9 @@ import torch
 import tracejit
 from examples import two_layer_autograd
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.captured import Captured
-from tracejit.capture.effects import finish
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.collect import finish
+from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.tracer import Tracer
 from tracejit.codegen.triton import emit
 from tracejit.passes import optimize
@@ -46,8 +47,9 @@ def capture(step: Callable) -> Captured:
     """One trace."""
     function, bound_to = unwrap(step)
     tracer = Tracer()
-    bound = bind(tracer, function, bound_to, {})
-    return finish(tracer, "step", [run(tracer, bound, function)])
+    bound = bind(tracer.trace, function, bound_to, {})
+    with uncollected() as young:
+        return finish(tracer.trace, "step", [run(tracer, bound, function)], young)
 
 
 def median_us(call: Callable, repeats: int = 15) -> float:

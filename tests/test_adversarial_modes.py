@@ -17,7 +17,7 @@ from torch import nn
 
 import tracejit
 from support.worlds import Case, Trainer, X, Y, check, on_trainer, picture, same, table, trainer
-from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

@@ -28,7 +28,7 @@ from support.function_samples import (
 from support.function_samples_indexing import is_indexing  # its samples: test_functions_indexing
 from support.function_samples_nn import is_nn  # its samples have their tests in test_functions_nn
 from support.oracle import call
-from tracejit.capture.table import RULES, function_name, rule
+from tracejit.capture.trace.table import RULES, function_name, rule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
 

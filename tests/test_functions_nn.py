@@ -21,7 +21,7 @@ from support.function_checks import (
 from support.function_samples import S, bf16, each_function, r, samples_of, v
 from support.function_samples_nn import is_nn
 from support.oracle import call
-from tracejit.capture.table import function_name
+from tracejit.capture.trace.table import function_name
 from tracejit.testing import assert_equal_to_eager
 
 functional = torch.nn.functional

@@ -10,7 +10,7 @@ import torch
 
 import tracejit
 from benchmarks.worker import allocated_peak
-from tracejit.capture.commit import WORTH
+from tracejit.capture.effects.commit import WORTH
 
 CALLS = 5  # until a replay is armed and has settled
 

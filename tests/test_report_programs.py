@@ -23,7 +23,7 @@ from support.function_samples import each_function, samples_of
 from support.golden import Golden
 from support.programs import PROGRAMS, Program, plans_of
 from tracejit.aot import TARGETS
-from tracejit.capture.table import function_name
+from tracejit.capture.trace.table import function_name
 from tracejit.report import COLUMNS, Report, limits, precompile, report, table
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from support.oracle import call, captured_of
-from tracejit.capture.captured import Constant
-from tracejit.capture.scalars import RELATIONS, TracedFloat, same_float
+from tracejit.capture.effects.captured import Constant
+from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.ir.hostcode import host_function
 
@@ -394,4 +394,4 @@ def test_a_float_kept_from_an_earlier_call_is_a_number():
     first, second = call(step, torch.ones(2), 0.25), call(step, torch.ones(2), 0.75)
     assert first[0].tolist() == [0.75, 0.75] and second[0].tolist() == [1.25, 1.25]
     assert second[1:] == (1.25, True) and type(second[1]) is float
-    assert kept[0].tracer is None and kept[0].link.tracer is None
+    assert kept[0].live is None and kept[0].scalars.journal is None

@@ -35,7 +35,7 @@ from support.function_samples import (
 )
 from support.oracle import captured_of
 from tracejit import support
-from tracejit.capture.table import RULES
+from tracejit.capture.trace.table import RULES
 from tracejit.support import Operation, markdown, operations, refusals
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations

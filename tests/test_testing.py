@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tracejit
-from tracejit.capture.captured import Captured
+from tracejit.capture.effects.captured import Captured
 from tracejit.ir.text import parse
 from tracejit.testing import (
     assert_equal_to_eager,

@@ -9,8 +9,8 @@ from support.function_checks import outcome, step_of
 from support.function_samples import each_function, samples_of
 from support.oracle import captured_of
 from support.programs import CALLS, PROGRAMS
-from tracejit.capture.captured import graph_key
-from tracejit.capture.table import function_name
+from tracejit.capture.effects.captured import graph_key
+from tracejit.capture.trace.table import function_name
 from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.passes import optimize

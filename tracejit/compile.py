@@ -23,15 +23,17 @@ import torch
 from tracejit import knobs
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.captured import Captured
-from tracejit.capture.commit import leaver
-from tracejit.capture.effects import finish, uncollected
-from tracejit.capture.followed import Followed, followed
-from tracejit.capture.guards import Armed, arm, reasons_against, survey
-from tracejit.capture.heap import Walk
-from tracejit.capture.recall import Recall
-from tracejit.capture.tracer import Tracer, current
-from tracejit.capture.watch import Seen, watch
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.collect import finish
+from tracejit.capture.effects.commit import leaver
+from tracejit.capture.follow.followed import Followed, followed
+from tracejit.capture.follow.recall import Recall
+from tracejit.capture.proof.guards import Armed, arm, reasons_against, survey
+from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.watch import Seen, watch
+from tracejit.capture.python.garbage import uncollected
+from tracejit.capture.trace.active import current
+from tracejit.capture.tracer import Tracer
 from tracejit.codegen.triton import emit
 from tracejit.errors import ReplayNotArmed, TracejitWarning
 from tracejit.ir.graph import Graph
@@ -245,16 +247,18 @@ class CompiledStep:
             tracer = Tracer(self._recall, follow=not watched)
         else:
             tracer.again(self._recall)
-        bound = bind(tracer, self._function, args, kwargs)
+        bound = bind(tracer.trace, self._function, args, kwargs)
         self.stats.traces += 1
-        with uncollected():
+        with uncollected() as young:
             with watch(watched) as ran:
                 returned = [run(tracer, bound, self._function)]
             if self._last is not None:
                 self._last.program.expect()
-            way = followed(tracer, returned)
+            way = followed(tracer, returned, young)
             if way is None:
-                captured = finish(tracer, self._programs.name, returned, keep_grads=self.keep_grads)
+                captured = finish(
+                    tracer.trace, self._programs.name, returned, young, keep_grads=self.keep_grads
+                )
         self.stats.add("capture", started)
         if way is not None:
             addresses = [t.data_ptr() for t in way.reals]
@@ -295,7 +299,7 @@ class CompiledStep:
             step = weakref.proxy(self)  # which holds what it remembers
             way.end.cache[key] = rerun(compiled, way.end.captured, program, final, step)
         captured.release()
-        tracer.release()
+        tracer.trace.release()
         if armed is not None:
             self._replays.insert(0, self._replay(armed, compiled, captured))
             del self._replays[MAX_PROGRAMS:]
@@ -304,7 +308,7 @@ class CompiledStep:
     def _follow(self, way: Followed, known: Rerun, addresses: list[int], failed: str) -> object:
         """Run the plan of a trace that went as earlier ones."""
         self.stats.reruns += 1
-        tracer, undo = way.tracer, way.tracer.state.undo
+        tracer, undo = way.tracer, way.tracer.trace.hyperparameters.undo
         try:
             self._note(failed, built=False)
         except BaseException:  # a warning may be an error

@@ -17,7 +17,7 @@ from types import FunctionType
 import torch
 
 from tracejit import knobs
-from tracejit.capture.captured import Captured, graph_key
+from tracejit.capture.effects.captured import Captured, graph_key
 from tracejit.capture.literals import Literals
 from tracejit.codegen.triton import emit
 from tracejit.errors import TracejitError, UnsupportedOperation

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tracejit.capture.captured import Captured
-from tracejit.capture.commit import commit_lines, is_odd, leaver
-from tracejit.capture.guards import Armed, Guard, Places
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.commit import commit_lines, is_odd, leaver
+from tracejit.capture.proof.guards import Armed, Guard, Places
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.runtime.interrupts import uninterrupted

@@ -17,7 +17,7 @@ import torch
 
 from tracejit.capture import functions
 from tracejit.capture.functions import metadata
-from tracejit.capture.table import RULES, Rule, function_name
+from tracejit.capture.trace.table import RULES, Rule, function_name
 
 HERE = Path(__file__).parent
 FACTS = HERE / "support.tsv"

@@ -16,9 +16,9 @@ import torch
 from torch.optim import Optimizer
 
 from tracejit.capture.bind import names_of_globals, unwrap
-from tracejit.capture.heap import tensors_of
-from tracejit.capture.state import within_reach
-from tracejit.capture.tensor import TO_IR
+from tracejit.capture.effects.hyperparameters import within_reach
+from tracejit.capture.proof.heap import tensors_of
+from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
 from tracejit.ir.types import round_to

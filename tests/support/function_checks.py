@@ -14,7 +14,7 @@ from support.function_samples import (
     bare_name,
 )
 from support.oracle import call
-from tracejit.capture.table import function_name
+from tracejit.capture.trace.table import function_name
 from tracejit.errors import UnsupportedOperation
 
 EPS = {

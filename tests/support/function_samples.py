@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from tracejit.capture import functions  # noqa: F401
-from tracejit.capture.table import RULES, function_name
+from tracejit.capture.trace.table import RULES, function_name
 
 nan, inf = math.nan, math.inf
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import tracejit
-from tracejit.capture.scalars import TracedFloat
+from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.compile import CompiledStep
 from tracejit.testing import _compare, _Magnitudes, _visible
 

@@ -7,9 +7,10 @@ import torch
 
 from tracejit.capture import functions  # noqa: F401
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.captured import Captured
-from tracejit.capture.effects import finish
-from tracejit.capture.tensor import TO_IR, TO_TORCH
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.collect import finish
+from tracejit.capture.python.garbage import uncollected
+from tracejit.capture.trace.tensor import TO_IR, TO_TORCH
 from tracejit.capture.tracer import Tracer
 from tracejit.ir.graph import verify
 from tracejit.ir.hostcode import host_function
@@ -25,9 +26,10 @@ def captured_of(step, *args, **kwargs) -> Captured:
     """Trace a step."""
     function, bound_to = unwrap(step)
     tracer = Tracer()
-    bound = bind(tracer, function, bound_to + args, kwargs)
-    returned = [run(tracer, bound, function)]
-    captured = finish(tracer, function.__name__, returned)
+    bound = bind(tracer.trace, function, bound_to + args, kwargs)
+    with uncollected() as young:
+        returned = [run(tracer, bound, function)]
+        captured = finish(tracer.trace, function.__name__, returned, young)
     verify(captured.graph)
     return captured
 

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import tracejit
-from tracejit.capture.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.compile import CompiledStep
 from tracejit.errors import TracejitError
 

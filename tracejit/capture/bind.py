@@ -16,10 +16,11 @@ from types import CellType, CodeType, FunctionType, MethodType
 import torch
 from torch.overrides import _pop_mode
 
-from tracejit.capture.custom import intercepted
-from tracejit.capture.reads import codes, contents
-from tracejit.capture.scalars import Path, plain
-from tracejit.capture.state import Hyperparameters, within_reach
+from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
+from tracejit.capture.python.bytecode import codes, contents
+from tracejit.capture.python.patches import intercepted
+from tracejit.capture.trace.scalars import Path, plain
+from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import SideEffectError
 
@@ -31,7 +32,7 @@ _CODES = 10_000  # remembered
 class BoundCall:
     """A call ready to be traced, and where each runtime scalar came from, in order.
 
-    `scalars` is the tracer's own list: what the step reads of its state is added while it runs.
+    `scalars` is the trace's own list: what the step reads of its state is added while it runs.
     """
 
     function: FunctionType
@@ -52,20 +53,20 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
     return None, ()
 
 
-def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> BoundCall:
+def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCall:
     """Substitute runtime scalars for the floats that the step reads directly."""
 
     def replace(x: object, path: Path) -> object:
         x = plain(x)  # a float kept from an earlier call
         if type(x) is float:
-            return tracer.scalar(x, path)
+            return t.scalar(x, path)
         if type(x) is tuple and any(type(item) in (float, tuple) for item in x):
             return tuple(replace(item, (*path, i)) for i, item in enumerate(x))
         return x
 
     called = _called(function)
     if any(_facts(f.__code__).asks_for_float for f in called):  # where TracedFloat is no float
-        return BoundCall(function, tuple(map(plain, args)), kwargs, tracer.paths)
+        return BoundCall(function, tuple(map(plain, args)), kwargs, t.scalars.paths)
     args = tuple(replace(x, ("arg", i)) for i, x in enumerate(args))
     kwargs = {name: replace(x, ("kwarg", name)) for name, x in kwargs.items()}
     code = function.__code__
@@ -76,15 +77,15 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
     for i, cell in enumerate(cells):
         number, name = contents(cell), code.co_freevars[i]
         if type(number) is float and name not in stored and id(cell) not in rebound:
-            cells[i] = CellType(tracer.scalar(number, ("cell", name)))
+            cells[i] = CellType(t.scalar(number, ("cell", name)))
             changed = True
     namespace = function.__globals__
     floats = [n for n in names_of_globals(function) if type(namespace.get(n)) is float]
     if floats and not _facts(code).stores_globals:
-        found = {name: tracer.scalar(namespace[name], ("global", name)) for name in floats}
+        found = {name: t.scalar(namespace[name], ("global", name)) for name in floats}
         namespace = _Overlay(namespace, found)
     elif not changed and function.__defaults__ is None and not function.__kwdefaults__:
-        return BoundCall(function, args, kwargs, tracer.paths)
+        return BoundCall(function, args, kwargs, t.scalars.paths)
     rebuilt = FunctionType(code, namespace, function.__name__, None, tuple(cells))
     rebuilt.__defaults__ = replace(function.__defaults__, ("default",))
     if function.__kwdefaults__:
@@ -92,7 +93,7 @@ def bind(tracer: Tracer, function: FunctionType, args: tuple, kwargs: dict) -> B
             name: replace(x, ("kwdefault", name)) for name, x in function.__kwdefaults__.items()
         }
     rebuilt.__qualname__ = function.__qualname__
-    return BoundCall(rebuilt, args, kwargs, tracer.paths)
+    return BoundCall(rebuilt, args, kwargs, t.scalars.paths)
 
 
 class _Overlay(dict):
@@ -182,16 +183,17 @@ def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
     While it runs, the floats in optimizers' param_groups are runtime scalars; a failure leaves
     optimizers and schedulers as they were.
     """
-    state = tracer.state = Hyperparameters(tracer)
+    t = tracer.trace
+    state = t.hyperparameters = Hyperparameters(t)
     try:
         roots = [original, *bound.args, *bound.kwargs.values()]
         state.start(within_reach(roots, names_of_globals))
         returned = _run(tracer, bound, original)
-        if tracer.refused is not None:
-            raise tracer.refused
+        if t.refused is not None:
+            raise t.refused
         state.finish()
     except BaseException:
-        tracer.forget()
+        t.forget()
         state.undo()
         raise
     return returned

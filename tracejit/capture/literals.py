@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 
-from tracejit.capture.captured import Captured, graph_key
+from tracejit.capture.effects.captured import Captured, graph_key
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Param, Value
 from tracejit.ir.types import HOST_SCALAR

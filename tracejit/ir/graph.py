@@ -144,12 +144,12 @@ class Builder:
         self.nodes: list[Node] = []
         self.line = ""  # stamped on each node: the user's file:line
         self.on_emit: Callable[[Node], None] | None = None
-        self._next = first_id
+        self.next_id = first_id
 
     def value(self, type: Type) -> Value:
         """A fresh value that nothing defines yet."""
-        out = Value(self._next, type)
-        self._next += 1
+        out = Value(self.next_id, type)
+        self.next_id += 1
         return out
 
     def param(self, type: Type, strides: tuple[int, ...] | None = None) -> Value:

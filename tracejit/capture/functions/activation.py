@@ -31,9 +31,9 @@ from tracejit.capture.functions.derived import (
     widen,
 )
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import RULES, Rule, spellings
-from tracejit.capture.tensor import TracedTensor, elementwise_strides, is_dense
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import RULES, Rule, spellings
+from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides, is_dense
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
 
 Tensor = torch.Tensor
@@ -57,13 +57,13 @@ def _none() -> tuple:
 # --- formulas ----------------------------------------------------------------------------------
 
 
-def _gelu(t: Tracer, x: Value) -> Value:
+def _gelu(t: Trace, x: Value) -> Value:
     """x·Φ(x), Φ the normal distribution's cumulative function."""
     b = t.b
     return b.mul(b.mul(x, 0.5), b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0))
 
 
-def _d_gelu(t: Tracer, g: Value, x: Value) -> Value:
+def _d_gelu(t: Trace, g: Value, x: Value) -> Value:
     """g·(Φ(x) + x·φ(x))."""
     b = t.b
     cdf = b.mul(b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0), 0.5)
@@ -71,18 +71,18 @@ def _d_gelu(t: Tracer, g: Value, x: Value) -> Value:
     return b.mul(g, b.add(cdf, b.mul(x, pdf)))
 
 
-def _gelu_inner(t: Tracer, x: Value) -> Value:
+def _gelu_inner(t: Trace, x: Value) -> Value:
     b = t.b
     return b.mul(b.add(x, b.mul(b.mul(b.mul(x, x), x), _CUBIC)), _GELU_SCALE)
 
 
-def _gelu_tanh(t: Tracer, x: Value) -> Value:
+def _gelu_tanh(t: Trace, x: Value) -> Value:
     """x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))."""
     b = t.b
     return b.mul(b.mul(x, 0.5), b.add(b.tanh(_gelu_inner(t, x)), 1.0))
 
 
-def _d_gelu_tanh(t: Tracer, g: Value, x: Value) -> Value:
+def _d_gelu_tanh(t: Trace, g: Value, x: Value) -> Value:
     b = t.b
     y = b.tanh(_gelu_inner(t, x))
     inner = b.mul(b.add(b.mul(b.mul(x, x), 3 * _CUBIC), 1.0), _GELU_SCALE)
@@ -90,86 +90,86 @@ def _d_gelu_tanh(t: Tracer, g: Value, x: Value) -> Value:
     return b.mul(g, b.add(b.mul(b.add(y, 1.0), 0.5), right))
 
 
-def _silu(t: Tracer, x: Value) -> Value:
+def _silu(t: Trace, x: Value) -> Value:
     """x·sigmoid(x)."""
     return t.b.div(x, t.b.add(t.b.exp(t.b.neg(x)), 1.0))
 
 
-def _d_silu(t: Tracer, g: Value, x: Value) -> Value:
+def _d_silu(t: Trace, g: Value, x: Value) -> Value:
     """g·s·(1 + x·(1 - s)), s = sigmoid(x)."""
     b, s = t.b, sigmoid(t, x)
     return b.mul(b.mul(g, s), b.add(b.mul(x, b.sub(1.0, s)), 1.0))
 
 
-def _leaky_relu(t: Tracer, x: Value, slope: Arg) -> Value:
+def _leaky_relu(t: Trace, x: Value, slope: Arg) -> Value:
     return t.b.where(t.b.gt(x, 0.0), x, t.b.mul(x, slope))
 
 
-def _d_leaky_relu(t: Tracer, g: Value, x: Value, slope: Arg) -> Value:
+def _d_leaky_relu(t: Trace, g: Value, x: Value, slope: Arg) -> Value:
     return t.b.where(t.b.gt(x, 0.0), g, t.b.mul(g, slope))
 
 
-def _elu(t: Tracer, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
+def _elu(t: Trace, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
     """above·x, and below·(exp(inner·x) - 1) where x <= 0."""
     b = t.b
     return b.where(b.gt(x, 0.0), b.mul(x, above), b.mul(b.expm1(b.mul(x, inner)), below))
 
 
-def _d_elu(t: Tracer, g: Value, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
+def _d_elu(t: Trace, g: Value, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
     b = t.b
     low = b.minimum(x, 0.0)  # keeps exp finite where it is not used
     slope = b.mul(b.mul(b.mul(g, inner), below), b.exp(b.mul(low, inner)))
     return b.where(b.le(x, 0.0), slope, b.mul(g, above))
 
 
-def _d_inside(t: Tracer, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+def _d_inside(t: Trace, g: Value, x: Value, low: Arg, high: Arg) -> Value:
     """g between the bounds, 0 at them and outside."""
     b = t.b
     return b.where(b.or_(b.le(x, low), b.ge(x, high)), 0.0, g)
 
 
-def _clamped(t: Tracer, x: Value) -> Value:
+def _clamped(t: Trace, x: Value) -> Value:
     """min(max(x + 3, 0), 6)."""
     return t.b.minimum(t.b.maximum(t.b.add(x, 3.0), 0.0), 6.0)
 
 
-def _hardsigmoid(t: Tracer, x: Value) -> Value:
+def _hardsigmoid(t: Trace, x: Value) -> Value:
     return t.b.div(_clamped(t, x), 6.0)
 
 
-def _d_hardsigmoid(t: Tracer, g: Value, x: Value) -> Value:
+def _d_hardsigmoid(t: Trace, g: Value, x: Value) -> Value:
     b = t.b
     return b.where(b.and_(b.gt(x, -3.0), b.lt(x, 3.0)), b.mul(g, _SIXTH), 0.0)
 
 
-def _hardswish(t: Tracer, x: Value) -> Value:
+def _hardswish(t: Trace, x: Value) -> Value:
     return t.b.div(t.b.mul(x, _clamped(t, x)), 6.0)
 
 
-def _d_hardswish(t: Tracer, g: Value, x: Value) -> Value:
+def _d_hardswish(t: Trace, g: Value, x: Value) -> Value:
     b = t.b
     inside = b.mul(g, b.add(b.div(x, 3.0), 0.5))
     return b.where(b.le(x, -3.0), 0.0, b.where(b.lt(x, 3.0), inside, g))
 
 
-def _softplus(t: Tracer, x: Value, beta: Arg, threshold: Arg) -> Value:
+def _softplus(t: Trace, x: Value, beta: Arg, threshold: Arg) -> Value:
     """log(1 + exp(β·x)) / β, and x where β·x is above the threshold."""
     b, scaled = t.b, t.b.mul(x, beta)
     return b.where(b.gt(scaled, threshold), x, b.div(b.log1p(b.exp(scaled)), beta))
 
 
-def _d_softplus(t: Tracer, g: Value, x: Value, beta: Arg, threshold: Arg) -> Value:
+def _d_softplus(t: Trace, g: Value, x: Value, beta: Arg, threshold: Arg) -> Value:
     b, scaled = t.b, t.b.mul(x, beta)
     return b.where(b.gt(scaled, threshold), g, b.mul(g, sigmoid(t, scaled)))
 
 
-def log_sigmoid(t: Tracer, x: Value) -> Value:
+def log_sigmoid(t: Trace, x: Value) -> Value:
     """min(x, 0) - log(1 + exp(-|x|))."""
     b = t.b
     return b.sub(b.minimum(x, 0.0), b.log1p(b.exp(b.neg(b.abs(x)))))
 
 
-def _d_logsigmoid(t: Tracer, g: Value, x: Value) -> Value:
+def _d_logsigmoid(t: Trace, g: Value, x: Value) -> Value:
     """g·(1 - sigmoid(x)), from exp(-|x|)."""
     b = t.b
     z = b.exp(b.neg(b.abs(x)))
@@ -177,37 +177,37 @@ def _d_logsigmoid(t: Tracer, g: Value, x: Value) -> Value:
     return b.mul(g, b.where(below, b.sub(1.0, part), part))
 
 
-def _mish(t: Tracer, x: Value) -> Value:
+def _mish(t: Trace, x: Value) -> Value:
     """x·tanh(log(1 + exp(x)))."""
     return t.b.mul(x, t.b.tanh(t.b.log1p(t.b.exp(x))))
 
 
-def _d_mish(t: Tracer, g: Value, x: Value) -> Value:
+def _d_mish(t: Trace, g: Value, x: Value) -> Value:
     b = t.b
     y = b.tanh(b.log1p(b.exp(x)))
     rest = b.mul(b.mul(x, sigmoid(t, x)), b.sub(1.0, b.mul(y, y)))
     return b.mul(g, b.add(y, rest))
 
 
-def _threshold(t: Tracer, x: Value, threshold: Arg, value: Arg) -> Value:
+def _threshold(t: Trace, x: Value, threshold: Arg, value: Arg) -> Value:
     return t.b.where(t.b.le(x, threshold), value, x)
 
 
-def _d_threshold(t: Tracer, g: Value, x: Value, threshold: Arg, value: Arg) -> Value:
+def _d_threshold(t: Trace, g: Value, x: Value, threshold: Arg, value: Arg) -> Value:
     return t.b.where(t.b.le(x, threshold), 0.0, g)
 
 
-def _hardshrink(t: Tracer, x: Value, low: Arg, high: Arg) -> Value:
+def _hardshrink(t: Trace, x: Value, low: Arg, high: Arg) -> Value:
     b = t.b
     return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, x)
 
 
-def _d_hardshrink(t: Tracer, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+def _d_hardshrink(t: Trace, g: Value, x: Value, low: Arg, high: Arg) -> Value:
     b = t.b
     return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, g)
 
 
-def _softshrink(t: Tracer, x: Value, low: Arg, high: Arg) -> Value:
+def _softshrink(t: Trace, x: Value, low: Arg, high: Arg) -> Value:
     """x moved towards 0 by λ, 0 between -λ and λ."""
     b = t.b
     middle = b.where(b.ne(x, x), x, 0.0)
@@ -236,7 +236,7 @@ ACTIVATIONS: dict[str, tuple[Constants, Formula, Formula]] = {
 
 
 def _activation(name: str, constants: Constants, value: Formula, slope: Formula) -> Rule:
-    def function(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> TracedTensor:
+    def function(t: Trace, input: Tensor, *args: object, **kwargs: object) -> TracedTensor:
         numbers = constants(*args, **kwargs)
 
         def emit(x: Value) -> Value:
@@ -260,7 +260,7 @@ def _activation(name: str, constants: Constants, value: Formula, slope: Formula)
 def with_inplace(implementation: Rule, position: int) -> Rule:
     """A rule of torch.nn.functional: an `inplace` flag stands after `position` arguments."""
 
-    def rule(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def rule(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
         inplace = kwargs.pop("inplace", args[position] if len(args) > position else False)
         run = in_place(implementation) if inplace else implementation
         return run(t, input, *args[:position], **kwargs)
@@ -276,7 +276,7 @@ def _register(name: str, implementation: Rule, arguments: int) -> None:
 
 
 def _row_major(implementation: Rule) -> Rule:
-    def function(t: Tracer, input: Tensor) -> TracedTensor:
+    def function(t: Trace, input: Tensor) -> TracedTensor:
         return t.fresh(t.read(implementation(t, input).handle))
 
     return function
@@ -296,13 +296,13 @@ _GELU = {
 }
 
 
-def gelu(t: Tracer, input: Tensor, *, approximate: str = "none") -> TracedTensor:
+def gelu(t: Trace, input: Tensor, *, approximate: str = "none") -> TracedTensor:
     if approximate not in _GELU:
         raise t.shape_error("approximate argument must be either none or tanh.")
     return _GELU[approximate](t, input)
 
 
-def hardtanh(t: Tracer, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> TracedTensor:
+def hardtanh(t: Trace, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> TracedTensor:
     """clamp, with gradient 0 at the bounds."""
     h = t.lift(input)
     if not h.dtype.is_float:
@@ -312,7 +312,7 @@ def hardtanh(t: Tracer, input: Tensor, min_val: float = -1.0, max_val: float = 1
 
 
 def _checked_hardtanh(
-    t: Tracer, input: Tensor, min_val: float = -1.0, max_val: float = 1.0
+    t: Trace, input: Tensor, min_val: float = -1.0, max_val: float = 1.0
 ) -> TracedTensor:
     if min_val > max_val:
         raise argument_error(t, "min_val cannot be greater than max_val")
@@ -327,21 +327,21 @@ _hardtanh = _activation(
 )
 
 
-def relu6(t: Tracer, input: Tensor) -> TracedTensor:
+def relu6(t: Trace, input: Tensor) -> TracedTensor:
     return hardtanh(t, input, 0.0, 6.0)
 
 
-def softsign(t: Tracer, input: Tensor) -> TracedTensor:
+def softsign(t: Trace, input: Tensor) -> TracedTensor:
     """x / (|x| + 1), as torch composes it."""
     return div(t, input, add(t, FUNCTIONS["abs"](t, input), 1))
 
 
-def tanhshrink(t: Tracer, input: Tensor) -> TracedTensor:
+def tanhshrink(t: Trace, input: Tensor) -> TracedTensor:
     """x - tanh(x), as torch composes it."""
     return sub(t, input, FUNCTIONS["tanh"](t, input))
 
 
-def prelu(t: Tracer, input: Tensor, weight: Tensor) -> TracedTensor:
+def prelu(t: Trace, input: Tensor, weight: Tensor) -> TracedTensor:
     """x, and weight·x where x <= 0; one weight, or one per channel (axis 1)."""
     x, w = t.lift(input), t.lift(weight)
     channels = x.shape[1] if len(x.shape) > 1 else 1
@@ -367,7 +367,7 @@ def prelu(t: Tracer, input: Tensor, weight: Tensor) -> TracedTensor:
     return t.fresh(value, strides)
 
 
-def glu(t: Tracer, input: Tensor, dim: int = -1) -> TracedTensor:
+def glu(t: Trace, input: Tensor, dim: int = -1) -> TracedTensor:
     """The first half along an axis times the sigmoid of the second."""
     x, b = t.lift(input), t.b
     if not x.shape:
@@ -414,7 +414,7 @@ register(("glu",), glu, inplace=False)
 
 
 def dropout(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     p: float = 0.5,
     training: bool = True,
@@ -432,7 +432,7 @@ def dropout(
 
 
 def alpha_dropout(
-    t: Tracer, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
+    t: Trace, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> Tensor:
     """Dropout that is off unless asked for."""
     return dropout(t, input, p, training)
@@ -448,7 +448,7 @@ def _of_batches(rank: int):
     """Dropout of whole channels: without a batch axis, one is put in front and taken away again."""
 
     def rule(
-        t: Tracer, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+        t: Trace, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if rank == 3 and len(t.lift(input).shape) not in (2, 3):
             raise t.shape_error("dropout1d: Expected 2D or 3D input")

@@ -28,17 +28,17 @@ from tracejit.capture.functions.common import (
     rounded,
     truth,
 )
-from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.table import RULES, rule
-from tracejit.capture.tensor import TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.table import RULES, rule
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import DType, b1, f32, u8
 
 Tensor = torch.Tensor
 
 
-def _scaled(t: Tracer, x: Arg, alpha: Number, dtype: DType) -> Arg:
+def _scaled(t: Trace, x: Arg, alpha: Number, dtype: DType) -> Arg:
     """alpha·x, exact when alpha is 1."""
     if not isinstance(alpha, TracedFloat) and alpha == 1:
         return x
@@ -50,12 +50,12 @@ def _scaled(t: Tracer, x: Arg, alpha: Number, dtype: DType) -> Arg:
     return t.b.host_mul(x, factor) if isinstance(x, Value) else _host(t, x, factor)
 
 
-def _host(t: Tracer, x: Number, factor: Arg) -> Arg:
+def _host(t: Trace, x: Number, factor: Arg) -> Arg:
     return t.b.host_mul(x, factor) if isinstance(factor, Value) else x * factor
 
 
 def _linear(
-    t: Tracer, emit: Callable[[Arg, Arg], Value], input: object, other: object, alpha: Number
+    t: Trace, emit: Callable[[Arg, Arg], Value], input: object, other: object, alpha: Number
 ) -> TracedTensor:
     """emit(input, alpha·other), rounded once where the dtype is narrow."""
     alpha = as_number(t, alpha)
@@ -84,7 +84,7 @@ def _linear(
     return pointwise(t, widened, (input, other))
 
 
-def add(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+def add(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
     def emit(x: Arg, y: Arg) -> Value:
         either = x if _is_tensor(x) else y
         return t.b.or_(x, y) if either.type.dtype is b1 else t.b.add(x, y)
@@ -92,7 +92,7 @@ def add(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> Traced
     return _linear(t, emit, input, other, alpha)
 
 
-def sub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+def sub(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
     for x in (operand(t, input), operand(t, other)):
         if isinstance(x.number, bool) or (x.handle is not None and x.handle.dtype is b1):
             raise t.shape_error(
@@ -102,25 +102,25 @@ def sub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> Traced
     return _linear(t, t.b.sub, input, other, alpha)
 
 
-def rsub(t: Tracer, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+def rsub(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
     return sub(t, other, input, alpha=alpha)
 
 
-def mul(t: Tracer, input: object, other: object) -> TracedTensor:
+def mul(t: Trace, input: object, other: object) -> TracedTensor:
     return _product(t, input, other, _holding(t, t.b.mul))
 
 
-def scaled(t: Tracer, input: Tensor, factor: Number) -> TracedTensor:
+def scaled(t: Trace, input: Tensor, factor: Number) -> TracedTensor:
     """A product with a number that torch keeps as a number, as alpha and beta."""
     return _product(t, input, factor, t.b.mul)
 
 
-def _product(t: Tracer, input: object, other: object, emit: Callable) -> TracedTensor:
+def _product(t: Trace, input: object, other: object, emit: Callable) -> TracedTensor:
     dtype = result_dtype((operand(t, input), operand(t, other)))
     return pointwise(t, t.b.and_ if dtype is b1 else emit, (input, other), wide=True)
 
 
-def _holding(t: Tracer, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg], Value]:
+def _holding(t: Trace, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg], Value]:
     """A product or quotient: torch saves a number among the operands as it saves a tensor."""
 
     def wrapped(x: Arg, y: Arg) -> Value:
@@ -131,7 +131,7 @@ def _holding(t: Tracer, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg
 
 
 def div(
-    t: Tracer, input: object, other: object, *, rounding_mode: str | None = None
+    t: Trace, input: object, other: object, *, rounding_mode: str | None = None
 ) -> TracedTensor:
     if rounding_mode == "floor":
         _check_divisor(t, input, other)
@@ -144,7 +144,7 @@ def div(
     raise t.unsupported("Use rounding_mode='floor', or torch.trunc of the quotient")
 
 
-def rdiv(t: Tracer, input: object, other: object) -> TracedTensor:
+def rdiv(t: Trace, input: object, other: object) -> TracedTensor:
     """number / tensor, which torch computes as reciprocal(tensor) · number."""
 
     def emit(x: Value, y: Arg) -> Value:
@@ -153,11 +153,11 @@ def rdiv(t: Tracer, input: object, other: object) -> TracedTensor:
     return pointwise(t, emit, (input, other), to=as_float, wide=True)
 
 
-def reciprocal(t: Tracer, input: object) -> TracedTensor:
+def reciprocal(t: Trace, input: object) -> TracedTensor:
     return pointwise(t, lambda x: _reciprocal(t, x), (input,), to=as_float)
 
 
-def _reciprocal(t: Tracer, x: Value) -> Value:
+def _reciprocal(t: Trace, x: Value) -> Value:
     with t.untaped():
         y = t.b.div(1.0, x)
 
@@ -167,7 +167,7 @@ def _reciprocal(t: Tracer, x: Value) -> Value:
     return t.derive("reciprocal", (x,), y, vjp)
 
 
-def _no_derivative(t: Tracer, name: str, emit):
+def _no_derivative(t: Trace, name: str, emit):
     """Emit a step that torch has no derivative for: backward through it raises."""
 
     def wrapped(x: Arg, y: Arg) -> Value:
@@ -182,7 +182,7 @@ def _no_derivative(t: Tracer, name: str, emit):
     return wrapped
 
 
-def _flat(t: Tracer, name: str, emit):
+def _flat(t: Trace, name: str, emit):
     """Emit a step whose derivative is zero."""
 
     def wrapped(x: Arg, y: Arg) -> Value:
@@ -194,13 +194,13 @@ def _flat(t: Tracer, name: str, emit):
     return wrapped
 
 
-def floor_divide(t: Tracer, input: object, other: object) -> TracedTensor:
+def floor_divide(t: Trace, input: object, other: object) -> TracedTensor:
     _check_divisor(t, input, other)
     emit = _no_derivative(t, "floor_divide", t.b.floordiv)
     return pointwise(t, emit, (input, other), wide=True)
 
 
-def _check_divisor(t: Tracer, input: object, other: object) -> None:
+def _check_divisor(t: Trace, input: object, other: object) -> None:
     """An integer division by the number 0 raises; by a zero in a tensor gives 0, as on a GPU."""
     if not isinstance(other, (Tensor, float)) and other == 0:
         handle = operand(t, input).handle
@@ -208,13 +208,13 @@ def _check_divisor(t: Tracer, input: object, other: object) -> None:
             raise t.shape_error("ZeroDivisionError")
 
 
-def remainder(t: Tracer, input: object, other: object) -> TracedTensor:
+def remainder(t: Trace, input: object, other: object) -> TracedTensor:
     _check_divisor(t, input, other)
     emit = t.b.mod if isinstance(input, Tensor) else _no_derivative(t, "remainder", t.b.mod)
     return pointwise(t, emit, (input, other))
 
 
-def power(t: Tracer, input: object, exponent: object) -> TracedTensor:
+def power(t: Trace, input: object, exponent: object) -> TracedTensor:
     """torch.pow, with torch's exact special cases of a literal exponent and its own derivative.
 
     d/dx x^e = e·x^(e-1), zero where e is 0 (torch's pow_backward).
@@ -258,7 +258,7 @@ def _raise_to(b, x: Value, e: Number) -> Value:
     return b.pow(x, e)
 
 
-def _power_literal(t: Tracer, x: Value, e: Number) -> Value:
+def _power_literal(t: Trace, x: Value, e: Number) -> Value:
     with t.untaped():
         out = _raise_to(t.b, x, e)
 
@@ -271,15 +271,15 @@ def _power_literal(t: Tracer, x: Value, e: Number) -> Value:
     return t.saves(t.derive("pow", (x,), out, vjp), x)
 
 
-def maximum(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def maximum(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     return pointwise(t, t.b.maximum, (input, other))
 
 
-def minimum(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def minimum(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     return pointwise(t, t.b.minimum, (input, other))
 
 
-def clamp(t: Tracer, input: Tensor, min: object = None, max: object = None) -> TracedTensor:
+def clamp(t: Trace, input: Tensor, min: object = None, max: object = None) -> TracedTensor:
     """torch.clamp; its gradient passes where min <= x <= max, 1 at a tie."""
     if min is None and max is None:
         raise t.shape_error("At least one of 'min' or 'max' must not be None")
@@ -326,15 +326,15 @@ def clamp(t: Tracer, input: Tensor, min: object = None, max: object = None) -> T
     return pointwise(t, emit, (input, *bounds))
 
 
-def clamp_min(t: Tracer, input: Tensor, min: object) -> TracedTensor:
+def clamp_min(t: Trace, input: Tensor, min: object) -> TracedTensor:
     return clamp(t, input, min=min)
 
 
-def clamp_max(t: Tracer, input: Tensor, max: object) -> TracedTensor:
+def clamp_max(t: Trace, input: Tensor, max: object) -> TracedTensor:
     return clamp(t, input, max=max)
 
 
-def where(t: Tracer, condition: Tensor, input: object, other: object) -> TracedTensor:
+def where(t: Trace, condition: Tensor, input: object, other: object) -> TracedTensor:
     c, *xs = (operand(t, x) for x in (condition, input, other))
     if c.handle is None or c.handle.dtype not in (b1, u8):
         raise t.shape_error("where expected condition to be a boolean tensor")
@@ -351,11 +351,11 @@ def _is_tensor(x: Arg) -> bool:
     return isinstance(x, Value) and not x.type.is_host
 
 
-def _where_method(t: Tracer, input: Tensor, condition: Tensor, other: object) -> TracedTensor:
+def _where_method(t: Trace, input: Tensor, condition: Tensor, other: object) -> TracedTensor:
     return where(t, condition, input, other)
 
 
-def masked_fill(t: Tracer, input: Tensor, mask: Tensor, value: object) -> TracedTensor:
+def masked_fill(t: Trace, input: Tensor, mask: Tensor, value: object) -> TracedTensor:
     if t.lift(mask).dtype is not b1:
         raise t.shape_error("masked_fill only supports boolean masks")
     x = operand(t, input)
@@ -370,14 +370,14 @@ def masked_fill(t: Tracer, input: Tensor, mask: Tensor, value: object) -> Traced
 
 
 def _compare(name: str):
-    def compare(t: Tracer, input: object, other: object) -> TracedTensor:
+    def compare(t: Trace, input: object, other: object) -> TracedTensor:
         return pointwise(t, getattr(t.b, name), (input, other))
 
     return compare
 
 
 def _bitwise(name: str):
-    def bitwise(t: Tracer, input: object, other: object) -> TracedTensor:
+    def bitwise(t: Trace, input: object, other: object) -> TracedTensor:
         if result_dtype((operand(t, input), operand(t, other))).is_float:
             raise t.shape_error(f"bitwise {name} is not implemented for floating-point tensors")
         return pointwise(t, getattr(t.b, name), (input, other))
@@ -386,7 +386,7 @@ def _bitwise(name: str):
 
 
 def _logical(name: str):
-    def logical(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+    def logical(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
         def emit(x: Value, y: Value) -> Value:
             return getattr(t.b, name)(truth(t, x), truth(t, y))
 
@@ -395,18 +395,18 @@ def _logical(name: str):
     return logical
 
 
-def bitwise_not(t: Tracer, input: Tensor) -> TracedTensor:
+def bitwise_not(t: Trace, input: Tensor) -> TracedTensor:
     if operand(t, input).handle.dtype.is_float:
         raise t.unsupported("It is only implemented on integer and bool tensors")
     return pointwise(t, t.b.not_, (input,))
 
 
-def logical_not(t: Tracer, input: Tensor) -> TracedTensor:
+def logical_not(t: Trace, input: Tensor) -> TracedTensor:
     return pointwise(t, lambda x: t.b.eq(x, literal(0, x.type.dtype)), (input,))
 
 
 def _swapped(implementation):
-    def reflected(t: Tracer, self: Tensor, other: object) -> TracedTensor:
+    def reflected(t: Trace, self: Tensor, other: object) -> TracedTensor:
         return implementation(t, other, self)
 
     return reflected
@@ -474,7 +474,7 @@ for _name, _implementation in (
 
 
 @rule(Tensor.copy_)
-def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
+def copy_(t: Trace, self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(src, Tensor):
         return fill_(t, self, src)
     into, source = t.lift(self), t.lift(src)
@@ -498,7 +498,7 @@ def copy_(t: Tracer, self: Tensor, src: Tensor, non_blocking: bool = False) -> T
 
 
 @rule(Tensor.fill_)
-def fill_(t: Tracer, self: Tensor, value: object) -> Tensor:
+def fill_(t: Trace, self: Tensor, value: object) -> Tensor:
     into = t.lift(self)
     x = operand(t, value)
     if x.handle is not None:
@@ -512,7 +512,7 @@ def fill_(t: Tracer, self: Tensor, value: object) -> Tensor:
 
 
 @rule(Tensor.zero_, torch.zero_)
-def zero_(t: Tracer, self: Tensor) -> Tensor:
+def zero_(t: Trace, self: Tensor) -> Tensor:
     h = t.lift(self)
     if any(st == 0 and n > 1 for st, n in zip(h.strides, h.shape, strict=True)):
         raise t.unsupported("Write to the tensor that was expanded")

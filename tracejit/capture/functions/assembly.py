@@ -32,10 +32,10 @@ from tracejit.capture.functions.movement import (
     unsqueeze,
     view,
 )
-from tracejit.capture.scalars import is_runtime
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import TracedTensor, elementwise_strides
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.scalars import is_runtime
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64
 
@@ -46,7 +46,7 @@ Tensors = Sequence[Tensor]
 # ---- joining
 
 
-def joined(t: Tracer, pieces: Sequence[Value], axis: int) -> Value:
+def joined(t: Trace, pieces: Sequence[Value], axis: int) -> Value:
     """Values of one dtype along an axis, each where its positions begin."""
     sizes = [p.type.shape[axis] for p in pieces]
     starts = [sum(sizes[:k]) for k in range(len(sizes))]
@@ -61,7 +61,7 @@ def joined(t: Tracer, pieces: Sequence[Value], axis: int) -> Value:
     return t.derive("cat", tuple(pieces), value, vjp)
 
 
-def _joined(t: Tracer, pieces: Sequence[Value], starts: list[int], axis: int, total: int) -> Value:
+def _joined(t: Trace, pieces: Sequence[Value], starts: list[int], axis: int, total: int) -> Value:
     kind = pieces[0].type
     rank = len(kind.shape)
     value = None
@@ -89,7 +89,7 @@ def _part(b, x: Value, axis: int, start: int, length: int) -> Value:
     return b.slice(x, starts=starts, stops=stops, steps=(1,) * len(shape))
 
 
-def cat(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
+def cat(t: Trace, tensors: Tensors, dim: int = 0) -> TracedTensor:
     """torch.cat; tensors of shape (0,) are skipped, as they always were."""
     if not tensors:
         raise ValueError("torch.cat(): expected a non-empty list of Tensors")
@@ -116,7 +116,7 @@ def cat(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
     return t.fresh(value)
 
 
-def stack(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
+def stack(t: Trace, tensors: Tensors, dim: int = 0) -> TracedTensor:
     if not tensors:
         raise t.shape_error("stack expects a non-empty TensorList")
     first = t.lift(tensors[0]).shape
@@ -130,7 +130,7 @@ def stack(t: Tracer, tensors: Tensors, dim: int = 0) -> TracedTensor:
     return cat(t, [unsqueeze(t, x, axis) for x in tensors], axis)
 
 
-def at_least(t: Tracer, x: Tensor, rank: int) -> Tensor:
+def at_least(t: Trace, x: Tensor, rank: int) -> Tensor:
     """atleast_1d, atleast_2d, atleast_3d of one tensor."""
     have = len(t.lift(x).shape)
     if have >= rank:
@@ -141,28 +141,28 @@ def at_least(t: Tracer, x: Tensor, rank: int) -> Tensor:
     return unsqueeze(t, x, -1) if rank == 3 else x
 
 
-def _require_some(t: Tracer, tensors: Tensors) -> None:
+def _require_some(t: Trace, tensors: Tensors) -> None:
     if not tensors:
         raise t.shape_error("expected a non-empty TensorList")
 
 
-def hstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+def hstack(t: Trace, tensors: Tensors) -> TracedTensor:
     _require_some(t, tensors)
     tensors = [at_least(t, x, 1) for x in tensors]
     return cat(t, tensors, int(len(t.lift(tensors[0]).shape) > 1))
 
 
-def vstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+def vstack(t: Trace, tensors: Tensors) -> TracedTensor:
     _require_some(t, tensors)
     return cat(t, [at_least(t, x, 2) for x in tensors], 0)
 
 
-def dstack(t: Tracer, tensors: Tensors) -> TracedTensor:
+def dstack(t: Trace, tensors: Tensors) -> TracedTensor:
     _require_some(t, tensors)
     return cat(t, [at_least(t, x, 3) for x in tensors], 2)
 
 
-def column_stack(t: Tracer, tensors: Tensors) -> TracedTensor:
+def column_stack(t: Trace, tensors: Tensors) -> TracedTensor:
     columns = [
         x if len(t.lift(x).shape) > 1 else reshape(t, x, (t.lift(x).numel, 1)) for x in tensors
     ]
@@ -172,7 +172,7 @@ def column_stack(t: Tracer, tensors: Tensors) -> TracedTensor:
 # ---- taking apart
 
 
-def split(t: Tracer, tensor: Tensor, split_size_or_sections: object, dim: int = 0) -> tuple:
+def split(t: Trace, tensor: Tensor, split_size_or_sections: object, dim: int = 0) -> tuple:
     """Views of equal size (the last may be smaller), or of the given sizes."""
     if isinstance(split_size_or_sections, (tuple, list)):
         return split_with_sizes(t, tensor, split_size_or_sections, dim)
@@ -187,12 +187,12 @@ def split(t: Tracer, tensor: Tensor, split_size_or_sections: object, dim: int = 
     return t.together(tuple(narrow(t, tensor, axis, s, min(size, n - s)) for s in starts))
 
 
-def split_with_sizes(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int = 0) -> tuple:
+def split_with_sizes(t: Trace, tensor: Tensor, split_sizes: Sequence[int], dim: int = 0) -> tuple:
     """Views of the given sizes."""
     return t.together(_pieces(t, tensor, split_sizes, dim))
 
 
-def _pieces(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int) -> tuple:
+def _pieces(t: Trace, tensor: Tensor, split_sizes: Sequence[int], dim: int) -> tuple:
     h = t.lift(tensor)
     axis, sizes = normal_axis(t, dim, len(h.shape)), [int(n) for n in split_sizes]
     if not h.shape or sum(sizes) != h.shape[axis] or any(n < 0 for n in sizes):
@@ -201,7 +201,7 @@ def _pieces(t: Tracer, tensor: Tensor, split_sizes: Sequence[int], dim: int) -> 
     return tuple(narrow(t, tensor, axis, s, n) for s, n in zip(starts, sizes, strict=True))
 
 
-def chunk(t: Tracer, input: Tensor, chunks: int, dim: int = 0) -> tuple:
+def chunk(t: Trace, input: Tensor, chunks: int, dim: int = 0) -> tuple:
     h = t.lift(input)
     if not h.shape:
         raise t.shape_error("chunk expects at least a 1-dimensional tensor")
@@ -214,7 +214,7 @@ def chunk(t: Tracer, input: Tensor, chunks: int, dim: int = 0) -> tuple:
 
 
 def tensor_split(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     indices_or_sections: object = None,
     dim: int = 0,
@@ -245,7 +245,7 @@ def tensor_split(
 
 
 def _split_along(name: str, dim: int, least: int):
-    def rule(t: Tracer, input: Tensor, indices_or_sections: object) -> tuple:
+    def rule(t: Trace, input: Tensor, indices_or_sections: object) -> tuple:
         rank = len(t.lift(input).shape)
         if rank < least:
             raise t.shape_error(f"torch.{name} requires a tensor with at least {least} dimension")
@@ -264,7 +264,7 @@ def _split_along(name: str, dim: int, least: int):
 
 
 def pad(
-    t: Tracer, input: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None
+    t: Trace, input: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None
 ) -> TracedTensor:
     """F.pad with a constant; negative widths cut off."""
     if mode != "constant":
@@ -298,7 +298,7 @@ def pad(
     return t.fresh(t.b.where(inside, x, fill))
 
 
-def _cut(t: Tracer, x: Value, low: list[int], high: list[int]) -> Value:
+def _cut(t: Trace, x: Value, low: list[int], high: list[int]) -> Value:
     if all(n >= 0 for n in (*low, *high)):
         return x
     starts = tuple(max(-n, 0) for n in low)
@@ -308,7 +308,7 @@ def _cut(t: Tracer, x: Value, low: list[int], high: list[int]) -> Value:
 
 
 def constant_pad_nd(
-    t: Tracer, input: Tensor, pad_: Sequence[int], value: object = 0
+    t: Trace, input: Tensor, pad_: Sequence[int], value: object = 0
 ) -> TracedTensor:
     return pad(t, input, pad_, "constant", value)
 
@@ -316,19 +316,19 @@ def constant_pad_nd(
 # ---- order
 
 
-def flip(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+def flip(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
     h = t.lift(input)
     chosen = size_args(t, dims)
     axes = normal_axes(t, chosen, len(h.shape)) if chosen else ()
     return t.fresh(t.b.flip(t.read(h), axes=axes if h.shape else ()), preserved_strides(h))
 
 
-def _flip_function(t: Tracer, input: Tensor, dims: object) -> TracedTensor:
+def _flip_function(t: Trace, input: Tensor, dims: object) -> TracedTensor:
     return flip(t, input, dims)
 
 
 def _flip_one(name: str, axis: int):
-    def rule(t: Tracer, input: Tensor) -> TracedTensor:
+    def rule(t: Trace, input: Tensor) -> TracedTensor:
         if len(t.lift(input).shape) <= axis:
             raise t.shape_error(f"{name}: Input must be >= {axis + 1}-d.")
         return flip(t, input, axis)
@@ -336,7 +336,7 @@ def _flip_one(name: str, axis: int):
     return rule
 
 
-def roll(t: Tracer, input: Tensor, shifts: object, dims: object = ()) -> TracedTensor:
+def roll(t: Trace, input: Tensor, shifts: object, dims: object = ()) -> TracedTensor:
     """Each axis in two parts, in the other order."""
     h = t.lift(input)
     shifts = (shifts,) if isinstance(shifts, int) else tuple(shifts)
@@ -360,7 +360,7 @@ def roll(t: Tracer, input: Tensor, shifts: object, dims: object = ()) -> TracedT
 # ---- copies side by side
 
 
-def repeat(t: Tracer, input: Tensor, *repeats: object) -> TracedTensor:
+def repeat(t: Trace, input: Tensor, *repeats: object) -> TracedTensor:
     times = size_args(t, repeats)
     h = t.lift(input)
     missing = len(times) - len(h.shape)
@@ -374,14 +374,14 @@ def repeat(t: Tracer, input: Tensor, *repeats: object) -> TracedTensor:
     return t.fresh(t.b.reshape(value, shape=whole))
 
 
-def tile(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+def tile(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
     times = size_args(t, dims)
     missing = len(t.lift(input).shape) - len(times)
     return repeat(t, input, (1,) * missing + times)
 
 
 def repeat_interleave(
-    t: Tracer, input: Tensor, repeats: object = None, dim: int | None = None, **options: object
+    t: Trace, input: Tensor, repeats: object = None, dim: int | None = None, **options: object
 ) -> TracedTensor:
     """Each element `repeats` times in a row."""
     if not isinstance(repeats, int) or set(options) - {"output_size"}:
@@ -404,7 +404,7 @@ def repeat_interleave(
     return t.fresh(t.b.reshape(value, shape=whole))
 
 
-def meshgrid(t: Tracer, *tensors: object, indexing: str | None = None) -> tuple:
+def meshgrid(t: Trace, *tensors: object, indexing: str | None = None) -> tuple:
     """Views of vectors, one axis for each."""
     given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
     if not given:
@@ -427,7 +427,7 @@ def meshgrid(t: Tracer, *tensors: object, indexing: str | None = None) -> tuple:
 # ---- views
 
 
-def movedim(t: Tracer, input: Tensor, source: object, destination: object) -> TracedTensor:
+def movedim(t: Trace, input: Tensor, source: object, destination: object) -> TracedTensor:
     rank = len(t.lift(input).shape)
     source = (source,) if isinstance(source, int) else tuple(source)
     destination = (destination,) if isinstance(destination, int) else tuple(destination)
@@ -446,7 +446,7 @@ def movedim(t: Tracer, input: Tensor, source: object, destination: object) -> Tr
     return permute(t, input, tuple(next(others) if a is None else a for a in order))
 
 
-def unflatten(t: Tracer, input: Tensor, dim: int, sizes: Sequence[int]) -> TracedTensor:
+def unflatten(t: Trace, input: Tensor, dim: int, sizes: Sequence[int]) -> TracedTensor:
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
     sizes = tuple(int(n) for n in sizes)
@@ -461,7 +461,7 @@ def unflatten(t: Tracer, input: Tensor, dim: int, sizes: Sequence[int]) -> Trace
 
 
 @rule(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d)
-def _atleast(t: Tracer, *tensors: object) -> object:
+def _atleast(t: Trace, *tensors: object) -> object:
     rank = int(t.calling.__name__[-2])
     given = tensors[0] if len(tensors) == 1 else tensors
     if isinstance(given, Tensor):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from tracejit.autodiff import backward as reverse
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import Handle, TracedTensor, is_dense
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import Handle, TracedTensor, is_dense
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
 Tensor = torch.Tensor
@@ -22,7 +22,7 @@ def _as_tuple(x: object) -> tuple:
 
 
 def _roots(
-    t: Tracer, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    t: Trace, tensors: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[tuple[Value, Value]]:
     roots = []
     if len(cotangents) != len(tensors):
@@ -53,22 +53,18 @@ def _roots(
 
 
 def _gradients(
-    t: Tracer,
+    t: Trace,
     roots: list[tuple[Value, Value]],
     wanted: list[Value],
     *,
     retain_graph: bool,
     create_graph: bool,
 ) -> dict[Value, Value]:
-    before, t.taping = t.taping, t.taping and create_graph
-    try:
-        return reverse(t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=t.reading_for)
-    finally:
-        t.reading_for(None)
-        t.taping = before
+    with t.taped(create_graph), t.formulas() as enter:
+        return reverse(t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=enter)
 
 
-def leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
+def leaf_values(t: Trace) -> dict[Handle, list[Value]]:
     """Every value that stands for a leaf, by leaf, in order of appearance."""
     found: dict[Handle, list[Value]] = {}
     for value, leaf in t.leaf_of.items():
@@ -76,7 +72,7 @@ def leaf_values(t: Tracer) -> dict[Handle, list[Value]]:
     return found
 
 
-def total_of(t: Tracer, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
+def total_of(t: Trace, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
     parts = [gradients[v] for v in values if v in gradients]
     if not parts:
         return None
@@ -88,7 +84,7 @@ def total_of(t: Tracer, gradients: dict[Value, Value], values: list[Value]) -> V
 
 @rule(torch.autograd.backward)
 def backward(
-    t: Tracer,
+    t: Trace,
     tensors: object,
     grad_tensors: object = None,
     retain_graph: bool | None = None,
@@ -115,8 +111,7 @@ def backward(
     retained = {h: t.read(h) for h in t.retained if h not in leaves}
     wanted += retained.values()
     found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
-    before, t.taping = t.taping, t.taping and create_graph
-    try:
+    with t.taped(create_graph):
         for leaf, values in leaves.items():
             total = total_of(t, found, values)
             if total is not None:
@@ -126,13 +121,11 @@ def backward(
                 known = h.grad is None
                 total = found[value] if known else t.b.add(t.read(t.lift(h.grad)), found[value])
                 set_grad_of(h, t.fresh(total))
-    finally:
-        t.taping = before
 
 
 @rule(Tensor.backward)
 def tensor_backward(
-    t: Tracer,
+    t: Trace,
     self: Tensor,
     gradient: Tensor | None = None,
     retain_graph: bool | None = None,
@@ -145,7 +138,7 @@ def tensor_backward(
 
 @rule(torch.autograd.grad)
 def grad(
-    t: Tracer,
+    t: Trace,
     outputs: object,
     inputs: object,
     grad_outputs: object = None,
@@ -173,8 +166,7 @@ def grad(
     wanted = [v for group in values for v in group]
     found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
     out: list[Tensor | None] = []
-    before, t.taping = t.taping, t.taping and create_graph
-    try:
+    with t.taped(create_graph):
         for h, group in zip(handles, values, strict=True):
             total = total_of(t, found, group)
             if total is None and materialize_grads:
@@ -188,12 +180,10 @@ def grad(
                 out.append(None)
             else:
                 out.append(t.fresh(total))
-    finally:
-        t.taping = before
     return tuple(out)
 
 
-def accumulate(t: Tracer, leaf: Handle, total: Value, create_graph: bool) -> None:
+def accumulate(t: Trace, leaf: Handle, total: Value, create_graph: bool) -> None:
     """AccumulateGrad: set the leaf's `.grad`, or add to it in place."""
     if leaf in t.foreign:
         raise t.unsupported(
@@ -219,18 +209,18 @@ def set_grad_of(leaf: Handle, grad: Tensor | None) -> None:
 
 
 @rule(Tensor.grad.__get__)
-def get_grad(t: Tracer, self: Tensor) -> Tensor | None:
+def get_grad(t: Trace, self: Tensor) -> Tensor | None:
     h = t.lift(self)
     if not h.grad_known:
         with torch._C.DisableTorchFunction():
             set_grad_of(h, self.grad)
         h.grad_at_start, h.grad_read = h.grad, True
-        t.trail.found_grad(self, h.grad)
+        t.journal.found_grad(self, h.grad)
     return h.grad
 
 
 @rule(Tensor.grad.__set__)
-def set_grad(t: Tracer, self: Tensor, value: Tensor | None) -> None:
+def set_grad(t: Trace, self: Tensor, value: Tensor | None) -> None:
     h = t.lift(self)
     if value is not None:
         g = t.lift(value)
@@ -244,17 +234,17 @@ def set_grad(t: Tracer, self: Tensor, value: Tensor | None) -> None:
 
 
 @rule(Tensor.grad.__delete__)
-def delete_grad(t: Tracer, self: Tensor) -> None:
+def delete_grad(t: Trace, self: Tensor) -> None:
     set_grad(t, self, None)
 
 
 @rule(Tensor.data.__get__)
-def get_data(t: Tracer, self: Tensor) -> TracedTensor:
+def get_data(t: Trace, self: Tensor) -> TracedTensor:
     return t.detached(t.lift(self), share_version=False)
 
 
 @rule(Tensor.data.__set__)
-def set_data(t: Tracer, self: Tensor, value: Tensor) -> None:
+def set_data(t: Trace, self: Tensor, value: Tensor) -> None:
     """`p.data = x`: p takes x's memory. Kept when x is new and laid out as p."""
     h, x = t.lift(self), t.lift(value)
     if (h.shape, h.dtype, h.device) != (x.shape, x.dtype, x.device):
@@ -269,27 +259,27 @@ def set_data(t: Tracer, self: Tensor, value: Tensor) -> None:
 
 
 @rule(Tensor.detach, torch.detach)
-def detach(t: Tracer, input: Tensor) -> TracedTensor:
+def detach(t: Trace, input: Tensor) -> TracedTensor:
     return t.detached(t.lift(input), share_version=True)
 
 
 @rule(Tensor.requires_grad.__get__)
-def requires_grad(t: Tracer, self: Tensor) -> bool:
+def requires_grad(t: Trace, self: Tensor) -> bool:
     return t.requires_grad(t.lift(self))
 
 
 @rule(Tensor.is_leaf.__get__)
-def is_leaf(t: Tracer, self: Tensor) -> bool:
+def is_leaf(t: Trace, self: Tensor) -> bool:
     return t.is_leaf(t.lift(self))
 
 
 @rule(Tensor.requires_grad.__set__)
-def set_requires_grad(t: Tracer, self: Tensor, value: bool) -> None:
+def set_requires_grad(t: Trace, self: Tensor, value: bool) -> None:
     requires_grad_(t, self, value)
 
 
 @rule(Tensor.requires_grad_)
-def requires_grad_(t: Tracer, self: Tensor, requires_grad: bool = True) -> Tensor:
+def requires_grad_(t: Trace, self: Tensor, requires_grad: bool = True) -> Tensor:
     h = t.lift(self)
     if t.requires_grad(h) == requires_grad:
         return self
@@ -307,7 +297,7 @@ def requires_grad_(t: Tracer, self: Tensor, requires_grad: bool = True) -> Tenso
 
 
 @rule(Tensor.retain_grad)
-def retain_grad(t: Tracer, self: Tensor) -> None:
+def retain_grad(t: Trace, self: Tensor) -> None:
     h = t.lift(self)
     if not t.requires_grad(h):
         raise t.autograd_error("can't retain_grad on Tensor that has requires_grad=False")
@@ -318,12 +308,12 @@ def retain_grad(t: Tracer, self: Tensor) -> None:
 
 
 @rule(Tensor.retains_grad.__get__)
-def retains_grad(t: Tracer, self: Tensor) -> bool:
+def retains_grad(t: Trace, self: Tensor) -> bool:
     return t.lift(self) in t.retained
 
 
 @rule(Tensor.grad_fn.__get__)
-def grad_fn(t: Tracer, self: Tensor) -> object:
+def grad_fn(t: Trace, self: Tensor) -> object:
     """None for a leaf; the node on which torch puts a module's full backward hooks."""
     h = t.lift(self)
     if t.is_leaf(h):

@@ -10,10 +10,10 @@ from types import MappingProxyType
 import numpy as np
 import torch
 
-from tracejit.capture import host, location
-from tracejit.capture.scalars import TracedFloat, is_runtime
-from tracejit.capture.table import RULES, Rule, spellings
-from tracejit.capture.tensor import (
+from tracejit.capture.trace import location, numbers
+from tracejit.capture.trace.scalars import TracedFloat, is_runtime
+from tracejit.capture.trace.table import RULES, Rule, spellings
+from tracejit.capture.trace.tensor import (
     TO_IR,
     TO_TORCH,
     Handle,
@@ -23,7 +23,7 @@ from tracejit.capture.tensor import (
     elementwise_strides,
     is_dense,
 )
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import DType, b1, i64, round_to
@@ -39,7 +39,7 @@ class Operand:
     number: Number | None = None
 
 
-def operand(t: Tracer, x: object) -> Operand:
+def operand(t: Trace, x: object) -> Operand:
     """Read an argument as an operand; anything but a tensor or number is unsupported.
 
     Next to an operator it is a TypeError, so that Python asks the other operand's class.
@@ -55,13 +55,13 @@ def operand(t: Tracer, x: object) -> Operand:
     raise t.unsupported(f"An operand of type {type(x).__name__} has no rule")
 
 
-def as_number(t: Tracer, x: object) -> object:
+def as_number(t: Trace, x: object) -> object:
     """A 0-d tensor given for a number: the number where the host knows it, else the tensor."""
     if not isinstance(x, torch.Tensor):
         return x
     if t.lift(x).shape:
         raise t.shape_error("a number is expected, or a tensor with 0 dimensions")
-    number = host.item(t, t.lift(x))
+    number = numbers.item(t, t.lift(x))
     return x if number is None else number
 
 
@@ -130,12 +130,12 @@ def literal(x: Number, dtype: DType) -> Arg:
     return number
 
 
-def cast(t: Tracer, value: Value, dtype: DType) -> Value:
+def cast(t: Trace, value: Value, dtype: DType) -> Value:
     """Cast unless the dtype is already that."""
     return value if value.type.dtype is dtype else t.b.cast(value, dtype=dtype)
 
 
-def check_range(t: Tracer, x: Number, dtype: DType) -> None:
+def check_range(t: Trace, x: Number, dtype: DType) -> None:
     """Refuse a number that a new tensor of `dtype` cannot hold, as eager does.
 
     Runtime scalars are not checked: their values change.
@@ -151,13 +151,13 @@ def check_range(t: Tracer, x: Number, dtype: DType) -> None:
         raise t.shape_error(f"value cannot be converted to {TO_TORCH[dtype]} without overflow")
 
 
-def truth(t: Tracer, value: Value) -> Value:
+def truth(t: Trace, value: Value) -> Value:
     """Whether each element differs from zero."""
     dtype = value.type.dtype
     return value if dtype is b1 else t.b.ne(value, literal(0, dtype))
 
 
-def expand(t: Tracer, value: Value, shape: Ints) -> Value:
+def expand(t: Trace, value: Value, shape: Ints) -> Value:
     """Broadcast a value to a shape it is known to broadcast to."""
     if value.type.shape == shape:
         return value
@@ -167,7 +167,7 @@ def expand(t: Tracer, value: Value, shape: Ints) -> Value:
     return value if value.type.shape == shape else t.b.expand(value, shape=shape)
 
 
-def common_shape(t: Tracer, operands: Sequence[Operand]) -> Ints:
+def common_shape(t: Trace, operands: Sequence[Operand]) -> Ints:
     """The broadcast shape of the tensors among operands; torch's RuntimeError if there is none."""
     shapes = [x.handle.shape for x in operands if x.handle is not None]
     shape = broadcast_shape(shapes)
@@ -181,7 +181,7 @@ def common_shape(t: Tracer, operands: Sequence[Operand]) -> Ints:
     return shape
 
 
-def on_one_device(t: Tracer, operands: Sequence[Operand]) -> Sequence[Operand]:
+def on_one_device(t: Trace, operands: Sequence[Operand]) -> Sequence[Operand]:
     """Operands with 0-d tensors of the CPU moved to the device of the others, as eager allows."""
     devices = {x.handle.device for x in operands if x.handle is not None}
     if len(devices) == 1:
@@ -198,9 +198,9 @@ def on_one_device(t: Tracer, operands: Sequence[Operand]) -> Sequence[Operand]:
     ]
 
 
-def moved(t: Tracer, h: Handle, device: str) -> TracedTensor:
+def moved(t: Trace, h: Handle, device: str) -> TracedTensor:
     """A copy on another device of a tensor of one element, whose number the host knows."""
-    number = host.item(t, h)
+    number = numbers.item(t, h)
     if number is None or (t.grad_on and t.requires_grad(h)):
         raise t.unsupported("Copies between devices have no rule; do them outside the step")
     value = literal(number, h.dtype)
@@ -220,7 +220,7 @@ def _broadcast_reason(shapes: list[Ints]) -> str:
     return "shapes do not broadcast"
 
 
-def rounded(t: Tracer, x: Number, dtype: DType, device: str) -> Arg:
+def rounded(t: Trace, x: Number, dtype: DType, device: str) -> Arg:
     """A number rounded to a narrow dtype before it takes part in an operation."""
     if is_runtime(x):
         return t.b.full(x.value, shape=(), dtype=dtype, device=device)
@@ -228,7 +228,7 @@ def rounded(t: Tracer, x: Number, dtype: DType, device: str) -> Arg:
 
 
 def operands_as(
-    t: Tracer, operands: Sequence[Operand], dtype: DType, shape: Ints, *, wide: bool = False
+    t: Trace, operands: Sequence[Operand], dtype: DType, shape: Ints, *, wide: bool = False
 ) -> tuple[Arg, ...]:
     """Operands cast and broadcast for one element-wise primitive.
 
@@ -256,7 +256,7 @@ def result_strides(operands: Sequence[Operand], shape: Ints) -> Ints:
 
 
 def pointwise(
-    t: Tracer,
+    t: Trace,
     emit: Callable[..., Value],
     xs: Sequence[object],
     *,
@@ -273,7 +273,7 @@ def pointwise(
     return t.fresh(value, result_strides(operands, shape))
 
 
-def normal_axis(t: Tracer, axis: int, rank: int) -> int:
+def normal_axis(t: Trace, axis: int, rank: int) -> int:
     """An axis counted from the front; IndexError as torch's when out of range."""
     axis, span = int(axis), max(rank, 1)
     if not -span <= axis < span:
@@ -285,7 +285,7 @@ def normal_axis(t: Tracer, axis: int, rank: int) -> int:
     return axis % span
 
 
-def normal_axes(t: Tracer, axes: object, rank: int) -> Ints:
+def normal_axes(t: Trace, axes: object, rank: int) -> Ints:
     """One axis, several, or None (all), counted from the front and sorted."""
     if axes is None or axes == () or axes == []:
         return tuple(range(rank))
@@ -297,7 +297,7 @@ def normal_axes(t: Tracer, axes: object, rank: int) -> Ints:
     return tuple(sorted(out)) if rank else ()
 
 
-def size_args(t: Tracer, sizes: tuple) -> Ints:
+def size_args(t: Trace, sizes: tuple) -> Ints:
     """Sizes given as f(2, 3) or f((2, 3))."""
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
@@ -316,7 +316,7 @@ def can_cast(source: DType, target: DType) -> bool:
 def sized(name: str, implementation: Rule) -> Rule:
     """A rule of sizes, f(2, 3) or f((2, 3)), that takes them by name too."""
 
-    def rule(t: Tracer, input: torch.Tensor, *sizes: object, **named: object) -> object:
+    def rule(t: Trace, input: torch.Tensor, *sizes: object, **named: object) -> object:
         if name in named:
             sizes = (named.pop(name),)
         return implementation(t, input, *sizes, **named)
@@ -324,7 +324,7 @@ def sized(name: str, implementation: Rule) -> Rule:
     return rule
 
 
-def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:
+def write_back(t: Trace, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:
     """Finish an in-place form: cast the result to the target's dtype and write it."""
     into, got = t.lift(target), result.handle
     if got.shape != into.shape:
@@ -341,7 +341,7 @@ def write_back(t: Tracer, target: torch.Tensor, result: TracedTensor) -> torch.T
     return target
 
 
-def check_overlap(t: Tracer, into: Handle, source: Handle) -> None:
+def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
     """Refuse, as eager does, to write a tensor from another that shares part of its memory."""
     if source.storage is not into.storage or not (source.numel and into.numel):
         return
@@ -362,7 +362,7 @@ def in_place(out_of_place: Rule) -> Rule:
     Where gradients are recorded, the rule reads a copy, which its derivative may read again.
     """
 
-    def rule(t: Tracer, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
         for arg in args:
             if isinstance(arg, torch.Tensor) and arg is not self:

@@ -6,17 +6,17 @@ import torch
 
 from tracejit.capture.functions.arithmetic import add, scaled
 from tracejit.capture.functions.common import expand, register
-from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import Handle, TracedTensor, broadcast_shape
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import Handle, TracedTensor, broadcast_shape
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1
 
 Tensor = torch.Tensor
 
 
-def _check(t: Tracer, a: Handle, b: Handle) -> None:
+def _check(t: Trace, a: Handle, b: Handle) -> None:
     if a.dtype is not b.dtype:
         raise t.shape_error(
             f"expected m1 and m2 to have the same dtype, but got: {a.dtype} != {b.dtype}"
@@ -29,27 +29,27 @@ def _check(t: Tracer, a: Handle, b: Handle) -> None:
         )
 
 
-def _mismatch(t: Tracer, a: Handle, b: Handle) -> Exception:
+def _mismatch(t: Trace, a: Handle, b: Handle) -> Exception:
     rows = "x".join(map(str, a.shape[-2:]))
     columns = "x".join(map(str, b.shape[-2:]))
     return t.shape_error(f"mat1 and mat2 shapes cannot be multiplied ({rows} and {columns})")
 
 
-def mm(t: Tracer, input: Tensor, mat2: Tensor) -> TracedTensor:
+def mm(t: Trace, input: Tensor, mat2: Tensor) -> TracedTensor:
     a, b = t.lift(input), t.lift(mat2)
     if len(a.shape) != 2 or len(b.shape) != 2:
         raise t.shape_error(f"{'self' if len(a.shape) != 2 else 'mat2'} must be a matrix")
     return matmul(t, input, mat2)
 
 
-def bmm(t: Tracer, input: Tensor, mat2: Tensor) -> TracedTensor:
+def bmm(t: Trace, input: Tensor, mat2: Tensor) -> TracedTensor:
     a, b = t.lift(input), t.lift(mat2)
     if len(a.shape) != 3 or len(b.shape) != 3 or a.shape[0] != b.shape[0]:
         raise t.shape_error("batch1 and batch2 must be 3D tensors of one batch size")
     return matmul(t, input, mat2)
 
 
-def matmul(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def matmul(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     """torch.matmul: vectors gain an axis that the result loses, batch axes broadcast."""
     a, b = t.lift(input), t.lift(other)
     _check(t, a, b)
@@ -73,7 +73,7 @@ def matmul(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
     return t.fresh(out)
 
 
-def _product(t: Tracer, x: Value, y: Value) -> Value:
+def _product(t: Trace, x: Value, y: Value) -> Value:
     """Matrices with batch axes to broadcast. One matrix on the right folds the batch into rows."""
     if len(y.type.shape) == 2 and len(x.type.shape) > 2:
         *batch, m, k = x.type.shape
@@ -90,13 +90,13 @@ def _product(t: Tracer, x: Value, y: Value) -> Value:
     return t.b.matmul(x, y)
 
 
-def mv(t: Tracer, input: Tensor, vec: Tensor) -> TracedTensor:
+def mv(t: Trace, input: Tensor, vec: Tensor) -> TracedTensor:
     if len(t.lift(input).shape) != 2 or len(t.lift(vec).shape) != 1:
         raise t.shape_error("vector + matrix @ vector expected")
     return matmul(t, input, vec)
 
 
-def dot(t: Tracer, input: Tensor, tensor: Tensor) -> TracedTensor:
+def dot(t: Trace, input: Tensor, tensor: Tensor) -> TracedTensor:
     a, b = t.lift(input), t.lift(tensor)
     if len(a.shape) != 1 or len(b.shape) != 1:
         raise t.shape_error("1D tensors expected")
@@ -106,7 +106,7 @@ def dot(t: Tracer, input: Tensor, tensor: Tensor) -> TracedTensor:
 
 
 @rule(torch.nn.functional.linear, torch._C._nn.linear)
-def linear(t: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedTensor:
+def linear(t: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> TracedTensor:
     """input @ weight.T + bias"""
     w = t.lift(weight)
     x = t.lift(input)
@@ -130,9 +130,7 @@ def linear(t: Tracer, input: Tensor, weight: Tensor, bias: Tensor | None = None)
     return result if bias is None else add(t, result, bias)
 
 
-def plus(
-    t: Tracer, input: Tensor, product: TracedTensor, beta: float, alpha: float
-) -> TracedTensor:
+def plus(t: Trace, input: Tensor, product: TracedTensor, beta: float, alpha: float) -> TracedTensor:
     """beta * input + alpha * product, the factors in their dtype; an input times 0 is not read."""
     shape, given = product.handle.shape, t.lift(input).shape
     if broadcast_shape([given, shape]) != shape:
@@ -153,7 +151,7 @@ def plus(
 
 
 def addmm(
-    t: Tracer, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+    t: Trace, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     return plus(t, input, mm(t, mat1, mat2), beta, alpha)
 
@@ -170,5 +168,5 @@ for _names, _implementation in (
 
 
 @rule(torch.Tensor.__rmatmul__)
-def rmatmul(t: Tracer, self: Tensor, other: Tensor) -> TracedTensor:
+def rmatmul(t: Trace, self: Tensor, other: Tensor) -> TracedTensor:
     return matmul(t, other, self)

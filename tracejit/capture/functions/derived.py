@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from tracejit.capture import location
 from tracejit.capture.functions.common import cast, expand
-from tracejit.capture.rejections import check_saved
-from tracejit.capture.table import function_name
-from tracejit.capture.tensor import TO_TORCH, Ints
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.rejections import check_saved
+from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.tensor import TO_TORCH, Ints
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ArgumentError
 from tracejit.ir.graph import Value
 from tracejit.ir.types import f32
@@ -18,13 +18,13 @@ Forward = Callable[..., Value]  # (*inputs) -> result
 Cotangent = Callable[..., Value | None]  # (cotangent of the result, result, *inputs) -> cotangent
 
 
-def widen(t: Tracer, x: Value) -> Value:
+def widen(t: Trace, x: Value) -> Value:
     """bf16 and f16 as float32, where torch computes; other dtypes as they are."""
     return cast(t, x, f32) if x.type.dtype.narrow else x
 
 
 def derived(
-    t: Tracer,
+    t: Trace,
     name: str,
     inputs: Sequence[Value],
     forward: Forward,
@@ -50,9 +50,8 @@ def derived(
 
     def vjp(b, cts, need):
         first = len(b.nodes)
-        reading, t.reading = t.reading, None
-        g, y, *wide = (widen(t, v) for v in (cts[0], out, *inputs))
-        t.reading = reading
+        with t.unchecked():
+            g, y, *wide = (widen(t, v) for v in (cts[0], out, *inputs))
         casts = {node.out: node for node in b.nodes[first:]}
         first += len(casts)
         found: list[Value | None] = []
@@ -60,7 +59,7 @@ def derived(
             slope = formula(g, y, *wide) if wanted else None
             slope = None if slope is None else cast(t, slope, x.type.dtype)
             found.append(t.unread(slope, x) if flat and slope is not None else slope)
-        if reading is not None:  # of the saved values, those count that a formula read
+        if t.formula is not None:  # of the saved values, those count that a formula read
             used = {v for node in b.nodes[first:] for v in node.inputs}
             for value in casts.keys() & used:
                 check_saved(t, casts[value])
@@ -69,20 +68,20 @@ def derived(
     return t.derive(name, inputs, out, vjp)
 
 
-def require_float(t: Tracer, name: str, *xs: Value) -> None:
+def require_float(t: Trace, name: str, *xs: Value) -> None:
     """Refuse dtypes that torch has no kernel for."""
     for x in xs:
         if not x.type.dtype.is_float:
             raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[x.type.dtype]}')
 
 
-def argument_error(t: Tracer, reason: str) -> ArgumentError:
+def argument_error(t: Trace, reason: str) -> ArgumentError:
     """The error for argument values that the torch call in progress rejects."""
     where, function = location.full(), function_name(t.calling)
     return ArgumentError(where=where, function=function, reason=reason)
 
 
-def no_derivative(t: Tracer, name: str, argument: str) -> Cotangent:
+def no_derivative(t: Trace, name: str, argument: str) -> Cotangent:
     """The formula of an input that torch cannot differentiate."""
 
     def refuse(*_: Value) -> Value:
@@ -91,13 +90,13 @@ def no_derivative(t: Tracer, name: str, argument: str) -> Cotangent:
     return refuse
 
 
-def spread(t: Tracer, x: Value, shape: Ints, axes: Ints) -> Value:
+def spread(t: Trace, x: Value, shape: Ints, axes: Ints) -> Value:
     """Broadcast a reduced value back over the axes of `shape` that were reduced away."""
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
     return expand(t, t.b.reshape(x, shape=kept), shape)
 
 
-def sigmoid(t: Tracer, x: Value) -> Value:
+def sigmoid(t: Trace, x: Value) -> Value:
     """1 / (1 + exp(-x)), with the derivative y·(1 - y), which is finite far out."""
     b = t.b
     return derived(

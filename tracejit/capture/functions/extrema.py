@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from tracejit.capture import location
 from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import expand, normal_axis, register
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import keep, whole
-from tracejit.capture.table import Rule
-from tracejit.capture.tensor import Handle, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.table import Rule
+from tracejit.capture.trace.tensor import Handle, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import b1, i64
@@ -19,7 +19,7 @@ from tracejit.ir.types import b1, i64
 Tensor = torch.Tensor
 
 
-def _is_extremum(t: Tracer, x: Value, top: Value) -> Value:
+def _is_extremum(t: Trace, x: Value, top: Value) -> Value:
     """Whether elements equal an extremum; NaN equals NaN."""
     hit = t.b.eq(x, top)
     if not x.type.dtype.is_float:
@@ -27,7 +27,7 @@ def _is_extremum(t: Tracer, x: Value, top: Value) -> Value:
     return t.b.or_(hit, t.b.and_(t.b.ne(x, x), t.b.ne(top, top)))
 
 
-def _extremum(t: Tracer, x: Value, axis: int, name: str) -> tuple[Value, Value]:
+def _extremum(t: Trace, x: Value, axis: int, name: str) -> tuple[Value, Value]:
     """The extremum along an axis, and the first place that attains it; NaN is the extremum."""
     kept = (*x.type.shape[:axis], 1, *x.type.shape[axis + 1 :])
     top = getattr(t.b, f"reduce_{name}")(x, axes=(axis,))
@@ -39,7 +39,7 @@ def _extremum(t: Tracer, x: Value, axis: int, name: str) -> tuple[Value, Value]:
 
 def _arg(name: str):
     def rule(
-        t: Tracer, input: Tensor, dim: int | None = None, keepdim: bool = False
+        t: Trace, input: Tensor, dim: int | None = None, keepdim: bool = False
     ) -> TracedTensor:
         h = t.lift(input)
         if h.dtype is b1:
@@ -60,7 +60,7 @@ def _arg(name: str):
     return rule
 
 
-def _require_elements(t: Tracer, h: Handle, axis: int | None, name: str) -> None:
+def _require_elements(t: Trace, h: Handle, axis: int | None, name: str) -> None:
     if axis is None and not h.numel:
         raise AxisError(
             where=location.full(),
@@ -73,7 +73,7 @@ def _require_elements(t: Tracer, h: Handle, axis: int | None, name: str) -> None
         )
 
 
-def _with_index(t: Tracer, input: Tensor, dim: int, keepdim: bool, name: str) -> object:
+def _with_index(t: Trace, input: Tensor, dim: int, keepdim: bool, name: str) -> object:
     """max and min along a dim: the gradient goes to the element that the index names."""
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
@@ -102,7 +102,7 @@ def _extremum_function(name: str, elementwise: Rule):
     """max and min: of everything, of two tensors, and along a dim."""
     of_all = whole(name)
 
-    def either(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> object:
+    def either(t: Trace, input: Tensor, *args: object, **kwargs: object) -> object:
         given = dict(zip(("dim", "keepdim"), args, strict=False)) | kwargs
         if not given:
             return of_all(t, input)

@@ -20,10 +20,10 @@ from tracejit.capture.functions.common import (
     size_args,
 )
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
-from tracejit.capture.scalars import TracedFloat
-from tracejit.capture.table import RULES, rule
-from tracejit.capture.tensor import TO_IR, Handle, Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.table import RULES, rule
+from tracejit.capture.trace.tensor import TO_IR, Handle, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import DType, f64, i64
 
@@ -39,7 +39,7 @@ def device_name(device: object) -> str:
     return "cpu" if found.type == "cpu" else str(found)
 
 
-def ir_dtype(t: Tracer, dtype: torch.dtype) -> DType:
+def ir_dtype(t: Trace, dtype: torch.dtype) -> DType:
     """A torch dtype as an IR dtype; unsupported ones are refused."""
     if dtype not in TO_IR:
         raise t.unsupported(f"{dtype} is not supported")
@@ -64,7 +64,7 @@ HARMLESS = {
 }
 
 
-def options_of(t: Tracer, options: dict, like: Handle | None = None) -> Options:
+def options_of(t: Trace, options: dict, like: Handle | None = None) -> Options:
     """The keywords of a factory, by default as those of a tensor that it is made like.
 
     Those that would change the result otherwise are refused.
@@ -84,7 +84,7 @@ def options_of(t: Tracer, options: dict, like: Handle | None = None) -> Options:
 
 
 def made(
-    t: Tracer, value: Value, requires_grad: bool = False, strides: Ints | None = None
+    t: Trace, value: Value, requires_grad: bool = False, strides: Ints | None = None
 ) -> TracedTensor:
     """A new tensor of a value, a leaf if it requires grad."""
     out = t.fresh(value, strides)
@@ -94,7 +94,7 @@ def made(
 
 
 def filled(
-    t: Tracer,
+    t: Trace,
     value: Number,
     shape: Ints,
     dtype: DType,
@@ -109,12 +109,12 @@ def filled(
     return made(t, full, options.requires_grad, strides)
 
 
-def _size(t: Tracer, size: tuple, options: dict) -> Ints:
+def _size(t: Trace, size: tuple, options: dict) -> Ints:
     return size_args(t, (options.pop("size"),) if "size" in options else size)
 
 
 def _constant(value: Number):
-    def factory(t: Tracer, *size: object, **options: object) -> TracedTensor:
+    def factory(t: Trace, *size: object, **options: object) -> TracedTensor:
         shape = _size(t, size, options)
         o = options_of(t, options)
         return filled(t, value, shape, o.dtype or default_dtype(), o)
@@ -123,34 +123,34 @@ def _constant(value: Number):
 
 
 def _constant_like(value: Number):
-    def factory(t: Tracer, input: Tensor, **options: object) -> TracedTensor:
+    def factory(t: Trace, input: Tensor, **options: object) -> TracedTensor:
         return full_like(t, input, value, **options)
 
     return factory
 
 
-def full(t: Tracer, size: object, fill_value: Number, **options: object) -> TracedTensor:
+def full(t: Trace, size: object, fill_value: Number, **options: object) -> TracedTensor:
     o = options_of(t, options)
     if isinstance(fill_value, Tensor):
         raise t.unsupported("A fill value that is a tensor has no rule; use expand")
     return filled(t, fill_value, size_args(t, (size,)), o.dtype or number_dtype(fill_value), o)
 
 
-def full_like(t: Tracer, input: Tensor, fill_value: Number, **options: object) -> TracedTensor:
+def full_like(t: Trace, input: Tensor, fill_value: Number, **options: object) -> TracedTensor:
     h = t.lift(input)
     o = options_of(t, options, h)
     return filled(t, fill_value, h.shape, o.dtype, o, None if o.packed else preserved_strides(h))
 
 
 def _new_constant(value: Number):
-    def method(t: Tracer, self: Tensor, *size: object, **options: object) -> TracedTensor:
+    def method(t: Trace, self: Tensor, *size: object, **options: object) -> TracedTensor:
         return _new_full(t, self, _size(t, size, options), value, **options)
 
     return method
 
 
 def _new_full(
-    t: Tracer, self: Tensor, size: object, fill_value: Number, **options: object
+    t: Trace, self: Tensor, size: object, fill_value: Number, **options: object
 ) -> TracedTensor:
     o = options_of(t, options, t.lift(self))
     return filled(t, fill_value, size_args(t, (size,)), o.dtype, o)
@@ -158,7 +158,7 @@ def _new_full(
 
 @rule(torch.arange)
 def arange(
-    t: Tracer,
+    t: Trace,
     start: Number = 0,
     end: Number | None = None,
     step: Number = 1,
@@ -193,7 +193,7 @@ register(("full_like",), full_like, inplace=False)
 register(("new_full",), _new_full, inplace=False)
 
 
-def converted(t: Tracer, input: Tensor, dtype: DType, copy: bool = False) -> Tensor:
+def converted(t: Trace, input: Tensor, dtype: DType, copy: bool = False) -> Tensor:
     """The tensor itself when it has the dtype already, else a cast copy."""
     h: Handle = t.lift(input)
     if h.dtype is dtype:
@@ -202,7 +202,7 @@ def converted(t: Tracer, input: Tensor, dtype: DType, copy: bool = False) -> Ten
 
 
 @rule(Tensor.to)
-def to(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
+def to(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     """Tensor.to: dtype changes have a rule; a change of device does not."""
     h = t.lift(input)
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
@@ -232,20 +232,20 @@ def to(t: Tracer, input: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 @rule(Tensor.type)
-def type_(t: Tracer, input: Tensor, dtype: object = None, non_blocking: bool = False) -> object:
+def type_(t: Trace, input: Tensor, dtype: object = None, non_blocking: bool = False) -> object:
     if not isinstance(dtype, torch.dtype):
         raise t.unsupported("Use Tensor.dtype, or pass a torch.dtype")
     return converted(t, input, ir_dtype(t, dtype))
 
 
 @rule(Tensor.type_as)
-def type_as(t: Tracer, input: Tensor, other: Tensor) -> Tensor:
+def type_as(t: Trace, input: Tensor, other: Tensor) -> Tensor:
     return to(t, input, other)
 
 
 def _cast_method(dtype: torch.dtype):
     def method(
-        t: Tracer, input: Tensor, memory_format: torch.memory_format = torch.preserve_format
+        t: Trace, input: Tensor, memory_format: torch.memory_format = torch.preserve_format
     ) -> Tensor:
         return converted(t, input, TO_IR[dtype])
 
@@ -269,7 +269,7 @@ for _name, _dtype in (
 
 @rule(torch.as_tensor)
 def as_tensor(
-    t: Tracer, data: object, dtype: torch.dtype | None = None, device: object = None
+    t: Trace, data: object, dtype: torch.dtype | None = None, device: object = None
 ) -> Tensor:
     """The tensor itself, or a copy of another dtype; of numbers, a new tensor."""
     if isinstance(data, Tensor):
@@ -278,7 +278,7 @@ def as_tensor(
 
 
 @rule(torch.broadcast_tensors)
-def broadcast_tensors(t: Tracer, *tensors: object) -> tuple[Tensor, ...]:
+def broadcast_tensors(t: Trace, *tensors: object) -> tuple[Tensor, ...]:
     given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
     shape = common_shape(t, [operand(t, x) for x in given])
     return tuple(x if t.lift(x).shape == shape else expand_(t, x, shape) for x in given)

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tracejit.capture.functions.common import as_number
-from tracejit.capture.table import rule
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.trace import Trace
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
@@ -27,7 +27,7 @@ def _fused(*functions: Callable) -> Callable:
 
     def register(update: Callable) -> Callable:
         def fused(
-            t: Tracer,
+            t: Trace,
             *lists: Tensors,
             grad_scale: Tensor | None = None,
             found_inf: Tensor | None = None,

@@ -12,8 +12,6 @@ from types import EllipsisType
 
 import torch
 
-from tracejit.capture import location
-from tracejit.capture.bounds import within
 from tracejit.capture.functions import movement
 from tracejit.capture.functions.arithmetic import copy_
 from tracejit.capture.functions.common import (
@@ -26,15 +24,17 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.movement import basic_index, reshape
 from tracejit.capture.functions.patterns import constant, position
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import (
+from tracejit.capture.trace import location
+from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import (
     Handle,
     Ints,
     TracedTensor,
     broadcast_shape,
     elementwise_strides,
 )
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.ops.indexing import gather as gather_op
@@ -43,7 +43,7 @@ from tracejit.ir.types import b1, contiguous_strides, i32, i64, u8
 Tensor = torch.Tensor
 
 
-def _index(t: Tracer, x: Tensor, name: str) -> Value:
+def _index(t: Trace, x: Tensor, name: str) -> Value:
     """An index tensor as i64."""
     h = t.lift(x)
     if h.dtype not in (i64, i32):
@@ -51,7 +51,7 @@ def _index(t: Tracer, x: Tensor, name: str) -> Value:
     return cast(t, t.read(h), i64)
 
 
-def _along(t: Tracer, index: Value, shape: Ints, axis: int) -> Value:
+def _along(t: Trace, index: Value, shape: Ints, axis: int) -> Value:
     """A vector of indices as an index at every point of `shape`, along an axis."""
     thin = tuple(n if k == axis else 1 for k, n in enumerate(shape))
     return expand(t, t.b.reshape(index, shape=thin), shape)
@@ -61,7 +61,7 @@ def _along(t: Tracer, index: Value, shape: Ints, axis: int) -> Value:
 
 
 def gather(
-    t: Tracer, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False
+    t: Trace, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False
 ) -> TracedTensor:
     h, i = t.lift(input), t.lift(index)
     axis = normal_axis(t, dim, len(h.shape))
@@ -97,7 +97,7 @@ def gather(
 
 
 def take_along_dim(
-    t: Tracer, input: Tensor, indices: Tensor, dim: int | None = None
+    t: Trace, input: Tensor, indices: Tensor, dim: int | None = None
 ) -> TracedTensor:
     """gather, with the other axes of both broadcast."""
     if dim is None:
@@ -125,7 +125,7 @@ def _without(shape: Ints, axis: int) -> Ints:
     return shape[:axis] + shape[axis + 1 :]
 
 
-def index_select(t: Tracer, input: Tensor, dim: int, index: Tensor) -> TracedTensor:
+def index_select(t: Trace, input: Tensor, dim: int, index: Tensor) -> TracedTensor:
     h, i = t.lift(input), t.lift(index)
     axis = normal_axis(t, dim, len(h.shape))
     if len(i.shape) > 1:
@@ -146,7 +146,7 @@ def index_select(t: Tracer, input: Tensor, dim: int, index: Tensor) -> TracedTen
     return t.fresh(t.b.gather(x, _along(t, at, shape, axis), axis=axis))
 
 
-def take(t: Tracer, input: Tensor, index: Tensor) -> TracedTensor:
+def take(t: Trace, input: Tensor, index: Tensor) -> TracedTensor:
     """Elements of the flattened tensor; negative indices count from its end."""
     h, i = t.lift(input), t.lift(index)
     if i.dtype is not i64:
@@ -159,7 +159,7 @@ def take(t: Tracer, input: Tensor, index: Tensor) -> TracedTensor:
 
 
 def embedding(
-    t: Tracer,
+    t: Trace,
     weight: Tensor,
     indices: Tensor,
     padding_idx: int | None = -1,
@@ -193,7 +193,7 @@ def embedding(
 
 @rule(torch.nn.functional.embedding)
 def functional_embedding(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -215,7 +215,7 @@ def functional_embedding(
 # ---- x[i, j]
 
 
-def _wrapped(t: Tracer, index: Value, size: int) -> Value:
+def _wrapped(t: Trace, index: Value, size: int) -> Value:
     """An index whose negative values count from the end."""
     return t.b.where(t.b.lt(index, 0), t.b.add(index, size), index)
 
@@ -223,7 +223,7 @@ def _wrapped(t: Tracer, index: Value, size: int) -> Value:
 class _Chosen:
     """Index tensors on some axes of a handle: the handle with those axes first, and one index."""
 
-    def __init__(self, t: Tracer, input: Tensor, index: object):
+    def __init__(self, t: Trace, input: Tensor, index: object):
         basic, tensors = _parted(t, t.lift(input), index)
         self.target = basic_index(t, t.lift(input), basic)
         self.axes = tuple(tensors)
@@ -252,7 +252,7 @@ class _Chosen:
         self.indices = [expand(t, v, self.batch) for v in read]
         self.linear = t.b.reshape(self._linear(t, shape), shape=(self.count,))
 
-    def _linear(self, t: Tracer, shape: Ints) -> Value:
+    def _linear(self, t: Trace, shape: Ints) -> Value:
         """The row, and -1 where one of several indices is out of range."""
         wrapped = [_wrapped(t, v, shape[a]) for v, a in zip(self.indices, self.axes, strict=True)]
         if len(wrapped) == 1:
@@ -270,11 +270,11 @@ class _Chosen:
         rest = tuple(self.target.shape[k] for k in self.rest)
         return (*rest[: self.before], *self.batch, *rest[self.before :])
 
-    def matrix(self, t: Tracer, x: Value) -> Value:
+    def matrix(self, t: Trace, x: Value) -> Value:
         """A value of the target's shape as (rows, columns)."""
         return t.b.reshape(t.b.permute(x, axes=self.order), shape=(self.rows, self.columns))
 
-    def placed(self, t: Tracer, x: Value) -> Value:
+    def placed(self, t: Trace, x: Value) -> Value:
         """(count, columns) in the shape of what is chosen."""
         rest = tuple(self.target.shape[k] for k in self.rest)
         value = t.b.reshape(x, shape=(*self.batch, *rest))
@@ -282,7 +282,7 @@ class _Chosen:
         axes = (*range(n, n + self.before), *range(n), *range(n + self.before, n + len(rest)))
         return t.b.permute(value, axes=axes)
 
-    def listed(self, t: Tracer, x: Value) -> Value:
+    def listed(self, t: Trace, x: Value) -> Value:
         """The inverse of `placed`."""
         n, rank = len(self.batch), len(x.type.shape)
         axes = (
@@ -303,7 +303,7 @@ class _Chosen:
         return elementwise_strides(self.shape, [(self.shape, source), (self.shape, places)])
 
 
-def _parted(t: Tracer, h: Handle, index: object) -> tuple[tuple, dict[int, Tensor]]:
+def _parted(t: Trace, h: Handle, index: object) -> tuple[tuple, dict[int, Tensor]]:
     """The basic part of an index, tensors as full slices, and the tensors by resulting axis."""
     items = index if isinstance(index, tuple) else (index,)
     basic: list[object] = []
@@ -324,7 +324,7 @@ def _parted(t: Tracer, h: Handle, index: object) -> tuple[tuple, dict[int, Tenso
     return tuple(basic), tensors
 
 
-def _index_tensor(t: Tracer, item: object, device: str) -> Tensor:
+def _index_tensor(t: Trace, item: object, device: str) -> Tensor:
     if isinstance(item, list):
         if not all(type(k) is int for k in item):
             raise t.unsupported("Only lists of ints are indices")
@@ -349,7 +349,7 @@ def is_advanced(index: object) -> bool:
     return any(isinstance(item, (Tensor, list)) for item in items)
 
 
-def chosen(t: Tracer, input: Tensor, index: object) -> TracedTensor:
+def chosen(t: Trace, input: Tensor, index: object) -> TracedTensor:
     """x[i, :, j, …]: gathered rows of the tensor with the indexed axes first."""
     c = _Chosen(t, input, index)
     if c.has_scalar:
@@ -362,7 +362,7 @@ def chosen(t: Tracer, input: Tensor, index: object) -> TracedTensor:
     return t.fresh(c.placed(t, t.b.gather(matrix, at, axis=0)), c.strides())
 
 
-def assign(t: Tracer, input: Tensor, index: object, value: object) -> None:
+def assign(t: Trace, input: Tensor, index: object, value: object) -> None:
     """x[i, :, j, …] = value: every row looks for the last index that names it."""
     c = _Chosen(t, input, index)
     if c.has_scalar and len(c.axes) > 1:
@@ -398,7 +398,7 @@ def assign(t: Tracer, input: Tensor, index: object, value: object) -> None:
     copy_(t, c.target.tensor, t.fresh(t.b.permute(moved, axes=back)))
 
 
-def _overwritten(t: Tracer, c: _Chosen, old: Value, rows: Value) -> Value:
+def _overwritten(t: Trace, c: _Chosen, old: Value, rows: Value) -> Value:
     """`old`, (rows, columns), where no index names a row; as in eager, each row that was given gets
     the gradient of its place, even if another one overwrote it."""
     with t.untaped():
@@ -418,17 +418,17 @@ def _overwritten(t: Tracer, c: _Chosen, old: Value, rows: Value) -> Value:
 
 
 @rule(Tensor.__getitem__)
-def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
+def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
     return (chosen if is_advanced(index) else movement.getitem)(t, input, index)
 
 
 @rule(Tensor.__setitem__)
-def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
+def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
     masked = movement.mask_of(t, index) is not None
     (assign if is_advanced(index) and not masked else movement.setitem)(t, input, index, value)
 
 
-def _last(t: Tracer, c: _Chosen) -> Value:
+def _last(t: Trace, c: _Chosen) -> Value:
     """For each row the position of the last index that names it, -1 where none does."""
     shape, device = (c.rows, c.count), c.target.device
     names = expand(t, t.b.reshape(c.linear, shape=(1, c.count)), shape)

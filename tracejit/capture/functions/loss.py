@@ -13,8 +13,6 @@ from types import FrameType
 
 import torch
 
-from tracejit.capture import location
-from tracejit.capture.bounds import within
 from tracejit.capture.functions.activation import log_sigmoid
 from tracejit.capture.functions.arithmetic import add, div, mul, sub
 from tracejit.capture.functions.common import (
@@ -35,9 +33,11 @@ from tracejit.capture.functions.derived import (
 from tracejit.capture.functions.reduction import mean, sum_
 from tracejit.capture.functions.softmax import log_softmax
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import BY_CALLER, RULES, Rule, rule
-from tracejit.capture.tensor import TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.table import BY_CALLER, RULES, Rule, rule
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import i64
@@ -56,7 +56,7 @@ def loss(function: Callable) -> Callable[[Rule], Rule]:
 
     def register(implementation: Rule) -> Rule:
         @rule(function)
-        def head(t: Tracer, *args: object, **kwargs: object) -> TracedTensor:
+        def head(t: Trace, *args: object, **kwargs: object) -> TracedTensor:
             given = signature.bind(*args, **kwargs).arguments
             how = given.pop("reduction", "mean")
             flags = [given.pop(name, None) for name in ("size_average", "reduce")]
@@ -72,17 +72,17 @@ def loss(function: Callable) -> Callable[[Rule], Rule]:
     return register
 
 
-def _reduced(t: Tracer, losses: TracedTensor, reduction: str) -> TracedTensor:
+def _reduced(t: Trace, losses: TracedTensor, reduction: str) -> TracedTensor:
     if reduction == "none":
         return losses
     return mean(t, losses) if reduction == "mean" else sum_(t, losses)
 
 
-def _weighted(t: Tracer, losses: TracedTensor, weight: Tensor | None) -> TracedTensor:
+def _weighted(t: Trace, losses: TracedTensor, weight: Tensor | None) -> TracedTensor:
     return losses if weight is None else mul(t, losses, weight)
 
 
-def _constant(t: Tracer, name: str, weight: Tensor | None) -> Tensor | None:
+def _constant(t: Trace, name: str, weight: Tensor | None) -> Tensor | None:
     """A weight, refused where it requires grad."""
     if weight is not None and t.grad_on and t.requires_grad(t.lift(weight)):
         raise t.autograd_error(
@@ -95,55 +95,55 @@ def _constant(t: Tracer, name: str, weight: Tensor | None) -> Tensor | None:
 # --- differences -------------------------------------------------------------------------------
 
 
-def _negated(t: Tracer, x: Arg) -> Arg:
+def _negated(t: Trace, x: Arg) -> Arg:
     """-x of a number or a runtime scalar."""
     return t.b.host_neg(x) if isinstance(x, Value) else -x
 
 
-def _half(t: Tracer, x: Arg) -> Arg:
+def _half(t: Trace, x: Arg) -> Arg:
     return t.b.host_mul(x, 0.5) if isinstance(x, Value) else x * 0.5
 
 
-def _d_smooth_l1(t: Tracer, g: Value, x: Value, z: Value, beta: Arg) -> Value:
+def _d_smooth_l1(t: Trace, g: Value, x: Value, z: Value, beta: Arg) -> Value:
     """g·d/β with d = x - z clamped to -β … β."""
     b, d = t.b, t.b.sub(x, z)
     clamped = b.where(b.gt(d, beta), 1.0, b.where(b.lt(d, _negated(t, beta)), -1.0, b.div(d, beta)))
     return b.mul(g, clamped)
 
 
-def _smooth_l1(t: Tracer, x: Value, z: Value, beta: Arg) -> Value:
+def _smooth_l1(t: Trace, x: Value, z: Value, beta: Arg) -> Value:
     """d²/2β, and |d| - β/2 where |d| >= β."""
     b, d = t.b, t.b.abs(t.b.sub(x, z))
     square = b.div(b.mul(b.mul(d, d), 0.5), beta)
     return b.where(b.lt(d, beta), square, b.sub(d, _half(t, beta)))
 
 
-def _huber(t: Tracer, x: Value, z: Value, delta: Arg) -> Value:
+def _huber(t: Trace, x: Value, z: Value, delta: Arg) -> Value:
     """d²/2, and δ·(|d| - δ/2) where |d| > δ."""
     b, d = t.b, t.b.abs(t.b.sub(x, z))
     linear = b.mul(b.sub(d, _half(t, delta)), delta)
     return b.where(b.le(d, delta), b.mul(b.mul(d, d), 0.5), linear)
 
 
-def _d_huber(t: Tracer, g: Value, x: Value, z: Value, delta: Arg) -> Value:
+def _d_huber(t: Trace, g: Value, x: Value, z: Value, delta: Arg) -> Value:
     b, d = t.b, t.b.sub(x, z)
     inside = b.where(b.lt(d, _negated(t, delta)), b.neg(b.mul(g, delta)), b.mul(g, d))
     return b.where(b.gt(d, delta), b.mul(g, delta), inside)
 
 
-def _soft_margin(t: Tracer, x: Value, z: Value) -> Value:
+def _soft_margin(t: Trace, x: Value, z: Value) -> Value:
     """log(1 + exp(-z·x))."""
     b = t.b
     return b.log1p(b.exp(b.neg(b.mul(z, x))))
 
 
-def _d_soft_margin(t: Tracer, g: Value, x: Value, z: Value) -> Value:
+def _d_soft_margin(t: Trace, g: Value, x: Value, z: Value) -> Value:
     b = t.b
     return b.neg(b.mul(g, b.mul(z, sigmoid(t, b.neg(b.mul(z, x))))))
 
 
 def _pair(
-    t: Tracer, name: str, value: Callable, slope: Callable, input: Tensor, target: Tensor, *numbers
+    t: Trace, name: str, value: Callable, slope: Callable, input: Tensor, target: Tensor, *numbers
 ) -> TracedTensor:
     """A loss of differences, element by element: the target's slope is the input's, negated."""
 
@@ -166,7 +166,7 @@ def _pair(
 
 @loss(functional.mse_loss)
 def mse_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -177,7 +177,7 @@ def mse_loss(
     return _finish(t, squared, weight, how)
 
 
-def _finish(t: Tracer, losses: TracedTensor, weight: Tensor | None, how: str) -> TracedTensor:
+def _finish(t: Trace, losses: TracedTensor, weight: Tensor | None, how: str) -> TracedTensor:
     """The weighted losses, reduced; the weighted mean divides by the sum of the weights."""
     if weight is not None and t.lift(weight).shape != losses.handle.shape:
         raise argument_error(t, "Weights and input must have the same size.")
@@ -188,7 +188,7 @@ def _finish(t: Tracer, losses: TracedTensor, weight: Tensor | None, how: str) ->
 
 @loss(functional.l1_loss)
 def l1_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -214,7 +214,7 @@ BY_CALLER[functional.l1_loss] = _unpassed_weight
 
 @loss(functional.smooth_l1_loss)
 def smooth_l1_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -230,7 +230,7 @@ def smooth_l1_loss(
 
 @loss(functional.huber_loss)
 def huber_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -245,7 +245,7 @@ def huber_loss(
 
 @loss(functional.soft_margin_loss)
 def soft_margin_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -272,7 +272,7 @@ def soft_margin_loss(
 
 @loss(functional.binary_cross_entropy)
 def binary_cross_entropy(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -316,7 +316,7 @@ def binary_cross_entropy(
 
 @loss(functional.binary_cross_entropy_with_logits)
 def binary_cross_entropy_with_logits(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -366,7 +366,7 @@ def binary_cross_entropy_with_logits(
 
 @loss(functional.kl_div)
 def kl_div(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -404,7 +404,7 @@ def kl_div(
 
 
 def _nll_value(
-    t: Tracer,
+    t: Trace,
     x: Value,
     target: Value,
     weight: Value | None,
@@ -464,7 +464,7 @@ def _nll_value(
     return derived(t, "nll_loss", inputs, forward, backward, flat=True)
 
 
-def _class_axis(t: Tracer, shape: tuple[int, ...]) -> int:
+def _class_axis(t: Trace, shape: tuple[int, ...]) -> int:
     if not shape:
         raise argument_error(t, "Expected an input of 1 dimension or more")
     return 0 if len(shape) == 1 else 1
@@ -472,7 +472,7 @@ def _class_axis(t: Tracer, shape: tuple[int, ...]) -> int:
 
 @loss(functional.nll_loss)
 def nll_loss(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,
@@ -503,7 +503,7 @@ def nll_loss(
 
 
 def _smoothed(
-    t: Tracer,
+    t: Trace,
     logs: TracedTensor,
     target: Tensor,
     weight: Tensor | None,
@@ -532,14 +532,14 @@ def _smoothed(
     return div(t, sum_(t, losses), sum_(t, count))
 
 
-def _per_class(t: Tracer, weight: Tensor, like: TracedTensor, axis: int) -> TracedTensor:
+def _per_class(t: Trace, weight: Tensor, like: TracedTensor, axis: int) -> TracedTensor:
     kept = tuple(-1 if i == axis else 1 for i in range(len(like.handle.shape)))
     return RULES[torch.reshape](t, weight, kept)
 
 
 @loss(functional.cross_entropy)
 def cross_entropy(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     target: Tensor,
     how: str,

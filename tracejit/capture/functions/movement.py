@@ -7,7 +7,6 @@ from types import EllipsisType
 
 import torch
 
-from tracejit.capture import location
 from tracejit.capture.functions.arithmetic import copy_, fill_, masked_fill
 from tracejit.capture.functions.common import (
     cast,
@@ -18,9 +17,17 @@ from tracejit.capture.functions.common import (
     sized,
     write_back,
 )
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import Handle, Ints, Step, TracedTensor, elementwise_strides, is_dense
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import (
+    Handle,
+    Ints,
+    Step,
+    TracedTensor,
+    elementwise_strides,
+    is_dense,
+)
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.types import b1, contiguous_strides
 
@@ -31,7 +38,7 @@ def _step(name: str, **attrs: object) -> Step:
     return name, tuple(attrs.items())
 
 
-def _permuted(t: Tracer, h: Handle, axes: Ints) -> TracedTensor:
+def _permuted(t: Trace, h: Handle, axes: Ints) -> TracedTensor:
     return t.view(
         h,
         (_step("permute", axes=axes),),
@@ -41,11 +48,11 @@ def _permuted(t: Tracer, h: Handle, axes: Ints) -> TracedTensor:
     )
 
 
-def _reshaped(t: Tracer, h: Handle, shape: Ints, strides: Ints) -> TracedTensor:
+def _reshaped(t: Trace, h: Handle, shape: Ints, strides: Ints) -> TracedTensor:
     return t.view(h, (_step("reshape", shape=shape),), shape, strides, h.offset)
 
 
-def permute(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
+def permute(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
     h = t.lift(input)
     axes = tuple(normal_axis(t, d, len(h.shape)) for d in size_args(t, dims))
     if sorted(axes) != list(range(len(h.shape))):
@@ -53,11 +60,11 @@ def permute(t: Tracer, input: Tensor, *dims: object) -> TracedTensor:
     return _permuted(t, h, axes)
 
 
-def _permute_function(t: Tracer, input: Tensor, dims: object) -> TracedTensor:
+def _permute_function(t: Trace, input: Tensor, dims: object) -> TracedTensor:
     return permute(t, input, *dims)
 
 
-def transpose(t: Tracer, input: Tensor, dim0: int, dim1: int) -> TracedTensor:
+def transpose(t: Trace, input: Tensor, dim0: int, dim1: int) -> TracedTensor:
     h = t.lift(input)
     axes = list(range(len(h.shape)))
     if not axes:
@@ -67,7 +74,7 @@ def transpose(t: Tracer, input: Tensor, dim0: int, dim1: int) -> TracedTensor:
     return _permuted(t, h, tuple(axes))
 
 
-def t_(t: Tracer, input: Tensor) -> TracedTensor:
+def t_(t: Trace, input: Tensor) -> TracedTensor:
     h = t.lift(input)
     if len(h.shape) > 2:
         raise t.shape_error(
@@ -77,12 +84,12 @@ def t_(t: Tracer, input: Tensor) -> TracedTensor:
 
 
 @rule(Tensor.T.__get__)
-def T(t: Tracer, input: Tensor) -> TracedTensor:
+def T(t: Trace, input: Tensor) -> TracedTensor:
     return _permuted(t, t.lift(input), tuple(reversed(range(len(t.lift(input).shape)))))
 
 
 @rule(Tensor.mT.__get__)
-def mT(t: Tracer, input: Tensor) -> Tensor:
+def mT(t: Trace, input: Tensor) -> Tensor:
     rank = len(t.lift(input).shape)
     if rank == 0:
         return input
@@ -119,7 +126,7 @@ def view_strides(shape: Ints, strides: Ints, new: Ints) -> Ints | None:
     return tuple(out) if at == -1 else None
 
 
-def infer_size(t: Tracer, h: Handle, sizes: Ints) -> Ints:
+def infer_size(t: Trace, h: Handle, sizes: Ints) -> Ints:
     """Resolve a -1 in the sizes of view and reshape."""
     known = math.prod(n for n in sizes if n != -1)
     if sizes.count(-1) > 1:
@@ -133,7 +140,7 @@ def infer_size(t: Tracer, h: Handle, sizes: Ints) -> Ints:
     return sizes
 
 
-def view(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
+def view(t: Trace, input: Tensor, *size: object) -> TracedTensor:
     h = t.lift(input)
     if size and isinstance(size[0], torch.dtype):
         raise t.unsupported("Reinterpreting the bits as another dtype has no rule")
@@ -147,7 +154,7 @@ def view(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
     return _reshaped(t, h, shape, strides)
 
 
-def reshape(t: Tracer, input: Tensor, *shape: object) -> TracedTensor:
+def reshape(t: Trace, input: Tensor, *shape: object) -> TracedTensor:
     h = t.lift(input)
     sizes = infer_size(t, h, size_args(t, shape))
     strides = view_strides(h.shape, h.strides, sizes)
@@ -156,7 +163,7 @@ def reshape(t: Tracer, input: Tensor, *shape: object) -> TracedTensor:
     return t.fresh(t.b.reshape(t.read(h), shape=sizes))
 
 
-def flatten(t: Tracer, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> TracedTensor:
+def flatten(t: Trace, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> TracedTensor:
     h = t.lift(input)
     rank = len(h.shape)
     if rank == 0:
@@ -170,7 +177,7 @@ def flatten(t: Tracer, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> 
     return reshape(t, input, h.shape[:first] + (merged,) + h.shape[last + 1 :])
 
 
-def unsqueeze(t: Tracer, input: Tensor, dim: int) -> TracedTensor:
+def unsqueeze(t: Trace, input: Tensor, dim: int) -> TracedTensor:
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape) + 1)
     stride = h.shape[axis] * h.strides[axis] if axis < len(h.shape) else 1
@@ -178,7 +185,7 @@ def unsqueeze(t: Tracer, input: Tensor, dim: int) -> TracedTensor:
     return _reshaped(t, h, shape, h.strides[:axis] + (stride,) + h.strides[axis:])
 
 
-def squeeze(t: Tracer, input: Tensor, dim: object = None) -> TracedTensor:
+def squeeze(t: Trace, input: Tensor, dim: object = None) -> TracedTensor:
     h = t.lift(input)
     rank = len(h.shape)
     if dim is None:
@@ -190,7 +197,7 @@ def squeeze(t: Tracer, input: Tensor, dim: object = None) -> TracedTensor:
     return _reshaped(t, h, tuple(h.shape[i] for i in kept), tuple(h.strides[i] for i in kept))
 
 
-def expand_(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
+def expand_(t: Trace, input: Tensor, *size: object) -> TracedTensor:
     h = t.lift(input)
     sizes = size_args(t, size)
     missing = len(sizes) - len(h.shape)
@@ -221,17 +228,17 @@ def expand_(t: Tracer, input: Tensor, *size: object) -> TracedTensor:
 
 
 @rule(Tensor.expand_as)
-def expand_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def expand_as(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     return expand_(t, input, t.lift(other).shape)
 
 
 @rule(Tensor.view_as)
-def view_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def view_as(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     return view(t, input, t.lift(other).shape)
 
 
 @rule(Tensor.reshape_as)
-def reshape_as(t: Tracer, input: Tensor, other: Tensor) -> TracedTensor:
+def reshape_as(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
     return reshape(t, input, t.lift(other).shape)
 
 
@@ -244,7 +251,7 @@ def preserved_strides(h: Handle) -> Ints:
 
 @rule(Tensor.clone, torch.clone)
 def clone(
-    t: Tracer, input: Tensor, *, memory_format: torch.memory_format = torch.preserve_format
+    t: Trace, input: Tensor, *, memory_format: torch.memory_format = torch.preserve_format
 ) -> TracedTensor:
     h = t.lift(input)
     if memory_format not in (torch.preserve_format, torch.contiguous_format):
@@ -255,7 +262,7 @@ def clone(
 
 @rule(Tensor.contiguous)
 def contiguous(
-    t: Tracer, input: Tensor, memory_format: torch.memory_format = torch.contiguous_format
+    t: Trace, input: Tensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
     if memory_format is not torch.contiguous_format:
         raise t.unsupported("channels_last has no rule")
@@ -274,7 +281,7 @@ def slice_steps(h: Handle, axis: int, start: int, stop: int, step: int) -> Step:
     )
 
 
-def _sliced(t: Tracer, h: Handle, axis: int, start: int, stop: int, step: int) -> Handle:
+def _sliced(t: Trace, h: Handle, axis: int, start: int, stop: int, step: int) -> Handle:
     n = -(-(stop - start) // step)
     shape = tuple(n if i == axis else m for i, m in enumerate(h.shape))
     strides = tuple(st * step if i == axis else st for i, st in enumerate(h.strides))
@@ -283,7 +290,7 @@ def _sliced(t: Tracer, h: Handle, axis: int, start: int, stop: int, step: int) -
     return t.view(h, steps, shape, strides, offset).handle
 
 
-def _selected(t: Tracer, h: Handle, axis: int, index: int) -> Handle:
+def _selected(t: Trace, h: Handle, axis: int, index: int) -> Handle:
     n = h.shape[axis]
     if not -n <= index < n:
         raise AxisError(
@@ -295,12 +302,12 @@ def _selected(t: Tracer, h: Handle, axis: int, index: int) -> Handle:
     return _reshaped(t, h, shape, strides).handle
 
 
-def select(t: Tracer, input: Tensor, dim: int, index: int) -> Tensor:
+def select(t: Trace, input: Tensor, dim: int, index: int) -> Tensor:
     h = t.lift(input)
     return _selected(t, h, normal_axis(t, dim, len(h.shape)), int(index)).tensor
 
 
-def narrow(t: Tracer, input: Tensor, dim: int, start: int, length: int) -> Tensor:
+def narrow(t: Trace, input: Tensor, dim: int, start: int, length: int) -> Tensor:
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
     start = int(start) + (h.shape[axis] if start < 0 else 0)
@@ -311,7 +318,7 @@ def narrow(t: Tracer, input: Tensor, dim: int, start: int, length: int) -> Tenso
     return _sliced(t, h, axis, start, start + int(length), 1).tensor
 
 
-def basic_index(t: Tracer, h: Handle, index: object) -> Handle:
+def basic_index(t: Trace, h: Handle, index: object) -> Handle:
     """A view by ints, slices, None and Ellipsis."""
     items = index if isinstance(index, tuple) else (index,)
     taken = sum(1 for i in items if i is not None and not isinstance(i, EllipsisType))
@@ -343,7 +350,7 @@ def basic_index(t: Tracer, h: Handle, index: object) -> Handle:
     return h
 
 
-def mask_of(t: Tracer, index: object) -> Tensor | None:
+def mask_of(t: Trace, index: object) -> Tensor | None:
     """The boolean mask, when the index is one tensor of bools."""
     if isinstance(index, tuple) and len(index) == 1:
         index = index[0]
@@ -352,14 +359,14 @@ def mask_of(t: Tracer, index: object) -> Tensor | None:
     return None
 
 
-def _refuse_advanced(t: Tracer, index: object) -> None:
+def _refuse_advanced(t: Trace, index: object) -> None:
     items = index if isinstance(index, tuple) else (index,)
     for item in items:
         if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
             raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
 
 
-def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
+def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
     """x[index] by ints, slices, None and Ellipsis: a view."""
     _refuse_advanced(t, index)
     h = t.lift(input)
@@ -369,7 +376,7 @@ def getitem(t: Tracer, input: Tensor, index: object) -> Tensor:
     return found.tensor
 
 
-def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
+def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
     """x[index] = value, with an index as of `getitem` or one mask."""
     mask = mask_of(t, index)
     if mask is not None:
@@ -389,7 +396,7 @@ def setitem(t: Tracer, input: Tensor, index: object, value: object) -> None:
     copy_(t, target, value)
 
 
-def _assign_masked(t: Tracer, input: Tensor, mask: Tensor, value: object) -> None:
+def _assign_masked(t: Trace, input: Tensor, mask: Tensor, value: object) -> None:
     """x[mask] = scalar: the mask covers the leading axes of x."""
     x, m = t.lift(input), t.lift(mask)
     if m.shape != x.shape[: len(m.shape)]:
@@ -428,10 +435,10 @@ rule(Tensor.expand)(sized("size", expand_))
 
 
 @rule(torch.reshape)
-def _reshape_function(t: Tracer, input: Tensor, shape: object) -> TracedTensor:
+def _reshape_function(t: Trace, input: Tensor, shape: object) -> TracedTensor:
     return reshape(t, input, *shape)
 
 
 @rule(torch.broadcast_to, Tensor.broadcast_to)
-def broadcast_to(t: Tracer, input: Tensor, size: object) -> TracedTensor:
+def broadcast_to(t: Trace, input: Tensor, size: object) -> TracedTensor:
     return expand_(t, input, size)

@@ -11,7 +11,6 @@ import math
 
 import torch
 
-from tracejit.capture import location
 from tracejit.capture.functions.common import cast, expand, literal
 from tracejit.capture.functions.derived import (
     argument_error,
@@ -21,9 +20,10 @@ from tracejit.capture.functions.derived import (
     spread,
     widen,
 )
-from tracejit.capture.table import RULES, rule
-from tracejit.capture.tensor import TO_TORCH, Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.table import RULES, rule
+from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
 
@@ -31,17 +31,17 @@ Tensor = torch.Tensor
 functional = torch.nn.functional
 
 
-def _mean(t: Tracer, x: Value, axes: Ints) -> Value:
+def _mean(t: Trace, x: Value, axes: Ints) -> Value:
     """The mean over axes, spread over them again."""
     return spread(t, mean_of(t, x, axes), x.type.shape, axes)
 
 
-def mean_of(t: Tracer, x: Value, axes: Ints) -> Value:
+def mean_of(t: Trace, x: Value, axes: Ints) -> Value:
     count = math.prod(x.type.shape[a] for a in axes)
     return t.b.div(t.b.reduce_sum(x, axes=axes), float(count))
 
 
-def _scale(t: Tracer, x: Value, axes: Ints, eps: Arg) -> Value:
+def _scale(t: Trace, x: Value, axes: Ints, eps: Arg) -> Value:
     """1 / sqrt(mean(x²) + eps), spread over the axes."""
     b = t.b
     scale = b.div(1.0, b.sqrt(b.add(mean_of(t, b.mul(x, x), axes), eps)))
@@ -49,7 +49,7 @@ def _scale(t: Tracer, x: Value, axes: Ints, eps: Arg) -> Value:
 
 
 def normalized(
-    t: Tracer,
+    t: Trace,
     name: str,
     x: Value,
     weight: Value | None,
@@ -110,15 +110,15 @@ def normalized(
     return derived(t, name, inputs, forward, backward)
 
 
-def _optional(t: Tracer, x: Tensor | None) -> Value | None:
+def _optional(t: Trace, x: Tensor | None) -> Value | None:
     return None if x is None else t.read(t.lift(x))
 
 
-def _eps(t: Tracer, eps: float, x: Value) -> Arg:
+def _eps(t: Trace, eps: float, x: Value) -> Arg:
     return literal(eps, widen(t, x).type.dtype)
 
 
-def _trailing(t: Tracer, x: Value, normalized_shape: object, *params: Value | None) -> Ints:
+def _trailing(t: Trace, x: Value, normalized_shape: object, *params: Value | None) -> Ints:
     """The axes of the normalized shape, which must be the input's last ones and the parameters'."""
     sizes = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     rank = len(x.type.shape)
@@ -138,7 +138,7 @@ def _trailing(t: Tracer, x: Value, normalized_shape: object, *params: Value | No
 
 @rule(functional.layer_norm, torch.layer_norm)
 def layer_norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     normalized_shape: object,
     weight: Tensor | None = None,
@@ -154,7 +154,7 @@ def layer_norm(
 
 @rule(functional.rms_norm, torch.rms_norm)
 def rms_norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     normalized_shape: object,
     weight: Tensor | None = None,
@@ -176,7 +176,7 @@ def _kept(x: Value, axes: Ints) -> Ints:
 
 @rule(functional.group_norm, torch.group_norm)
 def group_norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
@@ -207,7 +207,7 @@ def group_norm(
     return t.fresh(t.b.reshape(y, shape=shape))
 
 
-def _check_channels(t: Tracer, channels: int, *params: Value | None) -> None:
+def _check_channels(t: Trace, channels: int, *params: Value | None) -> None:
     for p in params:
         if p is not None and p.type.shape != (channels,):
             raise t.shape_error(
@@ -216,7 +216,7 @@ def _check_channels(t: Tracer, channels: int, *params: Value | None) -> None:
             )
 
 
-def _update(t: Tracer, running: Tensor | None, now: Value, momentum: float) -> None:
+def _update(t: Trace, running: Tensor | None, now: Value, momentum: float) -> None:
     """running = (1 - momentum)·running + momentum·now, in place."""
     if running is None:
         return
@@ -230,7 +230,7 @@ def _update(t: Tracer, running: Tensor | None, now: Value, momentum: float) -> N
 
 
 def _track(
-    t: Tracer,
+    t: Trace,
     x: Value,
     axes: Ints,
     across: Ints,
@@ -255,7 +255,7 @@ def _track(
 
 
 def _with_running(
-    t: Tracer,
+    t: Trace,
     name: str,
     x: Value,
     running_mean: Tensor,
@@ -306,7 +306,7 @@ def _with_running(
 
 @rule(functional.batch_norm)
 def batch_norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -344,7 +344,7 @@ def batch_norm(
 
 @rule(torch.batch_norm)
 def _batch_norm_builtin(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -360,7 +360,7 @@ def _batch_norm_builtin(
 
 @rule(functional.instance_norm)
 def instance_norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -396,7 +396,7 @@ def instance_norm(
 
 @rule(torch.instance_norm)
 def _instance_norm_builtin(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -413,7 +413,7 @@ def _instance_norm_builtin(
 
 
 @rule(torch._weight_norm)
-def weight_norm(t: Tracer, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+def weight_norm(t: Trace, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """v · g / ‖v‖, the norm over all axes but `dim` (over all, if it is -1)."""
     axes = [a for a in range(len(t.lift(v).shape)) if a != dim]
     norm = RULES[torch.linalg.vector_norm](t, v, 2, axes, True)

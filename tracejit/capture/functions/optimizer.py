@@ -17,9 +17,9 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.derived import derived, require_float, widen
 from tracejit.capture.functions.statistics import vector_norm
-from tracejit.capture.table import RULES, Rule
-from tracejit.capture.tensor import TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import RULES, Rule
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
 
 Tensor = torch.Tensor
@@ -29,7 +29,7 @@ def _added(name: str):
     """input + value·tensor1·tensor2, or with a quotient; rounded once."""
 
     def function(
-        t: Tracer, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Number = 1
+        t: Trace, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Number = 1
     ) -> TracedTensor:
         b = t.b
 
@@ -61,7 +61,7 @@ def _added(name: str):
 addcmul, addcdiv = _added("addcmul"), _added("addcdiv")
 
 
-def lerp(t: Tracer, input: Tensor, end: Tensor, weight: Tensor | Number) -> TracedTensor:
+def lerp(t: Trace, input: Tensor, end: Tensor, weight: Tensor | Number) -> TracedTensor:
     """input + w·(end - input), from the nearer end; the gradients are (1 - w)·g and w·g."""
     b = t.b
     if t.lift(input).dtype is not t.lift(end).dtype:
@@ -121,7 +121,7 @@ def _each(one: Rule, keyword: str | None, *, inplace: bool) -> Rule:
     position.
     """
 
-    def rule(t: Tracer, self: object, *args: object, **kwargs: object) -> object:
+    def rule(t: Trace, self: object, *args: object, **kwargs: object) -> object:
         lists = [x for x in (self, *args) if isinstance(x, (list, tuple))]
         if len({len(x) for x in lists}) != 1:
             raise t.shape_error("Tensor lists must have the same number of tensors")
@@ -144,7 +144,7 @@ def _maximum(name: str) -> Rule:
     """Of two tensors, or of a tensor and a number."""
     number = "clamp_min" if name == "maximum" else "clamp_max"
 
-    def rule(t: Tracer, input: Tensor, other: object) -> Tensor:
+    def rule(t: Trace, input: Tensor, other: object) -> Tensor:
         return getattr(arithmetic, name if isinstance(other, Tensor) else number)(t, input, other)
 
     return rule

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from tracejit.capture.bounds import within
 from tracejit.capture.functions.assembly import movedim
 from tracejit.capture.functions.common import (
     cast,
@@ -20,9 +19,10 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.factories import Number, filled, made, options_of
 from tracejit.capture.functions.movement import clone, slice_steps
 from tracejit.capture.functions.reduction import sum_
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import DType, f64, i64
 
@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 LARGEST_CONSTANT = 64  # elements of a torch.tensor([…]): each costs a comparison where it is read
 
 
-def position(t: Tracer, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:
+def position(t: Trace, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:
     """The index along an axis, at every point of a shape."""
     return t.b.iota(axis=axis, shape=shape, dtype=dtype, device=device)
 
@@ -38,7 +38,7 @@ def position(t: Tracer, axis: int, shape: Ints, device: str, dtype: DType = i64)
 # ---- triangles and diagonals
 
 
-def _selected(t: Tracer, name: str, x: Value, related: str, offset: int) -> Value:
+def _selected(t: Trace, name: str, x: Value, related: str, offset: int) -> Value:
     """x where column - row is `related` to an offset, else zero; torch saves no mask for that."""
     shape, last, device = x.type.shape, len(x.type.shape) - 1, x.type.device
     with t.untaped():
@@ -52,7 +52,7 @@ def _selected(t: Tracer, name: str, x: Value, related: str, offset: int) -> Valu
 
 
 def _triangle(name: str, related: str):
-    def rule(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
+    def rule(t: Trace, input: Tensor, diagonal: int = 0) -> TracedTensor:
         h = t.lift(input)
         if len(h.shape) < 2:
             raise t.shape_error(f"{name}: input tensor must have at least 2 dimensions")
@@ -62,7 +62,7 @@ def _triangle(name: str, related: str):
 
 
 def diagonal(
-    t: Tracer, input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+    t: Trace, input: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
 ) -> TracedTensor:
     """A view of the elements (i, i + offset): a square, flattened, in steps of its side and 1."""
     h = t.lift(input)
@@ -105,7 +105,7 @@ def _strided(kept: Ints, n: int) -> tuple:
 
 
 def diag_embed(
-    t: Tracer, input: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1
+    t: Trace, input: Tensor, offset: int = 0, dim1: int = -2, dim2: int = -1
 ) -> TracedTensor:
     """The last axis along a diagonal of two new axes, zero elsewhere."""
     h = t.lift(input)
@@ -129,7 +129,7 @@ def diag_embed(
     return clone(t, moved, memory_format=torch.contiguous_format)
 
 
-def diag(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
+def diag(t: Trace, input: Tensor, diagonal: int = 0) -> TracedTensor:
     """A vector as a diagonal matrix; the diagonal of a matrix, copied."""
     rank = len(t.lift(input).shape)
     if rank not in (1, 2):
@@ -142,7 +142,7 @@ def diag(t: Tracer, input: Tensor, diagonal: int = 0) -> TracedTensor:
 _diagonal = diagonal
 
 
-def trace(t: Tracer, input: Tensor) -> TracedTensor:
+def trace(t: Trace, input: Tensor) -> TracedTensor:
     if len(t.lift(input).shape) != 2:
         raise t.shape_error("trace: expected a matrix")
     return sum_(t, diagonal(t, input))
@@ -152,7 +152,7 @@ def trace(t: Tracer, input: Tensor) -> TracedTensor:
 
 
 @rule(torch.eye)
-def eye(t: Tracer, n: int, m: int | None = None, **options: object) -> TracedTensor:
+def eye(t: Trace, n: int, m: int | None = None, **options: object) -> TracedTensor:
     o = options_of(t, options)
     shape = (n, n if m is None else m)
     if min(shape) < 0:
@@ -162,7 +162,7 @@ def eye(t: Tracer, n: int, m: int | None = None, **options: object) -> TracedTen
 
 
 @rule(torch.linspace)
-def linspace(t: Tracer, start: float, end: float, steps: int, **options: object) -> TracedTensor:
+def linspace(t: Trace, start: float, end: float, steps: int, **options: object) -> TracedTensor:
     """From both ends towards the middle, as torch counts."""
     o = options_of(t, options)
     if isinstance(start, Tensor) or isinstance(end, Tensor):
@@ -182,7 +182,7 @@ def linspace(t: Tracer, start: float, end: float, steps: int, **options: object)
     return made(t, cast(t, value, chosen), o.requires_grad)
 
 
-def _flat(t: Tracer, data: object) -> tuple[list, Ints]:
+def _flat(t: Trace, data: object) -> tuple[list, Ints]:
     """The numbers of nested lists in order, and their shape."""
     if not isinstance(data, (list, tuple)):
         if not isinstance(data, (bool, int, float)):
@@ -196,7 +196,7 @@ def _flat(t: Tracer, data: object) -> tuple[list, Ints]:
     return [x for numbers, _ in parts for x in numbers], (len(parts), *inner)
 
 
-def constant(t: Tracer, numbers: list, shape: Ints, dtype: DType, device: str) -> Value:
+def constant(t: Trace, numbers: list, shape: Ints, dtype: DType, device: str) -> Value:
     """A small array of given numbers: a chain of selections by position."""
     if len(numbers) > LARGEST_CONSTANT:
         raise t.unsupported(
@@ -216,7 +216,7 @@ def constant(t: Tracer, numbers: list, shape: Ints, dtype: DType, device: str) -
 
 
 @rule(torch.tensor)
-def tensor(t: Tracer, data: object, **options: object) -> TracedTensor:
+def tensor(t: Trace, data: object, **options: object) -> TracedTensor:
     """torch.tensor of a number, or of nested lists of a few numbers."""
     o = options_of(t, options)
     numbers, shape = _flat(t, data)
@@ -230,11 +230,11 @@ def tensor(t: Tracer, data: object, **options: object) -> TracedTensor:
 
 
 @rule(torch.scalar_tensor)
-def scalar_tensor(t: Tracer, s: Number, **options: object) -> TracedTensor:
+def scalar_tensor(t: Trace, s: Number, **options: object) -> TracedTensor:
     return tensor(t, s, **{"dtype": torch.get_default_dtype(), **options})
 
 
-def one_hot(t: Tracer, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
+def one_hot(t: Trace, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
     h = t.lift(tensor)
     if h.dtype is not i64:
         raise t.shape_error("one_hot is only applicable to index tensor of type LongTensor")

@@ -16,8 +16,8 @@ from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
-from tracejit.capture.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import i64
 
@@ -27,7 +27,7 @@ Tensor = torch.Tensor
 # ---- products of vectors and matrices, and sums with them
 
 
-def outer(t: Tracer, input: Tensor, vec2: Tensor) -> TracedTensor:
+def outer(t: Trace, input: Tensor, vec2: Tensor) -> TracedTensor:
     a, b = t.lift(input), t.lift(vec2)
     if len(a.shape) != 1 or len(b.shape) != 1:
         raise t.shape_error("outer: Expected 1-D arguments")
@@ -35,13 +35,13 @@ def outer(t: Tracer, input: Tensor, vec2: Tensor) -> TracedTensor:
 
 
 def baddbmm(
-    t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+    t: Trace, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     return plus(t, input, bmm(t, batch1, batch2), beta, alpha)
 
 
 def addbmm(
-    t: Tracer, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
+    t: Trace, input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     product = bmm(t, batch1, batch2)
     total = sum_(t, product, 0, dtype=TO_TORCH[product.handle.dtype])
@@ -49,13 +49,13 @@ def addbmm(
 
 
 def addmv(
-    t: Tracer, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1
+    t: Trace, input: Tensor, mat: Tensor, vec: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     return plus(t, input, mv(t, mat, vec), beta, alpha)
 
 
 def addr(
-    t: Tracer, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
+    t: Trace, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
     return plus(t, input, outer(t, vec1, vec2), beta, alpha)
 
@@ -63,7 +63,7 @@ def addr(
 # ---- einsum
 
 
-def einsum(t: Tracer, equation: object, *operands: object) -> TracedTensor:
+def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
     """Sums of products by labels, two operands at a time, from left to right.
 
     Each operand gets one axis per label (results first, then what is summed), in the order in which
@@ -93,7 +93,7 @@ def einsum(t: Tracer, equation: object, *operands: object) -> TracedTensor:
     return reshape(t, out, t.lift(out).shape[:kept]) if len(order) > kept else out
 
 
-def _labels(t: Tracer, equation: str, operands: tuple) -> tuple[list[list], list]:
+def _labels(t: Trace, equation: str, operands: tuple) -> tuple[list[list], list]:
     """The labels of each operand and of the result; an axis of "..." is a negative number."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     words = left.split(",")
@@ -122,14 +122,14 @@ def _labels(t: Tracer, equation: str, operands: tuple) -> tuple[list[list], list
     return terms, [*range(-widest, 0), *once]
 
 
-def _spelled(t: Tracer, word: str, hidden: int) -> list:
+def _spelled(t: Trace, word: str, hidden: int) -> list:
     before, dots, after = word.partition("...")
     if not all(c.isascii() and c.isalpha() for c in before + after):
         raise t.shape_error(f"einsum(): invalid subscripts {word!r}")
     return [*before, *(range(-hidden, 0) if dots else ()), *after]
 
 
-def _align(t: Tracer, x: Tensor, term: list, order: list) -> Tensor:
+def _align(t: Trace, x: Tensor, term: list, order: list) -> Tensor:
     """An operand with one axis per label of `order`, of extent 1 where it has none."""
     term = list(term)
     for label in list(dict.fromkeys(term)):
@@ -146,7 +146,7 @@ def _align(t: Tracer, x: Tensor, term: list, order: list) -> Tensor:
     return reshape(t, x, tuple(next(shape) if k in term else 1 for k in order))
 
 
-def _pair(t: Tracer, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
+def _pair(t: Trace, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
     """The product of two operands, summed over some axes, which keep extent 1."""
     if not over:
         return mul(t, a, b)
@@ -177,7 +177,7 @@ def _pair(t: Tracer, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
     return permute(t, product, *(axes.index(k) for k in range(len(axes))))
 
 
-def _grouped(t: Tracer, x: Tensor, groups: tuple[list[int], ...]) -> TracedTensor:
+def _grouped(t: Trace, x: Tensor, groups: tuple[list[int], ...]) -> TracedTensor:
     """An operand of a batched matrix product: three groups of axes, as one axis each."""
     shape = t.lift(x).shape
     moved = permute(t, x, *(k for group in groups for k in group))
@@ -187,7 +187,7 @@ def _grouped(t: Tracer, x: Tensor, groups: tuple[list[int], ...]) -> TracedTenso
 # ---- along an axis
 
 
-def _spread(t: Tracer, x: Value, axis: int) -> tuple[Value, Ints]:
+def _spread(t: Trace, x: Value, axis: int) -> tuple[Value, Ints]:
     """x with an axis of its own extent before `axis`, along which it does not vary."""
     shape = x.type.shape
     thin = (*shape[:axis], 1, *shape[axis:])
@@ -195,7 +195,7 @@ def _spread(t: Tracer, x: Value, axis: int) -> tuple[Value, Ints]:
     return expand(t, t.b.reshape(x, shape=thin), wide), wide
 
 
-def cumsum(t: Tracer, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
+def cumsum(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
     """Each element is a sum over those up to it: for an extent of n, n² additions.
 
     The work is bounded by the bandwidth of the cache, up to a few thousand elements an axis.
@@ -225,7 +225,7 @@ def cumsum(t: Tracer, input: Tensor, dim: int, *, dtype: torch.dtype | None = No
 
 
 def prod(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     dim: int | None = None,
     keepdim: bool = False,
@@ -251,7 +251,7 @@ def prod(
     return t.fresh(t.saves(value, x, value))
 
 
-def _of_one(t: Tracer, x: Value, axis: int, kept: Ints) -> Value:
+def _of_one(t: Trace, x: Value, axis: int, kept: Ints) -> Value:
     """The product of one factor or none, whose constant derivative depends on it for torch."""
     with t.untaped():
         value = t.b.alias(t.b.reshape(_halved(t, x, axis), shape=kept))
@@ -263,7 +263,7 @@ def _of_one(t: Tracer, x: Value, axis: int, kept: Ints) -> Value:
     return t.derive("prod", (x,), value, vjp)
 
 
-def _halved(t: Tracer, x: Value, axis: int) -> Value:
+def _halved(t: Trace, x: Value, axis: int) -> Value:
     """The product along an axis, of extent 1 in the end."""
     zeros = (0,) * len(x.type.shape)
     one = 1.0 if x.type.dtype.is_float else 1
@@ -283,7 +283,7 @@ def _halved(t: Tracer, x: Value, axis: int) -> Value:
 
 
 def diff(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     n: int = 1,
     dim: int = -1,

@@ -12,23 +12,23 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tracejit.autodiff import Entry
-from tracejit.capture import location
 from tracejit.capture.functions.activation import dropout as drop
 from tracejit.capture.functions.assembly import joined
 from tracejit.capture.functions.common import expand
 from tracejit.capture.functions.contraction import linear
 from tracejit.capture.functions.movement import select, transpose
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import Ints, TracedTensor, elementwise_strides
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_strides
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Value
 from tracejit.ir.types import contiguous_strides
 
 Tensor = torch.Tensor
 State = tuple[Value, ...]  # the hidden state, and of lstm the cell state, [rows, hidden] each
-Cell = Callable[[Tracer, Value, Value, State], State]  # of the input's gates and the state's
+Cell = Callable[[Trace, Value, Value, State], State]  # of the input's gates and the state's
 
 # Of one layer and direction: the weights of input and state, their biases, lstm's projection.
 Params = tuple[Tensor | None, ...]
@@ -39,7 +39,7 @@ _TOGETHER = 4  # pieces that are joined at once
 # ---- the cells
 
 
-def _applied(t: Tracer, name: str, x: Value) -> Value:
+def _applied(t: Trace, name: str, x: Value) -> Value:
     """An element-wise torch function."""
     return t.read(FUNCTIONS[name](t, t.fresh(x)).handle)
 
@@ -47,13 +47,13 @@ def _applied(t: Tracer, name: str, x: Value) -> Value:
 def _simple(name: str) -> Cell:
     """h' = f(input's + h's)."""
 
-    def cell(t: Tracer, of_input: Value, of_state: Value, state: State) -> State:
+    def cell(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
         return (_applied(t, name, t.b.add(of_state, of_input)),)
 
     return cell
 
 
-def _lstm(t: Tracer, of_input: Value, of_state: Value, state: State) -> State:
+def _lstm(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
     """c' = σ(f)·c + σ(i)·tanh(g), h' = σ(o)·tanh(c'), the gates in the order i, f, g, o."""
     b = t.b
     i, f, g, o = _parts(t, b.add(of_state, of_input), 1, 4)
@@ -62,7 +62,7 @@ def _lstm(t: Tracer, of_input: Value, of_state: Value, state: State) -> State:
     return b.mul(o, _applied(t, "tanh", c)), c
 
 
-def _gru(t: Tracer, of_input: Value, of_state: Value, state: State) -> State:
+def _gru(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
     """n = tanh(n_input + σ(r)·n_state), h' = (h - n)·σ(z) + n, the gates in the order r, z, n."""
     b = t.b
     r_input, z_input, n_input = _parts(t, of_input, 1, 3)
@@ -81,7 +81,7 @@ CELLS: dict[str, tuple[Cell, int]] = {  # and how many gates it has
 }
 
 
-def _parts(t: Tracer, x: Value, axis: int, count: int) -> State:
+def _parts(t: Trace, x: Value, axis: int, count: int) -> State:
     """Equal parts along an axis; their derivatives, joined, are that of the whole."""
     size, ones = x.type.shape[axis] // count, (1,) * len(x.type.shape)
 
@@ -100,12 +100,12 @@ def _parts(t: Tracer, x: Value, axis: int, count: int) -> State:
     return parts
 
 
-def _unbound(t: Tracer, x: Value) -> list[Value]:
+def _unbound(t: Trace, x: Value) -> list[Value]:
     """x[0], x[1], …"""
     return [t.b.reshape(p, shape=x.type.shape[1:]) for p in _parts(t, x, 0, x.type.shape[0])]
 
 
-def _joined(t: Tracer, pieces: Sequence[Value], axis: int) -> Value:
+def _joined(t: Trace, pieces: Sequence[Value], axis: int) -> Value:
     """Pieces along an axis. Each element of a join looks at every piece: many go in groups."""
     while len(pieces) > _TOGETHER:
         groups = range(0, len(pieces), _TOGETHER)
@@ -113,7 +113,7 @@ def _joined(t: Tracer, pieces: Sequence[Value], axis: int) -> Value:
     return joined(t, pieces, axis)
 
 
-def _stacked(t: Tracer, xs: Sequence[Value]) -> Value:
+def _stacked(t: Trace, xs: Sequence[Value]) -> Value:
     """Values of one shape along a new first axis."""
     return _joined(t, [t.b.reshape(x, shape=(1, *x.type.shape)) for x in xs], 0)
 
@@ -128,7 +128,7 @@ class _Product:
     tape, before the steps: its formula is emitted when the cotangents of all results are known.
     """
 
-    def __init__(self, t: Tracer, weight: Value, bias: Value | None, steps: int, rows: int) -> None:
+    def __init__(self, t: Trace, weight: Value, bias: Value | None, steps: int, rows: int) -> None:
         self.t, self.weight, self.bias = t, weight, bias
         self.given: dict[int, Value] = {}  # x by step
         kind, outputs = weight.type, (rows, weight.type.shape[0])
@@ -167,7 +167,7 @@ class _Product:
 
 
 def _layer(
-    t: Tracer, cell: Cell, x: Tensor, state: State, params: Params, back: bool
+    t: Trace, cell: Cell, x: Tensor, state: State, params: Params, back: bool
 ) -> tuple[Value, State]:
     """One layer in one direction over x [steps, rows, features]: its outputs and last state."""
     w_input, w_state, b_input, b_state, w_out = params
@@ -186,7 +186,7 @@ def _layer(
     return _stacked(t, [outputs[k] for k in range(steps)]), state
 
 
-def _value(t: Tracer, x: Tensor | None) -> Value | None:
+def _value(t: Trace, x: Tensor | None) -> Value | None:
     return None if x is None else t.read(t.lift(x))
 
 
@@ -195,7 +195,7 @@ def _sequence(name: str) -> Callable:
     cell, gates = CELLS[name]
 
     def sequence(
-        t: Tracer,
+        t: Trace,
         input: Tensor,
         hx: Tensor | Sequence[Tensor],
         params: Sequence[Tensor],
@@ -231,7 +231,7 @@ def _sequence(name: str) -> Callable:
         out = transpose(t, x, 0, 1) if batch_first else x
         return out, *(t.fresh(_stacked(t, of_layers)) for of_layers in zip(*ends, strict=True))
 
-    def either(t: Tracer, *args: object, **kwargs: object) -> tuple[TracedTensor, ...]:
+    def either(t: Trace, *args: object, **kwargs: object) -> tuple[TracedTensor, ...]:
         if "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (tuple, list))):
             packed(t)
         return sequence(t, *args, **kwargs)
@@ -240,7 +240,7 @@ def _sequence(name: str) -> Callable:
 
 
 @rule(torch._pack_padded_sequence, torch._pad_packed_sequence)
-def packed(t: Tracer, *args: object, **kwargs: object) -> None:
+def packed(t: Trace, *args: object, **kwargs: object) -> None:
     raise t.unsupported(
         "Packed sequences have no rule: how many rows a step has depends on values. Pass the "
         "padded batch, and take no loss where it is padding"
@@ -248,7 +248,7 @@ def packed(t: Tracer, *args: object, **kwargs: object) -> None:
 
 
 def _by_layer(
-    t: Tracer, params: Sequence[Tensor], has_biases: bool, *, projected: bool
+    t: Trace, params: Sequence[Tensor], has_biases: bool, *, projected: bool
 ) -> list[Params]:
     """The parameters of each layer and direction, in the order of `_layer`."""
     size = 2 + 2 * has_biases + projected
@@ -261,7 +261,7 @@ def _by_layer(
     ]
 
 
-def _check(t: Tracer, x: Ints, states: Sequence[Ints], given: int, count: int) -> None:
+def _check(t: Trace, x: Ints, states: Sequence[Ints], given: int, count: int) -> None:
     """Shapes that eager rejects: of the input [steps, rows, features], of the hidden states."""
     if len(x) != 3:
         raise t.unsupported("Give the input 3 dimensions: steps, batch, features")
@@ -276,7 +276,7 @@ def _check(t: Tracer, x: Ints, states: Sequence[Ints], given: int, count: int) -
             )
 
 
-def _check_params(t: Tracer, params: Params, gates: int, out: int, hidden: int) -> None:
+def _check_params(t: Trace, params: Params, gates: int, out: int, hidden: int) -> None:
     """Shapes of parameters; how many features the input has is checked where it is used."""
     shapes = [None if p is None else t.lift(p).shape for p in params]
     features = shapes[0][-1] if shapes[0] else 0
@@ -295,7 +295,7 @@ def _of_cell(name: str) -> Callable:
     cell, gates = CELLS[name]
 
     def step(
-        t: Tracer,
+        t: Trace,
         input: Tensor,
         hx: Tensor | Sequence[Tensor],
         w_ih: Tensor,
@@ -321,7 +321,7 @@ def _of_cell(name: str) -> Callable:
     return step
 
 
-def _check_cell(t: Tracer, x: Ints, states: Sequence[Ints], weight: Ints) -> None:
+def _check_cell(t: Trace, x: Ints, states: Sequence[Ints], weight: Ints) -> None:
     """Shapes that eager rejects and broadcasting would let pass."""
     if len(x) != 2:
         raise AxisError(where=location.full(), reason=f"a cell's input is a matrix, not {list(x)}")

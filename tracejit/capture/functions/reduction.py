@@ -6,7 +6,6 @@ import math
 
 import torch
 
-from tracejit.capture import location
 from tracejit.capture.functions.common import (
     cast,
     expand,
@@ -14,8 +13,9 @@ from tracejit.capture.functions.common import (
     register,
     truth,
 )
-from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace import location
+from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import b1, i64, u8
@@ -23,7 +23,7 @@ from tracejit.ir.types import b1, i64, u8
 Tensor = torch.Tensor
 
 
-def keep(t: Tracer, value: Value, shape: Ints, axes: Ints, keepdim: bool) -> Value:
+def keep(t: Trace, value: Value, shape: Ints, axes: Ints, keepdim: bool) -> Value:
     """Put the reduced axes back with extent 1 when the caller asked for it."""
     if not keepdim:
         return value
@@ -31,12 +31,12 @@ def keep(t: Tracer, value: Value, shape: Ints, axes: Ints, keepdim: bool) -> Val
     return t.b.reshape(value, shape=kept)
 
 
-def _sum(t: Tracer, x: Value, axes: Ints) -> Value:
+def _sum(t: Trace, x: Value, axes: Ints) -> Value:
     return t.b.reduce_sum(x, axes=axes) if axes else t.b.alias(x)
 
 
 def sum_(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     dim: object = None,
     keepdim: bool = False,
@@ -55,7 +55,7 @@ def sum_(
 
 
 def mean(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     dim: object = None,
     keepdim: bool = False,
@@ -78,7 +78,7 @@ def mean(
 
 
 def _extremum(name: str):
-    def reduce(t: Tracer, input: Tensor, dim: object = (), keepdim: bool = False) -> TracedTensor:
+    def reduce(t: Trace, input: Tensor, dim: object = (), keepdim: bool = False) -> TracedTensor:
         handle = t.lift(input)
         axes = normal_axes(t, dim, len(handle.shape))
         if any(handle.shape[a] == 0 for a in axes):
@@ -99,7 +99,7 @@ def _extremum(name: str):
     return reduce
 
 
-def _only(t: Tracer, name: str, x: Value) -> Value:
+def _only(t: Trace, name: str, x: Value) -> Value:
     """The extremum of one element: the derivative asks whether x attains it, as for several."""
     with t.untaped():
         y = t.b.alias(x)
@@ -117,7 +117,7 @@ amax, amin = _extremum("max"), _extremum("min")
 def whole(name: str):
     """max() and min() of all elements: the gradient is shared by those that attain it, NaN too."""
 
-    def reduce(t: Tracer, input: Tensor) -> TracedTensor:
+    def reduce(t: Trace, input: Tensor) -> TracedTensor:
         handle = t.lift(input)
         if not handle.numel:
             raise t.shape_error("Expected reduction dim to be specified for input.numel() == 0")
@@ -142,7 +142,7 @@ def whole(name: str):
 def _boolean(name: str):
     """any and all, as the maximum and minimum of truth values."""
 
-    def reduce(t: Tracer, input: Tensor, dim: object = None, keepdim: bool = False) -> TracedTensor:
+    def reduce(t: Trace, input: Tensor, dim: object = None, keepdim: bool = False) -> TracedTensor:
         handle = t.lift(input)
         axes = normal_axes(t, dim, len(handle.shape)) if dim not in ((), []) else ()
         x = t.read(handle)

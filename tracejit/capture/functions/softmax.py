@@ -16,25 +16,25 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.derived import derived, require_float, spread
 from tracejit.capture.functions.reduction import keep
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
 Tensor = torch.Tensor
 
 
-def _less_max(t: Tracer, x: Value, axes: Ints) -> Value:
+def _less_max(t: Trace, x: Value, axes: Ints) -> Value:
     top = t.b.reduce_max(x, axes=axes)
     return t.b.sub(x, spread(t, top, x.type.shape, axes))
 
 
-def _sum(t: Tracer, x: Value, axes: Ints) -> Value:
+def _sum(t: Trace, x: Value, axes: Ints) -> Value:
     """The sum over axes, spread over them again."""
     return spread(t, t.b.reduce_sum(x, axes=axes), x.type.shape, axes)
 
 
-def softmax_value(t: Tracer, x: Value, axis: int) -> Value:
+def softmax_value(t: Trace, x: Value, axis: int) -> Value:
     """exp(x - max) / sum(exp(x - max)); its gradient is y·(g - sum(g·y))."""
     b, axes = t.b, (axis,)
 
@@ -49,7 +49,7 @@ def softmax_value(t: Tracer, x: Value, axis: int) -> Value:
     return derived(t, "softmax", (x,), forward, (backward,))
 
 
-def log_softmax_value(t: Tracer, x: Value, axis: int) -> Value:
+def log_softmax_value(t: Trace, x: Value, axis: int) -> Value:
     """x - max - log(sum(exp(x - max))); its gradient is g - exp(y)·sum(g)."""
     b, axes = t.b, (axis,)
 
@@ -67,7 +67,7 @@ def _along(name: str, emit):
     """A function of rows: a cast first if a dtype is given; 0-d tensors are rows of one."""
 
     def function(
-        t: Tracer, input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
+        t: Trace, input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
     ) -> TracedTensor:
         h = t.lift(input)
         if dim is None:
@@ -90,7 +90,7 @@ softmax = _along("softmax", softmax_value)
 log_softmax = _along("log_softmax", log_softmax_value)
 
 
-def logsumexp(t: Tracer, input: Tensor, dim: object, keepdim: bool = False) -> TracedTensor:
+def logsumexp(t: Trace, input: Tensor, dim: object, keepdim: bool = False) -> TracedTensor:
     """log(sum(exp(x))), with the finite part of the maximum taken out; gradient g·exp(x - y)."""
     h, b = t.lift(input), t.b
     axes = normal_axes(t, dim, len(h.shape))
@@ -120,7 +120,7 @@ def _functional(implementation):
     """The signature of torch.nn.functional: a stack level stands before the dtype."""
 
     def rule(
-        t: Tracer,
+        t: Trace,
         input: Tensor,
         dim: int | None = None,
         _stacklevel: int = 3,
@@ -132,7 +132,7 @@ def _functional(implementation):
 
 
 def softmin(
-    t: Tracer, input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
+    t: Trace, input: Tensor, dim: int | None = None, dtype: torch.dtype | None = None
 ) -> TracedTensor:
     """softmax(-x)."""
     return softmax(t, FUNCTIONS["neg"](t, input), dim, dtype)

@@ -23,9 +23,9 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.derived import derived, require_float, spread
 from tracejit.capture.functions.reduction import keep
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import TO_IR, Ints, TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
 Tensor = torch.Tensor
@@ -35,7 +35,7 @@ functional = torch.nn.functional
 # --- variance ----------------------------------------------------------------------------------
 
 
-def _mean(t: Tracer, x: Value, axes: Ints) -> Value:
+def _mean(t: Trace, x: Value, axes: Ints) -> Value:
     """The mean over axes; over none, x itself."""
     if not axes:
         return t.b.alias(x)
@@ -44,7 +44,7 @@ def _mean(t: Tracer, x: Value, axes: Ints) -> Value:
     return t.b.div(total, float(count))
 
 
-def _from_mean(t: Tracer, x: Value, axes: Ints) -> Value:
+def _from_mean(t: Trace, x: Value, axes: Ints) -> Value:
     """x - mean, both less the first value: exactly 0 for equal values, as in torch.
 
     Source: shifted data, in Chan, Golub, LeVeque, "Algorithms for Computing the Sample Variance".
@@ -60,7 +60,7 @@ def _from_mean(t: Tracer, x: Value, axes: Ints) -> Value:
     return b.sub(x, spread(t, _mean(t, x, axes), shape, axes))
 
 
-def _variance(t: Tracer, x: Value, axes: Ints, correction: Number, *, root: bool) -> Value:
+def _variance(t: Trace, x: Value, axes: Ints, correction: Number, *, root: bool) -> Value:
     """sum((x - mean)²) / (n - correction), or its square root.
 
     The gradient is 2/(n - correction)·(x - mean)·g, for the root with g/(2·y), 0 where y is 0.
@@ -88,7 +88,7 @@ def _variance(t: Tracer, x: Value, axes: Ints, correction: Number, *, root: bool
 
 def _statistic(*, root: bool, with_mean: bool) -> Callable:
     def function(
-        t: Tracer,
+        t: Trace,
         input: Tensor,
         dim: object = None,
         unbiased: bool | None = None,
@@ -127,7 +127,7 @@ register(("std_mean",), _statistic(root=True, with_mean=True), inplace=False)
 # --- norms -------------------------------------------------------------------------------------
 
 
-def _norm_forward(t: Tracer, x: Value, p: float, axes: Ints) -> Value:
+def _norm_forward(t: Trace, x: Value, p: float, axes: Ints) -> Value:
     b = t.b
     size = b.abs(x)
 
@@ -147,7 +147,7 @@ def _norm_forward(t: Tracer, x: Value, p: float, axes: Ints) -> Value:
     return b.pow(total(b.pow(size, p)), 1.0 / p)
 
 
-def _norm_backward(t: Tracer, g: Value, y: Value, x: Value, p: float, axes: Ints) -> Value | None:
+def _norm_backward(t: Trace, g: Value, y: Value, x: Value, p: float, axes: Ints) -> Value | None:
     """torch's derivative: of norm 0 it is 0, of the largest element shared among equals."""
     b, shape = t.b, x.type.shape
 
@@ -177,7 +177,7 @@ def _norm_backward(t: Tracer, g: Value, y: Value, x: Value, p: float, axes: Ints
 
 
 def vector_norm(
-    t: Tracer,
+    t: Trace,
     x: Tensor,
     ord: float = 2,
     dim: object = None,
@@ -205,13 +205,13 @@ def vector_norm(
 
 
 @rule(torch.linalg.vector_norm)
-def _linalg_vector_norm(t: Tracer, x: Tensor, *args: object, **kwargs: object) -> TracedTensor:
+def _linalg_vector_norm(t: Trace, x: Tensor, *args: object, **kwargs: object) -> TracedTensor:
     return vector_norm(t, x, *args, **kwargs)
 
 
 @rule(torch.linalg.norm)
 def linalg_norm(
-    t: Tracer,
+    t: Trace,
     A: Tensor,
     ord: object = None,
     dim: object = None,
@@ -228,7 +228,7 @@ def linalg_norm(
 
 @rule(torch.norm, Tensor.norm)
 def norm(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     p: object = "fro",
     dim: object = None,
@@ -245,7 +245,7 @@ def norm(
 
 @rule(functional.normalize)
 def normalize(
-    t: Tracer,
+    t: Trace,
     input: Tensor,
     p: float = 2.0,
     dim: object = 1,
@@ -263,7 +263,7 @@ def normalize(
 
 @rule(torch.cosine_similarity)
 def cosine_similarity(
-    t: Tracer, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-08
+    t: Trace, x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-08
 ) -> TracedTensor:
     """sum(x1/‖x1‖ · x2/‖x2‖), norms not below eps; their gradient ignores that bound."""
     operands = [operand(t, x) for x in (x1, x2)]
@@ -292,13 +292,13 @@ def cosine_similarity(
 
 @rule(torch.pairwise_distance)
 def pairwise_distance(
-    t: Tracer, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-06, keepdim: bool = False
+    t: Trace, x1: Tensor, x2: Tensor, p: float = 2.0, eps: float = 1e-06, keepdim: bool = False
 ) -> TracedTensor:
     """‖x1 - x2 + eps‖ over the last axis."""
     return vector_norm(t, add(t, sub(t, x1, x2), eps), p, -1, keepdim)
 
 
 @rule(torch.dist, Tensor.dist)
-def dist(t: Tracer, input: Tensor, other: Tensor, p: float = 2) -> TracedTensor:
+def dist(t: Trace, input: Tensor, other: Tensor, p: float = 2) -> TracedTensor:
     """‖input - other‖ of all elements."""
     return vector_norm(t, sub(t, input, other), p)

@@ -7,7 +7,7 @@ import math
 from tracejit.capture.functions.common import as_float, pointwise, register
 from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
 
@@ -38,7 +38,7 @@ ROWS = {
 
 
 def _make(name: str, value, slope):
-    def function(t: Tracer, input):
+    def function(t: Trace, input):
         def emit(x: Value) -> Value:
             return derived(
                 t,

@@ -9,9 +9,9 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.arithmetic import power
 from tracejit.capture.functions.common import as_float, pointwise, register, write_back
-from tracejit.capture.table import rule
-from tracejit.capture.tensor import TracedTensor
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import b1
@@ -75,7 +75,7 @@ UNARY: dict[str, tuple[Emit, Derivative | None, bool]] = {
 
 
 def _make(name: str, emit: Emit, derivative: Derivative | None, to_float: bool):
-    def function(t: Tracer, input: torch.Tensor) -> TracedTensor:
+    def function(t: Trace, input: torch.Tensor) -> TracedTensor:
         def step(x: Value) -> Value:
             if derivative is None:
                 return emit(t.b, x)
@@ -88,7 +88,7 @@ def _make(name: str, emit: Emit, derivative: Derivative | None, to_float: bool):
     return function
 
 
-def _relu_function(t: Tracer, input: torch.Tensor) -> TracedTensor:
+def _relu_function(t: Trace, input: torch.Tensor) -> TracedTensor:
     """relu; its gradient depends on the result as well, with derivative zero, as in torch."""
 
     def threshold(b: Builder, g: Value, y: Value) -> Value:
@@ -111,7 +111,7 @@ def _relu_function(t: Tracer, input: torch.Tensor) -> TracedTensor:
     return pointwise(t, emit, (input,))
 
 
-def square(t: Tracer, input: torch.Tensor) -> TracedTensor:
+def square(t: Trace, input: torch.Tensor) -> TracedTensor:
     return power(t, input, 2)
 
 
@@ -120,7 +120,7 @@ FUNCTIONS["relu"] = _relu_function
 FUNCTIONS["square"] = square
 
 
-def relu(t: Tracer, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+def relu(t: Trace, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     out = FUNCTIONS["relu"](t, input)
     return write_back(t, input, out) if inplace else out
 
@@ -132,7 +132,7 @@ register(("__abs__",), FUNCTIONS["abs"], inplace=False)
 
 
 @rule(torch.positive, torch.Tensor.positive, torch.Tensor.__pos__)
-def positive(t: Tracer, input: torch.Tensor) -> torch.Tensor:
+def positive(t: Trace, input: torch.Tensor) -> torch.Tensor:
     if t.lift(input).dtype is b1:
         raise t.shape_error("the `+` operator, on a bool tensor is not supported")
     return input

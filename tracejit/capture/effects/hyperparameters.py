@@ -1,0 +1,322 @@
+"""Hyperparameters of optimizers as runtime scalars, for the time of one trace.
+
+The floats in the `param_groups` of every optimizer that the step can reach are replaced by
+TracedFloats while the step's Python runs, and are plain floats again afterwards. What the step
+itself stores there (`group["lr"] *= 0.9`) is kept, and listed in `stores`. An LR scheduler's
+`step()` runs as it is, on plain floats; what it changes is a new runtime scalar after that.
+`undo` puts optimizers and schedulers back as they were when the trace began.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from tracejit.capture.python.aborts import Memory, remember, scrub
+from tracejit.capture.python.bytecode import contents
+from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, pinned, plain
+from tracejit.capture.trace.trace import Trace
+
+_WALKED = 5000  # objects looked at in search of optimizers
+_WIDE = 1000  # containers with more items hold data
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A dict as part of a path: equal to another when it is the same object."""
+
+    holder: dict
+
+    def __hash__(self) -> int:
+        return id(self.holder)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Held) and self.holder is other.holder
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A call that the trace ran as it is: a scheduler's step."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+
+
+@dataclass(slots=True)
+class _Entry:
+    """One item of a param group: what it held, and the runtime scalars in its place."""
+
+    original: object
+    traced: object
+    stored: bool = False  # the step itself put the runtime scalar there
+
+
+@dataclass(slots=True)
+class _Group:
+    """A param group in use by the trace."""
+
+    group: dict
+    before: dict  # a copy of it
+    entries: dict[str, _Entry] = field(default_factory=dict)
+
+
+_NO_FLOATS = frozenset({bool, type(None), list, int, str, torch.Tensor})
+
+
+def _has_floats(x: object) -> bool:
+    if type(x) is tuple:
+        return any(map(_has_floats, x))
+    return isinstance(x, float) and not isinstance(x, TracedFloat)  # numpy's float64 too
+
+
+def _holds_traced(x: object) -> bool:
+    if type(x) is tuple:
+        return any(map(_holds_traced, x))
+    return isinstance(x, TracedFloat)
+
+
+def _plain(x: object) -> object:
+    return tuple(map(_plain, x)) if type(x) is tuple else plain(x)
+
+
+class Hyperparameters:
+    """The optimizers of one trace."""
+
+    def __init__(self, trace: Trace):
+        self.trace = trace
+        self.stores: list[tuple[dict, str, object]] = []  # group, key, what the step stored
+        self.callbacks: list[Callback] = []
+        self.inside = False  # a callback is running
+        self._memory = Memory()
+        self._computed = 0
+        self._groups: dict[int, _Group] = {}
+        self._optimizers: dict[int, tuple[Optimizer, list, dict]] = {}
+        self._schedulers: dict[int, tuple[LRScheduler, dict]] = {}
+
+    # ---- runtime scalars in place of floats, and back
+
+    def start(self, found: list[object]) -> None:
+        """Make runtime scalars of the floats of optimizers before the step runs. `found` is what
+        the step can reach, which is put back if the trace fails."""
+        self._memory = remember(found)
+        for x in found:
+            if isinstance(x, Optimizer):
+                self._remember(x)
+                self._substitute(x, lambda group, key: ("entry", Held(group), key))
+            elif isinstance(x, LRScheduler):
+                self._remember_scheduler(x)
+
+    def _remember(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self._optimizers:
+            inner = {p: dict(s) for p, s in optimizer.state.items() if isinstance(s, dict)}
+            self._optimizers[id(optimizer)] = optimizer, list(optimizer.param_groups), inner
+
+    def _substitute(self, optimizer: Optimizer, path: Callable[[dict, str], Path]) -> None:
+        for group in optimizer.param_groups:
+            known = self._groups.get(id(group))
+            if known is None:
+                known = self._groups[id(group)] = _Group(group, dict(group))
+            for key, value in group.items():
+                if type(value) in _NO_FLOATS:
+                    continue
+                if _holds_traced(value) and not _live(value):
+                    value = group[key] = _plain(value)  # the user kept it from an earlier call
+                if not _has_floats(value):
+                    continue
+                group[key] = self._traced(value, path(group, key))
+                known.entries[key] = _Entry(value, group[key])
+
+    def _traced(self, x: object, path: Path) -> object:
+        if type(x) is tuple:
+            return tuple(self._traced(item, (*path, i)) for i, item in enumerate(x))
+        return self.trace.scalar(float(x), path) if _has_floats(x) else x
+
+    def _restore(self) -> list[tuple[dict, str, object]]:
+        """Make all floats plain again; returns what the step stored of runtime scalars, and in
+        their place."""
+        stored = []
+        for known in self._all_groups():
+            for key, value in known.group.items():
+                entry = known.entries.get(key)
+                if entry is None and type(value) in _NO_FLOATS:
+                    continue
+                if entry is not None and value is entry.traced:
+                    known.group[key] = entry.original
+                elif _holds_traced(value):
+                    number = known.group[key] = _plain(value)
+                    entry = known.entries[key] = _Entry(number, value, stored=True)
+                elif entry is not None:  # a number that Python has, perhaps the one from before
+                    entry = known.entries[key] = _Entry(value, value, stored=True)
+                if entry is not None and entry.stored and value is entry.traced:
+                    stored.append((known.group, key, value))
+        return stored
+
+    def _all_groups(self) -> Iterator[_Group]:
+        """The known groups, and those that the step added."""
+        for optimizer, *_ in self._optimizers.values():
+            for group in optimizer.param_groups:
+                self._groups.setdefault(id(group), _Group(group, dict(group)))
+        return iter(tuple(self._groups.values()))
+
+    def finish(self) -> None:
+        """The step's Python has run: its objects hold plain floats from now on."""
+        self.stores = self._restore()
+        for scheduler, _ in self._schedulers.values():  # whose step was called by another name
+            for name, value in vars(scheduler).items():
+                if isinstance(value, TracedFloat):
+                    setattr(scheduler, name, plain(value))
+                elif type(value) is list:
+                    value[:] = map(plain, value)
+
+    def computed(self) -> Path:
+        """The path of one more float that Python computed in this call."""
+        self._computed += 1
+        return "computed", self._computed - 1
+
+    # ---- events of the trace
+
+    def profiled(self, args: tuple) -> None:
+        """torch announces what it runs to a profiler: look for `Optimizer.step`."""
+        if args and isinstance(args[0], str) and args[0].startswith("Optimizer.step#"):
+            optimizer = _running_optimizer()
+            if optimizer is not None and not self.inside:
+                self._remember(optimizer)
+                self._substitute(optimizer, lambda group, key: self.computed())
+
+    def call_back(self, step: Callable, scheduler: LRScheduler, args: tuple, kwargs: dict) -> None:
+        """Run a scheduler's step on plain floats; what it changes is a new runtime scalar."""
+        if isinstance(getattr(scheduler, "optimizer", None), Optimizer):
+            self._remember(scheduler.optimizer)
+        self._remember_scheduler(scheduler)
+        self._restore()
+        args = tuple(pinned(x) for x in args)
+        kwargs = {name: pinned(x) for name, x in kwargs.items()}
+        n = len(self.callbacks)
+        self.callbacks.append(Callback(MethodType(step, scheduler), args, kwargs))
+        self.inside = True
+        try:
+            step(scheduler, *args, **kwargs)
+        finally:
+            self.inside = False
+            for optimizer, *_ in tuple(self._optimizers.values()):
+                self._substitute(optimizer, partial(self._after, n))
+
+    def _after(self, n: int, group: dict, key: str) -> Path:
+        known = self._groups[id(group)].entries.get(key)
+        if known is not None and known.stored:  # the callback built on what the step had stored
+            return "stored", self.computed()[1]
+        return "after", n, ("entry", Held(group), key)
+
+    def _remember_scheduler(self, scheduler: LRScheduler) -> None:
+        if id(scheduler) not in self._schedulers:
+            self._schedulers[id(scheduler)] = scheduler, dict(vars(scheduler))
+            for inner in getattr(scheduler, "_schedulers", ()):
+                self._remember_scheduler(inner)
+
+    # ---- when the call fails
+
+    def undo(self) -> None:
+        """Put param groups, optimizer state and schedulers back as they were, and take the
+        intermediates of the trace out of all that held them."""
+        for known in self._groups.values():
+            known.group.clear()
+            known.group.update(known.before)
+        for optimizer, groups, inner in self._optimizers.values():
+            optimizer.param_groups[:] = groups
+            for p in [p for p in optimizer.state if p not in inner]:
+                del optimizer.state[p]
+            for p, state in inner.items():
+                optimizer.state[p].clear()
+                optimizer.state[p].update(state)
+        for scheduler, attributes in self._schedulers.values():
+            vars(scheduler).clear()
+            vars(scheduler).update(attributes)
+        proxies = self.trace.proxies or self.trace.journal.proxies()
+        if proxies:
+            scrub(proxies, self._memory)
+        self.trace.journal.release()
+
+
+def _live(x: object) -> bool:
+    return any(map(_live, x)) if type(x) is tuple else is_runtime(x)
+
+
+def _running_optimizer() -> Optimizer | None:
+    """The optimizer whose `step` is being entered: torch's wrapper around it is on the stack."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename == _OPTIMIZERS:
+            found = frame.f_locals.get("self")
+            if isinstance(found, Optimizer):
+                return found
+        frame = frame.f_back
+    return None
+
+
+_OPTIMIZERS = Optimizer.profile_hook_step.__code__.co_filename
+
+
+# ---- the search for optimizers
+
+
+def within_reach(roots: list[object], names: Callable[[FunctionType], Sequence[str]]) -> list:
+    """What is reachable from some objects, in the order of discovery.
+
+    `names(function)` are the globals that a function's code names. Containers, closures, and the
+    attributes of objects are followed; tensors, modules' parameters and modules of Python are not.
+    """
+    found: list[object] = []
+    seen: set[int] = set()
+    pending = list(reversed(roots))
+    while pending and len(seen) < _WALKED:
+        x = pending.pop()
+        if id(x) in seen or isinstance(x, _LEAVES) or type(x) in _COMMON:
+            continue
+        seen.add(id(x))
+        found.append(x)
+        if not isinstance(x, Optimizer):
+            pending += [part for part in reversed(_parts(x, names)) if type(part) not in _COMMON]
+    return found
+
+
+_LEAVES = (str, int, float, torch.Tensor, type)
+_COMMON = frozenset({torch.nn.Parameter, torch.Tensor, type(None), bool, int, float, str})
+_LIBRARIES = ("torch", "numpy", "tracejit")
+_OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
+_HOOKS = tuple(sorted(name for name in _OF_ANY_MODULE if name.endswith("_hooks")))
+
+
+def _parts(x: object, names: Callable[[FunctionType], Sequence[str]]) -> list[object]:
+    if isinstance(x, torch.nn.Module):
+        attributes = x.__dict__
+        parts = [attributes[name] for name in _HOOKS if attributes.get(name)]
+        if not attributes.keys() <= _OF_ANY_MODULE:
+            parts += [value for name, value in attributes.items() if name not in _OF_ANY_MODULE]
+        return parts
+    if isinstance(x, FunctionType):
+        if (x.__module__ or "").partition(".")[0] in _LIBRARIES:
+            return []
+        parts = [contents(cell) for cell in x.__closure__ or ()]
+        namespace = x.__globals__
+        parts += [namespace.get(name) for name in names(x)]
+        return parts + [*x.__defaults__] if x.__defaults__ else parts
+    if isinstance(x, MethodType):
+        return [x.__self__, x.__func__]
+    if isinstance(x, partial):
+        return [x.func, *x.args, *x.keywords.values()]
+    if isinstance(x, (list, tuple)):
+        return list(x) if len(x) <= _WIDE else []
+    if isinstance(x, dict):
+        return list(x.values()) if len(x) <= _WIDE else []
+    attributes = x.__dict__ if type(x).__dictoffset__ else None
+    if isinstance(x, ModuleType) or not isinstance(attributes, dict):
+        return []
+    return [*attributes.values()]

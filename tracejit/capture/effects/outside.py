@@ -1,0 +1,310 @@
+"""Backward called outside: returned tensors that require grad carry our backward program.
+
+`nodes` runs after a trace. For each returned tensor whose history a backward could still go
+through it emits the gradients from the tape and cuts them off as a Graph of their own, whose inputs
+are the cotangent and what the forward has to save: outside tensors, outputs, and further results
+that the forward graph gets for this purpose. `attach` makes the autograd node of one call.
+
+The tape is cut at returned tensors: a node's inputs are the leaves and the returned tensors that it
+depends on, so hooks on them, `retain_grad` and `torch.autograd.grad` work as in eager. A custom
+function's backward runs here, when the step is traced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tracejit.autodiff import Tape, backward
+from tracejit.capture.functions.autograd import leaf_values, total_of
+from tracejit.capture.python.patches import intercepted
+from tracejit.capture.trace.tensor import Handle, Storage, is_dense
+from tracejit.capture.trace.trace import Trace
+from tracejit.errors import TracejitError
+from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value
+from tracejit.ir.types import contiguous_strides
+
+_RECOMPUTED = frozenset(
+    {"alias", "reshape", "permute", "expand", "slice", "flip", "full", "iota"}
+)  # views and constants: computed again rather than saved
+_WRITES = "the backward of a custom function writes to a tensor of the step"
+_SHARED = "two returned tensors that require grad share memory; clone one"
+_RETAINED = "the step called retain_grad(); call backward inside it, or retain_grad outside"
+_NOTHING = "no tensor that the step returns or was given would get a gradient"
+
+Place = tuple[str, int]  # ("real" | "made" | "output", position)
+Run = Callable[[list], list[torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """The autograd node of a returned tensor."""
+
+    made: int  # which of the made tensors
+    inputs: tuple[Place, ...]  # real or made tensors that get a gradient, per result of the graph
+    saved: tuple[Place, ...]  # real tensors and outputs that the graph reads
+    hosts: tuple[int, ...]  # host results that it reads
+    graph: Graph  # (cotangent, *saved, *hosts) -> gradients
+
+
+@dataclass(slots=True)
+class Nodes:
+    """All nodes of a step, and what they ask of the forward graph."""
+
+    outside: list[Outside]
+    views: dict[int, int]  # made tensors that are views of one with a node
+    reasons: dict[int, str]  # made tensors without a node, and why
+    saved: list[Value]  # further results of the forward graph
+
+
+def nodes(
+    t: Trace,
+    handles: Sequence[Handle],
+    roots: Sequence[int],
+    made_of: dict[Handle, int],
+    outputs: dict[Storage, int],
+    host: list[Arg],
+    name: str,
+) -> Nodes:
+    """Nodes for the `roots` among the made tensors; `host` grows by the scalars they read."""
+    found = Nodes([], {}, {}, [])
+    values: dict[int, Value] = {}
+    for context in t.contexts:
+        context.over = True
+    with torch.enable_grad():
+        for i in _one_per_storage(t, handles, roots, found):
+            if t.retained:
+                found.reasons[i] = _RETAINED
+            else:
+                values[i] = t.read(handles[i])
+    forward = len(t.b.nodes)
+    drafts = _gradients(t, handles, values, made_of, found) if values else []
+    late, t.b.nodes[forward:] = t.b.nodes[forward:], []
+    cotangents = {draft.cotangent for draft in drafts}
+    t.b.params[:] = [p for p in t.b.params if p.value not in cotangents]
+    t.b.nodes += [n for n in late if n.out.type.is_host]
+    cutter = _Cutter(t, late, outputs, host, found)
+    for draft in drafts:
+        found.outside.append(cutter.cut(draft, handles, name))
+    return found
+
+
+def _one_per_storage(
+    t: Trace, handles: Sequence[Handle], roots: Sequence[int], found: Nodes
+) -> Iterator[int]:
+    """Roots that get a node; others are views of one of them, or share memory beyond that."""
+    groups: dict[Storage, list[int]] = {}
+    for i in roots:
+        groups.setdefault(handles[i].storage, []).append(i)
+    for storage, members in groups.items():
+        whole = [
+            i
+            for i in members
+            if not handles[i].steps and handles[i].shape == storage.value.type.shape
+        ]
+        if len(members) == 1:
+            yield members[0]
+        elif len(whole) == 1 and all(
+            handles[i].family is handles[whole[0]].family for i in members
+        ):
+            found.views |= {i: whole[0] for i in members if i != whole[0]}
+            yield whole[0]
+        else:
+            found.reasons |= dict.fromkeys(members, _SHARED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """Gradients of one root, before they are cut off the builder."""
+
+    made: int
+    cotangent: Value
+    inputs: tuple[tuple[Place, Handle, Value], ...]
+
+
+def _gradients(
+    t: Trace,
+    handles: Sequence[Handle],
+    values: dict[int, Value],
+    made_of: dict[Handle, int],
+    found: Nodes,
+) -> list[_Draft]:
+    """Emit every root's gradients behind the forward nodes."""
+    position = {v: n for n, e in enumerate(t.tape.entries) for v in e.outputs}
+    targets: list[tuple[Place, Handle, list[Value]]] = []
+    for leaf, stands_for in leaf_values(t).items():
+        if leaf.is_real:
+            targets.append((("real", t.inputs.handles.index(leaf)), leaf, stands_for))
+        elif leaf in made_of:
+            targets.append((("made", made_of[leaf]), leaf, stands_for))
+    targets += [(("made", i), handles[i], [v]) for i, v in values.items()]
+    drafts = []
+    held = [(s, s.value, s.writes) for s in {*t.inputs.storages, *(h.storage for h in made_of)}]
+    t.begin(torch.autograd.backward, ())
+    with t.resumed():
+        for i, value in sorted(values.items(), key=lambda item: position.get(item[1], -1)):
+            cut = set(values.values()) - {value}
+            entries = [
+                e for e in t.tape.entries if value in e.outputs or not cut.intersection(e.outputs)
+            ]
+            wanted = [v for _, _, group in targets for v in group if v != value]
+            cotangent = t.b.param(value.type)
+            try:
+                with intercepted(), t.untaped(), t.formulas() as enter:
+                    got = backward(
+                        Tape(entries, t.tape.tracked),
+                        t.b,
+                        [(value, cotangent)],
+                        wanted,
+                        retain_graph=True,
+                        enter=enter,
+                    )
+                with t.untaped():
+                    totals = [(p, h, total_of(t, got, group)) for p, h, group in targets]
+                if any(s.writes != writes for s, _, writes in held):
+                    raise TracejitError(reason=_WRITES)
+            except Exception as error:
+                t.b.params[:] = [p for p in t.b.params if p.value != cotangent]
+                reason = error.fields.get("reason") if isinstance(error, TracejitError) else None
+                found.reasons[i] = str(reason or error)
+                continue
+            finally:
+                for s, value_then, writes in held:  # back to the end of the forward
+                    s.value, s.writes = value_then, writes
+            inputs = tuple(x for x in totals if x[2] is not None and x[0] != ("made", i))
+            if inputs:
+                drafts.append(_Draft(i, cotangent, inputs))
+            else:
+                t.b.params[:] = [p for p in t.b.params if p.value != cotangent]
+                found.reasons[i] = _NOTHING
+    return drafts
+
+
+class _Cutter:
+    """Cuts gradients off the builder's nodes, and decides what the forward saves for them."""
+
+    def __init__(
+        self,
+        t: Trace,
+        late: Iterable[Node],
+        outputs: dict[Storage, int],
+        host: list[Arg],
+        found: Nodes,
+    ):
+        self.late = {n.out for n in late}
+        self.producers = {n.out: n for n in (*t.b.nodes, *late)}
+        self.host, self.found = host, found
+        self.count = len(outputs)
+        self.places: dict[Value, tuple[Place, tuple[int, ...] | None]] = {}
+        strides = {p.value: p.strides for p in t.b.params}
+        for s in t.inputs.storages:
+            if s.value is s.param:
+                index = t.inputs.position(s.real)
+                self.places[s.param] = ("real", index), strides[s.param]
+        for s, index in outputs.items():
+            standard = s.strides == contiguous_strides(s.value.type.shape)
+            place = ("output", index), None if standard else s.strides
+            self.places.setdefault(self._behind_aliases(s.value), place)
+
+    def _behind_aliases(self, value: Value) -> Value:
+        node = self.producers.get(value)
+        while node is not None and node.op.name == "alias":
+            value = node.inputs[0]
+            node = self.producers.get(value)
+        return value
+
+    def cut(self, draft: _Draft, handles: Sequence[Handle], name: str) -> Outside:
+        """The graph of one draft, and where its inputs come from."""
+        wanted, read = self._behind([value for _, _, value in draft.inputs], draft.cotangent)
+        saved, hosts, params = [], [], [Param(draft.cotangent)]
+        for value in sorted((v for v in read if not v.type.is_host), key=lambda v: v.id):
+            place, strides = self._saved(value)
+            saved.append(place)
+            params.append(Param(value, strides))
+        for value in sorted((v for v in read if v.type.is_host), key=lambda v: v.id):
+            hosts.append(self._host(value))
+            params.append(Param(value))
+        results = tuple(
+            Result(value, h.strides if _unusual(h) else None) for _, h, value in draft.inputs
+        )
+        ordered = sorted(wanted, key=lambda n: n.out.id)
+        graph = Graph(f"{name}_backward", tuple(params), tuple(ordered), results, ())
+        places = tuple(place for place, _, _ in draft.inputs)
+        return Outside(draft.made, places, tuple(saved), tuple(hosts), graph)
+
+    def _behind(self, targets: list[Value], cotangent: Value) -> tuple[list[Node], set[Value]]:
+        """The nodes to run backward, and the values that they read from the forward."""
+        wanted: list[Node] = []
+        read: set[Value] = set()
+        seen = {cotangent}
+        pending = list(targets)
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            node = self.producers.get(value)
+            again = node is not None and (value in self.late or node.op.name in _RECOMPUTED)
+            if value.type.is_host or value in self.places or not again:
+                read.add(value)
+            else:
+                wanted.append(node)
+                pending += node.inputs
+        return wanted, read
+
+    def _saved(self, value: Value) -> tuple[Place, tuple[int, ...] | None]:
+        if value not in self.places:
+            self.places[value] = ("output", self.count + len(self.found.saved)), None
+            self.found.saved.append(value)
+        return self.places[value]
+
+    def _host(self, value: Value) -> int:
+        if value not in self.host:
+            self.host.append(value)
+        return self.host.index(value)
+
+
+def _unusual(h: Handle) -> bool:
+    return h.strides != contiguous_strides(h.shape) and is_dense(h.shape, h.strides)
+
+
+# ---- a call
+
+
+class CompiledStep(torch.autograd.Function):
+    """The node of one returned tensor in one call."""
+
+    @staticmethod
+    def forward(ctx, box: list, saved: list, hosts: list[float], run: Run, *inputs: torch.Tensor):
+        ctx.save_for_backward(*saved)
+        ctx.hosts, ctx.run = hosts, run
+        return box.pop()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, cotangent: torch.Tensor) -> tuple:
+        cotangent = cotangent.contiguous()
+        if cotangent.data_ptr() % 16:
+            cotangent = cotangent.clone()
+        gradients = ctx.run([cotangent, *ctx.saved_tensors, *ctx.hosts])
+        return (None, None, None, None, *gradients)
+
+
+def attach(
+    node: Outside,
+    tensor: torch.Tensor,
+    reals: Sequence[torch.Tensor],
+    made: Sequence[torch.Tensor | None],
+    outputs: Sequence[torch.Tensor],
+    host: Sequence[float],
+    run: Run,
+) -> torch.Tensor:
+    """The tensor with its autograd node."""
+    inputs = [(reals if kind == "real" else made)[i] for kind, i in node.inputs]
+    saved = [(reals if kind == "real" else outputs)[i].detach() for kind, i in node.saved]
+    hosts = [host[i] for i in node.hosts]
+    with torch.enable_grad():
+        return CompiledStep.apply([tensor], saved, hosts, run, *inputs)

@@ -1,0 +1,97 @@
+"""What one step remembers of its traces: a tree of events with a Captured step at each end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.follow.events import Call, Event, New, Point, news
+from tracejit.ir.graph import Node, Value
+
+_MAX_ENDS = 64  # paths remembered by one step
+_MAX_BRANCHES = 16  # calls remembered that follow one call
+_PATIENCE = 32  # more traces that left the tree than stayed on it: it is not followed any more
+_PAUSE = 256  # traces after which that is tried again
+
+
+@dataclass(eq=False, slots=True)
+class End:
+    """The end of a path: what was captured, without the tensors of that trace."""
+
+    captured: Captured  # without anything of the user's
+    reals: tuple[int, ...]  # the captured step's outside tensors, by position
+    made: dict[int, int]  # position -> the tensor made for it
+    returned: frozenset[int]  # made tensors in the returned structure
+    escaped: frozenset[tuple[int, int]]  # position, made tensor
+    items: tuple[tuple[int, Value], ...]  # tensors whose number was read after the user's code
+    hosted: tuple[Node, ...]  # and the arithmetic on runtime scalars that came up then
+    callbacks: int  # calls that ran as they are
+    news: tuple[New, ...] = ()  # the proxies of the way
+    cache: dict = field(default_factory=dict)  # the driver's
+    holding: frozenset[int] = frozenset()  # positions of tensors that somebody holds afterwards
+
+    def __post_init__(self) -> None:
+        self.holding = frozenset(at for at, _ in self.escaped)
+
+    @property
+    def key(self) -> tuple:
+        """What tells the ends of one path apart."""
+        returned = frozenset(at for at, index in self.made.items() if index in self.returned)
+        return returned, self.holding, self.captured.host_results
+
+
+class Recall:
+    """The traces that one step remembers."""
+
+    def __init__(self) -> None:
+        self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
+        self._roots: dict[tuple, Point] = {}
+        self._ends = 0
+        self._patience = _PATIENCE
+        self._paused = 0
+
+    @property
+    def useful(self) -> bool:
+        """Whether it is worth comparing calls with those of earlier traces."""
+        return self.left - self.kept < self._patience
+
+    def begin(self) -> bool:
+        """Whether a new trace is compared: if that is useful, or was not for a long time."""
+        if not self.useful:
+            self._paused += 1
+            if self._paused == _PAUSE:  # one trace to learn the way, one to go it
+                self._paused, self._patience = 0, self.left - self.kept + 2
+        return self.useful
+
+    def root(self) -> Point:
+        """Where traces begin in the present state of torch."""
+        modes = torch._C._len_torch_function_stack()
+        world = torch.get_default_dtype(), torch.get_default_device() if modes else None, modes
+        found = self._roots.get(world)
+        if found is None:
+            found = self._roots[world] = Point()
+        return found
+
+    def add(self, root: Point, events: list[Event], end: End) -> None:
+        """Remember a trace."""
+        if self._ends >= _MAX_ENDS:
+            self._roots.clear()
+            self._ends, root = 0, self.root()
+        point, way = root, []
+        for event in events:
+            key = event.key
+            found = next((e for e in point.events if e is event or e.key == key), None)
+            if found is None:
+                if len(point.events) >= _MAX_BRANCHES:
+                    del point.events[0]
+                found = event
+                point.events.append(event)
+            point = found.then
+            if type(found) is Call:
+                way += news(found.result)
+        end.news = tuple(way)
+        if not any(e.key == end.key for e in point.ends):
+            point.ends.append(end)
+            self._ends += 1

@@ -1,0 +1,268 @@
+"""The record of one trace: its events, told without its tensors.
+
+In: what the tracer and the trace tell their journal. Out, at `close`: a new path of the tree of
+traces (`recall.py`), with what was captured at its end.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+
+from tracejit.capture.effects.captured import Captured, nothing
+from tracejit.capture.follow.events import (
+    CONSTANTS,
+    TUPLE_ITERATOR,
+    Arithmetic,
+    Call,
+    Decision,
+    Event,
+    Known,
+    Look,
+    Many,
+    New,
+    Number,
+    Outside,
+    Point,
+    Same,
+    ScalarCame,
+    Untold,
+    items_of,
+    operand,
+)
+from tracejit.capture.follow.recall import End, Recall
+from tracejit.capture.python.references import ALONE
+from tracejit.capture.trace.journal import Journal
+from tracejit.capture.trace.scalars import Path, Predicate, TracedFloat
+from tracejit.capture.trace.tensor import Handle, TracedTensor
+from tracejit.capture.trace.trace import Trace
+from tracejit.ir.graph import Node, Value
+
+_REAL = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Recorder(Journal):
+    """Takes down the events of one trace, to be compared with those of later ones."""
+
+    def __init__(self, trace: Trace, recall: Recall | None, root: Point, *, recording: bool):
+        self.t, self.recall = trace, recall
+        self.root = root
+        self.recording = recording
+        self.objects: list[torch.Tensor] = []  # every tensor that user code has passed or got
+        self.ids: dict[int, int] = {}  # and its position here
+        self._memory: dict[int, int] = {}  # torch storage -> the first tensor of it
+        self.events: list[Event] = []  # of this trace so far
+        self._call: Call | None = None  # whose rule is running
+        self._bounds = 0  # how many the trace had before
+        self._over = False
+        self._inside = 0  # nodes emitted while the user's code ran
+
+    def forget(self) -> None:
+        """This trace does something that cannot be compared with another's: do not remember it."""
+        if not self._over:
+            self.recording = False
+
+    def begin(self, func: Callable, args: tuple, kwargs: dict) -> Call | None:
+        """A rule is about to run; None if that is not recorded."""
+        if not self.recording or self._call is not None:
+            return None
+        try:
+            told = tuple([self._tell(x) for x in (*args, *kwargs.values())])
+        except Untold:
+            self.recording = False
+            return None
+        grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        self._call = Call(func, told, tuple(kwargs), grad_on, dtype, self.t.b.line)
+        self._bounds = len(self.t.bounds)
+        return self._call
+
+    def end(self, call: Call, result: object) -> None:
+        """The rule has returned."""
+        self._call = None
+        call.errors = [bound.error for bound in self.t.bounds[self._bounds :]]
+        if self.recording:
+            try:
+                call.result = self._tell_result(result)
+            except Untold:
+                self.recording = False
+            self.events.append(call)
+
+    def _tell(self, x: object) -> object:
+        if isinstance(x, torch.Tensor):
+            at = self.ids.get(id(x))
+            if at is not None:
+                return Known(at)
+            if type(x) not in _REAL:
+                raise Untold
+            with torch._C.DisableTorchFunction():
+                look = Look.of(x, len(self.objects), self._memory)
+            return Outside(self._note(x), look)
+        return self._tell_plain(x, self._tell)
+
+    def _tell_result(self, x: object) -> object:
+        if type(x) is TracedTensor and id(x) not in self.ids:
+            number = next(
+                i for i in range(len(self.t.proxies) - 1, -1, -1) if self.t.proxies[i] is x
+            )
+            return New(self._note(x), number, x.handle.geometry)
+        if isinstance(x, torch.Tensor):
+            if id(x) not in self.ids:
+                raise Untold
+            return Known(self.ids[id(x)])
+        if type(x) is TUPLE_ITERATOR:
+            return Many(type(x), tuple([self._tell_result(item) for item in items_of(x)]))
+        return self._tell_plain(x, self._tell_result)
+
+    def _tell_plain(self, x: object, tell: Callable) -> object:
+        if type(x) is TracedFloat:
+            if x.scalars is not self.t.scalars:
+                raise Untold
+            return Number(x.value)
+        if type(x) in CONSTANTS:
+            return Same(x)
+        if type(x) in (list, slice) or isinstance(x, tuple):
+            return Many(type(x), tuple([tell(item) for item in items_of(x)]))
+        raise Untold
+
+    def found_grad(self, owner: torch.Tensor, grad: torch.Tensor | None) -> None:
+        """A rule has read the `.grad` that a tensor from outside had before the step."""
+        if self._call is None or not self.recording:
+            return
+        try:
+            self._call.found.append(
+                ("grad", self.ids[id(owner)], None if grad is None else self._tell(grad))
+            )
+        except (KeyError, Untold):
+            self.recording = False
+
+    def found_scalar(self, path: Path, value: Value) -> None:
+        """A runtime scalar has come in."""
+        if not self.recording or self._over:
+            return
+        if self._call is None:
+            self.events.append(ScalarCame(told(path), value))
+        elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
+            self._call.found.append(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
+        else:
+            self.recording = False
+
+    def found_arithmetic(self, node: Node) -> None:
+        """Arithmetic on runtime scalars was emitted."""
+        if not self.recording or self._over:
+            return
+        if self._call is not None:
+            self._call.found.append(("host", node))
+        else:
+            self.events.append(Arithmetic(node.op.name, tuple(map(operand, node.args)), node.out))
+
+    def found_decision(self, predicate: Predicate) -> None:
+        """A decision was taken on a runtime scalar."""
+        if not self.recording or self._over:
+            return
+        if self._call is not None:
+            self._call.found.append(("decision", predicate))
+        else:
+            self.events.append(Decision(predicate))
+
+    def over(self) -> None:
+        """The user's code has returned."""
+        self._over = True
+        self._inside = len(self.t.b.nodes)
+
+    def close(
+        self, captured: Captured, of_handle: dict[Handle, int], slots: frozenset[int]
+    ) -> None:
+        """The trace is over: remember it. `of_handle` says what was made for which tensor, and
+        `slots` what of that is returned."""
+        told = all(id(x) in self.ids for x in captured.reals)
+        if (
+            not self.recording
+            or not told
+            or any(id(p) not in self.ids for p, _ in captured.escaped)
+        ):
+            return
+        made = {
+            i: of_handle[h]
+            for i, x in enumerate(self.objects)
+            if (h := self._handle(x)) in of_handle
+        }
+        inside = self._came_in()
+        asked = zip(captured.paths[inside:], captured.scalar_values[inside:], strict=True)
+        end = End(
+            _kept(captured),
+            tuple(self.ids[id(x)] for x in captured.reals),
+            made,
+            slots,
+            frozenset((self.ids[id(p)], i) for p, i in captured.escaped),
+            tuple((self.ids[id(captured.reals[path[1]])], value) for path, value in asked),
+            tuple(n for n in self.t.b.nodes[self._inside :] if n.op.family == "host"),
+            len(captured.callbacks),
+        )
+        self.recall.add(self.root, self.events, end)
+
+    def _came_in(self) -> int:
+        """The number of runtime scalars that came in while the user's code ran."""
+        inside = (x for e in self.events if type(e) is Call for x in e.found)
+        return sum(type(e) is ScalarCame for e in self.events) + sum(x[0] == "item" for x in inside)
+
+    def _handle(self, x: torch.Tensor) -> Handle | None:
+        return x.handle if type(x) is TracedTensor else self.t.inputs.by_id.get(id(x))
+
+    # ---- afterwards
+
+    def proxies(self) -> list[TracedTensor]:
+        """Those that user code has got so far."""
+        return [x for x in self.objects if type(x) is TracedTensor]
+
+    def lay_aside(self, told: Iterable[New]) -> None:
+        """Keep the proxies that nobody has any more, to hand them out again."""
+        objects = self.objects
+        for new in told:
+            if sys.getrefcount(objects[new.at]) == ALONE:
+                proxy = objects[new.at]
+                # not real now, and nothing on it that the user put there
+                unused = type(proxy) is TracedTensor and not proxy.__dict__
+                if unused and not weakref.getweakrefcount(proxy):
+                    new.spare = proxy
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self.objects.clear()
+        self.ids.clear()
+
+    def holds(self) -> Iterable[int]:
+        """The ids of the tensors that the journal itself holds."""
+        return self.ids.keys()
+
+    # ---- tensors
+
+    def _note(self, x: torch.Tensor) -> int:
+        self.ids[id(x)] = at = len(self.objects)
+        self.objects.append(x)
+        return at
+
+
+def told(path: Path) -> Path:
+    """Where a runtime scalar comes from, without the dict that holds it: another one will do."""
+    if path[0] == "after":
+        return (*path[:2], told(path[2]))
+    return (path[0], *path[2:]) if path[0] == "entry" else path
+
+
+def _kept(captured: Captured) -> Captured:
+    """A captured step without anything of the user's: each call brings its own."""
+    return replace(
+        captured,
+        reals=[],
+        escaped=(),
+        tree=None,
+        paths=(),
+        stores=(),
+        callbacks=(),
+        undo=nothing,
+        key=captured.key[:1],
+    )

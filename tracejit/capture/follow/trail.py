@@ -1,0 +1,293 @@
+"""A trace that goes as an earlier one went: the same calls get the same answers without rules.
+
+What a trace does is a function of the calls that reach it: torch functions with their arguments,
+arithmetic and decisions on runtime scalars, and what they find outside (metadata of tensors, their
+`.grad`, numbers). `Recall` keeps the calls of earlier traces as a tree with a `Captured` step at
+the end of each path. A `Trail` follows it: it compares each call and hands out proxies without data
+or history. At the first call that the tree does not know, it runs the rules for all calls so far,
+with the proxies that the user's Python already holds, and the trace goes on as an ordinary one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+
+from tracejit.capture.follow.events import (
+    UNKNOWN,
+    Arithmetic,
+    Call,
+    Decision,
+    Event,
+    Known,
+    Look,
+    Many,
+    New,
+    Number,
+    Outside,
+    Point,
+    Same,
+    ScalarCame,
+    container,
+    items_of,
+    news,
+    same,
+)
+from tracejit.capture.follow.recall import Recall
+from tracejit.capture.follow.recorder import Recorder, told
+from tracejit.capture.trace.bounds import Bound
+from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
+from tracejit.errors import TracejitError
+from tracejit.ir import host_memory
+from tracejit.ir.graph import Arg, Node, Value
+
+
+class Trail(Recorder):
+    """The way of one trace along what earlier ones did, and the record of what it does itself."""
+
+    def __init__(self, trace: Trace, recall: Recall | None, *, follow: bool):
+        useful = recall is not None and recall.begin()
+        root = recall.root() if useful else Point()
+        self.point = root
+        self.following = follow and bool(root.events)
+        super().__init__(trace, recall, root, recording=useful and not self.following)
+        self.modes = torch._C._len_torch_function_stack()  # that see what is asked of tensors here
+        self.scalars: list[float] = []  # the runtime scalars while following
+        self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
+
+    # ---- following
+
+    def matches(self, told: object, x: object) -> bool:
+        """Whether an argument is what it was; takes note of it."""
+        kind = told.__class__
+        if kind is Known:
+            return self.objects[told.at] is x
+        if kind is Same:
+            return told.x is x or same(told.x, x)
+        if kind is Many:
+            if type(x) is not told.kind:
+                return False
+            items = items_of(x)
+            return len(items) == len(told.items) and all(map(self.matches, told.items, items))
+        if kind is Number:
+            return type(x) is TracedFloat and x.scalars is self.t.scalars and x.value == told.value
+        return kind is Outside and self.meet(x, told.look)
+
+    def meet(self, x: torch.Tensor, look: Look) -> bool:
+        """Take note of a tensor from outside if it is a new one that looks so."""
+        at = len(self.objects)
+        if id(x) in self.ids or not look.fits(x):
+            return False
+        if self._memory.setdefault(x.untyped_storage()._cdata, at) != look.memory:
+            self._memory = {s: i for s, i in self._memory.items() if i < at}
+            return False
+        self.ids[id(x)] = at
+        self.objects.append(x)
+        return True
+
+    def back(self, objects: int, scalars: int) -> object:
+        """A call is another one after all: forget what was noted. Returns UNKNOWN."""
+        for x in self.objects[objects:]:
+            del self.ids[id(x)]
+        del self.objects[objects:], self.scalars[scalars:]
+        self._memory = {s: i for s, i in self._memory.items() if i < objects}
+        return UNKNOWN
+
+    def finds(self, what: tuple) -> bool:
+        """Whether a rule would find the same number, or decide the same; takes note of it."""
+        kind, *what = what
+        if kind == "item":
+            tensor, value = what
+            self.t.scalars.numbers[value] = host_memory.read(self.objects[tensor])
+            self.scalars.append(self.t.scalars.numbers[value])
+            return True
+        return self.computes(what[0]) if kind == "host" else self._holds(what[0])
+
+    def computes(self, node: Node) -> bool:
+        """Whether arithmetic on runtime scalars gives a float again; takes note of it."""
+        try:
+            number = node.op.eval(*map(self._number, node.args))
+        except (ArithmeticError, TypeError):
+            return False
+        self.t.scalars.numbers[node.out] = number
+        return type(number) is float
+
+    def _number(self, arg: Arg) -> float:
+        return self.t.scalars.numbers[arg] if isinstance(arg, Value) else arg
+
+    def _holds(self, p: Predicate) -> bool:
+        return RELATIONS[p.relation](self._number(p.left), self._number(p.right)) is p.outcome
+
+    def give(self, told: object) -> object:
+        """What a call returns."""
+        kind = told.__class__
+        if kind is New:
+            proxy, told.spare = told.spare, None
+            if proxy is None:
+                proxy = TracedTensor.blank(told.geometry)
+            self._note(proxy)
+            return proxy
+        if kind is Known:
+            return self.objects[told.at]
+        if kind is Same:
+            return told.x
+        if kind is Number:
+            return TracedFloat.make(self.t.scalars.numbers[told.value], self.t.scalars, told.value)
+        return container(told.kind, [self.give(x) for x in told.items])
+
+    def scalar(self, path: Path, number: float) -> Value | None:
+        """The value of a runtime scalar that comes in; None where rules are run."""
+        if not self.following:
+            return None
+        place = told(path)
+        for event in self.point.events:
+            if type(event) is ScalarCame and event.path == place:
+                self._go(event)
+                self.scalars.append(number)
+                return event.value
+        self.leave()
+        return None
+
+    def arithmetic(self, op: str, args: tuple[Arg, ...]) -> Value | None:
+        """The value of arithmetic on runtime scalars; None where rules are run."""
+        if not self.following:
+            return None
+        for event in self.point.events:
+            if type(event) is Arithmetic and event.op == op and _alike(event.args, args):
+                self._go(event)
+                return event.value
+        self.leave()
+        return None
+
+    def decision(self, predicate: Predicate) -> bool:
+        """Whether a decision was taken before; False where rules are run."""
+        if not self.following:
+            return False
+        key = Decision(predicate).key
+        for event in self.point.events:
+            if type(event) is Decision and event.key == key:
+                self._go(event)
+                return True
+        self.leave()
+        return False
+
+    def _go(self, event: Event) -> None:
+        self.events.append(event)
+        self.point = event.then
+
+    # ---- from following to running rules
+
+    def leave(self) -> None:
+        """Run the rules for all calls so far, so that the tracer knows what it would know."""
+        if not self.following:
+            return
+        t = self.t
+        self.recall.left += 1
+        self.following = False
+        scalars, paths = iter(self.scalars), iter([*t.scalars.paths])
+        t.scalars.paths.clear()
+        told = (new for e in self.events if type(e) is Call for new in news(e.result))
+        self.given = {new.number: self.objects[new.at] for new in told}
+        call, hyper = t.call, t.hyperparameters
+        inside = hyper is not None and hyper.inside  # a scheduler's step, on plain floats
+        if inside:
+            hyper.inside = False
+        grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        try:
+            with _below(t.mode), t.resumed(), torch._C._DisableAutocast():
+                for event in self.events:
+                    match event:
+                        case ScalarCame():
+                            t.scalar(next(scalars), next(paths))
+                        case Arithmetic(op, args, _):
+                            t.scalars.arithmetic(op, *map(self._arg, args))
+                        case Decision(predicate):
+                            t.scalars.decide(predicate)
+                        case Call():
+                            for kind, *_ in event.found:
+                                if kind == "item":
+                                    next(scalars)
+                            self._again(event)
+        finally:
+            torch._C._set_grad_enabled(grad_on)
+            torch.set_default_dtype(dtype)
+            t.call = call
+            if inside:
+                hyper.inside = True
+            self.given.clear()
+        self.recording = self.recall.useful
+
+    def _again(self, call: Call) -> None:
+        split = len(call.args) - len(call.names)
+        args = [self._take(x) for x in call.args]
+        torch._C._set_grad_enabled(call.grad_on)
+        if torch.get_default_dtype() is not call.dtype:
+            torch.set_default_dtype(call.dtype)
+        self.t.b.line = call.line
+        bounds = self.t.bounds
+        first = len(bounds)
+        self.t.apply(
+            call.func, tuple(args[:split]), dict(zip(call.names, args[split:], strict=True))
+        )
+        bounds[first:] = map(_with_error, bounds[first:], call.errors)
+
+    def _take(self, told: object) -> object:
+        """An argument again."""
+        match told:
+            case Known(at) | Outside(at, _):
+                return self.objects[at]
+            case Same(x):
+                return x
+            case Number(value):
+                return TracedFloat.make(self.t.scalars.numbers[value], self.t.scalars, value)
+        return container(told.kind, [self._take(x) for x in told.items])
+
+    def _arg(self, told: Same | Number) -> Arg:
+        return told.value if type(told) is Number else told.x
+
+    def forget(self) -> None:
+        """This trace does something that cannot be compared with another's: do not remember it."""
+        if not self._over:
+            self.leave()
+        super().forget()
+
+    def release(self) -> None:
+        """Let go of the tensors."""
+        self.given.clear()
+        super().release()
+
+
+def _alike(told: tuple[Same | Number, ...], args: tuple[Arg, ...]) -> bool:
+    """Whether operands of host arithmetic are what they were."""
+    if len(told) != len(args):
+        return False
+    for a, x in zip(told, args, strict=True):
+        mine = a.value if type(a) is Number else a.x
+        if mine is not x and not (mine == x if isinstance(mine, Value) else same(mine, x)):
+            return False
+    return True
+
+
+def _with_error(bound: Bound, error: TracejitError) -> Bound:
+    """A bound of a call that is run late, with the error that names its line."""
+    return replace(bound, error=error)
+
+
+@contextmanager
+def _below(mode: object) -> Iterator[None]:
+    """Without a torch function mode and all that were entered after it."""
+    popped = []
+    if any(m is mode for m in _get_current_function_mode_stack()):
+        while not popped or popped[-1] is not mode:
+            popped.append(_pop_mode())
+    try:
+        yield
+    finally:
+        while popped:
+            _push_mode(popped.pop())

@@ -1,0 +1,412 @@
+"""Guards: generated Python that decides whether a call may be replayed, and fetches its inputs.
+
+`survey` walks what the step can read before a trace; `arm` completes that with what the trace
+turned out to need, as one function `guard(args, kwargs)`. It returns (outside tensors, runtime
+scalars, addresses), or the text of the first condition that failed: about what, the old value, the
+new one. Nothing in a guard depends on how often it ran, but what it found out about a set of
+addresses (alignment, overlap) holds for as long as they stay the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from types import FunctionType
+
+import torch
+from torch.nn import Module
+from torch.optim import Optimizer
+
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.proof.heap import FloatLine, Walk, differs
+from tracejit.capture.proof.watch import Seen, origin
+from tracejit.capture.trace.scalars import Path
+from tracejit.capture.trace.tensor import extent
+from tracejit.ir import host_memory
+from tracejit.ir.graph import Arg
+from tracejit.ir.hostcode import HostCode, host_names
+
+# (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses), or what failed
+Guard = Callable[..., tuple[list, list, list] | str]
+_MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
+_SIGNS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}  # else: "is"
+_GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
+    (_MODULES, "_global_backward_hooks"),
+    (_MODULES, "_global_backward_pre_hooks"),
+    (_MODULES, "_global_forward_hooks"),
+    (_MODULES, "_global_forward_pre_hooks"),
+    (_OPTIMIZERS, "_global_optimizer_post_hooks"),
+    (_OPTIMIZERS, "_global_optimizer_pre_hooks"),
+)
+
+
+def survey(function: FunctionType, args: tuple, kwargs: dict, ran: Seen | None) -> Walk:
+    """The guard lines about Python state, as it is before a trace of `function(*args, **kwargs)`.
+
+    `ran` is what an earlier trace ran: only what its code names is followed. Without it everything
+    is, and the guard is wider than it has to be.
+    """
+    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes))
+    w.root = function
+    _modes(w)
+    w.check(f"len(args) == {len(args)}", "the number of arguments changed")
+    w.check(f"[*kwargs] == {w.constant([*kwargs])}", "the keyword arguments changed")
+    for i, x in enumerate(args):
+        w.visit(x, f"args[{i}]", f"argument {i}", ("arg", i), owned=False)
+    for name, x in kwargs.items():
+        at = f"kwargs[{name!r}]"
+        w.visit(x, at, f"argument {name}", ("kwarg", name), owned=False)
+    w.function(function, function.__qualname__)
+    if ran is not None:
+        _torch_functions(w, ran)
+    return w
+
+
+def _modes(w: Walk) -> None:
+    """Guard the modes of torch that decide what its functions do."""
+    w.names |= {
+        "grad_on": torch.is_grad_enabled,
+        "default_dtype": torch.get_default_dtype,
+        "precision": torch._C._get_float32_matmul_precision,
+        "autocast": torch._C._is_any_autocast_enabled,
+        "function_modes": torch._C._len_torch_function_stack,
+        "default_device": torch.get_default_device,
+        "saved_hooks": torch._C._autograd._top_saved_tensors_default_hooks,
+        "inference": torch.is_inference_mode_enabled,
+    }
+    precision = torch._C._get_float32_matmul_precision()
+    w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
+    w.check(f"default_dtype() is {w.constant(torch.get_default_dtype())}", "default dtype changed")
+    w.check(f"precision() == {precision!r}", "torch.get_float32_matmul_precision changed")
+    w.check("not autocast()", "autocast is on")
+    w.check("not inference()", "inference mode is on")
+    modes = torch._C._len_torch_function_stack()  # a default device is one
+    w.check(f"function_modes() == {modes}", "the default device or a torch function mode changed")
+    if modes:
+        device = w.constant(torch.get_default_device())
+        w.check(f"default_device() == {device}", "the default device changed")
+    w.check("saved_hooks(True) is None", "hooks on saved tensors are active")
+    for module, name in _GLOBAL_HOOKS:
+        hooks = getattr(module, name)
+        w.check(f"[*{w.constant(hooks)}] == {[*hooks]}", f"torch's {name} changed")
+
+
+def _torch_functions(w: Walk, ran: Seen) -> None:
+    """Guard that torch's functions that ran are still found under their names."""
+    for holder, names in ran.places.values():
+        found = sorted(names.intersection(holder))
+        if found:
+            get = itemgetter(*found)
+            where = holder.get("__name__", "torch.Tensor")
+            why = f"a function of {where} was replaced: one of {', '.join(found)}"
+            w.check(f"{w.constant(get)}({w.constant(holder)}) == {w.constant(get(holder))}", why)
+    methods = vars(torch.Tensor)  # most are inherited: a replacement is a new name
+    w.check(f"len({w.constant(methods)}) == {len(methods)}", "torch.Tensor was changed")
+
+
+def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
+    """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
+    reasons = ran.refusals + walk.refusals
+    for code, module in ran.codes.items():
+        if code not in walk.codes and origin(code) == "user":
+            reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
+    if captured.escaped:
+        reasons.append("it stores an intermediate tensor in a Python object")
+    if not isinstance(captured.key[3], str):
+        reasons.append("it returns an object that is neither a tensor nor a plain value")
+    return list(dict.fromkeys(reasons))
+
+
+@dataclass(frozen=True)
+class Armed:
+    """What a replay asks of Python: whether it may go on, with what, and what it calls again."""
+
+    guard: Guard
+    text: str  # of the guard
+    found: list[int]  # the ids of the tensors that the walk found
+    places: Places  # of the outside tensors, as the guard saw them last
+    after: Callable[[list], None] | None  # runs the callbacks, completes the scalars
+
+
+def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
+    """The guard of a captured step, or the reason why there is none."""
+    reason = _against_callbacks(captured)
+    if reason:
+        return reason
+    scalars = _decide_floats(walk, function, captured.paths)
+    places = Places(captured.reals)
+    reason = _guard_tensors(walk, captured, places)
+    if reason:
+        return reason
+    unread = _unread(captured)
+    for path in captured.paths:
+        if path[0] == "item":
+            walk.names["item"] = host_memory.read
+            cell = places.cell(path[1])
+            at = walk.tensors[id(captured.reals[path[1]])]
+            scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
+        elif path[0] == "after" or (path not in scalars and path in unread):
+            scalars[path] = "None"
+        elif path not in scalars:
+            return f"a runtime scalar has no path: {path}"
+    if any("cells[" in x for x in scalars.values()):
+        walk.lines.append("cells = places.cells")
+    walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
+    _guard_predicates(walk, captured)
+    everything = "".join(f"{at}, " for at in walk.tensors.values())
+    reals = {id(t): t.untyped_storage()._cdata for t in captured.reals}
+    lie_apart = len(set(reals.values())) == len(reals)  # which the guard sees from their memory
+    if not (lie_apart and reals.keys() >= walk.tensors.keys()):
+        apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
+        walk.check(apart, "two tensors that the step can tell apart are one now")
+    tensors = ", ".join(walk.tensors[id(t)] for t in captured.reals)
+    walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
+    walk.lines.append(f"return [{tensors}], scalars, addresses")
+    body = "\n".join(f"        {line}" for line in walk.lines)
+    walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+    text = (
+        f"def guard(args, kwargs, found=None):\n    try:\n{body}\n"
+        "    except missing as error:\n"
+        "        return f'something that the step reads is gone ({error!r})'\n"
+    )
+    namespace = dict(walk.names)
+    exec(compile(text, "<tracejit guard>", "exec"), namespace)
+    return Armed(namespace["guard"], text, [*walk.tensors], places, _callbacks(captured))
+
+
+def _unread(captured: Captured) -> set[Path]:
+    """The runtime scalars that nothing was computed from: of an optimizer that did not run."""
+    read = {value for node in captured.host_nodes for value in node.args}
+    read.update(side for p in captured.predicates for side in (p.left, p.right))
+    read.update(captured.host_results)
+    planned = {index for kind, index in captured.sources if kind == "scalar"}
+    return {
+        path
+        for i, (path, value) in enumerate(zip(captured.paths, captured.scalar_values, strict=True))
+        if i not in planned and value not in read
+    }
+
+
+def _decide_floats(walk: Walk, function: FunctionType, paths: Sequence[Path]) -> dict[Path, str]:
+    """Turn the lines of floats into checks: of the type for a runtime scalar, else of the value.
+    Returns the expressions of the runtime scalars among them."""
+    place = _scalar_places(walk, function)
+    inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
+    wanted = {place(p): p for p in paths if not (walk.reentrant and p[0] in inner)}
+    scalars: dict[Path, str] = {}
+    lines, walk.lines = walk.lines, []
+    for line in lines:
+        if not isinstance(line, FloatLine):
+            walk.lines.append(line)
+        elif line.key in wanted:
+            scalars[wanted[line.key]] = line.at
+            walk.expect(f"type({line.at}) is float", line.path, line.value, line.at)
+        else:
+            k = walk.constant(line.value)
+            same = f"{line.at} is {k} or type({line.at}) is float and same_float({line.at}, {k})"
+            walk.expect(same, line.path, line.value, line.at)
+    return scalars
+
+
+def _against_callbacks(captured: Captured) -> str:
+    """Why the calls that a replay makes again cannot come before its plan, if so."""
+    for callback in captured.callbacks:
+        scheduler = callback.function.__self__
+        for group in scheduler.optimizer.param_groups:
+            if any(isinstance(x, torch.Tensor) for name, x in group.items() if name != "params"):
+                return f"{type(scheduler).__name__} steps a hyperparameter that is a tensor"
+    if any(path[0] == "stored" for path in captured.paths):
+        return "a scheduler steps after it has set a hyperparameter"
+    late = {
+        value
+        for value, path in zip(captured.scalar_values, captured.paths, strict=True)
+        if path[0] == "after"
+    }
+    for node in captured.host_nodes:
+        if late.intersection(node.args):
+            late.update(node.outs)
+    if any(late.intersection((p.left, p.right)) for p in captured.predicates):
+        return "it decides by a value that a scheduler has just computed"
+    return ""
+
+
+def _callbacks(captured: Captured) -> Callable[[list], None] | None:
+    """A function that calls what a replay calls again, and fills in the scalars that this makes."""
+    if not captured.callbacks:
+        return None
+    late = [(i, path) for i, path in enumerate(captured.paths) if path[0] == "after"]
+
+    def after(scalars: list) -> None:
+        for n, callback in enumerate(captured.callbacks):
+            callback.function(*callback.args, **callback.kwargs)
+            for i, path in late:
+                if path[1] == n:
+                    _, held, key, *indices = path[2]
+                    x = held.holder[key]
+                    for k in (*indices, *path[3:]):
+                        x = x[k]
+                    scalars[i] = float(x)
+
+    return after
+
+
+def _scalar_places(walk: Walk, function: FunctionType) -> Callable[[tuple], tuple]:
+    """From the path of a runtime scalar to the key that the walk gave to its place."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def place(path: tuple) -> tuple:
+        kind = path[0]
+        if kind == "cell":
+            return ("cell", walk.constant(cells[path[1]]))
+        if kind == "global":
+            return ("global", walk.constant(function.__globals__), path[1])
+        if kind in ("default", "kwdefault"):
+            return (kind, walk.constant(function), *path[1:])
+        if kind == "entry":
+            return ("entry", id(path[1].holder), *path[2:])
+        return path
+
+    return place
+
+
+def _guard_tensors(w: Walk, captured: Captured, places: Places) -> str:
+    """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
+    grad_of = {g: i for i, g in captured.grads_read if g is not None}
+    for i, tensor in enumerate(captured.reals):
+        at = w.tensors.get(id(tensor))
+        if at is None and i in grad_of:
+            owner = w.tensors.get(id(captured.reals[grad_of[i]]))
+            if owner is not None:
+                at = w.local(f"{owner}.grad")
+                w.check(f"{at} is not None", "a .grad that the step reads is None")
+                w.tensors[id(tensor)] = at
+        if at is None:
+            return f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded"
+        _guard_tensor(w, at, tensor, i)
+    for i, grad in captured.grads_read:
+        at = w.tensors[id(captured.reals[i])]
+        if grad is None:
+            w.check(f"{at}.grad is None", "a .grad that was None when traced is set")
+        elif grad < 0:
+            w.check(f"{at}.grad is not None", "a .grad that the step asks for is None")
+        else:
+            own = w.tensors[id(captured.reals[grad])]
+            w.check(f"{at}.grad is {own}", "a .grad was replaced")
+    _guard_places(w, captured, places)
+    return ""
+
+
+def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor, i: int) -> None:
+    k = w.constant
+    layout = (
+        f"{at}.is_contiguous()" if tensor.is_contiguous() else f"{at}.stride() == {tensor.stride()}"
+    )
+    device = f"{at}.is_cpu" if tensor.is_cpu else f"{at}.device == {k(tensor.device)}"
+    same = (
+        f"{at}.shape == {k(tensor.shape)} and {layout} and {at}.dtype is {k(tensor.dtype)} and "
+        f"{device} and {at}.requires_grad is {tensor.requires_grad} and not {at}.is_neg()"
+    )
+    if tensor.requires_grad:
+        same += (
+            f" and {at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None and "
+            f"{at}.is_leaf is {tensor.is_leaf}"
+        )
+    w.names |= {"differs": differs, "described": _described}
+    old = k(_described(tensor))
+    w.lines.append(f"if not ({same}): return differs('input tensor {i}', {old}, described({at}))")
+
+
+def _described(x: object) -> str:
+    """The metadata of a tensor that a guard compares."""
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    dtype = str(x.dtype).removeprefix("torch.")
+    text = f"{dtype}{list(x.shape)}, strides {list(x.stride())}, on {x.device}"
+    if x.requires_grad:
+        text += ", a leaf that requires grad" if x.is_leaf else ", requires grad"
+    if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
+        text += ", with a hook"
+    return text + (", negated" if x.is_neg() else "")
+
+
+def _guard_places(w: Walk, captured: Captured, places: Places) -> None:
+    """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
+    at = [w.tensors[id(t)] for t in captured.reals]
+    w.lines.append(f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]")
+    if places.shared:
+        names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
+        w.names["pattern_of"] = _pattern
+        pattern = _pattern(places.storages)
+        w.check(f"pattern_of(({names},)) == {pattern}", "inputs share memory otherwise")
+    asked = w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided"))
+    if places.shared or asked:
+        offsets = ", ".join(f"{x}.storage_offset()" for x in at)
+        expected = [t.storage_offset() for t in captured.reals]
+        w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
+    w.names["places"] = places
+    w.lines.append("if addresses != places.good and (why := places.against(addresses)): return why")
+
+
+class Places:
+    """Where the outside tensors lie: aligned as when traced and apart from each other; and the
+    cells, which read and write the one element of some of them."""
+
+    def __init__(self, reals: Sequence[torch.Tensor]):
+        self.storages = [t.untyped_storage()._cdata for t in reals]
+        self.shared = len({*self.storages}) < len(reals)  # which is checked apart
+        self.sizes = [extent(t.shape, t.stride()) * t.element_size() for t in reals]
+        self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
+        self.good: list[int] | None = None  # the latest addresses that were found to be right
+        self.cells: list = []  # at these addresses
+        self._types = [host_memory.cell_type(t) for t in reals]
+        self._with_cells: list[int] = []
+
+    def cell(self, index: int) -> int | None:
+        """The position in `cells` of the `index`-th tensor's; None if it cannot have one."""
+        if self._types[index] is None:
+            return None
+        if index not in self._with_cells:
+            self._with_cells.append(index)
+            self.good = None
+        return self._with_cells.index(index)
+
+    def against(self, addresses: list[int]) -> str:
+        """Why a replay is wrong for inputs at these addresses; empty if it is right."""
+        if [a % 16 == 0 for a in addresses] != self.aligned:
+            return "the alignment of an input changed"
+        if not self.shared:
+            end = 0
+            for start, size in sorted(zip(addresses, self.sizes, strict=True)):
+                if start < end and size:
+                    return "two inputs share memory now"
+                end = max(end, start + size)
+        self.cells = [self._types[i].from_address(addresses[i]) for i in self._with_cells]
+        self.good = addresses
+        return ""
+
+
+def _pattern(storages: Sequence[int]) -> tuple[int, ...]:
+    first: dict[int, int] = {}
+    return tuple(first.setdefault(s, len(first)) for s in storages)
+
+
+def _guard_predicates(w: Walk, captured: Captured) -> None:
+    """Every decision that Python took on a runtime scalar must come out the same."""
+    wanted: list[Arg] = []
+    for predicate in captured.predicates:
+        wanted += (predicate.left, predicate.right)
+    names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalar_values)}
+    code = HostCode()
+    found = code.add(captured.host_nodes, wanted, names)
+    w.lines += code.lines
+    w.names |= host_names()
+    conditions: dict[str, str] = {}
+    for i, predicate in enumerate(captured.predicates):
+        left, right = found[2 * i], found[2 * i + 1]
+        sign = _SIGNS.get(predicate.relation)
+        test = f"{left} {sign} {right}" if sign else f"same_float({left}, {right})"
+        conditions[test if predicate.outcome else f"not ({test})"] = predicate.relation
+    for condition, relation in conditions.items():
+        w.check(condition, f"a decision on a runtime scalar ({relation}) came out otherwise")

@@ -1,0 +1,558 @@
+"""The Python state that a step can read, walked before a trace and written down as guard code.
+
+From the arguments, closure cells, defaults and globals of the step, `Walk` follows containers,
+objects, classes and user functions. An attribute is followed when code that ran names it (all are,
+while nothing is known of what ran). Everything found becomes a line of the guard:
+
+value      a number, string, bool, None, dtype, range, … : its type and value
+tensor     its type, and that it is found at all its places; it is fetched anew, and `guards.py`
+           adds the metadata of those that the graph reads
+container  list, tuple, dict, set, deque: its identity (its type, in arguments), length and keys
+object     its identity and its attributes; a Python class: its identity and what is named of it
+function   its identity, code, cells, defaults and globals
+
+What has no line is a refusal, and the step then reruns its Python. Because the guard describes the
+state *before* the trace, it fails after the trace exactly if the step changed some of it.
+"""
+
+from __future__ import annotations
+
+import builtins
+import weakref
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
+
+import torch
+from torch.autograd.function import Function
+from torch.optim import Optimizer
+
+from tracejit.capture.proof.kinds import (
+    C_FUNCTIONS,
+    CLASS_NOISE,
+    CONTAINERS,
+    HEAP_TYPE,
+    SLOT,
+    WRAPPERS,
+    is_data,
+    known_callable,
+    library,
+    library_module,
+    plain_object,
+    pure_type,
+    slots,
+)
+from tracejit.capture.proof.watch import origin
+from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
+from tracejit.capture.trace.scalars import same_float
+
+_MAX_PLACES = 100_000  # values in one guard; what is larger reruns
+
+
+@dataclass
+class FloatLine:
+    """The check of a float, to be decided when it is known which floats are runtime scalars."""
+
+    at: str
+    value: float
+    path: str
+    key: tuple | None
+
+
+def short(x: object) -> str:
+    """A value as a reason shows it."""
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {list(x.shape)}"
+    if is_value(x):
+        text = repr(x)
+        return text if len(text) <= 40 else text[:37] + "…"
+    if isinstance(x, CONTAINERS):
+        return f"a {type(x).__name__} of {len(x)}"
+    if isinstance(x, (type, FunctionType, MethodType, BuiltinFunctionType)):
+        return x.__qualname__
+    return f"a {type(x).__name__}"
+
+
+def same_value(a: object, b: object) -> bool:
+    """Whether two plain values are the same: 1, 1.0 and True are not."""
+    return type(a) is type(b) and a == b and (type(a) is not tuple or repr(a) == repr(b))
+
+
+def differs(path: str, old: str, new: str) -> str:
+    """The reason of a guard that failed."""
+    if new == old:
+        return f"{path} is another {new.removeprefix('a ')} now"
+    return f"{path} was {old} and is {new} now"
+
+
+def changed(path: str, old: str, new: object) -> str:
+    """The reason of a guard that failed, with the value that is there now."""
+    return differs(path, old, short(new))
+
+
+def unbound(cell: CellType) -> bool:
+    """Whether a closure's variable has no value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+class Walk:
+    """The lines of a guard about Python state, and what keeps that state from being guarded."""
+
+    def __init__(self, names: frozenset[str] | None, ran: Iterable[CodeType] | None):
+        self.wanted = names
+        self.ran = None if ran is None else frozenset(ran)
+        self.lines: list[str | FloatLine] = []
+        self.names: dict[str, object] = {"same_float": same_float, "changed": changed}
+        self.tensors: dict[int, str] = {}  # id(tensor) -> expression
+        self.all_tensors: list[torch.Tensor] = []
+        self.refusals: list[str] = []
+        self.codes: set[CodeType] = set()  # the user code that the guard accounts for
+        self._constants: dict[int, str] = {}
+        self._visited: set[int] = set()
+        self._keep: list[object] = []  # ids stay unique as long as the objects live
+        self._count = self._locals = 0
+        mine = [c for c in self.ran or () if origin(c) == "user"]
+        self._asked = ran is None or any(map(asks, mine))
+        self._compared = ran is None or any(map(compares, mine))
+        self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
+        self.reentrant = False  # the step can reach itself, and sees plain floats then
+
+    # ---- writing
+
+    def constant(self, value: object) -> str:
+        """A name for an object in the guard's namespace."""
+        name = self._constants.get(id(value))
+        if name is None:
+            name = self._constants[id(value)] = f"k{len(self._constants)}"
+            self.names[name] = value
+            self._keep.append(value)
+        return name
+
+    def local(self, expression: str) -> str:
+        self._locals += 1
+        name = f"x{self._locals}"
+        self.lines.append(f"{name} = {expression}")
+        return name
+
+    def check(self, condition: str, reason: str) -> None:
+        self.lines.append(f"if not ({condition}): return {reason!r}")
+
+    def expect(self, condition: str, path: str, old: object, now: str) -> None:
+        """Fail unless `condition`, saying what was at `path` and what is there now."""
+        self.lines.append(f"if not ({condition}): return changed({path!r}, {short(old)!r}, {now})")
+
+    def refuse(self, why: str) -> None:
+        if why not in self.refusals:
+            self.refusals.append(why)
+
+    # ---- roots
+
+    def function(self, function: FunctionType, path: str) -> None:
+        """A user function: its code, cells, defaults and globals (its identity is the caller's)."""
+        if self._seen(function):
+            return
+        k, code = self.constant(function), function.__code__
+        mine = origin(code) == "user"
+        if mine:
+            self.check(f"{k}.__code__ is {self.constant(code)}", f"the code of {path} changed")
+            self.codes.update(codes(code))
+        root = function is self.root
+        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+            self._cell(name, cell, root=root)
+        if not mine:
+            return
+        for kind, defaults in (
+            ("default", function.__defaults__),
+            ("kwdefault", function.__kwdefaults__),
+        ):
+            if defaults:
+                place = f"{k}.__{kind}s__"
+                self.check(
+                    f"len({place} or ()) == {len(defaults)}", f"the {kind}s of {path} changed"
+                )
+                items = defaults.items() if kind == "kwdefault" else enumerate(defaults)
+                for i, x in items:
+                    name = i if kind == "kwdefault" else self._parameter(function, i)
+                    self.visit(x, f"{place}[{i!r}]", f"the default of {name}", (kind, k, i))
+        if self._asked:
+            attributes = f"[*{k}.__dict__] == {[*function.__dict__]!r}"
+            self.check(attributes, f"{path} has other attributes now")
+        for name in self._named(function.__dict__):
+            at = f"{k}.__dict__[{name!r}]"
+            self.visit(function.__dict__[name], at, f"{path}.{name}")
+        if self.ran is None or not self.ran.isdisjoint(codes(code)):
+            self._globals(function)
+
+    def _parameter(self, function: FunctionType, i: int) -> str:
+        code = function.__code__
+        first = code.co_argcount - len(function.__defaults__)
+        return code.co_varnames[first + i]
+
+    def _cell(self, name: str, cell: CellType, *, root: bool = False) -> None:
+        try:
+            value = cell.cell_contents
+        except ValueError:
+            self.names["unbound"] = unbound  # the step may catch the error of reading it
+            self.check(f"unbound({self.constant(cell)})", f"{name} is bound now")
+            return
+        at = f"{self.constant(cell)}.cell_contents"
+        if type(value) in (float, tuple):
+            self._number(("cell", self.constant(cell)), value, at, name, root)
+        elif not self._seen(cell):
+            self.visit(value, at, name, owned=False)
+
+    def _number(self, key: tuple, x: object, at: str, path: str, root: bool) -> None:
+        """A float, or a tuple perhaps of floats, in a variable: the step itself sees a runtime
+        scalar there, and the functions that it calls a number, good for its value only."""
+        if (key, root) not in self._visited:
+            self._visited.add((key, root))
+            self.visit(x, at, path, key if root else None, owned=False)
+
+    def _globals(self, function: FunctionType) -> None:
+        scanned = scan(function)
+        for why in scanned.refusals:
+            self.refuse(why)
+        for read in scanned.reads:
+            k = self.constant(read.holder)
+            number = type(read.value) in (float, tuple)
+            if not number and (id(read.holder), read.key) in self._visited:
+                continue
+            self._visited.add((id(read.holder), read.key))
+            if read.missing:
+                where = f"vars({k})" if isinstance(read.holder, ModuleType) else k
+                self.check(f"{read.key!r} not in {where}", f"{read.path} is defined now")
+                continue
+            if read.builtin:
+                self.check(f"{read.key!r} not in {k}", f"{read.path} is a global name now")
+                at = f"{self.constant(builtins)}.{read.key}"
+            elif isinstance(read.holder, ModuleType):
+                at = f"{k}.{read.key}"
+            else:
+                at = f"{k}[{read.key!r}]"
+            if isinstance(read.value, ModuleType):  # what is read of it is the next read
+                self.expect(f"{at} is {self.constant(read.value)}", read.path, read.value, at)
+            elif number:
+                root = function is self.root
+                self._number(("global", k, read.key), read.value, at, read.path, root)
+            else:
+                self.visit(read.value, at, read.path, owned=False)
+
+    # ---- values
+
+    def visit(
+        self, x: object, at: str, path: str, key: tuple | None = None, *, owned: bool = True
+    ) -> None:
+        """Guard what the expression `at` holds. `owned`: it is a place in something whose identity
+        is guarded, so that the identity of x means something; else x may be fetched anew."""
+        self._count += 1
+        if self._count > _MAX_PLACES:
+            self.refuse(f"it can reach more than {_MAX_PLACES} values")
+            return
+        if type(x) is float:
+            self.lines.append(FloatLine(self.local(at), x, path, key))
+        elif type(x) is tuple and key is not None and any(type(i) in (float, tuple) for i in x):
+            self._tuple(x, at, path, key, owned)
+        elif is_value(x):
+            self._value(x, at, path)
+        elif is_tensor(x):
+            self._tensor(x, at, path)
+        elif type(x) in CONTAINERS:
+            self._container(x, at, path, key, owned)
+        else:
+            self._object(x, at, path, owned)
+
+    def _value(self, x: object, at: str, path: str) -> None:
+        if x is None or x is True or x is False or x is ...:
+            self.expect(f"{at} is {x!r}", path, x, at)
+            return
+        if isinstance(x, str) and "%" in x:
+            self.refuse(f"it reads {path}, a string that % may format")
+        k = self.constant(x)
+        self.names["same_value"] = same_value
+        self.expect(f"{at} is {k} or same_value({at}, {k})", path, x, at)
+
+    def _tensor(self, x: torch.Tensor, at: str, path: str) -> None:
+        known = self.tensors.get(id(x))
+        if known is not None:
+            self.expect(f"{at} is {known}", path, x, at)
+            return
+        self.all_tensors.append(x)
+        self._keep.append(x)
+        known = self.local(at)
+        self.expect(f"type({known}) is {self.constant(type(x))}", path, x, known)
+        self.tensors[id(x)] = known
+        self._attributes_of_tensor(x, known, path)
+
+    def _attributes_of_tensor(self, x: torch.Tensor, at: str, path: str) -> None:
+        if self._asked:
+            names = [*x.__dict__]
+            attributes = f"[*{at}.__dict__] == {names!r}" if names else f"not {at}.__dict__"
+            self.check(attributes, f"{path} has other attributes now")
+        if x.__dict__ and not self._seen(x.__dict__):
+            for name in self._named(x.__dict__):
+                self.visit(x.__dict__[name], f"{at}.__dict__[{name!r}]", f"{path}.{name}")
+
+    def _tuple(self, x: tuple, at: str, path: str, key: tuple, owned: bool) -> None:
+        at = self.local(at)
+        self.expect(f"type({at}) is tuple and len({at}) == {len(x)}", path, x, at)
+        for i, item in enumerate(x):
+            self.visit(item, f"{at}[{i}]", f"{path}[{i}]", (*key, i), owned=owned)
+
+    def _container(self, x, at: str, path: str, key: tuple | None, owned: bool) -> None:
+        if type(x) is tuple and not owned:
+            self._tuple(x, at, path, key or (), owned)
+            return
+        if owned or self._was_seen(x):
+            place = self.constant(x)
+            self.expect(f"{at} is {place}", path, x, at)
+            if self._seen(x):
+                return
+        else:
+            self._seen(x)
+            place = self.local(at)
+            self.expect(f"type({place}) is {self.constant(type(x))}", path, x, place)
+            self._constants[id(x)] = place  # a second way to it must lead to the same object
+        if isinstance(x, dict):
+            self._keys(x, place, path)
+            if isinstance(x, defaultdict):
+                factory = f"{place}.default_factory"
+                self.check(f"{factory} is {self.constant(x.default_factory)}", f"{path} changed")
+            for k, item in x.items():
+                name = repr(k) if type(k) in (str, int, bool) else self.constant(k)
+                inner = ("entry", id(x), k) if type(k) in (str, int) else None
+                shown = f"{path}[{short(k) if isinstance(k, torch.Tensor) else k!r}]"
+                self.visit(item, f"{place}[{name}]", shown, inner, owned=owned)
+        elif isinstance(x, (set, frozenset)):
+            ids = [id(item) for item in x]
+            if all(is_value(item) for item in x):
+                self.expect(f"{place} == {self.constant(type(x)(x))}", path, x, place)
+            else:
+                self.expect(f"[*map(id, {place})] == {self.constant(ids)}", path, x, place)
+                for item in x:
+                    self.visit(item, self.constant(item), f"an element of {path}")
+        else:
+            self.expect(f"len({place}) == {len(x)}", path, x, place)
+            for i, item in enumerate(x):
+                inner = (*key, i) if key else None
+                self.visit(item, f"{place}[{i}]", f"{path}[{i}]", inner, owned=owned)
+
+    def _keys(self, x: dict, at: str, path: str) -> None:
+        if not x:
+            self.expect(f"not {at}", path, x, at)
+        elif all(type(k) is str for k in x):
+            self.expect(f"[*{at}] == {self.constant([*x])}", path, x, at)
+        elif all(is_value(k) for k in x):
+            same = f"[*{at}] == {self.constant([*x])} and [*map(type, {at})]"
+            self.expect(f"{same} == {self.constant([*map(type, x)])}", path, x, at)
+        else:
+            self.expect(f"[*map(id, {at})] == {self.constant([*map(id, x)])}", path, x, at)
+            for k in x:
+                name = self.constant(k)
+                if is_tensor(k) and self.tensors.setdefault(id(k), name) != name:
+                    self.expect(f"{self.tensors[id(k)]} is {name}", path, k, self.tensors[id(k)])
+                elif is_tensor(k):
+                    self.all_tensors.append(k)
+                else:
+                    self.visit(k, name, f"a key of {path}")
+
+    # ---- objects
+
+    def _object(self, x: object, at: str, path: str, owned: bool) -> None:
+        if type(x) is MethodType and not isinstance(x.__self__, ModuleType):
+            self._method(x, at, path)
+            return
+        if not owned and is_data(x) and not self._seen(x):  # a batch: made anew for each call
+            place = self._constants[id(x)] = self.local(at)
+            self._keep.append(x)
+            self._instance(x, place, path, owned=False)
+            return
+        place = self.constant(x)
+        self.expect(f"{at} is {place}", path, x, at)
+        if known_callable(x) or self._was_seen(x):
+            return
+        if isinstance(x, FunctionType):
+            self.reentrant |= x is self.root
+            if origin(x.__code__) == "user" or x.__closure__:
+                self.function(x, path)
+            return
+        if self._seen(x):
+            return
+        if isinstance(x, type):
+            self._class(x)
+            if x.__flags__ & HEAP_TYPE == 0 and not pure_type(x):
+                self.refuse(f"it uses {path}, a type that is not known to be pure")
+        elif isinstance(x, (Enum, ModuleType)):
+            if isinstance(x, Enum) or not library(x):
+                for name in ("_value_", *self._named(vars(x))):  # what is read as x.name
+                    if name in vars(x):
+                        inner = f"{self.constant(vars(x))}[{name!r}]"
+                        self.visit(vars(x)[name], inner, f"{path}.{name.strip('_')}")
+        elif isinstance(x, (*C_FUNCTIONS, CodeType)):  # a call of it is seen when it happens
+            if isinstance(getattr(x, "__self__", None), CONTAINERS):  # items.append
+                self.visit(x.__self__, f"{place}.__self__", path.rpartition(".")[0] or path)
+        elif isinstance(x, weakref.ref):  # a guard would keep alive what it refers to
+            # of a scheduler, which holds it too; to a tensor that is found elsewhere as well
+            if isinstance(x(), Optimizer) or id(x()) in self.tensors:
+                self.visit(x(), f"{place}()", path)
+            else:
+                self.refuse(f"it reads {path}, a weak reference")
+        elif isinstance(x, WRAPPERS):
+            self._wrapper(x, place, path)
+        elif isinstance(x, CellType):
+            self._cell(path, x)
+        elif type(x).__module__.startswith("tracejit") and callable(getattr(x, "_step", None)):
+            self.visit(x._step, f"{place}._step", path)  # a compiled step inside: inlined
+            for name in self._named(x.user_attributes()):  # step.calls += 1
+                self.visit(vars(x)[name], f"{place}.{name}", f"{path}.{name}")
+        elif plain_object(x):
+            self._instance(x, place, path)
+        else:
+            self.refuse(f"it reads {path}, an object of type {type(x).__name__}")
+
+    def _method(self, x: MethodType, at: str, path: str) -> None:
+        if isinstance(x.__self__, type) and x.__func__ is Function.apply.__func__:
+            self.visit(x.__self__, f"{at}.__self__", path.removesuffix(".apply"))
+            return
+        at = self.local(at)
+        method = f"type({at}) is {self.constant(MethodType)}"
+        self.expect(f"{method} and {at}.__func__ is {self.constant(x.__func__)}", path, x, at)
+        self.visit(x.__self__, f"{at}.__self__", path.rpartition(".")[0] or f"{path}.__self__")
+        if isinstance(x.__func__, FunctionType):
+            self.function(x.__func__, path)
+
+    def _wrapper(self, x: object, at: str, path: str) -> None:
+        parts = ("__func__", "fget", "fset", "fdel", "func", "args", "keywords")
+        for name in parts:
+            part = getattr(x, name, None)
+            if part is not None:
+                self.visit(part, f"{at}.{name}", path)
+
+    def _instance(self, x: object, at: str, path: str, *, owned: bool = True) -> None:
+        cls = type(x)
+        self.check(f"type({at}) is {self.constant(cls)}", f"{path} has another class now")
+        self._class(cls)
+        attributes = x.__dict__ if cls.__dictoffset__ else None
+        if attributes is not None:
+            if owned:
+                place = self.constant(attributes)
+                self.check(f"{at}.__dict__ is {place}", f"{path} has other attributes now")
+            else:
+                place = self.local(f"{at}.__dict__")
+            names = f"[*{place}] == {self.constant([*attributes])}"
+            self.check(names, f"{path} has other attributes now")
+            wide = self._compared and isinstance(x, SimpleNamespace)
+            for name in attributes if wide else self._named(attributes):
+                self.visit(
+                    attributes[name],
+                    f"{place}[{name!r}]",
+                    f"{path}.{name}",
+                    ("entry", id(attributes), name),
+                    owned=owned,
+                )
+        for name in self._named(slots(cls)):
+            if hasattr(x, name):
+                self.visit(getattr(x, name), f"{at}.{name}", f"{path}.{name}", owned=owned)
+            else:
+                self.check(f"not hasattr({at}, {name!r})", f"{path}.{name} is set now")
+        for base in CONTAINERS:
+            if isinstance(x, base):
+                self._contents(base, x, at, path, owned)
+                break
+
+    def _contents(self, base: type, x, at: str, path: str, owned: bool) -> None:
+        """What an instance of a subclass of a container holds as that container."""
+        if issubclass(base, dict):
+            base = dict
+            keys = [*dict.keys(x)]
+            self.expect(f"[*dict.keys({at})] == {self.constant(keys)}", path, x, at)
+            if not all(is_value(k) for k in keys):
+                self.refuse(f"{path}, a {type(x).__name__}, has keys that are no plain values")
+                return
+            items = [(repr(k), dict.__getitem__(x, k)) for k in keys]
+        elif issubclass(base, (set, frozenset)):
+            self.refuse(f"it reads {path}, an object of type {type(x).__name__}")
+            return
+        else:
+            length = base.__len__(x)
+            same = f"{self.constant(base.__len__)}({at}) == {length}"
+            self.check(same, f"{path} has another length")
+            items = [(str(i), base.__getitem__(x, i)) for i in range(length)]
+        get = self.constant(base.__getitem__)
+        for k, item in items:
+            self.visit(item, f"{get}({at}, {k})", f"{path}[{k}]", owned=owned)
+
+    def _class(self, cls: type) -> None:
+        """What is named of a class and its bases; of library classes, the functions that ran."""
+        for base in cls.__mro__:
+            if base.__flags__ & HEAP_TYPE == 0 or ("class", id(base)) in self._visited:
+                continue
+            self._visited.add(("class", id(base)))
+            if type(base) is not type:
+                self._class(type(base))
+            held = vars(base)
+            place = self.constant(held)
+            mine = any(
+                isinstance(f, FunctionType) and origin(f.__code__) == "user" for f in held.values()
+            ) or not library_module(base.__module__)
+            for name in [*held]:
+                x = held[name]
+                at = f"{place}[{name!r}]"
+                if self._by_identity(x, mine=mine):
+                    self.expect(f"{at} is {self.constant(x)}", f"{base.__name__}.{name}", x, at)
+                elif mine and not isinstance(x, SLOT) and name not in CLASS_NOISE:
+                    dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
+                    if dunder or issubclass(base, Function) or self._named([name]):
+                        self.visit(x, at, f"{base.__qualname__}.{name}")
+            self.check(f"len({place}) == {len(held)}", f"the class {base.__qualname__} changed")
+            if mine:
+                bases = f"{self.constant(base)}.__bases__ == {self.constant(base.__bases__)}"
+                self.check(bases, f"the class {base.__qualname__} has other bases now")
+
+    def _by_identity(self, x: object, *, mine: bool) -> bool:
+        """Whether what a class holds is a function of which nothing is followed: one of a library
+        class that ran, or in a user's class one that namedtuple or dataclasses made."""
+        if not isinstance(x, FunctionType):
+            return False
+        if mine:
+            return origin(x.__code__) == "stdlib"
+        return self.ran is not None and x.__code__ in self.ran
+
+    def _named(self, attributes: Iterable[str]) -> list[str]:
+        if self.wanted is None:
+            return list(attributes)
+        return [name for name in attributes if name in self.wanted]
+
+    def _was_seen(self, x: object) -> bool:
+        return id(x) in self._visited
+
+    def _seen(self, x: object) -> bool:
+        """Whether x was visited before; it is from now on."""
+        if id(x) in self._visited:
+            return True
+        self._visited.add(id(x))
+        self._keep.append(x)
+        return False
+
+
+def tensors_of(function: FunctionType | None, bound_to: tuple = ()) -> list[torch.Tensor]:
+    """Every tensor that a function can reach, and the objects that it is bound to."""
+    w = Walk(None, None)
+    for i, x in enumerate(bound_to):
+        w.visit(x, f"bound[{i}]", f"bound {i}")
+    if function is not None:
+        w.function(function, function.__qualname__)
+    return w.all_tensors

@@ -1,0 +1,62 @@
+"""Who hears of a trace's events, and may answer them from earlier traces.
+
+A trace tells its journal everything that reaches it from outside: runtime scalars, arithmetic and
+decisions on them, `.grad`s that were there before. This one forgets it all; `follow.trail.Trail`
+compares it with earlier traces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from tracejit.ir.graph import Arg, Node, Value
+
+
+class Journal:
+    """Hears of events and answers none."""
+
+    given: Mapping[int, torch.Tensor] = {}  # proxies that user code has already, by their number
+
+    def scalar(self, path: tuple, number: float) -> Value | None:
+        """The value of a runtime scalar as an earlier trace numbered it; None if rules run."""
+
+    def arithmetic(self, op: str, args: Sequence[Arg]) -> Value | None:
+        """The value of arithmetic on runtime scalars as an earlier trace numbered it, or None."""
+
+    def decision(self, predicate: object) -> bool:
+        """Whether an earlier trace took this decision here."""
+        return False
+
+    def found_scalar(self, path: tuple, value: Value) -> None:
+        """A runtime scalar has come in."""
+
+    def found_arithmetic(self, node: Node) -> None:
+        """Arithmetic on runtime scalars was emitted."""
+
+    def found_decision(self, predicate: object) -> None:
+        """A decision was taken on a runtime scalar."""
+
+    def found_grad(self, owner: torch.Tensor, grad: torch.Tensor | None) -> None:
+        """A rule has read the `.grad` that an outside tensor had before the step."""
+
+    def forget(self) -> None:
+        """The trace does something that cannot be compared with another one."""
+
+    def over(self) -> None:
+        """The user's code has returned."""
+
+    def close(self, captured: object, made_of: Mapping, returned: frozenset[int]) -> None:
+        """The trace is over, and this is what was captured."""
+
+    def holds(self) -> Iterable[int]:
+        """The ids of the tensors that the journal itself holds."""
+        return ()
+
+    def proxies(self) -> list[torch.Tensor]:
+        """The proxies that user code holds although no rule has made them."""
+        return []
+
+    def release(self) -> None:
+        """Let go of all tensors."""

@@ -1,0 +1,163 @@
+"""Numbers in tensors of one element that Python may ask for: an optimizer's step counters.
+
+`host_value` follows how a value was computed in the trace. Where that is arithmetic of numbers and
+of single-element tensors from outside, it repeats it on the host, so that `.item()` is a float
+with its true value whose origin is recorded. Everything else depends on what the plan computes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from tracejit.capture.trace.scalars import RELATIONS, TracedFloat
+from tracejit.capture.trace.tensor import Handle, Storage
+from tracejit.capture.trace.trace import Trace
+from tracejit.ir import host_memory
+from tracejit.ir.graph import Arg, Graph, Node, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import DType, Type
+
+# Primitives of one element, on Python's floats. In float64, rounding once more to a narrow dtype
+# gives what the primitive gives for + - * / and the square root.
+_ARITHMETIC: dict[str, Callable] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "pow": operator.pow,
+    "neg": operator.neg,
+    "abs": abs,
+    "sqrt": lambda x: x**0.5,
+    **dict.fromkeys(("alias", "cast", "full", "reshape", "permute", "expand"), lambda x: x),
+}
+
+
+def is_single(kind: Type) -> bool:
+    """Whether this is the type of one floating-point number."""
+    return kind.dtype.is_float and not kind.is_host and all(n == 1 for n in kind.shape)
+
+
+def item(t: Trace, handle: Handle) -> float | None:
+    """The number that a tensor holds now, or None where only the plan can tell."""
+    t.asked.add(handle.storage)
+    return host_value(t, t.read(handle))
+
+
+def truth(t: Trace, handle: Handle) -> bool | None:
+    """Whether a tensor of one element is true: a comparison of such numbers, or a number not 0."""
+    node = t.producers.get(t.read(handle))
+    if node is None or node.op.name not in RELATIONS:
+        number = item(t, handle)
+        return None if number is None else number != 0
+    sides = [host_value(t, a) if isinstance(a, Value) else float(a) for a in node.args]
+    return None if any(x is None for x in sides) else RELATIONS[node.op.name](*sides)
+
+
+def host_value(t: Trace, value: Value) -> float | None:
+    """The number that a value of one element is, or None where only the plan can tell."""
+    if value.type.is_host:
+        return TracedFloat.make(t.scalars.numbers[value], t.scalars, value)
+    if value in t.hosted:
+        return t.hosted[value]
+    if not is_single(value.type):
+        return _integer(t, value)
+    pending = [value]
+    while pending:
+        node = t.producers.get(pending[-1])
+        operands = () if node is None else node.inputs
+        later = [v for v in operands if is_single(v.type) and v not in t.hosted]
+        if later and node.op.name in _ARITHMETIC:
+            pending += later
+        else:
+            current = pending.pop()
+            t.hosted[current] = _outside(t, current) if node is None else _computed(t, node)
+    return t.hosted[value]
+
+
+def _integer(t: Trace, value: Value) -> float | None:
+    """The number of an integer constant: `torch.tensor(1)`."""
+    node = t.producers.get(value)
+    constant = node is not None and node.op is OPS["full"] and not isinstance(node.args[0], Value)
+    return float(node.args[0]) if constant and value.type.shape == () else None
+
+
+def _outside(t: Trace, param: Value) -> float | None:
+    """The element of a tensor from outside: a runtime scalar."""
+    for s in t.inputs.storages:
+        if s.param is param:
+            index = t.inputs.position(s.real)
+            with torch._C.DisableTorchFunction():
+                return t.scalar(host_memory.read(s.real), ("item", index))
+    return None
+
+
+def _computed(t: Trace, node: Node) -> float | None:
+    function = _ARITHMETIC.get(node.op.name)
+    if function is None:
+        return None
+    operands = [host_value(t, a) if isinstance(a, Value) else float(a) for a in node.args]
+    if any(x is None for x in operands):
+        return None
+    try:
+        with t.untaped():
+            result = function(*operands)
+    except (ZeroDivisionError, OverflowError):  # where tensors give inf
+        return None
+    return rounded(t, result, node.out.type.dtype) if isinstance(result, float) else None
+
+
+def settled(t: Trace, storage: Storage, mixed: bool) -> float | None:
+    """The number that CPU memory holds at last, if the host computes it instead of the plan.
+
+    It does for the counters that the step asked for by `.item()`; and where the step runs on a GPU,
+    for all numbers on the CPU that it can compute.
+    """
+    value = storage.value
+    if value in t.tape.tracked or not is_single(value.type) or value.type.device != "cpu":
+        return None
+    if not mixed and storage not in t.asked:
+        return None
+    with t.resumed():  # record arithmetic though the user's code is over
+        return host_value(t, value)
+
+
+def mixed_devices(t: Trace) -> bool:
+    """Whether tensors of another device than the CPU take part."""
+    used = {s.param.type.device for s in t.inputs.storages} | {n.out.type.device for n in t.b.nodes}
+    return bool(used - {"cpu", "host"})
+
+
+def for_the_plan(graph: Graph) -> Graph:
+    """The graph without what the host does: arithmetic and numbers on the CPU that no tensor needs.
+
+    Runtime scalars that no tensor needs are no inputs of it.
+    """
+    needed = set(graph.outputs())
+
+    def kept(value: Value) -> bool:
+        kind = value.type
+        return value in needed or not (kind.is_host or (kind.device == "cpu" and is_single(kind)))
+
+    nodes = []
+    for node in reversed(graph.nodes):
+        if kept(node.out):
+            needed.update(node.inputs)
+            nodes.append(node)
+    needed |= {w.target for w in graph.writes}
+    params = tuple(p for p in graph.params if kept(p.value))
+    return replace(graph, params=params, nodes=tuple(reversed(nodes)))
+
+
+def rounded(t: Trace, x: float, dtype: DType) -> float:
+    """A number as a tensor of this dtype holds it."""
+    if dtype.name == "f64":
+        return x
+    op = OPS[f"host_{dtype.name}"]
+    if not isinstance(x, TracedFloat):
+        return op.eval(x)
+    arg: Arg = x.value
+    return TracedFloat.make(op.eval(float.__pos__(x)), t.scalars, t.b.emit(op, arg))

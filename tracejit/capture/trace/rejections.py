@@ -1,0 +1,106 @@
+"""What autograd rejects: writes and reads that eager refuses, with the same class of error.
+
+All functions take the trace, what is written or read, and what else decides.
+"""
+
+from __future__ import annotations
+
+from tracejit.autodiff import Entry
+from tracejit.capture.trace.state import TraceState
+from tracejit.capture.trace.tensor import Handle
+from tracejit.ir.graph import Node, Value
+
+
+def check_write(t: TraceState, handle: Handle, value: Value) -> None:
+    """Raise where eager would refuse to overwrite a tensor with a value."""
+    if t.grad_on:
+        _check_differentiable_write(t, handle, value)
+    overlaps = any(st == 0 and n > 1 for st, n in zip(handle.strides, handle.shape, strict=True))
+    if overlaps and handle.numel:
+        raise t.shape_error(
+            "unsupported operation: more than one element of the written-to tensor refers to a "
+            "single memory location. Please clone() the tensor before performing the operation"
+        )
+    if any(name == "expand" for name, _ in handle.steps):
+        raise t.unsupported("Write to the tensor that was expanded")
+
+
+def _check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> None:
+    family = handle.family
+    if family in t.sealed:
+        raise t.autograd_error(t.sealed[family])
+    if family.leaf in t.foreign:
+        raise t.unsupported("It was computed outside the step; clone it, or write outside")
+    if family.leaf is not None:
+        kind = "a leaf Variable" if not handle.steps else "a view of a leaf Variable"
+        raise t.autograd_error(
+            f"{kind} that requires grad is being used in an in-place operation. Wrap the "
+            "update in torch.no_grad()"
+        )
+    if family.quiet:
+        raise t.autograd_error(
+            "A view was created in no_grad mode and is being modified inplace with grad mode "
+            "enabled; move both inside the no_grad block, or both outside"
+        )
+    tracked = t.tape.tracked
+    if handle.fixed is not None and (value in tracked or t.base(family) in tracked):
+        raise t.autograd_error(
+            "one of several views that one function returned (split, chunk, unbind) is being "
+            "modified in place. Index or narrow the tensor instead"
+        )
+
+
+def check_read(t: TraceState, handle: Handle, base: Value) -> None:
+    """Raise where eager would refuse to read a view whose base was written since."""
+    fresh = handle.fixed is None or handle.fixed == handle.version.count
+    if fresh or not (t.scalars.active and t.grad_on and base in t.tape.tracked):
+        return
+    raise t.autograd_error(
+        "a view made under no_grad, or one of several that one function returned, is read after "
+        "it, its base or another view of it was modified in place. Make it after the write, or "
+        "clone it"
+    )
+
+
+def check_saved(t: TraceState, node: Node) -> None:
+    """Raise as eager does where a node of a gradient formula reads what it may not read."""
+    formula = t.formula
+    for value in node.inputs:
+        if value.id >= formula.start or value in formula.cotangents or value.type.is_host:
+            continue  # a host value is no saved tensor: `Trace.saves` speaks for it
+        _check_freed(t, formula.entry)
+        _check_unwritten(t, formula.entry, value)
+
+
+def check_held(t: TraceState, entry: Entry) -> None:
+    """Raise as eager does where a formula would not get what torch saved for it."""
+    _check_freed(t, entry)
+    for value in entry.saved:
+        _check_unwritten(t, entry, value)
+
+
+def _check_freed(t: TraceState, entry: Entry) -> None:
+    if entry.freed:
+        raise t.autograd_error(
+            "Trying to backward through the graph a second time (or directly access saved tensors "
+            "after they have already been freed). Specify retain_graph=True if you need to "
+            "backward through the graph a second time"
+        )
+
+
+def _check_unwritten(t: TraceState, entry: Entry, value: Value) -> None:
+    if value not in t.origin:
+        return
+    version, count, storage, writes = t.origin[value]
+    if version.count != count:
+        raise t.autograd_error(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            f"operation: a tensor of shape {list(value.type.shape)} read by {entry.name} is at "
+            f"version {version.count}; expected version {count} instead"
+        )
+    if storage.writes != writes:
+        raise t.unsupported(
+            f"A tensor of shape {list(value.type.shape)} that {entry.name} saved was written "
+            "through .data since, and eager would silently use the new value; clone it before, or "
+            "write after the backward"
+        )

@@ -1,0 +1,250 @@
+"""The state of a trace: the Graph under construction, its tape, and what stands beside them.
+
+Rules take a `Trace` (trace.py), which adds to this what reads, writes and makes tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from tracejit.autodiff import Entry, Tape
+from tracejit.capture.trace import location
+from tracejit.capture.trace.journal import Journal
+from tracejit.capture.trace.scalars import Scalars, TracedFloat
+from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.tensor import Family, Handle, Storage, TracedTensor, Version
+from tracejit.errors import AutogradError, ShapeError, TracejitError, UnsupportedOperation
+from tracejit.ir.graph import Builder, Node, Value
+from tracejit.ir.types import Type
+
+_REWRITE = "Rewrite it with supported functions, or move it out of the step"
+
+
+@dataclass(eq=False, slots=True)
+class Inputs:
+    """The tensors from outside that a trace has met, in the order of first use."""
+
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    handles: list[Handle] = field(default_factory=list)  # of `tensors`
+    storages: list[Storage] = field(default_factory=list)  # each with a graph input
+    by_id: dict[int, Handle] = field(default_factory=dict)
+    by_memory: dict[int, list[Handle]] = field(default_factory=dict)  # by torch storage
+
+    def add(self, tensor: torch.Tensor, handle: Handle) -> None:
+        """A tensor has come in."""
+        self.by_id[id(tensor)] = handle
+        self.tensors.append(tensor)
+        self.handles.append(handle)
+
+    def position(self, tensor: torch.Tensor) -> int:
+        """The position of a tensor that has come in."""
+        return next(i for i, x in enumerate(self.tensors) if x is tensor)
+
+    def release(self) -> None:
+        """Let go of the tensors: a trace's objects lie in cycles until the collector comes, and
+        gradients that the step has dropped must not wait for it."""
+        for handle in self.by_id.values():
+            handle.tensor = handle.grad = handle.grad_at_start = None
+            handle.storage.real = None
+        self.by_id.clear()
+
+
+@dataclass(slots=True)
+class Formula:
+    """The derivative formula that is being emitted: of which entry, from which value number on,
+    and the cotangents that have arrived there."""
+
+    start: int
+    entry: Entry
+    cotangents: frozenset[Value]
+
+
+class TraceState:
+    """One trace: what it has recorded, and errors about the torch call in progress."""
+
+    def __init__(self, journal: Journal | None = None):
+        self.journal = journal or Journal()
+        self.mode: torch.overrides.TorchFunctionMode | None = None  # which intercepts for it
+        self.b = Builder()
+        self.b.on_emit = self._on_emit
+        self.scalars = Scalars(self.b, self.journal)
+        self.inputs = Inputs()
+        self.proxies: list[TracedTensor] = []
+        self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
+        self.hyperparameters: object | None = None  # of the optimizers in reach
+        self.call: tuple[Callable, tuple, dict] | None = None  # whose rule is running
+        self.refused: TracejitError | None = None  # what eager would not have raised
+        # autograd
+        self.tape = Tape()
+        self.taping = True
+        self.formula: Formula | None = None  # being emitted
+        self.leaf_of: dict[Value, Handle] = {}
+        self.sealed: dict[Family, str] = {}  # why autograd refuses to write to these
+        self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
+        self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
+        self.contexts: list[object] = []  # of custom autograd functions
+        # where a value was read: the version counter, its count, the storage, its writes
+        self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        # numbers in tensors, see numbers.py
+        self.producers: dict[Value, Node] = {}
+        self.hosted: dict[Value, float | None] = {}
+        self.asked: set[Storage] = set()  # whose number Python asked for
+
+    def _on_emit(self, node: Node) -> None:
+        """A node was emitted."""
+        raise NotImplementedError
+
+    # ---- modes
+
+    @property
+    def grad_on(self) -> bool:
+        """Whether what is computed now is recorded for differentiation."""
+        return self.taping and torch.is_grad_enabled()
+
+    @contextmanager
+    def taped(self, on: bool) -> Iterator[None]:
+        """Record on the tape only if `on` (and if it is recorded around this)."""
+        before, self.taping = self.taping, self.taping and on
+        try:
+            yield
+        finally:
+            self.taping = before
+
+    def untaped(self) -> object:
+        """Emit without recording on the tape."""
+        return self.taped(False)
+
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """As while the step's Python runs, though it may be over: arithmetic is recorded."""
+        before, self.scalars.active = self.scalars.active, True
+        try:
+            yield
+        finally:
+            self.scalars.active = before
+
+    # ---- errors
+
+    @property
+    def calling(self) -> Callable | None:
+        """The torch function whose rule is running; None while arguments are bound."""
+        return self.call[0] if self.call else None
+
+    def unsupported(self, remedy: str = _REWRITE) -> UnsupportedOperation:
+        """The error for the torch call in progress."""
+        func, args, kwargs = self.call
+        return self.refuse(
+            UnsupportedOperation(
+                where=location.full(),
+                function=function_name(func),
+                shapes=described(args, kwargs),
+                remedy=remedy + ("" if remedy.endswith(".") else "."),
+            )
+        )
+
+    def refuse(self, error: TracejitError) -> TracejitError:
+        """An error that eager would not raise, about to be raised: a step that catches it takes a
+        path that eager would not, so it is raised again when the step returns."""
+        self.refused = self.refused or error
+        return error
+
+    def shape_error(self, reason: str) -> ShapeError:
+        """The error for shapes or dtypes that the torch call in progress rejects."""
+        func, args, kwargs = self.call
+        return ShapeError(
+            where=location.full(),
+            function=function_name(func),
+            reason=reason,
+            shapes=described(args, kwargs),
+        )
+
+    def autograd_error(self, reason: str) -> AutogradError:
+        """The error for a use of autograd that eager rejects."""
+        return AutogradError(where=location.full(), reason=reason)
+
+    # ---- the values of storages
+
+    def stripped(self, storage: Storage) -> Value:
+        """The storage's value without autograd history: an untracked alias if it has any."""
+        if storage.value in self.tape.tracked or storage.value in self.leaf_of:
+            with self.untaped():
+                return self.b.alias(storage.value)
+        return storage.value
+
+    def make_leaf(self, handle: Handle) -> None:
+        """Let a handle with no history require grad."""
+        handle.requires_grad_leaf = True
+        family = handle.family
+        family.leaf = handle
+        with self.untaped():
+            family.value = self.b.alias(family.storage.value)
+        self.tape.watch(family.value)
+        self.leaf_of[family.value] = handle
+
+    def base(self, family: Family) -> Value:
+        """The current value of a family's storage, with the family's autograd history."""
+        storage = family.storage
+        if family.seen != storage.writes:
+            old, tracked = family.value, family.value in self.tape.tracked
+            family.seen = storage.writes
+            inherited = tracked and family.leaf is None
+            family.value = self.behind_autograd(old if inherited else None, storage.value)
+            if family.leaf is not None:
+                self.tape.watch(family.value)
+                self.leaf_of[family.value] = family.leaf
+        return family.value
+
+    def behind_autograd(self, old: Value | None, new: Value) -> Value:
+        """`new` with the history of `old`: written behind autograd's back, gradients flow on."""
+        with self.untaped():
+            new = self.b.alias(new)
+        if old is not None:
+            self.tape.add(Entry((old,), (new,), lambda b, cts, need: cts, "data"))
+        return new
+
+    def requires_grad(self, handle: Handle) -> bool:
+        """What `tensor.requires_grad` says."""
+        return handle.requires_grad_leaf or self.base(handle.family) in self.tape.tracked
+
+    def is_leaf(self, handle: Handle) -> bool:
+        """What `tensor.is_leaf` says."""
+        leaf = handle.requires_grad_leaf or handle.family.quiet
+        if handle in self.foreign:
+            return False
+        return leaf or not self.requires_grad(handle)
+
+    # ---- the end
+
+    def forget(self) -> None:
+        """Drop the tape and what user code attached to it; floats that it kept are plain now."""
+        self.tape = Tape()
+        self.scalars.close()
+        for context in self.contexts:
+            vars(context).clear()
+
+    def release(self) -> None:
+        """Let go of outside tensors."""
+        self.inputs.release()
+        self.journal.release()
+
+
+def described(args: tuple, kwargs: dict) -> str:
+    """The operands of a call, briefly: tensors as types, the rest by value."""
+    parts = [_described(a) for a in args] + [f"{k}={_described(v)}" for k, v in kwargs.items()]
+    return ", ".join(parts) or "no arguments"
+
+
+def _described(x: object) -> str:
+    if isinstance(x, TracedTensor):
+        return str(Type(x.handle.dtype, x.handle.shape, x.handle.device))
+    if isinstance(x, torch.Tensor):
+        with torch._C.DisableTorchFunction():
+            return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+    if isinstance(x, (tuple, list)):
+        return "[" + ", ".join(map(_described, x[:4])) + (", …]" if len(x) > 4 else "]")
+    text = repr(float.__pos__(x) if isinstance(x, TracedFloat) else x)
+    return text if len(text) <= 40 else text[:37] + "…"

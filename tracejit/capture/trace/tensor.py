@@ -1,0 +1,298 @@
+"""Tensors of a trace: storages, handles on them, and the proxies that user code holds.
+
+A `Storage` is a region of memory with a current IR value. A `Handle` stands for one torch tensor
+object: a chain of movement primitives from its storage's value, with torch's geometry beside it.
+Handles that differentiate together share a `Family`; `.data` and `.detach()` start a new one on the
+same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+
+from tracejit.capture.trace import location
+from tracejit.capture.trace.active import current
+from tracejit.errors import LeakedTracer
+from tracejit.ir import types
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.torch_types import TO_IR as TO_IR
+from tracejit.ir.torch_types import TO_TORCH as TO_TORCH
+from tracejit.ir.types import DType
+
+Step = tuple[str, tuple[tuple[str, object], ...]]  # one movement primitive and its attributes
+Ints = tuple[int, ...]
+Geometry = tuple[Ints, Ints, int, DType, str]  # shape, strides, offset, dtype, device
+
+
+@dataclass(eq=False, slots=True)
+class Version:
+    """torch's version counter: shared by a tensor, its views and its detached aliases."""
+
+    count: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Storage:
+    """A region of memory. `value` is what it holds now; `shape`, `strides` lay it out.
+
+    `real` is the tensor outside the trace whose memory this is, `param` the graph input for it.
+    """
+
+    value: Value
+    strides: Ints
+    real: torch.Tensor | None = None
+    param: Value | None = None
+    writes: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Family:
+    """Handles that share autograd history: the tracked value of a storage as they see it."""
+
+    storage: Storage
+    value: Value
+    seen: int = 0  # the storage's write count that `value` belongs to
+    leaf: Handle | None = None  # the leaf that requires grad, when this family's base is one
+    quiet: bool = False  # views made under no_grad: they require grad, and no gradient leaves them
+
+
+@dataclass(eq=False, slots=True)
+class Handle:
+    """One torch tensor of a trace."""
+
+    family: Family
+    steps: tuple[Step, ...]
+    shape: Ints
+    strides: Ints
+    offset: int
+    dtype: DType
+    device: str
+    version: Version
+    tensor: torch.Tensor | None = None  # the object user code holds: real, or a TracedTensor
+    requires_grad_leaf: bool = False
+    grad: torch.Tensor | None = None
+    grad_at_start: torch.Tensor | None = None  # a real tensor's .grad before the step
+    grad_read: bool = False  # whether the step depends on the .grad that was there before
+    grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
+    fixed: int | None = None  # the version at which its history was fixed: one of several views
+    memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
+
+    @property
+    def storage(self) -> Storage:
+        return self.family.storage
+
+    @property
+    def is_real(self) -> bool:
+        return self.tensor is not None and not isinstance(self.tensor, TracedTensor)
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size in self.shape:
+            n *= size
+        return n
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.shape, self.strides, self.offset, self.dtype, self.device
+
+    @property
+    def is_contiguous(self) -> bool:
+        return is_contiguous(self.shape, self.strides)
+
+
+class TracedTensor(torch.Tensor):
+    """An intermediate of a trace. It has shape, dtype and device, and no data.
+
+    All torch functions on it are intercepted while its trace runs; any that slips through, or that
+    comes after the trace, ends in `__torch_dispatch__`, which always raises.
+    """
+
+    handle: Handle
+    trace: object = None  # the one that it belongs to, from when rules are run
+
+    @staticmethod
+    def blank(geometry: Geometry) -> TracedTensor:
+        """A tensor of this geometry that has no handle yet."""
+        shape, strides, offset, dtype, device = geometry
+        return torch.Tensor._make_wrapper_subclass(
+            TracedTensor,
+            shape,
+            strides=strides,
+            storage_offset=offset,
+            dtype=TO_TORCH[dtype],
+            device=device,
+        )
+
+    @staticmethod
+    def make(handle: Handle, trace: object, made: TracedTensor | None = None) -> TracedTensor:
+        """The tensor of a handle; `made` if user code has it already."""
+        if made is None:
+            made = TracedTensor.blank(handle.geometry)
+        made.handle = handle
+        made.trace = trace
+        handle.tensor = made
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        error = LeakedTracer(
+            where=location.full(),
+            function=str(func),
+            reason="which has no data",
+            remedy="Use it only inside the step, through torch functions, or return it",
+        )
+        for x in args:
+            trace = (x.trace or current()) if type(x) is cls else None
+            if trace is not None:
+                trace.refuse(error)
+        raise error
+
+
+def is_contiguous(shape: Ints, strides: Ints) -> bool:
+    """Row-major, axes of extent 1 aside; empty tensors are contiguous."""
+    step = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != step:
+                return False
+            step *= size
+    return True
+
+
+def is_dense(shape: Ints, strides: Ints) -> bool:
+    """Non-overlapping and dense: a permutation of a row-major layout."""
+    step = 1
+    for stride, size in sorted((st, sz) for st, sz in zip(strides, shape, strict=True) if sz != 1):
+        if size == 0:
+            return True
+        if stride != step:
+            return False
+        step *= size
+    return True
+
+
+def apply_steps(b: Builder, value: Value, steps: tuple[Step, ...]) -> Value:
+    """Follow a view chain from a storage's value."""
+    for name, attrs in steps:
+        value = getattr(b, name)(value, **dict(attrs))
+    return value
+
+
+def put_through(b: Builder, base: Value, steps: tuple[Step, ...], new: Value) -> Value:
+    """The base's value after `new` was written through a view chain."""
+    if not steps:
+        return new
+    (name, attrs), rest = steps[0], steps[1:]
+    attrs = dict(attrs)
+    if rest:
+        new = put_through(b, getattr(b, name)(base, **attrs), rest, new)
+    shape = base.type.shape
+    if name == "reshape":
+        return b.reshape(new, shape=shape)
+    if name == "permute":
+        axes = attrs["axes"]
+        return b.permute(new, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__)))
+    assert name == "slice", name  # writes through expand are refused before
+    starts, steps_ = attrs["starts"], attrs["steps"]
+    if new.type.shape == shape:
+        return new
+    rows = list(zip(shape, starts, new.type.shape, steps_, strict=True))
+    ends = [lo + (n - 1) * st + 1 if n else lo for _, lo, n, st in rows]
+    pads = {
+        "low": starts,
+        "high": tuple(size - end for (size, *_), end in zip(rows, ends, strict=True)),
+        "interior": tuple(st - 1 for st in steps_),
+    }
+    inside = b.full(True, shape=new.type.shape, dtype=types.b1, device=new.type.device)
+    inside = b.pad(inside, **pads, value=False)
+    return b.where(inside, b.pad(new, **pads, value=0), base)
+
+
+def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
+    """Strides that torch gives the result of an element-wise op on (shape, strides) operands.
+
+    Source: TensorIterator's rule; axes are ordered by the operands' strides, ties by position.
+    """
+    if all(s == shape and is_contiguous(s, st) for s, st in operands):
+        return types.contiguous_strides(shape)
+    one_layout = len({st for _, st in operands}) == 1 and operands[0][0] == shape
+    if one_layout and is_dense(*operands[0]):
+        return operands[0][1]
+    rank = len(shape)
+    aligned = []
+    for s, st in operands:
+        pad = rank - len(s)
+        row = (0,) * pad + tuple(0 if n == 1 else x for n, x in zip(s, st, strict=True))
+        aligned.append(row)
+
+    def order(i: int, j: int) -> int:
+        for row in aligned:
+            if row[i] == 0 or row[j] == 0:
+                continue
+            if row[i] != row[j]:
+                return -1 if row[i] < row[j] else 1
+            if shape[i] > shape[j]:
+                return 1
+        return 0
+
+    axes = list(reversed(range(rank)))
+    for i in range(1, rank):
+        at = i
+        for j in reversed(range(i)):
+            verdict = order(axes[j], axes[at])
+            if verdict > 0:
+                axes[j], axes[at] = axes[at], axes[j]
+                at = j
+            elif verdict < 0:
+                break
+    strides = [0] * rank
+    step = 1
+    for axis in axes:
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
+
+
+def extent(handle_shape: Ints, strides: Ints) -> int:
+    """Elements spanned from the first to the last, 0 when empty."""
+    if 0 in handle_shape:
+        return 0
+    return 1 + sum((n - 1) * abs(st) for n, st in zip(handle_shape, strides, strict=True))
+
+
+def broadcast_shape(shapes: list[Ints]) -> Ints | None:
+    """torch's broadcast of several shapes, or None if they do not broadcast."""
+    out: list[int] = []
+    for sizes in itertools.zip_longest(*(reversed(s) for s in shapes), fillvalue=1):
+        wide = {n for n in sizes if n != 1}
+        if len(wide) > 1:
+            return None
+        out.append(wide.pop() if wide else 1)
+    return tuple(reversed(out))
+
+
+def problem_with(tensor: torch.Tensor) -> str | None:
+    """Why a tensor from outside cannot take part in a trace, if it cannot."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "vmap, torch.func and forward-mode differentiation have no rules"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return f"a tensor subclass ({type(tensor).__name__}) is not supported"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "only dense strided tensors are supported"
+    if tensor.dtype not in TO_IR:
+        return f"{tensor.dtype} is not supported"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return f"device {tensor.device} is not supported"
+    if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
+        return "conjugate, negative-bit and named tensors are not supported"
+    if tensor.is_inference():
+        return "inference tensors are not supported"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "tensors with hooks are not supported; remove the hook"
+    return None

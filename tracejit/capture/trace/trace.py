@@ -1,0 +1,308 @@
+"""A Trace: what the rules of torch functions work on.
+
+In: torch calls, one after another (`apply`). Out: the Graph in its builder, the tape beside it, and
+the tables of outside tensors, proxies and runtime scalars (`state.py`), from which the effects are
+collected once the step's Python has run. Nothing is computed and no user object is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from tracejit.autodiff import Entry, Vjp, zeros
+from tracejit.capture.trace import location
+from tracejit.capture.trace.inputs import lift_input
+from tracejit.capture.trace.rejections import check_held, check_read, check_saved, check_write
+from tracejit.capture.trace.scalars import Path, TracedFloat
+from tracejit.capture.trace.state import Formula, TraceState
+from tracejit.capture.trace.table import RULES, function_name
+from tracejit.capture.trace.tensor import (
+    TO_TORCH,
+    Family,
+    Handle,
+    Ints,
+    Step,
+    Storage,
+    TracedTensor,
+    Version,
+    apply_steps,
+    put_through,
+)
+from tracejit.errors import InvalidGraph, LeakedTracer
+from tracejit.ir.graph import Node, Value
+from tracejit.ir.types import contiguous_strides
+
+# broadcast, promoted or transposed on the way into an operation: torch saves what was given to it
+_SAVED_THROUGH = frozenset({"cast", "expand", "permute", "reshape"})
+
+
+class Trace(TraceState):
+    """One trace, as rules see it."""
+
+    # ---- torch calls
+
+    def apply(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        """What a torch function returns, by its rule."""
+        rule = RULES.get(func)
+        self.call = (func, args, kwargs)
+        if rule is None:
+            raise self.unsupported()
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise self.unsupported("autocast is not supported yet; run the step without it")
+        try:
+            if kwargs.get("out") is not None:
+                return self._into(kwargs.pop("out"), rule(self, *args, **kwargs))
+            return rule(self, *args, **kwargs)
+        except TypeError as error:
+            if error.__traceback__ is not None and error.__traceback__.tb_next is None:
+                raise self.unsupported(
+                    f"This combination of arguments ({error}) has no rule"
+                ) from None
+            raise
+        except InvalidGraph as error:
+            raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
+
+    def _into(self, out: object, result: object) -> torch.Tensor:
+        """`out=`: write the result of a call into a tensor of its shape."""
+        if not isinstance(out, torch.Tensor) or not isinstance(result, torch.Tensor):
+            raise self.unsupported("out= has a rule for one tensor")
+        into, made = self.lift(out), self.lift(result)
+        if into.shape != made.shape or not torch.can_cast(
+            TO_TORCH[made.dtype], TO_TORCH[into.dtype]
+        ):
+            raise self.unsupported("out= has a rule for a tensor of the result's shape and kind")
+        for h in (self.lift(x) for x in self.call[1] if isinstance(x, torch.Tensor)):
+            if h.storage is into.storage and (h.offset, h.shape) != (into.offset, into.shape):
+                raise self.unsupported("out= has no rule for a tensor that overlaps an operand")
+        if self.grad_on and (self.requires_grad(into) or self.requires_grad(made)):
+            raise self.autograd_error(
+                "functions with out=... arguments don't support automatic differentiation, but one "
+                "of the arguments requires grad"
+            )
+        return RULES[torch.Tensor.copy_](self, out, result)
+
+    def begin(self, function: Callable, args: tuple) -> None:
+        """Start a call that reaches the trace by another way than a torch function."""
+        self.journal.forget()
+        self.call = (function, args, {})
+        self.b.line = location.short()
+
+    @contextmanager
+    def user_code(self, *, grad: bool) -> Iterator[None]:
+        """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
+        before = self.formula, self.taping, self.call, self.b.line, torch.is_grad_enabled()
+        self.formula, self.taping = None, True
+        torch._C._set_grad_enabled(grad)
+        TorchFunctionMode.__enter__(self.mode)
+        try:
+            yield
+        finally:
+            TorchFunctionMode.__exit__(self.mode, None, None, None)
+            self.formula, self.taping, self.call, self.b.line, enabled = before
+            torch._C._set_grad_enabled(enabled)
+
+    # ---- recording
+
+    def _on_emit(self, node: Node) -> None:
+        self.producers[node.out] = node
+        if node.op.family == "host":
+            self.journal.found_arithmetic(node)
+        if self.formula is not None:
+            check_saved(self, node)
+        elif node.op.name in _SAVED_THROUGH and node.args[0] in self.origin:
+            self.origin[node.out] = self.origin[node.args[0]]
+        if self.grad_on:
+            self.tape.record(node)
+
+    @contextmanager
+    def formulas(self) -> Iterator[Callable[[Entry, frozenset[Value]], None]]:
+        """Emit the derivative formulas of one backward; gives a function to call before each, with
+        its entry and the cotangents that have arrived there."""
+
+        def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
+            start = self.formula.start if self.formula else self.b.next_id
+            self.formula = Formula(start, entry, cotangents)
+            if entry.saved is not None:
+                check_held(self, entry)
+
+        try:
+            yield enter
+        finally:
+            self.formula = None
+
+    @contextmanager
+    def unchecked(self) -> Iterator[None]:
+        """Emit what the formula in progress needs without checking what it reads."""
+        before, self.formula = self.formula, None
+        try:
+            yield
+        finally:
+            self.formula = before
+
+    @property
+    def cotangents(self) -> frozenset[Value]:
+        """The cotangents that have arrived at the entry whose formula is being emitted."""
+        return self.formula.cotangents if self.formula else frozenset()
+
+    def saves(self, out: Value, *values: Value) -> Value:
+        """Say that torch saves these (or numbers, if none) for the derivative of `out`, though our
+        formula does not read them; returns `out`."""
+        if out in self.tape.tracked:
+            entry = next((e for e in reversed(self.tape.entries) if out in e.outputs), None)
+            if entry is not None:
+                entry.saved = (entry.saved or ()) + values
+        return out
+
+    def derive(self, name: str, inputs: tuple[Value, ...], output: Value, vjp: Vjp) -> Value:
+        """Give `output`, emitted untaped, its own derivative formula; returns it."""
+        if self.grad_on:
+            self.tape.add(Entry(inputs, (output,), vjp, name))
+        return output
+
+    def unread(self, new: Value, old: Value) -> Value:
+        """`new`, as a value that depends on `old` too, with derivative zero: it replaced `old`."""
+        with self.untaped():
+            out = self.b.alias(new)
+        return self.derive(
+            "copy_",
+            (new, old),
+            out,
+            lambda b, cts, need: (cts[0] if need[0] else None, zeros(b, old) if need[1] else None),
+        )
+
+    # ---- tensors
+
+    def lift(self, tensor: torch.Tensor) -> Handle:
+        """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
+        if type(tensor) is TracedTensor:
+            if tensor.trace is not self:
+                called = function_name(self.calling) if self.calling else "a torch function"
+                raise self.refuse(
+                    LeakedTracer(
+                        where=location.full(),
+                        function=called,
+                        reason="which belongs to another trace",
+                        remedy="Do not keep intermediates of a step; return them",
+                    )
+                )
+            return tensor.handle
+        handle = self.inputs.by_id.get(id(tensor))
+        return handle if handle is not None else lift_input(self, tensor)
+
+    def read(self, handle: Handle) -> Value:
+        """The value of a tensor now."""
+        base = self.base(handle.family)
+        check_read(self, handle, base)
+        key = (base, self.grad_on)
+        if not handle.steps:
+            value = base
+        elif handle.memo is not None and handle.memo[:2] == key:
+            value = handle.memo[2]
+        else:
+            value = apply_steps(self.b, base, handle.steps)
+            handle.memo = (*key, value)
+        if value not in self.origin:
+            self._note(value, handle)
+        return value
+
+    def _note(self, value: Value, handle: Handle) -> None:
+        storage, version = handle.storage, handle.version
+        self.origin[value] = (version, version.count, storage, storage.writes)
+
+    def fresh(self, value: Value, strides: Ints | None = None) -> TracedTensor:
+        """A new tensor in memory of its own (row-major unless `strides` says otherwise)."""
+        if value in self.origin or value in self.leaf_of:
+            value = self.b.alias(value)
+        t = value.type
+        strides = contiguous_strides(t.shape) if strides is None else strides
+        storage = Storage(value, strides)
+        handle = Handle(
+            Family(storage, value), (), t.shape, strides, 0, t.dtype, t.device, Version()
+        )
+        self._note(value, handle)
+        return self.proxy(handle)
+
+    def view(
+        self, of: Handle, steps: tuple[Step, ...], shape: Ints, strides: Ints, offset: int
+    ) -> TracedTensor:
+        """A view: the same memory through further movement steps."""
+        family = of.family
+        if not self.grad_on and self.base(family) in self.tape.tracked:
+            storage = family.storage
+            with self.untaped():  # of its own: others without history may read the storage's value
+                family = Family(storage, self.b.alias(storage.value), storage.writes, quiet=True)
+            self.tape.watch(family.value)
+        fixed = of.version.count if family.quiet else of.fixed
+        handle = Handle(
+            family, of.steps + steps, shape, strides, offset, of.dtype, of.device, of.version
+        )
+        handle.fixed = fixed
+        return self.proxy(handle)
+
+    def together(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Views that one function returns; autograd lets none of them be written to."""
+        for view in views:
+            handle = self.lift(view)
+            handle.fixed = handle.version.count
+        return views
+
+    def detached(self, of: Handle, *, share_version: bool) -> TracedTensor:
+        """The same memory without history: `.detach()`, or `.data` with its own version counter."""
+        storage = of.family.storage
+        family = Family(storage, self.stripped(storage), storage.writes)
+        version = of.version if share_version else Version()
+        handle = Handle(
+            family, of.steps, of.shape, of.strides, of.offset, of.dtype, of.device, version
+        )
+        return self.proxy(handle)
+
+    def proxy(self, handle: Handle) -> TracedTensor:
+        """The tensor object that user code gets for a handle."""
+        proxy = TracedTensor.make(handle, self, self.journal.given.get(len(self.proxies)))
+        self.proxies.append(proxy)
+        return proxy
+
+    def rebind(self, handle: Handle, to: Handle) -> None:
+        """`handle.data = to`: the handle stands for the other's memory from now on."""
+        old, storage = self.base(handle.family), to.family.storage
+        handle.family = Family(storage, self.stripped(storage), storage.writes)
+        if handle.requires_grad_leaf:
+            self.make_leaf(handle)
+        elif old in self.tape.tracked:  # its history stays
+            handle.family.value = self.behind_autograd(old, storage.value)
+
+    def write(self, handle: Handle, value: Value) -> None:
+        """Overwrite a tensor in place with a value of its shape and dtype."""
+        check_write(self, handle, value)
+        family, storage = handle.family, handle.storage
+        new = put_through(self.b, self.base(family), handle.steps, value)
+        if new in self.origin:
+            new = self.b.alias(new)
+        old, tracked = family.value, family.value in self.tape.tracked
+        untracked = family.leaf is None and not tracked
+        if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
+            new = self.unread(new, old)
+        storage.value = new
+        storage.writes += 1
+        if self.grad_on or untracked:
+            family.value, family.seen = new, storage.writes
+        handle.version.count += 1
+        self._note(new, handle)
+        self._note(value, handle)
+
+    # ---- runtime scalars
+
+    def scalar(self, number: float, path: Path) -> TracedFloat:
+        """A runtime scalar: a new host input of the graph."""
+        return self.scalars.come(number, path)
+
+    def number(self, x: float) -> float:
+        """A number next to a tensor: a runtime scalar if a scheduler just computed it."""
+        hyper = self.hyperparameters
+        if type(x) is float and hyper is not None and hyper.inside:
+            return self.scalar(x, hyper.computed())
+        return x
