@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden"
+if TYPE_CHECKING:
+    from support.golden import Golden
+    from support.plan_checks import PlanChecks
+    from tracejit.runtime.executor import Executor
+
+pytest.register_assert_rewrite("support")
 
 _caches = tempfile.TemporaryDirectory(prefix="tracejit-tests-")
 os.environ["TRACEJIT_VERIFY"] = "1"
@@ -39,23 +42,39 @@ def _has_cuda() -> bool:
 
 
 @pytest.fixture
-def golden() -> Iterator[Callable[[str, str], None]]:
-    """`golden(name, text)` compares with tests/golden/<name>; TRACEJIT_ACCEPT=1 rewrites it."""
+def golden() -> Golden:
+    """`golden(name, text)`; fixtures import late, once the environment is set."""
+    from support.golden import Golden
 
-    def check(name: str, text: str) -> None:
-        path, text = GOLDEN / name, text.rstrip("\n") + "\n"
-        if os.environ.get("TRACEJIT_ACCEPT") == "1":
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-            return
-        assert path.exists(), f"{path} does not exist; `make accept` writes it"
-        rows = difflib.unified_diff(
-            path.read_text().splitlines(), text.splitlines(), f"golden/{name}", "now", lineterm=""
-        )
-        diff = "\n".join(rows)
-        assert not diff, f"{diff}\n`make accept` rewrites the file once this is what is wanted"
+    return Golden()
 
-    yield check
+
+@pytest.fixture(params=["numpy", "c"])
+def executor(request, monkeypatch) -> Executor:
+    """Each executor of the CPU in turn, C kernels compiled with -O1; a module about one executor
+    has a fixture of its own under this name."""
+    if request.param == "numpy":
+        from tracejit.runtime.numpy_executor import NumpyExecutor
+
+        return NumpyExecutor()
+    from tracejit.errors import BackendUnavailable
+    from tracejit.runtime import c_compiler
+    from tracejit.runtime.c_executor import CExecutor
+
+    try:
+        c_compiler.find_compiler()
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+    return CExecutor(2)
+
+
+@pytest.fixture
+def plans(executor: Executor) -> PlanChecks:
+    """Checks of plans that the executor runs."""
+    from support.plan_checks import PlanChecks
+
+    return PlanChecks(executor)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -12,7 +12,8 @@ from types import MethodType
 import pytest
 import torch
 from torch import nn
-from worlds import Case, Trainer, X, check, on_trainer, table, trainer
+
+from support.worlds import Case, Trainer, X, check, on_trainer, table, trainer
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

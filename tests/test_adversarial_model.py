@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import nn
-from worlds import Case, Keywords, Trainer, X, Y, check, on_trainer, table, trainer
+
+from support.worlds import Case, Keywords, Trainer, X, Y, check, on_trainer, table, trainer
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

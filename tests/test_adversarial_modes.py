@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from worlds import Case, Trainer, X, Y, check, on_trainer, picture, same, table, trainer
 
 import tracejit
+from support.worlds import Case, Trainer, X, Y, check, on_trainer, picture, same, table, trainer
 from tracejit.capture.trace.tensor import TracedTensor
 
 CASES: dict[str, Case] = {}

@@ -16,9 +16,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from worlds import Case, check, table
 
 import tracejit
+from support.worlds import Case, check, table
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional
-from worlds import Case, Keywords, check, table
 
 import tracejit
+from support.worlds import Case, Keywords, check, table
 from tracejit.errors import TracejitWarning
 
 CASES: dict[str, Case] = {}

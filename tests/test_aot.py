@@ -9,7 +9,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
 import triton.language as tl
-from kernels_for_tests import (
+from tracejit.kernels.matmul import matmul
+from tracejit.kernels.tiles import dot_path, tiles
+
+from support.kernels import (
     axpy,
     block_reductions,
     every_float_helper,
@@ -22,9 +25,6 @@ from kernels_for_tests import (
     strided_copy,
     update_and_loss,
 )
-from tracejit.kernels.matmul import matmul
-from tracejit.kernels.tiles import dot_path, tiles
-
 from tracejit.aot import TARGETS, LimitExceeded, check_limits, compile_for
 
 TRITON_DTYPE = {"f32": "fp32", "f64": "fp64", "bf16": "bf16", "f16": "fp16", "i64": "i64"}

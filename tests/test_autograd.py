@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from oracle import call
 
+from support.oracle import call
 from tracejit.autodiff import Entry, Tape, backward, reaches, zeros
 from tracejit.errors import AutogradError
 from tracejit.ir.graph import Builder, Result, verify

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_numpy_executor as plans
-from samples import SAMPLES
-from test_ops import (
+
+from examples import fused_chain, two_layer_autograd, two_layer_manual
+from support.op_checks import (
     ACCUMULATING,
     EPS,
     INEXACT,
@@ -24,16 +24,16 @@ from test_ops import (
     run,
     tensors_of,
 )
-from test_schedule import RandomProgram
-
-from examples import fused_chain, two_layer_autograd, two_layer_manual
+from support.op_samples import SAMPLES
+from support.plan_checks import Memory, PlanChecks, make_inputs, stored
+from support.random_graphs import RandomProgram
 from tracejit.codegen.c_blocking import Contraction, Target
 from tracejit.codegen.c_pool import POOL_SOURCE
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.graph import Builder, Result
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
-from tracejit.ir.types import DType, f64
+from tracejit.ir.types import DType, contiguous_strides, f64
 from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
@@ -53,10 +53,9 @@ def compiler() -> tuple[str, ...]:
         pytest.skip(str(error))
 
 
-@pytest.fixture(autouse=True)
-def on_c(monkeypatch):
-    """Let `check` and `both` of the numpy executor's tests run plans on the C executor."""
-    monkeypatch.setattr(plans, "NumpyExecutor", lambda: CExecutor(2))
+@pytest.fixture
+def executor() -> CExecutor:
+    return CExecutor(2)
 
 
 @pytest.fixture
@@ -90,7 +89,7 @@ def pads_with_minus_zero(sample) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.family != "host"])
-def test_every_op(name, quick):
+def test_every_op(name, quick, plans):
     """All samples of an op, a kernel each, in one unit."""
     b, inputs = Builder(), []
     samples = [s for s in SAMPLES[name] if not pads_with_minus_zero(s)]
@@ -98,7 +97,7 @@ def test_every_op(name, quick):
     for sample in samples:
         inputs += tensors_of(sample, sample.build())
     graph = b.graph(name, results)
-    found, _ = plans.run_plan(schedule(graph, fuse=False), graph, inputs)
+    found, _ = plans.run(schedule(graph, fuse=False), graph, inputs)
     for sample, ours, result in zip(samples, found, results, strict=True):
         arrays = sample.build()
         right = run(sample.graph(name), *tensors_of(sample, arrays))
@@ -121,19 +120,8 @@ MATMULS = [
 ]
 
 
-@pytest.mark.parametrize("shape", [(), (0,), (123,), (3, 0), (5, 1, 7)], ids=str)
-@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
-def test_pointwise_and_full_reduction(shape, dtype, quick):
-    plans.test_pointwise_and_full_reduction(shape, dtype)
-
-
-def test_plans_of_the_numpy_executor():
-    plans.test_matmul()
-    plans.test_large_domain_in_blocks()
-
-
 @pytest.mark.parametrize("m, n, k", MATMULS)
-def test_matmul_in_all_layouts(m, n, k):
+def test_matmul_in_all_layouts(m, n, k, plans):
     a, at, b, bt = (f"f32[{x},{y}]" for x, y in ((m, k), (k, m), (k, n), (n, k)))
     plans.both(f"""
     step(%0: {a}, %1: {at}, %2: {b}, %3: {bt}, %4: f32[{m},{n}]) {{
@@ -152,7 +140,7 @@ def test_matmul_in_all_layouts(m, n, k):
 
 
 @pytest.mark.parametrize("dtype", ["f64", "bf16", "f16"])
-def test_matmul_in_other_dtypes(dtype):
+def test_matmul_in_other_dtypes(dtype, plans):
     plans.both(f"""
     step(%0: {dtype}[3,65,130], %1: {dtype}[3,130,43]) {{
       %2: {dtype}[3,65,43] = matmul(%0, %1)
@@ -163,7 +151,7 @@ def test_matmul_in_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("m, k, n", [(30, 64, 20), (1, 64, 20), (30, 64, 1), (300, 70, 190)])
-def test_a_transposed_result_is_written_along_memory(m, k, n, quick):
+def test_a_transposed_result_is_written_along_memory(m, k, n, quick, plans):
     """A linear layer's weight gradient and update, which are made for the transposed weight."""
     fused, _ = plans.both(f"""
     step(%0: f32[2,{k},{m}], %1: f32[2,{k},{n}], %2: f32[2,{n},{m}]) {{
@@ -182,7 +170,7 @@ def test_a_transposed_result_is_written_along_memory(m, k, n, quick):
     assert (found.m.extent, found.n.extent) == ((n, m) if min(m, n) > 1 else (m, n))
 
 
-def test_batches_in_rounds(monkeypatch):
+def test_batches_in_rounds(monkeypatch, plans):
     from tracejit.codegen import c_blocking
 
     monkeypatch.setattr(c_blocking, "SCRATCH", 20_000)
@@ -212,13 +200,13 @@ step(%0: f32[{m},{n}]) {{
 
 @pytest.mark.parametrize("m, n", [(5, 7), (300, 1001), (1001, 300), (3, 5000), (5000, 3)])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_softmax_by_rows_and_columns(m, n, axis):
+def test_softmax_by_rows_and_columns(m, n, axis, plans):
     kept, one = (n, f"1,{n}") if axis == 0 else (m, f"{m},1")
     plans.both(SOFTMAX.format(m=m, n=n, axis=axis, kept=kept, one=one))
 
 
 @pytest.mark.parametrize("shape, kept", [("50", "1"), ("50,60", "1,60")])
-def test_a_reduced_value_decides_what_is_read(shape, kept, quick):
+def test_a_reduced_value_decides_what_is_read(shape, kept, quick, plans):
     """Its later stage has no other use for it than as an index."""
     short = kept.partition(",")[2]
     plans.both(f"""
@@ -232,20 +220,20 @@ def test_a_reduced_value_decides_what_is_read(shape, kept, quick):
     }}""")
 
 
-def test_full_reduction_is_as_accurate_as_torch():
+def test_full_reduction_is_as_accurate_as_torch(plans):
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).uniform(0, 1, 3_000_001).astype(np.float32)
     graph = parse(
         f"step(%0: f32[{x.size}]) {{\n%1: f32[] = reduce_sum(%0, axes=(0,))\nreturn %1\n}}"
     )
-    (ours,), _ = plans.run_plan(schedule(graph), graph, [x])
+    (ours,), _ = plans.run(schedule(graph), graph, [x])
     right = np.sum(x, dtype=np.float64)
     theirs = abs(float(torch.from_numpy(x).sum()) - right)
     assert abs(float(ours) - right) <= max(theirs, np.spacing(np.float32(right)))
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_random_programs(block, quick):
+def test_random_programs(block, quick, plans):
     for seed in range(block * 10, block * 10 + 10):
         graph = RandomProgram(seed).graph()
         try:
@@ -266,12 +254,9 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_programs_equal_eager(name, monkeypatch):
-    executor = CExecutor(2)
-    driver = sys.modules["tracejit.programs"]
-    monkeypatch.setattr(driver, "executor_for", lambda *_: executor)
+def test_programs_equal_eager(name):
     step, _ = STEPS[name]()
-    compiled = assert_equal_to_eager(step, calls=6)
+    compiled = assert_equal_to_eager(step, calls=6, backend="c")
     assert compiled.explain_mode().startswith("replay")
 
 
@@ -289,12 +274,10 @@ step(%0: f32[300,1001], %1: f32[1001,64]) {
 
 def results_on(threads: int) -> list[np.ndarray]:
     graph = parse(WORK)
-    plans.NumpyExecutor = lambda: CExecutor(threads)
-    return plans.run_plan(schedule(graph), graph, plans.make_inputs(graph))[0]
+    return PlanChecks(CExecutor(threads)).run(schedule(graph), graph, make_inputs(graph))[0]
 
 
-def test_results_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(plans, "NumpyExecutor", plans.NumpyExecutor)  # put back afterwards
+def test_results_do_not_depend_on_the_number_of_threads():
     first = results_on(1)
     for threads in (1, 2, 3, 3):
         for ours, right in zip(results_on(threads), first, strict=True):
@@ -316,8 +299,7 @@ def in_child(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_forked_child_has_a_pool_of_its_own(monkeypatch):
-    monkeypatch.setattr(plans, "NumpyExecutor", plans.NumpyExecutor)
+def test_a_forked_child_has_a_pool_of_its_own():
     first = results_on(3)
 
     def again() -> None:
@@ -412,10 +394,10 @@ def entries(tmp_path: Path) -> list[Path]:
 
 def check_small() -> None:
     graph = parse(SMALL)
-    plans.check(graph, schedule(graph))
+    PlanChecks(CExecutor(2)).check(graph, schedule(graph))
 
 
-def test_kernels_that_do_the_same_are_compiled_once(compiled):
+def test_kernels_that_do_the_same_are_compiled_once(compiled, plans):
     rows = [f"%{i + 4}: f32[7] = exp(%{i})" for i in range(4)]
     graph = parse(
         "step(%0: f32[7], %1: f32[7], %2: f32[7], %3: f32[7]) {\n"
@@ -432,7 +414,7 @@ def test_kernels_that_do_the_same_are_compiled_once(compiled):
     assert len(compiled) == 2 and "tj_sinf(" in compiled[1] and "tj_expf(" not in compiled[1]
 
 
-def test_many_kernels_are_compiled_side_by_side(compiled, monkeypatch):
+def test_many_kernels_are_compiled_side_by_side(compiled, monkeypatch, plans):
     monkeypatch.setattr(c_kernels, "WORTH_A_UNIT", 500)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
     graph = parse(WORK)
@@ -533,22 +515,21 @@ SANITIZED = (
 )
 
 
-def exact_memory(buffer) -> plans.Memory:
+def exact_memory(buffer) -> Memory:
     """Memory of a buffer without a byte to spare, so that any access outside is noticed."""
     shape = buffer.type.shape
-    strides = buffer.strides or plans.contiguous_strides(shape)
-    dtype = plans.stored(buffer.type.dtype)
+    strides = buffer.strides or contiguous_strides(shape)
+    dtype = stored(buffer.type.dtype)
     last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if 0 not in shape else -1
     raw = np.empty((last + 1) * dtype.itemsize, np.uint8)
     view = np.ndarray(shape, dtype, raw.data, 0, tuple(s * dtype.itemsize for s in strides))
-    return plans.Memory(raw, view, 0, raw.nbytes)
+    return Memory(raw, view, 0, raw.nbytes)
 
 
 def run_sanitized() -> None:
     """What the process under the sanitizers runs."""
-    plans.allocate = exact_memory
-    plans.memory_of = lambda loaded, plan: layout_of(plan)  # what kernels work in lies apart
-    plans.NumpyExecutor = lambda: CExecutor(3)
+    # What kernels work in lies apart.
+    plans = PlanChecks(CExecutor(3), exact_memory, lambda loaded, plan: layout_of(plan))
     flags = (*c_compiler.FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     c_compiler.FLAGS = flags
     for text in SANITIZED:

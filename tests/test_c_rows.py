@@ -6,11 +6,10 @@ import re
 
 import numpy as np
 import pytest
-import test_numpy_executor as plans
-from test_codegen_c import printed
-from test_recompute import normalized, weight_gradients
-from test_schedule import softmax
 
+from support.c_text import printed
+from support.graph_texts import normalized, softmax, weight_gradients
+from support.plan_checks import PlanChecks, make_inputs
 from tracejit.codegen import c_loops, c_outer, c_ride
 from tracejit.codegen.c import pieces
 from tracejit.codegen.c_keep import keep_rows
@@ -24,15 +23,19 @@ from tracejit.schedule.kernel_text import parse_kernel
 
 
 @pytest.fixture(autouse=True)
-def on_c(monkeypatch, tmp_path):
-    """Plans run on the C executor, compiled with -O1; kernels of changed limits are not cached."""
+def quick(monkeypatch, tmp_path):
+    """Kernels are compiled with -O1, and those of changed limits are not cached."""
     try:
         c_compiler.find_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
     monkeypatch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
-    monkeypatch.setattr(plans, "NumpyExecutor", lambda: CExecutor(2))
+
+
+@pytest.fixture
+def executor() -> CExecutor:
+    return CExecutor(2)
 
 
 def kernels(text: str) -> list[Kernel]:
@@ -89,7 +92,7 @@ def test_rows_that_do_not_fit_are_computed_again():
     assert keep_rows(short)[1] and not keep_rows(long)[1]
 
 
-def test_a_row_that_is_overwritten_is_kept_too():
+def test_a_row_that_is_overwritten_is_kept_too(plans):
     """All loads come before its stores."""
     forward, _, _ = softmax(30, 200, 1).partition("return")
     text = forward + "write %0 <- %9\n}"
@@ -116,11 +119,11 @@ def test_what_is_loaded_after_a_store_is_another_value():
 
 @pytest.mark.parametrize("rows, columns", [(5, 1), (7, 33), (3, 5000), (300, 1024), (2, 17_000)])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_softmax_and_its_gradient(rows, columns, dtype):
+def test_softmax_and_its_gradient(rows, columns, dtype, plans):
     plans.both(softmax_gradient(rows, columns, dtype))
 
 
-def test_a_kept_row_goes_to_memory_past_the_caches():
+def test_a_kept_row_goes_to_memory_past_the_caches(plans):
     """The streamed store takes it from there; it has no block of its own."""
     rows = c_loops.STREAMED // 4096 + 1
     text = printed(softmax_gradient(rows, 1024))
@@ -142,7 +145,7 @@ def rides(text: str) -> int:
 
 @pytest.mark.parametrize("rows, columns", [(300, 200), (257, 129), (1000, 1500), (5000, 33)])
 @pytest.mark.parametrize("small", [False, True])
-def test_column_sums_ride_along_with_their_rows(rows, columns, small, monkeypatch):
+def test_column_sums_ride_along_with_their_rows(rows, columns, small, monkeypatch, plans):
     if small:  # many chunks, runs and blocks
         monkeypatch.setattr(c_ride, "GRAIN", 64)
         for module in (c_loops, c_outer):
@@ -153,7 +156,7 @@ def test_column_sums_ride_along_with_their_rows(rows, columns, small, monkeypatc
     plans.check(*planned(text))
 
 
-def test_what_the_rows_write_may_be_read_by_what_rides(monkeypatch):
+def test_what_the_rows_write_may_be_read_by_what_rides(monkeypatch, plans):
     text = normalized(
         300,
         200,
@@ -167,7 +170,7 @@ def test_what_the_rows_write_may_be_read_by_what_rides(monkeypatch):
     plans.check(*planned(text))
 
 
-def test_maxima_and_other_dtypes_ride():
+def test_maxima_and_other_dtypes_ride(plans):
     for dtype, op in (("f32", "reduce_max"), ("f64", "reduce_sum"), ("bf16", "reduce_min")):
         text = weight_gradients(300, 200).replace("f32", dtype)
         text = re.sub(r"(%1[23]: \w+\[\d+\] = )reduce_sum", rf"\1{op}", text)
@@ -175,7 +178,7 @@ def test_maxima_and_other_dtypes_ride():
         plans.check(*planned(text))
 
 
-def test_a_nan_reaches_the_maximum_of_its_column():
+def test_a_nan_reaches_the_maximum_of_its_column(plans):
     kind = "f32[300,200]"
     text = normalized(
         300,
@@ -188,13 +191,13 @@ def test_a_nan_reaches_the_maximum_of_its_column():
     )
     assert rides(text) == 1
     graph, plan = planned(text)
-    inputs = plans.make_inputs(graph)
+    inputs = make_inputs(graph)
     inputs[2][123, 7] = np.nan
-    (_, columns), _ = plans.run_plan(plan, graph, inputs)
+    (_, columns), _ = plans.run(plan, graph, inputs)
     assert np.flatnonzero(np.isnan(columns)).tolist() == [7]
 
 
-def test_columns_that_read_another_row_do_not_ride():
+def test_columns_that_read_another_row_do_not_ride(plans):
     """The row below is not there yet when a row is done."""
     kind = "f32[300,200]"
     text = normalized(
@@ -215,21 +218,20 @@ def test_columns_that_read_another_row_do_not_ride():
 def test_rides_do_not_depend_on_the_number_of_threads(monkeypatch):
     monkeypatch.setattr(c_ride, "GRAIN", 64)
     graph, plan = planned(weight_gradients(1000, 300))
-    inputs, found = plans.make_inputs(graph), []
+    inputs, found = make_inputs(graph), []
     for threads in (1, 2, 3):
-        monkeypatch.setattr(plans, "NumpyExecutor", lambda threads=threads: CExecutor(threads))
-        found.append(plans.run_plan(plan, graph, inputs)[0])
+        found.append(PlanChecks(CExecutor(threads)).run(plan, graph, inputs)[0])
     for other in found[1:]:
         for ours, right in zip(other, found[0], strict=True):
             np.testing.assert_array_equal(ours, right)
 
 
-def test_long_columns_are_summed_exactly():
+def test_long_columns_are_summed_exactly(plans):
     """Runs of floats within doubles: the error does not grow with the number of rows."""
     rows, columns = 200_000, 3
     graph, plan = planned(weight_gradients(rows, columns))
-    inputs = plans.make_inputs(graph)
+    inputs = make_inputs(graph)
     inputs[2] = np.random.default_rng(0).uniform(0, 1, (rows, columns)).astype(np.float32)
-    (_, _, sums), _ = plans.run_plan(plan, graph, inputs)
+    (_, _, sums), _ = plans.run(plan, graph, inputs)
     right = inputs[2].sum(axis=0, dtype=np.float64)
     assert np.all(np.abs(sums - right) <= np.spacing(right.astype(np.float32)))

@@ -12,9 +12,9 @@ from collections import namedtuple
 
 import pytest
 import torch
-from capture_checks import leaf, randn, same
-from oracle import call, captured_of
 
+from support.capture_checks import leaf, randn, same
+from support.oracle import call, captured_of
 from tracejit.errors import LeakedTracer, SideEffectError, TracejitError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of eager

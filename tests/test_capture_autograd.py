@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture_checks import leaf, loss_of, randn, same
-from oracle import call
+
+from support.capture_checks import leaf, loss_of, randn, same
+from support.oracle import call
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of eager
 

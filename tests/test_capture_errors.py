@@ -7,9 +7,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from capture_checks import leaf, loss_of, randn, same
-from oracle import call
 
+from support.capture_checks import leaf, loss_of, randn, same
+from support.oracle import call
 from tracejit.errors import (
     AutogradError,
     AxisError,

@@ -8,17 +8,15 @@ import math
 import numpy as np
 import pytest
 
-from tracejit.codegen.c import emit_kernel, pieces, unit
+from support.c_text import printed
 from tracejit.codegen.c_blocking import Target, blocking
 from tracejit.codegen.c_body import Body, is_independent
 from tracejit.codegen.c_loops import vector_axis
 from tracejit.codegen.c_text import comment, literal, strip
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.ops.c_prelude import C_PRELUDE, prelude_for
-from tracejit.ir.text import parse
 from tracejit.ir.types import b1, f32, f64, i64
 from tracejit.runtime.c_compiler import find_compiler, load_library
-from tracejit.schedule import schedule
 from tracejit.schedule.kernel import Axis, FloorDiv, Index, Kernel, Load, Mod, Store, Var
 
 CHAIN = """
@@ -65,12 +63,6 @@ def test_a_unit_reads_like_the_plan():
     assert "#pragma omp simd reduction(+:t5)" in text
     assert ".b0 = buffers[0]" in text
     assert text == printed(CHAIN)
-
-
-def printed(program: str) -> str:
-    """The C unit of a program's kernels."""
-    found = pieces(schedule(parse(program)))
-    return unit([emit_kernel(piece, number=i) for i, piece in enumerate(found)])
 
 
 def index(*terms, offset: int = 0) -> Index:

@@ -10,16 +10,16 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
-from test_launches import SIDE_BY_SIDE
-
-from tracejit.aot import TARGETS, check_limits, compile_for
+from support.graph_texts import SIDE_BY_SIDE
+from support.machine_code import facts, only_launch
+from tracejit.aot import TARGETS, check_limits
 from tracejit.codegen.geometry import MAX_PROGRAMS
 from tracejit.codegen.triton import emit
 from tracejit.errors import BackendUnavailable, InvalidGraph
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import f32, f64
-from tracejit.runtime.triton_executor import TRITON_NAME, TritonExecutor, import_source
+from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel import (
     Axis,
@@ -86,32 +86,6 @@ f(%0: {t}[{k},{m}], %1: {t}[{k},{n}], %2: {t}[{m},{n}], %3: f64[]@host) {{
 def softmax(r, c, axis=1):
     kept, wide = (r, f"{r},1") if axis == 1 else (c, f"1,{c}")
     return SOFTMAX.format(r=r, c=c, axis=axis, kept=kept, wide=wide)
-
-
-def only_launch(text):
-    """The launch of a graph that becomes one kernel."""
-    (launch,) = schedule(parse(text)).launches
-    return launch
-
-
-def facts(text, target=90, precision="ieee"):
-    """The form of a graph's only kernel, and what its machine code says."""
-    launch = only_launch(text)
-    source = emit(launch.kernel, launch.sizes, precision=precision)
-    shape = source.geometry(launch.sizes)
-    pointers = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
-    pointers |= {"scalars": "*fp64"} if launch.kernel.scalars else {}
-    pointers |= {"workspace": "*i8"} if shape.workspace else {}
-    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-    found = compile_for(
-        import_source(source),
-        pointers,
-        sizes | dict(shape.constants),
-        target=target,
-        num_warps=shape.num_warps,
-        num_stages=shape.num_stages,
-    )
-    return source.name.rpartition("_")[0], found
 
 
 # --- text -------------------------------------------------------------------------------------

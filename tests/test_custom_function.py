@@ -6,12 +6,12 @@ import threading
 
 import pytest
 import torch
-from oracle import call
 from torch.autograd import Function
 from torch.autograd.function import _SingleLevelFunction, once_differentiable
 
 import tracejit
 from examples import custom_relu
+from support.oracle import call
 from tracejit.errors import AutogradError, UnsupportedOperation
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_numpy_executor import both
 
+from support.plan_checks import both
 from tracejit.schedule.kernel import Store
 from tracejit.schedule.plan import Plan
 

@@ -122,6 +122,25 @@ def test_importing_tracejit_stays_light():
     assert done.stdout.strip() == "[]"
 
 
+TESTS = ROOT / "tests"
+
+
+@pytest.mark.parametrize(
+    "path", sorted(TESTS.rglob("*.py")), ids=lambda p: str(p.relative_to(TESTS))
+)
+def test_what_tests_share_is_in_the_support_package(path: Path):
+    """No file of tests/ imports a test module or stands beside them as a helper."""
+    assert path.parent.name == "support" or path.stem == "conftest" or path.stem.startswith("test_")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module or "", *(alias.name for alias in node.names)}
+    here = {p.stem for p in TESTS.glob("*.py")}
+    assert not {name for name in found if name.rpartition(".")[2] in here}
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_no_file_is_too_long(module: str):
     assert len(FILES[module].read_text().splitlines()) <= 600

@@ -6,10 +6,9 @@ import math
 
 import pytest
 import torch
-from function_samples import each_function, samples_of
-from function_samples_indexing import is_indexing
-from oracle import call
-from test_functions import (
+
+import tracejit
+from support.function_checks import (
     check_gradients,
     check_runtime_scalars,
     check_values,
@@ -17,8 +16,9 @@ from test_functions import (
     parameters,
     runtime_floats,
 )
-
-import tracejit
+from support.function_samples import each_function, samples_of
+from support.function_samples_indexing import is_indexing
+from support.oracle import call
 from tracejit.errors import UnsupportedOperation
 from tracejit.testing import assert_equal_to_eager
 

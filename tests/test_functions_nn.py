@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from function_samples import S, bf16, each_function, r, samples_of, v
-from function_samples_nn import is_nn
-from oracle import call
-from test_functions import (
+
+import tracejit
+from support.function_checks import (
     check_gradients,
     check_runtime_scalars,
     check_values,
@@ -19,8 +18,9 @@ from test_functions import (
     parameters,
     runtime_floats,
 )
-
-import tracejit
+from support.function_samples import S, bf16, each_function, r, samples_of, v
+from support.function_samples_nn import is_nn
+from support.oracle import call
 from tracejit.capture.trace.table import function_name
 from tracejit.testing import assert_equal_to_eager
 

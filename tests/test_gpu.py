@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizer_checks import OPTIMIZERS, lockstep, training
 
 from examples import fused_chain, two_layer_autograd, two_layer_manual
+from support.optimizer_checks import OPTIMIZERS, lockstep, training
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 
 pytestmark = pytest.mark.gpu

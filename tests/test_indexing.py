@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-from test_numpy_executor import both
 
+from support.plan_checks import both
 from tracejit.ir.text import parse
 from tracejit.schedule import bytes_moved, schedule
 from tracejit.schedule.kernel_text import canonical, parse_kernel, print_kernel
@@ -136,7 +136,7 @@ def test_kernels_parse_back(name: str):
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_triton(name: str, fuse: bool):
-    from test_codegen_interpret import check
+    from support.interpret_checks import check
 
     check(PROGRAMS[name], fuse=fuse)
 
@@ -156,7 +156,7 @@ def test_rows_of_a_table_move_128_bits():
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("compiles, so it needs a process without the interpreter")
     pytest.importorskip("triton")
-    from test_codegen_triton import facts
+    from support.machine_code import facts
 
     form, found = facts(
         """step(%0: f32[50000,768], %1: i64[4096]) {

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from samples import Sample, each_sample
 
+from support.op_samples import Sample, each_sample
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Param, Result, Value, Write, verify
 from tracejit.ir.interp import evaluate

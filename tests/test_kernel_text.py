@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from test_schedule import FRESH, PROGRAM_3, ZEROS, RandomProgram, softmax, two_layers
 
+from support.graph_texts import FRESH, PROGRAM_3, ZEROS, softmax, two_layers
+from support.random_graphs import RandomProgram
 from tracejit.errors import InvalidGraph
 from tracejit.ir.text import parse
 from tracejit.schedule import schedule

@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets, so it needs TRITON_INTERPRET=1", allow_module_level=True)
 
-import kernels_for_tests as kernels
 import triton.language as tl
 from tracejit.kernels.matmul import matmul
 from tracejit.kernels.tiles import FEW_TILES, dot_path, tiles
 
+from support import kernels
 from tracejit.runtime.interpreter import OutOfBoundsAccess, Pointer, run
 
 pytestmark = pytest.mark.interpret

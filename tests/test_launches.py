@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from test_numpy_executor import both, check
 
 import tracejit
 from examples import classifier, modules, transformer_block, two_layer_autograd
+from support.graph_texts import SIDE_BY_SIDE
+from support.plan_checks import both, check
 from tracejit.ir.text import parse
 from tracejit.schedule import bytes_moved, schedule
 from tracejit.schedule.kernel_text import parse_kernel
@@ -88,29 +89,6 @@ def test_a_bias_gradient_runs_beside_the_matmul_of_its_weights():
     first, second, bias = (one.kernel for one in last.alone())
     assert first.stages[0].dot and second.stages[0].dot  # both weights' gradients
     assert bias.axes and not bias.stages[0].dot
-
-
-SIDE_BY_SIDE = """
-step(%0: f32[20,16], %1: f32[16,24], %2: f32[9,30], %3: f32[30,70], %4: f32[700], %5: f32[33,50],
-     %6: f32[123], %7: f64[]@host, %8: bf16[77], %9: f64[]@host) {
-  %10: f32[20,24] = matmul(%0, %1)
-  %11: f32[20,24] = mul(%10, %10)
-  %12: f32[] = reduce_sum(%11, axes=(0, 1))
-  %13: f32[9,70] = matmul(%2, %3)
-  %14: f32[] = reduce_max(%13, axes=(0, 1))
-  %15: f32[] = reduce_sum(%4, axes=(0,))
-  %16: f32[700] = exp(%4)
-  %17: f32[] = reduce_min(%16, axes=(0,))
-  %18: f32[33] = reduce_max(%5, axes=(1,))
-  %19: f32[33,1] = reshape(%18, shape=(33, 1))
-  %20: f32[33,50] = expand(%19, shape=(33, 50))
-  %21: f32[33,50] = sub(%5, %20)
-  %22: f32[123] = mul(%6, %7)
-  %23: bf16[77] = mul(%8, %9)
-  %24: bf16[77] = mul(%23, %7)
-  return %11, %12, %13, %14, %15, %17, %21, %22
-  write %8 <- %24
-}""".replace("\n     %6", " %6")
 
 
 def test_kernels_of_every_form_share_a_launch():

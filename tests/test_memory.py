@@ -6,11 +6,11 @@ import random
 import threading
 
 import pytest
-import test_numpy_executor as plans
 import torch
 
 import tracejit
 from benchmarks.worker import allocated_peak
+from support.plan_checks import PlanChecks
 from tracejit.ir.text import parse
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.runtime.memory import Arena, Memory
@@ -79,14 +79,14 @@ step(%0: f32[64,96], %1: f32[96,96]) {
 }"""
 
 
-def test_intermediates_lie_in_an_output_until_it_is_written(monkeypatch):
+def test_intermediates_lie_in_an_output_until_it_is_written():
     graph = parse(CHAIN)
     plan = schedule(graph)
-    layout = CExecutor(2).load(plan).layout
+    executor = CExecutor(2)
+    layout = executor.load(plan).layout
     assert any(place.room is not None for place in layout.places.values())
     assert layout.arena_bytes < layout_of(plan).arena_bytes
-    monkeypatch.setattr(plans, "NumpyExecutor", lambda: CExecutor(2))
-    plans.check(graph, plan)
+    PlanChecks(executor).check(graph, plan)
 
 
 def test_an_arena_grows_and_is_not_shared_while_it_is_used():

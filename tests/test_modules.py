@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from capture_checks import leaf, same
-from oracle import call
 
 import tracejit
 from examples import modules, recurrence
+from support.capture_checks import leaf, same
+from support.oracle import call
 from tracejit.errors import SideEffectError, UnsupportedOperation
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from optimizer_checks import (
+
+import tracejit
+from support.optimizer_checks import (
     FOREACH,
     OPTIMIZERS,
     Training,
@@ -17,9 +19,7 @@ from optimizer_checks import (
     update_of,
     weights,
 )
-from oracle import call, captured_of
-
-import tracejit
+from support.oracle import call, captured_of
 
 TABLE = [
     pytest.param(name, options, plans, foreach, id=f"{name}{i}-{foreach}")

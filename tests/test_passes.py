@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from samples import SPECIAL
 
+from support.op_samples import SPECIAL
 from tracejit import knobs
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Result, Value, Write, verify

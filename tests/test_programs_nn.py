@@ -6,10 +6,10 @@ import importlib
 
 import pytest
 import torch
-from programs import PROGRAMS
 
 import tracejit
 from examples import classifier, loss_outside, transformer_block
+from support.programs import PROGRAMS
 from tracejit.testing import (
     EAGER_FACTOR,
     EPS,

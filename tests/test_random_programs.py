@@ -1,7 +1,9 @@
 """Random training-step programs against eager: fused, one kernel per primitive, C, interpreted.
 
 A failure prints the program, shrunk and runnable, and belongs into test_random_regressions.py once
-it is fixed. `make test` runs 200 programs, `make test-all` 2,000 more.
+it is fixed. `make test` runs 200 programs, `make test-all` 2,000 more. A program is written while
+it runs, each statement for what is there, so that a shrinker of the decisions behind it would come
+to other programs: statements are dropped from the text instead.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from collections import Counter
 
 import pytest
 import torch
-from random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
-from random_programs import generate
-from random_text import Program
+
+from support.random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
+from support.random_programs import generate
+from support.random_text import Program
 
 FUSED = {"backend": "numpy"}
 UNFUSED = {"backend": "numpy", "fuse": False, "mode": "rerun"}  # later calls follow the first

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from random_check import compare
-from random_text import randn
 
+from support.random_check import compare
+from support.random_text import randn
 from tracejit.errors import UnsupportedOperation
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -3,43 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from test_numpy_executor import both, check
 
+from support.graph_texts import normalized, weight_gradients
+from support.plan_checks import both, check
+from support.random_graphs import RandomProgram
 from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.schedule import bytes_moved, recompute, schedule
-
-
-def normalized(rows: int, columns: int, rest: str) -> str:
-    """A program that starts with %9 = (%0 - its rows' mean) · %1, and %1 is a number per row."""
-    kind, one = f"f32[{rows},{columns}]", f"f32[{rows},1]"
-    return f"""
-    step(%0: {kind}, %1: f32[{rows}], %2: {kind}) {{
-      %3: f32[{rows}] = reduce_sum(%0, axes=(1,))
-      %4: f32[{rows}] = mul(%3, {1 / columns})
-      %5: {one} = reshape(%4, shape=({rows}, 1))
-      %6: {kind} = expand(%5, shape=({rows},{columns}))
-      %7: {kind} = sub(%0, %6)
-      %8: f32[{rows},1] = reshape(%1, shape=({rows}, 1))
-      %30: {kind} = expand(%8, shape=({rows},{columns}))
-      %9: {kind} = mul(%7, %30)
-      {rest}
-    }}"""
-
-
-def weight_gradients(rows: int, columns: int) -> str:
-    """The rows' sum of %2 · %9, which makes a row kernel of %9; and columns' sums."""
-    kind = f"f32[{rows},{columns}]"
-    return normalized(
-        rows,
-        columns,
-        f"""
-      %10: {kind} = mul(%2, %9)
-      %11: f32[{rows}] = reduce_sum(%10, axes=(1,))
-      %12: f32[{columns}] = reduce_sum(%10, axes=(0,))
-      %13: f32[{columns}] = reduce_sum(%2, axes=(0,))
-      return %11, %12, %13""",
-    )
 
 
 def arena(text: str) -> int:
@@ -133,8 +103,6 @@ def test_an_input_is_overwritten_after_it_was_read_again():
 
 def test_random_programs_with_everything_recomputed(monkeypatch):
     """Even where it does not pay, what is computed is the same."""
-    from test_schedule import RandomProgram
-
     applied = []
     apply = recompute._apply
 

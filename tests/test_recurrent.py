@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from capture_checks import randn, same
-from oracle import call
 from torch import nn
 
 import tracejit
+from support.capture_checks import randn, same
+from support.oracle import call
 from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import call
 
 import tracejit
+from support.oracle import call
 from tracejit.errors import TracejitError, UnsupportedOperation
 
 pytestmark = [

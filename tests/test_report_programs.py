@@ -16,12 +16,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import torch
 import triton
-from conftest import GOLDEN
-from function_samples import each_function, samples_of
-from programs import PROGRAMS, Program, plans_of
-from test_functions import outcome, step_of
 
 import tracejit
+from support.function_checks import outcome, step_of
+from support.function_samples import each_function, samples_of
+from support.golden import Golden
+from support.programs import PROGRAMS, Program, plans_of
 from tracejit.aot import TARGETS
 from tracejit.capture.trace.table import function_name
 from tracejit.report import COLUMNS, Report, limits, precompile, report, table
@@ -119,7 +119,7 @@ def check_golden(golden, target: int, found: dict[str, list[Report]]) -> None:
     assert [v for name, some in found.items() for v in broken(name, some)] == []
     name = f"report_sm_{target}_triton_{triton.__version__}.txt"
     accepting = os.environ.get("TRACEJIT_ACCEPT") == "1"
-    if not accepting and not (GOLDEN / name).exists():
+    if not accepting and not (golden.folder / name).exists():
         pytest.skip(f"no golden report for Triton {triton.__version__}; `make accept` writes it")
     lines = []
     for program, some in found.items():
@@ -128,9 +128,8 @@ def check_golden(golden, target: int, found: dict[str, list[Report]]) -> None:
     golden(name, "\n".join(lines))
 
 
-def test_the_accept_switch_cannot_lift_the_limits(golden, monkeypatch, tmp_path):
+def test_the_accept_switch_cannot_lift_the_limits(monkeypatch, tmp_path):
     monkeypatch.setenv("TRACEJIT_ACCEPT", "1")
-    monkeypatch.setitem(golden.__globals__, "GOLDEN", tmp_path)
 
     @tracejit.compile
     def strided(x, y):
@@ -138,13 +137,13 @@ def test_the_accept_switch_cannot_lift_the_limits(golden, monkeypatch, tmp_path)
 
     strided(torch.randn(1 << 19), torch.randn(1 << 18))
     with pytest.raises(AssertionError, match="contiguous fp32 stream"):
-        check_golden(golden, 90, {"strided": [report(strided)]})
+        check_golden(Golden(tmp_path), 90, {"strided": [report(strided)]})
     for limit in ({"launches": 0}, {"bytes": 1000}):
         program = Program(PROGRAMS["3 chain"].make, **({"launches": 9, "bytes": 10**9} | limit))
         with pytest.raises(AssertionError, match=f"{next(iter(limit))}, limit"):
             check_cost("3 chain", program, plans("3 chain"))
     assert not list(tmp_path.iterdir())
-    check_golden(golden, 90, {"3 chain": reports("3 chain", 90)})
+    check_golden(Golden(tmp_path), 90, {"3 chain": reports("3 chain", 90)})
     assert list(tmp_path.iterdir())
 
 

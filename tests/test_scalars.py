@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import call, captured_of, traced
 
+from support.oracle import call, captured_of, traced
 from tracejit.capture.effects.effects import Given
 from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError

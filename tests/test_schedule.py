@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from test_numpy_executor import both, check
 
-from tracejit.ir.graph import Builder, Graph, Result, Value, Write, verify
+from support.graph_texts import ADDED, FRESH, KEPT, PROGRAM_3, ZEROS, softmax, two_layers
+from support.plan_checks import both, check
+from support.random_graphs import RandomProgram
+from tracejit.ir.graph import Builder, Result
 from tracejit.ir.text import parse
-from tracejit.ir.types import HOST_SCALAR, Type, bf16, f32, i64
+from tracejit.ir.types import Type, f32
 from tracejit.schedule import bytes_moved, parametrize, schedule, substitute
 from tracejit.schedule.index import (
     ZERO,
@@ -25,10 +27,6 @@ from tracejit.schedule.index import (
 )
 from tracejit.schedule.kernel import Compute, FloorDiv, Index, Mod
 from tracejit.schedule.memory import Lifetime, plan_arena
-
-UNARY = ("neg", "abs", "exp", "tanh", "floor", "sign")
-BINARY = ("add", "sub", "mul", "maximum", "minimum")
-
 
 I0, I1, I2 = (Index(((f"i{k}", 1),)) for k in range(3))
 
@@ -111,19 +109,6 @@ def test_arena_reuses_dead_memory():
     assert total == 512
 
 
-PROGRAM_3 = """
-step(%0: f32[1000,40], %1: f32[1000,40]) {
-  %2: f32[1000,40] = maximum(%0, 0.0)      # step.py:1
-  %3: f32[1000,40] = sub(%2, %1)
-  %4: f32[1000,40] = mul(%3, %3)
-  %5: f32[] = reduce_sum(%4, axes=(0, 1))  # step.py:2
-  %6: b1[1000,40] = ge(%0, 0.0)
-  %7: f32[1000,40] = mul(%3, 2.0)
-  %8: f32[1000,40] = where(%6, %7, 0.0)
-  return %5, %8
-}"""
-
-
 def test_program_3_is_one_kernel_of_12_bytes_an_element():
     plan, unfused = both(PROGRAM_3)
     assert bytes_moved(plan) == (12 * 40000 + 4,)
@@ -151,48 +136,6 @@ kernel(b0: f32 r, b1: f32 r, b2: f32 w, b3: f32 w; n0) over () {
     assert len(unfused.launches) == 7
 
 
-TWO_LAYERS = """
-step(%0: f32[64,1000], %1: f32[1000,100], %2: f32[100,10], %3: f32[64,10],
-     %4: f32[1000,100], %5: f32[100,10], %6: f64[]@host) {{
-  %7: f32[64,100] = matmul(%0, %1)
-  %8: f32[64,100] = maximum(%7, 0.0)
-  %9: f32[64,10] = matmul(%8, %2)
-  %10: f32[64,10] = sub(%9, %3)
-  %11: f32[64,10] = mul(%10, %10)
-  %12: f32[] = reduce_sum(%11, axes=(0, 1))
-  %13: f32[64,10] = mul(%10, 2.0)
-  %14: f32[100,64] = permute(%8, axes=(1, 0))
-  %15: f32[100,10] = matmul(%14, %13)
-  %16: f32[10,100] = permute(%2, axes=(1, 0))
-  %17: f32[64,100] = matmul(%13, %16)
-  %18: b1[64,100] = ge(%7, 0.0)
-  %19: f32[64,100] = where(%18, %17, 0.0)
-  %20: f32[1000,64] = permute(%0, axes=(1, 0))
-  %21: f32[1000,100] = matmul(%20, %19)
-  {gradients}
-  %24: f32[1000,100] = mul(%22, %6)
-  %25: f32[1000,100] = sub(%1, %24)
-  %26: f32[100,10] = mul(%23, %6)
-  %27: f32[100,10] = sub(%2, %26)
-  {kept}
-  return %12
-  write %1 <- %25
-  write %2 <- %27
-  write %4 <- %28
-  write %5 <- %29
-}}"""
-FRESH = "%22: f32[1000,100] = alias(%21)\n  %23: f32[100,10] = alias(%15)"
-ADDED = "%22: f32[1000,100] = add(%4, %21)\n  %23: f32[100,10] = add(%5, %15)"
-ZEROS = """%28: f32[1000,100] = full(0.0, shape=(1000, 100), dtype=f32, device='cpu')
-  %29: f32[100,10] = full(0.0, shape=(100, 10), dtype=f32, device='cpu')"""
-KEPT = "%28: f32[1000,100] = alias(%22)\n  %29: f32[100,10] = alias(%23)"
-
-
-def two_layers(gradients: str, kept: str) -> str:
-    text = TWO_LAYERS.format(gradients=gradients, kept=kept)
-    return text.replace(",\n     %4", ", %4")
-
-
 @pytest.mark.parametrize("gradients", [FRESH, ADDED], ids=["fresh", "added"])
 @pytest.mark.parametrize("kept", [ZEROS, KEPT], ids=["zeroed", "kept"])
 def test_two_layer_step_is_five_matmuls_in_four_launches(gradients, kept):
@@ -210,25 +153,6 @@ def test_two_layer_step_is_five_matmuls_in_four_launches(gradients, kept):
 
 def launches(text: str) -> int:
     return len(both(text)[0].launches)
-
-
-def softmax(rows: int, columns: int, axis: int) -> str:
-    kept = (rows, 1) if axis else (1, columns)
-    kind, short = f"f32[{rows},{columns}]", f"f32[{rows if axis else columns}]"
-    one = f"f32[{kept[0]},{kept[1]}]"
-    return f"""
-    step(%0: {kind}) {{
-      %1: {short} = reduce_max(%0, axes=({axis},))
-      %2: {one} = reshape(%1, shape={kept})
-      %3: {kind} = expand(%2, shape=({rows},{columns}))
-      %4: {kind} = sub(%0, %3)
-      %5: {kind} = exp(%4)
-      %6: {short} = reduce_sum(%5, axes=({axis},))
-      %7: {one} = reshape(%6, shape={kept})
-      %8: {kind} = expand(%7, shape=({rows},{columns}))
-      %9: {kind} = div(%5, %8)
-      return %9
-    }}"""
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -461,140 +385,6 @@ def test_one_kernel_serves_many_shapes():
     other = text.replace("123", "77")
     a, b = schedule(parse(text)), schedule(parse(other))
     assert a.launches[0].kernel == b.launches[0].kernel
-
-
-class RandomProgram:
-    """A random small graph: element-wise, movement, reductions, matmuls, results and writes."""
-
-    def __init__(self, seed: int):
-        self.rng = np.random.default_rng(seed)
-        self.b = Builder()
-        self.dtype = bf16 if self.rng.random() < 0.1 else f32
-        self.values: list[Value] = []
-
-    def pick(self, options):
-        return options[int(self.rng.integers(len(options)))]
-
-    def shape(self) -> tuple[int, ...]:
-        sizes = (1, 2, 3, 4, 6) if self.rng.random() < 0.95 else (0, 1, 5)
-        return tuple(self.pick(sizes) for _ in range(int(self.rng.integers(0, 4))))
-
-    def param(self) -> Value:
-        shape = self.shape()
-        if self.values and self.rng.random() < 0.6:
-            shape = self.pick(self.values).type.shape
-        strides = None
-        if len(shape) > 1 and self.rng.random() < 0.3:
-            order = self.rng.permutation(len(shape))
-            step, found = 1, [0] * len(shape)
-            for k in order:
-                found[k] = step
-                step *= max(shape[k], 1) + int(self.rng.integers(0, 2))
-            strides = tuple(found)
-        value = self.b.param(Type(self.dtype, shape), strides)
-        self.values.append(value)
-        return value
-
-    def same_shape(self, x: Value) -> Value:
-        return self.pick([v for v in self.values if v.type == x.type])
-
-    def step(self) -> Value:
-        b, x = self.b, self.pick(self.values[-8:])
-        shape, rank = x.type.shape, len(x.type.shape)
-        kind = self.pick(
-            ["unary", "binary", "binary", "binary", "literal", "host", "where"]
-            + ["permute", "reshape", "expand", "slice", "pad", "reduce", "reduce", "matmul"]
-            + ["source", "broadcast", "broadcast", "alias", "matmul"]
-        )
-        if kind == "unary":
-            return getattr(b, self.pick(UNARY))(x)
-        if kind == "binary":
-            return getattr(b, self.pick(BINARY))(x, self.same_shape(x))
-        if kind == "literal":
-            return getattr(b, self.pick(BINARY))(x, float(self.rng.normal()))
-        if kind == "host":
-            return b.mul(x, self.host)
-        if kind == "where":
-            return b.where(b.ge(x, self.same_shape(x)), self.same_shape(x), 0.0)
-        if kind == "alias":
-            return b.alias(x)
-        if kind == "permute":
-            return b.permute(x, axes=tuple(int(a) for a in self.rng.permutation(rank)))
-        if kind == "reshape":
-            sizes = [n for s in shape for n in ((2, s // 2) if s % 2 == 0 and s else (s,))]
-            while len(sizes) > 1 and self.rng.random() < 0.6:
-                k = int(self.rng.integers(len(sizes) - 1))
-                sizes[k : k + 2] = [sizes[k] * sizes[k + 1]]
-            if self.rng.random() < 0.3:
-                sizes.insert(int(self.rng.integers(len(sizes) + 1)), 1)
-            return b.reshape(x, shape=tuple(sizes))
-        if kind == "expand":
-            wide = tuple(self.pick((2, 3)) if s == 1 else s for s in shape)
-            return b.expand(x, shape=wide)
-        if kind == "slice":
-            lows = tuple(int(self.rng.integers(0, s + 1)) for s in shape)
-            stops = tuple(
-                int(self.rng.integers(lo, s + 1)) for lo, s in zip(lows, shape, strict=True)
-            )
-            steps = tuple(self.pick((1, 1, 2)) for _ in shape)
-            return b.slice(x, starts=lows, stops=stops, steps=steps)
-        if kind == "pad":
-            low, high, gap = (tuple(self.pick((0, 0, 1, 2)) for _ in shape) for _ in range(3))
-            return b.pad(x, low=low, high=high, interior=gap, value=self.pick((0, 0.0, 1.5)))
-        if kind == "reduce":
-            axes = tuple(k for k in range(rank) if self.rng.random() < 0.6)
-            op = self.pick((b.reduce_sum, b.reduce_sum, b.reduce_max, b.reduce_min))
-            if any(shape[k] == 0 for k in axes):
-                op = b.reduce_sum
-            return op(x, axes=axes)
-        if kind == "broadcast":
-            axes = tuple(k for k in range(rank) if self.rng.random() < 0.5)
-            kept = tuple(1 if k in axes else s for k, s in enumerate(shape))
-            reduce = b.reduce_sum if 0 in shape else self.pick((b.reduce_sum, b.reduce_max))
-            y = b.expand(b.reshape(reduce(x, axes=axes), shape=kept), shape=shape)
-            return self.pick((b.sub, b.mul))(self.same_shape(x), b.mul(y, 0.1))
-        if kind == "matmul" and rank >= 2:
-            other = self.same_shape(x)
-            axes = (*range(rank - 2), rank - 1, rank - 2)
-            pair = (x, b.permute(other, axes=axes))
-            if self.rng.random() < 0.5:
-                pair = (b.permute(x, axes=axes), other)
-            return b.mul(b.matmul(*pair), 0.1)
-        if kind == "source" and rank:
-            row = b.iota(axis=rank - 1, shape=shape, dtype=i64, device="cpu")
-            return b.add(x, b.cast(row, dtype=self.dtype))
-        return b.full(0.3, shape=shape, dtype=self.dtype, device="cpu")
-
-    def bounded(self, x: Value) -> Value:
-        """Now and then a tanh, so that values stay small."""
-        return self.b.tanh(x) if self.rng.random() < 0.15 else x
-
-    def graph(self) -> Graph:
-        """The program; about half of the inputs are overwritten."""
-        for _ in range(int(self.rng.integers(1, 4))):
-            self.param()
-        self.host = self.b.param(HOST_SCALAR)
-        params = list(self.values)
-        for _ in range(int(self.rng.integers(1, 24))):
-            self.values.append(self.bounded(self.step()))
-        results = []
-        for _ in range(int(self.rng.integers(1, 4))):
-            value = self.pick(self.values[-6:])
-            rank = len(value.type.shape)
-            strides = None
-            if rank > 1 and self.rng.random() < 0.2:
-                strides = tuple(
-                    np.cumprod((1, *(max(s, 1) for s in value.type.shape[:-1]))).tolist()
-                )
-            results.append(Result(value, strides))
-        writes = []
-        for param in params:
-            fitting = [v for v in self.values if v.type == param.type]
-            if self.rng.random() < 0.5:
-                writes.append(Write(param, self.pick(fitting)))
-        graph = self.b.graph("step", tuple(results), tuple(writes))
-        verify(graph)
-        return graph
 
 
 @pytest.mark.parametrize("block", range(8))

@@ -13,7 +13,6 @@ from functools import partial
 
 import pytest
 import torch
-from optimizer_checks import Training, lockstep, loss_of, update_of, weights
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
@@ -36,6 +35,7 @@ from torch.optim.lr_scheduler import (
 from torch.optim.swa_utils import SWALR
 
 import tracejit
+from support.optimizer_checks import Training, lockstep, loss_of, update_of, weights
 
 
 def sgd(parameters: list, **options) -> torch.optim.Optimizer:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from function_samples import (
+
+from support.function_checks import (
+    check_gradients,
+    check_values,
+    is_logic_in_place,
+    outcome,
+    step_of,
+    tensors_of,
+)
+from support.function_samples import (
     ELSEWHERE,
     Sample,
     b1,
@@ -24,16 +33,7 @@ from function_samples import (
     samples_of,
     u8,
 )
-from oracle import captured_of
-from test_functions import (
-    check_gradients,
-    check_values,
-    is_logic_in_place,
-    outcome,
-    step_of,
-    tensors_of,
-)
-
+from support.oracle import captured_of
 from tracejit import support
 from tracejit.capture.trace.table import RULES
 from tracejit.support import Operation, markdown, operations, refusals

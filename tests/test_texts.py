@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from function_samples import each_function, samples_of
-from oracle import captured_of
-from programs import CALLS, PROGRAMS
-from test_functions import outcome, step_of
 
 import tracejit
+from support.function_checks import outcome, step_of
+from support.function_samples import each_function, samples_of
+from support.oracle import captured_of
+from support.programs import CALLS, PROGRAMS
 from tracejit.capture.effects.captured import graph_key
 from tracejit.capture.trace.table import function_name
 from tracejit.ir.graph import Graph

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from worlds import picture, same
 
 import tracejit
+from support.worlds import picture, same
 from tracejit.compile import CompiledStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")

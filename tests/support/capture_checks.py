@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable
 
 import torch
-from oracle import call
+
+from support.oracle import call
 
 
 def leaf(*shape: int) -> torch.Tensor:

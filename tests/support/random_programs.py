@@ -12,8 +12,18 @@ import re
 from collections.abc import Callable
 
 import torch
-from random_expressions import BINARY, BOOLEAN, COMPARE, INPLACE, INTEGER, REDUCE, SCAN, UNARY
-from random_text import PREAMBLE, Program
+
+from support.random_expressions import (
+    BINARY,
+    BOOLEAN,
+    COMPARE,
+    INPLACE,
+    INTEGER,
+    REDUCE,
+    SCAN,
+    UNARY,
+)
+from support.random_text import PREAMBLE, Program
 
 LARGEST = 30.0  # no value may exceed this: sums of products stay far from overflow
 SIZES = (1, 2, 3, 4, 5, 5, 7, 7, 8, 33)

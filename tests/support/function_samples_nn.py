@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from function_samples import (
+
+from support.function_samples import (
     BY_FUNCTION,
     ROWS,
     SPECIAL,
@@ -35,7 +36,7 @@ from function_samples import (
 
 functional = torch.nn.functional
 _before = set(ROWS)
-import function_samples_recurrent  # noqa: E402, F401
+from support import function_samples_recurrent  # noqa: E402, F401
 
 restart()
 

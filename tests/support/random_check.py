@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Sequence
 
 import torch
-from random_text import Program
 
 import tracejit
+from support.random_text import Program
 from tracejit.testing import EPS, _compare, _Magnitudes, _visible
 
 Cast = Callable[[torch.Tensor, torch.dtype], torch.Tensor]

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from function_samples import (
+
+from support.function_samples import (
     BY_FUNCTION,
     ROWS,
     S,

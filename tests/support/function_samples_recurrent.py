@@ -5,7 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from function_samples import S, Sample, bf16, f16, f64, i64, inf, nan, no, r, restart, row, v
+
+from support.function_samples import (
+    S,
+    Sample,
+    bf16,
+    f16,
+    f64,
+    i64,
+    inf,
+    nan,
+    no,
+    r,
+    restart,
+    row,
+    v,
+)
 
 restart()
 

@@ -1,0 +1,33 @@
+"""The only kernel of a graph, compiled ahead of time: its form and what its machine code says."""
+
+from tracejit.aot import compile_for
+from tracejit.codegen.triton import emit
+from tracejit.ir.text import parse
+from tracejit.runtime.triton_executor import TRITON_NAME, import_source
+from tracejit.schedule import schedule
+
+
+def only_launch(text):
+    """The launch of a graph that becomes one kernel."""
+    (launch,) = schedule(parse(text)).launches
+    return launch
+
+
+def facts(text, target=90, precision="ieee"):
+    """The form of a graph's only kernel, and what its machine code says."""
+    launch = only_launch(text)
+    source = emit(launch.kernel, launch.sizes, precision=precision)
+    shape = source.geometry(launch.sizes)
+    pointers = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
+    pointers |= {"scalars": "*fp64"} if launch.kernel.scalars else {}
+    pointers |= {"workspace": "*i8"} if shape.workspace else {}
+    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    found = compile_for(
+        import_source(source),
+        pointers,
+        sizes | dict(shape.constants),
+        target=target,
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+    return source.name.rpartition("_")[0], found

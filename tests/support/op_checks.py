@@ -1,0 +1,44 @@
+"""One primitive on one sample: how near its numbers must be, and running it in the evaluator."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from support.op_samples import Sample, Tensor
+from tracejit.ir.graph import Graph
+from tracejit.ir.interp import evaluate
+
+EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
+INEXACT = {"exp", "log", "tanh", "sin", "cos", "pow", "expm1", "log1p", "erf"}
+ACCUMULATING = {"reduce_sum", "matmul"}  # error grows with the absolute values summed
+ZERO_SIGN_OPEN = {"maximum", "minimum", "reduce_max", "reduce_min"}
+
+
+def assert_same_numbers(ours, theirs, *, zero_sign: bool = True) -> None:
+    """Equal shapes and elements; NaN equals NaN, and 0.0 differs from -0.0."""
+    np.testing.assert_array_equal(ours, theirs)
+    if zero_sign and np.asarray(ours).dtype.kind == "f":
+        known = ~np.isnan(theirs)
+        np.testing.assert_array_equal(np.signbit(ours)[known], np.signbit(theirs)[known])
+
+
+def assert_within(ours, theirs, allowed) -> None:
+    """|ours - theirs| <= allowed, element by element; NaN and infinities stand at equal places."""
+    assert np.shape(ours) == np.shape(theirs)
+    with np.errstate(all="ignore"):
+        close = np.abs(np.asarray(ours, np.float64) - theirs) <= allowed
+        equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    wrong = ~(close | equal)
+    assert not wrong.any(), f"{np.asarray(ours)[wrong][:5]} != {np.asarray(theirs)[wrong][:5]}"
+
+
+def run(graph: Graph, *inputs) -> np.ndarray:
+    return evaluate(graph, inputs)[0][0]
+
+
+def tensors_of(sample: Sample, arrays: list) -> list:
+    """The arrays that are inputs of the sample's graph."""
+    keep_all = sample.host
+    return [
+        a for x, a in zip(sample.operands, arrays, strict=True) if isinstance(x, Tensor) or keep_all
+    ]
