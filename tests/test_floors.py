@@ -104,6 +104,41 @@ def test_imports_point_down(module: str):
     assert not wrong, f"floor {FLOORS[here]}: {wrong}"
 
 
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of a graph that are more than one node."""
+    reached = {}
+    for node in graph:
+        reached[node], ahead = set(), [node]
+        while ahead:
+            new = graph[ahead.pop()] - reached[node]
+            reached[node] |= new
+            ahead += new
+    rounds = {frozenset(other for other in reached[n] if n in reached[other]) for n in graph}
+    return sorted((set(r) for r in rounds if len(r) > 1), key=sorted)
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a", "e"}}
+    assert circles(graph) == [{"a", "b", "c"}, {"d", "e"}]
+
+
+CIRCLES_LEFT = ("tracejit.capture",)  # TO EMPTY: packages that still have a circle within them
+
+
+def test_no_import_circle():
+    """Each file's own import lines count, late ones and those for type checkers too."""
+    graph = {
+        module: {name for _, name in imports(module, path)} & FILES.keys() - {module}
+        for module, path in FILES.items()
+    }
+    wrong = []
+    for circle in circles(graph):
+        if not any(all(m.startswith(f"{left}.") for m in circle) for left in CIRCLES_LEFT):
+            lines = (f"{m} -> {', '.join(sorted(graph[m] & circle))}" for m in sorted(circle))
+            wrong.append("\n".join(lines))
+    assert not wrong, "import circles:\n" + "\n\n".join(wrong)
+
+
 def test_the_package_only_re_exports():
     tree = ast.parse(FILES["tracejit"].read_text())
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
@@ -121,6 +156,17 @@ def test_importing_tracejit_stays_light():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("module", FILES)
+MOST_LINES = 500
+LONG_FILES_LEFT = {  # TO EMPTY: files that are still to be split
+    "tracejit.capture.custom",
+    "tracejit.capture.functions.arithmetic",
+    "tracejit.capture.functions.loss",
+    "tracejit.capture.heap",
+    "tracejit.capture.tracer",
+    "tracejit.capture.trail",
+}
+
+
+@pytest.mark.parametrize("module", sorted(FILES.keys() - LONG_FILES_LEFT))
 def test_no_file_is_too_long(module: str):
-    assert len(FILES[module].read_text().splitlines()) <= 600
+    assert len(FILES[module].read_text().splitlines()) <= MOST_LINES
