@@ -204,7 +204,6 @@ MOST_LINES = 500
 LONG_FILES_LEFT = {  # TO EMPTY: files that are still to be split
     "tracejit.capture.functions.arithmetic",
     "tracejit.capture.functions.loss",
-    "tracejit.capture.proof.heap",
 }
 
 

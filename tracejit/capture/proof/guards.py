@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.proof.heap import FloatLine, Walk, differs
+from tracejit.capture.proof.guard_text import FloatLine, differs
+from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path
 from tracejit.capture.trace.tensor import extent
