@@ -11,14 +11,17 @@ from test_codegen_c import printed
 from test_recompute import normalized, weight_gradients
 from test_schedule import softmax
 
-from tracejit.codegen import c_loops, c_outer, c_ride
-from tracejit.codegen.c import pieces
-from tracejit.codegen.c_keep import keep_rows
+from tracejit.codegen import c_loops, c_outer
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.text import parse
 from tracejit.runtime import c_compiler
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu import columns as cpu_columns
+from tracejit.schedule.cpu import loops as cpu_loops
+from tracejit.schedule.cpu.columns import fuse_columns
+from tracejit.schedule.cpu.rows import keep_rows
+from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.kernel import Kernel, Load, Store
 from tracejit.schedule.kernel_text import parse_kernel
 
@@ -37,7 +40,7 @@ def on_c(monkeypatch, tmp_path):
 
 def kernels(text: str) -> list[Kernel]:
     """The kernels of a program, sizes as plain numbers."""
-    return [piece.launch.kernel for piece in pieces(schedule(parse(text)))]
+    return [launch.kernel.kernel for launch in fuse_columns(unpack(schedule(parse(text))))]
 
 
 # --- kept values -------------------------------------------------------------------------------
@@ -137,16 +140,16 @@ def planned(text: str) -> tuple:
 
 
 def rides(text: str) -> int:
-    return sum(piece.ride is not None for piece in pieces(schedule(parse(text))))
+    launches = fuse_columns(unpack(schedule(parse(text))))
+    return sum(launch.kernel.columns is not None for launch in launches)
 
 
 @pytest.mark.parametrize("rows, columns", [(300, 200), (257, 129), (1000, 1500), (5000, 33)])
 @pytest.mark.parametrize("small", [False, True])
 def test_column_sums_ride_along_with_their_rows(rows, columns, small, monkeypatch):
     if small:  # many chunks, runs and blocks
-        monkeypatch.setattr(c_ride, "GRAIN", 64)
-        for module in (c_loops, c_outer):
-            monkeypatch.setattr(module, "BLOCK", 64)
+        monkeypatch.setattr(cpu_columns, "GRAIN", 64)
+        monkeypatch.setattr(cpu_loops, "BLOCK", 64)
         monkeypatch.setattr(c_outer, "RUN", 4)
     text = weight_gradients(rows, columns)
     assert rides(text) == 1
@@ -213,7 +216,7 @@ def test_columns_that_read_another_row_do_not_ride():
 
 
 def test_rides_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(c_ride, "GRAIN", 64)
+    monkeypatch.setattr(cpu_columns, "GRAIN", 64)
     graph, plan = planned(weight_gradients(1000, 300))
     inputs, found = plans.make_inputs(graph), []
     for threads in (1, 2, 3):

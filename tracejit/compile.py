@@ -32,7 +32,6 @@ from tracejit.capture.heap import Walk
 from tracejit.capture.recall import Recall
 from tracejit.capture.tracer import Tracer, current
 from tracejit.capture.watch import Seen, watch
-from tracejit.codegen.triton import emit
 from tracejit.errors import ReplayNotArmed, TracejitWarning
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import host_function
@@ -164,12 +163,11 @@ class CompiledStep:
 
     @property
     def kernels(self) -> list[str]:
-        """The Triton source of each launch of the plan that ran last."""
+        """The source of each kernel of the plan that ran last, as its executor runs it: C, Triton,
+        or for numpy the kernel itself."""
         if self._last is None:
             return []
-        return [
-            emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches
-        ]
+        return [source.text for source in self._last.program.loaded.sources]
 
     @property
     def guards(self) -> list[str]:

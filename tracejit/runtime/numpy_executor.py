@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 
@@ -44,6 +46,7 @@ from tracejit.schedule.kernel import (
 )
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
+from tracejit.schedule.traffic import bytes_moved
 
 BLOCK = 1 << 16  # elements of a block: a float32 temporary is then 256 KiB
 CACHED = 1 << 20  # index arrays up to this many elements are kept; larger ones are made per block
@@ -64,10 +67,20 @@ class NumpyExecutor:
         return LoadedNumpyPlan(plan)
 
 
+@dataclass(frozen=True)
+class KernelText:
+    """A kernel as it is run: with plain numbers as sizes."""
+
+    suffix: ClassVar[str] = ".txt"
+    name: str
+    text: str
+
+
 class LoadedNumpyPlan:
     """A plan whose launches are lists of numpy steps."""
 
     def __init__(self, plan: Plan):
+        self.plan = plan
         buffers = {b.name: b for b in plan.buffers}
         position = {b.name: i for i, b in enumerate(plan.buffers)}
         self._runs = [
@@ -80,6 +93,26 @@ class LoadedNumpyPlan:
         with np.errstate(all="ignore"):
             for run in self._runs:
                 run(addresses, scalars)
+
+    @property
+    def sources(self) -> list[KernelText]:
+        """The text of each kernel."""
+        return [KernelText(f"kernel{i}", str(run.kernel)) for i, run in enumerate(self._runs)]
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run each kernel; the seconds that each took."""
+        seconds = []
+        with np.errstate(all="ignore"):
+            for run in self._runs:
+                started = time.perf_counter()
+                run(addresses, scalars)
+                seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def bytes_moved(self) -> tuple[int, ...]:
+        """Of each kernel, the bytes of unique addresses loaded plus those stored."""
+        alone = [one for together in self.plan.launches for one in together.alone()]
+        return bytes_moved(replace(self.plan, launches=tuple(alone)))
 
 
 @dataclass(frozen=True, slots=True)

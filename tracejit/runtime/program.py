@@ -24,8 +24,8 @@ class Program:
 
     def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
         self.plan = plan
-        profiled = knobs.debug() >= 2
-        self.loaded = ProfiledPlan(plan, executor) if profiled else executor.load(plan)
+        loaded = executor.load(plan)
+        self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
         self._host = host_function(plan.host, [v for v, _ in plan.host_params], plan.scalars)
         self._host_positions = [position for _, position in plan.host_params]
         memory = memory or Memory()
