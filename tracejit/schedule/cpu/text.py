@@ -10,14 +10,14 @@
         stage 0: i1 by 1024 in 1 chunks
         rows row0
         partials part0
-        kernel(b0: f32 r, …, part0: f32 rw, row0: f32 rw; s0) over (i0: 300) { … }
+        kernel(b0: f32 r, …, part0: f32 rw, row0: f32 rw; ; s0) over (i0: 300) { … }
         columns {
           outer: i0 by 256 in 1 chunks
           kernel(…) over (i0: 200) { … }
         }
       }
       kernel k1 {
-        tiling vector_bytes=64, way="tiles", rows=6, …
+        tiling vector_bytes=64, way='tiles', rows=6, …
         kernel(…) over () { … }
       }
     }
