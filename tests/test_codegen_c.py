@@ -12,9 +12,10 @@ from tracejit.codegen.c import emit_kernel, pieces, unit
 from tracejit.codegen.c_blocking import Target, blocking
 from tracejit.codegen.c_body import Body, is_independent
 from tracejit.codegen.c_loops import vector_axis
-from tracejit.codegen.c_text import comment, literal, strip
+from tracejit.codegen.c_prelude import C_PRELUDE, prelude_for
+from tracejit.codegen.c_text import literal
+from tracejit.codegen.language import comment, strip
 from tracejit.errors import BackendUnavailable
-from tracejit.ir.ops.c_prelude import C_PRELUDE, prelude_for
 from tracejit.ir.text import parse
 from tracejit.ir.types import b1, f32, f64, i64
 from tracejit.runtime.c_compiler import find_compiler, load_library

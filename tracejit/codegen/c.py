@@ -20,9 +20,10 @@ from tracejit.codegen.c_loops import Part, full_stage
 from tracejit.codegen.c_matmul import contraction_parts
 from tracejit.codegen.c_micro import vector_types
 from tracejit.codegen.c_outer import parts_of
+from tracejit.codegen.c_prelude import prelude_for
 from tracejit.codegen.c_ride import Ride, ride_parts, with_rides
-from tracejit.codegen.c_text import Line, block, comment, render
-from tracejit.ir.ops.c_prelude import prelude_for
+from tracejit.codegen.c_text import C, block
+from tracejit.codegen.language import Line, comment
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.kernel_text import canonical, print_kernel
 from tracejit.schedule.plan import Launch, Plan
@@ -106,7 +107,7 @@ def emit_kernel(piece: Piece, target: Target | None = None, number: int = 0) -> 
             Line(f"k{number}(run, scratch, &(struct k{number}){{{', '.join(bound)}}});"),
         ],
     )
-    return CKernel(f"kernel{number}", f"{text}\n\n{render(entry)}\n", scratch)
+    return CKernel(f"kernel{number}", f"{text}\n\n{C.render(entry)}\n", scratch)
 
 
 def unit(kernels: Sequence[CKernel], target: Target | None = None) -> str:
@@ -159,7 +160,7 @@ def _kernel(kernel: Kernel, ride: Ride | None, name: str, target: Target) -> tup
             main,
         )
     )
-    return "\n\n".join(render(b) for b in blocks), scratch
+    return "\n\n".join(C.render(b) for b in blocks), scratch
 
 
 def _sequence(parts: Sequence[Part], rounds: int) -> list[Line]:

@@ -12,7 +12,8 @@ from functools import lru_cache
 
 from tracejit.codegen.c_body import Body, extents_of
 from tracejit.codegen.c_loops import GRAIN, Loop, contiguity, stride, unravelled, weight
-from tracejit.codegen.c_text import Line, product, value_type
+from tracejit.codegen.c_text import product, value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.kernel import Axis, Kernel, Load, Operand, Statement
 
 TILE_BYTES = 32 << 10  # of a tile of the result

@@ -9,17 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from tracejit.codegen.c_text import (
-    Line,
-    literal,
-    loaded,
-    memory_type,
-    rounded,
-    stored,
-    strip,
-    value_type,
-)
-from tracejit.ir.ops.elementwise import UNROUNDED
+from tracejit.codegen.c_text import C, literal, loaded, memory_type, rounded, stored, value_type
+from tracejit.codegen.language import Line, strip
 from tracejit.ir.types import DType, b1, f64
 from tracejit.schedule import index as indices
 from tracejit.schedule.kernel import (
@@ -157,7 +148,7 @@ class Body:
             return rounded(self.operand(args[0], out), out)
         values = args[1:] if s.op.name == "where" else args
         dtype = next((a.dtype for a in values if isinstance(a, Var)), out)
-        template = s.op.template("c", dtype.kind)
+        template = C.template(s.op, dtype.kind)
         template = template.replace("{f}", "" if dtype is f64 else "f")
         template = template.replace("{T}", value_type(out))
         operands = [
@@ -165,7 +156,7 @@ class Body:
             for i, a in enumerate(args)
         ]
         text = template.format(*operands)
-        if s.op.name in UNROUNDED and all(isinstance(a, Var) for a in values):
+        if not s.op.rounds and all(isinstance(a, Var) for a in values):
             return text
         if s.op.name == "cast" and dtype is out:
             return text

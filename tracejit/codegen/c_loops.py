@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from tracejit.codegen.c_body import Body, extents_of, is_independent, opened, variables
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
-from tracejit.codegen.c_text import Line, block, indent, memory_type, product, value_type
+from tracejit.codegen.c_text import C, block, memory_type, product, value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.kernel import (
     Axis,
     Compute,
@@ -35,8 +36,6 @@ RUN = 64  # values that a float32 lane adds up before it is folded into float64
 GRAIN = 65536  # of the cost units of `weight`: a chunk is worth handing to a thread (some 10 µs)
 MAX_CHUNKS = 128
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
-
-_SLOW = {"exp": 10, "log": 10, "tanh": 15, "sin": 30, "cos": 30, "pow": 40, "mod": 40}
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,12 @@ class Part:
 
 
 def weight(body: Sequence[Statement]) -> int:
-    """The cost of one point, an access of memory being 2 and an addition 1."""
+    """The cost of one point, an access of memory being 2 and an addition 1. Of dearer operations it
+    is half their cost: the accesses do not wait for them."""
     total = 0
     for s in body:
         if isinstance(s, Compute):
-            total += _SLOW.get(s.op.name, 1)
+            total += (s.op.cost + 1) // 2
         else:
             total += 2
     return total
@@ -99,7 +99,7 @@ def full_stage(kernel: Kernel, stage: Stage, task_name: str, name: str) -> tuple
                 fields.append(Line(f"{value_type(s.out.dtype)} {s.out!r};"))
                 saved.append(Line(f"at->{s.out!r} = {body.operand(s.value, s.out.dtype)};"))
         lines = [*opened(kernel, stage.body, name)[1:], *lines, *saved]
-        return Part(None, [Line("{"), *indent(lines), Line("}")]), fields
+        return Part(None, [Line("{"), *C.indent(lines), Line("}")]), fields
     folds = [fold_of(s) for s in stage.body if isinstance(s, Reduce)]
     vector = vector_axis(stage.axes, stage.body)
     loops = split(stage.axes, vector, BLOCK)

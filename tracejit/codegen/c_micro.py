@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.codegen.c_blocking import DEPTH, Contraction
-from tracejit.codegen.c_text import Line, block, render
+from tracejit.codegen.c_text import C, block
+from tracejit.codegen.language import Line
 
 
 @dataclass(frozen=True)
@@ -203,4 +204,4 @@ def _turn(vector_bytes: int) -> str:
         " int64_t from_step)"
     )
     says = "/* to[c * to_step + r] = from[r * from_step + c] of a square of floats. */\n"
-    return says + render(block(head, lines)) + "\n"
+    return says + C.render(block(head, lines)) + "\n"

@@ -33,7 +33,8 @@ from tracejit.codegen.c_loops import (
     weight,
 )
 from tracejit.codegen.c_reduce import Fold, fold_of
-from tracejit.codegen.c_text import Line, block, memory_type, product, value_type
+from tracejit.codegen.c_text import block, memory_type, product, value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.kernel import Axis, Buffer, Kernel, Reduce, Stage, Store
 
 

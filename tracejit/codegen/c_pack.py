@@ -16,7 +16,8 @@ from tracejit.codegen.c_loops import (
     contiguity,
     weight,
 )
-from tracejit.codegen.c_text import Line, block
+from tracejit.codegen.c_text import block
+from tracejit.codegen.language import Line
 
 ACROSS = 64  # of k that are turned from rows to columns at a time
 

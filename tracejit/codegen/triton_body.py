@@ -14,18 +14,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tracejit.codegen.language import Line, strip
 from tracejit.codegen.triton_text import (
+    TRITON,
     Dim,
-    Line,
     compute_type,
     fold_of,
     literal,
     rounded,
-    strip,
     unravel,
 )
 from tracejit.errors import InvalidGraph
-from tracejit.ir.ops.elementwise import UNROUNDED
 from tracejit.ir.types import DType, b1, f64, round_to
 from tracejit.schedule.kernel import (
     Atom,
@@ -265,7 +264,7 @@ class Body:
             return
         values = args[1:] if op.name == "where" else args
         dtype = next((a.dtype for a in values if isinstance(a, Var)), out.dtype)
-        template = op.template("triton", dtype.kind)
+        template = TRITON.template(op, dtype.kind)
         typed = self._needs_typed(template, dtype, values)
         operands = [
             self.operand(a, b1 if op.name == "where" and i == 0 else dtype, typed)
@@ -275,7 +274,7 @@ class Body:
         text = template.format(*(t for t, _ in operands), T=compute_type(out.dtype))
         if op.name == "cast" and compute_type(dtype) == compute_type(out.dtype):
             text = operands[0][0]
-        exact = op.name in UNROUNDED and all(isinstance(a, Var) for a in values)
+        exact = not op.rounds and all(isinstance(a, Var) for a in values)
         widened = op.name == "cast" and (dtype is out.dtype or not out.dtype.narrow)
         if not exact and not widened:
             text = rounded(strip(text), out.dtype)

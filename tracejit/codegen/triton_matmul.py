@@ -10,17 +10,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, last_program
 from tracejit.codegen.triton_text import (
     MEMORY_TYPE,
+    TRITON,
     Dim,
-    Line,
     compute_type,
     fold_of,
-    indent,
     product,
-    render,
     rounded,
     unravel,
 )
@@ -190,5 +189,9 @@ def _function(
         for i, buffer in enumerate(body.kernel.buffers)
         if buffer.name in names
     ]
-    text = [Line("@triton.jit"), Line(head), *indent([Line(f'"""{doc}"""'), *unpack, *lines])]
-    return "\n".join(render(text))
+    text = [
+        Line("@triton.jit"),
+        Line(head),
+        *TRITON.indent([Line(f'"""{doc}"""'), *unpack, *lines]),
+    ]
+    return TRITON.render(text)
