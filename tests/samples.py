@@ -419,6 +419,7 @@ def _axes(function: Callable) -> Callable:
 def _on_tensors(function: Callable) -> Callable:
     """A torch function of two tensors; a literal becomes a tensor."""
 
+    # torch.div too: 2.0 / x itself is x.reciprocal() * 2.0
     def applied(x, z):
         dtype = (x if isinstance(x, torch.Tensor) else z).dtype
         return function(*(torch.as_tensor(t, dtype=dtype) for t in (x, z)))
@@ -470,10 +471,8 @@ REFERENCE: dict[str, Callable] = {
     **{name: _on_tensors(getattr(torch, name)) for name in ("div", "maximum", "minimum")},
     "floordiv": _on_tensors(torch.floor_divide),
     "mod": _on_tensors(torch.remainder),
-    "and": operator.and_,
-    "or": operator.or_,
-    "shl": operator.lshift,
-    "shr": operator.rshift,
+    **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
+    **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,

@@ -59,7 +59,7 @@ def _a(c: Contraction) -> _Operand:
         steps = (k.extent, 1) if c.a_by_rows else (1, m.extent)
         return _Operand(f"packed{c.slot}", *steps)
     step = dict(c.a_load.index.terms)
-    fixed = c.body.index(c.a_load.index, {m.name: "", k.name: ""})
+    fixed = c.body.index(c.a_load.index, {m.name: "0", k.name: "0"})
     return _Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
 
 
@@ -71,7 +71,7 @@ def _strips(c: Contraction) -> list[_Strips]:
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
     packed = direct = _Operand(address, 1, c.strip)
     if c.b_load is not None:
-        fixed = c.body.index(c.b_load.index, {c.n.name: "", c.k.name: ""})
+        fixed = c.body.index(c.b_load.index, {c.n.name: "0", c.k.name: "0"})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
     vectors = (c.lanes,) * c.blocking.vectors

@@ -23,8 +23,8 @@ def memory_type(dtype: DType) -> str:
     return "uint16_t" if dtype.narrow else C_TYPES[dtype.name]
 
 
-def literal(value: object, dtype: DType, typed: bool = True) -> str:
-    """A number as a C constant of a dtype's value type; its text always tells the type."""
+def literal(value: object, dtype: DType) -> str:
+    """A number as a C constant of a dtype's value type."""
     if dtype.kind == "b":
         return "true" if value else "false"
     if dtype.kind in "iu":
@@ -42,6 +42,12 @@ def literal(value: object, dtype: DType, typed: bool = True) -> str:
         return repr(number)
     text = str(np.float32(value))
     return text + ("f" if "." in text or "e" in text else ".0f")
+
+
+def constant(value: object, dtype: DType, typed: bool) -> str:
+    """A number as an operand; its text always tells the type."""
+    text = literal(value, dtype)
+    return f"({text})" if text.startswith("-") else text
 
 
 def loaded(text: str, dtype: DType) -> str:
@@ -63,7 +69,7 @@ C = Language(
     name="C",
     templates=TEMPLATES,
     type_of=value_type,
-    literal=literal,
+    literal=constant,
     rounded=rounded,
     true="true",
     margin="  ",
