@@ -10,9 +10,10 @@ import pytest
 
 from support.c_text import printed
 from tracejit.codegen.c_body import Body, is_independent
-from tracejit.codegen.c_text import comment, literal, strip
+from tracejit.codegen.c_prelude import C_PRELUDE, prelude_for
+from tracejit.codegen.c_text import literal
+from tracejit.codegen.language import comment, strip
 from tracejit.errors import BackendUnavailable
-from tracejit.ir.ops.c_prelude import C_PRELUDE, prelude_for
 from tracejit.ir.types import b1, f32, f64, i64
 from tracejit.runtime.c_compiler import find_compiler, load_library
 from tracejit.schedule.cpu.access import vector_axis

@@ -5,11 +5,11 @@ from __future__ import annotations
 import ast
 import ctypes
 import math
-import operator
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,26 +26,18 @@ from support.op_checks import (
     run,
     tensors_of,
 )
-from support.op_samples import SAMPLES, Sample, Tensor, each_sample
+from support.op_samples import REFERENCE, SAMPLES, Sample, Tensor, each_sample
+from tracejit.codegen import c_text
+from tracejit.codegen.c_prelude import C_FLAGS, C_PRELUDE, C_TYPES
+from tracejit.codegen.language import PRINTED, Language
+from tracejit.codegen.triton_text import TRITON
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Result, Value
 from tracejit.ir.interp import evaluate
-from tracejit.ir.ops import NO_GRAD, OPS
-from tracejit.ir.ops.c_prelude import C_FLAGS, C_PRELUDE, C_TYPES
+from tracejit.ir.ops import NO_GRAD, OPS, Exact, Op
+from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import Type, b1, f32, f64, i64, round_to, u8
 
-TORCH = {
-    "f64": torch.float64,
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "i64": torch.int64,
-    "i32": torch.int32,
-    "i16": torch.int16,
-    "i8": torch.int8,
-    "u8": torch.uint8,
-    "b1": torch.bool,
-}
 ULPS = 4  # of functions that IEEE does not fix to the bit
 
 
@@ -53,109 +45,8 @@ def parametrize(rows: list[tuple[str, Sample]]):
     return pytest.mark.parametrize("name, sample", rows, ids=[f"{n}: {s}" for n, s in rows])
 
 
-# --- references: the primitive as eager torch says it ------------------------------------------
-
-
-def _axes(function: Callable) -> Callable:
-    """A torch reduction; axes () reduces nothing."""
-    return lambda x, axes: function(x, axes) if axes else x.clone()
-
-
-def _on_tensors(function: Callable) -> Callable:
-    """A torch function of two tensors; a literal becomes a tensor."""
-    return lambda x, z: function(*_both_tensors(x, z))
-
-
-def _both_tensors(x: object, z: object) -> tuple[torch.Tensor, torch.Tensor]:
-    like = x if isinstance(x, torch.Tensor) else z
-    both = (t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=like.dtype) for t in (x, z))
-    return tuple(both)
-
-
-def _pad(x: torch.Tensor, low, high, interior, value) -> torch.Tensor:
-    shape = [
-        lo + hi + n + max(n - 1, 0) * gap
-        for n, lo, hi, gap in zip(x.shape, low, high, interior, strict=True)
-    ]
-    out = torch.full(shape, value, dtype=x.dtype)
-    places = (
-        slice(lo, lo + n * (gap + 1) - gap if n else lo, gap + 1)
-        for n, lo, gap in zip(x.shape, low, interior, strict=True)
-    )
-    out[tuple(places)] = x
-    return out
-
-
-def _iota(axis, shape, dtype, device) -> torch.Tensor:
-    row = torch.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
-    return row.expand(shape).to(TORCH[dtype.name])
-
-
-def _gather(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
-    inside = (index >= 0) & (index < x.shape[axis])
-    if not x.shape[axis] and index.numel():
-        return (x.sum(axis, keepdim=True) + math.nan).expand(index.shape)
-    found = torch.gather(x, axis, index.where(inside, 0))
-    return torch.where(inside, found, math.nan if x.dtype.is_floating_point else 0).to(x.dtype)
-
-
-def _sum(x: torch.Tensor, axes) -> torch.Tensor:
-    if not axes:
-        return x + 0 if x.dtype is not torch.bool else x
-    return torch.sum(x, axes, dtype=x.dtype) if x.dtype is not torch.bool else x.any(*axes)
-
-
-REFERENCE: dict[str, Callable] = {
-    **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
-    **{name: getattr(torch, name) for name in ("tanh", "sin", "cos", "floor", "trunc")},
-    **{name: getattr(torch, name) for name in ("expm1", "log1p", "erf")},
-    "not": torch.bitwise_not,
-    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "pow")},
-    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "xor")},
-    "div": _on_tensors(torch.div),  # 2.0 / x itself is x.reciprocal() * 2.0
-    "floordiv": _on_tensors(torch.floor_divide),
-    "mod": _on_tensors(torch.remainder),
-    "and": operator.and_,
-    "or": operator.or_,
-    "shl": operator.lshift,
-    "shr": operator.rshift,
-    "maximum": _on_tensors(torch.maximum),
-    "minimum": _on_tensors(torch.minimum),
-    "where": torch.where,
-    "cast": lambda x, dtype: x.to(TORCH[dtype.name]),
-    "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,
-    "reshape": lambda x, shape: x.reshape(shape),
-    "permute": lambda x, axes: x.permute(axes),
-    "expand": lambda x, shape: x.expand(shape),
-    "slice": lambda x, starts, stops, steps: (
-        x[tuple(map(slice, starts, stops, steps))] if x.dim() else x.clone()
-    ),
-    "pad": _pad,
-    "flip": lambda x, axes: x.flip(axes),
-    "gather": _gather,
-    "reduce_sum": _sum,
-    "reduce_max": _axes(torch.amax),
-    "reduce_min": _axes(torch.amin),
-    "matmul": torch.matmul,
-    "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TORCH[dtype.name]),
-    "iota": _iota,
-    "host_add": operator.add,
-    "host_sub": operator.sub,
-    "host_mul": operator.mul,
-    "host_div": operator.truediv,
-    "host_floordiv": operator.floordiv,
-    "host_mod": operator.mod,
-    "host_pow": operator.pow,
-    "host_neg": operator.neg,
-    "host_abs": abs,
-    "host_f32": lambda x: torch.tensor(x, dtype=torch.float64).float().item(),
-    "host_f16": lambda x: torch.tensor(x, dtype=torch.float64).half().item(),
-    "host_bf16": lambda x: torch.tensor(x, dtype=torch.float64).bfloat16().item(),
-}
-
-
 def to_torch(array: np.ndarray, dtype) -> torch.Tensor:
-    return torch.from_numpy(np.array(array)).to(TORCH[dtype.name])
+    return torch.from_numpy(np.array(array)).to(TO_TORCH[dtype])
 
 
 def from_torch(tensor: torch.Tensor) -> np.ndarray:
@@ -216,7 +107,7 @@ def test_eval_against_torch(name: str, sample: Sample):
     if kind.is_host:
         assert ours == theirs
         return
-    assert theirs.dtype == TORCH[kind.dtype.name]
+    assert theirs.dtype == TO_TORCH[kind.dtype]
     theirs = from_torch(theirs)
     eps = EPS.get(kind.dtype.name, 0.0)
     if name in ACCUMULATING and kind.dtype.is_float:
@@ -511,14 +402,32 @@ def test_malformed_uses_are_refused(name: str, operands: tuple, attrs: dict):
 # --- templates ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("language", [c_text.C, TRITON], ids=lambda language: language.name)
+def test_a_table_without_an_entry_is_refused(language: Language):
+    """A table has an entry for each primitive that is printed, and no other."""
+    assert language.templates.keys() == PRINTED
+    short = {name: text for name, text in language.templates.items() if name != "exp"}
+    for wrong in (short, {**language.templates, "matmul": "{0}"}):
+        with pytest.raises(InvalidGraph, match=r"table and OPS differ: \['(exp|matmul)'\]"):
+            replace(language, templates=wrong)
+
+
 def test_triton_templates_call_helpers_that_exist():
     tree = ast.parse(Path("kernels/device.py").resolve().read_text())
     helpers = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
-    for op in OPS.values():
-        templates = op.triton.values() if isinstance(op.triton, dict) else [op.triton]
-        for text in templates:
-            missing = set(re.findall(r"\btj\.(\w+)", str(text))) - helpers
-            assert not missing, f"{op.name} calls {missing}, which kernels/device.py lacks"
+    for name, template in TRITON.templates.items():
+        for text in template.values() if isinstance(template, dict) else [template]:
+            missing = set(re.findall(r"\btj\.(\w+)", text)) - helpers
+            assert not missing, f"{name} calls {missing}, which kernels/device.py lacks"
+
+
+def test_an_op_without_a_fact_is_refused():
+    facts = {"cost": 1, "exact": Exact.BITS, "rounds": True, "host": None}
+    for fact in facts:
+        with pytest.raises(TypeError, match=fact):
+            others = {name: value for name, value in facts.items() if name != fact}
+            Op("new", "elementwise", np.exp, np.exp, (NO_GRAD,), **others)
+    assert "new" not in OPS
 
 
 def c_variants() -> list[tuple[str, Sample]]:
@@ -539,7 +448,7 @@ def c_function(name: str, sample: Sample) -> tuple[str, str]:
     operand = sample.tensors[-1].dtype
     letters = "xyz"[: len(sample.tensors)]
     target = C_TYPES[result.name]
-    text = op.template("c", operand.kind)
+    text = c_text.C.template(op, operand.kind)
     text = text.replace("{f}", "" if operand is f64 else "f").replace("{T}", target)
     text = text.format(*(f"{c}[i]" for c in letters))
     label = "_".join(["op", name, *(t.dtype.name for t in sample.tensors), result.name])

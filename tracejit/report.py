@@ -21,6 +21,7 @@ from multiprocessing import get_context
 import torch
 
 from tracejit.aot import KernelFacts, compile_launch
+from tracejit.codegen.triton_table import LOCAL_TABLES
 from tracejit.compile import CompiledStep
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides, f32
@@ -288,7 +289,7 @@ def _row(plan: Plan, launch: Launch, loaded: LoadedLaunch, minimum_bytes: int, t
         minimum_bytes=minimum_bytes,
         lines=tuple(dict.fromkeys(where for s in statements if (where := s.where))),
         stream_share=stream_share_of(plan, launch, form, facts),
-        has_tables=any(isinstance(s, Compute) and s.op.name in ("sin", "cos") for s in statements),
+        has_tables=any(isinstance(s, Compute) and s.op.name in LOCAL_TABLES for s in statements),
     )
 
 

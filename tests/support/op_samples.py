@@ -1,4 +1,4 @@
-"""One table of samples for every primitive, which the op tests and others go through.
+"""Samples and a reference for every primitive, which the op tests and others go through.
 
 A Sample is a recipe: operands (literals, or tensors by dtype, shape and filling) and attributes.
 `build(seed)` makes its arrays, in compute dtypes as the reference evaluator wants them.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops import OPS
+from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import (
     DType,
     Type,
@@ -405,3 +409,92 @@ def each_sample(*names: str, where=lambda name, sample: True) -> list[tuple[str,
         for sample in SAMPLES[name]
         if where(name, sample)
     ]
+
+
+def _axes(function: Callable) -> Callable:
+    """A torch reduction; axes () reduces nothing."""
+    return lambda x, axes: function(x, axes) if axes else x.clone()
+
+
+def _on_tensors(function: Callable) -> Callable:
+    """A torch function of two tensors; a literal becomes a tensor."""
+
+    # torch.div too: 2.0 / x itself is x.reciprocal() * 2.0
+    def applied(x, z):
+        dtype = (x if isinstance(x, torch.Tensor) else z).dtype
+        return function(*(torch.as_tensor(t, dtype=dtype) for t in (x, z)))
+
+    return applied
+
+
+def _pad(x: torch.Tensor, low, high, interior, value) -> torch.Tensor:
+    shape = [
+        lo + hi + n + max(n - 1, 0) * gap
+        for n, lo, hi, gap in zip(x.shape, low, high, interior, strict=True)
+    ]
+    out = torch.full(shape, value, dtype=x.dtype)
+    places = (
+        slice(lo, lo + n * (gap + 1) - gap if n else lo, gap + 1)
+        for n, lo, gap in zip(x.shape, low, interior, strict=True)
+    )
+    out[tuple(places)] = x
+    return out
+
+
+def _iota(axis, shape, dtype, device) -> torch.Tensor:
+    row = torch.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    return row.expand(shape).to(TO_TORCH[dtype])
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
+    inside = (index >= 0) & (index < x.shape[axis])
+    if not x.shape[axis] and index.numel():
+        return (x.sum(axis, keepdim=True) + math.nan).expand(index.shape)
+    found = torch.gather(x, axis, index.where(inside, 0))
+    return torch.where(inside, found, math.nan if x.dtype.is_floating_point else 0).to(x.dtype)
+
+
+def _sum(x: torch.Tensor, axes) -> torch.Tensor:
+    if not axes:
+        return x + 0 if x.dtype is not torch.bool else x
+    return torch.sum(x, axes, dtype=x.dtype) if x.dtype is not torch.bool else x.any(*axes)
+
+
+# The primitives as eager torch says them.
+REFERENCE: dict[str, Callable] = {
+    **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
+    **{name: getattr(torch, name) for name in ("tanh", "sin", "cos", "floor", "trunc")},
+    **{name: getattr(torch, name) for name in ("expm1", "log1p", "erf")},
+    "not": torch.bitwise_not,
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "pow")},
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "xor")},
+    **{name: _on_tensors(getattr(torch, name)) for name in ("div", "maximum", "minimum")},
+    "floordiv": _on_tensors(torch.floor_divide),
+    "mod": _on_tensors(torch.remainder),
+    **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
+    **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
+    "where": torch.where,
+    "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
+    "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,
+    "reshape": lambda x, shape: x.reshape(shape),
+    "permute": lambda x, axes: x.permute(axes),
+    "expand": lambda x, shape: x.expand(shape),
+    "slice": lambda x, starts, stops, steps: (
+        x[tuple(map(slice, starts, stops, steps))] if x.dim() else x.clone()
+    ),
+    "pad": _pad,
+    "flip": lambda x, axes: x.flip(axes),
+    "gather": _gather,
+    "reduce_sum": _sum,
+    "reduce_max": _axes(torch.amax),
+    "reduce_min": _axes(torch.amin),
+    "matmul": torch.matmul,
+    "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TO_TORCH[dtype]),
+    "iota": _iota,
+    **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},
+    **{f"host_{name}": getattr(operator, name) for name in ("floordiv", "mod", "neg", "abs")},
+    "host_div": operator.truediv,
+    "host_f32": lambda x: torch.tensor(x, dtype=torch.float64).float().item(),
+    "host_f16": lambda x: torch.tensor(x, dtype=torch.float64).half().item(),
+    "host_bf16": lambda x: torch.tensor(x, dtype=torch.float64).bfloat16().item(),
+}

@@ -21,8 +21,9 @@ from tracejit.codegen.c_loops import Part, full_stage
 from tracejit.codegen.c_matmul import contraction_parts
 from tracejit.codegen.c_micro import vector_types
 from tracejit.codegen.c_outer import parts_of
-from tracejit.codegen.c_text import Line, block, comment, render
-from tracejit.ir.ops.c_prelude import prelude_for
+from tracejit.codegen.c_prelude import prelude_for
+from tracejit.codegen.c_text import C, block
+from tracejit.codegen.language import Line, comment
 from tracejit.schedule.cpu.plan import CpuKernel
 
 _RUN = """
@@ -71,7 +72,8 @@ def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
             Line(f"k{number}(run, scratch, &(struct k{number}){{{', '.join(bound)}}});"),
         ],
     )
-    return CFunction(f"kernel{number}", f"{_kernel(lowered, f'k{number}')}\n\n{render(entry)}\n")
+    text = f"{_kernel(lowered, f'k{number}')}\n\n{C.render(entry)}\n"
+    return CFunction(f"kernel{number}", text)
 
 
 def unit(functions: Sequence[CFunction], vector_bytes: int) -> str:
@@ -114,7 +116,7 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
             main,
         )
     )
-    return "\n\n".join(render(b) for b in blocks)
+    return "\n\n".join(C.render(b) for b in blocks)
 
 
 def _sequence(parts: Sequence[Part], rounds: int) -> list[Line]:

@@ -8,30 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 
-from tracejit.codegen.c_text import (
-    Line,
-    literal,
-    loaded,
-    memory_type,
-    rounded,
-    stored,
-    strip,
-    value_type,
-)
-from tracejit.ir.ops.elementwise import UNROUNDED
-from tracejit.ir.types import DType, b1, f64
+from tracejit.codegen.c_text import C, literal, loaded, memory_type, stored, value_type
+from tracejit.codegen.language import Line
+from tracejit.codegen.statements import Printer
+from tracejit.ir.types import DType, f64
 from tracejit.schedule import index as indices
 from tracejit.schedule.cpu.access import has_value
 from tracejit.schedule.kernel import (
+    Bound,
     Compute,
     FloorDiv,
     InBounds,
     Index,
     Kernel,
     Load,
-    Mask,
-    Operand,
+    Mod,
     Position,
     Reduce,
     Scalar,
@@ -41,40 +34,38 @@ from tracejit.schedule.kernel import (
 )
 
 
-class Body:
+class Body(Printer):
     """Prints statements. `axis_text` says what an axis is called where the name is not its own;
     `local` names the buffers that are arrays of the function itself."""
+
+    language = C
 
     def __init__(
         self, kernel: Kernel, extents: Mapping[str, int], local: frozenset[str] = frozenset()
     ):
-        self.kernel = kernel
+        super().__init__(kernel)
         self.extents = extents
         self.local = local
-        self.buffers = {b.name: b.dtype for b in kernel.buffers}
         self.axis_text: dict[str, str] = {}
 
-    # --- indices
-
     def index(self, index: Index, replaced: Mapping[str, str] | None = None) -> str:
-        """An index; `replaced` has texts for some axes ("" drops the term)."""
-        texts = self.axis_text | dict(replaced or {})
-        parts = []
-        for atom, c in index.terms:
-            if isinstance(atom, Var):
-                text = repr(atom)
-            elif isinstance(atom, str):
-                text = texts.get(atom, atom)
-            else:
-                text = self._quotient(atom, texts)
-            if text:
-                parts.append(text if c == 1 else f"{_grouped(text)} * {c}")
-        if index.offset or not parts:
-            parts.append(str(index.offset))
-        return " + ".join(parts).replace("+ -", "- ")
+        """An index; `replaced` has texts for some axes ("0" drops the term)."""
+        if not replaced:
+            return super().index(index)
+        other = copy(self)
+        other.axis_text = self.axis_text | replaced
+        return other.index(index)
 
-    def _quotient(self, atom, texts: Mapping[str, str]) -> str:
-        inner = self.index(atom.index, texts)
+    def axis(self, name: str) -> str:
+        return self.axis_text.get(name, name)
+
+    def variable(self, var: Var) -> str:
+        return repr(var)
+
+    def scalar(self, scalar: Scalar, dtype: DType) -> str:
+        return repr(scalar) if dtype is f64 else f"({value_type(dtype)}){scalar!r}"
+
+    def quotient(self, atom: FloorDiv | Mod, inner: str) -> str:
         low, high = self.bounds(atom.index)
         quotient = isinstance(atom, FloorDiv)
         if low < 0:
@@ -90,89 +81,33 @@ class Body:
             return -math.inf, math.inf
         return indices.bounds(index, self.extents)
 
-    def condition(self, mask: Mask) -> str:
-        """Whether a mask holds; conditions that the ranges imply are left out."""
-        parts = []
-        for bound in mask:
-            text = self.index(bound.index)
-            low, high = self.bounds(bound.index)
-            if low < 0:
-                parts.append(f"({text} >= 0)")
-            if high >= bound.high:
-                parts.append(f"({text} < {bound.high})")
-            if bound.step != 1:
-                parts.append(f"(({text}) % {bound.step} == 0)")  # where it is not negative
-        return " & ".join(parts) or "true"
+    def open_ends(self, bound: Bound) -> tuple[bool, bool]:
+        low, high = self.bounds(bound.index)
+        return low < 0, high >= bound.high
 
-    # --- operands
+    def position(self, s: Position) -> str:
+        return f"({value_type(s.out.dtype)})({self.index(s.index)})"
 
-    def operand(self, arg: Operand, dtype: DType) -> str:
-        """An operand as text of a dtype's value type."""
-        if isinstance(arg, Var):
-            return repr(arg)
-        if isinstance(arg, Scalar):
-            return repr(arg) if dtype is f64 else f"({value_type(dtype)}){arg!r}"
-        text = literal(arg, dtype)
-        return f"({text})" if text.startswith("-") else text
+    def load(self, s: Load) -> list[Line]:
+        text = loaded(f"{s.buffer}[{self.index(s.index)}]", self.buffers[s.buffer])
+        if s.mask:
+            text = f"{self.condition(s.mask)} ? {text} : {literal(0, s.out.dtype)}"
+        return self.assign(s, text)
 
-    # --- statements
-
-    def lines(self, statements: Iterable[Statement]) -> list[Line]:
-        """Statements in order, reductions left to the caller."""
-        out = []
-        for statement in statements:
-            if not isinstance(statement, Reduce):
-                out.append(self._statement(statement))
-        return out
-
-    def _statement(self, s: Statement) -> Line:
-        if isinstance(s, Store):
-            return Line(f"{self._element(s)} = {self.stored(s)};", s.where)
-        if isinstance(s, Load):
-            dtype = self.buffers[s.buffer]
-            text = loaded(f"{s.buffer}[{self.index(s.index)}]", dtype)
-            if s.mask:
-                text = f"{self.condition(s.mask)} ? {text} : {literal(0, s.out.dtype)}"
-        elif isinstance(s, Compute):
-            text = self._compute(s)
-        elif isinstance(s, Position):
-            text = rounded(f"({value_type(s.out.dtype)})({self.index(s.index)})", s.out.dtype)
-        else:
-            assert isinstance(s, InBounds)
-            text = self.condition(s.mask)
-        return Line(f"const {value_type(s.out.dtype)} {s.out!r} = {strip(text)};", s.where)
-
-    def _element(self, s: Store) -> str:
-        return f"{s.buffer}[{self.index(s.index)}]"
+    def store(self, s: Store) -> list[Line]:
+        return [Line(f"{s.buffer}[{self.index(s.index)}] = {self.stored(s)};", s.where)]
 
     def stored(self, s: Store) -> str:
         """The value of a store as an element of memory."""
         dtype = self.buffers[s.buffer]
         return stored(self.operand(s.value, dtype), dtype)
 
-    def _compute(self, s: Compute) -> str:
-        args, out = s.args, s.out.dtype
-        if s.op.name == "full":
-            return rounded(self.operand(args[0], out), out)
-        values = args[1:] if s.op.name == "where" else args
-        dtype = next((a.dtype for a in values if isinstance(a, Var)), out)
-        template = s.op.template("c", dtype.kind)
-        template = template.replace("{f}", "" if dtype is f64 else "f")
-        template = template.replace("{T}", value_type(out))
-        operands = [
-            self.operand(a, b1 if s.op.name == "where" and i == 0 else dtype)
-            for i, a in enumerate(args)
-        ]
-        text = template.format(*operands)
-        if s.op.name in UNROUNDED and all(isinstance(a, Var) for a in values):
-            return text
-        if s.op.name == "cast" and dtype is out:
-            return text
-        return rounded(text, out)
+    def assign(self, s: Load | Compute | Position | InBounds, text: str) -> list[Line]:
+        return [Line(f"const {value_type(s.out.dtype)} {s.out!r} = {text};", s.where)]
 
-
-def _grouped(text: str) -> str:
-    return f"({text})" if " " in text and not text.startswith("(") else text
+    def lines(self, statements: Iterable[Statement]) -> list[Line]:
+        """Statements in order, reductions left to the caller."""
+        return [x for s in statements if not isinstance(s, Reduce) for x in self.lines_of(s)]
 
 
 def is_independent(body: Sequence[Statement], vector_axis: str) -> bool:

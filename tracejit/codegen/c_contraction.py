@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from tracejit.codegen.c_body import Body
 from tracejit.codegen.c_loops import unravelled
-from tracejit.codegen.c_text import Line, value_type
+from tracejit.codegen.c_text import value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.cpu import tiles
 from tracejit.schedule.cpu.access import extents_of
 from tracejit.schedule.cpu.loops import Loop

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
-from tracejit.codegen.c_text import Line, block, indent, memory_type, product, value_type
+from tracejit.codegen.c_text import C, block, memory_type, product, value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import extents_of, stride, variables
 from tracejit.schedule.cpu.loops import Loop, dealt, split
 from tracejit.schedule.cpu.plan import Nest
@@ -50,7 +51,7 @@ def full_stage(
                 fields.append(Line(f"{value_type(s.out.dtype)} {s.out!r};"))
                 saved.append(Line(f"at->{s.out!r} = {body.operand(s.value, s.out.dtype)};"))
         lines = [*opened(kernel, stage.body, name)[1:], *lines, *saved]
-        return Part(None, [Line("{"), *indent(lines), Line("}")]), fields
+        return Part(None, [Line("{"), *C.indent(lines), Line("}")]), fields
     folds = [fold_of(s) for s in stage.body if isinstance(s, Reduce)]
     vector, chunks = named(stage.axes, nest.vector), nest.chunks
     loops = split(stage.axes, vector, nest.block)

@@ -22,7 +22,8 @@ from tracejit.codegen.c_loops import (
 from tracejit.codegen.c_micro import tile
 from tracejit.codegen.c_pack import pack_a, pack_b, pack_task
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
-from tracejit.codegen.c_text import Line, block, rounded, value_type
+from tracejit.codegen.c_text import block, rounded, value_type
+from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
 from tracejit.schedule.cpu.loops import BLOCK, split

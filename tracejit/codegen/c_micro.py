@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.codegen.c_contraction import Contraction
-from tracejit.codegen.c_text import Line, block, render
+from tracejit.codegen.c_text import C, block
+from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.tiles import vectors_of
 
 DEPTH = 512  # of a k that is summed in several passes, in one pass
@@ -61,7 +62,7 @@ def _a(c: Contraction) -> _Operand:
         steps = (k.extent, 1) if c.tiling.a == "rows" else (1, m.extent)
         return _Operand(f"packed{c.slot}", *steps)
     step = dict(c.a_load.index.terms)
-    fixed = c.body.index(c.a_load.index, {m.name: "", k.name: ""})
+    fixed = c.body.index(c.a_load.index, {m.name: "0", k.name: "0"})
     return _Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
 
 
@@ -73,7 +74,7 @@ def _strips(c: Contraction) -> list[_Strips]:
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
     packed = direct = _Operand(address, 1, c.strip)
     if c.b_load is not None:
-        fixed = c.body.index(c.b_load.index, {c.n.name: "", c.k.name: ""})
+        fixed = c.body.index(c.b_load.index, {c.n.name: "0", c.k.name: "0"})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
     vectors = (c.lanes,) * c.tiling.vectors
@@ -206,4 +207,4 @@ def _turn(vector_bytes: int) -> str:
         " int64_t from_step)"
     )
     says = "/* to[c * to_step + r] = from[r * from_step + c] of a square of floats. */\n"
-    return says + render(block(head, lines)) + "\n"
+    return says + C.render(block(head, lines)) + "\n"

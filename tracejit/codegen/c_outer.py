@@ -22,7 +22,8 @@ from tracejit.codegen.c_loops import (
     vector_loop,
 )
 from tracejit.codegen.c_reduce import Fold, fold_of
-from tracejit.codegen.c_text import Line, block, memory_type, value_type
+from tracejit.codegen.c_text import block, memory_type, value_type
+from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import extents_of
 from tracejit.schedule.cpu.loops import Loop, split
 from tracejit.schedule.cpu.plan import CpuKernel, Nest

@@ -9,7 +9,8 @@ from __future__ import annotations
 from tracejit.codegen.c_body import opened
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Task, chunk_range
-from tracejit.codegen.c_text import Line, block
+from tracejit.codegen.c_text import block
+from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import contiguity
 from tracejit.schedule.cpu.tiles import PACKED_DEPTH, PACKED_ROWS, plain
 

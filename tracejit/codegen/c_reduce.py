@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracejit.codegen.c_body import Body
-from tracejit.codegen.c_text import Line, rounded, value_type
+from tracejit.codegen.c_text import rounded, value_type
+from tracejit.codegen.language import Line
 from tracejit.ir.types import DType, b1, f64
 from tracejit.schedule.kernel import Reduce
 

@@ -1,48 +1,16 @@
-"""C as text: lines with the user's line beside them, literals, and types of values and memory."""
+"""C as text: literals, types of values and memory, blocks, and the language made of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import numpy as np
 
-from tracejit.ir.ops.c_prelude import C_TYPES
+from tracejit.codegen.c_prelude import C_TYPES
+from tracejit.codegen.c_table import TEMPLATES
+from tracejit.codegen.language import Language, Line, strip
 from tracejit.ir.types import DType, bf16, f16, f64
-
-COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of C and the user's line that it computes."""
-
-    text: str
-    where: str = ""
-
-
-def block(head: str, body: Iterable[Line]) -> list[Line]:
-    """`head { body }`, indented."""
-    return [Line(f"{head} {{"), *indent(body), Line("}")]
-
-
-def indent(lines: Iterable[Line]) -> list[Line]:
-    """Lines one level deeper; preprocessor lines stay at the margin of their loop."""
-    return [Line(f"  {line.text}" if line.text else "", line.where) for line in lines]
-
-
-def render(lines: Sequence[Line]) -> str:
-    """Text with the users' lines as aligned comments."""
-    width = min(max((len(x.text) for x in lines if x.where), default=0), COMMENT_COLUMN)
-    return "\n".join(
-        f"{x.text:<{width}}  // {comment(x.where)}" if x.where else x.text for x in lines
-    )
-
-
-def comment(text: str) -> str:
-    """Text that cannot end a comment, nor continue its line."""
-    return text.replace("\\", "/").replace("*/", "* /").replace("\n", " ")
 
 
 def value_type(dtype: DType) -> str:
@@ -55,7 +23,7 @@ def memory_type(dtype: DType) -> str:
     return "uint16_t" if dtype.narrow else C_TYPES[dtype.name]
 
 
-def literal(value: float, dtype: DType) -> str:
+def literal(value: object, dtype: DType) -> str:
     """A number as a C constant of a dtype's value type."""
     if dtype.kind == "b":
         return "true" if value else "false"
@@ -76,6 +44,12 @@ def literal(value: float, dtype: DType) -> str:
     return text + ("f" if "." in text or "e" in text else ".0f")
 
 
+def constant(value: object, dtype: DType, typed: bool) -> str:
+    """A number as an operand; its text always tells the type."""
+    text = literal(value, dtype)
+    return f"({text})" if text.startswith("-") else text
+
+
 def loaded(text: str, dtype: DType) -> str:
     """An element of memory as a value."""
     return f"tj_load_{dtype.name}({text})" if dtype.narrow else text
@@ -91,16 +65,22 @@ def rounded(text: str, dtype: DType) -> str:
     return f"tj_round_{dtype.name}({strip(text)})" if dtype in (bf16, f16) else text
 
 
-def strip(text: str) -> str:
-    """Without a pair of parentheses around the whole."""
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for i, letter in enumerate(text):
-        depth += (letter == "(") - (letter == ")")
-        if depth == 0 and i + 1 < len(text):
-            return text
-    return text[1:-1]
+C = Language(
+    name="C",
+    templates=TEMPLATES,
+    type_of=value_type,
+    literal=constant,
+    rounded=rounded,
+    true="true",
+    margin="  ",
+    remark="//",
+    remark_column=64,
+)
+
+
+def block(head: str, body: Iterable[Line]) -> list[Line]:
+    """`head { body }`, indented."""
+    return [Line(f"{head} {{"), *C.indent(body), Line("}")]
 
 
 def product(sizes: Iterable[int]) -> int:

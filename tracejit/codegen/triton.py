@@ -13,7 +13,8 @@ from typing import ClassVar
 
 from tracejit.codegen import triton_forms, triton_matmul
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
-from tracejit.codegen.triton_text import Line, fold_of, indent, render
+from tracejit.codegen.language import Line
+from tracejit.codegen.triton_text import TRITON, fold_of
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
 from tracejit.schedule.kernel_text import canonical
 
@@ -145,8 +146,8 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
         else:
             lines.append(Line("else:"))
         rows = (", ".join(names) for names in (pointers, part.sizes, own) if names)
-        call = [Line(f"{function}("), *indent(Line(f"{row},") for row in rows), Line(")")]
-        lines += indent(call)
+        call = [Line(f"{function}("), *TRITON.indent(Line(f"{row},") for row in rows), Line(")")]
+        lines += TRITON.indent(call)
         scalar += len(part.scalars)
         constants += own
         imports |= printed.imports
@@ -176,7 +177,7 @@ def _function(
         *(["workspace"] if has_workspace else []),
         *(f"{constant}: tl.constexpr" for constant in constants),
     ]
-    body = "\n".join(render(indent(documented)))
+    body = TRITON.render(TRITON.indent(documented))
     return f"@triton.jit\n{signature(name, parameters)}\n{body}"
 
 

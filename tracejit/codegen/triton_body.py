@@ -14,29 +14,26 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from tracejit.codegen.language import Line, grouped, strip
+from tracejit.codegen.statements import Printer, all_statements, operand_dtype, values_of
 from tracejit.codegen.triton_text import (
+    TRITON,
     Dim,
-    Line,
     compute_type,
     fold_of,
-    literal,
-    rounded,
-    strip,
     unravel,
 )
 from tracejit.errors import InvalidGraph
-from tracejit.ir.ops.elementwise import UNROUNDED
 from tracejit.ir.types import DType, b1, f64, round_to
 from tracejit.schedule.kernel import (
-    Atom,
     Axis,
+    Bound,
     Compute,
     FloorDiv,
     InBounds,
     Index,
     Kernel,
     Load,
-    Mask,
     Mod,
     Operand,
     Position,
@@ -54,12 +51,13 @@ NO_DIMS: Dims = frozenset()
 _TAKES_BARE = r"tj\.(maximum|minimum|div|pow)\("  # take a bare fp32 literal as second operand
 
 
-class Body:
+class Body(Printer):
     """Prints the statements of one generated function; `lines` is what it has printed."""
 
+    language = TRITON
+
     def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-        self.buffers = {b.name: b for b in kernel.buffers}
+        super().__init__(kernel)
         self.dims: dict[str, Dim] = {}
         self.axis_text: dict[str, tuple[str, Dims]] = {}
         self.lines: list[Line] = []
@@ -127,27 +125,22 @@ class Body:
         self._values[out.id] = (text or repr(out), dims)
         return text or repr(out)
 
-    def operand(self, arg: Operand, dtype: DType, typed: bool = False) -> tuple[str, Dims]:
-        """An operand as text, with the dims it varies over."""
-        arg = self.resolve(arg)
-        if isinstance(arg, Var):
-            if arg.id not in self._values:
-                raise InvalidGraph(reason=f"{arg!r} is read where it is not defined")
-            return self._values[arg.id]
-        if isinstance(arg, Scalar):
-            return self._scalar(arg, dtype), NO_DIMS
-        return literal(arg, dtype, typed), NO_DIMS
+    def variable(self, var: Var) -> str:
+        return self._defined(var)[0]
+
+    def _defined(self, var: Var) -> tuple[str, Dims]:
+        if var.id not in self._values:
+            raise InvalidGraph(reason=f"{var!r} is read where it is not defined")
+        return self._values[var.id]
 
     def resolve(self, arg: Operand) -> Operand:
-        """The literal that a value is known to be, else the operand itself."""
         return self._literals.get(arg.id, arg) if isinstance(arg, Var) else arg
 
     def is_literal(self, arg: Operand) -> bool:
         """Whether an operand is a number known when the kernel is printed."""
         return not isinstance(self.resolve(arg), Var | Scalar)
 
-    def _scalar(self, scalar: Scalar, dtype: DType) -> str:
-        """The name of a runtime scalar converted to the type it is used in."""
+    def scalar(self, scalar: Scalar, dtype: DType) -> str:
         kind = compute_type(dtype)
         several = len(self._scalar_types[scalar.name]) > 1
         name = f"{scalar.name}_{kind.removeprefix('tl.')}" if several else scalar.name
@@ -161,135 +154,32 @@ class Body:
         """Definitions of the runtime scalars that were used."""
         return [self.used_scalars[name] for name in sorted(self.used_scalars)]
 
-    def index(self, index: Index) -> tuple[str, Dims]:
-        """An index expression and the dims it varies over."""
-        parts: list[str] = []
-        dims = NO_DIMS
-        for atom, coefficient in index.terms:
-            text, atom_dims = self._atom(atom)
-            if text == "0":
-                continue
-            dims |= atom_dims
-            parts.append(text if coefficient == 1 else f"{text} * {coefficient}")
-        if index.offset != 0:
-            parts.append(str(index.offset))
-        return " + ".join(parts) or "0", dims
+    def axis(self, name: str) -> str:
+        if name not in self.axis_text:
+            raise InvalidGraph(reason=f"axis {name} is used outside its stage")
+        text = self.axis_text[name][0]
+        self.used.add(text)
+        return text
 
-    def _atom(self, atom: Atom) -> tuple[str, Dims]:
-        if isinstance(atom, Var):
-            return self.operand(atom, atom.dtype)
-        if isinstance(atom, str):
-            if atom not in self.axis_text:
-                raise InvalidGraph(reason=f"axis {atom} is used outside its stage")
-            text, dims = self.axis_text[atom]
-            self.used.add(text)
-            return text, dims
-        text, dims = self.index(atom.index)
-        if text == "0":
-            return "0", NO_DIMS
-        text = f"({text})" if " " in text else text
-        return f"({text} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by})", dims
+    def quotient(self, atom: FloorDiv | Mod, inner: str) -> str:
+        return f"({grouped(inner)} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by})"
 
-    def bounds(self, mask: Mask) -> tuple[tuple[str, ...], Dims]:
-        """The conditions of a mask, and the dims they vary over."""
-        conditions, dims = [], NO_DIMS
-        for bound in mask:
-            text, bound_dims = self.index(bound.index)
-            dims |= bound_dims
-            inner = f"({text})" if " " in text else text
-            if _may_be_negative(bound.index):
-                conditions.append(f"({text} >= 0)")
-            conditions.append(f"({text} < {bound.high})")
-            if bound.step != 1:
-                conditions.append(f"({inner} % {bound.step} == 0)")
-        return tuple(conditions), dims
+    def open_ends(self, bound: Bound) -> tuple[bool, bool]:
+        return _may_be_negative(bound.index), True
 
-    # --- statements ---------------------------------------------------------------------------
+    def position(self, s: Position) -> str:
+        text, kind = self.index(s.index), compute_type(s.out.dtype)
+        if not self.index_dims(s.index):
+            return f"tl.full((), {text}, {kind})"
+        return f"({text}).to({kind})" if " " in text else f"{text}.to({kind})"
 
-    def emit(self, statements: Iterable[Statement]) -> list[Reduce]:
-        """Print statements in order; reductions are left to the caller, who knows the loop."""
-        reductions = []
-        for statement in statements:
-            if isinstance(statement, Reduce):
-                reductions.append(statement)
-            else:
-                _EMIT[type(statement)](self, statement)
-        return reductions
-
-    def assign(self, out: Var, text: str, dims: Dims, where: str, key: tuple = ()) -> None:
-        """Print `out = text`, unless the same thing has a name already."""
-        key = key or (text,)
-        if not self._reuse(out, key):
-            self.lines.append(Line(f"{out!r} = {text}", where))
-            self._known[key] = (self.define(out, dims), dims)
-
-    def _reuse(self, out: Var, key: tuple) -> bool:
-        """Whether the same thing was printed before, which is then `out` too."""
-        if key not in self._known:
-            return False
-        name, dims = self._known[key]
-        self.define(out, dims, name)
-        return True
-
-    def load_text(self, statement: Load, zero_outside: bool = False) -> tuple[str, Dims]:
-        """A load in its memory type; zero where the mask, or the tile with `zero_outside`, ends."""
-        index, dims = self.index(statement.index)
-        conditions, mask_dims = self.bounds(statement.mask)
-        pointer = statement.buffer if index == "0" else f"{statement.buffer} + {index}"
-        if not mask_dims <= dims:
-            dims |= mask_dims
-            pointer = f"tl.broadcast_to({pointer}, {self.shape(dims)})"
-        masks = [mask] if (mask := self.mask(dims)) else []
-        if conditions:
-            name = f"{statement.out!r}_in"
-            self.lines.append(Line(f"{name} = {strip(' & '.join(conditions))}"))
-            masks.append(name)
-        options = f", mask={' & '.join(masks)}" if masks else ""
-        other = ", other=0" if options and (statement.mask or zero_outside) else ""
-        return f"tl.load({pointer}{options}{other})", dims
-
-    def _load(self, statement: Load) -> None:
-        key = ("load", statement.buffer, self.index(statement.index), self.bounds(statement.mask))
-        if self._reuse(statement.out, key):
-            return
-        text, dims = self.load_text(statement)
-        if statement.out.dtype.narrow:
-            text += ".to(tl.float32)"
-        self.assign(statement.out, text, dims, statement.where, key)
-
-    def _compute(self, statement: Compute) -> None:
-        op, out, args = statement.op, statement.out, statement.args
-        if op.name in ("full", "alias") and self.is_literal(args[0]):
-            value = np.asarray(self.resolve(args[0]))
-            self._literals[out.id] = round_to(value, out.dtype).item()
-            return
-        values = args[1:] if op.name == "where" else args
-        dtype = next((a.dtype for a in values if isinstance(a, Var)), out.dtype)
-        template = op.template("triton", dtype.kind)
-        typed = self._needs_typed(template, dtype, values)
-        operands = [
-            self.operand(a, b1 if op.name == "where" and i == 0 else dtype, typed)
-            for i, a in enumerate(args)
-        ]
-        dims = NO_DIMS.union(*(d for _, d in operands))
-        text = template.format(*(t for t, _ in operands), T=compute_type(out.dtype))
-        if op.name == "cast" and compute_type(dtype) == compute_type(out.dtype):
-            text = operands[0][0]
-        exact = op.name in UNROUNDED and all(isinstance(a, Var) for a in values)
-        widened = op.name == "cast" and (dtype is out.dtype or not out.dtype.narrow)
-        if not exact and not widened:
-            text = rounded(strip(text), out.dtype)
-        if text.isidentifier():
-            self.define(out, dims, text)
-        else:
-            self.assign(out, strip(text), dims, statement.where)
-
-    def _needs_typed(self, template: str, dtype: DType, values: Sequence[Operand]) -> bool:
-        """Whether a bare literal would be taken for another type.
-
-        Operators and tl.where give literals the type of the other operand, exactly. Functions get
-        them as constants of a guessed type: fp32 or int32 where the number has a normal fp32 value.
+    def needs_type(self, template: str, dtype: DType, values: Sequence[Operand]) -> bool:
+        """Operators and tl.where give literals the type of the other operand, exactly. Functions
+        get them as constants of a guessed type: fp32 or int32 where the number has a normal fp32
+        value.
         """
+        if all(not self.is_literal(v) for v in values):
+            return dtype is b1  # of a condition
         if dtype is b1 or all(self.is_literal(v) for v in values):
             return True
         if not re.search(r"\bt[jl]\.(?!where)", template):
@@ -299,54 +189,131 @@ class Body:
             not takes_bare or self.is_literal(values[0]) or not _is_normal(self.resolve(values[1]))
         )
 
-    def _position(self, statement: Position) -> None:
-        text, dims = self.index(statement.index)
-        kind = compute_type(statement.out.dtype)
-        if dims:
-            text = f"({text}).to({kind})" if " " in text else f"{text}.to({kind})"
-        else:
-            text = f"tl.full((), {text}, {kind})"
-        self.assign(statement.out, rounded(text, statement.out.dtype), dims, statement.where)
+    # --- over which dims ----------------------------------------------------------------------
 
-    def _in_bounds(self, statement: InBounds) -> None:
-        conditions, dims = self.bounds(statement.mask)
-        text = " & ".join(conditions) or "tl.full((), True, tl.int1)"
-        self.assign(statement.out, strip(text), dims, statement.where)
+    def index_dims(self, *indices: Index) -> Dims:
+        """The dims that indices vary over."""
+        dims = NO_DIMS
+        for index in indices:
+            for atom, _ in index.terms:
+                if isinstance(atom, str):
+                    dims |= self.axis_text[atom][1]
+                elif isinstance(atom, Var):
+                    dims |= self.value_dims(atom)
+                else:
+                    dims |= self.index_dims(atom.index)
+        return dims
 
-    def _store(self, statement: Store) -> None:
-        buffer = self.buffers[statement.buffer]
-        text, dims = self.index(statement.index)
+    def value_dims(self, *args: Operand) -> Dims:
+        """The dims that operands vary over."""
+        found = [self.resolve(arg) for arg in args]
+        return NO_DIMS.union(*(self._defined(v)[1] for v in found if isinstance(v, Var)))
+
+    def load_dims(self, s: Load) -> Dims:
+        """The dims that a load varies over."""
+        return self.index_dims(s.index, *(bound.index for bound in s.mask))
+
+    def _dims(self, s: Load | Compute | Position | InBounds) -> Dims:
+        if isinstance(s, Compute):
+            return self.value_dims(*s.args)
+        if isinstance(s, Load):
+            return self.load_dims(s)
+        if isinstance(s, Position):
+            return self.index_dims(s.index)
+        return self.index_dims(*(bound.index for bound in s.mask))
+
+    # --- statements ---------------------------------------------------------------------------
+
+    def emit(self, statements: Iterable[Statement]) -> list[Reduce]:
+        """Print statements in order; reductions are left to the caller, who knows the loop."""
+        reductions = []
+        for s in statements:
+            if isinstance(s, Reduce):
+                reductions.append(s)
+            else:
+                self.lines += self.lines_of(s)
+        return reductions
+
+    def assign(
+        self, s: Load | Compute | Position | InBounds, text: str, key: tuple = ()
+    ) -> list[Line]:
+        """`out = text`, unless the same thing has a name already."""
+        dims = self._dims(s)
+        if text.isidentifier():
+            self.define(s.out, dims, text)
+            return []
+        key = key or (text,)
+        if self._reuse(s.out, key):
+            return []
+        self._known[key] = (self.define(s.out, dims), dims)
+        return [Line(f"{s.out!r} = {text}", s.where)]
+
+    def _reuse(self, out: Var, key: tuple) -> bool:
+        """Whether the same thing was printed before, which is then `out` too."""
+        if key not in self._known:
+            return False
+        name, dims = self._known[key]
+        self.define(out, dims, name)
+        return True
+
+    def load_text(self, s: Load, zero_outside: bool = False) -> tuple[list[Line], str]:
+        """The lines before a load, and the load in its memory type; zero where the mask, or the
+        tile with `zero_outside`, ends."""
+        index, dims = self.index(s.index), self.load_dims(s)
+        conditions = self.conditions(s.mask)
+        pointer = s.buffer if index == "0" else f"{s.buffer} + {index}"
+        if dims != self.index_dims(s.index):
+            pointer = f"tl.broadcast_to({pointer}, {self.shape(dims)})"
+        masks = [mask] if (mask := self.mask(dims)) else []
+        before = []
+        if conditions:
+            name = f"{s.out!r}_in"
+            before.append(Line(f"{name} = {strip(' & '.join(conditions))}"))
+            masks.append(name)
+        options = f", mask={' & '.join(masks)}" if masks else ""
+        other = ", other=0" if options and (s.mask or zero_outside) else ""
+        return before, f"tl.load({pointer}{options}{other})"
+
+    def load(self, s: Load) -> list[Line]:
+        key = ("load", s.buffer, self.index(s.index), self.conditions(s.mask))
+        if self._reuse(s.out, key):
+            return []
+        before, text = self.load_text(s)
+        if s.out.dtype.narrow:
+            text += ".to(tl.float32)"
+        return [*before, *self.assign(s, text, key)]
+
+    def compute(self, s: Compute) -> list[Line]:
+        if s.op.name in ("full", "alias") and self.is_literal(s.args[0]):
+            value = np.asarray(self.resolve(s.args[0]))
+            self._literals[s.out.id] = round_to(value, s.out.dtype).item()
+            return []
+        return super().compute(s)
+
+    def store(self, s: Store) -> list[Line]:
+        dtype, text = self.buffers[s.buffer], self.index(s.index)
         everything = frozenset(self.dims)
-        pointer = buffer.name if text == "0" else f"{buffer.name} + {text}"
-        if dims != everything:
+        pointer = s.buffer if text == "0" else f"{s.buffer} + {text}"
+        if self.index_dims(s.index) != everything:
             pointer = f"tl.broadcast_to({pointer}, {self.shape(everything)})"
-        value, _ = self.operand(statement.value, buffer.dtype, typed=buffer.dtype is f64)
+        value = self.operand(s.value, dtype, typed=dtype is f64)
         mask = self.mask(everything)
         options = f", mask={mask}" if mask else ""
-        self.lines.append(Line(f"tl.store({pointer}, {value}{options})", statement.where))
         self._known = {
-            key: known for key, known in self._known.items() if key[:2] != ("load", buffer.name)
+            key: known for key, known in self._known.items() if key[:2] != ("load", s.buffer)
         }
+        return [Line(f"tl.store({pointer}, {value}{options})", s.where)]
 
     # --- reductions ---------------------------------------------------------------------------
 
     def reduced_value(self, reduce: Reduce, over: Dims) -> str:
         """The value to reduce, with neutral elements where the tile ends in the dims `over`."""
         fold = fold_of(reduce)
-        value, _ = self.operand(reduce.value, reduce.out.dtype, typed=True)
+        value = self.operand(reduce.value, reduce.out.dtype, typed=True)
         if fold.type != compute_type(reduce.out.dtype):
             value = f"{value}.to({fold.type})"
         mask = self.mask(over)
         return f"tl.where({mask}, {value}, {fold.neutral})" if mask else value
-
-
-_EMIT = {
-    Load: Body._load,
-    Compute: Body._compute,
-    Position: Body._position,
-    InBounds: Body._in_bounds,
-    Store: Body._store,
-}
 
 
 def _may_be_negative(index: Index) -> bool:
@@ -367,24 +334,13 @@ def _is_normal(value: Operand) -> bool:
     return not math.isfinite(number) or number == 0.0 or 2.0**-126 <= number < 2.0**128
 
 
-def all_statements(kernel: Kernel) -> Iterable[Statement]:
-    """Every statement of a kernel, prologues included."""
-    for stage in kernel.stages:
-        if stage.dot is not None:
-            yield from stage.dot.a
-            yield from stage.dot.b
-        yield from stage.body
-
-
 def scalar_types(kernel: Kernel) -> dict[str, Counter]:
     """The Triton types that each runtime scalar is used in."""
     found: dict[str, Counter] = {name: Counter() for name in kernel.scalars}
     stored = {b.name: b.dtype for b in kernel.buffers}
     for statement in all_statements(kernel):
         if isinstance(statement, Compute):
-            values = statement.args[1:] if statement.op.name == "where" else statement.args
-            vars_ = [a.dtype for a in values if isinstance(a, Var)]
-            dtype = vars_[0] if vars_ else statement.out.dtype
+            values, dtype = values_of(statement), operand_dtype(statement)
         elif isinstance(statement, Store):
             values, dtype = (statement.value,), stored[statement.buffer]
         elif isinstance(statement, Reduce):

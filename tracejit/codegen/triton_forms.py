@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
-from tracejit.codegen.triton_text import Dim, Line, fold_of, indent
+from tracejit.codegen.triton_text import TRITON, Dim, fold_of
 from tracejit.errors import InvalidGraph
 from tracejit.schedule.kernel import Kernel, Reduce, Stage
 
@@ -95,7 +96,7 @@ def reduce(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
         *body.scalar_lines(),
         *starts,
         Line("for step in range(STEPS):"),
-        *indent(loop),
+        *TRITON.indent(loop),
         *last,
     ]
     return Function(tuple(lines), ("BLOCK", "PROGRAMS", "STEPS"), imports)
@@ -125,9 +126,9 @@ def _flat(
     return [
         Line(f"first = {first}"),
         Line(f"if first + BLOCK <= {dim.extent}:"),
-        *indent(printed(replace(dim, full=True), index)),
+        *TRITON.indent(printed(replace(dim, full=True), index)),
         Line("else:"),
-        *indent(printed(dim, index)),
+        *TRITON.indent(printed(dim, index)),
     ]
 
 
@@ -154,7 +155,7 @@ def last_program(
     for stage in tail:
         _without_reductions(body, stage)
     lines.append(Line(f"if is_last(workspace.to(tl.pointer_type(tl.int32)), {programs}):"))
-    lines += indent([*collects, *body.lines])
+    lines += TRITON.indent([*collects, *body.lines])
     body.lines = []
     return lines, ("is_last", "publish", *sorted({fold_of(r).collect for r in reductions}))
 
@@ -222,7 +223,7 @@ def _looped_stage(body: Body, stage: Stage) -> list[Line]:
     for r in reductions:
         body.define(r.out, frozenset("o"))
     head = Line(f"for start in range(0, {inner.extent}, BLOCK_I):")
-    return [*starts, head, *indent(loop), *ends]
+    return [*starts, head, *TRITON.indent(loop), *ends]
 
 
 def _without_reductions(body: Body, stage: Stage) -> None:

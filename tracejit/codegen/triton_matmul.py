@@ -10,17 +10,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, last_program
 from tracejit.codegen.triton_text import (
     MEMORY_TYPE,
+    TRITON,
     Dim,
-    Line,
     compute_type,
     fold_of,
-    indent,
     product,
-    render,
     rounded,
     unravel,
 )
@@ -106,7 +105,7 @@ def _load(kernel: Kernel, c: Contraction, side: str, part: str) -> str:
     result = _plain_load(body, statements, value, everywhere)
     if result is None:
         body.emit(statements)
-        text, _ = body.operand(value, c.dtype, typed=True)
+        text = body.operand(value, c.dtype, typed=True)
         zero = "0.0" if c.dtype.is_float else "0"
         result = f"tl.where({body.mask(everywhere)}, {text}, {zero})"
         if c.dtype.narrow:
@@ -124,8 +123,11 @@ def _plain_load(
     """The load of an operand that is nothing but a load over the whole tile, else None."""
     if len(statements) != 1 or not isinstance(statements[0], Load) or statements[0].out != value:
         return None
-    text, dims = body.load_text(statements[0], zero_outside=True)
-    return text if dims == everywhere else None
+    if body.load_dims(statements[0]) != everywhere:
+        return None
+    before, text = body.load_text(statements[0], zero_outside=True)
+    body.lines += before
+    return text
 
 
 def _epilogue(kernel: Kernel, c: Contraction, part: str) -> tuple[str, tuple[str, ...]]:
@@ -138,7 +140,7 @@ def _epilogue(kernel: Kernel, c: Contraction, part: str) -> tuple[str, tuple[str
     everywhere = frozenset(body.dims)
     if dtype.narrow or not dtype.is_float:
         text = rounded("acc", dtype) if dtype.narrow else f"acc.to({compute_type(dtype)})"
-        body.assign(out, text, everywhere, c.dot.where)
+        body.lines.append(Line(f"{body.define(out, everywhere)} = {text}", c.dot.where))
     else:
         body.define(out, everywhere, "acc")
     reductions = body.emit(c.stage.body)
@@ -190,5 +192,9 @@ def _function(
         for i, buffer in enumerate(body.kernel.buffers)
         if buffer.name in names
     ]
-    text = [Line("@triton.jit"), Line(head), *indent([Line(f'"""{doc}"""'), *unpack, *lines])]
-    return "\n".join(render(text))
+    text = [
+        Line("@triton.jit"),
+        Line(head),
+        *TRITON.indent([Line(f'"""{doc}"""'), *unpack, *lines]),
+    ]
+    return TRITON.render(text)

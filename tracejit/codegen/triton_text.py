@@ -1,4 +1,4 @@
-"""Words of generated Triton: types, literals, lines, tile dimensions, reductions.
+"""Words of generated Triton: types, literals, the language made of them, tiles, reductions.
 
 A `Dim` is one dimension of the tile that a program works on; it stands for one or more loop axes,
 flattened row-major.
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tracejit.codegen.language import Language, Line, strip
+from tracejit.codegen.triton_table import TEMPLATES
 from tracejit.ir.types import DType, b1
 from tracejit.schedule.kernel import Axis, Reduce, Size
 
@@ -36,7 +38,7 @@ def compute_type(dtype: DType) -> str:
 
 def rounded(text: str, dtype: DType) -> str:
     """An fp32 expression rounded to a half type, other dtypes as they are."""
-    return f"tj.round_to({text}, {MEMORY_TYPE[dtype.name]})" if dtype.narrow else text
+    return f"tj.round_to({strip(text)}, {MEMORY_TYPE[dtype.name]})" if dtype.narrow else text
 
 
 def literal(value: object, dtype: DType, typed: bool) -> str:
@@ -53,26 +55,17 @@ def literal(value: object, dtype: DType, typed: bool) -> str:
     return f"tl.full((), {text}, {compute_type(dtype)})" if typed else text
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of generated code, and the user's line that it comes from."""
-
-    text: str
-    where: str = ""
-
-    def indented(self) -> Line:
-        return Line("    " + self.text if self.text else "", self.where)
-
-
-def indent(lines: Iterable[Line]) -> list[Line]:
-    """Lines one block deeper."""
-    return [line.indented() for line in lines]
-
-
-def render(lines: Sequence[Line]) -> list[str]:
-    """Text of lines, the user's lines as aligned trailing comments."""
-    width = min(max((len(line.text) for line in lines if line.where), default=0), 72)
-    return [f"{line.text:<{width}}  # {line.where}" if line.where else line.text for line in lines]
+TRITON = Language(
+    name="Triton",
+    templates=TEMPLATES,
+    type_of=compute_type,
+    literal=literal,
+    rounded=rounded,
+    true="tl.full((), True, tl.int1)",
+    margin="    ",
+    remark="#",
+    remark_column=72,
+)
 
 
 @dataclass(frozen=True)
@@ -187,15 +180,3 @@ def fold_of(reduce: Reduce) -> Fold:
         limits = np.iinfo(dtype.compute)
         neutral = str(limits.min if kind == "max" else limits.max)
     return Fold(kind, compute_type(dtype), neutral, dtype)
-
-
-def strip(text: str) -> str:
-    """Text without a pair of parentheses around all of it."""
-    if not (text.startswith("(") and text.endswith(")")):
-        return text
-    depth = 0
-    for position, char in enumerate(text):
-        depth += (char == "(") - (char == ")")
-        if depth == 0 and position < len(text) - 1:
-            return text
-    return text[1:-1]

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 from tracejit.ir.graph import Arg, Node, Value
-from tracejit.ir.ops import host
-
-_OPERATORS = {
-    "host_add": "+",
-    "host_sub": "-",
-    "host_mul": "*",
-    "host_div": "/",
-    "host_floordiv": "//",
-    "host_mod": "%",
-    "host_pow": "**",
-}
-_FUNCTIONS = {"host_abs": "abs", "host_f16": "round_f16", "host_bf16": "round_bf16"}
+from tracejit.ir.ops import Op, host
 
 
 def host_names() -> dict[str, object]:
@@ -27,6 +17,13 @@ def host_names() -> dict[str, object]:
     """
     names = {name: getattr(host, name) for name in ("round_f16", "round_bf16")}
     return names | {"f32": ctypes.c_float()}
+
+
+@cache
+def arithmetic(op: Op) -> Callable:
+    """The function of Python's floats that `op.host` writes."""
+    parameters = ["x", "z"][: len(op.vjp)]
+    return eval(f"lambda {', '.join(parameters)}: {op.host.format(*parameters)}", host_names())
 
 
 class HostCode:
@@ -55,26 +52,19 @@ class HostCode:
         found = dict(names)
         for node in nodes:
             if node.out in needed and node.out not in names:
-                found[node.out] = self._node(node.op.name, [_text(a, found) for a in node.args])
+                found[node.out] = self._node(node.op, [_text(a, found) for a in node.args])
         return [_text(a, found) for a in wanted]
 
-    def _node(self, op: str, args: list[str]) -> str:
+    def _node(self, op: Op, args: list[str]) -> str:
         """The local that holds the result of an operation."""
-        if op == "host_neg":
-            body = f"-{args[0]}"
-        elif op == "host_f32":
-            body = "f32.value"
-            if args[0] in self._rounded:
-                return args[0]
-        elif op in _FUNCTIONS:
-            body = f"{_FUNCTIONS[op]}({args[0]})"
-        else:
-            body = f" {_OPERATORS[op]} ".join(args)
+        if op is host.host_f32 and args[0] in self._rounded:
+            return args[0]
+        body = "f32.value" if op is host.host_f32 else op.host.format(*args)
         key = (body, args[0])
         name = self._known.get(key)
         if name is None:
             name = self._known[key] = f"h{len(self._known)}"
-            if op == "host_f32":
+            if op is host.host_f32:
                 self._rounded.add(name)
                 self.lines.append(f"f32.value = {args[0]}")
             self.lines.append(f"{name} = {body}")

@@ -11,20 +11,13 @@ import math
 import numpy as np
 
 from tracejit.ir.graph import Arg, Node, Value
-from tracejit.ir.ops import OPS
+from tracejit.ir.ops import BITS, OPS
 from tracejit.ir.types import DType, round_to
 from tracejit.passes.rewrite import Made
 
 FULL = OPS["full"]
 Literal = int | float | bool
 
-# Correctly rounded, and not left open by C (maximum(0.0, -0.0)) or refused by eager (1 // 0).
-EXACT = (
-    *("neg", "abs", "sign", "sqrt", "floor", "trunc", "not", "alias", "cast"),
-    *("add", "sub", "mul", "div", "and", "or", "xor"),
-    *("eq", "ne", "lt", "le", "gt", "ge"),
-)
-MOVEMENT = ("reshape", "permute", "expand", "slice", "flip")
 EXACT_INTEGERS = {"f64": 2**53, "f32": 2**24, "bf16": 2**24, "f16": 2**24}  # of the accumulator
 
 
@@ -148,11 +141,10 @@ def sum_of_constant(node: Node, made: Made) -> Node | None:
     return full_like(node, typed(value * count + 0, source.dtype))
 
 
-LITERAL_OPERANDS = tuple(
-    name
-    for name, op in OPS.items()
-    if op.family == "elementwise" and (len(op.vjp) == 2 or name == "where")
-)
+ELEMENTWISE = {name: op for name, op in OPS.items() if op.family == "elementwise"}
+EXACT = tuple(name for name, op in ELEMENTWISE.items() if op.exact is BITS)
+LITERAL_OPERANDS = tuple(n for n, op in ELEMENTWISE.items() if len(op.vjp) == 2 or n == "where")
+MOVEMENT = tuple(name for name, op in OPS.items() if op.family == "movement")
 
 FOLD = {
     **dict.fromkeys(EXACT, (fold_exact,)),

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tracejit.codegen.c_prelude import C_FLAGS
 from tracejit.errors import BackendUnavailable, TracejitError
-from tracejit.ir.ops.c_prelude import C_FLAGS
 from tracejit.runtime.cache import DiskCache, private_folder, sha256
 
 FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isqrt
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
@@ -20,9 +21,7 @@ from tracejit.ir.ops.indexing import missing
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
-CHEAP_LIMIT = 8  # operations that may be recomputed instead of loaded
-_COST = {"exp": 4, "log": 4, "tanh": 4, "sin": 4, "cos": 4, "pow": 6, "sqrt": 2, "div": 2}
-_COST |= {"expm1": 4, "log1p": 4, "erf": 6}
+CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,8 +182,9 @@ def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
 
 
 def node_cost(node: Node) -> int:
-    """The cost of an element-wise operation, that of an addition being 1."""
-    return _COST.get(node.op.name, 1)
+    """What recomputing an element-wise operation costs beside a load from memory, an addition
+    being 1. The root of the op's cost: the dearer it is, the more of it hides behind the load."""
+    return isqrt(node.op.cost)
 
 
 def _tensors(node: Node) -> list[Value]:

@@ -7,8 +7,6 @@ with its true value whose origin is recorded. Everything else depends on what th
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,22 +16,9 @@ from tracejit.capture.trace.tensor import Handle, Storage
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg, Graph, Node, Value
+from tracejit.ir.hostcode import arithmetic
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType, Type
-
-# Primitives of one element, on Python's floats. In float64, rounding once more to a narrow dtype
-# gives what the primitive gives for + - * / and the square root.
-_ARITHMETIC: dict[str, Callable] = {
-    "add": operator.add,
-    "sub": operator.sub,
-    "mul": operator.mul,
-    "div": operator.truediv,
-    "pow": operator.pow,
-    "neg": operator.neg,
-    "abs": abs,
-    "sqrt": lambda x: x**0.5,
-    **dict.fromkeys(("alias", "cast", "full", "reshape", "permute", "expand"), lambda x: x),
-}
 
 
 def is_single(kind: Type) -> bool:
@@ -70,7 +55,7 @@ def host_value(t: Trace, value: Value) -> float | None:
         node = t.producers.get(pending[-1])
         operands = () if node is None else node.inputs
         later = [v for v in operands if is_single(v.type) and v not in t.hosted]
-        if later and node.op.name in _ARITHMETIC:
+        if later and node.op.host is not None:
             pending += later
         else:
             current = pending.pop()
@@ -96,15 +81,14 @@ def _outside(t: Trace, param: Value) -> float | None:
 
 
 def _computed(t: Trace, node: Node) -> float | None:
-    function = _ARITHMETIC.get(node.op.name)
-    if function is None:
+    if node.op.host is None:
         return None
     operands = [host_value(t, a) if isinstance(a, Value) else float(a) for a in node.args]
     if any(x is None for x in operands):
         return None
     try:
         with t.untaped():
-            result = function(*operands)
+            result = arithmetic(node.op)(*operands)
     except (ZeroDivisionError, OverflowError):  # where tensors give inf
         return None
     return rounded(t, result, node.out.type.dtype) if isinstance(result, float) else None

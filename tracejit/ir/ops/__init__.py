@@ -1,13 +1,16 @@
 """All primitives, by name; importing a family registers it."""
 
 from tracejit.ir.ops import elementwise, host, indexing, movement, structured
-from tracejit.ir.ops.record import NO_GRAD, OPS, Op, Print
+from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, OPS, ULPS, Exact, Op
 
 __all__ = [
+    "BITS",
+    "EDGES",
     "NO_GRAD",
     "OPS",
+    "ULPS",
+    "Exact",
     "Op",
-    "Print",
     "elementwise",
     "host",
     "indexing",

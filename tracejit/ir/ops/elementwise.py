@@ -6,8 +6,8 @@ a tie and propagates NaN, `sign(nan)` is 0. So do integers: they wrap, x // 0 an
 raises on a CPU), shifts by the width or more shift everything out. The sign of a zero that
 `maximum` or `minimum` picks from two zeros is not fixed.
 
-A C template's result is assigned to a variable of the result's C type (int8 to int32 operands are
-promoted meanwhile), in a program of C_FLAGS; `tj_` names are functions of C_PRELUDE.
+A new primitive is an Op here, an entry in each of codegen/c_table.py and codegen/triton_table.py,
+and its samples and reference in tests/support/op_samples.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Template, require, require_tensor
+from tracejit.ir.ops.record import (
+    BITS,
+    EDGES,
+    NO_GRAD,
+    ULPS,
+    Exact,
+    Op,
+    require,
+    require_tensor,
+)
 from tracejit.ir.types import DType, Type, b1, round_to
 
 
@@ -126,172 +135,164 @@ def _eval_pow(x: np.ndarray, z: np.ndarray) -> np.ndarray:
     return np.where(np.less(z, 0), truncated, np.power(x, np.maximum(z, 0)))
 
 
-def _unary(name: str, eval, vjp, triton: Template, c: Template, kinds: str = "fiub") -> Op:
-    return Op(name, "elementwise", same(name, kinds), eval, (vjp,), triton, c)
+def _unary(
+    name: str,
+    eval,
+    vjp,
+    kinds: str = "fiub",
+    *,
+    cost: int,
+    exact: Exact,
+    rounds: bool,
+    host: str | None,
+) -> Op:
+    rules = same(name, kinds), eval, (vjp,)
+    return Op(name, "elementwise", *rules, cost=cost, exact=exact, rounds=rounds, host=host)
+
+
+def _function(name: str, eval, vjp, *, cost: int) -> Op:
+    """A transcendental function of floats."""
+    return _unary(name, eval, vjp, "f", cost=cost, exact=ULPS, rounds=True, host=None)
 
 
 def _binary(
-    name: str, eval, vjp_a, vjp_b, triton: Template, c: Template, kinds: str = "fiub"
+    name: str,
+    eval,
+    vjp_a,
+    vjp_b,
+    kinds: str = "fiub",
+    *,
+    cost: int,
+    exact: Exact,
+    rounds: bool,
+    host: str | None,
 ) -> Op:
-    return Op(name, "elementwise", same(name, kinds), eval, (vjp_a, vjp_b), triton, c)
+    rules = same(name, kinds), eval, (vjp_a, vjp_b)
+    return Op(name, "elementwise", *rules, cost=cost, exact=exact, rounds=rounds, host=host)
 
 
-def _compare(name: str, eval, sign: str) -> Op:
-    text = f"({{0}} {sign} {{1}})"
-    return Op(name, "elementwise", to_bool(name), eval, (NO_GRAD, NO_GRAD), text, text)
+def _bitwise(name: str, eval, kinds: str, exact: Exact) -> Op:
+    return _binary(
+        name, eval, NO_GRAD, NO_GRAD, kinds, cost=1, exact=exact, rounds=False, host=None
+    )
+
+
+def _compare(name: str, eval) -> Op:
+    rules = to_bool(name), eval, (NO_GRAD, NO_GRAD)
+    return Op(name, "elementwise", *rules, cost=1, exact=BITS, rounds=False, host=None)
 
 
 neg = _unary(
     "neg",
     np.negative,
     lambda b, g, y, x: b.neg(g),
-    {"f": "tj.neg({0})", "i": "-{0}"},
-    "(-{0})",
     "fiu",
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host="-{0}",
 )
 abs_ = _unary(
     "abs",
     np.abs,
     lambda b, g, y, x: b.mul(g, b.sign(x)),
-    "tl.abs({0})",
-    {"f": "fabs{f}({0})", "i": "({0} < 0 ? -{0} : {0})", "u": "{0}"},
     "fiu",
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host="abs({0})",
 )
-sign = _unary(
-    "sign",
-    _eval_sign,
-    NO_GRAD,
-    {"f": "tj.sign({0})", "b": "{0}"},
-    {"f": "(({0} > 0) - ({0} < 0))", "b": "{0}"},
-)
-exp = _unary("exp", np.exp, lambda b, g, y, x: b.mul(g, y), "tj.exp({0})", "tj_exp{f}({0})", "f")
-log = _unary("log", np.log, lambda b, g, y, x: b.div(g, x), "tj.log({0})", "tj_log{f}({0})", "f")
-expm1 = _unary(
-    "expm1",
-    np.expm1,
-    lambda b, g, y, x: b.mul(g, b.add(y, 1.0)),
-    "tj.expm1({0})",
-    "tj_expm1{f}({0})",
-    "f",
-)
-log1p = _unary(
-    "log1p",
-    np.log1p,
-    lambda b, g, y, x: b.div(g, b.add(x, 1.0)),
-    "tj.log1p({0})",
-    "tj_log1p{f}({0})",
-    "f",
-)
-erf = _unary(
+sign = _unary("sign", _eval_sign, NO_GRAD, cost=1, exact=BITS, rounds=False, host=None)
+exp = _function("exp", np.exp, lambda b, g, y, x: b.mul(g, y), cost=20)
+log = _function("log", np.log, lambda b, g, y, x: b.div(g, x), cost=20)
+expm1 = _function("expm1", np.expm1, lambda b, g, y, x: b.mul(g, b.add(y, 1.0)), cost=20)
+log1p = _function("log1p", np.log1p, lambda b, g, y, x: b.div(g, b.add(x, 1.0)), cost=20)
+erf = _function(
     "erf",
     _eval_erf,
     lambda b, g, y, x: b.mul(g, b.mul(b.exp(b.neg(b.mul(x, x))), 2 / math.sqrt(math.pi))),
-    "tj.erf({0})",
-    "tj_erf{f}({0})",
-    "f",
+    cost=40,
 )
 sqrt = _unary(
     "sqrt",
     np.sqrt,
     lambda b, g, y, x: b.div(g, b.mul(y, 2.0)),
-    "tj.sqrt({0})",
-    "sqrt{f}({0})",
     "f",
+    cost=6,
+    exact=BITS,
+    rounds=True,
+    host="{0} ** 0.5",
 )
-tanh = _unary(
-    "tanh",
-    np.tanh,
-    lambda b, g, y, x: b.mul(g, b.sub(1.0, b.mul(y, y))),
-    "tj.tanh({0})",
-    "tj_tanh{f}({0})",
-    "f",
-)
-sin = _unary(
-    "sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), "tj.sin({0})", "tj_sin{f}({0})", "f"
-)
-cos = _unary(
-    "cos",
-    np.cos,
-    lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))),
-    "tj.cos({0})",
-    "tj_cos{f}({0})",
-    "f",
-)
-floor = _unary("floor", np.floor, NO_GRAD, "tl.floor({0})", "floor{f}({0})", "f")
-trunc = _unary(
-    "trunc",
-    np.trunc,
-    NO_GRAD,
-    "tl.where({0} < 0, tl.ceil({0}), tl.floor({0}))",
-    "trunc{f}({0})",
-    "f",
-)
-not_ = _unary(
-    "not",
-    np.invert,
-    NO_GRAD,
-    {"i": "~{0}", "u": "({0} ^ 255)"},
-    {"i": "(~{0})", "b": "(!{0})"},
-    "iub",
-)
+tanh = _function("tanh", np.tanh, lambda b, g, y, x: b.mul(g, b.sub(1.0, b.mul(y, y))), cost=24)
+sin = _function("sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), cost=24)
+cos = _function("cos", np.cos, lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))), cost=24)
+floor = _unary("floor", np.floor, NO_GRAD, "f", cost=1, exact=BITS, rounds=False, host=None)
+trunc = _unary("trunc", np.trunc, NO_GRAD, "f", cost=1, exact=BITS, rounds=False, host=None)
+not_ = _unary("not", np.invert, NO_GRAD, "iub", cost=1, exact=BITS, rounds=False, host=None)
 
 add = _binary(
     "add",
     np.add,
     lambda b, g, y, x, z: g,
     lambda b, g, y, x, z: g,
-    {"f": "({0} + {1})", "b": "({0} | {1})"},
-    {"f": "({0} + {1})", "b": "({0} | {1})"},
+    cost=1,
+    exact=BITS,
+    rounds=True,
+    host="{0} + {1}",
 )
 sub = _binary(
     "sub",
     np.subtract,
     lambda b, g, y, x, z: g,
     lambda b, g, y, x, z: b.neg(g),
-    "({0} - {1})",
-    "({0} - {1})",
     "fiu",
+    cost=1,
+    exact=BITS,
+    rounds=True,
+    host="{0} - {1}",
 )
 mul = _binary(
     "mul",
     np.multiply,
     lambda b, g, y, x, z: b.mul(g, z),
     lambda b, g, y, x, z: b.mul(g, x),
-    {"f": "({0} * {1})", "b": "({0} & {1})"},
-    {"f": "({0} * {1})", "b": "({0} & {1})"},
+    cost=1,
+    exact=BITS,
+    rounds=True,
+    host="{0} * {1}",
 )
 div = _binary(
     "div",
     np.divide,
     lambda b, g, y, x, z: b.div(g, z),
     lambda b, g, y, x, z: b.neg(b.mul(g, b.div(b.div(x, z), z))),  # y may be written to
-    "tj.div({0}, {1})",
-    "({0} / {1})",
     "f",
+    cost=6,
+    exact=BITS,
+    rounds=True,
+    host="{0} / {1}",
 )
 floordiv = _binary(
     "floordiv",
     np.floor_divide,
     NO_GRAD,
     NO_GRAD,
-    "tj.floor_div({0}, {1})",
-    {
-        "f": "tj_floordiv{f}({0}, {1})",
-        "i": "tj_floordiv_int({0}, {1})",
-    },
     "fiu",
+    cost=40,
+    exact=EDGES,
+    rounds=True,
+    host=None,
 )
 mod = _binary(
     "mod",
     _eval_mod,
     lambda b, g, y, x, z: g,
     lambda b, g, y, x, z: b.neg(b.mul(g, b.floordiv(x, z))),
-    "tj.remainder({0}, {1})",
-    {
-        "f": "tj_mod{f}({0}, {1})",
-        "i": "tj_mod_int({0}, {1})",
-    },
     "fiu",
+    cost=40,
+    exact=EDGES,
+    rounds=True,
+    host=None,
 )
 
 
@@ -331,9 +332,11 @@ pow_ = _binary(
     _eval_pow,
     _pow_base,
     _pow_exponent,
-    {"f": "tj.pow({0}, {1})", "i": "tj.pow_int({0}, {1})"},
-    {"f": "tj_pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
     "fiu",
+    cost=40,
+    exact=ULPS,
+    rounds=True,
+    host="{0} ** {1}",
 )
 
 
@@ -355,34 +358,34 @@ maximum = _binary(
     "maximum",
     np.maximum,
     *_share("lt"),
-    {"f": "tj.maximum({0}, {1})", "i": "tl.maximum({0}, {1})", "b": "({0} | {1})"},
-    "(({0} > {1}) | ({0} != {0}) ? {0} : {1})",
+    cost=1,
+    exact=EDGES,
+    rounds=False,
+    host=None,
 )
 minimum = _binary(
     "minimum",
     np.minimum,
     *_share("gt"),
-    {"f": "tj.minimum({0}, {1})", "i": "tl.minimum({0}, {1})", "b": "({0} & {1})"},
-    "(({0} < {1}) | ({0} != {0}) ? {0} : {1})",
+    cost=1,
+    exact=EDGES,
+    rounds=False,
+    host=None,
 )
 
 
-def _bitwise(name: str, eval, triton: Template, c: Template, kinds: str) -> Op:
-    return _binary(name, eval, NO_GRAD, NO_GRAD, triton, c, kinds)
+and_ = _bitwise("and", np.bitwise_and, "iub", BITS)
+or_ = _bitwise("or", np.bitwise_or, "iub", BITS)
+xor = _bitwise("xor", np.bitwise_xor, "iub", BITS)
+shl = _bitwise("shl", np.left_shift, "iu", EDGES)
+shr = _bitwise("shr", np.right_shift, "iu", EDGES)
 
-
-and_ = _bitwise("and", np.bitwise_and, "({0} & {1})", "({0} & {1})", "iub")
-or_ = _bitwise("or", np.bitwise_or, "({0} | {1})", "({0} | {1})", "iub")
-xor = _bitwise("xor", np.bitwise_xor, "({0} ^ {1})", "({0} ^ {1})", "iub")
-shl = _bitwise("shl", np.left_shift, "({0} << {1})", "tj_shl({0}, {1})", "iu")
-shr = _bitwise("shr", np.right_shift, "({0} >> {1})", "tj_shr({0}, {1})", "iu")
-
-eq = _compare("eq", np.equal, "==")
-ne = _compare("ne", np.not_equal, "!=")
-lt = _compare("lt", np.less, "<")
-le = _compare("le", np.less_equal, "<=")
-gt = _compare("gt", np.greater, ">")
-ge = _compare("ge", np.greater_equal, ">=")
+eq = _compare("eq", np.equal)
+ne = _compare("ne", np.not_equal)
+lt = _compare("lt", np.less)
+le = _compare("le", np.less_equal)
+gt = _compare("gt", np.greater)
+ge = _compare("ge", np.greater_equal)
 
 where = Op(
     "where",
@@ -394,8 +397,10 @@ where = Op(
         lambda b, g, y, c, x, z: b.where(c, g, 0.0),
         lambda b, g, y, c, x, z: b.where(c, 0.0, g),
     ),
-    "tl.where({0}, {1}, {2})",
-    "({0} ? {1} : {2})",
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host=None,
 )
 
 
@@ -409,8 +414,10 @@ cast = Op(
     _infer_cast,
     _eval_cast,
     (_vjp_cast,),
-    "{0}.to({T})",
-    {"f": "(({T}){0})", "b": "(({T}){0})"},
+    cost=1,
+    exact=BITS,
+    rounds=True,
+    host="{0}",
 )
 
 
@@ -418,9 +425,4 @@ def _vjp_alias(b, g, y, x):
     return g
 
 
-alias = Op("alias", "elementwise", same("alias", "fiub"), lambda x: x, (_vjp_alias,), "{0}", "{0}")
-
-# Their results are representable when their operands are: printers round nothing afterwards.
-UNROUNDED = frozenset(
-    {"neg", "abs", "sign", "floor", "trunc", "where", "maximum", "minimum", "alias"}
-)
+alias = _unary("alias", lambda x: x, _vjp_alias, cost=1, exact=BITS, rounds=False, host="{0}")

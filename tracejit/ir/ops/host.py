@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Print, require
+from tracejit.ir.ops.record import BITS, NO_GRAD, ULPS, Exact, Op, require
 from tracejit.ir.types import HOST_SCALAR, Type, bf16, f16, round_to
 
 
@@ -18,19 +18,30 @@ def _infer_host(*operands: Type) -> Type:
     return HOST_SCALAR
 
 
-def _host(name: str, eval: Callable, arity: int) -> Op:
-    return Op(name, "host", _infer_host, eval, (NO_GRAD,) * arity, Print.HOST, Print.HOST)
+def _host(name: str, eval: Callable, host: str, exact: Exact = BITS) -> Op:
+    arity = 2 if "{1}" in host else 1
+    return Op(
+        name,
+        "host",
+        _infer_host,
+        eval,
+        (NO_GRAD,) * arity,
+        cost=0,
+        exact=exact,
+        rounds=False,
+        host=host,
+    )
 
 
-host_add = _host("host_add", operator.add, 2)
-host_sub = _host("host_sub", operator.sub, 2)
-host_mul = _host("host_mul", operator.mul, 2)
-host_div = _host("host_div", operator.truediv, 2)
-host_floordiv = _host("host_floordiv", operator.floordiv, 2)
-host_mod = _host("host_mod", operator.mod, 2)
-host_pow = _host("host_pow", operator.pow, 2)
-host_neg = _host("host_neg", operator.neg, 1)
-host_abs = _host("host_abs", abs, 1)
+host_add = _host("host_add", operator.add, "{0} + {1}")
+host_sub = _host("host_sub", operator.sub, "{0} - {1}")
+host_mul = _host("host_mul", operator.mul, "{0} * {1}")
+host_div = _host("host_div", operator.truediv, "{0} / {1}")
+host_floordiv = _host("host_floordiv", operator.floordiv, "{0} // {1}")
+host_mod = _host("host_mod", operator.mod, "{0} % {1}")
+host_pow = _host("host_pow", operator.pow, "{0} ** {1}", ULPS)
+host_neg = _host("host_neg", operator.neg, "-{0}")
+host_abs = _host("host_abs", abs, "abs({0})")
 
 
 def round_f32(x: float) -> float:
@@ -48,6 +59,6 @@ def round_bf16(x: float) -> float:
     return float(round_to(np.float64(x), bf16))
 
 
-host_f32 = _host("host_f32", round_f32, 1)
-host_f16 = _host("host_f16", round_f16, 1)
-host_bf16 = _host("host_bf16", round_bf16, 1)
+host_f32 = _host("host_f32", round_f32, "round_f32({0})")
+host_f16 = _host("host_f16", round_f16, "round_f16({0})")
+host_bf16 = _host("host_bf16", round_bf16, "round_bf16({0})")

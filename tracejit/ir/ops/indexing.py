@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Print, require, require_tensor
+from tracejit.ir.ops.record import BITS, NO_GRAD, Op, require, require_tensor
 from tracejit.ir.types import DType, Type, i64
 
 
@@ -62,6 +62,8 @@ gather = Op(
     _infer_gather,
     _eval_gather,
     (_vjp_gather, NO_GRAD),
-    Print.INDEX,
-    Print.INDEX,
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host=None,
 )

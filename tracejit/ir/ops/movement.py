@@ -6,14 +6,14 @@ import math
 
 import numpy as np
 
-from tracejit.ir.ops.record import Op, Print, require, require_tensor
+from tracejit.ir.ops.record import BITS, Op, require, require_tensor
 from tracejit.ir.types import Type
 
 Ints = tuple[int, ...]
 
 
-def _movement(name: str, infer, eval, vjp) -> Op:
-    return Op(name, "movement", infer, eval, (vjp,), Print.INDEX, Print.INDEX)
+def _movement(name: str, infer, eval, vjp, host: str | None) -> Op:
+    return Op(name, "movement", infer, eval, (vjp,), cost=0, exact=BITS, rounds=False, host=host)
 
 
 def _ranks(name: str, x: Type, *rows: Ints) -> None:
@@ -115,26 +115,34 @@ reshape = _movement(
     _infer_reshape,
     lambda x, *, shape: x.reshape(shape),
     lambda b, g, y, x, *, shape: b.reshape(g, shape=x.type.shape),
+    host="{0}",
 )
 permute = _movement(
     "permute",
     _infer_permute,
     lambda x, *, axes: x.transpose(axes),
     lambda b, g, y, x, *, axes: b.permute(g, axes=tuple(int(a) for a in np.argsort(axes))),
+    host="{0}",
 )
 expand = _movement(
-    "expand", _infer_expand, lambda x, *, shape: np.broadcast_to(x, shape), _vjp_expand
+    "expand",
+    _infer_expand,
+    lambda x, *, shape: np.broadcast_to(x, shape),
+    _vjp_expand,
+    host="{0}",
 )
 slice_ = _movement(
     "slice",
     _infer_slice,
     lambda x, *, starts, stops, steps: x[tuple(map(slice, starts, stops, steps))],
     _vjp_slice,
+    host=None,
 )
-pad = _movement("pad", _infer_pad, _eval_pad, _vjp_pad)
+pad = _movement("pad", _infer_pad, _eval_pad, _vjp_pad, host=None)
 flip = _movement(
     "flip",
     _infer_flip,
     lambda x, *, axes: np.flip(x, axes),
     lambda b, g, y, x, *, axes: b.flip(g, axes=axes),
+    host=None,
 )

@@ -1,13 +1,19 @@
 """The record of one primitive, and the registry of all of them.
 
-A primitive is one `Op` holding every rule about it:
+A primitive is one `Op` holding every rule and every fact about it; none has a default:
 
 infer   types (and literals) in, result type out; raises InvalidGraph on a malformed use
 eval    numpy arrays in compute dtypes (and literals) in, array out; the reference semantics
 vjp     one function per argument, `(b, g, y, *args, **attrs) -> cotangent`, written in primitives
         with the builder `b`; or NO_GRAD where the derivative is zero almost everywhere
-triton  how it prints in Triton: a template over its operands, one per dtype kind, or a marker
-c       how it prints in C, likewise
+cost    of one element of the largest operand or result, in a vector loop on a CPU: an addition,
+        or a load from a cache, is 1; 0 where nothing runs on the device
+exact   whether all machines compute the same bits
+rounds  whether a result may be no number of the operands' dtype, even where they are
+host    the same on Python's floats, as an expression over {0} and {1}; None where only the device
+        computes it. It is in float64; rounding it to a narrow dtype gives what the primitive gives
+
+How a primitive prints in a language stands in the language's table beside its printer.
 """
 
 from __future__ import annotations
@@ -20,16 +26,15 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.types import Type
 
 
-class Print(Enum):
-    """How primitives without a template of their own reach generated code."""
+class Exact(Enum):
+    """Whether all machines compute the same bits."""
 
-    INDEX = "becomes an index map of the loads below it"
-    STAGE = "printed by the stage that it reduces"
-    TEMPLATE = "a hand-written kernel takes it as its core"
-    HOST = "runs on the host, as Python arithmetic"
+    BITS = "yes, IEEE arithmetic fixes them: constants are folded"
+    EDGES = "but for what C leaves open or eager refuses: the sign of a zero, x // 0, x << 64"
+    ULPS = "no, the last bits differ"
 
 
-Template = str | dict[str, str] | Print
+BITS, EDGES, ULPS = Exact
 NO_GRAD = None
 OPS: dict[str, Op] = {}
 
@@ -43,12 +48,14 @@ class Op:
     infer: Callable
     eval: Callable
     vjp: tuple[Callable | None, ...]
-    triton: Template
-    c: Template
+    cost: int
+    exact: Exact
+    rounds: bool
+    host: str | None
 
     def __post_init__(self) -> None:
-        for rule in ("infer", "eval", "vjp", "triton", "c"):
-            if getattr(self, rule) in (None, ""):
+        for rule in ("infer", "eval", "vjp", "cost", "exact", "rounds"):
+            if getattr(self, rule) is None:
                 raise InvalidGraph(reason=f"primitive {self.name} has no rule {rule!r}")
         if self.name in OPS:
             raise InvalidGraph(reason=f"primitive {self.name} is registered twice")
@@ -70,16 +77,6 @@ class Op:
             return self.infer(*operands, **attrs)
         except TypeError as error:
             raise InvalidGraph(reason=f"{self.name} with attributes {attrs}: {error}") from error
-
-    def template(self, language: str, kind: str) -> str:
-        """The template of this op in "triton" or "c" for operands of dtype kind f, i, u or b."""
-        template = getattr(self, language)
-        if isinstance(template, dict):
-            order = (kind, "i", "f") if kind in "ub" else (kind, "f")
-            template = next((template[k] for k in order if k in template), None)
-        if not isinstance(template, str):
-            raise InvalidGraph(reason=f"{self.name} has no {language} template for kind {kind!r}")
-        return template
 
 
 def op_named(name: str) -> Op:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tracejit.ir.ops.record import NO_GRAD, Op, Print, require, require_tensor
+from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, ULPS, Exact, Op, require, require_tensor
 from tracejit.ir.types import DType, Type, b1, round_to
 
 Ints = tuple[int, ...]
@@ -43,8 +43,18 @@ def _eval_sum(x: np.ndarray, *, axes: Ints) -> np.ndarray:
     return np.sum(x, axis=axes, dtype=wide)
 
 
-def _reduce(name: str, infer, eval, vjp) -> Op:
-    return Op(name, "reduce", infer, eval, (vjp,), Print.STAGE, Print.STAGE)
+def _reduce(name: str, infer, eval, vjp, exact: Exact) -> Op:
+    return Op(
+        name,
+        "reduce",
+        infer,
+        eval,
+        (vjp,),
+        cost=1,
+        exact=exact,
+        rounds=exact is ULPS,
+        host=None,
+    )
 
 
 reduce_sum = _reduce(
@@ -52,12 +62,13 @@ reduce_sum = _reduce(
     _infer_reduce,
     _eval_sum,
     lambda b, g, y, x, *, axes: _spread(b, g, x, axes),
+    ULPS,
 )
 reduce_max = _reduce(
-    "reduce_max", _infer_extremum, lambda x, *, axes: np.max(x, axis=axes), _vjp_extremum
+    "reduce_max", _infer_extremum, lambda x, *, axes: np.max(x, axis=axes), _vjp_extremum, EDGES
 )
 reduce_min = _reduce(
-    "reduce_min", _infer_extremum, lambda x, *, axes: np.min(x, axis=axes), _vjp_extremum
+    "reduce_min", _infer_extremum, lambda x, *, axes: np.min(x, axis=axes), _vjp_extremum, EDGES
 )
 
 
@@ -89,8 +100,10 @@ matmul = Op(
         lambda b, g, y, x, z: b.matmul(g, _t(b, z)),
         lambda b, g, y, x, z: b.matmul(_t(b, x), g),
     ),
-    Print.TEMPLATE,
-    Print.TEMPLATE,
+    cost=1,
+    exact=ULPS,
+    rounds=True,
+    host=None,
 )
 
 
@@ -105,7 +118,17 @@ def _eval_full(value: float, *, shape: Ints, dtype: DType, device: str) -> np.nd
     return np.full(shape, round_to(np.asarray(value), dtype), dtype.compute)
 
 
-full = Op("full", "source", _infer_full, _eval_full, (NO_GRAD,), "{0}", "{0}")
+full = Op(
+    "full",
+    "source",
+    _infer_full,
+    _eval_full,
+    (NO_GRAD,),
+    cost=1,
+    exact=BITS,
+    rounds=True,
+    host="{0}",
+)
 
 
 def _infer_iota(*, axis: int, shape: Ints, dtype: DType, device: str) -> Type:
@@ -119,4 +142,4 @@ def _eval_iota(*, axis: int, shape: Ints, dtype: DType, device: str) -> np.ndarr
     return round_to(np.broadcast_to(row, shape), dtype)
 
 
-iota = Op("iota", "source", _infer_iota, _eval_iota, (), Print.INDEX, Print.INDEX)
+iota = Op("iota", "source", _infer_iota, _eval_iota, (), cost=1, exact=BITS, rounds=True, host=None)

@@ -35,10 +35,7 @@ from tracejit.schedule.kernel import (
 KEPT_BYTES = 64 << 10  # of local buffers: small beside the second cache, and on every stack
 CANDIDATES = 16  # values that are tried, the dearest first
 
-# Cost of an operation, a load or an addition being 1.
-_COST = {"div": 6, "sqrt": 6, "exp": 20, "log": 40, "expm1": 40, "log1p": 40}
-_COST |= {"tanh": 50, "erf": 80, "sin": 80, "cos": 80, "pow": 120, "mod": 40, "floordiv": 40}
-_STORE, _LOAD = 2, 1
+_STORE, _LOAD = 2, 1  # in units of Op.cost
 _WORTH = 6  # the cost from which on a value is a candidate
 
 
@@ -106,7 +103,7 @@ class _Row:
                     continue
                 operands = tuple(dict.fromkeys(self.number_of[v.id] for v in variables(s)))
                 self.varies[number] = self._walks(s) or any(self.varies[o] for o in operands)
-                cost = _COST.get(s.op.name, 1) if isinstance(s, Compute) else 1
+                cost = s.op.cost if isinstance(s, Compute) else 1
                 seen[number] = _Seen(s, operands, cost if self.varies[number] else 0)
                 self.first.setdefault(number, position)
             self.stages.append(seen)

@@ -1,0 +1,49 @@
+"""How each element-wise primitive prints in C; `tj_` names are functions of C_PRELUDE.
+
+A template is one text, or one per dtype kind of the operands: unsigned integers and bools without
+one of their own take that of integers, these that of floats. {T} is the result's type, {f} the
+suffix of float32 functions. The text is assigned to a variable of the result's C type (int8 to
+int32 operands are promoted meanwhile), in a program of C_FLAGS.
+"""
+
+TEMPLATES = {
+    "neg": "(-{0})",
+    "abs": {"f": "fabs{f}({0})", "i": "({0} < 0 ? -{0} : {0})", "u": "{0}"},
+    "sign": {"f": "(({0} > 0) - ({0} < 0))", "b": "{0}"},
+    "exp": "tj_exp{f}({0})",
+    "log": "tj_log{f}({0})",
+    "expm1": "tj_expm1{f}({0})",
+    "log1p": "tj_log1p{f}({0})",
+    "erf": "tj_erf{f}({0})",
+    "sqrt": "sqrt{f}({0})",
+    "tanh": "tj_tanh{f}({0})",
+    "sin": "tj_sin{f}({0})",
+    "cos": "tj_cos{f}({0})",
+    "floor": "floor{f}({0})",
+    "trunc": "trunc{f}({0})",
+    "not": {"i": "(~{0})", "b": "(!{0})"},
+    "add": {"f": "({0} + {1})", "b": "({0} | {1})"},
+    "sub": "({0} - {1})",
+    "mul": {"f": "({0} * {1})", "b": "({0} & {1})"},
+    "div": "({0} / {1})",
+    "floordiv": {"f": "tj_floordiv{f}({0}, {1})", "i": "tj_floordiv_int({0}, {1})"},
+    "mod": {"f": "tj_mod{f}({0}, {1})", "i": "tj_mod_int({0}, {1})"},
+    "pow": {"f": "tj_pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
+    "maximum": "(({0} > {1}) | ({0} != {0}) ? {0} : {1})",
+    "minimum": "(({0} < {1}) | ({0} != {0}) ? {0} : {1})",
+    "and": "({0} & {1})",
+    "or": "({0} | {1})",
+    "xor": "({0} ^ {1})",
+    "shl": "tj_shl({0}, {1})",
+    "shr": "tj_shr({0}, {1})",
+    "eq": "({0} == {1})",
+    "ne": "({0} != {1})",
+    "lt": "({0} < {1})",
+    "le": "({0} <= {1})",
+    "gt": "({0} > {1})",
+    "ge": "({0} >= {1})",
+    "where": "({0} ? {1} : {2})",
+    "cast": {"f": "(({T}){0})", "b": "(({T}){0})"},
+    "alias": "{0}",
+    "full": "{0}",
+}
