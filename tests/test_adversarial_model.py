@@ -1,21 +1,19 @@
-"""The model, the batches and the configuration of a step, changed between calls.
+"""The model and the configuration of a step, changed between calls.
 
-As in `test_adversarial.py`, each case is compared with eager after every call.
+Each case is compared with eager after every call; see `support/worlds.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import enum
 import weakref
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from support.worlds import Case, Keywords, Trainer, X, Y, check, on_trainer, table, trainer
+from support.worlds import Case, Trainer, X, Y, check, on_trainer, table, trainer
 
 CASES: dict[str, Case] = {}
 case = table(CASES)
@@ -225,18 +223,20 @@ def optimizer_hook_added(w):
     return step
 
 
-@case("replay", changes={3: on_trainer(lambda t: t.model[0].weight.grad.mul_(5.0))})
-def gradients_accumulate_and_are_edited(w):
-    w.t = t = Trainer()
-
-    def step():
-        t.loss(X, Y).backward()
-
-    return step
+def _replace_gradient(t):
+    t.model[0].weight.grad = torch.full((6, 4), 7.0)
 
 
-@case("replay", changes={3: on_trainer(lambda t: t.model.zero_grad())}, calls=9)
-def gradients_cleared_between(w):
+@case(
+    "replay",
+    changes={
+        3: on_trainer(lambda t: t.model[0].weight.grad.mul_(5.0)),
+        5: on_trainer(_replace_gradient),
+        7: on_trainer(lambda t: t.model.zero_grad()),
+    },
+    calls=12,
+)
+def gradients_accumulate_and_are_edited_replaced_and_cleared(w):
     w.t = t = Trainer()
 
     def step():
@@ -317,107 +317,6 @@ def buffer_edited(w):
 @case("replay", changes={3: lambda w: w.m.layers.insert(0, nn.Linear(4, 4))}, calls=9)
 def module_list_inserted(w):
     return branches(w)
-
-
-# ---- batches
-
-
-def batch_of(i):
-    return torch.full((3, 4), 0.1 * i), torch.full((3, 3), 0.2 * i)
-
-
-@case("replay", args=lambda i: ({"x": batch_of(i)[0], "y": batch_of(i)[1]},))
-def dict_batches(w):
-    w.t = t = Trainer()
-
-    def step(batch):
-        return t.step(batch["x"], batch["y"])
-
-    return step
-
-
-@case("replay", args=lambda i: ({"xs": [*batch_of(i)], "n": {"k": (i // 4, "a")}},), calls=9)
-def nested_batches(w):
-    w.t = t = Trainer()
-
-    def step(batch):
-        x, y = batch["xs"]
-        return t.step(x, y) * batch["n"]["k"][0]
-
-    return step
-
-
-Batch = namedtuple("Batch", ["x", "y"])
-
-
-@dataclass
-class Example:
-    x: torch.Tensor
-    y: torch.Tensor
-    weight: float = 1.0
-    tags: list = field(default_factory=list)
-
-
-@case("replay", args=lambda i: (Batch(*batch_of(i)),))
-def namedtuple_batches(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(batch.x, batch.y)
-
-
-@case("replay", args=lambda i: (Example(*batch_of(i), tags=["a"] * (i // 4)),), calls=9)
-def dataclass_batches(w):
-    w.t = t = Trainer()
-    return lambda b: t.step(b.x, b.y) * b.weight + len(b.tags)
-
-
-class Encoding(dict):
-    def __getattr__(self, name):
-        return self[name]
-
-
-@case("replay", args=lambda i: (Encoding(x=batch_of(i)[0], y=batch_of(i)[1]),))
-def batches_of_a_dict_subclass(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(batch.x, batch["y"])
-
-
-@case("replay", args=lambda i: (OrderedDict(x=batch_of(i)[0], y=batch_of(i)[1]),))
-def ordered_dict_batches(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(*batch.values())
-
-
-def _keywords(i):
-    x, y = batch_of(i + 1)
-    found = {"a": x, "b": x * 2} if i < 4 else {"b": x, "a": x * 2}
-    return (Keywords(found),)
-
-
-@case("replay", args=_keywords, calls=9)
-def keyword_arguments_in_another_order(w):
-    return lambda **kw: torch.cat([*kw.values()]).flatten() * torch.arange(24)
-
-
-@case("replay", args=lambda i: (*batch_of(i), 2.0)[: 2 + i // 4], calls=9)
-def more_arguments(w):
-    w.t = t = Trainer()
-
-    def step(*args, **kwargs):
-        t.weight = 1.0
-        return t.step(*args[:2]) * len(args)
-
-    return step
-
-
-@case("replay", args=lambda i: (Mode.TRAIN if i < 4 else Mode.TEST,), calls=9)
-def enum_argument(w):
-    w.t = t = Trainer()
-    return lambda mode: t.step() if mode is Mode.TRAIN else t.loss(X, Y).detach()
-
-
-class Mode(enum.Enum):
-    TRAIN = 1
-    TEST = 2
 
 
 # ---- configuration

@@ -1,7 +1,7 @@
 """Modules, optimizers and user objects in a step, with everything about them changed between calls.
 
 Every case is compared with eager after every call, and the table says in which mode it ends; see
-`worlds.py`. What only plain functions and Python itself can do is in `test_adversarial_python.py`.
+`support/worlds.py`. What plain functions and Python itself can do is in test_adversarial_python.py.
 """
 
 from __future__ import annotations
