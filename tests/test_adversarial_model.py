@@ -21,49 +21,11 @@ case = table(CASES)
 # ---- the model
 
 
-@case(
-    "replay",
-    changes={3: on_trainer(lambda t: t.model.eval()), 6: on_trainer(lambda t: t.model.train())},
-    calls=10,
-)
-def eval_and_back(w):
-    class Noisy(nn.Module):
-        def forward(self, x):
-            return x * 2 if self.training else x
-
-    w.t = Trainer()
-    w.t.model.append(Noisy())
-    return w.t.step
-
-
 @case("replay", changes={3: on_trainer(lambda t: t.model[1].eval())})
 def batch_norm_frozen(w):
     w.t = Trainer()
     w.t.model[1] = nn.BatchNorm1d(6)
     return w.t.step
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model[0].weight.requires_grad_(False)),
-        6: on_trainer(lambda t: t.model[0].weight.requires_grad_(True)),
-    },
-    calls=10,
-)
-def parameter_frozen_and_back(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model.requires_grad_(False) and t.model[2].requires_grad_(True))
-    },
-    calls=9,
-)
-def backbone_frozen(w):
-    return trainer(w, momentum=0.9)
 
 
 def _fresh(layer):
@@ -90,30 +52,6 @@ def data_of_a_parameter_replaced(w):
 
 @case("replay", changes={3: on_trainer(lambda t: t.model.double().float())}, calls=9)
 def model_moved_and_back(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict()))},
-)
-def weights_loaded(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict(), assign=True))
-    },
-    calls=9,
-)
-def weights_assigned(w):
-    return trainer(w)
-
-
-@case("replay", changes={3: on_trainer(lambda t: t.model.__setitem__(1, nn.ReLU()))}, calls=9)
-def layer_swapped(w):
     return trainer(w)
 
 
@@ -299,7 +237,11 @@ def routed_through_a_module_dict(w):
     return branches(w)
 
 
-@case("replay", changes={3: lambda w: setattr(w.m, "depth", 3)}, calls=9)
+@case(
+    "replay",
+    changes={3: lambda w: setattr(w.m, "depth", 3), 6: lambda w: setattr(w.m, "depth", 1)},
+    calls=11,
+)
 def depth_attribute(w):
     return branches(w)
 

@@ -6,7 +6,6 @@ Every case is compared with eager after every call, and the table says in which 
 
 from __future__ import annotations
 
-import copy
 from types import MethodType
 
 import pytest
@@ -113,15 +112,6 @@ def optimizer_replaced(w):
 
 @case("replay", changes={4: on_trainer(lambda t: t.opt.state.clear())}, calls=9)
 def optimizer_state_cleared(w):
-    return trainer(w, momentum=0.9)
-
-
-@case(
-    "replay",
-    changes={4: on_trainer(lambda t: t.opt.load_state_dict(copy.deepcopy(t.opt.state_dict())))},
-    calls=9,
-)
-def optimizer_state_loaded(w):
     return trainer(w, momentum=0.9)
 
 

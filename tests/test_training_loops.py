@@ -35,16 +35,18 @@ class Loop:
 
 
 def alike(make: Callable[[], Loop], *, calls: int = 14, backend: str = "numpy") -> CompiledStep:
-    """Run a loop in eager and compiled; all that it shows is the same after every call."""
-    runs = []
-    for compiled in (False, True):
+    """Run a loop in eager, in rerun mode and in auto mode; all that it shows is the same after
+    every call. Returns the step of auto mode."""
+    for mode in ("eager", "rerun", "auto"):
         torch.manual_seed(0)
         random.seed(0)
         loop = make()
-        step = tracejit.compile(loop.step, backend=backend) if compiled else loop.step
-        runs.append([loop.call(i, step) for i in range(calls)])
-    for i, (theirs, ours) in enumerate(zip(*runs, strict=True)):
-        same(ours, theirs, f"call {i}")
+        if mode == "eager":
+            expected = [loop.call(i, loop.step) for i in range(calls)]
+            continue
+        step = tracejit.compile(loop.step, backend=backend, mode=mode)
+        for i, theirs in enumerate(expected):
+            same(loop.call(i, step), theirs, f"call {i}, mode {mode}")
     return step
 
 
@@ -409,34 +411,6 @@ def test_dynamic_net_in_replay_mode_is_refused():
     step = tracejit.compile(lambda: model(X).sum(), mode="replay", backend="numpy")
     with pytest.raises(tracejit.errors.ReplayNotArmed, match="random.randint"):
         step()
-
-
-def test_progressive_depth():
-    """More layers as training goes on, from an attribute."""
-
-    def make():
-        t = adam()
-        t.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-        t.opt = torch.optim.SGD(t.blocks.parameters(), lr=0.1)
-        t.depth = 1
-
-        def step():
-            h = X
-            for block in t.blocks[: t.depth]:
-                h = h + torch.tanh(block(h))
-            t.opt.zero_grad()
-            loss = h.pow(2).mean()
-            loss.backward()
-            t.opt.step()
-            return loss.detach()
-
-        def between(i):
-            t.depth = 1 + i // 5
-
-        return Loop(step, t, between)
-
-    step = alike(make, calls=15)
-    assert step.stats.replays >= 6 and step.explain_mode().startswith("replay")
 
 
 def test_a_scheduler_and_a_counter_of_the_user():
