@@ -1,4 +1,4 @@
-# Every target sets itself up: a fresh clone on a fresh machine needs only python3.11+ and make.
+# Every target sets itself up: a fresh clone on a fresh machine needs only Python 3.11 and make.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python

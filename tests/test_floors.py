@@ -16,7 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "compile": 5,
     "programs": 5,
-    "replay": 5,
+    "run": 5,
     "testing": 5,
     "report": 5,
     "support": 5,
@@ -38,7 +38,8 @@ SAME_FLOOR = {
     ("tracejit", "compile"),  # the entry points
     ("compile", "tracejit"),  # the version
     ("compile", "programs"),
-    ("compile", "replay"),
+    ("compile", "run"),
+    ("programs", "run"),
     ("__main__", "compile"),
     ("__main__", "report"),
     ("__main__", "support"),
@@ -46,6 +47,18 @@ SAME_FLOOR = {
     ("testing", "compile"),
     ("report", "compile"),
     ("tracejit", "testing"),
+}
+
+
+# The rooms of capture/: a room imports from rooms below its own.
+ROOMS = {
+    "capture": 6,  # the modules beside the rooms
+    "proof": 5,
+    "follow": 5,
+    "effects": 4,
+    "python": 3,
+    "functions": 2,
+    "trace": 1,
 }
 
 
@@ -104,6 +117,53 @@ def test_imports_point_down(module: str):
     assert not wrong, f"floor {FLOORS[here]}: {wrong}"
 
 
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    """The strongly connected components of a graph that are more than one node."""
+    reached = {}
+    for node in graph:
+        reached[node], ahead = set(), [node]
+        while ahead:
+            new = graph[ahead.pop()] - reached[node]
+            reached[node] |= new
+            ahead += new
+    rounds = {frozenset(other for other in reached[n] if n in reached[other]) for n in graph}
+    return sorted((set(r) for r in rounds if len(r) > 1), key=sorted)
+
+
+def test_circles_are_found():
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": {"d"}, "f": {"a", "e"}}
+    assert circles(graph) == [{"a", "b", "c"}, {"d", "e"}]
+
+
+def test_no_import_circle():
+    """Each file's own import lines count, late ones and those for type checkers too."""
+    graph = {
+        module: {name for _, name in imports(module, path)} & FILES.keys() - {module}
+        for module, path in FILES.items()
+    }
+    wrong = []
+    for circle in circles(graph):
+        lines = (f"{m} -> {', '.join(sorted(graph[m] & circle))}" for m in sorted(circle))
+        wrong.append("\n".join(lines))
+    assert not wrong, "import circles:\n" + "\n\n".join(wrong)
+
+
+def room(module: str) -> str:
+    """The room of a module of capture/."""
+    _, _, *rest = module.split(".")
+    return rest[0] if rest and rest[0] in ROOMS else "capture"
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if unit(m) == "capture"])
+def test_rooms_of_capture_import_downward(module: str):
+    here, wrong = room(module), []
+    for line, target in imports(module, FILES[module]):
+        there = room(target)
+        if unit(target) == "capture" and there != here and ROOMS[there] >= ROOMS[here]:
+            wrong.append(f"line {line} imports {target}")
+    assert not wrong, f"room {here}: {wrong}"
+
+
 def test_the_package_only_re_exports():
     tree = ast.parse(FILES["tracejit"].read_text())
     allowed = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr)
@@ -140,6 +200,13 @@ def test_what_tests_share_is_in_the_support_package(path: Path):
     assert not {name for name in found if name.rpartition(".")[2] in here}
 
 
-@pytest.mark.parametrize("module", FILES)
+MOST_LINES = 500
+LONG_FILES_LEFT = {  # TO EMPTY: files that are still to be split
+    "tracejit.capture.functions.arithmetic",
+    "tracejit.capture.functions.loss",
+}
+
+
+@pytest.mark.parametrize("module", sorted(FILES.keys() - LONG_FILES_LEFT))
 def test_no_file_is_too_long(module: str):
-    assert len(FILES[module].read_text().splitlines()) <= 600
+    assert len(FILES[module].read_text().splitlines()) <= MOST_LINES

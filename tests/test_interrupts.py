@@ -75,7 +75,7 @@ def test_a_signal_handler_may_call_the_step_that_it_interrupts():
     for _ in range(5):
         compiled(torch.ones(4))
     assert compiled.stats.replays >= 2, compiled.explain_mode()
-    inner = compiled._replays[0].run.__globals__
+    inner = compiled._replays[0].run.function.__globals__
     pack, inside = inner["pack"], []
 
     def packed(*words: object) -> bytes:
@@ -106,7 +106,7 @@ def interrupted_at(line: int):
         return in_replay
 
     def trace(frame, event, arg):
-        return in_replay if frame.f_code.co_filename == "<tracejit replay>" else None
+        return in_replay if frame.f_code.co_filename == "<tracejit run>" else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -116,30 +116,31 @@ def interrupted_at(line: int):
         sys.settrace(before)
 
 
-def test_interrupt_while_writing_is_deferred(monkeypatch):
+def test_interrupt_while_writing_is_deferred():
     """Ctrl-C during the plan: the step goes to its end, then KeyboardInterrupt is raised."""
     w = torch.zeros(3)
 
     def step():
         w.add_(1.0)
 
-    compiled = tracejit.compile(step)
+    compiled = tracejit.compile(step, backend="numpy")
     compiled()
-    program = compiled._programs.kept[0].program
-    inner = program.loaded
+    (made,) = compiled._programs.kept[0].runs.values()
+    names = made.function.__globals__
+    inner = names["loaded"]
 
     def interrupted(*args):
         _thread.interrupt_main()
         inner(*args)
 
-    program.loaded = interrupted
+    names["loaded"] = interrupted
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored
     try:
         with pytest.raises(KeyboardInterrupt):
             compiled()
     finally:
         signal.signal(signal.SIGINT, before)
-    program.loaded = inner
+    names["loaded"] = inner
     assert torch.equal(w, torch.full((3,), 2.0))
     compiled()
     assert torch.equal(w, torch.full((3,), 3.0))

@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.oracle import call, captured_of
-from tracejit.capture.effects.captured import Constant
+from support.oracle import call, captured_of, traced
+from tracejit.capture.effects.effects import Given
 from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.ir.hostcode import host_function
@@ -48,7 +48,7 @@ def same(a: object, b: object) -> bool:
 
 def all_on_host(captured, values: list[float]) -> list[float]:
     """The host results of a trace for other values of its runtime scalars."""
-    host = host_function(captured.host_nodes, captured.scalar_values, captured.host_results)
+    host = host_function(captured.host_nodes, captured.scalars, captured.effects.host)
     return host(values)
 
 
@@ -236,8 +236,8 @@ def test_floats_of_closures_globals_and_defaults():
     def step(x, momentum=0.9, *, eps=1e-3):
         return x * lr + momentum * GLOBAL + eps
 
-    captured = captured_of(step, torch.ones(2))
-    assert sorted(captured.scalars) == sorted([0.5, 0.9, 1e-3, GLOBAL])
+    _, made = traced(step, torch.ones(2))
+    assert sorted(made.scalars) == sorted([0.5, 0.9, 1e-3, GLOBAL])
     torch.testing.assert_close(call(step, torch.ones(2)), step(torch.ones(2)))
 
 
@@ -359,7 +359,11 @@ def test_items(name, dtype):
 )
 def test_decisions_on_items_are_predicates(step, outcome):
     captured = captured_of(step, torch.tensor(1.5))
-    assert captured.tree == Constant(outcome) and len(captured.predicates) == 1
+    assert (
+        captured.effects.returned == Given(0)
+        and captured.given == (outcome,)
+        and len(captured.predicates) == 1
+    )
 
 
 def test_items_of_what_the_plan_computes_are_refused():
@@ -378,7 +382,9 @@ def test_a_number_read_after_a_write_is_written_by_the_host():
         return total.item(), x.sum()
 
     captured = captured_of(step, torch.ones(2))
-    assert len(captured.host_writes) == 2 and len(captured.graph.writes) == 1  # the plan's: x
+    assert (
+        len(captured.effects.host_writes) == 2 and len(captured.graph.writes) == 1
+    )  # the plan's: x
     x = torch.ones(2)
     assert call(step, x)[0] == 3.0 and count.item() == 4.0 and total.item() == 3.0
     assert call(step, x)[0] == 5.5 and x.tolist() == [16.5, 16.5]

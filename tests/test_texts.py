@@ -54,7 +54,7 @@ def test_programs(name):
     step, _ = PROGRAMS[name].make(**PROGRAMS[name].small)
     captured = captured_of(step)
     check(captured.graph)
-    for node in captured.outside:
+    for node in captured.effects.outside:
         check(node.graph)
     compiled = tracejit.compile(step)
     for _ in range(CALLS):

@@ -1,19 +1,18 @@
 """`tracejit.compile`: the driver of calls.
 
-    step(*args) → capture → a program (`programs.py`) → run and commit → replay (`replay.py`)
+    step(*args) → capture → a program (`programs.py`) → what a call does (`run.py`)
 
-A call first looks for an armed replay whose guard accepts it; else it reruns the Python under the
-tracer, finds or builds the program for the captured graph, runs it, and commits the effects.
+A call first looks for an armed replay whose guard accepts it; else it runs the Python under the
+tracer and finds or builds the program for the captured graph. Either way one generated function
+runs the plan and commits the effects.
 """
 
 from __future__ import annotations
 
 import functools
-import re
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -25,30 +24,26 @@ from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import bind, run, unwrap
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.collect import finish
-from tracejit.capture.effects.commit import leaver
-from tracejit.capture.follow.followed import Followed, followed
-from tracejit.capture.follow.recall import Recall
-from tracejit.capture.proof.guards import Armed, arm, reasons_against, survey
-from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.watch import Seen, watch
+from tracejit.capture.effects.effects import Call
+from tracejit.capture.follow.followed import followed
+from tracejit.capture.follow.recall import End, Recall
+from tracejit.capture.proof.guards import Armed
+from tracejit.capture.proof.prover import Prover
+from tracejit.capture.proof.watch import watch
 from tracejit.capture.python.garbage import uncollected
+from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.codegen.triton import emit
-from tracejit.errors import ReplayNotArmed, TracejitWarning
+from tracejit.errors import TracejitWarning
 from tracejit.ir.graph import Graph
-from tracejit.ir.hostcode import host_function
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
-from tracejit.replay import Replay, Rerun, replay, rerun
-from tracejit.runtime.interrupts import uninterrupted
-from tracejit.runtime.program import Prepared
+from tracejit.run import Hooks, Replay, Run, generate
 from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
-_PROOFS = 4  # traces of each new program that are watched, to arm a replay
-_REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 _MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
@@ -103,13 +98,22 @@ class CompiledStep:
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
         self.mode, self.backend, self.fuse, self.keep_grads = mode, backend, fuse, keep_grads
-        self.observer: Callable | None = None  # sees (graph, inputs, outputs) before a run
+        self._hooks = Hooks()
         self._lock = threading.RLock()
         self._own: frozenset[str] = frozenset()
         self.reset()
         self._own = frozenset(vars(self)).difference(
             vars(step) if hasattr(step, "__dict__") else ()
         )
+
+    @property
+    def observer(self) -> Callable | None:
+        """Sees (final graph, inputs, outputs) before a run; what it returns is called after it."""
+        return self._hooks.observer
+
+    @observer.setter
+    def observer(self, observer: Callable | None) -> None:
+        self._hooks.observer = observer
 
     def user_attributes(self) -> list[str]:
         """The attributes that are the user's: `step.calls = 0`, and what the function had."""
@@ -133,10 +137,7 @@ class CompiledStep:
             self._replays: list[Replay] = []
             self._last: Compiled | None = None
             self._resting: Tracer | None = None  # of the latest trace, to be used again
-            self._why = "it has not been called"
-            self._ran: Seen | None = None  # what the last watched trace ran
-            self._proofs_left = _PROOFS
-            self._refused = 0  # how often in a row, for the same reasons
+            self._prover = Prover(self._function, self.mode, MAX_PROGRAMS)
             self._retraces: deque[str] = deque(maxlen=100)
             self._warned: set[str] = set()
 
@@ -176,13 +177,13 @@ class CompiledStep:
     @property
     def guards(self) -> list[str]:
         """The source of the guard of each armed replay, the one that ran last first."""
-        return [armed.guard_text for armed in self._replays]
+        return [replay.guard_text for replay in self._replays]
 
     def explain_mode(self) -> str:
         """Whether calls are replayed, and if not, why."""
         if self._replays:
             return f"replay: {len(self._replays)} plan(s) armed"
-        return f"rerun: {self._why}"
+        return f"rerun: {self._prover.why}"
 
     def explain_retraces(self) -> list[str]:
         """Why calls were not replayed although a replay was armed, the latest last: what changed,
@@ -197,20 +198,20 @@ class CompiledStep:
         with self._lock:
             args = self._bound_to + args
             failed = ""
-            for armed in self._replays:
-                found = armed.guard(args, kwargs)
+            for replay in self._replays:
+                found = replay.guard(args, kwargs)
                 if type(found) is str:
                     failed = failed or found
                     continue
-                returned = armed.run(*found)
+                returned = replay.run.function(*found, replay.call)
                 self.stats.replays += 1
-                if armed is not self._replays[0]:
-                    self._replays.remove(armed)
-                    self._replays.insert(0, armed)
-                if armed.compiled is not self._last:
-                    self._ran_last(armed.compiled)
+                if replay is not self._replays[0]:
+                    self._replays.remove(replay)
+                    self._replays.insert(0, replay)
+                if replay.compiled is not self._last:
+                    self._ran_last(replay.compiled)
                 return returned
-            return self._rerun(args, kwargs, failed)
+            return self._trace(args, kwargs, failed)
 
     def _ran_last(self, compiled: Compiled) -> None:
         self._last = compiled
@@ -220,28 +221,13 @@ class CompiledStep:
         """A program is dropped: so are its replays."""
         self._replays = [r for r in self._replays if r.compiled is not compiled]
 
-    def _run(
-        self, compiled: Compiled, captured: Captured, prepared: Prepared, inputs: list, host: list
-    ) -> object:
-        """Run a program for which all is prepared, and commit the effects."""
-        after = self.observer(compiled.final, inputs, prepared.outputs) if self.observer else None
-        with uninterrupted():
-            returned = captured.commit(captured.reals, prepared.run(), host, compiled.backwards)
-        if after is not None:
-            after()
-        if self._last is not compiled:
-            self._ran_last(compiled)
-        return returned
-
-    def _rerun(self, args: tuple, kwargs: dict, failed: str) -> object:
-        """Run the Python under a tracer. `failed`: why a replay did not accept the call."""
+    def _trace(self, args: tuple, kwargs: dict, failed: str) -> object:
+        """Run the Python under a tracer, then the plan. `failed`: why no replay took the call."""
         started = time.perf_counter()
         if not self.stats.traces:
             start_early(self.backend)
-        walk = None
-        watched = self.mode != "rerun" and self._proofs_left > 0
-        if watched and (self._ran is not None or self.mode == "replay"):
-            walk = survey(self._function, args, kwargs, self._ran)
+        prover = self._prover
+        watched, walk = prover.watching, prover.survey(args, kwargs)
         tracer, self._resting = self._resting, None
         if watched or tracer is None:
             tracer = Tracer(self._recall, follow=not watched)
@@ -249,85 +235,71 @@ class CompiledStep:
             tracer.again(self._recall)
         bound = bind(tracer.trace, self._function, args, kwargs)
         self.stats.traces += 1
+        trace, trail = tracer.trace, tracer.trail
         with uncollected() as young:
             with watch(watched) as ran:
                 returned = [run(tracer, bound, self._function)]
             if self._last is not None:
                 self._last.program.expect()
-            way = followed(tracer, returned, young)
+            way = followed(trace, trail, returned, young)
             if way is None:
-                captured = finish(
-                    tracer.trace, self._programs.name, returned, young, keep_grads=self.keep_grads
-                )
+                name = self._programs.name
+                done = finish(trace, name, returned, young, keep_grads=self.keep_grads)
+                trail.close(done.captured, done.call, done.made_of)
         self.stats.add("capture", started)
-        if way is not None:
-            addresses = [t.data_ptr() for t in way.reals]
-            key = "rerun", _precision(), tuple([a % 16 == 0 for a in addresses])
-            known = way.end.cache.get(key)
-            if known is not None and known.compiled.kept:
-                return self._follow(way, known, addresses, failed)
-            captured = way.captured()
+        call = done.call if way is None else way.call
+        armed = None
         try:
-            compiles = self.stats.compiles
-            compiled = self._programs.find(captured)
-            self._note(failed, built=self.stats.compiles > compiles)
-            inputs = [
-                captured.reals[index] if kind == "tensor" else captured.scalars[index]
-                for kind, index in captured.sources
-            ]
-            memo = captured.memo
-            host_results = memo.get("host") or host_function(
-                captured.host_nodes, captured.scalar_values, captured.host_results
-            )
-            memo["host"] = host_results
-            host = host_results(list(captured.scalars))
-            for bound in captured.bounds:
-                bound.check(captured.reals)
-            armed = None
-            if captured.end is None:
-                armed = self._prove(walk, ran, args, kwargs, captured, compiled)
-            if "leaver" not in memo:
-                memo["leaver"] = leaver(captured, noted=True)
-            leaving = memo["leaver"](captured.reals) if memo["leaver"] else ()
-            prepared = compiled.program.prepare(inputs, leaving)
+            if way is None:
+                compiled, what, captured = self._found(done.captured, call, failed)
+                traced = compiled.traced(captured)
+                armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
+                self._warn_of_rerun()
+            else:
+                compiled, what = self._known(way.end, call, failed)
+            trace.release()  # nobody else holds a gradient that goes now
+            addresses = [t.data_ptr() for t in call.reals]
         except BaseException:
-            captured.undo()
+            call.undo()
             raise
-        returned = self._run(compiled, captured, prepared, inputs, host)
-        if way is not None and not way.escaped and captured.graph is way.end.captured.graph:
-            program, final = compiled.program, compiled.final
-            step = weakref.proxy(self)  # which holds what it remembers
-            way.end.cache[key] = rerun(compiled, way.end.captured, program, final, step)
-        captured.release()
-        tracer.trace.release()
+        result = what.function(call.reals, call.scalars, addresses, call)
+        if compiled is not self._last:
+            self._ran_last(compiled)
+        if way is not None:
+            tracer.rest()
+            self._resting = tracer
         if armed is not None:
-            self._replays.insert(0, self._replay(armed, compiled, captured))
-            del self._replays[MAX_PROGRAMS:]
-        return returned
+            self._arm(armed, compiled, captured, call)
+        return result
 
-    def _follow(self, way: Followed, known: Rerun, addresses: list[int], failed: str) -> object:
-        """Run the plan of a trace that went as earlier ones."""
-        self.stats.reruns += 1
-        tracer, undo = way.tracer, way.tracer.trace.hyperparameters.undo
-        try:
+    def _found(self, captured: Captured, call: Call, failed: str) -> tuple[Compiled, Run, Captured]:
+        """The program of a captured step, found or built, and what a call does."""
+        compiles = self.stats.compiles
+        compiled, captured = self._programs.find(captured, call)
+        self._note(failed, built=self.stats.compiles > compiles)
+        return compiled, compiled.run_of(captured, self._hooks), captured
+
+    def _known(self, end: End, call: Call, failed: str) -> tuple[Compiled, Run]:
+        """The same for a trace that has come to a known end."""
+        key = _precision(), tuple([t.data_ptr() % 16 == 0 for t in call.reals])
+        known = end.runs.get(key)
+        if known is not None and known[0].kept:
+            self.stats.reruns += 1
             self._note(failed, built=False)
-        except BaseException:  # a warning may be an error
-            undo()
-            raise
-        tracer.trail.release()  # nobody else holds a gradient that goes now
-        returned = known.run(way.reals, way.scalars, addresses, way.tree, way.stores, undo)
-        if known.compiled is not self._last:
-            self._ran_last(known.compiled)
-        tracer.rest()
-        self._resting = tracer
-        return returned
+            return known
+        compiled, what, captured = self._found(end.captured, call, failed)
+        if captured is end.captured:  # else literals of its own are scalars now
+            end.runs[key] = compiled, what
+        return compiled, what
 
-    def _replay(self, armed: Armed, compiled: Compiled, captured: Captured) -> Replay:
-        program, final, backwards = compiled.program, compiled.final, compiled.backwards
-        made = replay(armed, compiled, captured, program, final, backwards, self)
+    def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
+        """From now on calls that a guard accepts are replayed."""
+        parts = compiled.program, compiled.final, compiled.backwards, self._hooks
+        what = generate(captured, *parts, armed)
         if knobs.debug() >= 4:
-            print(made.text)
-        return made
+            print(what.text)
+        self._replays.insert(0, Replay(armed.guard, armed.text, what, compiled, call.kept()))
+        del self._replays[MAX_PROGRAMS:]
 
     def _note(self, failed: str, *, built: bool) -> None:
         """Keep why a call was not replayed, and warn of a step that keeps making plans."""
@@ -337,8 +309,7 @@ class CompiledStep:
             self.stats.retraces += 1
             self._programs.report(f"not replayed: {text}")
         if built:
-            more = 2 if self._refused >= _REFUSALS else _PROOFS
-            self._proofs_left = min(self._proofs_left + more, _PROOFS * MAX_PROGRAMS)
+            self._prover.built()
         often = self.stats.retraces >= _MANY_RETRACES and self.stats.retraces > self.stats.replays
         if self.stats.compiles >= _MANY_PLANS or often:
             last = "; ".join(list(self._retraces)[-3:]) or "its Python takes another path"
@@ -350,71 +321,14 @@ class CompiledStep:
                 "shapes to a few sizes",
             )
 
+    def _warn_of_rerun(self) -> None:
+        why, self._prover.warning = self._prover.warning, ""
+        if why:
+            self._warn("rerun", f"reruns its Python on every call, which is slower: {why}")
+
     def _warn(self, kind: str, what: str) -> None:
         """Warn, once for each kind of warning."""
         if kind not in self._warned:
             self._warned.add(kind)
-            warnings.warn(f"tracejit: {self.__name__} {what}.", TracejitWarning, stacklevel=5)
-
-    def _prove(
-        self,
-        walk: Walk | None,
-        ran: Seen | None,
-        args: tuple,
-        kwargs: dict,
-        captured: Captured,
-        compiled: Compiled,
-    ) -> Armed | None:
-        """A replay's guard, once two traces agree, all that ran is known to be pure, all that
-        it read is guarded, and it changed nothing of that. A reason is kept otherwise."""
-        if self.mode == "rerun":
-            self._why = 'mode="rerun" was asked for'
-            return None
-        count = compiled.seen.pop(captured.key, 0) + 1
-        compiled.seen[captured.key] = count
-        if len(compiled.seen) > MAX_PROGRAMS:
-            del compiled.seen[next(iter(compiled.seen))]
-        if ran is None:
-            if self._proofs_left > 0:
-                self._why = "another profiler is active (sys.setprofile)"
-            return None
-        self._proofs_left -= 1
-        before = self._ran
-        self._ran = ran if before is None else before.joined(ran)
-        if walk is None:
-            self._why = "two traces have to agree first"
-            return None
-        reasons, walk_lines = reasons_against(walk, ran, captured), walk.lines
-        if not reasons:
-            armed = arm(walk, self._function, captured)
-            if isinstance(armed, str):
-                reasons = [armed]
-            else:
-                found: list[int] = []
-                after = armed.guard(args, kwargs, found)
-                if type(after) is str:
-                    reasons = [f"it changes what it reads: {after}"]
-                elif found != armed.found:
-                    reasons = ["it puts a tensor where another was"]
-        incomplete = before is not None and not (
-            before.covers(ran)
-            or survey(self._function, args, kwargs, self._ran).lines == walk_lines
-        )
-        if reasons and not incomplete:
-            more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
-            why = "; ".join(reasons[:4]) + more
-            alike = re.sub(r"\d+", "#", why) == re.sub(r"\d+", "#", self._why)
-            self._why, self._refused = why, self._refused + 1 if alike else 1
-            if self._refused >= _REFUSALS:
-                self._proofs_left = 0
-            if self.mode == "replay":
-                raise ReplayNotArmed(reason=self._why)
-            if ran.refusals or walk.refusals:
-                self._warn(
-                    "rerun", f"reruns its Python on every call, which is slower: {self._why}"
-                )
-            return None
-        if reasons or incomplete or (count < 2 and self.mode != "replay"):
-            self._why = "two traces have to agree first"
-            return None
-        return armed
+            text = f"tracejit: {self.__name__} {what}."
+            location.warn(text, TracejitWarning)

@@ -17,12 +17,14 @@ from types import FunctionType
 import torch
 
 from tracejit import knobs
-from tracejit.capture.effects.captured import Captured, graph_key
+from tracejit.capture.effects.captured import Captured, Key, graph_key
+from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.codegen.triton import emit
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.passes import optimize
+from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.memory import Memory
@@ -59,9 +61,32 @@ class Compiled:
     program: Program
     final: Graph
     backwards: list[Backward] = field(default_factory=list)
-    seen: dict[tuple, int] = field(default_factory=dict)  # captured key -> times traced
+    runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
+    seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
     used: int = 0  # when it ran last
     kept: bool = True  # until there are too many
+
+    def run_of(self, captured: Captured, hooks: Hooks) -> Run:
+        """What traced calls of a captured step do."""
+        key = captured.key.graph, captured.key.effects
+        run = self.runs.get(key)
+        if run is None:
+            run = generate(captured, self.program, self.final, self.backwards, hooks)
+            _put(self.runs, key, run)
+        return run
+
+    def traced(self, captured: Captured) -> int:
+        """How often the same was captured, this time included."""
+        count = self.seen.pop(captured.key, 0) + 1
+        _put(self.seen, captured.key, count)
+        return count
+
+
+def _put(bounded: dict, key: object, value: object) -> None:
+    """Add an item; the oldest one goes when there are too many."""
+    bounded[key] = value
+    if len(bounded) > MAX_PROGRAMS:
+        del bounded[next(iter(bounded))]
 
 
 class Backward:
@@ -70,6 +95,7 @@ class Backward:
     def __init__(self, programs: Programs, graph: Graph, executor: Executor):
         self.programs, self.graph, self.executor = programs, graph, executor
         self.program: Program | None = None
+        self._function: Callable[[list], list[torch.Tensor]] | None = None
         self.lock = threading.Lock()
 
     def __call__(self, inputs: list) -> list[torch.Tensor]:
@@ -78,7 +104,8 @@ class Backward:
                 self.program, _ = self.programs.build(
                     self.graph, self.executor, Memory(), " of backward"
                 )
-            return self.program.prepare(inputs).run()
+                self._function = self.program.function()
+            return self._function(inputs)
 
 
 class Programs:
@@ -118,27 +145,26 @@ class Programs:
         self._uses += 1
         compiled.used = self._uses
 
-    def find(self, captured: Captured) -> Compiled:
-        """The program of a captured step; varying literals of its graph may become scalars."""
-        memo = captured.memo
-        precision = torch.get_float32_matmul_precision()
-        executor = memo.get(precision) or self._executor(captured)
-        aligned = tuple([t.data_ptr() % 16 == 0 for t in captured.reals])
-        found = memo.get((aligned, executor))
-        if found is None or not found.kept:
-            backward = tuple(graph_key(node.graph) for node in captured.outside)
-            key = (captured.key[0], backward, aligned, executor)
-            found = self._kept.get(key)
-            if found is not None:
-                memo |= {precision: executor, (aligned, executor): found}
-            elif self._literals.generalize(captured):
-                key = (captured.key[0], *key[1:])
+    def find(self, captured: Captured, call: Call) -> tuple[Compiled, Captured]:
+        """The program of a captured step. Where its graph's varying literals become scalars, it is
+        another captured step, and the scalars of the call grow."""
+        executor = self._executor(captured)
+        aligned = tuple([t.data_ptr() % 16 == 0 for t in call.reals])
+        backward = tuple(graph_key(node.graph) for node in captured.effects.outside)
+        key = (captured.key.graph, backward, aligned, executor)
+        found = self._kept.get(key)
+        if found is None:
+            general = self._literals.generalize(captured)
+            if general is not None:
+                captured, more = general
+                call.scalars.extend(more)
+                key = (captured.key.graph, *key[1:])
                 found = self._kept.get(key)
         if found is not None:
             self.used(found)
             self.stats.reruns += 1
-            return found
-        backwards = [Backward(self, node.graph, executor) for node in captured.outside]
+            return found, captured
+        backwards = [Backward(self, node.graph, executor) for node in captured.effects.outside]
         compiled = Compiled(key, *self.build(captured.graph, executor, self._memory), backwards)
         self._kept[key] = compiled
         self.used(compiled)
@@ -146,7 +172,7 @@ class Programs:
             dropped = self._kept.pop(self.kept[0].key)
             dropped.kept = False
             self.dropped(dropped)
-        return compiled
+        return compiled, captured
 
     def build(
         self, graph: Graph, executor: Executor, memory: Memory, what: str = ""

@@ -28,7 +28,7 @@ from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TRITON_NAME, LoadedLaunch, TritonExecutor, options
 from tracejit.schedule.kernel import Compute, Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
-from tracejit.schedule.plan_text import parse_plan, print_plan
+from tracejit.schedule.plan_text import parse_plan
 from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import bytes_moved
 
@@ -188,7 +188,7 @@ def precompile(
     executor = _executor()
     jobs: dict[tuple, tuple] = {}
     for plan in plans:
-        text = print_plan(plan)
+        text = str(plan)
         for i, loaded in _loaded(plan, executor):
             for target in targets:
                 key = _key(plan.launches[i], loaded, target)

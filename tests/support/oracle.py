@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -9,12 +11,14 @@ from tracejit.capture import functions  # noqa: F401
 from tracejit.capture.bind import bind, run, unwrap
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.collect import finish
+from tracejit.capture.effects.effects import Call
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH
 from tracejit.capture.tracer import Tracer
-from tracejit.ir.graph import verify
-from tracejit.ir.hostcode import host_function
+from tracejit.ir.graph import Graph, verify
 from tracejit.ir.interp import evaluate
+from tracejit.run import Hooks, generate
+from tracejit.runtime.executor import Inlined
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -22,45 +26,60 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to(torch.float32 if TO_IR[tensor.dtype].narrow else tensor.dtype).numpy()
 
 
-def captured_of(step, *args, **kwargs) -> Captured:
+def traced(step, *args, **kwargs) -> tuple[Captured, Call]:
     """Trace a step."""
     function, bound_to = unwrap(step)
     tracer = Tracer()
     bound = bind(tracer.trace, function, bound_to + args, kwargs)
     with uncollected() as young:
         returned = [run(tracer, bound, function)]
-        captured = finish(tracer.trace, function.__name__, returned, young)
-    verify(captured.graph)
-    return captured
+        done = finish(tracer.trace, function.__name__, returned, young)
+    verify(done.captured.graph)
+    return done.captured, done.call
+
+
+def captured_of(step, *args, **kwargs) -> Captured:
+    """What tracing a step leaves behind."""
+    return traced(step, *args, **kwargs)[0]
 
 
 def call(step, *args, **kwargs):
     """What `tracejit.compile(step)(*args)` does, with the oracle in place of compiled kernels."""
-    captured = captured_of(step, *args, **kwargs)
-    inputs = [
-        to_numpy(captured.reals[i]).copy() if kind == "tensor" else captured.scalars[i]
-        for kind, i in captured.sources
-    ]
-    results, written = evaluate(captured.graph, inputs)
-    outputs = []
-    for result, array in zip(captured.graph.results, results, strict=True):
-        kind = result.value.type
-        out = torch.empty_strided(
-            kind.shape,
-            result.strides or torch.empty(kind.shape).stride(),
-            dtype=TO_TORCH[kind.dtype],
-        )
-        out.copy_(torch.from_numpy(np.array(array)))
-        outputs.append(out)
-    by_param = {p.value: captured.reals[i] for p, (_, i) in _tensors(captured)}
-    with torch.no_grad():
-        for write, array in zip(captured.graph.writes, written, strict=True):
-            by_param[write.target].data.copy_(torch.from_numpy(np.array(array)))
-    host = host_function(captured.host_nodes, captured.scalar_values, captured.host_results)
-    return captured.commit(captured.reals, outputs, host(list(captured.scalars)))
+    captured, made = traced(step, *args, **kwargs)
+    oracle = OracleProgram(captured.graph)
+    backwards = [OracleProgram(node.graph).run for node in captured.effects.outside]
+    what = generate(captured, oracle, captured.graph, backwards, Hooks())
+    return what.function(made.reals, made.scalars, made.reals, made)
 
 
-def _tensors(captured: Captured):
-    for param, source in zip(captured.graph.params, captured.sources, strict=True):
-        if source[0] == "tensor":
-            yield param, source
+class OracleProgram:
+    """Stands for a compiled program: evaluates the raw graph. Its addresses are the tensors."""
+
+    def __init__(self, graph: Graph):
+        self.graph = graph
+
+    def inlined(self, params: Sequence[str], leaving: str, code: object) -> tuple:
+        """The line that runs the graph."""
+        line = f"outputs = oracle([{', '.join(params)}])"
+        results = [f"outputs[{k}]" for k in range(len(self.graph.results))]
+        return Inlined((), line, None, {"oracle": self.run}), results
+
+    def run(self, inputs: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
+        """The results of the graph; what it writes is written."""
+        arrays = [to_numpy(x).copy() if isinstance(x, torch.Tensor) else x for x in inputs]
+        results, written = evaluate(self.graph, arrays)
+        outputs = []
+        for result, array in zip(self.graph.results, results, strict=True):
+            kind = result.value.type
+            out = torch.empty_strided(
+                kind.shape,
+                result.strides or torch.empty(kind.shape).stride(),
+                dtype=TO_TORCH[kind.dtype],
+            )
+            out.copy_(torch.from_numpy(np.array(array)))
+            outputs.append(out)
+        of_param = dict(zip((p.value for p in self.graph.params), inputs, strict=True))
+        with torch.no_grad():
+            for write, array in zip(self.graph.writes, written, strict=True):
+                of_param[write.target].data.copy_(torch.from_numpy(np.array(array)))
+        return outputs

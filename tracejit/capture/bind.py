@@ -194,7 +194,7 @@ def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
         state.finish()
     except BaseException:
         t.forget()
-        state.undo()
+        state.abort()
         raise
     return returned
 

@@ -36,29 +36,31 @@ class Literals:
     def __init__(self) -> None:
         self._families: OrderedDict[tuple, _Family] = OrderedDict()
 
-    def generalize(self, captured: Captured) -> bool:
-        """Called for a graph without a plan: make its varying literals runtime scalars, in place.
-
-        Returns whether the graph is another one now, with a key of its own.
-        """
-        if captured.outside:  # backward graphs repeat the literals
-            return False
+    def generalize(self, captured: Captured) -> tuple[Captured, list[float]] | None:
+        """Called for a graph without a plan: the same step with the literals that vary as runtime
+        scalars, and the values of these in this call; None if they are to stay literals."""
+        if captured.effects.outside:  # backward graphs repeat the literals
+            return None
         literals = _float_literals(captured.graph)
         family = self._family(captured.graph, literals)
         family.varying |= {p for p, x in literals.items() if family.first[p] != repr(x)}
         family.count += 1
         if family.count <= _ENOUGH or not family.varying:
-            return False
+            return None
         chosen = [p for p in literals if p in family.varying]
         graph, values = _with_scalars(captured.graph, chosen)
         first = len(captured.scalars)
-        captured.graph = graph
-        captured.scalars += tuple(literals[p] for p in chosen)
-        captured.scalar_values += values
-        captured.sources += tuple(("scalar", first + k) for k in range(len(chosen)))
-        captured.paths += tuple(("computed", f"literal {k}") for k in range(len(chosen)))
-        captured.key = (graph_key(graph), *captured.key[1:])
-        return True
+        sources = tuple(("scalar", first + k) for k in range(len(chosen)))
+        paths = tuple(("computed", f"literal {k}") for k in range(len(chosen)))
+        general = replace(
+            captured,
+            graph=graph,
+            scalars=captured.scalars + values,
+            sources=captured.sources + sources,
+            paths=captured.paths + paths,
+            key=replace(captured.key, graph=graph_key(graph)),
+        )
+        return general, [literals[p] for p in chosen]
 
     def _family(self, graph: Graph, literals: dict[Place, float]) -> _Family:
         blank = graph_key(_replaced(graph, dict.fromkeys(literals, 0.0)))

@@ -24,7 +24,7 @@ from tracejit.codegen.c_ride import Ride, ride_parts, with_rides
 from tracejit.codegen.c_text import Line, block, comment, render
 from tracejit.ir.ops.c_prelude import prelude_for
 from tracejit.schedule.kernel import Kernel
-from tracejit.schedule.kernel_text import canonical, print_kernel
+from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.sizes import substitute
 
@@ -179,7 +179,7 @@ def _sequence(parts: Sequence[Part], rounds: int) -> list[Line]:
 
 def _described(kernel: Kernel) -> list[Line]:
     """The kernel's own text as a comment."""
-    rows = print_kernel(_without_lines(kernel)).splitlines()
+    rows = str(_without_lines(kernel)).splitlines()
     return [
         Line("/* " + comment(rows[0])),
         *(Line("   " + comment(r)) for r in rows[1:-1]),

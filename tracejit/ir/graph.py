@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from tracejit.errors import InvalidGraph
+from tracejit.ir.literals import print_literal
+from tracejit.ir.ops import OPS, Op
 from tracejit.ir.types import Type
-
-if TYPE_CHECKING:
-    from tracejit.ir.ops import Op
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +95,23 @@ class Graph:
     writes: tuple[Write, ...]
 
     def __str__(self) -> str:
-        from tracejit.ir.text import print_graph
-
-        return print_graph(self)
+        """Values numbered by definition, the user's lines as comments; `ir.text` reads it back."""
+        graph = self.canonical()
+        params = ", ".join(f"{p.value}: {p.value.type}{_layout(p)}" for p in graph.params)
+        rows = []
+        for node in graph.nodes:
+            operands = [print_arg(a) for a in node.args]
+            operands += [f"{k}={print_literal(v)}" for k, v in node.attrs]
+            left = ", ".join(f"{out}: {out.type}" for out in node.outs)
+            rows.append((f"  {left} = {node.op.name}({', '.join(operands)})", node.where))
+        width = min(max((len(row) for row, _ in rows), default=0), 72)
+        lines = [f"{graph.name}({params}) {{"]
+        lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
+        if graph.results:
+            results = ", ".join(f"{r.value}{_layout(r)}" for r in graph.results)
+            lines.append(f"  return {results}")
+        lines += [f"  write {w.target} <- {w.value}" for w in graph.writes]
+        return "\n".join([*lines, "}"])
 
     def outputs(self) -> Iterator[Value]:
         """Every value that must exist when the step is over."""
@@ -131,6 +143,15 @@ class Graph:
         results = tuple(Result(number[r.value], r.strides) for r in self.results)
         writes = tuple(Write(number[w.target], number[w.value]) for w in self.writes)
         return Graph(self.name, params, nodes, results, writes)
+
+
+def print_arg(arg: Arg) -> str:
+    """Text of a node's argument."""
+    return repr(arg) if isinstance(arg, Value) else print_literal(arg)
+
+
+def _layout(place: Param | Result) -> str:
+    return "" if place.strides is None else f" strides {print_literal(place.strides)}"
 
 
 class Builder:
@@ -171,8 +192,6 @@ class Builder:
         return out
 
     def __getattr__(self, name: str) -> Callable[..., Value]:
-        from tracejit.ir.ops import OPS
-
         op = OPS.get(name.removesuffix("_"))  # b.and_, b.or_, b.not_: Python keywords
         if op is None:
             raise AttributeError(f"no primitive named {name!r}")

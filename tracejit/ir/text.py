@@ -1,68 +1,15 @@
-"""The Graph's text form, which parses back: print_graph(parse(text)) is the canonical text."""
+"""Reads the text form of a Graph: str(parse(text)) is the canonical text."""
 
 from __future__ import annotations
 
 import ast
-import math
 import re
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value, Write
+from tracejit.ir.literals import parse_literal
 from tracejit.ir.ops import OPS
-from tracejit.ir.types import DTYPES, DType, parse_type
-
-_NAMES = {"nan": math.nan, "inf": math.inf} | DTYPES
-
-
-def print_literal(value: object) -> str:
-    """A literal or attribute as text that `parse_literal` reads back."""
-    if isinstance(value, DType):
-        return value.name
-    if isinstance(value, tuple):
-        inner = ", ".join(map(print_literal, value))
-        return f"({inner},)" if len(value) == 1 else f"({inner})"
-    return repr(value)
-
-
-def parse_literal(tree: ast.expr) -> object:
-    """Inverse of print_literal on a parsed expression."""
-    if isinstance(tree, ast.Name) and tree.id in _NAMES:
-        return _NAMES[tree.id]
-    if isinstance(tree, ast.Tuple):
-        return tuple(map(parse_literal, tree.elts))
-    if isinstance(tree, ast.UnaryOp) and isinstance(tree.op, ast.USub):
-        return -parse_literal(tree.operand)
-    if isinstance(tree, ast.Constant):
-        return tree.value
-    raise InvalidGraph(reason=f"not a literal: {ast.unparse(tree)}")
-
-
-def print_graph(graph: Graph) -> str:
-    """Text of a graph, values numbered by definition, the user's lines as comments."""
-    graph = graph.canonical()
-
-    def layout(strides: tuple[int, ...] | None) -> str:
-        return "" if strides is None else f" strides {print_literal(strides)}"
-
-    def arg(a: Arg) -> str:
-        return repr(a) if isinstance(a, Value) else print_literal(a)
-
-    params = ", ".join(f"{p.value}: {p.value.type}{layout(p.strides)}" for p in graph.params)
-    rows = []
-    for node in graph.nodes:
-        operands = [arg(a) for a in node.args]
-        operands += [f"{k}={print_literal(v)}" for k, v in node.attrs]
-        left = ", ".join(f"{out}: {out.type}" for out in node.outs)
-        rows.append((f"  {left} = {node.op.name}({', '.join(operands)})", node.where))
-    width = min(max((len(row) for row, _ in rows), default=0), 72)
-    lines = [f"{graph.name}({params}) {{"]
-    lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
-    if graph.results:
-        results = ", ".join(f"{r.value}{layout(r.strides)}" for r in graph.results)
-        lines.append(f"  return {results}")
-    lines += [f"  write {w.target} <- {w.value}" for w in graph.writes]
-    return "\n".join([*lines, "}"])
-
+from tracejit.ir.types import parse_type
 
 _HEADER = re.compile(r"([\w<>]+)\((.*)\)\s*\{\Z")
 _PARAM = re.compile(r"%(\d+):\s*(\w+\[[\d,]*\](?:@[\w:]+)?)(?:\s+strides\s+(\([^)]*\)))?")

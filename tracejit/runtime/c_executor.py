@@ -139,7 +139,7 @@ class LoadedCPlan:
             "at": table.at,
             "loaded": (self, table),  # whose memory is used
         }
-        return Inlined([f"call = pack(0, threads(){given})"], "run(at, call)", "call[0]", names)
+        return Inlined([f"words = pack(0, threads(){given})"], "run(at, words)", "words[0]", names)
 
 
 class _Table:

@@ -85,14 +85,15 @@ class Fresh:
             "device": torch.device(buffer.type.device),
         }
         self.kept: list[_Kept] = []
+        self.used = False  # memory was taken before
 
-    def take(self, leaving: Collection[int], keep: bool) -> tuple[torch.Tensor, int]:
+    def take(self, leaving: Collection[int]) -> tuple[torch.Tensor, int]:
         """A tensor that shares memory with no other that the caller could hold, and its address.
 
         leaving: storages that each have one holder outside, which lets go once the plan has run
             and until then is not read: an output may be written there.
-        Without `keep` the memory is the caller's alone: many plans run just once, such as the one
-        that makes an optimizer's state.
+        At first the memory is the caller's alone: many plans run just once, such as the one that
+        makes an optimizer's state.
         """
         for kept in self.kept:
             held = _users(kept.number) + getrefcount(kept.storage) - kept.alone
@@ -102,7 +103,8 @@ class Fresh:
                 self.kept = [kept]  # one is enough from now on
                 return kept.memory.data, kept.address
         memory = torch.empty_strided(self.shape, self.strides, **self.options)
-        if not keep or len(self.kept) >= self.KEPT:
+        if not self.used or len(self.kept) >= self.KEPT:
+            self.used = True
             return memory, memory.data_ptr()
         self.kept.append(_Kept(memory))
         return memory.data, memory.data_ptr()

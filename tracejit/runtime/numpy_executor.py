@@ -10,25 +10,30 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from tracejit.ir.types import (
-    DType,
-    bf16,
-    bits_to_float,
-    contiguous_strides,
-    f16,
-    float_to_bits,
-    round_to,
+from tracejit.ir.types import bf16, float_to_bits, round_to
+from tracejit.runtime.numpy_arrays import (
+    At,
+    Dims,
+    Values,
+    block_size,
+    decoder,
+    fold,
+    index_array,
+    mask_array,
+    per_block,
+    reduce_block,
+    span,
+    spread,
+    stored,
 )
 from tracejit.schedule.kernel import (
-    Axis,
     Compute,
     Dot,
-    FloorDiv,
     InBounds,
     Index,
     Load,
@@ -45,13 +50,7 @@ from tracejit.schedule.kernel import (
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
-BLOCK = 1 << 16  # elements of a block: a float32 temporary is then 256 KiB
-CACHED = 1 << 20  # index arrays up to this many elements are kept; larger ones are made per block
-
 Step = Callable[[list, int, int], None]  # (slots, first, last) of one block of the leading axis
-At = Callable[[list, int, int], np.ndarray]  # (slots, first, last): an array of positions or bools
-Values = Mapping[Var, np.ndarray]  # of the variables that stand in indices
-Dims = tuple[Axis, ...]
 
 
 class NumpyExecutor:
@@ -102,7 +101,7 @@ class _Run:
         self.kernel = substitute(launch.kernel, bound)
         self.positions = positions
         self.types = [buffers[name] for name in launch.buffers]
-        self.memory = [ctypes.c_char * _span(b) for b in self.types]
+        self.memory = [ctypes.c_char * span(b) for b in self.types]
         self.number = {b.name: i for i, b in enumerate(self.kernel.buffers)}
         self.template: list[object] = []
         self.views: list[_View] = []
@@ -118,7 +117,7 @@ class _Run:
         self.extent = axes[0].extent if axes else 1
         widest = max((math.prod(a.extent for a in s.axes) for s in self.kernel.stages), default=1)
         row = math.prod(a.extent for a in axes[1:]) * widest
-        self.step = _block(self.extent, row)
+        self.step = block_size(self.extent, row)
         self.addresses: tuple[int, ...] = ()
         self.slots: list[object] = []
 
@@ -171,7 +170,7 @@ class _StageSteps:
         for statement in stage.body:
             self.steps.append(self._statement(statement, self.dims))
         self.extent = stage.axes[0].extent if stage.axes else 1
-        self.block = _block(self.extent, math.prod(a.extent for a in stage.axes[1:]))
+        self.block = block_size(self.extent, math.prod(a.extent for a in stage.axes[1:]))
 
     def run_alone(self, slots: list) -> None:
         """Run a stage of a kernel without outer axes, block by block, folding reductions."""
@@ -184,7 +183,7 @@ class _StageSteps:
             for step in self.steps:
                 step(slots, first, last)
         for reduce, partials, result in self.partials:
-            slots[result] = _fold(reduce, slots[partials])
+            slots[result] = fold(reduce, slots[partials])
 
     def _statement(self, s: Statement, dims: Dims) -> Step:
         if isinstance(s, Load):
@@ -216,21 +215,21 @@ class _StageSteps:
         slots_of = self._atoms(index, *(b.index for b in mask))
 
         def make(first: int, last: int, values: Values) -> np.ndarray:
-            found = _index_array(index, dims, first, last, values)
+            found = index_array(index, dims, first, last, values)
             if not mask:
                 return found
-            return np.where(_mask_array(mask, dims, first, last, values), found, 0)
+            return np.where(mask_array(mask, dims, first, last, values), found, 0)
 
-        return _per_block(make, dims, slots_of)
+        return per_block(make, dims, slots_of)
 
     def _inside(self, mask: Mask, dims: Dims) -> At:
         """Whether the mask holds at the points of a block."""
         slots_of = self._atoms(*(b.index for b in mask))
 
         def make(first: int, last: int, values: Values) -> np.ndarray:
-            return _mask_array(mask, dims, first, last, values)
+            return mask_array(mask, dims, first, last, values)
 
-        return _per_block(make, dims, slots_of)
+        return per_block(make, dims, slots_of)
 
     def _atoms(self, *indices: Index) -> dict[Var, int]:
         """The slots of the variables that stand in indices."""
@@ -280,7 +279,7 @@ class _StageSteps:
         strides = tuple(step.get(a.name, 0) * size for a in dims)
         slot = self.run.slot()
         self.run.views.append(
-            _View(slot, number, _stored(plain), shape, strides, index.offset * size)
+            _View(slot, number, stored(plain), shape, strides, index.offset * size)
         )
         return slot
 
@@ -289,13 +288,13 @@ class _StageSteps:
         number = self.run.number[buffer]
         dtype = self.run.types[number].type.dtype
         slot = self.run.slot()
-        count = _span(self.run.types[number]) // dtype.itemsize
-        self.run.views.append(_View(slot, number, _stored(dtype), (count,), (dtype.itemsize,), 0))
+        count = span(self.run.types[number]) // dtype.itemsize
+        self.run.views.append(_View(slot, number, stored(dtype), (count,), (dtype.itemsize,), 0))
         return slot
 
     def _load(self, s: Load, dims: Dims) -> Step:
         out = self._define(s.out)
-        decode = _decoder(s.out.dtype)
+        decode = decoder(s.out.dtype)
         view = None if s.mask else self._view(s.buffer, s.index, dims)
         if view is None:
             return self._gather(s, dims, out, decode)
@@ -386,16 +385,16 @@ class _StageSteps:
             tail = inner[1:]
 
             def step(slots: list, first: int, last: int) -> None:
-                found = _spread(slots[value], (last - first, *tail))
-                slots[partials].append(_reduce_block(s, found, axes))
+                found = spread(slots[value], (last - first, *tail))
+                slots[partials].append(reduce_block(s, found, axes))
 
             return step
         self.run.reduced[s.out.id] = out
         middle = tuple(a.extent for a in dims[1:outer])
 
         def step(slots: list, first: int, last: int) -> None:
-            found = _spread(slots[value], (last - first, *middle, *inner))
-            slots[out] = round_to(_reduce_block(s, found, axes), s.out.dtype)
+            found = spread(slots[value], (last - first, *middle, *inner))
+            slots[out] = round_to(reduce_block(s, found, axes), s.out.dtype)
 
         return step
 
@@ -417,7 +416,7 @@ class _StageSteps:
             for steps, value, shape in sides:
                 for step in steps:
                     step(slots, 0, shape[0])
-                operands.append(_spread(slots[value], shape))
+                operands.append(spread(slots[value], shape))
             slots[product] = round_to(np.matmul(*operands), dtype)
 
         def step(slots: list, first: int, last: int) -> None:
@@ -425,65 +424,6 @@ class _StageSteps:
 
         self.before.append(prepare)
         self.steps.append(step)
-
-
-def _block(extent: int, row: int) -> int:
-    """How many points of the leading axis make a block."""
-    step = max(1, BLOCK // max(row, 1))
-    return extent if step * 2 > extent else step
-
-
-def _span(buffer: PlanBuffer) -> int:
-    """Bytes from element 0 of a buffer to the end of its last element."""
-    shape, strides = buffer.type.shape, buffer.strides
-    if strides is None:
-        strides = contiguous_strides(shape)
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) if buffer.type.numel else 0
-    return (last + 1) * buffer.type.dtype.itemsize
-
-
-def _stored(dtype: DType) -> np.dtype:
-    """The numpy dtype of values in memory."""
-    if dtype is bf16:
-        return np.dtype(np.uint16)
-    return np.dtype(np.float16) if dtype is f16 else dtype.compute
-
-
-def _decoder(dtype: DType) -> Callable | None:
-    """Memory to compute dtype; None where they are the same."""
-    if dtype is bf16:
-        return bits_to_float
-    if dtype is f16:
-        return lambda halves: halves.astype(np.float32)
-    return None
-
-
-def _spread(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    return value if np.shape(value) == shape else np.broadcast_to(value, shape)
-
-
-def _reduce_block(s: Reduce, value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Reduce one block; float32 sums are pairwise where memory order allows, else in float64."""
-    if s.op.name == "reduce_max":
-        return np.max(value, axis=axes)
-    if s.op.name == "reduce_min":
-        return np.min(value, axis=axes)
-    wide = value.dtype
-    if value.dtype.kind == "f" and not (len(axes) <= 1 and value.strides[-1:] == (4,)):
-        wide = np.float64
-    return np.sum(value, axis=axes, dtype=wide)
-
-
-def _fold(s: Reduce, partials: list) -> np.ndarray:
-    """Combine the blocks' reductions."""
-    array = np.asarray(partials)
-    if s.op.name == "reduce_max":
-        array = np.max(array)
-    elif s.op.name == "reduce_min":
-        array = np.min(array)
-    else:
-        array = np.sum(array, dtype=np.float64 if array.dtype.kind == "f" else array.dtype)
-    return round_to(np.asarray(array), s.out.dtype)
 
 
 def _copied(body: tuple[Statement, ...]) -> set[str]:
@@ -505,54 +445,6 @@ def _copied(body: tuple[Statement, ...]) -> set[str]:
         elif isinstance(s, Store):
             stored.add(s.buffer)
     return copied
-
-
-def _index_array(index: Index, dims: Dims, first: int, last: int, values: Values) -> np.ndarray:
-    """The index at all points of a block, with extent 1 along the axes it does not use."""
-    total = np.full((1,) * len(dims), index.offset, np.int64)
-    for atom, c in index.terms:
-        if isinstance(atom, str):
-            k = next(i for i, a in enumerate(dims) if a.name == atom)
-            row = np.arange(first, last) if k == 0 else np.arange(dims[k].extent)
-            part = row.reshape([-1 if i == k else 1 for i in range(len(dims))])
-        elif isinstance(atom, Var):
-            part = values[atom]
-        else:
-            below = _index_array(atom.index, dims, first, last, values)
-            part = below // atom.by if isinstance(atom, FloorDiv) else below % atom.by
-        total = total + part * c
-    return total
-
-
-def _mask_array(mask: Mask, dims: Dims, first: int, last: int, values: Values) -> np.ndarray:
-    """Whether all bounds hold at the points of a block."""
-    inside = np.ones((1,) * len(dims), np.bool_)
-    for bound in mask:
-        index = _index_array(bound.index, dims, first, last, values)
-        inside = inside & (index >= 0) & (index < bound.high) & (index % bound.step == 0)
-    return inside
-
-
-def _kept(make: Callable[[int, int], np.ndarray], dims: Dims) -> Callable[[int, int], np.ndarray]:
-    """`make(first, last)`, computed once for the whole domain where that is small."""
-    extent = dims[0].extent if dims else 1
-    if math.prod(a.extent for a in dims) > CACHED:
-        return make
-    whole = make(0, extent)
-    if not dims or whole.shape[0] == 1:
-        return lambda first, last: whole
-    return lambda first, last: whole[first:last]
-
-
-def _per_block(
-    make: Callable[[int, int, Values], np.ndarray], dims: Dims, slots_of: Mapping[Var, int]
-) -> At:
-    """`make`, kept where no variable takes part in it."""
-    if not slots_of:
-        kept = _kept(lambda first, last: make(first, last, {}), dims)
-        return lambda slots, first, last: kept(first, last)
-    pairs = tuple(slots_of.items())
-    return lambda slots, first, last: make(first, last, {var: slots[at] for var, at in pairs})
 
 
 def _places(s: Statement) -> list[Var]:

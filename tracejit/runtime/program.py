@@ -1,4 +1,4 @@
-"""A Program: a Plan loaded by an executor, with its memory; running it is one call.
+"""A Program: a Plan loaded by an executor, with its memory; a run of it as lines of Python.
 
 Fresh outputs belong to the caller for as long as anyone holds them; the arena
 is shared with other programs (`memory.py`). All allocation comes before the executor's first write.
@@ -6,13 +6,13 @@ is shared with other programs (`memory.py`). All allocation comes before the exe
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from tracejit import knobs
-from tracejit.ir.hostcode import HostCode, host_function
+from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.profile import ProfiledPlan
@@ -26,8 +26,6 @@ class Program:
         self.plan = plan
         profiled = knobs.debug() >= 2
         self.loaded = ProfiledPlan(plan, executor) if profiled else executor.load(plan)
-        self._host = host_function(plan.host, [v for v, _ in plan.host_params], plan.scalars)
-        self._host_positions = [position for _, position in plan.host_params]
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         self._outputs = memory.outputs(outputs)
@@ -49,34 +47,8 @@ class Program:
         some = any(place.room is None for place in layout.places.values())
         self._arena_bytes = max(layout.arena_bytes, int(some))
         self._arena = memory.arena(plan.device)
-        self._runs = 0
         # says that a call will come soon
         self.expect = getattr(self.loaded, "expect", lambda: None)
-
-    def prepare(
-        self, inputs: Sequence[torch.Tensor | float], leaving: Collection[int] = ()
-    ) -> Prepared:
-        """Allocate a run's outputs and gather its addresses; nothing is written yet.
-
-        inputs:   one entry per graph param: a tensor, or a float where it is a host scalar.
-        leaving:  storages where an output may be written (see `Fresh.take`).
-        """
-        table, again = [0] * (self._count + 1), self._runs > 0
-        for i, k in self._inputs:
-            table[i] = inputs[k].data_ptr()
-        fresh = [output.take(leaving, again) for output in self._outputs]
-        for i, k in self._placed:
-            table[i] = fresh[k][1]
-        arena = self._arena.take(self._arena_bytes) if self._arena_bytes else None
-        if arena is not None:
-            table[-1] = arena[0]
-        for i, room, offset in self._rooms:
-            table[i] = table[room] + offset
-        del table[-1]
-        outputs = [fresh[k][0] for k in self._results]
-        scalars = self._host([inputs[i] for i in self._host_positions])
-        self._runs += 1
-        return Prepared(self, table, scalars, outputs, arena)
 
     def inlined(
         self, params: Sequence[str], leaving: str, code: HostCode
@@ -87,7 +59,6 @@ class Program:
         leaving:  an expression of the storages where an output may be written (see `Fresh.take`).
         code:     the host arithmetic goes there; its lines come before the run's.
         """
-        self._runs += 1
         table = [("0", 0)] * self._count + [("arena", 0)]
         for i, k in self._inputs:
             table[i] = params[k], 0
@@ -99,8 +70,7 @@ class Program:
         scalars = code.add(self.plan.host, self.plan.scalars, given)
         run = inlined(self.loaded, table[:-1], scalars)
         gather = [
-            f"fresh{k}, place{k} = output{k}.take({leaving}, True)"
-            for k in range(len(self._outputs))
+            f"fresh{k}, place{k} = output{k}.take({leaving})" for k in range(len(self._outputs))
         ]
         names = {f"output{k}": output for k, output in enumerate(self._outputs)}
         if self._arena_bytes:
@@ -110,30 +80,16 @@ class Program:
         whole = replace(run, gather=[*gather, *run.gather], names=run.names | names)
         return whole, [f"fresh{k}" for k in self._results]
 
-
-class Prepared:
-    """A run with everything in place: `run` writes, and goes to its end."""
-
-    __slots__ = ("program", "addresses", "scalars", "outputs", "arena")
-
-    def __init__(
-        self,
-        program: Program,
-        addresses: list[int],
-        scalars: list[float],
-        outputs: list[torch.Tensor],
-        arena: tuple | None,
-    ):
-        self.program = program
-        self.addresses = addresses
-        self.scalars = scalars
-        self.outputs = outputs
-        self.arena = arena
-
-    def run(self) -> list[torch.Tensor]:
-        """Execute; returns the tensor of each graph result."""
-        self.program.loaded(self.addresses, self.scalars)
-        if self.arena is not None:
-            self.program._arena.give(self.arena)
-            self.arena = None
-        return self.outputs
+    def function(self) -> Callable[[list], list[torch.Tensor]]:
+        """A run as a function from the graph's inputs (a tensor, or a float where it is a host
+        scalar) to the tensor of each of its results."""
+        tensors = {k for _, k in self._inputs}
+        count = 1 + max((*tensors, *(i for _, i in self.plan.host_params)), default=-1)
+        params = [f"inputs[{i}]{'.data_ptr()' * (i in tensors)}" for i in range(count)]
+        code = HostCode()
+        run, results = self.inlined(params, "()", code)
+        lines = [*code.lines, *run.gather, run.run, f"return [{', '.join(results)}]"]
+        text = "".join(f"    {line}\n" for line in lines)
+        names = host_names() | dict(run.names)
+        exec(compile(f"def perform(inputs):\n{text}", "<tracejit run>", "exec"), names)
+        return names.pop("perform")

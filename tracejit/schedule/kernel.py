@@ -29,13 +29,16 @@ Kernels that need not wait for each other may share a launch: a Kernel is then n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
 from tracejit.ir.types import DType
 
 Size = int | str
+
+COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,91 @@ class Kernel:
             yield from stage.body
 
     def __str__(self) -> str:
-        from tracejit.schedule.kernel_text import print_kernel
+        """The user's lines as aligned comments; `kernel_text` says the grammar and reads it."""
+        rows: list[tuple[str, str]] = []
+        for stage in self.stages:
+            rows.append((f"  stage {_axes(stage.axes)} {{", ""))
+            if stage.dot is not None:
+                dot = stage.dot
+                rows.append((f"    dot {_var(dot.out)} over {_axes((dot.k,))} {{", ""))
+                rows += [(f"      {_statement(s)}", s.where) for s in dot.a]
+                rows.append(("      |", ""))
+                rows += [(f"      {_statement(s)}", s.where) for s in dot.b]
+                rows.append((f"    }} {_operand(dot.a_value)}, {_operand(dot.b_value)}", dot.where))
+            rows += [(f"    {_statement(s)}", s.where) for s in stage.body]
+            rows.append(("  }", ""))
+        width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
+        buffers = [f"{b.name}: {b.dtype} {b.access}" for b in self.buffers]
+        name = "kernel64" if self.index64 else "kernel"
+        domain = "side by side" if self.parts else f"over {_axes(self.axes)}"
+        lines = [f"{name}({_lists(buffers, self.sizes, self.scalars)}) {domain} {{"]
+        for part in self.parts:
+            lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
+            lines += [f"    {line}" for line in str(part.kernel).splitlines()]
+            lines.append("  }")
+        lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
+        return "\n".join([*lines, "}"])
 
-        return print_kernel(self)
+
+def _lists(*lists: Sequence[str]) -> str:
+    """`a, b; c`: lists apart, empty ones at the end left out."""
+    texts = [", ".join(names) for names in lists]
+    while texts and not texts[-1]:
+        texts.pop()
+    return "; ".join(texts)
+
+
+def _axes(axes: tuple[Axis, ...]) -> str:
+    return f"({', '.join(f'{a.name}: {a.extent}' for a in axes)})"
+
+
+def _var(var: Var) -> str:
+    return f"{var!r}: {var.dtype}"
+
+
+def _operand(operand: Operand) -> str:
+    return repr(operand) if isinstance(operand, Var | Scalar) else print_literal(operand)
+
+
+def _index(index: Index) -> str:
+    parts = []
+    for atom, c in index.terms:
+        if isinstance(atom, str | Var):
+            text = atom if isinstance(atom, str) else repr(atom)
+        else:
+            inner = _index(atom.index)
+            if " " in inner:
+                inner = f"({inner})"
+            text = f"{inner} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by}"
+        if c != 1:
+            text = f"{text if isinstance(atom, str | Var) else f'({text})'} * {c}"
+        parts.append(text)
+    if index.offset != 0 or not parts:
+        parts.append(str(index.offset))
+    return " + ".join(parts)
+
+
+def _mask(mask: Mask) -> str:
+    rows = []
+    for bound in mask:
+        step = "" if bound.step == 1 else f" step {bound.step}"
+        rows.append(f"0 <= {_index(bound.index)} < {bound.high}{step}")
+    return " and ".join(rows) or "true"
+
+
+def _statement(s: Statement) -> str:
+    if isinstance(s, Store):
+        return f"store {s.buffer}[{_index(s.index)}] <- {_operand(s.value)}"
+    if isinstance(s, Load):
+        right = f"load {s.buffer}[{_index(s.index)}]" + (f" if {_mask(s.mask)}" if s.mask else "")
+    elif isinstance(s, Compute):
+        args = [_operand(a) for a in s.args]
+        args += [f"{key}={print_literal(value)}" for key, value in s.attrs]
+        right = f"{s.op.name}({', '.join(args)})"
+    elif isinstance(s, Position):
+        right = f"position {_index(s.index)}"
+    elif isinstance(s, InBounds):
+        right = f"inbounds {_mask(s.mask)}"
+    else:
+        right = f"{s.op.name} {_operand(s.value)}"
+    return f"{_var(s.out)} = {right}"

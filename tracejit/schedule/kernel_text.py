@@ -1,4 +1,4 @@
-"""The Kernel's text form, which parses back.
+"""Reads the text form of a Kernel, which its `str` gives; `canonical` is the kernel to cache by.
 
     kernel(b0: f32 r, b1: f32 rw; n0, b1_s0; s0) over (i0: n0) {
       stage (i1: n1) {
@@ -32,12 +32,11 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
+from tracejit.ir.literals import parse_literal
 from tracejit.ir.ops import OPS
-from tracejit.ir.text import parse_literal, print_literal
 from tracejit.ir.types import DTYPES
 from tracejit.schedule.kernel import (
     Atom,
@@ -64,43 +63,6 @@ from tracejit.schedule.kernel import (
     Store,
     Var,
 )
-
-COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
-
-
-def print_kernel(kernel: Kernel) -> str:
-    """Text of a kernel, the user's lines as aligned comments."""
-    rows: list[tuple[str, str]] = []
-    for stage in kernel.stages:
-        rows.append((f"  stage {_axes(stage.axes)} {{", ""))
-        if stage.dot is not None:
-            dot = stage.dot
-            rows.append((f"    dot {_var(dot.out)} over {_axes((dot.k,))} {{", ""))
-            rows += [(f"      {_statement(s)}", s.where) for s in dot.a]
-            rows.append(("      |", ""))
-            rows += [(f"      {_statement(s)}", s.where) for s in dot.b]
-            rows.append((f"    }} {_operand(dot.a_value)}, {_operand(dot.b_value)}", dot.where))
-        rows += [(f"    {_statement(s)}", s.where) for s in stage.body]
-        rows.append(("  }", ""))
-    width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
-    buffers = [f"{b.name}: {b.dtype} {b.access}" for b in kernel.buffers]
-    name = "kernel64" if kernel.index64 else "kernel"
-    domain = "side by side" if kernel.parts else f"over {_axes(kernel.axes)}"
-    lines = [f"{name}({_lists(buffers, kernel.sizes, kernel.scalars)}) {domain} {{"]
-    for part in kernel.parts:
-        lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
-        lines += [f"    {line}" for line in print_kernel(part.kernel).splitlines()]
-        lines.append("  }")
-    lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
-    return "\n".join([*lines, "}"])
-
-
-def _lists(*lists: Sequence[str]) -> str:
-    """`a, b; c`: lists apart, empty ones at the end left out."""
-    texts = [", ".join(names) for names in lists]
-    while texts and not texts[-1]:
-        texts.pop()
-    return "; ".join(texts)
 
 
 def canonical(kernel: Kernel) -> Kernel:
@@ -155,62 +117,6 @@ def canonical(kernel: Kernel) -> Kernel:
     return replace(kernel, stages=tuple(stages), parts=parts)
 
 
-def _axes(axes: tuple[Axis, ...]) -> str:
-    return f"({', '.join(f'{a.name}: {a.extent}' for a in axes)})"
-
-
-def _var(var: Var) -> str:
-    return f"{var!r}: {var.dtype}"
-
-
-def _operand(operand: Operand) -> str:
-    return repr(operand) if isinstance(operand, Var | Scalar) else print_literal(operand)
-
-
-def _index(index: Index) -> str:
-    parts = []
-    for atom, c in index.terms:
-        if isinstance(atom, str | Var):
-            text = atom if isinstance(atom, str) else repr(atom)
-        else:
-            inner = _index(atom.index)
-            if " " in inner:
-                inner = f"({inner})"
-            text = f"{inner} {'//' if isinstance(atom, FloorDiv) else '%'} {atom.by}"
-        if c != 1:
-            text = f"{text if isinstance(atom, str | Var) else f'({text})'} * {c}"
-        parts.append(text)
-    if index.offset != 0 or not parts:
-        parts.append(str(index.offset))
-    return " + ".join(parts)
-
-
-def _mask(mask: Mask) -> str:
-    rows = []
-    for bound in mask:
-        step = "" if bound.step == 1 else f" step {bound.step}"
-        rows.append(f"0 <= {_index(bound.index)} < {bound.high}{step}")
-    return " and ".join(rows) or "true"
-
-
-def _statement(s: Statement) -> str:
-    if isinstance(s, Store):
-        return f"store {s.buffer}[{_index(s.index)}] <- {_operand(s.value)}"
-    if isinstance(s, Load):
-        right = f"load {s.buffer}[{_index(s.index)}]" + (f" if {_mask(s.mask)}" if s.mask else "")
-    elif isinstance(s, Compute):
-        args = [_operand(a) for a in s.args]
-        args += [f"{key}={print_literal(value)}" for key, value in s.attrs]
-        right = f"{s.op.name}({', '.join(args)})"
-    elif isinstance(s, Position):
-        right = f"position {_index(s.index)}"
-    elif isinstance(s, InBounds):
-        right = f"inbounds {_mask(s.mask)}"
-    else:
-        right = f"{s.op.name} {_operand(s.value)}"
-    return f"{_var(s.out)} = {right}"
-
-
 _LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
 _HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side) \{{\Z")
 _PART = re.compile(rf"part {_LISTS} \{{\Z")
@@ -226,7 +132,7 @@ _BOUND = re.compile(r"0 <= (.*) < (\w+)(?: step (\w+))?\Z")
 
 
 def parse_kernel(text: str) -> Kernel:
-    """Inverse of print_kernel."""
+    """Inverse of `str(kernel)`."""
     return _Parser(text).kernel()
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracejit.ir.graph import Arg, Node, Value
+from tracejit.ir.graph import Arg, Node, Value, print_arg
+from tracejit.ir.literals import print_literal
 from tracejit.ir.types import Type
 from tracejit.schedule.kernel import Kernel
 
@@ -84,10 +85,49 @@ class Plan:
     device: str
 
     def __str__(self) -> str:
-        from tracejit.schedule.plan_text import print_plan
-
-        return print_plan(self)
+        """Each kernel stands once, however many launches use it; `plan_text` reads it back."""
+        lines = [f"plan {self.name} on {self.device} arena {self.arena_bytes} {{"]
+        lines += [f"  {_buffer(b)}" for b in self.buffers]
+        lines += [f"  host   {v}: {v.type} <- {position}" for v, position in self.host_params]
+        for node in self.host:
+            operands = ", ".join(map(print_arg, node.args))
+            where = f"  # {node.where}" if node.where else ""
+            left = f"{node.out}: {node.out.type}"
+            lines.append(f"  host   {left} = {node.op.name}({operands}){where}")
+        lines += [f"  scalar {print_arg(s)}" for s in self.scalars]
+        kernels: dict[Kernel, str] = {}
+        for launch in self.launches:
+            name = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
+            lines.append(f"  launch {name}({_bindings(launch)})")
+        if self.results:
+            lines.append(f"  return {', '.join(self.results)}")
+        if self.writes:
+            lines.append(f"  write  {', '.join(self.writes)}")
+        for kernel, name in kernels.items():
+            lines.append(f"  kernel {name} {{")
+            lines += [f"    {line}" for line in str(kernel).splitlines()]
+            lines.append("  }")
+        return "\n".join([*lines, "}"])
 
     def buffer(self, name: str) -> PlanBuffer:
         """The buffer of a name."""
         return next(b for b in self.buffers if b.name == name)
+
+
+def _buffer(b: PlanBuffer) -> str:
+    layout = "" if b.strides is None else f" strides {print_literal(b.strides)}"
+    place = {"input": f"<- {b.index}", "output": f"= {b.index}", "arena": f"at {b.offset}"}[b.kind]
+    return f"{b.kind:<6} {b.name}: {b.type}{layout} {place}"
+
+
+def _bindings(launch: Launch) -> str:
+    kernel = launch.kernel
+    names = [b.name for b in kernel.buffers], kernel.sizes, kernel.scalars
+    values = launch.buffers, launch.sizes, launch.scalars
+    lists = [
+        ", ".join(f"{n}={v}" for n, v in zip(ns, vs, strict=True))
+        for ns, vs in zip(names, values, strict=True)
+    ]
+    while lists and not lists[-1]:
+        lists.pop()
+    return "; ".join(lists)

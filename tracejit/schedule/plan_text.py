@@ -1,4 +1,4 @@
-"""The Plan's text form, which parses back.
+"""Reads the text form of a Plan, which its `str` gives.
 
     plan step on cpu arena 51200 {
       input  t0: f32[64,1000] <- 0
@@ -26,61 +26,12 @@ import re
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Arg, Node, Value
+from tracejit.ir.literals import parse_literal
 from tracejit.ir.ops import OPS
-from tracejit.ir.text import parse_literal, print_literal
 from tracejit.ir.types import parse_type
 from tracejit.schedule.kernel import Kernel
-from tracejit.schedule.kernel_text import parse_kernel, print_kernel
+from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
-
-
-def print_plan(plan: Plan) -> str:
-    """Text of a plan."""
-    lines = [f"plan {plan.name} on {plan.device} arena {plan.arena_bytes} {{"]
-    lines += [f"  {_buffer(b)}" for b in plan.buffers]
-    lines += [f"  host   {v}: {v.type} <- {position}" for v, position in plan.host_params]
-    for node in plan.host:
-        operands = ", ".join(map(_arg, node.args))
-        where = f"  # {node.where}" if node.where else ""
-        lines.append(f"  host   {node.out}: {node.out.type} = {node.op.name}({operands}){where}")
-    lines += [f"  scalar {_arg(s)}" for s in plan.scalars]
-    kernels: dict[Kernel, str] = {}
-    for launch in plan.launches:
-        name = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
-        lines.append(f"  launch {name}({_bindings(launch)})")
-    if plan.results:
-        lines.append(f"  return {', '.join(plan.results)}")
-    if plan.writes:
-        lines.append(f"  write  {', '.join(plan.writes)}")
-    for kernel, name in kernels.items():
-        lines.append(f"  kernel {name} {{")
-        lines += [f"    {line}" for line in print_kernel(kernel).splitlines()]
-        lines.append("  }")
-    return "\n".join([*lines, "}"])
-
-
-def _buffer(b: PlanBuffer) -> str:
-    layout = "" if b.strides is None else f" strides {print_literal(b.strides)}"
-    place = {"input": f"<- {b.index}", "output": f"= {b.index}", "arena": f"at {b.offset}"}[b.kind]
-    return f"{b.kind:<6} {b.name}: {b.type}{layout} {place}"
-
-
-def _arg(arg: Arg) -> str:
-    return repr(arg) if isinstance(arg, Value) else print_literal(arg)
-
-
-def _bindings(launch: Launch) -> str:
-    kernel = launch.kernel
-    names = [b.name for b in kernel.buffers], kernel.sizes, kernel.scalars
-    values = launch.buffers, launch.sizes, launch.scalars
-    lists = [
-        ", ".join(f"{n}={v}" for n, v in zip(ns, vs, strict=True))
-        for ns, vs in zip(names, values, strict=True)
-    ]
-    while lists and not lists[-1]:
-        lists.pop()
-    return "; ".join(lists)
-
 
 _HEADER = re.compile(r"plan ([\w<>]+) on (\S+) arena (\d+) \{\Z")
 _BUFFER = re.compile(
@@ -93,7 +44,7 @@ _KERNEL = re.compile(r"kernel (\w+) \{\Z")
 
 
 def parse_plan(text: str) -> Plan:
-    """Inverse of print_plan."""
+    """Inverse of `str(plan)`."""
     lines = [line.rstrip() for line in text.strip().splitlines() if line.strip()]
     head = _HEADER.match(lines[0])
     if head is None or lines[-1].strip() != "}":

@@ -1,56 +1,114 @@
-"""What a trace leaves behind: a Captured step.
+"""From a trace that is over to what it leaves behind: a Captured step, and the Call that it was.
 
-`finish` reads a tracer after the user's function returned and freezes everything in pure data.
+`finish` reads a trace after the user's function returned and freezes everything in pure data.
 """
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
-from tracejit.capture.effects.captured import (
-    Captured,
-    Constant,
+from tracejit.capture.effects.captured import OPAQUE, Captured, Key, graph_key
+from tracejit.capture.effects.effects import (
+    Call,
+    Effects,
+    Given,
     HostSlot,
     Made,
     Mapped,
     Sequenced,
     Slot,
-    graph_key,
-    is_plain,
-    slots,
+    Tree,
 )
-from tracejit.capture.effects.hyperparameters import Held
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.python.references import LOOPED, count
+from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
 from tracejit.capture.trace import location
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, plain
-from tracejit.capture.trace.tensor import TO_TORCH, Handle, Storage, TracedTensor
+from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
-from tracejit.ir.graph import Arg, Result, Write
-from tracejit.ir.types import contiguous_strides
+from tracejit.ir.graph import Arg, Graph, Result, Write
+from tracejit.ir.types import DType, contiguous_strides
+
+_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 
 
-class Collector:
-    """Numbers the tensors to make and the outputs they stand on."""
+class Structure:
+    """Tells the structure of what a step returns or stores; tensors and numbers are a subclass's.
+
+    given: the objects of the call in it, by their position.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[object] = []
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        """The position of a tensor among those that are made."""
+        raise NotImplementedError
+
+    def host_result(self, number: float) -> int:
+        """The position of a number among the host results."""
+        raise NotImplementedError
+
+    def is_mine(self, number: TracedFloat) -> bool:
+        """Whether a runtime scalar belongs to this trace."""
+        raise NotImplementedError
+
+    def object(self, x: object) -> Given:
+        """Anything else."""
+        self.given.append(x)
+        return Given(len(self.given) - 1)
+
+    def returned(self, box: list[object]) -> Tree:
+        """The structure of the one item of `box`, which is emptied: what nobody else holds then is
+        the call's own, and made anew."""
+        x = box.pop()
+        return self.tree(x, IN_VARIABLE)
+
+    def tree(self, x: object, holders: int) -> Tree:
+        """The structure of x. A list or dict that somebody else holds too, besides `holders`, is
+        returned itself."""
+        if type(x) in (list, dict) and count(x) > holders:
+            return self.object(x)
+        if isinstance(x, torch.Tensor):
+            return Slot(self.tensor(x))
+        if isinstance(x, TracedFloat):  # or kept from an earlier call
+            return HostSlot(self.host_result(x)) if self.is_mine(x) else self.object(plain(x))
+        if type(x) in (tuple, list):
+            items = tuple([self.tree(item, IN_LOOP) for item in x])
+            return Sequenced(type(x).__name__, items)
+        if isinstance(x, tuple) and hasattr(x, "_fields"):
+            kind = self.object(type(x))
+            return Sequenced(kind, tuple([self.tree(item, IN_LOOP) for item in x]))
+        if type(x) is dict:
+            pairs = [(self._key(k), self.tree(x[k], IN_ITEM)) for k in x]
+            return Mapped(tuple(pairs))
+        return self.object(x)
+
+    def _key(self, key: object) -> str | int | Given:
+        return key if type(key) in (str, int) else self.object(key)
+
+
+class Collector(Structure):
+    """Numbers the tensors to make, the outputs they stand on, and the host results."""
 
     def __init__(self, t: Trace):
+        super().__init__()
         self.t = t
         self.made: list[Made] = []
         self.of_handle: dict[Handle, int] = {}
         self.outputs: dict[Storage, int] = {}
-        self.hosts: dict[Storage, tuple[torch.dtype, int]] = {}
+        self.hosts: dict[Storage, tuple[DType, int]] = {}
         self.host: list[Arg] = []
         self.mixed = mixed_devices(t)
 
     def real(self, tensor: torch.Tensor) -> int:
-        """The position of an outside tensor in the inputs, which may grow here."""
+        """The position of an outside tensor among the inputs, which may grow here."""
         self.t.lift(tensor)
         return self.t.inputs.position(tensor)
 
@@ -71,43 +129,45 @@ class Collector:
             return Made("alias", self.real(storage.real), *geometry)
         if self.on_host(storage):
             return Made("host", list(self.hosts).index(storage), *geometry)
-        return Made("output", self.outputs.setdefault(storage, len(self.outputs)), *geometry)
+        return Made("output", self.output(storage), *geometry)
+
+    def output(self, storage: Storage) -> int:
+        """The position of a storage among the fresh outputs of the plan."""
+        return self.outputs.setdefault(storage, len(self.outputs))
 
     def on_host(self, storage: Storage) -> bool:
         """Whether a new tensor is made on the host: its one number is known there."""
         if storage not in self.hosts and storage not in self.outputs:
             number = settled(self.t, storage, self.mixed)
             if number is not None:
-                dtype = TO_TORCH[storage.value.type.dtype]
-                self.hosts[storage] = dtype, self.host_result(number)
+                self.hosts[storage] = storage.value.type.dtype, self.host_result(number)
         return storage in self.hosts
 
     def host_result(self, number: float) -> int:
-        """The position of a number among the host results."""
-        self.host.append(number.value if isinstance(number, TracedFloat) else number)
+        if not isinstance(number, TracedFloat):
+            self.host.append(number)
+        elif number.value in self.host:
+            return self.host.index(number.value)
+        else:
+            self.host.append(number.value)
         return len(self.host) - 1
 
-    def tree(self, x: object, holders: int = 2) -> object:
-        """What is returned, by structure. A list or dict that somebody else holds too, besides
-        `holders`, is returned itself. (2: `x` and getrefcount's argument.)"""
-        if type(x) in (list, dict) and sys.getrefcount(x) > holders:
-            return Constant(x)
-        if isinstance(x, torch.Tensor):
-            return Slot(self.tensor(x))
-        if isinstance(x, TracedFloat):
-            mine = x.scalars is self.t.scalars  # or kept from an earlier call
-            return HostSlot(self.host_result(x)) if mine else Constant(plain(x))
-        inner = 4  # its container and the loop's variable too
-        if type(x) in (tuple, list) or (isinstance(x, tuple) and hasattr(x, "_fields")):
-            return Sequenced(type(x), tuple([self.tree(item, inner) for item in x]))
-        if type(x) is dict:
-            return Mapped(tuple([(k, self.tree(x[k], inner - 1)) for k in x]))
-        return Constant(x)
+    def is_mine(self, number: TracedFloat) -> bool:
+        return number.scalars is self.t.scalars
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What a trace leaves behind, and what of it user code could still see."""
+
+    captured: Captured
+    call: Call
+    made_of: dict[Handle, int]  # the tensors made
 
 
 def finish(
     t: Trace, name: str, returned: list[object], young: uncollected, *, keep_grads: bool = True
-) -> Captured:
+) -> Finished:
     """Freeze a trace. `returned` is a one-element list, emptied here, so that references to
     intermediates can be counted. If it raises, optimizers are as they were before the trace.
 
@@ -117,33 +177,33 @@ def finish(
         return _finish(t, name, returned, young, keep_grads)
     except BaseException:
         t.forget()
-        t.hyperparameters.undo()
+        t.hyperparameters.abort()
         raise
 
 
 def _finish(
     t: Trace, name: str, returned: list[object], young: uncollected, keep_grads: bool
-) -> Captured:
+) -> Finished:
     t.call = None
     t.journal.over()
+    hyper = t.hyperparameters
     collect = Collector(t)
-    tree = collect.tree(returned.pop())
-    stores = tuple((Held(d), key, collect.tree(x)) for d, key, x in t.hyperparameters.stores)
-    grads, grads_read, datas = [], [], []
+    tree = collect.returned(returned)
+    stores = tuple((i, key, collect.tree(x, IN_LOOP)) for i, key, x in hyper.stores)
+    grads, grads_read, moved = [], [], []
     for i, h in enumerate(tuple(t.inputs.handles)):
         if h.grad_read:
             at_start = h.grad_at_start
             lifted = (k for k, r in enumerate(t.inputs.tensors) if r is at_start)
-            found = None if at_start is None else next(lifted, -1)
-            grads_read.append((i, found))
+            grads_read.append((i, None if at_start is None else next(lifted, -1)))
         assigned = h.is_real and h.grad_known
         if assigned and (h.grad is not h.grad_at_start or not h.grad_read):
             kept = h.grad is not None and (keep_grads or not _is_new(h.grad))
             grads.append((i, collect.tensor(h.grad) if kept else None))
         if h.storage.real is None:
-            datas.append((i, h))
-    datas = [(i, _data_of(collect, h)) for i, h in datas]
-    escaped = tuple((p, collect.tensor(p)) for p in _escapes(t, collect, young))
+            moved.append((i, h))
+    datas = tuple((i, _data_of(collect, h)) for i, h in moved)
+    escaped = [(p, collect.tensor(p)) for p in _escapes(t, collect, young)]
     leaf_grads = tuple(
         (i, collect.tensor(h.grad))
         for h, i in tuple(collect.of_handle.items())
@@ -156,9 +216,52 @@ def _finish(
         for s in collect.outputs
     )
     results += tuple(map(Result, found.saved))
-    host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
+    made = tuple(
+        replace(m, kind="view", index=found.views[i]) if i in found.views else m
+        for i, m in enumerate(collect.made)
+    )
+    effects = Effects(
+        host=tuple(collect.host),
+        written=written,
+        host_writes=host_writes,
+        stores=stores,
+        hosts=tuple(collect.hosts.values()),
+        made=made,
+        outside=tuple(found.outside),
+        reasons=tuple(sorted(found.reasons.items())),
+        datas=datas,
+        grads=tuple(grads),
+        leaf_grads=leaf_grads,
+        escaped=tuple(index for _, index in escaped),
+        returned=tree,
+        callbacks=len(hyper.callbacks),
+    )
     graph = for_the_plan(t.b.graph(name, results, writes))
-    scalar_index = {value: k for k, (value, _) in enumerate(t.scalars.params)}
+    captured = _captured(t, graph, effects, tuple(grads_read), collect.given)
+    proxies = [p for p, _ in escaped]
+    call = Call(
+        reals=t.inputs.tensors,
+        scalars=[number for _, number in t.scalars.params],
+        holders=hyper.holders,
+        given=collect.given,
+        escaped=proxies,
+        callbacks=tuple(hyper.callbacks),
+        undo=undoing(hyper.undo, proxies),
+    )
+    t.forget()
+    return Finished(captured, call, collect.of_handle)
+
+
+def undoing(undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
+    """`undo` of these proxies."""
+    return lambda: undo(proxies)
+
+
+def _captured(
+    t: Trace, graph: Graph, effects: Effects, grads_read: tuple, given: list[object]
+) -> Captured:
+    scalars = tuple(value for value, _ in t.scalars.params)
+    scalar_index = {value: k for k, value in enumerate(scalars)}
     position = {id(r): i for i, r in enumerate(t.inputs.tensors)}
     of_param = {s.param: position[id(s.real)] for s in t.inputs.storages}
     sources = tuple(
@@ -167,61 +270,34 @@ def _finish(
         else ("tensor", of_param[p.value])
         for p in graph.params
     )
-    made = tuple(
-        replace(m, kind="view", index=found.views[i]) if i in found.views else m
-        for i, m in enumerate(collect.made)
-    )
-    hosts = tuple(collect.hosts.values())
-    key = (
-        graph_key(graph),
+    host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
+    paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
+    plain_ones = tuple(x if type(x) in _PLAIN else OPAQUE for x in given)
+    effects_key = (
         sources,
-        made,
-        repr(tree) if is_plain(tree) else id(tree),
-        tuple(grads),
-        tuple(grads_read),
-        leaf_grads,
-        tuple(datas),
-        tuple(written),
-        tuple(repr(p) for p in t.scalars.predicates),
-        tuple((graph_key(o.graph), o.made, o.inputs, o.saved, o.hosts) for o in found.outside),
-        tuple(sorted(found.reasons.items())),
+        paths,
+        repr(replace(effects, outside=())),
+        tuple((graph_key(o.graph), o.made, o.inputs, o.saved, o.hosts) for o in effects.outside),
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
-        tuple(map(repr, collect.host)),
-        tuple(t.scalars.paths),
-        (hosts, host_writes, tuple((d, key, repr(x)) for d, key, x in stores)),
-        len(t.hyperparameters.callbacks),
+        repr(predicates),
+        grads_read,
     )
-    captured = Captured(
+    given_key = tuple(
+        id(x) if p is OPAQUE else repr(p) for p, x in zip(plain_ones, given, strict=True)
+    )
+    return Captured(
         graph=graph,
-        reals=t.inputs.tensors,
         sources=sources,
-        scalars=tuple(number for _, number in t.scalars.params),
-        paths=tuple(t.scalars.paths),
-        scalar_values=tuple(value for value, _ in t.scalars.params),
+        paths=paths,
+        scalars=scalars,
         host_nodes=host_nodes,
-        predicates=tuple(t.scalars.predicates),
-        made=made,
-        tree=tree,
-        host_results=tuple(collect.host),
-        grads=tuple(grads),
-        leaf_grads=leaf_grads,
-        datas=tuple(datas),
-        written=tuple(written),
-        hosts=hosts,
-        host_writes=host_writes,
-        stores=stores,
-        callbacks=tuple(t.hyperparameters.callbacks),
-        grads_read=tuple(grads_read),
-        escaped=escaped,
-        outside=tuple(found.outside),
-        reasons=tuple(sorted(found.reasons.items())),
-        key=key,
+        predicates=predicates,
         bounds=tuple(t.bounds),
-        undo=t.hyperparameters.undo,
+        grads_read=grads_read,
+        given=plain_ones,
+        effects=effects,
+        key=Key(graph_key(graph), effects_key, given_key),
     )
-    t.forget()
-    t.journal.close(captured, collect.of_handle, frozenset(slots(tree)))
-    return captured
 
 
 def _is_new(grad: torch.Tensor) -> bool:
@@ -281,7 +357,7 @@ def _nodes(collect: Collector, name: str) -> Nodes:
 def _data_of(collect: Collector, h: Handle) -> int:
     """The made tensor for `.data = …`: the whole of the storage that the handle took over."""
     storage = h.storage
-    index = collect.outputs.setdefault(storage, len(collect.outputs))
+    index = collect.output(storage)
     collect.made.append(Made("output", index, h.shape, h.strides, 0, False))
     return len(collect.made) - 1
 

@@ -1,59 +1,59 @@
-"""The commit of a replay as lines of code: the effects of one Captured, in microseconds.
+"""The Effects of a step as lines of Python: what a call does once its plan has run.
 
-`Captured.commit` interprets its tables on every call. A replay does the same effects each time, so
-they are written out once as straight lines; what is rare is left to `Captured.commit`.
+In: a Captured step, and expressions of the plan's results and of the host results. Out: straight
+lines that set `returned`. They read `reals`, the outside tensors, and `call` (a `Call`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from sys import getrefcount
 
 import torch
 
-from tracejit.capture.effects.captured import (
-    Captured,
-    Constant,
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.effects import (
+    Effects,
+    Given,
     HostSlot,
     Made,
     Mapped,
+    Place,
     Sequenced,
     Slot,
-    rebuild,
-    refusal,
+    Tree,
 )
-from tracejit.capture.proof.guards import Places
+from tracejit.capture.effects.outside import attach
+from tracejit.capture.python.references import GRADIENT, count
+from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
+from tracejit.errors import LeakedTracer
 from tracejit.ir import host_memory
 from tracejit.ir.types import contiguous_strides
 
 WORTH = 4096  # elements of a gradient from which its memory is looked after
+_AFTERWARDS = "backward through the result of a compiled step is not possible: {reason}"
+_NO_NODE = "the step keeps no graph for it. Call backward inside the step"
 
 
-def leaver(
-    captured: Captured, *, noted: bool = False, listed: bool = False
-) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
+# ---- gradients that the commit replaces
+
+
+def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
     """A function of the outside tensors: the storages of the gradients that the commit replaces and
     that nobody else can see, so that the plan may write new ones there, as eager does when a step
     drops its gradients first. None if there are none.
-
-    noted:  the trace holds the gradients that were looked at.
-    listed: the outside tensors hold those of them that were lifted. Whoever else holds one, it is
-        not left: here are just the holders that are known to be there.
     """
+    effects = captured.effects
     owners = [
         index
-        for index, source in captured.grads
-        if source is not None and prod(captured.made[source].shape) >= WORTH
+        for index, source in effects.grads
+        if source is not None and prod(effects.made[source].shape) >= WORTH
     ]
     if not owners:
         return None
-    looked_at = _only_looked_at(captured) if noted or listed else {}
-    wanted = []
-    for index in owners:
-        grad = looked_at.get(index)
-        more = 0 if grad is None else noted + (listed and grad >= 0)
-        wanted.append((index, more))
+    looked_at = _only_looked_at(captured)
+    # the list of outside tensors holds those that were lifted
+    wanted = [(index, int(looked_at.get(index, -1) >= 0)) for index in owners]
 
     def leaving(reals: Sequence[torch.Tensor]) -> list[int]:
         return [storage for i, more in wanted if (storage := _sole(reals[i], more))]
@@ -64,12 +64,13 @@ def leaver(
 def _only_looked_at(captured: Captured) -> dict[int, int]:
     """The outside tensors whose `.grad` was looked at and serves for nothing, and where it is among
     them: -1 if it is not."""
-    if captured.outside or captured.bounds:
+    effects = captured.effects
+    if effects.outside or captured.bounds:
         return {}
     used = {index for kind, index in captured.sources if kind == "tensor"}
-    used.update(m.index for m in captured.made if m.kind in ("real", "alias"))
-    used.update(captured.written, (i for i, _ in captured.host_writes))
-    used.update(i for pairs in (captured.grads, captured.datas) for i, _ in pairs)
+    used.update(m.index for m in effects.made if m.kind in ("real", "alias"))
+    used.update(effects.written, (i for i, _ in effects.host_writes))
+    used.update(i for pairs in (effects.grads, effects.datas) for i, _ in pairs)
     return {i: grad for i, grad in captured.grads_read if grad is not None and grad not in used}
 
 
@@ -77,131 +78,193 @@ def _sole(owner: torch.Tensor, more: int) -> int:
     """The storage of a `.grad` that only its owner holds, in Python and in C++, and `more` that let
     go; else 0."""
     grad = owner.grad
-    if grad is None or (getrefcount(grad) - more, grad._use_count()) != _ALONE:
+    if grad is None or (count(grad) - more, grad._use_count()) != GRADIENT:
         return 0
     if type(grad) is not torch.Tensor or grad.layout is not torch.strided:
         return 0
     return grad.untyped_storage()._cdata
 
 
-def _counts() -> tuple[int, int]:
-    """The two counts in `_sole` for a gradient that nobody else holds; they vary with torch."""
-    owner = torch.zeros(1, requires_grad=True)
-    owner.grad = torch.zeros(1)
-    grad = owner.grad
-    return getrefcount(grad), grad._use_count()
+# ---- the commit
 
 
-_ALONE = _counts()
-
-
-def is_odd(captured: Captured) -> bool:
-    """Whether the effects are rare ones, which only `captured.commit` does."""
-    rare = captured.outside or captured.datas or captured.escaped
-    return bool(rare) or any(m.kind in ("view", "host") for m in captured.made)
+def may_repeat(effects: Effects) -> bool:
+    """Whether to do the lines twice is as good as once, as it is where an interrupt comes between:
+    not where proxies become real."""
+    return not effects.escaped
 
 
 def commit_lines(
     captured: Captured,
     outputs: Sequence[str],
     host: Sequence[str],
-    places: Places | None,
+    *,
+    cell: Callable[[int], str | None],
+    grad_on: bool,
     names: dict[str, object],
 ) -> list[str]:
-    """What `captured.commit` does, as lines of Python that set `returned`; to do it twice is as
-    good as once. They read `reals`, and `cells` at the outside tensors' addresses.
+    """Lines that apply the effects.
 
     outputs, host: expressions of the plan's results and of the host results.
-    places:        of the replay that has the cells. None for a rerun, whose own `tree` and `stores`
-        the lines read.
-    names:         the namespace of the lines, which grows here.
+    cell:          an expression of the ctypes cell that is the element of an outside tensor, if the
+        lines may use one. It is asked for what the host writes.
+    grad_on:       every call is made in grad mode.
+    names:         the namespace of the lines, which grows here. `backwards` is there already.
     """
-
-    def constant(x: object) -> str:
-        names[f"k{len(names)}"] = x
-        return f"k{len(names) - 1}"
-
-    if is_odd(captured):
-        names["commit"] = captured.commit
-        results, numbers = ", ".join(outputs), ", ".join(host)
-        return [f"returned = commit(reals, [{results}], [{numbers}], backwards)"]
-    lines = []
-    if captured.written:
-        names["bump"] = torch._C._increment_version
-        lines.append(f"bump([{', '.join(f'reals[{i}]' for i in captured.written)}])")
-    for index, source in captured.host_writes:
-        cell = None if places is None else places.cell(index)
-        if cell is not None:
-            lines.append(f"cells[{cell}].value = {host[source]}")
-        else:
-            names["write"] = host_memory.write
-            lines.append(f"write(reals[{index}], {host[source]})")
-    if places is None:
-        names["rebuild"] = rebuild
-        lines += [
-            f"numbers = [{', '.join(host)}]",
-            "for entry, key, stored in stores:",
-            "    entry.holder[key] = rebuild(stored, (), numbers)",
-        ]
-    for held, key, tree in captured.stores if places is not None else ():
-        target = f"{constant(held.holder)}[{key!r}]"
-        lines.append(f"{target} = {_tree(tree, host, constant)}")
-    reasons, taken = dict(captured.reasons), set()
-    for i, m in enumerate(captured.made):
-        tensor = _made(m, captured, outputs)
-        again = tensor in taken and m.kind == "output"  # another tensor of the same memory
-        taken.add(tensor)
-        lines.append(f"m{i} = {tensor}{'.detach()' * again}")
-        if m.is_leaf:
-            lines.append(f"m{i} = m{i}.data.requires_grad_()")
-        elif m.requires_grad:
-            mark = f"m{i} = {constant(refusal(reasons.get(i)))}(m{i}.data.requires_grad_())"
-            names["enable_grad"] = torch.enable_grad
-            # as in every call that the guard accepts
-            grad_on = places is not None and torch.is_grad_enabled()
-            lines.append(mark if grad_on else f"with enable_grad(): {mark}")
-    for index, source in captured.grads:
-        lines.append(f"reals[{index}].grad = {'None' if source is None else f'm{source}'}")
-    for index, source in captured.leaf_grads:
-        lines.append(f"m{index}.grad = m{source}")
-    if places is None:
-        made = "".join(f"m{i}, " for i in range(len(captured.made)))
-        lines.append(f"returned = rebuild(tree, ({made}), numbers)")
-    else:
-        lines.append(f"returned = {_tree(captured.tree, host, constant)}")
-    return lines
+    return _Lines(captured, outputs, host, cell, grad_on, names).all()
 
 
-def _made(m: Made, captured: Captured, outputs: Sequence[str]) -> str:
-    if m.kind == "real":
-        return f"reals[{m.index}]"
-    if m.kind == "alias":
-        return f"reals[{m.index}].detach().as_strided({m.shape}, {m.strides}, {m.offset})"
-    result = captured.graph.results[m.index]
-    shape = result.value.type.shape
-    strides = result.strides or contiguous_strides(shape)
-    if (m.shape, m.strides, m.offset) == (shape, strides, 0):
-        return outputs[m.index]
-    return f"{outputs[m.index]}.as_strided({m.shape}, {m.strides}, {m.offset})"
+class _Lines:
+    def __init__(
+        self,
+        captured: Captured,
+        outputs: Sequence[str],
+        host: Sequence[str],
+        cell: Callable[[int], str | None],
+        grad_on: bool,
+        names: dict[str, object],
+    ):
+        self.graph, self.effects = captured.graph, captured.effects
+        self.outputs, self.host, self.cell = outputs, host, cell
+        self.grad_on, self.names = grad_on, names
+        self.lines: list[str] = []
+
+    def all(self) -> list[str]:
+        effects, lines = self.effects, self.lines
+        if effects.written:
+            self.names["bump"] = torch._C._increment_version
+            lines.append(f"bump([{', '.join(f'reals[{i}]' for i in effects.written)}])")
+        for index, source in effects.host_writes:
+            cell = self.cell(index)
+            if cell is not None:
+                lines.append(f"{cell}.value = {self.host[source]}")
+            else:
+                self.names["write"] = host_memory.write
+                lines.append(f"write(reals[{index}], {self.host[source]})")
+        for holder, key, tree in effects.stores:
+            lines.append(f"call.holders[{holder}][{key!r}] = {self._tree(tree)}")
+        self._make()
+        for index, source in effects.datas:
+            lines.append(f"reals[{index}].data = m{source}")
+        for index, source in effects.grads:
+            lines.append(f"reals[{index}].grad = {'None' if source is None else f'm{source}'}")
+        for index, source in effects.leaf_grads:
+            lines.append(f"m{index}.grad = m{source}")
+        for k, index in enumerate(effects.escaped):
+            self.names["made_real"] = made_real
+            lines.append(f"m{index} = made_real(call.escaped[{k}], m{index})")
+        lines.append(f"returned = {self._tree(effects.returned)}")
+        return lines
+
+    def _make(self) -> None:
+        """The tensors to hand out. Those with an autograd node come after what they depend on."""
+        effects, lines = self.effects, self.lines
+        reasons, taken = dict(effects.reasons), set()
+        with_node = {node.made for node in effects.outside}
+        for k, (dtype, source) in enumerate(effects.hosts):
+            self.names |= {"new_number": new_number, f"dtype{k}": TO_TORCH[dtype]}
+            lines.append(f"number{k} = new_number(dtype{k}, {self.host[source]})")
+        for i, m in enumerate(effects.made):
+            if i in with_node or m.kind == "view":
+                continue
+            tensor = self._tensor(m)
+            again = tensor in taken and m.kind in ("output", "host")  # another one of its memory
+            taken.add(tensor)
+            lines.append(f"m{i} = {tensor}{'.detach()' * again}")
+            if m.is_leaf:
+                lines.append(f"m{i} = m{i}.data.requires_grad_()")
+            elif m.requires_grad:
+                self.names[f"refuse{i}"] = refusal(reasons.get(i))
+                self._with_grad(f"m{i} = refuse{i}(m{i}.data.requires_grad_())")
+        for k, node in enumerate(effects.outside):
+            self.names |= {"attach": attach, f"run{k}": self.names["backwards"][k]}
+            plain = f"{self._tensor(effects.made[node.made])}.detach()"
+            inputs = [self._place(place) for place in node.inputs]
+            saved = [self._place(place) for place in node.saved]
+            hosts = [self.host[i] for i in node.hosts]
+            listed = (f"[{', '.join(x)}]" for x in (inputs, saved, hosts))
+            lines.append(f"m{node.made} = attach({plain}, {', '.join(listed)}, run{k})")
+        for i, m in enumerate(effects.made):
+            if m.kind == "view":
+                view = f"as_strided({m.shape}, {m.strides}, {m.offset})"
+                self._with_grad(f"m{i} = m{m.index}.{view}")
+
+    def _place(self, place: Place) -> str:
+        kind, i = place
+        return {"real": f"reals[{i}]", "made": f"m{i}"}.get(kind) or self.outputs[i]
+
+    def _with_grad(self, line: str) -> None:
+        """A line that runs in grad mode, whatever mode the caller is in."""
+        self.names["enable_grad"] = torch.enable_grad
+        self.lines.append(line if self.grad_on else f"with enable_grad(): {line}")
+
+    def _tensor(self, m: Made) -> str:
+        if m.kind == "real":
+            return f"reals[{m.index}]"
+        view = f"as_strided({m.shape}, {m.strides}, {m.offset})"
+        if m.kind == "alias":
+            return f"reals[{m.index}].detach().{view}"
+        if m.kind == "host":
+            whole = (m.shape, m.strides, m.offset) == ((), (), 0)
+            return f"number{m.index}" if whole else f"number{m.index}.{view}"
+        result = self.graph.results[m.index]
+        shape = result.value.type.shape
+        strides = result.strides or contiguous_strides(shape)
+        if (m.shape, m.strides, m.offset) == (shape, strides, 0):
+            return self.outputs[m.index]
+        return f"{self.outputs[m.index]}.{view}"
+
+    def _tree(self, tree: Tree) -> str:
+        """A structure as an expression."""
+        match tree:
+            case Slot(index):
+                return f"m{index}"
+            case HostSlot(index):
+                return self.host[index]
+            case Given(index):
+                return f"call.given[{index}]"
+            case Sequenced(kind, items):
+                parts = [self._tree(x) for x in items]
+                if kind == "list":
+                    return f"[{', '.join(parts)}]"
+                if kind == "tuple":
+                    return f"({''.join(f'{p}, ' for p in parts)})"
+                return f"{self._tree(kind)}({', '.join(parts)})"  # a namedtuple
+            case Mapped(items):
+                keys = [self._tree(k) if isinstance(k, Given) else repr(k) for k, _ in items]
+                parts = [f"{k}: {self._tree(v)}" for k, (_, v) in zip(keys, items, strict=True)]
+                return f"{{{', '.join(parts)}}}"
+        raise AssertionError(tree)
 
 
-def _tree(tree: object, host: Sequence[str], constant: Callable[[object], str]) -> str:
-    """The returned structure as an expression."""
-    match tree:
-        case Slot(index):
-            return f"m{index}"
-        case HostSlot(index):
-            return host[index]
-        case Sequenced(kind, items):
-            parts = [_tree(x, host, constant) for x in items]
-            if kind is list:
-                return f"[{', '.join(parts)}]"
-            if kind is tuple:
-                return f"({''.join(f'{p}, ' for p in parts)})"
-            return f"{constant(kind)}({', '.join(parts)})"  # a namedtuple
-        case Mapped(items):
-            parts = [f"{constant(k)}: {_tree(v, host, constant)}" for k, v in items]
-            return f"{{{', '.join(parts)}}}"
-        case Constant(value):
-            return constant(value)
-    raise AssertionError(tree)
+# ---- what the lines call
+
+
+def new_number(dtype: torch.dtype, number: float) -> torch.Tensor:
+    """A new CPU tensor of no axes."""
+    tensor = torch.empty((), dtype=dtype, device="cpu")
+    host_memory.write(tensor, number)
+    return tensor
+
+
+def refusal(reason: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that gives a tensor a node, which raises when backward reaches it and says why."""
+    return torch._C._functions.DelayedError(_AFTERWARDS.format(reason=reason or _NO_NODE), 1)
+
+
+def made_real(proxy: TracedTensor, real: torch.Tensor) -> torch.Tensor:
+    """Turn a proxy that user objects hold into the tensor it stands for, in place. `real` is an
+    empty shell afterwards."""
+    proxy.__dict__.pop("handle", None)
+    proxy.__dict__.pop("trace", None)
+    proxy.__class__ = torch.Tensor
+    try:
+        torch._C._swap_tensor_impl(proxy, real)
+    except RuntimeError as error:
+        raise LeakedTracer(
+            where="after the step",
+            function="storing an intermediate in a Python object",
+            reason=f"which cannot be made real ({error})",
+            remedy="Return the tensor from the step and store it outside",
+        ) from error
+    return proxy

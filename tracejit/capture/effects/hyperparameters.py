@@ -4,7 +4,7 @@ The floats in the `param_groups` of every optimizer that the step can reach are 
 TracedFloats while the step's Python runs, and are plain floats again afterwards. What the step
 itself stores there (`group["lr"] *= 0.9`) is kept, and listed in `stores`. An LR scheduler's
 `step()` runs as it is, on plain floats; what it changes is a new runtime scalar after that.
-`undo` puts optimizers and schedulers back as they were when the trace began.
+`abort` puts optimizers and schedulers back as they were when the trace began.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tracejit.capture.effects.effects import Callback
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
 from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, pinned, plain
@@ -26,28 +27,6 @@ from tracejit.capture.trace.trace import Trace
 
 _WALKED = 5000  # objects looked at in search of optimizers
 _WIDE = 1000  # containers with more items hold data
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Held:
-    """A dict as part of a path: equal to another when it is the same object."""
-
-    holder: dict
-
-    def __hash__(self) -> int:
-        return id(self.holder)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Held) and self.holder is other.holder
-
-
-@dataclass(frozen=True, slots=True)
-class Callback:
-    """A call that the trace ran as it is: a scheduler's step."""
-
-    function: Callable
-    args: tuple
-    kwargs: dict
 
 
 @dataclass(slots=True)
@@ -92,7 +71,8 @@ class Hyperparameters:
 
     def __init__(self, trace: Trace):
         self.trace = trace
-        self.stores: list[tuple[dict, str, object]] = []  # group, key, what the step stored
+        self.holders: list[dict] = []  # the groups that runtime scalars come from or go to
+        self.stores: list[tuple[int, str, object]] = []  # holder, key, what the step stored
         self.callbacks: list[Callback] = []
         self.inside = False  # a callback is running
         self._memory = Memory()
@@ -110,9 +90,20 @@ class Hyperparameters:
         for x in found:
             if isinstance(x, Optimizer):
                 self._remember(x)
-                self._substitute(x, lambda group, key: ("entry", Held(group), key))
+                self._substitute(x, self._entry)
             elif isinstance(x, LRScheduler):
                 self._remember_scheduler(x)
+
+    def _entry(self, group: dict, key: str) -> Path:
+        """Where the floats of an item of a param group come from."""
+        return "entry", self._holder(group), key
+
+    def _holder(self, group: dict) -> int:
+        for i, known in enumerate(self.holders):
+            if known is group:
+                return i
+        self.holders.append(group)
+        return len(self.holders) - 1
 
     def _remember(self, optimizer: Optimizer) -> None:
         if id(optimizer) not in self._optimizers:
@@ -139,7 +130,7 @@ class Hyperparameters:
             return tuple(self._traced(item, (*path, i)) for i, item in enumerate(x))
         return self.trace.scalar(float(x), path) if _has_floats(x) else x
 
-    def _restore(self) -> list[tuple[dict, str, object]]:
+    def _restore(self) -> list[tuple[int, str, object]]:
         """Make all floats plain again; returns what the step stored of runtime scalars, and in
         their place."""
         stored = []
@@ -156,7 +147,7 @@ class Hyperparameters:
                 elif entry is not None:  # a number that Python has, perhaps the one from before
                     entry = known.entries[key] = _Entry(value, value, stored=True)
                 if entry is not None and entry.stored and value is entry.traced:
-                    stored.append((known.group, key, value))
+                    stored.append((self._holder(known.group), key, value))
         return stored
 
     def _all_groups(self) -> Iterator[_Group]:
@@ -213,7 +204,7 @@ class Hyperparameters:
         known = self._groups[id(group)].entries.get(key)
         if known is not None and known.stored:  # the callback built on what the step had stored
             return "stored", self.computed()[1]
-        return "after", n, ("entry", Held(group), key)
+        return "after", n, self._entry(group, key)
 
     def _remember_scheduler(self, scheduler: LRScheduler) -> None:
         if id(scheduler) not in self._schedulers:
@@ -223,8 +214,8 @@ class Hyperparameters:
 
     # ---- when the call fails
 
-    def undo(self) -> None:
-        """Put param groups, optimizer state and schedulers back as they were, and take the
+    def undo(self, proxies: list[torch.Tensor]) -> None:
+        """Put param groups, optimizer state and schedulers back as they were, and take
         intermediates of the trace out of all that held them."""
         for known in self._groups.values():
             known.group.clear()
@@ -239,9 +230,12 @@ class Hyperparameters:
         for scheduler, attributes in self._schedulers.values():
             vars(scheduler).clear()
             vars(scheduler).update(attributes)
-        proxies = self.trace.proxies or self.trace.journal.proxies()
         if proxies:
             scrub(proxies, self._memory)
+
+    def abort(self) -> None:
+        """The trace has failed: undo all that it did."""
+        self.undo(self.trace.proxies or self.trace.journal.proxies())
         self.trace.journal.release()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from tracejit.autodiff import Tape, backward
+from tracejit.capture.effects.effects import Outside, Place
 from tracejit.capture.functions.autograd import leaf_values, total_of
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.trace.tensor import Handle, Storage, is_dense
@@ -35,19 +36,7 @@ _SHARED = "two returned tensors that require grad share memory; clone one"
 _RETAINED = "the step called retain_grad(); call backward inside it, or retain_grad outside"
 _NOTHING = "no tensor that the step returns or was given would get a gradient"
 
-Place = tuple[str, int]  # ("real" | "made" | "output", position)
 Run = Callable[[list], list[torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Outside:
-    """The autograd node of a returned tensor."""
-
-    made: int  # which of the made tensors
-    inputs: tuple[Place, ...]  # real or made tensors that get a gradient, per result of the graph
-    saved: tuple[Place, ...]  # real tensors and outputs that the graph reads
-    hosts: tuple[int, ...]  # host results that it reads
-    graph: Graph  # (cotangent, *saved, *hosts) -> gradients
 
 
 @dataclass(slots=True)
@@ -294,17 +283,12 @@ class CompiledStep(torch.autograd.Function):
 
 
 def attach(
-    node: Outside,
     tensor: torch.Tensor,
-    reals: Sequence[torch.Tensor],
-    made: Sequence[torch.Tensor | None],
-    outputs: Sequence[torch.Tensor],
-    host: Sequence[float],
+    inputs: list[torch.Tensor],
+    saved: list[torch.Tensor],
+    hosts: list[float],
     run: Run,
 ) -> torch.Tensor:
-    """The tensor with its autograd node."""
-    inputs = [(reals if kind == "real" else made)[i] for kind, i in node.inputs]
-    saved = [(reals if kind == "real" else outputs)[i].detach() for kind, i in node.saved]
-    hosts = [host[i] for i in node.hosts]
+    """A tensor with its autograd node, see `Outside`."""
     with torch.enable_grad():
-        return CompiledStep.apply([tensor], saved, hosts, run, *inputs)
+        return CompiledStep.apply([tensor], [x.detach() for x in saved], hosts, run, *inputs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.effects import slots
 from tracejit.capture.follow.events import Call, Event, New, Point, news
 from tracejit.ir.graph import Node, Value
 
@@ -18,18 +19,17 @@ _PAUSE = 256  # traces after which that is tried again
 
 @dataclass(eq=False, slots=True)
 class End:
-    """The end of a path: what was captured, without the tensors of that trace."""
+    """The end of a path: what was captured, and what of it stands where on the path."""
 
-    captured: Captured  # without anything of the user's
+    captured: Captured
     reals: tuple[int, ...]  # the captured step's outside tensors, by position
     made: dict[int, int]  # position -> the tensor made for it
-    returned: frozenset[int]  # made tensors in the returned structure
-    escaped: frozenset[tuple[int, int]]  # position, made tensor
+    escaped: tuple[tuple[int, int], ...]  # (position, made tensor)
     items: tuple[tuple[int, Value], ...]  # tensors whose number was read after the user's code
     hosted: tuple[Node, ...]  # and the arithmetic on runtime scalars that came up then
-    callbacks: int  # calls that ran as they are
     news: tuple[New, ...] = ()  # the proxies of the way
-    cache: dict = field(default_factory=dict)  # the driver's
+    # what calls do, by precision of products and alignment of the outside tensors; the driver's
+    runs: dict[tuple, object] = field(default_factory=dict)
     holding: frozenset[int] = frozenset()  # positions of tensors that somebody holds afterwards
 
     def __post_init__(self) -> None:
@@ -38,8 +38,10 @@ class End:
     @property
     def key(self) -> tuple:
         """What tells the ends of one path apart."""
-        returned = frozenset(at for at, index in self.made.items() if index in self.returned)
-        return returned, self.holding, self.captured.host_results
+        effects = self.captured.effects
+        wanted = {*slots(effects.returned)}
+        returned = frozenset(at for at, index in self.made.items() if index in wanted)
+        return returned, self.holding, effects.host, effects.returned, effects.stores
 
 
 class Recall:

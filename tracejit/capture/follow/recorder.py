@@ -9,11 +9,11 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 
-from tracejit.capture.effects.captured import Captured, nothing
+from tracejit.capture.effects import effects
+from tracejit.capture.effects.captured import Captured
 from tracejit.capture.follow.events import (
     CONSTANTS,
     TUPLE_ITERATOR,
@@ -173,34 +173,23 @@ class Recorder(Journal):
         self._over = True
         self._inside = len(self.t.b.nodes)
 
-    def close(
-        self, captured: Captured, of_handle: dict[Handle, int], slots: frozenset[int]
-    ) -> None:
-        """The trace is over: remember it. `of_handle` says what was made for which tensor, and
-        `slots` what of that is returned."""
-        told = all(id(x) in self.ids for x in captured.reals)
-        if (
-            not self.recording
-            or not told
-            or any(id(p) not in self.ids for p, _ in captured.escaped)
-        ):
+    def close(self, captured: Captured, call: effects.Call, made_of: dict[Handle, int]) -> None:
+        """The trace is over: remember it. `made_of` says what was made for which tensor."""
+        if not self.recording or not all(id(x) in self.ids for x in (*call.reals, *call.escaped)):
             return
         made = {
-            i: of_handle[h]
-            for i, x in enumerate(self.objects)
-            if (h := self._handle(x)) in of_handle
+            i: made_of[h] for i, x in enumerate(self.objects) if (h := self._handle(x)) in made_of
         }
         inside = self._came_in()
-        asked = zip(captured.paths[inside:], captured.scalar_values[inside:], strict=True)
+        asked = zip(captured.paths[inside:], captured.scalars[inside:], strict=True)
+        escaped = zip(call.escaped, captured.effects.escaped, strict=True)
         end = End(
-            _kept(captured),
-            tuple(self.ids[id(x)] for x in captured.reals),
+            captured,
+            tuple(self.ids[id(x)] for x in call.reals),
             made,
-            slots,
-            frozenset((self.ids[id(p)], i) for p, i in captured.escaped),
-            tuple((self.ids[id(captured.reals[path[1]])], value) for path, value in asked),
+            tuple((self.ids[id(p)], i) for p, i in escaped),
+            tuple((self.ids[id(call.reals[path[1]])], value) for path, value in asked),
             tuple(n for n in self.t.b.nodes[self._inside :] if n.op.family == "host"),
-            len(captured.callbacks),
         )
         self.recall.add(self.root, self.events, end)
 
@@ -251,18 +240,3 @@ def told(path: Path) -> Path:
     if path[0] == "after":
         return (*path[:2], told(path[2]))
     return (path[0], *path[2:]) if path[0] == "entry" else path
-
-
-def _kept(captured: Captured) -> Captured:
-    """A captured step without anything of the user's: each call brings its own."""
-    return replace(
-        captured,
-        reals=[],
-        escaped=(),
-        tree=None,
-        paths=(),
-        stores=(),
-        callbacks=(),
-        undo=nothing,
-        key=captured.key[:1],
-    )

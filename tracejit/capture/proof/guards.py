@@ -19,8 +19,10 @@ import torch
 from torch.nn import Module
 from torch.optim import Optimizer
 
-from tracejit.capture.effects.captured import Captured
-from tracejit.capture.proof.heap import FloatLine, Walk, differs
+from tracejit.capture.effects.captured import OPAQUE, Captured
+from tracejit.capture.effects.effects import Call
+from tracejit.capture.proof.guard_text import FloatLine, differs
+from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path
 from tracejit.capture.trace.tensor import extent
@@ -112,9 +114,9 @@ def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     for code, module in ran.codes.items():
         if code not in walk.codes and origin(code) == "user":
             reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
-    if captured.escaped:
+    if captured.effects.escaped:
         reasons.append("it stores an intermediate tensor in a Python object")
-    if not isinstance(captured.key[3], str):
+    if OPAQUE in captured.given:
         reasons.append("it returns an object that is neither a tensor nor a plain value")
     return list(dict.fromkeys(reasons))
 
@@ -130,14 +132,14 @@ class Armed:
     after: Callable[[list], None] | None  # runs the callbacks, completes the scalars
 
 
-def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
+def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> Armed | str:
     """The guard of a captured step, or the reason why there is none."""
-    reason = _against_callbacks(captured)
+    reason = _against_callbacks(captured, call)
     if reason:
         return reason
-    scalars = _decide_floats(walk, function, captured.paths)
-    places = Places(captured.reals)
-    reason = _guard_tensors(walk, captured, places)
+    scalars = _decide_floats(walk, function, captured.paths, call)
+    places = Places(call.reals)
+    reason = _guard_tensors(walk, captured, call, places)
     if reason:
         return reason
     unread = _unread(captured)
@@ -145,7 +147,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
         if path[0] == "item":
             walk.names["item"] = host_memory.read
             cell = places.cell(path[1])
-            at = walk.tensors[id(captured.reals[path[1]])]
+            at = walk.tensors[id(call.reals[path[1]])]
             scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
         elif path[0] == "after" or (path not in scalars and path in unread):
             scalars[path] = "None"
@@ -156,12 +158,12 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
     _guard_predicates(walk, captured)
     everything = "".join(f"{at}, " for at in walk.tensors.values())
-    reals = {id(t): t.untyped_storage()._cdata for t in captured.reals}
+    reals = {id(t): t.untyped_storage()._cdata for t in call.reals}
     lie_apart = len(set(reals.values())) == len(reals)  # which the guard sees from their memory
     if not (lie_apart and reals.keys() >= walk.tensors.keys()):
         apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
         walk.check(apart, "two tensors that the step can tell apart are one now")
-    tensors = ", ".join(walk.tensors[id(t)] for t in captured.reals)
+    tensors = ", ".join(walk.tensors[id(t)] for t in call.reals)
     walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
     walk.lines.append(f"return [{tensors}], scalars, addresses")
     body = "\n".join(f"        {line}" for line in walk.lines)
@@ -173,26 +175,29 @@ def arm(walk: Walk, function: FunctionType, captured: Captured) -> Armed | str:
     )
     namespace = dict(walk.names)
     exec(compile(text, "<tracejit guard>", "exec"), namespace)
-    return Armed(namespace["guard"], text, [*walk.tensors], places, _callbacks(captured))
+    after = _callbacks(captured, call)
+    return Armed(namespace["guard"], text, [*walk.tensors], places, after)
 
 
 def _unread(captured: Captured) -> set[Path]:
     """The runtime scalars that nothing was computed from: of an optimizer that did not run."""
     read = {value for node in captured.host_nodes for value in node.args}
     read.update(side for p in captured.predicates for side in (p.left, p.right))
-    read.update(captured.host_results)
+    read.update(captured.effects.host)
     planned = {index for kind, index in captured.sources if kind == "scalar"}
     return {
         path
-        for i, (path, value) in enumerate(zip(captured.paths, captured.scalar_values, strict=True))
+        for i, (path, value) in enumerate(zip(captured.paths, captured.scalars, strict=True))
         if i not in planned and value not in read
     }
 
 
-def _decide_floats(walk: Walk, function: FunctionType, paths: Sequence[Path]) -> dict[Path, str]:
+def _decide_floats(
+    walk: Walk, function: FunctionType, paths: Sequence[Path], call: Call
+) -> dict[Path, str]:
     """Turn the lines of floats into checks: of the type for a runtime scalar, else of the value.
     Returns the expressions of the runtime scalars among them."""
-    place = _scalar_places(walk, function)
+    place = _scalar_places(walk, function, call)
     inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
     wanted = {place(p): p for p in paths if not (walk.reentrant and p[0] in inner)}
     scalars: dict[Path, str] = {}
@@ -210,9 +215,9 @@ def _decide_floats(walk: Walk, function: FunctionType, paths: Sequence[Path]) ->
     return scalars
 
 
-def _against_callbacks(captured: Captured) -> str:
+def _against_callbacks(captured: Captured, call: Call) -> str:
     """Why the calls that a replay makes again cannot come before its plan, if so."""
-    for callback in captured.callbacks:
+    for callback in call.callbacks:
         scheduler = callback.function.__self__
         for group in scheduler.optimizer.param_groups:
             if any(isinstance(x, torch.Tensor) for name, x in group.items() if name != "params"):
@@ -221,7 +226,7 @@ def _against_callbacks(captured: Captured) -> str:
         return "a scheduler steps after it has set a hyperparameter"
     late = {
         value
-        for value, path in zip(captured.scalar_values, captured.paths, strict=True)
+        for value, path in zip(captured.scalars, captured.paths, strict=True)
         if path[0] == "after"
     }
     for node in captured.host_nodes:
@@ -232,19 +237,20 @@ def _against_callbacks(captured: Captured) -> str:
     return ""
 
 
-def _callbacks(captured: Captured) -> Callable[[list], None] | None:
+def _callbacks(captured: Captured, call: Call) -> Callable[[list], None] | None:
     """A function that calls what a replay calls again, and fills in the scalars that this makes."""
-    if not captured.callbacks:
+    callbacks, holders = call.callbacks, call.holders
+    if not callbacks:
         return None
     late = [(i, path) for i, path in enumerate(captured.paths) if path[0] == "after"]
 
     def after(scalars: list) -> None:
-        for n, callback in enumerate(captured.callbacks):
+        for n, callback in enumerate(callbacks):
             callback.function(*callback.args, **callback.kwargs)
             for i, path in late:
                 if path[1] == n:
-                    _, held, key, *indices = path[2]
-                    x = held.holder[key]
+                    _, holder, key, *indices = path[2]
+                    x = holders[holder][key]
                     for k in (*indices, *path[3:]):
                         x = x[k]
                     scalars[i] = float(x)
@@ -252,7 +258,7 @@ def _callbacks(captured: Captured) -> Callable[[list], None] | None:
     return after
 
 
-def _scalar_places(walk: Walk, function: FunctionType) -> Callable[[tuple], tuple]:
+def _scalar_places(walk: Walk, function: FunctionType, call: Call) -> Callable[[tuple], tuple]:
     """From the path of a runtime scalar to the key that the walk gave to its place."""
     cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
@@ -265,19 +271,19 @@ def _scalar_places(walk: Walk, function: FunctionType) -> Callable[[tuple], tupl
         if kind in ("default", "kwdefault"):
             return (kind, walk.constant(function), *path[1:])
         if kind == "entry":
-            return ("entry", id(path[1].holder), *path[2:])
+            return ("entry", id(call.holders[path[1]]), *path[2:])
         return path
 
     return place
 
 
-def _guard_tensors(w: Walk, captured: Captured, places: Places) -> str:
+def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> str:
     """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
     grad_of = {g: i for i, g in captured.grads_read if g is not None}
-    for i, tensor in enumerate(captured.reals):
+    for i, tensor in enumerate(call.reals):
         at = w.tensors.get(id(tensor))
         if at is None and i in grad_of:
-            owner = w.tensors.get(id(captured.reals[grad_of[i]]))
+            owner = w.tensors.get(id(call.reals[grad_of[i]]))
             if owner is not None:
                 at = w.local(f"{owner}.grad")
                 w.check(f"{at} is not None", "a .grad that the step reads is None")
@@ -286,15 +292,15 @@ def _guard_tensors(w: Walk, captured: Captured, places: Places) -> str:
             return f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded"
         _guard_tensor(w, at, tensor, i)
     for i, grad in captured.grads_read:
-        at = w.tensors[id(captured.reals[i])]
+        at = w.tensors[id(call.reals[i])]
         if grad is None:
             w.check(f"{at}.grad is None", "a .grad that was None when traced is set")
         elif grad < 0:
             w.check(f"{at}.grad is not None", "a .grad that the step asks for is None")
         else:
-            own = w.tensors[id(captured.reals[grad])]
+            own = w.tensors[id(call.reals[grad])]
             w.check(f"{at}.grad is {own}", "a .grad was replaced")
-    _guard_places(w, captured, places)
+    _guard_places(w, call, places)
     return ""
 
 
@@ -331,9 +337,9 @@ def _described(x: object) -> str:
     return text + (", negated" if x.is_neg() else "")
 
 
-def _guard_places(w: Walk, captured: Captured, places: Places) -> None:
+def _guard_places(w: Walk, call: Call, places: Places) -> None:
     """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
-    at = [w.tensors[id(t)] for t in captured.reals]
+    at = [w.tensors[id(t)] for t in call.reals]
     w.lines.append(f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]")
     if places.shared:
         names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
@@ -343,7 +349,7 @@ def _guard_places(w: Walk, captured: Captured, places: Places) -> None:
     asked = w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided"))
     if places.shared or asked:
         offsets = ", ".join(f"{x}.storage_offset()" for x in at)
-        expected = [t.storage_offset() for t in captured.reals]
+        expected = [t.storage_offset() for t in call.reals]
         w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
     w.names["places"] = places
     w.lines.append("if addresses != places.good and (why := places.against(addresses)): return why")
@@ -397,7 +403,7 @@ def _guard_predicates(w: Walk, captured: Captured) -> None:
     wanted: list[Arg] = []
     for predicate in captured.predicates:
         wanted += (predicate.left, predicate.right)
-    names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalar_values)}
+    names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
     code = HostCode()
     found = code.add(captured.host_nodes, wanted, names)
     w.lines += code.lines

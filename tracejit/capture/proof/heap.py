@@ -21,10 +21,8 @@ import builtins
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Enum
 from types import (
-    BuiltinFunctionType,
     CellType,
     CodeType,
     FunctionType,
@@ -37,6 +35,7 @@ import torch
 from torch.autograd.function import Function
 from torch.optim import Optimizer
 
+from tracejit.capture.proof.guard_text import FloatLine, GuardText, same_value, short, unbound
 from tracejit.capture.proof.kinds import (
     C_FUNCTIONS,
     CLASS_NOISE,
@@ -54,110 +53,27 @@ from tracejit.capture.proof.kinds import (
 )
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
-from tracejit.capture.trace.scalars import same_float
 
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
-@dataclass
-class FloatLine:
-    """The check of a float, to be decided when it is known which floats are runtime scalars."""
-
-    at: str
-    value: float
-    path: str
-    key: tuple | None
-
-
-def short(x: object) -> str:
-    """A value as a reason shows it."""
-    if isinstance(x, torch.Tensor):
-        return f"a tensor of shape {list(x.shape)}"
-    if is_value(x):
-        text = repr(x)
-        return text if len(text) <= 40 else text[:37] + "…"
-    if isinstance(x, CONTAINERS):
-        return f"a {type(x).__name__} of {len(x)}"
-    if isinstance(x, (type, FunctionType, MethodType, BuiltinFunctionType)):
-        return x.__qualname__
-    return f"a {type(x).__name__}"
-
-
-def same_value(a: object, b: object) -> bool:
-    """Whether two plain values are the same: 1, 1.0 and True are not."""
-    return type(a) is type(b) and a == b and (type(a) is not tuple or repr(a) == repr(b))
-
-
-def differs(path: str, old: str, new: str) -> str:
-    """The reason of a guard that failed."""
-    if new == old:
-        return f"{path} is another {new.removeprefix('a ')} now"
-    return f"{path} was {old} and is {new} now"
-
-
-def changed(path: str, old: str, new: object) -> str:
-    """The reason of a guard that failed, with the value that is there now."""
-    return differs(path, old, short(new))
-
-
-def unbound(cell: CellType) -> bool:
-    """Whether a closure's variable has no value."""
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
-
-
-class Walk:
+class Walk(GuardText):
     """The lines of a guard about Python state, and what keeps that state from being guarded."""
 
     def __init__(self, names: frozenset[str] | None, ran: Iterable[CodeType] | None):
+        super().__init__()
         self.wanted = names
         self.ran = None if ran is None else frozenset(ran)
-        self.lines: list[str | FloatLine] = []
-        self.names: dict[str, object] = {"same_float": same_float, "changed": changed}
         self.tensors: dict[int, str] = {}  # id(tensor) -> expression
         self.all_tensors: list[torch.Tensor] = []
-        self.refusals: list[str] = []
         self.codes: set[CodeType] = set()  # the user code that the guard accounts for
-        self._constants: dict[int, str] = {}
         self._visited: set[int] = set()
-        self._keep: list[object] = []  # ids stay unique as long as the objects live
-        self._count = self._locals = 0
+        self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._asked = ran is None or any(map(asks, mine))
         self._compared = ran is None or any(map(compares, mine))
         self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
         self.reentrant = False  # the step can reach itself, and sees plain floats then
-
-    # ---- writing
-
-    def constant(self, value: object) -> str:
-        """A name for an object in the guard's namespace."""
-        name = self._constants.get(id(value))
-        if name is None:
-            name = self._constants[id(value)] = f"k{len(self._constants)}"
-            self.names[name] = value
-            self._keep.append(value)
-        return name
-
-    def local(self, expression: str) -> str:
-        self._locals += 1
-        name = f"x{self._locals}"
-        self.lines.append(f"{name} = {expression}")
-        return name
-
-    def check(self, condition: str, reason: str) -> None:
-        self.lines.append(f"if not ({condition}): return {reason!r}")
-
-    def expect(self, condition: str, path: str, old: object, now: str) -> None:
-        """Fail unless `condition`, saying what was at `path` and what is there now."""
-        self.lines.append(f"if not ({condition}): return changed({path!r}, {short(old)!r}, {now})")
-
-    def refuse(self, why: str) -> None:
-        if why not in self.refusals:
-            self.refusals.append(why)
 
     # ---- roots
 

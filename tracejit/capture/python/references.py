@@ -1,36 +1,53 @@
 """Reference counts of CPython, calibrated when this module is imported.
 
-How many references a value has that nobody else holds depends on where it is counted from. Each
-number here is measured on an object in just that position, not written down.
+How many references a value has that nobody else holds depends on where it is counted. Each number
+here is measured on an object in just that position, not written down.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
 import torch
 
 count = sys.getrefcount
 
 
-def _in_list() -> int:
+def _parameter(x: object) -> int:
+    return count(x)
+
+
+def _item() -> int:
     held = [object()]
     return count(held[0])
 
 
 def _looped() -> int:
     held = [object()]
-    return next(count(x) for x in held)
+    return [count(x) for x in held][0]
 
 
-ALONE = _in_list()  # references to an item of a list that nobody else holds
-LOOPED = _looped()  # the same, counted in a comprehension over the list
+def _in_variable() -> int:
+    x = object()
+    return _parameter(x)
 
 
-def is_alone(objects: Sequence[object], at: int) -> bool:
-    """Whether nobody but a list holds its item."""
-    return count(objects[at]) <= ALONE
+def _in_loop() -> int:
+    held = [object()]
+    return [_parameter(x) for x in held][0]
+
+
+def _in_item() -> int:
+    held = {0: object()}
+    return [_parameter(held[k]) for k in held][0]
+
+
+ALONE = _item()  # `count(a_list[i])` of what nobody but the list holds
+LOOPED = _looped()  # `count(x)` in a comprehension over the list
+# `count(x)` of a function's parameter that nobody holds but
+IN_VARIABLE = _in_variable()  # a variable of the caller
+IN_LOOP = _in_loop()  # a container that the caller loops over, and the loop's variable
+IN_ITEM = _in_item()  # a container of the caller, which passes an item of it
 
 
 def _gradient() -> tuple[int, int]:
@@ -40,5 +57,5 @@ def _gradient() -> tuple[int, int]:
     return count(grad), grad._use_count()
 
 
-# references to a local that is a `.grad` nobody else holds: in Python, and in C++
+# `(count(grad), grad._use_count())` of a local that is a `.grad` which only its owner holds
 GRADIENT = _gradient()

@@ -47,9 +47,6 @@ class Journal:
     def over(self) -> None:
         """The user's code has returned."""
 
-    def close(self, captured: object, made_of: Mapping, returned: frozenset[int]) -> None:
-        """The trace is over, and this is what was captured."""
-
     def holds(self) -> Iterable[int]:
         """The ids of the tensors that the journal itself holds."""
         return ()

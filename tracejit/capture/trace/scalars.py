@@ -18,7 +18,8 @@ from tracejit.ir.types import HOST_SCALAR
 
 # Where a runtime scalar comes from, by the first item:
 #   arg i …, kwarg name …, cell name, global name, default i …, kwdefault name …   of the step
-#   entry Held(dict) key i …   a float in a dict (param_groups), as it is when the call starts
+#   entry n key i …            a float in the n-th dict of the call (param_groups), as it is when
+#                              the call starts
 #   item k                     the one element of the k-th outside tensor, read before the plan runs
 #   after n path               what a path leads to when the n-th callback has run
 #   computed n                 a float that Python computed in this call; a replay cannot know it

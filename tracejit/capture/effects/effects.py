@@ -1,0 +1,183 @@
+"""What a step does to the user's objects besides running its plan: pure data.
+
+`Effects` says what to return, write, set, clear and run on the host, in terms of positions: of
+outside tensors, of fresh outputs of the plan, of host results, and of what a `Call` brings. They
+have a text form that parses back (`text.py`). `commit.py` turns them into lines of Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from tracejit.capture.trace.tensor import Ints, TracedTensor
+from tracejit.ir.graph import Arg, Graph
+from tracejit.ir.types import DType
+
+Place = tuple[str, int]  # ("real" | "made" | "output", position)
+
+
+# ---- tensors to hand out
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor to hand out after the plan has run.
+
+    kind "real": the `index`-th outside tensor itself; "output": a view of the `index`-th fresh
+    output; "alias": a view of the memory of the `index`-th outside tensor; "view": a view of the
+    `index`-th tensor made, with its history; "host": a view of the `index`-th of `hosts`.
+    """
+
+    kind: str
+    index: int
+    shape: Ints = ()
+    strides: Ints = ()
+    offset: int = 0
+    requires_grad: bool = False
+    is_leaf: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """The autograd node of a returned tensor."""
+
+    made: int  # which of the made tensors
+    inputs: tuple[Place, ...]  # real or made tensors that get a gradient, per result of the graph
+    saved: tuple[Place, ...]  # real tensors and outputs that the graph reads
+    hosts: tuple[int, ...]  # host results that it reads
+    graph: Graph  # (cotangent, *saved, *hosts) -> gradients
+
+
+# ---- the returned structure
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The `index`-th made tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostSlot:
+    """The `index`-th host result."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The `index`-th object of the call: what the step returned or stored that is no tensor."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sequenced:
+    """A tuple, a list, or an instance of the namedtuple class that `kind` gives."""
+
+    kind: str | Given
+    items: tuple
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A dict, as pairs of keys (each a string or int, or given) and items."""
+
+    items: tuple[tuple[str | int | Given, object], ...]
+
+
+Tree = Slot | HostSlot | Given | Sequenced | Mapped
+
+
+def slots(tree: Tree) -> Iterator[int]:
+    """The made tensors in a structure."""
+    match tree:
+        case Slot(index):
+            yield index
+        case Sequenced(_, items):
+            for item in items:
+                yield from slots(item)
+        case Mapped(items):
+            for _, item in items:
+                yield from slots(item)
+
+
+def rebuilt(
+    tree: Tree, made: Sequence[torch.Tensor], host: Sequence[float], given: Sequence[object]
+) -> object:
+    """The structure that a tree describes."""
+    match tree:
+        case Slot(index):
+            return made[index]
+        case HostSlot(index):
+            return host[index]
+        case Given(index):
+            return given[index]
+        case Sequenced(kind, items):
+            parts = [rebuilt(x, made, host, given) for x in items]
+            if isinstance(kind, Given):
+                return given[kind.index](*parts)
+            return parts if kind == "list" else tuple(parts)
+        case Mapped(items):
+            return {
+                given[k.index] if isinstance(k, Given) else k: rebuilt(v, made, host, given)
+                for k, v in items
+            }
+    raise AssertionError(tree)
+
+
+# ---- all of them
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """All effects of a step, in the order of their commit."""
+
+    host: tuple[Arg, ...] = ()  # host results: runtime scalars, their arithmetic, numbers
+    written: tuple[int, ...] = ()  # outside tensors whose memory the plan or the host overwrites
+    host_writes: tuple[tuple[int, int], ...] = ()  # (outside tensor, host result): its one element
+    stores: tuple[tuple[int, str, Tree], ...] = ()  # (dict of the call, key, value)
+    hosts: tuple[tuple[DType, int], ...] = ()  # new CPU tensors of one element: of a host result
+    made: tuple[Made, ...] = ()
+    outside: tuple[Outside, ...] = ()  # autograd nodes of made tensors, in order of dependence
+    reasons: tuple[tuple[int, str], ...] = ()  # made tensors that no backward can go through: why
+    datas: tuple[tuple[int, int], ...] = ()  # (outside tensor, made): `.data = …`
+    grads: tuple[tuple[int, int | None], ...] = ()  # (outside tensor, made or None: cleared)
+    leaf_grads: tuple[tuple[int, int], ...] = ()  # (made: a new leaf, made: its .grad)
+    escaped: tuple[int, ...] = ()  # made tensors that user objects hold already, as proxies
+    returned: Tree = Given(0)
+    callbacks: int = 0  # calls that a replay makes again, on the real objects
+
+
+@dataclass(frozen=True, slots=True)
+class Callback:
+    """A call that the trace ran as it is: a scheduler's step."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+
+
+def nothing() -> None:
+    """What is committed is not undone."""
+
+
+@dataclass(slots=True)
+class Call:
+    """What one call brings: its tensors, numbers and objects, by the positions in the Effects."""
+
+    reals: list[torch.Tensor]  # outside tensors, in the order of first use
+    scalars: list[float]  # the runtime scalars
+    holders: Sequence[dict] = ()  # dicts that floats come from or go to: param groups
+    given: Sequence[object] = ()
+    escaped: Sequence[TracedTensor] = ()
+    callbacks: Sequence[Callback] = ()
+    undo: Callable[[], None] = nothing  # puts optimizers and schedulers back, before the commit
+
+    def kept(self) -> Call:
+        """What a replay needs of the call that it was traced in."""
+        return Call([], [], self.holders, self.given, (), self.callbacks)

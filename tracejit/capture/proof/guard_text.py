@@ -1,0 +1,107 @@
+"""The text of a guard while it is being written: lines, the names in them, and reasons.
+
+A guard is generated Python, one line per condition; a line that fails returns what changed, from
+what to what.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType
+
+import torch
+
+from tracejit.capture.proof.kinds import CONTAINERS
+from tracejit.capture.python.bytecode import is_value
+from tracejit.capture.trace.scalars import same_float
+
+
+@dataclass
+class FloatLine:
+    """The check of a float, to be decided when it is known which floats are runtime scalars."""
+
+    at: str
+    value: float
+    path: str
+    key: tuple | None
+
+
+def short(x: object) -> str:
+    """A value as a reason shows it."""
+    if isinstance(x, torch.Tensor):
+        return f"a tensor of shape {list(x.shape)}"
+    if is_value(x):
+        text = repr(x)
+        return text if len(text) <= 40 else text[:37] + "…"
+    if isinstance(x, CONTAINERS):
+        return f"a {type(x).__name__} of {len(x)}"
+    if isinstance(x, (type, FunctionType, MethodType, BuiltinFunctionType)):
+        return x.__qualname__
+    return f"a {type(x).__name__}"
+
+
+def same_value(a: object, b: object) -> bool:
+    """Whether two plain values are the same: 1, 1.0 and True are not."""
+    return type(a) is type(b) and a == b and (type(a) is not tuple or repr(a) == repr(b))
+
+
+def differs(path: str, old: str, new: str) -> str:
+    """The reason of a guard that failed."""
+    if new == old:
+        return f"{path} is another {new.removeprefix('a ')} now"
+    return f"{path} was {old} and is {new} now"
+
+
+def changed(path: str, old: str, new: object) -> str:
+    """The reason of a guard that failed, with the value that is there now."""
+    return differs(path, old, short(new))
+
+
+def unbound(cell: CellType) -> bool:
+    """Whether a closure's variable has no value."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return True
+    return False
+
+
+class GuardText:
+    """Lines of a guard, the objects that they name, and why there can be no guard."""
+
+    def __init__(self) -> None:
+        self.lines: list[str | FloatLine] = []
+        self.names: dict[str, object] = {"same_float": same_float, "changed": changed}
+        self.refusals: list[str] = []
+        self._constants: dict[int, str] = {}
+        self._keep: list[object] = []  # ids stay unique as long as the objects live
+        self._locals = 0
+
+    def constant(self, value: object) -> str:
+        """A name for an object in the guard's namespace."""
+        name = self._constants.get(id(value))
+        if name is None:
+            name = self._constants[id(value)] = f"k{len(self._constants)}"
+            self.names[name] = value
+            self._keep.append(value)
+        return name
+
+    def local(self, expression: str) -> str:
+        """A local of the guard that holds what an expression gives."""
+        self._locals += 1
+        name = f"x{self._locals}"
+        self.lines.append(f"{name} = {expression}")
+        return name
+
+    def check(self, condition: str, reason: str) -> None:
+        """Fail unless `condition`."""
+        self.lines.append(f"if not ({condition}): return {reason!r}")
+
+    def expect(self, condition: str, path: str, old: object, now: str) -> None:
+        """Fail unless `condition`, saying what was at `path` and what is there now."""
+        self.lines.append(f"if not ({condition}): return changed({path!r}, {short(old)!r}, {now})")
+
+    def refuse(self, why: str) -> None:
+        """There can be no guard."""
+        if why not in self.refusals:
+            self.refusals.append(why)

@@ -1,0 +1,129 @@
+"""What a call does once its plan is known, as one generated Python function.
+
+In: what was captured, and its program. Out: a `Run`, straight lines that check indices, compute the
+host's numbers, take memory for the outputs, run the plan and commit the effects. First runs, reruns
+and replays all go through it. An exception leaves everything as before, or comes after all is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.commit import commit_lines, leaver, may_repeat
+from tracejit.capture.effects.effects import Call
+from tracejit.capture.proof.guards import Armed, Guard, Places
+from tracejit.ir.graph import Graph
+from tracejit.ir.hostcode import HostCode, host_names
+from tracejit.runtime.interrupts import uninterrupted
+from tracejit.runtime.program import Program
+
+# (outside tensors, runtime scalars, the tensors' addresses, the call) -> the result
+Function = Callable[[list, list, list, Call], object]
+
+
+@dataclass
+class Hooks:
+    """Who looks on: `observer(final graph, inputs, outputs)` is called before a plan runs, and what
+    it returns after the commit."""
+
+    observer: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What calls of one captured step do."""
+
+    function: Function
+    text: str
+
+
+@dataclass(frozen=True)
+class Replay:
+    """An armed replay of something compiled: its guard, what a call does that the guard accepts,
+    and what it brings besides its tensors and scalars."""
+
+    guard: Guard
+    guard_text: str
+    run: Run
+    compiled: object
+    call: Call
+
+
+def generate(
+    captured: Captured,
+    program: Program,
+    final: Graph,
+    backwards: list,
+    hooks: Hooks,
+    armed: Armed | None = None,
+) -> Run:
+    """The function of a captured step: of traced calls, or of replays where `armed` is given.
+
+    A replay calls again what the trace called as it is, and uses what its guard has seen to.
+    """
+    places = None if armed is None else armed.places
+    names = host_names() | {
+        **{"final": final, "hooks": hooks, "backwards": backwards, "places": places},
+        **{"uninterrupted": uninterrupted, "after": armed and armed.after},
+    }
+    before = []
+    for i, bound in enumerate(captured.bounds):
+        names[f"bound{i}"] = bound
+        before.append(f"bound{i}.check(reals)")
+    if names["after"] is not None:
+        before.append("after(scalars)")  # once indices are known to be right
+    leaving = leaver(captured)
+    if leaving is not None:
+        names["leaver"] = leaving
+        before.append("leaving = leaver(reals)")
+    code = HostCode()
+    scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
+    host = code.add(captured.host_nodes, captured.effects.host, scalars)
+    params = [
+        f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources
+    ]
+    run, outputs = program.inlined(params, "()" if leaving is None else "leaving", code)
+    names |= run.names
+    commit = commit_lines(
+        captured,
+        outputs,
+        host,
+        cell=lambda i: _cell(places, i),
+        grad_on=armed is not None and torch.is_grad_enabled(),
+        names=names,
+    )
+    if places is not None and captured.effects.host_writes:
+        before.append("cells = places.cells")
+    inputs = [f"{'reals' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources]
+    before += [
+        *code.lines,
+        *run.gather,
+        "seen = hooks.observer",
+        "if seen is not None:",
+        f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
+    ]
+    lines = ["try:", *_indented(before), "except BaseException:", "    call.undo()", "    raise"]
+    work = [run.run, *commit]
+    if run.ran is None or not may_repeat(captured.effects):
+        lines += ["with uninterrupted():", *_indented(work)]
+    else:
+        again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
+        again += ["else:", "    call.undo()", "raise"]
+        lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
+    lines += ["if seen is not None:", "    seen()", "return returned"]
+    text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
+    exec(compile(text, "<tracejit run>", "exec"), names)
+    return Run(names.pop("perform"), text)
+
+
+def _cell(places: Places | None, index: int) -> str | None:
+    cell = None if places is None else places.cell(index)
+    return None if cell is None else f"cells[{cell}]"
+
+
+def _indented(lines: list[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
