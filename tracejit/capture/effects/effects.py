@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.trace.tensor import Ints, TracedTensor
-from tracejit.ir.graph import Arg, Graph
+from tracejit.ir.graph import Arg, Graph, print_arg
 from tracejit.ir.types import DType
 
 Place = tuple[str, int]  # ("real" | "made" | "output", position)
@@ -151,6 +151,62 @@ class Effects:
     escaped: tuple[int, ...] = ()  # made tensors that user objects hold already, as proxies
     returned: Tree = Given(0)
     callbacks: int = 0  # calls that a replay makes again, on the real objects
+
+    def __str__(self) -> str:
+        """One line per effect, in the order of the commit; `text.py` reads it back."""
+        lines = []
+        if self.host:
+            lines.append(f"host {', '.join(map(print_arg, self.host))}")
+        if self.written:
+            lines.append(f"written {', '.join(map(str, self.written))}")
+        lines += [f"write real {i} <- host {k}" for i, k in self.host_writes]
+        lines += [f"store {i} {key!r} <- {_expression(tree)}" for i, key, tree in self.stores]
+        lines += [f"number {i} = {d.name} host {k}" for i, (d, k) in enumerate(self.hosts)]
+        lines += [f"made {i} = {_made(m)}" for i, m in enumerate(self.made)]
+        for node in self.outside:
+            head = f"node {node.made} inputs {node.inputs} saved {node.saved} hosts {node.hosts} {{"
+            lines += [head, *(f"  {line}" for line in str(node.graph).splitlines()), "}"]
+        lines += [f"no node {i} because {why!r}" for i, why in self.reasons]
+        lines += [f"data {i} <- made {k}" for i, k in self.datas]
+        lines += [f"grad {i} <- {'none' if k is None else f'made {k}'}" for i, k in self.grads]
+        lines += [f"leaf grad {i} <- made {k}" for i, k in self.leaf_grads]
+        if self.escaped:
+            lines.append(f"escaped {', '.join(map(str, self.escaped))}")
+        if self.callbacks:
+            lines.append(f"callbacks {self.callbacks}")
+        lines.append(f"return {_expression(self.returned)}")
+        return "\n".join(["effects {", *(f"  {line}" for line in lines), "}"])
+
+
+def _made(m: Made) -> str:
+    if m.kind == "real":
+        return f"real {m.index}"
+    marks = " requires_grad" * m.requires_grad + " leaf" * m.is_leaf
+    return f"{m.kind} {m.index} {m.shape} strides {m.strides} offset {m.offset}{marks}"
+
+
+def _expression(tree: Tree) -> str:
+    """A structure as a Python expression of m0 (made tensors), h0 (host results), g0 (given)."""
+    match tree:
+        case Slot(index):
+            return f"m{index}"
+        case HostSlot(index):
+            return f"h{index}"
+        case Given(index):
+            return f"g{index}"
+        case Sequenced("list", items):
+            return f"[{', '.join(map(_expression, items))}]"
+        case Sequenced("tuple", items):
+            return f"({''.join(f'{_expression(x)}, ' for x in items)})"
+        case Sequenced(kind, items):
+            return f"{_expression(kind)}({', '.join(map(_expression, items))})"
+        case Mapped(items):
+            pairs = (
+                f"{_expression(k) if isinstance(k, Given) else repr(k)}: {_expression(v)}"
+                for k, v in items
+            )
+            return f"{{{', '.join(pairs)}}}"
+    raise AssertionError(tree)
 
 
 @dataclass(frozen=True, slots=True)
