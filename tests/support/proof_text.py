@@ -2,14 +2,23 @@
 
 In: a step and its arguments. Out: the guard lines of what it can reach, what ran, the events of a
 trace, the tree of several traces, and the matcher of a recorded call. Line numbers count from the
-step's first line, and names of objects are explained in a legend.
+step's first statement, and names of objects are explained in a legend.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from inspect import getsource
+from textwrap import dedent
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MappingProxyType,
+    MethodType,
+    ModuleType,
+)
 
 import torch
 
@@ -37,6 +46,7 @@ from tracejit.capture.proof.watch import Seen, origin, watch
 from tracejit.capture.python.bytecode import Scanned
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.tensor import TO_IR
 from tracejit.capture.tracer import Tracer
 
 
@@ -58,6 +68,13 @@ def trace(
 # ---- names and lines
 
 
+def source(case: Callable) -> str:
+    """The text of a test's case, without its decorators."""
+    lines = dedent(getsource(case)).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("def "))
+    return "\n".join(lines[first:]) + "\n\n"
+
+
 def shown(x: object) -> str:
     """What a name of a guard or a matcher stands for."""
     if isinstance(x, CodeType):
@@ -70,20 +87,19 @@ def shown(x: object) -> str:
         return f"a tensor of shape {list(x.shape)}"
     if isinstance(x, dict) and "__builtins__" in x:
         return "the globals of " + x["__name__"]
-    if isinstance(x, dict) and "__module__" in x:
-        return "attributes of a class of " + x["__module__"]
+    if isinstance(x, MappingProxyType):
+        return f"what a class of {x['__module__']} holds"
     if type(x) in (int, float, str, bool, tuple, list, range, slice, torch.dtype, torch.Size):
         return repr(x)
     return f"a {type(x).__name__}"
 
 
 def relative(text: str, step: Callable) -> str:
-    """A text with the lines of the step's file counted from where the step begins."""
+    """A text whose lines of the step's file count from the step's first statement."""
     code = unwrap(step)[0].__code__
     file = code.co_filename.rpartition("/")[2]
-    return re.sub(
-        rf"{re.escape(file)}:(\d+)", lambda m: f"line {int(m[1]) - code.co_firstlineno}", text
-    )
+    before = min(n for *_, n in code.co_lines() if n and n > code.co_firstlineno) - 1
+    return re.sub(rf"{re.escape(file)}:(\d+)", lambda m: f"line {int(m[1]) - before}", text)
 
 
 def numbered(lines: list[str], names: dict[str, object], prefix: str) -> str:
@@ -135,7 +151,9 @@ def what_ran(step: Callable, *args: object) -> str:
     _, ran, _ = trace(step, *args, watched=True)
     mine = [code.co_qualname for code in ran.codes if origin(code) == "user"]
     mine = [name.rpartition("<locals>.")[2] for name in mine]
-    torchs = {holder.get("__name__", "torch.Tensor"): names for holder, names in ran.places.values()}
+    torchs = {
+        holder.get("__name__", "torch.Tensor"): names for holder, names in ran.places.values()
+    }
     lines = [f"runs {', '.join(mine)}"]
     lines += [f"of {holder}: {', '.join(sorted(torchs[holder]))}" for holder in sorted(torchs)]
     lines += ["computes names of attributes"] * ran.computes_names
@@ -163,8 +181,8 @@ def told(x: object) -> str:
         case Outside(at, look):
             flags = ", requires grad" * look.requires_grad + ", a view" * (look.memory != at)
             return f"#{at} outside {dtype_of(look.dtype)}{list(look.shape)}{flags}"
-        case New(at, number, geometry):
-            return f"#{at} new {dtype_of(geometry[1])}{list(geometry[0])}"
+        case New(at, _, geometry):
+            return f"#{at} new {geometry[3]}{list(geometry[0])}"
         case Number(value):
             return str(value)
         case Same(value):
@@ -175,7 +193,7 @@ def told(x: object) -> str:
 
 
 def dtype_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return TO_IR[dtype].name
 
 
 def event_text(event: object) -> str:
@@ -191,8 +209,7 @@ def event_text(event: object) -> str:
             split = len(event.args) - len(event.names)
             given = [told(x) for x in event.args[:split]]
             given += [
-                f"{name}={told(x)}"
-                for name, x in zip(event.names, event.args[split:], strict=True)
+                f"{name}={told(x)}" for name, x in zip(event.names, event.args[split:], strict=True)
             ]
             text = f"{function_name(event.func)}({', '.join(given)}) -> {told(event.result)}"
             if not event.grad_on:
@@ -218,34 +235,38 @@ def found_text(what: tuple) -> str:
 def end_text(end: End) -> str:
     """The end of a path."""
     made = ", ".join(f"#{at} is made {index}" for at, index in end.made.items())
-    text = f"end: returns {end.captured.effects.returned}; {made or 'nothing is made'}"
+    returned = str(end.captured.effects).splitlines()[-2].strip()
+    text = f"end: {returned}; {made or 'nothing is made'}"
     if end.escaped:
         text += "; kept: " + ", ".join(f"#{at}" for at, _ in end.escaped)
     return text
 
 
-def tree_text(point: Point, indent: str = "") -> str:
+def tree_lines(point: Point) -> list[str]:
     """What a step remembers of its traces from a point on; branches are indented."""
     lines: list[str] = []
     while len(point.events) == 1 and not point.ends:
         (event,) = point.events
-        lines.append(event_text(event))
+        lines += event_text(event).splitlines()
         point = event.then
     lines += [end_text(end) for end in point.ends]
-    text = "\n".join(indent + line for part in lines for line in part.splitlines())
     for event in point.events:
-        text += f"\n{indent}either\n{indent}  "
-        text += event_text(event).replace("\n", f"\n{indent}  ")
-        text += "\n" + tree_text(event.then, indent + "  ")
-    return text
+        branch = [*event_text(event).splitlines(), *tree_lines(event.then)]
+        lines += ["either", *(f"  {line}" for line in branch)]
+    return lines
 
 
-def remembered(runs: list[tuple[Callable, tuple]]) -> str:
-    """The tree after these traces, each a step with its arguments."""
+def remembered(runs: list[tuple | Callable[[], object]]) -> str:
+    """The tree after these traces, each a step with its arguments; or what comes between them."""
     recall = Recall()
-    for step, args in runs:
-        trace(step, *args, recall=recall)
-    return tree_text(recall.root())
+    for one in runs:
+        if callable(one):
+            one()
+        else:
+            trace(*one, recall=recall)
+    values: dict[str, str] = {}
+    text = "\n".join(tree_lines(recall.root()))
+    return re.sub(r"%\d+", lambda m: values.setdefault(m[0], f"%{len(values)}"), text)
 
 
 def calls_of(step: Callable, *args: object) -> list[Call]:
