@@ -64,7 +64,9 @@ def replay(n: int) -> dict[str, float]:
     assert step.stats.replays >= 2, step.explain_mode()
     guard = step._replays[0].guard
     found = {"guard": microseconds(lambda: guard((), {})), "call": microseconds(step)}
-    names = step._replays[0].run.__globals__  # of the C executor: the foreign call alone is timed
+    names = step._replays[
+        0
+    ].run.function.__globals__  # of the C executor: the foreign call alone is timed
     run, calls = names["run"], []
     names["run"] = lambda *call: (calls.append(call), run(*call))
     step()

@@ -1,5 +1,7 @@
 """What each stage of compilation costs per IR node, and what a replay costs on the host.
 
+"generate" is the function of a call (`run.py`), which is made once per captured step and program.
+
 python -m benchmarks.stages
 """
 
@@ -14,12 +16,14 @@ import torch
 import tracejit
 from examples import two_layer_autograd
 from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.collect import finish
+from tracejit.capture.effects.collect import Finished, finish
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.tracer import Tracer
 from tracejit.codegen.triton import emit
 from tracejit.passes import optimize
+from tracejit.run import Hooks, generate
+from tracejit.runtime.program import Program
+from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule
 
 
@@ -43,7 +47,7 @@ def deep_net(layers: int = 24, width: int = 16) -> Callable[[], torch.Tensor]:
     return step
 
 
-def capture(step: Callable) -> Captured:
+def capture(step: Callable) -> Finished:
     """One trace."""
     function, bound_to = unwrap(step)
     tracer = Tracer()
@@ -62,18 +66,21 @@ def median_us(call: Callable, repeats: int = 15) -> float:
 
 
 def main() -> None:
-    stages = ("capture", "passes", "schedule", "emit")
+    stages = ("capture", "passes", "schedule", "emit", "generate")
     print(f"{'step':12s} {'nodes':>6s} " + " ".join(f"{s:>9s}" for s in stages))
     for name, step in (("two_layer", two_layer_autograd.make_step()[0]), ("deep_net", deep_net())):
-        graph = capture(step).graph
+        captured = capture(step).captured
+        graph = captured.graph
         nodes = len(graph.nodes)
         final = optimize(graph)
         plan = schedule(final)
+        program = Program(plan, executor_for("auto", "cpu"))
         costs = (
             median_us(lambda step=step: capture(step)),
             median_us(lambda graph=graph: optimize(graph)),
             median_us(lambda final=final: schedule(final)),
             median_us(lambda plan=plan: [emit(launch.kernel) for launch in plan.launches]),
+            median_us(lambda what=(captured, program, final): generate(*what, [], Hooks())),
         )
         print(f"{name:12s} {nodes:6d} " + " ".join(f"{c / nodes:6.1f} µs" for c in costs))
     step = tracejit.compile(two_layer_autograd.make_step(n=1, d_in=1, h=1, d_out=1)[0])
