@@ -37,7 +37,7 @@ def assert_within(ours, theirs, allowed) -> None:
 
 
 def on_samples(rows: list[tuple[str, Sample]]) -> Callable:
-    """Make `check(name, sample, **fixtures)` a test of each op, which names the samples that fail."""
+    """Make `check(name, sample, **fixtures)` a test of each op; it names the samples that fail."""
     samples: dict[str, list[Sample]] = {}
     for name, sample in rows:
         samples.setdefault(name, []).append(sample)
