@@ -64,7 +64,8 @@ def main(steps: int = 50) -> float:
         for _ in range(steps):
             loss = step()
         losses.append(loss.item())
-        print(f"{make.__name__}: loss {losses[-1]:.6g}, {len(step.kernels)} launches per step")
+        launches = len(step.plans[-1].launches)
+        print(f"{make.__name__}: loss {losses[-1]:.6g}, {launches} launches per step")
     return losses[-1]
 
 

@@ -49,7 +49,7 @@ def main(steps: int = 500) -> bool:
     compiled_us = statistics.median(times["compiled"][steps // 10 :]) * 1e6
     print(f"\nall {steps} losses agree (|Δ| ≤ 1e-3·|loss| + 1e-9·first): {agree}")
     print(f"mode: {compiled.explain_mode()}")
-    print(f"launches per step: {len(compiled.kernels)}")
+    print(f"launches per step: {len(compiled.plans[-1].launches)}")
     print(f"first call: {times['compiled'][0]:.3f} s")
     print(
         f"step: eager {eager_us:.0f} µs, compiled {compiled_us:.0f} µs, "

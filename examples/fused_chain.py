@@ -39,7 +39,7 @@ def main(steps: int = 20, n: int = ELEMENTS) -> float:
     for _ in range(steps):
         loss = step()
     print(f"loss {loss.item():.6g}, gradient of norm {x.grad.norm().item():.6g}")
-    print(f"{len(step.kernels)} launch per step; {step.explain_mode()}")
+    print(f"{len(step.plans[-1].launches)} launch per step; {step.explain_mode()}")
     print(step.kernels[0])
     return loss.item()
 

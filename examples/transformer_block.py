@@ -69,7 +69,7 @@ def main(steps: int = 20) -> float:
     step = tracejit.compile(step)
     for _ in range(steps):
         loss = step()
-    print(f"loss {loss.item():.6g}, {len(step.kernels)} launches per step")
+    print(f"loss {loss.item():.6g}, {len(step.plans[-1].launches)} launches per step")
     return loss.item()
 
 

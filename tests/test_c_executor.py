@@ -27,7 +27,6 @@ from support.op_checks import (
 from support.op_samples import SAMPLES
 from support.plan_checks import Memory, PlanChecks, make_inputs, stored
 from support.random_graphs import RandomProgram
-from tracejit.codegen.c_blocking import Contraction, Target
 from tracejit.codegen.c_pool import POOL_SOURCE
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.graph import Builder, Result
@@ -37,8 +36,10 @@ from tracejit.ir.types import DType, contiguous_strides, f64
 from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu import tiles
+from tracejit.schedule.cpu.tiles import orient
+from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.memory import layout_of
-from tracejit.schedule.sizes import substitute
 from tracejit.testing import assert_equal_to_eager
 
 ULPS = 2  # of functions that IEEE does not fix to the bit
@@ -164,16 +165,12 @@ def test_a_transposed_result_is_written_along_memory(m, k, n, quick, plans):
       return %5, %8
       write %2 <- %7
     }}""")
-    launch = fused.launches[0]
-    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-    found = Contraction(substitute(launch.kernel, sizes), "k", Target())
-    assert (found.m.extent, found.n.extent) == ((n, m) if min(m, n) > 1 else (m, n))
+    *_, rows, columns = orient(unpack(fused)[0].kernel).kernel.stages[0].axes
+    assert (rows.extent, columns.extent) == ((n, m) if min(m, n) > 1 else (m, n))
 
 
 def test_batches_in_rounds(monkeypatch, plans):
-    from tracejit.codegen import c_blocking
-
-    monkeypatch.setattr(c_blocking, "SCRATCH", 20_000)
+    monkeypatch.setattr(tiles, "SCRATCH", 20_000)
     plans.both("""
     step(%0: f32[7,33,20], %1: f32[7,17,20]) {
       %2: f32[7,20,17] = permute(%1, axes=(0,2,1))

@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from support.c_text import printed
-from support.graph_texts import normalized, softmax, weight_gradients
+from support.graph_texts import normalized, softmax, softmax_gradient, weight_gradients
 from support.plan_checks import PlanChecks, make_inputs
-from tracejit.codegen import c_loops, c_outer, c_ride
-from tracejit.codegen.c import pieces
-from tracejit.codegen.c_keep import keep_rows
+from tracejit.codegen import c_loops, c_outer
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.text import parse
 from tracejit.runtime import c_compiler
 from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu import columns as cpu_columns
+from tracejit.schedule.cpu import loops as cpu_loops
+from tracejit.schedule.cpu.columns import fuse_columns
+from tracejit.schedule.cpu.rows import keep_rows
+from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.kernel import Kernel, Load, Store
 from tracejit.schedule.kernel_text import parse_kernel
 
@@ -40,27 +43,10 @@ def executor() -> CExecutor:
 
 def kernels(text: str) -> list[Kernel]:
     """The kernels of a program, sizes as plain numbers."""
-    return [piece.launch.kernel for piece in pieces(schedule(parse(text)))]
+    return [launch.kernel.kernel for launch in fuse_columns(unpack(schedule(parse(text))))]
 
 
 # --- kept values -------------------------------------------------------------------------------
-
-
-def softmax_gradient(rows: int, columns: int, dtype: str = "f32") -> str:
-    """Softmax of rows and its derivative along %20."""
-    kind, one = f"{dtype}[{rows},{columns}]", f"{dtype}[{rows},1]"
-    forward, _, _ = softmax(rows, columns, 1).replace("f32", dtype).partition("return")
-    return (
-        forward.replace(f"%0: {kind}", f"%0: {kind}, %20: {kind}")
-        + f"""%10: {kind} = mul(%20, %9)
-      %11: {dtype}[{rows}] = reduce_sum(%10, axes=(1,))
-      %12: {one} = reshape(%11, shape=({rows}, 1))
-      %13: {kind} = expand(%12, shape=({rows},{columns}))
-      %14: {kind} = mul(%9, %13)
-      %15: {kind} = sub(%10, %14)
-      return %9, %15
-    }}"""
-    )
 
 
 def test_a_row_of_a_softmax_computes_each_exponential_and_quotient_once():
@@ -140,16 +126,16 @@ def planned(text: str) -> tuple:
 
 
 def rides(text: str) -> int:
-    return sum(piece.ride is not None for piece in pieces(schedule(parse(text))))
+    launches = fuse_columns(unpack(schedule(parse(text))))
+    return sum(launch.kernel.columns is not None for launch in launches)
 
 
 @pytest.mark.parametrize("rows, columns", [(300, 200), (257, 129), (1000, 1500), (5000, 33)])
 @pytest.mark.parametrize("small", [False, True])
 def test_column_sums_ride_along_with_their_rows(rows, columns, small, monkeypatch, plans):
     if small:  # many chunks, runs and blocks
-        monkeypatch.setattr(c_ride, "GRAIN", 64)
-        for module in (c_loops, c_outer):
-            monkeypatch.setattr(module, "BLOCK", 64)
+        monkeypatch.setattr(cpu_columns, "GRAIN", 64)
+        monkeypatch.setattr(cpu_loops, "BLOCK", 64)
         monkeypatch.setattr(c_outer, "RUN", 4)
     text = weight_gradients(rows, columns)
     assert rides(text) == 1
@@ -216,7 +202,7 @@ def test_columns_that_read_another_row_do_not_ride(plans):
 
 
 def test_rides_do_not_depend_on_the_number_of_threads(monkeypatch):
-    monkeypatch.setattr(c_ride, "GRAIN", 64)
+    monkeypatch.setattr(cpu_columns, "GRAIN", 64)
     graph, plan = planned(weight_gradients(1000, 300))
     inputs, found = make_inputs(graph), []
     for threads in (1, 2, 3):

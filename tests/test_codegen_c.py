@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from support.c_text import printed
-from tracejit.codegen.c_blocking import Target, blocking
 from tracejit.codegen.c_body import Body, is_independent
-from tracejit.codegen.c_loops import vector_axis
 from tracejit.codegen.c_text import comment, literal, strip
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.ops.c_prelude import C_PRELUDE, prelude_for
 from tracejit.ir.types import b1, f32, f64, i64
 from tracejit.runtime.c_compiler import find_compiler, load_library
+from tracejit.schedule.cpu.access import vector_axis
+from tracejit.schedule.cpu.tiles import accumulators, blocking
 from tracejit.schedule.kernel import Axis, FloorDiv, Index, Kernel, Load, Mod, Store, Var
 
 CHAIN = """
@@ -108,11 +108,11 @@ def test_the_contiguous_axis_is_the_vector_loop():
 @pytest.mark.parametrize("shape", [(64, 100), (1, 1), (1000, 10), (7, 300), (512, 512)])
 @pytest.mark.parametrize("vectors", [16, 32, 64])
 def test_micro_kernels_fit_the_registers(shape, vectors):
-    target = Target(vectors)
-    found = blocking(*shape, 300, target.vector_bytes // 4, target.accumulators, 4)
-    assert found.rows * found.vectors <= target.accumulators
-    assert found.tile_rows % found.rows == 0
-    assert found.tile_columns % (target.vector_bytes // 4) == 0
+    most = accumulators(vectors)
+    rows, wide, tile_rows, tile_columns = blocking(*shape, 300, vectors // 4, most, 4)
+    assert rows * wide <= most
+    assert tile_rows % rows == 0
+    assert tile_columns % (vectors // 4) == 0
 
 
 def test_prelude_holds_what_is_used():

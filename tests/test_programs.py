@@ -71,16 +71,20 @@ def test_the_chain_is_one_kernel_of_12_bytes_an_element():
 def test_two_layer_steps_are_at_most_6_launches_none_elementwise(name):
     compiled = _kernels_of(STEPS[name]()[0])
     launches = compiled.plans[-1].launches
-    assert len(launches) == len(compiled.kernels) <= 6
+    assert len(launches) <= 6
     kernels = [alone.kernel for launch in launches for alone in launch.alone()]
     assert all(kernel.stages[0].dot is not None for kernel in kernels)
 
 
+def triton_text(compiled) -> str:
+    """The Triton of the plan that ran last."""
+    launches = compiled.plans[-1].launches
+    return "\n\n".join(emit(launch.kernel, launch.sizes).text for launch in launches)
+
+
 def test_golden_sources(golden):
-    chain = _kernels_of(fused_chain.make_step(1_000)[0])
-    golden("fused_chain.py.txt", "\n\n".join(chain.kernels))
-    two_layer = _kernels_of(two_layer_autograd.make_step()[0])
-    golden("two_layer_autograd.py.txt", "\n\n".join(two_layer.kernels))
+    golden("fused_chain.py.txt", triton_text(_kernels_of(fused_chain.make_step(1_000)[0])))
+    golden("two_layer_autograd.py.txt", triton_text(_kernels_of(two_layer_autograd.make_step()[0])))
 
 
 def test_golden_graph_and_plan(golden):

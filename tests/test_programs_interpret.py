@@ -19,6 +19,7 @@ def test_two_layer_autograd(variant):
     step, _ = two_layer_autograd.make_step(variant, **SIZES)
     compiled = assert_equal_to_eager(step, calls=3, backend="interpret")
     assert len(compiled.kernels) == 4
+    assert all("@triton.jit" in text for text in compiled.kernels)
 
 
 def test_two_layer_manual():

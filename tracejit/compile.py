@@ -34,7 +34,6 @@ from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
-from tracejit.codegen.triton import emit
 from tracejit.errors import TracejitWarning
 from tracejit.ir.graph import Graph
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
@@ -167,12 +166,11 @@ class CompiledStep:
 
     @property
     def kernels(self) -> list[str]:
-        """The Triton source of each launch of the plan that ran last."""
+        """The source of each kernel of the plan that ran last, as its executor runs it: C, Triton,
+        or for numpy the kernel itself."""
         if self._last is None:
             return []
-        return [
-            emit(launch.kernel, launch.sizes).text for launch in self._last.program.plan.launches
-        ]
+        return [source.text for source in self._last.program.loaded.sources]
 
     @property
     def guards(self) -> list[str]:

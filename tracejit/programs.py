@@ -20,7 +20,6 @@ from tracejit import knobs
 from tracejit.capture.effects.captured import Captured, Key, graph_key
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
-from tracejit.codegen.triton import emit
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.passes import optimize
@@ -185,7 +184,10 @@ class Programs:
         self.stats.add("load", started)
         self.stats.compiles += 1
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")
-        self._dump(graph, final, plan)
+        if knobs.debug() >= 4:
+            for source in program.loaded.sources:
+                print(source.text)
+        self._dump(graph, final, program)
         return program, final
 
     def _optimized(self, graph: Graph) -> Graph:
@@ -223,9 +225,6 @@ class Programs:
             plan = schedule(graph, fuse=self.fuse)
             cache.put("plan", key, str(plan))
         self.stats.add("schedule", started)
-        if knobs.debug() >= 4:
-            for launch in plan.launches:
-                print(emit(launch.kernel, launch.sizes).text)
         return plan
 
     def _executor(self, captured: Captured) -> Executor:
@@ -243,7 +242,7 @@ class Programs:
         precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
         return executor_for(self.backend, device, precision)
 
-    def _dump(self, raw: Graph, final: Graph, plan: Plan) -> None:
+    def _dump(self, raw: Graph, final: Graph, program: Program) -> None:
         directory = knobs.dump_dir()
         if directory is None:
             return
@@ -251,7 +250,6 @@ class Programs:
         at.mkdir(parents=True, exist_ok=True)
         (at / "0_captured.txt").write_text(str(raw))
         (at / "1_final.txt").write_text(str(final))
-        (at / "2_plan.txt").write_text(str(plan))
-        for i, launch in enumerate(plan.launches):
-            source = emit(launch.kernel, launch.sizes)
-            (at / f"3_kernel_{i}_{source.name}.py").write_text(source.text)
+        (at / "2_plan.txt").write_text(str(program.plan))
+        for i, source in enumerate(program.loaded.sources):
+            (at / f"3_kernel_{i}_{source.name}{source.suffix}").write_text(source.text)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from tracejit.codegen.c import emit_kernel, pieces, unit
+from tracejit.codegen.c import emit_kernel, unit
 from tracejit.ir.text import parse
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu.lower import lower
 
 
 def printed(program: str) -> str:
     """The C unit of a program's kernels."""
-    found = pieces(schedule(parse(program)))
-    return unit([emit_kernel(piece, number=i) for i, piece in enumerate(found)])
+    kernels = lower(schedule(parse(program)), 64).kernels.values()
+    return unit([emit_kernel(kernel, i) for i, kernel in enumerate(kernels)], 64)

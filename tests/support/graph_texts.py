@@ -127,3 +127,20 @@ step(%0: f32[20,16], %1: f32[16,24], %2: f32[9,30], %3: f32[30,70], %4: f32[700]
   return %11, %12, %13, %14, %15, %17, %21, %22
   write %8 <- %24
 }""".replace("\n     %6", " %6")
+
+
+def softmax_gradient(rows: int, columns: int, dtype: str = "f32") -> str:
+    """Softmax of rows and its derivative along %20."""
+    kind, one = f"{dtype}[{rows},{columns}]", f"{dtype}[{rows},1]"
+    forward, _, _ = softmax(rows, columns, 1).replace("f32", dtype).partition("return")
+    return (
+        forward.replace(f"%0: {kind}", f"%0: {kind}, %20: {kind}")
+        + f"""%10: {kind} = mul(%20, %9)
+      %11: {dtype}[{rows}] = reduce_sum(%10, axes=(1,))
+      %12: {one} = reshape(%11, shape=({rows}, 1))
+      %13: {kind} = expand(%12, shape=({rows},{columns}))
+      %14: {kind} = mul(%9, %13)
+      %15: {kind} = sub(%10, %14)
+      return %9, %15
+    }}"""
+    )

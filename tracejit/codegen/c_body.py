@@ -7,7 +7,7 @@ reduced values too. bf16 and f16 are floats, rounded after every operation.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from tracejit.codegen.c_text import (
     Line,
@@ -22,8 +22,8 @@ from tracejit.codegen.c_text import (
 from tracejit.ir.ops.elementwise import UNROUNDED
 from tracejit.ir.types import DType, b1, f64
 from tracejit.schedule import index as indices
+from tracejit.schedule.cpu.access import has_value
 from tracejit.schedule.kernel import (
-    Axis,
     Compute,
     FloorDiv,
     InBounds,
@@ -31,7 +31,6 @@ from tracejit.schedule.kernel import (
     Kernel,
     Load,
     Mask,
-    Mod,
     Operand,
     Position,
     Reduce,
@@ -172,36 +171,6 @@ class Body:
         return rounded(text, out)
 
 
-def variables(s: Statement) -> list[Var]:
-    """The variables that a statement reads, those that decide a place included."""
-    args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
-    found = [a for a in args if isinstance(a, Var)]
-    for index in places(s):
-        found += _values(index)
-    return found
-
-
-def places(s: Statement) -> list[Index]:
-    """The indices of a statement, those of its mask included."""
-    found = [s.index] if isinstance(s, Load | Store | Position) else []
-    if isinstance(s, Load | InBounds):
-        found += [bound.index for bound in s.mask]
-    return found
-
-
-def _values(index: Index) -> Iterator[Var]:
-    for atom, _ in index.terms:
-        if isinstance(atom, Var):
-            yield atom
-        elif isinstance(atom, FloorDiv | Mod):
-            yield from _values(atom.index)
-
-
-def has_value(index: Index) -> bool:
-    """Whether a value of the body takes part in an index."""
-    return any(True for _ in _values(index))
-
-
 def _grouped(text: str) -> str:
     return f"({text})" if " " in text and not text.startswith("(") else text
 
@@ -249,13 +218,3 @@ def opened(kernel: Kernel, body: Sequence[Statement], struct: str) -> list[Line]
             )
     lines += [Line(f"const double {s} = at->{s};") for s in kernel.scalars if s in scalars]
     return lines
-
-
-def extents_of(kernel: Kernel) -> dict[str, int]:
-    """The extent of every axis of a kernel."""
-    axes: list[Axis] = list(kernel.axes)
-    for stage in kernel.stages:
-        axes += stage.axes
-        if stage.dot is not None:
-            axes.append(stage.dot.k)
-    return {a.name: a.extent for a in axes}

@@ -1,10 +1,7 @@
 """Stages of kernels as C loops, and what c_outer and c_matmul share with them.
 
-One loop of each nest is the vector loop: the axis that most accesses walk contiguously. Axes longer
-than BLOCK are split, the blocks being one more outer loop. The outer loops are flattened as far as
-it takes to make units of work, which are dealt to threads in chunks; the number of chunks depends
-on the sizes only, and partial results are combined in their order, so that results do not depend on
-the number of threads.
+The loops are walked as a `Nest` says; partial results of chunks are combined in their order, so
+that results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -12,47 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracejit.codegen.c_body import Body, extents_of, is_independent, opened, variables
+from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import Line, block, indent, memory_type, product, value_type
-from tracejit.schedule.kernel import (
-    Axis,
-    Compute,
-    FloorDiv,
-    Index,
-    Kernel,
-    Load,
-    Mod,
-    Reduce,
-    Stage,
-    Statement,
-    Store,
-)
+from tracejit.schedule.cpu.access import extents_of, stride, variables
+from tracejit.schedule.cpu.loops import Loop, dealt, split
+from tracejit.schedule.cpu.plan import Nest
+from tracejit.schedule.kernel import Axis, Kernel, Reduce, Stage, Statement, Store
 
-BLOCK = 1024  # elements of a vector loop
-COLUMNS = 256  # elements of a vector loop whose reductions run over other axes
-RUN = 64  # values that a float32 lane adds up before it is folded into float64
-GRAIN = 65536  # of the cost units of `weight`: a chunk is worth handing to a thread (some 10 µs)
-MAX_CHUNKS = 128
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
-
-_SLOW = {"exp": 10, "log": 10, "tanh": 15, "sin": 30, "cos": 30, "pow": 40, "mod": 40}
-
-
-@dataclass(frozen=True)
-class Loop:
-    """A loop over an axis, in steps of a block where `step` is not 1."""
-
-    axis: Axis
-    step: int = 1
-
-    @property
-    def count(self) -> int:
-        return -(-self.axis.extent // self.step)
-
-    @property
-    def variable(self) -> str:
-        return f"{self.axis.name}_block" if self.step > 1 else self.axis.name
 
 
 @dataclass
@@ -72,23 +37,9 @@ class Part:
     after: list[Line]
 
 
-def weight(body: Sequence[Statement]) -> int:
-    """The cost of one point, an access of memory being 2 and an addition 1."""
-    total = 0
-    for s in body:
-        if isinstance(s, Compute):
-            total += _SLOW.get(s.op.name, 1)
-        else:
-            total += 2
-    return total
-
-
-def chunks_of(units: int, work: int) -> int:
-    """How many chunks `units` of `work` cost units in all are dealt in."""
-    return max(1, min(units, work // GRAIN, MAX_CHUNKS))
-
-
-def full_stage(kernel: Kernel, stage: Stage, task_name: str, name: str) -> tuple[Part, list[Line]]:
+def full_stage(
+    kernel: Kernel, stage: Stage, nest: Nest | None, task_name: str, name: str
+) -> tuple[Part, list[Line]]:
     """A stage of a kernel without outer axes: a loop nest of its own."""
     body = Body(kernel, extents_of(kernel))
     if not stage.axes:
@@ -101,11 +52,10 @@ def full_stage(kernel: Kernel, stage: Stage, task_name: str, name: str) -> tuple
         lines = [*opened(kernel, stage.body, name)[1:], *lines, *saved]
         return Part(None, [Line("{"), *indent(lines), Line("}")]), fields
     folds = [fold_of(s) for s in stage.body if isinstance(s, Reduce)]
-    vector = vector_axis(stage.axes, stage.body)
-    loops = split(stage.axes, vector, BLOCK)
-    work = product(a.extent for a in stage.axes) * weight(stage.body)
-    inner = vector_loop(body, stage.body, vector, folds)
-    units, lines, chunks = parallel(loops, inner, work)
+    vector, chunks = named(stage.axes, nest.vector), nest.chunks
+    loops = split(stage.axes, vector, nest.block)
+    inner = vector_loop(body, stage.body, vector, nest.block, folds)
+    units, lines = parallel(loops, inner, chunks)
     head = [*opened(kernel, stage.body, name), *reduced_values(kernel, stage.body)]
     totals = [Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds]
     saved = [Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds]
@@ -160,43 +110,9 @@ def operands(body: Sequence[Statement]) -> list[int]:
 # --- loops
 
 
-def vector_axis(axes: Sequence[Axis], body: Sequence[Statement]) -> Axis:
-    """The axis that most accesses walk contiguously, the last one at a tie."""
-    return max(axes, key=lambda a: (contiguity(a, body), axes.index(a)))
-
-
-def contiguity(axis: Axis, body: Sequence[Statement]) -> int:
-    """How many accesses an axis walks element by element, less those it strides through."""
-    if axis.extent == 1:
-        return -1000
-    votes = 0
-    for s in body:
-        if isinstance(s, Load | Store):
-            weight = 2 if isinstance(s, Store) else 1
-            step = stride(s.index, axis.name)
-            votes += weight if step == 1 else -weight if step else 0
-    return votes
-
-
-def stride(index: Index, axis: str) -> int:
-    """How far an index moves with an axis, besides what values decide; 2 where that varies."""
-    for atom, c in index.terms:
-        if atom == axis:
-            return abs(c)
-        if isinstance(atom, FloorDiv | Mod) and stride(atom.index, axis):
-            return 2
-    return 0
-
-
-def split(axes: Sequence[Axis], vector: Axis, size: int) -> list[Loop]:
-    """The loops outside the vector loop: all other axes, and the blocks of the vector axis."""
-    loops = []
-    for axis in axes:
-        if axis is not vector:
-            loops.append(Loop(axis))
-        elif axis.extent > size:
-            loops.append(Loop(axis, size))
-    return loops
+def named(axes: Sequence[Axis], name: str) -> Axis:
+    """The axis of a name."""
+    return next(a for a in axes if a.name == name)
 
 
 def limits(vector: Axis, size: int) -> tuple[str, str]:
@@ -210,12 +126,13 @@ def limits(vector: Axis, size: int) -> tuple[str, str]:
 
 
 def vector_loop(
-    body: Body, statements: Sequence[Statement], vector: Axis, folds: Sequence[Fold]
+    body: Body, statements: Sequence[Statement], vector: Axis, size: int, folds: Sequence[Fold]
 ) -> list[Line]:
-    """The innermost loop, with accumulators around it that are folded into totals (r…)."""
+    """The innermost loop, over a block of `size`, with accumulators around it that are folded into
+    totals (r…)."""
     lanes = lanes_of(folds, body)
     before, after = lanes.before, lanes.after
-    first, last = limits(vector, BLOCK)
+    first, last = limits(vector, size)
     pragma = []
     independent = is_independent(statements, vector.name)
     if independent:
@@ -227,16 +144,14 @@ def vector_loop(
     stores = [s for s in statements if isinstance(s, Store)]
     kept = {s.value: s.buffer for s in stores if s.buffer in body.local}
     for s in stores:
-        if independent and is_streamed(body, s, vector):
+        if independent and is_streamed(body, s, vector, size):
             dtype, name = body.buffers[s.buffer], f"{s.buffer}_block"
             source = name
             if body.buffers.get(kept.get(s.value)) is dtype:
                 source = f"{kept[s.value]} + {first}"  # lies in a local array anyway
             else:
-                size = min(vector.extent, BLOCK)
-                before.append(
-                    Line(f"{memory_type(dtype)} {name}[{size}] __attribute__((aligned(64)));")
-                )
+                room = f"{name}[{min(vector.extent, size)}]"
+                before.append(Line(f"{memory_type(dtype)} {room} __attribute__((aligned(64)));"))
                 target = f"{name}[{vector.name} - ({first})]"
                 inner.append(Line(f"{target} = {body.stored(s)};", s.where))
             place = body.index(s.index, {vector.name: f"({first})"})
@@ -247,14 +162,14 @@ def vector_loop(
     return [*before, *pragma, *block(head, inner), *after]
 
 
-def is_streamed(body: Body, store: Store, vector: Axis) -> bool:
+def is_streamed(body: Body, store: Store, vector: Axis, block: int) -> bool:
     """Whether a store goes past the caches: to rows of a large buffer that is only written."""
     access = next(b.access for b in body.kernel.buffers if b.name == store.buffer)
     size = product(body.extents[a] for a, _ in store.index.terms if isinstance(a, str))
     return (
         access == "w"
         and stride(store.index, vector.name) == 1
-        and vector.extent >= BLOCK // 4
+        and vector.extent >= block // 4
         and size * body.buffers[store.buffer].itemsize >= STREAMED
     )
 
@@ -268,26 +183,21 @@ def nested(loops: Sequence[Loop], inner: list[Line]) -> list[Line]:
 
 
 def parallel(
-    loops: Sequence[Loop], inner: list[Line], work: int
-) -> tuple[list[Line], list[Line], int]:
-    """(the range of units of a chunk, the loop over them, the number of chunks): the leading loops
-    flattened into units as far as there must be units for the chunks."""
-    wanted = chunks_of(MAX_CHUNKS, work)
-    depth, units = 0, 1
-    while depth < len(loops) and (units < 4 * wanted and wanted > 1):
-        units *= loops[depth].count
-        depth += 1
+    loops: Sequence[Loop], inner: list[Line], chunks: int
+) -> tuple[list[Line], list[Line]]:
+    """(the range of units of a chunk, the loop over them): the leading loops flattened into units
+    as far as there must be units for the chunks."""
+    depth, units, _ = dealt(loops, chunks)
     lines = nested(loops[depth:], inner)
-    if wanted == 1 or units <= 1:
-        return [], nested(loops[:depth], lines), 1
-    chunks = min(units, wanted)
+    if chunks == 1:
+        return [], lines
     if depth == 1:
         unit = loops[0].variable
     else:
         unit = "unit"
         lines = [*unravelled(loops[:depth], unit), *lines]
     head = f"for (int64_t {unit} = first; {unit} < last; {unit}++)"
-    return chunk_range(units, chunks), block(head, lines), chunks
+    return chunk_range(units, chunks), block(head, lines)
 
 
 def chunk_range(units: int, chunks: int) -> list[Line]:

@@ -7,12 +7,9 @@ result, for products with a vector. The reductions of the body go along.
 
 from __future__ import annotations
 
-from tracejit.codegen.c_blocking import Contraction
 from tracejit.codegen.c_body import opened
+from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import (
-    BLOCK,
-    GRAIN,
-    MAX_CHUNKS,
     Part,
     Task,
     chunk_range,
@@ -20,7 +17,6 @@ from tracejit.codegen.c_loops import (
     is_independent,
     nested,
     partial_fields,
-    split,
     vector_loop,
 )
 from tracejit.codegen.c_micro import tile
@@ -29,6 +25,7 @@ from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import Line, block, rounded, value_type
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
+from tracejit.schedule.cpu.loops import BLOCK, split
 from tracejit.schedule.kernel import Compute, Reduce, Statement, Store, Var
 
 
@@ -36,11 +33,8 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     """(the parts, the struct's fields, the functions of the micro-kernels)."""
     folds = [fold_of(s) for s in c.stage.body if isinstance(s, Reduce)]
     tiles = c.row_tiles * c.column_tiles
-    chunks = max(1, min(c.round * tiles, c.work // max(c.rounds, 1) // GRAIN, MAX_CHUNKS))
-    if chunks > 1:
-        chunks = min(c.round * tiles, MAX_CHUNKS)
-    if c.slices > 1 or c.by_dots:
-        chunks = 1
+    way = c.tiling.way
+    chunks = c.tiling.chunks if way == "tiles" else 1  # of what reduces
     fields, after = [], []
     for f in folds:
         fields += partial_fields(f, chunks)
@@ -49,11 +43,11 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
         for f in folds:
             after.insert(0, Line(f"at->p{f.name}[0] = {f.neutral};"))
         return [Part(None, after)], fields, []
-    if c.by_dots:
+    if way == "dots":
         fields.append(Line(f"{c.type} *packed;"))
         return _dots(c, folds, after), fields, []
     micros, tile_lines = tile(c)
-    if c.slices > 1:
+    if way == "slices":
         fields.append(Line(f"{c.type} *packed;"))
         return _sliced(c, folds, tile_lines, after), fields, micros
     tile_lines += _epilogue(c, folds)
@@ -71,31 +65,31 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
 
 def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Line]) -> list[Part]:
     """The parts where k is dealt to threads: the sums of all slices, then the epilogue."""
-    k, b = c.k.extent, c.blocking
+    k, b = c.k.extent, c.tiling
     size = b.tile_rows * b.tile_columns
     statements = (*c.dot.a, *c.dot.b)
     lines = [
         *opened(c.kernel, statements, c.name),
         Line(f"{c.type} *const packed = at->packed;"),
         Line(f"{c.type} *const tile = packed + {c.per_batch} + chunk * {size};"),
-        Line(f"const int64_t low = chunk * {k} / {c.slices};"),
-        Line(f"const int64_t high = (chunk + 1) * {k} / {c.slices};"),
+        Line(f"const int64_t low = chunk * {k} / {c.tiling.slices};"),
+        Line(f"const int64_t high = (chunk + 1) * {k} / {c.tiling.slices};"),
     ]
-    if c.packed_from < c.strips:
-        count = c.strips - c.packed_from
+    if c.tiling.packed_from < c.strips:
+        count = c.strips - c.tiling.packed_from
         packing = pack_b(c, "part", "low", "high")
         lines += block(f"for (int64_t part = 0; part < {count}; part++)", packing)
     if c.a_elements:
         m = f"0; {c.m.name} < {c.m.extent}"
         of_k = f"low; {c.k.name} < high"
-        rows, columns = (m, of_k) if c.a_by_rows else (of_k, m)
+        rows, columns = (m, of_k) if c.tiling.a == "rows" else (of_k, m)
         lines += pack_a(c, rows, columns)
     lines += [
         Line(f"const int64_t row = 0, column = 0, rows = {c.m.extent};"),
         Line(f"const int64_t columns = {c.n.extent}, depth = low, deep = high - low;"),
         *tile_lines,
     ]
-    slices = Part(Task(f"{c.name}_slices", c.slices, lines), [])
+    slices = Part(Task(f"{c.name}_slices", c.tiling.slices, lines), [])
     return [slices, _rest(c, folds, after, c.per_batch)]
 
 
@@ -118,12 +112,12 @@ def _dots(c: Contraction, folds: list, after: list[Line]) -> list[Part]:
     m, n, count = c.m, c.n, c.m.extent * c.n.extent
     statements, folded = _products(c)
     loop = [Line(f"{folded.total} r{folded.name} = {folded.neutral};")]
-    inner = vector_loop(c.body, statements, c.k, [folded])
+    inner = vector_loop(c.body, statements, c.k, BLOCK, [folded])
     loop += nested(split([c.k], c.k, BLOCK), inner)
     loop.append(Line(f"at->packed[unit] = r{folded.name};"))
     axes = [Line(f"const int64_t {m.name} = {'0' if m.extent == 1 else 'unit'};")]
     axes.append(Line(f"const int64_t {n.name} = {'unit' if m.extent == 1 else '0'};"))
-    chunks = max(1, min(count, c.work // GRAIN, MAX_CHUNKS))
+    chunks = c.tiling.chunks
     lines = [
         *opened(c.kernel, statements, c.name),
         *chunk_range(count, chunks),
@@ -156,8 +150,8 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
     for f in folds:
         start = f"at->round ? at->p{f.name}[chunk] : {f.neutral}" if several else f.neutral
         lines.append(Line(f"{f.total} r{f.name} = {start};"))
-    b = c.blocking
-    aligned = f"__attribute__((aligned({c.vector_bytes})))"
+    b = c.tiling
+    aligned = f"__attribute__((aligned({c.tiling.vector_bytes})))"
     lines.append(Line(f"{c.type} tile[{b.tile_rows} * {b.tile_columns}] {aligned};"))
     inner = c.batch_of("unit", tiles)
     place = "unit" if c.row_tiles == 1 and not c.batch else f"unit % {tiles}"
@@ -183,9 +177,9 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
 def _epilogue(c: Contraction, folds: list) -> list[Line]:
     """The rest of the stage's body over a finished tile."""
     m, n, dot = c.m.name, c.n.name, c.dot
-    b = c.blocking
+    b = c.tiling
     places = [f"r * {b.tile_columns} + c"]
-    for i in range(1, c.slices):
+    for i in range(1, c.tiling.slices):
         places.append(f"r * {b.tile_columns} + c + {i * b.tile_rows * b.tile_columns}")
     value = " + ".join(f"tile[{place}]" for place in places)
     value = f"({value})" if len(places) > 1 else value

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tracejit.codegen.c_blocking import DEPTH, Contraction
+from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_text import Line, block, render
+from tracejit.schedule.cpu.tiles import vectors_of
+
+DEPTH = 512  # of a k that is summed in several passes, in one pass
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
         else:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
-    if c.deep:
+    if c.tiling.deep:
         k = c.k.extent
         deep = Line(f"const int64_t deep = tj_least({DEPTH}, {k} - depth);")
         lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {DEPTH})", [deep, *lines])
@@ -55,7 +58,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
 def _a(c: Contraction) -> _Operand:
     m, k = c.m, c.k
     if c.a_load is None:
-        steps = (k.extent, 1) if c.a_by_rows else (1, m.extent)
+        steps = (k.extent, 1) if c.tiling.a == "rows" else (1, m.extent)
         return _Operand(f"packed{c.slot}", *steps)
     step = dict(c.a_load.index.terms)
     fixed = c.body.index(c.a_load.index, {m.name: "", k.name: ""})
@@ -66,26 +69,26 @@ def _strips(c: Contraction) -> list[_Strips]:
     """Whole strips read directly, whole strips from packed memory (all, or the ragged last one),
     and a last strip of fewer vectors."""
     place = "column + strip"
-    number = f"(({place}) / {c.strip} - {c.packed_from})"
+    number = f"(({place}) / {c.strip} - {c.tiling.packed_from})"
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
     packed = direct = _Operand(address, 1, c.strip)
     if c.b_load is not None:
         fixed = c.body.index(c.b_load.index, {c.n.name: "", c.k.name: ""})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
-    vectors = (c.lanes,) * c.blocking.vectors
+    vectors = (c.lanes,) * c.tiling.vectors
     whole, rest = divmod(c.n.extent, c.strip)
-    last_vectors = c.vectors_of(rest)
+    last_vectors = vectors_of(rest, c.lanes, c.size)
     if last_vectors == vectors:
         whole, rest = whole + 1, 0
-    unpacked = min(c.packed_from, whole)
+    unpacked = min(c.tiling.packed_from, whole)
     kinds = []
     if unpacked:
         kinds.append(_Strips(f"{place} < {unpacked * c.strip}", vectors, direct))
     if whole > unpacked:
         kinds.append(_Strips(f"{place} < {whole * c.strip}", vectors, packed))
     if rest:
-        last = packed if c.packed_from < c.strips else direct
+        last = packed if c.tiling.packed_from < c.strips else direct
         kinds.append(_Strips(f"{place} == {whole * c.strip}", last_vectors, last))
     return kinds
 
@@ -94,16 +97,16 @@ def _panels(
     c: Contraction, micros: dict[str, list[Line]], a: _Operand, kind: _Strips
 ) -> list[Line]:
     """All rows of a tile under one strip."""
-    rows, extent = c.blocking.rows, c.m.extent
-    partial = c.deep or c.slices > 1  # of k
-    depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.deep else "false"
+    rows, extent = c.tiling.rows, c.m.extent
+    partial = c.tiling.deep or c.tiling.way == "slices"  # of k
+    depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.tiling.deep else "false"
     b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if partial else kind.b.text
     a_from = f"{a.text} + (row + r) * {a.step}" + (f" + depth * {a.k_step}" if partial else "")
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
 
     def call(count: int) -> str:
         name = _micro(c, micros, count, kind.vectors, a, kind.b)
-        to = f"tile + r * {c.blocking.tile_columns} + strip"
+        to = f"tile + r * {c.tiling.tile_columns} + strip"
         return f"{name}({depth}, {a_from}, b, {to}, {add});"
 
     if extent >= rows:
@@ -140,11 +143,11 @@ def _micro(
         inner.append(Line(" ".join(f"{x} += a[{r * a.step}] * b{j};" for j, x in enumerate(row))))
     lines += block(f"for (int64_t k = 0; k < depth; k++, a += {a.k_step}, b += {b.k_step})", inner)
     places = {
-        x: f"*({kinds[j]} *)(c + {r * c.blocking.tile_columns + starts[j]})"
+        x: f"*({kinds[j]} *)(c + {r * c.tiling.tile_columns + starts[j]})"
         for r, row in enumerate(sums)
         for j, x in enumerate(row)
     }
-    if c.deep:
+    if c.tiling.deep:
         lines += block("if (add)", [Line(f"{x} += {place};") for x, place in places.items()])
     lines += [Line(f"{place} = {x};") for x, place in places.items()]
     head = (

@@ -6,61 +6,50 @@ zeros; where it lies along k, it is turned in small squares.
 
 from __future__ import annotations
 
-from tracejit.codegen.c_blocking import PACKED_DEPTH, Contraction
 from tracejit.codegen.c_body import opened
-from tracejit.codegen.c_loops import (
-    GRAIN,
-    MAX_CHUNKS,
-    Task,
-    chunk_range,
-    contiguity,
-    weight,
-)
+from tracejit.codegen.c_contraction import Contraction
+from tracejit.codegen.c_loops import Task, chunk_range
 from tracejit.codegen.c_text import Line, block
+from tracejit.schedule.cpu.access import contiguity
+from tracejit.schedule.cpu.tiles import PACKED_DEPTH, PACKED_ROWS, plain
 
 ACROSS = 64  # of k that are turned from rows to columns at a time
 
 
 def pack_task(c: Contraction) -> Task:
     """The task that packs the operands of all batches of a round."""
-    a_rows = c.m if c.a_by_rows else c.k
-    a_units = -(-a_rows.extent // 16) if c.a_elements else 0
-    k_parts = max(1, -(-c.k.extent // PACKED_DEPTH))
-    b_units = (c.strips - c.packed_from) * k_parts
+    a_units, b_units = c.a_units, c.b_units
     each = a_units + b_units
-    units = c.round * each
-    statements = (*c.dot.a, *c.dot.b)
-    cost = c.round * c.per_batch * (weight(statements) + 2)
-    chunks = max(1, min(units, cost // GRAIN, MAX_CHUNKS))
-    lines = [*opened(c.kernel, statements, c.name)]
+    lines = [*opened(c.kernel, (*c.dot.a, *c.dot.b), c.name)]
     lines.append(Line(f"{c.type} *const packed = at->packed;"))
     inner = c.batch_of("unit", each)
     inner.append(Line(f"const int64_t part = unit % {each};"))
     if b_units:
         head = f"if (part < {b_units})" if a_units else ""
-        packing = _packed_part(c, k_parts)
+        packing = _packed_part(c, c.k_parts)
         inner += block(head, packing) if head else packing
     if a_units:
-        r, rest = a_rows.name, c.m if a_rows is c.k else c.k
-        first = f"(part - {b_units}) * 16" if b_units else "part * 16"
+        rows, rest = (c.m, c.k) if c.tiling.a == "rows" else (c.k, c.m)
+        first = f"(part - {b_units}) * {PACKED_ROWS}" if b_units else f"part * {PACKED_ROWS}"
+        last = f"tj_least(start + {PACKED_ROWS}, {rows.extent})"
         packing = [
             Line(f"const int64_t start = {first};"),
             *pack_a(
                 c,
-                f"start; {r} < tj_least(start + 16, {a_rows.extent})",
+                f"start; {rows.name} < {last}",
                 f"0; {rest.name} < {rest.extent}",
             ),
         ]
         inner += block(f"if (part >= {b_units})", packing) if b_units else packing
-    lines += chunk_range(units, chunks)
+    lines += chunk_range(c.round * each, c.tiling.pack_chunks)
     lines += block("for (int64_t unit = first; unit < last; unit++)", inner)
-    return Task(f"{c.name}_pack", chunks, lines)
+    return Task(f"{c.name}_pack", c.tiling.pack_chunks, lines)
 
 
 def pack_a(c: Contraction, rows: str, columns: str) -> list[Line]:
     """Some rows of A, evaluated in the order of its memory; `rows` and `columns` are the limits
     of the two loops."""
-    outer, inner = (c.m, c.k) if c.a_by_rows else (c.k, c.m)
+    outer, inner = (c.m, c.k) if c.tiling.a == "rows" else (c.k, c.m)
     target = f"packed[{outer.name} * {inner.extent} + {inner.name}{c.slot}]"
     lines = [
         *c.body.lines(c.dot.a),
@@ -90,7 +79,7 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
             f"{c.type} *const strip = packed + {c.a_elements}{c.slot}"
             f" + {number} * {width * c.k.extent};"
         ),
-        Line(f"const int64_t start = ({number} + {c.packed_from}) * {width};"),
+        Line(f"const int64_t start = ({number} + {c.tiling.packed_from}) * {width};"),
         Line(f"const int64_t columns = tj_least({width}, {c.n.extent} - start);"),
     ]
     along_k = f"for (int64_t {k} = {low}; {k} < {high}; {k}++)"
@@ -106,7 +95,7 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
         ]
         return lines + block(along_k, loop)
     # B lies along k: small squares are turned, from where it lies if it is there as it is
-    lanes, load, lines_of = c.lanes, c.plain(c.dot.b, c.dot.b_value, k), []
+    lanes, load, lines_of = c.lanes, plain(c.dot.b, c.dot.b_value, c.acc, k), []
     if load is not None:
         source = f"{load.buffer} + {c.body.index(load.index, {n: 'start', k: 'from'})}"
         step = dict(load.index.terms).get(n, 0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tracejit.codegen import triton_forms, triton_matmul
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
@@ -22,6 +23,7 @@ class Source:
     """A generated module. `name` is its kernel: the form, and the hash of the Kernel's text.
     `variants` is what `variants` found."""
 
+    suffix: ClassVar[str] = ".py"
     name: str
     text: str
     kernel: Kernel

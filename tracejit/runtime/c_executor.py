@@ -10,16 +10,20 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tracejit.codegen.c import pieces
-from tracejit.runtime.c_compiler import find_compiler, version
+from tracejit.codegen.c import CFunction, emit_kernel
+from tracejit.errors import InvalidGraph
+from tracejit.runtime.c_compiler import find_compiler, vector_bytes, version
 from tracejit.runtime.c_kernels import load_kernels
+from tracejit.runtime.c_plans import lowered, lowered_anew
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.pool import load_pool
-from tracejit.schedule.memory import layout_in_turn
+from tracejit.schedule.cpu.plan import Call
 from tracejit.schedule.plan import Plan
+from tracejit.schedule.traffic import bytes_of
 
 ALIGNMENT = 64  # bytes, of scratch memory
 
@@ -73,38 +77,71 @@ class LoadedCPlan:
     """A plan as compiled kernels. Calls must not overlap: the memory for them is its own."""
 
     def __init__(self, plan: Plan, threads: Callable[[], int]):
-        parts = pieces(plan)
-        launches = [piece.launch for piece in parts]
         with ThreadPoolExecutor(1) as beside:
             beside.submit(load_pool)
-            kernels = load_kernels(parts)
-        self.layout, working = layout_in_turn(
-            plan, [launch.buffers for launch in launches], [kernel.scratch for kernel in kernels]
-        )
+            found = lowered(plan, vector_bytes())
+            try:
+                self._kernels = load_kernels(found)
+            except InvalidGraph:  # a kernel's text in the cache
+                found = lowered_anew(plan, vector_bytes())
+                self._kernels = load_kernels(found)
+        self.plan = found.plan
+        self.layout = self.plan.layout(plan.buffers)
         self._threads, self._scalars = threads, len(plan.scalars)
-        self._loaded = list(zip(kernels, launches, working, strict=True))
-        self._buffers = {b.name: i for i, b in enumerate(plan.buffers)}
-        self._whole = self._table([(i, 0) for i in range(self.layout.count)])
+        self._memory = plan.buffers
+        self._position = {name: i for i, name in enumerate(self.plan.addresses(plan.buffers))}
+        self._as_given = [(i, 0) for i in range(self.layout.count)]
+        self._whole = self._table(self.plan.calls, self._as_given)
         self._working: tuple[list[int], bytearray] | None = None
         self._run = load_pool()["tj_run_plan"]
         self._run.restype = None
         self._wake = load_pool()["tj_pool_wake"]
         self._wake.restype = None
 
-    def _table(self, places: Sequence[tuple[int, int]]) -> _Table:
-        """What a run does, for calls with addresses of which each of the layout's is one, and bytes
-        from there."""
+    @property
+    def sources(self) -> list[CFunction]:
+        """The C function of each call, printed anew: what was compiled, with the users' lines."""
+        functions = {
+            name: emit_kernel(kernel, number)
+            for number, (name, kernel) in enumerate(self.plan.kernels.items())
+        }
+        return [functions[call.kernel] for call in self.plan.calls]
+
+    def bytes_moved(self) -> list[int]:
+        """Of each call, the bytes of unique addresses loaded plus those stored."""
+        totals = []
+        for call in self.plan.calls:
+            kernel = self.plan.kernels[call.kernel]
+            memory = dict(zip((b.name for b in kernel.bound), call.buffers, strict=True))
+            parts = [k.kernel for k in (kernel, kernel.columns) if k is not None]
+            totals.append(bytes_of([(one, memory) for one in parts], self._memory))
+        return totals
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run each call alone, in their order; the seconds that each took."""
+        seconds = []
+        for call in self.plan.calls:
+            table = self._table([call], self._as_given)
+            words = table.pack(0, self._threads(), *addresses, *scalars)
+            started = time.perf_counter()
+            self._run(table.at, words)
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    def _table(self, calls: Sequence[Call], places: Sequence[tuple[int, int]]) -> _Table:
+        """What a run of some calls does, for words with addresses of which each of the layout's is
+        one, and bytes from there."""
         slots: list[int] = []
-        for _, launch, working in self._loaded:
-            slots += places[working if working else self._buffers[launch.buffers[0]]]
-            for name in launch.buffers:
-                slots += places[self._buffers[name]]
-            slots += launch.scalars
-        calls = [
-            (kernel.address, len(launch.buffers), len(launch.scalars))
-            for kernel, launch, _ in self._loaded
+        for call in calls:
+            slots += places[self._position[call.working or call.buffers[0]]]
+            for name in call.buffers:
+                slots += places[self._position[name]]
+            slots += call.scalars
+        launches = [
+            (self._kernels[call.kernel].address, len(call.buffers), len(call.scalars))
+            for call in calls
         ]
-        return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, calls, slots)
+        return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, launches, slots)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Memory that the kernels work in may be left out: it is made then."""
@@ -120,7 +157,7 @@ class LoadedCPlan:
 
     def _own(self) -> list[int]:
         if self._working is None:
-            scratch = [kernel.scratch for kernel, _, working in self._loaded if working]
+            scratch = [nbytes for _, nbytes in self.plan.working]
             memory = bytearray(max(scratch, default=0) + ALIGNMENT)
             start = -(-_address(memory) // ALIGNMENT) * ALIGNMENT
             self._working = [start] * len(scratch), memory
@@ -130,7 +167,8 @@ class LoadedCPlan:
         """The lines of a call. C code is not interrupted, and says in the first word that it ran.
         Each call has words of its own: a signal handler may call the step before they are used."""
         bases = {base: n for n, base in enumerate(dict.fromkeys(base for base, _ in addresses))}
-        table = self._table([(bases[base], offset) for base, offset in addresses])
+        places = [(bases[base], offset) for base, offset in addresses]
+        table = self._table(self.plan.calls, places)
         given = "".join(f", {x}" for x in (*bases, *scalars))
         names = {
             "pack": table.pack,

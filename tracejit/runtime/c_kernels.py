@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracejit.codegen.c import Piece, emit_kernel, unit
-from tracejit.codegen.c_blocking import Target
+from tracejit.codegen.c import emit_kernel, unit
 from tracejit.runtime.c_compiler import cached_library, load_libraries, toolchain, vector_bytes
+from tracejit.runtime.c_plans import Lowered
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
+from tracejit.schedule.cpu.plan import CpuKernel
 
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
 _MICRO = re.compile(r"^TJ_FUSED .*?^\}$", re.DOTALL | re.MULTILINE)
@@ -25,49 +26,47 @@ _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^ +", re.DOTALL | re.MULTILINE)
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel in memory: the address of its function, and the scratch bytes of a call."""
+    """A kernel in memory: the address of its function."""
 
     address: int
-    scratch: int
     library: ctypes.CDLL  # holds the function
 
 
-def load_kernels(pieces: Sequence[Piece]) -> list[LoadedKernel]:
-    """The functions of a plan's pieces."""
+def load_kernels(lowered: Lowered) -> dict[str, LoadedKernel]:
+    """The functions of a plan's kernels, by the kernels' names."""
     cache = DiskCache()
-    made_by = sha256(f"{toolchain()}\n{digest_of('codegen', 'ir')}\n{vector_bytes()}")
-    keys = [f"{made_by}\n{piece.identity}" for piece in pieces]
+    made_by = sha256(f"{toolchain()}\n{digest_of('codegen', 'ir', 'schedule')}\n{vector_bytes()}")
+    keys = {name: f"{made_by}\n{digest}" for name, digest in lowered.digests.items()}
     loaded: dict[str, LoadedKernel] = {}
-    missing: dict[str, Piece] = {}
+    missing: dict[str, CpuKernel] = {}
     libraries: dict[str, ctypes.CDLL | None] = {}
-    for key, piece in zip(keys, pieces, strict=True):
+    for name, key in keys.items():
         if key in loaded or key in missing:
             continue
-        digest, symbol, scratch = (cache.get("kernel", key) or "- - -").split()
+        digest, symbol = (cache.get("kernel", key) or "- -").split()
         if digest not in libraries:
             libraries[digest] = None if digest == "-" else cached_library(digest)
         library = libraries[digest]
         if library is None:
-            missing[key] = piece
+            missing[key] = lowered.plan.kernels[name]
         else:
-            loaded[key] = _loaded(library, symbol, int(scratch))
+            loaded[key] = _loaded(library, symbol)
     if missing:
         loaded |= _compiled(missing, cache)
-    return [loaded[key] for key in keys]
+    return {name: loaded[key] for name, key in keys.items()}
 
 
-def _compiled(missing: Mapping[str, Piece], cache: DiskCache) -> dict[str, LoadedKernel]:
+def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, LoadedKernel]:
     """Kernels that are not in the cache, by the keys that they are put there under."""
-    target = Target(vector_bytes())
-    emitted = {k: emit_kernel(piece, target, i) for i, (k, piece) in enumerate(missing.items())}
-    batches = _batches({key: _cost(kernel.text) for key, kernel in emitted.items()})
-    sources = [unit([emitted[key] for key in batch], target) for batch in batches]
+    emitted = {key: emit_kernel(kernel, i) for i, (key, kernel) in enumerate(missing.items())}
+    batches = _batches({key: _cost(function.text) for key, function in emitted.items()})
+    sources = [unit([emitted[key] for key in batch], vector_bytes()) for batch in batches]
     loaded = {}
     for batch, source, library in zip(batches, sources, load_libraries(sources), strict=True):
         for key in batch:
-            made = emitted[key]
-            cache.put("kernel", key, f"{sha256(source)} {made.symbol} {made.scratch}")
-            loaded[key] = _loaded(library, made.symbol, made.scratch)
+            name = emitted[key].name
+            cache.put("kernel", key, f"{sha256(source)} {name}")
+            loaded[key] = _loaded(library, name)
     return loaded
 
 
@@ -78,9 +77,9 @@ def _cost(text: str) -> int:
     return len(code) - sum(map(len, _MICRO.findall(code))) * 3 // 4
 
 
-def _loaded(library: ctypes.CDLL, symbol: str, scratch: int) -> LoadedKernel:
+def _loaded(library: ctypes.CDLL, symbol: str) -> LoadedKernel:
     address = ctypes.cast(library[symbol], ctypes.c_void_p).value
-    return LoadedKernel(address, scratch, library)
+    return LoadedKernel(address, library)
 
 
 def _batches(costs: Mapping[str, int]) -> list[list[str]]:

@@ -10,11 +10,23 @@ from tracejit.schedule.memory import Layout, layout_of
 from tracejit.schedule.plan import Plan
 
 
+class Source(Protocol):
+    """The text of what a loaded plan runs: a name, and how a file of its language ends."""
+
+    name: str
+    suffix: str
+    text: str
+
+
 class LoadedPlan(Protocol):
     """A plan ready to run. Everything that does not depend on addresses has been done.
 
+    sources: of each launch, as the executor launches: what it really runs.
+
     An executor that places memory in its own way says how: `layout`.
     """
+
+    sources: Sequence[Source]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Run all launches in order.
@@ -23,6 +35,12 @@ class LoadedPlan(Protocol):
         where the layout has them), then of memory that the kernels work in, if the layout has any.
         `scalars`: the table, one float64 per slot.
         """
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run all launches, and say how many seconds each source's took."""
+
+    def bytes_moved(self) -> Sequence[int]:
+        """Of each source, the bytes of unique addresses loaded plus those stored."""
 
 
 def memory_of(loaded: LoadedPlan, plan: Plan) -> Layout:

@@ -1,7 +1,7 @@
-"""The arrays of the numpy executor: how buffers lie in memory, and what a block of a domain holds.
+"""What the numpy executor does with arrays: blocks, positions and masks, narrow floats, reductions.
 
-A domain (`Dims`) runs in blocks along its leading axis, points first to last. Arrays over a block
-have an axis per axis of the domain, of extent 1 where they do not depend on it.
+Positions and masks are index arrays over a stage's axes; those that values do not decide are made
+once, where they are small.
 """
 
 from __future__ import annotations
@@ -11,8 +11,28 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from tracejit.ir.types import DType, bf16, bits_to_float, contiguous_strides, f16, round_to
-from tracejit.schedule.kernel import Axis, FloorDiv, Index, Mask, Reduce, Var
+from tracejit.ir.types import (
+    DType,
+    bf16,
+    bits_to_float,
+    contiguous_strides,
+    f16,
+    round_to,
+)
+from tracejit.schedule.kernel import (
+    Axis,
+    Compute,
+    FloorDiv,
+    InBounds,
+    Index,
+    Load,
+    Mask,
+    Position,
+    Reduce,
+    Statement,
+    Store,
+    Var,
+)
 from tracejit.schedule.plan import PlanBuffer
 
 BLOCK = 1 << 16  # elements of a block: a float32 temporary is then 256 KiB
@@ -21,6 +41,12 @@ CACHED = 1 << 20  # index arrays up to this many elements are kept; larger ones 
 At = Callable[[list, int, int], np.ndarray]  # (slots, first, last): an array of positions or bools
 Values = Mapping[Var, np.ndarray]  # of the variables that stand in indices
 Dims = tuple[Axis, ...]
+
+
+def block_of(extent: int, row: int) -> int:
+    """How many points of the leading axis make a block."""
+    step = max(1, BLOCK // max(row, 1))
+    return extent if step * 2 > extent else step
 
 
 def span(buffer: PlanBuffer) -> int:
@@ -48,10 +74,53 @@ def decoder(dtype: DType) -> Callable | None:
     return None
 
 
-def block_size(extent: int, row: int) -> int:
-    """How many points of the leading axis make a block."""
-    step = max(1, BLOCK // max(row, 1))
-    return extent if step * 2 > extent else step
+def spread(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return value if np.shape(value) == shape else np.broadcast_to(value, shape)
+
+
+def reduce_block(s: Reduce, value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Reduce one block; float32 sums are pairwise where memory order allows, else in float64."""
+    if s.op.name == "reduce_max":
+        return np.max(value, axis=axes)
+    if s.op.name == "reduce_min":
+        return np.min(value, axis=axes)
+    wide = value.dtype
+    if value.dtype.kind == "f" and not (len(axes) <= 1 and value.strides[-1:] == (4,)):
+        wide = np.float64
+    return np.sum(value, axis=axes, dtype=wide)
+
+
+def fold(s: Reduce, partials: list) -> np.ndarray:
+    """Combine the blocks' reductions."""
+    array = np.asarray(partials)
+    if s.op.name == "reduce_max":
+        array = np.max(array)
+    elif s.op.name == "reduce_min":
+        array = np.min(array)
+    else:
+        array = np.sum(array, dtype=np.float64 if array.dtype.kind == "f" else array.dtype)
+    return round_to(np.asarray(array), s.out.dtype)
+
+
+def copied(body: tuple[Statement, ...]) -> set[str]:
+    """Buffers whose loads must be copied: a view of them is used after they are stored to."""
+    loads: dict[int, set[str]] = {}  # buffers that a variable may be a view of
+    stored: set[str] = set()
+    copied: set[str] = set()
+    for s in body:
+        args = s.args if isinstance(s, Compute) else (getattr(s, "value", None), *places(s))
+        below: set[str] = set()
+        for arg in args:
+            if isinstance(arg, Var):
+                below |= loads.get(arg.id, set())
+        copied |= below & stored
+        if isinstance(s, Load):
+            loads[s.out.id] = {s.buffer}
+        elif isinstance(s, Compute) and s.op.name in ("alias", "cast"):
+            loads[s.out.id] = below
+        elif isinstance(s, Store):
+            stored.add(s.buffer)
+    return copied
 
 
 def index_array(index: Index, dims: Dims, first: int, last: int, values: Values) -> np.ndarray:
@@ -80,7 +149,9 @@ def mask_array(mask: Mask, dims: Dims, first: int, last: int, values: Values) ->
     return inside
 
 
-def _kept(make: Callable[[int, int], np.ndarray], dims: Dims) -> Callable[[int, int], np.ndarray]:
+def remembered(
+    make: Callable[[int, int], np.ndarray], dims: Dims
+) -> Callable[[int, int], np.ndarray]:
     """`make(first, last)`, computed once for the whole domain where that is small."""
     extent = dims[0].extent if dims else 1
     if math.prod(a.extent for a in dims) > CACHED:
@@ -96,36 +167,22 @@ def per_block(
 ) -> At:
     """`make`, kept where no variable takes part in it."""
     if not slots_of:
-        kept = _kept(lambda first, last: make(first, last, {}), dims)
+        kept = remembered(lambda first, last: make(first, last, {}), dims)
         return lambda slots, first, last: kept(first, last)
     pairs = tuple(slots_of.items())
     return lambda slots, first, last: make(first, last, {var: slots[at] for var, at in pairs})
 
 
-def spread(value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The value at every point of a shape, without a copy."""
-    return value if np.shape(value) == shape else np.broadcast_to(value, shape)
-
-
-def reduce_block(s: Reduce, value: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    """Reduce one block; float32 sums are pairwise where memory order allows, else in float64."""
-    if s.op.name == "reduce_max":
-        return np.max(value, axis=axes)
-    if s.op.name == "reduce_min":
-        return np.min(value, axis=axes)
-    wide = value.dtype
-    if value.dtype.kind == "f" and not (len(axes) <= 1 and value.strides[-1:] == (4,)):
-        wide = np.float64
-    return np.sum(value, axis=axes, dtype=wide)
-
-
-def fold(s: Reduce, partials: list) -> np.ndarray:
-    """Combine the blocks' reductions."""
-    array = np.asarray(partials)
-    if s.op.name == "reduce_max":
-        array = np.max(array)
-    elif s.op.name == "reduce_min":
-        array = np.min(array)
-    else:
-        array = np.sum(array, dtype=np.float64 if array.dtype.kind == "f" else array.dtype)
-    return round_to(np.asarray(array), s.out.dtype)
+def places(s: Statement) -> list[Var]:
+    """The variables that stand in the indices of a statement."""
+    indices = [s.index] if isinstance(s, Load | Store | Position) else []
+    if isinstance(s, Load | InBounds):
+        indices += [bound.index for bound in s.mask]
+    found: list[Var] = []
+    while indices:
+        for atom, _ in indices.pop().terms:
+            if isinstance(atom, Var):
+                found.append(atom)
+            elif not isinstance(atom, str):
+                indices.append(atom.index)
+    return found

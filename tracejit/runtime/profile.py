@@ -1,44 +1,45 @@
-"""TRACEJIT_DEBUG=2: each launch of a plan timed alone, with bytes and share of bandwidth."""
+"""TRACEJIT_DEBUG=2: each launch of a loaded plan timed, with bytes and share of bandwidth."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from tracejit.runtime.executor import Executor
+from tracejit.runtime.executor import LoadedPlan, memory_of
 from tracejit.schedule.plan import Plan
-from tracejit.schedule.traffic import bytes_moved
 
 _COPY_BYTES = 1 << 26
 
 
 class ProfiledPlan:
-    """A loaded plan that prints what each launch cost."""
+    """A loaded plan that prints what each of its launches cost."""
 
-    def __init__(self, plan: Plan, executor: Executor):
+    def __init__(self, plan: Plan, loaded: LoadedPlan):
         self._device = torch.device(plan.device)
-        self._launches = [
-            executor.load(replace(plan, launches=(launch,))) for launch in plan.launches
-        ]
-        self._bytes = bytes_moved(plan)
+        self._loaded = loaded
+        self.sources = loaded.sources
+        self.layout = memory_of(loaded, plan)
+        self.bytes_moved = functools.cache(loaded.bytes_moved)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
+        self.timed(addresses, scalars)
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run all launches; print, and return, how long each took."""
         bandwidth = copy_bandwidth(self._device)
-        for i, (launch, nbytes) in enumerate(zip(self._launches, self._bytes, strict=True)):
-            _wait(self._device)
-            started = time.perf_counter()
-            launch(addresses, scalars)
-            _wait(self._device)
-            seconds = time.perf_counter() - started
-            rate = nbytes / seconds
+        _wait(self._device)
+        times = self._loaded.timed(addresses, scalars)
+        rows = zip(self.sources, times, self.bytes_moved(), strict=True)
+        for i, (source, seconds, nbytes) in enumerate(rows):
+            rate = nbytes / seconds if seconds else 0.0
             print(
-                f"tracejit: kernel {i}: {seconds * 1e6:.1f} µs, {nbytes} bytes, "
+                f"tracejit: kernel {i} ({source.name}): {seconds * 1e6:.1f} µs, {nbytes} bytes, "
                 f"{rate / 1e9:.2f} GB/s, {100 * rate / bandwidth:.0f} % of copy bandwidth"
             )
+        return times
 
 
 def _wait(device: torch.device) -> None:

@@ -24,8 +24,8 @@ class Program:
 
     def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
         self.plan = plan
-        profiled = knobs.debug() >= 2
-        self.loaded = ProfiledPlan(plan, executor) if profiled else executor.load(plan)
+        loaded = executor.load(plan)
+        self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         self._outputs = memory.outputs(outputs)

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import linecache
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 
 import numpy as np
@@ -27,6 +29,7 @@ from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.cache import DiskCache, pack, sha256
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.traffic import bytes_moved
 
 TRITON_NAME = {
     "f64": "fp64",
@@ -86,8 +89,12 @@ class LoadedLaunch:
 class LoadedPlan:
     """A plan whose kernels are ready to run; `sources` holds one Source per launch."""
 
-    def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch], run: Callable):
+    def __init__(
+        self, plan: Plan, launches: Sequence[LoadedLaunch], run: Callable, clock: Callable
+    ):
         self.plan = plan
+        self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
+        self._clock = clock
         self.sources = tuple(launch.source for launch in launches)
         self._slots = [slot for launch in plan.launches for slot in launch.scalars]
         self._run = run
@@ -95,6 +102,17 @@ class LoadedPlan:
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Run every launch in order; returns when they are issued (CUDA) or done (interpret)."""
         self._run(addresses, [scalars[slot] for slot in self._slots])
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run every launch; the seconds that each took, 0 for one without programs."""
+        clock = self._clock(self.plan)
+        self._run(addresses, [scalars[slot] for slot in self._slots], clock.mark)
+        seconds = iter(clock.seconds())
+        return [next(seconds) if ran else 0.0 for ran in self._ran]
+
+    def bytes_moved(self) -> tuple[int, ...]:
+        """Of each launch, the bytes of unique addresses loaded plus those stored."""
+        return bytes_moved(self.plan)
 
 
 class TritonExecutor:
@@ -111,7 +129,7 @@ class TritonExecutor:
 
     def load(self, plan: Plan) -> LoadedPlan:
         """Emit, import and (on CUDA) compile the plan's kernels; raises BackendUnavailable."""
-        prepare, runner = _BACKENDS[self.name]
+        prepare, runner, clock = _BACKENDS[self.name]
         prepare()
         position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
         launches, first_scalar, workspace = [], 0, 0
@@ -121,7 +139,7 @@ class TritonExecutor:
             first_scalar += len(launch.scalars)
             workspace += -(-loaded.geometry.workspace // 16) * 16
         not_empty = [launch for launch in launches if launch.geometry.grid[0] > 0]
-        return LoadedPlan(plan, launches, runner(plan, not_empty, first_scalar))
+        return LoadedPlan(plan, launches, runner(plan, not_empty, first_scalar), clock)
 
     def load_launch(
         self, launch: Launch, position: Mapping[str, int], first_scalar: int
@@ -193,8 +211,9 @@ def _interpreted(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int
     workspace = np.zeros(_workspace_bytes(launches), np.int8)
     sizes = [memory_bytes(buffer) for buffer in plan.buffers]
 
-    def run(addresses: Sequence[int], scalars: Sequence[float]) -> None:
+    def run(addresses: Sequence[int], scalars: Sequence[float], mark: Callable = _unmarked) -> None:
         table = np.array(scalars, np.float64)
+        mark()
         for number, launch in enumerate(launches):
             kernel = launch.source.kernel
             places = [addresses[i] for i in launch.buffers]
@@ -225,6 +244,7 @@ def _interpreted(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int
             except BaseException:
                 workspace[:] = 0  # the counter of a launch that was cut off
                 raise
+            mark()
 
     return run
 
@@ -315,7 +335,7 @@ def _on_cuda(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int) ->
             )
             _ = compiled.run  # loads the binary onto the device
 
-    def run(addresses: Sequence[int], scalars: Sequence[float]) -> None:
+    def run(addresses: Sequence[int], scalars: Sequence[float], mark: Callable = _unmarked) -> None:
         with torch.cuda.device(device):
             alignment = tuple(address % 16 == 0 for address in addresses)
             if alignment not in prepared:
@@ -323,10 +343,12 @@ def _on_cuda(plan: Plan, launches: Sequence[LoadedLaunch], scalar_count: int) ->
                 prepared.add(alignment)
             if scalar_count:
                 table.copy_(torch.tensor(scalars, dtype=torch.float64))
+            mark()
             for launch in launches:
                 launch.function[launch.geometry.grid](
                     *arguments(launch, addresses), **options(launch)
                 )
+                mark()
 
     with torch.cuda.device(device):
         compile_all([0] * len(plan.buffers))
@@ -345,7 +367,44 @@ def options(launch: LoadedLaunch) -> dict[str, object]:
     }
 
 
+# --- clocks -----------------------------------------------------------------------------------
+
+
+def _unmarked() -> None:
+    """Where no time is taken."""
+
+
+class HostClock:
+    """The time between marks on the host, which waits for what it runs."""
+
+    def __init__(self, plan: Plan):
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in pairwise(self._marks)]
+
+
+class EventClock:
+    """The time between marks on the current stream of a plan's device."""
+
+    def __init__(self, plan: Plan):
+        self._marks: list = []
+
+    def mark(self) -> None:
+        import torch
+
+        self._marks.append(torch.cuda.Event(enable_timing=True))
+        self._marks[-1].record()
+
+    def seconds(self) -> list[float]:
+        self._marks[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(self._marks)]
+
+
 _BACKENDS = {
-    "interpret": (_prepare_interpreter, _interpreted),
-    "triton": (_prepare_cuda, _on_cuda),
+    "interpret": (_prepare_interpreter, _interpreted, HostClock),
+    "triton": (_prepare_cuda, _on_cuda, EventClock),
 }

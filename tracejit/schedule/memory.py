@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracejit.ir.types import contiguous_strides
-from tracejit.schedule.plan import Plan, PlanBuffer
+from tracejit.schedule.plan import Plan
 
 ALIGNMENT = 128  # bytes; a cache line, and enough for every vector load
 ATTEMPTS = 8  # to place pieces
@@ -60,52 +59,6 @@ def layout_of(plan: Plan) -> Layout:
     """The layout that a plan says itself."""
     arena = {i: Place(None, b.offset) for i, b in enumerate(plan.buffers) if b.kind == "arena"}
     return Layout(arena, len(plan.buffers), plan.arena_bytes)
-
-
-def layout_in_turn(
-    plan: Plan, touched: Sequence[Sequence[str]], working: Sequence[int]
-) -> tuple[Layout, list[int]]:
-    """The layout for kernels that run one after another, whatever launches they share, and where
-    among the addresses each one's working memory is.
-
-    touched: the buffers of each kernel. working: the bytes that each one works in besides.
-    A plan's own layout knows launches only, and nothing of what an executor's kernels work in.
-    """
-    spans: dict[str, tuple[int, int]] = {}
-    for number, names in enumerate(touched):
-        for name in names:
-            spans[name] = spans.get(name, (number, number))[0], number
-    arena = [i for i, b in enumerate(plan.buffers) if b.kind == "arena" and b.name in spans]
-    pieces = [Lifetime(plan.buffers[i].type.nbytes, *spans[plan.buffers[i].name]) for i in arena]
-    count = len(plan.buffers)
-    positions = list(arena)
-    slots = []
-    for number, nbytes in enumerate(working):
-        slots.append(count if nbytes else 0)
-        if nbytes:
-            pieces.append(Lifetime(nbytes, number, number))
-            positions.append(count)
-            count += 1
-    outputs = [i for i, b in enumerate(plan.buffers) if b.kind == "output"]
-    never = len(touched)
-    rooms = []
-    for i in outputs:
-        buffer = plan.buffers[i]
-        rooms.append(Room(_span(buffer), spans.get(buffer.name, (never, never))[0]))
-    places, total = plan_memory(pieces, rooms)
-    found = {
-        position: place if place.room is None else Place(outputs[place.room], place.offset)
-        for position, place in zip(positions, places, strict=True)
-    }
-    return Layout(found, count, total), slots
-
-
-def _span(buffer: PlanBuffer) -> int:
-    """The bytes from a buffer's first element to its last."""
-    shape = buffer.type.shape
-    strides = buffer.strides or contiguous_strides(shape)
-    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    return 0 if 0 in shape else (last + 1) * buffer.type.dtype.itemsize
 
 
 def plan_arena(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:

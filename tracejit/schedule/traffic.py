@@ -8,6 +8,7 @@ by the buffer's size). What is read at the values of an index is bounded in the 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -36,23 +37,35 @@ _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
     """Per launch, the bytes of unique addresses loaded plus those stored."""
-    buffers = {b.name: b for b in plan.buffers}
     totals = []
     for together in plan.launches:
-        found: dict[tuple[str, type], dict[_Access, None]] = {}
+        kernels = []
         for launch in together.alone():
             sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-            kernel = substitute(launch.kernel, sizes)
-            memory = dict(zip((b.name for b in kernel.buffers), launch.buffers, strict=True))
-            for (name, kind), accesses in _accesses(kernel).items():
-                found.setdefault((memory[name], kind), {}).update(accesses)
-        totals.append(
-            sum(
-                _addresses(list(accesses), buffers[name]) * buffers[name].type.dtype.itemsize
-                for (name, _), accesses in found.items()
-            )
-        )
+            memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
+            kernels.append((substitute(launch.kernel, sizes), memory))
+        totals.append(bytes_of(kernels, plan.buffers))
     return tuple(totals)
+
+
+def bytes_of(
+    kernels: Sequence[tuple[Kernel, Mapping[str, str]]], buffers: Sequence[PlanBuffer]
+) -> int:
+    """The bytes of unique addresses that kernels together load, plus those that they store.
+
+    kernels: with plain numbers as sizes, and what the plan calls their buffers; others are not
+        memory of the plan, and not counted.
+    """
+    named = {b.name: b for b in buffers}
+    found: dict[tuple[str, type], dict[_Access, None]] = {}
+    for kernel, memory in kernels:
+        for (name, kind), accesses in _accesses(kernel).items():
+            if name in memory:
+                found.setdefault((memory[name], kind), {}).update(accesses)
+    return sum(
+        _addresses(list(accesses), named[name]) * named[name].type.dtype.itemsize
+        for (name, _), accesses in found.items()
+    )
 
 
 def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:

@@ -1,22 +1,23 @@
-"""Column sums that ride along with the row kernel before them.
+"""Column reductions fused into the row kernel before them.
 
 In: kernels in the order of a plan, sizes as plain numbers. A kernel of rows (a layer norm, forward
 and backward) is often followed by one that reduces the columns of the same elements (its weights'
-gradients), which would read them all from memory once more. Out: `Ride`s, where the row kernel does
-that for each row while the row is in the cache: every chunk of rows adds up its own part of each
-column, and a small kernel folds the parts in their order.
+gradients), which would read them all from memory once more. Out: the row kernel does that for each
+row while the row is in the cache: every chunk of rows adds up its own part of each column, and a
+small kernel folds the parts in their order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
-from tracejit.codegen.c_body import has_value, opened
-from tracejit.codegen.c_loops import GRAIN, MAX_CHUNKS, Part, Task, finished, weight
-from tracejit.codegen.c_outer import OverOuter, parts_of
 from tracejit.ir.types import f32, f64
 from tracejit.schedule.axes import indices_of, map_indices, position
+from tracejit.schedule.cpu.access import has_value
+from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
+from tracejit.schedule.cpu.loops import by_rows
+from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, Nest
 from tracejit.schedule.kernel import (
     Axis,
     Buffer,
@@ -34,59 +35,27 @@ from tracejit.schedule.kernel import (
     Store,
     Var,
 )
-from tracejit.schedule.plan import Launch
 
 ARRAY_BYTES = 64 << 10  # of the arrays that a chunk adds its columns up in
 ROWS = 16  # of a chunk at least: its part of the columns is written and read once more
 
 
-@dataclass(frozen=True)
-class Ride:
-    """A row kernel and what rides along.
-
-    rows: the row kernel, with the buffers and scalars of both. stage: what is done for each row,
-    with reductions over the rows. chunks: in how many parts. columns: the kernel that folds the
-    parts, and ends as the second one did. parts: the buffers of the parts, one per reduction, which
-    neither plan nor `rows` knows.
-    """
-
-    rows: Kernel
-    stage: Stage
-    chunks: int
-    columns: Kernel
-    parts: tuple[Buffer, ...]
-
-    @property
-    def part_elements(self) -> int:
-        """Elements of each buffer of parts."""
-        return self.chunks * self.stage.axes[0].extent
-
-
-def with_rides(launches: Sequence[Launch]) -> Iterator[tuple[Launch, Ride | None]]:
-    """The launches, each with what rides along; those that do are not listed themselves."""
+def fuse_columns(launches: Sequence[CpuLaunch]) -> list[CpuLaunch]:
+    """Fuse a kernel that reduces columns into the row kernel right before it."""
+    fused: list[CpuLaunch] = []
     waiting = list(launches)
     while waiting:
         launch = waiting.pop(0)
-        found = _ride(launch, waiting[0]) if waiting else None
-        if found is not None:
+        both = _fused(launch, waiting[0]) if waiting else None
+        if both is not None:
             waiting.pop(0)
-        yield found or (launch, None)
+        fused.append(both or launch)
+    return fused
 
 
-def ride_parts(ride: Ride, name: str) -> list[Part]:
-    """The tasks of a ride: all rows, then the columns."""
-    rows = OverOuter(ride.rows, f"{name}_chunk").riding(ride.stage, ride.chunks, ride.parts)
-    body = [s for stage in (*ride.rows.stages, ride.stage) for s in stage.body]
-    body += [Store(part.name, Index(), 0) for part in ride.parts]
-    kernel = replace(ride.rows, buffers=(*ride.rows.buffers, *ride.parts))
-    lines = [*opened(kernel, body, name), *rows.lines, *finished(rows.lines)]
-    columns, _ = parts_of(ride.columns, f"{name}_columns", name)
-    return [Part(Task(rows.name, rows.chunks, lines), []), *columns]
-
-
-def _ride(rows: Launch, columns: Launch) -> tuple[Launch, Ride] | None:
-    """Both as one, where the second can ride along with the first."""
-    first, second = rows.kernel, columns.kernel
+def _fused(rows: CpuLaunch, columns: CpuLaunch) -> CpuLaunch | None:
+    """Both as one, where the second can be done along with the first."""
+    first, second = rows.kernel.kernel, columns.kernel.kernel
     if not (_is_rows(first) and _sums_columns(second)):
         return None
     (row,), (across,) = first.axes, next(s.axes for s in first.stages if s.axes)
@@ -99,19 +68,25 @@ def _ride(rows: Launch, columns: Launch) -> tuple[Launch, Ride] | None:
     chunks = max(1, min(row.extent // ROWS, work // GRAIN, MAX_CHUNKS))
     if across.extent * size * 3 > ARRAY_BYTES:  # of floats, and of doubles where a chunk is long
         return None
-    joined, names, scalars = _joined(rows, columns)
+    kernel, buffers, names, scalars = _joined(rows, columns)
     second = _renamed(second, names, scalars)
     swapped = {column.name: across.name, down.name: row.name}
     stage = map_indices(replace(second, stages=second.stages[:1]), _swap(swapped)).stages[0]
     if not _is_ready(first, stage, row, across):
         return None
     stage = Stage((across,), _shifted(stage.body, 1 + _last(first)))
-    kernel = replace(first, buffers=joined.kernel.buffers, scalars=joined.kernel.scalars)
     parts = tuple(
         Buffer(f"part{k}", f64 if s.out.dtype is f64 else f32, "rw") for k, s in enumerate(reduces)
     )
     ending = _ending(second, reduces, parts, chunks)
-    return replace(joined, kernel=kernel), Ride(kernel, stage, chunks, ending, parts)
+    kernel = replace(kernel, buffers=(*kernel.buffers, *parts), stages=(*kernel.stages, stage))
+    fused = CpuKernel(
+        kernel,
+        columns=CpuKernel(ending),
+        partials=tuple(part.name for part in parts),
+        outer=Nest("", 1, chunks),
+    )
+    return CpuLaunch(fused, buffers, (*rows.scalars, *columns.scalars))
 
 
 def _is_rows(kernel: Kernel) -> bool:
@@ -121,7 +96,7 @@ def _is_rows(kernel: Kernel) -> bool:
         len(kernel.axes) == 1
         and len(inner) == 1
         and len(next(iter(inner))) == 1
-        and OverOuter(kernel, "").by_rows
+        and by_rows(kernel)
     )
 
 
@@ -138,12 +113,12 @@ def _sums_columns(kernel: Kernel) -> bool:
         and not any(isinstance(s, Store) for s in first.body)
         and not any(map(has_value, indices_of(kernel)))
         and all(not stage.axes for stage in rest)
-        and not OverOuter(kernel, "").by_rows
+        and not by_rows(kernel)
     )
 
 
 def _is_ready(rows: Kernel, stage: Stage, row: Axis, across: Axis) -> bool:
-    """Whether all that the rider reads is there when a row is done: what the row kernel writes is
+    """Whether all that the columns read is there when a row is done: what the row kernel writes is
     read where it was written in this row; and whether the two read something large together."""
     written: dict[str, set[tuple]] = {}
     seen: set[tuple] = set()
@@ -171,11 +146,14 @@ def _place(index: Index) -> tuple:
 # --- the two kernels' parameters and variables
 
 
-def _joined(a: Launch, b: Launch) -> tuple[Launch, dict[str, str], dict[str, str]]:
-    """A launch of kernel a with the buffers and scalars of both, and b's names among them."""
-    buffers = dict(zip(a.buffers, a.kernel.buffers, strict=True))
+def _joined(
+    a: CpuLaunch, b: CpuLaunch
+) -> tuple[Kernel, tuple[str, ...], dict[str, str], dict[str, str]]:
+    """Kernel a with the buffers and scalars of both, its launch's buffers, and b's names there."""
+    first, second = a.kernel.kernel, b.kernel.kernel
+    buffers = dict(zip(a.buffers, first.buffers, strict=True))
     names = {}
-    for memory, buffer in zip(b.buffers, b.kernel.buffers, strict=True):
+    for memory, buffer in zip(b.buffers, second.buffers, strict=True):
         known = buffers.get(memory)
         if known is None:
             known = replace(buffer, name=f"b{len(buffers)}")
@@ -183,14 +161,12 @@ def _joined(a: Launch, b: Launch) -> tuple[Launch, dict[str, str], dict[str, str
             known = replace(known, access="rw")
         buffers[memory] = known
         names[buffer.name] = known.name
-    count = len(a.kernel.scalars)
-    scalars = {name: f"s{count + k}" for k, name in enumerate(b.kernel.scalars)}
+    count = len(first.scalars)
+    scalars = {name: f"s{count + k}" for k, name in enumerate(second.scalars)}
     kernel = replace(
-        a.kernel,
-        buffers=tuple(buffers.values()),
-        scalars=(*a.kernel.scalars, *scalars.values()),
+        first, buffers=tuple(buffers.values()), scalars=(*first.scalars, *scalars.values())
     )
-    return Launch(kernel, tuple(buffers), (), (*a.scalars, *b.scalars)), names, scalars
+    return kernel, tuple(buffers), names, scalars
 
 
 def _renamed(kernel: Kernel, names: dict[str, str], scalars: dict[str, str]) -> Kernel:

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 
-from tracejit.codegen.c_body import places, variables
 from tracejit.ir.types import f32
+from tracejit.schedule.cpu.access import places, variables
+from tracejit.schedule.cpu.plan import CpuKernel
 from tracejit.schedule.kernel import (
     Axis,
     Buffer,
@@ -39,6 +40,15 @@ _COST = {"div": 6, "sqrt": 6, "exp": 20, "log": 40, "expm1": 40, "log1p": 40}
 _COST |= {"tanh": 50, "erf": 80, "sin": 80, "cos": 80, "pow": 120, "mod": 40, "floordiv": 40}
 _STORE, _LOAD = 2, 1
 _WORTH = 6  # the cost from which on a value is a candidate
+
+
+def cache_rows(kernel: CpuKernel) -> CpuKernel:
+    """Keep the dear values that several stages of a row kernel compute in local arrays of a row."""
+    kernel = replace(kernel, columns=kernel.columns and cache_rows(kernel.columns))
+    if kernel.outer is None or kernel.outer.vector:
+        return kernel
+    changed, local = keep_rows(kernel.kernel)
+    return replace(kernel, kernel=changed, rows=tuple(b.name for b in local))
 
 
 def keep_rows(kernel: Kernel) -> tuple[Kernel, tuple[Buffer, ...]]:

@@ -1,0 +1,416 @@
+"""CPU lowering: each pass by texts; whole plans by golden files, and by what holds of all."""
+
+from __future__ import annotations
+
+from textwrap import dedent
+
+import pytest
+
+from support.graph_texts import softmax_gradient, weight_gradients
+from support.random_graphs import RandomProgram
+from tracejit.errors import InvalidGraph
+from tracejit.ir.text import parse
+from tracejit.schedule import schedule
+from tracejit.schedule.cpu.columns import fuse_columns
+from tracejit.schedule.cpu.layout import place, scratch_bytes
+from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.lower import lower, lower_kernel
+from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, CpuPlan
+from tracejit.schedule.cpu.rows import cache_rows
+from tracejit.schedule.cpu.text import (
+    identity,
+    parse_cpu_kernel,
+    parse_cpu_plan,
+)
+from tracejit.schedule.cpu.tiles import accumulators, orient, tile
+from tracejit.schedule.cpu.unpack import unpack
+from tracejit.schedule.kernel_text import parse_kernel
+from tracejit.schedule.plan import Plan
+
+VECTORS = (16, 32, 64)  # bytes
+
+
+def check(change, before: str, after: str) -> None:
+    """A pass over a kernel, text in and text out."""
+    found = str(change(parse_cpu_kernel(dedent(before))))
+    assert found == dedent(after).strip()
+
+
+def planned(text: str) -> Plan:
+    return schedule(parse(text))
+
+
+# --- the passes --------------------------------------------------------------------------------
+
+
+def test_unpack_takes_launches_apart_and_substitutes_sizes():
+    plan = planned("""
+    step(%0: f32[5,7], %1: f32[3]) {
+      %2: f32[5] = reduce_sum(%0, axes=(1,))
+      %3: f32[3] = exp(%1)
+      return %2, %3
+    }""")
+    assert len(plan.launches) == 1 and plan.launches[0].kernel.parts
+    rows, exponential = unpack(plan)
+    assert rows.buffers == ("t0", "t2") and exponential.buffers == ("t1", "t3")
+    assert str(exponential.kernel) == dedent("""\
+        kernel(b0: f32 r, b1: f32 w) over (i0: 3) {
+          stage () {
+            v1: f32 = load b0[i0]
+            v3: f32 = exp(v1)
+            store b1[i0] <- v3
+          }
+        }""")
+    assert "load b0[i0 * 7 + i1]" in str(rows.kernel)
+
+
+def test_columns_of_the_same_elements_are_fused_into_the_rows_before():
+    rows = """
+    kernel(b0: f32 r, b1: f32 w; ; s0) over (i0: 64) {
+      stage (i1: 9) {
+        v1: f32 = load b0[i0 * 9 + i1]
+        v2: f32 = reduce_sum v1
+      }
+      stage () {
+        v3: f32 = mul(v2, s0)
+        store b1[i0] <- v3
+      }
+    }"""
+    columns = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w; ; s0) over (i0: 9) {
+      stage (i1: 64) {
+        v1: f32 = load b0[i1 * 9 + i0]
+        v2: f32 = load b1[i1]
+        v3: f32 = mul(v1, v2)
+        v4: f32 = reduce_sum v3
+      }
+      stage () {
+        v5: f32 = add(v4, s0)
+        store b2[i0] <- v5
+      }
+    }"""
+    first = CpuLaunch(CpuKernel(parse_kernel(rows)), ("t0", "t1"), (3,))
+    second = CpuLaunch(CpuKernel(parse_kernel(columns)), ("t0", "t1", "t2"), (4,))
+    (fused,) = fuse_columns([first, second])
+    assert fused.buffers == ("t0", "t1", "t2") and fused.scalars == (3, 4)
+    assert str(fused.kernel) == dedent("""\
+        outer: points in 1 chunks
+        partials part0
+        kernel(b0: f32 r, b1: f32 rw, b2: f32 w, part0: f32 rw; ; s0, s1) over (i0: 64) {
+          stage (i1: 9) {
+            v1: f32 = load b0[i0 * 9 + i1]
+            v2: f32 = reduce_sum v1
+          }
+          stage () {
+            v3: f32 = mul(v2, s0)
+            store b1[i0] <- v3
+          }
+          stage (i1: 9) {
+            v5: f32 = load b0[i0 * 9 + i1]
+            v6: f32 = load b1[i0]
+            v7: f32 = mul(v5, v6)
+            v8: f32 = reduce_sum v7
+          }
+        }
+        columns {
+          kernel(b0: f32 r, b1: f32 r, b2: f32 w, part0: f32 rw; ; s1) over (i0: 9) {
+            stage (i1: 1) {
+              v6: f32 = load part0[i1 * 9 + i0]
+              v4: f32 = reduce_sum v6
+            }
+            stage () {
+              v5: f32 = add(v4, s1)
+              store b2[i0] <- v5
+            }
+          }
+        }""")
+    assert fuse_columns([second, first]) == [second, first]
+
+
+ACROSS = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over () {
+      stage (i0: 8, i1: 9) {
+        dot v1: f32 over (k: 5) {
+          v2: f32 = load b0[i0 * 5 + k]
+          |
+          v3: f32 = load b1[i1 + k * 9]
+        } v2, v3
+        store b2[i0 + i1 * 8] <- v1
+      }
+    }"""
+
+
+def test_orient_lets_the_result_be_written_along_memory():
+    after = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over () {
+      stage (i1: 9, i0: 8) {
+        dot v1: f32 over (k: 5) {
+          v3: f32 = load b1[i1 + k * 9]
+          |
+          v2: f32 = load b0[i0 * 5 + k]
+        } v3, v2
+        store b2[i0 + i1 * 8] <- v1
+      }
+    }"""
+    check(orient, ACROSS, after)
+    along = ACROSS.replace("i0 + i1 * 8", "i0 * 9 + i1")
+    check(orient, along, along)
+
+
+ROWS = """
+    kernel(b0: f32 r, b1: f32 w) over (i0: 300) {
+      stage (i1: 2000) {
+        v1: f32 = load b0[i0 * 2000 + i1]
+        v2: f32 = exp(v1)
+        v3: f32 = reduce_sum v2
+      }
+      stage (i1: 2000) {
+        v4: f32 = load b0[i0 * 2000 + i1]
+        v5: f32 = exp(v4)
+        v6: f32 = div(v5, v3)
+        store b1[i0 * 2000 + i1] <- v6
+      }
+    }"""
+
+
+def test_loops_go_along_memory():
+    after = """
+        outer: points in {chunks} chunks
+        stage 0: i1 by 1024 in 1 chunks
+        stage 1: i1 by 1024 in 1 chunks
+    """
+    found = choose_loops(parse_cpu_kernel(dedent(ROWS)))
+    lines = str(found).splitlines()
+    assert lines[:3] == dedent(after.format(chunks=128)).strip().splitlines()
+    across = ROWS.replace("i0 * 2000 + i1", "i0 + i1 * 300")
+    lines = str(choose_loops(parse_cpu_kernel(dedent(across)))).splitlines()
+    assert lines[0] == "outer: i0 by 256 in 2 chunks"  # 300 of them, in blocks
+    assert lines[1].startswith("kernel(")
+
+
+def test_a_kernel_without_outer_axes_is_a_loop_nest_per_stage():
+    before = """
+        kernel(b0: f32 r, b1: f32 w) over () {{
+          stage (i0: {n}) {{
+            v1: f32 = load b0[i0]
+            v2: f32 = reduce_sum v1
+          }}
+          stage () {{
+            store b1[0] <- v2
+          }}
+        }}"""
+    for n, chunks in ((5, 1), (40_000, 2), (1_000_000, 61)):
+        text = before.format(n=n)
+        head = f"\n        stage 0: i0 by 1024 in {chunks} chunks"
+        check(choose_loops, text, head + text)
+
+
+def test_rows_are_cached_only_where_loops_go_along_them():
+    after = """
+        outer: points in 128 chunks
+        stage 0: i1 by 1024 in 1 chunks
+        stage 1: i1 by 1024 in 1 chunks
+        rows row0
+        kernel(b0: f32 r, b1: f32 w, row0: f32 rw) over (i0: 300) {
+          stage (i1: 2000) {
+            v1: f32 = load b0[i0 * 2000 + i1]
+            v2: f32 = exp(v1)
+            v3: f32 = reduce_sum v2
+            store row0[i1] <- v2
+          }
+          stage (i1: 2000) {
+            v5: f32 = load row0[i1]
+            v6: f32 = div(v5, v3)
+            store b1[i0 * 2000 + i1] <- v6
+          }
+        }"""
+    check(lambda kernel: cache_rows(choose_loops(kernel)), ROWS, after)
+    across = choose_loops(parse_cpu_kernel(dedent(ROWS.replace("i0 * 2000 + i1", "i0 + i1 * 300"))))
+    assert cache_rows(across) == across
+
+
+def product(m: int, n: int, k: int) -> CpuKernel:
+    return parse_cpu_kernel(f"""
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over () {{
+      stage (i0: {m}, i1: {n}) {{
+        dot v1: f32 over (k: {k}) {{
+          v2: f32 = load b0[i0 * {k} + k]
+          |
+          v3: f32 = load b1[k * {n} + i1]
+        }} v2, v3
+        store b2[i0 * {n} + i1] <- v1
+      }}
+    }}""")
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+@pytest.mark.parametrize("m, n, k", [(1, 1, 1), (5, 123, 7), (0, 3, 4), (300, 513, 600), (9, 9, 0)])
+def test_tiles_fit_registers_and_hold_the_result(m, n, k, vector_bytes):
+    t = tile(product(m, n, k), vector_bytes).tiling
+    lanes = vector_bytes // 4
+    if t.way == "tiles":
+        assert 1 <= t.rows * t.vectors <= accumulators(vector_bytes)
+        assert t.tile_rows % t.rows == 0 and t.tile_columns % lanes == 0
+    assert t.chunks >= 1 and t.pack_chunks >= 1
+
+
+def test_ways_of_a_contraction():
+    ways = {
+        (300, 513, 600): "tiles",
+        (33, 65, 21_000): "slices",  # little of a result, much of operands
+        (1, 300, 770): "tiles",  # B lies across
+    }
+    for shape, way in ways.items():
+        assert tile(product(*shape), 64).tiling.way == way
+    (vector,) = lower(
+        planned("""
+        step(%0: f32[1,300], %1: f32[200,300]) {
+          %2: f32[300,200] = permute(%1, axes=(1,0))
+          %3: f32[1,200] = matmul(%0, %2)
+          return %3
+        }"""),
+        64,
+    ).kernels.values()
+    assert vector.tiling.way == "dots" and scratch_bytes(vector) == 200 * 4
+
+
+def test_what_must_be_packed_is_scratch_memory():
+    narrow, wide = product(33, 64, 100), product(33, 65, 100)
+    assert scratch_bytes(tile(narrow, 64)) == 0  # whole vectors are read where they lie
+    assert scratch_bytes(tile(wide, 64)) > 0
+
+
+def test_memory_is_shared_in_turn():
+    """Both intermediates of a chain lie in the output until it is written."""
+    plan = planned("""
+    step(%0: f32[64,96], %1: f32[96,96]) {
+      %2: f32[64,96] = matmul(%0, %1)
+      %3: f32[64,96] = exp(%2)
+      %4: f32[64,96] = matmul(%3, %1)
+      %5: f32[96,64] = permute(%0, axes=(1,0))
+      %6: f32[96,96] = matmul(%5, %4)
+      return %6
+    }""")
+    kernels = [CpuLaunch(lower_kernel(x.kernel, 64), x.buffers, x.scalars) for x in unpack(plan)]
+    found = place(plan, kernels)
+    text = "\n".join(line for line in str(found).splitlines() if "place" in line or "works" in line)
+    assert any(p.room == "t2" for p in found.places), text
+    assert found.arena_bytes < plan.arena_bytes
+
+
+# --- whole plans -------------------------------------------------------------------------------
+
+TWO_LAYERS = """
+step(%0: f32[64,100], %1: f32[100,30], %2: f32[64,30]) {
+  %3: f32[64,30] = matmul(%0, %1)        # net.py:3
+  %4: f32[64,30] = maximum(%3, 0.0)      # net.py:4
+  %5: f32[64,30] = sub(%4, %2)
+  %6: f32[64,30] = mul(%5, %5)
+  %7: f32[] = reduce_sum(%6, axes=(0,1)) # net.py:5
+  %8: f32[100,64] = permute(%0, axes=(1,0))
+  %9: f32[100,30] = matmul(%8, %5)
+  %10: f32[100,30] = mul(%9, 0.1)
+  %11: f32[100,30] = sub(%1, %10)
+  return %7
+  write %1 <- %11
+}"""
+
+GOLDEN = {
+    "two_layers": TWO_LAYERS,
+    "softmax_gradient": softmax_gradient(300, 1000),
+    "weight_gradients": weight_gradients(1000, 300),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_cpu_plans(golden, name):
+    golden(f"cpu_{name}.txt", str(lower(planned(GOLDEN[name]), 64)))
+
+
+def plans() -> list[Plan]:
+    """Of random programs and odd shapes."""
+    found = [schedule(RandomProgram(seed).graph(), fuse=seed % 3 > 0) for seed in range(40)]
+    for rows, columns in ((5, 1), (1, 5), (7, 123), (0, 4), (33, 5000), (200_000, 3)):
+        found.append(planned(weight_gradients(rows, columns)))
+        found.append(planned(softmax_gradient(rows, columns, "bf16")))
+    return found
+
+
+@pytest.fixture(scope="module")
+def lowered() -> list[tuple[Plan, CpuPlan]]:
+    return [(plan, lower(plan, bytes_)) for plan in plans() for bytes_ in VECTORS]
+
+
+def test_texts_parse_back(lowered):
+    for _, found in lowered:
+        text = str(found)
+        assert parse_cpu_plan(text) == found
+        assert str(parse_cpu_plan(text)) == text
+
+
+def test_every_loop_is_decided(lowered):
+    for _, found in lowered:
+        for kernel in found.kernels.values():
+            for part in (kernel, kernel.columns):
+                if part is None:
+                    continue
+                by_points = part.outer is None or not part.outer.vector
+                for stage, nest in zip(part.kernel.stages, part.inner, strict=True):
+                    walked = bool(stage.axes) and stage.dot is None and by_points
+                    assert (nest is not None) == walked
+                    assert nest is None or nest.vector in {a.name for a in stage.axes}
+                assert (part.outer is not None) == bool(part.kernel.axes)
+
+
+def test_what_is_alive_at_one_time_lies_apart(lowered):
+    for plan, found in lowered:
+        size = {b.name: b.type.nbytes for b in plan.buffers} | dict(found.working)
+        at = {p.memory: p for p in found.places}
+        touched: dict[str, list[int]] = {}
+        for number, call in enumerate(found.calls):
+            for name in (*call.buffers, *([call.working] if call.working else [])):
+                touched.setdefault(name, []).append(number)
+        placed = sorted(at.keys() & touched.keys())
+        for i, a in enumerate(placed):
+            if at[a].room in touched:
+                assert touched[a][-1] < touched[at[a].room][0]
+            for b in placed[:i]:
+                at_once = touched[a][0] <= touched[b][-1] and touched[b][0] <= touched[a][-1]
+                if at_once and at[a].room == at[b].room:
+                    first, second = sorted((a, b), key=lambda x: at[x].offset)
+                    assert at[first].offset + size[first] <= at[second].offset or not size[first]
+
+
+def test_kernels_with_other_lines_and_numbers_are_one():
+    other = TWO_LAYERS.replace("net.py", "other.py").replace("%3", "%33").replace("%9", "%99")
+    a, b = (lower(planned(text), 64) for text in (TWO_LAYERS, other))
+    assert list(map(identity, a.kernels.values())) == list(map(identity, b.kernels.values()))
+    wide, narrow = (lower(planned(TWO_LAYERS), n).kernels["k0"] for n in (64, 16))
+    assert identity(wide) != identity(narrow)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("cpu plan", "plan"),
+        ("arena", "arenas"),
+        ("  call k0", "  call k9"),
+        ("  works", "  work"),
+        ("\n}", ""),
+    ],
+)
+def test_a_damaged_text_is_refused(old, new):
+    text = str(lower(planned(TWO_LAYERS), 64))
+    assert old in text
+    with pytest.raises(InvalidGraph):
+        parse_cpu_plan(new.join(text.rsplit(old, 1)))
+
+
+@pytest.mark.parametrize(
+    "old, new", [("tiling ", "tilings "), ("way=", "ways="), ("kernel(", "colonel("), ("}", "")]
+)
+def test_a_damaged_kernel_is_refused_when_it_is_looked_at(old, new):
+    text = str(lower(planned(TWO_LAYERS), 64).kernels["k0"])
+    assert old in text
+    with pytest.raises(InvalidGraph):
+        parse_cpu_kernel(new.join(text.rsplit(old, 1)))

@@ -1,0 +1,49 @@
+"""A contraction as its tasks are printed: names and texts beside the geometry of its tiling.
+
+In: a Kernel whose first stage has a Dot, and its Tiling. Out: what c_matmul, c_micro and c_pack
+share.
+"""
+
+from __future__ import annotations
+
+from tracejit.codegen.c_body import Body
+from tracejit.codegen.c_loops import unravelled
+from tracejit.codegen.c_text import Line, value_type
+from tracejit.schedule.cpu import tiles
+from tracejit.schedule.cpu.access import extents_of
+from tracejit.schedule.cpu.loops import Loop
+from tracejit.schedule.cpu.plan import Tiling
+from tracejit.schedule.cpu.tiles import plain
+from tracejit.schedule.kernel import Kernel
+
+
+class Contraction(tiles.Contraction):
+    """A contraction that is printed: `name` starts the names of its functions, `a_load` and
+    `b_load` are what micro-kernels read where it lies."""
+
+    def __init__(self, kernel: Kernel, name: str, tiling: Tiling):
+        super().__init__(kernel, tiling)
+        self.name = name
+        self.body = Body(kernel, extents_of(kernel))
+        self.type = value_type(self.acc)
+        dot = self.dot
+        self.a_load = plain(dot.a, dot.a_value, self.acc) if tiling.a == "direct" else None
+        self.b_load = None
+        if tiling.packed_from:
+            self.b_load = plain(dot.b, dot.b_value, self.acc, self.n.name)
+
+    def batch_of(self, unit: str, each: int) -> list[Line]:
+        """`slot`, the batch of a unit's number in this round, and its axes."""
+        if not self.batch:
+            return []
+        lines = [Line(f"const int64_t slot = {unit} / {each};")]
+        index = "slot"
+        if self.round < self.batches:
+            index = f"(at->round * {self.round} + slot)"
+            lines.append(Line(f"if ({index} >= {self.batches}) break;"))
+        return lines + unravelled([Loop(axis) for axis in self.batch], index)
+
+    @property
+    def slot(self) -> str:
+        """Where the packed operands of a unit's batch start, as a term of an address."""
+        return f" + slot * {self.per_batch}" if self.batch else ""

@@ -1,0 +1,1 @@
+"""Plan → CpuPlan: what the C executor runs, before any C is printed (see lower.py, plan.py)."""

@@ -1,0 +1,88 @@
+"""What a Kernel's statements read, and how their accesses move with each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tracejit.schedule.kernel import (
+    Axis,
+    Compute,
+    FloorDiv,
+    InBounds,
+    Index,
+    Kernel,
+    Load,
+    Mod,
+    Position,
+    Statement,
+    Store,
+    Var,
+)
+
+
+def variables(s: Statement) -> list[Var]:
+    """The variables that a statement reads, those that decide a place included."""
+    args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
+    found = [a for a in args if isinstance(a, Var)]
+    for index in places(s):
+        found += _values(index)
+    return found
+
+
+def places(s: Statement) -> list[Index]:
+    """The indices of a statement, those of its mask included."""
+    found = [s.index] if isinstance(s, Load | Store | Position) else []
+    if isinstance(s, Load | InBounds):
+        found += [bound.index for bound in s.mask]
+    return found
+
+
+def has_value(index: Index) -> bool:
+    """Whether a value of the body takes part in an index."""
+    return any(True for _ in _values(index))
+
+
+def _values(index: Index) -> Iterator[Var]:
+    for atom, _ in index.terms:
+        if isinstance(atom, Var):
+            yield atom
+        elif isinstance(atom, FloorDiv | Mod):
+            yield from _values(atom.index)
+
+
+def extents_of(kernel: Kernel) -> dict[str, int]:
+    """The extent of every axis of a kernel."""
+    axes: list[Axis] = list(kernel.axes)
+    for stage in kernel.stages:
+        axes += stage.axes
+        if stage.dot is not None:
+            axes.append(stage.dot.k)
+    return {a.name: a.extent for a in axes}
+
+
+def vector_axis(axes: Sequence[Axis], body: Sequence[Statement]) -> Axis:
+    """The axis that most accesses walk contiguously, the last one at a tie."""
+    return max(axes, key=lambda a: (contiguity(a, body), axes.index(a)))
+
+
+def contiguity(axis: Axis, body: Sequence[Statement]) -> int:
+    """How many accesses an axis walks element by element, less those it strides through."""
+    if axis.extent == 1:
+        return -1000
+    votes = 0
+    for s in body:
+        if isinstance(s, Load | Store):
+            weight = 2 if isinstance(s, Store) else 1
+            step = stride(s.index, axis.name)
+            votes += weight if step == 1 else -weight if step else 0
+    return votes
+
+
+def stride(index: Index, axis: str) -> int:
+    """How far an index moves with an axis, besides what values decide; 2 where that varies."""
+    for atom, c in index.terms:
+        if atom == axis:
+            return abs(c)
+        if isinstance(atom, FloorDiv | Mod) and stride(atom.index, axis):
+            return 2
+    return 0

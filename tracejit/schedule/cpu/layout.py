@@ -1,0 +1,59 @@
+"""Memory for kernels that run one after another, whatever launches they share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tracejit.ir.types import contiguous_strides
+from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuLaunch, CpuPlan, Place
+from tracejit.schedule.cpu.tiles import Contraction
+from tracejit.schedule.memory import Lifetime, Room, plan_memory
+from tracejit.schedule.plan import Plan, PlanBuffer
+
+
+def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
+    """Place intermediates and what kernels work in, in outputs not yet written where they fit.
+
+    A plan's own layout knows launches only, and nothing of what kernels work in.
+    """
+    spans: dict[str, tuple[int, int]] = {}
+    pieces: dict[str, Lifetime] = {}
+    kernels: dict[CpuKernel, str] = {}
+    calls, working = [], []
+    for number, launch in enumerate(launches):
+        for name in launch.buffers:
+            spans[name] = spans.get(name, (number, number))[0], number
+        nbytes, memory = scratch_bytes(launch.kernel), ""
+        if nbytes:
+            memory = f"w{len(working)}"
+            working.append((memory, nbytes))
+            pieces[memory] = Lifetime(nbytes, number, number)
+        kernel = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
+        calls.append(Call(kernel, launch.buffers, launch.scalars, memory))
+    arena = [b for b in plan.buffers if b.kind == "arena" and b.name in spans]
+    pieces = {b.name: Lifetime(b.type.nbytes, *spans[b.name]) for b in arena} | pieces
+    outputs = [b for b in plan.buffers if b.kind == "output"]
+    never = len(launches)
+    rooms = [Room(_span(b), spans.get(b.name, (never, never))[0]) for b in outputs]
+    found, total = plan_memory(list(pieces.values()), rooms)
+    places = tuple(
+        Place(name, "" if at.room is None else outputs[at.room].name, at.offset)
+        for name, at in zip(pieces, found, strict=True)
+    )
+    named = {name: kernel for kernel, name in kernels.items()}
+    return CpuPlan(tuple(calls), named, tuple(working), places, total)
+
+
+def scratch_bytes(kernel: CpuKernel) -> int:
+    """The bytes that a kernel works in: packed operands, or the parts of column sums."""
+    if kernel.tiling is not None:
+        return Contraction(kernel.kernel, kernel.tiling).scratch_bytes
+    return kernel.partial_offsets[-1]
+
+
+def _span(buffer: PlanBuffer) -> int:
+    """The bytes from a buffer's first element to its last."""
+    shape = buffer.type.shape
+    strides = buffer.strides or contiguous_strides(shape)
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    return 0 if 0 in shape else (last + 1) * buffer.type.dtype.itemsize

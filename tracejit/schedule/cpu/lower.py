@@ -1,0 +1,40 @@
+"""Plan → CpuPlan: the passes that decide what runs on the CPU, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+from tracejit.schedule.cpu.columns import fuse_columns
+from tracejit.schedule.cpu.layout import place
+from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
+from tracejit.schedule.cpu.rows import cache_rows
+from tracejit.schedule.cpu.tiles import orient, tile
+from tracejit.schedule.cpu.unpack import unpack
+from tracejit.schedule.plan import Plan
+
+
+def lower(plan: Plan, vector_bytes: int) -> CpuPlan:
+    """What the C executor runs for a plan, on a machine whose vectors have so many bytes."""
+    launches = fuse_columns(unpack(plan))
+    lowered: dict[CpuKernel, CpuKernel] = {}
+    for launch in launches:
+        if launch.kernel not in lowered:
+            lowered[launch.kernel] = lower_kernel(launch.kernel, vector_bytes)
+    launches = [replace(launch, kernel=lowered[launch.kernel]) for launch in launches]
+    return place(plan, launches)
+
+
+def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
+    """The passes over one kernel."""
+    passes: tuple[Callable[[CpuKernel], CpuKernel], ...] = (
+        orient,
+        choose_loops,  # before rows are cached, which is worth it only where loops go along a row
+        cache_rows,
+        partial(tile, vector_bytes=vector_bytes),
+    )
+    for step in passes:
+        kernel = step(kernel)
+    return kernel

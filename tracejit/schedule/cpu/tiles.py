@@ -1,0 +1,279 @@
+"""How a contraction is cut: registers, tiles, threads, packed operands, scratch memory.
+
+In: a Kernel whose first stage has a Dot, with plain numbers as sizes, and how wide the machine's
+vectors are. Out: its `Tiling`; and `Contraction`, the kernel's geometry under a tiling, which the
+printer of its tasks reads too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from tracejit.ir.types import DType, f32, f64, i64
+from tracejit.schedule.cpu.access import contiguity, stride
+from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
+from tracejit.schedule.cpu.plan import CpuKernel, Tiling
+from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
+
+TILE_BYTES = 32 << 10  # of a tile of the result
+TILE_COLUMNS = 256
+WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
+PACKED_DEPTH = 256  # of k in a unit of packing
+PACKED_ROWS = 16  # of A in a unit of packing
+PACKED_BYTES = 1 << 20  # of B, from which it is packed even where it could be read as it lies
+SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
+SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
+
+
+def orient(kernel: CpuKernel) -> CpuKernel:
+    """Exchange rows and columns of a contraction where that lets the rest of the body go along
+    memory: a linear layer's weight gradient is made for the transposed weight."""
+    if not has_contraction(kernel.kernel):
+        return kernel
+    stage, *rest = kernel.kernel.stages
+    *batch, m, n = stage.axes
+    if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
+        return kernel
+    dot = stage.dot
+    dot = replace(dot, a=dot.b, a_value=dot.b_value, b=dot.a, b_value=dot.a_value)
+    stage = replace(stage, axes=(*batch, n, m), dot=dot)
+    return replace(kernel, kernel=replace(kernel.kernel, stages=(stage, *rest)))
+
+
+def tile(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
+    """Choose how a contraction is cut for registers, caches and threads, and what is packed."""
+    if not has_contraction(kernel.kernel):
+        return kernel
+    return replace(kernel, tiling=_tiling(kernel.kernel, vector_bytes))
+
+
+def has_contraction(kernel: Kernel) -> bool:
+    """Whether a kernel's first stage starts with a contraction; no other stage has one."""
+    return bool(kernel.stages) and kernel.stages[0].dot is not None
+
+
+def accumulators(vector_bytes: int) -> int:
+    """How many vectors a micro-kernel may keep sums in."""
+    return 24 if vector_bytes == 64 else 12
+
+
+@lru_cache(1024)
+def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[int, ...]:
+    """(rows and vectors of the micro-kernel that wastes least on m × n results, rows and columns of
+    the tile around it), which is tall and narrow where k is long, so that few passes are made over
+    an operand that does not fit the cache."""
+    wide = -(-n // lanes)
+    best = None
+    for vectors in range(1, min(4, wide) + 1):
+        for rows in range(1, min(sums // vectors, 14, m) + 1):
+            cost = sum(
+                panels * strips * max(r * v, (r + v) / 1.6, 4.0) + panels * strips
+                for r, panels in ((rows, m // rows), (m % rows, 1))
+                for v, strips in ((vectors, wide // vectors), (wide % vectors, 1))
+                if r and v
+            )
+            panels = -(-m // rows)
+            if panels <= 16:  # they are dealt to threads: an even number of equal ones is best
+                cost *= -(-panels // 2) * 2 * rows / m
+            if best is None or cost < best[0]:
+                best = cost, rows, vectors
+    _, rows, vectors = best
+    columns = wide * lanes
+    strip = vectors * lanes
+    columns = min(columns, strip if k > WHOLE_DEPTH else strip * max(1, TILE_COLUMNS // strip))
+    tall = max(1, TILE_BYTES // size // columns // rows)
+    return rows, vectors, min(tall * rows, -(-m // rows) * rows), columns
+
+
+def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
+    """The tiling of a kernel's contraction."""
+    stage = kernel.stages[0]
+    *batch, m_axis, n_axis = stage.axes
+    m, n, k = m_axis.extent, n_axis.extent, stage.dot.k.extent
+    batches, acc = math.prod(a.extent for a in batch), accumulator(stage.dot)
+    lanes, size = vector_bytes // acc.itemsize, acc.itemsize
+    cut = blocking(max(m, 1), max(n, 1), k, lanes, accumulators(vector_bytes), size)
+    work = batches * m * n * k * 2 // lanes
+    way, slices = "tiles", 1
+    if _by_dots(stage.axes, stage.dot, batches):
+        way, cut = "dots", (1, 1, m, n)
+    elif not batch:
+        slices = _slices(m, n, k, size, work)
+    if slices > 1:  # one tile
+        rows, vectors, *_ = cut
+        way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
+    elif work // GRAIN > 1 and way == "tiles":  # enough tiles for all threads
+        cut = _for_threads(cut, batches, m, n, work)
+    deep = k > WHOLE_DEPTH and slices == 1
+    a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
+    tiling = Tiling(vector_bytes, way, *cut, slices, a, packed_from, deep, batches, 1, 1)
+    whole = Contraction(kernel, tiling)
+    round_ = max(1, batches)
+    if whole.per_batch:
+        round_ = max(1, min(batches, SCRATCH // (whole.per_batch * size)))
+    tiling = replace(tiling, round=round_)
+    cost = work + batches * m * n * weight(stage.body)
+    chunks, pack_chunks = _chunks(Contraction(kernel, tiling), cost)
+    return replace(tiling, chunks=chunks, pack_chunks=pack_chunks)
+
+
+def accumulator(dot: Dot) -> DType:
+    """The dtype that a contraction sums in."""
+    if not dot.out.dtype.is_float:
+        return i64
+    return f64 if dot.out.dtype is f64 else f32
+
+
+def plain(body: Sequence[Statement], value: Operand, acc: DType, unit: str = "") -> Load | None:
+    """The only statement of a side, if it is a load that a micro-kernel can do itself; with `unit`
+    one that walks this axis element by element."""
+    if len(body) != 1 or not isinstance(body[0], Load) or body[0].out != value:
+        return None
+    load = body[0]
+    by_axes = all(isinstance(atom, str) for atom, _ in load.index.terms)
+    if load.mask or not by_axes or load.out.dtype is not acc:
+        return None
+    return load if not unit or stride(load.index, unit) == 1 else None
+
+
+def _by_dots(axes: Sequence[Axis], dot: Dot, batches: int) -> bool:
+    """Whether each result is a loop over k of its own: a vector's product, along both sides."""
+    narrow = 1 in (axes[-2].extent, axes[-1].extent)
+    along = all(contiguity(dot.k, side) > 0 for side in (dot.a, dot.b))
+    return narrow and along and accumulator(dot) is not i64 and len(axes) == 2 and batches > 0
+
+
+def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
+    """In how many parts k is dealt to threads, for results much smaller than the operands.
+
+    A thread then reads its own part of the operands only, the part that it wrote itself where a
+    later kernel of the same step updates them by rows.
+    """
+    if k < 4 * max(m, n) or m * n * size > SLICED_BYTES or not m * n:
+        return 1
+    most = min(work // GRAIN, k // 128)
+    return next((slices for slices in (8, 4, 2) if slices <= most), 1)
+
+
+def _for_threads(
+    cut: tuple[int, int, int, int], batches: int, m: int, n: int, work: int
+) -> tuple[int, int, int, int]:
+    """Tiles small enough that there are several for each of a few threads."""
+    wanted = min(work // GRAIN, 16)
+    rows, vectors, tall, wide = cut
+    columns = -(-n // wide)
+    while tall > rows and batches * -(-m // tall) * columns < wanted:
+        tall = max(rows, -(-tall // 2 // rows) * rows)
+    return rows, vectors, tall, wide
+
+
+def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, int]:
+    """How A is read, and which strips of B are packed: all, the ragged last one, or none."""
+    acc, k, strip = accumulator(dot), dot.k, vectors * lanes
+    a = "direct"
+    if plain(dot.a, dot.a_value, acc) is None:  # in the order that most of its loads have
+        a = "rows" if contiguity(k, dot.a) >= contiguity(m, dot.a) else "columns"
+    large = m.extent >= 128 and k.extent * n.extent * acc.itemsize >= PACKED_BYTES
+    if large or plain(dot.b, dot.b_value, acc, n.name) is None:
+        return a, 0
+    rest = n.extent % strip
+    if sum(vectors_of(rest, lanes, acc.itemsize)) == rest:
+        return a, -(-n.extent // strip)
+    return a, n.extent // strip
+
+
+def vectors_of(columns: int, lanes: int, size: int) -> tuple[int, ...]:
+    """The lanes of the vectors that hold some columns: whole ones, and one no longer than it
+    takes, as short ones are done two at a time."""
+    whole, rest = divmod(columns, lanes)
+    short = max(16 // size, 1 << max(rest - 1, 0).bit_length())
+    return (lanes,) * whole + ((short,) if rest else ())
+
+
+def _chunks(c: Contraction, work: int) -> tuple[int, int]:
+    """In how many chunks the tiles or dots are dealt, and the units of packing."""
+    tiles = c.row_tiles * c.column_tiles
+    if c.tiling.way == "dots":
+        count = c.m.extent * c.n.extent
+        return max(1, min(count, work // GRAIN, MAX_CHUNKS)), 1
+    if c.tiling.way == "slices":
+        return 1, 1
+    chunks = max(1, min(c.round * tiles, work // max(c.rounds, 1) // GRAIN, MAX_CHUNKS))
+    if chunks > 1:
+        chunks = min(c.round * tiles, MAX_CHUNKS)
+    units = c.round * (c.a_units + c.b_units)
+    cost = c.round * c.per_batch * (weight((*c.dot.a, *c.dot.b)) + 2)
+    return chunks, max(1, min(units, cost // GRAIN, MAX_CHUNKS))
+
+
+class Contraction:
+    """The geometry of a kernel's contraction under a tiling."""
+
+    def __init__(self, kernel: Kernel, tiling: Tiling):
+        self.kernel, self.tiling = kernel, tiling
+        self.stage = kernel.stages[0]
+        self.dot = self.stage.dot
+        *batch, self.m, self.n = self.stage.axes
+        self.batch: tuple[Axis, ...] = tuple(batch)
+        self.batches = math.prod(a.extent for a in batch)
+        self.k = self.dot.k
+        self.acc = accumulator(self.dot)
+        self.size = self.acc.itemsize
+        self.lanes = tiling.vector_bytes // self.size
+        self.row_tiles = -(-self.m.extent // tiling.tile_rows) if tiling.tile_rows else 0
+        self.column_tiles = -(-self.n.extent // tiling.tile_columns) if tiling.tile_columns else 0
+        self.strip = tiling.vectors * self.lanes
+        self.strips = -(-self.n.extent // self.strip)
+        self.round = tiling.round
+        self.rounds = -(-self.batches // self.round) if self.batches else 0
+
+    # --- units of packing, per batch
+
+    @property
+    def a_units(self) -> int:
+        if not self.a_elements:
+            return 0
+        rows = self.m if self.tiling.a == "rows" else self.k
+        return -(-rows.extent // PACKED_ROWS)
+
+    @property
+    def k_parts(self) -> int:
+        return max(1, -(-self.k.extent // PACKED_DEPTH))
+
+    @property
+    def b_units(self) -> int:
+        return (self.strips - self.tiling.packed_from) * self.k_parts
+
+    # --- scratch memory, in elements: A first, then the strips of B, per batch of a round
+
+    @property
+    def a_elements(self) -> int:
+        if self.tiling.a == "direct":
+            return 0
+        return -(-self.m.extent * self.k.extent // self.lanes) * self.lanes
+
+    @property
+    def b_elements(self) -> int:
+        return (self.strips - self.tiling.packed_from) * self.strip * self.k.extent
+
+    @property
+    def per_batch(self) -> int:
+        packs = self.tiling.a != "direct" or self.tiling.packed_from < self.strips
+        return max(self.a_elements + self.b_elements, self.lanes if packs else 0)
+
+    @property
+    def slices_elements(self) -> int:
+        """The sums of the slices of k."""
+        t = self.tiling
+        return t.slices * t.tile_rows * t.tile_columns if t.way == "slices" else 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        if not self.batches * self.m.extent * self.n.extent:
+            return 0
+        if self.tiling.way == "dots":
+            return self.m.extent * self.n.extent * self.size
+        return (self.round * self.per_batch + self.slices_elements) * self.size
