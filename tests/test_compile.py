@@ -492,7 +492,7 @@ def test_dump_saves_every_stage(tmp_path, monkeypatch, backend, suffix):
 
 @pytest.mark.parametrize(
     "level, expected",
-    [(1, "compiled"), (2, "GB/s"), (3, "reduce_sum"), (4, "TJ_TASK static void"), (5, "# after")],
+    [(1, "compiled"), (2, "GB/s"), (3, "reduce_sum"), (4, "TJ_TASK k0_"), (5, "# after")],
 )
 def test_debugging_ladder(level, expected, monkeypatch, capsys):
     monkeypatch.setenv("TRACEJIT_DEBUG", str(level))

@@ -11,7 +11,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ir.interp import evaluate
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, bf16, bits_to_float, contiguous_strides, f16, float_to_bits
-from tracejit.runtime.executor import Executor, LoadedPlan, memory_of
+from tracejit.runtime.executor import Executor, LoadedPlan, inlined, memory_of
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.memory import Layout
@@ -100,6 +100,14 @@ def other_order(plan: Plan) -> Plan:
     return replace(plan, launches=tuple(launches))
 
 
+def run_once(loaded: LoadedPlan, addresses: list[int], scalars: list[float]) -> None:
+    """Run a loaded plan by the lines that a call is made of."""
+    places = [(f"addresses[{i}]", 0) for i in range(len(addresses))]
+    run = inlined(loaded, places, [f"scalars[{i}]" for i in range(len(scalars))])
+    names = dict(run.names) | {"addresses": addresses, "scalars": scalars}
+    exec("\n".join([*run.gather, run.run]), names)
+
+
 @dataclass(frozen=True)
 class PlanChecks:
     """Plans run by one executor on fresh memory: `allocate` gives a buffer's, `layout` says where
@@ -130,7 +138,7 @@ class PlanChecks:
         for node in plan.host:
             args = [env.get(a, a) for a in node.args]
             env[node.out] = node.op.eval(*args, **dict(node.attrs))
-        loaded(addresses, [env.get(s, s) for s in plan.scalars])
+        run_once(loaded, addresses, [env.get(s, s) for s in plan.scalars])
         for m in memory.values():
             assert (m.raw[: m.start] == GUARD).all() and (m.raw[m.end :] == GUARD).all()
         edge = base - arena.__array_interface__["data"][0]

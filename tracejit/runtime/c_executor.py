@@ -90,9 +90,6 @@ class LoadedCPlan:
         self._threads, self._scalars = threads, len(plan.scalars)
         self._memory = plan.buffers
         self._position = {name: i for i, name in enumerate(self.plan.addresses(plan.buffers))}
-        self._as_given = [(i, 0) for i in range(self.layout.count)]
-        self._whole = self._table(self.plan.calls, self._as_given)
-        self._working: tuple[list[int], bytearray] | None = None
         self._run = load_pool()["tj_run_plan"]
         self._run.restype = None
         self._wake = load_pool()["tj_pool_wake"]
@@ -119,9 +116,9 @@ class LoadedCPlan:
 
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run each call alone, in their order; the seconds that each took."""
-        seconds = []
+        seconds, as_given = [], [(i, 0) for i in range(self.layout.count)]
         for call in self.plan.calls:
-            table = self._table([call], self._as_given)
+            table = self._table([call], as_given)
             words = table.pack(0, self._threads(), *addresses, *scalars)
             started = time.perf_counter()
             self._run(table.at, words)
@@ -143,25 +140,10 @@ class LoadedCPlan:
         ]
         return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, launches, slots)
 
-    def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
-        """Memory that the kernels work in may be left out: it is made then."""
-        if len(addresses) < self.layout.count:
-            addresses = [*addresses, *self._own()]
-        table = self._whole
-        self._run(table.at, table.pack(0, self._threads(), *addresses, *scalars))
-
     def expect(self) -> None:
         """A call will come soon: wake the threads that share it."""
         if self._threads() > 1:
             self._wake()
-
-    def _own(self) -> list[int]:
-        if self._working is None:
-            scratch = [nbytes for _, nbytes in self.plan.working]
-            memory = bytearray(max(scratch, default=0) + ALIGNMENT)
-            start = -(-_address(memory) // ALIGNMENT) * ALIGNMENT
-            self._working = [start] * len(scratch), memory
-        return self._working[0]
 
     def inlined(self, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]) -> Inlined:
         """The lines of a call. C code is not interrupted, and says in the first word that it ran.

@@ -44,16 +44,19 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-@functools.cache
 def digest_of(*folders: str) -> str:
     """Hex digest of the sources in some folders of this package: part of the key of what they made,
     so that nothing made by other sources is ever used."""
+    return sha256(" ".join(map(_digest_of, folders)))
+
+
+@functools.cache
+def _digest_of(folder: str) -> str:
     package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for folder in folders:
-        for path in sorted((package / folder).rglob("*.py")):
-            digest.update(path.relative_to(package).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes())
+    digest = hashlib.sha256(folder.encode())
+    for path in sorted((package / folder).rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

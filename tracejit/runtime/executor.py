@@ -19,22 +19,18 @@ class Source(Protocol):
 
 
 class LoadedPlan(Protocol):
-    """A plan ready to run. Everything that does not depend on addresses has been done.
+    """A plan ready to run, by the lines of `inlined`. Everything that does not depend on addresses
+    has been done.
 
     sources: of each launch, as the executor launches: what it really runs.
 
-    An executor that places memory in its own way says how: `layout`.
+    Addresses are of element 0 of every buffer, in the order of `plan.buffers` (for arena buffers
+    where the layout has them), then of memory that the kernels work in, if the layout has any.
+    Scalars are the table, one float64 per slot. An executor that places memory in its own way says
+    how: `layout`.
     """
 
     sources: Sequence[Source]
-
-    def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
-        """Run all launches in order.
-
-        `addresses`: of element 0 of every buffer, in the order of `plan.buffers` (for arena buffers
-        where the layout has them), then of memory that the kernels work in, if the layout has any.
-        `scalars`: the table, one float64 per slot.
-        """
 
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run all launches, and say how many seconds each source's took."""
@@ -68,8 +64,8 @@ class Inlined:
 def inlined(
     loaded: LoadedPlan, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]
 ) -> Inlined:
-    """The lines that run a loaded plan. An address is an expression, and bytes from there; a scalar
-    is an expression."""
+    """The lines that run a loaded plan: its own, or else a call with all addresses and scalars.
+    An address is an expression, and bytes from there; a scalar is an expression."""
     if hasattr(loaded, "inlined"):
         return loaded.inlined(addresses, scalars)
     places = [f"{base} + {offset}" if offset else base for base, offset in addresses]
