@@ -16,14 +16,17 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("support")
 
-_caches = tempfile.TemporaryDirectory(prefix="tracejit-tests-")
 os.environ["TRACEJIT_VERIFY"] = "1"
-os.environ["TRACEJIT_CACHE"] = f"{_caches.name}/tracejit"
-os.environ["TRITON_CACHE_DIR"] = f"{_caches.name}/triton"
+_caches = None
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the caches of the process they are of
+    _caches = tempfile.TemporaryDirectory(prefix="tracejit-tests-")
+    os.environ["TRACEJIT_CACHE"] = f"{_caches.name}/tracejit"
+    os.environ["TRITON_CACHE_DIR"] = f"{_caches.name}/triton"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    _caches.cleanup()
+    if _caches is not None:
+        _caches.cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,21 +1,19 @@
-"""The model, the batches and the configuration of a step, changed between calls.
+"""The model and the configuration of a step, changed between calls.
 
-As in `test_adversarial.py`, each case is compared with eager after every call.
+Each case is compared with eager after every call; see `support/worlds.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import enum
 import weakref
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import nn
 
-from support.worlds import Case, Keywords, Trainer, X, Y, check, on_trainer, table, trainer
+from support.worlds import Case, Trainer, X, Y, check, on_trainer, table, trainer
 
 CASES: dict[str, Case] = {}
 case = table(CASES)
@@ -23,49 +21,11 @@ case = table(CASES)
 # ---- the model
 
 
-@case(
-    "replay",
-    changes={3: on_trainer(lambda t: t.model.eval()), 6: on_trainer(lambda t: t.model.train())},
-    calls=10,
-)
-def eval_and_back(w):
-    class Noisy(nn.Module):
-        def forward(self, x):
-            return x * 2 if self.training else x
-
-    w.t = Trainer()
-    w.t.model.append(Noisy())
-    return w.t.step
-
-
 @case("replay", changes={3: on_trainer(lambda t: t.model[1].eval())})
 def batch_norm_frozen(w):
     w.t = Trainer()
     w.t.model[1] = nn.BatchNorm1d(6)
     return w.t.step
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model[0].weight.requires_grad_(False)),
-        6: on_trainer(lambda t: t.model[0].weight.requires_grad_(True)),
-    },
-    calls=10,
-)
-def parameter_frozen_and_back(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model.requires_grad_(False) and t.model[2].requires_grad_(True))
-    },
-    calls=9,
-)
-def backbone_frozen(w):
-    return trainer(w, momentum=0.9)
 
 
 def _fresh(layer):
@@ -92,30 +52,6 @@ def data_of_a_parameter_replaced(w):
 
 @case("replay", changes={3: on_trainer(lambda t: t.model.double().float())}, calls=9)
 def model_moved_and_back(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict()))},
-)
-def weights_loaded(w):
-    return trainer(w)
-
-
-@case(
-    "replay",
-    changes={
-        3: on_trainer(lambda t: t.model.load_state_dict(Trainer().model.state_dict(), assign=True))
-    },
-    calls=9,
-)
-def weights_assigned(w):
-    return trainer(w)
-
-
-@case("replay", changes={3: on_trainer(lambda t: t.model.__setitem__(1, nn.ReLU()))}, calls=9)
-def layer_swapped(w):
     return trainer(w)
 
 
@@ -225,18 +161,20 @@ def optimizer_hook_added(w):
     return step
 
 
-@case("replay", changes={3: on_trainer(lambda t: t.model[0].weight.grad.mul_(5.0))})
-def gradients_accumulate_and_are_edited(w):
-    w.t = t = Trainer()
-
-    def step():
-        t.loss(X, Y).backward()
-
-    return step
+def _replace_gradient(t):
+    t.model[0].weight.grad = torch.full((6, 4), 7.0)
 
 
-@case("replay", changes={3: on_trainer(lambda t: t.model.zero_grad())}, calls=9)
-def gradients_cleared_between(w):
+@case(
+    "replay",
+    changes={
+        3: on_trainer(lambda t: t.model[0].weight.grad.mul_(5.0)),
+        5: on_trainer(_replace_gradient),
+        7: on_trainer(lambda t: t.model.zero_grad()),
+    },
+    calls=12,
+)
+def gradients_accumulate_and_are_edited_replaced_and_cleared(w):
     w.t = t = Trainer()
 
     def step():
@@ -299,7 +237,11 @@ def routed_through_a_module_dict(w):
     return branches(w)
 
 
-@case("replay", changes={3: lambda w: setattr(w.m, "depth", 3)}, calls=9)
+@case(
+    "replay",
+    changes={3: lambda w: setattr(w.m, "depth", 3), 6: lambda w: setattr(w.m, "depth", 1)},
+    calls=11,
+)
 def depth_attribute(w):
     return branches(w)
 
@@ -317,107 +259,6 @@ def buffer_edited(w):
 @case("replay", changes={3: lambda w: w.m.layers.insert(0, nn.Linear(4, 4))}, calls=9)
 def module_list_inserted(w):
     return branches(w)
-
-
-# ---- batches
-
-
-def batch_of(i):
-    return torch.full((3, 4), 0.1 * i), torch.full((3, 3), 0.2 * i)
-
-
-@case("replay", args=lambda i: ({"x": batch_of(i)[0], "y": batch_of(i)[1]},))
-def dict_batches(w):
-    w.t = t = Trainer()
-
-    def step(batch):
-        return t.step(batch["x"], batch["y"])
-
-    return step
-
-
-@case("replay", args=lambda i: ({"xs": [*batch_of(i)], "n": {"k": (i // 4, "a")}},), calls=9)
-def nested_batches(w):
-    w.t = t = Trainer()
-
-    def step(batch):
-        x, y = batch["xs"]
-        return t.step(x, y) * batch["n"]["k"][0]
-
-    return step
-
-
-Batch = namedtuple("Batch", ["x", "y"])
-
-
-@dataclass
-class Example:
-    x: torch.Tensor
-    y: torch.Tensor
-    weight: float = 1.0
-    tags: list = field(default_factory=list)
-
-
-@case("replay", args=lambda i: (Batch(*batch_of(i)),))
-def namedtuple_batches(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(batch.x, batch.y)
-
-
-@case("replay", args=lambda i: (Example(*batch_of(i), tags=["a"] * (i // 4)),), calls=9)
-def dataclass_batches(w):
-    w.t = t = Trainer()
-    return lambda b: t.step(b.x, b.y) * b.weight + len(b.tags)
-
-
-class Encoding(dict):
-    def __getattr__(self, name):
-        return self[name]
-
-
-@case("replay", args=lambda i: (Encoding(x=batch_of(i)[0], y=batch_of(i)[1]),))
-def batches_of_a_dict_subclass(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(batch.x, batch["y"])
-
-
-@case("replay", args=lambda i: (OrderedDict(x=batch_of(i)[0], y=batch_of(i)[1]),))
-def ordered_dict_batches(w):
-    w.t = t = Trainer()
-    return lambda batch: t.step(*batch.values())
-
-
-def _keywords(i):
-    x, y = batch_of(i + 1)
-    found = {"a": x, "b": x * 2} if i < 4 else {"b": x, "a": x * 2}
-    return (Keywords(found),)
-
-
-@case("replay", args=_keywords, calls=9)
-def keyword_arguments_in_another_order(w):
-    return lambda **kw: torch.cat([*kw.values()]).flatten() * torch.arange(24)
-
-
-@case("replay", args=lambda i: (*batch_of(i), 2.0)[: 2 + i // 4], calls=9)
-def more_arguments(w):
-    w.t = t = Trainer()
-
-    def step(*args, **kwargs):
-        t.weight = 1.0
-        return t.step(*args[:2]) * len(args)
-
-    return step
-
-
-@case("replay", args=lambda i: (Mode.TRAIN if i < 4 else Mode.TEST,), calls=9)
-def enum_argument(w):
-    w.t = t = Trainer()
-    return lambda mode: t.step() if mode is Mode.TRAIN else t.loss(X, Y).detach()
-
-
-class Mode(enum.Enum):
-    TRAIN = 1
-    TEST = 2
 
 
 # ---- configuration

@@ -1,6 +1,6 @@
 """The modes around a step, the memory of its tensors, threads, copies, and calls that fail.
 
-As in `test_adversarial.py`, each case is compared with eager after every call.
+Each case is compared with eager after every call; see `support/worlds.py`.
 """
 
 from __future__ import annotations
@@ -154,6 +154,37 @@ def result_that_is_an_argument(w):
     return lambda x: (x, x.view(3, 1), x + 1)
 
 
+@case("replay", backend="c")
+def views_and_aliases_returned(w):
+    w.x = x = torch.arange(6.0)
+
+    def step():
+        y = x * 2
+        return y, y.view(2, 3), y[::2], x, x.view(3, 2).t()
+
+    return step
+
+
+@case(
+    "replay",
+    changes={
+        3: lambda w: setattr(w.x, "data", torch.full((3,), 5.0)),
+        5: lambda w: w.x.data.mul_(10.0),
+        7: lambda w: setattr(w.x, "data", torch.full((2, 2), 5.0)),
+    },
+    calls=12,
+    backend="c",
+)
+def data_edited_and_replaced(w):
+    w.x = x = torch.ones(3)
+
+    def step():
+        x.add_(1.0)
+        return x * 2
+
+    return step
+
+
 @case("rerun")
 def views_kept_between_calls(w):
     w.x = torch.ones(6)
@@ -222,6 +253,27 @@ def attribute_on_the_c_backend(w):
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 def test_modes(name):
     check(CASES[name], reset)
+
+
+def around(mode):
+    """A step called before, inside and after a mode of its caller: the modes that are refused."""
+    step = tracejit.compile(lambda: X @ X.t(), backend="numpy")
+    for _ in range(4):
+        step()
+    with mode, pytest.raises(tracejit.errors.TracejitError) as caught:
+        step()
+    found = step()
+    assert found.dtype is torch.float32 and not found.is_inference()
+    return caught.value
+
+
+def test_autocast_around_the_call_is_refused():
+    assert type(around(torch.autocast("cpu"))) is tracejit.errors.UnsupportedOperation
+
+
+def test_inference_mode_around_the_call_is_refused():
+    error = around(torch.inference_mode())
+    assert type(error) is tracejit.errors.SideEffectError and "inference" in str(error)
 
 
 # ---- several steps, threads, copies

@@ -1,6 +1,6 @@
 """Python itself in a step: what names, containers, functions and classes can do between calls.
 
-As in `test_adversarial.py`, each case is compared with eager after every call.
+Each case is compared with eager after every call; see `support/worlds.py`.
 """
 
 from __future__ import annotations
@@ -29,24 +29,40 @@ SETTINGS.scale, SETTINGS.names = 2, ["a"]
 FLAG = 1
 
 
+HALF = 0.5
+COUNT = 2
+TENSOR = torch.ones(3)
+NUMBERS = [1.0, 2.0]
+
+
+def helper_of_the_module(x):
+    return x * COUNT
+
+
+_helper = helper_of_the_module
+
+
 @pytest.fixture(autouse=True)
 def restored():
     yield
+    restore()
+
+
+def restore():
     SETTINGS.scale, SETTINGS.names = 2, ["a"]
     vars(SETTINGS).pop("extra", None)
-    globals().pop("LATE", None)
-    globals().update(FLAG=1)
+    for name in ("LATE", "len"):
+        globals().pop(name, None)
+    globals().update(FLAG=1, HALF=0.5, COUNT=2, TENSOR=torch.ones(3), NUMBERS=[1.0, 2.0])
+    globals().update(helper_of_the_module=_helper)
 
 
 def setting(name, value):
     return lambda w: setattr(SETTINGS, name, value)
 
 
-def restore_settings():
-    SETTINGS.scale, SETTINGS.names = 2, ["a"]
-    vars(SETTINGS).pop("extra", None)
-    globals().pop("LATE", None)
-    globals().update(FLAG=1)
+def bind(name, value):
+    return lambda w: globals().update({name: value})
 
 
 # ---- attributes by other ways than their name
@@ -171,7 +187,11 @@ def attributes_by_copying(w):
     return lambda: X * getattr(copy.copy(cfg), name)
 
 
-@case("replay", changes={3: lambda w: setattr(w.x, "gain", 9.0)}, calls=8)
+@case(
+    "replay",
+    changes={3: lambda w: setattr(w.x, "gain", 9.0), 6: lambda w: setattr(w.x, "gain", 5.0)},
+    calls=9,
+)
 def attribute_of_a_tensor_set_later(w):
     w.x = x = X.clone()
     return lambda: x * getattr(x, "gain", 1.0)
@@ -251,11 +271,62 @@ def attribute_by_a_descriptor(w):
 # ---- names
 
 
-def _late(value):
-    return lambda w: globals().update(LATE=value)
+@case("replay", changes={3: bind("HALF", 4.0), 5: bind("HALF", 4)}, calls=9)
+def global_float_that_becomes_an_int(w):
+    n = torch.arange(3)
+    return lambda: n * HALF
 
 
-@case("replay", changes={3: _late(5.0)}, calls=8)
+@case("replay", changes={3: bind("COUNT", 5), 6: bind("COUNT", 2)}, calls=9)
+def global_int(w):
+    return lambda: X * COUNT
+
+
+@case(
+    "replay",
+    changes={3: bind("COUNT", 7), 6: bind("helper_of_the_module", lambda x: x - 100)},
+    calls=11,
+)
+def global_helper_and_what_it_reads(w):
+    return lambda: helper_of_the_module(X)
+
+
+@case(
+    "replay",
+    changes={3: bind("TENSOR", torch.full((3,), 9.0)), 6: bind("TENSOR", torch.full((2, 3), 9.0))},
+    calls=11,
+)
+def global_tensor_of_another_shape(w):
+    return lambda: TENSOR * 2
+
+
+@case("replay", changes={3: lambda w: NUMBERS.__setitem__(0, 50.0)})
+def item_of_a_global_list(w):
+    return lambda: X * NUMBERS[0]
+
+
+@case("replay", changes={3: lambda w: w.config.update(scale=5.0)})
+def item_of_a_dict(w):
+    w.config = config = {"scale": 2.0}
+    return lambda: X * config["scale"]
+
+
+@case("replay", changes={3: bind("len", lambda x: 40)}, calls=8)
+def builtin_shadowed(w):
+    return lambda: X * len((1, 2))
+
+
+@case("rerun")
+def import_inside(w):
+    def step():
+        import math as m
+
+        return X * m.pi
+
+    return step
+
+
+@case("replay", changes={3: bind("LATE", 5.0)}, calls=8)
 def global_defined_later(w):
     def step():
         try:
@@ -383,6 +454,18 @@ def global_counter_in_a_helper(w):
 
 
 @case("rerun")
+def closure_counter(w):
+    n = 0
+
+    def step():
+        nonlocal n
+        n += 1
+        return X * n
+
+    return step
+
+
+@case("rerun")
 def closure_float_changed_by_a_helper(w):
     rate = 1.0
 
@@ -401,6 +484,23 @@ def closure_float_changed_by_a_helper(w):
 def global_float_read_by_a_helper_too(w):
     globals().update(RATE=0.1)
     return lambda: X * RATE + _rated(X)
+
+
+@case("replay", changes={3: lambda w: w.set(0.25), 4: lambda w: w.set(-1.0)}, backend="c")
+def closure_float(w):
+    rate = 0.1
+    w.x = x = X.clone()
+
+    def set_rate(value):
+        nonlocal rate
+        rate = value
+
+    def step():
+        x.sub_(rate * x)
+        return x.sum()
+
+    w.set = set_rate
+    return step
 
 
 @case("replay", changes={3: lambda w: w.set(0.5)})
@@ -483,12 +583,44 @@ def generator_advanced(w):
 
 
 @case("rerun")
+def iterator_advanced(w):
+    numbers = iter(range(100))
+    return lambda: X * next(numbers)
+
+
+@case("rerun")
 def counter_of_itertools(w):
     numbers = itertools.count()
     return lambda: X * next(numbers)
 
 
+# ---- functions and containers made in the step
+
+
+@case("replay")
+def containers_made_inside(w):
+    def step():
+        parts = [X * i for i in range(3)]
+        parts.append(X)
+        return {"sum": sum(parts)}
+
+    return step
+
+
+@case("replay")
+def function_and_comprehension_inside(w):
+    k = 3
+
+    def step():
+        def inner(y):
+            return y * k
+
+        return [inner(X + i) for i in range(k)]
+
+    return step
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 def test_python(name):
-    check(CASES[name], restore_settings)
+    check(CASES[name], restore)

@@ -1,6 +1,6 @@
 """Functions and containers in a step, and the world outside it: output, clocks, files, chance.
 
-As in `test_adversarial.py`, each case is compared with eager after every call.
+Each case is compared with eager after every call; see `support/worlds.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 import tracejit
-from support.worlds import Case, Keywords, check, table
+from support.worlds import Case, check, table
 from tracejit.errors import TracejitWarning
 
 CASES: dict[str, Case] = {}
@@ -167,27 +167,20 @@ def decorated_helper(w):
     return lambda: helper(X)
 
 
-@case("replay", changes={3: lambda w: setattr(w.helper, "__kwdefaults__", {"shift": 4.0})})
-def keyword_defaults(w):
-    def helper(x, *, shift=1.0):
-        return x + shift
+@case(
+    "replay",
+    changes={
+        3: lambda w: setattr(w.helper, "__defaults__", (5.0,)),
+        6: lambda w: setattr(w.helper, "__kwdefaults__", {"shift": 4.0}),
+    },
+    calls=10,
+)
+def defaults(w):
+    def helper(x, scale=2.0, *, shift=1.0):
+        return x * scale + shift
 
     w.helper = helper
     return lambda: helper(X)
-
-
-@case("replay", args=lambda i: (Keywords(scale=1.0 + i, n=i // 4),), calls=9)
-def keyword_arguments(w):
-    return lambda scale=1.0, *, n=0: X * scale + n
-
-
-def _identity(x):
-    return x
-
-
-@case("rerun", args=lambda i: (0.5 + i,), calls=6)
-def type_of_a_runtime_scalar(w):
-    return lambda rate: X * rate if type(rate) is float else X
 
 
 # ---- containers
@@ -280,11 +273,6 @@ def counter(w):
 def numpy_array(w):
     w.array = array = np.array([2.0, 3.0])
     return lambda: X * float(array[0])
-
-
-@case("rerun", args=lambda i: (np.float64(0.5 + i),))
-def numpy_scalar(w):
-    return lambda rate: X * rate
 
 
 @case("replay", changes={3: lambda w: w.table.__setitem__(1, 9.0)})

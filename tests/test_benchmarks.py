@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -62,37 +64,38 @@ def test_numbers_are_compared():
         run.compare([float("nan")], [], [1.0], [], [])
 
 
-def test_the_table_prints(capsys, tmp_path):
-    """A whole run in processes: first calls from both caches, memory, rounds, JSON."""
-    report = run.main(
-        [
-            "--small",
-            "--rounds",
-            "2",
-            "--case",
-            "chain_4m",
-            "--contender",
-            "tracejit",
-            "--contender",
-            "numpy",
-        ]
-        + ["--output", str(tmp_path / "found.json")]
-    )
-    rows = report["cases"]["chain_4m"]["contenders"]
-    assert list(rows) == ["eager", "numpy", "tracejit"]
-    assert all(row["p20"] <= row["p50"] <= row["p80"] for row in rows.values())
-    assert rows["tracejit"]["cached_s"] > 0 and rows["tracejit"]["allocated_bytes"] > 0
-    assert (tmp_path / "found.json").exists()
-    out = capsys.readouterr().out
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("chain_4m ")] == [*rows]
+def whole_run(case: str, tmp_path: Path) -> dict[str, dict]:
+    """The rows of a run in processes: first calls from both caches, memory, rounds, JSON."""
+    options = ["--small", "--rounds", "2", "--case", case, "--contender", "tracejit"]
+    output = tmp_path / "found.json"
+    report = run.main([*options, "--contender", "numpy", "--output", str(output)])
+    assert output.exists()
+    return report["cases"][case]["contenders"]
 
 
-def test_a_peer_that_fails_is_a_row(monkeypatch, capsys):
+def check_row(row: dict) -> None:
+    assert row["p20"] <= row["p50"] <= row["p80"]
+
+
+def test_the_table_prints_and_a_peer_that_fails_is_a_row(monkeypatch, capsys, tmp_path):
     """A message in its place, and the others are measured."""
     monkeypatch.setitem(run.NUMPY_CASES, "softmax", None)  # offered here, missing in the worker
-    rows = run.measure("softmax", ("eager", "numpy"), 1, "cpu", {}, small=True)
-    assert "KeyError" in rows["numpy"]["note"] and "p50" in rows["eager"]
-    assert "KeyError" in run.table("softmax", rows, 0.0).splitlines()[1]
+    rows = whole_run("softmax", tmp_path)
+    assert list(rows) == ["eager", "numpy", "tracejit"] and "KeyError" in rows["numpy"]["note"]
+    check_row(rows["eager"])
+    check_row(rows["tracejit"])
+    assert rows["tracejit"]["cached_s"] > 0 and rows["tracejit"]["allocated_bytes"] > 0
+    out = capsys.readouterr().out
+    lines = [line for line in out.splitlines() if line.startswith("softmax ")]
+    assert [line.split()[1] for line in lines] == [*rows] and "KeyError" in lines[1]
+
+
+@pytest.mark.slow
+def test_a_peer_without_torch_is_measured(tmp_path):
+    rows = whole_run("chain_4m", tmp_path)
+    assert list(rows) == ["eager", "numpy", "tracejit"]
+    for row in rows.values():
+        check_row(row)
 
 
 def test_shortfalls():

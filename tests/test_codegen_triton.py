@@ -11,8 +11,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
 from support.graph_texts import SIDE_BY_SIDE
-from support.machine_code import facts, only_launch
-from tracejit.aot import TARGETS, check_limits
+from support.machine_code import each_target, facts, mostly_90, only_launch
+from tracejit.aot import check_limits
 from tracejit.codegen.geometry import MAX_PROGRAMS
 from tracejit.codegen.triton import emit
 from tracejit.errors import BackendUnavailable, InvalidGraph
@@ -34,8 +34,6 @@ from tracejit.schedule.kernel import (
     Var,
 )
 from tracejit.schedule.kernel_text import parse_kernel
-
-each_target = pytest.mark.parametrize("target", TARGETS)
 
 AXPY = """
 f(%0: f32[{n}], %1: f32[{n}], %2: f64[]@host) {{
@@ -254,7 +252,7 @@ def test_fusion_showcase_streams_128_bits(target):
     assert found.loads[128] == 4 and found.stores[128] == 2 and found.atomics == 1
 
 
-@each_target
+@mostly_90
 @pytest.mark.parametrize(
     ("text", "form", "loads"), [(AXPY, "pointwise", 4), (FUSION, "reduce", 4)], ids=["axpy", "sum"]
 )
@@ -265,21 +263,21 @@ def test_odd_sizes_move_128_bits_but_at_the_end(text, form, loads, target):
     assert facts(text.format(n=1_000_000), target)[0] == form
 
 
-@each_target
+@mostly_90
 @pytest.mark.parametrize("shape", [(4096, 1000), (4096, 8192), (64, 100_000)])
 def test_rows_move_128_bits(shape, target):
     _, found = facts(softmax(*shape), target)
     check_limits(found, want_wide=1.0)
 
 
-@each_target
+@mostly_90
 @pytest.mark.parametrize("shape", [(128, 4096), (4096, 4096)])
 def test_columns_move_128_bits(shape, target):
     _, found = facts(softmax(*shape, axis=0), target)
     check_limits(found, want_wide=1.0)
 
 
-@each_target
+@mostly_90
 @pytest.mark.parametrize("dtype", ["f32", "bf16", "f64"])
 def test_matmul_with_update_and_reduction(dtype, target):
     form, found = facts(UPDATE.format(t=dtype, m=1000, n=100, k=64), target)
@@ -305,7 +303,7 @@ COLUMN_SUM = """%5: bf16[2048] = reduce_sum(%1, axes=(0,))
   %6: bf16[2048] = add(%2, %5)"""
 
 
-@each_target
+@mostly_90
 def test_company_costs_a_matmul_nothing(target):
     form, alone = facts(BIAS.format(bias=""), target)
     assert form == "matmul"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from support.op_checks import on_samples
 from support.op_samples import Sample, each_sample
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Param, Result, Value, Write, verify
@@ -49,9 +50,7 @@ def same_graph(text: str, graph: Graph) -> None:
     assert again == graph.canonical() or "nan" in text  # nan != nan
 
 
-@pytest.mark.parametrize(
-    "name, sample", [pytest.param(n, s, id=f"{n}: {s}") for n, s in each_sample()]
-)
+@on_samples(each_sample())
 def test_every_sample_prints_and_parses_back(name: str, sample: Sample):
     graph = sample.graph(name)
     same_graph(str(graph), graph)

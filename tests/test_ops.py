@@ -23,6 +23,7 @@ from support.op_checks import (
     ZERO_SIGN_OPEN,
     assert_same_numbers,
     assert_within,
+    on_samples,
     run,
     tensors_of,
 )
@@ -39,10 +40,6 @@ from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import Type, b1, f32, f64, i64, round_to, u8
 
 ULPS = 4  # of functions that IEEE does not fix to the bit
-
-
-def parametrize(rows: list[tuple[str, Sample]]):
-    return pytest.mark.parametrize("name, sample", rows, ids=[f"{n}: {s}" for n, s in rows])
 
 
 def to_torch(array: np.ndarray, dtype) -> torch.Tensor:
@@ -73,7 +70,7 @@ def test_every_op_has_samples_and_a_reference():
     assert REFERENCE.keys() == OPS.keys()
 
 
-@parametrize(each_sample())
+@on_samples(each_sample())
 def test_infer_agrees_with_eval(name: str, sample: Sample):
     graph = sample.graph(name)
     arrays = sample.build()
@@ -97,7 +94,7 @@ def divides_integers_by_zero(name: str, sample: Sample) -> bool:
     return divides and np.any(np.equal(sample.build()[1], 0))
 
 
-@parametrize(each_sample(where=lambda name, sample: not divides_integers_by_zero(name, sample)))
+@on_samples(each_sample(where=lambda name, sample: not divides_integers_by_zero(name, sample)))
 def test_eval_against_torch(name: str, sample: Sample):
     arrays = sample.build()
     theirs = REFERENCE[name](*torch_operands(sample, arrays), **sample.attrs)
@@ -236,10 +233,12 @@ def check_directional(f: Callable, xs: list[np.ndarray], gradients: list[np.ndar
     assert abs(sum(terms) - numeric) <= 1e-6 * (1 + scale) + 1e-5 * abs(numeric)
 
 
-@parametrize(each_sample(where=is_smooth))
+# Rounding has no finite difference; it is compared with autograd below.
+SMOOTH = each_sample(where=lambda name, sample: is_smooth(name, sample) and name != "cast")
+
+
+@on_samples(SMOOTH)
 def test_vjp_against_finite_differences(name: str, sample: Sample):
-    if name == "cast":
-        pytest.skip("rounding has no finite difference; compared with autograd below")
     rng = np.random.default_rng(0)
     xs = wide_inputs(sample)
     graph, _ = vjp_graph(name, sample, f64)
@@ -250,7 +249,7 @@ def test_vjp_against_finite_differences(name: str, sample: Sample):
     check_directional(lambda at: np.sum(g * run(forward, *at)), xs, gradients, rng)
 
 
-@parametrize(each_sample(where=lambda name, sample: is_smooth(name, sample) and name != "cast"))
+@on_samples(SMOOTH)
 def test_second_derivatives_against_finite_differences(name: str, sample: Sample):
     rng = np.random.default_rng(1)
     first, _ = vjp_graph(name, sample, f64)
@@ -276,7 +275,7 @@ AUTOGRAD = each_sample(
 )
 
 
-@parametrize(AUTOGRAD)
+@on_samples(AUTOGRAD)
 def test_vjp_against_autograd(name: str, sample: Sample):
     arrays = sample.build()
     graph, positions = vjp_graph(name, sample)
@@ -474,7 +473,7 @@ def c_library(tmp_path_factory) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / "ops.so"))
 
 
-@parametrize(c_variants())
+@on_samples(c_variants())
 def test_c_templates_against_eval(name: str, sample: Sample, c_library: ctypes.CDLL):
     arrays = [np.ascontiguousarray(a) for a in sample.build()]
     graph = sample.graph(name)

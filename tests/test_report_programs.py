@@ -21,6 +21,7 @@ import tracejit
 from support.function_checks import outcome, step_of
 from support.function_samples import each_function, samples_of
 from support.golden import Golden
+from support.machine_code import each_target
 from support.programs import PROGRAMS, Program, plans_of
 from tracejit.aot import TARGETS
 from tracejit.capture.trace.table import function_name
@@ -38,7 +39,6 @@ EXCEPTIONS: tuple[tuple[str, str, str], ...] = ()
 STABLE = ("kernel", "form", "regs", "spills", "shared", "CTAs/SM", "128-bit", "stream", "wgmma")
 STABLE += ("mma", "bars", "atomics", "min bytes")
 
-each_target = pytest.mark.parametrize("target", TARGETS)
 plans = functools.cache(plans_of)
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 
 import tracejit
+from support.worlds import picture, same
 from tracejit.errors import TracejitError
 from tracejit.runtime.memory import Fresh
 
@@ -462,30 +463,10 @@ def test_calls_are_like_eager(name):
         args = (change_theirs or (lambda i: None))(i) or ()
         torch.manual_seed(i)
         assert ((change_mine or (lambda i: None))(i) or ()) == args
-        expected, found = theirs(*args), step(*args)
-        _same(found, expected, f"call {i}")
-        _same(vars(ours), vars(eager), f"state after call {i}")
-        gradients = [x.grad for x in (ours.w, eager.w)]
-        _same(*gradients, f"gradient after call {i}")
+        expected, found = picture((theirs(*args), eager)), picture((step(*args), ours))
+        same(found, expected, f"call {i}")
     recall = step._recall
     assert (recall.kept, recall.kept + recall.left) == (kept, CALLS - 1)
-
-
-def _same(found: object, expected: object, where: str) -> None:
-    assert type(found) is type(expected), where
-    if isinstance(expected, torch.Tensor):
-        assert found.requires_grad == expected.requires_grad, where
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6, equal_nan=True, msg=where)
-    elif isinstance(expected, (list, tuple)):
-        assert len(found) == len(expected), where
-        for a, b in zip(found, expected, strict=True):
-            _same(a, b, where)
-    elif isinstance(expected, dict):
-        assert [*found] == [*expected], where
-        for key in expected:
-            _same(found[key], expected[key], f"{where}, {key}")
-    else:
-        assert found == expected, where
 
 
 @pytest.mark.parametrize("at", [0, 1, 2, 3])

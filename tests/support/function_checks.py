@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from support import function_samples_indexing, function_samples_nn  # noqa: F401  all samples
 from support.function_samples import (
     EXACT,
     SPELLED,

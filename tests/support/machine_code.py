@@ -1,10 +1,18 @@
 """The only kernel of a graph, compiled ahead of time: its form and what its machine code says."""
 
-from tracejit.aot import compile_for
+import pytest
+
+from tracejit.aot import TARGETS, compile_for
 from tracejit.codegen.triton import emit
 from tracejit.ir.text import parse
 from tracejit.runtime.triton_executor import TRITON_NAME, import_source
 from tracejit.schedule import schedule
+
+each_target = pytest.mark.parametrize("target", TARGETS)
+# sm_90 in every run of the tests, the others in `test-all`
+mostly_90 = pytest.mark.parametrize(
+    "target", [t if t == 90 else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS]
+)
 
 
 def only_launch(text):

@@ -1,8 +1,12 @@
-"""One primitive on one sample: how near its numbers must be, and running it in the evaluator."""
+"""Primitives on their samples: a test of each op, and how near its numbers must be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from inspect import Signature, signature
+
 import numpy as np
+import pytest
 
 from support.op_samples import Sample, Tensor
 from tracejit.ir.graph import Graph
@@ -30,6 +34,31 @@ def assert_within(ours, theirs, allowed) -> None:
         equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     wrong = ~(close | equal)
     assert not wrong.any(), f"{np.asarray(ours)[wrong][:5]} != {np.asarray(theirs)[wrong][:5]}"
+
+
+def on_samples(rows: list[tuple[str, Sample]]) -> Callable:
+    """Make `check(name, sample, **fixtures)` a test of each op; it names the samples that fail."""
+    samples: dict[str, list[Sample]] = {}
+    for name, sample in rows:
+        samples.setdefault(name, []).append(sample)
+
+    def decorate(check: Callable) -> Callable:
+        def test(name: str, **fixtures: object) -> None:
+            failures = []
+            for sample in samples[name]:
+                try:
+                    check(name, sample, **fixtures)
+                except Exception as error:
+                    failures.append(f"{name}: {sample}: {error!r}")
+            assert not failures, "\n\n".join(failures)
+
+        given = signature(check).parameters
+        names = [p for p in given.values() if p.name != "sample"]
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        test.__module__, test.__signature__ = check.__module__, Signature(names)
+        return pytest.mark.parametrize("name", [*samples])(test)
+
+    return decorate
 
 
 def run(graph: Graph, *inputs) -> np.ndarray:

@@ -71,7 +71,7 @@ class World:
     def call(self, i: int) -> list:
         """Change what is to be changed, and step; returns a picture of the state, the arguments,
         what was returned, and what was printed."""
-        torch.manual_seed(i)
+        torch.default_generator.manual_seed(i)  # torch.manual_seed formats a stack for CUDA
         random.setstate(self.random)
         printed = io.StringIO()
         with redirect_stdout(printed):
@@ -209,9 +209,9 @@ class Trainer:
 
     scale = 1.0
 
-    def __init__(self, lr=0.1, **options):
+    def __init__(self, make=torch.optim.SGD, lr=0.1, **options):
         self.model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-        self.opt = torch.optim.SGD(self.model.parameters(), lr=lr, **options)
+        self.opt = make(self.model.parameters(), lr=lr, **options)
         self.weight = 1.0
 
     def loss(self, x, y):

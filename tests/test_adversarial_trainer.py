@@ -1,12 +1,11 @@
 """Modules, optimizers and user objects in a step, with everything about them changed between calls.
 
 Every case is compared with eager after every call, and the table says in which mode it ends; see
-`worlds.py`. What only plain functions and Python itself can do is in `test_adversarial_python.py`.
+`support/worlds.py`. What plain functions and Python itself can do is in test_adversarial_python.py.
 """
 
 from __future__ import annotations
 
-import copy
 from types import MethodType
 
 import pytest
@@ -113,15 +112,6 @@ def optimizer_replaced(w):
 
 @case("replay", changes={4: on_trainer(lambda t: t.opt.state.clear())}, calls=9)
 def optimizer_state_cleared(w):
-    return trainer(w, momentum=0.9)
-
-
-@case(
-    "replay",
-    changes={4: on_trainer(lambda t: t.opt.load_state_dict(copy.deepcopy(t.opt.state_dict())))},
-    calls=9,
-)
-def optimizer_state_loaded(w):
     return trainer(w, momentum=0.9)
 
 
