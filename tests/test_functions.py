@@ -125,7 +125,7 @@ def test_a_second_rule_is_an_error():
     ):
         rule(torch.exp)(lambda t, x: x)
     assert RULES[torch.exp] is first
-    rule(torch.exp)(first)  # the same again is none
+    rule(torch.exp)(first.run)  # the same again is none
 
 
 def test_empty():

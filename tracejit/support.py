@@ -16,13 +16,10 @@ from pathlib import Path
 import torch
 
 from tracejit.capture import functions
-from tracejit.capture.functions import metadata
 from tracejit.capture.trace.table import RULES, Rule, function_name
 
 HERE = Path(__file__).parent
 FACTS = HERE / "support.tsv"
-# Functions that make another form of a rule: in place, or with arguments in another order.
-_FORMS = ("in_place.", "sized.", "with_inplace.", "_functional.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class Operation:
     @property
     def needs_values(self) -> bool:
         """Whether it only tells the user that a trace has no values."""
-        return RULES[self.functions[0]] is metadata.value_needed
+        return RULES[self.functions[0]].needs_values
 
     @property
     def names(self) -> str:
@@ -81,26 +78,19 @@ def rank(name: str) -> tuple:
     return not name.startswith("torch."), "__" in name, name.endswith("_")
 
 
-def _own(rule: Rule) -> Rule:
-    """The rule that a form was made of."""
-    while rule.__qualname__.startswith(_FORMS) and rule.__closure__:
-        rule = next(c.cell_contents for c in rule.__closure__ if callable(c.cell_contents))
-    return rule
-
-
 @cache
 def operations() -> tuple[Operation, ...]:
     """All of them, by family and name."""
     by_rule: dict[Rule, list[Callable]] = {}
     for function, rule in RULES.items():
-        by_rule.setdefault(_own(rule), []).append(function)
+        by_rule.setdefault(rule.own, []).append(function)
     facts = {}
     for line in FACTS.read_text().splitlines():
         name, dtypes, gradient = line.split("\t")
         facts[name] = {"dtypes": dtypes, "gradient": gradient}
     by_name: dict[str, Operation] = {}
     for rule, served in by_rule.items():
-        found = Operation(rule.__module__.rpartition(".")[2], tuple(served))
+        found = Operation(rule.family, tuple(served))
         same = by_name.get(found.name)  # as of an attribute's getter and setter
         by_name[found.name] = (
             found if same is None else replace(same, functions=same.functions + found.functions)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import expand, normal_axis, register
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import keep, whole
+from tracejit.capture.functions.selection import maximum, minimum
 from tracejit.capture.trace import location
-from tracejit.capture.trace.table import Rule
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -98,7 +99,7 @@ def _with_index(t: Trace, input: Tensor, dim: int, keepdim: bool, name: str) -> 
     return made(tuple(t.fresh(keep(t, v, h.shape, (axis,), keepdim)) for v in (values, first)))
 
 
-def _extremum_function(name: str, elementwise: Rule):
+def _extremum_function(name: str, elementwise: Callable):
     """max and min: of everything, of two tensors, and along a dim."""
     of_all = whole(name)
 

@@ -13,7 +13,6 @@ from types import EllipsisType
 import torch
 
 from tracejit.capture.functions import movement
-from tracejit.capture.functions.arithmetic import copy_
 from tracejit.capture.functions.common import (
     cast,
     expand,
@@ -24,6 +23,7 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.movement import basic_index, reshape
 from tracejit.capture.functions.patterns import constant, position
+from tracejit.capture.functions.writes import copy_
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
 from tracejit.capture.trace.table import rule

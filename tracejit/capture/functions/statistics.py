@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.arithmetic import add, clamp_min, div, sub
+from tracejit.capture.functions.arithmetic import add, div, sub
 from tracejit.capture.functions.common import (
     Number,
     cast,
@@ -23,6 +23,7 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.derived import derived, require_float, spread
 from tracejit.capture.functions.reduction import keep
+from tracejit.capture.functions.selection import clamp_min
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
