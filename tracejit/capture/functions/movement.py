@@ -360,11 +360,15 @@ def mask_of(t: Trace, index: object) -> Tensor | None:
     return None
 
 
+def check_item(t: Trace, item: object) -> None:
+    """Refuse what is not an int, a slice, None or Ellipsis."""
+    if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
+        raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
+
+
 def _refuse_advanced(t: Trace, index: object) -> None:
-    items = index if isinstance(index, tuple) else (index,)
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
-            raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
+    for item in index if isinstance(index, tuple) else (index,):
+        check_item(t, item)
 
 
 def getitem(t: Trace, input: Tensor, index: object) -> Tensor:

@@ -45,6 +45,10 @@ class Row:
     flat: bool = False  # the slopes do not vary with the inputs: straight lines between kinks
     row_major: bool = False  # the result's strides, whatever those of the inputs are
 
+    def __post_init__(self) -> None:
+        if len(self.slopes) not in (0, self.arity):
+            raise ValueError(f"{self.name} has {self.arity} inputs and {len(self.slopes)} slopes")
+
     @property
     def name(self) -> str:
         return self.names.split()[0]

@@ -9,6 +9,7 @@ same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -277,22 +278,39 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
     return tuple(reversed(out))
 
 
+def _has_hooks(tensor: torch.Tensor) -> bool:
+    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
+
+
+# why a tensor from outside cannot take part in a trace: whether it is so, and what to say of it
+PROBLEMS: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
+    (
+        torch._C._functorch.is_functorch_wrapped_tensor,
+        "vmap, torch.func and forward-mode differentiation have no rules",
+    ),
+    (
+        lambda x: type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer),
+        "a tensor subclass ({kind}) is not supported",
+    ),
+    (
+        lambda x: x.layout is not torch.strided or x.is_quantized or x.is_nested,
+        "only dense strided tensors are supported",
+    ),
+    (lambda x: x.dtype not in TO_IR, "{dtype} is not supported"),
+    (lambda x: x.device.type not in ("cpu", "cuda"), "device {device} is not supported"),
+    (
+        lambda x: x.is_conj() or x.is_neg() or any(getattr(x, "names", ())),
+        "conjugate, negative-bit and named tensors are not supported",
+    ),
+    (lambda x: x.is_inference(), "inference tensors are not supported"),
+    (_has_hooks, "tensors with hooks are not supported; remove the hook"),
+)
+
+
 def problem_with(tensor: torch.Tensor) -> str | None:
     """Why a tensor from outside cannot take part in a trace, if it cannot."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "vmap, torch.func and forward-mode differentiation have no rules"
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return f"a tensor subclass ({type(tensor).__name__}) is not supported"
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "only dense strided tensors are supported"
-    if tensor.dtype not in TO_IR:
-        return f"{tensor.dtype} is not supported"
-    if tensor.device.type not in ("cpu", "cuda"):
-        return f"device {tensor.device} is not supported"
-    if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
-        return "conjugate, negative-bit and named tensors are not supported"
-    if tensor.is_inference():
-        return "inference tensors are not supported"
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        return "tensors with hooks are not supported; remove the hook"
+    for is_so, text in PROBLEMS:
+        if is_so(tensor):
+            kind = type(tensor).__name__
+            return text.format(kind=kind, dtype=tensor.dtype, device=tensor.device)
     return None
