@@ -132,7 +132,7 @@ def refusals() -> tuple[Refusal, ...]:
             found.append(Refusal(path.stem, function, text))
     for owner, _, remedy in patches.REFUSED:
         found.append(Refusal("patches", owner.__name__.rpartition(".")[2], remedy))
-    for _, text in tensor.PROBLEMS:
+    for text in tensor.PROBLEMS.values():
         said = re.sub(r"{\w+}", "{…}", text)
         found.append(Refusal("tensor", "an input", said[0].upper() + said[1:]))
     return tuple(dict.fromkeys(found))

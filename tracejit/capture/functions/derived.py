@@ -46,12 +46,13 @@ def derived(
     Not `wide`: bf16 and f16 are rounded at each primitive.
     """
     dtype, inputs = inputs[0].type.dtype, tuple(inputs)
+    narrow = wide and any(x.type.dtype.narrow for x in inputs)
 
-    def taken(x: Value) -> Value:
-        return widen(t, x) if wide else x
+    def taken(values: tuple[Value, ...]) -> Sequence[Value]:
+        return [widen(t, x) for x in values] if narrow else values
 
     def compute() -> Value:
-        return cast(t, forward(*map(taken, inputs)), dtype)
+        return cast(t, forward(*taken(inputs)), dtype)
 
     if not backward:
         return compute()
@@ -61,7 +62,7 @@ def derived(
     def vjp(b, cts, need):
         first = len(b.nodes)
         with t.unchecked():
-            g, y, *xs = map(taken, (cts[0], out, *inputs))
+            g, y, *xs = taken((cts[0], out, *inputs))
         casts = {node.out: node for node in b.nodes[first:]}
         first += len(casts)
         found: list[Value | None] = []

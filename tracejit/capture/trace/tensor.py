@@ -9,7 +9,6 @@ same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -278,39 +277,43 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
     return tuple(reversed(out))
 
 
-def _has_hooks(tensor: torch.Tensor) -> bool:
-    return bool(tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None))
-
-
-# why a tensor from outside cannot take part in a trace: whether it is so, and what to say of it
-PROBLEMS: tuple[tuple[Callable[[torch.Tensor], bool], str], ...] = (
-    (
-        torch._C._functorch.is_functorch_wrapped_tensor,
-        "vmap, torch.func and forward-mode differentiation have no rules",
-    ),
-    (
-        lambda x: type(x) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer),
-        "a tensor subclass ({kind}) is not supported",
-    ),
-    (
-        lambda x: x.layout is not torch.strided or x.is_quantized or x.is_nested,
-        "only dense strided tensors are supported",
-    ),
-    (lambda x: x.dtype not in TO_IR, "{dtype} is not supported"),
-    (lambda x: x.device.type not in ("cpu", "cuda"), "device {device} is not supported"),
-    (
-        lambda x: x.is_conj() or x.is_neg() or any(getattr(x, "names", ())),
-        "conjugate, negative-bit and named tensors are not supported",
-    ),
-    (lambda x: x.is_inference(), "inference tensors are not supported"),
-    (_has_hooks, "tensors with hooks are not supported; remove the hook"),
-)
+# why a tensor from outside cannot take part in a trace
+PROBLEMS = {
+    "transform": "vmap, torch.func and forward-mode differentiation have no rules",
+    "subclass": "a tensor subclass ({kind}) is not supported",
+    "layout": "only dense strided tensors are supported",
+    "dtype": "{dtype} is not supported",
+    "device": "device {device} is not supported",
+    "flags": "conjugate, negative-bit and named tensors are not supported",
+    "inference": "inference tensors are not supported",
+    "hooks": "tensors with hooks are not supported; remove the hook",
+}
 
 
 def problem_with(tensor: torch.Tensor) -> str | None:
     """Why a tensor from outside cannot take part in a trace, if it cannot."""
-    for is_so, text in PROBLEMS:
-        if is_so(tensor):
-            kind = type(tensor).__name__
-            return text.format(kind=kind, dtype=tensor.dtype, device=tensor.device)
+    problem = _problem_with(tensor)
+    if problem is None:
+        return None
+    kind = type(tensor).__name__
+    return PROBLEMS[problem].format(kind=kind, dtype=tensor.dtype, device=tensor.device)
+
+
+def _problem_with(tensor: torch.Tensor) -> str | None:
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return "transform"
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        return "subclass"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return "layout"
+    if tensor.dtype not in TO_IR:
+        return "dtype"
+    if tensor.device.type not in ("cpu", "cuda"):
+        return "device"
+    if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
+        return "flags"
+    if tensor.is_inference():
+        return "inference"
+    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+        return "hooks"
     return None
