@@ -41,7 +41,9 @@ class Row:
     arity: int = 1  # how many inputs: tensors, or numbers next to a tensor
     # what becomes of dtypes: all stay as they are; integers become floats; only floats are taken
     dtypes: Literal["any", "to_float", "floats"] = "any"
-    wide: bool = True  # bf16 and f16: slopes given, computed in f32 and rounded once; else at each
+    # bf16 and f16 are computed in f32 and rounded once; if not, or without slopes, each primitive
+    # rounds
+    wide: bool = True
     flat: bool = False  # the slopes do not vary with the inputs: straight lines between kinks
     row_major: bool = False  # the result's strides, whatever those of the inputs are
 
