@@ -72,6 +72,20 @@ def _d_erf(t: Trace, g: Value, y: Value, x: Value) -> Value:
     return b.mul(b.mul(b.exp(b.neg(b.mul(x, x))), 2 / math.sqrt(math.pi)), g)
 
 
+def _sinc(t: Trace, x: Value) -> Value:
+    """sin(πx) / πx, 1 at 0."""
+    b, angle = t.b, t.b.mul(x, math.pi)
+    return b.where(b.eq(x, 0.0), 1.0, b.div(b.sin(angle), angle))
+
+
+def _d_sinc(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    """g·(πx·cos(πx) - sin(πx)) / πx², 0 at 0."""
+    b, angle = t.b, t.b.mul(x, math.pi)
+    square = b.mul(angle, x)
+    rise = b.sub(b.mul(b.cos(angle), angle), b.sin(angle))
+    return b.where(b.eq(square, 0.0), 0.0, b.mul(g, b.div(rise, square)))
+
+
 def _logarithm(name: str, base: float) -> Row:
     """log(x) / log(base), with the derivative g / (x·log(base))."""
     scale = math.log(base)
@@ -121,6 +135,7 @@ ROWS = (
     ),
     _logarithm("log2", 2.0),
     _logarithm("log10", 10.0),
+    Row("sinc", _sinc, (_d_sinc,), dtypes="to_float", wide=False),
     Row(
         "exp2",
         lambda t, x: t.b.pow(2.0, x),
