@@ -201,12 +201,8 @@ def test_what_tests_share_is_in_the_support_package(path: Path):
 
 
 MOST_LINES = 500
-LONG_FILES_LEFT = {  # TO EMPTY: files that are still to be split
-    "tracejit.capture.functions.arithmetic",
-    "tracejit.capture.functions.loss",
-}
 
 
-@pytest.mark.parametrize("module", sorted(FILES.keys() - LONG_FILES_LEFT))
+@pytest.mark.parametrize("module", FILES)
 def test_no_file_is_too_long(module: str):
     assert len(FILES[module].read_text().splitlines()) <= MOST_LINES

@@ -28,7 +28,7 @@ from support.function_samples import (
 from support.function_samples_indexing import is_indexing  # its samples: test_functions_indexing
 from support.function_samples_nn import is_nn  # its samples have their tests in test_functions_nn
 from support.oracle import call
-from tracejit.capture.trace.table import RULES, function_name, rule
+from tracejit.capture.trace.table import RULES, Row, function_name, rule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
 
@@ -58,7 +58,22 @@ def test_a_second_rule_is_an_error():
     ):
         rule(torch.exp)(lambda t, x: x)
     assert RULES[torch.exp] is first
-    rule(torch.exp)(first)  # the same again is none
+    rule(torch.exp)(first.run)  # the same again is none
+
+
+def test_a_rule_says_what_it_is_derived_from():
+    plain, written = RULES[torch.exp2], RULES[torch.exp2_]
+    assert (plain.family, plain.form, plain.of, plain.row.name) == ("unary", "", None, "exp2")
+    assert (written.form, written.of) == ("in place", plain)
+    flagged = RULES[torch.nn.functional.leaky_relu]
+    assert (flagged.form, flagged.family, flagged.own.form) == ("signature", "activation", "")
+    assert RULES[torch._foreach_abs_].of is RULES[torch.Tensor.abs_]
+    assert RULES[torch.Tensor.tolist].needs_values and not plain.needs_values
+
+
+def test_a_row_has_a_slope_for_each_input():
+    with pytest.raises(ValueError, match="hypot has 2 inputs and 1 slopes"):
+        Row("hypot", lambda t, x, y: x, (lambda t, g, y, *xs: g,), arity=2)
 
 
 def test_empty():

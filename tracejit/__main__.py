@@ -73,7 +73,9 @@ def print_operations(name: str | None) -> int:
         return 0
     found = [o for o in operations() if name in o.names]
     for o in found:
-        print(f"{o.names}\n    dtypes: {o.dtypes or '-'}   gradient: {o.gradient or '-'}")
+        kind = "" if o.row is None else "   element-wise"
+        kind += ", straight between its kinks" if o.row is not None and o.row.flat else ""
+        print(f"{o.names}\n    dtypes: {o.dtypes or '-'}   gradient: {o.gradient or '-'}{kind}")
     if not found:
         print(f"no supported torch function has {name!r} in its name", file=sys.stderr)
     return 0 if found else 1

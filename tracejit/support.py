@@ -1,12 +1,13 @@
 """What a compiled step supports and what it refuses, as Markdown (docs/operations.md).
 
-The functions come from the table of capture rules, the refusals from the source of `capture/`, and
-dtypes and gradients from support.tsv, which the tests measure and keep true.
+The functions come from the table of capture rules, the refusals from `capture/`, its tables and the
+source where they are raised, dtypes and gradients from support.tsv, which the tests keep true.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -16,13 +17,12 @@ from pathlib import Path
 import torch
 
 from tracejit.capture import functions
-from tracejit.capture.functions import metadata
-from tracejit.capture.trace.table import RULES, Rule, function_name
+from tracejit.capture.python import patches
+from tracejit.capture.trace import tensor
+from tracejit.capture.trace.table import RULES, Row, Rule, function_name
 
 HERE = Path(__file__).parent
 FACTS = HERE / "support.tsv"
-# Functions that make another form of a rule: in place, or with arguments in another order.
-_FORMS = ("in_place.", "sized.", "with_inplace.", "_functional.")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class Operation:
     @property
     def needs_values(self) -> bool:
         """Whether it only tells the user that a trace has no values."""
-        return RULES[self.functions[0]] is metadata.value_needed
+        return RULES[self.functions[0]].needs_values
+
+    @property
+    def row(self) -> Row | None:
+        """Its formulas, if it is element-wise."""
+        return RULES[self.functions[0]].row
 
     @property
     def names(self) -> str:
@@ -81,26 +86,19 @@ def rank(name: str) -> tuple:
     return not name.startswith("torch."), "__" in name, name.endswith("_")
 
 
-def _own(rule: Rule) -> Rule:
-    """The rule that a form was made of."""
-    while rule.__qualname__.startswith(_FORMS) and rule.__closure__:
-        rule = next(c.cell_contents for c in rule.__closure__ if callable(c.cell_contents))
-    return rule
-
-
 @cache
 def operations() -> tuple[Operation, ...]:
     """All of them, by family and name."""
     by_rule: dict[Rule, list[Callable]] = {}
     for function, rule in RULES.items():
-        by_rule.setdefault(_own(rule), []).append(function)
+        by_rule.setdefault(rule.own, []).append(function)
     facts = {}
     for line in FACTS.read_text().splitlines():
         name, dtypes, gradient = line.split("\t")
         facts[name] = {"dtypes": dtypes, "gradient": gradient}
     by_name: dict[str, Operation] = {}
     for rule, served in by_rule.items():
-        found = Operation(rule.__module__.rpartition(".")[2], tuple(served))
+        found = Operation(rule.family, tuple(served))
         same = by_name.get(found.name)  # as of an attribute's getter and setter
         by_name[found.name] = (
             found if same is None else replace(same, functions=same.functions + found.functions)
@@ -124,15 +122,19 @@ class Refusal:
 
 @cache
 def refusals() -> tuple[Refusal, ...]:
-    """All that `capture/` refuses though eager has it, in the order of the source."""
+    """All that `capture/` refuses though eager has it, in the order of the source.
+
+    Where a refusal is raised, its text stands in the source; the others are tables.
+    """
     found = []
     for path in sorted((HERE / "capture").rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        module = path.stem
-        for function, text in _raised(tree, ""):
-            found.append(Refusal(module, function, text))
-        for function, text in _listed(tree):
-            found.append(Refusal(module, function, text))
+        for function, text in _raised(ast.parse(path.read_text()), ""):
+            found.append(Refusal(path.stem, function, text))
+    for owner, _, remedy in patches.REFUSED:
+        found.append(Refusal("patches", owner.__name__.rpartition(".")[2], remedy))
+    for text in tensor.PROBLEMS.values():
+        said = re.sub(r"{\w+}", "{…}", text)
+        found.append(Refusal("tensor", "an input", said[0].upper() + said[1:]))
     return tuple(dict.fromkeys(found))
 
 
@@ -151,26 +153,6 @@ def _raised(tree: ast.AST, function: str) -> Iterator[tuple[str, str]]:
                 if any(parts):
                     yield function, ". ".join(p[0].upper() + p[1:] for p in parts if p)
         yield from _raised(node, name)
-
-
-def _listed(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """What `problem_with` and the table REFUSED list."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and node.name == "problem_with":
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.Return) and _text(inner.value):
-                    text = _text(inner.value)
-                    yield "an input", text[0].upper() + text[1:]
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "REFUSED":
-            constants = {
-                n.targets[0].id: _text(n.value)
-                for n in tree.body
-                if isinstance(n, ast.Assign) and _text(n.value)
-            }
-            for entry in node.value.elts:
-                owner, _, remedy = entry.elts
-                text = _text(remedy) or constants[remedy.id]
-                yield ast.unparse(owner).rpartition(".")[2], text
 
 
 def _text(tree: ast.expr) -> str | None:

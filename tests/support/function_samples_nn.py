@@ -73,7 +73,7 @@ def inplace(samples: list[Sample], **named: object) -> list[Sample]:
     return [Sample(s.args, {**s.kwargs, "inplace": True}) for s in samples[2:9]]
 
 
-for _name in ("erf", "expm1", "log1p", "log2", "log10", "exp2"):
+for _name in ("erf", "expm1", "log1p", "log2", "log10", "exp2", "sinc"):
     row(f"{_name} {_name}_", UNARY, exact=False)
     if hasattr(torch.special, _name):
         row(f"special_{_name}", UNARY, exact=False)

@@ -86,7 +86,7 @@ class Tracer(TraceMode):
         if by_caller is not None:
             kwargs = by_caller(sys._getframe(1)) | kwargs
         if func in _OF_PYTHON:
-            return RULES[func](self.trace, *args, **kwargs)
+            return RULES[func].run(self.trace, *args, **kwargs)
         if trail.following:
             with torch._C.DisableTorchFunction():
                 answer = follow(trail, func, args, kwargs)

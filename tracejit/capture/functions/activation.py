@@ -1,57 +1,35 @@
 """Activation functions: one row each, with torch's formulas of value and derivative.
 
-A row is `name: (constants, value, slope)`. `constants` has the torch function's signature after the
-input and gives the numbers of the formulas; `value(t, x, *constants)` is the function, and
-`slope(t, g, x, *constants)` the gradient. Dropout is here too, where it does nothing.
+Dropout is here too, where it does nothing.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from tracejit.capture.functions.arithmetic import add, clamp, div, sub
-from tracejit.capture.functions.common import (
-    expand,
-    in_place,
-    literal,
-    normal_axis,
-    pointwise,
-    register,
-)
-from tracejit.capture.functions.derived import (
-    argument_error,
-    derived,
-    require_float,
-    sigmoid,
-    widen,
-)
-from tracejit.capture.functions.unary import FUNCTIONS
-from tracejit.capture.trace.table import RULES, Rule, spellings
+from tracejit.capture.functions.arithmetic import add, div, sub
+from tracejit.capture.functions.common import expand, normal_axis, register, with_inplace
+from tracejit.capture.functions.derived import argument_error
+from tracejit.capture.functions.movement import squeeze, unsqueeze
+from tracejit.capture.functions.rows import elementwise, emitted, function_of
+from tracejit.capture.functions.selection import clamp
+from tracejit.capture.functions.unary import FUNCTIONS, sigmoid
+from tracejit.capture.trace.table import Formula, Row, rule, spellings
 from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
-Constants = Callable[..., tuple]
-Formula = Callable[..., Value]
 
 _SELU_ALPHA = 1.6732632423543772848170429916717
 _SELU_SCALE = 1.0507009873554804934193349852946
 _CUBIC = 0.044715  # of gelu's tanh approximation
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _SIXTH = float(np.float32(1 / 6))  # torch's constant, in float64 too
-# These are straight lines between their kinks.
-_FLAT = {"leaky_relu", "hardtanh", "hardsigmoid", "threshold", "hardshrink", "softshrink"}
-
-
-def _none() -> tuple:
-    return ()
 
 
 # --- formulas ----------------------------------------------------------------------------------
@@ -63,7 +41,7 @@ def _gelu(t: Trace, x: Value) -> Value:
     return b.mul(b.mul(x, 0.5), b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0))
 
 
-def _d_gelu(t: Trace, g: Value, x: Value) -> Value:
+def _d_gelu(t: Trace, g: Value, y: Value, x: Value) -> Value:
     """g·(Φ(x) + x·φ(x))."""
     b = t.b
     cdf = b.mul(b.add(b.erf(b.mul(x, math.sqrt(0.5))), 1.0), 0.5)
@@ -82,12 +60,12 @@ def _gelu_tanh(t: Trace, x: Value) -> Value:
     return b.mul(b.mul(x, 0.5), b.add(b.tanh(_gelu_inner(t, x)), 1.0))
 
 
-def _d_gelu_tanh(t: Trace, g: Value, x: Value) -> Value:
+def _d_gelu_tanh(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
-    y = b.tanh(_gelu_inner(t, x))
+    curve = b.tanh(_gelu_inner(t, x))
     inner = b.mul(b.add(b.mul(b.mul(x, x), 3 * _CUBIC), 1.0), _GELU_SCALE)
-    right = b.mul(b.mul(b.mul(x, 0.5), b.sub(1.0, b.mul(y, y))), inner)
-    return b.mul(g, b.add(b.mul(b.add(y, 1.0), 0.5), right))
+    right = b.mul(b.mul(b.mul(x, 0.5), b.sub(1.0, b.mul(curve, curve))), inner)
+    return b.mul(g, b.add(b.mul(b.add(curve, 1.0), 0.5), right))
 
 
 def _silu(t: Trace, x: Value) -> Value:
@@ -95,7 +73,7 @@ def _silu(t: Trace, x: Value) -> Value:
     return t.b.div(x, t.b.add(t.b.exp(t.b.neg(x)), 1.0))
 
 
-def _d_silu(t: Trace, g: Value, x: Value) -> Value:
+def _d_silu(t: Trace, g: Value, y: Value, x: Value) -> Value:
     """g·s·(1 + x·(1 - s)), s = sigmoid(x)."""
     b, s = t.b, sigmoid(t, x)
     return b.mul(b.mul(g, s), b.add(b.mul(x, b.sub(1.0, s)), 1.0))
@@ -105,7 +83,7 @@ def _leaky_relu(t: Trace, x: Value, slope: Arg) -> Value:
     return t.b.where(t.b.gt(x, 0.0), x, t.b.mul(x, slope))
 
 
-def _d_leaky_relu(t: Trace, g: Value, x: Value, slope: Arg) -> Value:
+def _d_leaky_relu(t: Trace, g: Value, y: Value, x: Value, slope: Arg) -> Value:
     return t.b.where(t.b.gt(x, 0.0), g, t.b.mul(g, slope))
 
 
@@ -115,14 +93,14 @@ def _elu(t: Trace, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
     return b.where(b.gt(x, 0.0), b.mul(x, above), b.mul(b.expm1(b.mul(x, inner)), below))
 
 
-def _d_elu(t: Trace, g: Value, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
+def _d_elu(t: Trace, g: Value, y: Value, x: Value, below: Arg, above: Arg, inner: Arg) -> Value:
     b = t.b
     low = b.minimum(x, 0.0)  # keeps exp finite where it is not used
     slope = b.mul(b.mul(b.mul(g, inner), below), b.exp(b.mul(low, inner)))
     return b.where(b.le(x, 0.0), slope, b.mul(g, above))
 
 
-def _d_inside(t: Trace, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+def _d_inside(t: Trace, g: Value, y: Value, x: Value, low: Arg, high: Arg) -> Value:
     """g between the bounds, 0 at them and outside."""
     b = t.b
     return b.where(b.or_(b.le(x, low), b.ge(x, high)), 0.0, g)
@@ -137,7 +115,7 @@ def _hardsigmoid(t: Trace, x: Value) -> Value:
     return t.b.div(_clamped(t, x), 6.0)
 
 
-def _d_hardsigmoid(t: Trace, g: Value, x: Value) -> Value:
+def _d_hardsigmoid(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
     return b.where(b.and_(b.gt(x, -3.0), b.lt(x, 3.0)), b.mul(g, _SIXTH), 0.0)
 
@@ -146,7 +124,7 @@ def _hardswish(t: Trace, x: Value) -> Value:
     return t.b.div(t.b.mul(x, _clamped(t, x)), 6.0)
 
 
-def _d_hardswish(t: Trace, g: Value, x: Value) -> Value:
+def _d_hardswish(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
     inside = b.mul(g, b.add(b.div(x, 3.0), 0.5))
     return b.where(b.le(x, -3.0), 0.0, b.where(b.lt(x, 3.0), inside, g))
@@ -158,7 +136,7 @@ def _softplus(t: Trace, x: Value, beta: Arg, threshold: Arg) -> Value:
     return b.where(b.gt(scaled, threshold), x, b.div(b.log1p(b.exp(scaled)), beta))
 
 
-def _d_softplus(t: Trace, g: Value, x: Value, beta: Arg, threshold: Arg) -> Value:
+def _d_softplus(t: Trace, g: Value, y: Value, x: Value, beta: Arg, threshold: Arg) -> Value:
     b, scaled = t.b, t.b.mul(x, beta)
     return b.where(b.gt(scaled, threshold), g, b.mul(g, sigmoid(t, scaled)))
 
@@ -169,7 +147,7 @@ def log_sigmoid(t: Trace, x: Value) -> Value:
     return b.sub(b.minimum(x, 0.0), b.log1p(b.exp(b.neg(b.abs(x)))))
 
 
-def _d_logsigmoid(t: Trace, g: Value, x: Value) -> Value:
+def _d_logsigmoid(t: Trace, g: Value, y: Value, x: Value) -> Value:
     """g·(1 - sigmoid(x)), from exp(-|x|)."""
     b = t.b
     z = b.exp(b.neg(b.abs(x)))
@@ -182,18 +160,18 @@ def _mish(t: Trace, x: Value) -> Value:
     return t.b.mul(x, t.b.tanh(t.b.log1p(t.b.exp(x))))
 
 
-def _d_mish(t: Trace, g: Value, x: Value) -> Value:
+def _d_mish(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
-    y = b.tanh(b.log1p(b.exp(x)))
-    rest = b.mul(b.mul(x, sigmoid(t, x)), b.sub(1.0, b.mul(y, y)))
-    return b.mul(g, b.add(y, rest))
+    curve = b.tanh(b.log1p(b.exp(x)))
+    rest = b.mul(b.mul(x, sigmoid(t, x)), b.sub(1.0, b.mul(curve, curve)))
+    return b.mul(g, b.add(curve, rest))
 
 
 def _threshold(t: Trace, x: Value, threshold: Arg, value: Arg) -> Value:
     return t.b.where(t.b.le(x, threshold), value, x)
 
 
-def _d_threshold(t: Trace, g: Value, x: Value, threshold: Arg, value: Arg) -> Value:
+def _d_threshold(t: Trace, g: Value, y: Value, x: Value, threshold: Arg, value: Arg) -> Value:
     return t.b.where(t.b.le(x, threshold), 0.0, g)
 
 
@@ -202,7 +180,7 @@ def _hardshrink(t: Trace, x: Value, low: Arg, high: Arg) -> Value:
     return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, x)
 
 
-def _d_hardshrink(t: Trace, g: Value, x: Value, low: Arg, high: Arg) -> Value:
+def _d_hardshrink(t: Trace, g: Value, y: Value, x: Value, low: Arg, high: Arg) -> Value:
     b = t.b
     return b.where(b.and_(b.ge(x, low), b.le(x, high)), 0.0, g)
 
@@ -214,85 +192,64 @@ def _softshrink(t: Trace, x: Value, low: Arg, high: Arg) -> Value:
     return b.where(b.gt(x, high), b.sub(x, high), b.where(b.lt(x, low), b.sub(x, low), middle))
 
 
-def _elu_constants(alpha: float = 1.0, scale: float = 1.0, input_scale: float = 1.0) -> tuple:
-    return alpha * scale, scale, input_scale
+def _row(names: str, value: Formula, slope: Formula, **facts: object) -> Row:
+    return Row(names, value, (slope,), dtypes="floats", **facts)
 
 
-ACTIVATIONS: dict[str, tuple[Constants, Formula, Formula]] = {
-    "silu": (_none, _silu, _d_silu),
-    "mish": (_none, _mish, _d_mish),
-    "hardsigmoid": (_none, _hardsigmoid, _d_hardsigmoid),
-    "hardswish": (_none, _hardswish, _d_hardswish),
-    "log_sigmoid": (_none, log_sigmoid, _d_logsigmoid),
-    "selu": (lambda: (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE, 1.0), _elu, _d_elu),
-    "celu": (lambda alpha=1.0: (alpha, 1.0, 1.0 / alpha), _elu, _d_elu),
-    "elu": (_elu_constants, _elu, _d_elu),
-    "leaky_relu": (lambda negative_slope=0.01: (negative_slope,), _leaky_relu, _d_leaky_relu),
-    "softplus": (lambda beta=1.0, threshold=20.0: (beta, threshold), _softplus, _d_softplus),
-    "threshold": (lambda threshold, value: (threshold, value), _threshold, _d_threshold),
-    "hardshrink": (lambda lambd=0.5: (-lambd, lambd), _hardshrink, _d_hardshrink),
-    "softshrink": (lambda lambd=0.5: (-lambd, lambd), _softshrink, _d_hardshrink),
-}
-
-
-def _activation(name: str, constants: Constants, value: Formula, slope: Formula) -> Rule:
-    def function(t: Trace, input: Tensor, *args: object, **kwargs: object) -> TracedTensor:
-        numbers = constants(*args, **kwargs)
-
-        def emit(x: Value) -> Value:
-            require_float(t, name, x)
-            wide = widen(t, x).type.dtype
-            given = [literal(n, wide) for n in numbers]
-            return derived(
-                t,
-                name,
-                (x,),
-                lambda x: value(t, x, *given),
-                (lambda g, y, x: slope(t, g, x, *given),),
-                flat=name in _FLAT,
-            )
-
-        return pointwise(t, emit, (input,))
-
-    return function
-
-
-def with_inplace(implementation: Rule, position: int) -> Rule:
-    """A rule of torch.nn.functional: an `inplace` flag stands after `position` arguments."""
-
-    def rule(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
-        inplace = kwargs.pop("inplace", args[position] if len(args) > position else False)
-        run = in_place(implementation) if inplace else implementation
-        return run(t, input, *args[:position], **kwargs)
-
-    return rule
-
-
-def _register(name: str, implementation: Rule, arguments: int) -> None:
-    """All spellings; the Python functions of torch.nn.functional take `inplace` as well."""
-    flagged = with_inplace(implementation, arguments)
-    python = (f for f in spellings(name) if inspect.isfunction(f))
-    register((name,), implementation, others=dict.fromkeys(python, flagged))
-
-
-def _row_major(implementation: Rule) -> Rule:
-    def function(t: Trace, input: Tensor) -> TracedTensor:
-        return t.fresh(t.read(implementation(t, input).handle))
-
-    return function
-
-
-# The numbers that stand before `inplace` in torch.nn.functional.
-ARGUMENTS = {"leaky_relu": 1, "elu": 1, "celu": 1, "threshold": 2}
-for _name, _row in ACTIVATIONS.items():
-    FUNCTIONS[_name] = _activation(_name, *_row)
-    if _name == "log_sigmoid":  # its results are row-major
-        FUNCTIONS[_name] = _row_major(FUNCTIONS[_name])
-    _register(_name, FUNCTIONS[_name], ARGUMENTS.get(_name, 0))
-RULES[torch.special.expit] = FUNCTIONS["sigmoid"]
+ROWS = (
+    _row("silu", _silu, _d_silu),
+    _row("mish", _mish, _d_mish),
+    _row("hardsigmoid", _hardsigmoid, _d_hardsigmoid, flat=True),
+    _row("hardswish", _hardswish, _d_hardswish),
+    _row("log_sigmoid", log_sigmoid, _d_logsigmoid, row_major=True),
+    _row("selu", _elu, _d_elu, numbers=lambda: (_SELU_ALPHA * _SELU_SCALE, _SELU_SCALE, 1.0)),
+    _row("celu", _elu, _d_elu, numbers=lambda alpha=1.0: (alpha, 1.0, 1.0 / alpha)),
+    _row(
+        "elu",
+        _elu,
+        _d_elu,
+        numbers=lambda alpha=1.0, scale=1.0, input_scale=1.0: (alpha * scale, scale, input_scale),
+    ),
+    _row(
+        "leaky_relu",
+        _leaky_relu,
+        _d_leaky_relu,
+        numbers=lambda negative_slope=0.01: (negative_slope,),
+        flat=True,
+    ),
+    _row(
+        "softplus",
+        _softplus,
+        _d_softplus,
+        numbers=lambda beta=1.0, threshold=20.0: (beta, threshold),
+    ),
+    _row(
+        "threshold",
+        _threshold,
+        _d_threshold,
+        numbers=lambda threshold, value: (threshold, value),
+        flat=True,
+    ),
+    _row(
+        "hardshrink",
+        _hardshrink,
+        _d_hardshrink,
+        numbers=lambda lambd=0.5: (-lambd, lambd),
+        flat=True,
+    ),
+    _row(
+        "softshrink",
+        _softshrink,
+        _d_hardshrink,
+        numbers=lambda lambd=0.5: (-lambd, lambd),
+        flat=True,
+    ),
+)
+for _one in ROWS:
+    elementwise(_one, __name__)
 _GELU = {
-    "none": _activation("gelu", _none, _gelu, _d_gelu),
-    "tanh": _activation("gelu", _none, _gelu_tanh, _d_gelu_tanh),
+    "none": function_of(_row("gelu", _gelu, _d_gelu), __name__),
+    "tanh": function_of(_row("gelu", _gelu_tanh, _d_gelu_tanh), __name__),
 }
 
 
@@ -319,11 +276,15 @@ def _checked_hardtanh(
     return hardtanh(t, input, min_val, max_val)
 
 
-_hardtanh = _activation(
-    "hardtanh",
-    lambda low, high: (low, high),
-    lambda t, x, low, high: t.b.minimum(t.b.maximum(x, low), high),
-    _d_inside,
+_hardtanh = function_of(
+    _row(
+        "hardtanh",
+        lambda t, x, low, high: t.b.minimum(t.b.maximum(x, low), high),
+        _d_inside,
+        numbers=lambda low, high: (low, high),
+        flat=True,
+    ),
+    __name__,
 )
 
 
@@ -341,6 +302,18 @@ def tanhshrink(t: Trace, input: Tensor) -> TracedTensor:
     return sub(t, input, FUNCTIONS["tanh"](t, input))
 
 
+_PRELU = Row(
+    "prelu",
+    lambda t, x, w: t.b.where(t.b.gt(x, 0.0), x, t.b.mul(x, w)),
+    (
+        lambda t, g, y, x, w: t.b.where(t.b.gt(x, 0.0), g, t.b.mul(g, w)),
+        lambda t, g, y, x, w: t.b.where(t.b.gt(x, 0.0), 0.0, t.b.mul(g, x)),
+    ),
+    arity=2,
+    dtypes="floats",
+)
+
+
 def prelu(t: Trace, input: Tensor, weight: Tensor) -> TracedTensor:
     """x, and weight·x where x <= 0; one weight, or one per channel (axis 1)."""
     x, w = t.lift(input), t.lift(weight)
@@ -350,26 +323,28 @@ def prelu(t: Trace, input: Tensor, weight: Tensor) -> TracedTensor:
             f"prelu expects one weight or one per channel ({channels}), of the input's dtype"
         )
     kept = tuple(w.numel if i == min(1, len(x.shape) - 1) else 1 for i in range(len(x.shape)))
-    b = t.b
-    factor = expand(t, b.reshape(t.read(w), shape=kept), x.shape)
-    require_float(t, "prelu", factor)
-    value = derived(
-        t,
-        "prelu",
-        (t.read(x), factor),
-        lambda x, w: b.where(b.gt(x, 0.0), x, b.mul(x, w)),
-        (
-            lambda g, y, x, w: b.where(b.gt(x, 0.0), g, b.mul(g, w)),
-            lambda g, y, x, w: b.where(b.gt(x, 0.0), 0.0, b.mul(g, x)),
-        ),
-    )
-    strides = elementwise_strides(x.shape, [(x.shape, x.strides)])
-    return t.fresh(value, strides)
+    factor = expand(t, t.b.reshape(t.read(w), shape=kept), x.shape)
+    value = emitted(t, _PRELU, (t.read(x), factor))
+    return t.fresh(value, elementwise_strides(x.shape, [(x.shape, x.strides)]))
+
+
+def _d_gate(t: Trace, g: Value, y: Value, a: Value, z: Value) -> Value:
+    b, s = t.b, sigmoid(t, z)
+    return b.mul(b.mul(g, b.mul(b.sub(1.0, s), s)), a)
+
+
+_GLU = Row(
+    "glu",
+    lambda t, a, z: t.b.mul(a, sigmoid(t, z)),
+    (lambda t, g, y, a, z: t.b.mul(g, sigmoid(t, z)), _d_gate),
+    arity=2,
+    dtypes="floats",
+)
 
 
 def glu(t: Trace, input: Tensor, dim: int = -1) -> TracedTensor:
     """The first half along an axis times the sigmoid of the second."""
-    x, b = t.lift(input), t.b
+    x = t.lift(input)
     if not x.shape:
         raise t.shape_error("glu does not support 0-dimensional tensors")
     axis = normal_axis(t, dim, len(x.shape))
@@ -377,32 +352,19 @@ def glu(t: Trace, input: Tensor, dim: int = -1) -> TracedTensor:
     if size % 2:
         raise t.shape_error(f"Halving dimension must be even, but dimension {axis} is size {size}")
     value, ones = t.read(x), (1,) * len(x.shape)
-    require_float(t, "glu", value)
 
     def part(first: int, last: int) -> Value:
         starts = tuple(first if i == axis else 0 for i in range(len(x.shape)))
         stops = tuple(last if i == axis else n for i, n in enumerate(x.shape))
-        return b.slice(value, starts=starts, stops=stops, steps=ones)
+        return t.b.slice(value, starts=starts, stops=stops, steps=ones)
 
-    halves = part(0, size // 2), part(size // 2, size)
-
-    def d_gate(g: Value, y: Value, a: Value, z: Value) -> Value:
-        s = sigmoid(t, z)
-        return b.mul(b.mul(g, b.mul(b.sub(1.0, s), s)), a)
-
-    out = derived(
-        t,
-        "glu",
-        halves,
-        lambda a, z: b.mul(a, sigmoid(t, z)),
-        (lambda g, y, a, z: b.mul(g, sigmoid(t, z)), d_gate),
-    )
+    out = emitted(t, _GLU, (part(0, size // 2), part(size // 2, size)))
     strides = elementwise_strides(out.type.shape, [(out.type.shape, x.strides)])
     return t.fresh(out, strides)
 
 
 register(("gelu",), gelu)
-_register("relu6", relu6, 0)
+register(("relu6",), relu6)
 register(("hardtanh",), hardtanh, others={functional.hardtanh: with_inplace(_checked_hardtanh, 2)})
 register(("softsign",), softsign, inplace=False)
 register(("tanhshrink",), tanhshrink, inplace=False)
@@ -438,28 +400,27 @@ def alpha_dropout(
     return dropout(t, input, p, training)
 
 
-OFF = (functional.alpha_dropout, functional.feature_alpha_dropout)
-for _name in ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout"):
-    for _function in (*spellings(_name), *spellings(_name + "_")):
-        RULES[_function] = alpha_dropout if _function in OFF else dropout
+_OFF = (functional.alpha_dropout, functional.feature_alpha_dropout)
+_NAMES = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
+_SPELLINGS = [f for name in _NAMES for f in (*spellings(name), *spellings(f"{name}_"))]
+rule(*(f for f in _SPELLINGS if f not in _OFF), functional.dropout2d)(dropout)
+rule(*_OFF)(alpha_dropout)
 
 
 def _of_batches(rank: int):
     """Dropout of whole channels: without a batch axis, one is put in front and taken away again."""
 
-    def rule(
+    def of_batch(
         t: Trace, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
     ) -> Tensor:
         if rank == 3 and len(t.lift(input).shape) not in (2, 3):
             raise t.shape_error("dropout1d: Expected 2D or 3D input")
         if len(t.lift(input).shape) == rank:
             return dropout(t, input, p, training)
-        batch = RULES[Tensor.unsqueeze](t, input, 0)
-        return RULES[Tensor.squeeze](t, dropout(t, batch, p, training), 0)
+        return squeeze(t, dropout(t, unsqueeze(t, input, 0), p, training), 0)
 
-    return rule
+    return of_batch
 
 
-RULES[functional.dropout1d] = _of_batches(3)
-RULES[functional.dropout2d] = dropout
-RULES[functional.dropout3d] = _of_batches(5)
+rule(functional.dropout1d)(_of_batches(3))
+rule(functional.dropout3d)(_of_batches(5))

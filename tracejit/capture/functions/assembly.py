@@ -1,4 +1,4 @@
-"""Tensors put together, taken apart and laid out anew: cat, stack, split, pad, flip, repeat, …
+"""Tensors put together and taken apart: cat, stack, split, chunk, movedim, …
 
 Views (split, chunk, movedim, …) are handles on the same storage, as in torch; the others
 are compositions of movement primitives and `where`.
@@ -14,30 +14,23 @@ import torch
 from tracejit.capture.functions.common import (
     Operand,
     cast,
-    expand,
     literal,
-    normal_axes,
     normal_axis,
     register,
     result_dtype,
-    size_args,
-    sized,
 )
 from tracejit.capture.functions.movement import (
-    expand_,
     narrow,
     permute,
-    preserved_strides,
     reshape,
     unsqueeze,
     view,
 )
-from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Value
-from tracejit.ir.types import b1, i64
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
@@ -56,7 +49,7 @@ def joined(t: Trace, pieces: Sequence[Value], axis: int) -> Value:
     def vjp(b, cts, need):
         (g,) = cts
         for piece, start, wanted in zip(pieces, starts, need, strict=True):
-            yield _part(b, g, axis, start, piece.type.shape[axis]) if wanted else None
+            yield part(b, g, axis, start, piece.type.shape[axis]) if wanted else None
 
     return t.derive("cat", tuple(pieces), value, vjp)
 
@@ -82,7 +75,8 @@ def _joined(t: Trace, pieces: Sequence[Value], starts: list[int], axis: int, tot
     return value
 
 
-def _part(b, x: Value, axis: int, start: int, length: int) -> Value:
+def part(b: Builder, x: Value, axis: int, start: int, length: int) -> Value:
+    """A stretch of a value along an axis."""
     shape = x.type.shape
     stops = tuple(start + length if k == axis else n for k, n in enumerate(shape))
     starts = tuple(start if k == axis else 0 for k in range(len(shape)))
@@ -260,170 +254,6 @@ def _split_along(name: str, dim: int, least: int):
     return rule
 
 
-# ---- padding
-
-
-def pad(
-    t: Trace, input: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None
-) -> TracedTensor:
-    """F.pad with a constant; negative widths cut off."""
-    if mode != "constant":
-        raise t.unsupported(f"Padding of mode {mode!r} has no rule; use mode='constant'")
-    h = t.lift(input)
-    if len(pad) % 2 or len(pad) // 2 > len(h.shape):
-        raise t.shape_error(f"Padding {list(pad)} does not fit a tensor of {len(h.shape)} axes")
-    rank = len(h.shape)
-    low, high = [0] * rank, [0] * rank
-    for k in range(len(pad) // 2):
-        low[rank - 1 - k], high[rank - 1 - k] = int(pad[2 * k]), int(pad[2 * k + 1])
-    if any(n + a + b < 0 for n, a, b in zip(h.shape, low, high, strict=True)):
-        raise t.shape_error(f"Padding {list(pad)} results in a negative output size")
-    x = _cut(t, t.read(h), low, high)
-    if max(*low, *high, 0) == 0:  # torch clones what is left
-        shape = x.type.shape
-        return t.fresh(x, elementwise_strides(shape, [(shape, h.strides)]))
-    widths = {
-        "low": tuple(max(n, 0) for n in low),
-        "high": tuple(max(n, 0) for n in high),
-        "interior": (0,) * rank,
-    }
-    value = 0 if value is None else value
-    if not is_runtime(value):
-        return t.fresh(t.b.pad(x, **widths, value=literal(value, h.dtype)))
-    inside = t.b.full(True, shape=x.type.shape, dtype=b1, device=h.device)
-    inside = t.b.pad(inside, **widths, value=False)
-    x = t.b.pad(x, **widths, value=literal(0, h.dtype))
-    number = literal(value, h.dtype)
-    fill = t.b.full(number, shape=x.type.shape, dtype=h.dtype, device=h.device)
-    return t.fresh(t.b.where(inside, x, fill))
-
-
-def _cut(t: Trace, x: Value, low: list[int], high: list[int]) -> Value:
-    if all(n >= 0 for n in (*low, *high)):
-        return x
-    starts = tuple(max(-n, 0) for n in low)
-    stops = tuple(n - max(-m, 0) for n, m in zip(x.type.shape, high, strict=True))
-    stops = tuple(map(max, starts, stops))
-    return t.b.slice(x, starts=starts, stops=stops, steps=(1,) * len(starts))
-
-
-def constant_pad_nd(
-    t: Trace, input: Tensor, pad_: Sequence[int], value: object = 0
-) -> TracedTensor:
-    return pad(t, input, pad_, "constant", value)
-
-
-# ---- order
-
-
-def flip(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
-    h = t.lift(input)
-    chosen = size_args(t, dims)
-    axes = normal_axes(t, chosen, len(h.shape)) if chosen else ()
-    return t.fresh(t.b.flip(t.read(h), axes=axes if h.shape else ()), preserved_strides(h))
-
-
-def _flip_function(t: Trace, input: Tensor, dims: object) -> TracedTensor:
-    return flip(t, input, dims)
-
-
-def _flip_one(name: str, axis: int):
-    def rule(t: Trace, input: Tensor) -> TracedTensor:
-        if len(t.lift(input).shape) <= axis:
-            raise t.shape_error(f"{name}: Input must be >= {axis + 1}-d.")
-        return flip(t, input, axis)
-
-    return rule
-
-
-def roll(t: Trace, input: Tensor, shifts: object, dims: object = ()) -> TracedTensor:
-    """Each axis in two parts, in the other order."""
-    h = t.lift(input)
-    shifts = (shifts,) if isinstance(shifts, int) else tuple(shifts)
-    dims = (dims,) if isinstance(dims, int) else tuple(dims)
-    if not dims and len(shifts) == 1:
-        flat = reshape(t, input, -1) if h.numel else input
-        return reshape(t, roll(t, flat, shifts, 0), h.shape) if h.numel else flip(t, input, ())
-    if len(shifts) != len(dims):
-        raise t.shape_error(f"shifts and dimensions must align. shifts: {shifts}, dims: {dims}")
-    value = t.read(h)
-    for shift, dim in zip(shifts, dims, strict=True):
-        axis = normal_axis(t, dim, len(h.shape))
-        n = h.shape[axis] if h.shape else 0
-        if n and shift % n:
-            at = n - shift % n
-            parts = _part(t.b, value, axis, at, n - at), _part(t.b, value, axis, 0, at)
-            value = joined(t, parts, axis)
-    return t.fresh(value)
-
-
-# ---- copies side by side
-
-
-def repeat(t: Trace, input: Tensor, *repeats: object) -> TracedTensor:
-    times = size_args(t, repeats)
-    h = t.lift(input)
-    missing = len(times) - len(h.shape)
-    if missing < 0 or any(n < 0 for n in times):
-        raise t.shape_error(f"repeat {list(times)} does not fit a tensor of shape {list(h.shape)}")
-    shape = (1,) * missing + h.shape
-    apart = tuple(n for size in shape for n in (1, size))
-    spread = tuple(n for pair in zip(times, shape, strict=True) for n in pair)
-    value = expand(t, t.b.reshape(t.read(h), shape=apart), spread)
-    whole = tuple(n * size for n, size in zip(times, shape, strict=True))
-    return t.fresh(t.b.reshape(value, shape=whole))
-
-
-def tile(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
-    times = size_args(t, dims)
-    missing = len(t.lift(input).shape) - len(times)
-    return repeat(t, input, (1,) * missing + times)
-
-
-def repeat_interleave(
-    t: Trace, input: Tensor, repeats: object = None, dim: int | None = None, **options: object
-) -> TracedTensor:
-    """Each element `repeats` times in a row."""
-    if not isinstance(repeats, int) or set(options) - {"output_size"}:
-        raise t.unsupported("Repeats that are a tensor decide a shape; use a number")
-    h = t.lift(input)
-    value = t.read(h)
-    if dim is None:
-        value, axis = t.b.reshape(value, shape=(h.numel,)), 0
-    else:
-        axis = normal_axis(t, dim, len(h.shape))
-    if repeats < 0:
-        raise t.shape_error("Repeats must be non-negative")
-    shape = value.type.shape
-    if not shape:
-        value, shape = t.b.reshape(value, shape=(1,)), (1,)
-    thin = (*shape[: axis + 1], 1, *shape[axis + 1 :])
-    wide = (*shape[: axis + 1], repeats, *shape[axis + 1 :])
-    value = expand(t, t.b.reshape(value, shape=thin), wide)
-    whole = (*shape[:axis], shape[axis] * repeats, *shape[axis + 1 :])
-    return t.fresh(t.b.reshape(value, shape=whole))
-
-
-def meshgrid(t: Trace, *tensors: object, indexing: str | None = None) -> tuple:
-    """Views of vectors, one axis for each."""
-    given = tensors[0] if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)) else tensors
-    if not given:
-        raise t.shape_error("meshgrid expects a non-empty TensorList")
-    if any(len(t.lift(x).shape) > 1 for x in given):
-        raise t.shape_error("Expected 0D or 1D tensor in the tensor list")
-    if indexing not in (None, "ij", "xy"):
-        raise t.shape_error(f"indexing must be one of 'xy' or 'ij', but received: {indexing}")
-    swap = indexing == "xy" and len(given) > 1
-    order = [1, 0, *range(2, len(given))] if swap else list(range(len(given)))
-    given = [given[k] for k in order]
-    shape = tuple(t.lift(x).numel for x in given)
-    grids = []
-    for k, x in enumerate(given):
-        thin = tuple(n if i == k else 1 for i, n in enumerate(shape))
-        grids.append(expand_(t, view(t, x, thin), shape))
-    return tuple(grids[k] for k in order)
-
-
 # ---- views
 
 
@@ -483,17 +313,7 @@ for _names, _implementation in (
     (("hsplit",), _split_along("hsplit", 1, 1)),
     (("vsplit",), _split_along("vsplit", 0, 2)),
     (("dsplit",), _split_along("dsplit", 2, 3)),
-    (("pad",), pad),
-    (("constant_pad_nd",), constant_pad_nd),
-    (("fliplr",), _flip_one("fliplr", 1)),
-    (("flipud",), _flip_one("flipud", 0)),
-    (("roll",), roll),
-    (("repeat_interleave",), repeat_interleave),
-    (("meshgrid",), meshgrid),
     (("movedim", "moveaxis"), movedim),
     (("unflatten",), unflatten),
 ):
     register(_names, _implementation, inplace=False)
-rule(Tensor.repeat)(sized("repeats", repeat))
-register(("flip",), _flip_function, inplace=False, others={Tensor.flip: sized("dims", flip)})
-rule(torch.tile, Tensor.tile)(sized("dims", tile))

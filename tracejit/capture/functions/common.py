@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import wraps
+from inspect import isfunction
 from types import MappingProxyType
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 
 from tracejit.capture.trace import location, numbers
 from tracejit.capture.trace.scalars import TracedFloat, is_runtime
-from tracejit.capture.trace.table import RULES, Rule, spellings
+from tracejit.capture.trace.table import RULES, Row, Rule, family_of, spellings
 from tracejit.capture.trace.tensor import (
     TO_IR,
     TO_TORCH,
@@ -106,6 +108,11 @@ def _combine(higher: DType | None, lower: DType | None) -> DType | None:
     return promote_two(higher, lower) if higher is b1 or lower.is_float else higher
 
 
+def as_it_is(dtype: DType) -> DType:
+    """The dtype of a function that takes all."""
+    return dtype
+
+
 def as_float(dtype: DType) -> DType:
     """The dtype of a function that only makes sense on floats."""
     return dtype if dtype.is_float else default_dtype()
@@ -149,6 +156,11 @@ def check_range(t: Trace, x: Number, dtype: DType) -> None:
     low = -info.max if dtype.kind == "u" else info.min
     if not (low <= number <= info.max or (dtype.is_float and number != number)):
         raise t.shape_error(f"value cannot be converted to {TO_TORCH[dtype]} without overflow")
+
+
+def is_tensor(x: Arg) -> bool:
+    """Whether an operand is a tensor: neither a number nor a runtime scalar."""
+    return isinstance(x, Value) and not x.type.is_host
 
 
 def truth(t: Trace, value: Value) -> Value:
@@ -260,17 +272,19 @@ def pointwise(
     emit: Callable[..., Value],
     xs: Sequence[object],
     *,
-    to: Callable[[DType], DType] = lambda dtype: dtype,
+    to: Callable[[DType], DType] = as_it_is,
     wide: bool = False,
+    row_major: bool = False,
 ) -> TracedTensor:
     """One element-wise torch function: promote, broadcast, emit, wrap.
 
-    `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`.
+    `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`. The result has
+    the strides that torch gives it, or is `row_major`.
     """
     operands = on_one_device(t, [operand(t, x) for x in xs])
     shape = common_shape(t, operands)
     value = emit(*operands_as(t, operands, to(result_dtype(operands)), shape, wide=wide))
-    return t.fresh(value, result_strides(operands, shape))
+    return t.fresh(value, None if row_major else result_strides(operands, shape))
 
 
 def normal_axis(t: Trace, axis: int, rank: int) -> int:
@@ -313,9 +327,10 @@ def can_cast(source: DType, target: DType) -> bool:
     return source is b1 or target is not b1
 
 
-def sized(name: str, implementation: Rule) -> Rule:
+def sized(name: str, implementation: Callable) -> Callable:
     """A rule of sizes, f(2, 3) or f((2, 3)), that takes them by name too."""
 
+    @wraps(implementation)
     def rule(t: Trace, input: torch.Tensor, *sizes: object, **named: object) -> object:
         if name in named:
             sizes = (named.pop(name),)
@@ -356,12 +371,13 @@ def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
         )
 
 
-def in_place(out_of_place: Rule) -> Rule:
+def in_place(out_of_place: Callable) -> Callable:
     """The in-place form of a rule: its first argument is overwritten and returned.
 
     Where gradients are recorded, the rule reads a copy, which its derivative may read again.
     """
 
+    @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
         for arg in args:
@@ -375,24 +391,48 @@ def in_place(out_of_place: Rule) -> Rule:
     return rule
 
 
+def with_inplace(implementation: Callable, position: int) -> Callable:
+    """A rule of torch.nn.functional: an `inplace` flag stands after `position` arguments."""
+
+    overwriting = in_place(implementation)
+
+    @wraps(implementation)
+    def rule(t: Trace, input: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        inplace = kwargs.pop("inplace", args[position] if len(args) > position else False)
+        run = overwriting if inplace else implementation
+        return run(t, input, *args[:position], **kwargs)
+
+    return rule
+
+
 def register(
     names: Sequence[str],
-    implementation: Rule,
+    implementation: Callable,
     *,
     inplace: bool = True,
-    others: Mapping[Callable, Rule] = MappingProxyType({}),
+    others: Mapping[Callable, Callable] = MappingProxyType({}),
+    row: Row | None = None,
 ) -> None:
     """Register a rule for every spelling of these names, and of their in-place forms.
 
-    `others` are the rules of the spellings that take their arguments in another way.
+    `others` are the rules of the spellings that take their arguments in another way; Python
+    functions of torch.nn.functional may take a flag `inplace` as well.
     """
+    rule = Rule(implementation, family_of(implementation), row=row)
+    overwriting = replace(rule, run=in_place(implementation), of=rule, form="in place")
     for name in names:
-        if name.startswith("__"):  # torch.__eq__ is the module's own
-            if hasattr(torch.Tensor, name):
-                RULES[getattr(torch.Tensor, name)] = implementation
-            continue
         for function in spellings(name):
-            RULES[function] = others.get(function, implementation)
+            run = others.get(function) or _with_its_flag(function, implementation)
+            same = run is implementation
+            RULES[function] = rule if same else replace(rule, run=run, of=rule, form="signature")
         if inplace:
-            for function in spellings(name + "_"):
-                RULES[function] = in_place(implementation)
+            for function in spellings(f"__i{name[2:]}" if name.startswith("__") else f"{name}_"):
+                RULES[function] = overwriting
+
+
+def _with_its_flag(function: Callable, implementation: Callable) -> Callable:
+    """An implementation that takes `inplace` where a Python function of torch has it."""
+    code = function.__code__ if isfunction(function) else None
+    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
+        return implementation
+    return with_inplace(implementation, code.co_varnames.index("inplace") - 1)

@@ -12,15 +12,20 @@ from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ArgumentError
 from tracejit.ir.graph import Value
-from tracejit.ir.types import f32
+from tracejit.ir.types import DType, f32
 
 Forward = Callable[..., Value]  # (*inputs) -> result
 Cotangent = Callable[..., Value | None]  # (cotangent of the result, result, *inputs) -> cotangent
 
 
+def widened(dtype: DType) -> DType:
+    """float32 for bf16 and f16, where torch computes; other dtypes as they are."""
+    return f32 if dtype.narrow else dtype
+
+
 def widen(t: Trace, x: Value) -> Value:
-    """bf16 and f16 as float32, where torch computes; other dtypes as they are."""
-    return cast(t, x, f32) if x.type.dtype.narrow else x
+    """A value in the dtype that it is computed in."""
+    return cast(t, x, widened(x.type.dtype))
 
 
 def derived(
@@ -31,17 +36,23 @@ def derived(
     backward: Sequence[Cotangent] = (),
     *,
     flat: bool = False,
+    wide: bool = True,
 ) -> Value:
     """One torch function of values, rounded once to the first input's dtype.
 
     `backward` holds the derivative formula of each input, torch's own; without any, the primitives'
     rules serve. Formulas compute wide as well, and their results are rounded to the inputs' dtypes.
     `flat`: the formulas do not vary with the inputs, which second derivatives then say with zeros.
+    Not `wide`: bf16 and f16 are rounded at each primitive.
     """
     dtype, inputs = inputs[0].type.dtype, tuple(inputs)
+    narrow = wide and any(x.type.dtype.narrow for x in inputs)
+
+    def taken(values: tuple[Value, ...]) -> Sequence[Value]:
+        return [widen(t, x) for x in values] if narrow else values
 
     def compute() -> Value:
-        return cast(t, forward(*(widen(t, x) for x in inputs)), dtype)
+        return cast(t, forward(*taken(inputs)), dtype)
 
     if not backward:
         return compute()
@@ -51,12 +62,12 @@ def derived(
     def vjp(b, cts, need):
         first = len(b.nodes)
         with t.unchecked():
-            g, y, *wide = (widen(t, v) for v in (cts[0], out, *inputs))
+            g, y, *xs = taken((cts[0], out, *inputs))
         casts = {node.out: node for node in b.nodes[first:]}
         first += len(casts)
         found: list[Value | None] = []
         for x, formula, wanted in zip(inputs, backward, need, strict=True):
-            slope = formula(g, y, *wide) if wanted else None
+            slope = formula(g, y, *xs) if wanted else None
             slope = None if slope is None else cast(t, slope, x.type.dtype)
             found.append(t.unread(slope, x) if flat and slope is not None else slope)
         if t.formula is not None:  # of the saved values, those count that a formula read
@@ -94,15 +105,3 @@ def spread(t: Trace, x: Value, shape: Ints, axes: Ints) -> Value:
     """Broadcast a reduced value back over the axes of `shape` that were reduced away."""
     kept = tuple(1 if i in axes else n for i, n in enumerate(shape))
     return expand(t, t.b.reshape(x, shape=kept), shape)
-
-
-def sigmoid(t: Trace, x: Value) -> Value:
-    """1 / (1 + exp(-x)), with the derivative y·(1 - y), which is finite far out."""
-    b = t.b
-    return derived(
-        t,
-        "sigmoid",
-        (x,),
-        lambda x: b.div(1.0, b.add(b.exp(b.neg(x)), 1.0)),
-        (lambda g, y, x: b.mul(g, b.mul(b.sub(1.0, y), y)),),
-    )

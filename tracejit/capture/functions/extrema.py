@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from tracejit.capture.functions.arithmetic import maximum, minimum
 from tracejit.capture.functions.common import expand, normal_axis, register
 from tracejit.capture.functions.patterns import position
-from tracejit.capture.functions.reduction import keep, whole
+from tracejit.capture.functions.reduction import attains, keep, whole
+from tracejit.capture.functions.selection import maximum, minimum
 from tracejit.capture.trace import location
-from tracejit.capture.trace.table import Rule
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -19,19 +20,11 @@ from tracejit.ir.types import b1, i64
 Tensor = torch.Tensor
 
 
-def _is_extremum(t: Trace, x: Value, top: Value) -> Value:
-    """Whether elements equal an extremum; NaN equals NaN."""
-    hit = t.b.eq(x, top)
-    if not x.type.dtype.is_float:
-        return hit
-    return t.b.or_(hit, t.b.and_(t.b.ne(x, x), t.b.ne(top, top)))
-
-
 def _extremum(t: Trace, x: Value, axis: int, name: str) -> tuple[Value, Value]:
     """The extremum along an axis, and the first place that attains it; NaN is the extremum."""
     kept = (*x.type.shape[:axis], 1, *x.type.shape[axis + 1 :])
     top = getattr(t.b, f"reduce_{name}")(x, axes=(axis,))
-    hit = _is_extremum(t, x, expand(t, t.b.reshape(top, shape=kept), x.type.shape))
+    hit = attains(t, x, expand(t, t.b.reshape(top, shape=kept), x.type.shape))
     place = position(t, axis, x.type.shape, x.type.device)
     first = t.b.reduce_min(t.b.where(hit, place, x.type.shape[axis]), axes=(axis,))
     return top, first
@@ -98,7 +91,7 @@ def _with_index(t: Trace, input: Tensor, dim: int, keepdim: bool, name: str) -> 
     return made(tuple(t.fresh(keep(t, v, h.shape, (axis,), keepdim)) for v in (values, first)))
 
 
-def _extremum_function(name: str, elementwise: Rule):
+def _extremum_function(name: str, elementwise: Callable):
     """max and min: of everything, of two tensors, and along a dim."""
     of_all = whole(name)
 

@@ -274,7 +274,7 @@ def as_tensor(
     """The tensor itself, or a copy of another dtype; of numbers, a new tensor."""
     if isinstance(data, Tensor):
         return to(t, data, dtype=dtype, device=device)
-    return RULES[torch.tensor](t, data, dtype=dtype, device=device)
+    return RULES[torch.tensor].run(t, data, dtype=dtype, device=device)
 
 
 @rule(torch.broadcast_tensors)

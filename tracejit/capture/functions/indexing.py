@@ -13,7 +13,6 @@ from types import EllipsisType
 import torch
 
 from tracejit.capture.functions import movement
-from tracejit.capture.functions.arithmetic import copy_
 from tracejit.capture.functions.common import (
     cast,
     expand,
@@ -22,8 +21,9 @@ from tracejit.capture.functions.common import (
     operand,
     register,
 )
-from tracejit.capture.functions.movement import basic_index, reshape
+from tracejit.capture.functions.movement import basic_index, check_item, reshape
 from tracejit.capture.functions.patterns import constant, position
+from tracejit.capture.functions.writes import copy_
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
 from tracejit.capture.trace.table import rule
@@ -319,8 +319,8 @@ def _parted(t: Trace, h: Handle, index: object) -> tuple[tuple, dict[int, Tensor
             axis += len(h.shape) - taken
         elif item is None or isinstance(item, slice):
             axis += 1
-        elif isinstance(item, bool) or not isinstance(item, int):
-            raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
+        else:
+            check_item(t, item)
     return tuple(basic), tensors
 
 

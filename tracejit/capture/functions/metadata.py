@@ -13,7 +13,7 @@ from tracejit.capture.functions.factories import converted
 from tracejit.capture.functions.movement import select
 from tracejit.capture.trace import location, numbers
 from tracejit.capture.trace.scalars import pinned
-from tracejit.capture.trace.table import BY_CALLER, RULES, Rule, function_name, rule
+from tracejit.capture.trace.table import BY_CALLER, function_name, rule
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError, ValueDependentError
@@ -142,7 +142,7 @@ for _function in (
     *(Tensor.is_complex, torch.is_complex, Tensor.is_conj, torch.is_conj, Tensor.is_neg),
     *(torch.is_neg, Tensor.is_inference, torch.is_inference),
 ):
-    RULES[_function] = _always(False)
+    rule(_function)(_always(False))
 
 
 @rule(Tensor.__hash__)
@@ -185,7 +185,7 @@ def value_needed(t: Trace, self: Tensor, *args: object, **kwargs: object) -> obj
     )
 
 
-def _known(read: Callable, convert: Callable = lambda x: x) -> Rule:
+def _known(read: Callable, convert: Callable = lambda x: x) -> Callable:
     """What a tensor is, where it is arithmetic on the host: an optimizer's step counter."""
 
     def value(t: Trace, self: Tensor) -> object:
@@ -214,16 +214,15 @@ BY_CALLER[Tensor.item] = _asked_by
 rule(Tensor.__bool__)(_known(numbers.truth))
 rule(Tensor.__int__)(_known(numbers.item, int))
 rule(Tensor.__float__)(_known(numbers.item, pinned))
+_refused = [torch.nonzero, torch.equal, torch.allclose, torch.is_nonzero]
 for _name in (
     *("tolist", "numpy", "__index__", "__complex__"),
     *("__array__", "__contains__", "__repr__", "__format__", "__dlpack__", "nonzero"),
     *("data_ptr", "is_nonzero"),
 ):
     if hasattr(Tensor, _name):
-        RULES[getattr(Tensor, _name)] = value_needed
-for _name in ("nonzero", "equal", "allclose", "is_nonzero"):
-    RULES[getattr(torch, _name)] = value_needed
-RULES[Tensor.equal] = value_needed
+        _refused.append(getattr(Tensor, _name))
+rule(*_refused, Tensor.equal, needs_values=True)(value_needed)
 
 
 @rule(Tensor.cpu)

@@ -7,7 +7,6 @@ from types import EllipsisType
 
 import torch
 
-from tracejit.capture.functions.arithmetic import copy_, fill_, masked_fill
 from tracejit.capture.functions.common import (
     cast,
     normal_axis,
@@ -17,6 +16,8 @@ from tracejit.capture.functions.common import (
     sized,
     write_back,
 )
+from tracejit.capture.functions.selection import masked_fill
+from tracejit.capture.functions.writes import copy_, fill_
 from tracejit.capture.trace import location
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import (
@@ -359,11 +360,15 @@ def mask_of(t: Trace, index: object) -> Tensor | None:
     return None
 
 
+def check_item(t: Trace, item: object) -> None:
+    """Refuse what is not an int, a slice, None or Ellipsis."""
+    if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
+        raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
+
+
 def _refuse_advanced(t: Trace, index: object) -> None:
-    items = index if isinstance(index, tuple) else (index,)
-    for item in items:
-        if isinstance(item, bool) or not isinstance(item, (int, slice, type(None), EllipsisType)):
-            raise t.unsupported(f"An index of type {type(item).__name__} has no rule")
+    for item in index if isinstance(index, tuple) else (index,):
+        check_item(t, item)
 
 
 def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
@@ -417,8 +422,13 @@ def _assign_masked(t: Trace, input: Tensor, mask: Tensor, value: object) -> None
     write_back(t, input, masked_fill(t, input, mask, value))
 
 
-_METHOD = {Tensor.permute: sized("dims", permute)}
-register(("permute",), _permute_function, inplace=False, others=_METHOD)
+def _reshape_function(t: Trace, input: Tensor, shape: object) -> TracedTensor:
+    return reshape(t, input, *shape)
+
+
+_SIZED = {Tensor.permute: sized("dims", permute), Tensor.reshape: sized("shape", reshape)}
+register(("permute",), _permute_function, inplace=False, others=_SIZED)
+register(("reshape",), _reshape_function, inplace=False, others=_SIZED)
 for _names, _implementation in (
     (("transpose", "swapaxes", "swapdims"), transpose),
     (("t",), t_),
@@ -429,14 +439,8 @@ for _names, _implementation in (
     (("narrow",), narrow),
 ):
     register(_names, _implementation, inplace=False)
-rule(Tensor.reshape)(sized("shape", reshape))
 rule(Tensor.view)(sized("size", view))
 rule(Tensor.expand)(sized("size", expand_))
-
-
-@rule(torch.reshape)
-def _reshape_function(t: Trace, input: Tensor, shape: object) -> TracedTensor:
-    return reshape(t, input, *shape)
 
 
 @rule(torch.broadcast_to, Tensor.broadcast_to)

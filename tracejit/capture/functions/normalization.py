@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from tracejit.capture.functions.arithmetic import div, mul
 from tracejit.capture.functions.common import cast, expand, literal
 from tracejit.capture.functions.derived import (
     argument_error,
@@ -20,8 +21,9 @@ from tracejit.capture.functions.derived import (
     spread,
     widen,
 )
+from tracejit.capture.functions.statistics import vector_norm
 from tracejit.capture.trace import location
-from tracejit.capture.trace.table import RULES, rule
+from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -416,5 +418,5 @@ def _instance_norm_builtin(
 def weight_norm(t: Trace, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """v · g / ‖v‖, the norm over all axes but `dim` (over all, if it is -1)."""
     axes = [a for a in range(len(t.lift(v).shape)) if a != dim]
-    norm = RULES[torch.linalg.vector_norm](t, v, 2, axes, True)
-    return RULES[torch.mul](t, v, RULES[torch.div](t, g, norm))
+    norm = vector_norm(t, v, 2, axes, True)
+    return mul(t, v, div(t, g, norm))

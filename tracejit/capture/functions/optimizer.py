@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from tracejit.capture.functions import arithmetic, statistics, transcendental, unary  # noqa: F401
+from tracejit.capture.functions import arithmetic, selection, statistics, unary  # noqa: F401
 from tracejit.capture.functions.common import (
     Number,
     as_number,
@@ -17,7 +18,7 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.derived import derived, require_float, widen
 from tracejit.capture.functions.statistics import vector_norm
-from tracejit.capture.trace.table import RULES, Rule
+from tracejit.capture.trace.table import RULES, Rule, family_of
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
@@ -114,7 +115,7 @@ register(("lerp",), lerp)
 # --- lists of tensors --------------------------------------------------------------------------
 
 
-def _each(one: Rule, keyword: str | None, *, inplace: bool) -> Rule:
+def _each(one: Callable, keyword: str | None, *, inplace: bool) -> Callable:
     """Apply a rule to every tensor of a list, with its own element of the lists beside it.
 
     `keyword` is what the single function calls the last argument, when the list form has it by
@@ -140,20 +141,20 @@ def _each(one: Rule, keyword: str | None, *, inplace: bool) -> Rule:
     return rule
 
 
-def _maximum(name: str) -> Rule:
+def _maximum(name: str) -> Callable:
     """Of two tensors, or of a tensor and a number."""
     number = "clamp_min" if name == "maximum" else "clamp_max"
 
     def rule(t: Trace, input: Tensor, other: object) -> Tensor:
-        return getattr(arithmetic, name if isinstance(other, Tensor) else number)(t, input, other)
+        return getattr(selection, name if isinstance(other, Tensor) else number)(t, input, other)
 
     return rule
 
 
 _KEYWORDS = {"addcmul": "value", "addcdiv": "value"}
-_SINGLE: dict[str, Rule] = {
+_SINGLE: dict[str, Callable] = {
     "norm": lambda t, x, ord=2, dtype=None: vector_norm(t, x, ord, dtype=dtype),
-    "pow": lambda t, x, exponent: RULES[torch.pow](t, x, exponent),
+    "pow": arithmetic.power,
     "maximum": _maximum("maximum"),
     "minimum": _maximum("minimum"),
     "maximum_": in_place(_maximum("maximum")),
@@ -169,12 +170,10 @@ def _register_lists() -> None:
             continue
         plain, inplace = base.removesuffix("_"), base.endswith("_")
         one = RULES.get(getattr(Tensor, base, None)) or RULES.get(getattr(torch, base, None))
-        if base in _SINGLE:
-            one = _SINGLE[base]
-        if one is not None:
-            RULES.setdefault(
-                getattr(torch, name), _each(one, _KEYWORDS.get(plain), inplace=inplace)
-            )
+        run = _SINGLE.get(base) or (one and one.run)
+        if run is not None:
+            each = _each(run, _KEYWORDS.get(plain), inplace=inplace)
+            RULES[getattr(torch, name)] = Rule(each, family_of(each), of=one, form="list")
 
 
 _register_lists()

@@ -114,6 +114,14 @@ def _only(t: Trace, name: str, x: Value) -> Value:
 amax, amin = _extremum("max"), _extremum("min")
 
 
+def attains(t: Trace, x: Value, top: Value) -> Value:
+    """Whether elements equal an extremum; NaN equals NaN."""
+    hit = t.b.eq(x, top)
+    if not x.type.dtype.is_float:
+        return hit
+    return t.b.or_(hit, t.b.and_(t.b.ne(x, x), t.b.ne(top, top)))
+
+
 def whole(name: str):
     """max() and min() of all elements: the gradient is shared by those that attain it, NaN too."""
 
@@ -126,10 +134,7 @@ def whole(name: str):
             y = getattr(t.b, f"reduce_{name}")(x, axes=axes) if axes else t.b.alias(x)
 
         def vjp(b, cts, need):
-            top = expand(t, y, x.type.shape)
-            hit = b.eq(x, top)
-            if x.type.dtype.is_float:
-                hit = b.or_(hit, b.and_(b.ne(x, x), b.ne(top, top)))
+            hit = attains(t, x, expand(t, y, x.type.shape))
             ones = b.cast(hit, dtype=x.type.dtype)
             count = b.reduce_sum(ones, axes=axes) if axes else ones
             return (b.mul(ones, expand(t, b.div(cts[0], count), x.type.shape)),)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import wraps
 
 import torch
 
@@ -116,10 +118,11 @@ def logsumexp(t: Trace, input: Tensor, dim: object, keepdim: bool = False) -> Tr
     return t.fresh(keep(t, y, h.shape, axes, keepdim and bool(h.shape)))
 
 
-def _functional(implementation):
+def _functional(implementation: Callable) -> Callable:
     """The signature of torch.nn.functional: a stack level stands before the dtype."""
 
-    def rule(
+    @wraps(implementation)
+    def with_level(
         t: Trace,
         input: Tensor,
         dim: int | None = None,
@@ -128,7 +131,7 @@ def _functional(implementation):
     ) -> TracedTensor:
         return implementation(t, input, dim, dtype)
 
-    return rule
+    return with_level
 
 
 def softmin(

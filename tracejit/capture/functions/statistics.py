@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.arithmetic import add, clamp_min, div, sub
+from tracejit.capture.functions.arithmetic import add, div, sub
 from tracejit.capture.functions.common import (
     Number,
     cast,
@@ -22,7 +22,8 @@ from tracejit.capture.functions.common import (
     result_dtype,
 )
 from tracejit.capture.functions.derived import derived, require_float, spread
-from tracejit.capture.functions.reduction import keep
+from tracejit.capture.functions.reduction import attains, keep
+from tracejit.capture.functions.selection import clamp_min
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -162,8 +163,7 @@ def _norm_backward(t: Trace, g: Value, y: Value, x: Value, p: float, axes: Ints)
         return b.mul(x, over(b.where(b.eq(y, 0.0), 0.0, b.div(g, y))))
     if p in (math.inf, -math.inf):
         top, size = over(y), b.abs(x)
-        hit = b.or_(b.eq(size, top), b.and_(b.ne(size, size), b.ne(top, top)))
-        ones = b.cast(hit, dtype=x.type.dtype)
+        ones = b.cast(attains(t, size, top), dtype=x.type.dtype)
         count = b.reduce_sum(ones, axes=axes) if axes else ones
         return b.mul(b.mul(b.sign(x), ones), over(b.div(g, count)))
     if p < 2:

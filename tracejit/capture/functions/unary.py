@@ -2,133 +2,160 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 
 import torch
 
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.arithmetic import power
-from tracejit.capture.functions.common import as_float, pointwise, register, write_back
-from tracejit.capture.trace.table import rule
+from tracejit.capture.functions.common import register
+from tracejit.capture.functions.rows import elementwise, emitted, primitive
+from tracejit.capture.trace.table import Formula, Row, rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Builder, Value
+from tracejit.ir.graph import Value
 from tracejit.ir.types import b1
 
-Emit = Callable[[Builder, Value], Value]
-Derivative = Callable[[Builder, Value, Value, Value], Value]  # (b, g, y, x)
 
+def _rounding(name: str) -> Formula:
+    """Integers are whole numbers already."""
 
-def _sigmoid(b: Builder, x: Value) -> Value:
-    return b.div(1.0, b.add(b.exp(b.neg(x)), 1.0))
-
-
-def _d_sigmoid(b: Builder, g: Value, y: Value, x: Value) -> Value:
-    return b.mul(g, b.mul(b.sub(1.0, y), y))
-
-
-def _rsqrt(b: Builder, x: Value) -> Value:
-    return b.div(1.0, b.sqrt(x))
-
-
-def _d_rsqrt(b: Builder, g: Value, y: Value, x: Value) -> Value:
-    return b.mul(g, b.mul(b.mul(y, b.mul(y, y)), -0.5))
-
-
-def _isnan(b: Builder, x: Value) -> Value:
-    return b.ne(x, x)
-
-
-def _by_name(name: str) -> Emit:
-    return lambda b, x: getattr(b, name)(x)
-
-
-def _rounding(name: str) -> Emit:
-    def emit(b: Builder, x: Value) -> Value:
+    def value(t: Trace, x: Value) -> Value:
         if x.type.dtype is b1:
             raise InvalidGraph(reason=f"{name} is not defined on b1")
-        return getattr(b, name if x.type.dtype.is_float else "alias")(x)
+        return getattr(t.b, name if x.type.dtype.is_float else "alias")(x)
 
-    return emit
-
-
-# name: (emit, derivative or None for the primitives' own, whether integers become floats)
-UNARY: dict[str, tuple[Emit, Derivative | None, bool]] = {
-    "neg": (_by_name("neg"), None, False),
-    "negative": (_by_name("neg"), None, False),
-    "abs": (_by_name("abs"), None, False),
-    "absolute": (_by_name("abs"), None, False),
-    "sign": (_by_name("sign"), None, False),
-    "floor": (_rounding("floor"), None, False),
-    "trunc": (_rounding("trunc"), None, False),
-    "exp": (_by_name("exp"), None, True),
-    "log": (_by_name("log"), None, True),
-    "sqrt": (_by_name("sqrt"), None, True),
-    "sin": (_by_name("sin"), None, True),
-    "cos": (_by_name("cos"), None, True),
-    "tanh": (_by_name("tanh"), None, True),
-    "sigmoid": (_sigmoid, _d_sigmoid, True),
-    "rsqrt": (_rsqrt, _d_rsqrt, True),
-    "isnan": (_isnan, None, False),
-}
+    return value
 
 
-def _make(name: str, emit: Emit, derivative: Derivative | None, to_float: bool):
-    def function(t: Trace, input: torch.Tensor) -> TracedTensor:
-        def step(x: Value) -> Value:
-            if derivative is None:
-                return emit(t.b, x)
-            with t.untaped():
-                y = emit(t.b, x)
-            return t.derive(name, (x,), y, lambda b, cts, need: (derivative(b, cts[0], y, x),))
-
-        return pointwise(t, step, (input,), to=as_float if to_float else lambda dtype: dtype)
-
-    return function
+def _relu(t: Trace, x: Value) -> Value:
+    if x.type.dtype is b1:
+        raise InvalidGraph(reason="relu is not defined on b1")
+    return t.b.maximum(x, 0.0 if x.type.dtype.is_float else 0)
 
 
-def _relu_function(t: Trace, input: torch.Tensor) -> TracedTensor:
-    """relu; its gradient depends on the result as well, with derivative zero, as in torch."""
+def _d_relu(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    return _threshold_backward(t, g, y)
 
-    def threshold(b: Builder, g: Value, y: Value) -> Value:
-        with t.untaped():
-            out = b.where(b.le(y, 0.0), 0.0, g)
-        return t.derive(
-            "threshold_backward",
-            (g, y),
-            out,
-            lambda b, cts, need: (threshold(b, cts[0], y), zeros(b, y) if need[1] else None),
-        )
 
-    def emit(x: Value) -> Value:
-        if x.type.dtype is b1:
-            raise InvalidGraph(reason="relu is not defined on b1")
-        with t.untaped():
-            y = t.b.maximum(x, 0.0 if x.type.dtype.is_float else 0)
-        return t.derive("relu", (x,), y, lambda b, cts, need: (threshold(b, cts[0], y),))
+def _threshold_backward(t: Trace, g: Value, y: Value) -> Value:
+    """g where y > 0. As in torch it depends on y too, with derivative zero."""
+    with t.untaped():
+        out = t.b.where(t.b.le(y, 0.0), 0.0, g)
+    return t.derive(
+        "threshold_backward",
+        (g, y),
+        out,
+        lambda b, cts, need: (
+            _threshold_backward(t, cts[0], y),
+            zeros(b, y) if need[1] else None,
+        ),
+    )
 
-    return pointwise(t, emit, (input,))
+
+def _sigmoid(t: Trace, x: Value) -> Value:
+    return t.b.div(1.0, t.b.add(t.b.exp(t.b.neg(x)), 1.0))
+
+
+def _d_sigmoid(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    """g·y·(1 - y), which is finite far out."""
+    return t.b.mul(g, t.b.mul(t.b.sub(1.0, y), y))
+
+
+def _d_rsqrt(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    return t.b.mul(g, t.b.mul(t.b.mul(y, t.b.mul(y, y)), -0.5))
+
+
+def _d_erf(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    b = t.b
+    return b.mul(b.mul(b.exp(b.neg(b.mul(x, x))), 2 / math.sqrt(math.pi)), g)
+
+
+def _sinc(t: Trace, x: Value) -> Value:
+    """sin(πx) / πx, 1 at 0."""
+    b, angle = t.b, t.b.mul(x, math.pi)
+    return b.where(b.eq(x, 0.0), 1.0, b.div(b.sin(angle), angle))
+
+
+def _d_sinc(t: Trace, g: Value, y: Value, x: Value) -> Value:
+    """g·(πx·cos(πx) - sin(πx)) / πx², 0 at 0."""
+    b, angle = t.b, t.b.mul(x, math.pi)
+    square = b.mul(angle, x)
+    rise = b.sub(b.mul(b.cos(angle), angle), b.sin(angle))
+    return b.where(b.eq(square, 0.0), 0.0, b.mul(g, b.div(rise, square)))
+
+
+def _logarithm(name: str, base: float) -> Row:
+    """log(x) / log(base), with the derivative g / (x·log(base))."""
+    scale = math.log(base)
+    return Row(
+        name,
+        lambda t, x: t.b.div(t.b.log(x), scale),
+        (lambda t, g, y, x: t.b.div(g, t.b.mul(x, scale)),),
+        dtypes="to_float",
+    )
+
+
+SIGMOID = Row("sigmoid expit", _sigmoid, (_d_sigmoid,), dtypes="to_float", wide=False)
+ROWS = (
+    Row("neg negative __neg__", primitive("neg")),
+    Row("abs absolute __abs__", primitive("abs")),
+    Row("sign", primitive("sign")),
+    Row("floor", _rounding("floor")),
+    Row("trunc", _rounding("trunc")),
+    Row("exp", primitive("exp"), dtypes="to_float"),
+    Row("log", primitive("log"), dtypes="to_float"),
+    Row("sqrt", primitive("sqrt"), dtypes="to_float"),
+    Row("sin", primitive("sin"), dtypes="to_float"),
+    Row("cos", primitive("cos"), dtypes="to_float"),
+    Row("tanh", primitive("tanh"), dtypes="to_float"),
+    SIGMOID,
+    Row(
+        "rsqrt",
+        lambda t, x: t.b.div(1.0, t.b.sqrt(x)),
+        (_d_rsqrt,),
+        dtypes="to_float",
+        wide=False,
+    ),
+    Row("relu", _relu, (_d_relu,), wide=False),
+    Row("isnan", lambda t, x: t.b.ne(x, x)),
+    Row("erf", primitive("erf"), (_d_erf,), dtypes="to_float"),
+    Row(
+        "expm1",
+        primitive("expm1"),
+        (lambda t, g, y, x: t.b.mul(g, t.b.add(y, 1.0)),),
+        dtypes="to_float",
+    ),
+    Row(
+        "log1p",
+        primitive("log1p"),
+        (lambda t, g, y, x: t.b.div(g, t.b.add(x, 1.0)),),
+        dtypes="to_float",
+    ),
+    _logarithm("log2", 2.0),
+    _logarithm("log10", 10.0),
+    Row("sinc", _sinc, (_d_sinc,), dtypes="to_float", wide=False),
+    Row(
+        "exp2",
+        lambda t, x: t.b.pow(2.0, x),
+        (lambda t, g, y, x: t.b.mul(t.b.mul(g, y), math.log(2.0)),),
+        dtypes="to_float",
+    ),
+)
+FUNCTIONS = {row.name: elementwise(row, __name__) for row in ROWS}
+
+
+def sigmoid(t: Trace, x: Value) -> Value:
+    """1 / (1 + exp(-x)) of a value, in another formula."""
+    return emitted(t, SIGMOID, (x,))
 
 
 def square(t: Trace, input: torch.Tensor) -> TracedTensor:
     return power(t, input, 2)
 
 
-FUNCTIONS = {name: _make(name, *row) for name, row in UNARY.items()}
-FUNCTIONS["relu"] = _relu_function
-FUNCTIONS["square"] = square
-
-
-def relu(t: Trace, input: torch.Tensor, inplace: bool = False) -> torch.Tensor:
-    out = FUNCTIONS["relu"](t, input)
-    return write_back(t, input, out) if inplace else out
-
-
-for _name, _implementation in FUNCTIONS.items():
-    register((_name,), _implementation, others={torch.nn.functional.relu: relu})
-register(("__neg__",), FUNCTIONS["neg"], inplace=False)
-register(("__abs__",), FUNCTIONS["abs"], inplace=False)
+register(("square",), square)
 
 
 @rule(torch.positive, torch.Tensor.positive, torch.Tensor.__pos__)

@@ -277,22 +277,43 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
     return tuple(reversed(out))
 
 
+# why a tensor from outside cannot take part in a trace
+PROBLEMS = {
+    "transform": "vmap, torch.func and forward-mode differentiation have no rules",
+    "subclass": "a tensor subclass ({kind}) is not supported",
+    "layout": "only dense strided tensors are supported",
+    "dtype": "{dtype} is not supported",
+    "device": "device {device} is not supported",
+    "flags": "conjugate, negative-bit and named tensors are not supported",
+    "inference": "inference tensors are not supported",
+    "hooks": "tensors with hooks are not supported; remove the hook",
+}
+
+
 def problem_with(tensor: torch.Tensor) -> str | None:
     """Why a tensor from outside cannot take part in a trace, if it cannot."""
+    problem = _problem_with(tensor)
+    if problem is None:
+        return None
+    kind = type(tensor).__name__
+    return PROBLEMS[problem].format(kind=kind, dtype=tensor.dtype, device=tensor.device)
+
+
+def _problem_with(tensor: torch.Tensor) -> str | None:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return "vmap, torch.func and forward-mode differentiation have no rules"
+        return "transform"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return f"a tensor subclass ({type(tensor).__name__}) is not supported"
+        return "subclass"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return "only dense strided tensors are supported"
+        return "layout"
     if tensor.dtype not in TO_IR:
-        return f"{tensor.dtype} is not supported"
+        return "dtype"
     if tensor.device.type not in ("cpu", "cuda"):
-        return f"device {tensor.device} is not supported"
+        return "device"
     if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
-        return "conjugate, negative-bit and named tensors are not supported"
+        return "flags"
     if tensor.is_inference():
-        return "inference tensors are not supported"
+        return "inference"
     if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
-        return "tensors with hooks are not supported; remove the hook"
+        return "hooks"
     return None

@@ -55,8 +55,8 @@ class Trace(TraceState):
             raise self.unsupported("autocast is not supported yet; run the step without it")
         try:
             if kwargs.get("out") is not None:
-                return self._into(kwargs.pop("out"), rule(self, *args, **kwargs))
-            return rule(self, *args, **kwargs)
+                return self._into(kwargs.pop("out"), rule.run(self, *args, **kwargs))
+            return rule.run(self, *args, **kwargs)
         except TypeError as error:
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
                 raise self.unsupported(
@@ -83,7 +83,7 @@ class Trace(TraceState):
                 "functions with out=... arguments don't support automatic differentiation, but one "
                 "of the arguments requires grad"
             )
-        return RULES[torch.Tensor.copy_](self, out, result)
+        return RULES[torch.Tensor.copy_].run(self, out, result)
 
     def begin(self, function: Callable, args: tuple) -> None:
         """Start a call that reaches the trace by another way than a torch function."""

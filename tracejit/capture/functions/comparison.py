@@ -1,0 +1,64 @@
+"""Comparison, logic and bits, element by element."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions.arithmetic import swapped
+from tracejit.capture.functions.common import (
+    literal,
+    operand,
+    pointwise,
+    register,
+    result_dtype,
+    truth,
+)
+from tracejit.capture.functions.rows import elementwise, primitive
+from tracejit.capture.trace.table import Row
+from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.trace import Trace
+
+Tensor = torch.Tensor
+
+ROWS = (
+    Row("eq __eq__", primitive("eq"), arity=2),
+    Row("ne not_equal __ne__", primitive("ne"), arity=2),
+    Row("lt less __lt__", primitive("lt"), arity=2),
+    Row("le less_equal __le__", primitive("le"), arity=2),
+    Row("gt greater __gt__", primitive("gt"), arity=2),
+    Row("ge greater_equal __ge__", primitive("ge"), arity=2),
+    Row("logical_and", lambda t, x, y: t.b.and_(truth(t, x), truth(t, y)), arity=2),
+    Row("logical_or", lambda t, x, y: t.b.or_(truth(t, x), truth(t, y)), arity=2),
+    Row("logical_xor", lambda t, x, y: t.b.xor(truth(t, x), truth(t, y)), arity=2),
+    Row("logical_not", lambda t, x: t.b.eq(x, literal(0, x.type.dtype))),
+)
+for _row in ROWS:
+    elementwise(_row, __name__)
+
+
+def _bitwise(name: str):
+    def bitwise(t: Trace, input: object, other: object) -> TracedTensor:
+        if result_dtype((operand(t, input), operand(t, other))).is_float:
+            raise t.shape_error(f"bitwise {name} is not implemented for floating-point tensors")
+        return pointwise(t, getattr(t.b, name), (input, other))
+
+    return bitwise
+
+
+def bitwise_not(t: Trace, input: Tensor) -> TracedTensor:
+    if operand(t, input).handle.dtype.is_float:
+        raise t.unsupported("It is only implemented on integer and bool tensors")
+    return pointwise(t, t.b.not_, (input,))
+
+
+for _names, _implementation in (
+    (("bitwise_and", "__and__", "__rand__"), _bitwise("and")),
+    (("bitwise_or", "__or__", "__ror__"), _bitwise("or")),
+    (("bitwise_xor", "__xor__", "__rxor__"), _bitwise("xor")),
+    (("bitwise_left_shift", "__lshift__"), _bitwise("shl")),
+    (("bitwise_right_shift", "__rshift__"), _bitwise("shr")),
+    (("__rlshift__",), swapped(_bitwise("shl"))),
+    (("__rrshift__",), swapped(_bitwise("shr"))),
+    (("bitwise_not", "__invert__"), bitwise_not),
+):
+    register(_names, _implementation)
