@@ -229,6 +229,23 @@ def test_effects():
     assert tracejit.capture(compiled, torch.ones(3)).effects.grads[0][1] is None
 
 
+def test_reasons_of_retraces_name_the_tensor():
+    w1 = torch.ones(3)
+
+    def step(x, batch):
+        return x * w1 + batch["ids"]
+
+    compiled = tracejit.compile(step, backend="numpy", mode="replay")
+    args = torch.ones(3), {"ids": torch.ones(3)}
+    compiled(*args)
+    compiled(args[0], {"ids": torch.ones(1, 3)})
+    w1.data = torch.ones(2, 3)
+    compiled(*args)
+    first, second = compiled.explain_retraces()
+    assert first.startswith("argument batch['ids'] was float32[3]")
+    assert second.startswith("w1 was float32[3]")
+
+
 # ---- nothing is changed
 
 
