@@ -15,10 +15,9 @@ import torch
 
 import tracejit
 from examples import two_layer_autograd
-from tracejit.capture.bind import bind, run, unwrap
-from tracejit.capture.effects.collect import Finished, finish
-from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.tracer import Tracer
+from tracejit.capture.bind import unwrap
+from tracejit.capture.capture import capture_call
+from tracejit.capture.effects.collect import Finished
 from tracejit.codegen.triton import emit
 from tracejit.passes import optimize
 from tracejit.run import Hooks, generate
@@ -50,10 +49,7 @@ def deep_net(layers: int = 24, width: int = 16) -> Callable[[], torch.Tensor]:
 def capture(step: Callable) -> Finished:
     """One trace."""
     function, bound_to = unwrap(step)
-    tracer = Tracer()
-    bound = bind(tracer.trace, function, bound_to, {})
-    with uncollected() as young:
-        return finish(tracer.trace, "step", [run(tracer, bound, function)], young)
+    return capture_call(function, bound_to, {})
 
 
 def median_us(call: Callable, repeats: int = 15) -> float:

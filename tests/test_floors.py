@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A unit is a module or a package directly under tracejit; it imports from floors below its own.
 FLOORS = {
     "tracejit": 5,
+    "captured": 5,
     "compile": 5,
     "programs": 5,
     "run": 5,
@@ -36,6 +37,8 @@ FLOORS = {
 SAME_FLOOR = {
     ("runtime", "codegen"),  # a Step is built from sources
     ("tracejit", "compile"),  # the entry points
+    ("tracejit", "captured"),
+    ("captured", "compile"),  # a compiled step is captured as the step that it wraps
     ("compile", "tracejit"),  # the version
     ("compile", "programs"),
     ("compile", "run"),

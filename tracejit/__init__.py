@@ -3,6 +3,15 @@
 __version__ = "0.1.0"
 
 from tracejit import errors
+from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
 
-__all__ = ["CompiledStep", "Stats", "__version__", "compile", "errors"]
+__all__ = [
+    "CapturedStep",
+    "CompiledStep",
+    "Stats",
+    "__version__",
+    "capture",
+    "compile",
+    "errors",
+]

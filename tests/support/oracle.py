@@ -7,14 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from tracejit.capture import functions  # noqa: F401
-from tracejit.capture.bind import bind, run, unwrap
+from tracejit.capture.bind import unwrap
+from tracejit.capture.capture import capture_call
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.collect import finish
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH
-from tracejit.capture.tracer import Tracer
 from tracejit.ir.graph import Graph, verify
 from tracejit.ir.interp import evaluate
 from tracejit.run import Hooks, generate
@@ -29,11 +26,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 def traced(step, *args, **kwargs) -> tuple[Captured, Call]:
     """Trace a step."""
     function, bound_to = unwrap(step)
-    tracer = Tracer()
-    bound = bind(tracer.trace, function, bound_to + args, kwargs)
-    with uncollected() as young:
-        returned = [run(tracer, bound, function)]
-        done = finish(tracer.trace, function.__name__, returned, young)
+    done = capture_call(function, bound_to + args, kwargs)
     verify(done.captured.graph)
     return done.captured, done.call
 

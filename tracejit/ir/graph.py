@@ -7,7 +7,7 @@ float64 runtime values computed on the host. Literals and host values broadcast;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.errors import InvalidGraph
@@ -96,21 +96,34 @@ class Graph:
 
     def __str__(self) -> str:
         """Values numbered by definition, the user's lines as comments; `ir.text` reads it back."""
+        return self.text()
+
+    def text(self, names: Sequence[str] = ()) -> str:
+        """The same, with `names` for the params, if they are given, in place of their numbers. A
+        long list of named params has a line for each."""
         graph = self.canonical()
-        params = ", ".join(f"{p.value}: {p.value.type}{_layout(p)}" for p in graph.params)
+        called = dict(zip((p.value for p in graph.params), names, strict=True)) if names else {}
+
+        def shown(arg: Arg) -> str:
+            return called[arg] if isinstance(arg, Value) and arg in called else print_arg(arg)
+
+        params = [f"{shown(p.value)}: {p.value.type}{_layout(p)}" for p in graph.params]
+        head = f"{graph.name}({', '.join(params)}) {{"
+        if names and len(head) > 100:
+            head = "\n".join([f"{graph.name}(", *(f"    {p}," for p in params), ") {"])
         rows = []
         for node in graph.nodes:
-            operands = [print_arg(a) for a in node.args]
+            operands = [shown(a) for a in node.args]
             operands += [f"{k}={print_literal(v)}" for k, v in node.attrs]
             left = ", ".join(f"{out}: {out.type}" for out in node.outs)
             rows.append((f"  {left} = {node.op.name}({', '.join(operands)})", node.where))
         width = min(max((len(row) for row, _ in rows), default=0), 72)
-        lines = [f"{graph.name}({params}) {{"]
+        lines = [head]
         lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
         if graph.results:
-            results = ", ".join(f"{r.value}{_layout(r)}" for r in graph.results)
+            results = ", ".join(f"{shown(r.value)}{_layout(r)}" for r in graph.results)
             lines.append(f"  return {results}")
-        lines += [f"  write {w.target} <- {w.value}" for w in graph.writes]
+        lines += [f"  write {shown(w.target)} <- {shown(w.value)}" for w in graph.writes]
         return "\n".join([*lines, "}"])
 
     def outputs(self) -> Iterator[Value]:

@@ -55,8 +55,10 @@ def survey(function: FunctionType, args: tuple, kwargs: dict, ran: Seen | None) 
     _modes(w)
     w.check(f"len(args) == {len(args)}", "the number of arguments changed")
     w.check(f"[*kwargs] == {w.constant([*kwargs])}", "the keyword arguments changed")
+    parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
     for i, x in enumerate(args):
-        w.visit(x, f"args[{i}]", f"argument {i}", ("arg", i), owned=False)
+        name = parameters[i] if i < len(parameters) else i
+        w.visit(x, f"args[{i}]", f"argument {name}", ("arg", i), owned=False)
     for name, x in kwargs.items():
         at = f"kwargs[{name!r}]"
         w.visit(x, at, f"argument {name}", ("kwarg", name), owned=False)
@@ -288,9 +290,10 @@ def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> s
                 at = w.local(f"{owner}.grad")
                 w.check(f"{at} is not None", "a .grad that the step reads is None")
                 w.tensors[id(tensor)] = at
+                w.paths[id(tensor)] = f"{w.path_of(call.reals[grad_of[i]])}.grad"
         if at is None:
             return f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded"
-        _guard_tensor(w, at, tensor, i)
+        _guard_tensor(w, at, tensor)
     for i, grad in captured.grads_read:
         at = w.tensors[id(call.reals[i])]
         if grad is None:
@@ -304,7 +307,7 @@ def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> s
     return ""
 
 
-def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor, i: int) -> None:
+def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor) -> None:
     k = w.constant
     layout = (
         f"{at}.is_contiguous()" if tensor.is_contiguous() else f"{at}.stride() == {tensor.stride()}"
@@ -320,8 +323,8 @@ def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor, i: int) -> None:
             f"{at}.is_leaf is {tensor.is_leaf}"
         )
     w.names |= {"differs": differs, "described": _described}
-    old = k(_described(tensor))
-    w.lines.append(f"if not ({same}): return differs('input tensor {i}', {old}, described({at}))")
+    path, old = w.path_of(tensor), k(_described(tensor))
+    w.lines.append(f"if not ({same}): return differs({path!r}, {old}, described({at}))")
 
 
 def _described(x: object) -> str:

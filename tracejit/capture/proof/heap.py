@@ -65,6 +65,7 @@ class Walk(GuardText):
         self.wanted = names
         self.ran = None if ran is None else frozenset(ran)
         self.tensors: dict[int, str] = {}  # id(tensor) -> expression
+        self.paths: dict[int, str] = {}  # id(tensor) -> what reasons call it
         self.all_tensors: list[torch.Tensor] = []
         self.codes: set[CodeType] = set()  # the user code that the guard accounts for
         self._visited: set[int] = set()
@@ -201,8 +202,13 @@ class Walk(GuardText):
         self.names["same_value"] = same_value
         self.expect(f"{at} is {k} or same_value({at}, {k})", path, x, at)
 
+    def path_of(self, x: torch.Tensor) -> str:
+        """What reasons call a tensor."""
+        return self.paths.get(id(x), "a tensor that is a key")
+
     def _tensor(self, x: torch.Tensor, at: str, path: str) -> None:
         known = self.tensors.get(id(x))
+        self.paths.setdefault(id(x), path)
         if known is not None:
             self.expect(f"{at} is {known}", path, x, at)
             return

@@ -124,7 +124,7 @@ def origin(code: CodeType) -> str:
     known = _origins.get(code)
     if known is None:
         name = code.co_filename
-        if name.startswith(_HERE):
+        if name.startswith((_HERE, "<tracejit ")):  # or generated
             known = "tracejit"
         elif name.startswith(_TORCH):
             known = "torch"
