@@ -27,6 +27,7 @@ from tracejit.capture.effects.collect import finish
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.follow.followed import followed
 from tracejit.capture.follow.recall import End, Recall
+from tracejit.capture.names import names_of_inputs
 from tracejit.capture.proof.guards import Armed
 from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
@@ -153,6 +154,11 @@ class CompiledStep:
         return None if self._last is None else self._last.final
 
     @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs of `graph`, as the user's code calls them: `model.0.weight`."""
+        return () if self._last is None else self._last.names
+
+    @property
     def plans(self) -> list[Plan]:
         """Every plan, the one that ran last at the end."""
         return [c.program.plan for c in self._programs.kept]
@@ -245,16 +251,17 @@ class CompiledStep:
                 done = finish(trace, name, returned, young, keep_grads=self.keep_grads)
         self.stats.add("capture", started)
         call = done.call if way is None else way.call
+        names = functools.partial(names_of_inputs, self._function, args, kwargs)
         armed = None
         try:
             if way is None:
                 trail.close(done.captured, done.call, done.made_of)
-                compiled, what, captured = self._found(done.captured, call, failed)
+                compiled, what, captured = self._found(done.captured, call, failed, names)
                 traced = compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
                 self._warn_of_rerun()
             else:
-                compiled, what = self._known(way.end, call, failed)
+                compiled, what = self._known(way.end, call, failed, names)
             trace.release()  # nobody else holds a gradient that goes now
             addresses = [t.data_ptr() for t in call.reals]
         except BaseException:
@@ -270,14 +277,16 @@ class CompiledStep:
             self._arm(armed, compiled, captured, call)
         return result
 
-    def _found(self, captured: Captured, call: Call, failed: str) -> tuple[Compiled, Run, Captured]:
+    def _found(
+        self, captured: Captured, call: Call, failed: str, names: Callable
+    ) -> tuple[Compiled, Run, Captured]:
         """The program of a captured step, found or built, and what a call does."""
         compiles = self.stats.compiles
-        compiled, captured = self._programs.find(captured, call)
+        compiled, captured = self._programs.find(captured, call, names)
         self._note(failed, built=self.stats.compiles > compiles)
         return compiled, compiled.run_of(captured, self._hooks), captured
 
-    def _known(self, end: End, call: Call, failed: str) -> tuple[Compiled, Run]:
+    def _known(self, end: End, call: Call, failed: str, names: Callable) -> tuple[Compiled, Run]:
         """The same for a trace that has come to a known end."""
         key = _precision(), tuple([t.data_ptr() % 16 == 0 for t in call.reals])
         known = end.runs.get(key)
@@ -285,7 +294,7 @@ class CompiledStep:
             self.stats.reruns += 1
             self._note(failed, built=False)
             return known
-        compiled, what, captured = self._found(end.captured, call, failed)
+        compiled, what, captured = self._found(end.captured, call, failed, names)
         if captured is end.captured:  # else literals of its own are scalars now
             end.runs[key] = compiled, what
         return compiled, what

@@ -60,6 +60,7 @@ class Compiled:
     program: Program
     final: Graph
     backwards: list[Backward] = field(default_factory=list)
+    names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
     used: int = 0  # when it ran last
@@ -144,9 +145,12 @@ class Programs:
         self._uses += 1
         compiled.used = self._uses
 
-    def find(self, captured: Captured, call: Call) -> tuple[Compiled, Captured]:
+    def find(
+        self, captured: Captured, call: Call, names: Callable[[Captured, Call], tuple[str, ...]]
+    ) -> tuple[Compiled, Captured]:
         """The program of a captured step. Where its graph's varying literals become scalars, it is
-        another captured step, and the scalars of the call grow."""
+        another captured step, and the scalars of the call grow. `names` names the graph's inputs
+        where a program is built."""
         executor = self._executor(captured)
         aligned = tuple([t.data_ptr() % 16 == 0 for t in call.reals])
         backward = tuple(graph_key(node.graph) for node in captured.effects.outside)
@@ -164,7 +168,9 @@ class Programs:
             self.stats.reruns += 1
             return found, captured
         backwards = [Backward(self, node.graph, executor) for node in captured.effects.outside]
-        compiled = Compiled(key, *self.build(captured.graph, executor, self._memory), backwards)
+        named = names(captured, call)
+        built = self.build(captured.graph, executor, self._memory, names=named)
+        compiled = Compiled(key, *built, backwards, named)
         self._kept[key] = compiled
         self.used(compiled)
         while len(self._kept) > MAX_PROGRAMS:
@@ -174,9 +180,14 @@ class Programs:
         return compiled, captured
 
     def build(
-        self, graph: Graph, executor: Executor, memory: Memory, what: str = ""
+        self,
+        graph: Graph,
+        executor: Executor,
+        memory: Memory,
+        what: str = "",
+        names: tuple[str, ...] = (),
     ) -> tuple[Program, Graph]:
-        """A program for a graph, and the final form of the graph."""
+        """A program for a graph, and the final form of the graph. `names` are its inputs'."""
         final = self._optimized(graph)
         plan = self._plan(final)
         started = time.perf_counter()
@@ -187,7 +198,7 @@ class Programs:
         if knobs.debug() >= 4:
             for source in program.loaded.sources:
                 print(source.text)
-        self._dump(graph, final, program)
+        self._dump(graph, final, program, names)
         return program, final
 
     def _optimized(self, graph: Graph) -> Graph:
@@ -242,14 +253,15 @@ class Programs:
         precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
         return executor_for(self.backend, device, precision)
 
-    def _dump(self, raw: Graph, final: Graph, program: Program) -> None:
+    def _dump(self, raw: Graph, final: Graph, program: Program, names: tuple[str, ...]) -> None:
         directory = knobs.dump_dir()
         if directory is None:
             return
         at = Path(directory) / f"{self.name}_{self.stats.compiles}"
         at.mkdir(parents=True, exist_ok=True)
-        (at / "0_captured.txt").write_text(str(raw))
-        (at / "1_final.txt").write_text(str(final))
+        named = "".join(f"# %{i} is {name}\n" for i, name in enumerate(names))
+        (at / "0_captured.txt").write_text(f"{named}{raw}")
+        (at / "1_final.txt").write_text(f"{named}{final}")
         (at / "2_plan.txt").write_text(str(program.plan))
         for i, source in enumerate(program.loaded.sources):
             (at / f"3_kernel_{i}_{source.name}{source.suffix}").write_text(source.text)

@@ -71,6 +71,7 @@ class Row:
     lines: tuple[str, ...]
     stream_share: float | None
     has_tables: bool  # computes sin or cos
+    inputs: tuple[str, ...] = ()  # of the step that it reads or writes, where they have names
 
     def as_dict(self) -> dict[str, object]:
         """The row as plain data for JSON."""
@@ -106,7 +107,9 @@ class Report:
             f"{self.plan} for sm_{self.target} (Triton {self.triton}, {self.precision}): "
             f"{len(self.rows)} launch{'es' * (len(self.rows) != 1)}, {total:,} bytes at least"
         )
-        return "\n".join([head, *table(self.rows, COLUMNS)])
+        named = [f"{i}: {', '.join(row.inputs)}" for i, row in enumerate(self.rows) if row.inputs]
+        inputs = ["", "inputs of each launch:", *named] if named else []
+        return "\n".join([head, *table(self.rows, COLUMNS), *inputs])
 
 
 # Heading of a column, and its cell in a row; the first two and the last are aligned to the left.
@@ -167,12 +170,14 @@ def report(step_or_plan: CompiledStep | Plan, *, target: int = 90) -> Report:
     """
     if target not in ARCHES:
         raise ValueError(f"target is one of {', '.join(map(str, ARCHES))}, not {target!r}")
-    plan = step_or_plan if isinstance(step_or_plan, Plan) else _last_plan(step_or_plan)
+    is_plan = isinstance(step_or_plan, Plan)
+    plan = step_or_plan if is_plan else _last_plan(step_or_plan)
+    names = () if is_plan else step_or_plan.input_names
     version = _triton_version()
     executor = _executor()
     moved = bytes_moved(plan)
     rows = [
-        _row(plan, plan.launches[i], loaded, moved[i], target)
+        _row(plan, plan.launches[i], loaded, moved[i], target, names)
         for i, loaded in _loaded(plan, executor)
     ]
     return Report(plan.name, target, executor.precision, version, tuple(rows))
@@ -273,7 +278,14 @@ def _facts(launch: Launch, loaded: LoadedLaunch, target: int) -> KernelFacts:
     return _FACTS[key]
 
 
-def _row(plan: Plan, launch: Launch, loaded: LoadedLaunch, minimum_bytes: int, target: int) -> Row:
+def _row(
+    plan: Plan,
+    launch: Launch,
+    loaded: LoadedLaunch,
+    minimum_bytes: int,
+    target: int,
+    names: Sequence[str],
+) -> Row:
     kernel, warps, name = launch.kernel, loaded.geometry.num_warps, loaded.source.name
     facts = _facts(launch, loaded, target)
     form = name.rpartition("_")[0]
@@ -290,7 +302,14 @@ def _row(plan: Plan, launch: Launch, loaded: LoadedLaunch, minimum_bytes: int, t
         lines=tuple(dict.fromkeys(where for s in statements if (where := s.where))),
         stream_share=stream_share_of(plan, launch, form, facts),
         has_tables=any(isinstance(s, Compute) and s.op.name in LOCAL_TABLES for s in statements),
+        inputs=_inputs(plan, launch, names),
     )
+
+
+def _inputs(plan: Plan, launch: Launch, names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the step's inputs among the buffers of a launch."""
+    buffers = map(plan.buffer, launch.buffers)
+    return tuple(names[b.index] for b in buffers if names and b.kind == "input")
 
 
 def occupancy(

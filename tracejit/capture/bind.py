@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import builtins
 from dataclasses import dataclass
+from functools import partial
 from types import CellType, FunctionType, MethodType
 
 import torch
 from torch.overrides import _pop_mode
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
+from tracejit.capture.names import name_of_tensor
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.trace.scalars import Path, plain
@@ -52,6 +54,8 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
 
 def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCall:
     """Substitute runtime scalars for the floats that the step reads directly."""
+
+    t.name_of = partial(name_of_tensor, function, args, kwargs)
 
     def replace(x: object, path: Path) -> object:
         x = plain(x)  # a float kept from an earlier call

@@ -24,10 +24,9 @@ from types import FunctionType, MethodType, ModuleType
 import torch
 from torch.optim import Optimizer
 
-from tracejit.capture.bind import names_of_globals
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.python.bytecode import contents
+from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.trace.scalars import Path
 
 _LOOKED_AT = 5000  # objects, in search of tensors
@@ -56,6 +55,13 @@ def names_of_inputs(
         taken.add(name)
         names.append(name)
     return tuple(names)
+
+
+def name_of_tensor(
+    function: FunctionType, args: tuple, kwargs: dict, tensor: torch.Tensor
+) -> str | None:
+    """The name of a tensor that a call can reach."""
+    return _Names(function, args, kwargs).tensors.get(id(tensor))
 
 
 def names_of_arguments(function: FunctionType, args: tuple, kwargs: dict) -> dict[Path, str]:
@@ -179,7 +185,7 @@ class _Names:
             add((contents(cell), f"{scope}{name}"))
         namespace = function.__globals__
         scope = "" if namespace is self.root.__globals__ else scope
-        for name in names_of_globals(function):
+        for name in names_in(function.__code__).globals:
             add((namespace.get(name), f"{scope}{name}"))
 
     def _module(self, module: torch.nn.Module, place: str) -> None:

@@ -337,7 +337,7 @@ def _nodes(collect: Collector, name: str) -> Nodes:
         if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
             raise SideEffectError(
                 where=location.full(),
-                reason=f"a tensor of shape {list(h.shape)} from outside the step was modified in "
+                reason=f"{t.described_input(h.tensor)} from outside the step was modified in "
                 "place by an operation that is differentiated, so it would require grad from now "
                 "on",
                 remedy="Modify it under torch.no_grad(), or with a detached value",

@@ -187,7 +187,7 @@ def accumulate(t: Trace, leaf: Handle, total: Value, create_graph: bool) -> None
     """AccumulateGrad: set the leaf's `.grad`, or add to it in place."""
     if leaf in t.foreign:
         raise t.unsupported(
-            f"A tensor of shape {list(leaf.shape)} was computed outside the step and requires grad,"
+            f"{t.described_input(leaf.tensor)} was computed outside the step and requires grad,"
             " so gradients would have to leave the step; compute it inside, pass tensor.detach(), "
             "or call backward outside"
         )

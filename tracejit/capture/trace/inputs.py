@@ -33,7 +33,7 @@ def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
     with torch._C.DisableTorchFunction():
         problem = problem_with(tensor)
         if problem is not None:
-            shapes = f"tensor of shape {list(tensor.shape)}, {tensor.dtype}"
+            shapes = f"{t.described_input(tensor).removesuffix(',')}, {tensor.dtype}"
             remedy = problem[0].upper() + problem[1:] + "."
             raise t.refuse(UnsupportedOperation(**_place(t), shapes=shapes, remedy=remedy))
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())

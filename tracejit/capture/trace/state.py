@@ -77,6 +77,7 @@ class TraceState:
         self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
         self.hyperparameters: object | None = None  # of the optimizers in reach
         self.call: tuple[Callable, tuple, dict] | None = None  # whose rule is running
+        self.name_of: Callable[[torch.Tensor], str | None] = lambda tensor: None  # in user code
         self.refused: TracejitError | None = None  # what eager would not have raised
         # autograd
         self.tape = Tape()
@@ -166,6 +167,13 @@ class TraceState:
         """The error for a use of autograd that eager rejects."""
         return AutogradError(where=location.full(), reason=reason)
 
+    def described_input(self, tensor: torch.Tensor) -> str:
+        """A tensor from outside, by the name that user code has for it, and its shape."""
+        with torch._C.DisableTorchFunction():
+            text = f"a tensor of shape {list(tensor.shape)}"
+            name = self.name_of(tensor)
+        return text if name is None else f"{name}, {text},"
+
     # ---- the values of storages
 
     def stripped(self, storage: Storage) -> Value:
@@ -222,6 +230,7 @@ class TraceState:
     def forget(self) -> None:
         """Drop the tape and what user code attached to it; floats that it kept are plain now."""
         self.tape = Tape()
+        self.name_of = lambda tensor: None  # it holds the arguments of the call
         self.scalars.close()
         for context in self.contexts:
             vars(context).clear()
