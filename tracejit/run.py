@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.commit import commit_lines, leaver, may_repeat
+from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guards import Armed, Guard, Places
 from tracejit.ir.graph import Graph
@@ -76,17 +76,17 @@ def generate(
         before.append(f"bound{i}.check(reals)")
     if names["after"] is not None:
         before.append("after(scalars)")  # once indices are known to be right
-    leaving = leaver(captured)
-    if leaving is not None:
-        names["leaver"] = leaving
-        before.append("leaving = leaver(reals)")
+    reusable = reusable_gradients(captured)
+    if reusable is not None:
+        names["reusable_gradients"] = reusable
+        before.append("reusable = reusable_gradients(reals)")
     code = HostCode()
     scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
     host = code.add(captured.host_nodes, captured.effects.host, scalars)
     params = [
         f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources
     ]
-    run, outputs = program.inlined(params, "()" if leaving is None else "leaving", code)
+    run, outputs = program.inlined(params, "()" if reusable is None else "reusable", code)
     names |= run.names
     commit = commit_lines(
         captured,
