@@ -1,9 +1,12 @@
-"""docs/passes.md: what a pass makes of each example there is what stands below it."""
+"""docs/passes.md: each pass gives what the document shows. docs/design.md: the files it names."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import patch
@@ -240,3 +243,61 @@ def test_files_that_the_documents_name_exist():
     for document in (PASSES_MD, ROOT / "docs" / "design.md"):
         for name in re.findall(r"(?<![*\w/])[\w/]+\.py\b", document.read_text()):
             assert any(f"/{file}".endswith(f"/{name}") for file in files), f"{document}: {name}"
+
+
+CALLS = """
+import json, sys, time, warnings
+import torch, tracejit
+
+warnings.simplefilter("ignore")
+model = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.ReLU(), torch.nn.Linear(30, 5))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+def step(x, y):
+    optimizer.zero_grad()
+    loss = torch.nn.functional.mse_loss(model(x), y)
+    loss.backward()
+    optimizer.step()
+    return loss
+
+def impure(x, y):  # stays in rerun
+    time.time()
+    return step(x, y)
+
+def files(call, watch):
+    found = {}
+    def see(frame, event, arg):
+        found[frame.f_code.co_filename] = None
+    watch(see)
+    call()
+    watch(None)
+    return list(found)
+
+x, y = torch.randn(8, 20), torch.randn(8, 5)
+replayed, rerun = tracejit.compile(step), tracejit.compile(impure)
+found = {"First call": files(lambda: replayed(x, y), sys.settrace)}  # the proof uses the profiler
+for _ in range(5):
+    replayed(x, y), rerun(x, y)
+found["Rerun"] = files(lambda: rerun(x, y), sys.setprofile)
+found["Replay"] = files(lambda: replayed(x, y), sys.setprofile)
+modes = replayed.explain_mode(), rerun.explain_mode()
+assert modes[0].startswith("replay") and modes[1].startswith("rerun"), modes
+print(json.dumps(found))
+"""
+MOST_FILES = {"First call": 40, "Rerun": 15, "Replay": 8}
+
+
+def test_files_that_a_call_passes():
+    """design.md follows a call: each file named there runs in it, and a reader needs no more."""
+    done = subprocess.run([sys.executable, "-c", CALLS], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    design = (ROOT / "docs" / "design.md").read_text().partition("## One call, followed")[2]
+    for call, ran in json.loads(done.stdout).items():
+        text = re.search(rf"\*\*{call}: (.*?)(?:\. The text\n|\n\n\*\*|\n\n`)", design, re.S)
+        said = int(re.search(r"\((?:the )?(\d+) files", text[1])[1])
+        named = set(re.findall(r"`([\w/]+\.py)`", text[1]))
+        below = {
+            str(Path(f).relative_to(ROOT / "tracejit")) for f in ran if f"{ROOT}/tracejit" in f
+        }
+        assert len(named) == said <= MOST_FILES[call], sorted(named)
+        assert named <= below, f"{call} does not pass {sorted(named - below)}"
