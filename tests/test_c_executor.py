@@ -34,12 +34,13 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, contiguous_strides, f64
 from tracejit.runtime import c_compiler, c_kernels
-from tracejit.runtime.c_executor import CExecutor
+from tracejit.runtime.c_executor import CExecutor, LoadedCPlan
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu import tiles
 from tracejit.schedule.cpu.tiles import orient
 from tracejit.schedule.cpu.unpack import unpack
-from tracejit.schedule.memory import layout_of
+from tracejit.schedule.memory import Layout, Place, layout_of
+from tracejit.schedule.plan import Plan
 from tracejit.testing import assert_equal_to_eager
 
 ULPS = 2  # of functions that IEEE does not fix to the bit
@@ -523,10 +524,19 @@ def exact_memory(buffer) -> Memory:
     return Memory(raw, view, 0, raw.nbytes)
 
 
+def apart(loaded: LoadedCPlan, plan: Plan) -> Layout:
+    """Nothing lies in an output: the plan's own arena, and behind it what each kernel works in."""
+    own = layout_of(plan)
+    places, end = dict(own.places), own.arena_bytes
+    for i, (_, nbytes) in enumerate(loaded.plan.working, len(plan.buffers)):
+        places[i] = Place(None, end)
+        end += -(-nbytes // 64) * 64
+    return Layout(places, own.count + len(loaded.plan.working), end)
+
+
 def run_sanitized() -> None:
     """What the process under the sanitizers runs."""
-    # What kernels work in lies apart.
-    plans = PlanChecks(CExecutor(3), exact_memory, lambda loaded, plan: layout_of(plan))
+    plans = PlanChecks(CExecutor(3), exact_memory, apart)
     flags = (*c_compiler.FLAGS, "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     c_compiler.FLAGS = flags
     for text in SANITIZED:

@@ -203,6 +203,14 @@ def test_what_tests_share_is_in_the_support_package(path: Path):
     assert not {name for name in found if name.rpartition(".")[2] in here}
 
 
+def test_the_tracer_only_intercepts():
+    """What a trace records is the Trace's; the mode that hands calls to it stays small."""
+    from tracejit.capture.tracer import Tracer
+
+    with Tracer() as tracer:
+        assert len(vars(tracer)) < 20
+
+
 MOST_LINES = 500
 
 

@@ -276,15 +276,15 @@ def with_config(**values: object) -> Callable[[World], None]:
     return lambda w: vars(w.config).update(values)
 
 
-X_WAS = "input tensor 0 was float32[2, 3], strides [3, 1], on cpu and is "
-W_WAS = "input tensor 1 was float32[3], strides [1], on cpu, a leaf that requires grad and is "
+X_WAS = "x was float32[2, 3], strides [3, 1], on cpu and is "
+W_WAS = "w was float32[3], strides [1], on cpu, a leaf that requires grad and is "
 
 CHANGES: dict[str, tuple[Callable[[World], object], str]] = {
     # arguments
     "nothing": (lambda w: None, ""),
     "another float": (to(args=(0.3,)), ""),
     "a decision": (to(args=(0.75,)), "a decision on a runtime scalar (lt) came out otherwise"),
-    "an int for a float": (to(args=(1,)), "argument 0 was 0.25 and is 1 now"),
+    "an int for a float": (to(args=(1,)), "argument rate was 0.25 and is 1 now"),
     "more arguments": (to(args=(0.25, 1)), "the number of arguments changed"),
     "keywords": (to(kwargs={"a": 1}), "the keyword arguments changed"),
     # tensors

@@ -243,12 +243,12 @@ class CompiledStep:
             if way is None:
                 name = self._programs.name
                 done = finish(trace, name, returned, young, keep_grads=self.keep_grads)
-                trail.close(done.captured, done.call, done.made_of)
         self.stats.add("capture", started)
         call = done.call if way is None else way.call
         armed = None
         try:
             if way is None:
+                trail.close(done.captured, done.call, done.made_of)
                 compiled, what, captured = self._found(done.captured, call, failed)
                 traced = compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)

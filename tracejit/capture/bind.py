@@ -8,16 +8,14 @@ touched and other threads see nothing.
 from __future__ import annotations
 
 import builtins
-import dis
 from dataclasses import dataclass
-from itertools import chain
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 
 import torch
 from torch.overrides import _pop_mode
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
-from tracejit.capture.python.bytecode import codes, contents
+from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
@@ -25,7 +23,6 @@ from tracejit.capture.tracer import Tracer
 from tracejit.errors import SideEffectError
 
 _FUNCTIONS = 200  # looked at before each trace
-_CODES = 10_000  # remembered
 
 
 @dataclass
@@ -65,12 +62,12 @@ def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCa
         return x
 
     called = _called(function)
-    if any(_facts(f.__code__).asks_for_float for f in called):  # where TracedFloat is no float
+    if any(names_in(f.__code__).asks_for_float for f in called):  # where TracedFloat is no float
         return BoundCall(function, tuple(map(plain, args)), kwargs, t.scalars.paths)
     args = tuple(replace(x, ("arg", i)) for i, x in enumerate(args))
     kwargs = {name: replace(x, ("kwarg", name)) for name, x in kwargs.items()}
     code = function.__code__
-    stored = _facts(code).stored
+    stored = names_in(code).stored
     rebound = {id(cell) for f in called for cell in _stored_cells(f)}
     cells = list(function.__closure__ or ())
     changed = False
@@ -81,7 +78,7 @@ def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCa
             changed = True
     namespace = function.__globals__
     floats = [n for n in names_of_globals(function) if type(namespace.get(n)) is float]
-    if floats and not _facts(code).stores_globals:
+    if floats and not names_in(code).stores_globals:
         found = {name: t.scalar(namespace[name], ("global", name)) for name in floats}
         namespace = _Overlay(namespace, found)
     elif not changed and function.__defaults__ is None and not function.__kwdefaults__:
@@ -129,7 +126,7 @@ def _called(function: FunctionType) -> list[FunctionType]:
 
 def _stored_cells(function: FunctionType) -> list[CellType]:
     """The closure's variables that a function rebinds."""
-    stored = _facts(function.__code__).stored
+    stored = names_in(function.__code__).stored
     if not stored:
         return []
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
@@ -138,43 +135,7 @@ def _stored_cells(function: FunctionType) -> list[CellType]:
 
 def names_of_globals(function: FunctionType) -> tuple[str, ...]:
     """The globals that a function's code names."""
-    return _facts(function.__code__).globals
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What the code of a function, and what is nested in it, names."""
-
-    code: CodeType
-    globals: tuple[str, ...]
-    stores_globals: bool
-    stored: frozenset[str]  # globals and cells
-    asks_for_float: bool  # it may ask whether something's class is float itself
-
-
-_known: dict[int, _Facts] = {}  # by identity: a code's hash takes long
-
-
-def _facts(code: CodeType) -> _Facts:
-    found = _known.get(id(code))
-    if found is None:
-        if len(_known) >= _CODES:
-            _known.clear()
-        instructions = [*chain.from_iterable(map(dis.get_instructions, codes(code)))]
-
-        def names(*opcodes: str) -> frozenset[str]:
-            return frozenset(i.argval for i in instructions if i.opname in opcodes)
-
-        stores = names("STORE_GLOBAL", "DELETE_GLOBAL")
-        used = {name for c in codes(code) for name in c.co_names}
-        found = _known[id(code)] = _Facts(
-            code,
-            tuple(sorted(names("LOAD_GLOBAL", "LOAD_NAME"))),
-            bool(stores),
-            stores | names("STORE_DEREF", "DELETE_DEREF"),
-            "float" in used and not used.isdisjoint({"type", "__class__"}),
-        )
-    return found
+    return names_in(function.__code__).globals
 
 
 def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:

@@ -6,7 +6,6 @@ traces (`recall.py`), with what was captured at its end.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 
@@ -35,7 +34,7 @@ from tracejit.capture.follow.events import (
     operand,
 )
 from tracejit.capture.follow.recall import End, Recall
-from tracejit.capture.python.references import ALONE
+from tracejit.capture.python.references import ALONE, count
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import Handle, TracedTensor
@@ -211,7 +210,7 @@ class Recorder(Journal):
         """Keep the proxies that nobody has any more, to hand them out again."""
         objects = self.objects
         for new in created:
-            if sys.getrefcount(objects[new.at]) == ALONE:
+            if count(objects[new.at]) == ALONE:
                 proxy = objects[new.at]
                 # not real now, and nothing on it that the user put there
                 unused = type(proxy) is TracedTensor and not proxy.__dict__

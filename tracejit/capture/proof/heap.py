@@ -40,7 +40,6 @@ from tracejit.capture.proof.kinds import (
     C_FUNCTIONS,
     CLASS_NOISE,
     CONTAINERS,
-    HEAP_TYPE,
     SLOT,
     WRAPPERS,
     is_data,
@@ -53,6 +52,7 @@ from tracejit.capture.proof.kinds import (
 )
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
+from tracejit.capture.python.classes import is_heap_type
 
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
@@ -315,7 +315,7 @@ class Walk(GuardText):
             return
         if isinstance(x, type):
             self._class(x)
-            if x.__flags__ & HEAP_TYPE == 0 and not pure_type(x):
+            if not is_heap_type(x) and not pure_type(x):
                 self.refuse(f"it uses {path}, a type that is not known to be pure")
         elif isinstance(x, (Enum, ModuleType)):
             if isinstance(x, Enum) or not library(x):
@@ -420,7 +420,7 @@ class Walk(GuardText):
     def _class(self, cls: type) -> None:
         """What is named of a class and its bases; of library classes, the functions that ran."""
         for base in cls.__mro__:
-            if base.__flags__ & HEAP_TYPE == 0 or ("class", id(base)) in self._visited:
+            if not is_heap_type(base) or ("class", id(base)) in self._visited:
                 continue
             self._visited.add(("class", id(base)))
             if type(base) is not type:

@@ -18,10 +18,10 @@ from types import (
 )
 
 from tracejit.capture.proof.watch import PURE_BUILTINS
+from tracejit.capture.python.classes import is_heap_type
 from tracejit.capture.trace.table import RULES
 
 CONTAINERS = (list, tuple, dict, set, frozenset, deque, OrderedDict, defaultdict)
-HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement (or like one)
 WRAPPERS = (staticmethod, classmethod, property, functools.partial, functools.cached_property)
 C_FUNCTIONS = (
     *(BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType),
@@ -57,7 +57,7 @@ def library(module: ModuleType) -> bool:
 
 def known_callable(x: object) -> bool:
     """Whether x is a builtin known to be pure, or a torch function that has a rule."""
-    if type(x).__flags__ & HEAP_TYPE and not isinstance(x, type):
+    if is_heap_type(type(x)) and not isinstance(x, type):
         return False  # its __hash__ may be anything
     try:
         return x in PURE_BUILTINS or x in RULES
@@ -87,11 +87,9 @@ def plain_object(x: object) -> bool:
     if type(x) is SimpleNamespace:
         return True
     return (
-        type(x).__flags__ & HEAP_TYPE != 0
+        is_heap_type(type(x))
         and all(
-            base is object
-            or base in CONTAINERS
-            or (base.__flags__ & HEAP_TYPE and not _made_in_c(base))
+            base is object or base in CONTAINERS or (is_heap_type(base) and not _made_in_c(base))
             for base in type(x).__mro__
         )
         and not isinstance(x, MappingProxyType)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import builtins
 import os
-import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,9 @@ import numpy as np
 import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
+from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
+from tracejit.capture.python.classes import is_heap_type
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -99,7 +100,6 @@ _OBJECT_METHODS = frozenset(
         *("__delattr__", "__format__", "__enter__", "__exit__", "__reduce_ex__"),
     }
 )
-_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 _BY_NAME = (getattr, hasattr, setattr, delattr)
 _LIBRARY_ONLY = frozenset(
     {*("id", "vars", "dir", "locals", "globals", "hash"), *("_getframe", "getsizeof", "get_ident")}
@@ -314,25 +314,16 @@ def _pure(function: object, owner: object, by_user: bool) -> bool:
         return True
     if (function.__module__ or type(owner).__module__).startswith("torch"):
         return name not in _IMPURE_TORCH_C
-    return name in _OBJECT_METHODS and type(owner).__flags__ & _HEAP_TYPE != 0
+    return name in _OBJECT_METHODS and is_heap_type(type(owner))
 
 
 @contextmanager
 def watch(on: bool) -> Iterator[Seen | None]:
     """Collect what runs inside the block on this thread (None if `on` is false, or a profiler that
     cannot be called along is active)."""
-    before = sys.getprofile()
-    if not on or not (before is None or callable(before)):
+    if not on or not profiler.is_free():
         yield None
         return
     seen = Seen()
-
-    def both(frame: FrameType, event: str, arg: object) -> None:
-        seen.profile(frame, event, arg)
-        before(frame, event, arg)
-
-    sys.setprofile(seen.profile if before is None else both)
-    try:
+    with profiler.profiled(seen.profile):
         yield seen
-    finally:
-        sys.setprofile(before)

@@ -13,6 +13,7 @@ import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from types import CellType, CodeType, FunctionType, ModuleType
 
 import torch
@@ -20,6 +21,7 @@ import torch
 VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis), range, slice)
 TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+_CODES = 10_000  # whose names are remembered
 _UNSAFE_ATTRIBUTES = frozenset(
     {
         *("__dict__", "__globals__", "__code__", "__closure__", "__defaults__", "__subclasses__"),
@@ -205,3 +207,40 @@ def _chain(
             return
         holder, value = value, getattr(value, key)
         found.reads.append(Read(path, holder, key, value))
+
+
+@dataclass(frozen=True, slots=True)
+class Names:
+    """What the code of a function, and what is nested in it, names."""
+
+    code: CodeType
+    globals: tuple[str, ...]
+    stores_globals: bool
+    stored: frozenset[str]  # globals and cells
+    asks_for_float: bool  # it may ask whether something's class is float itself
+
+
+_names: dict[int, Names] = {}  # by identity: a code's hash takes long
+
+
+def names_in(code: CodeType) -> Names:
+    """The names that a code object and what is nested in it read and store."""
+    found = _names.get(id(code))
+    if found is None:
+        if len(_names) >= _CODES:
+            _names.clear()
+        instructions = [*chain.from_iterable(map(dis.get_instructions, codes(code)))]
+
+        def names(*opcodes: str) -> frozenset[str]:
+            return frozenset(i.argval for i in instructions if i.opname in opcodes)
+
+        stores = names("STORE_GLOBAL", "DELETE_GLOBAL")
+        used = {name for c in codes(code) for name in c.co_names}
+        found = _names[id(code)] = Names(
+            code,
+            tuple(sorted(names("LOAD_GLOBAL", "LOAD_NAME"))),
+            bool(stores),
+            stores | names("STORE_DEREF", "DELETE_DEREF"),
+            "float" in used and not used.isdisjoint({"type", "__class__"}),
+        )
+    return found
