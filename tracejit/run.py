@@ -27,8 +27,8 @@ Function = Callable[[list, list, list, Call], object]
 
 @dataclass
 class Hooks:
-    """Who looks on: `observer(final graph, inputs, outputs)` is called before a plan runs, and what
-    it returns after the commit."""
+    """`observer(final graph, inputs, outputs)` is called before a plan runs. It returns a function,
+    which is called after the commit."""
 
     observer: Callable | None = None
 
@@ -43,8 +43,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Replay:
-    """An armed replay of something compiled: its guard, what a call does that the guard accepts,
-    and what it brings besides its tensors and scalars."""
+    """An armed replay of something compiled: its guard, the run for calls that the guard accepts,
+    and the `Call` with all objects that a replay needs besides tensors and scalars."""
 
     guard: Guard
     guard_text: str
@@ -63,7 +63,8 @@ def generate(
 ) -> Run:
     """The function of a captured step: of traced calls, or of replays where `armed` is given.
 
-    A replay calls again what the trace called as it is, and uses what its guard has seen to.
+    A replay makes the calls again that the trace made untraced (a scheduler's step), and uses
+    the numbers that its guard has read.
     """
     places = None if armed is None else armed.places
     names = host_names() | {

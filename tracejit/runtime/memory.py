@@ -34,8 +34,8 @@ class Memory:
         return _arenas.setdefault(device, Arena(device))
 
     def outputs(self, buffers: Sequence[PlanBuffer]) -> list[OutputMemory]:
-        """Memory for outputs. Plans of one step have much the same ones, such as the gradients of
-        a model: the first of a type here is where the first of that type is in another plan."""
+        """Memory for outputs, shared between plans. Plans of one step have much the same outputs,
+        such as a model's gradients: the n-th output of a type has the same memory in all."""
         found, seen = [], Counter()
         for buffer in buffers:
             kind = buffer.type, buffer.strides

@@ -4,8 +4,8 @@ What a trace does is a function of the calls that reach it: torch functions with
 arithmetic and decisions on runtime scalars, and what they find outside (metadata of tensors, their
 `.grad`, numbers). `Recall` keeps the calls of earlier traces as a tree with a `Captured` step at
 the end of each path. A `Trail` follows it: it compares each call and hands out proxies without data
-or history. At the first call that the tree does not know, it runs the rules for all calls so far,
-with the proxies that the user's Python already holds, and the trace goes on as an ordinary one.
+or history. If the tree does not know a call, the trail runs the rules for all calls so far, around
+the proxies that the user's Python already holds. Then the trace goes on as an ordinary one.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from tracejit.ir.graph import Arg, Node, Value
 
 
 class Trail(Recorder):
-    """The way of one trace along what earlier ones did, and the record of what it does itself."""
+    """One trace on its way through the tree of earlier traces, and the record of its own events."""
 
     def __init__(self, trace: Trace, recall: Recall | None, *, follow: bool):
         useful = recall is not None and recall.begin()
@@ -57,7 +57,7 @@ class Trail(Recorder):
         self.point = root
         self.following = follow and bool(root.events)
         super().__init__(trace, recall, root, recording=useful and not self.following)
-        self.modes = torch._C._len_torch_function_stack()  # that see what is asked of tensors here
+        self.modes = torch._C._len_torch_function_stack()  # how many see torch calls here
         self.scalars: list[float] = []  # the runtime scalars while following
         self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
 
@@ -190,7 +190,7 @@ class Trail(Recorder):
     # ---- from following to running rules
 
     def leave(self) -> None:
-        """Run the rules for all calls so far, so that the tracer knows what it would know."""
+        """Stop following: run the rules for all calls so far, as an ordinary trace would have."""
         if not self.following:
             return
         t = self.t
