@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode, _pop_mode, _push_mode
 import tracejit
 from support.worlds import picture, same
 from tracejit.errors import TracejitError
-from tracejit.runtime.memory import Fresh
+from tracejit.runtime.memory import OutputMemory
 
 CALLS = 8
 
@@ -791,7 +791,7 @@ def test_a_rerun_that_fails_before_its_plan_leaves_everything_as_it_was(monkeypa
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Fresh, "take", full)
+        patch.setattr(OutputMemory, "take", full)
         with pytest.raises(MemoryError):
             compiled()
     assert (opt.param_groups[0]["lr"], opt.state[w]["step"].item()) == (rate, count)

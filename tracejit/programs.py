@@ -90,7 +90,7 @@ def _put(bounded: dict, key: object, value: object) -> None:
 
 
 class Backward:
-    """Runs the backward graph of a returned tensor, which is compiled when it is first needed."""
+    """The backward graph of a returned tensor. It is compiled at the first backward."""
 
     def __init__(self, programs: Programs, graph: Graph, executor: Executor):
         self.programs, self.graph, self.executor = programs, graph, executor

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.commit import commit_lines, leaver, may_repeat
+from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guards import Armed, Guard, Places
 from tracejit.ir.graph import Graph
@@ -27,8 +27,8 @@ Function = Callable[[list, list, list, Call], object]
 
 @dataclass
 class Hooks:
-    """Who looks on: `observer(final graph, inputs, outputs)` is called before a plan runs, and what
-    it returns after the commit."""
+    """`observer(final graph, inputs, outputs)` is called before a plan runs. It returns a function,
+    which is called after the commit."""
 
     observer: Callable | None = None
 
@@ -43,8 +43,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Replay:
-    """An armed replay of something compiled: its guard, what a call does that the guard accepts,
-    and what it brings besides its tensors and scalars."""
+    """An armed replay of something compiled: its guard, the run for calls that the guard accepts,
+    and the `Call` with all objects that a replay needs besides tensors and scalars."""
 
     guard: Guard
     guard_text: str
@@ -63,7 +63,8 @@ def generate(
 ) -> Run:
     """The function of a captured step: of traced calls, or of replays where `armed` is given.
 
-    A replay calls again what the trace called as it is, and uses what its guard has seen to.
+    A replay makes the calls again that the trace made untraced (a scheduler's step), and uses
+    the numbers that its guard has read.
     """
     places = None if armed is None else armed.places
     names = host_names() | {
@@ -76,17 +77,17 @@ def generate(
         before.append(f"bound{i}.check(reals)")
     if names["after"] is not None:
         before.append("after(scalars)")  # once indices are known to be right
-    leaving = leaver(captured)
-    if leaving is not None:
-        names["leaver"] = leaving
-        before.append("leaving = leaver(reals)")
+    reusable = reusable_gradients(captured)
+    if reusable is not None:
+        names["reusable_gradients"] = reusable
+        before.append("reusable = reusable_gradients(reals)")
     code = HostCode()
     scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
     host = code.add(captured.host_nodes, captured.effects.host, scalars)
     params = [
         f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources
     ]
-    run, outputs = program.inlined(params, "()" if leaving is None else "leaving", code)
+    run, outputs = program.inlined(params, "()" if reusable is None else "reusable", code)
     names |= run.names
     commit = commit_lines(
         captured,

@@ -112,8 +112,8 @@ def operations() -> tuple[Operation, ...]:
 
 @dataclass(frozen=True)
 class Refusal:
-    """One place in capture/ that refuses something: in which function of which module, and what
-    the error says, with {…} for what it fills in."""
+    """One place in capture/ that raises a refusal: its module and function, and the error's text,
+    with {…} where values are filled in."""
 
     module: str
     function: str

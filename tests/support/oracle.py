@@ -51,7 +51,7 @@ class OracleProgram:
     def __init__(self, graph: Graph):
         self.graph = graph
 
-    def inlined(self, params: Sequence[str], leaving: str, code: object) -> tuple:
+    def inlined(self, params: Sequence[str], reusable: str, code: object) -> tuple:
         """The line that runs the graph."""
         line = f"outputs = oracle([{', '.join(params)}])"
         results = [f"outputs[{k}]" for k in range(len(self.graph.results))]

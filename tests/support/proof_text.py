@@ -178,9 +178,9 @@ def told(x: object) -> str:
     match x:
         case Known(at):
             return f"#{at}"
-        case Outside(at, look):
-            flags = ", requires grad" * look.requires_grad + ", a view" * (look.memory != at)
-            return f"#{at} outside {dtype_of(look.dtype)}{list(look.shape)}{flags}"
+        case Outside(at, meta):
+            flags = ", requires grad" * meta.requires_grad + ", a view" * (meta.memory != at)
+            return f"#{at} outside {dtype_of(meta.dtype)}{list(meta.shape)}{flags}"
         case New(at, _, geometry):
             return f"#{at} new {geometry[3]}{list(geometry[0])}"
         case Number(value):
@@ -287,6 +287,6 @@ def parameter(x: object) -> str:
     """What differs among the matchers of one form."""
     if isinstance(x, (Known, Outside, New, Number, Same, Many)):
         return told(x)
-    if type(x).__name__ == "Look":
+    if type(x).__name__ == "TensorMeta":
         return f"{dtype_of(x.dtype)}{list(x.shape)}"
     return found_text(x) if type(x) is tuple and x[0] in ("host", "decision", "item") else str(x)

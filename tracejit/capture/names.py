@@ -10,8 +10,8 @@ were before it. Out: one name per parameter of the graph:
     optimizer.param_groups[0].lr, scale            runtime scalars
     input_3                                        where nothing leads to an input
 
-A tensor with several names has the first: arguments come before closure variables, those before
-globals, what is near before what is far, and an optimizer's own names last.
+A tensor with several names gets the first in this order: arguments, closure variables, globals, and
+an optimizer's own names last. Among these, a short way comes before a long one.
 """
 
 from __future__ import annotations

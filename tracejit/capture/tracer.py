@@ -31,7 +31,7 @@ _PASSED_ON = frozenset(
         torch.ops.profiler._record_function_exit._RecordFunction,
     }
 )
-_UNRECORDED = object()  # what stands for the record of what no profiler sees
+_UNRECORDED = object()  # in place of a profiler's record, while no profiler is on
 # these answer by the Python object or change Python's state, and emit nothing
 _OF_PYTHON = frozenset({torch.Tensor.__hash__, torch._C._set_grad_enabled})
 

@@ -111,8 +111,8 @@ class Body(Printer):
 
 
 def is_independent(body: Sequence[Statement], vector_axis: str) -> bool:
-    """Whether the iterations of a loop over an axis surely touch no common memory but to read:
-    what is stored is stored at a different element each time, and loaded at that element only."""
+    """Whether no two iterations of a loop over an axis can conflict in memory: each stores at
+    another element, and loads from a stored buffer only at its own element."""
     stores = {s.buffer: s for s in body if isinstance(s, Store)}
     for s in body:
         if isinstance(s, Store):

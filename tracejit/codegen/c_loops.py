@@ -129,8 +129,8 @@ def limits(vector: Axis, size: int) -> tuple[str, str]:
 def vector_loop(
     body: Body, statements: Sequence[Statement], vector: Axis, size: int, folds: Sequence[Fold]
 ) -> list[Line]:
-    """The innermost loop, over a block of `size`, with accumulators around it that are folded into
-    totals (r…)."""
+    """The innermost loop, over a block of `size`. Its accumulators are set before it, and folded
+    into totals (r…) after it."""
     lanes = lanes_of(folds, body)
     before, after = lanes.before, lanes.after
     first, last = limits(vector, size)

@@ -1,8 +1,8 @@
-"""Kernels without a contraction as C: those with outer axes, and those that are one loop nest each.
+"""Kernels without a contraction as C, with outer axes or as one loop nest.
 
-A kernel with outer axes is one task: for each outer point its stages one after another, over a row
-that stays in the first cache; or, where the outer axis is the contiguous one, over a block of outer
-points at a time.
+A kernel with outer axes is one task. It runs its stages one after another for each outer point,
+over a row that stays in the first cache. If the outer axis is the contiguous one, it does so for a
+block of outer points at a time.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class OverOuter:
         return Task(self.name, chunks, [*before, *loop, *after])
 
     def _row(self) -> list[Line]:
-        """All stages for one outer point, but the one that begins column sums, and the arrays of
-        what they keep for each other."""
+        """The stages for one outer point, without the one that begins column sums; and the arrays
+        of cached rows."""
         stages = list(zip(self.kernel.stages, self.lowered.inner, strict=True))
         if self.lowered.columns is not None:
             stages.pop()

@@ -95,7 +95,7 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
             Line(f"for (int64_t j = columns; j < {width}; j++) strip[{k} * {width} + j] = 0;"),
         ]
         return lines + block(along_k, loop)
-    # B lies along k: small squares are turned, from where it lies if it is there as it is
+    # B lies along k: small squares are transposed, straight from memory if B is a plain load
     lanes, load, lines_of = c.lanes, plain(c.dot.b, c.dot.b_value, c.acc, k), []
     if load is not None:
         source = f"{load.buffer} + {c.body.index(load.index, {n: 'start', k: 'from'})}"

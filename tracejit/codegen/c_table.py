@@ -1,7 +1,7 @@
 """How each element-wise primitive prints in C; `tj_` names are functions of C_PRELUDE.
 
-A template is one text, or one per dtype kind of the operands: unsigned integers and bools without
-one of their own take that of integers, these that of floats. {T} is the result's type, {f} the
+A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
+to the text of integers, and integers to that of floats. {T} is the result's type, {f} the
 suffix of float32 functions. The text is assigned to a variable of the result's C type (int8 to
 int32 operands are promoted meanwhile), in a program of C_FLAGS.
 """

@@ -1,8 +1,8 @@
 """Statements of a Kernel's body as lines of Triton.
 
-`Body` prints loads, computations and stores over the dims of a tile and remembers what it used, so
-that `Body.prelude` defines exactly the indices and masks that are needed. Values keep the names
-that the Kernel gives them (v7); a value printed before is reused, not printed again.
+`Body` prints loads, computations and stores over the dims of a tile. It remembers which indices and
+masks it used: `Body.prelude` defines just these. Values keep the Kernel's names (v7); a value
+printed before is reused, not printed again.
 """
 
 from __future__ import annotations

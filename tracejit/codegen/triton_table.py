@@ -1,7 +1,7 @@
 """How each element-wise primitive prints in Triton; `tj` is tracejit.kernels.device.
 
-A template is one text, or one per dtype kind of the operands: unsigned integers and bools without
-one of their own take that of integers, these that of floats. {T} is the result's type.
+A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
+to the text of integers, and integers to that of floats. {T} is the result's type.
 """
 
 TEMPLATES = {

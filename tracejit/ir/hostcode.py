@@ -13,7 +13,7 @@ from tracejit.ir.ops import Op, host
 def host_names() -> dict[str, object]:
     """What lines of host arithmetic call by name, besides builtins: a fresh namespace.
 
-    `f32` is a cell that rounds what is put into it, in a third of the time of a call of round_f32.
+    `f32` is a ctypes cell: storing a number rounds it, three times as fast as calling round_f32.
     """
     names = {name: getattr(host, name) for name in ("round_f16", "round_bf16")}
     return names | {"f32": ctypes.c_float()}

@@ -1,8 +1,8 @@
 """Kernels → loaded C functions, through the disk cache.
 
 A kernel is compiled once for all plans that have it with these sizes. Kernels that are missing are
-compiled together in a few units, side by side on the machine's cores: an entry of the cache says in
-which unit a kernel is, under which name. That makes it unnecessary to print what is there already.
+compiled together in a few units, side by side on the machine's cores. An entry of the cache says in
+which unit a kernel is, and under which name, so a cached kernel need not be printed to find it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def load_kernels(lowered: Lowered) -> dict[str, LoadedKernel]:
 
 
 def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, LoadedKernel]:
-    """Kernels that are not in the cache, by the keys that they are put there under."""
+    """Compile kernels that are not in the cache, and put them there. In and out: by key."""
     emitted = {key: emit_kernel(kernel, i) for i, (key, kernel) in enumerate(missing.items())}
     batches = _batches({key: _cost(function.text) for key, function in emitted.items()})
     sources = [unit([emitted[key] for key in batch], vector_bytes()) for batch in batches]
@@ -72,7 +72,7 @@ def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, L
 
 def _cost(text: str) -> int:
     """What compiling a kernel takes, in characters of C. A micro-kernel is one straight loop, which
-    takes a fourth of what other code of its length does."""
+    compiles four times as fast as other code of its length."""
     code = _COMMENT.sub("", text)
     return len(code) - sum(map(len, _MICRO.findall(code))) * 3 // 4
 

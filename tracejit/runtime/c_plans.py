@@ -28,7 +28,7 @@ class Lowered:
 
 
 def lowered(plan: Plan, vector_bytes: int) -> Lowered:
-    """What the C executor runs for a plan: from the disk cache where it has that, else made."""
+    """The lowered plan for the C executor, from the disk cache if it is there."""
     cache, key = DiskCache(), _key(plan, vector_bytes)
     body = cache.get("cpu", key)
     found = None if body is None else _parsed(body)

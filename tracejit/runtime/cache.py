@@ -45,8 +45,8 @@ def sha256(text: str) -> str:
 
 
 def digest_of(*folders: str) -> str:
-    """Hex digest of the sources in some folders of this package: part of the key of what they made,
-    so that nothing made by other sources is ever used."""
+    """Hex digest of the sources in some folders of this package. It is part of an entry's key, so
+    an entry made by other sources is never used."""
     return sha256(" ".join(map(_digest_of, folders)))
 
 

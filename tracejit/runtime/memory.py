@@ -25,7 +25,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._arenas: dict[str, Arena] = {}
-        self._outputs: dict[tuple, Fresh] = {}
+        self._outputs: dict[tuple, OutputMemory] = {}
 
     def arena(self, device: str) -> Arena:
         """What plans on a device work in."""
@@ -33,16 +33,16 @@ class Memory:
             return self._arenas.setdefault(device, Arena(device))
         return _arenas.setdefault(device, Arena(device))
 
-    def outputs(self, buffers: Sequence[PlanBuffer]) -> list[Fresh]:
-        """Memory for outputs. Plans of one step have much the same ones, such as the gradients of
-        a model: the first of a type here is where the first of that type is in another plan."""
+    def outputs(self, buffers: Sequence[PlanBuffer]) -> list[OutputMemory]:
+        """Memory for outputs, shared between plans. Plans of one step have much the same outputs,
+        such as a model's gradients: the n-th output of a type has the same memory in all."""
         found, seen = [], Counter()
         for buffer in buffers:
             kind = buffer.type, buffer.strides
             key = *kind, seen[kind]
             seen[kind] += 1
             if key not in self._outputs:
-                self._outputs[key] = Fresh(buffer)
+                self._outputs[key] = OutputMemory(buffer)
             found.append(self._outputs[key])
         return found
 
@@ -72,7 +72,7 @@ class Arena:
 _arenas: WeakValueDictionary[str, Arena] = WeakValueDictionary()  # as long as there are programs
 
 
-class Fresh:
+class OutputMemory:
     """Memory for one output, which the caller keeps: reused when nobody holds it any more."""
 
     KEPT = 2  # a gradient of the last step is held while the next one is written
@@ -87,19 +87,19 @@ class Fresh:
         self.kept: list[_Kept] = []
         self.used = False  # memory was taken before
 
-    def take(self, leaving: Collection[int]) -> tuple[torch.Tensor, int]:
+    def take(self, reusable: Collection[int]) -> tuple[torch.Tensor, int]:
         """A tensor that shares memory with no other that the caller could hold, and its address.
 
-        leaving: storages that each have one holder outside, which lets go once the plan has run
-            and until then is not read: an output may be written there.
-        At first the memory is the caller's alone: many plans run just once, such as the one that
+        reusable: storages where an output may be written. Each has one holder outside, which is
+            not read while the plan runs and lets go of it afterwards.
+        The first memory is not kept here, because many plans run just once, such as the one that
         makes an optimizer's state.
         """
         for kept in self.kept:
             held = _users(kept.number) + getrefcount(kept.storage) - kept.alone
             if held <= 0:
                 return kept.memory.data, kept.address
-            if held == 1 and kept.number in leaving:
+            if held == 1 and kept.number in reusable:
                 self.kept = [kept]  # one is enough from now on
                 return kept.memory.data, kept.address
         memory = torch.empty_strided(self.shape, self.strides, **self.options)

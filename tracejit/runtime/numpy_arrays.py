@@ -1,7 +1,7 @@
 """What the numpy executor does with arrays: blocks, positions and masks, narrow floats, reductions.
 
-Positions and masks are index arrays over a stage's axes; those that values do not decide are made
-once, where they are small.
+Positions and masks are index arrays over a stage's axes. Small ones that depend on no value are
+made once and kept.
 """
 
 from __future__ import annotations

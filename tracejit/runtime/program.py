@@ -51,12 +51,12 @@ class Program:
         self.expect = getattr(self.loaded, "expect", lambda: None)
 
     def inlined(
-        self, params: Sequence[str], leaving: str, code: HostCode
+        self, params: Sequence[str], reusable: str, code: HostCode
     ) -> tuple[Inlined, list[str]]:
         """A run as lines of Python, and the expressions of the graph's results, for many runs.
 
         params:   per graph param an expression: of an address where it is a tensor, or of a float.
-        leaving:  an expression of the storages where an output may be written (see `Fresh.take`).
+        reusable: an expression of the storages where an output may be written (see memory.py).
         code:     the host arithmetic goes there; its lines come before the run's.
         """
         table = [("0", 0)] * self._count + [("arena", 0)]
@@ -70,7 +70,7 @@ class Program:
         scalars = code.add(self.plan.host, self.plan.scalars, given)
         run = inlined(self.loaded, table[:-1], scalars)
         gather = [
-            f"fresh{k}, place{k} = output{k}.take({leaving})" for k in range(len(self._outputs))
+            f"fresh{k}, place{k} = output{k}.take({reusable})" for k in range(len(self._outputs))
         ]
         names = {f"output{k}": output for k, output in enumerate(self._outputs)}
         if self._arena_bytes:

@@ -70,8 +70,8 @@ def _outer_buffers(graph: Graph) -> list[PlanBuffer]:
 
 
 def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
-    """Give every realized value a buffer; those without one get a store, in a buffer of the arena
-    that is their own or that of a value which ends there."""
+    """Give every realized value a buffer. A value without one gets a store: in a new buffer of the
+    arena, or in that of a value which ends in the same kernel (`donate.py`)."""
     position = {group.id: i for i, group in enumerate(fusion.groups)}
     origins = {id: fuser.analysis.origins[id].main for id in fusion.realized}
     often = Counter(origin.id for origin in origins.values())

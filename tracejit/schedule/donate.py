@@ -1,8 +1,8 @@
 """Memory handed on: a kernel that reads a value for the last time may write its own in that place.
 
-In: the groups, and which values lie where. Out: for a value that needs memory of the arena, another
-one that lies there already and ends in the kernel that makes the new one: each of its elements is
-read where the new one's is stored, so that a kernel can do both at once. The gradient of an
+In: the groups, and which values lie where. Out: for a value that needs memory of the arena, a value
+whose memory it can take. That one lies in the arena and is last read by the kernel that makes the
+new one, each element just where the new one's element is stored. The gradient of an
 activation then takes no more memory than the activation.
 """
 
@@ -39,7 +39,8 @@ class Donors:
         return None
 
     def _ends(self, origin: Value, value: Value, store: Task) -> bool:
-        """Whether a value is read where `store` stores only, and else by groups before it."""
+        """Whether `store` may overwrite a value: its own group reads each element only where it
+        stores, and all other readers run before."""
         if not value.type == origin.type == store.value.type:
             return False
         for task, demand in self.groups.consumers.get(origin.id, ()):

@@ -332,8 +332,8 @@ def _rank(group: Group) -> int:
 
 
 def _is_total(group: Group) -> bool:
-    """Whether a group reduces its whole domain: then by many programs, the last of which ends it,
-    or if it is small by a single one, which may go over it again with the result."""
+    """Whether a group reduces its whole domain. Many programs do that, and the last one folds their
+    results. A small domain has one program, which may go over it again with the result."""
     return group.inner is not None and group.outer_numel == 1
 
 

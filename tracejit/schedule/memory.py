@@ -2,7 +2,7 @@
 
 In: for each piece of memory its size and the first and last launch that touch it, and rooms that
 stand empty for some time. Out: places such that pieces alive at one time do not overlap, and the
-size of the arena, which holds what no room can.
+size of the arena, which holds the pieces that fit no room.
 """
 
 from __future__ import annotations
@@ -69,8 +69,10 @@ def plan_arena(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
 
 
 def plan_memory(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> tuple[list[Place], int]:
-    """Places in rooms and an arena, and the arena's size: the best of some attempts, in each of
-    which those come first that made the arena large before."""
+    """Places in rooms and an arena, and the arena's size: the best of some attempts.
+
+    Each attempt places those pieces first that reached the end of the arena in the attempt before.
+    """
     least = _least(lifetimes, rooms)
     order = sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i))
     found = best = _fitted(lifetimes, rooms, order)
@@ -90,8 +92,8 @@ def plan_memory(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> tuple[l
 
 
 def _least(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> int:
-    """A size that an arena cannot be smaller than: of what no room can hold, and of what is alive
-    at one time beyond what the rooms hold."""
+    """A lower bound of the arena's size: the largest piece that fits no room; or at some time, what
+    is alive then less what the rooms that are empty then can hold."""
     alone = [
         _padded(x.nbytes)
         for x in lifetimes

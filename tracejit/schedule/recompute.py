@@ -1,9 +1,10 @@
 """Recomputing instead of storing: what kernels need not keep in memory for each other.
 
-In: groups after merging. A value that its group would store for others alone is computed by these
-once more, where all of them together read and write fewer bytes so: the weight's gradient of a
-layer norm reads the rows and two numbers for each, which costs what reading one product of them
-costs, and nothing is stored for it. Out: the same groups, with copies of such tasks.
+In: groups after merging. Some values would be stored only because other groups read them. If all
+kernels together then move fewer bytes, the readers compute such a value again instead. An example
+is the weight's gradient of a layer norm: it reads the rows and two numbers for each, which costs
+as much as reading one stored product, and nothing is stored for it. Out: the same groups, with
+copies of such tasks.
 """
 
 from __future__ import annotations
@@ -71,8 +72,10 @@ def _candidates(
 
 
 def _collect(task: Task, candidate: _Candidate, groups: Groups, analysis: Analysis) -> int:
-    """Add a task to what a candidate copies, and those of its group that it needs; the operations
-    that this takes for each element, more than the limit where it cannot be done."""
+    """Add a task, and the tasks of its group that it needs, to what a candidate copies.
+
+    Returns the operations per element; more than CHEAP_LIMIT if the task cannot be copied.
+    """
     if task.value.id in candidate.chain:
         return 0
     if task.node.op.family not in ("elementwise", "alias") or len(candidate.chain) > CHEAP_LIMIT:
@@ -120,7 +123,7 @@ def _chosen(
 
 
 def _gain(found: list[_Candidate], group: Group, groups: Groups, stored: set[int]) -> int:
-    """The bytes that are read and written less if all these values are recomputed."""
+    """How many bytes fewer are moved if all these values are recomputed."""
     gone = {c.task.value.id for c in found}
     saved = sum(c.nbytes * (1 + len(c.groups)) for c in found)
     read: dict[int, dict[int, Demand]] = {}
@@ -153,7 +156,8 @@ def _is_read(id: int, reader: Group, producer: Group, groups: Groups) -> bool:
 
 
 def _stored(demands: Iterable[Demand]) -> int:
-    """The bytes of what is stored for demands of one origin."""
+    """The bytes stored for all demands of one origin: its own, or those of a smaller value that
+    all of them can read in its stead."""
     demands = list(demands)
     whole = demands[0].origin.type.nbytes
     tops: dict[int, Value] = {d.top.id: d.top for d in demands}

@@ -42,9 +42,10 @@ class Origin:
 class Demand:
     """A task reads `origin` at `indices` over the task's own axes, where `mask` holds.
 
-    `top` is the value nearest to the reader that could be stored in the origin's stead.
-    `aligned` is False for operands of a contraction, which are read at other points too, and for
-    what a gather reads at points that only the values of its index tell (`indices` is then empty).
+    `top` is a value computed from the origin, as near to the reader as possible, that could be
+    stored instead of the origin.
+    `aligned` is False for a contraction's operands, which are read at other points too. It is also
+    False for what a gather reads: only its index's values tell where (`indices` is then empty).
     """
 
     origin: Value

@@ -65,8 +65,8 @@ class Structure:
         return Given(len(self.given) - 1)
 
     def returned(self, box: list[object]) -> Tree:
-        """The structure of the one item of `box`, which is emptied: what nobody else holds then is
-        the call's own, and made anew."""
+        """The structure of the one item of `box`, which is emptied. A list or dict that nobody else
+        holds then belongs to the call: each call makes a new one."""
         x = box.pop()
         return self.tree(x, IN_VARIABLE)
 

@@ -38,10 +38,12 @@ _NO_NODE = "the step keeps no graph for it. Call backward inside the step"
 # ---- gradients that the commit replaces
 
 
-def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
-    """A function of the outside tensors: the storages of the gradients that the commit replaces and
-    that nobody else can see, so that the plan may write new ones there, as eager does when a step
-    drops its gradients first. None if there are none.
+def reusable_gradients(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] | None:
+    """A function that finds, among the outside tensors, gradients whose memory the plan may reuse.
+
+    The commit replaces these gradients, and nobody else holds them. So the plan may write the new
+    ones there, as eager does when a step drops its gradients first. The function returns their
+    storages. None if the commit replaces no large gradient.
     """
     effects = captured.effects
     owners = [
@@ -55,10 +57,10 @@ def leaver(captured: Captured) -> Callable[[Sequence[torch.Tensor]], list[int]] 
     # the list of outside tensors holds those that were lifted
     wanted = [(index, int(looked_at.get(index, -1) >= 0)) for index in owners]
 
-    def leaving(reals: Sequence[torch.Tensor]) -> list[int]:
+    def reusable(reals: Sequence[torch.Tensor]) -> list[int]:
         return [storage for i, more in wanted if (storage := _sole(reals[i], more))]
 
-    return leaving
+    return reusable
 
 
 def _only_looked_at(captured: Captured) -> dict[int, int]:

@@ -84,8 +84,8 @@ class Hyperparameters:
     # ---- runtime scalars in place of floats, and back
 
     def start(self, found: list[object]) -> None:
-        """Make runtime scalars of the floats of optimizers before the step runs. `found` is what
-        the step can reach, which is put back if the trace fails."""
+        """Make runtime scalars of the floats of optimizers before the step runs. `found`
+        has the objects that the step can reach; they are put back if the trace fails."""
         self._memory = remember(found)
         for x in found:
             if isinstance(x, Optimizer):

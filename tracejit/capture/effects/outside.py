@@ -1,9 +1,9 @@
 """Backward called outside: returned tensors that require grad carry our backward program.
 
-`nodes` runs after a trace. For each returned tensor whose history a backward could still go
-through it emits the gradients from the tape and cuts them off as a Graph of their own, whose inputs
-are the cotangent and what the forward has to save: outside tensors, outputs, and further results
-that the forward graph gets for this purpose. `attach` makes the autograd node of one call.
+`nodes` runs after a trace, for each returned tensor whose history a backward may still go through.
+It emits the gradients from the tape and cuts them off as a Graph of their own. Its inputs are the
+cotangent and the residuals: outside tensors, outputs, and further results that the forward graph
+gets for this purpose. `attach` makes the autograd node of one call.
 
 The tape is cut at returned tensors: a node's inputs are the leaves and the returned tensors that it
 depends on, so hooks on them, `retain_grad` and `torch.autograd.grad` work as in eager. A custom

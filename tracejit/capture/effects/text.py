@@ -1,6 +1,6 @@
 """Reads the text form of Effects: parse_effects(str(effects)) == effects, graphs in canonical form.
 
-Raises InvalidGraph, with the line, for what is no such text.
+Raises InvalidGraph, which names the line, for any other text.
 """
 
 from __future__ import annotations

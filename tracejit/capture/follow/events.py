@@ -1,8 +1,8 @@
-"""What happens in a trace, told without its tensors: one trace can be compared with another.
+"""The events of a trace, recorded without its tensors, so that traces can be compared.
 
 Every event that reaches a tracer from outside is one of these: a torch call with its arguments and
 what its rule found outside, a runtime scalar that came in, arithmetic and decisions on such.
-Tensors are told by their position among all tensor objects that the user's Python passed or got.
+A tensor is recorded as its position among all tensor objects that the user's Python passed or got.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Match = Callable[..., object]  # see matchers.py
 UNKNOWN = object()  # the answer to a call that no earlier trace made here
 
 
-class Untold(Exception):
+class Incomparable(Exception):
     """A call with an argument or result that cannot be compared with another's."""
 
 
@@ -41,7 +41,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class TensorMeta:
     """All that a trace can see of a tensor from outside, besides its `.grad` and values."""
 
     type: type
@@ -57,12 +57,12 @@ class Look:
     memory: int  # the position of the first tensor of its storage
 
     @classmethod
-    def of(cls, x: torch.Tensor, at: int, memory: dict[int, int]) -> Look:
+    def of(cls, x: torch.Tensor, at: int, memory: dict[int, int]) -> TensorMeta:
         """How the tensor at a position looks. `memory` has the first position of each storage, and
-        grows here. Raises Untold for tensors that have no strides."""
+        grows here. Raises Incomparable for tensors that have no strides."""
         strided = x.layout is torch.strided and not x.is_quantized
         if not strided or torch._C._functorch.is_functorch_wrapped_tensor(x):
-            raise Untold
+            raise Incomparable
         geometry = x.shape, x.stride(), x.storage_offset(), x.dtype, x.device
         requires_grad = x.requires_grad
         autograd = requires_grad, x.is_leaf, requires_grad and _hooked(x)
@@ -98,7 +98,7 @@ class Outside:
     """A tensor from outside that is met for the first time."""
 
     at: int
-    look: Look
+    meta: TensorMeta
 
 
 @dataclass(eq=False, slots=True)
@@ -228,12 +228,12 @@ class Call(Event):
         return self.func, self.args, self.names, self.grad_on, self.dtype, found
 
 
-def news(told: object) -> Iterator[New]:
+def news(recorded: object) -> Iterator[New]:
     """The new proxies of a result."""
-    if type(told) is New:
-        yield told
-    elif type(told) is Many:
-        for item in told.items:
+    if type(recorded) is New:
+        yield recorded
+    elif type(recorded) is Many:
+        for item in recorded.items:
             yield from news(item)
 
 

@@ -102,7 +102,7 @@ def _followed(
     end, hyper = fit.end, t.hyperparameters
     trail.recall.kept += 1
     t.forget()
-    trail.lay_aside(end.news)
+    trail.keep_spares(end.news)
     objects = trail.objects
     escaped = [objects[at] for at, _ in end.escaped]
     call = Call(

@@ -74,19 +74,19 @@ class _Lines:
             given += f" or default_dtype() is not {self._value(call.dtype)}"
         self._unless(given)
         self.lines.append("objects = trail.objects")
-        for i, told in enumerate(call.args):
+        for i, recorded in enumerate(call.args):
             x = f"args[{i}]"
             if i >= count:
                 x = f"kwargs.get({self._value(call.names[i - count])}, UNKNOWN)"
-            if not isinstance(told, Known):  # which is looked at once
+            if not isinstance(recorded, Known):  # which is looked at once
                 self.lines.append(f"x = {x}")
                 x = "x"
-            self._compare(told, x)
+            self._compare(recorded, x)
         for kind, *what in call.found:
             if kind == "grad":
-                owner, told = what
+                owner, recorded = what
                 self.lines.append(f"x = objects[{self._value(owner)}].grad")
-                self._compare(Same(None) if told is None else told, "x")
+                self._compare(Same(None) if recorded is None else recorded, "x")
             else:
                 if not self.met:
                     self._begin(None)
@@ -110,36 +110,36 @@ class _Lines:
         back = "trail.back(first, scalars)" if self.met else "UNKNOWN"
         self.lines.append(f"if {condition}: return {back}")
 
-    def _compare(self, told: object, x: str) -> None:
-        kind = type(told)
+    def _compare(self, recorded: object, x: str) -> None:
+        kind = type(recorded)
         if kind is Known:
-            self._unless(f"{x} is not objects[{self._value(told.at)}]")
-        elif kind is Same and (told.x is None or type(told.x) is bool):
-            self._unless(f"{x} is not {told.x}")
+            self._unless(f"{x} is not objects[{self._value(recorded.at)}]")
+        elif kind is Same and (recorded.x is None or type(recorded.x) is bool):
+            self._unless(f"{x} is not {recorded.x}")
         elif kind is Same:
-            c = self._value(told.x)
+            c = self._value(recorded.x)
             self._unless(f"{x} is not {c} and not same({c}, {x})")
         elif kind is Outside:
             if not self.met:
-                self._begin(told.at)
-            self._unless(f"not trail.meet({x}, {self._value(told.look)})")
+                self._begin(recorded.at)
+            self._unless(f"not trail.meet({x}, {self._value(recorded.meta)})")
         else:
             if not self.met:
                 self._begin(None)
-            self._unless(f"not trail.matches({self._value(told)}, {x})")
+            self._unless(f"not trail.matches({self._value(recorded)}, {x})")
 
-    def _answer(self, told: object) -> str:
-        kind = type(told)
+    def _answer(self, recorded: object) -> str:
+        kind = type(recorded)
         if kind is Known:
-            return f"objects[{self._value(told.at)}]"
+            return f"objects[{self._value(recorded.at)}]"
         if kind is Same:
-            plain = told.x is None or type(told.x) is bool
-            return repr(told.x) if plain else self._value(told.x)
+            plain = recorded.x is None or type(recorded.x) is bool
+            return repr(recorded.x) if plain else self._value(recorded.x)
         if kind is Number:
-            v = self._value(told.value)
+            v = self._value(recorded.value)
             return f"TracedFloat.make(trail.t.scalars.numbers[{v}], trail.t.scalars, {v})"
         if kind is New:
-            new, at = self._value(told), self._value(told.at)
+            new, at = self._value(recorded), self._value(recorded.at)
             self.lines += [
                 f"proxy = {new}.spare",
                 "if proxy is None:",
@@ -150,7 +150,7 @@ class _Lines:
                 f"trail.ids[id(proxy)] = {at}",
             ]
             return "proxy"
-        return f"trail.give({self._value(told)})"
+        return f"trail.give({self._value(recorded)})"
 
 
 @functools.lru_cache(1024)

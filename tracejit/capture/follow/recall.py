@@ -13,13 +13,13 @@ from tracejit.ir.graph import Node, Value
 
 _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
-_PATIENCE = 32  # more traces that left the tree than stayed on it: it is not followed any more
-_PAUSE = 256  # traces after which that is tried again
+_PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
+_PAUSE = 256  # traces until following is tried again
 
 
 @dataclass(eq=False, slots=True)
 class End:
-    """The end of a path: what was captured, and what of it stands where on the path."""
+    """The end of a path: what was captured, and at which positions of the path its tensors are."""
 
     captured: Captured
     reals: tuple[int, ...]  # the captured step's outside tensors, by position

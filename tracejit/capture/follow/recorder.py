@@ -1,4 +1,4 @@
-"""The record of one trace: its events, told without its tensors.
+"""The record of one trace: its events, without its tensors.
 
 In: what the tracer and the trace tell their journal. Out, at `close`: a new path of the tree of
 traces (`recall.py`), with what was captured at its end.
@@ -20,8 +20,8 @@ from tracejit.capture.follow.events import (
     Call,
     Decision,
     Event,
+    Incomparable,
     Known,
-    Look,
     Many,
     New,
     Number,
@@ -29,7 +29,7 @@ from tracejit.capture.follow.events import (
     Point,
     Same,
     ScalarCame,
-    Untold,
+    TensorMeta,
     items_of,
     operand,
 )
@@ -70,12 +70,12 @@ class Recorder(Journal):
         if not self.recording or self._call is not None:
             return None
         try:
-            told = tuple([self._tell(x) for x in (*args, *kwargs.values())])
-        except Untold:
+            arguments = tuple([self._encode(x) for x in (*args, *kwargs.values())])
+        except Incomparable:
             self.recording = False
             return None
         grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-        self._call = Call(func, told, tuple(kwargs), grad_on, dtype, self.t.b.line)
+        self._call = Call(func, arguments, tuple(kwargs), grad_on, dtype, self.t.b.line)
         self._bounds = len(self.t.bounds)
         return self._call
 
@@ -85,24 +85,24 @@ class Recorder(Journal):
         call.errors = [bound.error for bound in self.t.bounds[self._bounds :]]
         if self.recording:
             try:
-                call.result = self._tell_result(result)
-            except Untold:
+                call.result = self._encode_result(result)
+            except Incomparable:
                 self.recording = False
             self.events.append(call)
 
-    def _tell(self, x: object) -> object:
+    def _encode(self, x: object) -> object:
         if isinstance(x, torch.Tensor):
             at = self.ids.get(id(x))
             if at is not None:
                 return Known(at)
             if type(x) not in _REAL:
-                raise Untold
+                raise Incomparable
             with torch._C.DisableTorchFunction():
-                look = Look.of(x, len(self.objects), self._memory)
-            return Outside(self._note(x), look)
-        return self._tell_plain(x, self._tell)
+                meta = TensorMeta.of(x, len(self.objects), self._memory)
+            return Outside(self._note(x), meta)
+        return self._encode_plain(x, self._encode)
 
-    def _tell_result(self, x: object) -> object:
+    def _encode_result(self, x: object) -> object:
         if type(x) is TracedTensor and id(x) not in self.ids:
             number = next(
                 i for i in range(len(self.t.proxies) - 1, -1, -1) if self.t.proxies[i] is x
@@ -110,22 +110,22 @@ class Recorder(Journal):
             return New(self._note(x), number, x.handle.geometry)
         if isinstance(x, torch.Tensor):
             if id(x) not in self.ids:
-                raise Untold
+                raise Incomparable
             return Known(self.ids[id(x)])
         if type(x) is TUPLE_ITERATOR:
-            return Many(type(x), tuple([self._tell_result(item) for item in items_of(x)]))
-        return self._tell_plain(x, self._tell_result)
+            return Many(type(x), tuple([self._encode_result(item) for item in items_of(x)]))
+        return self._encode_plain(x, self._encode_result)
 
-    def _tell_plain(self, x: object, tell: Callable) -> object:
+    def _encode_plain(self, x: object, encode: Callable) -> object:
         if type(x) is TracedFloat:
             if x.scalars is not self.t.scalars:
-                raise Untold
+                raise Incomparable
             return Number(x.value)
         if type(x) in CONSTANTS:
             return Same(x)
         if type(x) in (list, slice) or isinstance(x, tuple):
-            return Many(type(x), tuple([tell(item) for item in items_of(x)]))
-        raise Untold
+            return Many(type(x), tuple([encode(item) for item in items_of(x)]))
+        raise Incomparable
 
     def found_grad(self, owner: torch.Tensor, grad: torch.Tensor | None) -> None:
         """A rule has read the `.grad` that a tensor from outside had before the step."""
@@ -133,9 +133,9 @@ class Recorder(Journal):
             return
         try:
             self._call.found.append(
-                ("grad", self.ids[id(owner)], None if grad is None else self._tell(grad))
+                ("grad", self.ids[id(owner)], None if grad is None else self._encode(grad))
             )
-        except (KeyError, Untold):
+        except (KeyError, Incomparable):
             self.recording = False
 
     def found_scalar(self, path: Path, value: Value) -> None:
@@ -143,7 +143,7 @@ class Recorder(Journal):
         if not self.recording or self._over:
             return
         if self._call is None:
-            self.events.append(ScalarCame(told(path), value))
+            self.events.append(ScalarCame(without_holder(path), value))
         elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
             self._call.found.append(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
         else:
@@ -206,10 +206,10 @@ class Recorder(Journal):
         """Those that user code has got so far."""
         return [x for x in self.objects if type(x) is TracedTensor]
 
-    def lay_aside(self, told: Iterable[New]) -> None:
+    def keep_spares(self, created: Iterable[New]) -> None:
         """Keep the proxies that nobody has any more, to hand them out again."""
         objects = self.objects
-        for new in told:
+        for new in created:
             if count(objects[new.at]) == ALONE:
                 proxy = objects[new.at]
                 # not real now, and nothing on it that the user put there
@@ -234,8 +234,8 @@ class Recorder(Journal):
         return at
 
 
-def told(path: Path) -> Path:
+def without_holder(path: Path) -> Path:
     """Where a runtime scalar comes from, without the dict that holds it: another one will do."""
     if path[0] == "after":
-        return (*path[:2], told(path[2]))
+        return (*path[:2], without_holder(path[2]))
     return (path[0], *path[2:]) if path[0] == "entry" else path

@@ -4,8 +4,8 @@ What a trace does is a function of the calls that reach it: torch functions with
 arithmetic and decisions on runtime scalars, and what they find outside (metadata of tensors, their
 `.grad`, numbers). `Recall` keeps the calls of earlier traces as a tree with a `Captured` step at
 the end of each path. A `Trail` follows it: it compares each call and hands out proxies without data
-or history. At the first call that the tree does not know, it runs the rules for all calls so far,
-with the proxies that the user's Python already holds, and the trace goes on as an ordinary one.
+or history. If the tree does not know a call, the trail runs the rules for all calls so far, around
+the proxies that the user's Python already holds. Then the trace goes on as an ordinary one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tracejit.capture.follow.events import (
     Decision,
     Event,
     Known,
-    Look,
     Many,
     New,
     Number,
@@ -32,13 +31,14 @@ from tracejit.capture.follow.events import (
     Point,
     Same,
     ScalarCame,
+    TensorMeta,
     container,
     items_of,
     news,
     same,
 )
 from tracejit.capture.follow.recall import Recall
-from tracejit.capture.follow.recorder import Recorder, told
+from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
@@ -49,7 +49,7 @@ from tracejit.ir.graph import Arg, Node, Value
 
 
 class Trail(Recorder):
-    """The way of one trace along what earlier ones did, and the record of what it does itself."""
+    """One trace on its way through the tree of earlier traces, and the record of its own events."""
 
     def __init__(self, trace: Trace, recall: Recall | None, *, follow: bool):
         useful = recall is not None and recall.begin()
@@ -57,34 +57,38 @@ class Trail(Recorder):
         self.point = root
         self.following = follow and bool(root.events)
         super().__init__(trace, recall, root, recording=useful and not self.following)
-        self.modes = torch._C._len_torch_function_stack()  # that see what is asked of tensors here
+        self.modes = torch._C._len_torch_function_stack()  # how many see torch calls here
         self.scalars: list[float] = []  # the runtime scalars while following
         self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
 
     # ---- following
 
-    def matches(self, told: object, x: object) -> bool:
+    def matches(self, recorded: object, x: object) -> bool:
         """Whether an argument is what it was; takes note of it."""
-        kind = told.__class__
+        kind = recorded.__class__
         if kind is Known:
-            return self.objects[told.at] is x
+            return self.objects[recorded.at] is x
         if kind is Same:
-            return told.x is x or same(told.x, x)
+            return recorded.x is x or same(recorded.x, x)
         if kind is Many:
-            if type(x) is not told.kind:
+            if type(x) is not recorded.kind:
                 return False
             items = items_of(x)
-            return len(items) == len(told.items) and all(map(self.matches, told.items, items))
+            return len(items) == len(recorded.items) and all(
+                map(self.matches, recorded.items, items)
+            )
         if kind is Number:
-            return type(x) is TracedFloat and x.scalars is self.t.scalars and x.value == told.value
-        return kind is Outside and self.meet(x, told.look)
+            return (
+                type(x) is TracedFloat and x.scalars is self.t.scalars and x.value == recorded.value
+            )
+        return kind is Outside and self.meet(x, recorded.meta)
 
-    def meet(self, x: torch.Tensor, look: Look) -> bool:
+    def meet(self, x: torch.Tensor, meta: TensorMeta) -> bool:
         """Take note of a tensor from outside if it is a new one that looks so."""
         at = len(self.objects)
-        if id(x) in self.ids or not look.fits(x):
+        if id(x) in self.ids or not meta.fits(x):
             return False
-        if self._memory.setdefault(x.untyped_storage()._cdata, at) != look.memory:
+        if self._memory.setdefault(x.untyped_storage()._cdata, at) != meta.memory:
             self._memory = {s: i for s, i in self._memory.items() if i < at}
             return False
         self.ids[id(x)] = at
@@ -124,28 +128,30 @@ class Trail(Recorder):
     def _holds(self, p: Predicate) -> bool:
         return RELATIONS[p.relation](self._number(p.left), self._number(p.right)) is p.outcome
 
-    def give(self, told: object) -> object:
+    def give(self, recorded: object) -> object:
         """What a call returns."""
-        kind = told.__class__
+        kind = recorded.__class__
         if kind is New:
-            proxy, told.spare = told.spare, None
+            proxy, recorded.spare = recorded.spare, None
             if proxy is None:
-                proxy = TracedTensor.blank(told.geometry)
+                proxy = TracedTensor.blank(recorded.geometry)
             self._note(proxy)
             return proxy
         if kind is Known:
-            return self.objects[told.at]
+            return self.objects[recorded.at]
         if kind is Same:
-            return told.x
+            return recorded.x
         if kind is Number:
-            return TracedFloat.make(self.t.scalars.numbers[told.value], self.t.scalars, told.value)
-        return container(told.kind, [self.give(x) for x in told.items])
+            return TracedFloat.make(
+                self.t.scalars.numbers[recorded.value], self.t.scalars, recorded.value
+            )
+        return container(recorded.kind, [self.give(x) for x in recorded.items])
 
     def scalar(self, path: Path, number: float) -> Value | None:
         """The value of a runtime scalar that comes in; None where rules are run."""
         if not self.following:
             return None
-        place = told(path)
+        place = without_holder(path)
         for event in self.point.events:
             if type(event) is ScalarCame and event.path == place:
                 self._go(event)
@@ -184,7 +190,7 @@ class Trail(Recorder):
     # ---- from following to running rules
 
     def leave(self) -> None:
-        """Run the rules for all calls so far, so that the tracer knows what it would know."""
+        """Stop following: run the rules for all calls so far, as an ordinary trace would have."""
         if not self.following:
             return
         t = self.t
@@ -192,8 +198,8 @@ class Trail(Recorder):
         self.following = False
         scalars, paths = iter(self.scalars), iter([*t.scalars.paths])
         t.scalars.paths.clear()
-        told = (new for e in self.events if type(e) is Call for new in news(e.result))
-        self.given = {new.number: self.objects[new.at] for new in told}
+        recorded = (new for e in self.events if type(e) is Call for new in news(e.result))
+        self.given = {new.number: self.objects[new.at] for new in recorded}
         call, hyper = t.call, t.hyperparameters
         inside = hyper is not None and hyper.inside  # a scheduler's step, on plain floats
         if inside:
@@ -237,19 +243,19 @@ class Trail(Recorder):
         )
         bounds[first:] = map(_with_error, bounds[first:], call.errors)
 
-    def _take(self, told: object) -> object:
+    def _take(self, recorded: object) -> object:
         """An argument again."""
-        match told:
+        match recorded:
             case Known(at) | Outside(at, _):
                 return self.objects[at]
             case Same(x):
                 return x
             case Number(value):
                 return TracedFloat.make(self.t.scalars.numbers[value], self.t.scalars, value)
-        return container(told.kind, [self._take(x) for x in told.items])
+        return container(recorded.kind, [self._take(x) for x in recorded.items])
 
-    def _arg(self, told: Same | Number) -> Arg:
-        return told.value if type(told) is Number else told.x
+    def _arg(self, recorded: Same | Number) -> Arg:
+        return recorded.value if type(recorded) is Number else recorded.x
 
     def forget(self) -> None:
         """This trace does something that cannot be compared with another's: do not remember it."""
@@ -263,11 +269,11 @@ class Trail(Recorder):
         super().release()
 
 
-def _alike(told: tuple[Same | Number, ...], args: tuple[Arg, ...]) -> bool:
+def _alike(recorded: tuple[Same | Number, ...], args: tuple[Arg, ...]) -> bool:
     """Whether operands of host arithmetic are what they were."""
-    if len(told) != len(args):
+    if len(recorded) != len(args):
         return False
-    for a, x in zip(told, args, strict=True):
+    for a, x in zip(recorded, args, strict=True):
         mine = a.value if type(a) is Number else a.x
         if mine is not x and not (mine == x if isinstance(mine, Value) else same(mine, x)):
             return False

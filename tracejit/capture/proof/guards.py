@@ -3,8 +3,8 @@
 `survey` walks what the step can read before a trace; `arm` completes that with what the trace
 turned out to need, as one function `guard(args, kwargs)`. It returns (outside tensors, runtime
 scalars, addresses), or the text of the first condition that failed: about what, the old value, the
-new one. Nothing in a guard depends on how often it ran, but what it found out about a set of
-addresses (alignment, overlap) holds for as long as they stay the same.
+new one. A guard keeps nothing from one run to the next, but for what it found out about a set of
+addresses (alignment, overlap): that is used again while the addresses stay the same.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The Python state that a step can read, walked before a trace and written down as guard code.
 
 From the arguments, closure cells, defaults and globals of the step, `Walk` follows containers,
-objects, classes and user functions. An attribute is followed when code that ran names it (all are,
-while nothing is known of what ran). Everything found becomes a line of the guard:
+objects, classes and user functions. An attribute is followed if code that ran names it; before it
+is known what ran, all attributes are. Everything found becomes a line of the guard:
 
 value      a number, string, bool, None, dtype, range, … : its type and value
 tensor     its type, and that it is found at all its places; it is fetched anew, and `guards.py`
@@ -11,8 +11,8 @@ container  list, tuple, dict, set, deque: its identity (its type, in arguments),
 object     its identity and its attributes; a Python class: its identity and what is named of it
 function   its identity, code, cells, defaults and globals
 
-What has no line is a refusal, and the step then reruns its Python. Because the guard describes the
-state *before* the trace, it fails after the trace exactly if the step changed some of it.
+An object that no line can describe is a refusal, and the step then reruns its Python. The guard
+describes the state *before* the trace. So it fails after the trace exactly if the step changed it.
 """
 
 from __future__ import annotations
@@ -173,8 +173,11 @@ class Walk(GuardText):
     def visit(
         self, x: object, at: str, path: str, key: tuple | None = None, *, owned: bool = True
     ) -> None:
-        """Guard what the expression `at` holds. `owned`: it is a place in something whose identity
-        is guarded, so that the identity of x means something; else x may be fetched anew."""
+        """Guard x, the value of the expression `at`.
+
+        owned: whoever holds x is guarded by its identity, so x is known by its identity too. Else x
+            may be another object on each call, such as an argument.
+        """
         self._count += 1
         if self._count > _MAX_PLACES:
             self.refuse(f"it can reach more than {_MAX_PLACES} values")
@@ -445,8 +448,8 @@ class Walk(GuardText):
                 self.check(bases, f"the class {base.__qualname__} has other bases now")
 
     def _by_identity(self, x: object, *, mine: bool) -> bool:
-        """Whether what a class holds is a function of which nothing is followed: one of a library
-        class that ran, or in a user's class one that namedtuple or dataclasses made."""
+        """Whether something in a class is a function that is guarded by its identity alone. In a
+        library class: one that ran. In a user's class: one made by namedtuple or dataclasses."""
         if not isinstance(x, FunctionType):
             return False
         if mine:

@@ -110,7 +110,8 @@ class Prover:
 
 
 def _changes(armed: Armed, args: tuple, kwargs: dict) -> list[str]:
-    """What the step changed of what it reads: the guard holds before the trace, and fails then."""
+    """What the step changed although it reads it: the guard describes the state before the trace,
+    and fails now."""
     found: list[int] = []
     after = armed.guard(args, kwargs, found)
     if type(after) is str:

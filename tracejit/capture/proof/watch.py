@@ -1,9 +1,10 @@
 """What ran during a trace: every code object, and every C function that is not known to be pure.
 
 A replay does not run the step's Python. That is right only if running it again could do nothing
-else, so a trace that is to be armed runs under a profiler, and each function that it sees must be
-user code (which `heap.py` accounts for), Python code of a module listed here, or a C function
-listed here. What is pure is listed, not what is impure: whatever nobody thought of stays in rerun.
+else. So a trace from which a replay may be armed runs under a profiler. Each function that it sees
+must be user code (`heap.py` accounts for that), Python code of a module listed here, or a C
+function listed here. Pure functions are listed, not impure ones: an unknown function keeps the step
+in rerun.
 """
 
 from __future__ import annotations

@@ -131,7 +131,7 @@ def _group(lists: list[list], with_indices: bool = False) -> dict:
 
 
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
-    """Wrap what a trace cannot see into, so that it raises while one runs on its thread."""
+    """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
     def wrap(original: Callable) -> Callable:
         def refused(*args: object, **kwargs: object) -> object:
@@ -166,14 +166,14 @@ REFUSED = (
 
 _lock = threading.Lock()
 _tracing = 0
-# (owner, name, what is there, what it is while any thread traces), of the latest trace
+# (owner, name, the original, its replacement while any thread traces), of the latest trace
 _replaced: list[tuple[object, str, object, object]] = []
-# names that nothing has but while any thread traces; `apply` is inherited from C
+# names that exist only while any thread traces; `apply` is inherited from C
 _added = [(_SingleLevelFunction, "apply", classmethod(_apply)), *SHADOWS]
 
 
 def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
-    """What to replace, and how to make from what is there what replaces it."""
+    """(owner, name, a function from the original to its replacement) for all that is patched."""
     return [
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),

@@ -1,8 +1,9 @@
 """Numbers in tensors of one element that Python may ask for: an optimizer's step counters.
 
-`host_value` follows how a value was computed in the trace. Where that is arithmetic of numbers and
-of single-element tensors from outside, it repeats it on the host, so that `.item()` is a float
-with its true value whose origin is recorded. Everything else depends on what the plan computes.
+`host_value` follows how a value was computed in the trace. If that was arithmetic on numbers and on
+single-element tensors from outside, it is repeated on the host. Then `.item()` returns a runtime
+scalar: a float with its true value and a record of its origin. Any other number is known only when
+the plan has run.
 """
 
 from __future__ import annotations

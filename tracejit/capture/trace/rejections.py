@@ -1,6 +1,6 @@
 """What autograd rejects: writes and reads that eager refuses, with the same class of error.
 
-All functions take the trace, what is written or read, and what else decides.
+Each function takes the trace, then what is written or read.
 """
 
 from __future__ import annotations

@@ -148,8 +148,8 @@ class TraceState:
         )
 
     def refuse(self, error: TracejitError) -> TracejitError:
-        """An error that eager would not raise, about to be raised: a step that catches it takes a
-        path that eager would not, so it is raised again when the step returns."""
+        """Note an error of ours that eager would not raise. If the step catches it, it takes a path
+        that eager would not take; so the error is raised again when the step returns."""
         self.refused = self.refused or error
         return error
 

@@ -31,7 +31,7 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
     """The passes over one kernel."""
     passes: tuple[Callable[[CpuKernel], CpuKernel], ...] = (
         orient,
-        choose_loops,  # before rows are cached, which is worth it only where loops go along a row
+        choose_loops,  # first: caching a row is worth it only if loops go along it
         cache_rows,
         partial(tile, vector_bytes=vector_bytes),
     )

@@ -68,9 +68,9 @@ class CpuKernel:
     A launch binds the first of its buffers. Then come `partials`, which lie in the memory that the
     kernel works in, and `rows`, which are local arrays of one row.
 
-    columns:  a kernel that ends what the last stage began. That stage goes over each row while it
-        is in the cache, but its reductions are over the rows: each chunk of rows adds up its own
-        part of each column in `partials`, and `columns` folds these parts in their order.
+    columns:  the second half of column sums, as a kernel of its own. The first half is the last
+        stage: it goes over each row while it is in the cache, and each chunk of rows adds up its
+        own part of each column in `partials`. `columns` adds up these parts in their order.
     outer:    how the outer axes are walked, vector "" where an inner axis is the vector loop.
     inner:    how each stage's axes are walked, None for those that have none or a contraction.
     tiling:   of the contraction that the first stage starts with.

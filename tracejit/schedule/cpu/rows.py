@@ -1,8 +1,8 @@
 """Values that several stages of a row kernel compute, kept in an array from one stage to the next.
 
-In: a Kernel with outer axes and plain numbers as sizes. Its stages evaluate all that they read
-anew, which costs nothing where a row lies in registers; here a softmax would pay for each
-exponential three times. Out: the same kernel with local buffers of one row: the first stage that
+In: a Kernel with outer axes and plain numbers as sizes. Each of its stages computes anew what it
+needs. That is free on a GPU, where a row lies in registers; here a softmax would pay for each
+exponential three times. Out: the same kernel with local buffers of one row. The first stage that
 computes such a value stores it there, and later stages load it.
 """
 

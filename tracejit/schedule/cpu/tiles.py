@@ -23,7 +23,7 @@ TILE_COLUMNS = 256
 WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
-PACKED_BYTES = 1 << 20  # of B, from which it is packed even where it could be read as it lies
+PACKED_BYTES = 1 << 20  # a larger B is packed, even if it could be read as it lies
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
 SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
 
@@ -62,9 +62,11 @@ def accumulators(vector_bytes: int) -> int:
 
 @lru_cache(1024)
 def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[int, ...]:
-    """(rows and vectors of the micro-kernel that wastes least on m × n results, rows and columns of
-    the tile around it), which is tall and narrow where k is long, so that few passes are made over
-    an operand that does not fit the cache."""
+    """(rows and vectors of the micro-kernel, rows and columns of the tile around it).
+
+    The micro-kernel is the one that wastes least on m × n results. The tile is tall and narrow
+    where k is long: then an operand that does not fit the cache is read in few passes.
+    """
     wide = -(-n // lanes)
     best = None
     for vectors in range(1, min(4, wide) + 1):
@@ -186,8 +188,8 @@ def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, 
 
 
 def vectors_of(columns: int, lanes: int, size: int) -> tuple[int, ...]:
-    """The lanes of the vectors that hold some columns: whole ones, and one no longer than it
-    takes, as short ones are done two at a time."""
+    """The lanes of the vectors that hold some columns: whole vectors, then the shortest one that
+    holds the rest. Short ones are cheaper, because they are done two at a time."""
     whole, rest = divmod(columns, lanes)
     short = max(16 // size, 1 << max(rest - 1, 0).bit_length())
     return (lanes,) * whole + ((short,) if rest else ())
