@@ -12,7 +12,7 @@ from torch import nn
 
 import tracejit
 from support.golden import Golden
-from tracejit.errors import SideEffectError, TracejitError
+from tracejit.errors import SideEffectError, TracejitError, UnsupportedOperation
 from tracejit.ir.text import parse
 
 SCALE = 3.0
@@ -285,6 +285,25 @@ def test_a_compiled_step_goes_on_as_before():
     assert compiled.stats.compiles == 2
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_compiled_step_names_the_inputs_of_its_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACEJIT_DUMP", str(tmp_path))
+    _, _, step, batch = two_layers()
+    compiled = tracejit.compile(step, backend="numpy")
+    compiled(*batch)
+    assert "model.0.weight" in compiled.input_names
+    assert len(compiled.input_names) == len(compiled.graph.params)
+    (text,) = (p.read_text() for p in tmp_path.rglob("0_captured.txt"))
+    at = compiled.input_names.index("model.0.weight")
+    assert f"# %{at} is model.0.weight\n" in text
+    assert str(parse(text)) in text  # the names are comments
+
+
+def test_errors_name_the_tensor():
+    ids = torch.tensor([1.0]).to_sparse()
+    with pytest.raises(UnsupportedOperation, match=r"batch\['ids'\], a tensor of shape \[1\]"):
+        tracejit.capture(lambda batch: batch["ids"] + 1, {"ids": ids})
 
 
 def test_nothing_of_the_user_is_held():

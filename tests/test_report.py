@@ -152,7 +152,11 @@ def test_a_step_and_its_plan_report_the_same():
     with pytest.raises(ValueError, match="torch_mm has no plan yet"):
         report(step)
     step(torch.randn(64, 32), torch.randn(32, 48))
-    assert report(step) == report(step.plans[-1])
+    named = report(step)
+    assert [row.inputs for row in named.rows] == [("a", "b")]
+    assert "inputs of each launch:\n0: a, b" in str(named)
+    rows = tuple(replace(row, inputs=()) for row in named.rows)
+    assert replace(named, rows=rows) == report(step.plans[-1])
     with pytest.raises(ValueError, match="target is one of 80, 90, 100, not 70"):
         report(step, target=70)
     with pytest.raises(TypeError, match="takes a compiled step or a Plan, not function"):
@@ -365,7 +369,10 @@ def test_command_line(file):
     out, err = good.communicate()
     assert good.returncode == 0 and err == "", err
     assert out.startswith("step for sm_90 (Triton ") and "two_layer_autograd.py:66" in out
-    assert len(out.splitlines()) == 2 + len(program("zero_").launches)
+    launches = len(program("zero_").launches)
+    rows = out.splitlines()
+    assert len(rows) == 2 + launches + 2 + launches  # the table, and the inputs of each launch
+    assert rows[-launches - 1] == "inputs of each launch:" and "w1" in rows[-1]
     for said, process in wrong.items():
         out, err = process.communicate()
         assert process.returncode == 2 and out == ""
