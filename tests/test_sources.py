@@ -13,15 +13,17 @@ import torch
 import tracejit
 from support.graph_texts import weight_gradients
 from support.plan_checks import allocate
+from tracejit.codegen import c as c_printer
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.text import parse
-from tracejit.runtime import c_compiler, c_kernels, c_plans
+from tracejit.runtime import c_compiler, c_plans
 from tracejit.runtime.c_executor import CExecutor, LoadedCPlan
 from tracejit.runtime.cache import DiskCache, unpack
 from tracejit.runtime.executor import LoadedPlan, memory_of
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.runtime.profile import ProfiledPlan
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu import lower as cpu_lowering
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
@@ -157,8 +159,8 @@ def rewrite(path: Path, old: str, new: str) -> None:
 
 def test_a_warm_start_lowers_and_parses_no_kernel(monkeypatch):
     first = loaded()
-    monkeypatch.setattr(c_plans, "lower", None)
-    monkeypatch.setattr(c_kernels, "emit_kernel", None)
+    monkeypatch.setattr(cpu_lowering, "lower", None)
+    monkeypatch.setattr(c_printer, "emit_kernel", None)
     again = loaded()
     assert again.plan.calls == first.plan.calls and again.layout == first.layout
     assert again.plan.kernels._parsed == {}

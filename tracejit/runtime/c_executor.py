@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tracejit.codegen.c import CFunction, emit_kernel
 from tracejit.errors import InvalidGraph
 from tracejit.runtime.c_compiler import find_compiler, vector_bytes, version
 from tracejit.runtime.c_kernels import load_kernels
 from tracejit.runtime.c_plans import lowered, lowered_anew
-from tracejit.runtime.executor import Inlined
+from tracejit.runtime.executor import Inlined, Source
 from tracejit.runtime.pool import load_pool
 from tracejit.schedule.cpu.plan import Call
 from tracejit.schedule.plan import Plan
@@ -96,8 +95,10 @@ class LoadedCPlan:
         self._wake.restype = None
 
     @property
-    def sources(self) -> list[CFunction]:
+    def sources(self) -> list[Source]:
         """The C function of each call, printed anew: what was compiled, with the users' lines."""
+        from tracejit.codegen.c import emit_kernel  # a warm start prints nothing
+
         functions = {
             name: emit_kernel(kernel, number)
             for number, (name, kernel) in enumerate(self.plan.kernels.items())

@@ -13,7 +13,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracejit.codegen.c import emit_kernel, unit
 from tracejit.runtime.c_compiler import cached_library, load_libraries, toolchain, vector_bytes
 from tracejit.runtime.c_plans import Lowered
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
@@ -58,6 +57,8 @@ def load_kernels(lowered: Lowered) -> dict[str, LoadedKernel]:
 
 def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, LoadedKernel]:
     """Compile kernels that are not in the cache, and put them there. In and out: by key."""
+    from tracejit.codegen.c import emit_kernel, unit  # a warm start prints nothing
+
     emitted = {key: emit_kernel(kernel, i) for i, (key, kernel) in enumerate(missing.items())}
     batches = _batches({key: _cost(function.text) for key, function in emitted.items()})
     sources = [unit([emitted[key] for key in batch], vector_bytes()) for batch in batches]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from tracejit.errors import TracejitError
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
-from tracejit.schedule.cpu.lower import lower
 from tracejit.schedule.cpu.plan import CpuPlan
 from tracejit.schedule.cpu.text import identity, parse_cpu_plan
 from tracejit.schedule.plan import Plan
@@ -45,6 +44,8 @@ def _key(plan: Plan, vector_bytes: int) -> str:
 
 
 def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str) -> Lowered:
+    from tracejit.schedule.cpu.lower import lower  # a warm start lowers nothing
+
     cpu_plan = lower(plan, vector_bytes)
     digests = {name: sha256(identity(kernel)) for name, kernel in cpu_plan.kernels.items()}
     cache.put("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
