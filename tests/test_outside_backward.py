@@ -264,6 +264,16 @@ def test_second_order_is_refused():
         g.sum().backward()
 
 
+def test_a_gradient_penalty_outside_is_refused():
+    """The cotangent of a loss requires no grad, and the penalty is not dropped silently."""
+    w, v = leaf(4, 3), leaf(3, 5)
+    loss = tracejit.compile(loss_of)(w, v)
+    (g,) = torch.autograd.grad(loss, w, create_graph=True)
+    assert g.requires_grad
+    with pytest.raises(RuntimeError, match="second derivative inside the step"):
+        g.pow(2).sum().backward()
+
+
 def test_backward_inside_keeps_the_error():
     w = leaf(3)
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from tracejit.autodiff import Tape, backward
 from tracejit.capture.effects.effects import Outside, Place
@@ -31,6 +30,10 @@ from tracejit.ir.types import contiguous_strides
 _RECOMPUTED = frozenset(
     {"alias", "reshape", "permute", "expand", "slice", "flip", "full", "iota"}
 )  # views and constants: computed again rather than saved
+_TWICE = (
+    "trying to differentiate twice through the result of a compiled step, which is "
+    "once_differentiable: take the second derivative inside the step"
+)
 _WRITES = "the backward of a custom function writes to a tensor of the step"
 _SHARED = "two returned tensors that require grad share memory; clone one"
 _RETAINED = "the step called retain_grad(); call backward inside it, or retain_grad outside"
@@ -273,12 +276,18 @@ class CompiledStep(torch.autograd.Function):
         return box.pop()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, cotangent: torch.Tensor) -> tuple:
-        cotangent = cotangent.contiguous()
-        if cotangent.data_ptr() % 16:
-            cotangent = cotangent.clone()
-        gradients = ctx.run([cotangent, *ctx.saved_tensors, *ctx.hosts])
+        """With create_graph the gradients raise when a second backward reaches them, whatever
+        requires grad: torch's once_differentiable would drop their history for a plain cotangent.
+        """
+        with torch.no_grad():
+            cotangent = cotangent.contiguous()
+            if cotangent.data_ptr() % 16:
+                cotangent = cotangent.clone()
+            gradients = ctx.run([cotangent, *ctx.saved_tensors, *ctx.hosts])
+        if torch.is_grad_enabled():
+            refuse = torch._C._functions.DelayedError(_TWICE, 1)
+            gradients = [refuse(g.detach().requires_grad_()) for g in gradients]
         return (None, None, None, None, *gradients)
 
 
