@@ -12,11 +12,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.oracle import call, captured_of, traced
+from support.oracle import call, captured_of, host_function, traced
 from tracejit.capture.effects.effects import Given
 from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_float
 from tracejit.errors import UnsupportedOperation, ValueDependentError
-from tracejit.ir.hostcode import host_function
 
 INF, NAN = math.inf, math.nan
 VALUES = (0.0, -0.0, 1.0, -1.5, 2.5, 1e-300, 1e300, INF, -INF, NAN, 0.1)

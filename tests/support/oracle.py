@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from tracejit.capture.capture import capture_call
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH
-from tracejit.ir.graph import Graph, verify
+from tracejit.ir.graph import Arg, Graph, Node, Value, verify
+from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.ir.interp import evaluate
 from tracejit.run import Hooks, generate
 from tracejit.runtime.executor import Inlined
@@ -76,3 +77,15 @@ class OracleProgram:
             for write, array in zip(self.graph.writes, written, strict=True):
                 of_param[write.target].data.copy_(torch.from_numpy(np.array(array)))
         return outputs
+
+
+def host_function(
+    nodes: Sequence[Node], params: Sequence[Value], wanted: Sequence[Arg]
+) -> Callable[[list[float]], list[float]]:
+    """A Python function from the values of host inputs to those of `wanted`."""
+    code = HostCode()
+    found = code.add(nodes, wanted, {v: f"scalars[{i}]" for i, v in enumerate(params)})
+    body = "\n".join(f"    {line}" for line in [*code.lines, f"return [{', '.join(found)}]"])
+    namespace = host_names()
+    exec(compile(f"def host(scalars):\n{body}\n", "<tracejit host>", "exec"), namespace)
+    return namespace["host"]

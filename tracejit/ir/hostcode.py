@@ -78,15 +78,3 @@ def _text(arg: Arg, names: Mapping[Value, str]) -> str:
     if isinstance(arg, float) and (arg != arg or arg in (float("inf"), float("-inf"))):
         return f"float({str(arg)!r})"
     return f"({arg!r})"
-
-
-def host_function(
-    nodes: Sequence[Node], params: Sequence[Value], wanted: Sequence[Arg]
-) -> Callable[[list[float]], list[float]]:
-    """A Python function from the values of host inputs to those of `wanted`."""
-    code = HostCode()
-    found = code.add(nodes, wanted, {v: f"scalars[{i}]" for i, v in enumerate(params)})
-    body = "\n".join(f"    {line}" for line in [*code.lines, f"return [{', '.join(found)}]"])
-    namespace = host_names()
-    exec(compile(f"def host(scalars):\n{body}\n", "<tracejit host>", "exec"), namespace)
-    return namespace["host"]
