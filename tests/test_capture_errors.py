@@ -17,7 +17,6 @@ from tracejit.errors import (
     ShapeError,
     TracejitError,
     UnsupportedOperation,
-    ValueDependentError,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of eager
@@ -217,30 +216,6 @@ def _set_(w, x):
     x.set_(x + 1)
 
 
-def _numpy_array(w, x):
-    x.numpy()
-
-
-def _list_of(w, x):
-    (w * x).tolist()
-
-
-def _index_by_tensor(w, x):
-    range(10)[x.sum().long()]
-
-
-def _float_of(w, x):
-    float(x.sum())
-
-
-def _print_it(w, x):
-    print(x * 2)
-
-
-def _contains(w, x):
-    return 1.0 in x
-
-
 REFUSED = [
     *(
         (step, UnsupportedOperation)
@@ -260,18 +235,6 @@ REFUSED = [
         )
     ),
     (_set_, LeakedTracer),
-    *(
-        (step, ValueDependentError)
-        for step in (
-            _if_tensor,
-            _numpy_array,
-            _list_of,
-            _index_by_tensor,
-            _float_of,
-            _print_it,
-            _contains,
-        )
-    ),
 ]
 
 

@@ -21,7 +21,6 @@ from tracejit.errors import (
     SideEffectError,
     TracejitError,
     UnsupportedOperation,
-    ValueDependentError,
 )
 
 
@@ -309,11 +308,10 @@ def failing_steps():
         w.data.mul_(2.0)
         return x @ w.t()
 
-    def value_needed():
+    def value_read():
         w.data.mul_(2.0)
-        if w.sum() > 0:
-            return x
-        return w
+        if w.sum() > -1e9:
+            raise KeyError("after a decision")
 
     def unsupported():
         w.data.mul_(2.0)
@@ -333,7 +331,7 @@ def failing_steps():
         w,
         {
             wrong_shape: ShapeError,
-            value_needed: ValueDependentError,
+            value_read: KeyError,
             unsupported: UnsupportedOperation,
             user_error: KeyError,
             leaf_in_place: RuntimeError,

@@ -16,6 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "captured": 5,
     "compile": 5,
+    "parts": 5,
     "programs": 5,
     "run": 5,
     "testing": 5,
@@ -42,6 +43,9 @@ SAME_FLOOR = {
     ("compile", "tracejit"),  # the version
     ("compile", "programs"),
     ("compile", "run"),
+    ("compile", "parts"),
+    ("programs", "parts"),
+    ("run", "parts"),
     ("programs", "run"),
     ("__main__", "compile"),
     ("__main__", "report"),

@@ -68,7 +68,6 @@ def test_a_rule_says_what_it_is_derived_from():
     flagged = RULES[torch.nn.functional.leaky_relu]
     assert (flagged.form, flagged.family, flagged.own.form) == ("signature", "activation", "")
     assert RULES[torch._foreach_abs_].of is RULES[torch.Tensor.abs_]
-    assert RULES[torch.Tensor.tolist].needs_values and not plain.needs_values
 
 
 def test_a_row_has_a_slope_for_each_input():

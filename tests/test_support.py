@@ -69,7 +69,7 @@ def operations_measured() -> list[Operation]:
         o
         for o in operations()
         if not o.name.startswith("torch._")
-        and not o.needs_values
+        and not o.reads_values
         and bare_name(o.functions[0]) not in ELSEWHERE
         and getattr(o.functions[0], "__name__", "") not in ("__set__", "__delete__")
     ]

@@ -37,8 +37,9 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import TracejitWarning
 from tracejit.ir.graph import Graph
+from tracejit.parts import Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
-from tracejit.run import Hooks, Replay, Run, generate
+from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
@@ -133,6 +134,8 @@ class CompiledStep:
             self._programs = Programs(
                 self._function, self.stats, self.backend, self.fuse, lambda x: forget()(x)
             )
+            by_numpy = self.backend in ("auto", "c", "numpy")
+            self._values = Values(self._programs.part, on_numpy=by_numpy)
             self._recall = Recall()
             self._replays: list[Replay] = []
             self._last: Compiled | None = None
@@ -208,6 +211,9 @@ class CompiledStep:
                     failed = failed or found
                     continue
                 returned = replay.run.function(*found, replay.call)
+                if returned is OTHERWISE:
+                    failed = failed or "a decision on a value of a tensor came out otherwise"
+                    continue
                 self.stats.replays += 1
                 if replay is not self._replays[0]:
                     self._replays.remove(replay)
@@ -237,6 +243,7 @@ class CompiledStep:
             tracer = Tracer(self._recall, follow=not watched)
         else:
             tracer.again(self._recall)
+        tracer.trace.evaluate = self._values
         bound = bind(tracer.trace, self._function, args, kwargs)
         self.stats.traces += 1
         trace, trail = tracer.trace, tracer.trail
@@ -301,8 +308,8 @@ class CompiledStep:
 
     def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
         """From now on calls that a guard accepts are replayed."""
-        parts = compiled.program, compiled.final, compiled.backwards, self._hooks
-        what = generate(captured, *parts, armed)
+        given = compiled.program, compiled.final, compiled.backwards, self._hooks
+        what = generate(captured, *given, armed, self._programs.parts(compiled, captured))
         if knobs.debug() >= 4:
             print(what.text)
         self._replays.insert(0, Replay(armed.guard, armed.text, what, compiled, call.kept()))

@@ -52,7 +52,7 @@ class AutogradError(TracejitError, RuntimeError):
 
 
 class ValueDependentError(TracejitError, RuntimeError):
-    """Python asked for the value of a tensor (`if t:`, `.item()`), which a trace does not have."""
+    """Python asked for the value of a tensor in a form that a trace cannot give."""
 
     message = (
         "{where}: {function} needs the value of a tensor of shape {shape}, and a compiled step "

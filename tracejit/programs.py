@@ -22,6 +22,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
+from tracejit.parts import Parts, parts_of
 from tracejit.passes import optimize
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.cache import DiskCache, digest_of
@@ -63,6 +64,7 @@ class Compiled:
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
+    parts: dict[Key, Parts] = field(default_factory=dict)  # the program in segments
     used: int = 0  # when it ran last
     kept: bool = True  # until there are too many
 
@@ -151,7 +153,7 @@ class Programs:
         """The program of a captured step. Where its graph's varying literals become scalars, it is
         another captured step, and the scalars of the call grow. `names` names the graph's inputs
         where a program is built."""
-        executor = self._executor(captured)
+        executor = self._executor(captured.graph)
         aligned = tuple([t.data_ptr() % 16 == 0 for t in call.reals])
         backward = tuple(graph_key(node.graph) for node in captured.effects.outside)
         key = (captured.key.graph, backward, aligned, executor)
@@ -179,6 +181,20 @@ class Programs:
             self.dropped(dropped)
         return compiled, captured
 
+    def parts(self, compiled: Compiled, captured: Captured) -> Parts | None:
+        """The segments of a captured step, where Python reads values before the rest of it."""
+        if len(captured.late) == len(captured.cuts):
+            return None
+        found = compiled.parts.get(captured.key)
+        if found is None:
+            found = parts_of(captured, self.part)
+            _put(compiled.parts, captured.key, found)
+        return found
+
+    def part(self, graph: Graph, what: str) -> Program:
+        """The program of a part of a step."""
+        return self.build(graph, self._executor(graph), self._memory, what, counted=False)[0]
+
     def build(
         self,
         graph: Graph,
@@ -186,14 +202,17 @@ class Programs:
         memory: Memory,
         what: str = "",
         names: tuple[str, ...] = (),
+        *,
+        counted: bool = True,
     ) -> tuple[Program, Graph]:
-        """A program for a graph, and the final form of the graph. `names` are its inputs'."""
+        """A program for a graph, and the final form of the graph. `names` are its inputs';
+        what is not `counted` is a part of a step."""
         final = self._optimized(graph)
         plan = self._plan(final)
         started = time.perf_counter()
         program = Program(plan, executor, memory)
         self.stats.add("load", started)
-        self.stats.compiles += 1
+        self.stats.compiles += counted
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")
         if knobs.debug() >= 4:
             for source in program.loaded.sources:
@@ -238,8 +257,7 @@ class Programs:
         self.stats.add("schedule", started)
         return plan
 
-    def _executor(self, captured: Captured) -> Executor:
-        graph = captured.graph
+    def _executor(self, graph: Graph) -> Executor:
         devices = {p.value.type.device for p in graph.params}
         devices = (devices | {n.out.type.device for n in graph.nodes}) - {"host"}
         if len(devices) > 1:

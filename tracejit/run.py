@@ -15,9 +15,15 @@ import torch
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.proof.guards import Armed, Guard, Places
+from tracejit.capture.effects.late import among, cuts_behind
+from tracejit.capture.proof.guards import Armed, Guard, Places, condition
+from tracejit.capture.trace.scalars import same_float
+from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
+from tracejit.parts import Parts
+from tracejit.passes.segments import Segment
+from tracejit.runtime.executor import Inlined
 from tracejit.runtime.interrupts import uninterrupted
 from tracejit.runtime.program import Program
 
@@ -53,6 +59,16 @@ class Replay:
     call: Call
 
 
+class _Otherwise:
+    """What a replay returns, with nothing changed, where a decision comes out otherwise."""
+
+    def __repr__(self) -> str:
+        return "<a decision came out otherwise>"
+
+
+OTHERWISE = _Otherwise()
+
+
 def generate(
     captured: Captured,
     program: Program,
@@ -60,65 +76,193 @@ def generate(
     backwards: list,
     hooks: Hooks,
     armed: Armed | None = None,
+    parts: Parts | None = None,
 ) -> Run:
     """The function of a captured step: of traced calls, or of replays where `armed` is given.
 
     A replay makes the calls again that the trace made untraced (a scheduler's step), and uses
-    the numbers that its guard has read.
+    the numbers that its guard has read. It reads the values that Python would read: those that it
+    decides or computes by from `parts`, which run before the rest, others from the plan's results.
+    It returns OTHERWISE, with nothing changed, where a decision comes out in another way.
     """
-    places = None if armed is None else armed.places
-    names = host_names() | {
-        **{"final": final, "hooks": hooks, "backwards": backwards, "places": places},
-        **{"uninterrupted": uninterrupted, "after": armed and armed.after},
-    }
-    before = []
-    for i, bound in enumerate(captured.bounds):
-        names[f"bound{i}"] = bound
-        before.append(f"bound{i}.check(reals)")
-    if names["after"] is not None:
-        before.append("after(scalars)")  # once indices are known to be right
-    reusable = reusable_gradients(captured)
-    if reusable is not None:
-        names["reusable_gradients"] = reusable
-        before.append("reusable = reusable_gradients(reals)")
-    code = HostCode()
-    scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
-    host = code.add(captured.host_nodes, captured.effects.host, scalars)
-    params = [
-        f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources
-    ]
-    run, outputs = program.inlined(params, "()" if reusable is None else "reusable", code)
-    names |= run.names
-    commit = commit_lines(
-        captured,
-        outputs,
-        host,
-        cell=lambda i: _cell(places, i),
-        grad_on=armed is not None and torch.is_grad_enabled(),
-        names=names,
-    )
-    if places is not None and captured.effects.host_writes:
-        before.append("cells = places.cells")
-    inputs = [f"{'reals' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources]
-    before += [
-        *code.lines,
-        *run.gather,
-        "seen = hooks.observer",
-        "if seen is not None:",
-        f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
-    ]
-    lines = ["try:", *_indented(before), "except BaseException:", "    call.undo()", "    raise"]
-    work = [run.run, *commit]
-    if run.ran is None or not may_repeat(captured.effects):
-        lines += ["with uninterrupted():", *_indented(work)]
-    else:
-        again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
-        again += ["else:", "    call.undo()", "raise"]
-        lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
-    lines += ["if seen is not None:", "    seen()", "return returned"]
-    text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
+    text, names = _Writer(captured, program, final, backwards, hooks, armed, parts).all()
     exec(compile(text, "<tracejit run>", "exec"), names)
     return Run(names.pop("perform"), text)
+
+
+class _Writer:
+    """Writes the lines of one function, and collects the names that they use."""
+
+    def __init__(
+        self,
+        captured: Captured,
+        program: Program,
+        final: Graph,
+        backwards: list,
+        hooks: Hooks,
+        armed: Armed | None,
+        parts: Parts | None,
+    ):
+        self.captured, self.armed, self.parts = captured, armed, parts
+        self.program = program if parts is None else parts.program
+        self.places = None if armed is None else armed.places
+        self.names = host_names() | {
+            **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
+            **{"uninterrupted": uninterrupted, "after": armed and armed.after},
+        }
+        self.code = HostCode()
+        self.before: list[str] = []
+        self._written = 0  # lines of `code` that stand in `before`
+        self.scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
+        self.behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
+        self.cut_scalars = {p[1]: i for i, p in enumerate(captured.paths) if p[0] == "cut"}
+
+    def all(self) -> tuple[str, dict[str, object]]:
+        captured, before, names = self.captured, self.before, self.names
+        for i, bound in enumerate(captured.bounds):
+            names[f"bound{i}"] = bound
+            before.append(f"bound{i}.check(reals)")
+        if names["after"] is not None:
+            before.append("after(scalars)")  # once indices are known to be right
+        reusable = reusable_gradients(captured)
+        if reusable is not None:
+            names["reusable_gradients"] = reusable
+            before.append("reusable = reusable_gradients(reals)")
+        if self.parts is not None:
+            self._first_parts()
+        late = frozenset(() if self.armed is None else captured.late)
+        host = self._host(lambda of: not of & late)
+        run, outputs = self._plan("()" if reusable is None else "reusable")
+        if self.places is not None and captured.effects.host_writes:
+            before.append("cells = places.cells")
+        inputs = [f"{_LISTS[kind]}[{i}]" for kind, i in captured.sources]
+        before += [
+            *self._code(),
+            *run.gather,
+            "seen = hooks.observer",
+            "if seen is not None:",
+            f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
+        ]
+        lines = [
+            "try:",
+            *_indented(before),
+            "except BaseException:",
+            "    call.undo()",
+            "    raise",
+        ]
+        commit = [*self._late_numbers(late, outputs, host), *self._commit(outputs, host)]
+        work = [run.run, *commit]
+        if run.ran is None or not may_repeat(captured.effects):
+            lines += ["with uninterrupted():", *_indented(work)]
+        else:
+            again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
+            again += ["else:", "    call.undo()", "raise"]
+            lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
+        lines += ["if seen is not None:", "    seen()", "return returned"]
+        text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
+        return text, names
+
+    def _code(self) -> list[str]:
+        """The lines of host arithmetic that do not stand anywhere yet."""
+        lines = self.code.lines[self._written :]
+        self._written = len(self.code.lines)
+        return lines
+
+    def _host(self, wanted: Callable[[frozenset[int]], bool]) -> dict[int, str]:
+        """The expressions of host results, by position: of those where what they depend on, the
+        cuts, is `wanted`."""
+        results = self.captured.effects.host
+        chosen = [i for i, x in enumerate(results) if wanted(among(self.behind, (x,)))]
+        found = self.code.add(self.captured.host_nodes, [results[i] for i in chosen], self.scalars)
+        return dict(zip(chosen, found, strict=True))
+
+    # ---- segments
+
+    def _first_parts(self) -> None:
+        """Run the segments that end with a value for Python, and take the decisions on it."""
+        captured, before, names = self.captured, self.before, self.names
+        names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
+        early = [k for k in range(len(captured.cuts)) if k not in captured.late]
+        for n, (segment, function) in enumerate(self.parts.first):
+            names[f"run_part{n}"] = function
+            inputs = self._inputs(segment, list)
+            before.append(f"part{n} = run_part{n}([{', '.join(inputs)}])")
+            before.append(f"scalars[{self.cut_scalars[early[n]]}] = float(part{n}[0].item())")
+            self._decide(early[n])
+
+    def _decide(self, cut: int) -> None:
+        """Take the decisions that wait for no cut but this one and earlier ones."""
+        for p in self.captured.predicates:
+            of = among(self.behind, (p.left, p.right))
+            if of and max(of) == cut:
+                sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
+                self.before += self._code()
+                self.before.append(f"if not ({condition(p, *sides)}): return OTHERWISE")
+
+    def _inputs(self, segment: Segment, kind: type) -> list[str]:
+        """Expressions of a segment's inputs: tensors or floats, for `kind` int the addresses of
+        the tensors."""
+        sources = {}
+        for of in (self.captured, *self.captured.cuts):
+            values = (p.value for p in of.graph.params)
+            sources.update(zip(values, of.sources, strict=True))
+        found = []
+        for param in segment.graph.params:
+            if param.value in segment.carried:
+                part, result = segment.carried[param.value]
+                found.append(f"part{part}[{result}]{'.data_ptr()' * (kind is int)}")
+            else:
+                of, i = sources[param.value]
+                found.append(
+                    f"{'addresses' if kind is int and of == 'tensor' else _LISTS[of]}[{i}]"
+                )
+        return found
+
+    def _plan(self, reusable: str) -> tuple[Inlined, list[str]]:
+        """The run of the plan, and the expressions of the results of the step's graph."""
+        if self.parts is None:
+            params = [
+                f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]"
+                for kind, i in self.captured.sources
+            ]
+        else:
+            params = self._inputs(self.parts.rest, int)
+        run, outputs = self.program.inlined(params, reusable, self.code)
+        self.names |= run.names
+        if self.parts is not None:
+            outputs = [
+                f"part{place[1]}[{place[2]}]" if place[0] == "part" else outputs[place[1]]
+                for place in self.parts.results
+            ]
+        return run, outputs
+
+    # ---- after the plan
+
+    def _late_numbers(
+        self, late: frozenset[int], outputs: list[str], host: dict[int, str]
+    ) -> list[str]:
+        """Read the values that Python would read from the plan's results, and compute with them."""
+        lines = []
+        self.names["read"] = host_memory.read
+        values = outputs[len(outputs) - len(late) :]
+        for k, value in zip(sorted(late), values, strict=True):
+            lines.append(f"scalars[{self.cut_scalars[k]}] = read({value})")
+        host |= self._host(lambda of: bool(of & late))
+        return [*lines, *self._code()]
+
+    def _commit(self, outputs: list[str], host: dict[int, str]) -> list[str]:
+        return commit_lines(
+            self.captured,
+            outputs,
+            [host[i] for i in range(len(host))],
+            cell=lambda i: _cell(self.places, i),
+            grad_on=self.armed is not None and torch.is_grad_enabled(),
+            names=self.names,
+        )
+
+
+_UNDO = ("    call.undo()", "    raise")
+_LISTS = {"tensor": "reals", "scalar": "scalars"}
 
 
 def _cell(places: Places | None, index: int) -> str | None:

@@ -44,9 +44,9 @@ class Operation:
         return min((public_name(f) for f in self.functions), key=rank)
 
     @property
-    def needs_values(self) -> bool:
-        """Whether it only tells the user that a trace has no values."""
-        return RULES[self.functions[0]].needs_values
+    def reads_values(self) -> bool:
+        """Whether it gives Python the values of a tensor."""
+        return self.family == "values"
 
     @property
     def row(self) -> Row | None:
@@ -186,14 +186,15 @@ advice:"""
 VALUES = """\
 ### Values
 
-These need the value of a tensor, which a trace does not have, and raise `ValueDependentError`.
-Return the tensor and read it outside; for a choice between two values use `torch.where`."""
+These give Python the values of a tensor. What they need is computed when they are called, and the
+trace goes on. A number that is only returned is read after the plan; one that Python decides by, or
+computes with, before the rest of it; text, lists and arrays keep the step in rerun."""
 
 
 def markdown() -> str:
     """All operations by family, and all refusals."""
     lines = [HEAD]
-    public = [o for o in operations() if not (o.needs_values or o.name.startswith("torch._"))]
+    public = [o for o in operations() if not (o.reads_values or o.name.startswith("torch._"))]
     for family in dict.fromkeys(o.family for o in public):
         title = import_module(f"{functions.__name__}.{family}").__doc__.splitlines()[0]
         lines += ["", f"## {family}", "", title, ""]
@@ -208,5 +209,5 @@ def markdown() -> str:
     for refusal in refusals():
         lines.append(f"- `{refusal.module}.{refusal.function}`: {refusal.text}")
     lines += ["", VALUES, ""]
-    lines += [" ".join(f"`{o.names}`" for o in operations() if o.needs_values)]
+    lines += [" ".join(f"`{o.names}`" for o in operations() if o.reads_values)]
     return "\n".join(lines) + "\n"

@@ -642,6 +642,21 @@ for _name in ("exp", "log", "sin", "cos", "tanh", "sigmoid", "rsqrt"):
     row(f"{_name} {_name}_", UNARY, exact=False)
 row("sqrt sqrt_", UNARY, exact=False)
 row("isnan", UNARY)
+row("isinf", UNARY)
+row("isfinite", UNARY)
+row(
+    "isclose",
+    [
+        S(r(5), r(5)),
+        S(r(4, 3).t(), r(3, 1)),
+        S(v(1, 2, nan, inf, -inf, inf), v(1, 2.00001, nan, inf, -inf, -inf)),
+        S(v(1, 2, nan, inf), v(1.1, 2.1, nan, 1), 0.05, 0.02, equal_nan=True),
+        S(v(1, 2, nan), v(1, 2, nan), rtol=0.0, atol=0.0),
+        S(r(5, dtype=i64), r(5, dtype=i64), atol=1.0),
+        S(r(0), r(0)),
+        S(r(), r(5)),
+    ],
+)
 row("positive", UNARY)
 
 row("sum", [*reduction(), *SEVERAL, *TYPED], exact=False)

@@ -89,15 +89,18 @@ class Keywords(dict):
     """As the last of a call's arguments: its keyword arguments."""
 
 
-def check(case: Case, reset: Callable[[], None] = lambda: None) -> CompiledStep:
+def check(
+    case: Case, reset: Callable[[], None] = lambda: None, *, rel: float = 1e-6
+) -> CompiledStep:
     """Run a case in auto mode and in rerun mode; the compiled copies are like eager's after every
-    call, or refuse. `reset` puts the globals that the case changes back for the next copy."""
+    call, or refuse. `reset` puts the globals that the case changes back for the next copy. `rel`:
+    how far plain floats may be apart."""
     reset()
     eager = World(case, None)
     expected = [eager.call(i) for i in range(case.calls)]
     for mode in ("rerun", "auto"):
         reset()
-        step, refused = _run(case, mode, expected)
+        step, refused = _run(case, mode, expected, rel)
         if case.mode.startswith("refused"):
             assert refused is not None, f"not refused, but {step.explain_mode()}"
             assert re.search(case.says, str(refused)), str(refused)
@@ -109,7 +112,9 @@ def check(case: Case, reset: Callable[[], None] = lambda: None) -> CompiledStep:
     return step
 
 
-def _run(case: Case, mode: str, expected: list) -> tuple[CompiledStep, TracejitError | None]:
+def _run(
+    case: Case, mode: str, expected: list, rel: float
+) -> tuple[CompiledStep, TracejitError | None]:
     """The step after all calls, or after the one that was refused with this error."""
     ours = World(case, mode)
     for i, theirs in enumerate(expected):
@@ -118,7 +123,7 @@ def _run(case: Case, mode: str, expected: list) -> tuple[CompiledStep, TracejitE
         except TracejitError as error:
             same(picture((ours.state, case.args(i))), ours.before, f"call {i} was refused")
             return ours.step, error
-        same(mine, theirs, f"call {i}, mode {mode}")
+        same(mine, theirs, f"call {i}, mode {mode}", rel)
     return ours.step, None
 
 
@@ -183,8 +188,9 @@ def picture(x: object) -> list[tuple[str, object]]:
     return found
 
 
-def same(mine: list, theirs: list, where: str) -> None:
-    """Both pictures show the same: values exactly, tensors within float32 rounding."""
+def same(mine: list, theirs: list, where: str, rel: float = 1e-6) -> None:
+    """Both pictures show the same: values exactly, tensors within float32 rounding, floats within
+    `rel`."""
     ours, its = [p for p, _ in mine], [p for p, _ in theirs]
     assert ours == its, f"{where}: {sorted(set(ours) ^ set(its))}"
     for (path, a), (_, b) in zip(mine, theirs, strict=True):
@@ -193,7 +199,7 @@ def same(mine: list, theirs: list, where: str) -> None:
             assert a.dtype == b.dtype and a.shape == b.shape, f"{at}: {a.shape} {a.dtype}"
             torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6, equal_nan=True, msg=at)
         elif isinstance(a, float) and isinstance(b, float):
-            assert a == pytest.approx(b, rel=1e-6, abs=1e-9, nan_ok=True), f"{at}: {a} {b}"
+            assert a == pytest.approx(b, rel=rel, abs=1e-9, nan_ok=True), f"{at}: {a} {b}"
         else:
             assert type(a) is type(b) and a == b, f"{at}: {a!r}, eager has {b!r}"
 

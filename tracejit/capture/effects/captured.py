@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tracejit.capture.effects.effects import Effects
 from tracejit.capture.trace.bounds import Bound
+from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.ir.graph import Graph, Node, Value
 
@@ -36,6 +37,9 @@ class Captured:
     given: tuple[object, ...]  # the plain values that the step returned or stored, or OPAQUE
     effects: Effects
     key: Key
+    cuts: tuple[Cut, ...] = ()  # values that Python read in the middle
+    late: tuple[int, ...] = ()  # cuts that only results depend on: the last results of the graph
+    opaque: tuple[str, ...] = ()  # what Python did that no replay can follow
 
 
 @dataclass(frozen=True, slots=True)

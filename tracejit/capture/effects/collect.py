@@ -23,6 +23,7 @@ from tracejit.capture.effects.effects import (
     Slot,
     Tree,
 )
+from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
@@ -236,8 +237,10 @@ def _finish(
         returned=tree,
         callbacks=len(hyper.callbacks),
     )
+    late = late_cuts(t)
+    results += tuple(Result(t.cuts[k].value) for k in late)
     graph = for_the_plan(t.b.graph(name, results, writes))
-    captured = _captured(t, graph, effects, tuple(grads_read), collect.given)
+    captured = _captured(t, graph, effects, tuple(grads_read), collect.given, late)
     proxies = [p for p, _ in escaped]
     call = Call(
         reals=t.inputs.tensors,
@@ -258,7 +261,12 @@ def undoing(undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
 
 
 def _captured(
-    t: Trace, graph: Graph, effects: Effects, grads_read: tuple, given: list[object]
+    t: Trace,
+    graph: Graph,
+    effects: Effects,
+    grads_read: tuple,
+    given: list[object],
+    late: tuple[int, ...],
 ) -> Captured:
     scalars = tuple(value for value, _ in t.scalars.params)
     scalar_index = {value: k for k, value in enumerate(scalars)}
@@ -281,6 +289,8 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
+        tuple((graph_key(cut.graph), cut.sources) for cut in t.cuts),
+        late,
     )
     given_key = tuple(
         id(x) if p is OPAQUE else repr(p) for p, x in zip(plain_ones, given, strict=True)
@@ -297,6 +307,9 @@ def _captured(
         given=plain_ones,
         effects=effects,
         key=Key(graph_key(graph), effects_key, given_key),
+        cuts=tuple(t.cuts),
+        late=late,
+        opaque=tuple(dict.fromkeys(t.scalars.opaque)),
     )
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tracejit.capture.effects.captured import graph_key
+from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate, same_float
 from tracejit.capture.trace.tensor import Geometry, TracedTensor
 from tracejit.errors import TracejitError
@@ -132,6 +134,11 @@ class Same:
 
 
 @dataclass(frozen=True, slots=True)
+class Read:
+    """What Python got of the values of a tensor: another object on each call."""
+
+
+@dataclass(frozen=True, slots=True)
 class Many:
     """A tuple, list, namedtuple, slice, or an iterator over a tuple."""
 
@@ -206,7 +213,9 @@ class Call(Event):
     """A torch function was called. `found` is what its rule found outside, in order:
 
     ("grad", owner, what) a `.grad`: None, or a tensor; ("item", tensor, value) the number of a
-    tensor of one element; ("host", node) and ("decision", predicate) what was done with numbers.
+    tensor of one element; ("host", node) and ("decision", predicate) what was done with numbers;
+    ("cut", cut, inputs, value), ("values", cut, inputs, convert) and ("plain", value) what it
+    computed for Python.
     """
 
     func: Callable
@@ -222,10 +231,15 @@ class Call(Event):
 
     @property
     def key(self) -> tuple:
-        found = tuple(
-            ("decision", *Decision(x[1]).key) if x[0] == "decision" else x for x in self.found
-        )
+        found = tuple(map(_key, self.found))
         return self.func, self.args, self.names, self.grad_on, self.dtype, found
+
+
+def _key(found: tuple) -> tuple:
+    kind, *what = found
+    if kind == "decision":
+        return kind, *Decision(*what).key
+    return tuple(graph_key(x.graph) if isinstance(x, Cut) else x for x in found)
 
 
 def news(recorded: object) -> Iterator[New]:

@@ -27,6 +27,7 @@ from tracejit.capture.follow.events import (
     Number,
     Outside,
     Point,
+    Read,
     Same,
     ScalarCame,
     TensorMeta,
@@ -35,12 +36,14 @@ from tracejit.capture.follow.events import (
 )
 from tracejit.capture.follow.recall import End, Recall
 from tracejit.capture.python.references import ALONE, count
+from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Node, Value
 
+_NOTHING = object()
 _REAL = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -57,6 +60,7 @@ class Recorder(Journal):
         self.events: list[Event] = []  # of this trace so far
         self._call: Call | None = None  # whose rule is running
         self._bounds = 0  # how many the trace had before
+        self._values: object = _NOTHING  # what the latest call got for Python
         self._over = False
         self._inside = 0  # nodes emitted while the user's code ran
 
@@ -112,6 +116,9 @@ class Recorder(Journal):
             if id(x) not in self.ids:
                 raise Incomparable
             return Known(self.ids[id(x)])
+        if x is self._values:
+            self._values = _NOTHING
+            return Read()
         if type(x) is TUPLE_ITERATOR:
             return Many(type(x), tuple([self._encode_result(item) for item in items_of(x)]))
         return self._encode_plain(x, self._encode_result)
@@ -146,8 +153,45 @@ class Recorder(Journal):
             self.events.append(ScalarCame(without_holder(path), value))
         elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
             self._call.found.append(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
+        elif path[0] == "cut":
+            self._found("cut", self.t.cuts[path[1]], value)
         else:
             self.recording = False
+
+    def found_values(self, cut: Cut, convert: Callable, values: object) -> object:
+        """Python reads the values of a tensor, as `convert` makes them; returns them."""
+        if self.recording and not self._over:
+            self._values = values
+            self._found("values", cut, convert)
+        return values
+
+    def found_plain(self, value: Value, number: float) -> float:
+        """Python gets a number that it has read as a plain float; returns that."""
+        if self.recording and not self._over:
+            if self._call is None:
+                self.recording = False
+            else:
+                self._values = number
+                self._call.found.append(("plain", value))
+        return number
+
+    def _found(self, kind: str, cut: Cut, more: object) -> None:
+        """The call in progress has computed something for Python."""
+        if self._call is None:
+            self.recording = False
+            return
+        try:
+            self._call.found.append((kind, cut, self._inputs(cut), more))
+        except KeyError:  # of a tensor that no call was given
+            self.recording = False
+
+    def _inputs(self, cut: Cut) -> tuple[int | Value, ...]:
+        """What a cut is computed from: positions of tensors, and runtime scalars."""
+        t = self.t
+        return tuple(
+            self.ids[id(t.inputs.tensors[i])] if kind == "tensor" else t.scalars.params[i][0]
+            for kind, i in cut.sources
+        )
 
     def found_arithmetic(self, node: Node) -> None:
         """Arithmetic on runtime scalars was emitted."""
@@ -195,7 +239,8 @@ class Recorder(Journal):
     def _came_in(self) -> int:
         """The number of runtime scalars that came in while the user's code ran."""
         inside = (x for e in self.events if type(e) is Call for x in e.found)
-        return sum(type(e) is ScalarCame for e in self.events) + sum(x[0] == "item" for x in inside)
+        came = sum(x[0] in ("item", "cut") for x in inside)
+        return sum(type(e) is ScalarCame for e in self.events) + came
 
     def _handle(self, x: torch.Tensor) -> Handle | None:
         return x.handle if type(x) is TracedTensor else self.t.inputs.by_id.get(id(x))

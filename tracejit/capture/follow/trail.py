@@ -10,6 +10,7 @@ the proxies that the user's Python already holds. Then the trace goes on as an o
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,6 +30,7 @@ from tracejit.capture.follow.events import (
     Number,
     Outside,
     Point,
+    Read,
     Same,
     ScalarCame,
     TensorMeta,
@@ -40,12 +42,15 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound
+from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg, Node, Value
+
+_NUMBERS = ("item", "cut")  # what a call finds that is a runtime scalar
 
 
 class Trail(Recorder):
@@ -60,6 +65,9 @@ class Trail(Recorder):
         self.modes = torch._C._len_torch_function_stack()  # how many see torch calls here
         self.scalars: list[float] = []  # the runtime scalars while following
         self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
+        self._numbers: dict[tuple, float] = {}  # of cuts
+        self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
+        self._answer: object = None  # what a call got for Python
 
     # ---- following
 
@@ -111,7 +119,38 @@ class Trail(Recorder):
             self.t.scalars.numbers[value] = host_memory.read(self.objects[tensor])
             self.scalars.append(self.t.scalars.numbers[value])
             return True
+        if kind == "cut":
+            cut, inputs, value = what
+            number = self.t.scalars.numbers[value] = self._number_of(cut, inputs)
+            self.t.scalars.read.add(value)
+            self.scalars.append(number)
+            return True
+        if kind == "plain":
+            self._answer = self.t.scalars.numbers[what[0]]
+            return True
+        if kind == "values":
+            cut, inputs, convert = what
+            self._answer = convert(self._run(cut, inputs))
+            return True
         return self.computes(what[0]) if kind == "host" else self._holds(what[0])
+
+    def _number_of(self, cut: Cut, inputs: tuple[int | Value, ...]) -> float:
+        """The number of a cut; calls that differ in what is decided by it ask several times."""
+        key = len(self.objects), id(cut.graph)
+        number = self._numbers.get(key)
+        if number is None:
+            number = self._numbers[key] = float(self._run(cut, inputs).item())
+        return number
+
+    def _run(self, cut: Cut, inputs: tuple[int | Value, ...]) -> torch.Tensor:
+        numbers = self.t.scalars.numbers
+        given = [self.objects[x] if type(x) is int else numbers[x] for x in inputs]
+        with torch._C.DisableTorchFunction():
+            return self.t.evaluate(cut.graph, given)
+
+    def known_number(self) -> float | None:
+        """The number that Python has read here already, where rules run late."""
+        return self._known.popleft() if self._known else None
 
     def computes(self, node: Node) -> bool:
         """Whether arithmetic on runtime scalars gives a float again; takes note of it."""
@@ -145,6 +184,8 @@ class Trail(Recorder):
             return TracedFloat.make(
                 self.t.scalars.numbers[recorded.value], self.t.scalars, recorded.value
             )
+        if kind is Read:
+            return self._answer
         return container(recorded.kind, [self.give(x) for x in recorded.items])
 
     def scalar(self, path: Path, number: float) -> Value | None:
@@ -216,9 +257,8 @@ class Trail(Recorder):
                         case Decision(predicate):
                             t.scalars.decide(predicate)
                         case Call():
-                            for kind, *_ in event.found:
-                                if kind == "item":
-                                    next(scalars)
+                            came = [(x[0], next(scalars)) for x in event.found if x[0] in _NUMBERS]
+                            self._known.extend(n for kind, n in came if kind == "cut")
                             self._again(event)
         finally:
             torch._C._set_grad_enabled(grad_on)

@@ -26,6 +26,7 @@ from tracejit.capture.functions import (
     softmax,
     statistics,
     unary,
+    values,
     writes,
 )
 
@@ -55,5 +56,6 @@ __all__ = [
     "softmax",
     "statistics",
     "unary",
+    "values",
     "writes",
 ]

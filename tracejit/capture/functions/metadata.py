@@ -1,23 +1,16 @@
-"""What a tensor says of itself: shape, dtype, device, flags. And requests for values, refused."""
+"""What a tensor says of itself: shape, dtype, device, flags."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FrameType
-
 import torch
-from torch.optim import _adafactor
 
 from tracejit.capture.functions.common import normal_axis, operand, result_dtype
-from tracejit.capture.functions.factories import converted
 from tracejit.capture.functions.movement import select
-from tracejit.capture.trace import location, numbers
-from tracejit.capture.trace.scalars import pinned
-from tracejit.capture.trace.table import BY_CALLER, function_name, rule
+from tracejit.capture.trace import location
+from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
-from tracejit.errors import AxisError, ValueDependentError
-from tracejit.ir.types import f64
+from tracejit.errors import AxisError
 
 Tensor = torch.Tensor
 
@@ -171,58 +164,6 @@ def iterate(t: Trace, self: Tensor) -> object:
 @rule(torch._C._set_grad_enabled)
 def set_grad_enabled(t: Trace, enabled: bool) -> None:
     torch._C._set_grad_enabled(enabled)
-
-
-def value_needed(t: Trace, self: Tensor, *args: object, **kwargs: object) -> object:
-    raise t.refuse(
-        ValueDependentError(
-            where=location.full(),
-            function=function_name(t.calling),
-            shape=list(t.lift(self).shape),
-            remedy="Return the tensor and read it outside the step; for a choice between two "
-            "values use torch.where",
-        )
-    )
-
-
-def _known(read: Callable, convert: Callable = lambda x: x) -> Callable:
-    """What a tensor is, where it is arithmetic on the host: an optimizer's step counter."""
-
-    def value(t: Trace, self: Tensor) -> object:
-        found = read(t, t.lift(self))
-        return value_needed(t, self) if found is None else convert(found)
-
-    return value
-
-
-@rule(Tensor.item)
-def item(t: Trace, self: Tensor, or_tensor: bool = False) -> object:
-    number = numbers.item(t, t.lift(self))
-    if number is None and or_tensor:
-        return converted(t, self, f64)
-    return value_needed(t, self) if number is None else number
-
-
-def _asked_by(caller: FrameType) -> dict[str, object]:
-    """Adafactor's `max` takes tensors during a trace."""
-    return {"or_tensor": True} if caller.f_globals is vars(_adafactor) else {}
-
-
-BY_CALLER[Tensor.item] = _asked_by
-
-
-rule(Tensor.__bool__)(_known(numbers.truth))
-rule(Tensor.__int__)(_known(numbers.item, int))
-rule(Tensor.__float__)(_known(numbers.item, pinned))
-_refused = [torch.nonzero, torch.equal, torch.allclose, torch.is_nonzero]
-for _name in (
-    *("tolist", "numpy", "__index__", "__complex__"),
-    *("__array__", "__contains__", "__repr__", "__format__", "__dlpack__", "nonzero"),
-    *("data_ptr", "is_nonzero"),
-):
-    if hasattr(Tensor, _name):
-        _refused.append(getattr(Tensor, _name))
-rule(*_refused, Tensor.equal, needs_values=True)(value_needed)
 
 
 @rule(Tensor.cpu)

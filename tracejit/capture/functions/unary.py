@@ -18,6 +18,19 @@ from tracejit.ir.graph import Value
 from tracejit.ir.types import b1
 
 
+def _is_infinite(t: Trace, x: Value) -> Value:
+    """No integer is."""
+    if not x.type.dtype.is_float:
+        return t.b.ne(x, x)
+    return t.b.eq(t.b.abs(x), math.inf)
+
+
+def _is_finite(t: Trace, x: Value) -> Value:
+    if not x.type.dtype.is_float:
+        return t.b.eq(x, x)
+    return t.b.lt(t.b.abs(x), math.inf)  # no comparison with NaN is true
+
+
 def _rounding(name: str) -> Formula:
     """Integers are whole numbers already."""
 
@@ -120,6 +133,8 @@ ROWS = (
     ),
     Row("relu", _relu, (_d_relu,), wide=False),
     Row("isnan", lambda t, x: t.b.ne(x, x)),
+    Row("isinf", _is_infinite),
+    Row("isfinite", _is_finite),
     Row("erf", primitive("erf"), (_d_erf,), dtypes="to_float"),
     Row(
         "expm1",

@@ -21,10 +21,11 @@ from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
+from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guard_text import FloatLine, differs
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
-from tracejit.capture.trace.scalars import Path
+from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg
@@ -112,7 +113,7 @@ def _torch_functions(w: Walk, ran: Seen) -> None:
 
 def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
-    reasons = ran.refusals + walk.refusals
+    reasons = [*ran.refusals, *walk.refusals, *captured.opaque]
     for code, module in ran.codes.items():
         if code not in walk.codes and origin(code) == "user":
             reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
@@ -151,7 +152,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
             cell = places.cell(path[1])
             at = walk.tensors[id(call.reals[path[1]])]
             scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
-        elif path[0] == "after" or (path not in scalars and path in unread):
+        elif path[0] in ("after", "cut") or (path not in scalars and path in unread):
             scalars[path] = "None"
         elif path not in scalars:
             return f"a runtime scalar has no path: {path}"
@@ -236,6 +237,9 @@ def _against_callbacks(captured: Captured, call: Call) -> str:
             late.update(node.outs)
     if any(late.intersection((p.left, p.right)) for p in captured.predicates):
         return "it decides by a value that a scheduler has just computed"
+    behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
+    if call.callbacks and any(among(behind, (p.left, p.right)) for p in captured.predicates):
+        return "it steps a scheduler and decides by a value of a tensor; do one outside the step"
     return ""
 
 
@@ -401,10 +405,19 @@ def _pattern(storages: Sequence[int]) -> tuple[int, ...]:
     return tuple(first.setdefault(s, len(first)) for s in storages)
 
 
+def condition(predicate: Predicate, left: str, right: str) -> str:
+    """A decision that came out as it did, as an expression; it may name `same_float`."""
+    sign = _SIGNS.get(predicate.relation)
+    test = f"{left} {sign} {right}" if sign else f"same_float({left}, {right})"
+    return test if predicate.outcome else f"not ({test})"
+
+
 def _guard_predicates(w: Walk, captured: Captured) -> None:
     """Every decision that Python took on a runtime scalar must come out the same."""
+    behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
+    predicates = [p for p in captured.predicates if not among(behind, (p.left, p.right))]
     wanted: list[Arg] = []
-    for predicate in captured.predicates:
+    for predicate in predicates:
         wanted += (predicate.left, predicate.right)
     names = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
     code = HostCode()
@@ -412,10 +425,7 @@ def _guard_predicates(w: Walk, captured: Captured) -> None:
     w.lines += code.lines
     w.names |= host_names()
     conditions: dict[str, str] = {}
-    for i, predicate in enumerate(captured.predicates):
-        left, right = found[2 * i], found[2 * i + 1]
-        sign = _SIGNS.get(predicate.relation)
-        test = f"{left} {sign} {right}" if sign else f"same_float({left}, {right})"
-        conditions[test if predicate.outcome else f"not ({test})"] = predicate.relation
-    for condition, relation in conditions.items():
-        w.check(condition, f"a decision on a runtime scalar ({relation}) came out otherwise")
+    for i, predicate in enumerate(predicates):
+        conditions[condition(predicate, *found[2 * i : 2 * i + 2])] = predicate.relation
+    for test, relation in conditions.items():
+        w.check(test, f"a decision on a runtime scalar ({relation}) came out otherwise")

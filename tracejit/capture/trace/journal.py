@@ -7,7 +7,7 @@ compares it with earlier traces.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -28,6 +28,17 @@ class Journal:
     def decision(self, predicate: object) -> bool:
         """Whether an earlier trace took this decision here."""
         return False
+
+    def known_number(self) -> float | None:
+        """The number that Python has read here already, where rules run late."""
+
+    def found_values(self, cut: object, convert: Callable, values: object) -> object:
+        """Python reads the values of a tensor, as `convert` makes them; returns them."""
+        return values
+
+    def found_plain(self, value: Value, number: float) -> float:
+        """Python gets a number that it has read as a plain float; returns that."""
+        return number
 
     def found_scalar(self, path: tuple, value: Value) -> None:
         """A runtime scalar has come in."""

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tracejit.capture.trace import location
 from tracejit.capture.trace.journal import Journal
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import HOST_SCALAR
@@ -22,6 +23,7 @@ from tracejit.ir.types import HOST_SCALAR
 #                              the call starts
 #   item k                     the one element of the k-th outside tensor, read before the plan runs
 #   after n path               what a path leads to when the n-th callback has run
+#   cut n                      the n-th number that Python read in the step: a value of the graph
 #   computed n                 a float that Python computed in this call; a replay cannot know it
 Path = tuple
 
@@ -61,6 +63,8 @@ class Scalars:
         self.paths: list[Path] = []  # where each of them comes from
         self.numbers: dict[Value, float] = {}  # what every host value is in this trace
         self.predicates: list[Predicate] = []
+        self.read: set[Value] = set()  # cuts, and what was computed from them
+        self.opaque: list[str] = []  # what Python did that no replay can follow
 
     def come(self, number: float, path: Path) -> TracedFloat:
         """A runtime scalar: a new host input of the graph."""
@@ -70,12 +74,23 @@ class Scalars:
             value = self.b.param(HOST_SCALAR)
             self.params.append((value, number))
             self.journal.found_scalar(path, value)
+        if path[0] == "cut":
+            self.read.add(value)
         return TracedFloat.make(number, self, value)
 
     def arithmetic(self, op: str, *args: Arg) -> Value:
         """Emit arithmetic on runtime scalars."""
         value = self.journal.arithmetic(op, args)
-        return getattr(self.b, op)(*args) if value is None else value
+        if value is None:
+            value = getattr(self.b, op)(*args)
+        if self.read and not self.read.isdisjoint(args):
+            self.read.add(value)
+        return value
+
+    def taken(self, how: str) -> None:
+        """Python has got something that no replay can follow."""
+        if how not in self.opaque:
+            self.opaque.append(how)
 
     def decide(self, predicate: Predicate) -> None:
         """Python takes a decision on a runtime scalar."""
@@ -88,6 +103,7 @@ class Scalars:
         self.active = False
         self.b = self.journal = None
         self.params, self.paths, self.numbers, self.predicates = [], [], {}, []
+        self.read, self.opaque = set(), []
 
 
 class TracedFloat(float):
@@ -111,10 +127,18 @@ class TracedFloat(float):
         return self.scalars if self.scalars.active else None
 
     def pin(self) -> float:
-        """Take the value itself: a replay is good for this value only."""
-        number = float.__pos__(self)
-        if self.scalars.active:
-            self.scalars.decide(Predicate("is", self.value, number, True))
+        """Take the value itself: a replay is good for this value only. One that the step has
+        computed would hardly come again: there is no replay then."""
+        number, live = float.__pos__(self), self.live
+        if live is None:
+            return number
+        if self.value in live.read:
+            live.taken(
+                "it makes text or a plain float of a number that it has computed, at "
+                f"{location.short()}; return the number, or keep it a tensor"
+            )
+        else:
+            live.decide(Predicate("is", self.value, number, True))
         return number
 
     real = property(lambda self: self.pin())

@@ -18,7 +18,8 @@ from tracejit.capture.trace.scalars import Scalars, TracedFloat
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import Family, Handle, Storage, TracedTensor, Version
 from tracejit.errors import AutogradError, ShapeError, TracejitError, UnsupportedOperation
-from tracejit.ir.graph import Builder, Node, Value
+from tracejit.ir.graph import Builder, Graph, Node, Value
+from tracejit.ir.on_tensors import on_numpy
 from tracejit.ir.types import Type
 
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
@@ -94,6 +95,10 @@ class TraceState:
         self.producers: dict[Value, Node] = {}
         self.hosted: dict[Value, float | None] = {}
         self.asked: set[Storage] = set()  # whose number Python asked for
+        # values that Python read, see cuts.py
+        self.evaluate: Callable[[Graph, list], torch.Tensor] = on_numpy
+        self.cuts: list[object] = []
+        self.read_numbers: dict[Value, float] = {}
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""
@@ -232,6 +237,7 @@ class TraceState:
         self.tape = Tape()
         self.name_of = lambda tensor: None  # it holds the arguments of the call
         self.scalars.close()
+        self.evaluate = on_numpy  # not the step's own: a trace lies in cycles
         for context in self.contexts:
             vars(context).clear()
 

@@ -65,7 +65,6 @@ class Rule:
     of: Rule | None = None  # the rule that it is another form of, and how it differs
     form: Literal["", "in place", "signature", "list"] = ""
     row: Row | None = None  # its formulas, if it is element-wise
-    needs_values: bool = False  # it only tells the user that a trace has no values
 
     @property
     def own(self) -> Rule:
@@ -94,11 +93,11 @@ def family_of(implementation: Callable) -> str:
     return implementation.__module__.rpartition(".")[2]
 
 
-def rule(*functions: Callable, needs_values: bool = False) -> Callable[[Callable], Callable]:
+def rule(*functions: Callable) -> Callable[[Callable], Callable]:
     """Register the decorated function as the rule of these torch functions."""
 
     def register(implementation: Callable) -> Callable:
-        made = Rule(implementation, family_of(implementation), needs_values=needs_values)
+        made = Rule(implementation, family_of(implementation))
         for function in functions:
             RULES[function] = made
         return implementation

@@ -1,0 +1,423 @@
+"""Values of tensors that Python reads in the step: returned, computed with, decided by, printed.
+
+Each case is compared with eager after every call; see `support/worlds.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import tracejit
+from support.worlds import Case, Trainer, X, Y, check, table
+
+CASES: dict[str, Case] = {}
+case = table(CASES)
+
+
+def batches(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Another batch on each call."""
+    return X * (1 + 0.25 * i) - 0.1 * i, Y + 0.1 * i
+
+
+def loss_then(finish, **options):
+    """A trainer's step that ends with `finish(trainer, loss)`."""
+
+    def build(w):
+        w.t = t = Trainer(**options)
+
+        def step(x, y):
+            t.opt.zero_grad()
+            loss = t.loss(x, y)
+            loss.backward()
+            t.opt.step()
+            return finish(t, loss)
+
+        return step
+
+    return build
+
+
+def norm_of_gradients(t: Trainer) -> torch.Tensor:
+    return nn.utils.get_total_norm([p.grad for p in t.model.parameters()])
+
+
+def value(mode: str, name: str, finish, **options) -> None:
+    build = loss_then(finish, **options)
+    build.__name__ = name
+    case(mode, args=batches, calls=6)(build)
+
+
+# ---- only returned: read after the plan
+
+value("replay", "item", lambda t, loss: loss.item())
+value("replay", "item_of_an_expression", lambda t, loss: (loss * 2 + 1).item())
+value("replay", "arithmetic_of_items", lambda t, loss: 2 * loss.item() - loss.item() * loss.item())
+value("replay", "item_and_the_tensor", lambda t, loss: (loss.detach(), loss.item()))
+value(
+    "replay",
+    "items_in_a_dict",
+    lambda t, loss: {"loss": loss.item(), "lr": t.opt.param_groups[0]["lr"]},
+)
+value("replay", "item_of_a_parameter", lambda t, loss: t.model[0].weight.sum().item())
+value("replay", "item_of_a_gradient", lambda t, loss: t.model[0].weight.grad.norm().item())
+value("replay", "item_in_double", lambda t, loss: loss.double().item())
+value("replay", "item_in_half", lambda t, loss: loss.bfloat16().item())
+value(
+    "replay",
+    "norm_of_gradients",
+    lambda t, loss: nn.utils.get_total_norm([p.grad for p in t.model.parameters()]).item(),
+)
+value("replay", "the_same_twice", lambda t, loss: (loss.item(), loss.item()))
+value("replay", "with_adam", lambda t, loss: loss.item(), make=torch.optim.Adam, lr=1e-2)
+value("replay", "root_of_an_item", lambda t, loss: loss.item() ** 0.5)
+value("replay", "quotient_of_items", lambda t, loss: loss.item() / (1 + loss.item()))
+value("rerun", "plain_float", lambda t, loss: float(loss))
+value("rerun", "text", lambda t, loss: f"{loss.item():.4f}")
+value("rerun", "text_of_the_tensor", lambda t, loss: f"{loss:.4f}")
+value("rerun", "printed", lambda t, loss: print(round(loss.item(), 3)))
+value("rerun", "array", lambda t, loss: t.model(X).detach().numpy().copy())
+value("rerun", "list_of", lambda t, loss: t.model(X).tolist())
+value("rerun", "array_of_items", lambda t, loss: [float(p.sum()) for p in t.model.parameters()])
+
+
+# ---- decisions
+
+
+@case("replay", args=batches)
+def skips_when_not_finite(w):
+    w.t = t = Trainer()
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        loss.backward()
+        if torch.isfinite(loss):
+            t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=lambda i: (X * (float("nan") if i in (3, 6) else 1.0), Y), calls=8)
+def skips_at_times(w):
+    w.t = t = Trainer()
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        if torch.isnan(loss):
+            return None
+        loss.backward()
+        t.opt.step()
+        return loss.item()
+
+    return step
+
+
+@case("replay", args=lambda i: (X * (3.0 if i % 2 else 0.1), Y), calls=10)
+def two_branches_in_turn(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        if loss > 1.0:
+            loss = loss.sqrt()
+        loss.backward()
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=lambda i: (X * (1.5**i), Y), calls=9)
+def clipped_by_hand(w):
+    w.t = t = Trainer(lr=0.001)
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        loss.backward()
+        total = sum(p.grad.norm().item() ** 2 for p in t.model.parameters()) ** 0.5
+        if total > 2.0:
+            for p in t.model.parameters():
+                p.grad.mul_(2.0 / total)
+        t.opt.step()
+        return total
+
+    return step
+
+
+@case("replay", args=batches)
+def early_exit(w):
+    w.t = t = Trainer(lr=0.05)
+
+    def step(x, y):
+        for _ in range(3):
+            t.opt.zero_grad()
+            loss = t.loss(x, y)
+            if loss.item() < 1e-6:
+                break
+            loss.backward()
+            t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=lambda i: (X * 2.0 ** (i % 3),), calls=14)
+def halved_until_small(w):
+    def step(x):
+        n = 0
+        while x.abs().sum() > 10:
+            x, n = x / 2, n + 1
+        return x, n
+
+    return step
+
+
+@case("replay", args=lambda i: (X + (i // 3), X + 1), calls=9)
+def compared_whole(w):
+    def step(a, b):
+        if torch.equal(a, b):
+            return a * 2
+        return a - b if torch.allclose(a, b, atol=1.5) else b
+
+    return step
+
+
+@case("replay", args=lambda i: (X.long() + i % 2, 2), calls=10)
+def contains_a_number(w):
+    return lambda x, n: x.float() * (2 if n in x else 3)
+
+
+@case("replay", args=lambda i: (0.5 * i < X,), calls=8)
+def any_of_a_mask(w):
+    return lambda mask: mask.float() if mask.any() else None
+
+
+@case("replay", args=lambda i: (X, i % 2 == 0), calls=8)
+def truth_of_a_flag(w):
+    w.flag = torch.tensor(True)
+
+    def step(x, on):
+        w.flag.fill_(on)
+        return x * 2 if w.flag else x * 3
+
+    return step
+
+
+@case("replay", args=batches)
+def assertion_on_values(w):
+    def step(x, y):
+        out = torch.softmax(x, 1)
+        if not torch.allclose(out.sum(1), torch.ones(5)) or (out < 0).any():
+            raise AssertionError("rows sum to one")
+        return out
+
+    return step
+
+
+@case("replay", args=lambda i: (X[: 2 + i % 2],), calls=10)
+def integer_as_a_loop_count(w):
+    def step(x):
+        total = x
+        for _ in range(int((x > 0.5).any(1).sum())):
+            total = total + x
+        return total
+
+    return step
+
+
+@case("replay", args=batches)
+def number_in_the_graph(w):
+    def step(x, y):
+        scale = x.abs().max().item()
+        return (x / scale).sum(), y * scale
+
+    return step
+
+
+@case("replay", args=batches)
+def learning_rate_from_the_loss(w):
+    w.t = t = Trainer()
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        loss.backward()
+        for group in t.opt.param_groups:
+            group["lr"] = 0.1 / (1 + loss.item())
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=batches)
+def value_under_no_grad(w):
+    w.t = t = Trainer()
+
+    def step(x, y):
+        with torch.no_grad():
+            before = t.loss(x, y).item()
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        loss.backward()
+        t.opt.step()
+        with torch.no_grad():
+            after = t.loss(x, y).item()
+        return before, after, before - after
+
+    return step
+
+
+@case("replay", args=batches)
+def value_of_a_running_mean(w):
+    w.mean = torch.zeros(())
+
+    def step(x, y):
+        w.mean.mul_(0.9).add_(x.mean(), alpha=0.1)
+        return w.mean.item()
+
+    return step
+
+
+@case("replay", args=batches, calls=8)
+def restored_when_worse(w):
+    w.t = t = Trainer(lr=0.5)
+
+    def step(x, y):
+        saved = [p.detach().clone() for p in t.model.parameters()]
+        before = t.loss(x, y)
+        t.opt.zero_grad()
+        before.backward()
+        t.opt.step()
+        with torch.no_grad():
+            if t.loss(x, y) > before:
+                for p, old in zip(t.model.parameters(), saved, strict=True):
+                    p.copy_(old)
+        return before.detach()
+
+    return step
+
+
+@case("replay", args=batches, changes={3: lambda w: setattr(w, "limit", 0.0)}, calls=8)
+def limit_changed_outside(w):
+    w.limit = 1e9
+
+    def step(x, y):
+        total = (x * y.sum()).abs().sum()
+        return total * 2 if total > w.limit else total.item()
+
+    return step
+
+
+@case("replay", args=batches, backend="c")
+def branches_on_the_c_backend(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        if loss > 0.9:
+            loss = loss * 0.5
+        loss.backward()
+        t.opt.step()
+        return loss.item()
+
+    return step
+
+
+@case("rerun", args=batches)
+def printed_every_time(w):
+    w.t = t = Trainer()
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        print(f"loss {loss.item():.3f}")
+        loss.backward()
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("rerun", args=batches, calls=8)
+def choice_in_numpy(w):
+    def step(x, y):
+        order = x.sum(1).numpy().argsort()
+        return x * float(order[0] + 1)
+
+    return step
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values(name):
+    check(CASES[name], rel=2e-5)
+
+
+# ---- what is particular about them
+
+
+def test_an_array_of_the_step_cannot_be_written_to():
+    def step(x):
+        x.mul(2).numpy()[0] = 1.0
+
+    with pytest.raises(ValueError, match="read-only"):
+        tracejit.compile(step)(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    "step, error",
+    [
+        (lambda x: x.item(), "3 elements cannot be converted to Scalar"),
+        (lambda x: bool(x), "more than one value is ambiguous"),
+        (lambda x: bool(x[:0]), "no values is ambiguous"),
+        (lambda x: (x * torch.nn.Parameter(x)).numpy(), "requires grad"),
+    ],
+)
+def test_what_eager_rejects(step, error):
+    for run in (step, tracejit.compile(step, backend="numpy")):
+        with pytest.raises(RuntimeError, match=error):
+            run(torch.ones(3))
+
+
+def test_an_exception_after_a_value_leaves_everything_as_it_was():
+    w = torch.ones(3, requires_grad=True)
+    opt = torch.optim.SGD([w], lr=0.1)
+
+    def step(x, limit):
+        opt.zero_grad()
+        loss = (w * x).sum()
+        loss.backward()
+        opt.step()
+        if loss > limit:
+            raise KeyError("too large")
+        return loss.item()
+
+    compiled = tracejit.compile(step, backend="numpy")
+    for i in range(6):
+        before = w.detach().clone(), copy.copy(w.grad)
+        limit = 1e9 if i % 3 else -1e9
+        if limit > 0:
+            assert compiled(torch.ones(3), limit) == pytest.approx(before[0].sum().item(), rel=1e-5)
+        else:
+            with pytest.raises(KeyError, match="too large"):
+                compiled(torch.ones(3), limit)
+            assert torch.equal(w, before[0])
+    assert compiled.stats.replays > 0
+
+
+def test_one_plan_for_a_value_that_is_returned():
+    w = torch.ones(3, requires_grad=True)
+    compiled = tracejit.compile(lambda x: F.mse_loss(w * x, x).item(), backend="numpy")
+    for _ in range(5):
+        compiled(torch.rand(3))
+    assert compiled.stats.compiles == 1 and compiled.stats.replays > 0

@@ -1,0 +1,27 @@
+"""A graph evaluated on tensors by numpy, one primitive at a time: for a value needed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tracejit.ir.graph import Graph
+from tracejit.ir.interp import evaluate
+from tracejit.ir.torch_types import TO_TORCH
+
+
+def on_numpy(graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:
+    """The first result of a graph without writes, in new memory on the CPU."""
+    arrays = [_array(x) if isinstance(x, torch.Tensor) else x for x in inputs]
+    result = evaluate(graph, arrays)[0][0]
+    dtype = TO_TORCH[graph.results[0].value.type.dtype]
+    return torch.from_numpy(np.array(result)).to(dtype)
+
+
+def _array(x: torch.Tensor) -> np.ndarray:
+    """The elements of a tensor, as the numpy rules of primitives take them."""
+    x = x.detach().cpu()
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    return (x.float() if narrow else x).numpy()
