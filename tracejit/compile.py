@@ -27,6 +27,7 @@ from tracejit.capture.effects.collect import finish
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.follow.followed import followed
 from tracejit.capture.follow.recall import End, Recall
+from tracejit.capture.follow.trail import Trail
 from tracejit.capture.names import names_of_inputs
 from tracejit.capture.proof.guards import Armed
 from tracejit.capture.proof.prover import Prover
@@ -37,7 +38,7 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import TracejitWarning
 from tracejit.ir.graph import Graph
-from tracejit.parts import Values
+from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.select import start_early
@@ -212,8 +213,7 @@ class CompiledStep:
                     continue
                 returned = replay.run.function(*found, replay.call)
                 if returned is OTHERWISE:
-                    failed = failed or "a decision on a value of a tensor came out otherwise"
-                    continue
+                    return self._otherwise(replay, args, kwargs)
                 self.stats.replays += 1
                 if replay is not self._replays[0]:
                     self._replays.remove(replay)
@@ -222,6 +222,30 @@ class CompiledStep:
                     self._ran_last(replay.compiled)
                 return returned
             return self._trace(args, kwargs, failed)
+
+    def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:
+        """A replay has found that Python would decide otherwise: try those behind it, then trace.
+        What its stages have computed is kept meanwhile."""
+        first = self._replays.index(replay) + 1
+        tried = [replay]
+        try:
+            for other in self._replays[first:]:
+                found = other.guard(args, kwargs)
+                if type(found) is str:
+                    continue
+                tried.append(other)
+                returned = other.run.function(*found, other.call)
+                if returned is not OTHERWISE:
+                    self.stats.replays += 1
+                    self._replays.remove(other)
+                    self._replays.insert(0, other)
+                    self._ran_last(other.compiled)
+                    return returned
+        finally:
+            for each in tried:
+                for stage in each.stages:
+                    stage.kept = None
+        return self._trace(args, kwargs, "a decision on a value of a tensor came out otherwise")
 
     def _ran_last(self, compiled: Compiled) -> None:
         self._last = compiled
@@ -268,7 +292,7 @@ class CompiledStep:
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
                 self._warn_of_rerun()
             else:
-                compiled, what = self._known(way.end, call, failed, names)
+                compiled, what = self._known(way.end, trail, call, failed, names)
             trace.release()  # nobody else holds a gradient that goes now
             addresses = [t.data_ptr() for t in call.reals]
         except BaseException:
@@ -293,26 +317,47 @@ class CompiledStep:
         self._note(failed, built=self.stats.compiles > compiles)
         return compiled, compiled.run_of(captured, self._hooks), captured
 
-    def _known(self, end: End, call: Call, failed: str, names: Callable) -> tuple[Compiled, Run]:
+    def _known(
+        self, end: End, trail: Trail, call: Call, failed: str, names: Callable
+    ) -> tuple[Compiled, Run]:
         """The same for a trace that has come to a known end."""
         key = _precision(), tuple([t.data_ptr() % 16 == 0 for t in call.reals])
         known = end.runs.get(key)
         if known is not None and known[0].kept:
             self.stats.reruns += 1
             self._note(failed, built=False)
-            return known
-        compiled, what, captured = self._found(end.captured, call, failed, names)
-        if captured is end.captured:  # else literals of its own are scalars now
-            end.runs[key] = compiled, what
+        else:
+            known = self._found_again(end, call, failed, names)
+            if known[3] is end.captured:  # else literals of its own are scalars now
+                end.runs[key] = known
+        compiled, what, parts, _ = known
+        if parts is not None:
+            call.parts = trail.staged(parts.stages)
         return compiled, what
+
+    def _found_again(
+        self, end: End, call: Call, failed: str, names: Callable
+    ) -> tuple[Compiled, Run, Parts | None, Captured]:
+        """The program of a known end, in segments where Python reads values."""
+        compiled, what, captured = self._found(end.captured, call, failed, names)
+        parts = self._programs.parts(compiled, captured, range(len(captured.cuts)))
+        if parts is not None:
+            given = compiled.program, compiled.final, compiled.backwards, self._hooks
+            what = generate(captured, *given, None, parts)
+        return compiled, what, parts, captured
 
     def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
         """From now on calls that a guard accepts are replayed."""
+        early = [k for k in range(len(captured.cuts)) if k not in captured.late]
+        parts = self._programs.parts(compiled, captured, early)
         given = compiled.program, compiled.final, compiled.backwards, self._hooks
-        what = generate(captured, *given, armed, self._programs.parts(compiled, captured))
+        what = generate(captured, *given, armed, parts)
         if knobs.debug() >= 4:
             print(what.text)
-        self._replays.insert(0, Replay(armed.guard, armed.text, what, compiled, call.kept()))
+        stages = () if parts is None else parts.stages
+        self._replays.insert(
+            0, Replay(armed.guard, armed.text, what, compiled, call.kept(), stages)
+        )
         del self._replays[MAX_PROGRAMS:]
 
     def _note(self, failed: str, *, built: bool) -> None:

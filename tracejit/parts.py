@@ -1,7 +1,8 @@
 """What runs before the rest of a step, where Python reads values in the middle of it.
 
-In a trace each value is computed apart when it is asked for (`Values`). A replay runs the segments
-of the step in turn (`Parts`), and computes nothing twice.
+In a first trace each value is computed apart when it is asked for (`Values`). Later calls run the
+step in segments: a `Stage` for each value that is read before the rest, then the rest. Steps that
+begin alike share their stages, whatever Python decides afterwards.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tracejit.capture.effects.captured import Captured, graph_key
-from tracejit.ir.graph import Graph
+from tracejit.ir.graph import Graph, Param, Result, Value
 from tracejit.ir.on_tensors import on_numpy
 from tracejit.passes.segments import Segment, segments
 from tracejit.runtime.program import Program
@@ -22,6 +23,12 @@ Function = Callable[[Sequence], list[torch.Tensor]]  # from a graph's inputs to 
 MakeProgram = Callable[[Graph, str], Program]
 
 _REMEMBERED = 256
+
+
+def _remember(bounded: dict, key: object, value: object) -> None:
+    bounded[key] = value
+    if len(bounded) > _REMEMBERED:
+        del bounded[next(iter(bounded))]
 
 
 class Values:
@@ -60,39 +67,120 @@ class Values:
         return known[1](inputs)[0]
 
 
-def _remember(bounded: dict, key: object, value: object) -> None:
-    bounded[key] = value
-    if len(bounded) > _REMEMBERED:
-        del bounded[next(iter(bounded))]
+class Stage:
+    """The segment that ends with one value for Python. `run` returns that, and after it what later
+    segments have asked for with `carry`.
+
+    inputs: per param of its graph, ("cone", k): what the k-th param of the value's cone is; or
+        (stage, k): the k-th result of an earlier stage.
+    """
+
+    def __init__(self, cone: Graph, graph: Graph, inputs: Sequence[tuple], make: MakeProgram):
+        self.inputs = tuple(inputs)
+        self.program: Program | None = None
+        self._values = [node.out for node in cone.nodes]
+        self._graph, self._make = graph, make
+        self._results: dict[int, int] = {}  # position among the cone's nodes -> the result
+        self._function: Function | None = None
+        self.kept: tuple | None = None  # of this call, where another plan may ask again
+
+    def carry(self, position: int) -> int:
+        """The result that has the value of a node of the cone; there may be a new one."""
+        index = self._results.get(position)
+        if index is None:
+            value = self._values[position]
+            known = [r.value for r in self._graph.results]
+            if value in known:
+                index = known.index(value)
+            else:
+                index = len(known)
+                results = (*self._graph.results, Result(value))
+                self._graph = replace(self._graph, results=results)
+                self._function = None
+            self._results[position] = index
+        return index
+
+    def run(self, inputs: Sequence) -> list[torch.Tensor]:
+        """The results for some inputs; a list that grows with `carry`, between calls."""
+        if self._function is None:
+            self.program = self._make(self._graph, " of a value")
+            self._function = self.program.function()
+        return self._function(inputs)
+
+    def run_once(self, inputs: Sequence) -> list[torch.Tensor]:
+        """`run`, or what it gave in this call already, for the same inputs."""
+        kept = self.kept
+        if kept is None or any(a is not b and a != b for a, b in zip(kept[0], inputs, strict=True)):
+            kept = self.kept = inputs, self.run(inputs)
+        return kept[1]
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
     """A step in segments.
 
-    first:    the segments that end with a value for Python, and a function for each.
-    rest:     the rest, and its program.
-    results:  where each result of the step's graph is: ("part", segment, result) or
-        ("rest", result).
+    cuts:     which cuts of the step they end with.
+    stages:   a stage for each of them.
+    rest:     the graph of the rest; inputs per param of it: ("param", value), or (stage, result).
+    results:  where each result of the step's graph is: (stage, result), or ("rest", result).
     """
 
-    first: tuple[tuple[Segment, Function], ...]
-    rest: Segment
+    cuts: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    rest: Graph
+    inputs: tuple[tuple, ...]
     program: Program
     results: tuple[tuple, ...]
 
 
-def parts_of(captured: Captured, make: MakeProgram) -> Parts:
-    """The segments of a captured step with early cuts, compiled."""
-    early = [cut.graph for k, cut in enumerate(captured.cuts) if k not in captured.late]
-    *first, rest = segments(captured.graph, early)
-    kept, results = [], []
-    for result in rest.graph.results:
-        if result.value in rest.carried and result.strides is None:  # it is there already
-            results.append(("part", *rest.carried[result.value]))
-        else:
-            results.append(("rest", len(kept)))
-            kept.append(result)
-    rest = replace(rest, graph=replace(rest.graph, results=tuple(kept)))
-    functions = tuple((part, make(part.graph, " of a value").function()) for part in first)
-    return Parts(functions, rest, make(rest.graph, " after it"), tuple(results))
+class Stages:
+    """The stages of one step, and how it is put together of them."""
+
+    def __init__(self, make: MakeProgram):
+        self._make = make
+        self._stages: dict[tuple, Stage] = {}
+
+    def parts_of(self, captured: Captured, cuts: Sequence[int]) -> Parts:
+        """A captured step in segments that end with some of its cuts; compiles the rest."""
+        cones = [captured.cuts[k].graph for k in cuts]
+        *first, rest = segments(captured.graph, cones)
+        positions = [{node.out: i for i, node in enumerate(cone.nodes)} for cone in cones]
+        stages: list[Stage] = []
+
+        def carried(segment: Segment) -> list[tuple]:
+            return [
+                (stages[k], stages[k].carry(positions[k][v])) for v, k in segment.carried.items()
+            ]
+
+        for cone, segment in zip(cones, first, strict=True):
+            key = graph_key(cone), tuple(map(id, stages))
+            stage = self._stages.get(key)
+            if stage is None:
+                place = {p.value: i for i, p in enumerate(cone.params)}
+                own = segment.graph.params[: len(segment.graph.params) - len(segment.carried)]
+                inputs = [("cone", place[p.value]) for p in own] + carried(segment)
+                stage = Stage(cone, segment.graph, inputs, self._make)
+                _remember(self._stages, key, stage)
+            stages.append(stage)
+        own = rest.graph.params[: len(rest.graph.params) - len(rest.carried)]
+        kept, results = [], []
+        for result in rest.graph.results:
+            k = rest.carried.get(result.value)
+            if k is not None and result.strides is None:  # it is there already
+                results.append((stages[k], stages[k].carry(positions[k][result.value])))
+            else:
+                results.append(("rest", len(kept)))
+                kept.append(result)
+        graph = _without_unread(replace(rest.graph, results=tuple(kept)), len(own))
+        still = {p.value for p in graph.params[len(own) :]}
+        needed = replace(rest, carried={v: k for v, k in rest.carried.items() if v in still})
+        inputs = [("param", p.value) for p in own] + carried(needed)
+        program = self._make(graph, " after it")
+        return Parts(tuple(cuts), tuple(stages), graph, tuple(inputs), program, tuple(results))
+
+
+def _without_unread(graph: Graph, first: int) -> Graph:
+    """The graph without the params, from the first one given on, that nothing reads."""
+    read: set[Value] = {v for node in graph.nodes for v in node.inputs} | set(graph.outputs())
+    more: tuple[Param, ...] = tuple(p for p in graph.params[first:] if p.value in read)
+    return replace(graph, params=graph.params[:first] + more)

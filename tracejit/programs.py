@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FunctionType
@@ -22,7 +23,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
-from tracejit.parts import Parts, parts_of
+from tracejit.parts import Parts, Stages
 from tracejit.passes import optimize
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.cache import DiskCache, digest_of
@@ -64,7 +65,7 @@ class Compiled:
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
-    parts: dict[Key, Parts] = field(default_factory=dict)  # the program in segments
+    parts: dict[tuple, Parts] = field(default_factory=dict)  # the program in segments
     used: int = 0  # when it ran last
     kept: bool = True  # until there are too many
 
@@ -131,6 +132,8 @@ class Programs:
         self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self._literals = Literals()
         self._memory = Memory()  # of all programs that run in calls of the step
+        part = weakref.WeakMethod(self.part)
+        self._stages = Stages(lambda graph, what: part()(graph, what))
 
     def report(self, what: str) -> None:
         """Print what happens, under TRACEJIT_DEBUG."""
@@ -181,14 +184,15 @@ class Programs:
             self.dropped(dropped)
         return compiled, captured
 
-    def parts(self, compiled: Compiled, captured: Captured) -> Parts | None:
-        """The segments of a captured step, where Python reads values before the rest of it."""
-        if len(captured.late) == len(captured.cuts):
+    def parts(self, compiled: Compiled, captured: Captured, cuts: Sequence[int]) -> Parts | None:
+        """A captured step in segments that end with some of its cuts."""
+        if not cuts:
             return None
-        found = compiled.parts.get(captured.key)
+        key = captured.key, tuple(cuts)
+        found = compiled.parts.get(key)
         if found is None:
-            found = parts_of(captured, self.part)
-            _put(compiled.parts, captured.key, found)
+            found = self._stages.parts_of(captured, cuts)
+            _put(compiled.parts, key, found)
         return found
 
     def part(self, graph: Graph, what: str) -> Program:

@@ -21,8 +21,7 @@ from tracejit.capture.trace.scalars import same_float
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
-from tracejit.parts import Parts
-from tracejit.passes.segments import Segment
+from tracejit.parts import Parts, Stage
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.interrupts import uninterrupted
 from tracejit.runtime.program import Program
@@ -57,6 +56,7 @@ class Replay:
     run: Run
     compiled: object
     call: Call
+    stages: tuple[Stage, ...] = ()  # what runs before the rest
 
 
 class _Otherwise:
@@ -83,7 +83,9 @@ def generate(
     A replay makes the calls again that the trace made untraced (a scheduler's step), and uses
     the numbers that its guard has read. It reads the values that Python would read: those that it
     decides or computes by from `parts`, which run before the rest, others from the plan's results.
-    It returns OTHERWISE, with nothing changed, where a decision comes out in another way.
+    It returns OTHERWISE, with nothing changed, where a decision comes out in another way; then
+    the stages keep their results for another replay of the same call. A rerun has the results of
+    its `parts` at hand.
     """
     text, names = _Writer(captured, program, final, backwards, hooks, armed, parts).all()
     exec(compile(text, "<tracejit run>", "exec"), names)
@@ -129,13 +131,13 @@ class _Writer:
             names["reusable_gradients"] = reusable
             before.append("reusable = reusable_gradients(reals)")
         if self.parts is not None:
-            self._first_parts()
+            self._stages()
         late = frozenset(() if self.armed is None else captured.late)
         host = self._host(lambda of: not of & late)
         run, outputs = self._plan("()" if reusable is None else "reusable")
         if self.places is not None and captured.effects.host_writes:
             before.append("cells = places.cells")
-        inputs = [f"{_LISTS[kind]}[{i}]" for kind, i in captured.sources]
+        inputs = [_input(*source) for source in captured.sources]
         before += [
             *self._code(),
             *run.gather,
@@ -178,17 +180,32 @@ class _Writer:
 
     # ---- segments
 
-    def _first_parts(self) -> None:
-        """Run the segments that end with a value for Python, and take the decisions on it."""
-        captured, before, names = self.captured, self.before, self.names
-        names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
-        early = [k for k in range(len(captured.cuts)) if k not in captured.late]
-        for n, (segment, function) in enumerate(self.parts.first):
-            names[f"run_part{n}"] = function
-            inputs = self._inputs(segment, list)
-            before.append(f"part{n} = run_part{n}([{', '.join(inputs)}])")
-            before.append(f"scalars[{self.cut_scalars[early[n]]}] = float(part{n}[0].item())")
-            self._decide(early[n])
+    def _stages(self) -> None:
+        """The results of the stages, which a rerun has at hand; a replay runs them, and takes the
+        decisions on their values."""
+        if self.armed is None:
+            return self.before.extend(
+                f"part{n} = call.parts[{n}]" for n in range(len(self.parts.stages))
+            )
+        self.names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
+        decides = any(among(self.behind, (p.left, p.right)) for p in self.captured.predicates)
+        for n, (k, stage) in enumerate(zip(self.parts.cuts, self.parts.stages, strict=True)):
+            self.names[f"stage{n}"] = stage
+            cut = self.captured.cuts[k]
+            inputs = [
+                _input(*cut.sources[i]) if of == "cone" else self._result(of, i)
+                for of, i in stage.inputs
+            ]
+            run = "run_once" if decides else "run"
+            self.before.append(f"part{n} = stage{n}.{run}([{', '.join(inputs)}])")
+            self.before.append(f"scalars[{self.cut_scalars[k]}] = float(part{n}[0].item())")
+            self._decide(k)
+        if decides:
+            self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
+
+    def _result(self, stage: Stage, index: int) -> str:
+        """An expression of a stage's result."""
+        return f"part{self.parts.stages.index(stage)}[{index}]"
 
     def _decide(self, cut: int) -> None:
         """Take the decisions that wait for no cut but this one and earlier ones."""
@@ -199,40 +216,28 @@ class _Writer:
                 self.before += self._code()
                 self.before.append(f"if not ({condition(p, *sides)}): return OTHERWISE")
 
-    def _inputs(self, segment: Segment, kind: type) -> list[str]:
-        """Expressions of a segment's inputs: tensors or floats, for `kind` int the addresses of
-        the tensors."""
+    def _rest_inputs(self) -> list[str]:
+        """Expressions of the inputs of the rest: addresses and floats."""
         sources = {}
         for of in (self.captured, *self.captured.cuts):
             values = (p.value for p in of.graph.params)
             sources.update(zip(values, of.sources, strict=True))
-        found = []
-        for param in segment.graph.params:
-            if param.value in segment.carried:
-                part, result = segment.carried[param.value]
-                found.append(f"part{part}[{result}]{'.data_ptr()' * (kind is int)}")
-            else:
-                of, i = sources[param.value]
-                found.append(
-                    f"{'addresses' if kind is int and of == 'tensor' else _LISTS[of]}[{i}]"
-                )
-        return found
+        return [
+            _given(*sources[x]) if of == "param" else f"{self._result(of, x)}.data_ptr()"
+            for of, x in self.parts.inputs
+        ]
 
     def _plan(self, reusable: str) -> tuple[Inlined, list[str]]:
         """The run of the plan, and the expressions of the results of the step's graph."""
         if self.parts is None:
-            params = [
-                f"{'addresses' if kind == 'tensor' else 'scalars'}[{i}]"
-                for kind, i in self.captured.sources
-            ]
+            params = [_given(*source) for source in self.captured.sources]
         else:
-            params = self._inputs(self.parts.rest, int)
+            params = self._rest_inputs()
         run, outputs = self.program.inlined(params, reusable, self.code)
         self.names |= run.names
         if self.parts is not None:
             outputs = [
-                f"part{place[1]}[{place[2]}]" if place[0] == "part" else outputs[place[1]]
-                for place in self.parts.results
+                outputs[i] if of == "rest" else self._result(of, i) for of, i in self.parts.results
             ]
         return run, outputs
 
@@ -262,7 +267,16 @@ class _Writer:
 
 
 _UNDO = ("    call.undo()", "    raise")
-_LISTS = {"tensor": "reals", "scalar": "scalars"}
+
+
+def _input(kind: str, index: int) -> str:
+    """An expression of an input: a tensor or a float."""
+    return f"{'reals' if kind == 'tensor' else 'scalars'}[{index}]"
+
+
+def _given(kind: str, index: int) -> str:
+    """An expression of an input for the plan: an address or a float."""
+    return f"{'addresses' if kind == 'tensor' else 'scalars'}[{index}]"
 
 
 def _cell(places: Places | None, index: int) -> str | None:

@@ -101,6 +101,7 @@ def _followed(
         return None
     end, hyper = fit.end, t.hyperparameters
     trail.recall.kept += 1
+    trail.keep_numbers()
     t.forget()
     trail.keep_spares(end.news)
     objects = trail.objects

@@ -11,7 +11,7 @@ the proxies that the user's Python already holds. Then the trace goes on as an o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound
-from tracejit.capture.trace.cuts import Cut
+from tracejit.capture.trace.cuts import Cut, Stage
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -66,7 +66,9 @@ class Trail(Recorder):
         self.scalars: list[float] = []  # the runtime scalars while following
         self.given: dict[int, TracedTensor] = {}  # those that rules get again, by their number
         self._numbers: dict[tuple, float] = {}  # of cuts
+        self._outputs: dict[Stage, list[torch.Tensor]] = {}  # the results of stages that have run
         self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
+        self.numbers: dict[Value, float] = {}  # the runtime scalars, once the trace is over
         self._answer: object = None  # what a call got for Python
 
     # ---- following
@@ -136,17 +138,40 @@ class Trail(Recorder):
 
     def _number_of(self, cut: Cut, inputs: tuple[int | Value, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
+        if cut.stage is not None:
+            return float(self._staged(cut.stage, inputs)[0].item())
         key = len(self.objects), id(cut.graph)
         number = self._numbers.get(key)
         if number is None:
             number = self._numbers[key] = float(self._run(cut, inputs).item())
         return number
 
+    def _staged(self, stage: Stage, inputs: tuple[int | Value, ...]) -> list[torch.Tensor]:
+        """The results of a stage, from the inputs of its value."""
+        found = self._outputs.get(stage)
+        if found is None:
+            given = self._given(inputs)
+            found = self._outputs[stage] = stage.run(
+                [given[k] if of == "cone" else self._outputs[of][k] for of, k in stage.inputs]
+            )
+        return found
+
+    def staged(self, stages: Sequence[Stage]) -> list[list[torch.Tensor]]:
+        """The results of the stages of this way, which later traces ask instead of their cuts."""
+        found = (x for e in self.events if type(e) is Call for x in e.found if x[0] == "cut")
+        results = []
+        for (_, cut, inputs, _), stage in zip(found, stages, strict=True):
+            cut.stage = stage
+            results.append(self._staged(stage, inputs))
+        return results
+
+    def _given(self, inputs: tuple[int | Value, ...]) -> list[torch.Tensor | float]:
+        numbers = self.numbers or self.t.scalars.numbers
+        return [self.objects[x] if type(x) is int else numbers[x] for x in inputs]
+
     def _run(self, cut: Cut, inputs: tuple[int | Value, ...]) -> torch.Tensor:
-        numbers = self.t.scalars.numbers
-        given = [self.objects[x] if type(x) is int else numbers[x] for x in inputs]
         with torch._C.DisableTorchFunction():
-            return self.t.evaluate(cut.graph, given)
+            return self.t.evaluate(cut.graph, self._given(inputs))
 
     def known_number(self) -> float | None:
         """The number that Python has read here already, where rules run late."""
@@ -297,6 +322,10 @@ class Trail(Recorder):
     def _arg(self, recorded: Same | Number) -> Arg:
         return recorded.value if type(recorded) is Number else recorded.x
 
+    def keep_numbers(self) -> None:
+        """The trace is over, and what it read may be asked for once more."""
+        self.numbers = self.t.scalars.numbers
+
     def forget(self) -> None:
         """This trace does something that cannot be compared with another's: do not remember it."""
         if not self._over:
@@ -306,6 +335,7 @@ class Trail(Recorder):
     def release(self) -> None:
         """Let go of the tensors."""
         self.given.clear()
+        self._outputs.clear()
         super().release()
 
 

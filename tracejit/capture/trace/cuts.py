@@ -9,8 +9,9 @@ keeps the step in rerun.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -21,16 +22,27 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Graph, Value
 from tracejit.passes.cone import cone
 
+
+class Stage(Protocol):
+    """Computes the value of a cut, and what the rest of the step needs besides: see parts.py."""
+
+    inputs: Sequence[tuple]  # ("cone", k): the k-th input of the cut; or (stage, k): a result
+
+    def run(self, inputs: Sequence) -> list[torch.Tensor]:
+        """The value, and all that is carried over."""
+
+
 Source = tuple[str, int]  # ("tensor", outside tensor) or ("scalar", k)
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Cut:
     """A number that Python read: the runtime scalar of path ("cut", n) is the n-th of a trace."""
 
     graph: Graph  # computes the value, its one result
     sources: tuple[Source, ...]  # per param of it
     where: str  # the user's line
+    stage: Stage | None = None  # what computes it together with what the rest of the step needs
 
     @property
     def value(self) -> Value:
