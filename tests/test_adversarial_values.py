@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tracejit
+import tracejit.programs
 from support.worlds import Case, Trainer, X, Y, check, table
 
 CASES: dict[str, Case] = {}
@@ -421,3 +422,54 @@ def test_one_plan_for_a_value_that_is_returned():
     for _ in range(5):
         compiled(torch.rand(3))
     assert compiled.stats.compiles == 1 and compiled.stats.replays > 0
+
+
+def test_what_ran_is_shown():
+    w = torch.ones(3, requires_grad=True)
+
+    def step(x):
+        loss = (w * x).sum()
+        w.grad = None
+        (loss * 2 if loss > 0 else loss).backward()
+        return loss.detach(), loss.item()
+
+    compiled = tracejit.compile(step, backend="numpy")
+    for i in range(8):
+        compiled(torch.ones(3) * (-1) ** i)
+    assert (compiled.stats.cuts, compiled.stats.branches) == (2, 2)
+    assert compiled.explain_mode() == (
+        "replay: 2 plan(s) armed; values read: 1 before the rest, 1 after it; "
+        "branches that values decide: 2"
+    )
+    first, rest = compiled.segments
+    assert len(first.results) == 1 and len(rest.results) == 1  # the loss is there already
+    assert len(compiled.kernels) == len(first.launches) + len(rest.launches)
+
+
+def test_branches_share_what_they_begin_with(monkeypatch):
+    made = []
+    first = tracejit.programs.Programs.build
+
+    def build(self, graph, *args, **kwargs):
+        made.append(str(graph))
+        return first(self, graph, *args, **kwargs)
+
+    monkeypatch.setattr(tracejit.programs.Programs, "build", build)
+    w = torch.ones(3, requires_grad=True)
+
+    def step(x):
+        y = (w * x).exp()
+        w.grad = None
+        loss = y.sum()
+        if loss > 4:
+            loss = (y * y).sum()
+        loss.backward()
+        return loss.detach()
+
+    compiled = tracejit.compile(step, backend="numpy")
+    for i in range(10):
+        compiled(torch.ones(3) * (-1) ** i)
+    assert compiled.stats.replays > 4
+    stages = {id(stage) for replay in compiled._replays for stage in replay.stages}
+    assert len(stages) == 1
+    assert len([text for text in made if text.startswith("value(")]) <= 3

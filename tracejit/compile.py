@@ -41,6 +41,7 @@ from tracejit.ir.graph import Graph
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
+from tracejit.runtime.program import Program
 from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
@@ -140,6 +141,7 @@ class CompiledStep:
             self._recall = Recall()
             self._replays: list[Replay] = []
             self._last: Compiled | None = None
+            self._last_run: Run | None = None
             self._resting: Tracer | None = None  # of the latest trace, to be used again
             self._prover = Prover(self._function, self.mode, MAX_PROGRAMS)
             self._retraces: deque[str] = deque(maxlen=100)
@@ -168,6 +170,20 @@ class CompiledStep:
         return [c.program.plan for c in self._programs.kept]
 
     @property
+    def segments(self) -> list[Plan]:
+        """The plans that the last call ran, in turn: several where the step reads values before
+        the rest of it."""
+        return [program.plan for program in self._ran_programs()]
+
+    def _ran_programs(self) -> list[Program]:
+        if self._last is None:
+            return []
+        parts = self._last_run.parts
+        if parts is None:
+            return [self._last.program]
+        return [*(stage.program for stage in parts.stages), parts.program]
+
+    @property
     def backward_plans(self) -> list[Plan]:
         """The plans that backward outside the step has run, of the plan that ran last."""
         if self._last is None:
@@ -178,9 +194,7 @@ class CompiledStep:
     def kernels(self) -> list[str]:
         """The source of each kernel of the plan that ran last, as its executor runs it: C, Triton,
         or for numpy the kernel itself."""
-        if self._last is None:
-            return []
-        return [source.text for source in self._last.program.loaded.sources]
+        return [s.text for program in self._ran_programs() for s in program.loaded.sources]
 
     @property
     def guards(self) -> list[str]:
@@ -190,8 +204,17 @@ class CompiledStep:
     def explain_mode(self) -> str:
         """Whether calls are replayed, and if not, why."""
         if self._replays:
-            return f"replay: {len(self._replays)} plan(s) armed"
+            return f"replay: {len(self._replays)} plan(s) armed{self._read()}"
         return f"rerun: {self._prover.why}"
+
+    def _read(self) -> str:
+        """What is to be said of values that the step reads."""
+        cuts, branches = self.stats.cuts, self.stats.branches
+        if not cuts:
+            return ""
+        before = len(self._replays[0].stages)
+        text = f"; values read: {before} before the rest, {cuts - before} after it"
+        return text + (f"; branches that values decide: {branches}" if branches else "")
 
     def explain_retraces(self) -> list[str]:
         """Why calls were not replayed although a replay was armed, the latest last: what changed,
@@ -218,8 +241,8 @@ class CompiledStep:
                 if replay is not self._replays[0]:
                     self._replays.remove(replay)
                     self._replays.insert(0, replay)
-                if replay.compiled is not self._last:
-                    self._ran_last(replay.compiled)
+                if replay.run is not self._last_run:
+                    self._ran_last(replay.compiled, replay.run)
                 return returned
             return self._trace(args, kwargs, failed)
 
@@ -239,7 +262,7 @@ class CompiledStep:
                     self.stats.replays += 1
                     self._replays.remove(other)
                     self._replays.insert(0, other)
-                    self._ran_last(other.compiled)
+                    self._ran_last(other.compiled, other.run)
                     return returned
         finally:
             for each in tried:
@@ -247,8 +270,8 @@ class CompiledStep:
                     stage.kept = None
         return self._trace(args, kwargs, "a decision on a value of a tensor came out otherwise")
 
-    def _ran_last(self, compiled: Compiled) -> None:
-        self._last = compiled
+    def _ran_last(self, compiled: Compiled, run: Run) -> None:
+        self._last, self._last_run = compiled, run
         self._programs.used(compiled)
 
     def _forget(self, compiled: Compiled) -> None:
@@ -299,8 +322,8 @@ class CompiledStep:
             call.undo()
             raise
         result = what.function(call.reals, call.scalars, addresses, call)
-        if compiled is not self._last:
-            self._ran_last(compiled)
+        if what is not self._last_run:
+            self._ran_last(compiled, what)
         if way is not None:
             tracer.rest()
             self._resting = tracer
@@ -348,17 +371,17 @@ class CompiledStep:
 
     def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
         """From now on calls that a guard accepts are replayed."""
-        early = [k for k in range(len(captured.cuts)) if k not in captured.late]
-        parts = self._programs.parts(compiled, captured, early)
+        parts = self._programs.parts(compiled, captured, captured.early)
         given = compiled.program, compiled.final, compiled.backwards, self._hooks
         what = generate(captured, *given, armed, parts)
         if knobs.debug() >= 4:
             print(what.text)
-        stages = () if parts is None else parts.stages
-        self._replays.insert(
-            0, Replay(armed.guard, armed.text, what, compiled, call.kept(), stages)
-        )
+        decides = bool(captured.decides)
+        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), decides)
+        self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]
+        self.stats.branches = sum(r.decides for r in self._replays)
+        self.stats.cuts = len(captured.cuts)
 
     def _note(self, failed: str, *, built: bool) -> None:
         """Keep why a call was not replayed, and warn of a step that keeps making plans."""

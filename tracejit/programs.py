@@ -46,6 +46,8 @@ class Stats:
     replays: int = 0  # calls served without running the Python body
     retraces: int = 0  # calls that an armed replay did not accept, and no other did
     reruns: int = 0  # calls that ran the Python body on a program built before
+    cuts: int = 0  # values that Python reads in a call, of the replay armed last
+    branches: int = 0  # replays that decide by such values
     cache_hits: int = 0  # plans found in the disk cache
     seconds: dict[str, float] = field(default_factory=dict)
 

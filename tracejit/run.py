@@ -44,6 +44,7 @@ class Run:
 
     function: Function
     text: str
+    parts: Parts | None = None  # the segments that it runs, where there are several
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,12 @@ class Replay:
     run: Run
     compiled: object
     call: Call
-    stages: tuple[Stage, ...] = ()  # what runs before the rest
+    decides: bool  # whether by values of tensors
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """What runs before the rest."""
+        return () if self.run.parts is None else self.run.parts.stages
 
 
 class _Otherwise:
@@ -89,7 +95,7 @@ def generate(
     """
     text, names = _Writer(captured, program, final, backwards, hooks, armed, parts).all()
     exec(compile(text, "<tracejit run>", "exec"), names)
-    return Run(names.pop("perform"), text)
+    return Run(names.pop("perform"), text, parts)
 
 
 class _Writer:
@@ -188,7 +194,7 @@ class _Writer:
                 f"part{n} = call.parts[{n}]" for n in range(len(self.parts.stages))
             )
         self.names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
-        decides = any(among(self.behind, (p.left, p.right)) for p in self.captured.predicates)
+        decides = bool(self.captured.decides)
         for n, (k, stage) in enumerate(zip(self.parts.cuts, self.parts.stages, strict=True)):
             self.names[f"stage{n}"] = stage
             cut = self.captured.cuts[k]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.capture.effects.effects import Effects
+from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate
@@ -40,6 +41,17 @@ class Captured:
     cuts: tuple[Cut, ...] = ()  # values that Python read in the middle
     late: tuple[int, ...] = ()  # cuts that only results depend on: the last results of the graph
     opaque: tuple[str, ...] = ()  # what Python did that no replay can follow
+
+    @property
+    def early(self) -> list[int]:
+        """The cuts whose values are needed before the rest of the step."""
+        return [k for k in range(len(self.cuts)) if k not in self.late]
+
+    @property
+    def decides(self) -> tuple[Predicate, ...]:
+        """The decisions that depend on cuts."""
+        behind = cuts_behind(self.scalars, self.paths, self.host_nodes)
+        return tuple(p for p in self.predicates if among(behind, (p.left, p.right)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guard_text import FloatLine, differs
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
@@ -237,8 +236,7 @@ def _against_callbacks(captured: Captured, call: Call) -> str:
             late.update(node.outs)
     if any(late.intersection((p.left, p.right)) for p in captured.predicates):
         return "it decides by a value that a scheduler has just computed"
-    behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
-    if call.callbacks and any(among(behind, (p.left, p.right)) for p in captured.predicates):
+    if call.callbacks and captured.decides:
         return "it steps a scheduler and decides by a value of a tensor; do one outside the step"
     return ""
 
@@ -414,8 +412,8 @@ def condition(predicate: Predicate, left: str, right: str) -> str:
 
 def _guard_predicates(w: Walk, captured: Captured) -> None:
     """Every decision that Python took on a runtime scalar must come out the same."""
-    behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
-    predicates = [p for p in captured.predicates if not among(behind, (p.left, p.right))]
+    later = captured.decides
+    predicates = [p for p in captured.predicates if p not in later]
     wanted: list[Arg] = []
     for predicate in predicates:
         wanted += (predicate.left, predicate.right)
