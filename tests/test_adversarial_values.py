@@ -442,7 +442,7 @@ def test_what_ran_is_shown():
         "branches that values decide: 2"
     )
     first, rest = compiled.segments
-    assert len(first.results) == 1 and len(rest.results) == 1  # the loss is there already
+    assert len(first.results) == 2 and len(rest.results) == 1  # the decision, the loss; the .grad
     assert len(compiled.kernels) == len(first.launches) + len(rest.launches)
 
 
