@@ -335,6 +335,74 @@ def branches_on_the_c_backend(w):
     return step
 
 
+# ---- shapes that depend on values
+
+
+def shifted(i: int) -> tuple[torch.Tensor]:
+    """One of two batches."""
+    return (X + i % 2 - 1,)
+
+
+value("replay", "loss_of_some_rows", lambda t, loss: t.model(X)[X[:, 0] > 0].sum().detach())
+
+
+@case("replay", args=lambda i: (X * (1 + i), torch.tensor([0, -1, 2, 1, -1])))
+def rows_with_a_label(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(x, y):
+        out = t.model(x)
+        kept = y != -1
+        loss = F.cross_entropy(out[kept], y[kept])
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        return loss.item(), int(kept.sum())
+
+    return step
+
+
+@case("replay", args=shifted, calls=9)
+def where_it_is_positive(w):
+    return lambda x: (torch.nonzero(x > 0), (x > 0).nonzero(as_tuple=True), torch.argwhere(x))
+
+
+@case("replay", args=shifted, calls=9)
+def selected_and_put_back(w):
+    def step(x):
+        chosen = torch.masked_select(x, x > 0)
+        out = x.clone()
+        out[x > 0] = chosen / chosen.sum()
+        out[:, x[0] > 0] = 0.0
+        return out
+
+    return step
+
+
+@case("replay", args=shifted, calls=9, backend="c")
+def hardest_examples(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(x):
+        losses = (t.model(x) - Y).pow(2).mean(1)
+        loss = losses[losses > losses.mean()].sum()
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("rerun", args=lambda i: (X[: 2 + i % 3],), calls=9)
+def nothing_selected(w):
+    def step(x):
+        print("empty")
+        return x[x > 100], torch.nonzero(x > 100), x[x < 100].sum()
+
+    return step
+
+
 @case("rerun", args=batches)
 def printed_every_time(w):
     w.t = t = Trainer()

@@ -376,7 +376,7 @@ class CompiledStep:
         what = generate(captured, *given, armed, parts)
         if knobs.debug() >= 4:
             print(what.text)
-        decides = bool(captured.decides)
+        decides = captured.branches
         replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), decides)
         self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]

@@ -17,6 +17,7 @@ from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_g
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
+from tracejit.capture.trace.cuts import found_by
 from tracejit.capture.trace.scalars import same_float
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
@@ -136,6 +137,9 @@ class _Writer:
         if reusable is not None:
             names["reusable_gradients"] = reusable
             before.append("reusable = reusable_gradients(reals)")
+        if self.armed is None:
+            count = sum(2 for cut in captured.cuts if cut.count is not None)
+            before += [f"found{k} = call.found[{k}]" for k in range(count)]
         if self.parts is not None:
             self._stages()
         late = frozenset(() if self.armed is None else captured.late)
@@ -190,11 +194,11 @@ class _Writer:
         """The results of the stages, which a rerun has at hand; a replay runs them, and takes the
         decisions on their values."""
         if self.armed is None:
-            return self.before.extend(
-                f"part{n} = call.parts[{n}]" for n in range(len(self.parts.stages))
-            )
+            parts = range(len(self.parts.stages))
+            return self.before.extend(f"part{n} = call.parts[{n}]" for n in parts)
         self.names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
-        decides = bool(self.captured.decides)
+        decides = self.captured.branches
+        found = 0  # inputs so far that cuts have found
         for n, (k, stage) in enumerate(zip(self.parts.cuts, self.parts.stages, strict=True)):
             self.names[f"stage{n}"] = stage
             cut = self.captured.cuts[k]
@@ -204,8 +208,14 @@ class _Writer:
             ]
             run = "run_once" if decides else "run"
             self.before.append(f"part{n} = stage{n}.{run}([{', '.join(inputs)}])")
-            self.before.append(f"scalars[{self.cut_scalars[k]}] = float(part{n}[0].item())")
-            self._decide(k)
+            if cut.count is None:
+                self.before.append(f"scalars[{self.cut_scalars[k]}] = float(part{n}[0].item())")
+                self._decide(k)
+            else:
+                self.names["found_by"] = found_by
+                self.before.append(f"found{found}, found{found + 1} = found_by(part{n}[0])")
+                self.before.append(f"if len(found{found}) != {cut.count}: return OTHERWISE")
+                found += 2
         if decides:
             self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
 
@@ -277,12 +287,17 @@ _UNDO = ("    call.undo()", "    raise")
 
 def _input(kind: str, index: int) -> str:
     """An expression of an input: a tensor or a float."""
-    return f"{'reals' if kind == 'tensor' else 'scalars'}[{index}]"
+    return f"found{index}" if kind == "found" else f"{_LISTS[kind]}[{index}]"
 
 
 def _given(kind: str, index: int) -> str:
     """An expression of an input for the plan: an address or a float."""
+    if kind == "found":
+        return f"found{index}.data_ptr()"
     return f"{'addresses' if kind == 'tensor' else 'scalars'}[{index}]"
+
+
+_LISTS = {"tensor": "reals", "scalar": "scalars"}
 
 
 def _cell(places: Places | None, index: int) -> str | None:

@@ -636,6 +636,21 @@ PLACES = [
     (r(5, dtype=i64), i(1, 1)),
     (r(5, dtype=bf16), i(1, 4)),
 ]
+MASKED = [
+    (r(5), r(5) > 0),
+    (r(3, 4), r(3, dtype=b1)),
+    (r(3, 4), (slice(None), r(4, dtype=b1))),
+    (r(4, 3).t(), r(3, 4) > 0),
+    (x234, r(2, 3) > 0),
+    (x234, (r(2, 3) > 0, 1)),
+    (x234, (..., r(3, 4) > 0)),
+    (x234, (torch.tensor([True, True]), slice(None), i(3, 1))),
+    (r(3, 4), r(3, 4) > 100),
+    (r(3, 4), r(3, 4) < 100),
+    (r(0, 4), r(0, dtype=b1)),
+    (r(5, dtype=i64), r(5) > 0),
+    (r(5, dtype=bf16), r(5) > 0),
+]
 READ = [
     *(S(x, index) for x, index in PLACES),
     S(r(3, 4), i(2, 0), smooth=True),
@@ -644,8 +659,11 @@ READ = [
     S(r(3, 4), r(2)),
     S(r(3, 4), (i(0), i(0), i(0))),
     no(r(3, 4), torch.tensor(1)),
-    no(r(3, 4), r(3, dtype=b1)),
-    no(r(3, 4), (slice(None), r(4, dtype=b1))),
+    *(S(x, index) for x, index in MASKED),
+    S(r(3, 4), r(3, 4) > 0, smooth=True),
+    S(r(3, 4), r(4, dtype=b1)),
+    S(r(3, 4), (slice(None), r(3, dtype=b1))),
+    S(r(3, 4), r(3, 4, 5, dtype=b1)),
     no(r(3, 4), [True, False, True]),
     no(r(3, 4), True),
 ]
@@ -664,7 +682,37 @@ WRITTEN = [
     S(r(3, 4), torch.tensor(1), 1.0),
     S(r(3, 4, dtype=i64), i(2, 0), r(4)),
     S(r(3), i(2, 0), r(2, dtype=f64)),
+    *(S(x, index, x[index] * 2) for x, index in MASKED),
+    S(r(3, 4), r(3) > 100, r(0, 4)),
+    S(r(3, 4), r(3, dtype=b1), r(4)),
+    S(r(3, 4), r(3, 4) > 0, r(30)),
 ]
+CONDITIONS = [
+    r(5),
+    r(3, 4),
+    r(4, 3).t(),
+    x234,
+    r(0),
+    r(3, 0),
+    r(),
+    v(0.0, nan, -0.0, 1.0),
+    r(5, dtype=i64),
+]
+row("nonzero", [S(x) for x in CONDITIONS] + [S(x, as_tuple=True) for x in CONDITIONS])
+row("argwhere", [S(x) for x in CONDITIONS])
+row(
+    "masked_select",
+    [
+        S(r(3, 4), r(3, 4) > 0, smooth=True),
+        S(r(3, 4), r(4) > 0),
+        S(r(4), r(3, 4) > 0),
+        S(r(4, 3).t(), r(3, 1) > 100),
+        S(r(), r() > 0),
+        S(r(5, dtype=i64), r(5) > 0),
+        S(r(5), r(5)),
+        S(r(5), r(3) > 0),
+    ],
+)
 
 
 def is_basic(sample: Sample) -> bool:

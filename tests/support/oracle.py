@@ -54,7 +54,8 @@ class OracleProgram:
 
     def inlined(self, params: Sequence[str], reusable: str, code: object) -> tuple:
         """The line that runs the graph."""
-        line = f"outputs = oracle([{', '.join(params)}])"
+        tensors = [p.removesuffix(".data_ptr()") for p in params]
+        line = f"outputs = oracle([{', '.join(tensors)}])"
         results = [f"outputs[{k}]" for k in range(len(self.graph.results))]
         return Inlined((), line, None, {"oracle": self.run}), results
 

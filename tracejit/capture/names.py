@@ -46,6 +46,8 @@ def names_of_inputs(
     for k, (kind, index) in enumerate(captured.sources):
         if kind == "tensor":
             name = found.tensors.get(id(call.reals[index]))
+        elif kind == "found":
+            name = f"found.{index}"
         else:
             name = found.scalar(captured.paths[index], call)
         if name is None or name in taken:

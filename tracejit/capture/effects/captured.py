@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tracejit.capture.effects.effects import Effects
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.trace.bounds import Bound
-from tracejit.capture.trace.cuts import Cut
+from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.ir.graph import Graph, Node, Value
 
@@ -27,7 +27,7 @@ class Captured:
     """One traced step, without anything of the user's."""
 
     graph: Graph
-    sources: tuple[tuple[str, int], ...]  # per param: ("tensor", outside tensor) or ("scalar", k)
+    sources: tuple[Source, ...]  # per param
     paths: tuple[Path, ...]  # where each runtime scalar comes from
     scalars: tuple[Value, ...]  # the runtime scalars
     host_nodes: tuple[Node, ...]  # the arithmetic on them
@@ -52,6 +52,11 @@ class Captured:
         """The decisions that depend on cuts."""
         behind = cuts_behind(self.scalars, self.paths, self.host_nodes)
         return tuple(p for p in self.predicates if among(behind, (p.left, p.right)))
+
+    @property
+    def branches(self) -> bool:
+        """Whether values lead to other plans: by a decision, or by a count."""
+        return bool(self.decides) or any(cut.count is not None for cut in self.cuts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
 from tracejit.capture.trace import location
+from tracejit.capture.trace.cuts import sources_of
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, plain
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor
@@ -249,6 +250,7 @@ def _finish(
         given=collect.given,
         escaped=proxies,
         callbacks=tuple(hyper.callbacks),
+        found=[tensor for _, tensor in t.found],
         undo=undoing(hyper.undo, proxies),
     )
     t.forget()
@@ -269,15 +271,8 @@ def _captured(
     late: tuple[int, ...],
 ) -> Captured:
     scalars = tuple(value for value, _ in t.scalars.params)
-    scalar_index = {value: k for k, value in enumerate(scalars)}
-    position = {id(r): i for i, r in enumerate(t.inputs.tensors)}
-    of_param = {s.param: position[id(s.real)] for s in t.inputs.storages}
-    sources = tuple(
-        ("scalar", scalar_index[p.value])
-        if p.value in scalar_index
-        else ("tensor", of_param[p.value])
-        for p in graph.params
-    )
+    of_param = sources_of(t)
+    sources = tuple(of_param[p.value] for p in graph.params)
     host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
     paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
     plain_ones = tuple(x if type(x) in _PLAIN else OPAQUE for x in given)
@@ -289,7 +284,7 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
-        tuple((graph_key(cut.graph), cut.sources) for cut in t.cuts),
+        tuple((graph_key(cut.graph), cut.sources, cut.count) for cut in t.cuts),
         late,
     )
     given_key = tuple(

@@ -232,6 +232,7 @@ class Call:
     given: Sequence[object] = ()
     escaped: Sequence[TracedTensor] = ()
     callbacks: Sequence[Callback] = ()
+    found: Sequence[torch.Tensor] = ()  # inputs that the cuts with a count have found
     parts: Sequence[list] = ()  # the results of each stage of the step that has run already
     undo: Callable[[], None] = nothing  # puts optimizers and schedulers back, before the commit
 

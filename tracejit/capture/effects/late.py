@@ -41,7 +41,7 @@ def late_cuts(t: Trace) -> tuple[int, ...]:
         return ()
     scalars = [value for value, _ in t.scalars.params]
     behind = cuts_behind(scalars, t.scalars.paths, t.b.nodes)
-    early: set[int] = set()
+    early = {k for k, cut in enumerate(t.cuts) if cut.count is not None}
     for node in t.b.nodes:
         if node.op.name not in _NEVER_RAISES:
             early |= among(behind, node.args)

@@ -134,6 +134,13 @@ class Same:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """The k-th input that the cuts of a trace have found."""
+
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """What Python got of the values of a tensor: another object on each call."""
 
@@ -215,7 +222,7 @@ class Call(Event):
     ("grad", owner, what) a `.grad`: None, or a tensor; ("item", tensor, value) the number of a
     tensor of one element; ("host", node) and ("decision", predicate) what was done with numbers;
     ("cut", cut, inputs, value), ("values", cut, inputs, convert) and ("plain", value) what it
-    computed for Python.
+    computed for Python; ("selected", cut, inputs) elements whose number is what it was.
     """
 
     func: Callable

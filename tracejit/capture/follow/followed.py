@@ -113,6 +113,7 @@ def _followed(
         given=fit.found.given,
         escaped=escaped,
         callbacks=tuple(hyper.callbacks),
+        found=trail.found,
         undo=undoing(hyper.undo, escaped),
     )
     return Followed(end, call)

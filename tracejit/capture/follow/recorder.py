@@ -20,6 +20,7 @@ from tracejit.capture.follow.events import (
     Call,
     Decision,
     Event,
+    Found,
     Incomparable,
     Known,
     Many,
@@ -59,6 +60,7 @@ class Recorder(Journal):
         self._memory: dict[int, int] = {}  # torch storage -> the first tensor of it
         self.events: list[Event] = []  # of this trace so far
         self._call: Call | None = None  # whose rule is running
+        self._found_before = 0  # inputs that cuts had found before it
         self._bounds = 0  # how many the trace had before
         self._values: object = _NOTHING  # what the latest call got for Python
         self._over = False
@@ -81,6 +83,7 @@ class Recorder(Journal):
         grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
         self._call = Call(func, arguments, tuple(kwargs), grad_on, dtype, self.t.b.line)
         self._bounds = len(self.t.bounds)
+        self._found_before = len(self.t.found)
         return self._call
 
     def end(self, call: Call, result: object) -> None:
@@ -165,6 +168,11 @@ class Recorder(Journal):
             self._found("values", cut, convert)
         return values
 
+    def found_selected(self, cut: Cut) -> None:
+        """The step asks which elements a condition selects."""
+        if self.recording and not self._over:
+            self._found("selected", cut)
+
     def found_plain(self, value: Value, number: float) -> float:
         """Python gets a number that it has read as a plain float; returns that."""
         if self.recording and not self._over:
@@ -175,23 +183,27 @@ class Recorder(Journal):
                 self._call.found.append(("plain", value))
         return number
 
-    def _found(self, kind: str, cut: Cut, more: object) -> None:
+    def _found(self, kind: str, cut: Cut, *more: object) -> None:
         """The call in progress has computed something for Python."""
-        if self._call is None:
+        late = any(kind == "found" and i >= self._found_before for kind, i in cut.sources)
+        if self._call is None or late:  # asked for outside a call, or of what this call has found
             self.recording = False
             return
         try:
-            self._call.found.append((kind, cut, self._inputs(cut), more))
+            self._call.found.append((kind, cut, self._inputs(cut), *more))
         except KeyError:  # of a tensor that no call was given
             self.recording = False
 
-    def _inputs(self, cut: Cut) -> tuple[int | Value, ...]:
-        """What a cut is computed from: positions of tensors, and runtime scalars."""
+    def _inputs(self, cut: Cut) -> tuple[int | Value | Found, ...]:
+        """What a cut is computed from: positions of tensors, runtime scalars, what was found."""
         t = self.t
-        return tuple(
-            self.ids[id(t.inputs.tensors[i])] if kind == "tensor" else t.scalars.params[i][0]
-            for kind, i in cut.sources
-        )
+        found = []
+        for kind, i in cut.sources:
+            if kind == "tensor":
+                found.append(self.ids[id(t.inputs.tensors[i])])
+            else:
+                found.append(t.scalars.params[i][0] if kind == "scalar" else Found(i))
+        return tuple(found)
 
     def found_arithmetic(self, node: Node) -> None:
         """Arithmetic on runtime scalars was emitted."""

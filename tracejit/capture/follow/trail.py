@@ -24,6 +24,7 @@ from tracejit.capture.follow.events import (
     Call,
     Decision,
     Event,
+    Found,
     Known,
     Many,
     New,
@@ -42,7 +43,7 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound
-from tracejit.capture.trace.cuts import Cut, Stage
+from tracejit.capture.trace.cuts import Cut, Stage, found_by
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -69,6 +70,7 @@ class Trail(Recorder):
         self._outputs: dict[Stage, list[torch.Tensor]] = {}  # the results of stages that have run
         self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
         self.numbers: dict[Value, float] = {}  # the runtime scalars, once the trace is over
+        self._selected: dict[Cut, tuple[torch.Tensor, torch.Tensor]] = {}
         self._answer: object = None  # what a call got for Python
 
     # ---- following
@@ -127,6 +129,8 @@ class Trail(Recorder):
             self.t.scalars.read.add(value)
             self.scalars.append(number)
             return True
+        if kind == "selected":
+            return self._selects(*what)
         if kind == "plain":
             self._answer = self.t.scalars.numbers[what[0]]
             return True
@@ -136,7 +140,28 @@ class Trail(Recorder):
             return True
         return self.computes(what[0]) if kind == "host" else self._holds(what[0])
 
-    def _number_of(self, cut: Cut, inputs: tuple[int | Value, ...]) -> float:
+    def _selects(self, cut: Cut, inputs: tuple) -> bool:
+        """Whether a condition selects as many elements as it did; takes note of them."""
+        if cut.stage is not None:
+            condition = self._staged(cut.stage, inputs)[0]
+        else:
+            condition = self._run(cut, inputs)
+        found = found_by(condition)
+        self._selected[cut] = found
+        return len(found[0]) == cut.count
+
+    @property
+    def found(self) -> list[torch.Tensor]:
+        """What the cuts of this way have found."""
+        return [x for _, cut, *_ in self._cuts() for x in self._selected.get(cut, ())]
+
+    def _cuts(self) -> Iterator[tuple]:
+        """The cuts of this way, as they were found."""
+        for event in self.events:
+            if type(event) is Call:
+                yield from (x for x in event.found if x[0] in ("cut", "selected"))
+
+    def _number_of(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
         if cut.stage is not None:
             return float(self._staged(cut.stage, inputs)[0].item())
@@ -146,7 +171,7 @@ class Trail(Recorder):
             number = self._numbers[key] = float(self._run(cut, inputs).item())
         return number
 
-    def _staged(self, stage: Stage, inputs: tuple[int | Value, ...]) -> list[torch.Tensor]:
+    def _staged(self, stage: Stage, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor]:
         """The results of a stage, from the inputs of its value."""
         found = self._outputs.get(stage)
         if found is None:
@@ -158,18 +183,24 @@ class Trail(Recorder):
 
     def staged(self, stages: Sequence[Stage]) -> list[list[torch.Tensor]]:
         """The results of the stages of this way, which later traces ask instead of their cuts."""
-        found = (x for e in self.events if type(e) is Call for x in e.found if x[0] == "cut")
         results = []
-        for (_, cut, inputs, _), stage in zip(found, stages, strict=True):
+        for (_, cut, inputs, *_), stage in zip(self._cuts(), stages, strict=True):
             cut.stage = stage
             results.append(self._staged(stage, inputs))
         return results
 
-    def _given(self, inputs: tuple[int | Value, ...]) -> list[torch.Tensor | float]:
+    def _given(self, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor | float]:
         numbers = self.numbers or self.t.scalars.numbers
-        return [self.objects[x] if type(x) is int else numbers[x] for x in inputs]
+        found = self.found if any(type(x) is Found for x in inputs) else ()
+        given = []
+        for x in inputs:
+            if type(x) is int:
+                given.append(self.objects[x])
+            else:
+                given.append(found[x.k] if type(x) is Found else numbers[x])
+        return given
 
-    def _run(self, cut: Cut, inputs: tuple[int | Value, ...]) -> torch.Tensor:
+    def _run(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> torch.Tensor:
         with torch._C.DisableTorchFunction():
             return self.t.evaluate(cut.graph, self._given(inputs))
 
@@ -336,6 +367,7 @@ class Trail(Recorder):
         """Let go of the tensors."""
         self.given.clear()
         self._outputs.clear()
+        self._selected.clear()
         super().release()
 
 

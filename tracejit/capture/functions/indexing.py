@@ -21,6 +21,7 @@ from tracejit.capture.functions.common import (
     operand,
     register,
 )
+from tracejit.capture.functions.masks import assign_masked, check_mask, columns, masked
 from tracejit.capture.functions.movement import basic_index, check_item, reshape
 from tracejit.capture.functions.patterns import constant, position
 from tracejit.capture.functions.writes import copy_
@@ -335,12 +336,41 @@ def _index_tensor(t: Trace, item: object, device: str) -> Tensor:
             where=location.full(),
             reason="tensors used as indices must be long, int, byte or bool tensors",
         )
-    if dtype in (b1, u8):
-        raise t.unsupported(
-            "x[mask] as a value has a shape that depends on values, use torch.where; as a target "
-            "it has a rule when the mask is the whole index"
-        )
     return item
+
+
+def _unmasked(t: Trace, h: Handle, index: object) -> object:
+    """An index with the places where a mask is true instead of each mask."""
+    items = index if isinstance(index, tuple) else (index,)
+    are_masks = [isinstance(x, Tensor) and t.lift(x).dtype in (b1, u8) for x in items]
+    if not any(are_masks):
+        return index
+    found: list[object] = []
+    taken = sum(
+        len(t.lift(x).shape) if is_mask else x is not None and not isinstance(x, EllipsisType)
+        for x, is_mask in zip(items, are_masks, strict=True)
+    )
+    axis = 0
+    for item, is_mask in zip(items, are_masks, strict=True):
+        if is_mask:
+            mask = t.lift(item)
+            check_mask(t, h, axis, mask)
+            found += [t.fresh(t.b.alias(x)) for x in columns(t, mask)]
+            axis += len(mask.shape)
+            continue
+        found.append(item)
+        if isinstance(item, EllipsisType):
+            axis += len(h.shape) - taken
+        elif item is not None:
+            axis += 1
+    return tuple(found)
+
+
+def _sole_mask(t: Trace, index: object) -> Tensor | None:
+    """The mask, when the index is one tensor of bools (or bytes)."""
+    if isinstance(index, tuple) and len(index) == 1:
+        index = index[0]
+    return index if isinstance(index, Tensor) and t.lift(index).dtype in (b1, u8) else None
 
 
 def is_advanced(index: object) -> bool:
@@ -419,13 +449,25 @@ def _overwritten(t: Trace, c: _Chosen, old: Value, rows: Value) -> Value:
 
 @rule(Tensor.__getitem__)
 def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
-    return (chosen if is_advanced(index) else movement.getitem)(t, input, index)
+    if not is_advanced(index):
+        return movement.getitem(t, input, index)
+    mask = _sole_mask(t, index)
+    if mask is not None and t.lift(mask).shape:
+        return masked(t, input, mask)
+    return chosen(t, input, _unmasked(t, t.lift(input), index))
 
 
 @rule(Tensor.__setitem__)
 def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
-    masked = movement.mask_of(t, index) is not None
-    (assign if is_advanced(index) and not masked else movement.setitem)(t, input, index, value)
+    if not is_advanced(index):
+        return movement.setitem(t, input, index, value)
+    mask = _sole_mask(t, index)
+    if mask is None:
+        return assign(t, input, _unmasked(t, t.lift(input), index), value)
+    many = isinstance(value, Tensor) and t.lift(value).numel != 1
+    if many:
+        return assign_masked(t, input, mask, value)
+    return movement.setitem(t, input, index, value)
 
 
 def _last(t: Trace, c: _Chosen) -> Value:

@@ -164,7 +164,7 @@ def contains(t: Trace, self: Tensor, element: object) -> bool:
     return bool_(t, _call(t, torch.any, _call(t, torch.eq, self, element)))
 
 
-@rule(Tensor.nonzero, torch.nonzero, Tensor.__complex__, Tensor.__dlpack__, Tensor.data_ptr)
+@rule(Tensor.__complex__, Tensor.__dlpack__, Tensor.data_ptr)
 def value_needed(t: Trace, self: Tensor, *args: object, **kwargs: object) -> object:
     raise t.refuse(
         ValueDependentError(

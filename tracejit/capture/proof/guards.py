@@ -236,7 +236,7 @@ def _against_callbacks(captured: Captured, call: Call) -> str:
             late.update(node.outs)
     if any(late.intersection((p.left, p.right)) for p in captured.predicates):
         return "it decides by a value that a scheduler has just computed"
-    if call.callbacks and captured.decides:
+    if call.callbacks and captured.branches:
         return "it steps a scheduler and decides by a value of a tensor; do one outside the step"
     return ""
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from tracejit.capture.trace import location
@@ -20,6 +21,7 @@ from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import Handle
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Graph, Value
+from tracejit.ir.types import Type, i64
 from tracejit.passes.cone import cone
 
 
@@ -32,16 +34,20 @@ class Stage(Protocol):
         """The value, and all that is carried over."""
 
 
-Source = tuple[str, int]  # ("tensor", outside tensor) or ("scalar", k)
+# ("tensor", outside tensor), ("scalar", k), or ("found", k): what a cut with a count has found
+Source = tuple[str, int]
 
 
 @dataclass(eq=False, slots=True)
 class Cut:
-    """A number that Python read: the runtime scalar of path ("cut", n) is the n-th of a trace."""
+    """A value that is read in the middle of a step, the n-th of a trace: a number, which becomes
+    the runtime scalar of path ("cut", n); or the elements that a condition selects, whose `count`
+    is part of the step: see `found_by`."""
 
     graph: Graph  # computes the value, its one result
     sources: tuple[Source, ...]  # per param of it
     where: str  # the user's line
+    count: int | None = None
     stage: Stage | None = None  # what computes it together with what the rest of the step needs
 
     @property
@@ -91,19 +97,65 @@ def plain_number_of(t: Trace, handle: Handle) -> float:
     return t.journal.found_plain(number.value, plain) if handle.dtype.is_float else plain
 
 
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """The elements that a condition selects, in row-major order: the position of each, i64[count];
+    and of all elements which one of these they are, or -1, i64[numel]."""
+
+    positions: Value
+    ranks: Value
+
+
+def selected_by(t: Trace, condition: Value) -> Selected:
+    """The elements that a condition, a b1 value, selects in this call. How many is part of the
+    step: another number leads to another plan."""
+    known = t.selected.get(condition)
+    if known is not None:
+        return known
+    cut = _cut(t, condition)
+    found = found_by(_run(t, cut))
+    cut.count = len(found[0])
+    t.cuts.append(cut)
+    params = []
+    for tensor in found:
+        kind = Type(i64, tuple(tensor.shape), condition.type.device)
+        params.append(t.b.param(kind))
+        t.found.append((params[-1], tensor))
+    t.journal.found_selected(cut)
+    selected = t.selected[condition] = Selected(*params)
+    return selected
+
+
+def found_by(condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `Selected` describes, of a bool tensor, on its device."""
+    flat = condition.detach().cpu().numpy().reshape(-1)
+    positions = np.flatnonzero(flat)
+    ranks = np.where(flat, np.cumsum(flat, dtype=np.int64) - 1, -1)
+    return tuple(torch.from_numpy(x).to(condition.device) for x in (positions, ranks))
+
+
 def _cut(t: Trace, value: Value) -> Cut:
     whole = t.b.graph("value", (), ())
     graph, kept = cone(whole, [value], "value")
+    sources = sources_of(t)
+    return Cut(graph, tuple(sources[whole.params[i].value] for i in kept), location.short())
+
+
+def sources_of(t: Trace) -> dict[Value, Source]:
+    """Where each input of the graph comes from."""
     position = {id(x): i for i, x in enumerate(t.inputs.tensors)}
     sources = {s.param: ("tensor", position[id(s.real)]) for s in t.inputs.storages}
     sources |= {v: ("scalar", k) for k, (v, _) in enumerate(t.scalars.params)}
-    found = tuple(sources[whole.params[i].value] for i in kept)
-    return Cut(graph, found, location.short())
+    return sources | {v: ("found", k) for k, (v, _) in enumerate(t.found)}
 
 
 def _run(t: Trace, cut: Cut) -> torch.Tensor:
     """The values of a cut, computed now."""
-    tensors, numbers = t.inputs.tensors, t.scalars.params
-    inputs = [tensors[i] if kind == "tensor" else numbers[i][1] for kind, i in cut.sources]
+    given = {
+        "tensor": t.inputs.tensors,
+        "scalar": [number for _, number in t.scalars.params],
+        "found": [tensor for _, tensor in t.found],
+    }
+    inputs = [given[kind][i] for kind, i in cut.sources]
     with torch._C.DisableTorchFunction():
         return t.evaluate(cut.graph, inputs)

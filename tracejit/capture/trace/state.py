@@ -99,6 +99,8 @@ class TraceState:
         self.evaluate: Callable[[Graph, list], torch.Tensor] = on_numpy
         self.cuts: list[object] = []
         self.read_numbers: dict[Value, float] = {}
+        self.selected: dict[Value, object] = {}  # by conditions
+        self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""
