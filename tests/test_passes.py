@@ -16,6 +16,7 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, Type, b1, bf16, f16, f32, f64, i32, round_to, u8
 from tracejit.passes import PIPELINE, dce, optimize, simplify
+from tracejit.passes.cone import cone
 
 HEADER = "f(%0: f32[4], %1: f32[4], %2: b1[4], %3: bf16[4], %4: i32[4], %5: f32[3,1,4], "
 HEADER += "%6: f64[]@host, %7: b1[1], %8: i32[1,4]) {\n"
@@ -334,6 +335,39 @@ def test_dce_keeps_what_results_and_writes_read():
       write %1 <- %6
     }"""
     assert str(dce(parse(text))) == str(parse(after))
+
+
+def test_a_cone_is_what_some_values_need_and_writes_nothing():
+    graph = parse("""
+    f(%0: f32[4], %1: f32[4], %2: f64[]@host, %3: f32[2,2] strides (1, 2)) {
+      %4: f32[4] = exp(%0)
+      %5: f64[]@host = host_mul(%2, 2.0)
+      %6: f32[4] = neg(%4)
+      %7: f32[4] = mul(%1, %5)
+      %8: f32[4] = add(%6, %7)
+      %9: b1[4] = gt(%7, 0.0)
+      return %8
+      write %1 <- %7
+    }""")
+    nine = graph.nodes[-1].out
+    small, read = cone(graph, (nine,), "checks")
+    assert str(small) == str(
+        parse("""
+    checks(%1: f32[4], %2: f64[]@host) {
+      %5: f64[]@host = host_mul(%2, 2.0)
+      %7: f32[4] = mul(%1, %5)
+      %9: b1[4] = gt(%7, 0.0)
+      return %9
+    }""")
+    )
+    assert read == (1, 2)
+    verify(small)
+    given = graph.params[3]  # a value that nothing computes is copied, in its own layout
+    copied, read = cone(graph, (nine, given.value, nine), "checks")
+    assert read == (1, 2, 3) and copied.params[2] == given
+    assert [r.value for r in copied.results] == [nine, given.value, nine]
+    verify(copied)
+    assert cone(graph, (), "nothing") == (Graph("nothing", (), (), (), ()), ())
 
 
 def test_results_and_writes_follow_what_replaced_them():

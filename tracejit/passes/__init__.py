@@ -4,6 +4,7 @@ fold.py      rules about constants
 simplify.py  exact identities; the pass that applies both and merges equal nodes
 rewrite.py   the engine: one forward sweep that reaches the normal form
 dce.py       the pass that drops what nobody reads
+cone.py      not in the pipeline: the part of a graph that some of its values need
 """
 
 from __future__ import annotations
