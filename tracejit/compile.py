@@ -302,7 +302,7 @@ class CompiledStep:
     def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
         """From now on calls that a guard accepts are replayed."""
         parts = compiled.program, compiled.final, compiled.backwards, self._hooks
-        what = generate(captured, *parts, armed)
+        what = generate(captured, *parts, armed, checking=compiled.checking)
         if knobs.debug() >= 4:
             print(what.text)
         self._replays.insert(0, Replay(armed.guard, armed.text, what, compiled, call.kept()))

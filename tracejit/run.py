@@ -7,7 +7,7 @@ and replays all go through it. An exception leaves everything as before, or come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,11 +60,14 @@ def generate(
     backwards: list,
     hooks: Hooks,
     armed: Armed | None = None,
+    *,
+    checking: Callable | None = None,
 ) -> Run:
     """The function of a captured step: of traced calls, or of replays where `armed` is given.
 
     A replay makes the calls again that the trace made untraced (a scheduler's step), and uses
-    the numbers that its guard has read.
+    the numbers that its guard has read. `checking(inputs, errors)` raises one of the errors of
+    the step's checks; it is asked before anything is written.
     """
     places = None if armed is None else armed.places
     names = host_names() | {
@@ -77,6 +80,12 @@ def generate(
         before.append(f"bound{i}.check(reals)")
     if names["after"] is not None:
         before.append("after(scalars)")  # once indices are known to be right
+    if captured.checks is not None:
+        names |= {"checking": checking, "errors": captured.checks.errors}
+        check = f"checking([{_inputs(captured.checks.sources)}], errors)"
+        sources = captured.checks.sources
+        late = any(k == "scalar" and captured.paths[i][0] == "after" for k, i in sources)
+        before.insert(len(before) if late else len(captured.bounds), check)
     reusable = reusable_gradients(captured)
     if reusable is not None:
         names["reusable_gradients"] = reusable
@@ -99,13 +108,12 @@ def generate(
     )
     if places is not None and captured.effects.host_writes:
         before.append("cells = places.cells")
-    inputs = [f"{'reals' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in captured.sources]
     before += [
         *code.lines,
         *run.gather,
         "seen = hooks.observer",
         "if seen is not None:",
-        f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
+        f"    seen = seen(final, [{_inputs(captured.sources)}], [{', '.join(outputs)}])",
     ]
     lines = ["try:", *_indented(before), "except BaseException:", "    call.undo()", "    raise"]
     work = [run.run, *commit]
@@ -119,6 +127,11 @@ def generate(
     text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
     exec(compile(text, "<tracejit run>", "exec"), names)
     return Run(names.pop("perform"), text)
+
+
+def _inputs(sources: Sequence[tuple[str, int]]) -> str:
+    """The inputs of a graph, by where they come from."""
+    return ", ".join(f"{'reals' if kind == 'tensor' else 'scalars'}[{i}]" for kind, i in sources)
 
 
 def _cell(places: Places | None, index: int) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tracejit.capture.effects.captured import OPAQUE, Captured, Key, graph_key
+from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, graph_key
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
@@ -27,6 +27,7 @@ from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
 from tracejit.capture.trace import location
+from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, plain
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor
@@ -34,6 +35,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Write
 from tracejit.ir.types import DType, contiguous_strides
+from tracejit.passes.cone import cone
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 
@@ -237,7 +239,8 @@ def _finish(
         callbacks=len(hyper.callbacks),
     )
     graph = for_the_plan(t.b.graph(name, results, writes))
-    captured = _captured(t, graph, effects, tuple(grads_read), collect.given)
+    checks = None if collect.mixed else _checks(t, name)
+    captured = _captured(t, graph, checks, effects, tuple(grads_read), collect.given)
     proxies = [p for p, _ in escaped]
     call = Call(
         reals=t.inputs.tensors,
@@ -257,19 +260,47 @@ def undoing(undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
     return lambda: undo(proxies)
 
 
-def _captured(
-    t: Trace, graph: Graph, effects: Effects, grads_read: tuple, given: list[object]
-) -> Captured:
-    scalars = tuple(value for value, _ in t.scalars.params)
-    scalar_index = {value: k for k, value in enumerate(scalars)}
+def _checks(t: Trace, name: str) -> Checks | None:
+    """The checks on computed values, but for those of a backward that runs outside."""
+    defined = {out for node in t.b.nodes for out in node.outs}
+    checks = [b for b in t.bounds if isinstance(b, Check) and b.bad in defined]
+    if not checks:
+        return None
+    with t.untaped():
+        failed = checks[0].bad
+        for check in checks[1:]:
+            failed = t.b.or_(failed, check.bad)
+    values = [failed]
+    for check in checks:
+        values += [check.bad] if check.shown is None else [check.bad, check.shown]
+    graph, _ = cone(t.b.graph(name, ()), values, f"{name}_checks")
+    shown = tuple(check.shown is not None for check in checks)
+    return Checks(graph, _sources(t, graph), shown, tuple(check.error for check in checks))
+
+
+def _sources(t: Trace, graph: Graph) -> tuple[tuple[str, int], ...]:
+    """Where each param of a graph comes from: ("tensor", outside tensor) or ("scalar", k)."""
+    scalar_index = {value: k for k, (value, _) in enumerate(t.scalars.params)}
     position = {id(r): i for i, r in enumerate(t.inputs.tensors)}
     of_param = {s.param: position[id(s.real)] for s in t.inputs.storages}
-    sources = tuple(
+    return tuple(
         ("scalar", scalar_index[p.value])
         if p.value in scalar_index
         else ("tensor", of_param[p.value])
         for p in graph.params
     )
+
+
+def _captured(
+    t: Trace,
+    graph: Graph,
+    checks: Checks | None,
+    effects: Effects,
+    grads_read: tuple,
+    given: list[object],
+) -> Captured:
+    scalars = tuple(value for value, _ in t.scalars.params)
+    sources = _sources(t, graph)
     host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
     paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
     plain_ones = tuple(x if type(x) in _PLAIN else OPAQUE for x in given)
@@ -281,6 +312,7 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
+        None if checks is None else (graph_key(checks.graph), checks.sources),
     )
     given_key = tuple(
         id(x) if p is OPAQUE else repr(p) for p, x in zip(plain_ones, given, strict=True)
@@ -292,7 +324,8 @@ def _captured(
         scalars=scalars,
         host_nodes=host_nodes,
         predicates=predicates,
-        bounds=tuple(t.bounds),
+        bounds=tuple(b for b in t.bounds if isinstance(b, Bound)),
+        checks=checks,
         grads_read=grads_read,
         given=plain_ones,
         effects=effects,

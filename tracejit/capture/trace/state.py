@@ -74,7 +74,8 @@ class TraceState:
         self.scalars = Scalars(self.b, self.journal)
         self.inputs = Inputs()
         self.proxies: list[TracedTensor] = []
-        self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
+        self.bounds: list[object] = []  # on values: what `bounds.py` found
+        self.ranges: dict[Value, tuple[float, float]] = {}  # what is known of values: `ranges.py`
         self.hyperparameters: object | None = None  # of the optimizers in reach
         self.call: tuple[Callable, tuple, dict] | None = None  # whose rule is running
         self.name_of: Callable[[torch.Tensor], str | None] = lambda tensor: None  # in user code
