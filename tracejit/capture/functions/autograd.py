@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tracejit.autodiff import backward as reverse
 from tracejit.capture.trace.table import rule
@@ -210,6 +211,9 @@ def set_grad_of(leaf: Handle, grad: Tensor | None) -> None:
 
 @rule(Tensor.grad.__get__)
 def get_grad(t: Trace, self: Tensor) -> Tensor | None:
+    if is_lazy(self):  # `zero_grad` before the forward pass that will initialize it
+        t.journal.forget()
+        return None
     h = t.lift(self)
     if not h.grad_known:
         with torch._C.DisableTorchFunction():

@@ -69,20 +69,20 @@ def _namespaces(start: Iterable[object]) -> list[dict]:
                 known = namespace, len(namespace), list(_reached(namespace))
                 _found[id(namespace)] = known
             found |= {id(n): n for n in known[2]}
-        if isinstance(x, FunctionType) and _names_type(x.__code__):
+        if type(x) is FunctionType and _names_type(x.__code__):
             found[id(x.__globals__)] = x.__globals__  # of a function made in another
     return list(found.values())
 
 
 def _own(x: object) -> Iterator[dict]:
     """The globals of a function, or of an object's classes."""
-    if isinstance(x, FunctionType):
+    if type(x) is FunctionType:
         if not _is_library(x.__module__):
             yield x.__globals__
-    elif not isinstance(x, (ModuleType, dict, list, tuple)):
-        for base in type(x).__mro__:
-            if not _is_library(base.__module__) and base.__module__ in sys.modules:
-                yield vars(sys.modules[base.__module__])
+    elif type(x) not in (ModuleType, dict, list, tuple):
+        for name in map(_module_name, type(x).__mro__):
+            if not _is_library(name) and name in sys.modules:
+                yield vars(sys.modules[name])
 
 
 def _is_library(name: object) -> bool:
@@ -97,19 +97,29 @@ def _reached(namespace: dict) -> Iterator[dict]:
         if any(map(_names_type, _codes_in(current))):
             yield current
         for x in list(current.values()):
-            name = x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None)
+            name = _module_name(x)
             module = None if _is_library(name) else sys.modules.get(name)
             if module is not None and id(vars(module)) not in seen:
                 seen.add(id(vars(module)))
                 pending.append(vars(module))
 
 
+def _module_name(x: object) -> object:
+    """The module of an object, or of its class. No code of the user's runs for that."""
+    kind = type(x)
+    if kind in (FunctionType, ModuleType):
+        return vars(x).get("__name__") if kind is ModuleType else x.__module__
+    return type.__getattribute__(x if issubclass(kind, type) else kind, "__module__")
+
+
 def _codes_in(namespace: dict) -> Iterator[CodeType]:
     """The code of functions and of classes' methods in a namespace, decorated ones too."""
     for x in list(namespace.values()):
-        for f in list(vars(x).values()) if isinstance(x, type) else [x]:
-            f = getattr(f, "fget", None) or getattr(f, "__func__", f)
-            while isinstance(f, FunctionType):
+        methods = list(vars(x).values()) if issubclass(type(x), type) else [x]
+        for f in methods:
+            if type(f) in (property, staticmethod, classmethod):
+                f = f.fget if type(f) is property else f.__func__
+            while type(f) is FunctionType:
                 yield f.__code__
                 f = f.__dict__.get("__wrapped__")
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tracejit.autodiff import Entry, Tape
 from tracejit.capture.trace import location
@@ -171,6 +172,8 @@ class TraceState:
     def described_input(self, tensor: torch.Tensor) -> str:
         """A tensor from outside, by the name that user code has for it, and its shape."""
         with torch._C.DisableTorchFunction():
+            if is_lazy(tensor):
+                return "a parameter that is not initialized"
             text = f"a tensor of shape {list(tensor.shape)}"
             name = self.name_of(tensor)
         return text if name is None else f"{name}, {text},"
