@@ -30,7 +30,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, plain
-from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor
+from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Write
@@ -115,7 +115,10 @@ class Collector(Structure):
         return self.t.inputs.position(tensor)
 
     def tensor(self, tensor: torch.Tensor) -> int:
-        handle = self.t.lift(tensor)
+        return self.tensor_of(self.t.lift(tensor))
+
+    def tensor_of(self, handle: Handle) -> int:
+        """The position of the tensor of a handle among those that are made."""
         if handle not in self.of_handle:
             self.of_handle[handle] = len(self.made)
             self.made.append(self._made(handle))
@@ -219,7 +222,7 @@ def _finish(
     )
     results += tuple(map(Result, found.saved))
     made = tuple(
-        replace(m, kind="view", index=found.views[i]) if i in found.views else m
+        replace(m, kind=found.views[i][0], index=found.views[i][1]) if i in found.views else m
         for i, m in enumerate(collect.made)
     )
     effects = Effects(
@@ -363,9 +366,6 @@ def _writes(
 def _nodes(collect: Collector, name: str) -> Nodes:
     """Autograd nodes for the made tensors that require grad and have a history."""
     t = collect.t
-    handles: list[Handle | None] = [None] * len(collect.made)
-    for h, i in collect.of_handle.items():
-        handles[i] = h
     for h in t.inputs.handles:
         if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
             raise SideEffectError(
@@ -375,16 +375,32 @@ def _nodes(collect: Collector, name: str) -> Nodes:
                 "on",
                 remedy="Modify it under torch.no_grad(), or with a detached value",
             )
-    roots = [
-        i
-        for i, (h, m) in enumerate(zip(handles, collect.made, strict=True))
-        if h is not None
-        and m.requires_grad
-        and not m.is_leaf
-        and m.kind != "real"
-        and not h.family.quiet
-    ]
+    _add_bases(collect)
+    handles: list[Handle | None] = [None] * len(collect.made)
+    for h, i in collect.of_handle.items():
+        handles[i] = h
+    roots = [i for h, i in collect.of_handle.items() if _is_root(h, collect.made[i])]
     return nodes(t, handles, roots, collect.of_handle, collect.outputs, collect.host, name)
+
+
+def _is_root(h: Handle, m: Made) -> bool:
+    """Whether a backward may go on from a made tensor."""
+    return m.requires_grad and not m.is_leaf and m.kind != "real" and not h.family.quiet
+
+
+def _add_bases(collect: Collector) -> None:
+    """Made tensors that nobody gets, for those that share memory and history to be views of:
+    the two halves of a `chunk`."""
+    families = Counter(
+        h.family
+        for h, i in collect.of_handle.items()
+        if collect.made[i].kind == "output" and _is_root(h, collect.made[i])
+    )
+    for family, members in families.items():
+        if members > 1:
+            kind, strides = family.storage.value.type, family.storage.strides
+            geometry = kind.shape, strides, 0, kind.dtype, kind.device
+            collect.tensor_of(Handle(family, (), *geometry, Version()))
 
 
 def _data_of(collect: Collector, h: Handle) -> int:
