@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import tracejit
 from examples import fused_chain, two_layer_autograd, two_layer_manual
 from support.op_checks import (
     ACCUMULATING,
@@ -105,6 +108,35 @@ def test_every_op(name, quick, plans):
         arrays = sample.build()
         right = run(sample.graph(name), *tensors_of(sample, arrays))
         assert_close(name, result.value.type.dtype, sample.attrs, arrays, ours, right)
+
+
+# Both sides of what each integer dtype holds, as far as the float dtypes have such numbers.
+EDGES = [-1.2, -0.3, -0.0, 0.7, 255.5, 256.3, 300.0, -129.0, 4e4, 7e4, -7e4]
+EDGES += [sign * size for size in (2.0**31, 3e9, 2.0**63, 1e20, math.inf) for sign in (1, -1)]
+EDGES += [2.0**31 - 128, 2.0**31 + 131, -(2.0**31) - 5, 2.0**33 + 5001, 2.0**40 + 77, math.nan]
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool)
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_casts_as_eager(dtype, backend):
+    """Floats to integers and back, in one kernel: -0.3 comes back as 0, not as -0; what is out of
+    range is what x86 makes of it. In vector bodies, their tails, alone, and strided."""
+
+    def step(x):
+        results = []
+        for integer in INTEGERS:
+            y = x.to(integer)
+            results += [y, y.to(x.dtype), 1 / y.float(), y.long().double(), y.to(torch.int16)]
+            results.append(torch.where(x > 0, y, x.neg().to(integer)).float())
+        return results
+
+    compiled = tracejit.compile(step, backend=backend)
+    x = torch.tensor(EDGES, dtype=torch.float64).to(dtype).repeat(3)
+    for given in (x, x[:1], x[:7], x[1::3], torch.stack([x, x], 1)[:, 0]):
+        torch.testing.assert_close(compiled(given), step(given), rtol=0, atol=0, equal_nan=True)
+    back = compiled(x[:1] * 0 - 0.3)[24 + 1]
+    assert back.item() == 0 and not back.signbit()
 
 
 # --- plans -------------------------------------------------------------------------------------

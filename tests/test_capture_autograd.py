@@ -346,7 +346,20 @@ def _broadcast_everywhere(w, x):
     (m @ m.t() + m.sum(0, keepdim=True).mean() + m.amax()).sum().backward()
 
 
+def _detached_in_place(w, x):
+    h, total = torch.zeros(3), 0
+    for _ in range(3):  # truncated backpropagation through time
+        h = (h * w + x).tanh()
+        total = total + h.sum()
+        assert h.detach_() is h
+    total.backward()
+    y = (w * 2).detach_().requires_grad_()
+    y.square().sum().backward()
+    return h, x.detach_().add(1), y.grad, h.requires_grad, h.is_leaf, y.is_leaf
+
+
 AUTOGRAD = [
+    _detached_in_place,
     _unused,
     _materialized,
     _higher,
@@ -376,6 +389,18 @@ AUTOGRAD = [
     _non_float,
     _broadcast_everywhere,
 ]
+
+
+def test_detaching_in_place_what_cannot_be():
+    """Views, as in eager; and what has views, or comes from outside, has no rule."""
+    for step, says in (
+        (lambda w: (w * 2)[0].detach_(), "Can't detach views in-place"),
+        (lambda w: [y := w * 2, y[0], y.detach_()], "has views"),
+        (lambda w: w.detach_(), "from outside"),
+        (lambda w: w.clone().detach().requires_grad_().requires_grad_(False), "back has no rule"),
+    ):
+        with pytest.raises(RuntimeError, match=says):
+            call(step, leaf(3))
 
 
 @pytest.mark.parametrize("step", AUTOGRAD)

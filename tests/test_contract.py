@@ -223,6 +223,39 @@ def test_what_autograd_saved_of_a_result_is_not_written_again():
         assert torch.equal(g, torch.full((3,), 2.0 * i))
 
 
+# ---- exceptions
+
+
+@pytest.mark.parametrize("where", ["after the update", "a check"])
+def test_a_step_that_raises_leaves_tensors_as_they_were(where):
+    """Eager keeps what was written before; then the next call goes on as if nothing had been."""
+    results = []
+    for fails in (False, True):
+        model, opt, train = trainer()
+        seen, log = torch.zeros(2), []
+
+        def step(number, classes, opt=opt, train=train, seen=seen, log=log):
+            seen.add_(1)
+            loss = train()
+            log.append(number)
+            opt.zero_grad()
+            if number < 0:
+                raise KeyError(number)
+            return loss, nn.functional.one_hot(classes + 1, 4)
+
+        compiled, good = tracejit.compile(step), torch.tensor([0, 2])
+        for i in range(4):
+            compiled(i, good)
+            if fails:
+                tensors = [*model.parameters(), seen, *opt.state[model[0].weight].values()]
+                before = [t.detach().clone() for t in tensors]
+                with pytest.raises((KeyError, RuntimeError)):
+                    compiled(*((-1, good) if where != "a check" else (i, good + 1)))
+                assert all(map(torch.equal, tensors, before)) and len(log) == 2 * (i + 1)
+        results.append([compiled(9, good), *model.parameters(), seen, opt.state_dict()["state"]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 # ---- counts of traces and plans
 
 

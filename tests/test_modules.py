@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import tracejit
 from examples import modules, recurrence
@@ -268,3 +269,80 @@ def test_requires_grad_of_intermediates_and_grad_mode():
         return x.grad, y.grad, flags
 
     same(step, leaf(4))
+
+
+class OwnLazy(nn.modules.lazy.LazyModuleMixin, nn.Module):
+    """A lazy module of the user's, with a buffer, called with a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.UninitializedParameter()
+        self.register_buffer("shift", nn.UninitializedBuffer())
+
+    def initialize_parameters(self, x, *, other):
+        with torch.no_grad():
+            self.weight.materialize((x.shape[-1], other.shape[-1]))
+            self.weight.normal_()
+            self.shift.materialize(other.shape[-1:])
+            self.shift.fill_(0.5)
+
+    def forward(self, x, *, other):
+        return x @ self.weight + other + self.shift
+
+
+class CallsOwn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = OwnLazy()
+
+    def forward(self, x):
+        return self.inner(x * 2, other=x[:, :1])
+
+
+LAZY = {
+    "linear": lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(1)),
+    "norm": lambda: nn.Sequential(nn.LazyLinear(8), nn.LazyBatchNorm1d(), nn.LazyLinear(1)),
+    "alone": lambda: nn.LazyLinear(1, bias=False),
+    "half": lambda: nn.Sequential(nn.Linear(6, 3), nn.LazyLinear(1)),
+    "own": CallsOwn,
+}
+
+
+@pytest.mark.parametrize("name", LAZY)
+def test_lazy_modules(name):
+    """Initialized in the first call, with eager's random numbers; replayed later."""
+
+    def made(how):
+        torch.manual_seed(0)
+        model = LAZY[name]()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def step(x, y):
+            optimizer.zero_grad()
+            loss = torch.nn.functional.mse_loss(model(x), y)
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        return model, how(step)
+
+    (model, step), (ours, compiled) = made(lambda step: step), made(tracejit.compile)
+    for _ in range(5):
+        x, y = torch.randn(4, 6), torch.randn(4, 1)
+        before = torch.get_rng_state()
+        expected, after = step(x, y), torch.get_rng_state()
+        torch.set_rng_state(before)
+        torch.testing.assert_close(compiled(x, y), expected)
+        assert torch.equal(torch.get_rng_state(), after)
+    assert compiled.stats.replays > 0
+    assert repr(ours) == repr(model) and not torch.nn.parameter.is_lazy(next(ours.parameters()))
+    torch.testing.assert_close(ours.state_dict(), model.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_lazy_parameter_used_by_itself_is_refused():
+    layer = nn.LazyLinear(2)
+    step = tracejit.compile(lambda x: torch.nn.functional.linear(x, layer.weight))
+    with pytest.raises(RuntimeError, match="test_modules.*a parameter that is not initialized"):
+        step(torch.ones(1, 2))
+    layer(torch.ones(1, 2))
+    assert step(torch.ones(1, 2)).shape == (1, 2)

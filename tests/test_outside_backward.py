@@ -165,6 +165,66 @@ def test_views_of_one_result():
     both(function, use, (4, 3))
 
 
+SIBLINGS = {  # results that share the memory of a tensor that is not returned
+    "chunk": lambda y: (y.mean(), *y.chunk(2, 1)),
+    "split": lambda y: y.split((1, 3), 1),
+    "unbind": lambda y: y.unbind(0)[1:3],
+    "rows": lambda y: (y[0], y[1]),
+    "overlapping": lambda y: (y[:3], y[1:], y.t()),
+    "reshaped": lambda y: (y.view(-1), y.t(), (y * y).sum()),
+    "twice": lambda y: (y, y.view_as(y), y[:, 0]),
+    "expanded": lambda y: (y[:1].expand(3, 4), y[2:]),
+    "transposed": lambda y: (y.t().contiguous().t()[0], (y + 0).t()[1], y[:, 2]),
+    "written": lambda y: (y[0].mul_(2), y[1]),
+    "used": lambda y: (y[0], y[1], (y[0] * y[1]).sum()),
+}
+
+
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_results_that_share_memory(name):
+    """Backward through each, through all, and after a write through one of them, as in eager."""
+
+    def function(w, x):
+        return SIBLINGS[name]((w * x).tanh() * 2)
+
+    def use_one(k, write):
+        def use(f, w, x):
+            results = f(w, x)
+            strides, leaves = [[y.stride(), y.is_leaf] for y in results], w.is_leaf
+            if write:
+                with torch.no_grad():
+                    results[0].mul_(3)
+            (results[k] * results[k]).sum().backward()
+            return [y.detach() for y in results], strides, leaves
+
+        return use
+
+    def use_all(f, w, x):
+        results = f(w, x)
+        sum((i + 2) * (y * y).sum() for i, y in enumerate(results)).backward()
+        return [y.detach() for y in results]
+
+    def use_write(f, w, x):
+        results = f(w, x)
+        results[1].mul_(x[0, 0].detach())
+        sum((y * y).sum() for y in results).backward()
+        return [y.detach() for y in results]
+
+    for use in (use_all, use_write, *(use_one(k, w) for k in (0, 1) for w in (False, True))):
+        outcomes = []
+        for how in (lambda f: f, tracejit.compile):
+            w, x = leaf(3, 4), leaf(1, 4)
+            f, rounds = how(function), []
+            for _ in range(3):
+                try:
+                    rounds.append((use(f, w, x), w.grad.clone(), x.grad.clone()))
+                except RuntimeError:
+                    rounds.append(-1)
+            outcomes.append(rounds)
+        torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-4, atol=1e-4)
+        assert use is not use_all or type(outcomes[0][-1]) is tuple
+
+
 def test_a_view_of_a_parameter():
     def use(f, w):
         turned = f(w)
@@ -299,9 +359,13 @@ def test_gradients_that_would_leave_a_step_are_refused():
 
 
 def test_shared_memory_is_refused_clearly():
+    """Memory that two histories share: one wrote to it where the other does not see it."""
+
     def function(w):
         y = w.exp()
-        return y[0], y[1]
+        d = y.detach()
+        d.mul_(w)
+        return y, d
 
     first, _ = tracejit.compile(function)(leaf(2, 3))
     with pytest.raises(RuntimeError, match="share memory"):

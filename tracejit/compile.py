@@ -366,14 +366,14 @@ class CompiledStep:
         parts = self._programs.parts(compiled, captured, range(len(captured.cuts)))
         if parts is not None:
             given = compiled.program, compiled.final, compiled.backwards, self._hooks
-            what = generate(captured, *given, None, parts)
+            what = generate(captured, *given, None, parts, checking=compiled.checking)
         return compiled, what, parts, captured
 
     def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
         """From now on calls that a guard accepts are replayed."""
         parts = self._programs.parts(compiled, captured, captured.early)
         given = compiled.program, compiled.final, compiled.backwards, self._hooks
-        what = generate(captured, *given, armed, parts)
+        what = generate(captured, *given, armed, parts, checking=compiled.checking)
         if knobs.debug() >= 4:
             print(what.text)
         decides = captured.branches

@@ -11,14 +11,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FunctionType
 
 import torch
 
 from tracejit import knobs
-from tracejit.capture.effects.captured import Captured, Key, graph_key
+from tracejit.capture.effects.captured import Captured, Checks, Key, graph_key
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
@@ -66,6 +66,7 @@ class Compiled:
     backwards: list[Backward] = field(default_factory=list)
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
+    checking: Checking | None = None  # runs before it
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
     parts: dict[tuple, Parts] = field(default_factory=dict)  # the program in segments
     used: int = 0  # when it ran last
@@ -76,7 +77,8 @@ class Compiled:
         key = captured.key.graph, captured.key.effects
         run = self.runs.get(key)
         if run is None:
-            run = generate(captured, self.program, self.final, self.backwards, hooks)
+            parts = self.program, self.final, self.backwards, hooks
+            run = generate(captured, *parts, checking=self.checking)
             _put(self.runs, key, run)
         return run
 
@@ -111,6 +113,28 @@ class Backward:
                 )
                 self._function = self.program.function()
             return self._function(inputs)
+
+
+class Checking:
+    """The checks of a captured step: one flag tells whether any fails. Only when one does, a second
+    program is built, which tells what fails."""
+
+    def __init__(self, programs: Programs, checks: Checks, executor: Executor):
+        self._programs, self._checks, self._executor = programs, checks, executor
+        self._failed = self._function(replace(checks.graph, results=checks.graph.results[:1]))
+        self._found: Callable[[list], list[torch.Tensor]] | None = None
+
+    def _function(self, graph: Graph) -> Callable[[list], list[torch.Tensor]]:
+        program, _ = self._programs.build(graph, self._executor, Memory(), " of checks")
+        return program.function()
+
+    def __call__(self, inputs: list, errors: Sequence[TracejitError]) -> None:
+        """Raise the first error whose check fails."""
+        if not self._failed(inputs)[0].item():
+            return
+        if self._found is None:
+            self._found = self._function(self._checks.graph)
+        raise self._checks.refusal(self._found(inputs), errors)
 
 
 class Programs:
@@ -161,7 +185,8 @@ class Programs:
         executor = self._executor(captured.graph)
         aligned = tuple([t.data_ptr() % 16 == 0 for t in call.reals])
         backward = tuple(graph_key(node.graph) for node in captured.effects.outside)
-        key = (captured.key.graph, backward, aligned, executor)
+        checks = None if captured.checks is None else graph_key(captured.checks.graph)
+        key = (captured.key.graph, backward, aligned, executor, checks)
         found = self._kept.get(key)
         if found is None:
             general = self._literals.generalize(captured)
@@ -178,6 +203,8 @@ class Programs:
         named = names(captured, call)
         built = self.build(captured.graph, executor, self._memory, names=named)
         compiled = Compiled(key, *built, backwards, named)
+        if captured.checks is not None:
+            compiled.checking = Checking(self, captured.checks, executor)
         self._kept[key] = compiled
         self.used(compiled)
         while len(self._kept) > MAX_PROGRAMS:

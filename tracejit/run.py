@@ -7,7 +7,7 @@ and replays all go through it. An exception leaves everything as before, or come
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_g
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
-from tracejit.capture.trace.cuts import found_by
+from tracejit.capture.trace.cuts import Source, found_by
 from tracejit.capture.trace.scalars import same_float
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
@@ -84,6 +84,8 @@ def generate(
     hooks: Hooks,
     armed: Armed | None = None,
     parts: Parts | None = None,
+    *,
+    checking: Callable | None = None,
 ) -> Run:
     """The function of a captured step: of traced calls, or of replays where `armed` is given.
 
@@ -92,9 +94,11 @@ def generate(
     decides or computes by from `parts`, which run before the rest, others from the plan's results.
     It returns OTHERWISE, with nothing changed, where a decision comes out in another way; then
     the stages keep their results for another replay of the same call. A rerun has the results of
-    its `parts` at hand.
+    its `parts` at hand. `checking(inputs, errors)` raises one of the errors of the step's checks;
+    it is asked before anything is written, and once it is known that Python goes this way.
     """
-    text, names = _Writer(captured, program, final, backwards, hooks, armed, parts).all()
+    writer = _Writer(captured, program, final, backwards, hooks, armed, parts, checking)
+    text, names = writer.all()
     exec(compile(text, "<tracejit run>", "exec"), names)
     return Run(names.pop("perform"), text, parts)
 
@@ -111,6 +115,7 @@ class _Writer:
         hooks: Hooks,
         armed: Armed | None,
         parts: Parts | None,
+        checking: Callable | None,
     ):
         self.captured, self.armed, self.parts = captured, armed, parts
         self.program = program if parts is None else parts.program
@@ -118,6 +123,7 @@ class _Writer:
         self.names = host_names() | {
             **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
             **{"uninterrupted": uninterrupted, "after": armed and armed.after},
+            **{"checking": checking},
         }
         self.code = HostCode()
         self.before: list[str] = []
@@ -128,20 +134,24 @@ class _Writer:
 
     def all(self) -> tuple[str, dict[str, object]]:
         captured, before, names = self.captured, self.before, self.names
-        for i, bound in enumerate(captured.bounds):
-            names[f"bound{i}"] = bound
-            before.append(f"bound{i}.check(reals)")
-        if names["after"] is not None:
-            before.append("after(scalars)")  # once indices are known to be right
+        if self.armed is None:
+            count = sum(2 for cut in captured.cuts if cut.count is not None)
+            before += [f"found{k} = call.found[{k}]" for k in range(count)]
+        if self.armed is not None and captured.branches:
+            self._stages()  # first: what is checked may stand behind a decision
+            self._checks(range(3))
+        else:
+            self._checks(range(1))
+            if names["after"] is not None:
+                before.append("after(scalars)")  # once indices are known to be right
+            self._checks(range(1, 2))
+            if self.parts is not None:
+                self._stages()
+            self._checks(range(2, 3))
         reusable = reusable_gradients(captured)
         if reusable is not None:
             names["reusable_gradients"] = reusable
             before.append("reusable = reusable_gradients(reals)")
-        if self.armed is None:
-            count = sum(2 for cut in captured.cuts if cut.count is not None)
-            before += [f"found{k} = call.found[{k}]" for k in range(count)]
-        if self.parts is not None:
-            self._stages()
         late = frozenset(() if self.armed is None else captured.late)
         host = self._host(lambda of: not of & late)
         run, outputs = self._plan("()" if reusable is None else "reusable")
@@ -173,6 +183,27 @@ class _Writer:
         lines += ["if seen is not None:", "    seen()", "return returned"]
         text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
         return text, names
+
+    def _checks(self, when: range) -> None:
+        """Check the values of index tensors (0), and computed values: these as soon as what they
+        are computed from is there, after the callbacks (1) or the stages (2)."""
+        captured, before = self.captured, self.before
+        if 0 in when:
+            for i, bound in enumerate(captured.bounds):
+                self.names[f"bound{i}"] = bound
+                before.append(f"bound{i}.check(reals)")
+        if captured.checks is not None and self._ready(captured.checks.sources) in when:
+            self.names["errors"] = captured.checks.errors
+            inputs = ", ".join(_input(*source) for source in captured.checks.sources)
+            before.append(f"checking([{inputs}], errors)")
+
+    def _ready(self, sources: Sequence[Source]) -> int:
+        """When inputs are there: see `_checks`."""
+        paths = self.captured.paths
+        kinds = {of if of != "scalar" else paths[i][0] for of, i in sources}
+        if not kinds.isdisjoint(("cut", "found")):
+            return 2
+        return 1 if "after" in kinds else 0
 
     def _code(self) -> list[str]:
         """The lines of host arithmetic that do not stand anywhere yet."""

@@ -111,8 +111,6 @@ def check_values(function: Callable, sample: Sample) -> None:
     our_args, kwargs = sample.fresh()
     ours, our_error = outcome(lambda: call(lambda *tensors: function(*our_args, **kwargs)))
     if error is not None:
-        if "ZeroDivisionError" in str(error):
-            return  # a zero among the divisors; a compiled step gives 0 there, as on a GPU
         assert same_error(our_error, error), f"eager raises {error!r}, we {our_error!r} ({ours})"
         return
     if our_error is not None and isinstance(our_error, UnsupportedOperation):
@@ -158,7 +156,7 @@ def check_runtime_scalars(function: Callable, sample: Sample) -> None:
     expected, error, arguments = run(lambda step, *xs: step(*xs))
     ours, our_error, our_arguments = run(call)
     if error is not None:
-        assert our_error is not None or "overflow" in str(error) or "Zero" in str(error), error
+        assert our_error is not None or "overflow" in str(error), error
         return
     if isinstance(our_error, UnsupportedOperation):
         assert bare_name(function) in NEEDS_PLAIN_NUMBERS, our_error

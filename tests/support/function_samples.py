@@ -774,7 +774,7 @@ row(
 row("unbind", [S(x234), S(x234, 1), S(x234, -1), S(r(0, 2)), S(r()), S(x23, 2)])
 row("clone", [*map(S, VIEWED), S(r(4, 3).t(), memory_format=torch.contiguous_format)])
 row("contiguous", [*map(S, VIEWED)])
-row("detach", [*map(S, VIEWED)])
+row("detach detach_", [*map(S, VIEWED)])
 row("cpu", [*map(S, VIEWED)])
 row("data", [*map(S, VIEWED)])
 row("__getitem__", [S(x, i) for x, i in INDICES] + [no(x, i) for x, i in ADVANCED])

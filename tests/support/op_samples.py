@@ -197,6 +197,7 @@ def casts() -> list[Sample]:
         if a.is_float and (b.is_float or b is b1):
             rows.append(Sample((Tensor(a, (PAIRS,), "left"),), {"dtype": b}))
     rows += [Sample((Tensor(i64, (40,), "edges"),), {"dtype": d}) for d in (i32, u8, f32, b1)]
+    rows += [Sample((Tensor(a, (40,)),), {"dtype": b}) for a in FLOATS for b in (u8, i8, i16)]
     return rows + [Sample((Tensor(f32, shape),), {"dtype": bf16}) for shape in SHAPES]
 
 

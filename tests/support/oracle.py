@@ -42,7 +42,14 @@ def call(step, *args, **kwargs):
     captured, made = traced(step, *args, **kwargs)
     oracle = OracleProgram(captured.graph)
     backwards = [OracleProgram(node.graph).run for node in captured.effects.outside]
-    what = generate(captured, oracle, captured.graph, backwards, Hooks())
+
+    def checking(inputs: list, errors: Sequence[Exception]) -> None:
+        results = OracleProgram(captured.checks.graph).run(inputs)
+        if results[0]:
+            raise captured.checks.refusal(results, errors)
+
+    parts = captured, oracle, captured.graph, backwards, Hooks()
+    what = generate(*parts, checking=checking)
     return what.function(made.reals, made.scalars, made.reals, made)
 
 

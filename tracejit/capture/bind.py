@@ -19,6 +19,7 @@ from tracejit.capture.effects.hyperparameters import Hyperparameters, within_rea
 from tracejit.capture.names import name_of_tensor
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
+from tracejit.capture.python.standins import standins
 from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
@@ -152,8 +153,10 @@ def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
     state = t.hyperparameters = Hyperparameters(t)
     try:
         roots = [original, *bound.args, *bound.kwargs.values()]
-        state.start(within_reach(roots, names_of_globals))
-        returned = _run(tracer, bound, original)
+        reach = within_reach(roots, names_of_globals)
+        state.start(reach)
+        with standins(reach):
+            returned = _run(tracer, bound, original)
         if t.refused is not None:
             raise t.refused
         state.finish()

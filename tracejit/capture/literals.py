@@ -39,7 +39,7 @@ class Literals:
     def generalize(self, captured: Captured) -> tuple[Captured, list[float]] | None:
         """Called for a graph without a plan: the same step with the literals that vary as runtime
         scalars, and the values of these in this call; None if they are to stay literals."""
-        if captured.effects.outside:  # backward graphs repeat the literals
+        if captured.effects.outside or captured.checks:  # their graphs repeat the literals
             return None
         literals = _float_literals(captured.graph)
         family = self._family(captured.graph, literals)

@@ -128,6 +128,38 @@ _FMA = """
 #endif
 """
 
+# gcc takes the float of an integer of a float for a rounding of the float: -0.3 becomes -0, and
+# what the integer cannot hold stays as it is (the C standard leaves that undefined). So it may not
+# know that `tj_nothing` is zero. Test: test_casts_as_eager in tests/test_c_executor.py.
+_CONVERT = """
+/* Floats to integers, as x86 does it: toward zero, and the least integer for what is out of range
+   and for NaN. Narrower integers are the low bits of one of 32 bits, uint8 of a double of 64. */
+__attribute__((weak, visibility("hidden"))) uint32_t tj_nothing;
+
+static inline int32_t tj_intf(float x) {
+  int32_t whole = x >= -0x1p31f && x < 0x1p31f ? (int32_t)x : INT32_MIN;
+  return whole ^ (int32_t)tj_nothing;
+}
+
+static inline int32_t tj_int(double x) {
+  int32_t whole = x >= -0x1p31 && x < 0x1p31 ? (int32_t)x : INT32_MIN;
+  return whole ^ (int32_t)tj_nothing;
+}
+
+static inline int64_t tj_longf(float x) {
+  int64_t whole = x >= -0x1p63f && x < 0x1p63f ? (int64_t)x : INT64_MIN;
+  return whole ^ (int64_t)tj_nothing;
+}
+
+static inline int64_t tj_long(double x) {
+  int64_t whole = x >= -0x1p63 && x < 0x1p63 ? (int64_t)x : INT64_MIN;
+  return whole ^ (int64_t)tj_nothing;
+}
+
+static inline uint8_t tj_bytef(float x) { return (uint8_t)tj_intf(x); }
+static inline uint8_t tj_byte(double x) { return (uint8_t)tj_long(x); }
+"""
+
 _NARROW = """
 /* bf16 and f16 in memory, and floats rounded to them (nearest even, a NaN stays one). */
 static inline float tj_load_bf16(uint16_t bits) {
@@ -397,6 +429,7 @@ C_PARTS = (
     _float("float", "f"),
     _float("double", ""),
     _INTEGER,
+    _CONVERT,
     _NARROW,
     _FMA,
     _EXP,

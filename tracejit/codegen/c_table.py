@@ -1,7 +1,8 @@
 """How each element-wise primitive prints in C; `tj_` names are functions of C_PRELUDE.
 
 A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
-to the text of integers, and integers to that of floats. {T} is the result's type, {f} the
+to the text of integers, and integers to that of floats; "f to u8" comes before "f" where floats
+become uint8. {T} is the result's type, {f} the
 suffix of float32 functions. The text is assigned to a variable of the result's C type (int8 to
 int32 operands are promoted meanwhile), in a program of C_FLAGS.
 """
@@ -43,7 +44,14 @@ TEMPLATES = {
     "gt": "({0} > {1})",
     "ge": "({0} >= {1})",
     "where": "({0} ? {1} : {2})",
-    "cast": {"f": "(({T}){0})", "b": "(({T}){0})"},
+    "cast": {
+        "f": "(({T}){0})",
+        "f to i64": "tj_long{f}({0})",
+        "f to i32": "tj_int{f}({0})",
+        "f to i16": "(({T})tj_int{f}({0}))",
+        "f to i8": "(({T})tj_int{f}({0}))",
+        "f to u8": "(({T})tj_byte{f}({0}))",
+    },
     "alias": "{0}",
     "full": "{0}",
 }

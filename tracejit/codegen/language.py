@@ -51,12 +51,12 @@ class Language:
         if wrong := self.templates.keys() ^ PRINTED:
             raise InvalidGraph(reason=f"the {self.name} table and OPS differ: {sorted(wrong)}")
 
-    def template(self, op: Op, kind: str) -> str:
-        """How an op prints for operands of dtype kind f, i, u or b."""
+    def template(self, op: Op, kind: str, out: DType) -> str:
+        """How an op prints for operands of dtype kind f, i, u or b and a result of dtype `out`."""
         template = self.templates[op.name]
         if isinstance(template, str):
             return template
-        for known in (kind, "i", "f") if kind in "ub" else (kind, "f"):
+        for known in (f"{kind} to {out.name}", kind, *("i" if kind in "ub" else ""), "f"):
             if known in template:
                 return template[known]
         raise InvalidGraph(reason=f"{op.name} has no {self.name} template for kind {kind!r}")

@@ -139,7 +139,7 @@ class Printer:
         """The value of a computation, rounded to its dtype unless its operands' values fit it."""
         op, out, values = s.op, s.out.dtype, values_of(s)
         dtype = operand_dtype(s)
-        template = self.language.template(op, dtype.kind)
+        template = self.language.template(op, dtype.kind, out)
         typed = self.needs_type(template, dtype, values)
         operands = [self.operand(a, b1, typed) for a in s.args[: len(s.args) - len(values)]]
         operands += [self.operand(a, dtype, typed) for a in values]

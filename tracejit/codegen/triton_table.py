@@ -1,7 +1,8 @@
 """How each element-wise primitive prints in Triton; `tj` is tracejit.kernels.device.
 
 A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
-to the text of integers, and integers to that of floats. {T} is the result's type.
+to the text of integers, and integers to that of floats; "f to u8" comes before "f" where floats
+become uint8. {T} is the result's type.
 """
 
 TEMPLATES = {
@@ -41,7 +42,12 @@ TEMPLATES = {
     "gt": "({0} > {1})",
     "ge": "({0} >= {1})",
     "where": "tl.where({0}, {1}, {2})",
-    "cast": "{0}.to({T})",
+    "cast": {
+        "f": "{0}.to({T})",
+        "f to i16": "{0}.to(tl.int32).to({T})",
+        "f to i8": "{0}.to(tl.int32).to({T})",
+        "f to u8": "{0}.to(tl.int64).to({T})",
+    },
     "alias": "{0}",
     "full": "{0}",
 }

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from tracejit.capture.effects.effects import Effects
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.scalars import Path, Predicate
+from tracejit.errors import TracejitError
 from tracejit.ir.graph import Graph, Node, Value
 
 
@@ -23,6 +27,33 @@ OPAQUE = Opaque()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Checks:
+    """What must not hold of the values that a step computes.
+
+    The graph's results: whether any check fails; then of each whether it does, and an integer that
+    is to blame if there is one. It reads the outside tensors and runtime scalars that `sources`
+    names, and writes nothing.
+    """
+
+    graph: Graph
+    sources: tuple[tuple[str, int], ...]
+    shown: tuple[bool, ...]  # per check: whether there is an integer
+    errors: tuple[TracejitError, ...]  # per check; its `reason` may show {value}
+
+    def refusal(
+        self, results: Sequence[torch.Tensor], errors: Sequence[TracejitError]
+    ) -> TracejitError:
+        """The error of the first check that fails; one does. `errors` are those of the call."""
+        _, *found = [result.item() for result in results]
+        for shown, error in zip(self.shown, errors, strict=True):
+            bad, value = found.pop(0), found.pop(0) if shown else None
+            if bad:
+                reason = error.fields["reason"].format(value=value)
+                return type(error)(**{**error.fields, "reason": reason})
+        raise AssertionError("a check fails that no check names")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Captured:
     """One traced step, without anything of the user's."""
 
@@ -33,6 +64,7 @@ class Captured:
     host_nodes: tuple[Node, ...]  # the arithmetic on them
     predicates: tuple[Predicate, ...]  # the decisions on them
     bounds: tuple[Bound, ...]  # what the values of index tensors must be
+    checks: Checks | None  # what values that the step computes must not be
     grads_read: tuple[tuple[int, int | None], ...]  # (outside tensor, the one that its .grad is,
     # None where it has none, -1 where it was only looked at)
     given: tuple[object, ...]  # the plain values that the step returned or stored, or OPAQUE

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tracejit.capture.effects.captured import OPAQUE, Captured, Key, graph_key
+from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, graph_key
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
@@ -28,14 +28,16 @@ from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
 from tracejit.capture.trace import location
-from tracejit.capture.trace.cuts import sources_of
+from tracejit.capture.trace.bounds import Bound, Check
+from tracejit.capture.trace.cuts import Source, sources_of
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, plain
-from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor
+from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Write
 from tracejit.ir.types import DType, contiguous_strides
+from tracejit.passes.cone import cone
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
 
@@ -115,7 +117,10 @@ class Collector(Structure):
         return self.t.inputs.position(tensor)
 
     def tensor(self, tensor: torch.Tensor) -> int:
-        handle = self.t.lift(tensor)
+        return self.tensor_of(self.t.lift(tensor))
+
+    def tensor_of(self, handle: Handle) -> int:
+        """The position of the tensor of a handle among those that are made."""
         if handle not in self.of_handle:
             self.of_handle[handle] = len(self.made)
             self.made.append(self._made(handle))
@@ -219,7 +224,7 @@ def _finish(
     )
     results += tuple(map(Result, found.saved))
     made = tuple(
-        replace(m, kind="view", index=found.views[i]) if i in found.views else m
+        replace(m, kind=found.views[i][0], index=found.views[i][1]) if i in found.views else m
         for i, m in enumerate(collect.made)
     )
     effects = Effects(
@@ -241,7 +246,8 @@ def _finish(
     late = late_cuts(t)
     results += tuple(Result(t.cuts[k].value) for k in late)
     graph = for_the_plan(t.b.graph(name, results, writes))
-    captured = _captured(t, graph, effects, tuple(grads_read), collect.given, late)
+    checks = None if collect.mixed else _checks(t, name)
+    captured = _captured(t, graph, checks, effects, tuple(grads_read), collect.given, late)
     proxies = [p for p, _ in escaped]
     call = Call(
         reals=t.inputs.tensors,
@@ -262,17 +268,41 @@ def undoing(undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
     return lambda: undo(proxies)
 
 
+def _checks(t: Trace, name: str) -> Checks | None:
+    """The checks on computed values, but for those of a backward that runs outside."""
+    defined = {out for node in t.b.nodes for out in node.outs}
+    checks = [b for b in t.bounds if isinstance(b, Check) and b.bad in defined]
+    if not checks:
+        return None
+    with t.untaped():
+        failed = checks[0].bad
+        for check in checks[1:]:
+            failed = t.b.or_(failed, check.bad)
+    values = [failed]
+    for check in checks:
+        values += [check.bad] if check.shown is None else [check.bad, check.shown]
+    graph, _ = cone(t.b.graph(name, ()), values, f"{name}_checks")
+    shown = tuple(check.shown is not None for check in checks)
+    return Checks(graph, _sources(t, graph), shown, tuple(check.error for check in checks))
+
+
+def _sources(t: Trace, graph: Graph) -> tuple[Source, ...]:
+    """Where each param of a graph comes from."""
+    found = sources_of(t)
+    return tuple(found[p.value] for p in graph.params)
+
+
 def _captured(
     t: Trace,
     graph: Graph,
+    checks: Checks | None,
     effects: Effects,
     grads_read: tuple,
     given: list[object],
     late: tuple[int, ...],
 ) -> Captured:
     scalars = tuple(value for value, _ in t.scalars.params)
-    of_param = sources_of(t)
-    sources = tuple(of_param[p.value] for p in graph.params)
+    sources = _sources(t, graph)
     host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
     paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
     plain_ones = tuple(x if type(x) in _PLAIN else OPAQUE for x in given)
@@ -286,6 +316,7 @@ def _captured(
         grads_read,
         tuple((graph_key(cut.graph), cut.sources, cut.count) for cut in t.cuts),
         late,
+        None if checks is None else (graph_key(checks.graph), checks.sources),
     )
     given_key = tuple(
         id(x) if p is OPAQUE else repr(p) for p, x in zip(plain_ones, given, strict=True)
@@ -297,7 +328,8 @@ def _captured(
         scalars=scalars,
         host_nodes=host_nodes,
         predicates=predicates,
-        bounds=tuple(t.bounds),
+        bounds=tuple(b for b in t.bounds if isinstance(b, Bound)),
+        checks=checks,
         grads_read=grads_read,
         given=plain_ones,
         effects=effects,
@@ -338,9 +370,6 @@ def _writes(
 def _nodes(collect: Collector, name: str) -> Nodes:
     """Autograd nodes for the made tensors that require grad and have a history."""
     t = collect.t
-    handles: list[Handle | None] = [None] * len(collect.made)
-    for h, i in collect.of_handle.items():
-        handles[i] = h
     for h in t.inputs.handles:
         if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
             raise SideEffectError(
@@ -350,16 +379,32 @@ def _nodes(collect: Collector, name: str) -> Nodes:
                 "on",
                 remedy="Modify it under torch.no_grad(), or with a detached value",
             )
-    roots = [
-        i
-        for i, (h, m) in enumerate(zip(handles, collect.made, strict=True))
-        if h is not None
-        and m.requires_grad
-        and not m.is_leaf
-        and m.kind != "real"
-        and not h.family.quiet
-    ]
+    _add_bases(collect)
+    handles: list[Handle | None] = [None] * len(collect.made)
+    for h, i in collect.of_handle.items():
+        handles[i] = h
+    roots = [i for h, i in collect.of_handle.items() if _is_root(h, collect.made[i])]
     return nodes(t, handles, roots, collect.of_handle, collect.outputs, collect.host, name)
+
+
+def _is_root(h: Handle, m: Made) -> bool:
+    """Whether a backward may go on from a made tensor."""
+    return m.requires_grad and not m.is_leaf and m.kind != "real" and not h.family.quiet
+
+
+def _add_bases(collect: Collector) -> None:
+    """Made tensors that nobody gets, for those that share memory and history to be views of:
+    the two halves of a `chunk`."""
+    families = Counter(
+        h.family
+        for h, i in collect.of_handle.items()
+        if collect.made[i].kind == "output" and _is_root(h, collect.made[i])
+    )
+    for family, members in families.items():
+        if members > 1:
+            kind, strides = family.storage.value.type, family.storage.strides
+            geometry = kind.shape, strides, 0, kind.dtype, kind.device
+            collect.tensor_of(Handle(family, (), *geometry, Version()))
 
 
 def _data_of(collect: Collector, h: Handle) -> int:

@@ -167,7 +167,7 @@ class _Lines:
             self.names |= {"new_number": new_number, f"dtype{k}": TO_TORCH[dtype]}
             lines.append(f"number{k} = new_number(dtype{k}, {self.host[source]})")
         for i, m in enumerate(effects.made):
-            if i in with_node or m.kind == "view":
+            if i in with_node or m.kind in ("view", "part"):
                 continue
             tensor = self._tensor(m)
             again = tensor in taken and m.kind in ("output", "host")  # another one of its memory
@@ -187,8 +187,9 @@ class _Lines:
             listed = (f"[{', '.join(x)}]" for x in (inputs, saved, hosts))
             lines.append(f"m{node.made} = attach({plain}, {', '.join(listed)}, run{k})")
         for i, m in enumerate(effects.made):
-            if m.kind == "view":
+            if m.kind in ("view", "part"):
                 view = f"as_strided({m.shape}, {m.strides}, {m.offset})"
+                view += ".unsqueeze(0).unbind()[0]" * (m.kind == "part")
                 self._with_grad(f"m{i} = m{m.index}.{view}")
 
     def _place(self, place: Place) -> str:

@@ -28,7 +28,8 @@ class Made:
 
     kind "real": the `index`-th outside tensor itself; "output": a view of the `index`-th fresh
     output; "alias": a view of the memory of the `index`-th outside tensor; "view": a view of the
-    `index`-th tensor made, with its history; "host": a view of the `index`-th of `hosts`.
+    `index`-th tensor made, with its history; "part": the same, one of several that one function
+    returned, which autograd lets nobody write to; "host": a view of the `index`-th of `hosts`.
     """
 
     kind: str

@@ -47,7 +47,7 @@ class Nodes:
     """All nodes of a step, and what they ask of the forward graph."""
 
     outside: list[Outside]
-    views: dict[int, int]  # made tensors that are views of one with a node
+    views: dict[int, tuple[str, int]]  # made tensors that are views of one: their kind, and which
     reasons: dict[int, str]  # made tensors without a node, and why
     saved: list[Value]  # further results of the forward graph
 
@@ -99,10 +99,11 @@ def _one_per_storage(
         ]
         if len(members) == 1:
             yield members[0]
-        elif len(whole) == 1 and all(
-            handles[i].family is handles[whole[0]].family for i in members
-        ):
-            found.views |= {i: whole[0] for i in members if i != whole[0]}
+        elif whole and all(handles[i].family is handles[whole[0]].family for i in members):
+            for i in members:
+                if i != whole[0]:
+                    several = handles[i].fixed is not None
+                    found.views[i] = "part" if several else "view", whole[0]
             yield whole[0]
         else:
             found.reasons |= dict.fromkeys(members, _SHARED)

@@ -42,7 +42,7 @@ from tracejit.capture.follow.events import (
 )
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
-from tracejit.capture.trace.bounds import Bound
+from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Cut, Stage, found_by
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
@@ -382,7 +382,7 @@ def _alike(recorded: tuple[Same | Number, ...], args: tuple[Arg, ...]) -> bool:
     return True
 
 
-def _with_error(bound: Bound, error: TracejitError) -> Bound:
+def _with_error(bound: Bound | Check, error: TracejitError) -> Bound | Check:
     """A bound of a call that is run late, with the error that names its line."""
     return replace(bound, error=error)
 

@@ -13,9 +13,11 @@ from tracejit.capture.functions.common import (
     as_float,
     as_number,
     cast,
+    common_shape,
     expand,
     is_tensor,
     literal,
+    on_one_device,
     operand,
     pointwise,
     register,
@@ -23,6 +25,7 @@ from tracejit.capture.functions.common import (
     rounded,
 )
 from tracejit.capture.functions.rows import elementwise, emitted
+from tracejit.capture.trace.bounds import nonzero
 from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.capture.trace.table import Row
 from tracejit.capture.trace.tensor import TracedTensor
@@ -182,11 +185,16 @@ def floor_divide(t: Trace, input: object, other: object) -> TracedTensor:
 
 
 def _check_divisor(t: Trace, input: object, other: object) -> None:
-    """An integer division by the number 0 raises; by a zero in a tensor gives 0, as on a GPU."""
-    if not isinstance(other, (Tensor, float)) and other == 0:
-        handle = operand(t, input).handle
-        if handle is not None and not handle.dtype.is_float and handle.device == "cpu":
-            raise t.shape_error("ZeroDivisionError")
+    """An integer division by 0 raises on the CPU; on a GPU it gives something."""
+    operands = operand(t, input), operand(t, other)
+    dtype = result_dtype(operands)
+    if dtype.is_float or 0 in common_shape(t, on_one_device(t, operands)):
+        return
+    error = t.shape_error("ZeroDivisionError")
+    if isinstance(other, Tensor):
+        nonzero(t, other, error)
+    elif literal(other, dtype) == 0 and operands[0].handle.device == "cpu":
+        raise error
 
 
 def remainder(t: Trace, input: object, other: object) -> TracedTensor:

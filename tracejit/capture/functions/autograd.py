@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tracejit.autodiff import backward as reverse
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import Handle, TracedTensor, is_dense
+from tracejit.capture.trace.tensor import Family, Handle, TracedTensor, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
@@ -210,6 +211,9 @@ def set_grad_of(leaf: Handle, grad: Tensor | None) -> None:
 
 @rule(Tensor.grad.__get__)
 def get_grad(t: Trace, self: Tensor) -> Tensor | None:
+    if is_lazy(self):  # `zero_grad` before the forward pass that will initialize it
+        t.journal.forget()
+        return None
     h = t.lift(self)
     if not h.grad_known:
         with torch._C.DisableTorchFunction():
@@ -273,6 +277,24 @@ def is_leaf(t: Trace, self: Tensor) -> bool:
     return t.is_leaf(t.lift(self))
 
 
+@rule(Tensor.detach_, torch.detach_)
+def detach_(t: Trace, self: Tensor) -> Tensor:
+    """The tensor itself without history; what was computed from it before keeps it."""
+    h = t.lift(self)
+    if not t.requires_grad(h):
+        return self
+    if h.is_real or h.requires_grad_leaf:
+        raise t.unsupported("detach_() of a leaf, or of a tensor from outside, has no rule")
+    if h.steps:
+        raise t.autograd_error("Can't detach views in-place. Use detach() instead")
+    if any(p.handle.family is h.family for p in t.proxies if p.handle is not h):
+        raise t.unsupported("detach_() of a tensor that has views has no rule; use detach()")
+    if h in t.retained:
+        raise t.unsupported("detach_() after retain_grad() has no rule; use detach()")
+    h.family = Family(h.storage, t.stripped(h.storage), h.storage.writes)
+    return self
+
+
 @rule(Tensor.requires_grad.__set__)
 def set_requires_grad(t: Trace, self: Tensor, value: bool) -> None:
     requires_grad_(t, self, value)
@@ -285,6 +307,8 @@ def requires_grad_(t: Trace, self: Tensor, requires_grad: bool = True) -> Tensor
         return self
     if h.is_real:
         raise t.unsupported("Changing requires_grad of a tensor from outside has no rule")
+    if not requires_grad and t.is_leaf(h):
+        raise t.unsupported("Changing requires_grad back has no rule; use detach()")
     if not requires_grad:
         raise t.autograd_error(
             "you can only change requires_grad flags of leaf variables. If you want to use a "

@@ -27,6 +27,7 @@ def _extremum(t: Trace, x: Value, axis: int, name: str) -> tuple[Value, Value]:
     hit = attains(t, x, expand(t, t.b.reshape(top, shape=kept), x.type.shape))
     place = position(t, axis, x.type.shape, x.type.device)
     first = t.b.reduce_min(t.b.where(hit, place, x.type.shape[axis]), axes=(axis,))
+    t.ranges[first] = 0, x.type.shape[axis] - 1
     return top, first
 
 

@@ -100,7 +100,7 @@ def gather(
 def take_along_dim(
     t: Trace, input: Tensor, indices: Tensor, dim: int | None = None
 ) -> TracedTensor:
-    """gather, with the other axes of both broadcast."""
+    """gather, with the other axes of both broadcast, and indices taken modulo the size."""
     if dim is None:
         return gather(t, reshape(t, input, -1), 0, reshape(t, indices, -1))
     h, i = t.lift(input), t.lift(indices)
@@ -111,13 +111,13 @@ def take_along_dim(
     if i.dtype is not i64:
         raise t.shape_error("take_along_dim(): dtype of indices should be Long")
     axis = normal_axis(t, dim, len(h.shape))
-    reason = f"index {{value}} is out of bounds for dimension {axis} with size {h.shape[axis]}"
-    within(t, indices, 0, h.shape[axis], t.shape_error(reason))
+    if not h.shape[axis] and i.numel:
+        raise t.shape_error("ZeroDivisionError")
     rest = broadcast_shape([_without(h.shape, axis), _without(i.shape, axis)])
     if rest is None:
         raise t.shape_error("take_along_dim(): input and indices do not broadcast")
     x = expand(t, t.read(h), (*rest[:axis], h.shape[axis], *rest[axis:]))
-    at = t.b.alias(t.read(i))  # torch wraps negative indices: it does not save what was given
+    at = t.b.mod(t.read(i), h.shape[axis])  # so torch does not save what was given
     at = expand(t, at, (*rest[:axis], i.shape[axis], *rest[axis:]))
     return t.fresh(t.saves(t.b.gather(x, at, axis=axis), x))
 
@@ -230,8 +230,8 @@ class _Chosen:
         self.axes = tuple(tensors)
         self.has_scalar = any(not t.lift(x).shape for x in tensors.values())
         shape = self.target.shape
-        for k, x in tensors.items():
-            reason = f"index {{value}} is out of bounds for dimension {k} with size {shape[k]}"
+        for n, (k, x) in enumerate(tensors.items()):  # eager counts the axes with an index
+            reason = f"index {{value}} is out of bounds for dimension {n} with size {shape[k]}"
             error = AxisError(where=location.full(), reason=reason)
             within(t, x, -shape[k], shape[k], error)
         read = [cast(t, t.read(t.lift(x)), i64) for x in tensors.values()]

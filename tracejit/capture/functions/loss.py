@@ -20,6 +20,7 @@ from tracejit.capture.functions.derived import argument_error, require_float
 from tracejit.capture.functions.reduction import mean, sum_
 from tracejit.capture.functions.rows import emitted, function_of, undefined
 from tracejit.capture.functions.unary import FUNCTIONS, sigmoid, square
+from tracejit.capture.trace.bounds import between
 from tracejit.capture.trace.table import BY_CALLER, Formula, Row, rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -281,7 +282,7 @@ def binary_cross_entropy(
 ) -> TracedTensor:
     """-(z·log(x) + (1 - z)·log(1 - x)), logarithms not below -100.
 
-    Its gradient is g·(x - z) / max((1 - x)·x, 1e-12). Inputs outside 0 … 1 are not noticed.
+    Its gradient is g·(x - z) / max((1 - x)·x, 1e-12).
     """
     x, z = operand(t, input).handle, operand(t, target).handle
     if x.shape != z.shape:
@@ -290,6 +291,9 @@ def binary_cross_entropy(
         )
     if x.dtype is not z.dtype:
         raise t.shape_error(f"Found dtype {z.dtype} but expected {x.dtype}")
+    for role, tensor in (("input", input), ("target", target)):
+        reason = f"all elements of {role} should be between 0 and 1"
+        between(t, tensor, 0.0, 1.0, t.shape_error(reason))
     losses = _bce_losses(t, input, target)
     return reduced(t, _weighted(t, losses, _constant(t, "binary_cross_entropy", weight)), how)
 

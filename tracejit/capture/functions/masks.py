@@ -52,7 +52,7 @@ def columns(t: Trace, condition: Handle) -> list[Value]:
         found = []
         for size, step in zip(condition.shape, contiguous_strides(condition.shape), strict=True):
             at = t.b.floordiv(positions, step) if step > 1 else positions
-            found.append(t.b.mod(at, size) if condition.shape[0] != size or found else at)
+            found.append(t.b.mod(at, size) if found else at)
         return found
 
 

@@ -48,7 +48,9 @@ def softmax_value(t: Trace, x: Value, axis: int) -> Value:
         gy = b.mul(g, y)
         return b.sub(gy, b.mul(y, _sum(t, gy, axes)))
 
-    return derived(t, "softmax", (x,), forward, (backward,))
+    y = derived(t, "softmax", (x,), forward, (backward,))
+    t.ranges[y] = 0.0, 1.0
+    return y
 
 
 def log_softmax_value(t: Trace, x: Value, axis: int) -> Value:
@@ -62,7 +64,9 @@ def log_softmax_value(t: Trace, x: Value, axis: int) -> Value:
     def backward(g: Value, y: Value, x: Value) -> Value:
         return b.sub(g, b.mul(b.exp(y), _sum(t, g, axes)))
 
-    return derived(t, "log_softmax", (x,), forward, (backward,))
+    y = derived(t, "log_softmax", (x,), forward, (backward,))
+    t.ranges[y] = -math.inf, 0.0
+    return y
 
 
 def _along(name: str, emit):

@@ -186,7 +186,8 @@ def _unread(captured: Captured) -> set[Path]:
     read = {value for node in captured.host_nodes for value in node.args}
     read.update(side for p in captured.predicates for side in (p.left, p.right))
     read.update(captured.effects.host)
-    planned = {index for kind, index in captured.sources if kind == "scalar"}
+    checked = () if captured.checks is None else captured.checks.sources
+    planned = {index for kind, index in (*captured.sources, *checked) if kind == "scalar"}
     return {
         path
         for i, (path, value) in enumerate(zip(captured.paths, captured.scalars, strict=True))

@@ -1,8 +1,9 @@
 """Every process-wide patch, for the time of a trace.
 
 `intercepted` patches the innermost globals that reach C code without passing a TorchFunctionMode,
-the `step` of LR schedulers, and builtins that torch's own Python calls on runtime scalars. Only
-threads that are tracing see another behaviour, and nothing stays patched after the trace.
+the `step` of LR schedulers, the initialization of lazy modules, and builtins that torch's own
+Python calls on runtime scalars. Only threads that are tracing see another behaviour, and nothing
+stays patched after the trace.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from functools import wraps
 import torch
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import clip_grad
 from torch.optim import _adafactor
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime
+from tracejit.capture.trace.tensor import TracedTensor
 
 Tensor = torch.Tensor
 
@@ -62,6 +65,51 @@ def as_callback(step: Callable) -> Callable:
         return t.hyperparameters.call_back(step, self, args, kwargs)
 
     return wrapper
+
+
+# ---- lazy modules
+
+
+def _lazy_classes() -> list[type]:
+    """Every class of lazy modules with an `initialize_parameters` of its own."""
+    global _lazy
+    below = LazyModuleMixin.__subclasses__()
+    if _lazy[0] != below:
+        found, pending = [], [*below]
+        while pending:
+            kind = pending.pop()
+            pending += kind.__subclasses__()
+            if "initialize_parameters" in kind.__dict__ and kind not in found:
+                found.append(kind)
+        _lazy = below, found
+    return _lazy[1]
+
+
+_lazy: tuple[list[type], list[type]] = [], []  # those right below the mixin, and the result
+
+
+def _initialized(initialize: Callable) -> Callable:
+    """A lazy module's initialization, which runs as in eager: its parameters, drawn at random, come
+    from outside then. It is given tensors of the inputs' shapes, whose numbers it may not use."""
+
+    @wraps(initialize)
+    def wrapper(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        t = current()
+        if t is None or not self.has_uninitialized_params():
+            return initialize(self, *args, **kwargs)
+        t.journal.forget()
+        with torch._C.DisableTorchFunction():
+            given = [_unknown(x) for x in args]
+            return initialize(self, *given, **{k: _unknown(x) for k, x in kwargs.items()})
+
+    return wrapper
+
+
+def _unknown(x: object) -> object:
+    """For an intermediate a tensor of its shape on the "meta" device, which has no numbers."""
+    if type(x) is not TracedTensor:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 # ---- builtins that torch's own Python calls on hyperparameters and state
@@ -179,14 +227,16 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch_function, "_functions", lambda original: _DelayedErrors()),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
+        *((lazy, "initialize_parameters", _initialized) for lazy in _lazy_classes()),
     ]
 
 
 def _install() -> None:
     global _replaced, _of
-    schedulers = scheduler_classes()
-    if _of is not schedulers or any(getattr(o, name) is not x for o, name, x, _ in _replaced):
-        _of = schedulers
+    kinds = scheduler_classes(), _lazy_classes()
+    known = all(a is b for a, b in zip(_of, kinds, strict=True))
+    if not known or any(getattr(o, name) is not x for o, name, x, _ in _replaced):
+        _of = kinds
         there = [(o, name, getattr(o, name), wrap) for o, name, wrap in _replacements()]
         _replaced = [(o, name, original, wrap(original)) for o, name, original, wrap in there]
     for owner, name, _, instead in _replaced:
@@ -195,7 +245,8 @@ def _install() -> None:
         setattr(owner, name, new)
 
 
-_of: object = None  # the list of schedulers that `_replaced` was made for
+# the lists of schedulers and lazy modules that `_replaced` was made for
+_of: tuple[object, object] = None, None
 
 
 def _remove() -> None:

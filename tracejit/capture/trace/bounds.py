@@ -1,8 +1,10 @@
-"""Indices out of range, which eager refuses: looked for before a plan runs.
+"""Values that eager refuses, such as indices out of range: looked for before a plan runs.
 
-A plan reads NaN (or 0) where an index points outside. Where the index tensor comes from outside the
-step, as class targets and token ids do, `Bound` looks at its values first, so that the call raises
-as eager does and nothing is changed. That needs the values on the host: on a GPU it is not done.
+A plan reads NaN (or 0) where an index points outside, and 0 where an integer is divided by 0. Where
+an index tensor comes from outside the step, as class targets and token ids do, `Bound` looks at its
+values first. What the step computes is a `Check`: a plan of its own computes it first. Either way
+the call raises as eager does, and nothing is changed. On a GPU it is not done, where eager does not
+raise either.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tracejit.capture.trace.ranges import interval, limits
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
+from tracejit.ir.graph import Value
+from tracejit.ir.types import b1, i64
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +60,30 @@ class Bound:
             raise type(self.error)(**fields)
 
 
+@dataclass(frozen=True, eq=False)
+class Check:
+    """A truth value that the step computes does not hold."""
+
+    bad: Value  # one bool
+    shown: Value | None  # an integer that is to blame
+    error: TracejitError  # raised otherwise; its `reason` may show {value}
+
+
+def require(t: Trace, bad: Value, error: TracejitError, shown: Value | None = None) -> None:
+    """Have every call raise an error, before it changes anything, if any element of `bad` is true.
+    The error's reason may show, as {value}, one of the elements of `shown` that are to blame."""
+    if bad.type.device != "cpu" or not bad.type.numel:
+        return
+    axes = tuple(range(len(bad.type.shape)))
+    with t.untaped(), t.unchecked():
+        if shown is not None:
+            wide = shown if shown.type.dtype is i64 else t.b.cast(shown, dtype=i64)
+            shown = t.b.where(bad, wide, limits(i64)[0])
+            shown = t.b.reduce_max(shown, axes=axes) if axes else shown
+        bad = t.b.reduce_max(bad, axes=axes) if axes else bad
+    t.bounds.append(Check(bad, shown, error))
+
+
 def within(
     t: Trace,
     tensor: torch.Tensor,
@@ -63,12 +92,51 @@ def within(
     error: TracejitError,
     ignore: int | None = None,
 ) -> None:
-    """Have every call check that the integers of a tensor lie in [low, high), if they are known."""
+    """Have every call check that the integers of a tensor lie in [low, high), or are `ignore`."""
     handle = t.lift(tensor)
     storage = handle.storage
     real = storage.real
-    if real is None or storage.value is not storage.param or real.device.type != "cpu":
+    if handle.device != "cpu":
         return
-    index = t.inputs.position(real)
-    offset = handle.offset - t.inputs.handles[index].offset
-    t.bounds.append(Bound(index, handle.shape, handle.strides, offset, low, high, ignore, error))
+    if real is not None and storage.value is storage.param:
+        index = t.inputs.position(real)
+        offset = handle.offset - t.inputs.handles[index].offset
+        geometry = index, handle.shape, handle.strides, offset
+        t.bounds.append(Bound(*geometry, low, high, ignore, error))
+        return
+    with t.untaped(), t.unchecked():
+        x = t.read(handle)
+        bad = _outside(t, x, low, high - 1)
+        if bad is not None and ignore is not None:
+            bad = t.b.and_(bad, t.b.ne(x, ignore))
+    if bad is not None:
+        require(t, bad, error, shown=x)
+
+
+def between(t: Trace, tensor: torch.Tensor, low: float, high: float, error: TracejitError) -> None:
+    """Have every call check that the floats of a tensor lie in [low, high]. NaN does not, but it is
+    not looked for where numbers cannot lie outside, as in the result of a sigmoid."""
+    with t.untaped(), t.unchecked():
+        x = t.read(t.lift(tensor))
+        least, most = interval(t, x)
+        if least < low or most > high:
+            require(t, t.b.not_(t.b.and_(t.b.ge(x, low), t.b.le(x, high))), error)
+
+
+def nonzero(t: Trace, tensor: torch.Tensor, error: TracejitError) -> None:
+    """Have every call check that no element of a tensor of integers or bools is 0."""
+    with t.untaped(), t.unchecked():
+        x = t.read(t.lift(tensor))
+        least, most = interval(t, x)
+        if least <= 0 <= most:
+            require(t, t.b.not_(x) if x.type.dtype is b1 else t.b.eq(x, 0), error)
+
+
+def _outside(t: Trace, x: Value, low: int, high: int) -> Value | None:
+    """Where the integers of a value are not in [low, high]; None if they cannot be elsewhere."""
+    least, most = interval(t, x)
+    below = t.b.lt(x, low) if least < low <= limits(x.type.dtype)[1] else None
+    above = t.b.gt(x, high) if most > high >= limits(x.type.dtype)[0] else None
+    if below is None or above is None:
+        return above if below is None else below
+    return t.b.or_(below, above)

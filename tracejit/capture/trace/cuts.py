@@ -121,6 +121,7 @@ def selected_by(t: Trace, condition: Value) -> Selected:
         kind = Type(i64, tuple(tensor.shape), condition.type.device)
         params.append(t.b.param(kind))
         t.found.append((params[-1], tensor))
+    t.ranges[params[0]] = 0, max(condition.type.numel - 1, 0)
     t.journal.found_selected(cut)
     selected = t.selected[condition] = Selected(*params)
     return selected

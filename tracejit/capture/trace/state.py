@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from tracejit.autodiff import Entry, Tape
 from tracejit.capture.trace import location
@@ -75,7 +76,8 @@ class TraceState:
         self.scalars = Scalars(self.b, self.journal)
         self.inputs = Inputs()
         self.proxies: list[TracedTensor] = []
-        self.bounds: list[object] = []  # of index tensors: what `bounds.within` found
+        self.bounds: list[object] = []  # on values: what `bounds.py` found
+        self.ranges: dict[Value, tuple[float, float]] = {}  # what is known of values: `ranges.py`
         self.hyperparameters: object | None = None  # of the optimizers in reach
         self.call: tuple[Callable, tuple, dict] | None = None  # whose rule is running
         self.name_of: Callable[[torch.Tensor], str | None] = lambda tensor: None  # in user code
@@ -177,6 +179,8 @@ class TraceState:
     def described_input(self, tensor: torch.Tensor) -> str:
         """A tensor from outside, by the name that user code has for it, and its shape."""
         with torch._C.DisableTorchFunction():
+            if is_lazy(tensor):
+                return "a parameter that is not initialized"
             text = f"a tensor of shape {list(tensor.shape)}"
             name = self.name_of(tensor)
         return text if name is None else f"{name}, {text},"

@@ -114,6 +114,15 @@ class TracedTensor(torch.Tensor):
     handle: Handle
     trace: object = None  # the one that it belongs to, from when rules are run
 
+    @property
+    def __class__(self) -> type:
+        """What eager would have here; for `type(x)` see `python/standins.py`."""
+        return torch.Tensor
+
+    @__class__.setter
+    def __class__(self, kind: type) -> None:
+        object.__dict__["__class__"].__set__(self, kind)
+
     @staticmethod
     def blank(geometry: Geometry) -> TracedTensor:
         """A tensor of this geometry that has no handle yet."""

@@ -102,8 +102,14 @@ def _infer_cast(x: Type, *, dtype: DType) -> Type:
 
 
 def _eval_cast(x: np.ndarray, *, dtype: DType) -> np.ndarray:
+    """Floats become integers toward zero; what is out of range, or NaN, the least one. Narrow
+    integers are the low bits of an int32, uint8 those of an int64, as in eager."""
     with np.errstate(invalid="ignore"):
-        return round_to(x, dtype) if dtype.is_float else x.astype(dtype.compute)
+        if dtype.is_float:
+            return round_to(x, dtype)
+        if np.asarray(x).dtype.kind == "f" and dtype.kind in "iu" and dtype.itemsize < 4:
+            x = x.astype(np.int64 if dtype.kind == "u" else np.int32)
+        return x.astype(dtype.compute)
 
 
 def _eval_sign(x: np.ndarray) -> np.ndarray:
