@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guard_text import FloatLine, differs
-from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path
 from tracejit.capture.trace.tensor import extent
@@ -318,10 +318,10 @@ def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor) -> None:
         f"{device} and {at}.requires_grad is {tensor.requires_grad} and not {at}.is_neg()"
     )
     if tensor.requires_grad:
-        same += (
-            f" and {at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None and "
-            f"{at}.is_leaf is {tensor.is_leaf}"
-        )
+        same += f" and {at}.is_leaf is {tensor.is_leaf}"
+        for name in HOOKS_OF_TENSORS:  # the walk has told which, if there are some
+            if not getattr(tensor, name):
+                same += f" and not {at}.{name}"
     w.names |= {"differs": differs, "described": _described}
     path, old = w.path_of(tensor), k(_described(tensor))
     w.lines.append(f"if not ({same}): return differs({path!r}, {old}, described({at}))")

@@ -18,6 +18,7 @@ from torch.nn.utils import clip_grad
 from torch.optim import _adafactor
 from torch.optim.lr_scheduler import LRScheduler
 
+from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime
@@ -130,6 +131,35 @@ def _group(lists: list[list], with_indices: bool = False) -> dict:
     return found
 
 
+def _node(original: Callable) -> Callable:
+    """`torch.autograd.graph._get_grad_fn_or_grad_acc`, by which hooks of several tensors ask what
+    a backward will reach."""
+
+    def node(tensor: object) -> object:
+        t = current()
+        return original(tensor) if t is None else hooks.node_of(t, tensor)
+
+    return node
+
+
+def _number_of_backward(original: Callable) -> Callable:
+    def number() -> int:
+        t = current()
+        return original() if t is None or t.backward is None else t.backward.number
+
+    return number
+
+
+def _will_reach(original: Callable) -> Callable:
+    def reached(node: object) -> bool:
+        t = current()
+        if t is None or t.backward is None:
+            return original(node)
+        return hooks.is_reached(t, node)
+
+    return reached
+
+
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
@@ -177,6 +207,9 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
     return [
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),
+        (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),
+        (torch._C, "_current_graph_task_id", _number_of_backward),
+        (torch._C, "_will_engine_execute_node", _will_reach),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
     ]
