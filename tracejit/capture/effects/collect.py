@@ -123,6 +123,14 @@ class Collector(Structure):
         if h.is_real:
             return Made("real", self.real(h.tensor))
         storage = h.storage
+        if storage in self.t.inference:
+            raise SideEffectError(
+                where=location.full(),
+                reason="a tensor that was made in inference mode leaves the step, and would be an "
+                "ordinary tensor",
+                remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
+                "mode",
+            )
         leaf = h.requires_grad_leaf
         geometry = (h.shape, h.strides, h.offset, self.t.requires_grad(h), leaf)
         if storage.real is not None:

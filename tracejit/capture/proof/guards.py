@@ -16,6 +16,7 @@ from operator import itemgetter
 from types import FunctionType
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.optim import Optimizer
 
@@ -79,6 +80,8 @@ def _modes(w: Walk) -> None:
         "default_device": torch.get_default_device,
         "saved_hooks": torch._C._autograd._top_saved_tensors_default_hooks,
         "inference": torch.is_inference_mode_enabled,
+        "anomaly": torch.is_anomaly_enabled,
+        "forward_ad": forward_ad,
     }
     precision = torch._C._get_float32_matmul_precision()
     w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
@@ -86,6 +89,8 @@ def _modes(w: Walk) -> None:
     w.check(f"precision() == {precision!r}", "torch.get_float32_matmul_precision changed")
     w.check("not autocast()", "autocast is on")
     w.check("not inference()", "inference mode is on")
+    w.check("not anomaly()", "anomaly mode is on")
+    w.check("forward_ad._current_level < 0", "forward-mode differentiation is on")
     modes = torch._C._len_torch_function_stack()  # a default device is one
     w.check(f"function_modes() == {modes}", "the default device or a torch function mode changed")
     if modes:

@@ -160,6 +160,47 @@ def _will_reach(original: Callable) -> Callable:
     return reached
 
 
+def _saves(pack: Callable) -> bool:
+    """Whether hooks on saved tensors are those of `save_on_cpu`: in values, the identity."""
+    return getattr(pack, "__module__", "") == torch.autograd.graph.__name__ and (
+        pack.__qualname__.startswith("save_on_cpu.")
+    )
+
+
+def _push_saved(original: Callable) -> Callable:
+    def push(pack: Callable, unpack: Callable) -> None:
+        t = current()
+        if t is None:
+            return original(pack, unpack)
+        if not _saves(pack):
+            t.begin(torch.autograd.graph.saved_tensors_hooks, ())
+            raise t.unsupported(
+                "Hooks on saved tensors would be ignored; use them outside the step"
+            )
+
+    return push
+
+
+def _pop_saved(original: Callable) -> Callable:
+    return lambda: original() if current() is None else None
+
+
+def _anomaly(original: Callable) -> Callable:
+    """`torch.set_anomaly_enabled`, which may only say that anomaly mode is off."""
+
+    def set_anomaly_enabled(enabled: bool, check_nan: bool = True) -> None:
+        t = current()
+        if t is not None and enabled:
+            t.begin(torch.autograd.set_detect_anomaly, ())
+            raise t.unsupported(
+                "A compiled step does not look for NaN in its backward; call the step itself, "
+                "uncompiled, to find where a NaN comes from"
+            )
+        original(enabled, check_nan)
+
+    return set_anomaly_enabled
+
+
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
@@ -178,11 +219,6 @@ def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
 
 _SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
 REFUSED = (
-    (
-        torch._C._autograd,
-        "_push_saved_tensors_default_hooks",
-        "Hooks on saved tensors would be ignored; use them outside the step",
-    ),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
     (
@@ -207,6 +243,9 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
     return [
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),
+        (torch, "set_anomaly_enabled", _anomaly),
+        (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
+        (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),
         (torch._C, "_current_graph_task_id", _number_of_backward),
         (torch._C, "_will_engine_execute_node", _will_reach),

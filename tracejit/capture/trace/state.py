@@ -99,6 +99,7 @@ class TraceState:
         self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        self.inference: set[Storage] = set()  # made in inference mode
         # hooks by the ids of their handles: of intermediates, and of leaves that the step made
         self.hooked: dict[Value, dict[int, Callable]] = {}
         self.hooks_of_leaf: dict[Handle, tuple[dict[int, Callable], dict[int, Callable]]] = {}

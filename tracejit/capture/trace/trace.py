@@ -262,6 +262,8 @@ class Trace(TraceState):
 
     def proxy(self, handle: Handle) -> TracedTensor:
         """The tensor object that user code gets for a handle."""
+        if torch.is_inference_mode_enabled() and handle.storage.real is None:
+            self.inference.add(handle.storage)
         proxy = TracedTensor.make(handle, self, self.journal.given.get(len(self.proxies)))
         self.proxies.append(proxy)
         return proxy
