@@ -366,6 +366,50 @@ def optimizer_in_the_backward(w):
     return step
 
 
+@case("replay", changes={4: lambda w: w.remove(), 7: lambda w: w.again()}, calls=11)
+def parameters_that_are_keys_first(w):
+    """A walk that meets a tensor as the key of a dict looks at its hooks and attributes too."""
+    w.x, w.y = leaf(3), leaf(3)
+    w.y.tag = 1.0
+    rates = {w.x: 0.5, w.y: 0.25}
+    handle = w.x.register_hook(lambda g: g * 3)
+    w.remove = lambda: handle.remove()
+
+    def again():
+        w.y.register_post_accumulate_grad_hook(plus)
+        w.y.tag = 2.0
+
+    w.again = lambda: again()
+
+    def step():
+        for p in rates:
+            p.grad = None
+        sum((p * p * rate).sum() for p, rate in rates.items()).backward()
+        with torch.no_grad():
+            for p, rate in rates.items():
+                p.sub_(p.grad, alpha=rate * getattr(p, "tag", 1.0) * 0.1)
+
+    return step
+
+
+@case("replay")
+def registered_under_no_grad(w):
+    w.x = x = leaf(4)
+
+    def step():
+        x.grad = None
+        view = (x * 2)[1:]
+        with torch.no_grad():
+            view.register_hook(lambda g: g * 5)
+            view.retain_grad()
+        loss = (view * view).sum()[None][0]
+        with torch.no_grad():
+            loss.backward()
+        return view.grad
+
+    return step
+
+
 @case("replay")
 def accumulated_before_the_hook(w):
     """The `.grad` from before is there when a hook runs, and added to before the later one."""

@@ -37,7 +37,7 @@ def _roots(
             raise t.autograd_error(
                 f"element {i} of tensors does not require grad and does not have a grad_fn"
             )
-        value = t.read(h)
+        value = t.read_with_history(h)
         if cotangent is None:
             if h.numel != 1:
                 raise t.autograd_error("grad can be implicitly created only for scalar outputs")
@@ -111,7 +111,7 @@ def backward(
             raise t.unsupported("backward(inputs=…) of a tensor that is not a leaf has no rule")
         leaves = {h: leaves[h] for h in chosen}
     wanted = [v for values in leaves.values() for v in values]
-    retained = {h: t.read(h) for h in t.retained if h not in leaves}
+    retained = {h: t.read_with_history(h) for h in t.retained if h not in leaves}
     wanted += retained.values()
     modes = {"retain_graph": bool(retain), "create_graph": create_graph}
 
@@ -178,7 +178,7 @@ def grad(
     for h in handles:
         if not t.requires_grad(h):
             raise t.autograd_error("One of the differentiated Tensors does not require grad")
-        values.append(leaves[h] if h in leaves else [t.read(h)])
+        values.append(leaves[h] if h in leaves else [t.read_with_history(h)])
     roots = _roots(t, outputs, given)
     wanted = [v for group in values for v in group]
     totals: dict[Handle, Value] = {}  # of the leaves that have hooks

@@ -48,7 +48,7 @@ def register_hook(t: Trace, self: Tensor, hook: Callable) -> RemovableHandle:
             "A hook on one of several results of one function has no rule; register it on a clone"
         )
     check_alone(t, h)
-    return _added(t.hooked.setdefault(t.read(h), OrderedDict()), hook)
+    return _added(t.hooked.setdefault(t.read_with_history(h), OrderedDict()), hook)
 
 
 @rule(Tensor.register_post_accumulate_grad_hook)
@@ -132,7 +132,8 @@ def node_of(t: Trace, tensor: Tensor) -> frozenset[Value]:
     """What stands for the autograd node of a tensor with hooks: the values of the tensor."""
     h = t.lift(tensor)
     _check_known(t, h)
-    return frozenset(v for v, leaf in t.leaf_of.items() if leaf is h) or frozenset((t.read(h),))
+    values = {v for v, leaf in t.leaf_of.items() if leaf is h}
+    return frozenset(values or {t.read_with_history(h)})
 
 
 def is_reached(t: Trace, node: object) -> bool:

@@ -295,6 +295,7 @@ class Walk(GuardText):
                     self.expect(f"{self.tensors[id(k)]} is {name}", path, k, self.tensors[id(k)])
                 elif is_tensor(k):
                     self.all_tensors.append(k)
+                    self._attributes_of_tensor(k, name, f"a key of {path}")
                 else:
                     self.visit(k, name, f"a key of {path}")
 
