@@ -366,7 +366,15 @@ def optimizer_in_the_backward(w):
     return step
 
 
-@case("replay", changes={4: lambda w: w.remove(), 7: lambda w: w.again()}, calls=11)
+@case(
+    "replay",
+    changes={
+        4: lambda w: w.remove(),
+        8: lambda w: setattr(w.y, "tag", 3.0),
+        11: lambda w: w.again(),
+    },
+    calls=15,
+)
 def parameters_that_are_keys_first(w):
     """A walk that meets a tensor as the key of a dict looks at its hooks and attributes too."""
     w.x, w.y = leaf(3), leaf(3)
@@ -377,7 +385,6 @@ def parameters_that_are_keys_first(w):
 
     def again():
         w.y.register_post_accumulate_grad_hook(plus)
-        w.y.tag = 2.0
 
     w.again = lambda: again()
 
