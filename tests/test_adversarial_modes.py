@@ -5,6 +5,7 @@ Each case is compared with eager after every call; see `support/worlds.py`.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
@@ -14,6 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tracejit
 from support.worlds import Case, Trainer, X, Y, check, on_trainer, picture, same, table, trainer
@@ -31,6 +34,7 @@ def modes():
 
 def reset():
     torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
     torch.set_grad_enabled(True)
     torch.set_float32_matmul_precision("highest")
 
@@ -83,6 +87,167 @@ def dropout_switched_off(w):
     w.t = Trainer()
     w.t.model[1] = nn.Dropout(0.0)
     return w.t.step
+
+
+@case("replay")
+def devices_as_contexts(w):
+    w.device = device = torch.device("cpu")
+
+    def step():
+        with torch.device("cpu"):
+            y = torch.ones(3) * 2
+        with device:
+            z = torch.arange(3.0) + torch.zeros(3, device="cpu")
+        return y + z, torch.full((2,), 3.0)
+
+    return step
+
+
+@case("refused: it has no memory on the CPU", says="meta")
+def another_device_as_a_context(w):
+    def step():
+        with torch.device("meta"):
+            return torch.ones(3)
+
+    return step
+
+
+@case("refused: a mode is left on", says="default device")
+def default_device_set_in_the_step(w):
+    def step():
+        torch.set_default_device("cpu")
+        return torch.ones(3)
+
+    return step
+
+
+@case("replay")
+def grad_modes_as_functions_and_decorators(w):
+    w.x = x = torch.ones(3, requires_grad=True)
+
+    @torch.no_grad()
+    def frozen(y):
+        return y * 3
+
+    @torch.enable_grad()
+    def learning(y):
+        return y * 5
+
+    @torch.inference_mode()
+    def measured(y):
+        return float(y.shape[0]), torch.is_inference_mode_enabled()
+
+    @torch.set_grad_enabled(False)
+    def switched(y):
+        return y * 7
+
+    def step():
+        x.grad = None
+        torch.set_grad_enabled(False)
+        y = learning(x) + frozen(x)
+        torch.set_grad_enabled(True)
+        z = learning(x) + frozen(x) + switched(x)
+        z.sum().backward()
+        return y.requires_grad, z.detach(), measured(x)
+
+    return step
+
+
+@case("replay")
+def evaluated_in_inference_mode(w):
+    w.t = Trainer()
+
+    def step():
+        loss = w.t.step()
+        with torch.inference_mode():
+            inner = w.t.model(X)
+            flags = inner.is_inference(), inner.requires_grad, X.is_inference()
+        with torch.inference_mode(), torch.inference_mode(False):
+            copied = inner.clone()
+        return loss, flags, copied.is_inference(), copied * 2
+
+    return step
+
+
+@case("refused: it would be an ordinary tensor", says="made in inference mode")
+def returned_from_inference_mode(w):
+    def step():
+        with torch.inference_mode():
+            return X * 2
+
+    return step
+
+
+@case("replay")
+def contexts_that_change_nothing(w):
+    w.x = x = torch.linspace(0.5, 2, 12).reshape(3, 4).requires_grad_()
+
+    def step():
+        x.grad = None
+        with contextlib.nullcontext(), torch.autocast("cpu", enabled=False):
+            y = x * 2
+        with torch.autograd.graph.save_on_cpu(), torch.profiler.record_function("part"):
+            y = y.exp() * x
+        with torch.backends.cudnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+            y = y + x
+        with torch.autograd.set_detect_anomaly(False):
+            y.sum().backward()
+        return y.detach()
+
+    return step
+
+
+@case("replay", changes=switch(torch.set_float32_matmul_precision, "medium"), calls=9)
+def precision_set_in_the_step(w):
+    def step():
+        torch.set_float32_matmul_precision("high")
+        return X @ X.t(), torch.get_float32_matmul_precision()
+
+    return step
+
+
+@case("rerun")
+def forked_generators_and_profilers(w):
+    w.x = x = torch.ones(3, requires_grad=True)
+
+    def step():
+        x.grad = None
+        with torch.random.fork_rng(devices=[]), torch.autograd.profiler.profile(use_kineto=False):
+            (x * 3).sum().backward()
+        return torch.initial_seed()
+
+    return step
+
+
+@case("refused: hooks on saved tensors see what eager saves", says="saved tensors")
+def saved_tensors_packed(w):
+    w.x = x = torch.ones(3, requires_grad=True)
+
+    def step():
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t.float()):
+            (x * x).sum().backward()
+
+    return step
+
+
+@case("refused: a backward does not look for NaN", says="look for NaN")
+def anomalies_looked_for_in_the_step(w):
+    w.x = x = torch.ones(3, requires_grad=True)
+
+    def step():
+        with torch.autograd.set_detect_anomaly(True):
+            x.sqrt().mul(x).sum().backward()
+
+    return step
+
+
+@case("refused: there are no rules for tangents", says="make_dual|forward")
+def forward_mode_in_the_step(w):
+    def step():
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(forward_ad.make_dual(X, X) * 2).tangent
+
+    return step
 
 
 # ---- memory
@@ -274,6 +439,17 @@ def test_autocast_around_the_call_is_refused():
 def test_inference_mode_around_the_call_is_refused():
     error = around(torch.inference_mode())
     assert type(error) is tracejit.errors.SideEffectError and "inference" in str(error)
+
+
+def test_anomaly_mode_around_the_call_is_refused():
+    error = around(torch.autograd.detect_anomaly(check_nan=False))
+    assert type(error) is tracejit.errors.SideEffectError and "look for NaN" in str(error)
+    assert not torch.is_anomaly_enabled()
+
+
+def test_forward_mode_around_the_call_is_refused():
+    error = around(forward_ad.dual_level())
+    assert type(error) is tracejit.errors.SideEffectError and "tangents" in str(error)
 
 
 # ---- several steps, threads, copies

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import tracejit
 from support.oracle import call
 from tracejit.autodiff import Entry, Tape, backward, reaches, zeros
 from tracejit.errors import AutogradError
@@ -462,3 +463,31 @@ def test_mixed_dtypes_accumulate_in_the_leaf_dtype():
         assert w.grad.dtype is torch.float32
 
     both_run(step)
+
+
+def test_backward_under_no_grad():
+    """Views keep their history there: a root, what is asked for, and what retains its gradient."""
+
+    def root(x):
+        loss = (x * 2)[0]
+        with torch.no_grad():
+            loss.backward()
+        return x.grad
+
+    def retained(x):
+        view = (x * 2)[1:]
+        view.retain_grad()
+        loss = (view * view).sum()
+        with torch.no_grad():
+            loss.backward()
+        return view.grad, x.grad
+
+    def asked_for(x):
+        view = (x * 2)[1:]
+        loss = (view * view).sum()
+        with torch.no_grad():
+            return torch.autograd.grad(loss, view)
+
+    for step in (root, retained, asked_for):
+        make = lambda: torch.linspace(0.5, 2, 4).requires_grad_()  # noqa: E731
+        torch.testing.assert_close(tracejit.compile(step)(make()), step(make()))

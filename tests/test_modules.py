@@ -170,38 +170,15 @@ def test_optimizer_hooks_run():
     assert_equal_to_eager(step, calls=3, state=parameters)
 
 
-def parameter_hook(model):
-    model.weight.register_hook(lambda g: g * 2)
-
-
-def accumulate_hook(model):
-    model.weight.register_post_accumulate_grad_hook(lambda p: None)
-
-
-@pytest.mark.parametrize("add", [parameter_hook, accumulate_hook])
-def test_hooks_that_would_be_ignored_are_refused(add):
-    model, x = linear()
-    add(model)
-    with pytest.raises(UnsupportedOperation):
-        call(lambda: model(x).sum().backward())
-    assert model.weight.grad is None
-
-
-def test_hooks_on_intermediates_are_refused():
+def test_hooks_on_saved_tensors_are_refused():
     w = torch.ones(3, requires_grad=True)
 
-    def on_tensor():
-        y = w * 2
-        y.register_hook(lambda g: g * 2)
-        y.sum().backward()
-
-    def on_saved():
+    def step():
         with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
             (w * w).sum().backward()
 
-    for step in (on_tensor, on_saved):
-        with pytest.raises(UnsupportedOperation):
-            call(step)
+    with pytest.raises(UnsupportedOperation):
+        call(step)
 
 
 def test_hooks_on_saved_tensors_around_a_step_are_refused():

@@ -91,6 +91,68 @@ def reaches(tape: Tape, sources: Iterable[Value]) -> set[Value]:
     return reached
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What happens when the cotangent of a tensor is complete.
+
+    `values` are all that stand for the tensor. `run(cotangent)` may return another cotangent. That
+    of a leaf runs at once, and of one of its values with the sum over all; that of an intermediate
+    just before the entry that made it, and the entry gets what `run` returned.
+    """
+
+    values: tuple[Value, ...]
+    run: Callable[[Value], Value]
+    leaf: bool
+
+
+class _Arrivals:
+    """The arrivals of one backward, by the entry next to which they happen."""
+
+    def __init__(self, entries: Sequence[Entry], roots: Iterable[Value], given: Iterable[Arrival]):
+        self.of_value: dict[Value, Arrival] = {}  # intermediates
+        self._after: dict[Entry | None, list[Arrival]] = {}  # leaves
+        leaves = []
+        for arrival in given:
+            if arrival.leaf:
+                leaves.append(arrival)
+            else:
+                self.of_value.update(dict.fromkeys(arrival.values, arrival))
+        if not leaves:
+            return
+        last: dict[Value, Entry | None] = dict.fromkeys(roots)  # that passes a cotangent to it
+        for entry in reversed(entries):
+            if any(v in last for v in entry.outputs):
+                last.update(dict.fromkeys(entry.inputs, entry))
+        order = {entry: i for i, entry in enumerate(entries)}
+        order[None] = len(entries)
+        for leaf in leaves:
+            found = [last[v] for v in leaf.values if v in last]
+            if found:
+                self._after.setdefault(min(found, key=order.__getitem__), []).append(leaf)
+        for entry, ready in self._after.items():
+            if entry is not None:  # in the order of its inputs, as eager's engine
+                at = {v: i for i, v in enumerate(entry.inputs)}
+                ready.sort(key=lambda a: min(at.get(v, len(at)) for v in a.values))
+
+    def leaves(self, b: Builder, found: dict[Value, Value], entry: Entry | None) -> None:
+        """Run those of the leaves that are complete after an entry (None: at the start)."""
+        for arrival in self._after.get(entry, ()):
+            total = total_of(b, found, arrival.values)
+            if total is not None:
+                arrival.run(total)
+
+
+def total_of(b: Builder, found: dict[Value, Value], values: Iterable[Value]) -> Value | None:
+    """The sum of the cotangents of values that stand for one tensor; None if none has arrived."""
+    parts = [found[v] for v in values if v in found]
+    if not parts:
+        return None
+    total = parts[0]
+    for part in parts[1:]:
+        total = b.add(total, part)
+    return total
+
+
 def backward(
     tape: Tape,
     b: Builder,
@@ -99,12 +161,13 @@ def backward(
     *,
     retain_graph: bool,
     enter: Callable[[Entry, frozenset[Value]], None],
+    arrivals: Sequence[Arrival] = (),
 ) -> dict[Value, Value]:
     """Emit the cotangents of `wanted` values given `roots` (value, cotangent).
 
     Returns those that the roots depend on. `enter(entry, cotangents)` is called before an entry's
     formula is emitted and added to the cotangents of its inputs, so that the caller can check what
-    the formula reads.
+    the formula reads. `arrivals` say what else is done with cotangents on the way.
     """
     wanted = set(wanted)
     needed = reaches(tape, wanted)
@@ -115,7 +178,15 @@ def backward(
 
     for value, cotangent in roots:
         accumulate(value, cotangent)
-    for entry in reversed(tuple(tape.entries)):
+    entries = tuple(tape.entries)
+    arriving = _Arrivals(entries, found, arrivals)
+    arriving.leaves(b, found, None)
+    for at, entry in enumerate(reversed(entries)):
+        if at:
+            arriving.leaves(b, found, entries[-at])
+        for v in entry.outputs if arriving.of_value else ():
+            if v in found and v in arriving.of_value and v in needed:
+                found[v] = arriving.of_value[v].run(found[v])
         cotangents = tuple(found.get(v) for v in entry.outputs)
         flags = tuple(v in needed for v in entry.inputs)
         if not any(flags) or all(c is None for c in cotangents):
@@ -130,4 +201,6 @@ def backward(
             if flag and cotangent is not None:
                 accumulate(value, cotangent)
         entry.freed = entry.freed or not retain_graph
+    if entries:
+        arriving.leaves(b, found, entries[0])
     return {v: found[v] for v in wanted if v in found}

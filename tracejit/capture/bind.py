@@ -13,6 +13,7 @@ from functools import partial
 from types import CellType, FunctionType, MethodType
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
@@ -180,24 +181,40 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             reason="hooks on saved tensors are active, and a compiled step would ignore them",
             remedy="Call the step outside `saved_tensors_hooks`",
         )
+    if forward_ad._current_level >= 0:
+        raise SideEffectError(
+            where=_where(original),
+            reason="forward-mode differentiation is on, and a compiled step would drop tangents",
+            remedy="Call the step outside `dual_level`",
+        )
+    if torch.is_anomaly_enabled():
+        raise SideEffectError(
+            where=_where(original),
+            reason="anomaly mode is on, and a compiled step would not look for NaN in its backward",
+            remedy="Call the step itself, uncompiled, to find where a NaN comes from",
+        )
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    device = _default_device()
     modes = torch._C._len_torch_function_stack()
     before = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     try:
         with intercepted(), tracer:
             returned = bound.function(*bound.args, **bound.kwargs)
     finally:
+        other_device = _default_device() is not device
+        if other_device:
+            torch.set_default_device(device and device.device)
         while torch._C._len_torch_function_stack() > modes:  # an interrupt cut an `__exit__` off
             _pop_mode()
         changed = (torch.is_grad_enabled(), torch.get_default_dtype()) != (grad_mode, dtype)
         if changed:
             torch._C._set_grad_enabled(grad_mode)
             torch.set_default_dtype(dtype)
-    if changed:
+    if changed or other_device:
         raise SideEffectError(
             where=_where(original),
-            reason="the step leaves grad mode or the default dtype changed",
-            remedy="Use `with torch.no_grad():` (or enable_grad), which restores it",
+            reason="the step leaves grad mode, the default dtype or the default device changed",
+            remedy="Use `with torch.no_grad():` (or enable_grad, or a device), which restores it",
         )
     after = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     if any(a is not b for a, b in zip(before, after, strict=True)):
@@ -207,6 +224,11 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             remedy="Pass the number as an argument, or rebind it outside the step",
         )
     return returned
+
+
+def _default_device() -> object:
+    """The mode that `torch.set_default_device` has put in place, if any."""
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
 
 
 def _where(function: FunctionType) -> str:

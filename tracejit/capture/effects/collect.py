@@ -130,6 +130,14 @@ class Collector(Structure):
         if h.is_real:
             return Made("real", self.real(h.tensor))
         storage = h.storage
+        if storage in self.t.inference:
+            raise SideEffectError(
+                where=location.full(),
+                reason="a tensor that was made in inference mode leaves the step, and would be an "
+                "ordinary tensor",
+                remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
+                "mode",
+            )
         leaf = h.requires_grad_leaf
         geometry = (h.shape, h.strides, h.offset, self.t.requires_grad(h), leaf)
         if storage.real is not None:
@@ -193,6 +201,7 @@ def _finish(
 ) -> Finished:
     t.call = None
     t.journal.over()
+    t.drop_hooks()
     hyper = t.hyperparameters
     collect = Collector(t)
     tree = collect.returned(returned)
@@ -211,6 +220,12 @@ def _finish(
             moved.append((i, h))
     datas = tuple((i, _data_of(collect, h)) for i, h in moved)
     escaped = [(p, collect.tensor(p)) for p in _escapes(t, collect, young)]
+    if any(map(any, (t.hooks_of_leaf.get(h, ()) for h in collect.of_handle))):
+        raise SideEffectError(
+            where=location.full(),
+            reason="a tensor with hooks that the step has made would lose them",
+            remedy="Register the hooks outside the step, or remove them before it returns",
+        )
     leaf_grads = tuple(
         (i, collect.tensor(h.grad))
         for h, i in tuple(collect.of_handle.items())

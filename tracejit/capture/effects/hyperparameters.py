@@ -217,6 +217,8 @@ class Hyperparameters:
     def undo(self, proxies: list[torch.Tensor]) -> None:
         """Put param groups, optimizer state and schedulers back as they were, and take
         intermediates of the trace out of all that held them."""
+        for handle in self.trace.registered:
+            handle.remove()
         for known in self._groups.values():
             known.group.clear()
             known.group.update(known.before)
@@ -265,7 +267,8 @@ def within_reach(roots: list[object], names: Callable[[FunctionType], Sequence[s
     """What is reachable from some objects, in the order of discovery.
 
     `names(function)` are the globals that a function's code names. Containers, closures, and the
-    attributes of objects are followed; tensors, modules' parameters and modules of Python are not.
+    attributes of objects are followed, and hooks that run when the gradients of modules' parameters
+    are there (an optimizer may be inside); tensors and modules of Python are not.
     """
     found: list[object] = []
     seen: set[int] = set()
@@ -288,10 +291,26 @@ _OF_ANY_MODULE = frozenset(vars(torch.nn.Module()))
 _HOOKS = tuple(sorted(name for name in _OF_ANY_MODULE if name.endswith("_hooks")))
 
 
+def _hooks_of_parameters(module: torch.nn.Module) -> list[dict]:
+    """What runs once a gradient of a module's parameters is there."""
+    found, pending, seen = [], [module], {id(module)}
+    while pending:
+        attributes = pending.pop().__dict__
+        for p in attributes.get("_parameters", {}).values():  # not of a ScriptModule
+            if p is not None and (hooks := p._post_accumulate_grad_hooks):
+                found.append(hooks)
+        for child in attributes.get("_modules", {}).values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                pending.append(child)
+    return found
+
+
 def _parts(x: object, names: Callable[[FunctionType], Sequence[str]]) -> list[object]:
     if isinstance(x, torch.nn.Module):
         attributes = x.__dict__
         parts = [attributes[name] for name in _HOOKS if attributes.get(name)]
+        parts += _hooks_of_parameters(x)
         if not attributes.keys() <= _OF_ANY_MODULE:
             parts += [value for name, value in attributes.items() if name not in _OF_ANY_MODULE]
         return parts

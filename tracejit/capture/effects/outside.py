@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tracejit.autodiff import Tape, backward
+from tracejit.autodiff import Arrival, Tape, backward, total_of
 from tracejit.capture.effects.effects import Outside, Place
-from tracejit.capture.functions.autograd import leaf_values, total_of
+from tracejit.capture.functions.autograd import leaf_values
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.trace.tensor import Handle, Storage, is_dense
 from tracejit.capture.trace.trace import Trace
@@ -37,6 +37,10 @@ _TWICE = (
 _WRITES = "the backward of a custom function writes to a tensor of the step"
 _SHARED = "two returned tensors that require grad share memory; clone one"
 _RETAINED = "the step called retain_grad(); call backward inside it, or retain_grad outside"
+_HOOKED = (
+    "the step registers hooks on intermediates, which a backward after it would not call; call "
+    "backward inside the step"
+)
 _NOTHING = "no tensor that the step returns or was given would get a gradient"
 
 Run = Callable[[list], list[torch.Tensor]]
@@ -136,6 +140,7 @@ def _gradients(
     targets += [(("made", i), handles[i], [v]) for i, v in values.items()]
     drafts = []
     held = [(s, s.value, s.writes) for s in {*t.inputs.storages, *(h.storage for h in made_of)}]
+    refusals = [Arrival((v,), _refuse_hooks, leaf=False) for v, x in t.hooked.items() if x]
     t.begin(torch.autograd.backward, ())
     with t.resumed():
         for i, value in sorted(values.items(), key=lambda item: position.get(item[1], -1)):
@@ -154,9 +159,10 @@ def _gradients(
                         wanted,
                         retain_graph=True,
                         enter=enter,
+                        arrivals=refusals,
                     )
                 with t.untaped():
-                    totals = [(p, h, total_of(t, got, group)) for p, h, group in targets]
+                    totals = [(p, h, total_of(t.b, got, group)) for p, h, group in targets]
                 if any(s.writes != writes for s, _, writes in held):
                     raise TracejitError(reason=_WRITES)
             except Exception as error:
@@ -174,6 +180,10 @@ def _gradients(
                 t.b.params[:] = [p for p in t.b.params if p.value != cotangent]
                 found.reasons[i] = _NOTHING
     return drafts
+
+
+def _refuse_hooks(cotangent: Value) -> Value:
+    raise TracejitError(reason=_HOOKED)
 
 
 class _Cutter:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch.nn.parameter import is_lazy
 
+from tracejit.autodiff import Arrival, total_of
 from tracejit.autodiff import backward as reverse
+from tracejit.capture.functions import hooks
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Family, Handle, TracedTensor, is_dense
 from tracejit.capture.trace.trace import Trace
@@ -34,7 +38,7 @@ def _roots(
             raise t.autograd_error(
                 f"element {i} of tensors does not require grad and does not have a grad_fn"
             )
-        value = t.read(h)
+        value = t.read_with_history(h)
         if cotangent is None:
             if h.numel != 1:
                 raise t.autograd_error("grad can be implicitly created only for scalar outputs")
@@ -60,9 +64,18 @@ def _gradients(
     *,
     retain_graph: bool,
     create_graph: bool,
+    leaves: Sequence[Arrival] = (),
+    complete: dict[Value, Value] | None = None,
 ) -> dict[Value, Value]:
-    with t.taped(create_graph), t.formulas() as enter:
-        return reverse(t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=enter)
+    arrivals = [*hooks.on_intermediates(t, {} if complete is None else complete), *leaves]
+    asked = nullcontext()
+    if arrivals:
+        values = [value for value, _ in roots]
+        asked = hooks.running(t, values, wanted, accumulates=complete is None)
+    with t.taped(create_graph), t.formulas() as enter, asked:
+        return reverse(
+            t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=enter, arrivals=arrivals
+        )
 
 
 def leaf_values(t: Trace) -> dict[Handle, list[Value]]:
@@ -71,16 +84,6 @@ def leaf_values(t: Trace) -> dict[Handle, list[Value]]:
     for value, leaf in t.leaf_of.items():
         found.setdefault(leaf, []).append(value)
     return found
-
-
-def total_of(t: Trace, gradients: dict[Value, Value], values: list[Value]) -> Value | None:
-    parts = [gradients[v] for v in values if v in gradients]
-    if not parts:
-        return None
-    total = parts[0]
-    for part in parts[1:]:
-        total = t.b.add(total, part)
-    return total
 
 
 @rule(torch.autograd.backward)
@@ -109,12 +112,26 @@ def backward(
             raise t.unsupported("backward(inputs=…) of a tensor that is not a leaf has no rule")
         leaves = {h: leaves[h] for h in chosen}
     wanted = [v for values in leaves.values() for v in values]
-    retained = {h: t.read(h) for h in t.retained if h not in leaves}
+    retained = {h: t.read_with_history(h) for h in t.retained if h not in leaves}
     wanted += retained.values()
-    found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
+    modes = {"retain_graph": bool(retain), "create_graph": create_graph}
+
+    def arrived(leaf: Handle, total: Value) -> None:
+        with t.unchecked():
+            accumulate(t, leaf, hooks.changed(t, leaf, total), create_graph)
+        hooks.accumulated(t, leaf)
+
+    if t.hooked or hooks.any_on(t, leaves):  # user code runs while gradients come in
+        arrivals = [
+            Arrival(tuple(values), partial(arrived, h), leaf=True) for h, values in leaves.items()
+        ]
+        found = _gradients(t, roots, wanted, **modes, leaves=arrivals)
+        leaves = {}
+    else:
+        found = _gradients(t, roots, wanted, **modes)
     with t.taped(create_graph):
         for leaf, values in leaves.items():
-            total = total_of(t, found, values)
+            total = total_of(t.b, found, values)
             if total is not None:
                 accumulate(t, leaf, total, create_graph)
         for h, value in retained.items():
@@ -162,14 +179,27 @@ def grad(
     for h in handles:
         if not t.requires_grad(h):
             raise t.autograd_error("One of the differentiated Tensors does not require grad")
-        values.append(leaves[h] if h in leaves else [t.read(h)])
+        values.append(leaves[h] if h in leaves else [t.read_with_history(h)])
     roots = _roots(t, outputs, given)
     wanted = [v for group in values for v in group]
-    found = _gradients(t, roots, wanted, retain_graph=bool(retain), create_graph=create_graph)
+    totals: dict[Handle, Value] = {}  # of the leaves that have hooks
+
+    def arrived(leaf: Handle, total: Value) -> None:
+        totals[leaf] = hooks.changed(t, leaf, total)
+
+    arrivals = [
+        Arrival(tuple(leaves[h]), partial(arrived, h), leaf=True)
+        for h in dict.fromkeys(handles)
+        if h in leaves and hooks.any_on(t, (h,))
+    ]
+    modes = {"retain_graph": bool(retain), "create_graph": create_graph}
+    complete: dict[Value, Value] = {}  # gradients of intermediates, before their hooks
+    found = _gradients(t, roots, wanted, **modes, leaves=arrivals, complete=complete)
+    found |= hooks.unchanged(t, complete, wanted)
     out: list[Tensor | None] = []
     with t.taped(create_graph):
         for h, group in zip(handles, values, strict=True):
-            total = total_of(t, found, group)
+            total = totals[h] if h in totals else total_of(t.b, found, group)
             if total is None and materialize_grads:
                 total = t.b.full(0.0, shape=h.shape, dtype=h.dtype, device=h.device)
             if total is None:
@@ -328,6 +358,7 @@ def retain_grad(t: Trace, self: Tensor) -> None:
     if h in t.foreign:
         raise t.unsupported("The tensor was computed outside the step; call retain_grad there")
     if not t.is_leaf(h) and h not in t.retained:
+        hooks.check_alone(t, h)
         t.retained.append(h)
 
 
@@ -346,6 +377,6 @@ def grad_fn(t: Trace, self: Tensor) -> object:
         if h.family in context.families:
             return context
     raise t.unsupported(
-        "The autograd graph of an intermediate cannot be inspected; in place of a module's "
-        "register_backward_hook, use register_full_backward_hook"
+        "The autograd graph of an intermediate cannot be inspected; use hooks of tensors, and in "
+        "place of a module's register_backward_hook, use register_full_backward_hook"
     )

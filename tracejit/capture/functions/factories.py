@@ -39,6 +39,12 @@ def device_name(device: object) -> str:
     return "cpu" if found.type == "cpu" else str(found)
 
 
+@rule(torch.device)
+def device(t: Trace, *args: object, **kwargs: object) -> torch.device:
+    """A device; as a context manager it is a mode above the tracer, which names it in each call."""
+    return torch.device(*args, **kwargs)
+
+
 def ir_dtype(t: Trace, dtype: torch.dtype) -> DType:
     """A torch dtype as an IR dtype; unsupported ones are refused."""
     if dtype not in TO_IR:

@@ -133,9 +133,14 @@ for _function in (
     *(Tensor.is_sparse.__get__, Tensor.is_sparse_csr.__get__, Tensor.is_quantized.__get__),
     *(Tensor.is_nested.__get__, Tensor.is_mkldnn.__get__, Tensor.is_meta.__get__),
     *(Tensor.is_complex, torch.is_complex, Tensor.is_conj, torch.is_conj, Tensor.is_neg),
-    *(torch.is_neg, Tensor.is_inference, torch.is_inference),
+    torch.is_neg,
 ):
     rule(_function)(_always(False))
+
+
+@rule(Tensor.is_inference, torch.is_inference)
+def is_inference(t: Trace, self: Tensor) -> bool:
+    return t.lift(self).storage in t.inference
 
 
 @rule(Tensor.__hash__)

@@ -16,13 +16,14 @@ from operator import itemgetter
 from types import FunctionType
 
 import torch
+from torch.autograd import forward_ad
 from torch.nn import Module
 from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guard_text import FloatLine, differs
-from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
@@ -79,6 +80,8 @@ def _modes(w: Walk) -> None:
         "default_device": torch.get_default_device,
         "saved_hooks": torch._C._autograd._top_saved_tensors_default_hooks,
         "inference": torch.is_inference_mode_enabled,
+        "anomaly": torch.is_anomaly_enabled,
+        "forward_ad": forward_ad,
     }
     precision = torch._C._get_float32_matmul_precision()
     w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
@@ -86,6 +89,8 @@ def _modes(w: Walk) -> None:
     w.check(f"precision() == {precision!r}", "torch.get_float32_matmul_precision changed")
     w.check("not autocast()", "autocast is on")
     w.check("not inference()", "inference mode is on")
+    w.check("not anomaly()", "anomaly mode is on")
+    w.check("forward_ad._current_level < 0", "forward-mode differentiation is on")
     modes = torch._C._len_torch_function_stack()  # a default device is one
     w.check(f"function_modes() == {modes}", "the default device or a torch function mode changed")
     if modes:
@@ -321,10 +326,10 @@ def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor) -> None:
         f"{device} and {at}.requires_grad is {tensor.requires_grad} and not {at}.is_neg()"
     )
     if tensor.requires_grad:
-        same += (
-            f" and {at}._backward_hooks is None and {at}._post_accumulate_grad_hooks is None and "
-            f"{at}.is_leaf is {tensor.is_leaf}"
-        )
+        same += f" and {at}.is_leaf is {tensor.is_leaf}"
+        for name in HOOKS_OF_TENSORS:  # the walk has told which, if there are some
+            if not getattr(tensor, name):
+                same += f" and not {at}.{name}"
     w.names |= {"differs": differs, "described": _described}
     path, old = w.path_of(tensor), k(_described(tensor))
     w.lines.append(f"if not ({same}): return differs({path!r}, {old}, described({at}))")

@@ -54,6 +54,7 @@ from tracejit.capture.proof.watch import origin
 from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
 from tracejit.capture.python.classes import is_heap_type
 
+HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
@@ -230,6 +231,9 @@ class Walk(GuardText):
         if x.__dict__ and not self._seen(x.__dict__):
             for name in self._named(x.__dict__):
                 self.visit(x.__dict__[name], f"{at}.__dict__[{name!r}]", f"{path}.{name}")
+        for name in HOOKS_OF_TENSORS if x.requires_grad and x.is_leaf else ():
+            if hooks := getattr(x, name):
+                self.visit(hooks, f"{at}.{name}", f"{path}.{name}", owned=False)
 
     def _tuple(self, x: tuple, at: str, path: str, key: tuple, owned: bool) -> None:
         at = self.local(at)
@@ -291,6 +295,7 @@ class Walk(GuardText):
                     self.expect(f"{self.tensors[id(k)]} is {name}", path, k, self.tensors[id(k)])
                 elif is_tensor(k):
                     self.all_tensors.append(k)
+                    self._attributes_of_tensor(k, name, f"a key of {path}")
                 else:
                     self.visit(k, name, f"a key of {path}")
 

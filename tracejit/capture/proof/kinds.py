@@ -35,6 +35,10 @@ CLASS_NOISE = frozenset(
     }
 )
 
+_LIBRARIES = frozenset(
+    {"torch", "builtins", "collections", "abc", "typing", "enum", "functools", "contextlib"}
+)
+
 
 def is_data(x: object) -> bool:
     """Whether an object is what it holds: its identity matters no more than a dict's."""
@@ -46,7 +50,7 @@ def is_data(x: object) -> bool:
 def library_module(name: str) -> bool:
     """Whether classes of a module are taken as they are, but for the functions that ran."""
     root = name.partition(".")[0]
-    return root in ("torch", "builtins", "collections", "abc", "typing", "enum", "functools")
+    return root in _LIBRARIES
 
 
 def library(module: ModuleType) -> bool:

@@ -20,6 +20,7 @@ from torch.nn.utils import clip_grad
 from torch.optim import _adafactor
 from torch.optim.lr_scheduler import LRScheduler
 
+from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime
@@ -178,6 +179,76 @@ def _group(lists: list[list], with_indices: bool = False) -> dict:
     return found
 
 
+def _node(original: Callable) -> Callable:
+    """`torch.autograd.graph._get_grad_fn_or_grad_acc`, by which hooks of several tensors ask what
+    a backward will reach."""
+
+    def node(tensor: object) -> object:
+        t = current()
+        return original(tensor) if t is None else hooks.node_of(t, tensor)
+
+    return node
+
+
+def _number_of_backward(original: Callable) -> Callable:
+    def number() -> int:
+        t = current()
+        return original() if t is None or t.backward is None else t.backward.number
+
+    return number
+
+
+def _will_reach(original: Callable) -> Callable:
+    def reached(node: object) -> bool:
+        t = current()
+        if t is None or t.backward is None:
+            return original(node)
+        return hooks.is_reached(t, node)
+
+    return reached
+
+
+def _saves(pack: Callable) -> bool:
+    """Whether hooks on saved tensors are those of `save_on_cpu`: in values, the identity."""
+    return getattr(pack, "__module__", "") == torch.autograd.graph.__name__ and (
+        pack.__qualname__.startswith("save_on_cpu.")
+    )
+
+
+def _push_saved(original: Callable) -> Callable:
+    def push(pack: Callable, unpack: Callable) -> None:
+        t = current()
+        if t is None:
+            return original(pack, unpack)
+        if not _saves(pack):
+            t.begin(torch.autograd.graph.saved_tensors_hooks, ())
+            raise t.unsupported(
+                "Hooks on saved tensors would be ignored; use them outside the step"
+            )
+
+    return push
+
+
+def _pop_saved(original: Callable) -> Callable:
+    return lambda: original() if current() is None else None
+
+
+def _anomaly(original: Callable) -> Callable:
+    """`torch.set_anomaly_enabled`, which may only say that anomaly mode is off."""
+
+    def set_anomaly_enabled(enabled: bool, check_nan: bool = True) -> None:
+        t = current()
+        if t is not None and enabled:
+            t.begin(torch.autograd.set_detect_anomaly, ())
+            raise t.unsupported(
+                "A compiled step does not look for NaN in its backward; call the step itself, "
+                "uncompiled, to find where a NaN comes from"
+            )
+        original(enabled, check_nan)
+
+    return set_anomaly_enabled
+
+
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
@@ -196,11 +267,6 @@ def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
 
 _SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
 REFUSED = (
-    (
-        torch._C._autograd,
-        "_push_saved_tensors_default_hooks",
-        "Hooks on saved tensors would be ignored; use them outside the step",
-    ),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
     (
@@ -225,6 +291,12 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
     return [
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),
+        (torch, "set_anomaly_enabled", _anomaly),
+        (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
+        (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
+        (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),
+        (torch._C, "_current_graph_task_id", _number_of_backward),
+        (torch._C, "_will_engine_execute_node", _will_reach),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
         *((lazy, "initialize_parameters", _initialized) for lazy in _lazy_classes()),

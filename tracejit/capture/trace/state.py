@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from tracejit.autodiff import Entry, Tape
 from tracejit.capture.trace import location
@@ -65,6 +66,16 @@ class Formula:
     cotangents: frozenset[Value]
 
 
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """A backward that runs hooks: its number, the values whose cotangents it comes to, and whether
+    it is no `autograd.grad`."""
+
+    number: int
+    reached: set[Value]
+    accumulates: bool
+
+
 class TraceState:
     """One trace: what it has recorded, and errors about the torch call in progress."""
 
@@ -91,6 +102,12 @@ class TraceState:
         self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        self.inference: set[Storage] = set()  # made in inference mode
+        # hooks by the ids of their handles: of intermediates, and of leaves that the step made
+        self.hooked: dict[Value, dict[int, Callable]] = {}
+        self.hooks_of_leaf: dict[Handle, tuple[dict[int, Callable], dict[int, Callable]]] = {}
+        self.registered: list[RemovableHandle] = []  # on tensors from outside
+        self.backward: Backward | None = None  # in progress
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
         # numbers in tensors, see numbers.py
@@ -238,9 +255,20 @@ class TraceState:
 
     # ---- the end
 
+    def drop_hooks(self) -> None:
+        """Let go of the functions that are hooks, and of what they hold; where there are some is
+        still known."""
+        for hooks in (
+            *self.hooked.values(),
+            *(d for both in self.hooks_of_leaf.values() for d in both),
+        ):
+            hooks.update(dict.fromkeys(hooks))
+
     def forget(self) -> None:
         """Drop the tape and what user code attached to it; floats that it kept are plain now."""
         self.tape = Tape()
+        self.hooked.clear()
+        self.hooks_of_leaf.clear()
         self.name_of = lambda tensor: None  # it holds the arguments of the call
         self.scalars.close()
         self.evaluate = on_numpy  # not the step's own: a trace lies in cycles

@@ -295,7 +295,7 @@ PROBLEMS = {
     "device": "device {device} is not supported",
     "flags": "conjugate, negative-bit and named tensors are not supported",
     "inference": "inference tensors are not supported",
-    "hooks": "tensors with hooks are not supported; remove the hook",
+    "hooks": "a tensor with hooks that was computed outside the step is not supported; remove them",
 }
 
 
@@ -323,6 +323,6 @@ def _problem_with(tensor: torch.Tensor) -> str | None:
         return "flags"
     if tensor.is_inference():
         return "inference"
-    if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+    if tensor._backward_hooks and not tensor.is_leaf:
         return "hooks"
     return None

@@ -209,6 +209,16 @@ class Trace(TraceState):
             self._note(value, handle)
         return value
 
+    def read_with_history(self, handle: Handle) -> Value:
+        """The value of a tensor as autograd knows it, also under no_grad: what a view is read by
+        there is not on the tape."""
+        before = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(True)
+        try:
+            return self.read(handle)
+        finally:
+            torch._C._set_grad_enabled(before)
+
     def _note(self, value: Value, handle: Handle) -> None:
         storage, version = handle.storage, handle.version
         self.origin[value] = (version, version.count, storage, storage.writes)
@@ -262,6 +272,8 @@ class Trace(TraceState):
 
     def proxy(self, handle: Handle) -> TracedTensor:
         """The tensor object that user code gets for a handle."""
+        if torch.is_inference_mode_enabled() and handle.storage.real is None:
+            self.inference.add(handle.storage)
         proxy = TracedTensor.make(handle, self, self.journal.given.get(len(self.proxies)))
         self.proxies.append(proxy)
         return proxy

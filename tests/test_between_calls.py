@@ -1,0 +1,155 @@
+"""Random training programs whose Python state changes at random between calls, against eager.
+
+Attributes, containers, hyperparameters, modes, flags, hooks, shapes, memory, frozen parameters,
+functions, classes and optimizers change before calls of a step; the compiled step must go on as
+eager does. A failure prints the program, shrunk and runnable, and belongs into NAMED once it is
+mended. `make test` runs 100 sequences, `make test-all` 2,000 more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+from support import sequences
+from support.sequences import Change, Sequence, generate, run, shrink
+from tracejit.capture.proof import guards, heap
+from tracejit.capture.proof.guard_text import GuardText
+
+REFUSED_AT_MOST = 0.1
+REPLAYED_AT_LEAST = 1.2  # calls of eight, on average: the first three are traced, as changes are
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The programs are small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def fails(sequence: Sequence) -> bool:
+    try:
+        run(sequence)
+    except AssertionError:
+        return True
+    return False
+
+
+def check_seeds(seeds: range) -> None:
+    found, why, replays = Counter(), Counter(), 0
+    for seed in seeds:
+        try:
+            outcome = run(generate(seed))
+        except Exception as error:
+            small = shrink(generate(seed), fails)
+            raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
+        found[outcome.kind] += 1
+        why[outcome.why] += 1
+        replays += outcome.replays
+    print(dict(found), replays, why)
+    assert found["refused"] <= REFUSED_AT_MOST * len(seeds) + 1, why
+    assert replays >= REPLAYED_AT_LEAST * len(seeds)
+
+
+@pytest.mark.parametrize("first", range(0, 100, 25))
+def test_the_compiled_step_goes_on_as_eager(first):
+    check_seeds(range(first, first + 25))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 3000, 50))
+def test_many_sequences(first):
+    check_seeds(range(first, first + 50))
+
+
+@pytest.mark.parametrize("first", range(0, 8, 4))
+def test_decisions_by_values(first):
+    """Which are refused, as a trace has no values; none goes another way than eager."""
+    kinds = {run(generate(seed, values=True)).kind for seed in range(first, first + 4)}
+    assert kinds <= {"refused", "raises", "diverges", "equal"}
+
+
+# ---- the comparison can fail
+
+
+# lines that a guard no longer has; a part and a change that show it
+FAULTS = {
+    "numbers": (r"same_value\(", "dictionary", "w.options['power'] = 3"),
+    "strings": (r"same_value\(", "flag", "w.mode = 'sin'"),
+    "floats": (r"same_float\(", "function", "w.helper.__defaults__ = (3.0,)"),
+    "flags": (r" is (True|False|None)$", "flag", "w.flag = False"),
+    "functions": (r"^\S+ is k\d+$", "function", "w.act = torch.sigmoid"),
+    "code": (r"__code__ is", "function", "w.helper.__code__ = w.another.__code__"),
+    "keys": (r"^\[\*", "attribute", "w.cfg.scale = 3.0"),
+    "lengths": (r"^len\(", "list of tensors", "w.terms.append(torch.ones(3))"),
+    "classes": (r"^\S+ is k\d+$", "class", "w.Scaled.__call__ = lambda self, h: h + self.part"),
+    "grad mode": ("grad_on", "flag", "d.around = 'no_grad'"),
+    "default dtype": ("default_dtype", "default dtype", "torch.set_default_dtype(torch.float32)"),
+    "decisions": (r"scalars\[0\] >", "decided by a float", "d.gain = 1.5"),
+}
+
+
+def without(monkeypatch, pattern: str) -> None:
+    """Leave out the lines of guards whose condition matches."""
+    for name in ("check", "expect"):
+        add = getattr(GuardText, name)
+
+        def some(self, condition, *rest, add=add):
+            if not re.search(pattern, condition):
+                add(self, condition, *rest)
+
+        monkeypatch.setattr(GuardText, name, some)
+
+
+def changed_once(part: str, line: str) -> Sequence:
+    """A small program in which one thing changes, once its replay is armed."""
+    parts = {p.name: p for p in (*sequences.MODELS, *sequences.OPTIMIZERS, *sequences.PARTS)}
+    chosen = (parts["plain"], parts["SGD"], parts[part])
+    return Sequence(chosen, (Change(6, line),), calls=7)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_guard_without_a_line_is_found_out(fault, monkeypatch):
+    pattern, part, line = FAULTS[fault]
+    assert run(changed_once(part, line)).kind == "equal"
+    without(monkeypatch, pattern)
+    assert fails(changed_once(part, line))
+
+
+def test_hooks_that_no_guard_looks_at_are_found_out(monkeypatch):
+    sequence = changed_once("flag", "[*w.model.parameters()][0].register_hook(lambda g: g * 2)")
+    assert run(sequence).kind == "equal"
+    for module in (heap, guards):
+        monkeypatch.setattr(module, "HOOKS_OF_TENSORS", ())
+    assert fails(sequence)
+
+
+def test_random_sequences_find_a_fault(monkeypatch):
+    without(monkeypatch, FAULTS["functions"][0])
+    assert any(fails(generate(seed)) for seed in range(40))
+
+
+def test_shrinking_keeps_only_what_fails(monkeypatch):
+    fault = changed_once("flag", "w.flag = False")
+    clipping = next(p for p in sequences.PARTS if p.name == "clipping")
+    more = Change(7, "w.clip = 0.01", "clipping")
+    large = Sequence((*fault.parts, clipping), (*fault.changes, more), calls=8)
+    without(monkeypatch, FAULTS["flags"][0])
+    assert shrink(large, fails) == fault
+
+
+def test_every_part_and_change_takes_part():
+    """What a program may be made of, and what may change, is in some program."""
+    drawn = [generate(seed) for seed in range(3000)]
+    assert {p.name for s in drawn for p in s.parts} == {
+        p.name for p in (*sequences.MODELS, *sequences.OPTIMIZERS, *sequences.PARTS)
+    }
+    texts = {c.line for s in drawn for c in s.changes}
+    for line in (line for lines in sequences.ALWAYS.values() for line in lines):
+        head = line.partition("$")[0]
+        assert any(text.startswith(head) for text in texts), line
