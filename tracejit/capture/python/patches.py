@@ -1,8 +1,9 @@
 """Every process-wide patch, for the time of a trace.
 
 `intercepted` patches the innermost globals that reach C code without passing a TorchFunctionMode,
-the `step` of LR schedulers, and builtins that torch's own Python calls on runtime scalars. Only
-threads that are tracing see another behaviour, and nothing stays patched after the trace.
+the `step` of LR schedulers, the functions of `math`, and builtins that torch's own Python calls on
+runtime scalars. Only threads that are tracing see another behaviour, and nothing stays patched
+after the trace.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.optim import _adafactor
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.functions.custom import call, once_differentiable
+from tracejit.capture.python import mathematics
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime
 
@@ -193,12 +195,14 @@ def _install() -> None:
         setattr(owner, name, instead)
     for owner, name, new in _added:
         setattr(owner, name, new)
+    mathematics.install()
 
 
 _of: object = None  # the list of schedulers that `_replaced` was made for
 
 
 def _remove() -> None:
+    mathematics.remove()
     for owner, name, original, _ in _replaced:
         setattr(owner, name, original)
     for owner, name, _ in _added:
