@@ -75,7 +75,7 @@ def percent_formatting(w):
     return lambda a: ONES * (2 if "%.1f" % a == "1.5" else 3)  # noqa: UP031
 
 
-@case("rerun", args=lambda i: (0.1 + i,))
+@case("replay", args=lambda i: (0.1 + i,))
 def math_sqrt_of_a_float(w):
     return lambda a: ONES * math.sqrt(a)
 

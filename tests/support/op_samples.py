@@ -18,6 +18,7 @@ import torch
 
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops import OPS
+from tracejit.ir.ops.host import MATH
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import (
     DType,
@@ -332,6 +333,11 @@ def host(*rows: tuple[float, ...]) -> list[Sample]:
     return [Sample(row, host=True) for row in rows]
 
 
+HOST_MATH = {  # where a function is defined
+    **dict.fromkeys(("acosh",), (1.0, 3.5)),
+    **dict.fromkeys(("asin", "acos", "atanh"), (0.5, -0.25)),
+    **dict.fromkeys(("sqrt", "log", "log2", "log10", "log1p"), (0.1, 3.0)),
+}
 HOST_PAIRS = ((3.0, 2.0), (-3.5, 2.0), (7.25, -0.5), (0.1, 3.0))
 
 SAMPLES: dict[str, list[Sample]] = {
@@ -377,6 +383,13 @@ SAMPLES: dict[str, list[Sample]] = {
     "host_pow": host((3.0, 2.0), (0.9, 100.0), (2.0, -0.5)),
     "host_neg": host((3.0,), (-0.0,)),
     "host_abs": host((3.0,), (-0.5,)),
+    **{
+        f"host_{name}": host(*((x,) for x in HOST_MATH.get(name, (0.1, -3.0))))
+        for name in MATH
+        if name not in ("pow", "fmod", "copysign", "atan2", "hypot")
+    },
+    **{f"host_{name}": host(*HOST_PAIRS) for name in ("fmod", "copysign", "atan2", "hypot")},
+    "host_math_pow": host((3.0, 2.0), (0.9, 100.0), (2.0, -0.5)),
     "host_f32": host((0.1,), (-0.0,), (1e300,), (1e-42,)),
     "host_f16": host((0.1,), (-0.0,), (1e6,), (1e-7,)),
     "host_bf16": host((0.1,), (-0.0,), (1e300,), (1.00390625,)),
@@ -495,6 +508,8 @@ REFERENCE: dict[str, Callable] = {
     **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},
     **{f"host_{name}": getattr(operator, name) for name in ("floordiv", "mod", "neg", "abs")},
     "host_div": operator.truediv,
+    **{f"host_{name}": getattr(math, name) for name in MATH if name != "pow"},
+    "host_math_pow": math.pow,
     "host_f32": lambda x: torch.tensor(x, dtype=torch.float64).float().item(),
     "host_f16": lambda x: torch.tensor(x, dtype=torch.float64).half().item(),
     "host_bf16": lambda x: torch.tensor(x, dtype=torch.float64).bfloat16().item(),

@@ -16,6 +16,7 @@ def host_names() -> dict[str, object]:
     `f32` is a ctypes cell: storing a number rounds it, three times as fast as calling round_f32.
     """
     names = {name: getattr(host, name) for name in ("round_f16", "round_bf16")}
+    names |= {f"math_{name}": function for name, function in host.MATH.items()}
     return names | {"f32": ctypes.c_float()}
 
 

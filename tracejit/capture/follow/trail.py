@@ -212,7 +212,7 @@ class Trail(Recorder):
         """Whether arithmetic on runtime scalars gives a float again; takes note of it."""
         try:
             number = node.op.eval(*map(self._number, node.args))
-        except (ArithmeticError, TypeError):
+        except (ArithmeticError, TypeError, ValueError):
             return False
         self.t.scalars.numbers[node.out] = number
         return type(number) is float

@@ -121,6 +121,9 @@ def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     for code, module in ran.codes.items():
         if code not in walk.codes and origin(code) == "user":
             reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
+    if captured.paths:  # C code would read the value of a runtime scalar without asking it
+        remedy = "which may take a runtime scalar for a constant; call it as an attribute of math"
+        reasons += [f"{alias}, {remedy}" for alias in ran.aliases or walk.aliases]
     if captured.effects.escaped:
         reasons.append("it stores an intermediate tensor in a Python object")
     if OPAQUE in captured.given:

@@ -18,6 +18,7 @@ describes the state *before* the trace. So it fails after the trace exactly if t
 from __future__ import annotations
 
 import builtins
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -51,6 +52,7 @@ from tracejit.capture.proof.kinds import (
     slots,
 )
 from tracejit.capture.proof.watch import origin
+from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
 from tracejit.capture.python.classes import is_heap_type
 
@@ -75,6 +77,7 @@ class Walk(GuardText):
         self._asked = ran is None or any(map(asks, mine))
         self._compared = ran is None or any(map(compares, mine))
         self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
+        self.aliases: list[str] = []  # functions of math by other names than math's
         self.reentrant = False  # the step can reach itself, and sees plain floats then
 
     # ---- roots
@@ -166,6 +169,8 @@ class Walk(GuardText):
             elif number:
                 root = function is self.root
                 self._number(("global", k, read.key), read.value, at, read.path, root)
+            elif read.holder is math:  # a wrapper while the step is traced
+                self.expect(f"{at} is {self.constant(read.value)}", read.path, read.value, at)
             else:
                 self.visit(read.value, at, read.path, owned=False)
 
@@ -312,6 +317,8 @@ class Walk(GuardText):
             return
         place = self.constant(x)
         self.expect(f"{at} is {place}", path, x, at)
+        if mathematics.is_function(x):
+            self.aliases.append(f"it reads {path}, which is math.{x.__name__}")
         if known_callable(x) or self._was_seen(x):
             return
         if isinstance(x, FunctionType):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
-from tracejit.capture.python import profiler
+from tracejit.capture.python import mathematics, profiler
 from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.classes import is_heap_type
 
@@ -86,6 +86,7 @@ _PURE_C = {
     "_functools": frozenset({"reduce"}),
     "_operator": None,  # None: all of them
     "_abc": None,
+    "math": None,
     "itertools": None,
     "_collections": None,
     "_thread": frozenset({"get_ident"}),
@@ -152,6 +153,7 @@ class Seen:
     def __init__(self) -> None:
         self.codes: dict[CodeType, str] = {}
         self.refusals: list[str] = []
+        self.aliases: list[str] = []  # calls of functions of math by other names than math's
         self.computes_names = False  # it reaches attributes by names that it does not spell out
         # names of torch under which functions that it ran may be found, per id of their namespace
         self.places: dict[int, tuple[Mapping[str, object], set[str]]] = {}
@@ -255,6 +257,8 @@ class Seen:
             for holder in _C_NAMES:
                 if holder.get(function.__name__) is function:
                     self._place(holder, function.__name__)
+        if mathematics.is_function(function):  # by math's name it is a wrapper now
+            self.aliases.append(f"{_where(frame)}it calls math.{function.__name__} by another name")
         if not _pure(function, owner, by_user) and not _called_by_us(frame):
             name = getattr(function, "__qualname__", function.__name__)
             module = function.__module__ or type(owner).__module__
@@ -266,18 +270,22 @@ class Seen:
             self.places.setdefault(id(holder), (holder, set()))[1].add(name)
 
     def _refuse(self, frame: FrameType | None, what: str) -> None:
-        while frame is not None and origin(frame.f_code) != "user":
-            frame = frame.f_back
-        at = ""
-        if frame is not None:
-            at = f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}: "
-        text = f"{at}{what}, which is not known to be pure".replace("builtins.", "")
+        text = f"{_where(frame)}{what}, which is not known to be pure".replace("builtins.", "")
         if text not in self.refusals:
             self.refusals.append(text)
 
 
 # a replay makes these calls again, on the real objects
 AGAIN = frozenset({Hyperparameters.call_back.__code__})
+
+
+def _where(frame: FrameType | None) -> str:
+    """The user's line that a frame was called from, as the start of a reason."""
+    while frame is not None and origin(frame.f_code) != "user":
+        frame = frame.f_back
+    if frame is None:
+        return ""
+    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}: "
 
 
 def _within(module: str, roots: tuple[str, ...]) -> bool:

@@ -1,9 +1,9 @@
 """Every process-wide patch, for the time of a trace.
 
 `intercepted` patches the innermost globals that reach C code without passing a TorchFunctionMode,
-the `step` of LR schedulers, the initialization of lazy modules, and builtins that torch's own
-Python calls on runtime scalars. Only threads that are tracing see another behaviour, and nothing
-stays patched after the trace.
+the `step` of LR schedulers, the initialization of lazy modules, the functions of `math`, and
+builtins that torch's own Python calls on runtime scalars. Only threads that are tracing see another
+behaviour, and nothing stays patched after the trace.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
+from tracejit.capture.python import mathematics
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.tensor import TracedTensor
@@ -315,6 +316,7 @@ def _install() -> None:
         setattr(owner, name, instead)
     for owner, name, new in _added:
         setattr(owner, name, new)
+    mathematics.install()
 
 
 # the lists of schedulers and lazy modules that `_replaced` was made for
@@ -322,6 +324,7 @@ _of: tuple[object, object] = None, None
 
 
 def _remove() -> None:
+    mathematics.remove()
     for owner, name, original, _ in _replaced:
         setattr(owner, name, original)
     for owner, name, _ in _added:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import operator
 from collections.abc import Callable
 
@@ -62,3 +63,31 @@ def round_bf16(x: float) -> float:
 host_f32 = _host("host_f32", round_f32, "round_f32({0})")
 host_f16 = _host("host_f16", round_f16, "round_f16({0})")
 host_bf16 = _host("host_bf16", round_bf16, "round_bf16({0})")
+
+
+# Functions of the math module on floats, by their name there. The lines of host arithmetic call
+# them by `math_<name>`; these are the module's own, whatever stands in it while a step is traced.
+MATH: dict[str, Callable] = {}
+
+
+def _math(name: str, exact: Exact = ULPS, arity: int = 1) -> Op:
+    MATH[name] = getattr(math, name)
+    operands = ", ".join(f"{{{i}}}" for i in range(arity))
+    return _host(f"host_{name}", MATH[name], f"math_{name}({operands})", exact)
+
+
+for _name in ("sqrt", "fabs"):
+    _math(_name, BITS)
+for _name in (
+    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "cbrt", "erf", "erfc"),
+    *("sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh"),
+    *("asinh", "acosh", "atanh", "degrees", "radians"),
+):
+    _math(_name)
+for _name in ("fmod", "copysign"):
+    _math(_name, BITS, 2)
+for _name in ("atan2", "hypot"):
+    _math(_name, ULPS, 2)
+# `x ** y` is another function: it may be complex, and raises other errors
+host_math_pow = _host("host_math_pow", math.pow, "math_pow({0}, {1})", ULPS)
+MATH["pow"] = math.pow
