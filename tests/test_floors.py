@@ -16,6 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "captured": 5,
     "compile": 5,
+    "fallback": 5,
     "programs": 5,
     "run": 5,
     "testing": 5,
@@ -40,6 +41,7 @@ SAME_FLOOR = {
     ("tracejit", "captured"),
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
     ("compile", "tracejit"),  # the version
+    ("compile", "fallback"),
     ("compile", "programs"),
     ("compile", "run"),
     ("programs", "run"),

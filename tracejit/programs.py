@@ -44,6 +44,7 @@ class Stats:
     replays: int = 0  # calls served without running the Python body
     retraces: int = 0  # calls that an armed replay did not accept, and no other did
     reruns: int = 0  # calls that ran the Python body on a program built before
+    eager: int = 0  # calls that ran as the plain function, uncompiled
     cache_hits: int = 0  # plans found in the disk cache
     seconds: dict[str, float] = field(default_factory=dict)
 
