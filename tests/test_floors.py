@@ -30,6 +30,7 @@ FLOORS = {
     "autodiff": 3,
     "passes": 3,
     "schedule": 3,
+    "progress": 2,
     "ir": 2,
     "kernels": 1,
     "knobs": 1,

@@ -39,6 +39,7 @@ from tracejit.errors import TracejitWarning
 from tracejit.fallback import Attempt, Fallback
 from tracejit.ir.graph import Graph
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
+from tracejit.progress import stage, telling
 from tracejit.run import Hooks, Replay, Run, generate
 from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
@@ -251,26 +252,31 @@ class CompiledStep:
                 if replay.compiled is not self._last:
                     self._ran_last(replay.compiled)
                 return returned
-            if self._fallback is None:
-                return self._trace(args, kwargs, failed)
-            if self._fallback.eager_at_once(args, kwargs):
+            fallback = self._fallback
+            if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
                 return self._function(*args, **kwargs)
-            return self._trace_or_fall_back(self._fallback, args, kwargs, failed)
+            if self.stats.traces:
+                return self._trace_or_fall_back(fallback, args, kwargs, failed)
+            with telling(self.__name__):
+                return self._trace_or_fall_back(fallback, args, kwargs, failed)
 
     def _trace_or_fall_back(
-        self, fallback: Fallback, args: tuple, kwargs: dict, failed: str
+        self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
     ) -> object:
         """Trace a call; run it eagerly if the trace is refused."""
-        attempt = Attempt()
+        if fallback is None:
+            return self._trace(args, kwargs, failed)
+        attempt = fallback.attempt(args, kwargs)
         try:
             returned = self._trace(args, kwargs, failed, attempt)
         except Exception as error:
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
-            fallback.served(args, kwargs)
+            fallback.served(attempt, args, kwargs)
             return returned
         self.stats.eager += 1
+        stage("run")
         returned = self._function(*args, **kwargs)
         if not refusal.sure:  # else eager would have raised it too
             fallback.disagreed(refusal, args, kwargs)
@@ -302,8 +308,7 @@ class CompiledStep:
         trace, trail = tracer.trace, tracer.trail
         suspect = False
         if attempt is not None:
-            roots = (self._function, args, kwargs)
-            suspect = attempt.begin(trace, roots, following=trail.following)
+            suspect = attempt.begin(trace, following=trail.following)
         bound = bind(trace, self._function, args, kwargs)
         self.stats.traces += 1
         with uncollected() as young:
@@ -337,7 +342,8 @@ class CompiledStep:
             call.undo()
             raise
         if attempt is not None:
-            attempt.commit()
+            attempt.commit(followed=way is not None)
+        stage("run")
         result = what.function(call.reals, call.scalars, addresses, call)
         if compiled is not self._last:
             self._ran_last(compiled)

@@ -10,7 +10,6 @@ step may be one that can be compiled.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FunctionType
 
@@ -18,7 +17,7 @@ import torch
 
 from tracejit.capture.proof.repeat import suspect
 from tracejit.capture.proof.watch import Seen, origin
-from tracejit.capture.python.snapshot import Snapshot
+from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import (
     ArgumentError,
@@ -41,29 +40,38 @@ _FOREVER = 1 << 62
 
 
 class Attempt:
-    """One trace that may turn out to be refused."""
+    """One trace that may turn out to be refused.
 
-    __slots__ = ("snapshot", "ran", "trace", "committing")
+    known: what earlier traces could reach. A trace that is answered from an earlier one copies just
+        that, since it happens on every call; `obstacles` finds out whether it was all.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("known", "roots", "snapshot", "ran", "trace", "committing", "quick")
+
+    def __init__(self, known: Known | None, roots: tuple) -> None:
+        self.known, self.roots = known, roots
         self.snapshot: Snapshot | None = None
         self.ran: Seen | None = None  # what the trace ran, where it was watched
         self.trace: Trace | None = None
         self.committing = False  # the plan is about to run: there is no way back
+        self.quick = False
 
-    def begin(self, trace: Trace, roots: Iterable[object], *, following: bool) -> bool:
-        """A trace begins. Returns whether it is to be watched. One that is answered from an earlier
-        trace makes no copy of what it may change: it runs on every call."""
-        self.trace = trace
-        if following:
-            return False
-        self.snapshot = Snapshot(roots)
-        return suspect(self.snapshot)
+    def begin(self, trace: Trace, *, following: bool) -> bool:
+        """A trace begins. Returns whether it is to be watched."""
+        self.trace, self.quick = trace, following
+        if not following:
+            self.snapshot = Snapshot(self.roots)
+            return bool(suspect(self.snapshot))
+        if self.known is not None and self.known.useful:
+            self.snapshot = self.known.again(self.roots)
+        return False
 
-    def commit(self) -> None:
+    def commit(self, *, followed: bool) -> None:
         """The trace has become a plan, which runs now."""
         self.committing = True
         self.snapshot = self.trace = None
+        if not followed:
+            self.known = Known(Snapshot(self.roots))
 
     def cause(self, error: Exception) -> Exception:
         """What was refused, if the trace ended in this error: the step may have caught a refusal
@@ -71,12 +79,25 @@ class Attempt:
         refused = None if self.trace is None else self.trace.refused
         return error if refused is None else refused
 
-    def obstacles(self) -> list[str]:
-        """What keeps the call from being run once more."""
-        if self.snapshot is None:
-            return ["it went as an earlier call did, without a copy of what Python changes"]
-        called = [] if self.ran is None else self.ran.unrepeatable
-        return called + self.snapshot.obstacles()
+    def put_back(self) -> list[str]:
+        """Put all back as it was before the trace; or what keeps the call from being run again."""
+        snapshot = self.snapshot
+        if snapshot is None:
+            return ["it changes objects of which it has no copy"]
+        found = snapshot.obstacles()
+        if self.quick:
+            snapshot.restore()
+            if self.known.unknown(snapshot, self.roots):
+                found.append("it changes objects that it made itself")
+            may = suspect(snapshot)
+            found += [f"it may have used {may}"] if may else []
+        elif self.ran is not None:
+            found += self.ran.unrepeatable
+        elif suspect(snapshot):
+            found.append(f"it may have used {suspect(snapshot)}, and a profiler is active")
+        if not found:
+            snapshot.restore()
+        return found
 
 
 @dataclass(frozen=True)
@@ -110,6 +131,7 @@ class Fallback:
         self.function = function
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
+        self.known: Known | None = None  # what the latest trace could reach
         self._rests: dict[tuple | None, _Rest] = {}
         self._networks: list[dict] = []
 
@@ -123,8 +145,13 @@ class Fallback:
         rest.left -= 1
         return True
 
-    def served(self, args: tuple, kwargs: dict) -> None:
+    def attempt(self, args: tuple, kwargs: dict) -> Attempt:
+        """A trace may begin."""
+        return Attempt(self.known, (self.function, args, kwargs))
+
+    def served(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """A call was traced and not refused."""
+        self.known = attempt.known
         if self._rests:
             self.why = ""
             rest = self._rests.get(self._kind(args, kwargs))
@@ -137,7 +164,7 @@ class Fallback:
         cause = attempt.cause(error)
         if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + _OF_EAGER):
             raise error
-        obstacles = attempt.obstacles()
+        obstacles = attempt.put_back()
         refusal = _refusal(cause)
         if obstacles and not refusal.sure:
             raise error
@@ -147,7 +174,6 @@ class Fallback:
         if obstacles:
             self._rest(args, kwargs).left = _FOREVER
             raise CannotFallBack(cause=refusal.text, reason="; ".join(obstacles[:3])) from error
-        attempt.snapshot.restore()
         if refusal.sure:
             self._eager_next(args, kwargs)
         return refusal

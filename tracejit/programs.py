@@ -23,6 +23,7 @@ from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.passes import optimize
+from tracejit.progress import stage, telling
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
@@ -189,10 +190,14 @@ class Programs:
         names: tuple[str, ...] = (),
     ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph. `names` are its inputs'."""
-        final = self._optimized(graph)
-        plan = self._plan(final)
-        started = time.perf_counter()
-        program = Program(plan, executor, memory)
+        with telling(self.name):
+            stage("passes")
+            final = self._optimized(graph)
+            stage("schedule")
+            plan = self._plan(final)
+            started = time.perf_counter()
+            stage("load", f"of {len(plan.launches)} launches for {executor.name}")
+            program = Program(plan, executor, memory)
         self.stats.add("load", started)
         self.stats.compiles += 1
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")

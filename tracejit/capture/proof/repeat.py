@@ -88,13 +88,11 @@ def may_repeat(module: str, name: str, owner: object = None) -> bool:
     return root in _MODULES and name != _INPUT
 
 
-def suspect(snapshot: Snapshot) -> bool:
-    """Whether a step's code may call something that may not be called once more, as far as what it
-    names can tell: then its trace is watched."""
-    if snapshot.foreign:
-        return True
-    modules = {m.__name__ for m in snapshot.modules.values()}
+def suspect(snapshot: Snapshot) -> str:
+    """What of that which a step's code names may do something that must not be done twice; then its
+    trace is watched. Empty where there is nothing."""
     known = _MODULES | {"torch", "numpy", "tracejit"}
-    return any(m.partition(".")[0] not in known for m in modules) or not snapshot.named.isdisjoint(
-        {"open", _INPUT, "exec", "eval", "__import__", "import_module", "save"}
-    )
+    modules = {m.__name__ for m in snapshot.modules.values()}
+    found = [m for m in modules if m.partition(".")[0] not in known]
+    found += snapshot.named & {"open", _INPUT, "exec", "eval", "__import__", "import_module"}
+    return ", ".join(sorted([*found, *(cls.__name__ for cls in snapshot.foreign)])[:3])

@@ -1,7 +1,7 @@
 """How far an iterator, a generator or a file has got, and putting it back there.
 
-`Progress` takes note of one before the step's Python runs. `moved` tells whether it has got further
-since, `rewind` puts it back; of a generator, and of an iterator that is used up, it cannot.
+`Progress` takes note of one before the step's Python runs. `rewind` puts it back, and `lost` tells
+whether it has got further and cannot be put back: a generator, an iterator that is used up.
 """
 
 from __future__ import annotations
@@ -43,14 +43,31 @@ class Progress:
         self.of, self.before = of, _state(of)
 
     @property
-    def moved(self) -> bool:
-        """Whether it is elsewhere now; also where that cannot be told."""
-        return self.before is None or not _same(self.before, _state(self.of))
+    def lost(self) -> bool:
+        """Whether it is elsewhere now and cannot be put back; also where that cannot be told."""
+        now = _state(self.of)
+        if self.before is None or now is None:
+            return True
+        if _same(self.before, now):
+            return False
+        if isinstance(self.of, io.IOBase):
+            return not isinstance(self.of, _Bytes) and self.of.writable()
+        if type(self.of) not in _REWOUND or len(self.before) != 3:
+            return True
+        return len(now) != 3 and not self._at_end
 
-    def rewind(self) -> bool:
-        """Put it back; False if that is impossible."""
+    @property
+    def _at_end(self) -> bool:
+        """Whether a list's iterator had given all items: to find that out again does no harm."""
+        _, of, index = self.before
+        return hasattr(of[0], "__len__") and index >= len(of[0])
+
+    def rewind(self) -> None:
+        """Put it back, unless it is lost."""
         of = self.of
-        if type(of) in _REWOUND and len(self.before) == 3:
+        if self.before is None or _same(self.before, _state(of)):
+            return
+        if type(of) in _REWOUND:
             of.__setstate__(self.before[2])
         elif isinstance(of, _Bytes):
             content, at = self.before
@@ -58,9 +75,8 @@ class Progress:
             of.truncate()
             of.write(content)
             of.seek(at)
-        elif isinstance(of, io.IOBase) and not of.writable():
+        elif isinstance(of, io.IOBase) and not of.closed:
             of.seek(self.before[0])
-        return not self.moved
 
     def within(self) -> list[object]:
         """What it holds, which a step can reach through it."""
