@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
 import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
@@ -16,6 +17,7 @@ from torch import nn
 
 import tracejit
 from support.worlds import Trainer, X, Y, picture, same
+from tracejit import fallback
 from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.errors import CannotFallBack, ShapeError, TracejitWarning, UnsupportedOperation
 
@@ -359,6 +361,51 @@ def test_a_file_is_not_written_to_twice(tmp_path, mode):
     log.close()
     assert (tmp_path / "log").read_text() == "call " * 7
     assert compiled.stats.traces == 1 and compiled.stats.eager == 3
+
+
+def test_what_the_environment_gave_is_not_asked_for_twice():
+    def step(x):
+        return unsupported(x * os.urandom(1)[0])
+
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    with pytest.raises(CannotFallBack, match=r"test_fallback.py:\d+: it calls posix.urandom"):
+        compiled(X)
+    compiled(X)
+    assert compiled.stats.eager == 1
+
+
+def test_objects_that_cannot_be_looked_into(monkeypatch):
+    """All works but the fallback of the call that is refused."""
+
+    def closed(roots):
+        raise RuntimeError("a user's property")
+
+    monkeypatch.setattr(fallback, "Snapshot", closed)
+    step = tracejit.compile(lambda x: x * 2, on_unsupported="eager")
+    for _ in range(5):
+        assert torch.equal(step(X), X * 2)
+    assert step.stats.replays > 0
+    step = tracejit.compile(unsupported, on_unsupported="eager")
+    with pytest.raises(CannotFallBack, match="of which it has no copy"):
+        step(X)
+    assert torch.equal(step(X), unsupported(X))
+
+
+def test_a_warning_that_is_an_error_comes_before_the_eager_run():
+    ran = []
+
+    def step(x):
+        ran.append(1)
+        return unsupported(x)
+
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(TracejitWarning):
+            compiled(X)
+    assert not ran
+    compiled(X)
+    assert ran == [1]
 
 
 def test_a_generator_is_not_advanced_twice():

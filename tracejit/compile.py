@@ -275,12 +275,15 @@ class CompiledStep:
         else:
             fallback.served(attempt, args, kwargs)
             return returned
+        said = f"runs eagerly, which is slower: {refusal.text}"
+        if refusal.sure:
+            self._warn(refusal.key, said)
         self.stats.eager += 1
         stage("run")
         returned = self._function(*args, **kwargs)
-        if not refusal.sure:  # else eager would have raised it too
+        if not refusal.sure:  # eager does not raise it
             fallback.disagreed(refusal, args, kwargs)
-        self._warn(refusal.key, f"ran eagerly, which is slower: {refusal.text}")
+            self._warn(refusal.key, said)
         return returned
 
     def _ran_last(self, compiled: Compiled) -> None:

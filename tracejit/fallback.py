@@ -10,6 +10,7 @@ step may be one that can be compiled.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 
@@ -37,6 +38,7 @@ _LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
 _KINDS = 64  # that are told apart
 _NETWORKS = 8  # whose training flags tell kinds apart
 _FOREVER = 1 << 62
+_grad_enabled = torch.is_grad_enabled
 
 
 class Attempt:
@@ -59,19 +61,25 @@ class Attempt:
     def begin(self, trace: Trace, *, following: bool) -> bool:
         """A trace begins. Returns whether it is to be watched."""
         self.trace, self.quick = trace, following
-        if not following:
-            self.snapshot = Snapshot(self.roots)
-            return bool(suspect(self.snapshot))
-        if self.known is not None and self.known.useful:
-            self.snapshot = self.known.again(self.roots)
-        return False
+        if following:
+            self.snapshot = None if self.known is None else self._taken(self.known.again)
+            return False
+        self.snapshot = self._taken(Snapshot)
+        return self.snapshot is not None and bool(suspect(self.snapshot))
+
+    def _taken(self, take: Callable[[tuple], Snapshot]) -> Snapshot | None:
+        try:
+            return take(self.roots)
+        except Exception:  # a user's object cannot be looked into; without a copy a refusal raises
+            return None
 
     def commit(self, *, followed: bool) -> None:
         """The trace has become a plan, which runs now."""
         self.committing = True
         self.snapshot = self.trace = None
         if not followed:
-            self.known = Known(Snapshot(self.roots))
+            found = self._taken(Snapshot)
+            self.known = None if found is None or not found.is_cheap else Known(found)
 
     def cause(self, error: Exception) -> Exception:
         """What was refused, if the trace ended in this error: the step may have caught a refusal
@@ -132,14 +140,14 @@ class Fallback:
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
         self.known: Known | None = None  # what the latest trace could reach
-        self._rests: dict[tuple | None, _Rest] = {}
+        self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
         self._networks: list[dict] = []
 
     def eager_at_once(self, args: tuple, kwargs: dict) -> bool:
         """Whether a call is run eagerly without being traced."""
         if not self._rests:
             return False
-        rest = self._rests.get(self._kind(args, kwargs))
+        rest = self._known_rest(args, kwargs)
         if rest is None or rest.left <= 0:
             return False
         rest.left -= 1
@@ -154,7 +162,7 @@ class Fallback:
         self.known = attempt.known
         if self._rests:
             self.why = ""
-            rest = self._rests.get(self._kind(args, kwargs))
+            rest = self._known_rest(args, kwargs)
             if rest is not None:
                 rest.next = max(1, rest.next // 2)
 
@@ -194,13 +202,18 @@ class Fallback:
             kind = None  # all others together
         return self._rests.setdefault(kind, _Rest())
 
-    def _kind(self, args: tuple, kwargs: dict) -> tuple | None:
-        parts = [torch.is_grad_enabled(), *[n["training"] for n in self._networks]]
-        parts += [_part(x) for x in args]
-        if kwargs:
-            parts += [(name, _part(x)) for name, x in kwargs.items()]
-        kind = tuple(parts)
-        return None if len(self._rests) >= _KINDS and kind not in self._rests else kind
+    def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:
+        """That of calls of this kind, if one was refused."""
+        rest = self._rests.get(self._kind(args, kwargs))
+        return self._rests.get(None) if rest is None else rest
+
+    def _kind(self, args: tuple, kwargs: dict) -> tuple:
+        parts = [_grad_enabled(), *map(_part, args)]
+        for network in self._networks:
+            parts.append(network["training"])
+        for name, x in kwargs.items():
+            parts += (name, _part(x))
+        return tuple(parts)
 
     def _find_networks(self, attempt: Attempt) -> None:
         if self._networks or attempt.snapshot is None or self._rests:

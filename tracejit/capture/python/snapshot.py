@@ -321,6 +321,11 @@ class Snapshot:
         if is_heap_type(cls) and not library(module):
             pending.append(cls)
 
+    @property
+    def is_cheap(self) -> bool:
+        """Whether it can be taken on every call: no large arrays, and all could be copied."""
+        return self._bytes <= _COPIED_AGAIN and not self._unseen
+
     def of(self) -> dict[str, list]:
         """All that was copied, by the list that it is in."""
         found = {name: [item[0] for item in getattr(self, name)] for name in _COPIES}
@@ -398,7 +403,7 @@ class Snapshot:
             put_back()
 
 
-@functools.cache
+@functools.lru_cache(10_000)
 def _kind(cls: type) -> str:
     """The method of Snapshot for objects of a class."""
     module = cls.__module__ or ""
@@ -441,8 +446,6 @@ class Known:
         self.ids = frozenset(id(x) for held in self.of.values() for x in held)
         self.save, self.named = found._save, found.named
         self.foreign, self.modules = found.foreign, found.modules
-        # copied on every call: no large arrays, nothing that cannot be told
-        self.useful = found._bytes <= _COPIED_AGAIN and not found._unseen
         self._calls = 0
 
     def again(self, roots: Sequence[object]) -> Snapshot:
