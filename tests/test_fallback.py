@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import os
 import random
 import warnings
+import weakref
 from collections import Counter, OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 
@@ -534,6 +536,18 @@ def test_a_known_way_that_ends_in_a_refusal(made):
             return
         same(call(ours, i), call(eager, i), f"call {i}")
     assert ours[1].stats.eager == 2 and ours[1].stats.compiles == 1
+
+
+def test_models_among_the_arguments_are_not_kept_alive():
+    """The copies of followed traces begin at what the step itself holds."""
+    step = tracejit.compile(lambda m, x: m(x).sum(), on_unsupported="eager", mode="rerun")
+    model = nn.Linear(4, 2)
+    for _ in range(4):
+        step(model, X)
+    gone = weakref.ref(model.weight)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")

@@ -170,7 +170,7 @@ class CompiledStep:
             self._retraces: deque[str] = deque(maxlen=100)
             self._warned: set[str] = set()
             falls_back = self.on_unsupported == "eager" and self.mode != "replay"
-            self._fallback = Fallback(self._function) if falls_back else None
+            self._fallback = Fallback(self._function, self._bound_to) if falls_back else None
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:

@@ -44,14 +44,15 @@ _grad_enabled = torch.is_grad_enabled
 class Attempt:
     """One trace that may turn out to be refused.
 
-    known: what earlier traces could reach. A trace that is answered from an earlier one copies just
-        that, since it happens on every call; `obstacles` finds out whether it was all.
+    lasting: of the roots, what the step itself keeps alive.
+    known: what earlier traces could reach from there. A trace that is answered from an earlier one
+        copies that, since it happens on every call; `put_back` finds out whether it was all.
     """
 
-    __slots__ = ("known", "roots", "snapshot", "ran", "trace", "committing", "quick")
+    __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
 
-    def __init__(self, known: Known | None, roots: tuple) -> None:
-        self.known, self.roots = known, roots
+    def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
+        self.known, self.roots, self.lasting = known, roots, lasting
         self.snapshot: Snapshot | None = None
         self.ran: Seen | None = None  # what the trace ran, where it was watched
         self.trace: Trace | None = None
@@ -78,7 +79,7 @@ class Attempt:
         self.committing = True
         self.snapshot = self.trace = None
         if not followed:
-            found = self._taken(Snapshot)
+            found = self._taken(lambda roots: Snapshot(self.lasting))
             self.known = None if found is None or not found.is_cheap else Known(found)
 
     def cause(self, error: Exception) -> Exception:
@@ -135,8 +136,8 @@ class Fallback:
     kind run eagerly before one is traced again; a trace that is not refused halves that number.
     """
 
-    def __init__(self, function: FunctionType):
-        self.function = function
+    def __init__(self, function: FunctionType, bound_to: tuple):
+        self.function, self.lasting = function, (function, bound_to)
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
         self.known: Known | None = None  # what the latest trace could reach
@@ -155,7 +156,7 @@ class Fallback:
 
     def attempt(self, args: tuple, kwargs: dict) -> Attempt:
         """A trace may begin."""
-        return Attempt(self.known, (self.function, args, kwargs))
+        return Attempt(self.known, (self.function, args, kwargs), self.lasting)
 
     def served(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """A call was traced and not refused."""

@@ -48,6 +48,7 @@ from tracejit.capture.python.copies import (
 )
 
 MOST = 1_000_000  # objects looked at
+_MOST_AGAIN = 500  # on each rerun, besides what is known
 _COPIED = 64 << 20  # bytes of numpy arrays that are copied
 _COPIED_AGAIN = 1 << 20  # and on each rerun
 _PRUNED = 32  # calls after which what is dropped elsewhere is dropped here
@@ -144,14 +145,15 @@ class Snapshot:
 
     def _walk(self, pending: list[object], known: frozenset[int]) -> None:
         seen: set[int] = set()
+        most = _MOST_AGAIN if known else MOST
         self._keep = keep = []  # ids stay unique
         while pending:
             x = pending.pop()
             cls = x.__class__ if type(x) is weakref.ProxyType else type(x)
             if cls in _ATOMS or id(x) in seen or id(x) in known:
                 continue
-            if len(seen) >= MOST:
-                self._unseen.append(f"it can reach more than {MOST} objects")
+            if len(seen) >= most:
+                self._unseen.append(f"it can reach more than {most} objects")
                 return
             seen.add(id(x))
             keep.append(x)
