@@ -5,7 +5,7 @@
 A step reads `n` integers, strings and flags of an object and adds 1 to a tensor of four
 elements. Reported are its guard alone, the whole call, and what of it is neither guard nor C;
 then, for a deep net that is traced anew on every call, what each torch call costs beyond the
-replay. Medians, in microseconds.
+replay, and what a step that cannot be compiled costs beyond eager. Medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import tracejit
 from benchmarks.stages import deep_net
 
 COUNTS = (4, 50, 500)
+EAGER_GOAL = 5.0
 GOALS = {4: 5.0, 50: 8.0, 500: 25.0}  # of the guard, in microseconds
 AROUND_GOAL = 3.0
 
@@ -58,7 +60,7 @@ def microseconds(call: Callable, rounds: int = 15, calls: int = 1000) -> float:
 
 def replay(n: int) -> dict[str, float]:
     """The guard and the whole call, for n guarded values."""
-    step = tracejit.compile(make_step(n))
+    step = tracejit.compile(make_step(n), on_unsupported="raise")
     for _ in range(5):
         step()
     assert step.stats.replays >= 2, step.explain_mode()
@@ -94,12 +96,31 @@ def rerun() -> dict[str, float]:
         step()
     found = {"torch_calls": counter.calls}
     for mode in ("rerun", "replay"):
-        compiled = tracejit.compile(step, mode="rerun" if mode == "rerun" else "auto")
+        compiled = tracejit.compile(
+            step, mode="rerun" if mode == "rerun" else "auto", on_unsupported="raise"
+        )
         for _ in range(5):
             compiled()
         found[mode] = microseconds(compiled, rounds=7, calls=20)
     found["per_torch_call"] = (found["rerun"] - found["replay"]) / counter.calls
     return found
+
+
+def eager() -> float:
+    """What a call beyond eager costs that runs eagerly at once, as it was refused before."""
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x if refused else torch.histc(y)
+
+    refused, x = False, torch.ones(4)
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        while compiled.stats.eager < 1024:  # so many more until the next trace
+            compiled(x, x)
+    refused = True
+    spent = microseconds(lambda: compiled(x, x), rounds=5, calls=200)
+    return spent - microseconds(lambda: step(x, x), rounds=5, calls=200)
 
 
 def main() -> None:
@@ -118,6 +139,8 @@ def main() -> None:
         f"deep net, {reruns['torch_calls']} torch calls: replay {reruns['replay']:.0f} µs, rerun "
         f"{reruns['rerun']:.0f} µs, {reruns['per_torch_call']:.1f} µs per torch call (goal 25)"
     )
+    beyond = eager()
+    print(f"a call that runs eagerly: {beyond:.1f} µs beyond eager (goal {EAGER_GOAL:.0f})")
     if options.json:
         found = {
             "device": platform.processor() or platform.machine(),
@@ -125,6 +148,7 @@ def main() -> None:
             "torch": torch.__version__,
             "replay_us": replays,
             "rerun_us": reruns,
+            "eager_us": beyond,
         }
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
 

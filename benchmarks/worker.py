@@ -50,7 +50,7 @@ class Contender:
 def tracejit(step: Callable) -> Callable:
     import tracejit
 
-    return tracejit.compile(step)
+    return tracejit.compile(step, on_unsupported="raise")
 
 
 def torch_compile(step: Callable) -> Callable:

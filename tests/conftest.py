@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("support")
 
 os.environ["TRACEJIT_VERIFY"] = "1"
+os.environ["TRACEJIT_ON_UNSUPPORTED"] = "raise"  # so that nothing hides; see test_fallback.py
 _caches = None
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the caches of the process they are of
     _caches = tempfile.TemporaryDirectory(prefix="tracejit-tests-")

@@ -16,6 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "captured": 5,
     "compile": 5,
+    "fallback": 5,
     "parts": 5,
     "programs": 5,
     "run": 5,
@@ -30,6 +31,7 @@ FLOORS = {
     "autodiff": 3,
     "passes": 3,
     "schedule": 3,
+    "progress": 2,
     "ir": 2,
     "kernels": 1,
     "knobs": 1,
@@ -41,6 +43,7 @@ SAME_FLOOR = {
     ("tracejit", "captured"),
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
     ("compile", "tracejit"),  # the version
+    ("compile", "fallback"),
     ("compile", "programs"),
     ("compile", "run"),
     ("compile", "parts"),

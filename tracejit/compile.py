@@ -37,15 +37,18 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import TracejitWarning
+from tracejit.fallback import Attempt, Fallback
 from tracejit.ir.graph import Graph
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
+from tracejit.progress import stage, telling
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
+UNSUPPORTED = ("eager", "raise")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
@@ -60,6 +63,7 @@ def compile(
     backend: str = "auto",
     fuse: bool = True,
     keep_grads: bool = True,
+    on_unsupported: str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -74,25 +78,41 @@ def compile(
     fuse:     False compiles one kernel per primitive, for ablation and for hunting faults.
     keep_grads:  False leaves None in the `.grad` that the step computes, instead of the gradient:
               an update that is fused with its gradient then need not write it to memory.
+    on_unsupported:  "eager" (default; TRACEJIT_ON_UNSUPPORTED is another) runs a call that cannot
+              be compiled as the plain function, from the Python state, random generators and
+              optimizers that were there before it, with one warning for each cause and a count in
+              `stats.eager`. After that 1, 2, 4, … and at last 1024 calls with such arguments
+              (types, shapes, dtypes), grad mode and training flags run so at once, before one is
+              tried again. `print` may be seen twice. CannotFallBack is raised, once, where that
+              call has done before what must not be done twice: it has written to a file, or used up
+              a generator. "raise" raises the refusal; so does mode="replay".
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {MODES}, not {mode!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
+    on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
+    if on_unsupported not in UNSUPPORTED:
+        raise ValueError(f"on_unsupported is one of {UNSUPPORTED}, not {on_unsupported!r}")
+    options = (mode, backend, fuse, keep_grads, on_unsupported)
     if step is None:
-        return functools.partial(
-            compile, mode=mode, backend=backend, fuse=fuse, keep_grads=keep_grads
-        )
-    if not callable(step):
-        raise TypeError(f"tracejit.compile takes a function, not {type(step).__name__}")
-    return CompiledStep(step, mode, backend, fuse, keep_grads)
+        return functools.partial(CompiledStep.of, options)
+    return CompiledStep.of(options, step)
 
 
 class CompiledStep:
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
-    def __init__(self, step: Callable, mode: str, backend: str, fuse: bool, keep_grads: bool):
+    def __init__(
+        self,
+        step: Callable,
+        mode: str,
+        backend: str,
+        fuse: bool,
+        keep_grads: bool,
+        on_unsupported: str,
+    ):
         functools.update_wrapper(self, step)
         self._step = step
         self._function, self._bound_to = unwrap(step)
@@ -101,6 +121,7 @@ class CompiledStep:
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
         self.mode, self.backend, self.fuse, self.keep_grads = mode, backend, fuse, keep_grads
+        self.on_unsupported = on_unsupported
         self._hooks = Hooks()
         self._lock = threading.RLock()
         self._own: frozenset[str] = frozenset()
@@ -108,6 +129,13 @@ class CompiledStep:
         self._own = frozenset(vars(self)).difference(
             vars(step) if hasattr(step, "__dict__") else ()
         )
+
+    @classmethod
+    def of(cls, options: tuple, step: Callable) -> CompiledStep:
+        """A step with all options, in order."""
+        if not callable(step):
+            raise TypeError(f"tracejit.compile takes a function, not {type(step).__name__}")
+        return cls(step, *options)
 
     @property
     def observer(self) -> Callable | None:
@@ -126,7 +154,8 @@ class CompiledStep:
         """Copied and pickled like the step itself, without plans; by its name, if it has one."""
         if getattr(sys.modules.get(self.__module__), self.__qualname__, None) is self:
             return self.__qualname__
-        return CompiledStep, (self._step, self.mode, self.backend, self.fuse, self.keep_grads)
+        options = self.mode, self.backend, self.fuse, self.keep_grads, self.on_unsupported
+        return CompiledStep, (self._step, *options)
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
@@ -146,6 +175,8 @@ class CompiledStep:
             self._prover = Prover(self._function, self.mode, MAX_PROGRAMS)
             self._retraces: deque[str] = deque(maxlen=100)
             self._warned: set[str] = set()
+            falls_back = self.on_unsupported == "eager" and self.mode != "replay"
+            self._fallback = Fallback(self._function, self._bound_to) if falls_back else None
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
@@ -202,10 +233,16 @@ class CompiledStep:
         return [replay.guard_text for replay in self._replays]
 
     def explain_mode(self) -> str:
-        """Whether calls are replayed, and if not, why."""
+        """ "replay", "rerun" or "eager", and why calls are not replayed, or not even compiled."""
+        fallback = self._fallback
+        some = ""
+        if fallback is not None and fallback.why and not self._replays:
+            return f"eager: {fallback.why}"
+        if fallback is not None and fallback.ever:
+            some = f"; some calls ran eagerly: {fallback.ever}"
         if self._replays:
-            return f"replay: {len(self._replays)} plan(s) armed{self._read()}"
-        return f"rerun: {self._prover.why}"
+            return f"replay: {len(self._replays)} plan(s) armed{self._read()}{some}"
+        return f"rerun: {self._prover.why}{some}"
 
     def _read(self) -> str:
         """What is to be said of values that the step reads."""
@@ -244,7 +281,39 @@ class CompiledStep:
                 if replay.run is not self._last_run:
                     self._ran_last(replay.compiled, replay.run)
                 return returned
+            fallback = self._fallback
+            if fallback is not None and fallback.eager_at_once(args, kwargs):
+                self.stats.eager += 1
+                return self._function(*args, **kwargs)
+            if self.stats.traces:
+                return self._trace_or_fall_back(fallback, args, kwargs, failed)
+            with telling(self.__name__):
+                return self._trace_or_fall_back(fallback, args, kwargs, failed)
+
+    def _trace_or_fall_back(
+        self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
+    ) -> object:
+        """Trace a call; run it eagerly if the trace is refused."""
+        if fallback is None:
             return self._trace(args, kwargs, failed)
+        attempt = fallback.attempt(args, kwargs)
+        try:
+            returned = self._trace(args, kwargs, failed, attempt)
+        except Exception as error:
+            refusal = fallback.refused(attempt, error, args, kwargs)
+        else:
+            fallback.served(attempt, args, kwargs)
+            return returned
+        said = f"runs eagerly, which is slower: {refusal.text}"
+        if refusal.sure:
+            self._warn(refusal.key, said)
+        self.stats.eager += 1
+        stage("run")
+        returned = self._function(*args, **kwargs)
+        if not refusal.sure:  # eager does not raise it
+            fallback.disagreed(refusal, args, kwargs)
+            self._warn(refusal.key, said)
+        return returned
 
     def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:
         """A replay has found that Python would decide otherwise: try those behind it, then trace.
@@ -266,9 +335,10 @@ class CompiledStep:
                     return returned
         finally:
             for each in tried:
-                for stage in each.stages:
-                    stage.kept = None
-        return self._trace(args, kwargs, "a decision on a value of a tensor came out otherwise")
+                for part in each.stages:
+                    part.kept = None
+        why = "a decision on a value of a tensor came out otherwise"
+        return self._trace_or_fall_back(self._fallback, args, kwargs, why)
 
     def _ran_last(self, compiled: Compiled, run: Run) -> None:
         self._last, self._last_run = compiled, run
@@ -278,7 +348,9 @@ class CompiledStep:
         """A program is dropped: so are its replays."""
         self._replays = [r for r in self._replays if r.compiled is not compiled]
 
-    def _trace(self, args: tuple, kwargs: dict, failed: str) -> object:
+    def _trace(
+        self, args: tuple, kwargs: dict, failed: str, attempt: Attempt | None = None
+    ) -> object:
         """Run the Python under a tracer, then the plan. `failed`: why no replay took the call."""
         started = time.perf_counter()
         if not self.stats.traces:
@@ -291,11 +363,16 @@ class CompiledStep:
         else:
             tracer.again(self._recall)
         tracer.trace.evaluate = self._values
-        bound = bind(tracer.trace, self._function, args, kwargs)
-        self.stats.traces += 1
         trace, trail = tracer.trace, tracer.trail
+        suspect = False
+        if attempt is not None:
+            suspect = attempt.begin(trace, following=trail.following)
+        bound = bind(trace, self._function, args, kwargs)
+        self.stats.traces += 1
         with uncollected() as young:
-            with watch(watched) as ran:
+            with watch(watched or suspect) as ran:
+                if attempt is not None:
+                    attempt.ran = ran
                 returned = [run(tracer, bound, self._function)]
             if self._last is not None:
                 self._last.program.expect()
@@ -312,6 +389,7 @@ class CompiledStep:
                 trail.close(done.captured, done.call, done.made_of)
                 compiled, what, captured = self._found(done.captured, call, failed, names)
                 traced = compiled.traced(captured)
+                ran = ran if watched else None
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
                 self._warn_of_rerun()
             else:
@@ -321,6 +399,9 @@ class CompiledStep:
         except BaseException:
             call.undo()
             raise
+        if attempt is not None:
+            attempt.commit(followed=way is not None)
+        stage("run")
         result = what.function(call.reals, call.scalars, addresses, call)
         if what is not self._last_run:
             self._ran_last(compiled, what)

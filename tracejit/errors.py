@@ -75,6 +75,17 @@ class SideEffectError(TracejitError, RuntimeError):
     message = "{where}: {reason}. {remedy}"
 
 
+class CannotFallBack(TracejitError, RuntimeError):
+    """A call that cannot be compiled, and cannot be run eagerly either, because it has already done
+    something that must not be done twice. Later calls run eagerly from the start."""
+
+    message = (
+        "{cause}. The call cannot be run eagerly instead, since {reason}, which must not happen "
+        "twice. From now on calls like this run eagerly from the start; or move that out of the "
+        "step"
+    )
+
+
 class ReplayNotArmed(TracejitError, RuntimeError):
     """`mode="replay"` was asked for and the step cannot be proven safe to replay."""
 

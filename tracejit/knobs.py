@@ -4,6 +4,8 @@ TRACEJIT_DEBUG   0..5   the debugging ladder (docs/design.md)
 TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
 TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit
 TRACEJIT_VERIFY  0|1    rerun type inference on every node after every pass
+TRACEJIT_ON_UNSUPPORTED  eager|raise  what `tracejit.compile` does by default with what it refuses
+TRACEJIT_PROGRESS  0|1  whether a long first call tells how far it is (default 1)
 """
 
 from __future__ import annotations
@@ -36,3 +38,13 @@ def cache_dir() -> Path:
 def verify() -> bool:
     """Whether each pass's result is verified (always in the tests)."""
     return os.environ.get("TRACEJIT_VERIFY", "0") == "1" or debug() >= 5
+
+
+def on_unsupported() -> str:
+    """What steps do with what capture refuses, where `compile` is not told: "eager" or "raise"."""
+    return os.environ.get("TRACEJIT_ON_UNSUPPORTED", "eager")
+
+
+def progress() -> bool:
+    """Whether a long first call tells how far it is."""
+    return os.environ.get("TRACEJIT_PROGRESS", "1") != "0"

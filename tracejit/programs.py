@@ -25,6 +25,7 @@ from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.parts import Parts, Stages
 from tracejit.passes import optimize
+from tracejit.progress import stage, telling
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
@@ -48,6 +49,7 @@ class Stats:
     reruns: int = 0  # calls that ran the Python body on a program built before
     cuts: int = 0  # values that Python reads in a call, of the replay armed last
     branches: int = 0  # replays that decide by such values
+    eager: int = 0  # calls that ran as the plain function, uncompiled
     cache_hits: int = 0  # plans found in the disk cache
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -240,10 +242,14 @@ class Programs:
     ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
-        final = self._optimized(graph)
-        plan = self._plan(final)
-        started = time.perf_counter()
-        program = Program(plan, executor, memory)
+        with telling(self.name):
+            stage("passes")
+            final = self._optimized(graph)
+            stage("schedule")
+            plan = self._plan(final)
+            started = time.perf_counter()
+            stage("load", f"of {len(plan.launches)} launches for {executor.name}")
+            program = Program(plan, executor, memory)
         self.stats.add("load", started)
         self.stats.compiles += counted
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")

@@ -173,14 +173,19 @@ Written by `python -m tracejit ops`; `make accept` renews it.
 
 **dtypes**: of the first tensor, where eager takes them on a CPU too and gives equal results;
 *floats* are f64, f32, f16, bf16, *ints* i64, i32, i16, i8, u8. **gradient**: *twice* where the
-second derivative is tested too."""
+second derivative is tested too.
+
+A call that cannot be compiled is not lost: by default it runs eagerly, as the plain function, from
+the state before it, with one warning for each cause. With `on_unsupported="raise"` (or
+`TRACEJIT_ON_UNSUPPORTED=raise`, or `mode="replay"`) it raises. What eager rejects raises the same
+class of error either way. See README, "What runs eagerly"."""
 
 REFUSED_HEAD = """\
 ## What is refused
 
-A torch function that is not listed above raises `UnsupportedOperation`, which names the function,
-the shapes and the user's line: rewrite it with listed functions, or move it out of the step. What
-eager rejects raises the same class of error. Of what is listed, these uses are refused, with this
+A torch function that is not listed above is refused with `UnsupportedOperation`, which names the
+function, the shapes and the user's line: rewrite it with listed functions, or move it out of the
+step. Until then the call runs eagerly. Of what is listed, these uses are refused, with this
 advice:"""
 
 VALUES = """\

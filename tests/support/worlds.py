@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import random
 import re
+import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch import nn
 import tracejit
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.compile import CompiledStep
-from tracejit.errors import TracejitError
+from tracejit.errors import TracejitError, TracejitWarning
 
 Change = Callable[[SimpleNamespace], object]
 
@@ -58,14 +59,15 @@ def table(cases: dict[str, Case]) -> Callable:
 class World:
     """One copy of a case."""
 
-    def __init__(self, case: Case, mode: str | None):
+    def __init__(self, case: Case, mode: str | None, on_unsupported: str = "raise"):
         torch.manual_seed(0)
         random.seed(0)
         self.case, self.state = case, SimpleNamespace()
         step = case.build(self.state)
         self.step = step
         if mode is not None:
-            self.step = tracejit.compile(step, backend=case.backend, mode=mode)
+            options = {"backend": case.backend, "on_unsupported": on_unsupported}
+            self.step = tracejit.compile(step, mode=mode, **options)
         self.random = random.getstate()
 
     def call(self, i: int) -> list:
@@ -104,12 +106,24 @@ def check(
         if case.mode.startswith("refused"):
             assert refused is not None, f"not refused, but {step.explain_mode()}"
             assert re.search(case.says, str(refused)), str(refused)
+            reset()
+            _falls_back(case, mode, expected)
         elif refused is not None:
             raise refused
     if not case.mode.startswith("refused"):
         assert step.explain_mode().startswith(case.mode), step.explain_mode()
         assert (step.stats.replays > 0) == (case.mode == "replay"), step.explain_retraces()
     return step
+
+
+def _falls_back(case: Case, mode: str, expected: list) -> None:
+    """What is refused runs eagerly instead, where that is not forbidden, and is right."""
+    ours = World(case, mode, on_unsupported="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        for i, theirs in enumerate(expected):
+            same(ours.call(i), theirs, f"call {i}, mode {mode}, with the fallback")
+    assert ours.step.stats.eager > 0
 
 
 def _run(

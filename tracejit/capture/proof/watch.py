@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
+from tracejit.capture.proof.repeat import may_repeat
 from tracejit.capture.python import mathematics, profiler
 from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.classes import is_heap_type
@@ -154,6 +155,7 @@ class Seen:
         self.codes: dict[CodeType, str] = {}
         self.refusals: list[str] = []
         self.aliases: list[str] = []  # calls of functions of math by other names than math's
+        self.unrepeatable: list[str] = []  # what it called and may not be called once more
         self.computes_names = False  # it reaches attributes by names that it does not spell out
         # names of torch under which functions that it ran may be found, per id of their namespace
         self.places: dict[int, tuple[Mapping[str, object], set[str]]] = {}
@@ -242,6 +244,7 @@ class Seen:
         elif not known and not _called_by_us(frame):
             self._impure.add(code)
             self._refuse(frame.f_back, f"it calls {module}.{code.co_name}")
+            self._repeats(frame.f_back, module, code.co_name, None)
 
     def _c(self, frame: FrameType, function: object) -> None:
         owner = getattr(function, "__self__", None)
@@ -264,15 +267,38 @@ class Seen:
             module = function.__module__ or type(owner).__module__
             self._calls.discard(key)
             self._refuse(frame, f"it calls {module}.{name}")
+            self._repeats(frame, module, function.__name__, owner)
 
     def _place(self, holder: Mapping[str, object], name: str) -> None:
         if callable(holder.get(name)):
             self.places.setdefault(id(holder), (holder, set()))[1].add(name)
 
     def _refuse(self, frame: FrameType | None, what: str) -> None:
-        text = f"{_where(frame)}{what}, which is not known to be pure".replace("builtins.", "")
+        text = f"{_user_line(frame)}{what}, which is not known to be pure"
+        text = text.replace("builtins.", "")
         if text not in self.refusals:
             self.refusals.append(text)
+
+    def _repeats(self, frame: FrameType | None, module: str, name: str, owner: object) -> None:
+        if not may_repeat(module, name, owner) and not _importing(frame):
+            text = f"{_user_line(frame)}it calls {module}.{name}"
+            if text not in self.unrepeatable:
+                self.unrepeatable.append(text)
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether an import is going on, which happens only once anyway."""
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _user_line(frame: FrameType | None) -> str:
+    while frame is not None and origin(frame.f_code) != "user":
+        frame = frame.f_back
+    return (
+        "" if frame is None else f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}: "
+    )
 
 
 # a replay makes these calls again, on the real objects

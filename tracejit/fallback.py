@@ -1,0 +1,247 @@
+"""The fallback: a call that a trace refuses is run eagerly, as a whole, from the state before it.
+
+    trace → refused → Python, random generators and optimizers put back → the plain step, in eager
+
+A trace changes no tensor, so putting Python's state back is enough (`Snapshot`). After that, calls
+of the same kind run eagerly at once; now and then one is traced again, since another branch of the
+step may be one that can be compiled.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FunctionType
+
+import torch
+
+from tracejit.capture.proof.repeat import suspect
+from tracejit.capture.proof.watch import Seen, origin
+from tracejit.capture.python.snapshot import Known, Snapshot
+from tracejit.capture.trace.trace import Trace
+from tracejit.errors import (
+    ArgumentError,
+    AutogradError,
+    AxisError,
+    BackendUnavailable,
+    CannotFallBack,
+    ReplayNotArmed,
+    ShapeError,
+    TracejitError,
+)
+
+# eager raises these too, or they are not about the step
+_OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)
+_NOT_OF_THE_STEP = (BackendUnavailable, ReplayNotArmed)
+_LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
+_KINDS = 64  # that are told apart
+_NETWORKS = 8  # whose training flags tell kinds apart
+_FOREVER = 1 << 62
+_grad_enabled = torch.is_grad_enabled
+
+
+class Attempt:
+    """One trace that may turn out to be refused.
+
+    lasting: of the roots, what the step itself keeps alive.
+    known: what earlier traces could reach from there. A trace that is answered from an earlier one
+        copies that, since it happens on every call; `put_back` finds out whether it was all.
+    """
+
+    __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
+
+    def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
+        self.known, self.roots, self.lasting = known, roots, lasting
+        self.snapshot: Snapshot | None = None
+        self.ran: Seen | None = None  # what the trace ran, where it was watched
+        self.trace: Trace | None = None
+        self.committing = False  # the plan is about to run: there is no way back
+        self.quick = False
+
+    def begin(self, trace: Trace, *, following: bool) -> bool:
+        """A trace begins. Returns whether it is to be watched."""
+        self.trace, self.quick = trace, following
+        if following:
+            self.snapshot = None if self.known is None else self._taken(self.known.again)
+            return False
+        self.snapshot = self._taken(Snapshot)
+        return self.snapshot is not None and bool(suspect(self.snapshot))
+
+    def _taken(self, take: Callable[[tuple], Snapshot]) -> Snapshot | None:
+        try:
+            return take(self.roots)
+        except Exception:  # a user's object cannot be looked into; without a copy a refusal raises
+            return None
+
+    def commit(self, *, followed: bool) -> None:
+        """The trace has become a plan, which runs now."""
+        self.committing = True
+        self.snapshot = self.trace = None
+        if not followed:
+            found = self._taken(lambda roots: Snapshot(self.lasting))
+            self.known = None if found is None or not found.is_cheap else Known(found)
+
+    def cause(self, error: Exception) -> Exception:
+        """What was refused, if the trace ended in this error: the step may have caught a refusal
+        and raised something else."""
+        refused = None if self.trace is None else self.trace.refused
+        return error if refused is None else refused
+
+    def put_back(self) -> list[str]:
+        """Put all back as it was before the trace; or what keeps the call from being run again."""
+        snapshot = self.snapshot
+        if snapshot is None:
+            return ["it changes objects of which it has no copy"]
+        found = snapshot.obstacles()
+        if self.quick:
+            snapshot.restore()
+            if self.known.unknown(snapshot, self.roots):
+                found.append("it changes objects that it made itself")
+            may = suspect(snapshot)
+            found += [f"it may have used {may}"] if may else []
+        elif self.ran is not None:
+            found += self.ran.unrepeatable
+        elif suspect(snapshot):
+            found.append(f"it may have used {suspect(snapshot)}, and a profiler is active")
+        if not found:
+            snapshot.restore()
+        return found
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a call was not compiled: what, where, what to do; and what tells causes apart."""
+
+    text: str
+    key: str
+    sure: bool = False  # it is a refusal of ours; else eager may raise the error too
+
+
+class _Rest:
+    """How long calls of one kind stay in eager."""
+
+    __slots__ = ("left", "next")
+
+    def __init__(self) -> None:
+        self.left = 0  # calls until one is traced again
+        self.next = 1  # that many after the next refusal
+
+
+class Fallback:
+    """What one compiled step has refused, and which of its calls run eagerly at once.
+
+    Calls are of a kind if their arguments agree in types, shapes and dtypes, and grad mode and the
+    modules' training flags are the same. After a refusal 1, 2, 4, … and at last 1024 calls of the
+    kind run eagerly before one is traced again; a trace that is not refused halves that number.
+    """
+
+    def __init__(self, function: FunctionType, bound_to: tuple):
+        self.function, self.lasting = function, (function, bound_to)
+        self.why = ""  # the latest call ran eagerly because of this
+        self.ever = ""  # some call did
+        self.known: Known | None = None  # what the latest trace could reach
+        self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
+        self._networks: list[dict] = []
+
+    def eager_at_once(self, args: tuple, kwargs: dict) -> bool:
+        """Whether a call is run eagerly without being traced."""
+        if not self._rests:
+            return False
+        rest = self._known_rest(args, kwargs)
+        if rest is None or rest.left <= 0:
+            return False
+        rest.left -= 1
+        return True
+
+    def attempt(self, args: tuple, kwargs: dict) -> Attempt:
+        """A trace may begin."""
+        return Attempt(self.known, (self.function, args, kwargs), self.lasting)
+
+    def served(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
+        """A call was traced and not refused."""
+        self.known = attempt.known
+        if self._rests:
+            self.why = ""
+            rest = self._known_rest(args, kwargs)
+            if rest is not None:
+                rest.next = max(1, rest.next // 2)
+
+    def refused(self, attempt: Attempt, error: Exception, args: tuple, kwargs: dict) -> Refusal:
+        """A trace ended in an error: put everything back, for an eager run. Raises what the call
+        raises if there is none: an error of eager's, or that of a call that cannot be repeated."""
+        cause = attempt.cause(error)
+        if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + _OF_EAGER):
+            raise error
+        obstacles = attempt.put_back()
+        refusal = _refusal(cause)
+        if obstacles and not refusal.sure:
+            raise error
+        if refusal.sure:
+            self.why = self.ever = refusal.text
+            self._find_networks(attempt)
+        if obstacles:
+            self._rest(args, kwargs).left = _FOREVER
+            raise CannotFallBack(cause=refusal.text, reason="; ".join(obstacles[:3])) from error
+        if refusal.sure:
+            self._eager_next(args, kwargs)
+        return refusal
+
+    def disagreed(self, refusal: Refusal, args: tuple, kwargs: dict) -> None:
+        """A trace ended in an error that eager did not raise."""
+        self.why = self.ever = refusal.text
+        self._eager_next(args, kwargs)
+
+    def _eager_next(self, args: tuple, kwargs: dict) -> None:
+        """The next calls of this kind are run eagerly."""
+        rest = self._rest(args, kwargs)
+        rest.left, rest.next = rest.next, min(2 * rest.next, _LONGEST)
+
+    def _rest(self, args: tuple, kwargs: dict) -> _Rest:
+        kind = self._kind(args, kwargs)
+        if kind not in self._rests and len(self._rests) >= _KINDS:
+            kind = None  # all others together
+        return self._rests.setdefault(kind, _Rest())
+
+    def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:
+        """That of calls of this kind, if one was refused."""
+        rest = self._rests.get(self._kind(args, kwargs))
+        return self._rests.get(None) if rest is None else rest
+
+    def _kind(self, args: tuple, kwargs: dict) -> tuple:
+        parts = [_grad_enabled(), *map(_part, args)]
+        for network in self._networks:
+            parts.append(network["training"])
+        for name, x in kwargs.items():
+            parts += (name, _part(x))
+        return tuple(parts)
+
+    def _find_networks(self, attempt: Attempt) -> None:
+        if self._networks or attempt.snapshot is None or self._rests:
+            return
+        found = attempt.snapshot.networks
+        below = {id(m) for n in found for m in n._modules.values()}
+        self._networks = [vars(n) for n in found if id(n) not in below][:_NETWORKS]
+
+
+def _part(x: object) -> object:
+    """What of an argument tells kinds of calls apart."""
+    if isinstance(x, torch.Tensor):
+        return x.shape, x.dtype
+    return x if x is None or x is True or x is False else type(x)
+
+
+def _refusal(error: Exception) -> Refusal:
+    """What a trace that ended in an error says of the step."""
+    kind = type(error).__name__
+    if isinstance(error, TracejitError):
+        key = f"{kind} {error.fields.get('where')} {error.fields.get('function')}"
+        return Refusal(str(error).rstrip("."), key, sure=True)
+    at, trace = "", error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if origin(code) == "user":
+            at = f"{os.path.abspath(code.co_filename)}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    text = f"{at}: its trace raised {kind} ({error}), which eager does not. Make that line"
+    return Refusal(f"{text} independent of what kind of object a tensor is", f"{kind} {at}")
