@@ -39,8 +39,8 @@ def spoil(monkeypatch, change):
     drivers = [sys.modules[f"tracejit.{name}"] for name in ("compile", "programs")]
     original = run.generate
 
-    def generate(*args):
-        made = original(*args)
+    def generate(*args, **kwargs):
+        made = original(*args, **kwargs)
 
         def function(*call):
             returned = made.function(*call)

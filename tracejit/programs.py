@@ -307,6 +307,13 @@ class Programs:
                 remedy="Move every tensor that the step uses to one device.",
             )
         device = devices.pop() if devices else "cpu"
+        if device.partition(":")[0] not in ("cpu", "cuda"):
+            raise UnsupportedOperation(
+                where=self._where,
+                function="a step on another device than the CPU and CUDA's",
+                shapes=f"tensors on {device}",
+                remedy="Move them to one of these.",
+            )
         precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
         return executor_for(self.backend, device, precision)
 

@@ -477,7 +477,7 @@ row(
         S(r(3, 4, high=0.0), r(3, 4, high=0.0), reduction="batchmean", log_target=True),
         S(r(4, high=0.0), v(0, 0.5, 0.5, 0), reduction="sum"),
         S(r(5, dtype=f64), u(5, dtype=f64)),
-        S(r(3, 4), u(4)),
+        S(r(3, 4, high=0.0), u(4)),
         S(r(), u()),
         S(r(0, 3), u(0, 3)),
     ],

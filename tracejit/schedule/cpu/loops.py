@@ -115,5 +115,13 @@ def _outer_vector(kernel: Kernel) -> Axis | None:
     inner = [a for stage in kernel.stages for a in stage.axes]
     if not inner:
         return best
-    most = max(contiguity(a, statements) for a in inner)
-    return best if contiguity(best, statements) > most else None
+    most = max(_walked(kernel, a) for a in inner)
+    return best if _walked(kernel, best) > most else None
+
+
+def _walked(kernel: Kernel, axis: Axis) -> int:
+    """How many accesses go along an axis in memory, each as often as it is done."""
+    return sum(
+        contiguity(axis, stage.body) * math.prod(a.extent for a in stage.axes)
+        for stage in kernel.stages
+    )
