@@ -6,6 +6,7 @@ Each case is compared with eager after every call; see `support/worlds.py`.
 from __future__ import annotations
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -84,6 +85,14 @@ value("rerun", "printed", lambda t, loss: print(round(loss.item(), 3)))
 value("rerun", "array", lambda t, loss: t.model(X).detach().numpy().copy())
 value("rerun", "list_of", lambda t, loss: t.model(X).tolist())
 value("rerun", "array_of_items", lambda t, loss: [float(p.sum()) for p in t.model.parameters()])
+
+
+# ---- in named tuples
+
+Pair = namedtuple("Pair", "first second")
+value("replay", "named_tuple", lambda t, loss: Pair(loss.detach(), loss.item()))
+value("replay", "torch_result", lambda t, loss: t.model(X).detach().max(1))
+value("replay", "sorted_by_torch", lambda t, loss: {"low": t.model(X).detach().min(0), "n": [1, 2]})
 
 
 # ---- decisions

@@ -386,8 +386,8 @@ class CompiledStep:
         armed = None
         try:
             if way is None:
-                trail.close(done.captured, done.call, done.made_of)
                 compiled, what, captured = self._found(done.captured, call, failed, names)
+                trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 traced = compiled.traced(captured)
                 ran = ran if watched else None
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)

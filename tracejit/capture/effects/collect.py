@@ -22,6 +22,7 @@ from tracejit.capture.effects.effects import (
     Sequenced,
     Slot,
     Tree,
+    is_named,
 )
 from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
@@ -86,7 +87,7 @@ class Structure:
         if type(x) in (tuple, list):
             items = tuple([self.tree(item, IN_LOOP) for item in x])
             return Sequenced(type(x).__name__, items)
-        if isinstance(x, tuple) and hasattr(x, "_fields"):
+        if isinstance(x, tuple) and is_named(type(x)):
             kind = self.object(type(x))
             return Sequenced(kind, tuple([self.tree(item, IN_LOOP) for item in x]))
         if type(x) is dict:
@@ -320,7 +321,7 @@ def _captured(
     sources = _sources(t, graph)
     host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
     paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
-    plain_ones = tuple(x if type(x) in _PLAIN else OPAQUE for x in given)
+    plain_ones = tuple(x if _is_plain(x) else OPAQUE for x in given)
     effects_key = (
         sources,
         paths,
@@ -334,7 +335,8 @@ def _captured(
         None if checks is None else (graph_key(checks.graph), checks.sources),
     )
     given_key = tuple(
-        id(x) if p is OPAQUE else repr(p) for p, x in zip(plain_ones, given, strict=True)
+        id(x) if p is OPAQUE or isinstance(p, type) else repr(p)
+        for p, x in zip(plain_ones, given, strict=True)
     )
     return Captured(
         graph=graph,
@@ -353,6 +355,11 @@ def _captured(
         late=late,
         opaque=tuple(dict.fromkeys(t.scalars.opaque)),
     )
+
+
+def _is_plain(x: object) -> bool:
+    """Whether an object is the same in each call: a plain value, or the class of a named tuple."""
+    return type(x) in _PLAIN or (isinstance(x, type) and is_named(x))
 
 
 def _is_new(grad: torch.Tensor) -> bool:

@@ -22,6 +22,7 @@ from tracejit.capture.effects.effects import (
     Sequenced,
     Slot,
     Tree,
+    tuple_of,
 )
 from tracejit.capture.effects.outside import attach
 from tracejit.capture.python.references import GRADIENT, count
@@ -232,7 +233,8 @@ class _Lines:
                     return f"[{', '.join(parts)}]"
                 if kind == "tuple":
                     return f"({''.join(f'{p}, ' for p in parts)})"
-                return f"{self._tree(kind)}({', '.join(parts)})"  # a namedtuple
+                self.names["tuple_of"] = tuple_of
+                return f"tuple_of({self._tree(kind)}, [{', '.join(parts)}])"
             case Mapped(items):
                 keys = [self._tree(k) if isinstance(k, Given) else repr(k) for k, _ in items]
                 parts = [f"{k}: {self._tree(v)}" for k, (_, v) in zip(keys, items, strict=True)]

@@ -78,7 +78,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Sequenced:
-    """A tuple, a list, or an instance of the namedtuple class that `kind` gives."""
+    """A tuple, a list, or an instance of the class of tuples that `kind` gives."""
 
     kind: str | Given
     items: tuple
@@ -107,6 +107,16 @@ def slots(tree: Tree) -> Iterator[int]:
                 yield from slots(item)
 
 
+def is_named(kind: type) -> bool:
+    """Whether a class is one of tuples with names: a namedtuple, or one of torch's own results."""
+    return issubclass(kind, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_fields"))
+
+
+def tuple_of(kind: type, items: Sequence[object]) -> tuple:
+    """A tuple of such a class."""
+    return kind._make(items) if hasattr(kind, "_make") else kind(items)
+
+
 def rebuilt(
     tree: Tree, made: Sequence[torch.Tensor], host: Sequence[float], given: Sequence[object]
 ) -> object:
@@ -121,7 +131,7 @@ def rebuilt(
         case Sequenced(kind, items):
             parts = [rebuilt(x, made, host, given) for x in items]
             if isinstance(kind, Given):
-                return given[kind.index](*parts)
+                return tuple_of(given[kind.index], parts)
             return parts if kind == "list" else tuple(parts)
         case Mapped(items):
             return {

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracejit.capture.effects.captured import graph_key
+from tracejit.capture.effects.effects import is_named, tuple_of
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate, same_float
 from tracejit.capture.trace.tensor import Geometry, TracedTensor
@@ -283,4 +284,4 @@ def container(kind: type, items: list) -> object:
         return slice(*items)
     if kind is TUPLE_ITERATOR:
         return iter(tuple(items))
-    return kind(*items) if hasattr(kind, "_fields") else kind(items)
+    return tuple_of(kind, items) if is_named(kind) else kind(items)
