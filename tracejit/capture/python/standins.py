@@ -1,13 +1,16 @@
-"""What `type(x)` and `x.__class__` say of a trace's stand-ins: the class that eager would have.
+"""What `type(x)` and `float(x)` say of a trace's stand-ins: what eager would have.
 
-`type` cannot be told by an object what to say. So while a step is traced, the name `type` stands
-for `asked` in the globals of the user's code that the step leads to: the modules of its functions
-and objects, and what these import. It goes when the trace is over. `is`, `==` and `in` then work,
-as libraries write them: `type(x) is torch.Tensor`.
+Neither can be told by an object what to say. So while a step is traced, these names stand for
+`asked` and `as_float` in the globals of the user's code that the step leads to: the modules of its
+functions and objects, and what these import. They go when the trace is over. `type(x) is
+torch.Tensor` then holds, as libraries write it, and `float(loss)` stays a runtime scalar. `float`
+is left alone in modules that do more with it than to call it or to ask `isinstance`.
 """
 
 from __future__ import annotations
 
+import dis
+import functools
 import sys
 import threading
 from collections import Counter
@@ -18,7 +21,8 @@ from types import CodeType, FunctionType, ModuleType
 import torch
 
 from tracejit.capture.python.bytecode import codes
-from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.active import current
+from tracejit.capture.trace.scalars import TracedFloat, is_runtime
 from tracejit.capture.trace.tensor import TracedTensor
 
 _STANDS_FOR = {TracedTensor: torch.Tensor, TracedFloat: float}
@@ -51,16 +55,52 @@ class asked(type, metaclass=_Asked):
     """`type`, which says of what stands for a tensor or float in a trace that it is one."""
 
 
+class _AsFloat(type):
+    """The class of `as_float`."""
+
+    def __call__(cls, *args: object) -> float:
+        if len(args) == 1:
+            x = args[0]
+            if type(x) is TracedTensor or (isinstance(x, torch.Tensor) and current() is not None):
+                x = x.item()
+            if is_runtime(x):
+                return x
+            return float(x)
+        return float(*args)
+
+    def __instancecheck__(cls, x: object) -> bool:
+        return isinstance(x, float)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, float)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is float or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(float)
+
+
+class as_float(float, metaclass=_AsFloat):
+    """`float`, which leaves a number of a trace what it is."""
+
+
+_STANDINS = {"type": asked, "float": as_float}
+
+
 # ---- whose code it is
 
-_found: dict[int, tuple[dict, int, list[dict]]] = {}  # by a namespace: its size, and what it needs
+Needed = list[tuple[dict, str]]  # namespaces, each with a name that it needs
+
+_found: dict[int, tuple[dict, int, Needed]] = {}  # by a namespace: its size, and what it leads to
 _MANY = 1000  # of these are remembered
 
 
-def _namespaces(start: Iterable[object]) -> list[dict]:
-    """The globals that functions and objects of the user lead to, where the code names `type`."""
-    found: dict[int, dict] = {}
+def _namespaces(start: Iterable[object]) -> Needed:
+    """The globals that functions and objects of the user lead to, where the code needs a name."""
+    found: dict[tuple[int, str], tuple[dict, str]] = {}
     for x in start:
+        needed = []
         for namespace in _own(x):
             known = _found.get(id(namespace))
             if known is None or known[0] is not namespace or known[1] != len(namespace):
@@ -68,10 +108,29 @@ def _namespaces(start: Iterable[object]) -> list[dict]:
                     _found.clear()
                 known = namespace, len(namespace), list(_reached(namespace))
                 _found[id(namespace)] = known
-            found |= {id(n): n for n in known[2]}
-        if type(x) is FunctionType and _names_type(x.__code__):
-            found[id(x.__globals__)] = x.__globals__  # of a function made in another
+            needed += known[2]
+        if type(x) is FunctionType:  # which may have been made in another one
+            needed += [
+                (x.__globals__, name) for name in _needs([x.__code__, *_codes_in(x.__globals__)])
+            ]
+        found |= {(id(namespace), name): (namespace, name) for namespace, name in needed}
     return list(found.values())
+
+
+def _needs_beside(function: FunctionType) -> list[str]:
+    """What a function needs of its globals, where other code there allows it."""
+    namespace = function.__globals__
+    known = _beside.get(id(namespace))
+    if known is None or known[0] is not namespace or known[1] != len(namespace):
+        if len(_beside) >= _MANY:
+            _beside.clear()
+        uses = frozenset().union(*map(_uses, _codes_in(namespace)))
+        known = _beside[id(namespace)] = namespace, len(namespace), uses
+    own = _needs([function.__code__])
+    return [name for name in own if f"all of {name}" not in known[2]]
+
+
+_beside: dict[int, tuple[dict, int, frozenset[str]]] = {}
 
 
 def _own(x: object) -> Iterator[dict]:
@@ -89,14 +148,14 @@ def _is_library(name: object) -> bool:
     return not isinstance(name, str) or name.partition(".")[0] in _LIBRARIES
 
 
-def _reached(namespace: dict) -> Iterator[dict]:
-    """Namespaces whose code names `type`, among one and those that it imports from."""
+def _reached(namespace: dict) -> Iterator[tuple[dict, str]]:
+    """What is needed in a namespace and in those that it imports from."""
     seen, pending = {id(namespace)}, [namespace]
     while pending:
-        current = pending.pop()
-        if any(map(_names_type, _codes_in(current))):
-            yield current
-        for x in list(current.values()):
+        here = pending.pop()
+        for name in _needs(_codes_in(here)):
+            yield here, name
+        for x in list(here.values()):
             name = _module_name(x)
             module = None if _is_library(name) else sys.modules.get(name)
             if module is not None and id(vars(module)) not in seen:
@@ -124,31 +183,64 @@ def _codes_in(namespace: dict) -> Iterator[CodeType]:
                 f = f.__dict__.get("__wrapped__")
 
 
-def _names_type(code: CodeType) -> bool:
-    return any("type" in c.co_names for c in codes(code))
+def _needs(functions: Iterable[CodeType]) -> list[str]:
+    """The names that code needs to stand for something else."""
+    uses = set().union(*map(_uses, functions))
+    return [name for name in _STANDINS if name in uses and f"all of {name}" not in uses]
+
+
+@functools.lru_cache(4096)
+def _uses(code: CodeType) -> frozenset[str]:
+    """Which of the names code uses: "float" where it is called, "all of float" where it may be
+    passed on, or compared with a class."""
+    found = set()
+    for c in codes(code):
+        if "type" in c.co_names:
+            found.add("type")
+        if "float" not in c.co_names:
+            continue
+        if not {"type", "__class__"}.isdisjoint(c.co_names):
+            found.add("all of float")
+        asked_for = 0  # instructions since `isinstance` was named
+        for i in dis.get_instructions(c):
+            asked_for += 1
+            if i.argval == "isinstance":
+                asked_for = 0
+            elif i.argval == "float" and i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                called = i.opname == "LOAD_GLOBAL" and i.argrepr.startswith("NULL")
+                found.add("float" if called or asked_for < _NEAR else "all of float")
+    return frozenset(found)
+
+
+_NEAR = 8
 
 
 # ---- in place for the time of a trace
 
 _lock = threading.Lock()
-_users: Counter[int] = Counter()  # traces that need a namespace to have it, by its identity
+_users: Counter[tuple[int, str]] = Counter()  # traces that need a name in a namespace
 
 
 @contextmanager
 def standins(start: Iterable[object]) -> Iterator[None]:
-    """`type` says what eager would, in the code that some functions and objects lead to."""
+    """`type` and `float` say what eager would, in the code that some functions and objects lead
+    to."""
     with _lock:
-        namespaces = [n for n in _namespaces(start) if n.get("type", asked) is asked]
-        for namespace in namespaces:
-            _users[id(namespace)] += 1
-            namespace["type"] = asked
+        needed = [
+            (namespace, name)
+            for namespace, name in _namespaces(start)
+            if namespace.get(name, _STANDINS[name]) is _STANDINS[name]
+        ]
+        for namespace, name in needed:
+            _users[id(namespace), name] += 1
+            namespace[name] = _STANDINS[name]
     try:
         yield
     finally:
         with _lock:
-            for namespace in namespaces:
-                _users[id(namespace)] -= 1
-                if not _users[id(namespace)]:
-                    del _users[id(namespace)]
-                    if namespace.get("type") is asked:
-                        del namespace["type"]
+            for namespace, name in needed:
+                _users[id(namespace), name] -= 1
+                if not _users[id(namespace), name]:
+                    del _users[id(namespace), name]
+                    if namespace.get(name) is _STANDINS[name]:
+                        del namespace[name]
