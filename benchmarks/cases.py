@@ -71,6 +71,10 @@ CASES: dict[str, Case] = {
     "transformer_block": Case(
         transformer_block.make_step, {"batch": 2, "length": 5, "width": 24, "heads": 4}, _BLOCK
     ),
+    "loss_item": Case(steps.loss_item, _NET, _TWO_LAYER),
+    "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER),
+    "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER),
+    "early_exit": Case(steps.early_exit, _NET, _TWO_LAYER * 3),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

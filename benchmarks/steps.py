@@ -63,6 +63,97 @@ def mlp(
     return _training(lambda: F.cross_entropy(model(x), labels), model, optimizer)
 
 
+def _net_with_sgd(n: int, d_in: int, h: int, d_out: int, device: str, fused: bool | None) -> tuple:
+    """The two-layer net out of modules with SGD: (a function that gives the loss, both)."""
+    torch.manual_seed(0)
+    x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
+    model = sequential(d_in, h, d_out).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, fused=fused)
+    return lambda: (model(x) - y).pow(2).sum(), model, optimizer
+
+
+def loss_item(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """A step that returns its loss as a number."""
+    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    step, tensors = _training(loss_of, model, optimizer)
+    return lambda: step().item(), tensors
+
+
+def nan_check(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """A step that leaves the update out where the loss is not finite."""
+    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        if torch.isfinite(loss):
+            optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
+def norm_logged(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """A step that clips gradients, and returns loss and norm as numbers."""
+    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        loss = loss_of()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item() + norm.item()
+
+    return step, list(model.parameters())
+
+
+def early_exit(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """Up to three updates, as long as the loss is large."""
+    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+
+    def step() -> torch.Tensor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss = loss_of()
+            if loss.item() < 1e-3:
+                break
+            loss.backward()
+            optimizer.step()
+        return loss
+
+    return step, list(model.parameters())
+
+
 def adam(
     count: int = 20,
     shape: tuple[int, int] = (500, 500),

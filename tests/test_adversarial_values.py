@@ -413,6 +413,39 @@ def nothing_selected(w):
     return step
 
 
+def spiked(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch that overflows at times."""
+    return X * (float("inf") if i in (2, 6) else 1.0), Y
+
+
+@case("rerun", args=spiked, calls=9)
+def scaled_gradients(w):
+    w.t = t = Trainer()
+    w.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    def step(x, y):
+        t.opt.zero_grad()
+        loss = t.loss(x, y)
+        scaler.scale(loss).backward()
+        scaler.unscale_(t.opt)
+        nn.utils.clip_grad_norm_(t.model.parameters(), 1.0)
+        scaler.step(t.opt)
+        scaler.update()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=lambda i: (X, float(i % 2)), calls=8)
+def truth_of_numbers(w):
+    def step(x, gain):
+        if gain and x.sum().item():
+            x = x * gain
+        return x if not x.max().item() else x + 1
+
+    return step
+
+
 @case("rerun", args=batches)
 def printed_every_time(w):
     w.t = t = Trainer()

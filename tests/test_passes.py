@@ -17,6 +17,7 @@ from tracejit.ir.text import parse
 from tracejit.ir.types import DType, Type, b1, bf16, f16, f32, f64, i32, round_to, u8
 from tracejit.passes import PIPELINE, dce, optimize, simplify
 from tracejit.passes.cone import cone
+from tracejit.passes.segments import segments
 
 HEADER = "f(%0: f32[4], %1: f32[4], %2: b1[4], %3: bf16[4], %4: i32[4], %5: f32[3,1,4], "
 HEADER += "%6: f64[]@host, %7: b1[1], %8: i32[1,4]) {\n"
@@ -554,3 +555,52 @@ def test_optimize_keeps_every_bit(seed: int):
 def test_optimize_has_nothing_left_to_do(seed: int):
     optimized = optimize(random_graph(seed)[0])
     assert str(optimize(optimized)) == str(optimized)
+
+
+# ---- segments
+
+WHOLE = """step(%0: f32[4], %1: f32[4]) {
+  %2: f32[4] = mul(%0, %0)
+  %3: f32[2,2] = reshape(%2, shape=(2, 2))
+  %4: f32[] = reduce_sum(%2, axes=(0,))
+  %5: f32[4] = exp(%1)
+  %6: f32[4] = add(%2, %5)
+  return %6, %3, %4
+  write %1 <- %5
+}"""
+
+
+def test_segments_carry_what_is_computed_and_repeat_what_is_free():
+    whole = parse(WHOLE)
+    value = whole.nodes[2].out
+    first, rest = segments(whole, [cone(whole, [value], "value")[0]])
+    assert str(first.graph) == (
+        "value(%0: f32[4]) {\n  %1: f32[4] = mul(%0, %0)\n"
+        "  %2: f32[] = reduce_sum(%1, axes=(0,))\n  return %2\n}"
+    )
+    assert first.carried == {} and set(rest.carried.values()) == {0}
+    assert list(rest.carried) == [whole.nodes[0].out, value]
+    assert str(rest.graph) == (
+        "step(%0: f32[4], %1: f32[4], %2: f32[]) {\n  %3: f32[2,2] = reshape(%1, shape=(2, 2))\n"
+        "  %4: f32[4] = exp(%0)\n  %5: f32[4] = add(%1, %4)\n  return %5, %3, %2\n"
+        "  write %0 <- %4\n}"
+    )
+    verify(first.graph)
+    verify(rest.graph)
+
+
+def test_segments_in_turn():
+    """A later value that stands on an earlier one reads what that has computed."""
+    whole = parse(WHOLE)
+    nodes = whole.nodes
+    cones = [cone(whole, [v], "value")[0] for v in (nodes[2].out, nodes[4].out)]
+    first, second, rest = segments(whole, cones)
+    assert second.carried == {nodes[0].out: 0}
+    assert rest.carried[nodes[4].out] == 1 and rest.carried[nodes[3].out] == 1
+    assert [n.op.name for n in rest.graph.nodes] == ["reshape"]
+
+
+def test_a_value_that_is_an_input():
+    whole = parse(WHOLE)
+    first, rest = segments(whole, [cone(whole, [whole.params[0].value], "value")[0]])
+    assert not first.graph.nodes and rest.carried == {} and len(rest.graph.nodes) == 5

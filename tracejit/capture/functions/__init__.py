@@ -2,6 +2,7 @@
 
 from tracejit.capture.functions import (
     activation,
+    amp,
     arithmetic,
     arrangement,
     assembly,
@@ -34,6 +35,7 @@ from tracejit.capture.functions import (
 
 __all__ = [
     "activation",
+    "amp",
     "arithmetic",
     "arrangement",
     "assembly",

@@ -68,11 +68,17 @@ _PURE_MODULES = frozenset(
 _READ_ALL = frozenset({"copy", "copyreg", "dataclasses"})  # of the objects given to them
 _PURE_TORCH_MODULES = (
     *("torch", "torch._C", "torch._VF", "torch._classes", "torch._compile", "torch._dynamo"),
-    "torch.amp.autocast_mode",
     *("torch._functorch.autograd_function", "torch._functorch.pyfunctorch"),
     *("torch._functorch.utils", "torch._higher_order_ops", "torch._jit_internal"),
     *("torch._linalg_utils", "torch._lowrank", "torch._namedtensor_internals", "torch._ops"),
-    *("torch._tensor", "torch._utils", "torch.accelerator", "torch.autograd", "torch.backends"),
+    *(
+        "torch._tensor",
+        "torch._utils",
+        "torch.accelerator",
+        "torch.amp",
+        "torch.autograd",
+        "torch.backends",
+    ),
     *("torch.compiler", "torch.cuda", "torch.functional", "torch.jit", "torch.nn", "torch.optim"),
     *("torch.overrides", "torch.profiler", "torch.return_types", "torch.types"),
     *("torch.utils._contextlib", "torch.utils._device", "torch.utils._foreach_utils"),

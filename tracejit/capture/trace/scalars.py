@@ -141,6 +141,9 @@ class TracedFloat(float):
             live.decide(Predicate("is", self.value, number, True))
         return number
 
+    def __bool__(self) -> bool:
+        return self != 0.0  # a decision
+
     real = property(lambda self: self.pin())
     imag = property(lambda self: 0.0)
 
@@ -249,7 +252,7 @@ TracedFloat.__pos__ = lambda self: self
 for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
     setattr(TracedFloat, f"__{_name}__", _comparison(_name))
 for _name in (
-    *("__bool__", "__int__", "__float__", "__trunc__", "__floor__", "__ceil__", "__round__"),
+    *("__int__", "__float__", "__trunc__", "__floor__", "__ceil__", "__round__"),
     *("__hash__", "__repr__", "__str__", "__format__", "__divmod__", "__rdivmod__"),
     *("is_integer", "as_integer_ratio", "hex", "conjugate", "__getnewargs__"),
 ):
