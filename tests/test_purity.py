@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+import time
 from collections.abc import Callable
 from math import sqrt
 
@@ -158,6 +159,18 @@ def an_alias_given_to_map(w):
 def an_alias_in_a_partial(w):
     root = functools.partial(sqrt)
     return lambda a: X * root(a)
+
+
+@case("rerun", args=rates)
+def a_slot_of_float_in_a_partial(w):
+    twice = functools.partial(float.__mul__, 2.0)
+    return lambda a: X * twice(a)
+
+
+@case("rerun")
+def a_clock_in_a_partial(w):
+    clock = functools.partial(time.perf_counter)
+    return lambda: X if clock() > 0 else X * 2
 
 
 @case("rerun", args=rates)

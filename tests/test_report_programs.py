@@ -21,7 +21,7 @@ import tracejit
 from support.function_checks import outcome, step_of
 from support.function_samples import each_function, samples_of
 from support.golden import Golden
-from support.machine_code import each_target
+from support.machine_code import mostly_90
 from support.programs import PROGRAMS, Program, plans_of
 from tracejit.aot import TARGETS
 from tracejit.capture.trace.table import function_name
@@ -81,17 +81,17 @@ def test_golden_launches(golden):
 
 
 @functools.cache
-def compiled() -> None:
-    precompile([plan for name in FIXED for plan in plans(name)])
+def compiled(target: int) -> None:
+    precompile([plan for name in FIXED for plan in plans(name)], targets=(target,))
 
 
 @functools.cache
 def reports(name: str, target: int) -> list[Report]:
-    compiled()
+    compiled(target)
     return [report(plan, target=target) for plan in plans(name)]
 
 
-@each_target
+@mostly_90
 @pytest.mark.parametrize("name", FIXED)
 def test_kernels_keep_the_limits(name, target):
     found = reports(name, target)
@@ -109,7 +109,7 @@ def test_every_exception_is_needed():
         )
 
 
-@each_target
+@mostly_90
 def test_golden_reports(golden, target):
     check_golden(golden, target, {name: reports(name, target) for name in FIXED})
 

@@ -375,6 +375,9 @@ class Walk(GuardText):
         parts = ("__func__", "fget", "fset", "fdel", "func", "args", "keywords")
         for name in parts:
             part = getattr(x, name, None)
+            if name == "func" and isinstance(part, C_FUNCTIONS) and not known_callable(part):
+                # C calls it: no profiler sees that, and it may read a runtime scalar's value
+                self.refuse(f"{path} wraps {part.__qualname__}, which is not known to be pure")
             if part is not None:
                 self.visit(part, f"{at}.{name}", path)
 
