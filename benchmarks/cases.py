@@ -20,7 +20,7 @@ class Case:
     """One step.
 
     make_step: (**small, device=…, fused=…) -> (step, tensors that it changes); the step has no
-        arguments and returns a tensor or None. `fused` only where its optimizer has it.
+        arguments and returns a tensor, a float or None. `fused` only where its optimizer has it.
     small:  sizes for a smoke test.
     gemms:  the matrix products that no version avoids.
     bytes:  what a version must read and write at least, where that is more than caches hold.

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from examples.modules import sequential
 
-Made = tuple[Callable[[], torch.Tensor | None], list[torch.Tensor]]
+Made = tuple[Callable[[], torch.Tensor | float | None], list[torch.Tensor]]
 
 
 def _training(

@@ -102,9 +102,11 @@ def build_torch(case_name: str, contender: str, device: str, small: bool) -> Con
         if device == "cuda":
             torch.cuda.synchronize()
 
-    def number(out: torch.Tensor | None) -> float | None:
+    def number(out: torch.Tensor | float | None) -> float | None:
         if out is None:
             return sync(out)
+        if isinstance(out, float):  # which the step itself has waited for
+            return out
         return (out if out.numel() == 1 else out.pow(2).mean()).item()
 
     return Contender(step, state, number, sync)
