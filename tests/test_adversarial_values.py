@@ -418,6 +418,24 @@ def spiked(i: int) -> tuple[torch.Tensor, torch.Tensor]:
     return X * (float("inf") if i in (2, 6) else 1.0), Y
 
 
+@case("rerun", args=lambda i: (i,), calls=9)
+def number_beside_a_literal_that_varies(w):
+    """The literal becomes a runtime scalar, which is none of those that the step has."""
+    w.t = t = Trainer()
+    w.best = 1e9
+
+    def step(i):
+        loss = t.loss(torch.full((5, 4), 0.1 * (i + 1)), Y)
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        if loss.item() < w.best:
+            w.best = float(loss.item())
+        return loss.item(), w.best
+
+    return step
+
+
 @case("rerun", args=spiked, calls=9)
 def scaled_gradients(w):
     w.t = t = Trainer()

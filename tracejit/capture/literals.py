@@ -48,7 +48,7 @@ class Literals:
         if family.count <= _ENOUGH or not family.varying:
             return None
         chosen = [p for p in literals if p in family.varying]
-        graph, values = _with_scalars(captured.graph, chosen)
+        graph, values = _with_scalars(captured, chosen)
         first = len(captured.scalars)
         sources = tuple(("scalar", first + k) for k in range(len(chosen)))
         paths = tuple(("computed", f"literal {k}") for k in range(len(chosen)))
@@ -103,10 +103,13 @@ def _replaced(graph: Graph, operands: dict[Place, Value | float]) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
-def _with_scalars(graph: Graph, places: list[Place]) -> tuple[Graph, tuple[Value, ...]]:
-    """The graph with runtime scalars, as further inputs, in place of literals."""
-    used = [p.value.id for p in graph.params] + [v.id for n in graph.nodes for v in n.outs]
-    start = max(used, default=-1) + 1
+def _with_scalars(captured: Captured, places: list[Place]) -> tuple[Graph, tuple[Value, ...]]:
+    """The graph with runtime scalars, as further inputs, in place of literals. They are none of the
+    step's values: numbers that only results depend on are not in the graph."""
+    graph = captured.graph
+    known = [*(p.value for p in graph.params), *captured.scalars]
+    known += [v for n in (*graph.nodes, *captured.host_nodes) for v in n.outs]
+    start = max((v.id for v in known), default=-1) + 1
     values = tuple(Value(start + k, HOST_SCALAR) for k in range(len(places)))
     graph = _replaced(graph, dict(zip(places, values, strict=True)))
     return replace(graph, params=(*graph.params, *map(Param, values))), values
