@@ -121,13 +121,13 @@ class Parts:
 
     cuts:     which cuts of the step they end with.
     stages:   a stage for each of them.
-    rest:     the graph of the rest; inputs per param of it: ("param", value), or (stage, result).
+    inputs:   per param of the rest's graph: ("param", value), or (stage, result).
+    program:  the rest's.
     results:  where each result of the step's graph is: (stage, result), or ("rest", result).
     """
 
     cuts: tuple[int, ...]
     stages: tuple[Stage, ...]
-    rest: Graph
     inputs: tuple[tuple, ...]
     program: Program
     results: tuple[tuple, ...]
@@ -153,7 +153,7 @@ class Stages:
             ]
 
         for cone, segment in zip(cones, first, strict=True):
-            key = graph_key(cone), tuple(map(id, stages))
+            key = graph_key(cone), tuple(stages)
             stage = self._stages.get(key)
             if stage is None:
                 place = {p.value: i for i, p in enumerate(cone.params)}
@@ -176,7 +176,7 @@ class Stages:
         needed = replace(rest, carried={v: k for v, k in rest.carried.items() if v in still})
         inputs = [("param", p.value) for p in own] + carried(needed)
         program = self._make(graph, " after it")
-        return Parts(tuple(cuts), tuple(stages), graph, tuple(inputs), program, tuple(results))
+        return Parts(tuple(cuts), tuple(stages), tuple(inputs), program, tuple(results))
 
 
 def _without_unread(graph: Graph, first: int) -> Graph:

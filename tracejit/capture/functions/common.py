@@ -163,6 +163,12 @@ def is_tensor(x: Arg) -> bool:
     return isinstance(x, Value) and not x.type.is_host
 
 
+def by_rule(t: Trace, function: Callable, *args: object) -> torch.Tensor:
+    """What a torch function returns, by its rule; nothing of it is differentiated."""
+    with t.untaped():
+        return RULES[function].run(t, *args)
+
+
 def truth(t: Trace, value: Value) -> Value:
     """Whether each element differs from zero."""
     dtype = value.type.dtype

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from tracejit.capture.functions.arithmetic import swapped
 from tracejit.capture.functions.common import (
+    by_rule,
     literal,
     operand,
     pointwise,
@@ -16,7 +15,7 @@ from tracejit.capture.functions.common import (
     truth,
 )
 from tracejit.capture.functions.rows import elementwise, primitive
-from tracejit.capture.trace.table import RULES, Row, rule
+from tracejit.capture.trace.table import Row, rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 
@@ -66,12 +65,6 @@ for _names, _implementation in (
     register(_names, _implementation)
 
 
-def _call(t: Trace, function: Callable, *args: object) -> Tensor:
-    """What a torch function returns, by its rule; nothing of it is differentiated."""
-    with t.untaped():
-        return RULES[function].run(t, *args)
-
-
 @rule(torch.isclose, Tensor.isclose)
 def isclose(
     t: Trace,
@@ -81,17 +74,17 @@ def isclose(
     atol: float = 1e-08,
     equal_nan: bool = False,
 ) -> Tensor:
-    close = _call(t, torch.eq, input, other)
+    close = by_rule(t, torch.eq, input, other)
     if equal_nan:
-        both = _call(t, torch.ne, input, input), _call(t, torch.ne, other, other)
-        close = _call(t, torch.logical_or, close, _call(t, torch.logical_and, *both))
+        both = by_rule(t, torch.ne, input, input), by_rule(t, torch.ne, other, other)
+        close = by_rule(t, torch.logical_or, close, by_rule(t, torch.logical_and, *both))
     if rtol == 0 and atol == 0:
         return close
     if not (t.lift(input).dtype.is_float and t.lift(other).dtype.is_float):
         dtype = torch.get_default_dtype()
-        input, other = (_call(t, Tensor.to, x, dtype) for x in (input, other))
-    allowed = _call(t, torch.add, _call(t, torch.abs, _call(t, torch.mul, other, rtol)), atol)
-    error = _call(t, torch.abs, _call(t, torch.sub, input, other))
-    finite = _call(t, torch.ne, error, float("inf"))
-    near = _call(t, torch.logical_and, _call(t, torch.le, error, allowed), finite)
-    return _call(t, torch.logical_or, close, near)
+        input, other = (by_rule(t, Tensor.to, x, dtype) for x in (input, other))
+    allowed = by_rule(t, torch.add, by_rule(t, torch.abs, by_rule(t, torch.mul, other, rtol)), atol)
+    error = by_rule(t, torch.abs, by_rule(t, torch.sub, input, other))
+    finite = by_rule(t, torch.ne, error, float("inf"))
+    near = by_rule(t, torch.logical_and, by_rule(t, torch.le, error, allowed), finite)
+    return by_rule(t, torch.logical_or, close, near)

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch.optim import _adafactor
 
-from tracejit.capture.functions.common import truth
+from tracejit.capture.functions.common import by_rule, truth
 from tracejit.capture.functions.factories import converted
 from tracejit.capture.trace import cuts, location, numbers
 from tracejit.capture.trace.scalars import pinned
-from tracejit.capture.trace.table import BY_CALLER, RULES, function_name, rule
+from tracejit.capture.trace.table import BY_CALLER, function_name, rule
 from tracejit.capture.trace.tensor import Handle
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ValueDependentError
@@ -83,17 +83,11 @@ def equal(t: Trace, input: Tensor, other: Tensor) -> bool:
     a, b = t.lift(input), t.lift(other)
     if a.shape != b.shape:
         return False
-    return _all(t, _call(t, torch.eq, input, other))
-
-
-def _call(t: Trace, function: object, *args: object) -> Tensor:
-    """What a torch function returns, by its rule; nothing of it is differentiated."""
-    with t.untaped():
-        return RULES[function].run(t, *args)
+    return _all(t, by_rule(t, torch.eq, input, other))
 
 
 def _all(t: Trace, condition: Tensor) -> bool:
-    return bool_(t, _call(t, torch.all, condition))
+    return bool_(t, by_rule(t, torch.all, condition))
 
 
 @rule(torch.allclose, Tensor.allclose)
@@ -105,7 +99,7 @@ def allclose(
     atol: float = 1e-08,
     equal_nan: bool = False,
 ) -> bool:
-    return _all(t, _call(t, torch.isclose, input, other, rtol, atol, equal_nan))
+    return _all(t, by_rule(t, torch.isclose, input, other, rtol, atol, equal_nan))
 
 
 @rule(Tensor.tolist)
@@ -161,7 +155,7 @@ def contains(t: Trace, self: Tensor, element: object) -> bool:
             "Tensor.__contains__ only supports Tensor or scalar, but you passed in a "
             f"{type(element)}."
         )
-    return bool_(t, _call(t, torch.any, _call(t, torch.eq, self, element)))
+    return bool_(t, by_rule(t, torch.any, by_rule(t, torch.eq, self, element)))
 
 
 @rule(Tensor.__complex__, Tensor.__dlpack__, Tensor.data_ptr)

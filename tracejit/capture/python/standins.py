@@ -29,7 +29,23 @@ _STANDS_FOR = {TracedTensor: torch.Tensor, TracedFloat: float}
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "triton"}) | sys.stdlib_module_names
 
 
-class _Asked(type):
+class _StandIn(type):
+    """The class of a stand-in, which is its base for whoever compares or asks."""
+
+    def __instancecheck__(cls, x: object) -> bool:
+        return isinstance(x, cls.__base__)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, cls.__base__)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls.__base__ or other is cls
+
+    def __hash__(cls) -> int:
+        return hash(cls.__base__)
+
+
+class _Asked(_StandIn):
     """The class of `asked`."""
 
     def __call__(cls, *args: object, **named: object) -> type:
@@ -38,24 +54,12 @@ class _Asked(type):
         kind = type(args[0])
         return _STANDS_FOR.get(kind, kind)
 
-    def __instancecheck__(cls, x: object) -> bool:
-        return isinstance(x, type)
-
-    def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, type)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is type or other is cls
-
-    def __hash__(cls) -> int:
-        return hash(type)
-
 
 class asked(type, metaclass=_Asked):
     """`type`, which says of what stands for a tensor or float in a trace that it is one."""
 
 
-class _AsFloat(type):
+class _AsFloat(_StandIn):
     """The class of `as_float`."""
 
     def __call__(cls, *args: object) -> float:
@@ -67,18 +71,6 @@ class _AsFloat(type):
                 return x
             return float(x)
         return float(*args)
-
-    def __instancecheck__(cls, x: object) -> bool:
-        return isinstance(x, float)
-
-    def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, float)
-
-    def __eq__(cls, other: object) -> bool:
-        return other is float or other is cls
-
-    def __hash__(cls) -> int:
-        return hash(float)
 
 
 class as_float(float, metaclass=_AsFloat):
