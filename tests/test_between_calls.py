@@ -81,7 +81,7 @@ def test_decisions_by_values(first):
 FAULTS = {
     "numbers": (r"same_value\(", "dictionary", "w.options['power'] = 3"),
     "strings": (r"same_value\(", "flag", "w.mode = 'sin'"),
-    "floats": (r"same_float\(", "function", "w.helper.__defaults__ = (3.0,)"),
+    "floats": (r"same_number\(", "function", "w.helper.__defaults__ = (3.0,)"),
     "flags": (r" is (True|False|None)$", "flag", "w.flag = False"),
     "functions": (r"^\S+ is k\d+$", "function", "w.act = torch.sigmoid"),
     "code": (r"__code__ is", "function", "w.helper.__code__ = w.another.__code__"),

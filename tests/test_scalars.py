@@ -9,12 +9,13 @@ import operator
 import pickle
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
 from support.oracle import call, captured_of, host_function, traced
 from tracejit.capture.effects.effects import Given
-from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_float
+from tracejit.capture.trace.scalars import RELATIONS, TracedFloat, same_number
 from tracejit.errors import UnsupportedOperation
 
 INF, NAN = math.inf, math.nan
@@ -41,7 +42,7 @@ def outcome(run: Callable, *args: object) -> object:
 
 def same(a: object, b: object) -> bool:
     if isinstance(a, float) and isinstance(b, float):
-        return same_float(float(a), float(b))
+        return same_number(float(a), float(b))
     return type(a) is type(b) and (a == b or a != a)
 
 
@@ -105,6 +106,60 @@ def test_long_expressions_are_recomputed():
         assert same(on_host(captured, values), step(*values))
 
 
+_TO_INTEGERS = {
+    "round": lambda x: round(x),
+    "floor": lambda x: math.floor(x),
+    "ceil": lambda x: math.ceil(x) * 3 // 2,
+    "trunc": lambda x: 2 ** math.trunc(x),
+    "negative power": lambda x: math.floor(x) ** -2,
+    "divmod": lambda x: divmod(round(x), 3),
+    "rdivmod": lambda x: divmod(7, x),
+    "quotient": lambda x: -round(x) / 3 + abs(round(-x)) * 0.5,
+    "remainder": lambda x: (7 % round(x), round(x) - 4),
+}
+
+
+@pytest.mark.parametrize("name", _TO_INTEGERS)
+def test_integers_are_arithmetic_too(name):
+    step = _TO_INTEGERS[name]
+    captured = captured_of(step, 2.5)
+    assert all(p.relation == "lt" for p in captured.predicates)  # the sign of an exponent
+    for x in (2.5, 3.5, 17.9, 1.2):
+        expected = step(x)
+        results = expected if isinstance(expected, tuple) else (expected,)
+        assert same_structure(tuple(all_on_host(captured, [x])), results)
+        assert same_structure(call(step, x), expected)
+
+
+_USES_OF_INTEGERS = {
+    "index": (lambda n: [1, 2, 3, 4][n], 1),
+    "range": (lambda n: len(range(n)), 1),
+    "%": (lambda n: "%d" % n, 1),  # noqa: UP031
+    "format": (lambda n: f"{n:03d}", 1),
+    "hash": (lambda n: {3: "three"}.get(n), 1),
+    "bits": (lambda n: (n & 1, n << 2, 5 | n, n.bit_length()), 1),
+    "numpy": (lambda n: (np.int64(2) * n, np.sqrt(n), np.array([n, 1]).sum()), 1),
+    "isinstance": (lambda n: (isinstance(n, int), isinstance(n, float), n.__class__), 0),
+    "type": (lambda n: (type(n) is int, type(n)), 0),
+    "even": (lambda n: n % 2 == 0, 1),
+    "none": (lambda n: (n.real, +n, n.imag), 0),
+    "copy": (lambda n: copy.deepcopy(n), 1),
+    "complex": (lambda n: n * 1j, 1),
+    "modular": (lambda n: pow(n, 2, 5), 1),
+    "text": (lambda n: str(n) + repr(n), 1),
+    "float32 of numpy": (lambda n: np.float32(2) / n, 1),
+}
+
+
+@pytest.mark.parametrize("name", _USES_OF_INTEGERS)
+def test_what_python_asks_of_integers(name):
+    use, decisions = _USES_OF_INTEGERS[name]
+    captured = captured_of(lambda x: (use(math.floor(x)), 0)[1], 3.25)
+    assert bool(captured.predicates) == bool(decisions)
+    found = call(lambda x: use(math.floor(x)), 3.25)
+    assert same_structure(found, use(3))
+
+
 def test_zero_division_raises_as_python():
     for step in (
         lambda x: 1 / x,
@@ -162,17 +217,11 @@ _DECISIONS = {
     "if": lambda x: 1 if x else 2,
     "not": lambda x: not x,
     "int": lambda x: int(x),
-    "round": lambda x: round(x),
     "round 1": lambda x: round(x, 1),
-    "floor": lambda x: math.floor(x),
-    "ceil": lambda x: math.ceil(x),
-    "trunc": lambda x: math.trunc(x),
     "hash": lambda x: hash(x),
     "repr": lambda x: repr(x),
     "str": lambda x: str(x),
     "format": lambda x: f"{x:.3f}",
-    "divmod": lambda x: divmod(x, 2),
-    "rdivmod": lambda x: divmod(7, x),
     "is_integer": lambda x: x.is_integer(),
     "ratio": lambda x: x.as_integer_ratio(),
     "hex": lambda x: x.hex(),

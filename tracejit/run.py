@@ -18,7 +18,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
 from tracejit.capture.trace.cuts import Source, found_by
-from tracejit.capture.trace.scalars import same_float
+from tracejit.capture.trace.scalars import same_number
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
@@ -227,7 +227,8 @@ class _Writer:
         if self.armed is None:
             parts = range(len(self.parts.stages))
             return self.before.extend(f"part{n} = call.parts[{n}]" for n in parts)
-        self.names |= {"OTHERWISE": OTHERWISE, "same_float": same_float}
+        self.names |= {"OTHERWISE": OTHERWISE, "same_number": same_number}
+        self.names["read"] = host_memory.read
         decides = self.captured.branches
         found = 0  # inputs so far that cuts have found
         for n, (k, stage) in enumerate(zip(self.parts.cuts, self.parts.stages, strict=True)):
@@ -240,7 +241,7 @@ class _Writer:
             run = "run_once" if decides else "run"
             self.before.append(f"part{n} = stage{n}.{run}([{', '.join(inputs)}])")
             if cut.count is None:
-                self.before.append(f"scalars[{self.cut_scalars[k]}] = float(part{n}[0].item())")
+                self.before.append(f"scalars[{self.cut_scalars[k]}] = read(part{n}[0])")
                 self._decide(k)
             else:
                 self.names["found_by"] = found_by

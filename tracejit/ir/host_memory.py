@@ -14,22 +14,33 @@ import torch
 from tracejit.ir.types import bits_to_float, float_to_bits
 
 # float16 and bfloat16 have no C type
-_C_TYPES = {torch.float64: ctypes.c_double, torch.float32: ctypes.c_float}
+_C_TYPES = {
+    torch.float64: ctypes.c_double,
+    torch.float32: ctypes.c_float,
+    torch.int64: ctypes.c_int64,
+    torch.int32: ctypes.c_int32,
+    torch.int16: ctypes.c_int16,
+    torch.int8: ctypes.c_int8,
+    torch.uint8: ctypes.c_uint8,
+}
 _BITS = ctypes.c_uint16
 
 
 def cell_type(tensor: torch.Tensor) -> type | None:
-    """The ctypes type of a CPU tensor's elements; None for what ctypes cannot read as a float."""
+    """The ctypes type of a CPU tensor's elements; None for what ctypes cannot read."""
     return _C_TYPES.get(tensor.dtype) if tensor.is_cpu else None
 
 
 def read(tensor: torch.Tensor) -> float:
-    """The element of a floating-point tensor of one element."""
+    """The element of a tensor of one element: an int of an integer tensor, else a float."""
     if tensor.device.type != "cpu":
-        return tensor.item()
+        number = tensor.item()
+        return float(number) if type(number) is bool else number
     c_type = _C_TYPES.get(tensor.dtype)
     if c_type is not None:
         return c_type.from_address(tensor.data_ptr()).value
+    if tensor.dtype is torch.bool:
+        return float(ctypes.c_bool.from_address(tensor.data_ptr()).value)
     bits = _BITS.from_address(tensor.data_ptr()).value
     if tensor.dtype is torch.bfloat16:
         return float(bits_to_float(np.uint16(bits)))
@@ -37,7 +48,8 @@ def read(tensor: torch.Tensor) -> float:
 
 
 def write(tensor: torch.Tensor, number: float) -> None:
-    """Overwrite the element of a floating-point CPU tensor of one element, rounded to its dtype."""
+    """Overwrite the element of a CPU tensor of one element: a float rounded to its dtype, or an
+    int."""
     c_type = _C_TYPES.get(tensor.dtype)
     if c_type is not None:
         c_type.from_address(tensor.data_ptr()).value = number

@@ -32,7 +32,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Source, sources_of
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
-from tracejit.capture.trace.scalars import TracedFloat, plain
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced, plain
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
@@ -60,7 +60,7 @@ class Structure:
         """The position of a number among the host results."""
         raise NotImplementedError
 
-    def is_mine(self, number: TracedFloat) -> bool:
+    def is_mine(self, number: TracedFloat | TracedInt) -> bool:
         """Whether a runtime scalar belongs to this trace."""
         raise NotImplementedError
 
@@ -82,7 +82,7 @@ class Structure:
             return self.object(x)
         if isinstance(x, torch.Tensor):
             return Slot(self.tensor(x))
-        if isinstance(x, TracedFloat):  # or kept from an earlier call
+        if is_traced(x):  # or kept from an earlier call
             return HostSlot(self.host_result(x)) if self.is_mine(x) else self.object(plain(x))
         if type(x) in (tuple, list):
             items = tuple([self.tree(item, IN_LOOP) for item in x])
@@ -160,7 +160,7 @@ class Collector(Structure):
         return storage in self.hosts
 
     def host_result(self, number: float) -> int:
-        if not isinstance(number, TracedFloat):
+        if not is_traced(number):
             self.host.append(number)
         elif number.value in self.host:
             return self.host.index(number.value)
@@ -168,7 +168,7 @@ class Collector(Structure):
             self.host.append(number.value)
         return len(self.host) - 1
 
-    def is_mine(self, number: TracedFloat) -> bool:
+    def is_mine(self, number: TracedFloat | TracedInt) -> bool:
         return number.scalars is self.t.scalars
 
 

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracejit.capture.effects.effects import Callback
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
-from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, pinned, plain
+from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, is_traced, pinned, plain
 from tracejit.capture.trace.trace import Trace
 
 _WALKED = 5000  # objects looked at in search of optimizers
@@ -59,7 +59,7 @@ def _has_floats(x: object) -> bool:
 def _holds_traced(x: object) -> bool:
     if type(x) is tuple:
         return any(map(_holds_traced, x))
-    return isinstance(x, TracedFloat)
+    return is_traced(x)
 
 
 def _plain(x: object) -> object:
@@ -162,7 +162,7 @@ class Hyperparameters:
         self.stores = self._restore()
         for scheduler, _ in self._schedulers.values():  # whose step was called by another name
             for name, value in vars(scheduler).items():
-                if isinstance(value, TracedFloat):
+                if is_traced(value):
                     setattr(scheduler, name, plain(value))
                 elif type(value) is list:
                     value[:] = map(plain, value)

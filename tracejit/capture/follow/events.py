@@ -15,7 +15,7 @@ import torch
 from tracejit.capture.effects.captured import graph_key
 from tracejit.capture.effects.effects import is_named, tuple_of
 from tracejit.capture.trace.cuts import Cut
-from tracejit.capture.trace.scalars import Path, Predicate, same_float
+from tracejit.capture.trace.scalars import Path, Predicate, same_number
 from tracejit.capture.trace.tensor import Geometry, TracedTensor
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Value
@@ -158,7 +158,7 @@ def same(a: object, b: object) -> bool:
     """Whether two plain values are the same: 1, 1.0 and True differ, and so do 0.0 and -0.0."""
     if a is b:
         return True
-    return type(a) is type(b) and (same_float(a, b) if type(a) is float else a == b)
+    return type(a) is type(b) and (same_number(a, b) if type(a) is float else a == b)
 
 
 # ---- what happens in a trace

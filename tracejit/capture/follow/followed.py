@@ -13,7 +13,7 @@ from tracejit.capture.follow.recall import End
 from tracejit.capture.follow.trail import Trail
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import ALONE, IN_ITEM, IN_LOOP, count
-from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
 
@@ -28,7 +28,9 @@ class _Positions(Structure):
     def __init__(self, trail: Trail, end: End):
         super().__init__()
         self.trail, self.end = trail, end
-        self.floats: dict[int, TracedFloat] = {}  # by their position among the host results
+        self.floats: dict[
+            int, TracedFloat | TracedInt
+        ] = {}  # by their position among the host results
 
     def tensor(self, tensor: torch.Tensor) -> int:
         index = self.end.made.get(self.trail.ids.get(id(tensor)))
@@ -38,13 +40,13 @@ class _Positions(Structure):
 
     def host_result(self, number: float) -> int:
         results = self.end.captured.effects.host
-        if not isinstance(number, TracedFloat) or number.value not in results:
+        if not is_traced(number) or number.value not in results:
             raise _Unlike
         index = results.index(number.value)
-        self.floats[index] = number
+        self.numbers[index] = number
         return index
 
-    def is_mine(self, number: TracedFloat) -> bool:
+    def is_mine(self, number: TracedFloat | TracedInt) -> bool:
         return number.scalars is self.trail.t.scalars
 
 
@@ -96,7 +98,7 @@ def _followed(
     fit, numbers = next((x for x in alike if x[1] is not None), (None, None))
     if fit is None:
         objects = {index: trail.objects[at] for at, index in fits[0].end.made.items()}
-        returned.append(rebuilt(tree, objects, found.floats, found.given))
+        returned.append(rebuilt(tree, objects, found.numbers, found.given))
         trail.leave()
         return None
     end, hyper = fit.end, t.hyperparameters

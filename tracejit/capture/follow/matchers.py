@@ -25,12 +25,10 @@ from tracejit.capture.follow.events import (
     same,
 )
 from tracejit.capture.follow.trail import Trail
-from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
 
 _NAMES = {
     "UNKNOWN": UNKNOWN,
-    "TracedFloat": TracedFloat,
     "autocast": torch._C._is_any_autocast_enabled,
     "blank": TracedTensor.blank,
     "default_dtype": torch.get_default_dtype,
@@ -137,7 +135,7 @@ class _Lines:
             return repr(recorded.x) if plain else self._value(recorded.x)
         if kind is Number:
             v = self._value(recorded.value)
-            return f"TracedFloat.make(trail.t.scalars.numbers[{v}], trail.t.scalars, {v})"
+            return f"trail.t.scalars.traced(trail.t.scalars.numbers[{v}], {v})"
         if kind is New:
             new, at = self._value(recorded), self._value(recorded.at)
             self.lines += [

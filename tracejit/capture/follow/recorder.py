@@ -39,7 +39,7 @@ from tracejit.capture.follow.recall import End, Recall
 from tracejit.capture.python.references import ALONE, count
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.journal import Journal
-from tracejit.capture.trace.scalars import Path, Predicate, TracedFloat
+from tracejit.capture.trace.scalars import Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Node, Value
@@ -127,7 +127,7 @@ class Recorder(Journal):
         return self._encode_plain(x, self._encode_result)
 
     def _encode_plain(self, x: object, encode: Callable) -> object:
-        if type(x) is TracedFloat:
+        if is_traced(x):
             if x.scalars is not self.t.scalars:
                 raise Incomparable
             return Number(x.value)

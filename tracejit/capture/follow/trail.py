@@ -44,7 +44,7 @@ from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Cut, Stage, found_by
-from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
+from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
@@ -90,9 +90,7 @@ class Trail(Recorder):
                 map(self.matches, recorded.items, items)
             )
         if kind is Number:
-            return (
-                type(x) is TracedFloat and x.scalars is self.t.scalars and x.value == recorded.value
-            )
+            return is_traced(x) and x.scalars is self.t.scalars and x.value == recorded.value
         return kind is Outside and self.meet(x, recorded.meta)
 
     def meet(self, x: torch.Tensor, meta: TensorMeta) -> bool:
@@ -164,11 +162,11 @@ class Trail(Recorder):
     def _number_of(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
         if cut.stage is not None:
-            return float(self._staged(cut.stage, inputs)[0].item())
+            return host_memory.read(self._staged(cut.stage, inputs)[0])
         key = len(self.objects), id(cut.graph)
         number = self._numbers.get(key)
         if number is None:
-            number = self._numbers[key] = float(self._run(cut, inputs).item())
+            number = self._numbers[key] = host_memory.read(self._run(cut, inputs))
         return number
 
     def _staged(self, stage: Stage, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor]:
@@ -209,13 +207,13 @@ class Trail(Recorder):
         return self._known.popleft() if self._known else None
 
     def computes(self, node: Node) -> bool:
-        """Whether arithmetic on runtime scalars gives a float again; takes note of it."""
+        """Whether arithmetic on runtime scalars gives a number again; takes note of it."""
         try:
             number = node.op.eval(*map(self._number, node.args))
         except (ArithmeticError, TypeError, ValueError):
             return False
         self.t.scalars.numbers[node.out] = number
-        return type(number) is float
+        return type(number) in (float, int)
 
     def _number(self, arg: Arg) -> float:
         return self.t.scalars.numbers[arg] if isinstance(arg, Value) else arg
@@ -237,9 +235,7 @@ class Trail(Recorder):
         if kind is Same:
             return recorded.x
         if kind is Number:
-            return TracedFloat.make(
-                self.t.scalars.numbers[recorded.value], self.t.scalars, recorded.value
-            )
+            return self.t.scalars.traced(self.t.scalars.numbers[recorded.value], recorded.value)
         if kind is Read:
             return self._answer
         return container(recorded.kind, [self.give(x) for x in recorded.items])
@@ -347,7 +343,7 @@ class Trail(Recorder):
             case Same(x):
                 return x
             case Number(value):
-                return TracedFloat.make(self.t.scalars.numbers[value], self.t.scalars, value)
+                return self.t.scalars.traced(self.t.scalars.numbers[value], value)
         return container(recorded.kind, [self._take(x) for x in recorded.items])
 
     def _arg(self, recorded: Same | Number) -> Arg:

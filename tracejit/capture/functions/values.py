@@ -75,7 +75,7 @@ def int_(t: Trace, self: Tensor) -> int:
 def float_(t: Trace, self: Tensor) -> float:
     handle = _single(t, self)
     number = numbers.item(t, handle)
-    return cuts.plain_number_of(t, handle) if number is None else pinned(number)
+    return cuts.plain_number_of(t, handle) if number is None else float(pinned(number))
 
 
 @rule(torch.equal, Tensor.equal)

@@ -13,7 +13,7 @@ import torch
 
 from tracejit.capture.proof.kinds import CONTAINERS
 from tracejit.capture.python.bytecode import is_value
-from tracejit.capture.trace.scalars import same_float
+from tracejit.capture.trace.scalars import same_number
 
 
 @dataclass
@@ -71,7 +71,7 @@ class GuardText:
 
     def __init__(self) -> None:
         self.lines: list[str | FloatLine] = []
-        self.names: dict[str, object] = {"same_float": same_float, "changed": changed}
+        self.names: dict[str, object] = {"same_number": same_number, "changed": changed}
         self.refusals: list[str] = []
         self._constants: dict[int, str] = {}
         self._keep: list[object] = []  # ids stay unique as long as the objects live

@@ -221,7 +221,7 @@ def _decide_floats(
             walk.expect(f"type({line.at}) is float", line.path, line.value, line.at)
         else:
             k = walk.constant(line.value)
-            same = f"{line.at} is {k} or type({line.at}) is float and same_float({line.at}, {k})"
+            same = f"{line.at} is {k} or type({line.at}) is float and same_number({line.at}, {k})"
             walk.expect(same, line.path, line.value, line.at)
     return scalars
 
@@ -413,9 +413,9 @@ def _pattern(storages: Sequence[int]) -> tuple[int, ...]:
 
 
 def condition(predicate: Predicate, left: str, right: str) -> str:
-    """A decision that came out as it did, as an expression; it may name `same_float`."""
+    """A decision that came out as it did, as an expression; it may name `same_number`."""
     sign = _SIGNS.get(predicate.relation)
-    test = f"{left} {sign} {right}" if sign else f"same_float({left}, {right})"
+    test = f"{left} {sign} {right}" if sign else f"same_number({left}, {right})"
     return test if predicate.outcome else f"not ({test})"
 
 

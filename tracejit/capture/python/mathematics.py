@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterable
 from types import BuiltinFunctionType
 
-from tracejit.capture.trace.scalars import TracedFloat, is_runtime, pinned, plain
+from tracejit.capture.trace.scalars import is_runtime, pinned, plain
 from tracejit.ir.ops.host import MATH
 
 ORIGINALS: dict[str, Callable] = {
@@ -29,7 +29,7 @@ def _as_arithmetic(name: str, args: tuple) -> object:
     scalars = next(x.scalars for x in args if is_runtime(x))
     operands = [x.value if is_runtime(x) else float(plain(x)) for x in args]
     op = "host_math_pow" if name == "pow" else f"host_{name}"
-    return TracedFloat.make(number, scalars, scalars.arithmetic(op, *operands))
+    return scalars.traced(number, scalars.arithmetic(op, *operands))
 
 
 def _log(x: object, *base: object) -> object:

@@ -15,6 +15,7 @@ from functools import wraps
 import torch
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, _SingleLevelFunction
+from torch.nn.modules import batchnorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import clip_grad
 from torch.optim import _adafactor
@@ -24,7 +25,7 @@ from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import mathematics
 from tracejit.capture.trace.active import current
-from tracejit.capture.trace.scalars import is_runtime
+from tracejit.capture.trace.scalars import is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
 
 Tensor = torch.Tensor
@@ -118,8 +119,10 @@ def _unknown(x: object) -> object:
 
 
 def _float(x: object) -> float:
-    """`float`, except that runtime scalars stay what they are."""
-    return x if is_runtime(x) else float(x)
+    """`float`, except that runtime scalars, and the numbers of tensors, stay runtime scalars."""
+    if isinstance(x, torch.Tensor) and current() is not None:
+        x = x.item()
+    return to_float(x) if is_runtime(x) else float(x)
 
 
 def _max(a: object, b: object) -> object:
@@ -130,7 +133,11 @@ def _max(a: object, b: object) -> object:
 
 
 # (module, name, what shadows the builtin of that name there while a step is traced)
-SHADOWS = ((clip_grad, "float", _float), (_adafactor, "max", _max))
+SHADOWS = (
+    (clip_grad, "float", _float),
+    (batchnorm, "float", _float),
+    (_adafactor, "max", _max),
+)
 
 
 # ---- C entry points

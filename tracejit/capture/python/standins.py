@@ -22,10 +22,10 @@ import torch
 
 from tracejit.capture.python.bytecode import codes
 from tracejit.capture.trace.active import current
-from tracejit.capture.trace.scalars import TracedFloat, is_runtime
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
 
-_STANDS_FOR = {TracedTensor: torch.Tensor, TracedFloat: float}
+_STANDS_FOR = {TracedTensor: torch.Tensor, TracedFloat: float, TracedInt: int}
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "triton"}) | sys.stdlib_module_names
 
 
@@ -68,7 +68,7 @@ class _AsFloat(_StandIn):
             if type(x) is TracedTensor or (isinstance(x, torch.Tensor) and current() is not None):
                 x = x.item()
             if is_runtime(x):
-                return x
+                return to_float(x)
             return float(x)
         return float(*args)
 

@@ -2,7 +2,7 @@
 
 A trace computes nothing, so a value that Python asks for is computed apart: its cone, the graph of
 this value alone, runs on the inputs as they are. Nothing has been written yet, so it has the value
-that eager would show. A number of floating point goes on as a runtime scalar; a truth value is a
+that eager would show. A number goes on as a runtime scalar; a truth value is a
 decision on one; what the Python does with any other form of the values is unknown (`opaque`), and
 keeps the step in rerun.
 """
@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace import location
-from tracejit.capture.trace.scalars import Path, Predicate
+from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.tensor import Handle
 from tracejit.capture.trace.trace import Trace
+from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph, Value
 from tracejit.ir.types import Type, i64
 from tracejit.passes.cone import cone
@@ -56,27 +57,20 @@ class Cut:
         return self.graph.results[0].value
 
 
-def number_of(t: Trace, handle: Handle) -> float | int | bool:
-    """The number in a tensor of one element: a TracedFloat, or a plain int or bool."""
+def number_of(t: Trace, handle: Handle) -> float | bool:
+    """The number in a tensor of one element: a runtime scalar, or a plain bool."""
     value = t.read(handle)
     known = t.read_numbers.get(value)
     if known is None:
         known = t.read_numbers[value] = _number(t, value)
-    kind = handle.dtype.kind
-    if kind == "f":
-        return known
-    if kind == "b":
-        return known != 0.0  # a decision
-    number = float.__pos__(known)
-    t.scalars.decide(Predicate("is", known.value, number, True))
-    return int(number)
+    return known != 0.0 if handle.dtype.kind == "b" else known  # a decision
 
 
 def _number(t: Trace, value: Value) -> float:
     cut = _cut(t, value)
     number = t.journal.known_number()
     if number is None:
-        number = float(_run(t, cut).item())
+        number = host_memory.read(_run(t, cut))
     t.cuts.append(cut)
     path: Path = ("cut", len(t.cuts) - 1)
     return t.scalar(number, path)
@@ -93,8 +87,9 @@ def values_of(t: Trace, handle: Handle, how: str, convert: Callable[[torch.Tenso
 def plain_number_of(t: Trace, handle: Handle) -> float:
     """The number in a tensor of one element, as a plain float."""
     number = number_of(t, handle)
-    plain = float(number)
-    return t.journal.found_plain(number.value, plain) if handle.dtype.is_float else plain
+    if type(number) is TracedFloat:
+        return t.journal.found_plain(number.value, float(number))
+    return float(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,7 @@ def truth(t: Trace, handle: Handle) -> bool | None:
 def host_value(t: Trace, value: Value) -> float | None:
     """The number that a value of one element is, or None where only the plan can tell."""
     if value.type.is_host:
-        return TracedFloat.make(t.scalars.numbers[value], t.scalars, value)
+        return t.scalars.traced(t.scalars.numbers[value], value)
     if value in t.hosted:
         return t.hosted[value]
     if not is_single(value.type):

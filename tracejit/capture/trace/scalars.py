@@ -1,8 +1,9 @@
-"""Runtime scalars: Python floats that a compiled step reads anew on every call.
+"""Runtime scalars: Python numbers that a compiled step reads anew on every call.
 
-A `TracedFloat` is a float with the true value, so C code that reads it computes what eager would.
-Arithmetic on it is recorded as host nodes; a decision taken on it (comparison, `int()`, hashing,
-formatting) is recorded as a predicate, which a replay checks before it runs.
+A `TracedFloat` is a float with the true value, so C code that reads it computes what eager would. A
+`TracedInt` stands for an int. Arithmetic on them is recorded as host nodes; a decision taken on one
+(comparison, `int()`, hashing, formatting) is recorded as a predicate, which a replay checks before
+it runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from tracejit.capture.trace import location
 from tracejit.capture.trace.journal import Journal
 from tracejit.ir.graph import Arg, Builder, Value
@@ -19,12 +23,12 @@ from tracejit.ir.types import HOST_SCALAR
 
 # Where a runtime scalar comes from, by the first item:
 #   arg i …, kwarg name …, cell name, global name, default i …, kwdefault name …   of the step
-#   entry n key i …            a float in the n-th dict of the call (param_groups), as it is when
-#                              the call starts
+#   entry n key i …            a number in the n-th holder of the call (a dict of param_groups, or
+#                              what else the step assigns to), as it is when the call starts
 #   item k                     the one element of the k-th outside tensor, read before the plan runs
 #   after n path               what a path leads to when the n-th callback has run
 #   cut n                      the n-th number that Python read in the step: a value of the graph
-#   computed n                 a float that Python computed in this call; a replay cannot know it
+#   computed n                 a number that Python computed in this call; a replay cannot know it
 Path = tuple
 
 
@@ -32,7 +36,7 @@ Path = tuple
 class Predicate:
     """A decision that the trace took: `left <relation> right` was `outcome` (host values)."""
 
-    relation: str  # "lt", "le", "eq", "ne", "gt", "ge", or "is": the very same float
+    relation: str  # "lt", "le", "eq", "ne", "gt", "ge", or "is": the very same number
     left: Arg
     right: Arg
     outcome: bool
@@ -43,14 +47,14 @@ RELATIONS: dict[str, Callable[[float, float], bool]] = {
 }
 
 
-def same_float(a: float, b: float) -> bool:
-    """Whether two floats are the same value, sign of zero and NaN included."""
+def same_number(a: float, b: float) -> bool:
+    """Whether two numbers are the same value, sign of zero and NaN included."""
     if a != a or b != b:
         return a != a and b != b
-    return a == b and math.copysign(1.0, a) == math.copysign(1.0, b)
+    return a == b and (a != 0 or math.copysign(1.0, a) == math.copysign(1.0, b))
 
 
-RELATIONS["is"] = same_float
+RELATIONS["is"] = same_number
 
 
 class Scalars:
@@ -62,11 +66,20 @@ class Scalars:
         self.params: list[tuple[Value, float]] = []  # host inputs of the graph
         self.paths: list[Path] = []  # where each of them comes from
         self.numbers: dict[Value, float] = {}  # what every host value is in this trace
+        self.integers: list[TracedInt] = []  # all that user code has got
         self.predicates: list[Predicate] = []
         self.read: set[Value] = set()  # cuts, and what was computed from them
         self.opaque: list[str] = []  # what Python did that no replay can follow
 
-    def come(self, number: float, path: Path) -> TracedFloat:
+    def traced(self, number: float, value: Value) -> TracedFloat | TracedInt:
+        """The number that user code gets for a host value."""
+        self.numbers[value] = number
+        if type(number) is int:
+            self.integers.append(TracedInt(number, self, value))
+            return self.integers[-1]
+        return TracedFloat.make(number, self, value)
+
+    def come(self, number: float, path: Path) -> TracedFloat | TracedInt:
         """A runtime scalar: a new host input of the graph."""
         value = self.journal.scalar(path, number)
         self.paths.append(path)
@@ -76,7 +89,7 @@ class Scalars:
             self.journal.found_scalar(path, value)
         if path[0] == "cut":
             self.read.add(value)
-        return TracedFloat.make(number, self, value)
+        return self.traced(number, value)
 
     def arithmetic(self, op: str, *args: Arg) -> Value:
         """Emit arithmetic on runtime scalars."""
@@ -103,23 +116,17 @@ class Scalars:
         self.active = False
         self.b = self.journal = None
         self.params, self.paths, self.numbers, self.predicates = [], [], {}, []
+        self.integers = []
         self.read, self.opaque = set(), []
 
 
-class TracedFloat(float):
-    """A float whose value is a runtime scalar of the trace in progress."""
+class _Traced:
+    """What the two classes of runtime scalars have in common."""
 
-    __slots__ = ("scalars", "value")
+    __slots__ = ()
+    __array_priority__ = 1.0  # arrays and scalars of numpy let it answer
     scalars: Scalars
     value: Value
-
-    @classmethod
-    def make(cls, number: float, scalars: Scalars, value: Value) -> TracedFloat:
-        made = float.__new__(cls, number)
-        made.scalars = scalars
-        made.value = value
-        scalars.numbers[value] = float.__pos__(made)
-        return made
 
     @property
     def live(self) -> Scalars | None:
@@ -127,12 +134,12 @@ class TracedFloat(float):
         return self.scalars if self.scalars.active else None
 
     def pin(self) -> float:
-        """Take the value itself: a replay is good for this value only. One that the step has
+        """Take the value itself: a replay is good for this value only. A float that the step has
         computed would hardly come again: there is no replay then."""
-        number, live = float.__pos__(self), self.live
+        number, live = plain(self), self.live
         if live is None:
             return number
-        if self.value in live.read:
+        if self.value in live.read and type(number) is float:
             live.taken(
                 "it makes text or a plain float of a number that it has computed, at "
                 f"{location.short()}; return the number, or keep it a tensor"
@@ -142,82 +149,169 @@ class TracedFloat(float):
         return number
 
     def __bool__(self) -> bool:
-        return self != 0.0  # a decision
+        return self != 0  # a decision
+
+    def __pos__(self) -> object:
+        return self
+
+    def __divmod__(self, other: object) -> tuple:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: object) -> tuple:
+        return other // self, other % self
+
+    def __reduce__(self):
+        number = self.pin()
+        return type(number), (number,)
+
+
+class TracedFloat(_Traced, float):
+    """A float whose value is a runtime scalar of the trace in progress."""
+
+    __slots__ = ("scalars", "value")
+
+    @classmethod
+    def make(cls, number: float, scalars: Scalars, value: Value) -> TracedFloat:
+        made = float.__new__(cls, number)
+        made.scalars = scalars
+        made.value = value
+        scalars.numbers[value] = float.__pos__(made)
+        return made
 
     real = property(lambda self: self.pin())
     imag = property(lambda self: 0.0)
 
-    def __reduce__(self):
-        return float, (self.pin(),)
+    def __round__(self, *digits: object) -> object:
+        return round(self.pin(), *map(pinned, digits)) if digits else _rounded(self)
+
+
+class TracedInt(_Traced, torch.SymInt):
+    """An int whose value is a runtime scalar of the trace in progress.
+
+    It is no int for C, which would read the value without asking it; but it is one for whoever asks
+    `isinstance`. torch passes it on wherever it takes an int, since it is a `SymInt`.
+    """
+
+    __slots__ = ("number", "scalars", "value")
+    __class__ = property(lambda self: int)
+
+    def __init__(self, number: int, scalars: Scalars, value: Value):
+        self.number, self.scalars, self.value = number, scalars, value
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.pin(), dtype)
+
+    def __float__(self) -> float:
+        return float(self.pin())
+
+    real = numerator = property(lambda self: self)
+    imag = property(lambda self: 0)
+    denominator = property(lambda self: 1)
+
+    def __round__(self, *digits: object) -> object:
+        return round(self.pin(), *map(pinned, digits)) if digits else self
+
+
+_KINDS = frozenset({TracedFloat, TracedInt})
+
+
+def is_traced(x: object) -> bool:
+    """Whether a number is a runtime scalar, of whatever trace."""
+    return type(x) in _KINDS
 
 
 def is_runtime(x: object) -> bool:
     """Whether a number is a runtime scalar of a trace that is still going on."""
-    return isinstance(x, TracedFloat) and x.scalars.active
+    return type(x) in _KINDS and x.scalars.active
 
 
 def plain(x: object) -> object:
-    """A float without the record of where it comes from; anything else as it is."""
-    return float.__pos__(x) if isinstance(x, TracedFloat) else x
+    """A number without the record of where it comes from; anything else as it is."""
+    if type(x) is TracedFloat:
+        return float.__pos__(x)
+    return x.number if type(x) is TracedInt else x
 
 
 def pinned(x: object) -> object:
-    """A float as a plain one, good for its value only; anything else as it is."""
-    return x.pin() if isinstance(x, TracedFloat) else x
+    """A number as a plain one, good for its value only; anything else as it is."""
+    return x.pin() if type(x) in _KINDS else x
+
+
+def to_float(x: object) -> object:
+    """A runtime scalar as one that is a float; anything else as it is."""
+    if type(x) is not TracedInt:
+        return x
+    if x.live is None:
+        return float(x.number)
+    return x.live.traced(float(x.number), x.live.arithmetic("host_float", x.value))
 
 
 def _operand(x: object, live: Scalars | None) -> Arg | None:
     """The host operand that a number stands for; None for anything else."""
-    if isinstance(x, TracedFloat):
-        return x.value if x.live is live else float.__pos__(x)
+    if type(x) in _KINDS:
+        return x.value if x.live is live else plain(x)
     return x if isinstance(x, (int, float)) else None
 
 
+def _of_python(x: object) -> object:
+    """A number of numpy that is a float too as just that."""
+    return float(x) if type(x) is np.float64 else x
+
+
+_READING = (complex, np.generic, np.ndarray)
+
+
 def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
-    def method(self: TracedFloat, other: object):
-        live = self.live
+    def method(self: _Traced, other: object, *modulo: object):
+        live, other = self.live, _of_python(other)
+        if modulo:
+            return python(pinned(self), pinned(other), *map(pinned, modulo))
         if live is None and is_runtime(other):  # self was kept from an earlier trace
             return python(other, plain(self)) if reflected else python(plain(self), other)
         operand = _operand(other, live)
-        if isinstance(other, complex):  # complex would read the value itself
+        if isinstance(other, _READING):  # they would read the value without asking
             return python(other, self.pin()) if reflected else python(self.pin(), other)
         if operand is None:
             return NotImplemented
-        mine, theirs = float.__pos__(self), plain(other)
+        mine, theirs = plain(self), plain(other)
         number = python(theirs, mine) if reflected else python(mine, theirs)
         if live is None:
             return number
-        if not isinstance(number, float):  # a negative base to a fractional power is complex
+        if python is pow and type(number) in (int, float) and type(mine) is type(theirs) is int:
+            operator.lt(self if reflected else other, 0)  # decides whether the power is an int
+        if not isinstance(number, (int, float)):  # a negative base to a fraction is complex
             for operand in (self, other):
-                if isinstance(operand, TracedFloat):
+                if type(operand) in _KINDS:
                     operand.pin()
             return number
         args = (operand, self.value) if reflected else (self.value, operand)
-        return TracedFloat.make(number, live, live.arithmetic(op_name, *args))
+        return live.traced(number, live.arithmetic(op_name, *args))
 
     return method
 
 
 def _unary(op_name: str, python: Callable) -> Callable:
-    def method(self: TracedFloat):
-        number = python(float.__pos__(self))
+    def method(self: _Traced):
+        number = python(plain(self))
         live = self.live
         if live is None:
             return number
-        return TracedFloat.make(number, live, live.arithmetic(op_name, self.value))
+        return live.traced(number, live.arithmetic(op_name, self.value))
 
     return method
 
 
 def _comparison(relation: str) -> Callable:
-    def method(self: TracedFloat, other: object):
-        live = self.live
+    def method(self: _Traced, other: object):
+        live, other = self.live, _of_python(other)
         if live is None and is_runtime(other):
             return RELATIONS[relation](plain(self), other)
+        if isinstance(other, (np.generic, np.ndarray)):
+            return RELATIONS[relation](self.pin(), other)
         operand = _operand(other, live)
         if operand is None:
             return NotImplemented
-        outcome = RELATIONS[relation](float.__pos__(self), plain(other))
+        outcome = RELATIONS[relation](plain(self), plain(other))
         if live is not None:
             live.decide(Predicate(relation, self.value, operand, outcome))
         return outcome
@@ -225,11 +319,11 @@ def _comparison(relation: str) -> Callable:
     return method
 
 
-def _pinned(name: str) -> Callable:
-    plain = getattr(float, name)
+def _pinned(name: str, kind: type) -> Callable:
+    plain_method = getattr(kind, name)
 
-    def method(self: TracedFloat, *args):
-        return plain(self.pin(), *args)
+    def method(self: _Traced, *args):
+        return plain_method(self.pin(), *map(pinned, args))
 
     return method
 
@@ -241,19 +335,25 @@ for _name, _python in (
     ("truediv", operator.truediv),
     ("floordiv", operator.floordiv),
     ("mod", operator.mod),
-    ("pow", operator.pow),
+    ("pow", pow),
 ):
     _op = "host_" + _name.replace("truediv", "div")
-    setattr(TracedFloat, f"__{_name}__", _arithmetic(_op, _python, reflected=False))
-    setattr(TracedFloat, f"__r{_name}__", _arithmetic(_op, _python, reflected=True))
-TracedFloat.__neg__ = _unary("host_neg", operator.neg)
-TracedFloat.__abs__ = _unary("host_abs", abs)
-TracedFloat.__pos__ = lambda self: self
+    setattr(_Traced, f"__{_name}__", _arithmetic(_op, _python, reflected=False))
+    setattr(_Traced, f"__r{_name}__", _arithmetic(_op, _python, reflected=True))
+_Traced.__neg__ = _unary("host_neg", operator.neg)
+_Traced.__abs__ = _unary("host_abs", abs)
+_rounded = _unary("host_round", round)
 for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
-    setattr(TracedFloat, f"__{_name}__", _comparison(_name))
+    setattr(_Traced, f"__{_name}__", _comparison(_name))
+_NUMBERS = (
+    *("__int__", "__trunc__", "__floor__", "__ceil__"),
+    *("__hash__", "__repr__", "__str__", "__format__"),
+    *("as_integer_ratio", "conjugate", "__getnewargs__"),
+)
+for _name in (*_NUMBERS, "__float__", "is_integer", "hex"):
+    setattr(TracedFloat, _name, _pinned(_name, float))
 for _name in (
-    *("__int__", "__float__", "__trunc__", "__floor__", "__ceil__", "__round__"),
-    *("__hash__", "__repr__", "__str__", "__format__", "__divmod__", "__rdivmod__"),
-    *("is_integer", "as_integer_ratio", "hex", "conjugate", "__getnewargs__"),
+    *(*_NUMBERS, "__index__", "__invert__", "bit_length", "bit_count", "to_bytes"),
+    *(f"__{r}{op}__" for r in ("", "r") for op in ("and", "or", "xor", "lshift", "rshift")),
 ):
-    setattr(TracedFloat, _name, _pinned(_name))
+    setattr(TracedInt, _name, _pinned(_name, int))

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from tracejit.autodiff import Entry, Tape
 from tracejit.capture.trace import location
 from tracejit.capture.trace.journal import Journal
-from tracejit.capture.trace.scalars import Scalars, TracedFloat
+from tracejit.capture.trace.scalars import Scalars, plain
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import Family, Handle, Storage, TracedTensor, Version
 from tracejit.errors import AutogradError, ShapeError, TracejitError, UnsupportedOperation
@@ -295,5 +295,5 @@ def _described(x: object) -> str:
             return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
     if isinstance(x, (tuple, list)):
         return "[" + ", ".join(map(_described, x[:4])) + (", …]" if len(x) > 4 else "]")
-    text = repr(float.__pos__(x) if isinstance(x, TracedFloat) else x)
+    text = repr(plain(x))
     return text if len(text) <= 40 else text[:37] + "…"

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from tracejit.autodiff import Entry, Vjp, zeros
 from tracejit.capture.trace import location
 from tracejit.capture.trace.inputs import lift_input
+from tracejit.capture.trace.integers import settled
 from tracejit.capture.trace.rejections import check_held, check_read, check_saved, check_write
 from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.state import Formula, TraceState
@@ -53,6 +54,8 @@ class Trace(TraceState):
             raise self.unsupported()
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.unsupported("autocast is not supported yet; run the step without it")
+        if self.scalars.integers:
+            args, kwargs = settled(func, args, kwargs)
         try:
             if kwargs.get("out") is not None:
                 return self._into(kwargs.pop("out"), rule.run(self, *args, **kwargs))

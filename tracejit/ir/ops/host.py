@@ -1,4 +1,4 @@
-"""Host primitives: Python's own float arithmetic on runtime scalars, run on the host per call."""
+"""Host primitives: Python's own arithmetic on runtime scalars, run on the host per call."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ host_mod = _host("host_mod", operator.mod, "{0} % {1}")
 host_pow = _host("host_pow", operator.pow, "{0} ** {1}", ULPS)
 host_neg = _host("host_neg", operator.neg, "-{0}")
 host_abs = _host("host_abs", abs, "abs({0})")
+host_round = _host("host_round", round, "round({0})")  # to an int
+host_float = _host("host_float", float, "float({0})")  # of an int
 
 
 def round_f32(x: float) -> float:
@@ -65,7 +67,7 @@ host_f16 = _host("host_f16", round_f16, "round_f16({0})")
 host_bf16 = _host("host_bf16", round_bf16, "round_bf16({0})")
 
 
-# Functions of the math module on floats, by their name there. The lines of host arithmetic call
+# Functions of the math module, by their name there. The lines of host arithmetic call
 # them by `math_<name>`; these are the module's own, whatever stands in it while a step is traced.
 MATH: dict[str, Callable] = {}
 
@@ -76,7 +78,7 @@ def _math(name: str, exact: Exact = ULPS, arity: int = 1) -> Op:
     return _host(f"host_{name}", MATH[name], f"math_{name}({operands})", exact)
 
 
-for _name in ("sqrt", "fabs"):
+for _name in ("sqrt", "fabs", "floor", "ceil", "trunc"):
     _math(_name, BITS)
 for _name in (
     *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "cbrt", "erf", "erfc"),
