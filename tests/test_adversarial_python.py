@@ -432,7 +432,7 @@ def list_of_a_user_module_replaced(w):
     return lambda: X * len(SETTINGS.names)
 
 
-@case("rerun")
+@case("replay")
 def global_counter(w):
     def step():
         global FLAG
@@ -448,12 +448,12 @@ def _count():
     return FLAG
 
 
-@case("rerun")
+@case("replay")
 def global_counter_in_a_helper(w):
     return lambda: X * _count()
 
 
-@case("rerun")
+@case("replay")
 def closure_counter(w):
     n = 0
 
@@ -465,7 +465,7 @@ def closure_counter(w):
     return step
 
 
-@case("rerun")
+@case("replay")
 def closure_float_changed_by_a_helper(w):
     rate = 1.0
 
@@ -518,7 +518,7 @@ def closure_float_read_by_a_helper_too(w):
     return lambda: helper(X) * rate
 
 
-@case("rerun")
+@case("replay")
 def global_counter_in_a_helper_beside_a_float(w):
     globals().update(RATE=0.1)
 

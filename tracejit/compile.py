@@ -363,8 +363,9 @@ class CompiledStep:
         else:
             tracer.again(self._recall)
         tracer.trace.evaluate = self._values
-        trace, trail = tracer.trace, tracer.trail
-        suspect = False
+        trace, trail, suspect = tracer.trace, tracer.trail, False
+        if self._recall.keeps_numbers:
+            prover.leave_integers(trace.scalars)
         if attempt is not None:
             suspect = attempt.begin(trace, following=trail.following)
         bound = bind(trace, self._function, args, kwargs)
@@ -373,7 +374,8 @@ class CompiledStep:
             with watch(watched or suspect) as ran:
                 if attempt is not None:
                     attempt.ran = ran
-                returned = [run(tracer, bound, self._function)]
+                returned = [run(tracer, bound, self._function, prover.variables, prover.records)]
+            del bound  # which holds runtime scalars
             if self._last is not None:
                 self._last.program.expect()
             way = followed(trace, trail, returned, young)
@@ -388,12 +390,13 @@ class CompiledStep:
             if way is None:
                 compiled, what, captured = self._found(done.captured, call, failed, names)
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
-                traced = compiled.traced(captured)
-                ran = ran if watched else None
+                ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
+                prover.over()
                 self._warn_of_rerun()
             else:
                 compiled, what = self._known(way.end, trail, call, failed, names)
+            self._recall.make_plain(trace.scalars.given)
             trace.release()  # nobody else holds a gradient that goes now
             addresses = [t.data_ptr() for t in call.reals]
         except BaseException:
@@ -402,7 +405,7 @@ class CompiledStep:
         if attempt is not None:
             attempt.commit(followed=way is not None)
         stage("run")
-        result = what.function(call.reals, call.scalars, addresses, call)
+        result = what.function(call.reals, call.scalars, addresses, call.holders, call)
         if what is not self._last_run:
             self._ran_last(compiled, what)
         if way is not None:

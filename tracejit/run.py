@@ -27,8 +27,9 @@ from tracejit.runtime.executor import Inlined
 from tracejit.runtime.interrupts import uninterrupted
 from tracejit.runtime.program import Program
 
-# (outside tensors, runtime scalars, the tensors' addresses, the call) -> the result
-Function = Callable[[list, list, list, Call], object]
+# (outside tensors, runtime scalars, the tensors' addresses, holders of state variables, the call)
+# -> the result
+Function = Callable[[list, list, list, list, Call], object]
 
 
 @dataclass
@@ -181,7 +182,9 @@ class _Writer:
             again += ["else:", "    call.undo()", "raise"]
             lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
         lines += ["if seen is not None:", "    seen()", "return returned"]
-        text = "\n".join(["def perform(reals, scalars, addresses, call):", *_indented(lines), ""])
+        text = "\n".join(
+            ["def perform(reals, scalars, addresses, holders, call):", *_indented(lines), ""]
+        )
         return text, names
 
     def _checks(self, when: range) -> None:

@@ -50,7 +50,7 @@ def call(step, *args, **kwargs):
 
     parts = captured, oracle, captured.graph, backwards, Hooks()
     what = generate(*parts, checking=checking)
-    return what.function(made.reals, made.scalars, made.reals, made)
+    return what.function(made.reals, made.scalars, made.reals, made.holders, made)
 
 
 class OracleProgram:

@@ -40,7 +40,7 @@ from tracejit.capture.follow.events import (
 )
 from tracejit.capture.follow.matchers import _Lines
 from tracejit.capture.follow.recall import End, Recall
-from tracejit.capture.proof.guard_text import FloatLine
+from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.guards import Armed, arm, reasons_against, survey
 from tracejit.capture.proof.watch import Seen, origin, watch
 from tracejit.capture.python.bytecode import Scanned
@@ -126,9 +126,10 @@ def guard_lines(step: Callable, *args: object) -> str:
     first = next(i for i, x in enumerate(walk.lines) if "keyword arguments changed" in str(x)) + 1
     lines = []
     for line in walk.lines[first:]:
-        if isinstance(line, FloatLine):
-            role = "of its value" if line.key is None else f"or a runtime scalar, {line.key[0]}"
-            lines.append(f"{line.at} is a float {role}: {line.path}")
+        if isinstance(line, NumberLine):
+            roles = [key[0] for key in line.keys if key is not None]
+            role = f"or a runtime scalar, {', '.join(dict.fromkeys(roles))}" if roles else "fixed"
+            lines.append(f"{line.at} is {line.value!r} {role}: {line.path}")
         elif "was replaced: one of" not in line and "torch.Tensor was changed" not in line:
             lines.append(line)
     return numbered(lines, walk.names, "k") + "".join(f"\nrefused: {r}" for r in walk.refusals)

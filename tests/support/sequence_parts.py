@@ -419,6 +419,52 @@ PARTS = (
         ),
     ),
     Part(
+        "counter",
+        ("w.n, w.decay = 0, 1.0",),
+        forward=("w.n += 1", "h = h * (1 - 0.9**w.n) * min(1.0, w.n / 3)"),
+        after=("w.decay *= 0.9",),
+        loss=("loss = loss * (1 + w.decay)",),
+        changes=("w.n = $n", "w.n = 0", "w.n = 2.5", "w.n = True", "w.decay = $f", "w.decay = 1"),
+    ),
+    Part(
+        "counter that decides",
+        ("w.state = {'step': 0}",),
+        forward=("w.state['step'] += 1", "if w.state['step'] % 2:", "    h = h * 2"),
+        changes=("w.state = {'step': $n}", "w.state['step'] = $n", "w.state['more'] = 1"),
+    ),
+    Part(
+        "hidden state",
+        ("w.state_of_h = torch.zeros(3)",),
+        forward=("h = h + 0.1 * w.state_of_h", "w.state_of_h = h.mean(0).detach()"),
+        changes=("w.state_of_h = torch.ones(3)", "w.state_of_h.mul_(2.0)"),
+    ),
+    Part(
+        "last two",
+        ("w.queue = collections.deque(maxlen=2)",),
+        forward=("w.queue.append(h.sum(0).detach())", "h = h + 0.1 * sum(w.queue)"),
+        changes=("w.queue.clear()", "w.queue[0] = torch.ones(3)", "w.queue.append(torch.ones(3))"),
+    ),
+    Part(
+        "moving averages",
+        ("w.shadow = {}",),
+        after=(
+            "with torch.no_grad():",
+            "    for name, p in w.model.named_parameters():",
+            "        w.shadow[name] = 0.9 * w.shadow.get(name, 0.0) + 0.1 * p",
+        ),
+        changes=("w.shadow.clear()", "w.shadow.popitem() if w.shadow else None"),
+    ),
+    Part(
+        "record",
+        ("w.losses, w.log, w.total = [], {'n': []}, 0",),
+        after=(
+            "w.losses.append(loss.item())",
+            "w.total += (h > 0).sum().item()",
+            "w.log['n'].append(w.total)",
+        ),
+        changes=("w.losses.clear()", "w.losses = []", "w.log = {'n': [1]}", "w.total = $n"),
+    ),
+    Part(
         "attribute of a parameter",
         ("for p in w.model.parameters():", "    p.weight_of = 1.0"),
         gradient=(

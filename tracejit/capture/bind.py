@@ -8,6 +8,7 @@ touched and other threads see nothing.
 from __future__ import annotations
 
 import builtins
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -17,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
+from tracejit.capture.effects.variables import Record, Variable
 from tracejit.capture.names import name_of_tensor
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
@@ -83,7 +85,9 @@ def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCa
             cells[i] = CellType(t.scalar(number, ("cell", name)))
             changed = True
     namespace = function.__globals__
-    floats = [n for n in names_of_globals(function) if type(namespace.get(n)) is float]
+    kept = {x for f in called if f.__globals__ is namespace for x in names_in(f.__code__).stored}
+    names = (name for name in names_of_globals(function) if name not in kept)
+    floats = [name for name in names if type(namespace.get(name)) is float]
     if floats and not names_in(code).stores_globals:
         found = {name: t.scalar(namespace[name], ("global", name)) for name in floats}
         namespace = _Overlay(namespace, found)
@@ -144,14 +148,20 @@ def names_of_globals(function: FunctionType) -> tuple[str, ...]:
     return names_in(function.__code__).globals
 
 
-def run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
+def run(
+    tracer: Tracer,
+    bound: BoundCall,
+    original: FunctionType,
+    variables: Sequence[Variable] = (),
+    records: Sequence[Record] = (),
+) -> object:
     """Call the function under the tracer; the interpreter's modes must be as they were after it.
 
-    While it runs, the floats in optimizers' param_groups are runtime scalars; a failure leaves
-    optimizers and schedulers as they were.
+    While it runs, the floats in optimizers' param_groups and the numbers in its state `variables`
+    are runtime scalars; a failure leaves optimizers, schedulers and variables as they were.
     """
     t = tracer.trace
-    state = t.hyperparameters = Hyperparameters(t)
+    state = t.hyperparameters = Hyperparameters(t, variables, records)
     try:
         roots = [original, *bound.args, *bound.kwargs.values()]
         reach = within_reach(roots, names_of_globals)

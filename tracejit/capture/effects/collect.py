@@ -21,13 +21,21 @@ from tracejit.capture.effects.effects import (
     Mapped,
     Sequenced,
     Slot,
+    Store,
     Tree,
     is_named,
 )
 from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_VARIABLE, LOOPED, count
+from tracejit.capture.python.references import (
+    IN_ITEM,
+    IN_LOOP,
+    IN_STORE,
+    IN_VARIABLE,
+    LOOPED,
+    count,
+)
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Source, sources_of
@@ -94,6 +102,12 @@ class Structure:
             pairs = [(self._key(k), self.tree(x[k], IN_ITEM)) for k in x]
             return Mapped(tuple(pairs))
         return self.object(x)
+
+    def store(self, holder: int, key: object, x: object) -> Store:
+        """What is stored in a holder of the call. The caller holds it in a container."""
+        if isinstance(key, torch.Tensor):
+            key = Slot(self.tensor(key))
+        return holder, key, self.tree(x, IN_STORE)
 
     def _key(self, key: object) -> str | int | Given:
         return key if type(key) in (str, int) else self.object(key)
@@ -206,7 +220,8 @@ def _finish(
     hyper = t.hyperparameters
     collect = Collector(t)
     tree = collect.returned(returned)
-    stores = tuple((i, key, collect.tree(x, IN_LOOP)) for i, key, x in hyper.stores)
+    stores = tuple(collect.store(*store) for store in hyper.stores)
+    hyper.stores = []  # which held intermediates
     grads, grads_read, moved = [], [], []
     for i, h in enumerate(tuple(t.inputs.handles)):
         if h.grad_read:

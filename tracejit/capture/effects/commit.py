@@ -1,7 +1,8 @@
 """The Effects of a step as lines of Python: what a call does once its plan has run.
 
 In: a Captured step, and expressions of the plan's results and of the host results. Out: straight
-lines that set `returned`. They read `reals`, the outside tensors, and `call` (a `Call`).
+lines that set `returned`. They read `reals`, the outside tensors,
+`holders`, and `call` (a `Call`).
 """
 
 from __future__ import annotations
@@ -93,8 +94,8 @@ def _sole(owner: torch.Tensor, more: int) -> int:
 
 def may_repeat(effects: Effects) -> bool:
     """Whether to do the lines twice is as good as once, as it is where an interrupt comes between:
-    not where proxies become real."""
-    return not effects.escaped
+    not where proxies become real, and where lists grow."""
+    return not effects.escaped and all(key is not ... for _, key, _ in effects.stores)
 
 
 def commit_lines(
@@ -144,8 +145,6 @@ class _Lines:
             else:
                 self.names["write"] = host_memory.write
                 lines.append(f"write(reals[{index}], {self.host[source]})")
-        for holder, key, tree in effects.stores:
-            lines.append(f"call.holders[{holder}][{key!r}] = {self._tree(tree)}")
         self._make()
         for index, source in effects.datas:
             lines.append(f"reals[{index}].data = m{source}")
@@ -156,6 +155,13 @@ class _Lines:
         for k, index in enumerate(effects.escaped):
             self.names["made_real"] = made_real
             lines.append(f"m{index} = made_real(call.escaped[{k}], m{index})")
+        for holder, key, tree in effects.stores:
+            at, value = f"holders[{holder}]", self._tree(tree)
+            if key is ...:
+                lines.append(f"{at}.append({value})")
+            else:
+                place = ".cell_contents" if key is None else f"[{self._key(key)}]"
+                lines.append(f"{at}{place} = {value}")
         lines.append(f"returned = {self._tree(effects.returned)}")
         return lines
 
@@ -236,10 +242,13 @@ class _Lines:
                 self.names["tuple_of"] = tuple_of
                 return f"tuple_of({self._tree(kind)}, [{', '.join(parts)}])"
             case Mapped(items):
-                keys = [self._tree(k) if isinstance(k, Given) else repr(k) for k, _ in items]
+                keys = [self._key(k) for k, _ in items]
                 parts = [f"{k}: {self._tree(v)}" for k, (_, v) in zip(keys, items, strict=True)]
                 return f"{{{', '.join(parts)}}}"
         raise AssertionError(tree)
+
+    def _key(self, key: str | int | Given | Slot) -> str:
+        return self._tree(key) if isinstance(key, (Given, Slot)) else repr(key)
 
 
 # ---- what the lines call

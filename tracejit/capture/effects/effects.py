@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 
@@ -94,6 +95,11 @@ class Mapped:
 Tree = Slot | HostSlot | Given | Sequenced | Mapped
 
 
+# a value that goes into the n-th holder of the call: where; None into a variable of a closure, ...
+# at the end of a list
+Store = tuple[int, str | int | Slot | EllipsisType | None, Tree]
+
+
 def slots(tree: Tree) -> Iterator[int]:
     """The made tensors in a structure."""
     match tree:
@@ -151,7 +157,7 @@ class Effects:
     host: tuple[Arg, ...] = ()  # host results: runtime scalars, their arithmetic, numbers
     written: tuple[int, ...] = ()  # outside tensors whose memory the plan or the host overwrites
     host_writes: tuple[tuple[int, int], ...] = ()  # (outside tensor, host result): its one element
-    stores: tuple[tuple[int, str, Tree], ...] = ()  # (dict of the call, key, value)
+    stores: tuple[Store, ...] = ()
     hosts: tuple[tuple[DType, int], ...] = ()  # new CPU tensors of one element: of a host result
     made: tuple[Made, ...] = ()
     outside: tuple[Outside, ...] = ()  # autograd nodes of made tensors, in order of dependence
@@ -171,7 +177,11 @@ class Effects:
         if self.written:
             lines.append(f"written {', '.join(map(str, self.written))}")
         lines += [f"write real {i} <- host {k}" for i, k in self.host_writes]
-        lines += [f"store {i} {key!r} <- {_expression(tree)}" for i, key, tree in self.stores]
+        for i, key, tree in self.stores:
+            where = (
+                _expression(key) if isinstance(key, Slot) else "..." if key is ... else repr(key)
+            )
+            lines.append(f"store {i} {where} <- {_expression(tree)}")
         lines += [f"number {i} = {d.name} host {k}" for i, (d, k) in enumerate(self.hosts)]
         lines += [f"made {i} = {_made(m)}" for i, m in enumerate(self.made)]
         for node in self.outside:
@@ -239,7 +249,7 @@ class Call:
 
     reals: list[torch.Tensor]  # outside tensors, in the order of first use
     scalars: list[float]  # the runtime scalars
-    holders: Sequence[dict] = ()  # dicts that floats come from or go to: param groups
+    holders: Sequence[object] = ()  # param groups, and what holds state variables
     given: Sequence[object] = ()
     escaped: Sequence[TracedTensor] = ()
     callbacks: Sequence[Callback] = ()
@@ -249,4 +259,4 @@ class Call:
 
     def kept(self) -> Call:
         """What a replay needs of the call that it was traced in."""
-        return Call([], [], self.holders, self.given, (), self.callbacks)
+        return Call([], [], (), self.given, (), self.callbacks)

@@ -1,4 +1,4 @@
-"""Hyperparameters of optimizers as runtime scalars, for the time of one trace.
+"""Hyperparameters of optimizers, and state variables, as runtime scalars for one trace.
 
 The floats in the `param_groups` of every optimizer that the step can reach are replaced by
 TracedFloats while the step's Python runs, and are plain floats again afterwards. What the step
@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.effects.effects import Callback
+from tracejit.capture.effects.variables import Holder, Record, Variable, Variables
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
 from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, is_traced, pinned, plain
@@ -67,12 +68,15 @@ def _plain(x: object) -> object:
 
 
 class Hyperparameters:
-    """The optimizers of one trace."""
+    """The optimizers and state variables of one trace."""
 
-    def __init__(self, trace: Trace):
+    def __init__(
+        self, trace: Trace, variables: Sequence[Variable] = (), records: Sequence[Record] = ()
+    ):
         self.trace = trace
-        self.holders: list[dict] = []  # the groups that runtime scalars come from or go to
-        self.stores: list[tuple[int, str, object]] = []  # holder, key, what the step stored
+        self.variables = Variables(variables, records)
+        self.holders: list[Holder] = []  # which numbers come from, and values go to
+        self.stores: list[tuple[int, object, object]] = []  # holder, key, what the step stored
         self.callbacks: list[Callback] = []
         self.inside = False  # a callback is running
         self._memory = Memory()
@@ -87,6 +91,7 @@ class Hyperparameters:
         """Make runtime scalars of the floats of optimizers before the step runs. `found`
         has the objects that the step can reach; they are put back if the trace fails."""
         self._memory = remember(found)
+        self.variables.start(self._scalar_of)
         for x in found:
             if isinstance(x, Optimizer):
                 self._remember(x)
@@ -94,15 +99,18 @@ class Hyperparameters:
             elif isinstance(x, LRScheduler):
                 self._remember_scheduler(x)
 
+    def _scalar_of(self, number: float, variable: Variable) -> object:
+        return self.trace.scalar(number, ("entry", self._holder(variable.holder), variable.key))
+
     def _entry(self, group: dict, key: str) -> Path:
         """Where the floats of an item of a param group come from."""
         return "entry", self._holder(group), key
 
-    def _holder(self, group: dict) -> int:
+    def _holder(self, holder: Holder) -> int:
         for i, known in enumerate(self.holders):
-            if known is group:
+            if known is holder:
                 return i
-        self.holders.append(group)
+        self.holders.append(holder)
         return len(self.holders) - 1
 
     def _remember(self, optimizer: Optimizer) -> None:
@@ -158,8 +166,12 @@ class Hyperparameters:
         return iter(tuple(self._groups.values()))
 
     def finish(self) -> None:
-        """The step's Python has run: its objects hold plain floats from now on."""
+        """The step's Python has run: its objects hold plain numbers from now on."""
         self.stores = self._restore()
+        for known in self._groups.values():
+            known.entries.clear()
+        for holder, key, value in self.variables.finish():
+            self.stores.append((self._holder(holder), key, value))
         for scheduler, _ in self._schedulers.values():  # whose step was called by another name
             for name, value in vars(scheduler).items():
                 if is_traced(value):
@@ -219,6 +231,7 @@ class Hyperparameters:
         intermediates of the trace out of all that held them."""
         for handle in self.trace.registered:
             handle.remove()
+        self.variables.undo()
         for known in self._groups.values():
             known.group.clear()
             known.group.update(known.before)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from types import EllipsisType
 
 from tracejit.capture.effects.effects import (
     Effects,
@@ -37,7 +38,7 @@ _PAIRS = {
     "grads": re.compile(r"grad (\d+) <- (?:none|made (\d+))"),
     "leaf_grads": re.compile(r"leaf grad (\d+) <- made (\d+)"),
 }
-_STORE = re.compile(r"store (\d+) ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\") <- (.*)")
+_STORE = re.compile(r"store (\d+) ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+) <- (.*)")
 _NUMBER = re.compile(r"number \d+ = (\w+) host (\d+)")
 _REASON = re.compile(r"no node (\d+) because (.*)")
 _SLOTS = {"m": Slot, "h": HostSlot, "g": Given}
@@ -78,7 +79,8 @@ def _line(code: str, lines: Iterator[str], found: dict[str, list]) -> None:
         case "written" | "escaped":
             found[word] += map(int, rest.split(", "))
         case "store" if m := _STORE.fullmatch(code):
-            found["stores"].append((int(m[1]), ast.literal_eval(m[2]), _tree(m[3])))
+            key = ast.parse(m[2], mode="eval").body
+            found["stores"].append((int(m[1]), _key(key), _tree(m[3])))
         case "number" if m := _NUMBER.fullmatch(code):
             found["hosts"].append((DTYPES[m[1]], int(m[2])))
         case "made" if m := _MADE.fullmatch(code):
@@ -136,8 +138,9 @@ def _structure(tree: ast.expr) -> Tree:
         case ast.Call(function, items):
             return Sequenced(_structure(function), tuple(map(_structure, items)))
         case ast.Dict(keys, values):
-            found = (
-                _structure(k) if isinstance(k, ast.Name) else ast.literal_eval(k) for k in keys
-            )
-            return Mapped(tuple(zip(found, map(_structure, values), strict=True)))
+            return Mapped(tuple(zip(map(_key, keys), map(_structure, values), strict=True)))
     raise ValueError(ast.unparse(tree))
+
+
+def _key(key: ast.expr) -> str | int | Given | Slot | EllipsisType | None:
+    return _structure(key) if isinstance(key, ast.Name) else ast.literal_eval(key)

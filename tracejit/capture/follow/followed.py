@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.effects.collect import Structure, undoing
-from tracejit.capture.effects.effects import Call, Tree, rebuilt
+from tracejit.capture.effects.effects import Call, Slot, Store, Tree, rebuilt
 from tracejit.capture.follow.events import New
 from tracejit.capture.follow.recall import End
 from tracejit.capture.follow.trail import Trail
 from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.python.references import ALONE, IN_ITEM, IN_LOOP, count
+from tracejit.capture.python.references import ALONE, IN_ITEM, count
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
@@ -28,7 +28,7 @@ class _Positions(Structure):
     def __init__(self, trail: Trail, end: End):
         super().__init__()
         self.trail, self.end = trail, end
-        self.floats: dict[
+        self.numbers: dict[
             int, TracedFloat | TracedInt
         ] = {}  # by their position among the host results
 
@@ -56,6 +56,7 @@ class _Fit:
 
     end: End
     tree: Tree
+    stores: tuple[Store, ...]
     found: _Positions
 
 
@@ -87,8 +88,9 @@ def _followed(
     if not fits:
         trail.leave()
         return None
-    tree, found = fits[0].tree, fits[0].found
+    tree, stores, found = fits[0].tree, fits[0].stores, fits[0].found
     returned.clear()
+    t.hyperparameters.stores = []
     news = fits[0].end.news  # the way's, whatever the end
     held = _held(trail, news)
     if all(held != fit.end.holding for fit in fits):
@@ -98,7 +100,12 @@ def _followed(
     fit, numbers = next((x for x in alike if x[1] is not None), (None, None))
     if fit is None:
         objects = {index: trail.objects[at] for at, index in fits[0].end.made.items()}
-        returned.append(rebuilt(tree, objects, found.numbers, found.given))
+        made = objects, found.numbers, found.given
+        returned.append(rebuilt(tree, *made))
+        t.hyperparameters.stores = [
+            (i, rebuilt(key, *made) if isinstance(key, Slot) else key, rebuilt(x, *made))
+            for i, key, x in stores
+        ]
         trail.leave()
         return None
     end, hyper = fit.end, t.hyperparameters
@@ -128,12 +135,12 @@ def _fitting(t: Trace, trail: Trail, returned: list[object]) -> list[_Fit]:
         effects, found = end.captured.effects, _Positions(trail, end)
         try:
             tree = found.tree(returned[0], IN_ITEM)  # which `returned` holds
-            stores = tuple((i, key, found.tree(v, IN_LOOP)) for i, key, v in hyper.stores)
+            stores = tuple(found.store(*store) for store in hyper.stores)
         except _Unlike:
             continue
         made = tree == effects.returned and stores == effects.stores
         if made and len(hyper.callbacks) == effects.callbacks:
-            fits.append(_Fit(end, tree, found))
+            fits.append(_Fit(end, tree, stores, found))
     return fits
 
 

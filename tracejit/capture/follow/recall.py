@@ -9,8 +9,10 @@ import torch
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import slots
 from tracejit.capture.follow.events import Call, Event, New, Point, news
+from tracejit.capture.python import leftovers
 from tracejit.ir.graph import Node, Value
 
+_LEFTOVERS = 4  # traces after which runtime scalars are searched for
 _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
 _PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
@@ -39,7 +41,8 @@ class End:
     def key(self) -> tuple:
         """What tells the ends of one path apart."""
         effects = self.captured.effects
-        wanted = {*slots(effects.returned)}
+        trees = (effects.returned, *(tree for *_, tree in effects.stores))
+        wanted = {index for tree in trees for index in slots(tree)}
         returned = frozenset(at for at, index in self.made.items() if index in wanted)
         return returned, self.holding, effects.host, effects.returned, effects.stores
 
@@ -48,6 +51,7 @@ class Recall:
     """The traces that one step remembers."""
 
     def __init__(self) -> None:
+        self._leftovers = 0  # traces after which user code had runtime scalars
         self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
         self._roots: dict[tuple, Point] = {}
         self._ends = 0
@@ -58,6 +62,20 @@ class Recall:
     def useful(self) -> bool:
         """Whether it is worth comparing calls with those of earlier traces."""
         return self.left - self.kept < self._patience
+
+    def make_plain(self, numbers: list) -> None:
+        """Take runtime scalars out of what user code has kept, after the first few traces."""
+        if not self.keeps_numbers and (left := leftovers.kept(numbers)):
+            numbers.clear()
+            leftovers.make_plain(left)
+            self._leftovers += 1
+            if self.keeps_numbers:
+                self._roots.clear()  # traces that gave it others
+
+    @property
+    def keeps_numbers(self) -> bool:
+        """Whether user code keeps runtime scalars again and again."""
+        return self._leftovers >= _LEFTOVERS
 
     def begin(self) -> bool:
         """Whether a new trace is compared: if that is useful, or was not for a long time."""

@@ -17,13 +17,16 @@ from tracejit.capture.trace.scalars import same_number
 
 
 @dataclass
-class FloatLine:
-    """The check of a float, to be decided when it is known which floats are runtime scalars."""
+class NumberLine:
+    """The check of a number, to be decided when it is known which numbers are runtime scalars.
+
+    keys: what the place is called as an argument or variable of the step, and as a state variable.
+    """
 
     at: str
     value: float
     path: str
-    key: tuple | None
+    keys: tuple[tuple | None, tuple | None]
 
 
 def short(x: object) -> str:
@@ -70,7 +73,7 @@ class GuardText:
     """Lines of a guard, the objects that they name, and why there can be no guard."""
 
     def __init__(self) -> None:
-        self.lines: list[str | FloatLine] = []
+        self.lines: list[str | NumberLine] = []
         self.names: dict[str, object] = {"same_number": same_number, "changed": changed}
         self.refusals: list[str] = []
         self._constants: dict[int, str] = {}
@@ -100,6 +103,17 @@ class GuardText:
     def expect(self, condition: str, path: str, old: object, now: str) -> None:
         """Fail unless `condition`, saying what was at `path` and what is there now."""
         self.lines.append(f"if not ({condition}): return changed({path!r}, {short(old)!r}, {now})")
+
+    def number(self, x: object, at: str, path: str) -> None:
+        """Fail unless a plain value is x."""
+        k = self.constant(x)
+        if type(x) is float:
+            at = self.local(at)
+            same = f"{at} is {k} or type({at}) is float and same_number({at}, {k})"
+        else:
+            self.names["same_value"] = same_value
+            same = f"{at} is {k} or same_value({at}, {k})"
+        self.expect(same, path, x, at)
 
     def refuse(self, why: str) -> None:
         """There can be no guard."""

@@ -2,9 +2,9 @@
 
 `survey` walks what the step can read before a trace; `arm` completes that with what the trace
 turned out to need, as one function `guard(args, kwargs)`. It returns (outside tensors, runtime
-scalars, addresses), or the text of the first condition that failed: about what, the old value, the
-new one. A guard keeps nothing from one run to the next, but for what it found out about a set of
-addresses (alignment, overlap): that is used again while the addresses stay the same.
+scalars, addresses, holders), or the text of the first condition that failed: about what, the old
+value, the new one. A guard keeps nothing from one run to the next, but for what it found out about
+a set of addresses (alignment, overlap): that is used again while the addresses stay the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.proof.guard_text import FloatLine, differs
+from tracejit.capture.effects.variables import Record
+from tracejit.capture.proof import callbacks
+from tracejit.capture.proof.guard_text import NumberLine, differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path, Predicate
@@ -31,8 +33,9 @@ from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg
 from tracejit.ir.hostcode import HostCode, host_names
 
-# (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses), or what failed
-Guard = Callable[..., tuple[list, list, list] | str]
+# (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses, the holders of state
+# variables), or what failed
+Guard = Callable[..., tuple[list, list, list, list] | str]
 _MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
 _SIGNS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}  # else: "is"
 _GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
@@ -45,24 +48,33 @@ _GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
 )
 
 
-def survey(function: FunctionType, args: tuple, kwargs: dict, ran: Seen | None) -> Walk:
+def survey(
+    function: FunctionType,
+    args: tuple,
+    kwargs: dict,
+    ran: Seen | None,
+    records: Sequence[Record] = (),
+) -> Walk:
     """The guard lines about Python state, as it is before a trace of `function(*args, **kwargs)`.
 
     `ran` is what an earlier trace ran: only what its code names is followed. Without it everything
-    is, and the guard is wider than it has to be.
+    is, and the guard is wider than it has to be. What lists hold that it only appends to, the
+    `records`, is not asked.
     """
-    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes))
+    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes), records)
     w.root = function
     _modes(w)
     w.check(f"len(args) == {len(args)}", "the number of arguments changed")
     w.check(f"[*kwargs] == {w.constant([*kwargs])}", "the keyword arguments changed")
     parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+    w.lasting = False
     for i, x in enumerate(args):
         name = parameters[i] if i < len(parameters) else i
         w.visit(x, f"args[{i}]", f"argument {name}", ("arg", i), owned=False)
     for name, x in kwargs.items():
         at = f"kwargs[{name!r}]"
         w.visit(x, at, f"argument {name}", ("kwarg", name), owned=False)
+    w.lasting = True
     w.function(function, function.__qualname__)
     if ran is not None:
         _torch_functions(w, ran)
@@ -144,14 +156,18 @@ class Armed:
 
 def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> Armed | str:
     """The guard of a captured step, or the reason why there is none."""
-    reason = _against_callbacks(captured, call)
+    reason = callbacks.against(captured, call)
     if reason:
         return reason
-    scalars = _decide_floats(walk, function, captured.paths, call)
+    scalars = _decide_numbers(walk, function, captured.paths, call)
     places = Places(call.reals)
     reason = _guard_tensors(walk, captured, call, places)
     if reason:
         return reason
+    reached = {id(variable.holder) for variable, _ in walk.held}
+    reached.update(id(record.items) for record in walk.records)
+    if any(id(call.holders[i]) not in reached for i, _, _ in captured.effects.stores):
+        return "it assigns to a place that is not guarded"
     unread = _unread(captured)
     for path in captured.paths:
         if path[0] == "item":
@@ -162,11 +178,16 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
         elif path[0] in ("after", "cut") or (path not in scalars and path in unread):
             scalars[path] = "None"
         elif path not in scalars:
-            return f"a runtime scalar has no path: {path}"
+            return _unknown(path)
     if any("cells[" in x for x in scalars.values()):
         walk.lines.append("cells = places.cells")
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
     _guard_predicates(walk, captured)
+    stored = {walk.holder(call.holders[i]) for i, _, _ in captured.effects.stores}
+    if stored and walk.found:  # what it assigns in one it would read in the other
+        names = sorted(stored.union(walk.found))
+        apart = f"len({{*map(id, ({', '.join(names)},))}}) == {len(names)}"
+        walk.check(apart, "two containers that the step can tell apart are one now")
     everything = "".join(f"{at}, " for at in walk.tensors.values())
     reals = {id(t): t.untyped_storage()._cdata for t in call.reals}
     lie_apart = len(set(reals.values())) == len(reals)  # which the guard sees from their memory
@@ -175,7 +196,8 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
         walk.check(apart, "two tensors that the step can tell apart are one now")
     tensors = ", ".join(walk.tensors[id(t)] for t in call.reals)
     walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
-    walk.lines.append(f"return [{tensors}], scalars, addresses")
+    holders = ", ".join(map(walk.holder, call.holders))
+    walk.lines.append(f"return [{tensors}], scalars, addresses, [{holders}]")
     body = "\n".join(f"        {line}" for line in walk.lines)
     walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     text = (
@@ -185,8 +207,18 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     )
     namespace = dict(walk.names)
     exec(compile(text, "<tracejit guard>", "exec"), namespace)
-    after = _callbacks(captured, call)
+    after = callbacks.repeated(captured, call)
     return Armed(namespace["guard"], text, [*walk.tensors], places, after)
+
+
+def _unknown(path: Path) -> str:
+    """Why a replay cannot know a runtime scalar."""
+    if path[0] == "computed":
+        return (
+            "Python computes a number in it that is another one in each call, of something that a "
+            "replay does not read; pass that number as an argument, or keep it in a tensor"
+        )
+    return f"a runtime scalar has no path: {path}"
 
 
 def _unread(captured: Captured) -> set[Path]:
@@ -203,10 +235,26 @@ def _unread(captured: Captured) -> set[Path]:
     }
 
 
-def _decide_floats(
+def pinned_stores(captured: Captured, call: Call) -> set[tuple]:
+    """The state variables, by `Variable.id`, whose number was taken as a plain one and which hold
+    another one afterwards."""
+    stored = {(i, key) for i, key, _ in captured.effects.stores}
+    behind = {
+        value: {(id(call.holders[path[1]]), path[2])}
+        for value, path in zip(captured.scalars, captured.paths, strict=True)
+        if path[0] == "entry" and path[1:] in stored
+    }
+    for node in captured.host_nodes if behind else ():
+        of = set().union(*(behind.get(x, ()) for x in node.args))
+        behind[node.out] = of
+    taken = (p.left for p in captured.predicates if p.relation == "is")
+    return set().union(*(behind.get(x, ()) for x in taken))
+
+
+def _decide_numbers(
     walk: Walk, function: FunctionType, paths: Sequence[Path], call: Call
 ) -> dict[Path, str]:
-    """Turn the lines of floats into checks: of the type for a runtime scalar, else of the value.
+    """Turn the lines of numbers into checks: of the type for a runtime scalar, else of the value.
     Returns the expressions of the runtime scalars among them."""
     place = _scalar_places(walk, function, call)
     inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
@@ -214,61 +262,17 @@ def _decide_floats(
     scalars: dict[Path, str] = {}
     lines, walk.lines = walk.lines, []
     for line in lines:
-        if not isinstance(line, FloatLine):
+        if not isinstance(line, NumberLine):
             walk.lines.append(line)
-        elif line.key in wanted:
-            scalars[wanted[line.key]] = line.at
-            walk.expect(f"type({line.at}) is float", line.path, line.value, line.at)
+            continue
+        paths = [wanted[key] for key in line.keys if key in wanted]
+        if paths:
+            at = walk.local(line.at)
+            scalars |= dict.fromkeys(paths, at)
+            walk.expect(f"type({at}) is {type(line.value).__name__}", line.path, line.value, at)
         else:
-            k = walk.constant(line.value)
-            same = f"{line.at} is {k} or type({line.at}) is float and same_number({line.at}, {k})"
-            walk.expect(same, line.path, line.value, line.at)
+            walk.number(line.value, line.at, line.path)
     return scalars
-
-
-def _against_callbacks(captured: Captured, call: Call) -> str:
-    """Why the calls that a replay makes again cannot come before its plan, if so."""
-    for callback in call.callbacks:
-        scheduler = callback.function.__self__
-        for group in scheduler.optimizer.param_groups:
-            if any(isinstance(x, torch.Tensor) for name, x in group.items() if name != "params"):
-                return f"{type(scheduler).__name__} steps a hyperparameter that is a tensor"
-    if any(path[0] == "stored" for path in captured.paths):
-        return "a scheduler steps after it has set a hyperparameter"
-    late = {
-        value
-        for value, path in zip(captured.scalars, captured.paths, strict=True)
-        if path[0] == "after"
-    }
-    for node in captured.host_nodes:
-        if late.intersection(node.args):
-            late.update(node.outs)
-    if any(late.intersection((p.left, p.right)) for p in captured.predicates):
-        return "it decides by a value that a scheduler has just computed"
-    if call.callbacks and captured.branches:
-        return "it steps a scheduler and decides by a value of a tensor; do one outside the step"
-    return ""
-
-
-def _callbacks(captured: Captured, call: Call) -> Callable[[list], None] | None:
-    """A function that calls what a replay calls again, and fills in the scalars that this makes."""
-    callbacks, holders = call.callbacks, call.holders
-    if not callbacks:
-        return None
-    late = [(i, path) for i, path in enumerate(captured.paths) if path[0] == "after"]
-
-    def after(scalars: list) -> None:
-        for n, callback in enumerate(callbacks):
-            callback.function(*callback.args, **callback.kwargs)
-            for i, path in late:
-                if path[1] == n:
-                    _, holder, key, *indices = path[2]
-                    x = holders[holder][key]
-                    for k in (*indices, *path[3:]):
-                        x = x[k]
-                    scalars[i] = float(x)
-
-    return after
 
 
 def _scalar_places(walk: Walk, function: FunctionType, call: Call) -> Callable[[tuple], tuple]:

@@ -17,10 +17,8 @@ describes the state *before* the trace. So it fails after the trace exactly if t
 
 from __future__ import annotations
 
-import builtins
-import math
 import weakref
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from enum import Enum
 from types import (
@@ -35,151 +33,75 @@ from types import (
 import torch
 from torch.autograd.function import Function
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from tracejit.capture.proof.guard_text import FloatLine, GuardText, same_value, short, unbound
+from tracejit.capture.effects.variables import Record, Variable, may_vary
+from tracejit.capture.proof.functions import Functions
+from tracejit.capture.proof.guard_text import NumberLine, short
 from tracejit.capture.proof.kinds import (
     C_FUNCTIONS,
-    CLASS_NOISE,
     CONTAINERS,
-    SLOT,
     WRAPPERS,
     is_data,
     known_callable,
     library,
-    library_module,
     plain_object,
     pure_type,
     slots,
 )
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
-from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
+from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.trace.scalars import is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType)
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
-class Walk(GuardText):
+class Walk(Functions):
     """The lines of a guard about Python state, and what keeps that state from being guarded."""
 
-    def __init__(self, names: frozenset[str] | None, ran: Iterable[CodeType] | None):
-        super().__init__()
-        self.wanted = names
-        self.ran = None if ran is None else frozenset(ran)
+    def __init__(
+        self,
+        names: frozenset[str] | None,
+        ran: Iterable[CodeType] | None,
+        records: Iterable[Record] = (),
+    ):
+        super().__init__(names, ran)
+        self.lasting = True  # what is visited is the same in other calls
+        self._records = {record.place.path for record in records}
         self.tensors: dict[int, str] = {}  # id(tensor) -> expression
         self.paths: dict[int, str] = {}  # id(tensor) -> what reasons call it
         self.all_tensors: list[torch.Tensor] = []
-        self.codes: set[CodeType] = set()  # the user code that the guard accounts for
-        self._visited: set[int] = set()
+        self.held: list[tuple[Variable, object]] = []  # places that the step may assign, and what
+        self.records: list[Record] = []  # the lists that the step only appends to
+        self.lists: list[tuple[Record, list]] = []  # other lists, and what they held
+        self.found: list[str] = []  # locals of containers and objects that are looked up
+        self.groups: set[int] = set()  # param groups, by identity: they have runtime scalars anyway
+        self.places: dict[int, Variable] = {}  # where dicts are, by identity
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
-        self._asked = ran is None or any(map(asks, mine))
         self._compared = ran is None or any(map(compares, mine))
-        self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
         self.aliases: list[str] = []  # functions of math by other names than math's
         self.reentrant = False  # the step can reach itself, and sees plain floats then
-
-    # ---- roots
-
-    def function(self, function: FunctionType, path: str) -> None:
-        """A user function: its code, cells, defaults and globals (its identity is the caller's)."""
-        if self._seen(function):
-            return
-        k, code = self.constant(function), function.__code__
-        mine = origin(code) == "user"
-        if mine:
-            self.check(f"{k}.__code__ is {self.constant(code)}", f"the code of {path} changed")
-            self.codes.update(codes(code))
-        root = function is self.root
-        for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            self._cell(name, cell, root=root)
-        if not mine:
-            return
-        for kind, defaults in (
-            ("default", function.__defaults__),
-            ("kwdefault", function.__kwdefaults__),
-        ):
-            if defaults:
-                place = f"{k}.__{kind}s__"
-                self.check(
-                    f"len({place} or ()) == {len(defaults)}", f"the {kind}s of {path} changed"
-                )
-                items = defaults.items() if kind == "kwdefault" else enumerate(defaults)
-                for i, x in items:
-                    name = i if kind == "kwdefault" else self._parameter(function, i)
-                    self.visit(x, f"{place}[{i!r}]", f"the default of {name}", (kind, k, i))
-        if self._asked:
-            attributes = f"[*{k}.__dict__] == {[*function.__dict__]!r}"
-            self.check(attributes, f"{path} has other attributes now")
-        for name in self._named(function.__dict__):
-            at = f"{k}.__dict__[{name!r}]"
-            self.visit(function.__dict__[name], at, f"{path}.{name}")
-        if self.ran is None or not self.ran.isdisjoint(codes(code)):
-            self._globals(function)
-
-    def _parameter(self, function: FunctionType, i: int) -> str:
-        code = function.__code__
-        first = code.co_argcount - len(function.__defaults__)
-        return code.co_varnames[first + i]
-
-    def _cell(self, name: str, cell: CellType, *, root: bool = False) -> None:
-        try:
-            value = cell.cell_contents
-        except ValueError:
-            self.names["unbound"] = unbound  # the step may catch the error of reading it
-            self.check(f"unbound({self.constant(cell)})", f"{name} is bound now")
-            return
-        at = f"{self.constant(cell)}.cell_contents"
-        if type(value) in (float, tuple):
-            self._number(("cell", self.constant(cell)), value, at, name, root)
-        elif not self._seen(cell):
-            self.visit(value, at, name, owned=False)
-
-    def _number(self, key: tuple, x: object, at: str, path: str, root: bool) -> None:
-        """A float, or a tuple perhaps of floats, in a variable: the step itself sees a runtime
-        scalar there, and the functions that it calls a number, good for its value only."""
-        if (key, root) not in self._visited:
-            self._visited.add((key, root))
-            self.visit(x, at, path, key if root else None, owned=False)
-
-    def _globals(self, function: FunctionType) -> None:
-        scanned = scan(function)
-        for why in scanned.refusals:
-            self.refuse(why)
-        for read in scanned.reads:
-            k = self.constant(read.holder)
-            number = type(read.value) in (float, tuple)
-            if not number and (id(read.holder), read.key) in self._visited:
-                continue
-            self._visited.add((id(read.holder), read.key))
-            if read.missing:
-                where = f"vars({k})" if isinstance(read.holder, ModuleType) else k
-                self.check(f"{read.key!r} not in {where}", f"{read.path} is defined now")
-                continue
-            if read.builtin:
-                self.check(f"{read.key!r} not in {k}", f"{read.path} is a global name now")
-                at = f"{self.constant(builtins)}.{read.key}"
-            elif isinstance(read.holder, ModuleType):
-                at = f"{k}.{read.key}"
-            else:
-                at = f"{k}[{read.key!r}]"
-            if isinstance(read.value, ModuleType):  # what is read of it is the next read
-                self.expect(f"{at} is {self.constant(read.value)}", read.path, read.value, at)
-            elif number:
-                root = function is self.root
-                self._number(("global", k, read.key), read.value, at, read.path, root)
-            elif read.holder is math:  # a wrapper while the step is traced
-                self.expect(f"{at} is {self.constant(read.value)}", read.path, read.value, at)
-            else:
-                self.visit(read.value, at, read.path, owned=False)
 
     # ---- values
 
     def visit(
-        self, x: object, at: str, path: str, key: tuple | None = None, *, owned: bool = True
+        self,
+        x: object,
+        at: str,
+        path: str,
+        key: tuple | None = None,
+        *,
+        owned: bool = True,
+        place: Variable | None = None,
     ) -> None:
         """Guard x, the value of the expression `at`.
+
+        place: where x is, if the step may assign it.
 
         owned: whoever holds x is guarded by its identity, so x is known by its identity too. Else x
             may be another object on each call, such as an argument.
@@ -188,18 +110,52 @@ class Walk(GuardText):
         if self._count > _MAX_PLACES:
             self.refuse(f"it can reach more than {_MAX_PLACES} values")
             return
+        if place is not None:
+            x = self._place(place, x)
+        variable = ("entry", id(place.holder), place.key) if place is not None else None
         if type(x) is float:
-            self.lines.append(FloatLine(self.local(at), x, path, key))
+            self.lines.append(NumberLine(at, x, path, (key, variable)))
+        elif type(x) is int and variable is not None:
+            self.lines.append(NumberLine(at, x, path, (None, variable)))
         elif type(x) is tuple and key is not None and any(type(i) in (float, tuple) for i in x):
             self._tuple(x, at, path, key, owned)
         elif is_value(x):
             self._value(x, at, path)
+        elif place is not None and isinstance(x, tuple) and may_vary(x):
+            self._class(type(x))
+            self._tuple(x, at, path, (), owned)
         elif is_tensor(x):
             self._tensor(x, at, path)
         elif type(x) in CONTAINERS:
-            self._container(x, at, path, key, owned)
+            self._container(x, at, path, key, owned, place)
         else:
             self._object(x, at, path, owned)
+
+    def _item(self, holder: object, key: object, path: str, owned: bool) -> Variable:
+        return Variable(holder, key, path, owned or self.lasting)
+
+    def _place(self, place: Variable, x: object) -> object:
+        """Take note of a place that the step may assign; returns what it holds."""
+        if type(place.holder) not in _ASSIGNED:
+            return x
+        if is_traced(x):  # kept from an earlier call
+            x = plain(x)
+            place.set(x)
+        if may_vary(x):
+            self.held.append((place, x))
+        return x
+
+    def _found(self, x: object, at: str) -> str:
+        """A local for an object that is looked up in each call. A second way to it must lead to the
+        same object."""
+        name = self._constants[id(x)] = self.local(at)
+        self.found.append(name)
+        self._keep.append(x)
+        return name
+
+    def holder(self, x: object) -> str:
+        """An expression of the holder of a state variable, in this call."""
+        return self._constants.get(id(x)) or self.constant(x)
 
     def _value(self, x: object, at: str, path: str) -> None:
         if x is None or x is True or x is False or x is ...:
@@ -207,9 +163,7 @@ class Walk(GuardText):
             return
         if isinstance(x, str) and "%" in x:
             self.refuse(f"it reads {path}, a string that % may format")
-        k = self.constant(x)
-        self.names["same_value"] = same_value
-        self.expect(f"{at} is {k} or same_value({at}, {k})", path, x, at)
+        self.number(x, at, path)
 
     def path_of(self, x: torch.Tensor) -> str:
         """What reasons call a tensor."""
@@ -242,11 +196,14 @@ class Walk(GuardText):
 
     def _tuple(self, x: tuple, at: str, path: str, key: tuple, owned: bool) -> None:
         at = self.local(at)
-        self.expect(f"type({at}) is tuple and len({at}) == {len(x)}", path, x, at)
+        kind = self.constant(type(x))
+        self.expect(f"type({at}) is {kind} and len({at}) == {len(x)}", path, x, at)
         for i, item in enumerate(x):
             self.visit(item, f"{at}[{i}]", f"{path}[{i}]", (*key, i), owned=owned)
 
-    def _container(self, x, at: str, path: str, key: tuple | None, owned: bool) -> None:
+    def _container(
+        self, x, at: str, path: str, key: tuple | None, owned: bool, found: Variable | None = None
+    ) -> None:
         if type(x) is tuple and not owned:
             self._tuple(x, at, path, key or (), owned)
             return
@@ -254,14 +211,17 @@ class Walk(GuardText):
             place = self.constant(x)
             self.expect(f"{at} is {place}", path, x, at)
             if self._seen(x):
+                if any(x is record.items for record in self.records):
+                    self.refuse(f"it appends to {path}, and has it by another name too")
                 return
         else:
             self._seen(x)
-            place = self.local(at)
+            place = self._found(x, at)
             self.expect(f"type({place}) is {self.constant(type(x))}", path, x, place)
-            self._constants[id(x)] = place  # a second way to it must lead to the same object
         if isinstance(x, dict):
             self._keys(x, place, path)
+            if found is not None:
+                self.places[id(x)] = found
             if isinstance(x, defaultdict):
                 factory = f"{place}.default_factory"
                 self.check(f"{factory} is {self.constant(x.default_factory)}", f"{path} changed")
@@ -269,7 +229,8 @@ class Walk(GuardText):
                 name = repr(k) if type(k) in (str, int, bool) else self.constant(k)
                 inner = ("entry", id(x), k) if type(k) in (str, int) else None
                 shown = f"{path}[{short(k) if isinstance(k, torch.Tensor) else k!r}]"
-                self.visit(item, f"{place}[{name}]", shown, inner, owned=owned)
+                mine = self._item(x, k, shown, owned) if inner or is_tensor(k) else None
+                self.visit(item, f"{place}[{name}]", shown, inner, owned=owned, place=mine)
         elif isinstance(x, (set, frozenset)):
             ids = [id(item) for item in x]
             if all(is_value(item) for item in x):
@@ -278,11 +239,17 @@ class Walk(GuardText):
                 self.expect(f"[*map(id, {place})] == {self.constant(ids)}", path, x, place)
                 for item in x:
                     self.visit(item, self.constant(item), f"an element of {path}")
+        elif found is not None and type(x) is list and found.path in self._records:
+            self.records.append(Record(x, found))
         else:
             self.expect(f"len({place}) == {len(x)}", path, x, place)
             for i, item in enumerate(x):
                 inner = (*key, i) if key else None
-                self.visit(item, f"{place}[{i}]", f"{path}[{i}]", inner, owned=owned)
+                at, shown = f"{place}[{i}]", f"{path}[{i}]"
+                mine = self._item(x, i, shown, owned)
+                self.visit(item, at, shown, inner, owned=owned, place=mine)
+            if type(x) is list and found is not None:
+                self.lists.append((Record(x, found), [*x]))
 
     def _keys(self, x: dict, at: str, path: str) -> None:
         if not x:
@@ -311,7 +278,7 @@ class Walk(GuardText):
             self._method(x, at, path)
             return
         if not owned and is_data(x) and not self._seen(x):  # a batch: made anew for each call
-            place = self._constants[id(x)] = self.local(at)
+            place = self._found(x, at)
             self._keep.append(x)
             self._instance(x, place, path, owned=False)
             return
@@ -354,7 +321,7 @@ class Walk(GuardText):
         elif type(x).__module__.startswith("tracejit") and callable(getattr(x, "_step", None)):
             self.visit(x._step, f"{place}._step", path)  # a compiled step inside: inlined
             for name in self._named(x.user_attributes()):  # step.calls += 1
-                self.visit(vars(x)[name], f"{place}.{name}", f"{path}.{name}")
+                self._attribute(x, name, f"{place}.{name}", f"{path}.{name}")
         elif plain_object(x):
             self._instance(x, place, path)
         else:
@@ -391,9 +358,12 @@ class Walk(GuardText):
                 place = self.constant(attributes)
                 self.check(f"{at}.__dict__ is {place}", f"{path} has other attributes now")
             else:
-                place = self.local(f"{at}.__dict__")
+                place = self._found(attributes, f"{at}.__dict__")
             names = f"[*{place}] == {self.constant([*attributes])}"
             self.check(names, f"{path} has other attributes now")
+            own = not isinstance(x, LRScheduler)  # which is called as it is
+            if isinstance(x, Optimizer):
+                self.groups.update(map(id, x.param_groups))
             wide = self._compared and isinstance(x, SimpleNamespace)
             for name in attributes if wide else self._named(attributes):
                 self.visit(
@@ -402,6 +372,7 @@ class Walk(GuardText):
                     f"{path}.{name}",
                     ("entry", id(attributes), name),
                     owned=owned,
+                    place=self._item(attributes, name, f"{path}.{name}", owned) if own else None,
                 )
         for name in self._named(slots(cls)):
             if hasattr(x, name):
@@ -434,65 +405,3 @@ class Walk(GuardText):
         get = self.constant(base.__getitem__)
         for k, item in items:
             self.visit(item, f"{get}({at}, {k})", f"{path}[{k}]", owned=owned)
-
-    def _class(self, cls: type) -> None:
-        """What is named of a class and its bases; of library classes, the functions that ran."""
-        for base in cls.__mro__:
-            if not is_heap_type(base) or ("class", id(base)) in self._visited:
-                continue
-            self._visited.add(("class", id(base)))
-            if type(base) is not type:
-                self._class(type(base))
-            held = vars(base)
-            place = self.constant(held)
-            mine = any(
-                isinstance(f, FunctionType) and origin(f.__code__) == "user" for f in held.values()
-            ) or not library_module(base.__module__)
-            for name in [*held]:
-                x = held[name]
-                at = f"{place}[{name!r}]"
-                if self._by_identity(x, mine=mine):
-                    self.expect(f"{at} is {self.constant(x)}", f"{base.__name__}.{name}", x, at)
-                elif mine and not isinstance(x, SLOT) and name not in CLASS_NOISE:
-                    dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
-                    if dunder or issubclass(base, Function) or self._named([name]):
-                        self.visit(x, at, f"{base.__qualname__}.{name}")
-            self.check(f"len({place}) == {len(held)}", f"the class {base.__qualname__} changed")
-            if mine:
-                bases = f"{self.constant(base)}.__bases__ == {self.constant(base.__bases__)}"
-                self.check(bases, f"the class {base.__qualname__} has other bases now")
-
-    def _by_identity(self, x: object, *, mine: bool) -> bool:
-        """Whether something in a class is a function that is guarded by its identity alone. In a
-        library class: one that ran. In a user's class: one made by namedtuple or dataclasses."""
-        if not isinstance(x, FunctionType):
-            return False
-        if mine:
-            return origin(x.__code__) == "stdlib"
-        return self.ran is not None and x.__code__ in self.ran
-
-    def _named(self, attributes: Iterable[str]) -> list[str]:
-        if self.wanted is None:
-            return list(attributes)
-        return [name for name in attributes if name in self.wanted]
-
-    def _was_seen(self, x: object) -> bool:
-        return id(x) in self._visited
-
-    def _seen(self, x: object) -> bool:
-        """Whether x was visited before; it is from now on."""
-        if id(x) in self._visited:
-            return True
-        self._visited.add(id(x))
-        self._keep.append(x)
-        return False
-
-
-def tensors_of(function: FunctionType | None, bound_to: tuple = ()) -> list[torch.Tensor]:
-    """Every tensor that a function can reach, and the objects that it is bound to."""
-    w = Walk(None, None)
-    for i, x in enumerate(bound_to):
-        w.visit(x, f"bound[{i}]", f"bound {i}")
-    if function is not None:
-        w.function(function, function.__qualname__)
-    return w.all_tensors

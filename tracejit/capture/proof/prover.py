@@ -11,12 +11,16 @@ from types import FunctionType
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.proof.guards import Armed, arm, reasons_against, survey
+from tracejit.capture.effects.variables import Record, Variable, same
+from tracejit.capture.proof.guards import Armed, arm, pinned_stores, reasons_against, survey
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.watch import Seen
+from tracejit.capture.proof.watch import Seen, origin
+from tracejit.capture.python.bytecode import dynamic, only_appends
+from tracejit.capture.trace.scalars import Scalars
 from tracejit.errors import ReplayNotArmed
 
 PROOFS = 4  # traces of each new program that are watched, to arm a replay
+_SEARCHES = 8  # traces that may tell more about a step's state variables
 _REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
 _AGREE = "two traces have to agree first"
 
@@ -35,6 +39,11 @@ class Prover:
         self._ran: Seen | None = None  # what watched traces ran
         self._left = PROOFS
         self._refused = 0  # how often in a row, for the same reasons
+        self.variables: list[Variable] = []  # places that the step is known to assign
+        self._plain: set[tuple] = set()  # those whose numbers it takes as plain ones
+        self._numbers: dict[str, float] = {}  # in an earlier call, by the path of the place
+        self.records: list[Record] = []  # lists that it only appends to
+        self._searches = _SEARCHES
 
     @property
     def watching(self) -> bool:
@@ -44,8 +53,22 @@ class Prover:
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
         if self.watching and (self._ran is not None or self.mode == "replay"):
-            return survey(self.function, args, kwargs, self._ran)
+            walk = survey(self.function, args, kwargs, self._ran, self.records)
+            self.variables, self.records = _here(self.variables, walk), walk.records
+            return walk
         return None
+
+    def over(self) -> None:
+        """A trace is over: what was this call's only is let go."""
+        self.variables = [variable.released() for variable in self.variables]
+        self.records = [record.released() for record in self.records]
+
+    def leave_integers(self, scalars: Scalars) -> None:
+        """Integers stay plain in a trace: user code keeps them in places that nobody watches."""
+        scalars.pins_integers = True
+        integers = {v.id for v in self.variables if v.holds_integer()}
+        self._plain |= integers
+        self.variables = [v for v in self.variables if v.id not in integers]
 
     def built(self) -> None:
         """A program was built: some more traces are watched."""
@@ -80,6 +103,9 @@ class Prover:
         if walk is None:
             self.why = _AGREE
             return None
+        if self._learns(walk, ran, captured, call):
+            self.why = _AGREE
+            return None
         reasons, lines = reasons_against(walk, ran, captured), walk.lines
         armed = None
         if not reasons:
@@ -98,6 +124,42 @@ class Prover:
             return None
         return armed
 
+    def _learns(self, walk: Walk, ran: Seen, captured: Captured, call: Call) -> bool:
+        """Whether this trace has told more about the state variables: then two more have to agree.
+
+        What a trace has changed of what it reads, is one from now on, and a number that is another
+        one than in an earlier call. But one that a trace takes as a plain number, and changes, is
+        none: there would be a plan for each value.
+        """
+        pinned = pinned_stores(captured, call)
+        self._plain.update(pinned)
+        known = {v.id for v in self.variables}
+        self.variables = [v for v in self.variables if v.id not in pinned]
+        found = [
+            variable
+            for variable, before in walk.held
+            if variable.id not in known | self._plain
+            and not (type(before) is float and id(variable.holder) in walk.groups)
+            and (variable.changed(before) or self._varies(variable, before))
+        ]
+        self._numbers = {v.path: x for v, x in walk.held if type(x) in (int, float)}
+        grown = [record for record, before in walk.lists if _grown(record, before, walk, ran)]
+        read = [record for record in walk.records if not _only_appended(record, walk, ran)]
+        if read:
+            self.records = [r for r in self.records if all(r.items is not x.items for x in read)]
+        if self._searches and (found or pinned or grown or read):
+            self._searches -= 1
+            self._left = max(self._left, 2)
+            self.variables += {v.id: v for v in found}.values()
+            self.records += grown
+            return True
+        return False
+
+    def _varies(self, variable: Variable, number: object) -> bool:
+        """Whether a place held another number in an earlier call."""
+        earlier = self._numbers.get(variable.path)
+        return type(earlier) is type(number) and not same(earlier, number)
+
     def _refuse(self, reasons: list[str]) -> None:
         more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
         why = "; ".join(reasons[:4]) + more
@@ -107,6 +169,37 @@ class Prover:
             self._left = 0
         if self.mode == "replay":
             raise ReplayNotArmed(reason=self.why)
+
+
+def _grown(record: Record, before: list, walk: Walk, ran: Seen) -> bool:
+    """Whether a trace has appended to a list, and does nothing else with it."""
+    now = record.items
+    if len(now) <= len(before) or any(a is not b for a, b in zip(before, now, strict=False)):
+        return False
+    return _only_appended(record, walk, ran)
+
+
+def _only_appended(record: Record, walk: Walk, ran: Seen) -> bool:
+    """Whether all code of the user's that ran does no more than append to a list."""
+    place, key = record.place, None
+    above = walk.places.get(id(place.holder))
+    if above is not None:  # an item of a dict
+        place, key = above, place.key
+    name = place.path if place.is_cell else place.key
+    if type(name) is not str or type(key) not in (str, int, type(None)):
+        return False
+    mine = [code for code in ran.codes if origin(code) not in ("torch", "tracejit")]
+    named = place.kind, name, key
+    return not any(map(dynamic, mine)) and all(only_appends(code, *named) for code in mine)
+
+
+def _here(variables: list[Variable], walk: Walk) -> list[Variable]:
+    """The places of variables in this call: they may be in other objects now."""
+    ids = {variable.id for variable, _ in walk.held}
+    if all(variable.id in ids for variable in variables):
+        return variables
+    found = {variable.path: variable for variable, _ in walk.held}
+    return [v if v.id in ids else found.get(v.path, v) for v in variables]
 
 
 def _changes(armed: Armed, args: tuple, kwargs: dict) -> list[str]:

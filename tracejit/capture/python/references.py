@@ -42,11 +42,21 @@ def _in_item() -> int:
     return [_parameter(held[k]) for k in held][0]
 
 
+def _passed(x: object) -> int:
+    return _parameter(x)
+
+
+def _in_store() -> int:
+    held = [(object(),)]
+    return [_passed(*items) for items in held][0]
+
+
 ALONE = _item()  # `count(a_list[i])` of what nobody but the list holds
 LOOPED = _looped()  # `count(x)` in a comprehension over the list
 # `count(x)` of a function's parameter that nobody holds but
 IN_VARIABLE = _in_variable()  # a variable of the caller
 IN_LOOP = _in_loop()  # a container that the caller loops over, and the loop's variable
+IN_STORE = _in_store()  # a tuple that the caller loops over, and a parameter of the caller
 IN_ITEM = _in_item()  # a container of the caller, which passes an item of it
 
 

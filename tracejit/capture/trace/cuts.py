@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace import location
-from tracejit.capture.trace.scalars import Path, TracedFloat
+from tracejit.capture.trace.scalars import Path, TracedFloat, pinned
 from tracejit.capture.trace.tensor import Handle
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
@@ -63,7 +63,9 @@ def number_of(t: Trace, handle: Handle) -> float | bool:
     known = t.read_numbers.get(value)
     if known is None:
         known = t.read_numbers[value] = _number(t, value)
-    return known != 0.0 if handle.dtype.kind == "b" else known  # a decision
+    if handle.dtype.kind == "b":
+        return known != 0.0  # a decision
+    return pinned(known) if t.scalars.pins_integers and handle.dtype.kind != "f" else known
 
 
 def _number(t: Trace, value: Value) -> float:

@@ -66,7 +66,9 @@ class Scalars:
         self.params: list[tuple[Value, float]] = []  # host inputs of the graph
         self.paths: list[Path] = []  # where each of them comes from
         self.numbers: dict[Value, float] = {}  # what every host value is in this trace
-        self.integers: list[TracedInt] = []  # all that user code has got
+        self.given: list[TracedFloat | TracedInt] = []  # all that user code has got
+        self.has_integers = False
+        self.pins_integers = False  # what is read of tensors is a plain int, good for its value
         self.predicates: list[Predicate] = []
         self.read: set[Value] = set()  # cuts, and what was computed from them
         self.opaque: list[str] = []  # what Python did that no replay can follow
@@ -75,9 +77,12 @@ class Scalars:
         """The number that user code gets for a host value."""
         self.numbers[value] = number
         if type(number) is int:
-            self.integers.append(TracedInt(number, self, value))
-            return self.integers[-1]
-        return TracedFloat.make(number, self, value)
+            self.has_integers = True
+            made = TracedInt(number, self, value)
+        else:
+            made = TracedFloat.make(number, self, value)
+        self.given.append(made)
+        return made
 
     def come(self, number: float, path: Path) -> TracedFloat | TracedInt:
         """A runtime scalar: a new host input of the graph."""
@@ -116,7 +121,6 @@ class Scalars:
         self.active = False
         self.b = self.journal = None
         self.params, self.paths, self.numbers, self.predicates = [], [], {}, []
-        self.integers = []
         self.read, self.opaque = set(), []
 
 

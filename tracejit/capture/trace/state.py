@@ -271,6 +271,8 @@ class TraceState:
         self.hooks_of_leaf.clear()
         self.name_of = lambda tensor: None  # it holds the arguments of the call
         self.scalars.close()
+        self.hosted.clear()
+        self.read_numbers.clear()
         self.evaluate = on_numpy  # not the step's own: a trace lies in cycles
         for context in self.contexts:
             vars(context).clear()

@@ -54,7 +54,7 @@ class Trace(TraceState):
             raise self.unsupported()
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.unsupported("autocast is not supported yet; run the step without it")
-        if self.scalars.integers:
+        if self.scalars.has_integers:
             args, kwargs = settled(func, args, kwargs)
         try:
             if kwargs.get("out") is not None:

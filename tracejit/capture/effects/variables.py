@@ -1,0 +1,187 @@
+"""State variables: places of the user's Python that a step assigns, one call after another.
+
+A counter on an object, a moving average in a dict, the latest hidden state in a list, a variable of
+a closure. The proof finds them (`proof/prover.py`): places that a step reads and leaves changed.
+From then on a number there is a runtime scalar while the step's Python runs, and what the step
+leaves there is a store among its effects. Until the commit the place holds what it held before. So
+it is with lists that a step only appends to: a record of losses.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import CellType
+
+import torch
+
+from tracejit.capture.effects.effects import is_named
+from tracejit.capture.trace.scalars import is_traced, plain
+
+Holder = dict | list | deque | CellType
+APPEND = ...  # instead of a key
+KINDS = (int, float, bool, str, type(None))  # of what a variable may hold, besides a tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Variable:
+    """A place that holds a value: `holder[key]`, or the contents of a cell, whose key is None."""
+
+    holder: Holder
+    key: object
+    path: str  # what reasons call it
+    lasting: bool = True  # the holder is the same in other calls
+
+    @property
+    def id(self) -> tuple[int, object]:
+        """What tells it apart, as long as the holder lives."""
+        return id(self.holder), self.key if type(self.key) in (str, int) else id(self.key)
+
+    def released(self) -> Variable:
+        """The same place without a holder that is this call's only."""
+        return self if self.lasting else replace(self, holder={})
+
+    def get(self) -> object:
+        """What it holds; LookupError or ValueError if it holds nothing."""
+        return self.holder.cell_contents if self.is_cell else self.holder[self.key]
+
+    def set(self, x: object) -> None:
+        """Let it hold x."""
+        if self.is_cell:
+            self.holder.cell_contents = x
+        else:
+            self.holder[self.key] = x
+
+    def changed(self, before: object) -> bool:
+        """Whether it holds something else now, which it may hold again and again."""
+        try:
+            now = plain(self.get())
+        except (LookupError, ValueError):
+            return False
+        return may_vary(now) and not same(before, now)
+
+    def holds_integer(self) -> bool:
+        """Whether it holds an int now."""
+        try:
+            return type(plain(self.get())) is int
+        except (LookupError, ValueError):
+            return False
+
+    @property
+    def is_cell(self) -> bool:
+        """Whether it is a variable of a closure."""
+        return type(self.holder) is CellType
+
+    @property
+    def kind(self) -> str:
+        """Whose name its key is: "cell", "global", or "attribute" (or it is an item)."""
+        if self.is_cell:
+            return "cell"
+        return "global" if "__builtins__" in self.holder else "attribute"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """A list that the step appends to and does nothing else with."""
+
+    items: list
+    place: Variable  # where it is found
+
+    def released(self) -> Record:
+        """The same without a list that is this call's only."""
+        return self if self.place.lasting else replace(self, items=[], place=self.place.released())
+
+
+def may_vary(x: object) -> bool:
+    """Whether a variable may hold x: a plain value, a tensor, or a tuple of such."""
+    if isinstance(x, tuple) and (type(x) is tuple or is_named(type(x))):
+        return all(map(may_vary, x))
+    return type(x) in KINDS or isinstance(x, torch.Tensor)
+
+
+def same(a: object, b: object) -> bool:
+    """Whether a variable has not changed."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) in KINDS and (a == b or a != a)
+
+
+@dataclass(slots=True)
+class _Held:
+    """A variable of one trace: what it held before, and the runtime scalar in its place."""
+
+    variable: Variable
+    before: object
+    traced: object
+    count: int  # of what its holder held
+
+
+class Variables:
+    """The state variables of one trace."""
+
+    def __init__(self, known: Sequence[Variable], records: Sequence[Record]):
+        self._known, self._records = known, records
+        self._held: list[_Held] = []
+        self._lengths: list[tuple[list, int]] = []
+
+    def start(self, scalar: Callable[[float, Variable], object]) -> None:
+        """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes."""
+        self._lengths = [(record.items, len(record.items)) for record in self._records]
+        for variable in self._known:
+            try:
+                before = plain(variable.get())
+            except (LookupError, ValueError):
+                continue
+            number = type(before) in (int, float)
+            traced = scalar(before, variable) if number else before
+            self._held.append(_Held(variable, before, traced, _count(variable.holder)))
+            if number:
+                variable.set(traced)
+
+    def finish(self) -> list[tuple[Holder, object, object]]:
+        """Put back what was there before; returns what the step has left in the place of that: the
+        holder, the key or APPEND, and the value."""
+        stores = []
+        for items, length in self._lengths:
+            stores += [(items, APPEND, x) for x in items[length:]]
+            del items[length:]
+        for held in self._held:
+            variable = held.variable
+            try:
+                now = variable.get()
+            except (LookupError, ValueError):
+                continue
+            if _count(variable.holder) != held.count:  # its items have moved
+                _let_go(variable.holder)
+            elif now is held.traced:
+                variable.set(held.before)
+            elif held.traced is not held.before or not same(now, held.before):
+                stores.append((variable.holder, variable.key, now))
+                variable.set(held.before)
+            held.traced = None
+        return stores
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+        for items, length in self._lengths:
+            del items[length:]
+        for held in self._held:
+            if _count(held.variable.holder) == held.count:
+                held.variable.set(held.before)
+            else:
+                _let_go(held.variable.holder)
+
+
+def _let_go(holder: Holder) -> None:
+    """Make the runtime scalars that a holder has plain numbers."""
+    items = holder.items() if isinstance(holder, dict) else enumerate(holder)
+    for key, x in [*items]:
+        if is_traced(x):
+            holder[key] = plain(x)
+
+
+def _count(holder: Holder) -> int:
+    return 0 if type(holder) is CellType else len(holder)

@@ -1,0 +1,82 @@
+"""What a guard says of classes: the attributes that code which ran names, and the bases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import CodeType, FunctionType
+
+from torch.autograd.function import Function
+
+from tracejit.capture.proof.guard_text import GuardText
+from tracejit.capture.proof.kinds import CLASS_NOISE, SLOT, WRAPPERS, library_module
+from tracejit.capture.proof.watch import origin
+from tracejit.capture.python.classes import is_heap_type
+
+
+class Classes(GuardText):
+    """The lines of a guard about classes.
+
+    names: the attributes that code names, or None for all; ran: the code that ran, if known.
+    """
+
+    def __init__(self, names: frozenset[str] | None, ran: Iterable[CodeType] | None):
+        super().__init__()
+        self.wanted = names
+        self.ran = None if ran is None else frozenset(ran)
+        self._visited: set[int] = set()
+
+    def visit(self, x: object, at: str, path: str) -> None:
+        """Guard x, the value of the expression `at`."""
+        raise NotImplementedError
+
+    def _class(self, cls: type) -> None:
+        """What is named of a class and its bases; of library classes, the functions that ran."""
+        for base in cls.__mro__:
+            if not is_heap_type(base) or ("class", id(base)) in self._visited:
+                continue
+            self._visited.add(("class", id(base)))
+            if type(base) is not type:
+                self._class(type(base))
+            held = vars(base)
+            place = self.constant(held)
+            mine = any(
+                isinstance(f, FunctionType) and origin(f.__code__) == "user" for f in held.values()
+            ) or not library_module(base.__module__)
+            for name in [*held]:
+                x = held[name]
+                at = f"{place}[{name!r}]"
+                if self._by_identity(x, mine=mine):
+                    self.expect(f"{at} is {self.constant(x)}", f"{base.__name__}.{name}", x, at)
+                elif mine and not isinstance(x, SLOT) and name not in CLASS_NOISE:
+                    dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
+                    if dunder or issubclass(base, Function) or self._named([name]):
+                        self.visit(x, at, f"{base.__qualname__}.{name}")
+            self.check(f"len({place}) == {len(held)}", f"the class {base.__qualname__} changed")
+            if mine:
+                bases = f"{self.constant(base)}.__bases__ == {self.constant(base.__bases__)}"
+                self.check(bases, f"the class {base.__qualname__} has other bases now")
+
+    def _by_identity(self, x: object, *, mine: bool) -> bool:
+        """Whether something in a class is a function that is guarded by its identity alone. In a
+        library class: one that ran. In a user's class: one made by namedtuple or dataclasses."""
+        if not isinstance(x, FunctionType):
+            return False
+        if mine:
+            return origin(x.__code__) == "stdlib"
+        return self.ran is not None and x.__code__ in self.ran
+
+    def _named(self, attributes: Iterable[str]) -> list[str]:
+        if self.wanted is None:
+            return list(attributes)
+        return [name for name in attributes if name in self.wanted]
+
+    def _was_seen(self, x: object) -> bool:
+        return id(x) in self._visited
+
+    def _seen(self, x: object) -> bool:
+        """Whether x was visited before; it is from now on."""
+        if id(x) in self._visited:
+            return True
+        self._visited.add(id(x))
+        self._keep.append(x)
+        return False
