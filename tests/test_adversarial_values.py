@@ -404,6 +404,53 @@ def hardest_examples(w):
     return step
 
 
+def labelled(i: int) -> tuple[torch.Tensor]:
+    """Labels of which two, three or all four occur."""
+    return (torch.tensor([[0, 1, 1, 0, 1], [2, 0, 2, 1, 1], [0, 1, 2, 3, 3]][i % 3]),)
+
+
+@case("replay", args=labelled, calls=14)
+def mean_of_each_class_that_occurs(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(y):
+        out = t.model(X)
+        classes, inverse, counts = torch.unique(y, return_inverse=True, return_counts=True)
+        members = F.one_hot(inverse, len(classes)).float()
+        centers = members.T @ out / counts[:, None]
+        loss = (out - centers[inverse]).pow(2).mean()
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        return loss.detach(), classes, centers.detach()
+
+    return step
+
+
+@case("replay", args=labelled, calls=14, backend="c")
+def as_often_as_labels_say(w):
+    w.t = t = Trainer(lr=0.01)
+
+    def step(y):
+        rows = t.model(X.repeat_interleave(y, 0))
+        loss = (rows * torch.bincount(y, minlength=3)[:3]).sum() + F.one_hot(y).sum()
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        runs, lengths = torch.unique_consecutive(y, return_counts=True)
+        return loss.detach(), runs, lengths, y.bincount(rows.detach().new_ones(5))
+
+    return step
+
+
+@case("replay", args=lambda i: ((X * (1 + i % 2)).round(),), calls=10)
+def distinct_values_that_are_computed(w):
+    def step(x):
+        return (x.abs() + 1).unique(dim=1, return_counts=True), x.unique().numel()
+
+    return step
+
+
 @case("rerun", args=lambda i: (X[: 2 + i % 3],), calls=9)
 def nothing_selected(w):
     def step(x):

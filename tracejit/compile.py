@@ -474,11 +474,13 @@ class CompiledStep:
         if built:
             self._prover.built()
         often = self.stats.retraces >= _MANY_RETRACES and self.stats.retraces > self.stats.replays
-        if self.stats.compiles >= _MANY_PLANS or often:
+        varying = self._programs.varying
+        if varying or self.stats.compiles >= _MANY_PLANS or often:
             last = "; ".join(list(self._retraces)[-3:]) or "its Python takes another path"
             self._warn(
                 "plans",
-                f"has made {self.stats.compiles} plans and was traced again "
+                varying
+                or f"has made {self.stats.compiles} plans and was traced again "
                 f"{self.stats.retraces} times because something that it reads changed. Latest "
                 f"causes: {last}. Pass what changes as a float argument or a tensor, and keep "
                 "shapes to a few sizes",

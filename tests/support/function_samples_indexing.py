@@ -241,7 +241,22 @@ row(
         S(r(5, dtype=i64), 2),
         S(r(3), 2, output_size=6),
         S(r(3), -1),
-        no(r(3), i(1, 2, 0)),
+        S(r(3), i(1, 2, 0), smooth=True),
+        S(r(2, 3), i(1, 2, 0), 1),
+        S(r(2, 3), i(1, 2, 0), dim=-1, output_size=3),
+        S(r(2, 3), i(2), 0),
+        S(r(4, 3).t(), i(0, 2, 1), 0),
+        S(r(2, 3), i(*range(6))),
+        S(r(), i(3)),
+        S(r(3), torch.tensor(2)),
+        S(r(3), i(0, 0, 0)),
+        S(i(2, 0, 1)),
+        S(i(2, 0, 1).to(i32)),
+        S(r(3), i(1, 2)),
+        S(r(3), i(1, 2, 0)[None]),
+        S(r(3), r(3)),
+        S(r(3), i(1, 2, -1)),
+        S(r(2, 3)),
     ],
 )
 row(
@@ -392,7 +407,10 @@ row(
         S(torch.tensor(1), 3),
         S(i(0), 0),
         S(v(0, 1, dtype=i32), 2),
-        no(i(0, 2, 1)),
+        S(i(0, 2, 1)),
+        S(at(2, 3, below=4)),
+        S(i()),
+        S(i(-1)),
     ],
 )
 
@@ -700,6 +718,46 @@ CONDITIONS = [
 ]
 row("nonzero", [S(x) for x in CONDITIONS] + [S(x, as_tuple=True) for x in CONDITIONS])
 row("argwhere", [S(x) for x in CONDITIONS])
+SORTABLE = [
+    v(3.0, 1.0, 2.0, 1.0, 3.0),
+    v(nan, 1.0, nan, -0.0, 0.0),
+    at(4, 5, below=3),
+    at(5, 4, below=3).t(),
+    at(3, 4, below=3).to(f32),
+    i(2, 2, 1, 1, 2).to(bf16),
+    torch.tensor([True, False, True]),
+    torch.tensor(3.0),
+    r(0),
+    r(0, 3),
+]
+ASKED = {"return_inverse": True, "return_counts": True}
+SLICED = [at(4, 3, below=2), at(2, 3, 4, below=2), at(4, 3, below=2).t(), r(0, 3), r(3, 0), r()]
+DISTINCT = [
+    *(S(x) for x in SORTABLE),
+    *(S(x, **ASKED) for x in SORTABLE),
+    *(S(x, dim=k) for x in SLICED for k in (0, 1, -1)),
+    *(S(x, dim=k, **ASKED) for x in SLICED for k in (0, 1)),
+    S(SORTABLE[0], return_counts=True),
+    S(SORTABLE[0], return_inverse=True),
+]
+row("unique", [*DISTINCT, S(SORTABLE[2], True, True), S(SORTABLE[2], sorted=False)])
+row("unique_consecutive", DISTINCT)
+row(
+    "bincount",
+    [
+        *(S(at(9, below=4), minlength=n) for n in (0, 3, 7)),
+        S(at(9, below=4).to(u8)),
+        S(i()),
+        S(i(), minlength=2),
+        *(S(at(9, below=4), r(9, dtype=dtype)) for dtype in (f32, f64, i64, bf16, b1)),
+        S(at(9, below=4), weights=r(9), minlength=6),
+        S(i(1), r(2)),
+        S(i(-1)),
+        S(at(2, 2, below=3)),
+        S(r(3)),
+        S(i(1), minlength=-1),
+    ],
+)
 row(
     "masked_select",
     [

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, graph_key
+from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, cut_key, graph_key
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
@@ -330,7 +330,7 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
-        tuple((graph_key(cut.graph), cut.sources, cut.count) for cut in t.cuts),
+        tuple((cut_key(cut), cut.sources) for cut in t.cuts),
         late,
         None if checks is None else (graph_key(checks.graph), checks.sources),
     )

@@ -43,7 +43,7 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound, Check
-from tracejit.capture.trace.cuts import Cut, Stage, found_by
+from tracejit.capture.trace.cuts import Cut, Stage
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, TracedFloat
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -70,7 +70,7 @@ class Trail(Recorder):
         self._outputs: dict[Stage, list[torch.Tensor]] = {}  # the results of stages that have run
         self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
         self.numbers: dict[Value, float] = {}  # the runtime scalars, once the trace is over
-        self._selected: dict[Cut, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._found_in: dict[Cut, tuple[torch.Tensor, ...]] = {}
         self._answer: object = None  # what a call got for Python
 
     # ---- following
@@ -129,8 +129,8 @@ class Trail(Recorder):
             self.t.scalars.read.add(value)
             self.scalars.append(number)
             return True
-        if kind == "selected":
-            return self._selects(*what)
+        if kind == "tensors":
+            return self._searches(*what)
         if kind == "plain":
             self._answer = self.t.scalars.numbers[what[0]]
             return True
@@ -140,26 +140,25 @@ class Trail(Recorder):
             return True
         return self.computes(what[0]) if kind == "host" else self._holds(what[0])
 
-    def _selects(self, cut: Cut, inputs: tuple) -> bool:
-        """Whether a condition selects as many elements as it did; takes note of them."""
+    def _searches(self, cut: Cut, inputs: tuple) -> bool:
+        """Whether tensors are found as long as they were; takes note of them."""
         if cut.stage is not None:
-            condition = self._staged(cut.stage, inputs)[0]
+            value = self._staged(cut.stage, inputs)[0]
         else:
-            condition = self._run(cut, inputs)
-        found = found_by(condition)
-        self._selected[cut] = found
+            value = self._run(cut, inputs)
+        found = self._found_in[cut] = cut.search(value)
         return len(found[0]) == cut.count
 
     @property
     def found(self) -> list[torch.Tensor]:
         """What the cuts of this way have found."""
-        return [x for _, cut, *_ in self._cuts() for x in self._selected.get(cut, ())]
+        return [x for _, cut, *_ in self._cuts() for x in self._found_in.get(cut, ())]
 
     def _cuts(self) -> Iterator[tuple]:
         """The cuts of this way, as they were found."""
         for event in self.events:
             if type(event) is Call:
-                yield from (x for x in event.found if x[0] in ("cut", "selected"))
+                yield from (x for x in event.found if x[0] in ("cut", "tensors"))
 
     def _number_of(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
@@ -367,7 +366,7 @@ class Trail(Recorder):
         """Let go of the tensors."""
         self.given.clear()
         self._outputs.clear()
-        self._selected.clear()
+        self._found_in.clear()
         super().release()
 
 

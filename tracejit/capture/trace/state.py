@@ -118,7 +118,7 @@ class TraceState:
         self.evaluate: Callable[[Graph, list], torch.Tensor] = on_numpy
         self.cuts: list[object] = []
         self.read_numbers: dict[Value, float] = {}
-        self.selected: dict[Value, object] = {}  # by conditions
+        self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
 
     def _on_emit(self, node: Node) -> None:
