@@ -253,6 +253,7 @@ def _finish(
         outside=tuple(found.outside),
         reasons=tuple(sorted(found.reasons.items())),
         datas=datas,
+        flags=_flags(collect, bool(found.outside)),
         grads=tuple(grads),
         leaf_grads=leaf_grads,
         escaped=tuple(index for _, index in escaped),
@@ -387,6 +388,32 @@ def _writes(
             if h.storage is s and h.version.count  # writes through .data do not count
         ]
     return tuple(writes), tuple(host_writes), tuple(written)
+
+
+def _flags(collect: Collector, with_nodes: bool) -> tuple[tuple[int, str], ...]:
+    """What becomes of requires_grad of outside tensors. With nodes, a leaf that had it for a while
+    has it while they are made."""
+    t = collect.t
+    flags = []
+    for h in t.flagged:
+        i, before, now = collect.real(h.tensor), _requires_grad(h.tensor), t.requires_grad(h)
+        if before == "computed":
+            flags.append((i, "detached"))
+            continue
+        used = with_nodes and any(leaf is h for leaf in t.leaf_of.values())
+        if not before and (now or used):
+            flags.append((i, "requires grad"))
+        if not now and (before or used):
+            flags.append((i, "frozen"))
+    return tuple(flags)
+
+
+def _requires_grad(tensor: torch.Tensor) -> str:
+    """Whether a tensor from outside requires grad: as a leaf, or computed; else empty."""
+    with torch._C.DisableTorchFunction():
+        if not tensor.requires_grad:
+            return ""
+        return "leaf" if tensor.is_leaf else "computed"
 
 
 def _nodes(collect: Collector, name: str) -> Nodes:

@@ -77,6 +77,9 @@ def _line(code: str, lines: Iterator[str], found: dict[str, list]) -> None:
             found["host"] += map(_arg, rest.split(", "))
         case "written" | "escaped":
             found[word] += map(int, rest.split(", "))
+        case "flag":
+            index, _, how = rest.partition(" ")
+            found["flags"].append((int(index), how))
         case "store" if m := _STORE.fullmatch(code):
             found["stores"].append((int(m[1]), ast.literal_eval(m[2]), _tree(m[3])))
         case "number" if m := _NUMBER.fullmatch(code):

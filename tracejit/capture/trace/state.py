@@ -100,6 +100,7 @@ class TraceState:
         self.leaf_of: dict[Value, Handle] = {}
         self.sealed: dict[Family, str] = {}  # why autograd refuses to write to these
         self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
+        self.flagged: list[Handle] = []  # from outside, whose requires_grad has changed
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
         self.inference: set[Storage] = set()  # made in inference mode
