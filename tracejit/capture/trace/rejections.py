@@ -21,6 +21,11 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation"
         )
+    if handle.storage in t.inputs.overlapping:
+        raise t.unsupported(
+            "It overlaps in memory with another tensor from outside, of other shape or place; make "
+            "the view inside the step, or clone one"
+        )
     if any(name == "expand" for name, _ in handle.steps):
         raise t.unsupported("Write to the tensor that was expanded")
 

@@ -36,6 +36,8 @@ class Inputs:
     storages: list[Storage] = field(default_factory=list)  # each with a graph input
     by_id: dict[int, Handle] = field(default_factory=dict)
     by_memory: dict[int, list[Handle]] = field(default_factory=dict)  # by torch storage
+    borrowed: list[Handle] = field(default_factory=list)  # whose memory is not torch's own
+    overlapping: set[Storage] = field(default_factory=set)  # with others, of another geometry
 
     def add(self, tensor: torch.Tensor, handle: Handle) -> None:
         """A tensor has come in."""
