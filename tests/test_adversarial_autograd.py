@@ -219,6 +219,49 @@ case("refused: gradients would go to its old history", says="detach", args=carri
 )
 
 
+# ---- hooks on saved tensors
+
+
+@case("refused: hooks see each tensor that is saved", says="save_on_cpu may stay", args=fresh)
+def saved_tensors_counted(w):
+    w.t = t = Trainer()
+    w.seen = seen = {"packed": 0, "unpacked": 0}
+
+    def pack(x):
+        seen["packed"] += 1
+        return x.detach()
+
+    def unpack(x):
+        seen["unpacked"] += 1
+        return x
+
+    def step(x):
+        t.opt.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            loss = t.loss(x, Y)
+        loss.backward()
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
+@case("replay", args=fresh)
+def saved_on_the_cpu_in_part(w):
+    w.t = t = Trainer()
+
+    def step(x):
+        t.opt.zero_grad()
+        with torch.autograd.graph.save_on_cpu(pin_memory=False):
+            h = t.model[1](t.model[0](x))
+        loss = (t.model[2](h) - Y).pow(2).mean()
+        loss.backward()
+        t.opt.step()
+        return loss.detach()
+
+    return step
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_autograd(name):
     check(CASES[name])
