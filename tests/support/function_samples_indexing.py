@@ -676,7 +676,6 @@ READ = [
     S(r(3, 4), (i(0, 1), i(0, 1, 2))),
     S(r(3, 4), r(2)),
     S(r(3, 4), (i(0), i(0), i(0))),
-    no(r(3, 4), torch.tensor(1)),
     *(S(x, index) for x, index in MASKED),
     S(r(3, 4), r(3, 4) > 0, smooth=True),
     S(r(3, 4), r(4, dtype=b1)),
