@@ -254,6 +254,102 @@ def more_arguments(w):
     return step
 
 
+# ---- arguments that overlap in memory
+
+
+def shifted(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A series, and the same one step later; at times the second is a copy, or a third one."""
+    series = torch.arange(12.0) + i
+    later = [series, series, series.clone(), series + 0][i // 2 % 4]
+    return series[:-1], later[1:]
+
+
+@case("replay", args=shifted, calls=16)
+def inputs_and_targets_of_one_series(w):
+    w.weight = weight = torch.nn.Parameter(torch.ones(11))
+
+    def step(x, y):
+        weight.grad = None
+        loss = (x * weight - y).pow(2).mean()
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def viewed(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    buffer = torch.arange(12.0) + i
+    return buffer.view(3, 4), [buffer[2:9], buffer.view(torch.int32)[1:8]][i // 4 % 2]
+
+
+@case("replay", args=viewed, calls=12, backend="c")
+def views_of_one_buffer(w):
+    return lambda a, b: (a.sum(0) * 2, b * 3, a[0] + b[:4])
+
+
+@case("refused: the other one changes too", says="overlaps in memory", args=shifted)
+def one_of_two_that_overlap_is_written(w):
+    def step(x, y):
+        x.add_(1)
+        return y * 2
+
+    return step
+
+
+@case("refused: the other one changes too", says="overlaps in memory", args=shifted)
+def one_of_two_that_overlap_is_written_after_both_are_read(w):
+    def step(x, y):
+        z = x * y
+        y.mul_(2)
+        return z
+
+    return step
+
+
+@case("replay", args=lambda i: ((z := torch.arange(8.0) + i)[:4], z.view(torch.int32)[4:]))
+def parts_of_one_buffer_that_are_apart(w):
+    def step(x, y):
+        x.add_(1)
+        return x * y
+
+    return step
+
+
+def of_numpy(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the third call on the second tensor lies where the first one does, though torch knows
+    nothing of it."""
+    array = np.arange(12.0, dtype=np.float32) + i
+    other = array if i >= 3 else array.copy()
+    return torch.from_numpy(array[1:]), torch.from_numpy(other[:-1])
+
+
+@case("rerun", args=lambda i: of_numpy(3 + i))
+def arrays_that_overlap_are_read(w):
+    return lambda x, y: (x - y).sum()
+
+
+@case("refused: the other one changes too", says="overlaps in memory", args=of_numpy)
+def array_that_overlaps_is_written(w):
+    def step(x, y):
+        x.add_(1)
+        return y * 2
+
+    return step
+
+
+@case(
+    "refused: the other one changes too",
+    says="overlaps in memory",
+    args=lambda i: ((x := torch.arange(4.0) + i), torch.from_dlpack(x if i >= 3 else x + 0)),
+)
+def tensor_that_is_one_by_dlpack_is_written(w):
+    def step(x, y):
+        x.add_(1)
+        return y * 2
+
+    return step
+
+
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 def test_arguments(name):

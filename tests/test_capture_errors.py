@@ -337,10 +337,14 @@ def test_a_result_of_autograd_is_fine_without_grad():
         torch.testing.assert_close(call(step, y), y * 2)
 
 
-def test_overlapping_views_are_refused():
+def test_overlapping_views_are_refused_where_one_is_written():
     base = randn(4)
-    with pytest.raises(UnsupportedOperation, match="overlap"):
-        call(lambda a, b: a.sum() + b.sum(), base, base[1:])
+    torch.testing.assert_close(
+        call(lambda a, b: a.sum() + b.sum(), base, base[1:]), base.sum() * 2 - base[0]
+    )
+    for step in (lambda a, b: [a.sum(), b.mul_(2)], lambda a, b: [a.mul_(2), b.sum()]):
+        with pytest.raises(UnsupportedOperation, match="overlap"):
+            call(step, base, base[1:])
 
 
 def test_disjoint_views_are_fine():

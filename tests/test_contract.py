@@ -114,6 +114,27 @@ def test_a_step_that_keeps_making_plans_warns_once_with_the_cause():
     assert "plans" in str(warning.message) and "config.scale" in str(warning.message)
 
 
+@pytest.mark.parametrize(
+    ("find", "remedy"),
+    [
+        (lambda x: x[x > 0].sum(), "torch.where(mask, x, 0)"),
+        (lambda x: torch.unique(x).sum(), "one_hot"),
+        (lambda x: torch.bincount(x.clamp(min=0)).sum(), "minlength"),
+    ],
+)
+@pytest.mark.parametrize("mode", ["auto", "rerun"])
+def test_a_number_of_elements_that_varies_is_told_once_with_a_remedy(find, remedy, mode):
+    step = tracejit.compile(lambda x: find(x), mode=mode)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(24):
+            x = (torch.arange(12) - i % 12).clamp(min=-1)
+            assert torch.equal(step(x), find(x))
+    (warning,) = [w for w in caught if w.category is TracejitWarning]
+    said = str(warning.message)
+    assert remedy in said and "test_contract.py" in said and "so far" in said
+
+
 def test_replay_mode_raises_where_a_proof_is_impossible():
     counter = SimpleNamespace(n=0)
     x = torch.ones(3)

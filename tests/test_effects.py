@@ -58,7 +58,14 @@ def moved_data(x, scale):
     return x.requires_grad
 
 
-STEPS = [returned_structures, writes_and_gradients, a_leaf_and_a_view, moved_data]
+def flags(x, scale):
+    (x * scale).sum().backward()
+    x.requires_grad_(False)
+    y = torch.zeros_like(x)
+    return y.requires_grad_(), y.requires_grad_(False)
+
+
+STEPS = [returned_structures, writes_and_gradients, a_leaf_and_a_view, moved_data, flags]
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -585,6 +585,14 @@ def test_models_and_optimizers_are_not_kept_alive():
     assert (compiled._recall.kept, compiled._recall.left) == (7, 1)  # the others go the same way
 
 
+def test_each_number_of_selected_elements_is_a_way_of_its_own():
+    compiled = tracejit.compile(lambda x: x[x > 0] * 2, mode="rerun", backend="numpy")
+    for i in range(12):
+        x = torch.arange(5.0) - i % 3
+        assert torch.equal(compiled(x), x[x > 0] * 2)
+    assert (compiled._recall.kept, compiled._recall.left) == (9, 2)
+
+
 def test_an_intermediate_with_history_does_not_keep_the_step_alive():
     class Owner:
         def __init__(self):

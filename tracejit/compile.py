@@ -87,14 +87,12 @@ def compile(
               call has done before what must not be done twice: it has written to a file, or used up
               a generator. "raise" raises the refusal; so does mode="replay".
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is one of {MODES}, not {mode!r}")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
-    if on_unsupported not in UNSUPPORTED:
-        raise ValueError(f"on_unsupported is one of {UNSUPPORTED}, not {on_unsupported!r}")
     options = (mode, backend, fuse, keep_grads, on_unsupported)
+    chosen = {"mode": (mode, MODES), "backend": (backend, BACKENDS)}
+    for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
+        if x not in known:
+            raise ValueError(f"{name} is one of {known}, not {x!r}")
     if step is None:
         return functools.partial(CompiledStep.of, options)
     return CompiledStep.of(options, step)
@@ -296,13 +294,13 @@ class CompiledStep:
         """Trace a call; run it eagerly if the trace is refused."""
         if fallback is None:
             return self._trace(args, kwargs, failed)
-        attempt = fallback.attempt(args, kwargs)
+        attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
         try:
             returned = self._trace(args, kwargs, failed, attempt)
         except Exception as error:
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
-            fallback.served(attempt, args, kwargs)
+            fallback.served(attempt, args, kwargs, built=self.stats.compiles > compiles)
             return returned
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
@@ -477,11 +475,13 @@ class CompiledStep:
         if built:
             self._prover.built()
         often = self.stats.retraces >= _MANY_RETRACES and self.stats.retraces > self.stats.replays
-        if self.stats.compiles >= _MANY_PLANS or often:
+        varying = self._programs.varying
+        if varying or self.stats.compiles >= _MANY_PLANS or often:
             last = "; ".join(list(self._retraces)[-3:]) or "its Python takes another path"
             self._warn(
                 "plans",
-                f"has made {self.stats.compiles} plans and was traced again "
+                varying
+                or f"has made {self.stats.compiles} plans and was traced again "
                 f"{self.stats.retraces} times because something that it reads changed. Latest "
                 f"causes: {last}. Pass what changes as a float argument or a tensor, and keep "
                 "shapes to a few sizes",

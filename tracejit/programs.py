@@ -36,6 +36,7 @@ from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 MAX_PROGRAMS = 64  # per step; the least recently used goes first
+_MANY_COUNTS = 4  # from so many numbers of found elements on, at one place, it is said
 
 
 @dataclass
@@ -160,6 +161,8 @@ class Programs:
         self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self._literals = Literals()
         self._memory = Memory()  # of all programs that run in calls of the step
+        self._counts: dict[tuple, set[int]] = {}  # by place and search: how much was found there
+        self.varying = ""  # where that varies much, and what to do
         part = weakref.WeakMethod(self.part)
         self._stages = Stages(lambda graph, what: part()(graph, what))
 
@@ -203,6 +206,7 @@ class Programs:
             return found, captured
         backwards = [Backward(self, node.graph, executor) for node in captured.effects.outside]
         named = names(captured, call)
+        self._note_counts(captured)
         built = self.build(captured.graph, executor, self._memory, names=named)
         compiled = Compiled(key, *built, backwards, named)
         if captured.checks is not None:
@@ -214,6 +218,20 @@ class Programs:
             dropped.kept = False
             self.dropped(dropped)
         return compiled, captured
+
+    def _note_counts(self, captured: Captured) -> None:
+        """Take note of how much the cuts of a new program have found."""
+        for cut in captured.cuts:
+            if cut.search is None or self.varying:
+                continue
+            counts = self._counts.setdefault((cut.where, cut.search), set())
+            counts.add(cut.count)
+            if len(counts) >= _MANY_COUNTS:
+                so_far = ", ".join(map(str, sorted(counts)))
+                self.varying = (
+                    f"makes a plan for each number of elements that it finds at {cut.where} "
+                    f"({so_far} so far). {cut.search.remedy}"
+                )
 
     def parts(self, compiled: Compiled, captured: Captured, cuts: Sequence[int]) -> Parts | None:
         """A captured step in segments that end with some of its cuts."""

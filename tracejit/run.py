@@ -17,7 +17,7 @@ from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_g
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
-from tracejit.capture.trace.cuts import Source, found_by
+from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph
@@ -136,7 +136,7 @@ class _Writer:
     def all(self) -> tuple[str, dict[str, object]]:
         captured, before, names = self.captured, self.before, self.names
         if self.armed is None:
-            count = sum(2 for cut in captured.cuts if cut.count is not None)
+            count = sum(cut.found for cut in captured.cuts)
             before += [f"found{k} = call.found[{k}]" for k in range(count)]
         if self.armed is not None and captured.branches:
             self._stages()  # first: what is checked may stand behind a decision
@@ -247,10 +247,11 @@ class _Writer:
                 self.before.append(f"scalars[{self.cut_scalars[k]}] = read(part{n}[0])")
                 self._decide(k)
             else:
-                self.names["found_by"] = found_by
-                self.before.append(f"found{found}, found{found + 1} = found_by(part{n}[0])")
+                self.names[f"search{n}"] = cut.search
+                names = "".join(f"found{found + i}, " for i in range(cut.found))
+                self.before.append(f"{names}= search{n}(part{n}[0])")
                 self.before.append(f"if len(found{found}) != {cut.count}: return OTHERWISE")
-                found += 2
+                found += cut.found
         if decides:
             self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
 

@@ -241,7 +241,22 @@ row(
         S(r(5, dtype=i64), 2),
         S(r(3), 2, output_size=6),
         S(r(3), -1),
-        no(r(3), i(1, 2, 0)),
+        S(r(3), i(1, 2, 0), smooth=True),
+        S(r(2, 3), i(1, 2, 0), 1),
+        S(r(2, 3), i(1, 2, 0), dim=-1, output_size=3),
+        S(r(2, 3), i(2), 0),
+        S(r(4, 3).t(), i(0, 2, 1), 0),
+        S(r(2, 3), i(*range(6))),
+        S(r(), i(3)),
+        S(r(3), torch.tensor(2)),
+        S(r(3), i(0, 0, 0)),
+        S(i(2, 0, 1)),
+        S(i(2, 0, 1).to(i32)),
+        S(r(3), i(1, 2)),
+        S(r(3), i(1, 2, 0)[None]),
+        S(r(3), r(3)),
+        S(r(3), i(1, 2, -1)),
+        S(r(2, 3)),
     ],
 )
 row(
@@ -392,7 +407,10 @@ row(
         S(torch.tensor(1), 3),
         S(i(0), 0),
         S(v(0, 1, dtype=i32), 2),
-        no(i(0, 2, 1)),
+        S(i(0, 2, 1)),
+        S(at(2, 3, below=4)),
+        S(i()),
+        S(i(-1)),
     ],
 )
 
@@ -658,7 +676,6 @@ READ = [
     S(r(3, 4), (i(0, 1), i(0, 1, 2))),
     S(r(3, 4), r(2)),
     S(r(3, 4), (i(0), i(0), i(0))),
-    no(r(3, 4), torch.tensor(1)),
     *(S(x, index) for x, index in MASKED),
     S(r(3, 4), r(3, 4) > 0, smooth=True),
     S(r(3, 4), r(4, dtype=b1)),
@@ -700,6 +717,46 @@ CONDITIONS = [
 ]
 row("nonzero", [S(x) for x in CONDITIONS] + [S(x, as_tuple=True) for x in CONDITIONS])
 row("argwhere", [S(x) for x in CONDITIONS])
+SORTABLE = [
+    v(3.0, 1.0, 2.0, 1.0, 3.0),
+    v(nan, 1.0, nan, -0.0, 0.0),
+    at(4, 5, below=3),
+    at(5, 4, below=3).t(),
+    at(3, 4, below=3).to(f32),
+    i(2, 2, 1, 1, 2).to(bf16),
+    torch.tensor([True, False, True]),
+    torch.tensor(3.0),
+    r(0),
+    r(0, 3),
+]
+ASKED = {"return_inverse": True, "return_counts": True}
+SLICED = [at(4, 3, below=2), at(2, 3, 4, below=2), at(4, 3, below=2).t(), r(0, 3), r(3, 0), r()]
+DISTINCT = [
+    *(S(x) for x in SORTABLE),
+    *(S(x, **ASKED) for x in SORTABLE),
+    *(S(x, dim=k) for x in SLICED for k in (0, 1, -1)),
+    *(S(x, dim=k, **ASKED) for x in SLICED for k in (0, 1)),
+    S(SORTABLE[0], return_counts=True),
+    S(SORTABLE[0], return_inverse=True),
+]
+row("unique", [*DISTINCT, S(SORTABLE[2], True, True), S(SORTABLE[2], sorted=False)])
+row("unique_consecutive", DISTINCT)
+row(
+    "bincount",
+    [
+        *(S(at(9, below=4), minlength=n) for n in (0, 3, 7)),
+        S(at(9, below=4).to(u8)),
+        S(i()),
+        S(i(), minlength=2),
+        *(S(at(9, below=4), r(9, dtype=dtype)) for dtype in (f32, f64, i64, bf16, b1)),
+        S(at(9, below=4), weights=r(9), minlength=6),
+        S(i(1), r(2)),
+        S(i(-1)),
+        S(at(2, 2, below=3)),
+        S(r(3)),
+        S(i(1), minlength=-1),
+    ],
+)
 row(
     "masked_select",
     [
@@ -712,6 +769,56 @@ row(
         S(r(5), r(5)),
         S(r(5), r(3) > 0),
     ],
+)
+
+
+AT = at(3, 4, below=3)
+SCATTERED = [
+    S(r(3, 4), 0, AT, r(3, 4), smooth=True),
+    S(r(3, 4), 1, at(3, 2, below=4), r(3, 2), smooth=True),
+    S(r(3, 4), -1, at(3, 7, below=4), r(3, 7)),
+    S(r(4, 3).t(), 0, AT, r(5, 6)),
+    S(r(5), 0, i(1, 1, 4), r(3)),
+    S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9)),
+    S(r(5, dtype=f64), 0, i(1, 1, 4).to(i32), r(3, dtype=f64)),
+    S(r(2, 3, 4), 1, at(2, 5, 4, below=3), r(2, 5, 4)),
+    S(r(3, 4), 0, at(0, 4, below=1), r(3, 4)),
+    S(r(), 0, torch.tensor(0), r()),
+    S(r(5), 0, i(1, 5), r(2)),
+    S(r(5), 0, i(1, -1), r(2)),
+    S(r(5), 0, i(1, 2, 3), r(2)),
+    S(r(5), 0, i(1, 2), r(2, dtype=f64)),
+    S(r(5), 0, r(2), r(2)),
+    S(r(3, 4), 0, i(1), r(1)),
+    S(r(3, 4), 2, AT, r(3, 4)),
+    no(r(3, 4), 0, at(1, 2, below=3), r(3, 4)),
+]
+row(
+    "scatter scatter_",
+    [
+        *SCATTERED,
+        S(r(3, 4), 1, at(3, 1, below=4), 2.5, smooth=True),
+        S(r(3, 4, dtype=i64), 1, at(3, 1, below=4), 2),
+        S(r(3, 4), dim=1, index=at(3, 1, below=4), value=1.0),
+        S(r(3, 4), dim=1, index=at(3, 1, below=4), src=r(3, 1)),
+        no(r(5), 0, i(1, 1, 4), r(3), reduce="add"),
+    ],
+)
+row("scatter_add scatter_add_", SCATTERED, exact=False)
+row(
+    "index_add index_add_",
+    [
+        S(r(3, 4), 0, i(2, 0, 2, 1), r(4, 4), smooth=True),
+        S(r(3, 4), 1, i(2, 0), r(3, 2), alpha=-0.5, smooth=True),
+        S(r(3, 4), -1, i(2), r(3, 1)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9), alpha=2),
+        S(r(3, 4), 0, i(2, 0), r(3, 4)),
+        S(r(3, 4), 0, i(3), r(1, 4)),
+        S(r(3, 4), 0, i(-1), r(1, 4)),
+        S(r(3, 4), 0, i(0)[None], r(1, 4)),
+        S(r(3, 4), 0, i(), r(0, 4)),
+    ],
+    exact=False,
 )
 
 

@@ -91,6 +91,11 @@ class Captured:
         return bool(self.decides) or any(cut.count is not None for cut in self.cuts)
 
 
+def cut_key(cut: Cut) -> tuple:
+    """A hashable identity of what a cut computes, and of how much it has found there."""
+    return graph_key(cut.graph), cut.search, cut.count
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """Equal keys: the same graph, the same effects, and the same plain values given."""

@@ -11,28 +11,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, graph_key
+from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, cut_key, graph_key
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
-    Given,
-    HostSlot,
     Made,
-    Mapped,
-    Sequenced,
-    Slot,
-    Store,
-    Tree,
     is_named,
 )
 from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
+from tracejit.capture.effects.structure import Structure
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import (
-    IN_ITEM,
-    IN_LOOP,
-    IN_STORE,
-    IN_VARIABLE,
     LOOPED,
     count,
 )
@@ -40,7 +30,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Source, sources_of
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
-from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced, plain
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
@@ -49,68 +39,6 @@ from tracejit.ir.types import DType, contiguous_strides
 from tracejit.passes.cone import cone
 
 _PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
-
-
-class Structure:
-    """Tells the structure of what a step returns or stores; tensors and numbers are a subclass's.
-
-    given: the objects of the call in it, by their position.
-    """
-
-    def __init__(self) -> None:
-        self.given: list[object] = []
-
-    def tensor(self, tensor: torch.Tensor) -> int:
-        """The position of a tensor among those that are made."""
-        raise NotImplementedError
-
-    def host_result(self, number: float) -> int:
-        """The position of a number among the host results."""
-        raise NotImplementedError
-
-    def is_mine(self, number: TracedFloat | TracedInt) -> bool:
-        """Whether a runtime scalar belongs to this trace."""
-        raise NotImplementedError
-
-    def object(self, x: object) -> Given:
-        """Anything else."""
-        self.given.append(x)
-        return Given(len(self.given) - 1)
-
-    def returned(self, box: list[object]) -> Tree:
-        """The structure of the one item of `box`, which is emptied. A list or dict that nobody else
-        holds then belongs to the call: each call makes a new one."""
-        x = box.pop()
-        return self.tree(x, IN_VARIABLE)
-
-    def tree(self, x: object, holders: int) -> Tree:
-        """The structure of x. A list or dict that somebody else holds too, besides `holders`, is
-        returned itself."""
-        if type(x) in (list, dict) and count(x) > holders:
-            return self.object(x)
-        if isinstance(x, torch.Tensor):
-            return Slot(self.tensor(x))
-        if is_traced(x):  # or kept from an earlier call
-            return HostSlot(self.host_result(x)) if self.is_mine(x) else self.object(plain(x))
-        if type(x) in (tuple, list):
-            items = tuple([self.tree(item, IN_LOOP) for item in x])
-            return Sequenced(type(x).__name__, items)
-        if isinstance(x, tuple) and is_named(type(x)):
-            kind = self.object(type(x))
-            return Sequenced(kind, tuple([self.tree(item, IN_LOOP) for item in x]))
-        if type(x) is dict:
-            pairs = [(self._key(k), self.tree(x[k], IN_ITEM)) for k in x]
-            return Mapped(tuple(pairs))
-        return self.object(x)
-
-    def store(self, holder: int, key: object, x: object) -> Store:
-        """What is stored in a holder of the call. The caller holds it in a container."""
-        if isinstance(key, torch.Tensor):
-            key = Slot(self.tensor(key))
-        return holder, key, self.tree(x, IN_STORE)
-
-    def _key(self, key: object) -> str | int | Given:
-        return key if type(key) in (str, int) else self.object(key)
 
 
 class Collector(Structure):
@@ -152,6 +80,13 @@ class Collector(Structure):
                 "ordinary tensor",
                 remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
                 "mode",
+            )
+        if storage in self.t.copied:
+            raise SideEffectError(
+                where=location.full(),
+                reason="x[i] with a tensor i of no axes leaves the step: a view of x, whose place "
+                "depends on a value",
+                remedy="Return x[i].clone() instead",
             )
         leaf = h.requires_grad_leaf
         geometry = (h.shape, h.strides, h.offset, self.t.requires_grad(h), leaf)
@@ -268,6 +203,7 @@ def _finish(
         outside=tuple(found.outside),
         reasons=tuple(sorted(found.reasons.items())),
         datas=datas,
+        flags=_flags(collect, bool(found.outside)),
         grads=tuple(grads),
         leaf_grads=leaf_grads,
         escaped=tuple(index for _, index in escaped),
@@ -345,7 +281,7 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
-        tuple((graph_key(cut.graph), cut.sources, cut.count) for cut in t.cuts),
+        tuple((cut_key(cut), cut.sources) for cut in t.cuts),
         late,
         None if checks is None else (graph_key(checks.graph), checks.sources),
     )
@@ -402,6 +338,32 @@ def _writes(
             if h.storage is s and h.version.count  # writes through .data do not count
         ]
     return tuple(writes), tuple(host_writes), tuple(written)
+
+
+def _flags(collect: Collector, with_nodes: bool) -> tuple[tuple[int, str], ...]:
+    """What becomes of requires_grad of outside tensors. With nodes, a leaf that had it for a while
+    has it while they are made."""
+    t = collect.t
+    flags = []
+    for h in t.flagged:
+        i, before, now = collect.real(h.tensor), _requires_grad(h.tensor), t.requires_grad(h)
+        if before == "computed":
+            flags.append((i, "detached"))
+            continue
+        used = with_nodes and any(leaf is h for leaf in t.leaf_of.values())
+        if not before and (now or used):
+            flags.append((i, "requires grad"))
+        if not now and (before or used):
+            flags.append((i, "frozen"))
+    return tuple(flags)
+
+
+def _requires_grad(tensor: torch.Tensor) -> str:
+    """Whether a tensor from outside requires grad: as a leaf, or computed; else empty."""
+    with torch._C.DisableTorchFunction():
+        if not tensor.requires_grad:
+            return ""
+        return "leaf" if tensor.is_leaf else "computed"
 
 
 def _nodes(collect: Collector, name: str) -> Nodes:

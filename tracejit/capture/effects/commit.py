@@ -34,6 +34,12 @@ from tracejit.ir.types import contiguous_strides
 
 WORTH = 4096  # elements of a gradient from which its memory is looked after
 _AFTERWARDS = "backward through the result of a compiled step is not possible: {reason}"
+# what is done to the requires_grad of a tensor from outside; nodes may need it
+_FLAGS = {
+    "requires grad": "requires_grad_()",
+    "frozen": "requires_grad_(False)",
+    "detached": "detach_()",
+}
 _NO_NODE = "the step keeps no graph for it. Call backward inside the step"
 
 
@@ -145,7 +151,10 @@ class _Lines:
             else:
                 self.names["write"] = host_memory.write
                 lines.append(f"write(reals[{index}], {self.host[source]})")
+        flags = [(f"reals[{i}].{_FLAGS[how]}", how == "requires grad") for i, how in effects.flags]
+        lines += [line for line, before_nodes in flags if before_nodes]
         self._make()
+        lines += [line for line, before_nodes in flags if not before_nodes]
         for index, source in effects.datas:
             lines.append(f"reals[{index}].data = m{source}")
         for index, source in effects.grads:

@@ -163,6 +163,7 @@ class Effects:
     outside: tuple[Outside, ...] = ()  # autograd nodes of made tensors, in order of dependence
     reasons: tuple[tuple[int, str], ...] = ()  # made tensors that no backward can go through: why
     datas: tuple[tuple[int, int], ...] = ()  # (outside tensor, made): `.data = …`
+    flags: tuple[tuple[int, str], ...] = ()  # (outside tensor, what is done to its requires_grad)
     grads: tuple[tuple[int, int | None], ...] = ()  # (outside tensor, made or None: cleared)
     leaf_grads: tuple[tuple[int, int], ...] = ()  # (made: a new leaf, made: its .grad)
     escaped: tuple[int, ...] = ()  # made tensors that user objects hold already, as proxies
@@ -189,6 +190,7 @@ class Effects:
             lines += [head, *(f"  {line}" for line in str(node.graph).splitlines()), "}"]
         lines += [f"no node {i} because {why!r}" for i, why in self.reasons]
         lines += [f"data {i} <- made {k}" for i, k in self.datas]
+        lines += [f"flag {i} {how}" for i, how in self.flags]
         lines += [f"grad {i} <- {'none' if k is None else f'made {k}'}" for i, k in self.grads]
         lines += [f"leaf grad {i} <- made {k}" for i, k in self.leaf_grads]
         if self.escaped:

@@ -21,9 +21,10 @@ from tracejit.autodiff import Arrival, Tape, backward, total_of
 from tracejit.capture.effects.effects import Outside, Place
 from tracejit.capture.functions.autograd import leaf_values
 from tracejit.capture.python.patches import intercepted
+from tracejit.capture.trace import location
 from tracejit.capture.trace.tensor import Handle, Storage, is_dense
 from tracejit.capture.trace.trace import Trace
-from tracejit.errors import TracejitError
+from tracejit.errors import SideEffectError, TracejitError
 from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value
 from tracejit.ir.types import contiguous_strides
 
@@ -136,6 +137,13 @@ def _gradients(
         if leaf.is_real:
             targets.append((("real", t.inputs.handles.index(leaf)), leaf, stands_for))
         elif leaf in made_of:
+            if not leaf.requires_grad_leaf:
+                raise SideEffectError(
+                    where=location.full(),
+                    reason="a tensor that the step made leaves it with requires_grad taken back, "
+                    "and so does what was computed of it before",
+                    remedy="Return tensor.detach() instead",
+                )
             targets.append((("made", made_of[leaf]), leaf, stands_for))
     targets += [(("made", i), handles[i], [v]) for i, v in values.items()]
     drafts = []

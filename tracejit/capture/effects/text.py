@@ -78,6 +78,9 @@ def _line(code: str, lines: Iterator[str], found: dict[str, list]) -> None:
             found["host"] += map(_arg, rest.split(", "))
         case "written" | "escaped":
             found[word] += map(int, rest.split(", "))
+        case "flag":
+            index, _, how = rest.partition(" ")
+            found["flags"].append((int(index), how))
         case "store" if m := _STORE.fullmatch(code):
             key = ast.parse(m[2], mode="eval").body
             found["stores"].append((int(m[1]), _key(key), _tree(m[3])))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tracejit.capture.effects.captured import graph_key
+from tracejit.capture.effects.captured import cut_key
 from tracejit.capture.effects.effects import is_named, tuple_of
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate, same_number
@@ -223,7 +223,7 @@ class Call(Event):
     ("grad", owner, what) a `.grad`: None, or a tensor; ("item", tensor, value) the number of a
     tensor of one element; ("host", node) and ("decision", predicate) what was done with numbers;
     ("cut", cut, inputs, value), ("values", cut, inputs, convert) and ("plain", value) what it
-    computed for Python; ("selected", cut, inputs) elements whose number is what it was.
+    computed for Python; ("tensors", cut, inputs) what it has found in a value, as long as it was.
     """
 
     func: Callable
@@ -247,7 +247,7 @@ def _key(found: tuple) -> tuple:
     kind, *what = found
     if kind == "decision":
         return kind, *Decision(*what).key
-    return tuple(graph_key(x.graph) if isinstance(x, Cut) else x for x in found)
+    return tuple(cut_key(x) if isinstance(x, Cut) else x for x in found)
 
 
 def news(recorded: object) -> Iterator[New]:

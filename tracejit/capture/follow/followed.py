@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tracejit.capture.effects.collect import Structure, undoing
+from tracejit.capture.effects.collect import undoing
 from tracejit.capture.effects.effects import Call, Slot, Store, Tree, rebuilt
+from tracejit.capture.effects.structure import Structure
 from tracejit.capture.follow.events import New
 from tracejit.capture.follow.recall import End
 from tracejit.capture.follow.trail import Trail

@@ -168,10 +168,10 @@ class Recorder(Journal):
             self._found("values", cut, convert)
         return values
 
-    def found_selected(self, cut: Cut) -> None:
-        """The step asks which elements a condition selects."""
+    def found_tensors(self, cut: Cut) -> None:
+        """The step asks for tensors that are to be found in a value."""
         if self.recording and not self._over:
-            self._found("selected", cut)
+            self._found("tensors", cut)
 
     def found_plain(self, value: Value, number: float) -> float:
         """Python gets a number that it has read as a plain float; returns that."""

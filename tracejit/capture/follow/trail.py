@@ -43,7 +43,8 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound, Check
-from tracejit.capture.trace.cuts import Cut, Stage, found_by
+from tracejit.capture.trace.cuts import Cut, Stage
+from tracejit.capture.trace.inputs import meet, span
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -70,7 +71,8 @@ class Trail(Recorder):
         self._outputs: dict[Stage, list[torch.Tensor]] = {}  # the results of stages that have run
         self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
         self.numbers: dict[Value, float] = {}  # the runtime scalars, once the trace is over
-        self._selected: dict[Cut, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._found_in: dict[Cut, tuple[torch.Tensor, ...]] = {}
+        self._borrowed: list[torch.Tensor] = []  # met, whose memory is not torch's own
         self._answer: object = None  # what a call got for Python
 
     # ---- following
@@ -98,12 +100,26 @@ class Trail(Recorder):
         at = len(self.objects)
         if id(x) in self.ids or not meta.fits(x):
             return False
-        if self._memory.setdefault(x.untyped_storage()._cdata, at) != meta.memory:
+        storage = x.untyped_storage()
+        lent = not storage.resizable()  # as `borrowed` tells it
+        if (lent or self._borrowed) and self._overlaps(x, lent):
+            return False
+        if self._memory.setdefault(storage._cdata, at) != meta.memory:
             self._memory = {s: i for s, i in self._memory.items() if i < at}
             return False
         self.ids[id(x)] = at
         self.objects.append(x)
         return True
+
+    def _overlaps(self, x: torch.Tensor, lent: bool) -> bool:
+        """Whether a tensor lies where another one does whose torch storage is another."""
+        others = (
+            [o for o in self.objects if type(o) is not TracedTensor] if lent else self._borrowed
+        )
+        if lent:
+            self._borrowed.append(x)
+        here, own = span(x), x.untyped_storage()._cdata
+        return any(meet(here, span(o)) and o.untyped_storage()._cdata != own for o in others)
 
     def back(self, objects: int, scalars: int) -> object:
         """A call is another one after all: forget what was noted. Returns UNKNOWN."""
@@ -127,8 +143,8 @@ class Trail(Recorder):
             self.t.scalars.read.add(value)
             self.scalars.append(number)
             return True
-        if kind == "selected":
-            return self._selects(*what)
+        if kind == "tensors":
+            return self._searches(*what)
         if kind == "plain":
             self._answer = self.t.scalars.numbers[what[0]]
             return True
@@ -138,26 +154,25 @@ class Trail(Recorder):
             return True
         return self.computes(what[0]) if kind == "host" else self._holds(what[0])
 
-    def _selects(self, cut: Cut, inputs: tuple) -> bool:
-        """Whether a condition selects as many elements as it did; takes note of them."""
+    def _searches(self, cut: Cut, inputs: tuple) -> bool:
+        """Whether tensors are found as long as they were; takes note of them."""
         if cut.stage is not None:
-            condition = self._staged(cut.stage, inputs)[0]
+            value = self._staged(cut.stage, inputs)[0]
         else:
-            condition = self._run(cut, inputs)
-        found = found_by(condition)
-        self._selected[cut] = found
+            value = self._run(cut, inputs)
+        found = self._found_in[cut] = cut.search(value)
         return len(found[0]) == cut.count
 
     @property
     def found(self) -> list[torch.Tensor]:
         """What the cuts of this way have found."""
-        return [x for _, cut, *_ in self._cuts() for x in self._selected.get(cut, ())]
+        return [x for _, cut, *_ in self._cuts() for x in self._found_in.get(cut, ())]
 
     def _cuts(self) -> Iterator[tuple]:
         """The cuts of this way, as they were found."""
         for event in self.events:
             if type(event) is Call:
-                yield from (x for x in event.found if x[0] in ("cut", "selected"))
+                yield from (x for x in event.found if x[0] in ("cut", "tensors"))
 
     def _number_of(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
@@ -170,9 +185,10 @@ class Trail(Recorder):
         return number
 
     def _staged(self, stage: Stage, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor]:
-        """The results of a stage, from the inputs of its value."""
+        """The results of a stage, from the inputs of its value. A plan that was built since it ran
+        may ask for more of them."""
         found = self._outputs.get(stage)
-        if found is None:
+        if found is None or len(found) < stage.width:
             given = self._given(inputs)
             found = self._outputs[stage] = stage.run(
                 [given[k] if of == "cone" else self._outputs[of][k] for of, k in stage.inputs]
@@ -363,7 +379,8 @@ class Trail(Recorder):
         """Let go of the tensors."""
         self.given.clear()
         self._outputs.clear()
-        self._selected.clear()
+        self._found_in.clear()
+        self._borrowed.clear()
         super().release()
 
 

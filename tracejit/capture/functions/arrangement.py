@@ -153,12 +153,8 @@ def tile(t: Trace, input: Tensor, *dims: object) -> TracedTensor:
     return repeat(t, input, (1,) * missing + times)
 
 
-def repeat_interleave(
-    t: Trace, input: Tensor, repeats: object = None, dim: int | None = None, **options: object
-) -> TracedTensor:
+def each_as_often(t: Trace, input: Tensor, repeats: int, dim: int | None) -> TracedTensor:
     """Each element `repeats` times in a row."""
-    if not isinstance(repeats, int) or set(options) - {"output_size"}:
-        raise t.unsupported("Repeats that are a tensor decide a shape; use a number")
     h = t.lift(input)
     value = t.read(h)
     if dim is None:
@@ -203,7 +199,6 @@ for _names, _implementation in (
     (("fliplr",), _flip_one("fliplr", 1)),
     (("flipud",), _flip_one("flipud", 0)),
     (("roll",), roll),
-    (("repeat_interleave",), repeat_interleave),
     (("meshgrid",), meshgrid),
 ):
     register(_names, _implementation, inplace=False)

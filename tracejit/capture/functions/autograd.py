@@ -104,7 +104,7 @@ def backward(
     retain = create_graph if retain_graph is None else retain_graph
     chosen = [t.lift(x) for x in _as_tuple(inputs)]
     roots = _roots(t, tensors, given)
-    leaves = leaf_values(t)
+    leaves = {h: values for h, values in leaf_values(t).items() if h.requires_grad_leaf}
     if inputs is not None:
         if not chosen:
             raise t.autograd_error("inputs argument to backward() cannot be empty")
@@ -311,18 +311,40 @@ def is_leaf(t: Trace, self: Tensor) -> bool:
 def detach_(t: Trace, self: Tensor) -> Tensor:
     """The tensor itself without history; what was computed from it before keeps it."""
     h = t.lift(self)
+    if h.steps or (h.is_real and _is_view(self)):
+        raise t.autograd_error("Can't detach views in-place. Use detach() instead")
     if not t.requires_grad(h):
         return self
-    if h.is_real or h.requires_grad_leaf:
-        raise t.unsupported("detach_() of a leaf, or of a tensor from outside, has no rule")
-    if h.steps:
-        raise t.autograd_error("Can't detach views in-place. Use detach() instead")
     if any(p.handle.family is h.family for p in t.proxies if p.handle is not h):
         raise t.unsupported("detach_() of a tensor that has views has no rule; use detach()")
     if h in t.retained:
         raise t.unsupported("detach_() after retain_grad() has no rule; use detach()")
-    h.family = Family(h.storage, t.stripped(h.storage), h.storage.writes)
+    if h in t.foreign:
+        values = {v for v, leaf in t.leaf_of.items() if leaf is h}
+        if any(not values.isdisjoint(entry.inputs) for entry in t.tape.entries):
+            raise t.unsupported(
+                "detach_() of a tensor from outside that was used with its history has no rule; "
+                "call it first, or use detach()"
+            )
+        t.foreign.discard(h)
+    _set_apart(t, h)
     return self
+
+
+def _is_view(tensor: Tensor) -> bool:
+    """Whether a tensor from outside is a view of another."""
+    with torch._C.DisableTorchFunction():
+        return tensor._is_view()
+
+
+def _set_apart(t: Trace, h: Handle) -> None:
+    """From now on a tensor has no history; its views and aliases keep theirs."""
+    if h.requires_grad_leaf and hooks.any_on(t, (h,)):
+        raise t.unsupported("Changing requires_grad of a tensor with hooks has no rule")
+    h.requires_grad_leaf = False
+    if h.is_real and h not in t.flagged:
+        t.flagged.append(h)
+    h.family = Family(h.storage, t.stripped(h.storage), h.storage.writes)
 
 
 @rule(Tensor.requires_grad.__set__)
@@ -332,21 +354,23 @@ def set_requires_grad(t: Trace, self: Tensor, value: bool) -> None:
 
 @rule(Tensor.requires_grad_)
 def requires_grad_(t: Trace, self: Tensor, requires_grad: bool = True) -> Tensor:
+    """A leaf that is frozen keeps its place in what was computed of it: backward comes to it, and
+    accumulates nothing as long as it is frozen."""
     h = t.lift(self)
     if t.requires_grad(h) == requires_grad:
         return self
-    if h.is_real:
-        raise t.unsupported("Changing requires_grad of a tensor from outside has no rule")
-    if not requires_grad and t.is_leaf(h):
-        raise t.unsupported("Changing requires_grad back has no rule; use detach()")
-    if not requires_grad:
+    if not t.is_leaf(h):
         raise t.autograd_error(
             "you can only change requires_grad flags of leaf variables. If you want to use a "
             "computed variable in a subgraph that doesn't require differentiation use detach()"
         )
     if not h.dtype.is_float:
         raise t.autograd_error("only Tensors of floating point dtype can require gradients")
-    t.make_leaf(h)
+    if h.steps or h.family.quiet:
+        raise t.unsupported("Changing requires_grad of a view has no rule; clone it before")
+    _set_apart(t, h)
+    if requires_grad:
+        t.make_leaf(h)
     return self
 
 

@@ -90,6 +90,10 @@ def _registered_outside(
 ) -> RemovableHandle:
     """A hook on a tensor from outside stays there after the step, unless the step fails."""
     with torch._C.DisableTorchFunction():
+        if not tensor.requires_grad:
+            raise t.unsupported(
+                "A hook after requires_grad_() of a tensor from outside has no rule"
+            )
         handle = register(tensor, hook)
     t.registered.append(handle)
     return handle

@@ -6,6 +6,7 @@ import torch
 
 from tracejit.capture.functions.assembly import movedim
 from tracejit.capture.functions.common import (
+    by_rule,
     cast,
     check_range,
     default_dtype,
@@ -19,6 +20,7 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.factories import Number, filled, made, options_of
 from tracejit.capture.functions.movement import clone, slice_steps
 from tracejit.capture.functions.reduction import sum_
+from tracejit.capture.trace import cuts
 from tracejit.capture.trace.bounds import within
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Ints, TracedTensor
@@ -239,7 +241,10 @@ def one_hot(t: Trace, tensor: Tensor, num_classes: int = -1) -> TracedTensor:
     if h.dtype is not i64:
         raise t.shape_error("one_hot is only applicable to index tensor of type LongTensor")
     if num_classes == -1:
-        raise t.unsupported("The number of classes depends on values; pass num_classes")
+        if not h.numel:
+            raise t.shape_error("Can not infer total number of classes from empty tensor.")
+        largest = by_rule(t, torch.max, tensor)
+        num_classes = int(cuts.number_of(t, t.lift(largest))) + 1
     if num_classes < 1:
         raise t.shape_error("num_classes should be positive")
     reason = "Class values must be non-negative and smaller than num_classes, not {value}"

@@ -380,6 +380,7 @@ class Places:
     def __init__(self, reals: Sequence[torch.Tensor]):
         self.storages = [t.untyped_storage()._cdata for t in reals]
         self.shared = len({*self.storages}) < len(reals)  # which is checked apart
+        self.groups = _pattern(self.storages)  # of inputs that may overlap
         self.sizes = [extent(t.shape, t.stride()) * t.element_size() for t in reals]
         self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
         self.good: list[int] | None = None  # the latest addresses that were found to be right
@@ -400,12 +401,12 @@ class Places:
         """Why a replay is wrong for inputs at these addresses; empty if it is right."""
         if [a % 16 == 0 for a in addresses] != self.aligned:
             return "the alignment of an input changed"
-        if not self.shared:
-            end = 0
-            for start, size in sorted(zip(addresses, self.sizes, strict=True)):
-                if start < end and size:
-                    return "two inputs share memory now"
-                end = max(end, start + size)
+        end = owner = -1
+        for start, size, group in sorted(zip(addresses, self.sizes, self.groups, strict=True)):
+            if size and start < end and group != owner:
+                return "two inputs share memory now"
+            if start + size > end:
+                end, owner = start + size, group
         self.cells = [self._types[i].from_address(addresses[i]) for i in self._with_cells]
         self.good = addresses
         return ""

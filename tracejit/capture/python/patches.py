@@ -231,7 +231,8 @@ def _push_saved(original: Callable) -> Callable:
         if not _saves(pack):
             t.begin(torch.autograd.graph.saved_tensors_hooks, ())
             raise t.unsupported(
-                "Hooks on saved tensors would be ignored; use them outside the step"
+                "A compiled step decides itself what it keeps for its backward, and would ignore "
+                "hooks on saved tensors; leave them out (save_on_cpu may stay)"
             )
 
     return push

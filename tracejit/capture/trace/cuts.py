@@ -11,18 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
 
 from tracejit.capture.trace import location
 from tracejit.capture.trace.scalars import Path, TracedFloat, pinned
-from tracejit.capture.trace.tensor import Handle
+from tracejit.capture.trace.tensor import TO_IR, Handle
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph, Value
-from tracejit.ir.types import Type, i64
+from tracejit.ir.types import Type
 from tracejit.passes.cone import cone
 
 
@@ -30,24 +30,37 @@ class Stage(Protocol):
     """Computes the value of a cut, and what the rest of the step needs besides: see parts.py."""
 
     inputs: Sequence[tuple]  # ("cone", k): the k-th input of the cut; or (stage, k): a result
+    width: int  # how many results there are by now
 
     def run(self, inputs: Sequence) -> list[torch.Tensor]:
         """The value, and all that is carried over."""
 
 
-# ("tensor", outside tensor), ("scalar", k), or ("found", k): what a cut with a count has found
+# ("tensor", outside tensor), ("scalar", k), or ("found", k): the k-th tensor that cuts have found
 Source = tuple[str, int]
+
+
+class Search(Protocol):
+    """Finds tensors in a value, on its device. How long the first one is depends on what is in the
+    value, and is part of the step. Equal searches find the same."""
+
+    remedy: ClassVar[str]  # what to write instead, where that varies
+
+    def __call__(self, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors."""
 
 
 @dataclass(eq=False, slots=True)
 class Cut:
     """A value that is read in the middle of a step, the n-th of a trace: a number, which becomes
-    the runtime scalar of path ("cut", n); or the elements that a condition selects, whose `count`
-    is part of the step: see `found_by`."""
+    the runtime scalar of path ("cut", n); or one in which a `search` finds `found` tensors, the
+    first of length `count`."""
 
     graph: Graph  # computes the value, its one result
     sources: tuple[Source, ...]  # per param of it
     where: str  # the user's line
+    search: Search | None = None
+    found: int = 0
     count: int | None = None
     stage: Stage | None = None  # what computes it together with what the rest of the step needs
 
@@ -106,30 +119,43 @@ class Selected:
 def selected_by(t: Trace, condition: Value) -> Selected:
     """The elements that a condition, a b1 value, selects in this call. How many is part of the
     step: another number leads to another plan."""
-    known = t.selected.get(condition)
-    if known is not None:
-        return known
-    cut = _cut(t, condition)
-    found = found_by(_run(t, cut))
-    cut.count = len(found[0])
-    t.cuts.append(cut)
-    params = []
-    for tensor in found:
-        kind = Type(i64, tuple(tensor.shape), condition.type.device)
-        params.append(t.b.param(kind))
-        t.found.append((params[-1], tensor))
-    t.ranges[params[0]] = 0, max(condition.type.numel - 1, 0)
-    t.journal.found_selected(cut)
-    selected = t.selected[condition] = Selected(*params)
+    selected = Selected(*searched(t, condition, Elements()))
+    t.ranges[selected.positions] = 0, max(condition.type.numel - 1, 0)
     return selected
 
 
-def found_by(condition: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `Selected` describes, of a bool tensor, on its device."""
-    flat = condition.detach().cpu().numpy().reshape(-1)
-    positions = np.flatnonzero(flat)
-    ranks = np.where(flat, np.cumsum(flat, dtype=np.int64) - 1, -1)
-    return tuple(torch.from_numpy(x).to(condition.device) for x in (positions, ranks))
+def searched(t: Trace, value: Value, search: Search) -> tuple[Value, ...]:
+    """What a search finds in a value, in this call: inputs of the graph."""
+    known = t.searched.get((value, search))
+    if known is not None:
+        return known
+    cut = _cut(t, value)
+    found = search(_run(t, cut))
+    cut.search, cut.found, cut.count = search, len(found), len(found[0])
+    t.cuts.append(cut)
+    params = []
+    for tensor in found:
+        params.append(t.b.param(Type(TO_IR[tensor.dtype], tuple(tensor.shape), value.type.device)))
+        t.found.append((params[-1], tensor))
+    t.journal.found_tensors(cut)
+    return t.searched.setdefault((value, search), tuple(params))
+
+
+@dataclass(frozen=True, slots=True)
+class Elements:
+    """The search for what `Selected` describes, in a bool tensor."""
+
+    remedy: ClassVar[str] = (
+        "Compute with all elements, and leave out what is not selected: torch.where(mask, x, 0), "
+        "(x * mask).sum() / mask.sum()"
+    )
+
+    def __call__(self, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Positions and ranks."""
+        flat = value.detach().cpu().numpy().reshape(-1)
+        positions = np.flatnonzero(flat)
+        ranks = np.where(flat, np.cumsum(flat, dtype=np.int64) - 1, -1)
+        return tuple(torch.from_numpy(x).to(value.device) for x in (positions, ranks))
 
 
 def _cut(t: Trace, value: Value) -> Cut:

@@ -28,8 +28,9 @@ from tracejit.ir.types import Type, contiguous_strides
 def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
     """A handle for a tensor from outside, now an input of the graph.
 
-    Raises UnsupportedOperation for tensors that cannot take part, and for two that overlap.
+    Raises UnsupportedOperation for tensors that cannot take part.
     """
+    inputs = t.inputs
     with torch._C.DisableTorchFunction():
         problem = problem_with(tensor)
         if problem is not None:
@@ -40,8 +41,9 @@ def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
         device, dtype = str(tensor.device), TO_IR[tensor.dtype]
         offset, requires_grad = tensor.storage_offset(), tensor.requires_grad
         foreign = tensor.grad_fn is not None
-        sharing = t.inputs.by_memory.setdefault(tensor.untyped_storage()._cdata, [])
-    storage = _storage(t, tensor, sharing, offset, Type(dtype, shape, device), strides)
+        sharing = inputs.by_memory.setdefault(tensor.untyped_storage()._cdata, [])
+        storage = _storage(t, tensor, sharing, offset, Type(dtype, shape, device), strides)
+        lent = borrowed(tensor)
     with t.untaped():
         family = Family(storage, t.stripped(storage), storage.writes)
     handle = Handle(
@@ -52,34 +54,59 @@ def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
     if foreign:
         t.foreign.add(handle)
     sharing.append(handle)
-    t.inputs.add(tensor, handle)
+    if lent:
+        inputs.borrowed.append(handle)
+    inputs.add(tensor, handle)
     return handle
 
 
 def _storage(
     t: TraceState, tensor: torch.Tensor, sharing: list[Handle], low: int, type: Type, strides: Ints
 ) -> Storage:
-    """The storage of a real tensor: shared by tensors of the same memory and geometry."""
-    high = low + extent(type.shape, strides)
+    """The storage of a real tensor: shared by tensors of the same memory and geometry. Tensors that
+    overlap otherwise have a storage each, as long as the step writes to none of them."""
+    here = span(tensor)
     for other in sharing:
         geometry = (other.offset, other.shape, other.strides, other.dtype)
         if geometry == (low, type.shape, strides, type.dtype):
             return other.storage
-        stop = other.offset + extent(other.shape, other.strides)
-        if other.dtype != type.dtype or (other.offset < high and low < stop):
-            raise t.refuse(
-                UnsupportedOperation(
-                    **_place(t),
-                    shapes=f"{list(type.shape)} and {list(other.shape)}",
-                    remedy="Two tensors from outside the step overlap in memory with different "
-                    "shapes; make the view inside the step, or clone one.",
-                )
+    lent = borrowed(tensor)
+    near = {h.storage: h.tensor for h in (t.inputs.handles if lent else sharing)}
+    near |= {h.storage: h.tensor for h in t.inputs.borrowed}
+    overlapped = [s for s, x in near.items() if meet(here, span(x))]
+    if any(s.writes for s in overlapped):
+        raise t.refuse(
+            UnsupportedOperation(
+                **_place(t),
+                shapes=f"{list(type.shape)}",
+                remedy="The step has written to a tensor from outside that overlaps in memory with "
+                "this one; make the view inside the step, or clone one.",
             )
+        )
     standard = None if strides == contiguous_strides(type.shape) else strides
     value = t.b.param(type, standard)
     storage = Storage(value, strides, real=tensor, param=value)
     t.inputs.storages.append(storage)
+    if overlapped:
+        t.inputs.overlapping.update(overlapped, (storage,))
     return storage
+
+
+def span(tensor: torch.Tensor) -> range:
+    """The addresses of a tensor's elements."""
+    start = tensor.data_ptr()
+    return range(start, start + extent(tensor.shape, tensor.stride()) * tensor.element_size())
+
+
+def meet(a: range, b: range) -> bool:
+    """Whether two ranges have something in common."""
+    return max(a.start, b.start) < min(a.stop, b.stop)
+
+
+def borrowed(tensor: torch.Tensor) -> bool:
+    """Whether the memory of a tensor is not torch's own: NumPy's, or another tensor's by DLPack.
+    Tensors of several torch storages may lie there."""
+    return not tensor.untyped_storage().resizable()
 
 
 def _place(t: TraceState) -> dict[str, str]:

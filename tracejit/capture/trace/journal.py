@@ -36,8 +36,8 @@ class Journal:
         """Python reads the values of a tensor, as `convert` makes them; returns them."""
         return values
 
-    def found_selected(self, cut: object) -> None:
-        """The step asks which elements a condition selects."""
+    def found_tensors(self, cut: object) -> None:
+        """The step asks for tensors that are to be found in a value."""
 
     def found_plain(self, value: Value, number: float) -> float:
         """Python gets a number that it has read as a plain float; returns that."""

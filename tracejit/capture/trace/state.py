@@ -36,6 +36,8 @@ class Inputs:
     storages: list[Storage] = field(default_factory=list)  # each with a graph input
     by_id: dict[int, Handle] = field(default_factory=dict)
     by_memory: dict[int, list[Handle]] = field(default_factory=dict)  # by torch storage
+    borrowed: list[Handle] = field(default_factory=list)  # whose memory is not torch's own
+    overlapping: set[Storage] = field(default_factory=set)  # with others, of another geometry
 
     def add(self, tensor: torch.Tensor, handle: Handle) -> None:
         """A tensor has come in."""
@@ -100,8 +102,11 @@ class TraceState:
         self.leaf_of: dict[Value, Handle] = {}
         self.sealed: dict[Family, str] = {}  # why autograd refuses to write to these
         self.foreign: set[Handle] = set()  # computed outside with history: gradients leave here
+        self.flagged: list[Handle] = []  # from outside, whose requires_grad has changed
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        # copies that stand for views whose place depends on a value, and what they are views of
+        self.copied: dict[Storage, set[Storage]] = {}
         self.inference: set[Storage] = set()  # made in inference mode
         # hooks by the ids of their handles: of intermediates, and of leaves that the step made
         self.hooked: dict[Value, dict[int, Callable]] = {}
@@ -118,7 +123,7 @@ class TraceState:
         self.evaluate: Callable[[Graph, list], torch.Tensor] = on_numpy
         self.cuts: list[object] = []
         self.read_numbers: dict[Value, float] = {}
-        self.selected: dict[Value, object] = {}  # by conditions
+        self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
 
     def _on_emit(self, node: Node) -> None:

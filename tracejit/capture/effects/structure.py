@@ -1,0 +1,80 @@
+"""The structure of what a step returns or stores, as a Tree of positions."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.effects.effects import (
+    Given,
+    HostSlot,
+    Mapped,
+    Sequenced,
+    Slot,
+    Store,
+    Tree,
+    is_named,
+)
+from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_STORE, IN_VARIABLE, count
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced, plain
+
+
+class Structure:
+    """Tells the structure of what a step returns or stores; tensors and numbers are a subclass's.
+
+    given: the objects of the call in it, by their position.
+    """
+
+    def __init__(self) -> None:
+        self.given: list[object] = []
+
+    def tensor(self, tensor: torch.Tensor) -> int:
+        """The position of a tensor among those that are made."""
+        raise NotImplementedError
+
+    def host_result(self, number: float) -> int:
+        """The position of a number among the host results."""
+        raise NotImplementedError
+
+    def is_mine(self, number: TracedFloat | TracedInt) -> bool:
+        """Whether a runtime scalar belongs to this trace."""
+        raise NotImplementedError
+
+    def object(self, x: object) -> Given:
+        """Anything else."""
+        self.given.append(x)
+        return Given(len(self.given) - 1)
+
+    def returned(self, box: list[object]) -> Tree:
+        """The structure of the one item of `box`, which is emptied. A list or dict that nobody else
+        holds then belongs to the call: each call makes a new one."""
+        x = box.pop()
+        return self.tree(x, IN_VARIABLE)
+
+    def tree(self, x: object, holders: int) -> Tree:
+        """The structure of x. A list or dict that somebody else holds too, besides `holders`, is
+        returned itself."""
+        if type(x) in (list, dict) and count(x) > holders:
+            return self.object(x)
+        if isinstance(x, torch.Tensor):
+            return Slot(self.tensor(x))
+        if is_traced(x):  # or kept from an earlier call
+            return HostSlot(self.host_result(x)) if self.is_mine(x) else self.object(plain(x))
+        if type(x) in (tuple, list):
+            items = tuple([self.tree(item, IN_LOOP) for item in x])
+            return Sequenced(type(x).__name__, items)
+        if isinstance(x, tuple) and is_named(type(x)):
+            kind = self.object(type(x))
+            return Sequenced(kind, tuple([self.tree(item, IN_LOOP) for item in x]))
+        if type(x) is dict:
+            pairs = [(self._key(k), self.tree(x[k], IN_ITEM)) for k in x]
+            return Mapped(tuple(pairs))
+        return self.object(x)
+
+    def store(self, holder: int, key: object, x: object) -> Store:
+        """What is stored in a holder of the call. The caller holds it in a container."""
+        if isinstance(key, torch.Tensor):
+            key = Slot(self.tensor(key))
+        return holder, key, self.tree(x, IN_STORE)
+
+    def _key(self, key: object) -> str | int | Given:
+        return key if type(key) in (str, int) else self.object(key)
