@@ -682,3 +682,52 @@ def test_generators_are_known_to_have_moved_or_not():
     next(moved)
     assert snapshot.obstacles() == ["it advances a generator, which cannot be set back"]
     assert next(still) is None and [*again] == [None]
+
+
+# ---- where every trace makes a plan
+
+
+def test_a_step_that_makes_a_plan_on_every_call_runs_eagerly_between_tries():
+    config, x = SimpleNamespace(n=0), torch.ones(100)
+    step = tracejit.compile(lambda: x[: config.n] * 2, backend="numpy", on_unsupported="eager")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for i in range(80):
+            config.n = i
+            assert torch.equal(step(), x[:i] * 2)
+    (warning,) = [w for w in caught if w.category is TracejitWarning]
+    assert "has made 9 plans" in str(warning.message)
+    assert (step.stats.compiles, step.stats.eager) == (15, 65)
+    assert step.explain_mode().startswith("eager: each trace makes another plan")
+    for _ in range(300):  # once it goes the same way again, it is replayed
+        assert torch.equal(step(), x[:79] * 2)
+    assert step.explain_mode().startswith("replay") and step.stats.compiles == 16
+
+
+@pytest.mark.parametrize("mode", ["auto", "rerun"])
+def test_a_second_order_optimizer_runs_eagerly_between_tries(mode):
+    def make(compiled):
+        torch.manual_seed(0)
+        net = nn.Linear(4, 3).double()
+        opt = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=2)
+
+        def step():
+            def closure():
+                opt.zero_grad()
+                loss = (net(X.double()) - Y).square().mean()
+                loss.backward()
+                return loss
+
+            return opt.step(closure)
+
+        options = {"mode": mode, "backend": "numpy", "on_unsupported": "eager"}
+        return net, tracejit.compile(step, **options) if compiled else step
+
+    (net, step), (twin, eager) = make(True), make(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        for _ in range(15):
+            torch.testing.assert_close(step(), eager())
+    torch.testing.assert_close(net.weight, twin.weight)
+    assert step.stats.eager + step.stats.compiles == 15 and step.stats.eager > 3
+    assert step.explain_mode().startswith("eager: each trace makes another plan")

@@ -296,13 +296,13 @@ class CompiledStep:
         """Trace a call; run it eagerly if the trace is refused."""
         if fallback is None:
             return self._trace(args, kwargs, failed)
-        attempt = fallback.attempt(args, kwargs)
+        attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
         try:
             returned = self._trace(args, kwargs, failed, attempt)
         except Exception as error:
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
-            fallback.served(attempt, args, kwargs)
+            fallback.served(attempt, args, kwargs, built=self.stats.compiles > compiles)
             return returned
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:

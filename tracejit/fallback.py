@@ -4,7 +4,7 @@
 
 A trace changes no tensor, so putting Python's state back is enough (`Snapshot`). After that, calls
 of the same kind run eagerly at once; now and then one is traced again, since another branch of the
-step may be one that can be compiled.
+step may be one that can be compiled. The same is done where every trace makes another plan.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ _LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
 _KINDS = 64  # that are told apart
 _NETWORKS = 8  # whose training flags tell kinds apart
 _FOREVER = 1 << 62
+_MANY_BUILT = 9  # traces in a row that made a plan each, after which calls run eagerly as well
+_EACH_BUILDS = (
+    "each trace makes another plan, which costs far more than the step: its Python takes another "
+    "path on every call, or computes with numbers that are part of the plan"
+)
 _grad_enabled = torch.is_grad_enabled
 
 
@@ -141,6 +146,7 @@ class Fallback:
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
         self.known: Known | None = None  # what the latest trace could reach
+        self._built = 0  # traces in a row that made a plan
         self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
         self._networks: list[dict] = []
 
@@ -158,10 +164,16 @@ class Fallback:
         """A trace may begin."""
         return Attempt(self.known, (self.function, args, kwargs), self.lasting)
 
-    def served(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
-        """A call was traced and not refused."""
+    def served(self, attempt: Attempt, args: tuple, kwargs: dict, *, built: bool) -> None:
+        """A call was traced and not refused; `built` if that made a plan. Where each of many traces
+        in a row made one, the next calls of this kind run eagerly, as after a refusal."""
         self.known = attempt.known
-        if self._rests:
+        self._built = self._built + 1 if built else 0
+        if self._built >= _MANY_BUILT:
+            self.why = self.ever = _EACH_BUILDS
+            self._find_networks(attempt)
+            self._eager_next(args, kwargs)
+        elif self._rests:
             self.why = ""
             rest = self._known_rest(args, kwargs)
             if rest is not None:
