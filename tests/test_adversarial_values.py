@@ -345,6 +345,55 @@ def branches_on_the_c_backend(w):
     return step
 
 
+# ---- places that depend on values
+
+
+@case("replay", args=lambda i: (torch.tensor(i % 5 - 1), torch.tensor(i % 3)), calls=9)
+def rows_at_a_tensor_of_no_axes(w):
+    w.t = t = Trainer(lr=0.01)
+    w.table = table = torch.linspace(0.5, 1.5, 5)
+
+    def step(k, j):
+        out = t.model(X)
+        loss = (out[k] * table[k] + out[k, j] + out[0, j] - Y[k]).pow(2).mean()
+        t.opt.zero_grad()
+        loss.backward()
+        t.opt.step()
+        return loss.detach(), out[out[k].argmax()].clone().detach()
+
+    return step
+
+
+@case("refused: in eager it is a view", says="is written to", args=lambda i: (torch.tensor(i % 3),))
+def row_at_a_tensor_written(w):
+    w.memory = memory = torch.zeros(3, 4)
+
+    def step(k):
+        memory[k].add_(1)
+        return memory.sum()
+
+    return step
+
+
+@case("refused: in eager it is a view", says="is written to", args=lambda i: (torch.tensor(i % 3),))
+def row_at_a_tensor_of_what_is_written_later(w):
+    w.memory = memory = torch.zeros(3, 4)
+
+    def step(k):
+        row = memory[k]
+        memory.add_(1)
+        return row * 2
+
+    return step
+
+
+@case(
+    "refused: in eager it is a view", says="leaves the step", args=lambda i: (torch.tensor(i % 3),)
+)
+def row_at_a_tensor_returned(w):
+    return lambda k: (X * 2)[k]
+
+
 # ---- shapes that depend on values
 
 
@@ -649,3 +698,13 @@ def test_branches_share_what_they_begin_with(monkeypatch):
     stages = {id(stage) for replay in compiled._replays for stage in replay.stages}
     assert len(stages) == 1
     assert len([text for text in made if text.startswith("value(")]) <= 3
+
+
+@pytest.mark.parametrize("k", [5, -6])
+def test_a_place_out_of_bounds_raises_as_in_eager(k):
+    step = tracejit.compile(lambda k: X[k] * 2, backend="numpy")
+    for i in range(5):
+        assert torch.equal(step(torch.tensor(i)), X[i] * 2)
+    assert step.stats.replays
+    with pytest.raises(IndexError, match="out of bounds"):
+        step(torch.tensor(k))

@@ -84,6 +84,11 @@ class Stage:
         self._function: Function | None = None
         self.kept: tuple | None = None  # of this call, where another plan may ask again
 
+    @property
+    def width(self) -> int:
+        """The number of results, which grows with `carry`."""
+        return len(self._graph.results)
+
     def carry(self, position: int) -> int:
         """The result that has the value of a node of the cone; there may be a new one."""
         index = self._results.get(position)

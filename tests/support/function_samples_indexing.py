@@ -676,7 +676,6 @@ READ = [
     S(r(3, 4), (i(0, 1), i(0, 1, 2))),
     S(r(3, 4), r(2)),
     S(r(3, 4), (i(0), i(0), i(0))),
-    no(r(3, 4), torch.tensor(1)),
     *(S(x, index) for x, index in MASKED),
     S(r(3, 4), r(3, 4) > 0, smooth=True),
     S(r(3, 4), r(4, dtype=b1)),
@@ -757,6 +756,7 @@ row(
         S(r(3)),
         S(i(1), minlength=-1),
     ],
+    exact=False,
 )
 row(
     "masked_select",
@@ -770,6 +770,56 @@ row(
         S(r(5), r(5)),
         S(r(5), r(3) > 0),
     ],
+)
+
+
+AT = at(3, 4, below=3)
+SCATTERED = [
+    S(r(3, 4), 0, AT, r(3, 4), smooth=True),
+    S(r(3, 4), 1, at(3, 2, below=4), r(3, 2), smooth=True),
+    S(r(3, 4), -1, at(3, 7, below=4), r(3, 7)),
+    S(r(4, 3).t(), 0, AT, r(5, 6)),
+    S(r(5), 0, i(1, 1, 4), r(3)),
+    S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9)),
+    S(r(5, dtype=f64), 0, i(1, 1, 4).to(i32), r(3, dtype=f64)),
+    S(r(2, 3, 4), 1, at(2, 5, 4, below=3), r(2, 5, 4)),
+    S(r(3, 4), 0, at(0, 4, below=1), r(3, 4)),
+    S(r(), 0, torch.tensor(0), r()),
+    S(r(5), 0, i(1, 5), r(2)),
+    S(r(5), 0, i(1, -1), r(2)),
+    S(r(5), 0, i(1, 2, 3), r(2)),
+    S(r(5), 0, i(1, 2), r(2, dtype=f64)),
+    S(r(5), 0, r(2), r(2)),
+    S(r(3, 4), 0, i(1), r(1)),
+    S(r(3, 4), 2, AT, r(3, 4)),
+    no(r(3, 4), 0, at(1, 2, below=3), r(3, 4)),
+]
+row(
+    "scatter scatter_",
+    [
+        *SCATTERED,
+        S(r(3, 4), 1, at(3, 1, below=4), 2.5, smooth=True),
+        S(r(3, 4, dtype=i64), 1, at(3, 1, below=4), 2),
+        S(r(3, 4), dim=1, index=at(3, 1, below=4), value=1.0),
+        S(r(3, 4), dim=1, index=at(3, 1, below=4), src=r(3, 1)),
+        no(r(5), 0, i(1, 1, 4), r(3), reduce="add"),
+    ],
+)
+row("scatter_add scatter_add_", SCATTERED, exact=False)
+row(
+    "index_add index_add_",
+    [
+        S(r(3, 4), 0, i(2, 0, 2, 1), r(4, 4), smooth=True),
+        S(r(3, 4), 1, i(2, 0), r(3, 2), alpha=-0.5, smooth=True),
+        S(r(3, 4), -1, i(2), r(3, 1)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9), alpha=2),
+        S(r(3, 4), 0, i(2, 0), r(3, 4)),
+        S(r(3, 4), 0, i(3), r(1, 4)),
+        S(r(3, 4), 0, i(-1), r(1, 4)),
+        S(r(3, 4), 0, i(0)[None], r(1, 4)),
+        S(r(3, 4), 0, i(), r(0, 4)),
+    ],
+    exact=False,
 )
 
 

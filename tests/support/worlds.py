@@ -31,7 +31,8 @@ Change = Callable[[SimpleNamespace], object]
 
 @dataclass(frozen=True)
 class Case:
-    """A step, what happens to it, and how it ends: "replay", "rerun", or "refused: <why>"."""
+    """A step, what happens to it, and how it ends: "replay", "replay with cuts" (it reads values),
+    "rerun", or "refused: <why>", when it runs eagerly."""
 
     build: Callable[[SimpleNamespace], Callable]
     mode: str
@@ -111,8 +112,10 @@ def check(
         elif refused is not None:
             raise refused
     if not case.mode.startswith("refused"):
-        assert step.explain_mode().startswith(case.mode), step.explain_mode()
-        assert (step.stats.replays > 0) == (case.mode == "replay"), step.explain_retraces()
+        kind, _, cuts = case.mode.partition(" with ")
+        assert step.explain_mode().startswith(kind), step.explain_mode()
+        assert (step.stats.replays > 0) == (kind == "replay"), step.explain_retraces()
+        assert not cuts or step.stats.cuts, "it reads no values"
     return step
 
 

@@ -139,6 +139,13 @@ class Collector(Structure):
                 remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
                 "mode",
             )
+        if storage in self.t.copied:
+            raise SideEffectError(
+                where=location.full(),
+                reason="x[i] with a tensor i of no axes leaves the step: a view of x, whose place "
+                "depends on a value",
+                remedy="Return x[i].clone() instead",
+            )
         leaf = h.requires_grad_leaf
         geometry = (h.shape, h.strides, h.offset, self.t.requires_grad(h), leaf)
         if storage.real is not None:

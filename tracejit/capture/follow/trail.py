@@ -187,9 +187,10 @@ class Trail(Recorder):
         return number
 
     def _staged(self, stage: Stage, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor]:
-        """The results of a stage, from the inputs of its value."""
+        """The results of a stage, from the inputs of its value. A plan that was built since it ran
+        may ask for more of them."""
         found = self._outputs.get(stage)
-        if found is None:
+        if found is None or len(found) < stage.width:
             given = self._given(inputs)
             found = self._outputs[stage] = stage.run(
                 [given[k] if of == "cone" else self._outputs[of][k] for of, k in stage.inputs]

@@ -24,6 +24,7 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.masks import assign_masked, check_mask, columns, masked
 from tracejit.capture.functions.movement import basic_index, check_item, reshape
 from tracejit.capture.functions.patterns import constant, position
+from tracejit.capture.functions.places import at_place, is_place
 from tracejit.capture.functions.writes import copy_
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
@@ -454,6 +455,8 @@ def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
     mask = _sole_mask(t, index)
     if mask is not None and t.lift(mask).shape:
         return masked(t, input, mask)
+    if is_place(t, index):
+        return at_place(t, input, index)
     return chosen(t, input, _unmasked(t, t.lift(input), index))
 
 

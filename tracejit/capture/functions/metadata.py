@@ -34,7 +34,10 @@ def stride(t: Trace, self: Tensor, dim: int | None = None) -> object:
 
 @rule(Tensor.storage_offset)
 def storage_offset(t: Trace, self: Tensor) -> int:
-    return t.lift(self).offset
+    h = t.lift(self)
+    if h.storage in t.copied:
+        raise t.unsupported("Where x[i] starts depends on the value of i")
+    return h.offset
 
 
 @rule(Tensor.dim, Tensor.ndimension, Tensor.ndim.__get__)

@@ -29,6 +29,7 @@ class Stage(Protocol):
     """Computes the value of a cut, and what the rest of the step needs besides: see parts.py."""
 
     inputs: Sequence[tuple]  # ("cone", k): the k-th input of the cut; or (stage, k): a result
+    width: int  # how many results there are by now
 
     def run(self, inputs: Sequence) -> list[torch.Tensor]:
         """The value, and all that is carried over."""

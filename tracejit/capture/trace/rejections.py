@@ -26,6 +26,11 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "It overlaps in memory with another tensor from outside, of other shape or place; make "
             "the view inside the step, or clone one"
         )
+    if any(handle.storage in (copy, *of) for copy, of in t.copied.items()):
+        raise t.unsupported(
+            "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
+            "x[int(i)], or x[i].clone()"
+        )
     if any(name == "expand" for name, _ in handle.steps):
         raise t.unsupported("Write to the tensor that was expanded")
 

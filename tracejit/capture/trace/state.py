@@ -105,6 +105,8 @@ class TraceState:
         self.flagged: list[Handle] = []  # from outside, whose requires_grad has changed
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        # copies that stand for views whose place depends on a value, and what they are views of
+        self.copied: dict[Storage, set[Storage]] = {}
         self.inference: set[Storage] = set()  # made in inference mode
         # hooks by the ids of their handles: of intermediates, and of leaves that the step made
         self.hooked: dict[Value, dict[int, Callable]] = {}

@@ -1,0 +1,213 @@
+"""Functions that write where integers say: scatter, scatter_add, index_add.
+
+Each place looks for the last index that names it, or adds up all that do: no atomics, so the same
+bits every time.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions.common import (
+    check_range,
+    expand,
+    is_tensor,
+    literal,
+    normal_axis,
+    operand,
+    register,
+)
+from tracejit.capture.trace import location
+from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor
+from tracejit.capture.trace.trace import Trace
+from tracejit.errors import AxisError
+from tracejit.ir.graph import Arg, Builder, Value
+from tracejit.ir.types import i32, i64
+
+Tensor = torch.Tensor
+
+
+class _Places:
+    """The places along an axis of a tensor that the integers of an index tensor name."""
+
+    def __init__(self, t: Trace, h: Handle, dim: int, index: Tensor, name: str):
+        self.t, self.shape = t, h.shape or (1,)
+        self.axis = normal_axis(t, dim, len(h.shape))
+        i = t.lift(index)
+        if i.dtype not in (i64, i32):
+            raise t.shape_error(f"{name}(): Expected dtype int32/int64 for index")
+        if len(i.shape or (1,)) != len(self.shape):
+            raise t.shape_error(
+                "Index tensor must have the same number of dimensions as self tensor"
+            )
+        n = self.shape[self.axis]
+        reason = f"index {{value}} is out of bounds for dimension {self.axis} with size {n}"
+        within(t, index, 0, n, t.shape_error(reason))
+        at = t.b.reshape(t.read(i), shape=i.shape or (1,))
+        self.at = at if at.type.dtype is i64 else t.b.cast(at, dtype=i64)
+        mine, its = (s[: self.axis] + s[self.axis + 1 :] for s in (self.shape, at.type.shape))
+        if any(a < b for a, b in zip(mine, its, strict=True)):
+            raise t.shape_error(
+                f"Expected index {list(i.shape)} to be no larger than self {list(h.shape)} apart "
+                f"from dimension {self.axis}"
+            )
+        if mine != its:
+            raise t.unsupported(
+                "An index that is smaller than the tensor along another axis has no rule; scatter "
+                "into a slice of the tensor"
+            )
+
+    @property
+    def none(self) -> bool:
+        """Whether no place is named."""
+        return not self.at.type.numel
+
+    @property
+    def _spread(self) -> Ints:
+        """The shape with an axis for the indices behind the one of the places."""
+        taken = self.at.type.shape[self.axis]
+        return (*self.shape[: self.axis + 1], taken, *self.shape[self.axis + 1 :])
+
+    def _along(self, b: Builder, x: Value) -> Value:
+        """What belongs to the indices, at every place."""
+        spread = self._spread
+        thin = (*spread[: self.axis], 1, *spread[self.axis + 1 :])
+        return b.expand(b.reshape(x, shape=thin), shape=spread)
+
+    def _hit(self, b: Builder) -> Value:
+        spread, device = self._spread, self.at.type.device
+        position = b.iota(axis=self.axis, shape=spread, dtype=i64, device=device)
+        return b.eq(self._along(b, self.at), position)
+
+    def last(self, b: Builder) -> Value:
+        """Of each place the last index that names it, or -1."""
+        spread, device = self._spread, self.at.type.device
+        order = b.iota(axis=self.axis + 1, shape=spread, dtype=i64, device=device)
+        return b.reduce_max(b.where(self._hit(b), order, -1), axes=(self.axis + 1,))
+
+    def summed(self, b: Builder, x: Value) -> Value:
+        """Of each place the sum of what belongs to the indices that name it."""
+        terms = b.where(self._hit(b), self._along(b, x), literal(0, x.type.dtype))
+        return b.reduce_sum(terms, axes=(self.axis + 1,))
+
+    def read(self, b: Builder, x: Value) -> Value:
+        """What `x` has at the places that are named."""
+        if self.none:
+            return b.full(0, shape=self.at.type.shape, dtype=x.type.dtype, device=x.type.device)
+        return b.gather(x, self.at, axis=self.axis)
+
+    def source(self, src: Tensor, name: str, dtype: object) -> Value:
+        """What belongs to the indices: the part of `src` that is as large as they are."""
+        t, s, shape = self.t, self.t.lift(src), self.at.type.shape
+        if s.dtype is not dtype:
+            raise t.shape_error(f"{name}(): Expected self.dtype to be equal to src.dtype")
+        given = s.shape or (1,)
+        if len(given) != len(shape) or any(a < b for a, b in zip(given, shape, strict=True)):
+            raise t.shape_error(
+                f"Expected index {list(shape)} to be no larger than src {list(s.shape)}"
+            )
+        x = t.b.reshape(t.read(s), shape=given)
+        if given == shape:
+            return x
+        if t.grad_on and t.requires_grad(s):
+            raise t.unsupported(
+                "Eager has no gradient of a source that is larger than the index; slice it first"
+            )
+        zeros, ones = (0,) * len(shape), (1,) * len(shape)
+        return t.b.slice(x, starts=zeros, stops=shape, steps=ones)
+
+
+def scatter(
+    t: Trace,
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    src: object = None,
+    value: object = None,
+    *,
+    reduce: str | None = None,
+) -> TracedTensor:
+    """`src` where an index says; where several say the same, the last one counts."""
+    if reduce is not None:
+        raise t.unsupported("scatter with reduce= has no rule; use scatter_add")
+    h = t.lift(input)
+    places = _Places(t, h, dim, index, "scatter")
+    x, axis = t.b.reshape(t.read(h), shape=places.shape), places.axis
+    src = value if src is None else src
+    rows: Arg
+    if isinstance(src, Tensor):
+        rows = places.source(src, "scatter", h.dtype)
+    else:
+        check_range(t, operand(t, src).number, h.dtype)
+        rows = literal(operand(t, src).number, h.dtype)
+    if places.none:
+        return _made(t, h, t.unread(t.b.alias(x), rows) if is_tensor(rows) else t.b.alias(x))
+    with t.untaped():
+        last = places.last(t.b)
+        new = t.b.gather(rows, last, axis=axis) if is_tensor(rows) else rows
+        out = t.b.where(t.b.ge(last, 0), new, x)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        (g,) = cts
+        kept = b.where(b.ge(last, 0), 0.0, g) if need[0] else None
+        taken = places.read(b, g) if len(need) > 1 and need[1] else None
+        return (kept, taken)[: len(need)]
+
+    inputs = (x, rows) if is_tensor(rows) else (x,)
+    return _made(t, h, t.derive("scatter", inputs, out, vjp))
+
+
+def _made(t: Trace, h: Handle, out: Value) -> TracedTensor:
+    return t.fresh(t.b.reshape(out, shape=h.shape))
+
+
+def _added(t: Trace, h: Handle, places: _Places, rows: Value, name: str) -> TracedTensor:
+    x = t.b.reshape(t.read(h), shape=places.shape)
+    with t.untaped():
+        out = t.b.alias(x) if places.none else t.b.add(x, places.summed(t.b, rows))
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        (g,) = cts
+        return g, places.read(b, g) if need[1] else None
+
+    return _made(t, h, t.derive(name, (x, rows), out, vjp))
+
+
+def scatter_add(t: Trace, input: Tensor, dim: int, index: Tensor, src: Tensor) -> TracedTensor:
+    h = t.lift(input)
+    places = _Places(t, h, dim, index, "scatter_add")
+    return _added(t, h, places, places.source(src, "scatter_add", h.dtype), "scatter_add")
+
+
+def index_add(
+    t: Trace, input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: object = 1
+) -> TracedTensor:
+    """Slices of `source` added where a vector of indices says."""
+    h, s, i = t.lift(input), t.lift(source), t.lift(index)
+    axis = normal_axis(t, dim, len(h.shape))
+    if len(i.shape) > 1:
+        raise AxisError(
+            where=location.full(), reason="index_add_(): Index is supposed to be a vector"
+        )
+    if not h.shape or not s.shape:
+        raise t.unsupported("index_add of a tensor with no axes has no rule")
+    shape = (*h.shape[:axis], i.numel, *h.shape[axis + 1 :])
+    if s.shape != shape:
+        raise t.shape_error(
+            f"index_add_(): source of shape {list(s.shape)} does not fit self {list(h.shape)} and "
+            f"{i.numel} indices along dimension {axis}"
+        )
+    with t.untaped():
+        thin = tuple(n if k == axis else 1 for k, n in enumerate(shape))
+        wide = t.fresh(expand(t, t.b.reshape(t.read(i), shape=thin), shape))
+    within(t, index, 0, h.shape[axis], t.shape_error("index out of range in self"))
+    places = _Places(t, h, axis, wide, "index_add")
+    rows = places.source(source, "index_add", h.dtype)
+    if alpha != 1:
+        rows = t.b.mul(rows, literal(operand(t, alpha).number, h.dtype))
+    return _added(t, h, places, rows, "index_add")
+
+
+for _implementation in (scatter, scatter_add, index_add):
+    register((_implementation.__name__,), _implementation)
