@@ -75,6 +75,8 @@ CASES: dict[str, Case] = {
     "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER),
     "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER),
     "early_exit": Case(steps.early_exit, _NET, _TWO_LAYER * 3),
+    "grad_scaler": Case(steps.grad_scaler, _NET, _TWO_LAYER),
+    "own_adam": Case(steps.own_adam, _NET, _TWO_LAYER),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

@@ -154,6 +154,71 @@ def early_exit(
     return step, list(model.parameters())
 
 
+def grad_scaler(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """A step under a GradScaler, which leaves updates out where a gradient is not finite."""
+    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=10**9)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loss_of()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    return step, list(model.parameters())
+
+
+class OwnAdam:
+    """Adam as people write it, with a Python counter."""
+
+    def __init__(self, parameters: list[torch.Tensor], lr: float):
+        self.parameters, self.lr, self.steps = parameters, lr, 0
+        self.m = [torch.zeros_like(p) for p in parameters]
+        self.v = [torch.zeros_like(p) for p in parameters]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.steps += 1
+        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
+            m.mul_(0.9).add_(p.grad, alpha=0.1)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+            scale = self.lr * (1 - 0.999**self.steps) ** 0.5 / (1 - 0.9**self.steps)
+            p.addcdiv_(m, v.sqrt().add_(1e-8), value=-scale)
+            p.grad = None
+
+
+def own_adam(
+    n: int = 64,
+    d_in: int = 1000,
+    h: int = 100,
+    d_out: int = 10,
+    fused: bool | None = None,
+    device: str = "cpu",
+) -> Made:
+    """An optimizer of one's own with a counter, and a list of the losses."""
+    loss_of, model, _ = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    optimizer = OwnAdam(list(model.parameters()), lr=1e-4)
+    losses: list[torch.Tensor] = []
+
+    def step() -> torch.Tensor:
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+        return loss
+
+    return step, list(model.parameters())
+
+
 def adam(
     count: int = 20,
     shape: tuple[int, int] = (500, 500),

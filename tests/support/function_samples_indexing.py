@@ -756,6 +756,7 @@ row(
         S(r(3)),
         S(i(1), minlength=-1),
     ],
+    exact=False,
 )
 row(
     "masked_select",
