@@ -770,6 +770,63 @@ def a_named_tuple_that_is_kept(w):
     return step
 
 
+# ---- lists and dicts that are made anew
+
+
+@state(changes={7: lambda w: w.stats.update(more=1), 9: lambda w: setattr(w, "stats", None)})
+def a_new_dict_each_time(w):
+    w.stats = {}
+
+    def step(x):
+        loss = x.pow(2).mean()
+        w.stats = {"loss": loss.item(), "output": loss.detach(), "parts": [x.sum(), 1]}
+        return loss
+
+    return step
+
+
+@state(changes={8: lambda w: w.cache.append(torch.ones(6))})
+def a_new_list_that_is_read(w):
+    w.cache = [torch.zeros(6)]
+
+    def step(x):
+        y = x + sum(w.cache)
+        w.cache = [y * 0.5]
+        return y
+
+    return step
+
+
+@state()
+def a_cache_that_is_emptied(w):
+    w.cache = defaultdict(list)
+
+    def step(x):
+        w.cache["x"].append(x)
+        y = sum(w.cache["x"]) * 2
+        w.cache = defaultdict(list)
+        return y
+
+    return step
+
+
+@state(calls=14)
+def a_scaler_of_gradients(w):
+    w.p = torch.ones(6, requires_grad=True)
+    w.optimizer = torch.optim.SGD([w.p], lr=0.1)
+    w.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+
+    def step(x):
+        w.optimizer.zero_grad()
+        loss = (w.p * x).pow(2).mean()
+        w.scaler.scale(loss).backward()
+        w.scaler.step(w.optimizer)
+        w.scaler.update()
+        return loss.detach()
+
+    return step
+
+
 # ---- two places that become one
 
 

@@ -10,7 +10,7 @@ it is with lists that a step only appends to: a record of losses.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import CellType
 
@@ -98,6 +98,24 @@ def may_vary(x: object) -> bool:
     if isinstance(x, tuple) and (type(x) is tuple or is_named(type(x))):
         return all(map(may_vary, x))
     return type(x) in KINDS or isinstance(x, torch.Tensor)
+
+
+def is_remade(before: object, now: object) -> bool:
+    """Whether a list or dict has been replaced by a new one, as it may be in each call."""
+    if now is before or type(now) is not type(before):
+        return False
+    if not before and not now:
+        return getattr(now, "default_factory", None) is getattr(before, "default_factory", None)
+    return type(now) in (list, dict) and all(map(_is_part, _items(now)))
+
+
+def _items(x: list | dict) -> Iterable:
+    return x.values() if isinstance(x, dict) else x
+
+
+def _is_part(x: object) -> bool:
+    x = plain(x)
+    return may_vary(x) or (type(x) in (list, dict) and all(map(_is_part, _items(x))))
 
 
 def same(a: object, b: object) -> bool:

@@ -78,13 +78,14 @@ class GuardText:
         self.refusals: list[str] = []
         self._constants: dict[int, str] = {}
         self._keep: list[object] = []  # ids stay unique as long as the objects live
-        self._locals = 0
+        self._locals = self._constant_count = 0
 
     def constant(self, value: object) -> str:
         """A name for an object in the guard's namespace."""
         name = self._constants.get(id(value))
         if name is None:
-            name = self._constants[id(value)] = f"k{len(self._constants)}"
+            name = self._constants[id(value)] = f"k{self._constant_count}"
+            self._constant_count += 1
             self.names[name] = value
             self._keep.append(value)
         return name

@@ -10,7 +10,7 @@ a set of addresses (alignment, overlap): that is used again while the addresses 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from types import FunctionType
@@ -54,14 +54,15 @@ def survey(
     kwargs: dict,
     ran: Seen | None,
     records: Sequence[Record] = (),
+    remade: Collection[str] = (),
 ) -> Walk:
     """The guard lines about Python state, as it is before a trace of `function(*args, **kwargs)`.
 
     `ran` is what an earlier trace ran: only what its code names is followed. Without it everything
     is, and the guard is wider than it has to be. What lists hold that it only appends to, the
-    `records`, is not asked.
+    `records`, is not asked; nor which list or dict is at the paths of `remade` ones.
     """
-    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes), records)
+    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes), records, remade)
     w.root = function
     _modes(w)
     w.check(f"len(args) == {len(args)}", "the number of arguments changed")
@@ -78,6 +79,7 @@ def survey(
     w.function(function, function.__qualname__)
     if ran is not None:
         _torch_functions(w, ran)
+    w.walked()
     return w
 
 
@@ -164,7 +166,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     reason = _guard_tensors(walk, captured, call, places)
     if reason:
         return reason
-    reached = {id(variable.holder) for variable, _ in walk.held}
+    reached = {id(variable.holder) for variable in walk.assigned}
     reached.update(id(record.items) for record in walk.records)
     if any(id(call.holders[i]) not in reached for i, _, _ in captured.effects.stores):
         return "it assigns to a place that is not guarded"

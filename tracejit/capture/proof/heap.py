@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from enum import Enum
 from types import (
     CellType,
@@ -68,9 +68,11 @@ class Walk(Functions):
         names: frozenset[str] | None,
         ran: Iterable[CodeType] | None,
         records: Iterable[Record] = (),
+        remade: Collection[str] = (),
     ):
         super().__init__(names, ran)
         self.lasting = True  # what is visited is the same in other calls
+        self._remade = remade
         self._records = {record.place.path for record in records}
         self.tensors: dict[int, str] = {}  # id(tensor) -> expression
         self.paths: dict[int, str] = {}  # id(tensor) -> what reasons call it
@@ -79,6 +81,8 @@ class Walk(Functions):
         self.records: list[Record] = []  # the lists that the step only appends to
         self.lists: list[tuple[Record, list]] = []  # other lists, and what they held
         self.found: list[str] = []  # locals of containers and objects that are looked up
+        self.assigned: list[Variable] = []  # places that the step may assign, whatever they hold
+        self.containers: list[tuple[Variable, object]] = []  # where lists and dicts are
         self.groups: set[int] = set()  # param groups, by identity: they have runtime scalars anyway
         self.places: dict[int, Variable] = {}  # where dicts are, by identity
         self._count = 0
@@ -112,6 +116,7 @@ class Walk(Functions):
             return
         if place is not None:
             x = self._place(place, x)
+            owned = owned and path not in self._remade
         variable = ("entry", id(place.holder), place.key) if place is not None else None
         if type(x) is float:
             self.lines.append(NumberLine(at, x, path, (key, variable)))
@@ -142,6 +147,7 @@ class Walk(Functions):
             x = plain(x)
             place.set(x)
         if may_vary(x):
+            self.assigned.append(place)
             self.held.append((place, x))
         return x
 
@@ -152,6 +158,17 @@ class Walk(Functions):
         self.found.append(name)
         self._keep.append(x)
         return name
+
+    def walked(self) -> None:
+        """All has been looked at: let go of empty containers that the step will let go of, so that
+        nothing lives on that it puts there."""
+        gone = [x for place, x in self.containers if place.path in self._remade and not x]
+        self.containers = [(p, x) for p, x in self.containers if all(x is not y for y in gone)]
+        self._keep = [x for x in self._keep if all(x is not y for y in gone)]
+        for x in gone:
+            self._constants.pop(id(x), None)
+            self._visited.discard(id(x))
+            self.places.pop(id(x), None)
 
     def holder(self, x: object) -> str:
         """An expression of the holder of a state variable, in this call."""
@@ -218,6 +235,9 @@ class Walk(Functions):
             self._seen(x)
             place = self._found(x, at)
             self.expect(f"type({place}) is {self.constant(type(x))}", path, x, place)
+        if found is not None and type(x) in (list, dict, defaultdict):
+            self.containers.append((found, x))
+            self.assigned.append(found)
         if isinstance(x, dict):
             self._keys(x, place, path)
             if found is not None:

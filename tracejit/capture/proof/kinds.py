@@ -71,6 +71,8 @@ def known_callable(x: object) -> bool:
 
 def pure_type(x: type) -> bool:
     """Whether making an instance of a type of C does nothing else."""
+    if x in CONTAINERS:
+        return True
     return x in PURE_BUILTINS or x.__module__.startswith("torch") or issubclass(x, BaseException)
 
 

@@ -7,11 +7,12 @@ guarded, and it changed nothing of that. `Prover` keeps what is known between th
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from types import FunctionType
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.variables import Record, Variable, same
+from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import Armed, arm, pinned_stores, reasons_against, survey
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
@@ -41,6 +42,7 @@ class Prover:
         self._refused = 0  # how often in a row, for the same reasons
         self.variables: list[Variable] = []  # places that the step is known to assign
         self._plain: set[tuple] = set()  # those whose numbers it takes as plain ones
+        self._remade: set[str] = set()  # the paths of lists and dicts that it makes anew
         self._numbers: dict[str, float] = {}  # in an earlier call, by the path of the place
         self.records: list[Record] = []  # lists that it only appends to
         self._searches = _SEARCHES
@@ -53,10 +55,13 @@ class Prover:
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
         if self.watching and (self._ran is not None or self.mode == "replay"):
-            walk = survey(self.function, args, kwargs, self._ran, self.records)
+            walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
             return walk
         return None
+
+    def _survey(self, args: tuple, kwargs: dict) -> Walk:
+        return survey(self.function, args, kwargs, self._ran, self.records, self._remade)
 
     def over(self) -> None:
         """A trace is over: what was this call's only is let go."""
@@ -112,7 +117,7 @@ class Prover:
             armed = arm(walk, self.function, captured, call)
             reasons = [armed] if isinstance(armed, str) else _changes(armed, args, kwargs)
         incomplete = before is not None and not (
-            before.covers(ran) or survey(self.function, args, kwargs, self._ran).lines == lines
+            before.covers(ran) or self._survey(args, kwargs).lines == lines
         )
         if reasons and not incomplete:
             self._refuse(reasons)
@@ -147,11 +152,15 @@ class Prover:
         read = [record for record in walk.records if not _only_appended(record, walk, ran)]
         if read:
             self.records = [r for r in self.records if all(r.items is not x.items for x in read)]
-        if self._searches and (found or pinned or grown or read):
+        remade = [place for place, x in walk.containers if _is_remade(place, x)]
+        new = {place.path for place in remade} - self._remade
+        if self._searches and (found or pinned or grown or read or new):
             self._searches -= 1
             self._left = max(self._left, 2)
             self.variables += {v.id: v for v in found}.values()
             self.records += grown
+            self._remade |= new
+            self.variables += [p for p in remade if type(p.get()) is not defaultdict]
             return True
         return False
 
@@ -169,6 +178,13 @@ class Prover:
             self._left = 0
         if self.mode == "replay":
             raise ReplayNotArmed(reason=self.why)
+
+
+def _is_remade(place: Variable, before: object) -> bool:
+    try:
+        return is_remade(before, place.get())
+    except (LookupError, ValueError):
+        return False
 
 
 def _grown(record: Record, before: list, walk: Walk, ran: Seen) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch.amp import GradScaler
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn.modules import batchnorm
@@ -113,6 +114,23 @@ def _unknown(x: object) -> object:
     if type(x) is not TracedTensor:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device="meta")
+
+
+# ---- GradScaler
+
+
+def _updated(update: Callable) -> Callable:
+    """`GradScaler.update`, which drops what the scaler knew of its optimizers: also what the trace
+    still holds of that, to put it back if it fails, lets go of the tensors."""
+
+    @wraps(update)
+    def wrapper(self: GradScaler, *args: object, **kwargs: object) -> None:
+        before = self._per_optimizer_states
+        update(self, *args, **kwargs)
+        if current() is not None and self._per_optimizer_states is not before:
+            before.clear()
+
+    return wrapper
 
 
 # ---- builtins that torch's own Python calls on hyperparameters and state
@@ -306,6 +324,7 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),
         (torch._C, "_current_graph_task_id", _number_of_backward),
         (torch._C, "_will_engine_execute_node", _will_reach),
+        (GradScaler, "update", _updated),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
         *((lazy, "initialize_parameters", _initialized) for lazy in _lazy_classes()),
