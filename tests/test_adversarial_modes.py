@@ -350,7 +350,7 @@ def data_edited_and_replaced(w):
     return step
 
 
-@case("rerun")
+@case("replay")
 def views_kept_between_calls(w):
     w.x = torch.ones(6)
 
@@ -365,7 +365,7 @@ def views_kept_between_calls(w):
 # ---- modules made in the step
 
 
-@case("rerun")
+@case("replay")
 def layer_made_lazily(w):
     class Lazy(Trainer):
         def loss(self, x, y):

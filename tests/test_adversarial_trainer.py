@@ -262,7 +262,7 @@ def slot_filled_later(w):
     return t.step
 
 
-@case("rerun")
+@case("replay")
 def attribute_counter(w):
     class Mine(Trainer):
         seen = 0
@@ -288,7 +288,7 @@ def class_counter(w):
     return w.t.step
 
 
-@case("rerun")
+@case("replay")
 def exponential_average_rebound(w):
     class Mine(Trainer):
         ema = 0.0
@@ -302,7 +302,7 @@ def exponential_average_rebound(w):
     return w.t.step
 
 
-@case("rerun")
+@case("replay")
 def tensors_swapped_by_the_step(w):
     class Mine(Trainer):
         def step(self):
@@ -315,7 +315,7 @@ def tensors_swapped_by_the_step(w):
     return w.t.step
 
 
-@case("rerun", args=lambda i: (torch.full((2, 4), 0.1 * i), torch.ones(2, 3)))
+@case("replay", args=lambda i: (torch.full((2, 4), 0.1 * i), torch.ones(2, 3)))
 def batch_remembered(w):
     class Mine(Trainer):
         last = None
@@ -328,7 +328,7 @@ def batch_remembered(w):
     return w.t.step
 
 
-@case("rerun")
+@case("replay")
 def parameters_swapped_by_the_step(w):
     class Mine(Trainer):
         def step(self):

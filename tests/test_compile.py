@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
@@ -104,7 +105,7 @@ def test_import_keeps_triton_and_dynamo_out_of_a_numpy_run():
 
 
 def test_the_body_runs_twice_and_never_once_armed():
-    ran = [0]
+    numbers = itertools.count()
     x, w = two_parameters()
 
     def body():
@@ -119,13 +120,13 @@ def test_the_body_runs_twice_and_never_once_armed():
 
     @tracejit.compile
     def visible():
-        ran[0] += 1
+        next(numbers)
         return (x @ w).sum()
 
     for _ in range(5):
         visible()
-    assert ran[0] == 5 and visible.stats.replays == 0  # a side effect keeps it in rerun
-    assert "ran" in visible.explain_mode()
+    assert next(numbers) == 5 and visible.stats.replays == 0  # a side effect keeps it in rerun
+    assert "numbers" in visible.explain_mode()
 
 
 def test_python_body_counter_by_profile():
@@ -217,11 +218,10 @@ def test_mode_replay_arms_at_the_first_call():
 
 
 def test_mode_replay_refuses_what_it_cannot_prove():
-    seen = []
+    seen = itertools.count()
 
     def step(x):
-        seen.append(1)
-        return x * 2
+        return x * next(seen)
 
     with pytest.raises(ReplayNotArmed, match="seen"):
         tracejit.compile(step, mode="replay")(torch.ones(3))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 import warnings
 from types import SimpleNamespace
@@ -39,19 +41,55 @@ def trainer(optimizer=torch.optim.Adam, **options):
 
 
 def test_a_retrace_names_the_path_with_the_old_and_the_new_value():
-    config, x = SimpleNamespace(scale=2, name="a"), torch.ones(3)
-    step = tracejit.compile(lambda: x * config.scale)
+    config, x = SimpleNamespace(act="tanh", name="a"), torch.ones(3)
+    step = tracejit.compile(lambda: x.tanh() if config.act == "tanh" else x.exp())
     for _ in range(4):
         step()
     assert step.explain_retraces() == []
-    config.scale = 3
+    config.act = "exp"
     for _ in range(4):
-        assert torch.equal(step(), x * 3)
+        assert torch.equal(step(), x.exp())
     reasons = step.explain_retraces()  # two traces have to agree before the new plan is replayed
-    assert all("config.scale was 2 and is 3 now" in reason for reason in reasons)
+    assert all("config.act was 'tanh' and is 'exp' now" in reason for reason in reasons)
     assert ["new plan" in reason for reason in reasons] == [True, False]
-    config.scale = 2
-    assert torch.equal(step(), x * 2) and len(step.explain_retraces()) == 2  # armed before
+    config.act = "tanh"
+    assert torch.equal(step(), x.tanh()) and len(step.explain_retraces()) == 2  # armed before
+
+
+@pytest.mark.parametrize("values", [(2, 3, 5, 7, 9, -1), (2.0, 0.5, 1.5, 0.25, -1.0)])
+def test_a_number_that_varies_is_a_runtime_scalar_from_then_on(values):
+    config, x = SimpleNamespace(scale=values[0]), torch.ones(3)
+    step = tracejit.compile(lambda: x * config.scale)
+    for _ in range(4):
+        step()
+    config.scale = values[1]
+    for _ in range(4):
+        assert torch.equal(step(), x * values[1])
+    reasons = step.explain_retraces()
+    known = len(reasons)
+    assert f"config.scale was {values[0]} and is {values[1]} now" in reasons[0]
+    for value in values[2:]:
+        config.scale = value
+        assert torch.equal(step(), x * value)
+    assert len(step.explain_retraces()) == known and step.stats.compiles <= 3
+
+
+def test_a_number_that_varies_and_is_a_size_is_named_where_it_changes():
+    config, x = SimpleNamespace(turns=1), torch.ones(3)
+
+    @tracejit.compile
+    def step():
+        y = x
+        for _ in range(config.turns):
+            y = y + 1
+        return y
+
+    for turns in (1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 1, 2, 3):
+        config.turns = turns
+        assert torch.equal(step(), x + turns)
+    reasons = step.explain_retraces()
+    assert any("config.turns was 2 and is 3 now" in reason for reason in reasons), reasons
+    assert step.stats.replays >= 3
 
 
 def test_a_retrace_for_a_tensor_describes_it():
@@ -103,15 +141,15 @@ def test_a_step_that_cannot_replay_warns_once_with_the_line():
 
 
 def test_a_step_that_keeps_making_plans_warns_once_with_the_cause():
-    config, x = SimpleNamespace(scale=0), torch.ones(3)
-    step = tracejit.compile(lambda: x * config.scale)
+    config, x = SimpleNamespace(size=0), torch.ones(3)
+    step = tracejit.compile(lambda: x * torch.ones(config.size, 1))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for i in range(40):
-            config.scale = i // 3
-            assert torch.equal(step(), x * (i // 3))
+            config.size = i // 3
+            assert len(step()) == i // 3
     (warning,) = [w for w in caught if w.category is TracejitWarning]
-    assert "plans" in str(warning.message) and "config.scale" in str(warning.message)
+    assert "plans" in str(warning.message) and "config.size" in str(warning.message)
 
 
 @pytest.mark.parametrize(
@@ -136,16 +174,24 @@ def test_a_number_of_elements_that_varies_is_told_once_with_a_remedy(find, remed
 
 
 def test_replay_mode_raises_where_a_proof_is_impossible():
-    counter = SimpleNamespace(n=0)
+    counter = itertools.count()
     x = torch.ones(3)
+    compiled = tracejit.compile(lambda: x * next(counter), mode="replay")
+    with pytest.raises(ReplayNotArmed, match="counter"):
+        compiled()
 
+
+def test_replay_mode_learns_what_a_step_assigns():
+    counter, x = SimpleNamespace(n=0), torch.ones(3)
+
+    @functools.partial(tracejit.compile, mode="replay")
     def step():
         counter.n += 1
         return x * counter.n
 
-    compiled = tracejit.compile(step, mode="replay")
-    with pytest.raises(ReplayNotArmed, match="counter.n"):
-        compiled()
+    for i in range(1, 6):
+        assert torch.equal(step(), x * i)
+    assert step.stats.replays == 3
 
 
 # ---- gradients

@@ -117,7 +117,7 @@ def test_state_carried_by_the_caller():
     assert ours.stats.replays >= 7, ours.explain_mode()
 
 
-def test_state_on_the_object_reruns():
+def test_state_on_the_object_is_replayed():
     class Stateful(nn.Module):
         def __init__(self):
             super().__init__()
@@ -130,7 +130,7 @@ def test_state_on_the_object_reruns():
 
     make_step = training(Stateful)
     compiled, *_ = assert_trains_like_eager(make_step, calls=10)
-    assert compiled.stats.replays == 0 and "h" in compiled.explain_mode()
+    assert compiled.stats.replays >= 5, compiled.explain_mode()
 
 
 def test_unbatched_input_and_a_state():

@@ -195,7 +195,7 @@ def second_derivatives_through_hooks(w):
     return step
 
 
-@case("rerun")
+@case("replay")
 def gradient_kept_by_a_hook(w):
     """As Grad-CAM does it."""
     w.t = Trainer()

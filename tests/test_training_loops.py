@@ -137,8 +137,8 @@ def test_gradients_accumulate_across_calls(inside):
         return Loop(step, t, between, lambda i: (X * (1 + i % 4), Y))
 
     step = alike(make, calls=20)
-    assert step.explain_mode().startswith("rerun" if inside else "replay")
-    assert step.stats.compiles <= 5
+    assert step.explain_mode().startswith("replay")
+    assert step.stats.compiles <= 6
 
 
 def test_two_optimizers_of_a_gan():

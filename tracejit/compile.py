@@ -71,7 +71,9 @@ def compile(
     is a function or bound method that calls torch: forward, backward, updates, or any part.
 
     mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it,
-              "replay" arms at the first call and raises ReplayNotArmed if that cannot be proven.
+    mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it,
+              "replay" arms at the first call, or a few later where the step assigns Python state,
+              and raises ReplayNotArmed if that cannot be proven.
     backend:  "auto" (c for CPU tensors, or numpy where there is no C compiler; triton for CUDA
               tensors), "c", "numpy", "triton", or "interpret" (the generated Triton under Triton's
               interpreter, for checking).

@@ -161,7 +161,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     reason = callbacks.against(captured, call)
     if reason:
         return reason
-    scalars = _decide_numbers(walk, function, captured.paths, call)
+    scalars, shown = _decide_numbers(walk, function, captured.paths, call)
     places = Places(call.reals)
     reason = _guard_tensors(walk, captured, call, places)
     if reason:
@@ -184,7 +184,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     if any("cells[" in x for x in scalars.values()):
         walk.lines.append("cells = places.cells")
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
-    _guard_predicates(walk, captured)
+    _guard_predicates(walk, captured, shown)
     stored = {walk.holder(call.holders[i]) for i, _, _ in captured.effects.stores}
     if stored and walk.found:  # what it assigns in one it would read in the other
         names = sorted(stored.union(walk.found))
@@ -255,13 +255,14 @@ def pinned_stores(captured: Captured, call: Call) -> set[tuple]:
 
 def _decide_numbers(
     walk: Walk, function: FunctionType, paths: Sequence[Path], call: Call
-) -> dict[Path, str]:
+) -> tuple[dict[Path, str], dict[Path, str]]:
     """Turn the lines of numbers into checks: of the type for a runtime scalar, else of the value.
-    Returns the expressions of the runtime scalars among them."""
+    Returns the expressions of the runtime scalars among them, and what reasons call them."""
     place = _scalar_places(walk, function, call)
     inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
     wanted = {place(p): p for p in paths if not (walk.reentrant and p[0] in inner)}
     scalars: dict[Path, str] = {}
+    shown: dict[Path, str] = {}
     lines, walk.lines = walk.lines, []
     for line in lines:
         if not isinstance(line, NumberLine):
@@ -271,10 +272,11 @@ def _decide_numbers(
         if paths:
             at = walk.local(line.at)
             scalars |= dict.fromkeys(paths, at)
+            shown |= dict.fromkeys(paths, line.path)
             walk.expect(f"type({at}) is {type(line.value).__name__}", line.path, line.value, at)
         else:
             walk.number(line.value, line.at, line.path)
-    return scalars
+    return scalars, shown
 
 
 def _scalar_places(walk: Walk, function: FunctionType, call: Call) -> Callable[[tuple], tuple]:
@@ -426,7 +428,7 @@ def condition(predicate: Predicate, left: str, right: str) -> str:
     return test if predicate.outcome else f"not ({test})"
 
 
-def _guard_predicates(w: Walk, captured: Captured) -> None:
+def _guard_predicates(w: Walk, captured: Captured, shown: dict[Path, str]) -> None:
     """Every decision that Python took on a runtime scalar must come out the same."""
     later = captured.decides
     predicates = [p for p in captured.predicates if p not in later]
@@ -438,8 +440,14 @@ def _guard_predicates(w: Walk, captured: Captured) -> None:
     found = code.add(captured.host_nodes, wanted, names)
     w.lines += code.lines
     w.names |= host_names()
-    conditions: dict[str, str] = {}
+    conditions: dict[str, Predicate] = {}
     for i, predicate in enumerate(predicates):
-        conditions[condition(predicate, *found[2 * i : 2 * i + 2])] = predicate.relation
-    for test, relation in conditions.items():
-        w.check(test, f"a decision on a runtime scalar ({relation}) came out otherwise")
+        conditions[condition(predicate, *found[2 * i : 2 * i + 2])] = predicate
+    paths = dict(zip(captured.scalars, captured.paths, strict=True))
+    for test, predicate in conditions.items():
+        path = shown.get(paths.get(predicate.left))
+        if predicate.relation == "is" and path is not None:  # the number itself was taken
+            w.expect(test, path, predicate.right, names[predicate.left])
+        else:
+            relation = predicate.relation
+            w.check(test, f"a decision on a runtime scalar ({relation}) came out otherwise")
