@@ -70,13 +70,11 @@ def compile(
     Use as `@tracejit.compile`, `@tracejit.compile(mode=…)`, or `tracejit.compile(step)`; the step
     is a function or bound method that calls torch: forward, backward, updates, or any part.
 
-    mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it,
-    mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it,
-              "replay" arms at the first call, or a few later where the step assigns Python state,
-              and raises ReplayNotArmed if that cannot be proven.
-    backend:  "auto" (c for CPU tensors, or numpy where there is no C compiler; triton for CUDA
-              tensors), "c", "numpy", "triton", or "interpret" (the generated Triton under Triton's
-              interpreter, for checking).
+    mode:     "auto" reruns the Python until a replay is proven safe, "rerun" always runs it;
+              "replay" raises ReplayNotArmed if that cannot be proven at the first call, or a few
+              later where the step assigns Python state.
+    backend:  "auto" (c on CPU tensors, numpy without a C compiler; triton on CUDA), "c", "numpy",
+              "triton", or "interpret" (the generated Triton in Triton's interpreter, to check it).
     fuse:     False compiles one kernel per primitive, for ablation and for hunting faults.
     keep_grads:  False leaves None in the `.grad` that the step computes, instead of the gradient:
               an update that is fused with its gradient then need not write it to memory.
