@@ -19,6 +19,7 @@ from tracejit.errors import BackendUnavailable, InvalidGraph
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import f32, f64
+from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel import (
@@ -230,7 +231,10 @@ def test_backends_that_cannot_run_say_so(monkeypatch):
         TritonExecutor("interpret").load(plan)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="no CUDA device"):
-        TritonExecutor("triton").load(plan)
+        executor_for("triton", "cuda").load(plan)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(BackendUnavailable, match="AMD's GPUs"):
+        executor_for("triton", "cuda").load(plan)
 
 
 # --- machine code -----------------------------------------------------------------------------

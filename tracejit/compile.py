@@ -44,7 +44,7 @@ from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.program import Program
-from tracejit.runtime.select import start_early
+from tracejit.runtime.select import FAKES, start_early
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
@@ -89,7 +89,7 @@ def compile(
     """
     if mode not in MODES:
         raise ValueError(f"mode is one of {MODES}, not {mode!r}")
-    if backend not in BACKENDS:
+    if backend not in BACKENDS and backend not in FAKES:
         raise ValueError(f"backend is one of {BACKENDS}, not {backend!r}")
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
     if on_unsupported not in UNSUPPORTED:

@@ -107,6 +107,10 @@ class Stage:
             self._function = self.program.function()
         return self._function(inputs)
 
+    def read(self, result: torch.Tensor) -> float | int | bool:
+        """The one element of a result of the latest run."""
+        return self.program.read(result)
+
     def run_once(self, inputs: Sequence) -> list[torch.Tensor]:
         """`run`, or what it gave in this call already, for the same inputs."""
         kept = self.kept

@@ -240,7 +240,9 @@ class _Writer:
             run = "run_once" if decides else "run"
             self.before.append(f"part{n} = stage{n}.{run}([{', '.join(inputs)}])")
             if cut.count is None:
-                self.before.append(f"scalars[{self.cut_scalars[k]}] = float(part{n}[0].item())")
+                self.before.append(
+                    f"scalars[{self.cut_scalars[k]}] = float(stage{n}.read(part{n}[0]))"
+                )
                 self._decide(k)
             else:
                 self.names["found_by"] = found_by
@@ -295,7 +297,8 @@ class _Writer:
     ) -> list[str]:
         """Read the values that Python would read from the plan's results, and compute with them."""
         lines = []
-        self.names["read"] = host_memory.read
+        if late:
+            self.names["read"] = getattr(self.program.loaded, "read", host_memory.read)
         values = outputs[len(outputs) - len(late) :]
         for k, value in zip(sorted(late), values, strict=True):
             lines.append(f"scalars[{self.cut_scalars[k]}] = read({value})")

@@ -22,6 +22,8 @@ class ProfiledPlan:
         self._loaded = loaded
         self.sources = loaded.sources
         self.layout = memory_of(loaded, plan)
+        if hasattr(loaded, "device"):  # a GPU
+            self.device, self.read = loaded.device, loaded.read
         self.bytes_moved = functools.cache(loaded.bytes_moved)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
