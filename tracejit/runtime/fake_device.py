@@ -37,7 +37,7 @@ _FIRST_NUMBER = 1000  # of fake devices, for what Triton remembers of devices
 Work = Callable[[int], None]  # does something on the stream of that handle
 
 
-@dataclass
+@dataclass(eq=False)
 class Graph:
     """What was captured: work in order, with what the log says of it."""
 
@@ -112,7 +112,7 @@ class FakeDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes from the pool of the stream, or of the graph that is captured."""
-        pool = self._stream if self._graph is None else id(self._graph)
+        pool = self._stream if self._graph is None else self._graph
         self._unpark()
         free = self._free.get((pool, nbytes))
         memory = free.pop() if free else np.empty(nbytes + _ALIGNED, np.uint8)
@@ -334,7 +334,8 @@ class FakeDevice:
         self._parked = kept
 
     def check_memory(self, start: int, nbytes: int, what: str) -> None:
-        """Memory from a pool is used within one block of it that is in use."""
+        """Memory from a pool is used within one block of it that is in use. What a graph works in
+        stays the graph's."""
         starts = sorted(self._blocks)
         i = bisect_right(starts, start) - 1
         if i >= 0:
@@ -342,7 +343,7 @@ class FakeDevice:
             end = block.address + block.nbytes
             if start < end < start + nbytes:
                 raise Fault(f"{what} goes {start + nbytes - end} bytes beyond its memory")
-        free = [m for blocks in self._free.values() for m in blocks]
+        free = [m for (pool, _), x in self._free.items() if type(pool) is int for m in x]
         for memory in (*free, *(m for _, _, m in self._parked)):
             low = memory.ctypes.data
             if low <= start < low + memory.nbytes and nbytes:

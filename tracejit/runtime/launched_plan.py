@@ -63,6 +63,11 @@ class LaunchedPlan:
 
     def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch], device: Device):
         self.plan, self.device = plan, device
+        if device.capturing():
+            raise CaptureError(
+                reason=f"step {plan.name!r} has not been compiled for these arguments yet",
+                remedy="Call it a few times before it is captured",
+            )
         self.sources = tuple(launch.source for launch in launches)
         self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
         self._launches = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
@@ -186,8 +191,9 @@ class LaunchedPlan:
         if key not in self._kernels:
             if self.device.capturing():
                 raise CaptureError(
-                    reason=f"the kernels of {self.plan.name!r} are not on the device yet",
-                    remedy="Call the step a few times before it is captured",
+                    reason=f"the kernels of step {self.plan.name!r} for arguments that are aligned "
+                    "like these are not on the device yet",
+                    remedy="Call it with them before it is captured",
                 )
             try:
                 self._kernels[key] = self.device.load(launch, pointers)
