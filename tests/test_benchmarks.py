@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import run
+from benchmarks import launch_cost, run
 from benchmarks.cases import CASES, arrays_of
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
 from benchmarks.worker import CALLS, build_arrays, build_torch
@@ -106,3 +106,10 @@ def test_shortfalls():
     late = ours | {"p50": 12.1, "cold_s": 0.7, "cached_s": 0.2, "allocated_bytes": 101}
     found = run.shortfalls("x", peers | {"tracejit": late})
     assert [text.split()[1] for text in found] == ["eager", "cold", "cached", "peak"]
+
+
+def test_the_cost_of_launches_is_measured():
+    found = launch_cost.costs(launch_cost.CASES["two-layer"], rounds=1, calls=2)
+    assert found["launches"] == 4 and found["launch"] > 0
+    changed = launch_cost.costs(lambda: launch_cost.sgd(3), rounds=1, calls=2)
+    assert changed["changed"] > 0

@@ -19,6 +19,7 @@ from tracejit.errors import BackendUnavailable, InvalidGraph
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import f32, f64
+from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel import (
@@ -230,7 +231,10 @@ def test_backends_that_cannot_run_say_so(monkeypatch):
         TritonExecutor("interpret").load(plan)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="no CUDA device"):
-        TritonExecutor("triton").load(plan)
+        executor_for("triton", "cuda").load(plan)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(BackendUnavailable, match="AMD's GPUs"):
+        executor_for("triton", "cuda").load(plan)
 
 
 # --- machine code -----------------------------------------------------------------------------
@@ -321,3 +325,72 @@ def test_company_costs_a_matmul_nothing(target):
 def test_kernels_of_every_form_side_by_side(target):
     form, found = facts(SIDE_BY_SIDE, target)
     assert form == "joint" and found.spills == 0 and found.registers <= 128
+
+
+# --- memory that a kernel reads and overwrites ------------------------------------------------
+
+
+def stores_of(body: str, shape: str = "64,80") -> list[str]:
+    """Of the only kernel of `step(%0, %1)`, the last lines up to each store."""
+    kind = f"f32[{shape}]"
+    launch = only_launch(f"step(%0: {kind}, %1: {kind}) {{{body.format(kind=kind)}\n}}")
+    lines = [
+        line.strip().partition("  #")[0]
+        for line in emit(launch.kernel, launch.sizes).text.splitlines()
+    ]
+    return [
+        "barrier" if "debug_barrier" in before else "none"
+        for before, line in zip(lines, lines[1:], strict=False)
+        if line.startswith("tl.store(")
+    ]
+
+
+def test_what_is_overwritten_with_something_else_waits_for_all_threads():
+    """Threads need not store the elements that they have loaded."""
+    swapped = """
+      %2: {kind} = mul(%0, 2.0)
+      return %2
+      write %0 <- %1"""
+    assert sorted(stores_of(swapped)) == ["barrier", "none"]
+    zeroed = """
+      %2: {kind} = mul(%0, 2.0)
+      %3: {kind} = full(0.0, shape=(64, 80), dtype=f32, device="cpu")
+      return %2
+      write %0 <- %3"""
+    assert sorted(stores_of(zeroed)) == ["barrier", "none"]
+
+
+def test_an_update_of_what_was_loaded_needs_no_barrier():
+    update = """
+      %2: {kind} = mul(%1, 0.1)
+      %3: {kind} = sub(%0, %2)
+      %4: {kind} = maximum(%3, 0.0)
+      return %2
+      write %0 <- %4"""
+    assert stores_of(update) == ["none", "none"]
+
+
+@pytest.mark.parametrize(("width", "expected"), [(80, "none"), (40_000, "barrier")])
+def test_rows_that_are_overwritten(width, expected):
+    """On one tile the new values are made of all that was loaded; block by block, other threads
+    may still go over the row."""
+    kind = f"f32[64,{width}]"
+    text = f"""
+    step(%0: {kind}) {{
+      %1: f32[64] = reduce_sum(%0, axes=(1,))
+      %2: f32[64,1] = reshape(%1, shape=(64, 1))
+      %3: {kind} = expand(%2, shape=(64, {width}))
+      %4: {kind} = div(%0, %3)
+      write %0 <- %4
+    }}"""
+    launch = only_launch(text)
+    lines = emit(launch.kernel, launch.sizes).text.splitlines()
+    (at,) = (i for i, line in enumerate(lines) if "tl.store(" in line)
+    assert ("debug_barrier" in lines[at - 1]) == (expected == "barrier")
+
+
+def test_the_last_block_of_a_ragged_domain_is_found_without_a_wrap():
+    n = 2**31 - (1 << 23) - 3  # ragged, and as large as 32-bit indices serve
+    launch = only_launch(f"step(%0: f32[{n}]) {{\n%1: f32[{n}] = add(%0, 1.0)\nreturn %1\n}}")
+    assert not launch.kernel.index64
+    assert "if first <= n0 - BLOCK:" in emit(launch.kernel, launch.sizes).text

@@ -23,6 +23,7 @@ from tracejit.errors import (
     TracejitError,
     UnsupportedOperation,
 )
+from tracejit.runtime import select
 
 
 def two_parameters():
@@ -400,10 +401,9 @@ def test_grad_mode_left_changed_is_refused_and_restored():
 
 
 def test_without_a_compiler_steps_run_on_numpy_with_one_warning(monkeypatch):
-    driver = sys.modules["tracejit.programs"]
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", "/nonexistent")
-    driver.executor_for.cache_clear()
+    select._on_cpu.cache_clear()
     try:
         with pytest.warns(UserWarning, match="numpy"):
             step = tracejit.compile(lambda x: x * 2)
@@ -414,7 +414,7 @@ def test_without_a_compiler_steps_run_on_numpy_with_one_warning(monkeypatch):
         with pytest.raises(BackendUnavailable, match="no C compiler"):
             tracejit.compile(lambda x: x * 2, backend="c")(torch.ones(3))
     finally:
-        driver.executor_for.cache_clear()
+        select._on_cpu.cache_clear()
 
 
 def test_backend_for_the_wrong_device():

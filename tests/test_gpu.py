@@ -1,12 +1,14 @@
-"""Programs 1–3 on a CUDA device, compiled kernels against eager. Skipped where there is none."""
+"""Whole programs on a CUDA device, compiled kernels against eager. Skipped where there is none."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+import tracejit
 from examples import fused_chain, two_layer_autograd, two_layer_manual
 from support.optimizer_checks import OPTIMIZERS, lockstep, training
+from support.programs import PROGRAMS
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 
 pytestmark = pytest.mark.gpu
@@ -16,6 +18,14 @@ pytestmark = pytest.mark.gpu
 def test_two_layer_autograd(variant):
     step, _ = two_layer_autograd.make_step(variant, device="cuda")
     assert_equal_to_eager(step, calls=10)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name):
+    with torch.device("cuda"):
+        step, state = PROGRAMS[name].make()
+        assert all(t.is_cuda for t in state)
+        assert_equal_to_eager(step, calls=4, state=state)
 
 
 def test_two_layer_manual():
@@ -36,8 +46,6 @@ def test_free_run():
 
 def test_same_inputs_same_bits():
     step, (x,) = fused_chain.make_step(1_000_003, device="cuda")
-    import tracejit
-
     step = tracejit.compile(step)
     first = step().item()
     gradient = x.grad.clone()
@@ -66,3 +74,65 @@ def test_capturable_optimizers(name):
 def test_fused_optimizers(name):
     make = training(lambda p: getattr(torch.optim, name)(p, lr=0.01, fused=True), "cuda")
     lockstep(make, compiles=2, calls=20, backend="auto")
+
+
+def trained_on(stream: torch.cuda.Stream, calls: int, compiled: dict) -> list[torch.Tensor]:
+    """Losses and weights of a network that trains on a stream, all with one compiled step."""
+    generator = torch.Generator("cuda").manual_seed(stream.cuda_stream % 1000)
+    shapes = (65, 33), (400, 65), (400, 33)
+    w, x, y = (torch.randn(*s, generator=generator, device="cuda") for s in shapes)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        losses = [compiled["step"](w, x, y, 0.01 + 0.0001 * (call // 7)) for call in range(calls)]
+    return [*losses, w]
+
+
+def sgd(w: torch.Tensor, x: torch.Tensor, y: torch.Tensor, lr: float) -> torch.Tensor:
+    difference = x @ w - y
+    w.sub_(x.T @ difference * (lr / len(x)))
+    return difference.pow(2).sum()
+
+
+def test_two_streams_give_the_bits_of_one():
+    compiled = {"step": tracejit.compile(sgd)}
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    alone = []
+    for stream in streams:
+        alone.append(trained_on(stream, 100, compiled))
+        torch.cuda.synchronize()
+    together = [trained_on(stream, 100, compiled) for stream in streams]
+    torch.cuda.synchronize()
+    for first, second in zip(alone, together, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_step_joins_a_graph():
+    x, out = torch.randn(40_000, device="cuda"), torch.zeros(1, device="cuda")
+
+    def step(scale: float) -> torch.Tensor:
+        total = (x * scale).sum()
+        out.copy_(total.reshape(1))
+        return total
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(5):
+        compiled(1.0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = compiled(3.0)
+    for _ in range(3):
+        x.add_(1)
+        graph.replay()
+        torch.testing.assert_close(kept, (x * 3).sum())
+        torch.testing.assert_close(out[0], kept)
+        torch.testing.assert_close(compiled(1.0), x.sum())
+        torch.testing.assert_close(kept, (x * 3).sum())
+
+
+def test_values_are_read_when_they_are_there():
+    x = torch.randn(1 << 22, device="cuda")
+    compiled = tracejit.compile(lambda scale: (x * scale).sum().item(), on_unsupported="raise")
+    for call in range(20):
+        assert compiled(float(call)) == pytest.approx((x.double() * call).sum().item(), rel=1e-4)

@@ -90,7 +90,7 @@ def test_intermediates_lie_in_an_output_until_it_is_written():
 
 
 def test_an_arena_grows_and_is_not_shared_while_it_is_used():
-    arena = Arena("cpu")
+    arena = Arena()
     first = arena.take(100)
     second = arena.take(100)
     assert first[0] != second[0]
@@ -105,11 +105,11 @@ def test_an_arena_grows_and_is_not_shared_while_it_is_used():
 
 def test_steps_share_what_they_work_in_but_not_their_outputs():
     a, b = Memory(), Memory()
-    assert a.arena("cpu") is b.arena("cpu")
+    assert a.arena(None) is b.arena(None)
     buffers = schedule(parse(CHAIN)).buffers[2:3]
-    assert a.outputs(buffers) == a.outputs(buffers) != b.outputs(buffers)
-    twice = a.outputs([*buffers, *buffers])
-    assert twice[0] is not twice[1] and twice[0] is a.outputs(buffers)[0]
+    assert a.outputs(buffers, None) == a.outputs(buffers, None) != b.outputs(buffers, None)
+    twice = a.outputs([*buffers, *buffers], None)
+    assert twice[0] is not twice[1] and twice[0] is a.outputs(buffers, None)[0]
 
 
 def net(width: int, depth: int) -> tuple:

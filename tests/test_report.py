@@ -29,6 +29,7 @@ from examples import fused_chain, two_layer_autograd
 from tracejit.aot import TARGETS, disassemble, parse_sass
 from tracejit.codegen.triton_forms import form_of
 from tracejit.errors import BackendUnavailable
+from tracejit.ir.torch_types import TO_TORCH
 from tracejit.report import (
     ARCHES,
     Report,
@@ -37,12 +38,8 @@ from tracejit.report import (
     report,
     stream_share_of,
 )
-from tracejit.runtime.triton_executor import (
-    TORCH_NAME,
-    DevicePointer,
-    TritonExecutor,
-    options,
-)
+from tracejit.runtime.select import executor_for
+from tracejit.runtime.triton_launch import DevicePointer, positions
 from tracejit.schedule.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -224,20 +221,20 @@ def test_kernels_are_what_a_launch_compiles(monkeypatch):
     """Triton's own specialization of the executor's arguments gives the machine code reported."""
     monkeypatch.setattr(type(triton.runtime.driver), "active", FakeDriver())
     plan = program("zero_")
-    executor = TritonExecutor("triton")
-    position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
+    executor = executor_for("triton", "cuda")
+    position = positions(plan)
     rows = {row.name: row for row in reported("zero_", 90).rows}
     with_workspace, with_scalars = plan.launches[1], plan.launches[-1]
     for launch in (with_workspace, with_scalars):
         loaded = executor.load_launch(launch, position, 0)
         assert loaded.geometry.workspace or launch is with_scalars and launch.scalars
-        types = [getattr(torch, TORCH_NAME[b.dtype.name]) for b in launch.kernel.buffers]
+        types = [TO_TORCH[b.dtype] for b in launch.kernel.buffers]
         types += [torch.float64] * bool(launch.kernel.scalars)
         types += [torch.int8] * bool(loaded.geometry.workspace)
         compiled = loaded.function.warmup(
             *(DevicePointer(0, dtype) for dtype in types),
             grid=loaded.geometry.grid,
-            **options(loaded),
+            **loaded.options(),
         )
         sass = disassemble(compiled.asm["cubin"])
         facts = parse_sass(sass, loaded.source.name, 90, compiled.metadata.shared)

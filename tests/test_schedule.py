@@ -373,6 +373,36 @@ def test_index64_where_memory_is_large():
     assert not schedule(parse(PROGRAM_3)).launches[0].kernel.index64
 
 
+@pytest.mark.parametrize(
+    ("n", "wide"),
+    [(2**31 - 1, True), (2**31 - 500, True), (2**31 - (1 << 23) - 1, False)],
+)
+def test_index64_where_the_last_tile_reaches_beyond_32_bits(n, wide):
+    graph = f"step(%0: u8[{n}]) {{\n %1: u8[{n}] = add(%0, 1)\n return %1\n}}"
+    assert schedule(parse(graph)).launches[0].kernel.index64 == wide
+    total = f"step(%0: u8[{n}]) {{\n %1: i64[] = reduce_sum(%0, axes=(0,))\n return %1\n}}"
+    assert schedule(parse(total)).launches[0].kernel.index64 == wide
+
+
+def test_index64_where_a_domain_is_larger_than_the_memory_it_reads():
+    kernel = (
+        schedule(
+            parse("""
+    step(%0: f32[65536,1], %1: f32[1,65536]) {
+      %2: f32[65536,65536] = expand(%0, shape=(65536, 65536))
+      %3: f32[65536,65536] = expand(%1, shape=(65536, 65536))
+      %4: f32[65536,65536] = mul(%2, %3)
+      %5: f32[65536,65536] = exp(%4)
+      %6: f32[] = reduce_sum(%5, axes=(0, 1))
+      return %6
+    }""")
+        )
+        .launches[0]
+        .kernel
+    )
+    assert kernel.index64
+
+
 def test_named_sizes_and_back():
     plan = schedule(parse(two_layers(ADDED, ZEROS)))
     for launch in (alone for together in plan.launches for alone in together.alone()):

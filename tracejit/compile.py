@@ -44,7 +44,7 @@ from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.program import Program
-from tracejit.runtime.select import start_early
+from tracejit.runtime.select import FAKES, start_early
 from tracejit.schedule.plan import Plan
 
 MODES = ("auto", "rerun", "replay")
@@ -89,7 +89,7 @@ def compile(
     """
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
     options = (mode, backend, fuse, keep_grads, on_unsupported)
-    chosen = {"mode": (mode, MODES), "backend": (backend, BACKENDS)}
+    chosen = {"mode": (mode, MODES), "backend": (backend, (*BACKENDS, *FAKES))}
     for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
         if x not in known:
             raise ValueError(f"{name} is one of {known}, not {x!r}")

@@ -98,6 +98,19 @@ class BackendUnavailable(TracejitError, RuntimeError):
     message = "backend {backend!r} cannot run here: {reason}. {remedy}"
 
 
+class LaunchError(TracejitError, RuntimeError):
+    """A kernel could not be brought to the GPU, or not be launched there. Writes of earlier
+    launches of the call have happened."""
+
+    message = "{where}{launch} of step {step!r} {what} on {device}: {reason}"
+
+
+class CaptureError(TracejitError, RuntimeError):
+    """A compiled step was called while a CUDA graph is captured, and cannot be part of it."""
+
+    message = "a compiled step cannot join the CUDA graph that is captured: {reason}. {remedy}"
+
+
 class InvalidGraph(TracejitError):
     """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
 

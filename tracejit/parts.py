@@ -112,6 +112,11 @@ class Stage:
             self._function = self.program.function()
         return self._function(inputs)
 
+    def read(self, result: torch.Tensor) -> float:
+        """The one element of a result of the latest run: an int for an integer, else a float."""
+        number = self.program.read(result)
+        return float(number) if type(number) is bool else number
+
     def run_once(self, inputs: Sequence) -> list[torch.Tensor]:
         """`run`, or what it gave in this call already, for the same inputs."""
         kept = self.kept

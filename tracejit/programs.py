@@ -124,19 +124,19 @@ class Checking:
 
     def __init__(self, programs: Programs, checks: Checks, executor: Executor):
         self._programs, self._checks, self._executor = programs, checks, executor
-        self._failed = self._function(replace(checks.graph, results=checks.graph.results[:1]))
+        flag = self._program(replace(checks.graph, results=checks.graph.results[:1]))
+        self._failed, self._read = flag.function(), flag.read
         self._found: Callable[[list], list[torch.Tensor]] | None = None
 
-    def _function(self, graph: Graph) -> Callable[[list], list[torch.Tensor]]:
-        program, _ = self._programs.build(graph, self._executor, Memory(), " of checks")
-        return program.function()
+    def _program(self, graph: Graph) -> Program:
+        return self._programs.build(graph, self._executor, Memory(), " of checks")[0]
 
     def __call__(self, inputs: list, errors: Sequence[TracejitError]) -> None:
         """Raise the first error whose check fails."""
-        if not self._failed(inputs)[0].item():
+        if not self._read(self._failed(inputs)[0]):
             return
         if self._found is None:
-            self._found = self._function(self._checks.graph)
+            self._found = self._program(self._checks.graph).function()
         raise self._checks.refusal(self._found(inputs), errors)
 
 
@@ -332,8 +332,7 @@ class Programs:
                 shapes=f"tensors on {device}",
                 remedy="Move them to one of these.",
             )
-        precision = "highest" if device == "cpu" else torch.get_float32_matmul_precision()
-        return executor_for(self.backend, device, precision)
+        return executor_for(self.backend, device, torch.get_float32_matmul_precision())
 
     def _dump(self, raw: Graph, final: Graph, program: Program, names: tuple[str, ...]) -> None:
         directory = knobs.dump_dir()

@@ -26,7 +26,8 @@ from tracejit.compile import CompiledStep
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import contiguous_strides, f32
 from tracejit.runtime.select import executor_for
-from tracejit.runtime.triton_executor import TRITON_NAME, LoadedLaunch, TritonExecutor, options
+from tracejit.runtime.triton_executor import TritonExecutor
+from tracejit.runtime.triton_launch import TRITON_NAME, LoadedLaunch, positions
 from tracejit.schedule.kernel import Compute, Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.plan_text import parse_plan
@@ -244,8 +245,7 @@ def _executor() -> TritonExecutor:
 
 def _loaded(plan: Plan, executor: TritonExecutor) -> Iterator[tuple[int, LoadedLaunch]]:
     """The launches that have a grid, by position, as the CUDA executor prepares them."""
-    position = {buffer.name: i for i, buffer in enumerate(plan.buffers)}
-    first_scalar = 0
+    position, first_scalar = positions(plan), 0
     for i, launch in enumerate(plan.launches):
         loaded = executor.load_launch(launch, position, first_scalar)
         first_scalar += len(launch.scalars)
@@ -263,7 +263,7 @@ def _key(launch: Launch, loaded: LoadedLaunch, target: int) -> tuple:
     signature = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
     signature |= {"scalars": "*fp64", "workspace": "*i8"}
     unaligned = frozenset(("scalars",) if loaded.first_scalar % 2 else ())  # 8 bytes a scalar
-    keywords = tuple(sorted(options(loaded).items()))
+    keywords = tuple(sorted(loaded.options().items()))
     return text, tuple(signature.items()), keywords, unaligned, target
 
 

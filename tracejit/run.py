@@ -244,7 +244,8 @@ class _Writer:
             run = "run_once" if decides else "run"
             self.before.append(f"part{n} = stage{n}.{run}([{', '.join(inputs)}])")
             if cut.count is None:
-                self.before.append(f"scalars[{self.cut_scalars[k]}] = read(part{n}[0])")
+                number = f"stage{n}.read(part{n}[0])"
+                self.before.append(f"scalars[{self.cut_scalars[k]}] = {number}")
                 self._decide(k)
             else:
                 self.names[f"search{n}"] = cut.search
@@ -300,7 +301,8 @@ class _Writer:
     ) -> list[str]:
         """Read the values that Python would read from the plan's results, and compute with them."""
         lines = []
-        self.names["read"] = host_memory.read
+        if late:
+            self.names["read"] = getattr(self.program.loaded, "read", host_memory.read)
         values = outputs[len(outputs) - len(late) :]
         for k, value in zip(sorted(late), values, strict=True):
             lines.append(f"scalars[{self.cut_scalars[k]}] = read({value})")

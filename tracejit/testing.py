@@ -7,9 +7,11 @@ a float64 run of the same step tells how much of a difference is rounding.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,6 +24,10 @@ from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
 from tracejit.ir.types import round_to
+from tracejit.runtime.select import FAKES
+
+if TYPE_CHECKING:
+    from tracejit.runtime.fake_device import FakeDevice
 
 # Unit roundoff doubled: the distance from 1 to the next number of each dtype.
 EPS = {
@@ -133,6 +139,37 @@ def losses_agree(ours: float, eager: float, first: float) -> bool:
     if math.isnan(eager) or math.isinf(eager):
         return ours == eager or (math.isnan(eager) and math.isnan(ours))
     return abs(ours - eager) <= LOSS_RELATIVE * abs(eager) + LOSS_FIRST * abs(first)
+
+
+@contextlib.contextmanager
+def fake_device(target: str = "sm_90", *, compiled: bool = True) -> Iterator[FakeDevice]:
+    """Within this context, `backend="fake:sm_90"` runs steps on CPU tensors as on a GPU.
+
+    Everything on the way is what runs on a GPU, Triton's compiler included (`compiled`), up to the
+    launches, which numpy carries out. `Fault` is raised where the order of launches, copies and
+    events leaves to chance what a step computes. The device's `log` tells that order.
+    """
+    from tracejit.runtime.fake_device import FakeDevice
+    from tracejit.runtime.triton_executor import TritonExecutor
+
+    device, executors = FakeDevice(target, compiled=compiled), {}
+
+    def executor_of(precision: str) -> TritonExecutor:
+        if precision not in executors:
+            executors[precision] = TritonExecutor(
+                device.name, precision=precision, device_of=lambda name: device
+            )
+        return executors[precision]
+
+    before = FAKES.get(device.name)
+    FAKES[device.name] = executor_of
+    try:
+        yield device
+    finally:
+        if before is None:
+            del FAKES[device.name]
+        else:
+            FAKES[device.name] = before
 
 
 def _unique(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
@@ -405,4 +442,10 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
     return node.op.eval(*m, **dict(node.attrs))
 
 
-__all__ = ["assert_equal_to_eager", "assert_trains_like_eager", "losses_agree", "magnitudes"]
+__all__ = [
+    "assert_equal_to_eager",
+    "assert_trains_like_eager",
+    "fake_device",
+    "losses_agree",
+    "magnitudes",
+]

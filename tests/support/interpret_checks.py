@@ -6,7 +6,8 @@ from support.op_samples import Tensor
 from tracejit.ir.interp import evaluate
 from tracejit.ir.text import parse
 from tracejit.ir.types import bits_to_float, contiguous_strides, float_to_bits
-from tracejit.runtime.triton_executor import TritonExecutor, memory_bytes
+from tracejit.runtime.triton_executor import TritonExecutor
+from tracejit.runtime.triton_launch import memory_bytes
 from tracejit.schedule import schedule
 
 

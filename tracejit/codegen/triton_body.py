@@ -66,6 +66,8 @@ class Body(Printer):
         self._values: dict[int, tuple[str, Dims]] = {}
         self._literals: dict[int, object] = {}
         self._known: dict[tuple, tuple[str, Dims]] = {}  # what was printed, by content
+        self._read: dict[str, set[str]] = {}  # per buffer, its loads since the last barrier
+        self._made_of: dict[str, frozenset[str]] = {}  # per name, the loads whose elements it is of
         self._scalar_types = scalar_types(kernel)
 
     # --- what the tile looks like -------------------------------------------------------------
@@ -278,6 +280,8 @@ class Body(Printer):
         key = ("load", s.buffer, self.index(s.index), self.conditions(s.mask))
         if self._reuse(s.out, key):
             return []
+        self._read.setdefault(s.buffer, set()).add(repr(s.out))
+        self._made_of[repr(s.out)] = frozenset([repr(s.out)])
         before, text = self.load_text(s)
         if s.out.dtype.narrow:
             text += ".to(tl.float32)"
@@ -288,7 +292,17 @@ class Body(Printer):
             value = np.asarray(self.resolve(s.args[0]))
             self._literals[s.out.id] = round_to(value, s.out.dtype).item()
             return []
-        return super().compute(s)
+        made_of = frozenset().union(*map(self._loads_of, s.args))
+        lines = super().compute(s)
+        self._made_of.setdefault(self.variable(s.out), made_of)
+        return lines
+
+    def _loads_of(self, arg: Operand) -> frozenset[str]:
+        """The loads that an operand's elements are made of, each of the same element."""
+        arg = self.resolve(arg)
+        if not isinstance(arg, Var):
+            return frozenset()
+        return self._made_of.get(self.variable(arg), frozenset())
 
     def store(self, s: Store) -> list[Line]:
         dtype, text = self.buffers[s.buffer], self.index(s.index)
@@ -302,7 +316,12 @@ class Body(Printer):
         self._known = {
             key: known for key, known in self._known.items() if key[:2] != ("load", s.buffer)
         }
-        return [Line(f"tl.store({pointer}, {value}{options})", s.where)]
+        lines = [Line(f"tl.store({pointer}, {value}{options})", s.where)]
+        if self._read.get(s.buffer, set()) - self._loads_of(s.value):
+            # Threads may hold other elements here than they have loaded: all must be done.
+            lines.insert(0, Line("tl.debug_barrier()"))
+            self._read.clear()
+        return lines
 
     # --- reductions ---------------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def _flat(
     index = f"first + {_lanes(dim)}"
     return [
         Line(f"first = {first}"),
-        Line(f"if first + BLOCK <= {dim.extent}:"),
+        Line(f"if first <= {dim.extent} - BLOCK:"),
         *TRITON.indent(printed(replace(dim, full=True), index)),
         Line("else:"),
         *TRITON.indent(printed(dim, index)),

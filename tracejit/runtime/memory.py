@@ -6,8 +6,9 @@ widely: on the CPU by all of the process.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
+from functools import partial
 from sys import getrefcount
 from weakref import WeakValueDictionary
 
@@ -15,6 +16,7 @@ import torch
 
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
+from tracejit.runtime.device import Device
 from tracejit.schedule.plan import PlanBuffer
 
 _users = torch._C._storage_Use_Count
@@ -24,18 +26,23 @@ class Memory:
     """Memory for programs that run one after another."""
 
     def __init__(self) -> None:
-        self._arenas: dict[str, Arena] = {}
+        self._arenas: dict[str, StreamArenas] = {}
         self._outputs: dict[tuple, OutputMemory] = {}
 
-    def arena(self, device: str) -> Arena:
-        """What plans on a device work in."""
-        if device != "cpu":  # where kernels may still run when a plan has returned
-            return self._arenas.setdefault(device, Arena(device))
-        return _arenas.setdefault(device, Arena(device))
+    def arena(self, device: Device | None) -> Arena | StreamArenas:
+        """What plans on a device work in; on the CPU where there is none."""
+        if device is None:
+            return _arenas.setdefault("cpu", Arena())
+        return self._arenas.setdefault(device.name, StreamArenas(device))
 
-    def outputs(self, buffers: Sequence[PlanBuffer]) -> list[OutputMemory]:
-        """Memory for outputs, shared between plans. Plans of one step have much the same outputs,
-        such as a model's gradients: the n-th output of a type has the same memory in all."""
+    def outputs(
+        self, buffers: Sequence[PlanBuffer], device: Device | None
+    ) -> list[OutputMemory] | list[FreshMemory]:
+        """Memory for outputs. On the CPU it is shared between plans. Plans of one step have much
+        the same outputs, such as a model's gradients: the n-th output of a type has the same memory
+        in all."""
+        if device is not None:
+            return [FreshMemory(buffer, device) for buffer in buffers]
         found, seen = [], Counter()
         for buffer in buffers:
             kind = buffer.type, buffer.strides
@@ -51,8 +58,7 @@ class Arena:
     """Memory that is used while a plan runs. A run takes it and gives it back, with another if
     there are several at a time; each grows to what the largest plan needs."""
 
-    def __init__(self, device: str):
-        self.device = device
+    def __init__(self) -> None:
         self._free: list[tuple[int, int, torch.Tensor | None]] = []
         self.give = self._free.append
 
@@ -65,8 +71,41 @@ class Arena:
         if held[1] >= nbytes:
             return held
         held = None  # freed before there is more
-        memory = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        memory = torch.empty(nbytes, dtype=torch.uint8)
         return memory.data_ptr(), nbytes, memory
+
+
+class StreamArenas:
+    """The same on a device, where kernels may still run when a plan has returned: of each stream,
+    in whose order its memory is used again."""
+
+    MAX_STREAMS = 16  # the least recently added go first
+
+    def __init__(self, device: Device):
+        self._device = device
+        self._free: OrderedDict[int, list[tuple]] = OrderedDict()
+
+    def take(self, nbytes: int) -> tuple[int, int, torch.Tensor, int | None]:
+        """(the address, the size, the memory, the stream) of at least some bytes."""
+        device = self._device
+        stream = None if device.capturing() else device.current_stream()
+        free = self._free.get(stream)
+        held = free.pop() if free else None
+        if held is not None and held[1] >= nbytes:
+            return held
+        held = None  # freed before there is more
+        memory = device.allocate(nbytes)
+        return memory.data_ptr(), nbytes, memory, stream
+
+    def give(self, held: tuple[int, int, torch.Tensor, int | None]) -> None:
+        """Give back what `take` has returned. What a graph works in, which the caller captures, is
+        the graph's."""
+        stream = held[3]
+        if stream is None:
+            return
+        self._free.setdefault(stream, []).append(held)
+        while len(self._free) > self.MAX_STREAMS:
+            self._free.popitem(last=False)
 
 
 _arenas: WeakValueDictionary[str, Arena] = WeakValueDictionary()  # as long as there are programs
@@ -108,6 +147,22 @@ class OutputMemory:
             return memory, memory.data_ptr()
         self.kept.append(_Kept(memory))
         return memory.data, memory.data_ptr()
+
+
+class FreshMemory:
+    """Memory for one output on a device. It is new for each call, and goes back to where it comes
+    from in the order of streams: a reader on another stream may hold on to it (`record_stream`),
+    and a graph that the caller captures has its own."""
+
+    def __init__(self, buffer: PlanBuffer, device: Device):
+        shape, dtype = buffer.type.shape, TO_TORCH[buffer.type.dtype]
+        strides = buffer.strides or contiguous_strides(shape)
+        self._new = partial(device.empty_strided, shape, strides, dtype)
+
+    def take(self, reusable: Collection[int]) -> tuple[torch.Tensor, int]:
+        """A new tensor, and its address."""
+        tensor = self._new()
+        return tensor, tensor.data_ptr()
 
 
 class _Kept:

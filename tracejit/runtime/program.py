@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tracejit import knobs
+from tracejit.ir import host_memory
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
 from tracejit.runtime.memory import Memory
@@ -28,7 +29,8 @@ class Program:
         self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
-        self._outputs = memory.outputs(outputs)
+        device = getattr(self.loaded, "device", None)  # of a GPU
+        self._outputs = memory.outputs(outputs, device)
         position = {b.name: i for i, b in enumerate(outputs)}
         self._results = [position[name] for name in plan.results]
         self._inputs: list[tuple[int, int]] = []  # (buffer, graph param)
@@ -46,7 +48,9 @@ class Program:
         ]
         some = any(place.room is None for place in layout.places.values())
         self._arena_bytes = max(layout.arena_bytes, int(some))
-        self._arena = memory.arena(plan.device)
+        self._arena = memory.arena(device)
+        # the one element of a result, of any dtype
+        self.read = getattr(self.loaded, "read", host_memory.read)
         # says that a call will come soon
         self.expect = getattr(self.loaded, "expect", lambda: None)
 

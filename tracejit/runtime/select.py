@@ -6,28 +6,54 @@ import contextlib
 import functools
 import threading
 import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
 from tracejit.errors import BackendUnavailable
 from tracejit.runtime.executor import Executor
 
+if TYPE_CHECKING:
+    from tracejit.runtime.triton_executor import TritonExecutor
+
 # torch.get_float32_matmul_precision() → how fp32 contractions are computed on a GPU
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
-@functools.cache
+# executors of tests, by backend, for a precision: see testing.py
+FAKES: dict[str, Callable[[str], Executor]] = {}
+
+
 def executor_for(backend: str, device: str, precision: str = "highest") -> Executor:
     """The executor that runs plans of a device under a backend."""
-    on_cpu = device == "cpu"
     if backend == "auto":
-        return _cpu_executor() if on_cpu else executor_for("triton", device, precision)
-    if (backend == "triton") == on_cpu:
+        backend = "cpu" if device == "cpu" else "triton"
+    if backend in FAKES:
+        return FAKES[backend](_PRECISION[precision])
+    if (backend == "triton") == (device == "cpu"):
         raise BackendUnavailable(
             backend=backend,
             reason=f"the step's tensors are on {device}",
             remedy="Use backend='auto', or move the tensors",
         )
+    if backend == "triton":
+        return _on_cuda(_PRECISION[precision])
+    return _on_cpu(backend)
+
+
+@functools.cache
+def _on_cuda(precision: str) -> TritonExecutor:
+    from tracejit.runtime.cuda_device import cuda_device
+    from tracejit.runtime.triton_executor import TritonExecutor
+
+    return TritonExecutor("triton", precision=precision, device_of=cuda_device)
+
+
+@functools.cache
+def _on_cpu(backend: str) -> Executor:
+    if backend == "cpu":
+        return _cpu_executor()
     if backend == "c":
         from tracejit.runtime.c_executor import CExecutor
 
@@ -38,7 +64,7 @@ def executor_for(backend: str, device: str, precision: str = "highest") -> Execu
         return NumpyExecutor()
     from tracejit.runtime.triton_executor import TritonExecutor
 
-    return TritonExecutor(backend, precision=_PRECISION[precision])
+    return TritonExecutor("interpret")
 
 
 def start_early(backend: str) -> None:
@@ -63,7 +89,7 @@ def _prepared() -> None:
 def _cpu_executor() -> Executor:
     """The C executor, or numpy with a warning where there is no C compiler."""
     try:
-        return executor_for("c", "cpu")
+        return _on_cpu("c")
     except BackendUnavailable as error:
         warnings.warn(f"tracejit: {error} Steps run on numpy until then.", stacklevel=2)
-        return executor_for("numpy", "cpu")
+        return _on_cpu("numpy")

@@ -229,7 +229,8 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One launch. `index64`: some index may exceed 2**31 - 1, so indices are 64-bit.
+    """One launch. `index64`: some index, or the number of a point of a domain that is counted
+    through, may exceed 2**31 - 1, so both are 64-bit.
 
     With `parts` there are no axes and stages. What one part writes, no other reads or writes.
     """

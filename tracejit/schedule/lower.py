@@ -8,6 +8,7 @@ axes that every index walks as one are joined, and what is left is named i0, i1,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracejit.ir.graph import Node, Value
@@ -45,6 +46,9 @@ from tracejit.schedule.kernel import (
 )
 from tracejit.schedule.plan import PlanBuffer
 from tracejit.schedule.tasks import Analysis, Demand, Task, dot_indices
+
+LARGEST = 2**31 - 1  # of 32-bit indices
+PADDING = 1 << 23  # points that tiles may count beyond the end of a domain
 
 
 @dataclass(slots=True)
@@ -122,7 +126,7 @@ class _Lowering:
             scalars=tuple(name for name, _ in self.scalars.values()),
             axes=axes,
             stages=tuple(stages),
-            index64=self.big,
+            index64=self.big or _counted(axes, stages) > LARGEST - PADDING,
         )
         scalars = tuple(value for _, value in self.scalars.values())
         return Lowered(tidy(kernel), tuple(self.buffers), scalars)
@@ -259,7 +263,7 @@ class _Lowering:
 
     def _check(self, index: Index, scope: _Scope) -> None:
         """Note whether an index outgrows 32 bits."""
-        if not self.big and bounds(index, scope.extents)[1] > 2**31 - 1:
+        if not self.big and bounds(index, scope.extents)[1] > LARGEST:
             self.big = True
 
     def _value(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Operand:
@@ -375,3 +379,12 @@ def arena_store(task: Task, value: Value, buffer: str, order: int) -> Task:
     if task.kind == "reduce":
         store.outer = True
     return store
+
+
+def _counted(axes: Sequence[Axis], stages: Sequence[Stage]) -> int:
+    """The points of the largest domain that a kernel counts through: its own, or that of a stage.
+    A contraction counts along each axis."""
+    domains = [axes, *(stage.axes for stage in stages)]
+    if any(stage.dot is not None for stage in stages):
+        domains = [(axis,) for domain in domains for axis in domain]
+    return max((math.prod(axis.extent for axis in domain) for domain in domains), default=1)

@@ -1,0 +1,176 @@
+"""What replays on a GPU cost on the host, the driver left out: no GPU is needed.
+
+    python -m benchmarks.launch_cost [--json FILE]
+
+Kernels are launched on a device that does nothing: streams and events are stubs, and the launcher
+takes its arguments and returns. Reported are the launches of each step, the Python of each launch
+(the generated function that launches them all, over their number), the guard, and the whole call
+where nothing changed, and where a learning rate did. Medians, in microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+import tracejit
+from benchmarks.replay_cost import microseconds
+from examples import classifier, fused_chain, transformer_block, two_layer_autograd
+from tracejit.runtime.device import LoadedKernel, Properties
+from tracejit.runtime.select import FAKES
+from tracejit.runtime.triton_executor import TritonExecutor
+
+BACKEND = "fake:still"
+LAUNCH_GOAL = 1.0  # µs of Python for each launch
+ADAM_GOAL = 100.0  # µs of a whole call of Adam over 200 tensors
+
+
+class StillDevice:
+    """A device on which nothing happens."""
+
+    name, number = BACKEND, 0
+
+    def __init__(self) -> None:
+        self.here = self.current_stream = int  # 0
+        self.capturing = bool  # False
+        self.launches = 0
+
+    def properties(self) -> Properties:
+        return Properties(self.name, 90, 132, 232448)
+
+    def entered(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    pinned = allocate
+
+    def empty_strided(self, shape: Sequence, strides: Sequence, dtype: object) -> torch.Tensor:
+        return torch.empty_strided(shape, strides, dtype=dtype)
+
+    def upload(self, target: torch.Tensor, source: torch.Tensor) -> None: ...
+
+    def event(self) -> StillDevice:
+        return self
+
+    def record(self) -> None: ...
+
+    def wait(self) -> None: ...
+
+    def load(self, launch: object, pointers: Sequence) -> LoadedKernel:
+        return LoadedKernel(self._launch, launch.source.name, None)
+
+    def _launch(self, *given: object) -> None:
+        self.launches += 1
+
+
+@contextlib.contextmanager
+def still() -> Iterator[StillDevice]:
+    """A context in which steps run on such a device."""
+    device = StillDevice()
+    executor = TritonExecutor(BACKEND, device_of=lambda name: device)
+    FAKES[BACKEND] = lambda precision: executor
+    try:
+        yield device
+    finally:
+        del FAKES[BACKEND]
+
+
+def adam(tensors: int = 200) -> tuple[Callable, dict]:
+    """An update by Adam alone, and its group."""
+    parameters = [torch.zeros(64, 64, requires_grad=True) for _ in range(tensors)]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.Adam(parameters, foreach=True)
+
+    def step() -> None:
+        optimizer.step()
+
+    return step, optimizer.param_groups[0]
+
+
+def sgd(tensors: int = 200) -> tuple[Callable, dict]:
+    """An update by SGD alone, and its group."""
+    parameters = [torch.zeros(64, 64, requires_grad=True) for _ in range(tensors)]
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = torch.optim.SGD(parameters, lr=0.1, foreach=True)
+
+    def step() -> None:
+        optimizer.step()
+
+    return step, optimizer.param_groups[0]
+
+
+CASES: dict[str, Callable[[], tuple]] = {
+    "two-layer": lambda: (two_layer_autograd.make_step("zero_")[0], None),
+    "chain": lambda: (fused_chain.make_step(10_000)[0], None),
+    "classifier": lambda: (classifier.make_step()[0], None),
+    "transformer": lambda: (transformer_block.make_step()[0], None),
+    "SGD over 200 tensors": sgd,
+    "Adam over 200 tensors": adam,
+}
+
+
+def costs(make: Callable[[], tuple], rounds: int = 9, calls: int = 200) -> dict[str, float]:
+    """Of one step."""
+    with still() as device:
+        plain, group = make()
+        step = tracejit.compile(plain, backend=BACKEND, on_unsupported="raise")
+        for _ in range(6):
+            step()
+        assert step.stats.replays >= 2, step.explain_mode()
+        names = step._replays[0].run.function.__globals__
+        launch, given = names["aligned"], []
+        names["aligned"] = lambda *arguments: given.append(arguments)
+        step()
+        names["aligned"] = launch
+        device.launches = 0
+        step()
+        count = device.launches
+        found = {"launches": count}
+        found["launch"] = microseconds(lambda: launch(*given[0]), rounds, calls) / count
+        guard = step._replays[0].guard
+        found["guard"] = microseconds(lambda: guard((), {}), rounds, calls)
+        found["call"] = microseconds(step, rounds, calls)
+        if group is not None:
+
+            def changed() -> None:
+                group["lr"] += 1e-9
+                step()
+
+            found["changed"] = microseconds(changed, rounds, calls)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", help="write the figures here")
+    options = parser.parse_args()
+    found = {name: costs(make) for name, make in CASES.items()}
+    for name, x in found.items():
+        changed = f", with another rate {x['changed']:.1f}" if "changed" in x else ""
+        print(
+            f"{name:22} {x['launches']:3d} launches of {x['launch']:.2f} µs (goal "
+            f"{LAUNCH_GOAL:.0f}), guard {x['guard']:.1f}, whole call {x['call']:.1f}{changed}"
+        )
+    print(f"the goal of Adam over 200 tensors is {ADAM_GOAL:.0f} µs for the whole call")
+    if options.json:
+        figures = {
+            "device": platform.processor() or platform.machine(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "us": found,
+        }
+        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The CUDA side of the seam without a GPU: torch's runtime and Triton's are stand-ins that record.
+
+What is proven here is small: that each function of the seam is there, and calls what it should. The
+order of calls is the fake device's to prove, and the rest a real GPU's (test_gpu.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import tracejit
+from benchmarks.launch_cost import StillDevice
+from tracejit.errors import BackendUnavailable, LaunchError
+from tracejit.runtime import cuda_device as module
+from tracejit.runtime.cuda_device import CudaDevice
+from tracejit.runtime.device import Device, LoadedKernel
+from tracejit.runtime.fake_device import FakeDevice
+from tracejit.runtime.select import FAKES
+from tracejit.runtime.triton_executor import TritonExecutor
+
+SEAM = [name for name, x in vars(Device).items() if inspect.isfunction(x) and name[0] != "_"]
+
+
+def functions(device: type) -> dict[str, list[str]]:
+    """The functions of the seam that a class has, with their parameters."""
+    found = {name: getattr(device, name, None) for name in SEAM}
+    return {name: [*inspect.signature(x).parameters][1:] for name, x in found.items() if x}
+
+
+@pytest.mark.parametrize("device", [CudaDevice, FakeDevice, StillDevice])
+def test_the_seam_is_whole(device):
+    asked, has = functions(Device), functions(device)
+    for name, parameters in has.items():
+        assert parameters == asked[name] or device is StillDevice, name
+    missing = asked.keys() - has.keys()
+    assert missing <= {"here", "current_stream", "capturing", "download", "clock"}
+    assert not missing or device is not FakeDevice
+
+
+class Runtime:
+    """Stands for torch's CUDA runtime: two devices, of which one is current."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.current, self.streams, self.capturing, self.log = 0, {0: 70, 1: 71}, set(), []
+        for name, value in {
+            "_cuda_getDevice": lambda: self.current,
+            "_cuda_getCurrentRawStream": lambda number: self.streams[number],
+            "_cuda_isCurrentStreamCapturing": lambda: self.current in self.capturing,
+        }.items():
+            monkeypatch.setattr(torch._C, name, value, raising=False)
+        monkeypatch.setattr(torch.cuda, "device", self.on)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing=False: Event(self.log))
+        properties = SimpleNamespace(
+            name="a GPU",
+            major=9,
+            minor=0,
+            multi_processor_count=132,
+            shared_memory_per_block_optin=1,
+        )
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+
+    @contextlib.contextmanager
+    def on(self, number: int):
+        before, self.current = self.current, number
+        try:
+            yield
+        finally:
+            self.current = before
+
+
+class Event:
+    def __init__(self, log: list[str]):
+        self.log = log
+
+    def record(self, stream: str) -> None:
+        self.log.append(f"event on {stream}")
+
+    def synchronize(self) -> None:
+        self.log.append("the host waits")
+
+    def elapsed_time(self, other: Event) -> float:
+        return 2.0
+
+
+@pytest.fixture
+def runtime(monkeypatch) -> Runtime:
+    return Runtime(monkeypatch)
+
+
+def test_what_is_asked_of_the_runtime(runtime):
+    device = CudaDevice(1)
+    assert (device.name, device.current_stream(), device.here()) == ("cuda:1", 71, 0)
+    runtime.capturing = {1}
+    assert device.capturing() and not CudaDevice(0).capturing() and runtime.current == 0
+    with device.entered():
+        assert device.here() == 1 and device.capturing()
+    found = device.properties()
+    assert (found.name, found.arch, found.multiprocessors) == ("a GPU", 90, 132)
+
+
+def test_events_stand_on_the_current_stream_of_their_device(runtime):
+    event = CudaDevice(1).event()
+    event.wait()  # was never recorded
+    assert not runtime.log
+    event.record()
+    event.wait()
+    assert runtime.log == ["event on stream of cuda:1", "the host waits"]
+    clock = CudaDevice(0).clock()
+    for _ in range(3):
+        clock.mark()
+    assert clock.seconds() == [0.002, 0.002]
+
+
+@pytest.fixture
+def on_the_cpu(runtime, monkeypatch):
+    """A backend of the CUDA device, whose memory is the CPU's and whose launches are recorded."""
+    device, launches = CudaDevice(0), []
+    device._device = torch.device("cpu")
+    monkeypatch.setattr(device, "pinned", device.allocate, raising=False)
+
+    def load(launch: object, pointers: object) -> LoadedKernel:
+        run = lambda *given: launches.append((runtime.current, given))  # noqa: E731
+        return LoadedKernel(run, launch.source.name, None)
+
+    monkeypatch.setattr(module, "load_kernel", load)
+    executor = TritonExecutor("cuda on the cpu", device_of=lambda name: device)
+    monkeypatch.setitem(FAKES, "cuda on the cpu", lambda precision: executor)
+    return SimpleNamespace(device=device, launches=launches, backend="cuda on the cpu")
+
+
+def test_a_step_is_launched_on_the_current_stream(runtime, on_the_cpu):
+    x = torch.randn(50_000)
+    step = tracejit.compile(lambda scale: (x * scale).sum(), backend=on_the_cpu.backend)
+    for call in range(6):
+        runtime.streams[0], runtime.current = 70 + call % 2, call % 2
+        step(2.0)
+    assert step.stats.replays >= 2
+    assert [(number, given[3]) for number, given in on_the_cpu.launches] == [
+        (0, 70 + call % 2) for call in range(6)
+    ]
+    (pointer,) = {given[9] for _, given in on_the_cpu.launches}
+    assert pointer == x.data_ptr()
+    works = [given[12] for _, given in on_the_cpu.launches]
+    assert works[0::2] == works[:1] * 3 and works[1::2] == works[1:2] * 3 and works[0] != works[1]
+
+
+def test_numbers_are_copied_once_and_read_back(runtime, on_the_cpu):
+    x = torch.randn(30)
+    step = tracejit.compile(lambda scale: (x * scale).sum().item(), backend=on_the_cpu.backend)
+    runtime.log.clear()
+    for call in range(8):
+        step(2.0 + call // 4)
+    records = [line for line in runtime.log if line.startswith("event")]
+    assert step.stats.replays and len(records) < 8 * 2
+
+
+def test_a_failed_launch_says_where(on_the_cpu, monkeypatch):
+    def load(launch: object, pointers: object) -> LoadedKernel:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(module, "load_kernel", load)
+    step = tracejit.compile(lambda: torch.ones(3) * 2, backend=on_the_cpu.backend)
+    with pytest.raises(LaunchError, match="could not be loaded on a GPU: RuntimeError: no kernel"):
+        step()
+
+
+def test_what_is_no_gpu_of_nvidias_is_refused(monkeypatch):
+    module.cuda_device.cache_clear()
+    with pytest.raises(BackendUnavailable, match="there is no CUDA device"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        module.cuda_device("cuda:0")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(BackendUnavailable, match="AMD"):
+        module.cuda_device("cuda:0")

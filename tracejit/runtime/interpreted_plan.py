@@ -1,0 +1,87 @@
+"""A plan whose Triton kernels run in Triton's interpreter on CPU memory: one program after another,
+in shuffled order, with every access checked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from tracejit.runtime import interpreter
+from tracejit.runtime.triton_launch import (
+    TRITON_NAME,
+    LoadedLaunch,
+    memory_bytes,
+    workspace_bytes,
+)
+from tracejit.schedule.plan import Plan
+from tracejit.schedule.traffic import bytes_moved
+
+
+class InterpretedPlan:
+    """A plan whose kernels are ready to run; `sources` holds one Source per launch."""
+
+    def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch]):
+        self.plan = plan
+        self.sources = tuple(launch.source for launch in launches)
+        self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
+        self._launches = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
+        self._slots = [slot for launch in plan.launches for slot in launch.scalars]
+        self._workspace = np.zeros(workspace_bytes(launches), np.int8)
+        self._sizes = [memory_bytes(buffer) for buffer in plan.buffers]
+
+    def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
+        """Run every launch in order."""
+        self._run(addresses, scalars, lambda: None)
+
+    def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
+        """Run every launch; the seconds that each took, 0 for one without programs."""
+        marks: list[float] = []
+        self._run(addresses, scalars, lambda: marks.append(time.perf_counter()))
+        seconds = (b - a for a, b in pairwise(marks))
+        return [next(seconds) if ran else 0.0 for ran in self._ran]
+
+    def bytes_moved(self) -> tuple[int, ...]:
+        """Of each launch, the bytes of unique addresses loaded plus those stored."""
+        return bytes_moved(self.plan)
+
+    def _run(self, addresses: Sequence[int], scalars: Sequence[float], mark: Callable) -> None:
+        table = np.array([scalars[slot] for slot in self._slots], np.float64)
+        mark()
+        for number, launch in enumerate(self._launches):
+            try:
+                self._run_launch(launch, addresses, table, number)
+            except BaseException:
+                self._workspace[:] = 0  # the counter of a launch that was cut off
+                raise
+            mark()
+
+    def _run_launch(
+        self, launch: LoadedLaunch, addresses: Sequence[int], table: np.ndarray, number: int
+    ) -> None:
+        kernel = launch.source.kernel
+        places = [addresses[i] for i in launch.buffers]
+        sizes = [self._sizes[i] for i in launch.buffers]
+        memory = list(zip(places, sizes, strict=True))
+        pointers = [
+            interpreter.Pointer(address, TRITON_NAME[buffer.dtype.name])
+            for address, buffer in zip(places, kernel.buffers, strict=True)
+        ]
+        if kernel.scalars:
+            first = table.ctypes.data + 8 * launch.first_scalar
+            pointers.append(interpreter.Pointer(first, "fp64"))
+            memory.append((first, 8 * len(kernel.scalars)))
+        if launch.geometry.workspace:
+            place = self._workspace.ctypes.data + launch.workspace
+            pointers.append(interpreter.Pointer(place, "i8"))
+            memory.append((place, launch.geometry.workspace))
+        interpreter.run(
+            launch.function,
+            launch.geometry.grid,
+            pointers,
+            launch.constants,
+            buffers=memory,
+            seed=number,
+        )
