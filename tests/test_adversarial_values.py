@@ -532,7 +532,7 @@ def number_beside_a_literal_that_varies(w):
     return step
 
 
-@case("rerun", args=spiked, calls=9)
+@case("replay with cuts", args=spiked, calls=9)
 def scaled_gradients(w):
     w.t = t = Trainer()
     w.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
