@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from tracejit.capture.bind import names_of_globals, unwrap
 from tracejit.capture.effects.hyperparameters import within_reach
-from tracejit.capture.proof.heap import tensors_of
+from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
@@ -151,7 +151,14 @@ def _tensors(x: object) -> list[torch.Tensor]:
 
 
 def _read_tensors(step: Callable) -> list[torch.Tensor]:
-    return tensors_of(*unwrap(step))
+    """Every tensor that a step can reach, and the objects that it is bound to."""
+    function, bound_to = unwrap(step)
+    w = Walk(None, None)
+    for i, x in enumerate(bound_to):
+        w.visit(x, f"bound[{i}]", f"bound {i}")
+    if function is not None:
+        w.function(function, function.__qualname__)
+    return w.all_tensors
 
 
 def _save(t: torch.Tensor) -> _Saved:

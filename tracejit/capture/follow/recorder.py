@@ -127,7 +127,7 @@ class Recorder(Journal):
         return self._encode_plain(x, self._encode_result)
 
     def _encode_plain(self, x: object, encode: Callable) -> object:
-        if type(x) is TracedFloat:
+        if isinstance(x, TracedFloat):
             if x.scalars is not self.t.scalars:
                 raise Incomparable
             return Number(x.value)

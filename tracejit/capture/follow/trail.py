@@ -90,9 +90,8 @@ class Trail(Recorder):
                 map(self.matches, recorded.items, items)
             )
         if kind is Number:
-            return (
-                type(x) is TracedFloat and x.scalars is self.t.scalars and x.value == recorded.value
-            )
+            mine = isinstance(x, TracedFloat) and x.scalars is self.t.scalars
+            return mine and x.value == recorded.value
         return kind is Outside and self.meet(x, recorded.meta)
 
     def meet(self, x: torch.Tensor, meta: TensorMeta) -> bool:

@@ -43,6 +43,10 @@ from tracejit.capture.proof.kinds import (
     CONTAINERS,
     SLOT,
     WRAPPERS,
+    cached_text,
+    cached_values,
+    constant,
+    instead_of,
     is_data,
     known_callable,
     library,
@@ -51,12 +55,14 @@ from tracejit.capture.proof.kinds import (
     pure_type,
     slots,
 )
+from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import asks, codes, compares, is_tensor, is_value, scan
 from tracejit.capture.python.classes import is_heap_type
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_MAX_CACHED = 300  # arguments and results that a cache keeps, in a guard
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
@@ -71,13 +77,13 @@ class Walk(GuardText):
         self.paths: dict[int, str] = {}  # id(tensor) -> what reasons call it
         self.all_tensors: list[torch.Tensor] = []
         self.codes: set[CodeType] = set()  # the user code that the guard accounts for
-        self._visited: set[int] = set()
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._asked = ran is None or any(map(asks, mine))
         self._compared = ran is None or any(map(compares, mine))
         self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
-        self.aliases: list[str] = []  # functions of math by other names than math's
+        self.unasked: list[str] = []  # functions of math by other names than math's
+        self.asks_numpy = False  # which may raise where a setting says so
         self.reentrant = False  # the step can reach itself, and sees plain floats then
 
     # ---- roots
@@ -307,7 +313,7 @@ class Walk(GuardText):
     # ---- objects
 
     def _object(self, x: object, at: str, path: str, owned: bool) -> None:
-        if type(x) is MethodType and not isinstance(x.__self__, ModuleType):
+        if type(x) is MethodType:
             self._method(x, at, path)
             return
         if not owned and is_data(x) and not self._seen(x):  # a batch: made anew for each call
@@ -318,8 +324,9 @@ class Walk(GuardText):
         place = self.constant(x)
         self.expect(f"{at} is {place}", path, x, at)
         if mathematics.is_function(x):
-            self.aliases.append(f"it reads {path}, which is math.{x.__name__}")
-        if known_callable(x) or self._was_seen(x):
+            self.unasked.append(f"it reads {path}, which is math.{x.__name__} by another name")
+        self.asks_numpy |= pure_numpy(x)
+        if known_callable(x) or constant(x) or self._was_seen(x):
             return
         if isinstance(x, FunctionType):
             self.reentrant |= x is self.root
@@ -349,6 +356,8 @@ class Walk(GuardText):
                 self.refuse(f"it reads {path}, a weak reference")
         elif isinstance(x, WRAPPERS):
             self._wrapper(x, place, path)
+        elif (results := cached_values(x)) is not None:
+            self._cached(x, results, place, path)
         elif isinstance(x, CellType):
             self._cell(path, x)
         elif type(x).__module__.startswith("tracejit") and callable(getattr(x, "_step", None)):
@@ -358,7 +367,8 @@ class Walk(GuardText):
         elif plain_object(x):
             self._instance(x, place, path)
         else:
-            self.refuse(f"it reads {path}, an object of type {type(x).__name__}")
+            what = f"an object of type {type(x).__name__}"
+            self.refuse(f"it reads {path}, {what}: {instead_of(x)}")
 
     def _method(self, x: MethodType, at: str, path: str) -> None:
         if isinstance(x.__self__, type) and x.__func__ is Function.apply.__func__:
@@ -380,6 +390,19 @@ class Walk(GuardText):
                 self.refuse(f"{path} wraps {part.__qualname__}, which is not known to be pure")
             if part is not None:
                 self.visit(part, f"{at}.{name}", path)
+
+    def _cached(self, x: object, results: list, at: str, path: str) -> None:
+        """A function that keeps its results: as if it ran, and it has kept nothing else since."""
+        function = x.__wrapped__
+        few = len(results) <= _MAX_CACHED
+        if not (few and isinstance(function, FunctionType) and all(map(is_value, results))):
+            why = "whose cache holds much, or more than plain values"
+            self.refuse(f"it reads {path}, {why}; call it outside the step")
+        elif origin(function.__code__) == "user":
+            self.names["cached_text"] = cached_text
+            self.check(f"cached_text({at}) == {cached_text(x)!r}", f"the cache of {path} changed")
+            self.function(function, path)
+            self._globals(function)
 
     def _instance(self, x: object, at: str, path: str, *, owned: bool = True) -> None:
         cls = type(x)
@@ -475,24 +498,3 @@ class Walk(GuardText):
         if self.wanted is None:
             return list(attributes)
         return [name for name in attributes if name in self.wanted]
-
-    def _was_seen(self, x: object) -> bool:
-        return id(x) in self._visited
-
-    def _seen(self, x: object) -> bool:
-        """Whether x was visited before; it is from now on."""
-        if id(x) in self._visited:
-            return True
-        self._visited.add(id(x))
-        self._keep.append(x)
-        return False
-
-
-def tensors_of(function: FunctionType | None, bound_to: tuple = ()) -> list[torch.Tensor]:
-    """Every tensor that a function can reach, and the objects that it is bound to."""
-    w = Walk(None, None)
-    for i, x in enumerate(bound_to):
-        w.visit(x, f"bound[{i}]", f"bound {i}")
-    if function is not None:
-        w.function(function, function.__qualname__)
-    return w.all_tensors

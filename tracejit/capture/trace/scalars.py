@@ -113,6 +113,10 @@ class TracedFloat(float):
     scalars: Scalars
     value: Value
 
+    def __new__(cls, x: object = 0.0) -> float:
+        """What `type(x)(y)` makes: a plain float."""
+        return float(x)
+
     @classmethod
     def make(cls, number: float, scalars: Scalars, value: Value) -> TracedFloat:
         made = float.__new__(cls, number)
