@@ -45,7 +45,7 @@ def partial(w):
     return lambda: helper(X)
 
 
-@case("rerun")
+@case("replay")
 def cached_function(w):
     calls = w.calls = []
 

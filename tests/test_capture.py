@@ -371,6 +371,7 @@ def _metadata(x):
             x.ndimension(),
         ],
         [torch.result_type(x, 1.0), torch.is_neg(x), torch.is_inference(x), torch.is_tensor(x)],
+        [torch.promote_types(x.dtype, torch.half), torch.can_cast(x.dtype, torch.int8)],
         [hash(x) == hash(x), x in {x: 1}, [r.shape[0] for r in x], isinstance(x, torch.Tensor)],
     )
 

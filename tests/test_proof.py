@@ -10,7 +10,8 @@ import math
 import operator
 import os
 import random
-import textwrap
+import re
+import shlex
 import time
 import weakref
 from collections import OrderedDict, deque
@@ -434,7 +435,7 @@ def ran(*lines: str) -> Callable:
 @pytest.mark.parametrize("name", RAN)
 def test_what_ran(name):
     step, lines = RAN[name]
-    found = what_ran(step, torch.ones(3)).replace(", which is not known to be pure", "")
+    found = re.sub(", which is not known to be pure: .*", "", what_ran(step, torch.ones(3)))
     assert found.splitlines() == lines
 
 
@@ -488,12 +489,7 @@ def files(x):
     return x * os.path.exists("a")
 
 
-@ran(
-    "runs arrays",
-    "refused: line 1: it calls numpy._core.numeric.ones",
-    "refused: line 1: it calls numpy.ndarray.sum",
-    "refused: line 1: it calls numpy._core._methods._sum",
-)
+@ran("runs arrays")
 def arrays(x):
     return x * float(np.ones(2).sum())
 
@@ -517,9 +513,9 @@ def identities(x):
     return x * (id(x) > 0) * hash("a")
 
 
-@ran("runs what_is_called_by_what_is_refused", "refused: line 1: it calls textwrap.dedent")
+@ran("runs what_is_called_by_what_is_refused", "refused: line 1: it calls shlex.split")
 def what_is_called_by_what_is_refused(x):
-    return x * len(textwrap.dedent(" a"))
+    return x * len(shlex.split(" a"))
 
 
 def test_what_ran_is_joined():

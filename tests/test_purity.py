@@ -6,13 +6,23 @@ the math module is tried with one that changes between calls, against eager.
 
 from __future__ import annotations
 
+import bisect
+import fractions
 import functools
+import heapq
+import json
+import logging
 import math
+import re
+import statistics
+import struct
+import textwrap
 import threading
 import time
 from collections.abc import Callable
 from math import sqrt
 
+import numpy as np
 import pytest
 import torch
 
@@ -192,9 +202,128 @@ def a_decision_by_isnan(w):
     return lambda a: X if math.isnan(a) or not math.isfinite(a) else X * a
 
 
+# ---- numpy, the standard library, and settings of the process
+
+KEPT = functools.lru_cache(lambda n: n * 2.0)
+LOG = logging.getLogger("tests.purity")
+LAYER = re.compile(r"layer(\d+)")
+
+
+def numpy_case(call, mode="replay"):
+    """A case whose step multiplies by a number that numpy makes of a rate."""
+    name = f"numpy_{len(CASES)}"
+
+    def build(w):
+        return lambda a: X * float(call(a))
+
+    build.__name__ = name
+    case(mode, args=rates)(build)
+
+
+for _call in (
+    *(lambda a: np.sqrt(a), lambda a: np.log(a), lambda a: 0.5 * (1 + np.cos(np.pi * a))),
+    *(lambda a: np.maximum(a, 0.6), lambda a: np.clip(a, 0.3, 0.7), lambda a: np.power(a, 2)),
+    *(lambda a: np.mean([a, 1.0]), lambda a: np.float64(a), lambda a: np.float64(2) * a),
+    *(lambda a: np.floor(a * 3), lambda a: np.prod([a, a]), lambda a: np.array([a, 1]).sum()),
+    *(lambda a: np.isnan(a) + 1, lambda a: np.sqrt(a).item() / 2, lambda a: 1 / np.exp(-a)),
+    *(lambda a: np.complex128(a).real, lambda a: np.float64(1) - np.log(a - a + 1e-9)),
+    *(lambda a: statistics.mean([a, 1.0]), lambda a: heapq.nlargest(1, [a, 0.6])[0]),
+    *(lambda a: bisect.bisect([0.3, 0.6], a), lambda a: KEPT(a)),
+):
+    numpy_case(_call)
+for _call in (
+    lambda a: struct.unpack("d", struct.pack("d", a))[0],
+    lambda a: json.loads(json.dumps([a]))[0],
+    lambda a: np.interp(0.5, [0.6, 1.0], [0.0, 1.0], left=a),
+    lambda a: statistics.fmean([a, 1.0]),
+):
+    numpy_case(_call, "rerun")
+
+
+@case("replay")
+def the_standard_library_on_plain_values(w):
+    def step():
+        n = int(LAYER.match("layer3").group(1)) + len(json.dumps({"a": [1, 2.5]}))
+        n += len(textwrap.dedent("  a")) + statistics.mean([1.0, 2.0]) + KEPT(3)
+        return X * n * float(fractions.Fraction(1, 4)) * int(np.prod(X.shape))
+
+    return step
+
+
+@case("replay", changes={4: lambda w: torch.set_num_threads(torch.get_num_threads() % 2 + 1)})
+def the_number_of_threads(w):
+    return lambda: X * torch.get_num_threads()
+
+
+def set_overwrite(w):
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+
+
+@pytest.fixture(autouse=True)
+def _settings():
+    threads, dtype = torch.get_num_threads(), torch.get_autocast_dtype("cpu")
+    yield
+    reset()
+    torch.set_num_threads(threads)
+    torch.set_autocast_dtype("cpu", dtype)
+
+
+def reset():
+    torch.set_num_threads(2)
+    torch.__future__.set_overwrite_module_params_on_conversion(False)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+    torch.set_autocast_dtype("cpu", torch.bfloat16)
+    LOG.setLevel(logging.WARNING)
+
+
+@case("replay", changes={4: set_overwrite})
+def a_flag_of_the_future(w):
+    asked = torch.__future__.get_overwrite_module_params_on_conversion
+    return lambda: X * (2 if asked() else 3)
+
+
+@case("replay", changes={4: lambda w: torch.use_deterministic_algorithms(True)})
+def deterministic_algorithms(w):
+    return lambda: X * (2 if torch.are_deterministic_algorithms_enabled() else 3)
+
+
+@case("replay", changes={4: lambda w: setattr(torch.backends.cudnn, "benchmark", True)})
+def a_flag_of_a_backend(w):
+    return lambda: X * (2 if torch.backends.cudnn.benchmark else 3)
+
+
+@case("replay", changes={4: lambda w: torch.set_autocast_dtype("cpu", torch.float16)})
+def the_dtype_of_autocast(w):
+    return lambda: X.to(torch.get_autocast_dtype("cpu"))
+
+
+@case("replay", changes={4: lambda w: LOG.setLevel(logging.DEBUG)}, calls=4)
+def a_message_below_the_level(w):
+    return lambda: (LOG.debug("x"), X * 2)[1]
+
+
+@case("rerun", changes={0: lambda w: LOG.setLevel(logging.DEBUG)})
+def a_message_that_is_shown(w):
+    return lambda: (LOG.debug("x"), X * 2)[1]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_case(name):
-    check(CASES[name])
+    check(CASES[name], reset)
+
+
+def test_a_cache_that_was_cleared():
+    box = {"scale": 1.0}
+    kept = functools.lru_cache(lambda n: n * box["scale"])
+    compiled = tracejit.compile(lambda: X * kept(2), backend="numpy")
+    for i in range(9):
+        if i == 4:
+            box["scale"] = 3.0  # the cache still has what was computed before
+        if i == 6:
+            kept.cache_clear()
+        expected = X * (6.0 if i >= 6 else 2.0)
+        torch.testing.assert_close(compiled(), expected)
 
 
 def test_the_reason_names_the_line_and_the_remedy():

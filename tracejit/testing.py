@@ -188,8 +188,9 @@ def _tensors(x: object) -> list[torch.Tensor]:
 
 
 def _read_tensors(step: Callable) -> list[torch.Tensor]:
-    w = Walk(None, None)
+    """Every tensor that a step can reach, and the objects that it is bound to."""
     function, bound_to = unwrap(step)
+    w = Walk(None, None)
     for i, x in enumerate(bound_to):
         w.visit(x, f"bound[{i}]", f"bound {i}")
     if function is not None:

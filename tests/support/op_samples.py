@@ -18,7 +18,7 @@ import torch
 
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops import OPS
-from tracejit.ir.ops.host import MATH
+from tracejit.ir.ops.host import MATH, NUMPY
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import (
     DType,
@@ -338,6 +338,15 @@ HOST_MATH = {  # where a function is defined
     **dict.fromkeys(("asin", "acos", "atanh"), (0.5, -0.25)),
     **dict.fromkeys(("sqrt", "log", "log2", "log10", "log1p"), (0.1, 3.0)),
 }
+
+
+def _rows_of_numpy(name: str) -> tuple[tuple[float, ...], ...]:
+    """Arguments of one of numpy's functions on floats: some where those of math raise."""
+    if getattr(np, name).nin == 2:
+        return ((3.0, 2.0), (7.25, -0.5), (0.1, 3.0), (0.0, 2.0))
+    return ((0.5,), (0.25,), (0.0,)) if name not in ("arccosh", "reciprocal") else ((1.5,), (3.0,))
+
+
 HOST_PAIRS = ((3.0, 2.0), (-3.5, 2.0), (7.25, -0.5), (0.1, 3.0))
 
 SAMPLES: dict[str, list[Sample]] = {
@@ -392,6 +401,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "host_math_pow": host((3.0, 2.0), (0.9, 100.0), (2.0, -0.5)),
     "host_round": host((0.5,), (-1.5,), (2.5,), (7,)),
     "host_float": host((3,), (-(2**60),), (0,)),
+    **{f"host_np_{name}": host(*_rows_of_numpy(name)) for name in NUMPY},
     "host_f32": host((0.1,), (-0.0,), (1e300,), (1e-42,)),
     "host_f16": host((0.1,), (-0.0,), (1e6,), (1e-7,)),
     "host_bf16": host((0.1,), (-0.0,), (1e300,), (1.00390625,)),
@@ -514,6 +524,7 @@ REFERENCE: dict[str, Callable] = {
     "host_math_pow": math.pow,
     "host_round": round,
     "host_float": float,
+    **{f"host_np_{name}": getattr(np, name) for name in NUMPY},
     "host_f32": lambda x: torch.tensor(x, dtype=torch.float64).float().item(),
     "host_f16": lambda x: torch.tensor(x, dtype=torch.float64).half().item(),
     "host_bf16": lambda x: torch.tensor(x, dtype=torch.float64).bfloat16().item(),

@@ -17,6 +17,7 @@ def host_names() -> dict[str, object]:
     """
     names = {name: getattr(host, name) for name in ("round_f16", "round_bf16")}
     names |= {f"math_{name}": function for name, function in host.MATH.items()}
+    names |= {f"np_{name}": function for name, function in host.NUMPY.items()}
     return names | {"f32": ctypes.c_float()}
 
 

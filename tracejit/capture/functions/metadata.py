@@ -123,6 +123,16 @@ def result_type(t: Trace, tensor1: object, tensor2: object) -> torch.dtype:
     return TO_TORCH[result_dtype((operand(t, tensor1), operand(t, tensor2)))]
 
 
+@rule(torch.promote_types)
+def promote_types(t: Trace, type1: torch.dtype, type2: torch.dtype) -> torch.dtype:
+    return torch.promote_types(type1, type2)
+
+
+@rule(torch.can_cast)
+def can_cast(t: Trace, from_: torch.dtype, to: torch.dtype) -> bool:
+    return torch.can_cast(from_, to)
+
+
 def _always(answer: object):
     def flag(t: Trace, self: Tensor) -> object:
         t.lift(self)

@@ -23,7 +23,6 @@ class Classes(GuardText):
         super().__init__()
         self.wanted = names
         self.ran = None if ran is None else frozenset(ran)
-        self._visited: set[int] = set()
 
     def visit(self, x: object, at: str, path: str) -> None:
         """Guard x, the value of the expression `at`."""
@@ -69,14 +68,3 @@ class Classes(GuardText):
         if self.wanted is None:
             return list(attributes)
         return [name for name in attributes if name in self.wanted]
-
-    def _was_seen(self, x: object) -> bool:
-        return id(x) in self._visited
-
-    def _seen(self, x: object) -> bool:
-        """Whether x was visited before; it is from now on."""
-        if id(x) in self._visited:
-            return True
-        self._visited.add(id(x))
-        self._keep.append(x)
-        return False

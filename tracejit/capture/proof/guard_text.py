@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 
+import numpy as np
 import torch
 
 from tracejit.capture.proof.kinds import CONTAINERS
@@ -45,7 +46,8 @@ def short(x: object) -> str:
 
 def same_value(a: object, b: object) -> bool:
     """Whether two plain values are the same: 1, 1.0 and True are not."""
-    return type(a) is type(b) and a == b and (type(a) is not tuple or repr(a) == repr(b))
+    of_text = type(a) is tuple or isinstance(a, np.generic)  # 0.0 is not -0.0
+    return type(a) is type(b) and (repr(a) == repr(b) if of_text else a == b)
 
 
 def differs(path: str, old: str, new: str) -> str:
@@ -79,6 +81,7 @@ class GuardText:
         self._constants: dict[int, str] = {}
         self._keep: list[object] = []  # ids stay unique as long as the objects live
         self._locals = self._constant_count = 0
+        self._visited: set[object] = set()  # ids, and keys of variables
 
     def constant(self, value: object) -> str:
         """A name for an object in the guard's namespace."""
@@ -120,3 +123,14 @@ class GuardText:
         """There can be no guard."""
         if why not in self.refusals:
             self.refusals.append(why)
+
+    def _was_seen(self, x: object) -> bool:
+        return id(x) in self._visited
+
+    def _seen(self, x: object) -> bool:
+        """Whether x was visited before; it is from now on."""
+        if id(x) in self._visited:
+            return True
+        self._visited.add(id(x))
+        self._keep.append(x)
+        return False

@@ -26,6 +26,7 @@ from tracejit.capture.effects.variables import Record
 from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine, differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
+from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
@@ -38,6 +39,10 @@ from tracejit.ir.hostcode import HostCode, host_names
 Guard = Callable[..., tuple[list, list, list, list] | str]
 _MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
 _SIGNS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}  # else: "is"
+_UNASKED = (  # C code would read the value of a runtime scalar without asking it
+    "which may take a runtime scalar for a constant: call it outside the step",
+    "which may take a runtime scalar for a constant; call it as an attribute of math",
+)
 _GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
     (_MODULES, "_global_backward_hooks"),
     (_MODULES, "_global_backward_pre_hooks"),
@@ -79,6 +84,7 @@ def survey(
     w.function(function, function.__qualname__)
     if ran is not None:
         _torch_functions(w, ran)
+        _settings(w, ran)
     w.walked()
     return w
 
@@ -129,15 +135,26 @@ def _torch_functions(w: Walk, ran: Seen) -> None:
     w.check(f"len({w.constant(methods)}) == {len(methods)}", "torch.Tensor was changed")
 
 
+def _settings(w: Walk, ran: Seen) -> None:
+    """Guard the settings of the process that functions which ran have asked for."""
+    asked = ran.settings
+    if w.asks_numpy:
+        asked = asked | {NUMPY_ERRORS.text: NUMPY_ERRORS}
+    for text, setting in asked.items():
+        now = f"{w.constant(setting)}.now()"
+        w.check(f"{now} == {w.constant(setting.now())}", f"the setting {text} changed")
+
+
 def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
     reasons = [*ran.refusals, *walk.refusals, *captured.opaque]
     for code, module in ran.codes.items():
         if code not in walk.codes and origin(code) == "user":
             reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
-    if captured.paths:  # C code would read the value of a runtime scalar without asking it
-        remedy = "which may take a runtime scalar for a constant; call it as an attribute of math"
-        reasons += [f"{alias}, {remedy}" for alias in ran.aliases or walk.aliases]
+    if captured.paths:
+        reasons += [f"{what}, {_UNASKED[' by another' in what]}" for what in ran.unasked]
+        if not ran.unasked:
+            reasons += [f"{what}, {_UNASKED[True]}" for what in walk.unasked]
     if captured.effects.escaped:
         reasons.append("it stores an intermediate tensor in a Python object")
     if OPAQUE in captured.given:

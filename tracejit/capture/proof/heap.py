@@ -42,6 +42,10 @@ from tracejit.capture.proof.kinds import (
     C_FUNCTIONS,
     CONTAINERS,
     WRAPPERS,
+    cached_text,
+    cached_values,
+    constant,
+    instead_of,
     is_data,
     known_callable,
     library,
@@ -49,6 +53,7 @@ from tracejit.capture.proof.kinds import (
     pure_type,
     slots,
 )
+from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
@@ -57,6 +62,7 @@ from tracejit.capture.trace.scalars import is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType)
+_MAX_CACHED = 300  # arguments and results that a cache keeps, in a guard
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
@@ -88,7 +94,8 @@ class Walk(Functions):
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
-        self.aliases: list[str] = []  # functions of math by other names than math's
+        self.unasked: list[str] = []  # functions of math by other names than math's
+        self.asks_numpy = False  # which may raise where a setting says so
         self.reentrant = False  # the step can reach itself, and sees plain floats then
 
     # ---- values
@@ -294,7 +301,7 @@ class Walk(Functions):
     # ---- objects
 
     def _object(self, x: object, at: str, path: str, owned: bool) -> None:
-        if type(x) is MethodType and not isinstance(x.__self__, ModuleType):
+        if type(x) is MethodType:
             self._method(x, at, path)
             return
         if not owned and is_data(x) and not self._seen(x):  # a batch: made anew for each call
@@ -305,8 +312,9 @@ class Walk(Functions):
         place = self.constant(x)
         self.expect(f"{at} is {place}", path, x, at)
         if mathematics.is_function(x):
-            self.aliases.append(f"it reads {path}, which is math.{x.__name__}")
-        if known_callable(x) or self._was_seen(x):
+            self.unasked.append(f"it reads {path}, which is math.{x.__name__} by another name")
+        self.asks_numpy |= pure_numpy(x)
+        if known_callable(x) or constant(x) or self._was_seen(x):
             return
         if isinstance(x, FunctionType):
             self.reentrant |= x is self.root
@@ -336,6 +344,8 @@ class Walk(Functions):
                 self.refuse(f"it reads {path}, a weak reference")
         elif isinstance(x, WRAPPERS):
             self._wrapper(x, place, path)
+        elif (results := cached_values(x)) is not None:
+            self._cached(x, results, place, path)
         elif isinstance(x, CellType):
             self._cell(path, x)
         elif type(x).__module__.startswith("tracejit") and callable(getattr(x, "_step", None)):
@@ -345,7 +355,8 @@ class Walk(Functions):
         elif plain_object(x):
             self._instance(x, place, path)
         else:
-            self.refuse(f"it reads {path}, an object of type {type(x).__name__}")
+            what = f"an object of type {type(x).__name__}"
+            self.refuse(f"it reads {path}, {what}: {instead_of(x)}")
 
     def _method(self, x: MethodType, at: str, path: str) -> None:
         if isinstance(x.__self__, type) and x.__func__ is Function.apply.__func__:
@@ -367,6 +378,19 @@ class Walk(Functions):
                 self.refuse(f"{path} wraps {part.__qualname__}, which is not known to be pure")
             if part is not None:
                 self.visit(part, f"{at}.{name}", path)
+
+    def _cached(self, x: object, results: list, at: str, path: str) -> None:
+        """A function that keeps its results: as if it ran, and it has kept nothing else since."""
+        function = x.__wrapped__
+        few = len(results) <= _MAX_CACHED
+        if not (few and isinstance(function, FunctionType) and all(map(is_value, results))):
+            why = "whose cache holds much, or more than plain values"
+            self.refuse(f"it reads {path}, {why}; call it outside the step")
+        elif origin(function.__code__) == "user":
+            self.names["cached_text"] = cached_text
+            self.check(f"cached_text({at}) == {cached_text(x)!r}", f"the cache of {path} changed")
+            self.function(function, path)
+            self._globals(function)
 
     def _instance(self, x: object, at: str, path: str, *, owned: bool = True) -> None:
         cls = type(x)

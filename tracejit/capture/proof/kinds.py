@@ -5,8 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import gc
+import io
+import operator
+import random
+import re
+import struct
 import sys
 from collections import OrderedDict, defaultdict, deque
+from collections.abc import Generator, Iterator
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -17,8 +24,13 @@ from types import (
     WrapperDescriptorType,
 )
 
-from tracejit.capture.proof.watch import PURE_BUILTINS
+import numpy as np
+import torch
+from torch.torch_version import TorchVersion
+
+from tracejit.capture.proof.pure import PURE_BUILTINS, pure_numpy
 from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.trace.scalars import plain
 from tracejit.capture.trace.table import RULES
 
 CONTAINERS = (list, tuple, dict, set, frozenset, deque, OrderedDict, defaultdict)
@@ -36,7 +48,10 @@ CLASS_NOISE = frozenset(
 )
 
 _LIBRARIES = frozenset(
-    {"torch", "builtins", "collections", "abc", "typing", "enum", "functools", "contextlib"}
+    {
+        *("torch", "builtins", "collections", "abc", "typing", "enum", "functools", "contextlib"),
+        "numpy",
+    }
 )
 
 
@@ -63,6 +78,8 @@ def known_callable(x: object) -> bool:
     """Whether x is a builtin known to be pure, or a torch function that has a rule."""
     if is_heap_type(type(x)) and not isinstance(x, type):
         return False  # its __hash__ may be anything
+    if pure_numpy(x):
+        return True
     try:
         return x in PURE_BUILTINS or x in RULES
     except TypeError:
@@ -71,9 +88,65 @@ def known_callable(x: object) -> bool:
 
 def pure_type(x: type) -> bool:
     """Whether making an instance of a type of C does nothing else."""
-    if x in CONTAINERS:
-        return True
-    return x in PURE_BUILTINS or x.__module__.startswith("torch") or issubclass(x, BaseException)
+    return (
+        x in PURE_BUILTINS
+        or x.__module__.partition(".")[0] in _PURE_TYPES
+        or (x.__module__ == "numpy" and issubclass(x, _OF_NUMPY) and not issubclass(x, np.memmap))
+        or issubclass(x, (BaseException, SimpleNamespace))
+    )
+
+
+_PURE_TYPES = frozenset(
+    {"torch", "itertools", "collections", "operator", "_struct", "re", "functools"}
+)
+_OF_NUMPY = (np.generic, np.dtype, np.ndarray, np.broadcast)
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
+_INSTEAD = (  # of an object that a guard cannot see into
+    (np.ndarray, "make it a tensor outside the step"),
+    ((io.IOBase, Generator), "use it outside the step"),
+    (_GENERATORS, "draw the numbers outside the step"),
+    (Iterator, "take its next item outside the step and pass it"),
+)
+
+
+def instead_of(x: object) -> str:
+    """What to write where a step reads an object that a guard cannot see into."""
+    found = [text for kinds, text in _INSTEAD if isinstance(x, kinds)]
+    return found[0] if found else "keep what the step needs of it in numbers, tensors or containers"
+
+
+_CONSTANTS = (re.Pattern, struct.Struct, np.dtype, torch.finfo, torch.iinfo, TorchVersion)
+_CONSTANTS += (operator.itemgetter,)
+
+
+def constant(x: object) -> bool:
+    """Whether an object of C always is what it is, and its methods compute."""
+    return isinstance(x, _CONSTANTS)
+
+
+def cached_values(x: object) -> list | None:
+    """The arguments and results that a function under `functools.lru_cache` keeps; None if x is
+    none. Runtime scalars of earlier traces among them are plain floats by now."""
+    if type(x) is not _CACHED:
+        return None
+    found: list = []
+    unbounded = x.cache_info().maxsize is None
+    for held in gc.get_referents(x):
+        if type(held) is dict and held is not x.__dict__ and unbounded:
+            found += [part for item in held.items() for part in item]
+        elif not unbounded and type(held) not in (type, dict, FunctionType, object):
+            found.append(held)  # of its entries, which no collector tracks
+    if len(found) != 2 * x.cache_info().currsize:
+        found.append(_CACHED)  # among them is one that is no plain value
+    return [plain(x) for x in found]
+
+
+def cached_text(x: object) -> list[str]:
+    """The same as text: a cache that was cleared and filled anew may hold other results."""
+    return [repr(value) for value in cached_values(x)]
+
+
+_CACHED = type(functools.lru_cache(lambda: None))
 
 
 def slots(cls: type) -> list[str]:

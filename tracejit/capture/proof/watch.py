@@ -2,126 +2,42 @@
 
 A replay does not run the step's Python. That is right only if running it again could do nothing
 else. So a trace from which a replay may be armed runs under a profiler. Each function that it sees
-must be user code (`heap.py` accounts for that), Python code of a module listed here, or a C
-function listed here. Pure functions are listed, not impure ones: an unknown function keeps the step
-in rerun.
+must be user code (`heap.py` accounts for that), or be listed in `pure.py`: an unknown one keeps the
+step in rerun. A function that asks for a setting of the process is guarded (`settings.py`).
 """
 
 from __future__ import annotations
 
-import builtins
 import os
-from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import CodeType, FrameType, FunctionType, MappingProxyType, MethodType, ModuleType
+from types import CodeType, FrameType
 
 import numpy as np
 import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
+from tracejit.capture.proof import settings
+from tracejit.capture.proof.pure import (
+    BY_NAME,
+    READ_ALL,
+    UNASKED_MODULES,
+    pure_c,
+    pure_python,
+    pure_torch,
+    remedy,
+    unasked,
+    within,
+)
 from tracejit.capture.proof.repeat import may_repeat
-from tracejit.capture.python import mathematics, profiler
+from tracejit.capture.proof.settings import Setting
+from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
-from tracejit.capture.python.classes import is_heap_type
 
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(np.__file__)) + os.sep
 _STDLIB = os.path.dirname(os.__file__) + os.sep
-
-PURE_BUILTINS = frozenset(
-    getattr(builtins, name)
-    for name in (
-        *("range", "len", "zip", "enumerate", "abs", "min", "max", "sum", "tuple", "list"),
-        *("dict", "set", "frozenset", "float", "int", "bool", "isinstance", "issubclass"),
-        *("reversed", "sorted", "any", "all", "round", "slice", "map", "filter", "pow", "divmod"),
-        *("iter", "next", "type", "str", "callable", "NotImplementedError", "ValueError", "repr"),
-        *("TypeError", "RuntimeError", "AssertionError", "IndexError", "KeyError", "Exception"),
-        *("AttributeError", "StopIteration", "NotImplemented", "super", "property", "bytes"),
-        *("getattr", "hasattr", "setattr", "object", "format", "ord", "chr", "staticmethod"),
-        *("classmethod", "ArithmeticError", "ZeroDivisionError", "LookupError", "Ellipsis"),
-    )
-)
-# Whose methods compute, or change the container that they belong to (which the heap's check sees).
-_PURE_RECEIVERS = (
-    *(dict, list, tuple, set, frozenset, str, bytes, int, float, OrderedDict, defaultdict, deque),
-    *(range, slice, type(None), type({}.keys()), type({}.values()), type({}.items())),
-    *(torch.Tensor, torch.Size, torch.dtype, torch.device, type(_ for _ in ()), property),
-    *(MappingProxyType, MethodType, FunctionType),
-)
-_PURE_MODULES = frozenset(
-    {
-        *("functools", "contextlib", "collections", "collections.abc", "_collections_abc", "abc"),
-        *("typing", "enum", "dataclasses", "operator", "types", "numbers", "copy", "itertools"),
-        *(
-            "copyreg",
-            "typing_extensions",
-            "weakref",
-            "_weakrefset",
-            "keyword",
-            "reprlib",
-            "inspect",
-        ),
-    }
-)
-_READ_ALL = frozenset({"copy", "copyreg", "dataclasses"})  # of the objects given to them
-_PURE_TORCH_MODULES = (
-    *("torch", "torch._C", "torch._VF", "torch._classes", "torch._compile", "torch._dynamo"),
-    *("torch._functorch.autograd_function", "torch._functorch.pyfunctorch"),
-    *("torch._functorch.utils", "torch._higher_order_ops", "torch._jit_internal"),
-    *("torch._linalg_utils", "torch._lowrank", "torch._namedtensor_internals", "torch._ops"),
-    *(
-        "torch._tensor",
-        "torch._utils",
-        "torch.accelerator",
-        "torch.amp",
-        "torch.autograd",
-        "torch.backends",
-    ),
-    *("torch.compiler", "torch.cuda", "torch.functional", "torch.jit", "torch.nn", "torch.optim"),
-    *("torch.overrides", "torch.profiler", "torch.return_types", "torch.types"),
-    *("torch.utils._contextlib", "torch.utils._device", "torch.utils._foreach_utils"),
-    *("torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.checkpoint"),
-    "torch.utils.hooks",
-)
-_IMPURE_TORCH_MODULES = ("torch.nn.init", "torch.nn.parallel", "torch.cuda.random")
-# C functions of these modules, by name.
-_PURE_C = {
-    "builtins": frozenset({f.__name__ for f in PURE_BUILTINS if callable(f)} | {"__build_class__"}),
-    "functools": frozenset({"reduce"}),
-    "_functools": frozenset({"reduce"}),
-    "_operator": None,  # None: all of them
-    "_abc": None,
-    "math": None,
-    "itertools": None,
-    "_collections": None,
-    "_thread": frozenset({"get_ident"}),
-    "_weakref": frozenset({"proxy", "getweakrefcount"}),
-    "sys": frozenset({"getrecursionlimit", "intern", "getsizeof", "_getframe"}),
-}
-_PURE_TYPE_METHODS = frozenset(
-    {"mro", "__prepare__", "__new__", "__init__", "__call__", "fromkeys"}
-)
-# object's own methods, of instances of Python classes
-_OBJECT_METHODS = frozenset(
-    {
-        *("__init__", "__new__", "__setattr__", "__getattribute__", "__init_subclass__"),
-        *("__delattr__", "__format__", "__enter__", "__exit__", "__reduce_ex__"),
-    }
-)
-_BY_NAME = (getattr, hasattr, setattr, delattr)
-_LIBRARY_ONLY = frozenset(
-    {*("id", "vars", "dir", "locals", "globals", "hash"), *("_getframe", "getsizeof", "get_ident")}
-)
-_IMPURE_TORCH_C = frozenset(
-    {
-        *("manual_seed", "seed", "_cuda_synchronize", "_cuda_setDevice", "set_num_threads"),
-        *("set_default_dtype", "_set_default_dtype", "set_flush_denormal", "get_num_threads"),
-        *("get_rng_state", "set_state", "initial_seed", "fork", "wait"),
-    }
-)
-
 
 # Where users put functions of their own in place of torch's.
 _PATCHED = ("torch.nn", "torch.optim", "torch.functional")
@@ -160,7 +76,8 @@ class Seen:
     def __init__(self) -> None:
         self.codes: dict[CodeType, str] = {}
         self.refusals: list[str] = []
-        self.aliases: list[str] = []  # calls of functions of math by other names than math's
+        self.unasked: list[str] = []  # calls of C that would take a runtime scalar for a constant
+        self.settings: dict[str, Setting] = {}  # of the process, that it asks for
         self.unrepeatable: list[str] = []  # what it called and may not be called once more
         self.computes_names = False  # it reaches attributes by names that it does not spell out
         # names of torch under which functions that it ran may be found, per id of their namespace
@@ -190,6 +107,8 @@ class Seen:
         for i, (_, names) in other.places.items():
             if i not in self.places or not names <= self.places[i][1]:
                 return False
+        if not other.settings.keys() <= self.settings.keys():
+            return False
         return self.computes_names or (not other.computes_names and other.names() <= self.names())
 
     def joined(self, other: Seen) -> Seen:
@@ -197,6 +116,7 @@ class Seen:
         both = Seen()
         both.codes = self.codes | other.codes
         both.computes_names = other.computes_names
+        both.settings = self.settings | other.settings
         for holder, names in (*self.places.values(), *other.places.values()):
             both.places.setdefault(id(holder), (holder, set()))[1].update(names)
         return both
@@ -210,6 +130,12 @@ class Seen:
         if event == "call":
             code = frame.f_code
             if code in AGAIN:
+                self._ignoring = frame
+                return
+            setting = settings.of_python(code)
+            if setting is not None:
+                self.settings[setting.text] = setting
+            if setting is not None and setting.answers:
                 self._ignoring = frame
             elif code not in self.codes:
                 self._python(frame, code)
@@ -233,29 +159,29 @@ class Seen:
         if whose == "stdlib" and _called_by_us(frame):
             return
         self.codes[code] = module
-        if (whose == "user" or module in _READ_ALL) and dynamic(code):
+        if module in UNASKED_MODULES and not _called_by_us(frame):
+            self.unasked.append(f"{_user_line(frame)}it calls {module}.{code.co_name}")
+        if (whose == "user" or module in READ_ALL) and dynamic(code):
             self.computes_names = True
         if whose == "torch":
-            if _within(module, _PATCHED):
+            if within(module, _PATCHED):
                 self._place(frame.f_globals, code.co_name)
             elif module == torch._tensor.__name__:
                 self._place(_TENSOR, code.co_name)
-            known = _within(module, _PURE_TORCH_MODULES) and not _within(
-                module, _IMPURE_TORCH_MODULES
-            )
+            known = pure_torch(module)
         else:
-            known = whose == "user" or module in _PURE_MODULES or module.startswith("importlib")
+            known = whose == "user" or pure_python(module, code.co_qualname)
         if frame.f_back is not None and frame.f_back.f_code in self._impure:
             self._impure.add(code)
         elif not known and not _called_by_us(frame):
             self._impure.add(code)
-            self._refuse(frame.f_back, f"it calls {module}.{code.co_name}")
+            self._refuse(frame.f_back, module, code.co_name)
             self._repeats(frame.f_back, module, code.co_name, None)
 
     def _c(self, frame: FrameType, function: object) -> None:
         owner = getattr(function, "__self__", None)
         by_user = origin(frame.f_code) == "user"
-        if by_user and not self.computes_names and any(function is f for f in _BY_NAME):
+        if by_user and not self.computes_names and any(function is f for f in BY_NAME):
             spelled = function.__name__ in frame.f_code.co_names and not dynamic(frame.f_code)
             self.computes_names = not spelled
         key = (function.__name__, function.__module__, type(owner), by_user)
@@ -266,22 +192,25 @@ class Seen:
             for holder in _C_NAMES:
                 if holder.get(function.__name__) is function:
                     self._place(holder, function.__name__)
-        if mathematics.is_function(function):  # by math's name it is a wrapper now
-            self.aliases.append(f"{_where(frame)}it calls math.{function.__name__} by another name")
-        if not _pure(function, owner, by_user) and not _called_by_us(frame):
+        if called := unasked(function, owner):
+            self.unasked.append(f"{_user_line(frame)}it calls {called}")
+        for setting in settings.of_c(function, owner):
+            self.settings[setting.text] = setting
+        if not pure_c(function, owner, by_user) and not _called_by_us(frame):
             name = getattr(function, "__qualname__", function.__name__)
             module = function.__module__ or type(owner).__module__
             self._calls.discard(key)
-            self._refuse(frame, f"it calls {module}.{name}")
+            self._refuse(frame, module, name)
             self._repeats(frame, module, function.__name__, owner)
 
     def _place(self, holder: Mapping[str, object], name: str) -> None:
         if callable(holder.get(name)):
             self.places.setdefault(id(holder), (holder, set()))[1].add(name)
 
-    def _refuse(self, frame: FrameType | None, what: str) -> None:
-        text = f"{_user_line(frame)}{what}, which is not known to be pure"
-        text = text.replace("builtins.", "")
+    def _refuse(self, frame: FrameType | None, module: str, name: str) -> None:
+        what = f"{module}.{name}".removeprefix("builtins.")
+        text = f"{_user_line(frame)}it calls {what}, which is not known to be pure"
+        text += f": {remedy(module, name)}"
         if text not in self.refusals:
             self.refusals.append(text)
 
@@ -311,21 +240,6 @@ def _user_line(frame: FrameType | None) -> str:
 AGAIN = frozenset({Hyperparameters.call_back.__code__})
 
 
-def _where(frame: FrameType | None) -> str:
-    """The user's line that a frame was called from, as the start of a reason."""
-    while frame is not None and origin(frame.f_code) != "user":
-        frame = frame.f_back
-    if frame is None:
-        return ""
-    return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}: "
-
-
-def _within(module: str, roots: tuple[str, ...]) -> bool:
-    return any(
-        module == root or (root != "torch" and module.startswith(root + ".")) for root in roots
-    )
-
-
 def _called_by_us(frame: FrameType) -> bool:
     """Whether tracejit called this, with no user code in between."""
     while frame is not None:
@@ -336,27 +250,6 @@ def _called_by_us(frame: FrameType) -> bool:
             return False
         frame = frame.f_back
     return False
-
-
-def _pure(function: object, owner: object, by_user: bool) -> bool:
-    name = function.__name__
-    if owner is None or isinstance(owner, ModuleType):
-        module = function.__module__ or getattr(owner, "__name__", "")
-        if module.startswith("torch"):
-            return name not in _IMPURE_TORCH_C
-        if name in _LIBRARY_ONLY:
-            return not by_user
-        names = _PURE_C.get(module, frozenset())
-        return names is None or name in names
-    if isinstance(owner, type):
-        if issubclass(owner, BaseException) or name in _PURE_TYPE_METHODS:
-            return True
-        return owner.__module__.startswith("torch") and name not in _IMPURE_TORCH_C
-    if isinstance(owner, (*_PURE_RECEIVERS, BaseException)):
-        return True
-    if (function.__module__ or type(owner).__module__).startswith("torch"):
-        return name not in _IMPURE_TORCH_C
-    return name in _OBJECT_METHODS and is_heap_type(type(owner))
 
 
 @contextmanager

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 from types import CellType, CodeType, FunctionType, ModuleType
 
+import numpy as np
 import torch
 
 VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis), range, slice)
+VALUE_TYPES += (np.bool_, np.float16, np.float32, np.float64, np.uint8, np.int32, np.int64)
 TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CODES = 10_000  # whose names are remembered

@@ -18,14 +18,19 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 
+import numpy as np
 import torch
 
 from tracejit.capture.python.bytecode import codes
+from tracejit.capture.python.numerics import TracedFloat64
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
 
-_STANDS_FOR = {TracedTensor: torch.Tensor, TracedFloat: float, TracedInt: int}
+_STANDS_FOR = {
+    **{TracedTensor: torch.Tensor, TracedInt: int},
+    **{TracedFloat: float, TracedFloat64: np.float64},
+}
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "triton"}) | sys.stdlib_module_names
 
 

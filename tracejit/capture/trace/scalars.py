@@ -78,7 +78,7 @@ class Scalars:
         self.numbers[value] = number
         if type(number) is int:
             self.has_integers = True
-            made = TracedInt(number, self, value)
+            made = TracedInt.make(number, self, value)
         else:
             made = TracedFloat.make(number, self, value)
         self.given.append(made)
@@ -174,6 +174,10 @@ class TracedFloat(_Traced, float):
 
     __slots__ = ("scalars", "value")
 
+    def __new__(cls, x: object = 0.0) -> float:
+        """What `type(x)(y)` makes: a plain float."""
+        return float(x)
+
     @classmethod
     def make(cls, number: float, scalars: Scalars, value: Value) -> TracedFloat:
         made = float.__new__(cls, number)
@@ -199,8 +203,15 @@ class TracedInt(_Traced, torch.SymInt):
     __slots__ = ("number", "scalars", "value")
     __class__ = property(lambda self: int)
 
-    def __init__(self, number: int, scalars: Scalars, value: Value):
-        self.number, self.scalars, self.value = number, scalars, value
+    def __new__(cls, x: object = 0, *rest: object) -> object:
+        """What `type(x)(y)` makes: a plain int."""
+        return int(x, *rest)
+
+    @classmethod
+    def make(cls, number: int, scalars: Scalars, value: Value) -> TracedInt:
+        made = object.__new__(cls)
+        made.number, made.scalars, made.value = number, scalars, value
+        return made
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self.pin(), dtype)
@@ -216,29 +227,26 @@ class TracedInt(_Traced, torch.SymInt):
         return round(self.pin(), *map(pinned, digits)) if digits else self
 
 
-_KINDS = frozenset({TracedFloat, TracedInt})
-
-
 def is_traced(x: object) -> bool:
     """Whether a number is a runtime scalar, of whatever trace."""
-    return type(x) in _KINDS
+    return isinstance(x, _Traced)
 
 
 def is_runtime(x: object) -> bool:
     """Whether a number is a runtime scalar of a trace that is still going on."""
-    return type(x) in _KINDS and x.scalars.active
+    return isinstance(x, _Traced) and x.scalars.active
 
 
 def plain(x: object) -> object:
     """A number without the record of where it comes from; anything else as it is."""
-    if type(x) is TracedFloat:
+    if isinstance(x, TracedFloat):
         return float.__pos__(x)
     return x.number if type(x) is TracedInt else x
 
 
 def pinned(x: object) -> object:
     """A number as a plain one, good for its value only; anything else as it is."""
-    return x.pin() if type(x) in _KINDS else x
+    return x.pin() if isinstance(x, _Traced) else x
 
 
 def to_float(x: object) -> object:
@@ -252,7 +260,7 @@ def to_float(x: object) -> object:
 
 def _operand(x: object, live: Scalars | None) -> Arg | None:
     """The host operand that a number stands for; None for anything else."""
-    if type(x) in _KINDS:
+    if isinstance(x, _Traced):
         return x.value if x.live is live else plain(x)
     return x if isinstance(x, (int, float)) else None
 
@@ -285,7 +293,7 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
             operator.lt(self if reflected else other, 0)  # decides whether the power is an int
         if not isinstance(number, (int, float)):  # a negative base to a fraction is complex
             for operand in (self, other):
-                if type(operand) in _KINDS:
+                if isinstance(operand, _Traced):
                     operand.pin()
             return number
         args = (operand, self.value) if reflected else (self.value, operand)

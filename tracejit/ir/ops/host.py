@@ -93,3 +93,38 @@ for _name in ("atan2", "hypot"):
 # `x ** y` is another function: it may be complex, and raises other errors
 host_math_pow = _host("host_math_pow", math.pow, "math_pow({0}, {1})", ULPS)
 MATH["pow"] = math.pow
+
+
+# Functions of numpy on float64, by their name there: with numpy's bits, and its answers where those
+# of `math` raise. The lines of host arithmetic call them by `np_<name>`.
+NUMPY: dict[str, Callable] = {}
+
+
+def _numpy(name: str, exact: Exact = ULPS, arity: int = 1) -> None:
+    of_numpy = getattr(np, name)
+    if arity == 1:
+        NUMPY[name] = lambda x: float(of_numpy(x))
+    else:
+        NUMPY[name] = lambda x, z: float(of_numpy(x, z))
+    operands = ", ".join(f"{{{i}}}" for i in range(arity))
+    _host(f"host_np_{name}", NUMPY[name], f"np_{name}({operands})", exact)
+
+
+for _name in (
+    *("sqrt", "square", "reciprocal", "absolute", "fabs", "negative", "positive", "sign"),
+    *("floor", "ceil", "trunc", "rint"),
+):
+    _numpy(_name, BITS)
+for _name in (
+    *("exp", "exp2", "expm1", "log", "log2", "log10", "log1p", "cbrt", "sin", "cos", "tan"),
+    *("arcsin", "arccos", "arctan", "sinh", "cosh", "tanh", "arcsinh", "arccosh", "arctanh"),
+    *("deg2rad", "rad2deg", "degrees", "radians"),
+):
+    _numpy(_name)
+for _name in (
+    *("add", "subtract", "multiply", "divide", "maximum", "minimum", "fmax", "fmin"),
+    *("fmod", "remainder", "floor_divide", "copysign", "heaviside", "nextafter"),
+):
+    _numpy(_name, BITS, 2)
+for _name in ("power", "float_power", "hypot", "arctan2", "logaddexp", "logaddexp2"):
+    _numpy(_name, ULPS, 2)
