@@ -244,7 +244,7 @@ class CompiledStep:
 
     def _read(self) -> str:
         """What is to be said of values that the step reads."""
-        cuts, branches = self.stats.cuts, self.stats.branches
+        cuts, branches = self._replays[0].cuts, self.stats.branches
         if not cuts:
             return ""
         before = len(self._replays[0].stages)
@@ -458,8 +458,8 @@ class CompiledStep:
         what = generate(captured, *given, armed, parts, checking=compiled.checking)
         if knobs.debug() >= 4:
             print(what.text)
-        decides = captured.branches
-        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), decides)
+        read = captured.branches, len(captured.cuts)
+        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), *read)
         self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]
         self.stats.branches = sum(r.decides for r in self._replays)

@@ -60,6 +60,7 @@ class Replay:
     compiled: object
     call: Call
     decides: bool  # whether by values of tensors
+    cuts: int  # how many values it reads
 
     @property
     def stages(self) -> tuple[Stage, ...]:

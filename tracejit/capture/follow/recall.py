@@ -10,9 +10,10 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import slots
 from tracejit.capture.follow.events import Call, Event, New, Point, news
 from tracejit.capture.python import leftovers
+from tracejit.capture.trace.scalars import TracedInt
 from tracejit.ir.graph import Node, Value
 
-_LEFTOVERS = 4  # traces after which runtime scalars are searched for
+_LEFTOVERS = 4  # traces after which integers are searched for
 _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
 _PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
@@ -51,7 +52,8 @@ class Recall:
     """The traces that one step remembers."""
 
     def __init__(self) -> None:
-        self._leftovers = 0  # traces after which user code had runtime scalars
+        self._leftovers = 0  # traces after which user code had integers that are runtime scalars
+        self._searches = 2 * _LEFTOVERS
         self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
         self._roots: dict[tuple, Point] = {}
         self._ends = 0
@@ -65,16 +67,18 @@ class Recall:
 
     def make_plain(self, numbers: list) -> None:
         """Take runtime scalars out of what user code has kept, after the first few traces."""
-        if not self.keeps_numbers and (left := leftovers.kept(numbers)):
+        left = leftovers.kept(numbers) if self._searches else ()
+        if left:
             numbers.clear()
+            self._searches -= 1
+            self._leftovers += any(type(x) is TracedInt for x in left)
             leftovers.make_plain(left)
-            self._leftovers += 1
             if self.keeps_numbers:
                 self._roots.clear()  # traces that gave it others
 
     @property
     def keeps_numbers(self) -> bool:
-        """Whether user code keeps runtime scalars again and again."""
+        """Whether user code keeps integers again and again."""
         return self._leftovers >= _LEFTOVERS
 
     def begin(self) -> bool:
