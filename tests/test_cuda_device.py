@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -178,3 +183,31 @@ def test_what_is_no_gpu_of_nvidias_is_refused(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     with pytest.raises(BackendUnavailable, match="AMD"):
         module.cuda_device("cuda:0")
+
+
+@pytest.mark.slow
+def test_tritons_own_launcher_takes_what_it_is_given(tmp_path):
+    """The C code that Triton compiles for launches, over a stub of libcuda."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    support = Path(__file__).parent / "support"
+    library = str(tmp_path / "libcuda.so.1")
+    flags = ["-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library]
+    subprocess.run([compiler, *flags, str(support / "stub_cuda.c")], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    paths = dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH"), str(tmp_path))
+    done = subprocess.run(
+        [sys.executable, str(support / "real_launcher.py")],
+        env={**os.environ, **paths, "TRITON_CACHE_DIR": str(tmp_path / "triton")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    *launches, last = done.stdout.splitlines()
+    _, w, x, y, replays = last.split()
+    assert int(replays) >= 2 and len(launches) == 5  # both kernels side by side
+    found = [line.split() for line in launches]
+    assert all(words[3] == "0x77" for words in found)
+    first, second = found[-1][5:]
+    assert first != second and {first, second} < {w, x, y}

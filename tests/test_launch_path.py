@@ -4,6 +4,7 @@ tests would see it if something were left out: faults are planted."""
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +18,7 @@ from tracejit.errors import CaptureError, LaunchError
 from tracejit.runtime import launched_plan
 from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.fake_device import FakeDevice, FakeEvent
+from tracejit.runtime.fake_launch import FakeLaunch
 from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.memory import FreshMemory, StreamArenas
 from tracejit.testing import fake_device
@@ -195,6 +197,46 @@ def test_a_result_that_another_stream_reads_is_not_written_over(device):
     assert step.stats.replays
 
 
+def test_a_call_in_the_middle_of_another(device, monkeypatch):
+    """As a signal handler may make it: on the same stream, with other tensors and numbers."""
+
+    def step(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.softmax(x @ x, 0) * scale
+
+    compiled = tracejit.compile(step, backend=FAKE, fuse=False)
+    first, second = torch.randn(20, 20), torch.randn(20, 20)
+    for _ in range(5):
+        compiled(first, 1.0)
+    call, within = FakeLaunch.__call__, []
+
+    def calls(self: FakeLaunch, *given: object) -> None:
+        call(self, *given)
+        if len(within) == 0:
+            within.append(None)
+            within.append(compiled(second, 3.0))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FakeLaunch, "__call__", calls)
+        found = compiled(first, 2.0)
+    torch.testing.assert_close(within[1], step(second, 3.0))
+    torch.testing.assert_close(compiled(first, 2.0), step(first, 2.0))
+    torch.testing.assert_close(found, step(first, 2.0))
+
+
+def test_a_plan_goes_with_its_step(device):
+    """Without the garbage collector: it holds memory of the GPU."""
+    step, *_ = trained()
+    step = warm(step)
+    held = weakref.ref(step._last.program.loaded)
+    gc.collect()
+    gc.disable()
+    try:
+        step.reset()
+        assert held() is None
+    finally:
+        gc.enable()
+
+
 # ---- planted faults: what would be wrong is seen
 
 
@@ -219,6 +261,7 @@ def test_shared_counters_are_seen(device, monkeypatch):
     def shared(self: LaunchedPlan) -> object:
         for state in self._states.values():
             state.stream = self.device.current_stream()
+            state.calls.clear()
             return state
         return enter(self)
 
@@ -357,8 +400,6 @@ def test_many_graphs_with_numbers_are_refused(device):
 
 
 def test_a_launch_that_fails_names_itself_and_the_users_line(device, monkeypatch):
-    from tracejit.runtime.fake_launch import FakeLaunch
-
     step, *_ = trained()
     step = warm(step)
     call, launches = FakeLaunch.__call__, []

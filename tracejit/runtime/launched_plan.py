@@ -1,9 +1,10 @@
-"""A plan on a GPU: a generated function launches its kernels on the caller's current stream.
+"""A plan on a GPU: its kernels are launched on the caller's current stream.
 
 What a plan works with beside its buffers belongs to one stream: counters and partials of
 reductions, and the table of scalars, which is copied there when a number has changed. So calls on
-several streams do not meet, and calls on one stream follow each other. A launch is one line, with
-integers for pointers. Kernels are compiled and brought to the device before anything is written.
+several streams do not meet, and calls on one stream follow each other. The arguments of launches
+are built once, with integers for pointers, and patched where an address changes. Kernels are
+compiled and brought to the device before anything is written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
 from struct import Struct
+from weakref import WeakMethod
 
 import torch
 
@@ -25,31 +27,36 @@ from tracejit.runtime.triton_launch import DevicePointer, LoadedLaunch, workspac
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
-MAX_STREAMS = 16  # whose counters and tables are kept; the least recently added go first
+MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
 _ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 
 _OF_GRAPHS: list[torch.Tensor | None] = []  # zeros that graphs of callers copy, as long as they run
 
-Place = tuple[int, int]  # which of a function's bases, and bytes from there
+_STREAM = 3  # where the stream is among the arguments of a launch
+
+Place = tuple[int, int]  # which of a launcher's bases, and bytes from there
 
 
 class StreamState:
     """What the launches of a plan work with on one stream."""
 
-    __slots__ = ("stream", "work", "table", "words", "_memory", "_copy")
+    __slots__ = ("stream", "kept", "work", "table", "words", "calls", "_memory", "_copy")
 
     def __init__(
         self,
         stream: int,
         memory: Sequence[torch.Tensor | None],
         copy: Callable[[torch.Tensor, bytes], None] | None,
+        *,
+        kept: bool = True,
     ):
-        self.stream = stream
+        self.stream, self.kept = stream, kept
         self._memory, self._copy = memory, copy
         work, table = memory
         self.work = 0 if work is None else work.data_ptr()
         self.table = 0 if table is None else table.data_ptr()
         self.words: bytes | None = None  # what the table holds
+        self.calls: dict[Launcher, Calls] = {}
 
     def upload(self, words: bytes) -> None:
         """Bring the scalars to the table, behind what was launched so far."""
@@ -88,13 +95,14 @@ class LaunchedPlan:
     # ---- running
 
     def inlined(self, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]) -> Inlined:
-        """The lines of a call. Bases that are not aligned to 16 bytes have a function of their
+        """The lines of a call. Bases that are not aligned to 16 bytes have a launcher of their
         own."""
         bases = {base: n for n, base in enumerate(dict.fromkeys(base for base, _ in addresses))}
         fitting = Fitting(self, [(bases[base], offset) for base, offset in addresses])
         device, given = self.device, ", ".join(bases)
         names: dict[str, object] = {
             "enter": self._enter,
+            "leave": self._leave,
             "fitting": fitting,
             "here": device.here,
             "elsewhere": partial(_elsewhere, device),
@@ -112,7 +120,7 @@ class LaunchedPlan:
         run = (
             f"launch({arguments}) if here() == {device.number} else elsewhere(launch, {arguments})"
         )
-        return Inlined(gather, run, None, names)
+        return Inlined(gather, f"{run}; leave(state)", None, names)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Give every launch to the current stream, in order."""
@@ -135,6 +143,7 @@ class LaunchedPlan:
         state = self._enter()
         words = self._pack(*(scalars[slot] for slot in self._slots)) if self._slots else None
         _elsewhere(self.device, launch, state, words, *addresses)
+        self._leave(state)
 
     def bytes_moved(self) -> tuple[int, ...]:
         """Of each launch, the bytes of unique addresses loaded plus those stored."""
@@ -143,25 +152,31 @@ class LaunchedPlan:
     # ---- what belongs to a stream
 
     def _enter(self) -> StreamState:
-        """What the launches work with on the current stream."""
+        """What the launches work with on the current stream, for one call at a time: a signal
+        handler may call the step in the middle of a call."""
         device = self.device
         if device.capturing():
             return self._captured()
         stream = device.current_stream()
-        state = self._states.get(stream)
+        state = self._states.pop(stream, None)
         if state is None:
             copy = None if self._ring is None else self._ring.upload
-            state = self._states[stream] = StreamState(stream, self._memory(), copy)
-            while len(self._states) > MAX_STREAMS:
-                self._states.popitem(last=False)
+            state = StreamState(stream, self._memory(), copy)
         return state
+
+    def _leave(self, state: StreamState) -> None:
+        """The launches are given. After a failure it is not called: counters may not be at rest."""
+        if state.kept:
+            self._states[state.stream] = state
+            if len(self._states) > MAX_STREAMS:
+                self._states.popitem(last=False)
 
     def _captured(self) -> StreamState:
         """The same in a graph that the caller captures: memory of the graph, which is filled each
         time that it runs. The numbers are those of the capture, as eager's would be."""
         _OF_GRAPHS.append(self._zeros)
         copy = None if self._ring is None else self._ring.upload_captured
-        return StreamState(self.device.current_stream(), self._memory(), copy)
+        return StreamState(self.device.current_stream(), self._memory(), copy, kept=False)
 
     def _memory(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Fresh memory for counters and partials, at 0, and for scalars."""
@@ -203,58 +218,31 @@ class LaunchedPlan:
 
     def launcher(
         self, places: Sequence[Place], residues: Sequence[int], mark: Callable[[], None] | None
-    ) -> Callable[..., None]:
-        """The function `launches(state, words, *bases)`, with its kernels on the device, for bases
-        that lie so many bytes behind a multiple of 16."""
-        names: dict[str, object] = {"failed": self._failed, "mark": mark}
+    ) -> Launcher:
+        """What launches all, with the kernels on the device, for bases that lie so many bytes
+        behind a multiple of 16. The bases are places of `places`; then come `work` and `table`."""
         of_buffers = [residues[n] + offset for n, offset in places]
-        for number in range(len(self._launches)):
-            kernel = self._loaded(number, of_buffers)
-            names |= {
-                f"run{number}": kernel.run,
-                f"function{number}": kernel.function,
-                f"packed{number}": kernel.packed,
-            }
-        text = self._text(places, len(residues), mark is not None)
-        exec(compile(text, "<tracejit launches>", "exec"), names)
-        return names.pop("launches")
-
-    def _text(self, places: Sequence[Place], bases: int, marked: bool) -> str:
-        """The text of `launches`. It names the kernels `run0`, `function0`, `packed0`, …"""
-        given = ", ".join(("state", "words", *(f"b{n}" for n in range(bases))))
-        lines = [
-            f"def launches({given}):",
-            "    n = -1",
-            "    try:",
-            "        if words != state.words: state.upload(words)",
-            "        stream, work, table = state.stream, state.work, state.table",
-            *["        mark()"] * marked,
-        ]
+        work, table = len(residues), len(residues) + 1
+        runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 2)]
         for number, launch in enumerate(self._launches):
+            loaded = self._loaded(number, of_buffers)
             kernel = launch.launch.kernel
-            pointers = [_sum(f"b{n}", offset) for n, offset in (places[i] for i in launch.buffers)]
+            pointers = [places[i] for i in launch.buffers]
             if kernel.scalars:
-                pointers.append(_sum("table", 8 * launch.first_scalar))
+                pointers.append((table, 8 * launch.first_scalar))
             if launch.geometry.workspace:
-                pointers.append(_sum("work", launch.workspace))
+                pointers.append((work, launch.workspace))
             names = launch.function.arg_names[len(pointers) :]
-            constants = [repr(launch.constants[name]) for name in names]
-            head = f"{launch.geometry.grid[0]}, 1, 1, stream, function{number}, packed{number}"
-            arguments = ", ".join((head, "None, None, None", *pointers, *constants))
-            lines.append(f"        n = {number}")
-            lines.append(f"        run{number}({arguments})")
-            lines += ["        mark()"] * marked
-        lines += [
-            "    except Exception as error:",
-            "        raise failed(state, n, error) from error",
-        ]
-        return "\n".join([*lines, ""])
+            head = [launch.geometry.grid[0], 1, 1, None, loaded.function, loaded.packed]
+            head += [None, None, None]
+            for position, (base, offset) in enumerate(pointers, len(head)):
+                uses[base].append((number, position, offset))
+            runs.append(loaded.run)
+            arguments.append([*head, *[0] * len(pointers), *(launch.constants[x] for x in names)])
+        return Launcher(runs, arguments, uses, WeakMethod(self._failed), mark)
 
-    def _failed(self, state: StreamState, number: int, error: Exception) -> Exception:
-        """What to raise where a launch has failed. Its stream starts afresh: counters may not be
-        at rest."""
-        if self._states.get(state.stream) is state:
-            del self._states[state.stream]
+    def _failed(self, number: int, error: Exception) -> Exception:
+        """What to raise where a launch has failed."""
         if isinstance(error, CaptureError):
             return error
         return self._error(number, "failed", error)
@@ -276,17 +264,87 @@ class LaunchedPlan:
         )
 
 
+class Calls:
+    """The arguments of all launches on one stream, which are patched where an address changes.
+
+    uses: per base, (launch, position, bytes from the base) of each argument that points there.
+    """
+
+    __slots__ = ("arguments", "bases", "_uses")
+
+    def __init__(self, arguments: Sequence[list], uses: Sequence[Sequence[tuple]]):
+        self.arguments = [[*given] for given in arguments]
+        self.bases: tuple[int, ...] = ()  # where they are
+        self._uses = uses
+
+    def move(self, bases: tuple[int, ...]) -> None:
+        """The bases are at these addresses now."""
+        before = self.bases or (None,) * len(bases)
+        for old, new, uses in zip(before, bases, self._uses, strict=False):
+            if old != new:
+                for number, position, offset in uses:
+                    self.arguments[number][position] = new + offset
+        self.bases = bases
+
+    @classmethod
+    def of(cls, state: StreamState, arguments: Sequence[list], uses: Sequence) -> Calls:
+        """For the launches on a stream, with its counters and its table in place."""
+        calls = cls(arguments, uses)
+        for given in calls.arguments:
+            given[_STREAM] = state.stream
+        for base, place in zip((state.work, state.table), uses[-2:], strict=True):
+            for number, position, offset in place:
+                calls.arguments[number][position] = base + offset
+        return calls
+
+
+class Launcher:
+    """`launcher(state, words, *bases)` brings the scalars over, if they have changed, and gives all
+    launches of a plan to the stream of `state`."""
+
+    def __init__(
+        self,
+        runs: Sequence[Callable[..., None]],
+        arguments: Sequence[list],
+        uses: Sequence[Sequence[tuple]],
+        failed: WeakMethod,  # of the plan, whose streams hold launchers
+        mark: Callable[[], None] | None,
+    ):
+        self._runs, self._arguments, self._uses = runs, arguments, uses
+        self._failed, self._mark = failed, mark
+
+    def __call__(self, state: StreamState, words: bytes | None, *bases: int) -> None:
+        n, mark = -1, self._mark
+        try:
+            if words != state.words:
+                state.upload(words)
+            calls = state.calls.get(self)
+            if calls is None:
+                calls = state.calls[self] = Calls.of(state, self._arguments, self._uses)
+            if bases != calls.bases:
+                calls.move(bases)
+            if mark is not None:
+                mark()
+            for run, given in zip(self._runs, calls.arguments):  # noqa: B905  faster
+                n += 1
+                run(*given)
+                if mark is not None:
+                    mark()
+        except Exception as error:
+            raise self._failed()(n, error) from error
+
+
 class Fitting:
-    """Gives the function that launches a plan, with buffers at some places, for bases at some
-    addresses: there is one for each way in which they are aligned."""
+    """Gives the launcher of a plan, with buffers at some places, for bases at some addresses: there
+    is one for each way in which they are aligned."""
 
     def __init__(
         self, plan: LaunchedPlan, places: Sequence[Place], mark: Callable[[], None] | None = None
     ):
         self._plan, self._places, self._mark = plan, places, mark
-        self._known: dict[tuple[int, ...], Callable[..., None]] = {}
+        self._known: dict[tuple[int, ...], Launcher] = {}
 
-    def __call__(self, bases: Sequence[int]) -> Callable[..., None]:
+    def __call__(self, bases: Sequence[int]) -> Launcher:
         residues = tuple([base % _ALIGNED for base in bases])
         found = self._known.get(residues)
         if found is None:
@@ -295,11 +353,7 @@ class Fitting:
         return found
 
 
-def _elsewhere(device: Device, launch: Callable[..., None], *given: object) -> None:
+def _elsewhere(device: Device, launch: Launcher, *given: object) -> None:
     """Launch from a thread whose current device is another one."""
     with device.entered():
         launch(*given)
-
-
-def _sum(base: str, offset: int) -> str:
-    return f"{base} + {offset}" if offset else base
