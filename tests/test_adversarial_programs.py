@@ -915,7 +915,7 @@ def weight_normed_by_a_power_iteration(w):
     return step
 
 
-@case("rerun", args=batch, calls=9)
+@case("replay", args=batch, calls=9)
 def slow_weights_every_third_step(w):
     w.net = net = mlp(4, 6, 3)
     w.slow = slow = [p.detach().clone() for p in net.parameters()]

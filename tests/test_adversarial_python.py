@@ -206,7 +206,7 @@ def attribute_of_a_function_set_later(w):
     return lambda: helper(X)
 
 
-@case("rerun")
+@case("replay")
 def counter_on_the_step_itself(w):
     @tracejit.compile
     def step():

@@ -121,6 +121,8 @@ class Walk(Functions):
         if self._count > _MAX_PLACES:
             self.refuse(f"it can reach more than {_MAX_PLACES} values")
             return
+        if place is not None and type(place.holder) not in _ASSIGNED:
+            place = None
         if place is not None:
             x = self._place(place, x)
             owned = owned and path not in self._remade
@@ -148,8 +150,6 @@ class Walk(Functions):
 
     def _place(self, place: Variable, x: object) -> object:
         """Take note of a place that the step may assign; returns what it holds."""
-        if type(place.holder) not in _ASSIGNED:
-            return x
         if is_traced(x):  # kept from an earlier call
             x = plain(x)
             place.set(x)
