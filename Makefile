@@ -21,8 +21,8 @@ test: $(READY)                  ## compiled-process tests, then Triton's interpr
 	TRITON_INTERPRET=1 $(PYTEST) -m "interpret and not slow" tests
 
 test-all: $(READY)
-	$(PYTEST) -m "not interpret" tests
-	TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
+	TRACEJIT_TEST_ALL=1 $(PYTEST) -m "not interpret" tests
+	TRACEJIT_TEST_ALL=1 TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
 
 lint: $(READY)
 	$(PY) -m ruff check .

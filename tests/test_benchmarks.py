@@ -77,6 +77,7 @@ def check_row(row: dict) -> None:
     assert row["p20"] <= row["p50"] <= row["p80"]
 
 
+@pytest.mark.slow
 def test_the_table_prints_and_a_peer_that_fails_is_a_row(monkeypatch, capsys, tmp_path):
     """A message in its place, and the others are measured."""
     monkeypatch.setitem(run.NUMPY_CASES, "softmax", None)  # offered here, missing in the worker

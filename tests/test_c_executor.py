@@ -579,6 +579,7 @@ def run_sanitized() -> None:
     print("sanitized")
 
 
+@pytest.mark.slow
 def test_no_access_outside_and_no_undefined_behaviour(compiler):
     line = [*compiler, "-print-file-name=libasan.so"]
     library = subprocess.run(line, capture_output=True, text=True).stdout.strip()
