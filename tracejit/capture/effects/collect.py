@@ -22,10 +22,7 @@ from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.effects.structure import Structure
 from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.python.references import (
-    LOOPED,
-    count,
-)
+from tracejit.capture.python.references import LOOPED, count
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Source, sources_of

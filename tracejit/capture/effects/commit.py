@@ -1,8 +1,7 @@
 """The Effects of a step as lines of Python: what a call does once its plan has run.
 
 In: a Captured step, and expressions of the plan's results and of the host results. Out: straight
-lines that set `returned`. They read `reals`, the outside tensors,
-`holders`, and `call` (a `Call`).
+lines that set `returned`. They read `reals`, the outside tensors, `holders`, and `call` (a `Call`).
 """
 
 from __future__ import annotations

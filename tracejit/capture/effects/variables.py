@@ -17,7 +17,8 @@ from types import CellType
 import torch
 
 from tracejit.capture.effects.effects import is_named
-from tracejit.capture.trace.scalars import is_traced, plain
+from tracejit.capture.python.leftovers import items_plain
+from tracejit.capture.trace.scalars import plain
 
 Holder = dict | list | deque | CellType
 APPEND = ...  # instead of a key
@@ -173,7 +174,7 @@ class Variables:
             except (LookupError, ValueError):
                 continue
             if _count(variable.holder) != held.count:  # its items have moved
-                _let_go(variable.holder)
+                items_plain(variable.holder)
             elif now is held.traced:
                 variable.set(held.before)
             elif held.traced is not held.before or not same(now, held.before):
@@ -190,15 +191,7 @@ class Variables:
             if _count(held.variable.holder) == held.count:
                 held.variable.set(held.before)
             else:
-                _let_go(held.variable.holder)
-
-
-def _let_go(holder: Holder) -> None:
-    """Make the runtime scalars that a holder has plain numbers."""
-    items = holder.items() if isinstance(holder, dict) else enumerate(holder)
-    for key, x in [*items]:
-        if is_traced(x):
-            holder[key] = plain(x)
+                items_plain(held.variable.holder)
 
 
 def _count(holder: Holder) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from types import CellType, FrameType
 
 from tracejit.capture.python.references import LOOPED, count
@@ -32,9 +32,9 @@ def make_plain(numbers: list[object]) -> None:
                 holder.clear()
                 holder.update(items)
             else:
-                _replace(holder, holder.items())
+                items_plain(holder)
         elif isinstance(holder, (list, deque)):
-            _replace(holder, enumerate(holder))
+            items_plain(holder)
         elif isinstance(holder, set):
             numbers_in_it = [x for x in holder if is_traced(x)]
             holder.difference_update(numbers_in_it)
@@ -42,10 +42,12 @@ def make_plain(numbers: list[object]) -> None:
         elif isinstance(holder, CellType):
             holder.cell_contents = plain(holder.cell_contents)
         elif isinstance(getattr(holder, "__dict__", None), dict):
-            _replace(holder.__dict__, holder.__dict__.items())
+            items_plain(holder.__dict__)
 
 
-def _replace(holder: object, items: Iterable[tuple]) -> None:
+def items_plain(holder: dict | list | deque) -> None:
+    """Put plain numbers in the place of runtime scalars among the items of a container."""
+    items = holder.items() if isinstance(holder, dict) else enumerate(holder)
     for key, x in [*items]:
         if is_traced(x):
             holder[key] = plain(x)

@@ -114,22 +114,6 @@ def _namespaces(start: Iterable[object]) -> Needed:
     return list(found.values())
 
 
-def _needs_beside(function: FunctionType) -> list[str]:
-    """What a function needs of its globals, where other code there allows it."""
-    namespace = function.__globals__
-    known = _beside.get(id(namespace))
-    if known is None or known[0] is not namespace or known[1] != len(namespace):
-        if len(_beside) >= _MANY:
-            _beside.clear()
-        uses = frozenset().union(*map(_uses, _codes_in(namespace)))
-        known = _beside[id(namespace)] = namespace, len(namespace), uses
-    own = _needs([function.__code__])
-    return [name for name in own if f"all of {name}" not in known[2]]
-
-
-_beside: dict[int, tuple[dict, int, frozenset[str]]] = {}
-
-
 def _own(x: object) -> Iterator[dict]:
     """The globals of a function, or of an object's classes."""
     if type(x) is FunctionType:
