@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -33,15 +32,14 @@ from tracejit.capture.proof.guards import Armed
 from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
 from tracejit.capture.python.garbage import uncollected
-from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
-from tracejit.errors import TracejitWarning
 from tracejit.fallback import Attempt, Fallback
 from tracejit.ir.graph import Graph
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
+from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import FAKES, start_early
@@ -52,8 +50,6 @@ UNSUPPORTED = ("eager", "raise")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
-_MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
-_MANY_RETRACES = 20  # or of failed guards, where these are more than the replays
 
 
 def compile(
@@ -171,8 +167,7 @@ class CompiledStep:
             self._last_run: Run | None = None
             self._resting: Tracer | None = None  # of the latest trace, to be used again
             self._prover = Prover(self._function, self.mode, MAX_PROGRAMS)
-            self._retraces: deque[str] = deque(maxlen=100)
-            self._warned: set[str] = set()
+            self._remarks = Remarks(self.__name__, self.stats)
             falls_back = self.on_unsupported == "eager" and self.mode != "replay"
             self._fallback = Fallback(self._function, self._bound_to) if falls_back else None
 
@@ -254,7 +249,7 @@ class CompiledStep:
     def explain_retraces(self) -> list[str]:
         """Why calls were not replayed although a replay was armed, the latest last: what changed,
         from what to what, and whether a plan was found or built."""
-        return list(self._retraces)
+        return list(self._remarks.retraces)
 
     # ---- calls
 
@@ -282,7 +277,7 @@ class CompiledStep:
             fallback = self._fallback
             if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
-                return self._function(*args, **kwargs)
+                return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
             with telling(self.__name__):
@@ -295,23 +290,32 @@ class CompiledStep:
         if fallback is None:
             return self._trace(args, kwargs, failed)
         attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
+        started = time.perf_counter()
         try:
             returned = self._trace(args, kwargs, failed, attempt)
         except Exception as error:
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
             fallback.served(attempt, args, kwargs, built=self.stats.compiles > compiles)
+            if self._only_reruns():
+                seconds = time.perf_counter() - started
+                fallback.reran(seconds, self._prover.why, args, kwargs, self._remarks.warn)
             return returned
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
-            self._warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said)
         self.stats.eager += 1
         stage("run")
         returned = self._function(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it
             fallback.disagreed(refusal, args, kwargs)
-            self._warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said)
         return returned
+
+    def _only_reruns(self) -> bool:
+        """Whether calls are rerun for good, and could as well run eagerly."""
+        settled = self.mode == "auto" and not self._replays and not self._prover.watching
+        return settled and self.observer is None and self._last.program.on_cpu
 
     def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:
         """A replay has found that Python would decide otherwise: try those behind it, then trace.
@@ -466,35 +470,16 @@ class CompiledStep:
         self.stats.cuts = len(captured.cuts)
 
     def _note(self, failed: str, *, built: bool) -> None:
-        """Keep why a call was not replayed, and warn of a step that keeps making plans."""
+        """Keep why a call was not replayed."""
         if failed:
             text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
-            self._retraces.append(text)
-            self.stats.retraces += 1
             self._programs.report(f"not replayed: {text}")
+            self._remarks.retraced(text)
         if built:
             self._prover.built()
-        often = self.stats.retraces >= _MANY_RETRACES and self.stats.retraces > self.stats.replays
-        varying = self._programs.varying
-        if varying or self.stats.compiles >= _MANY_PLANS or often:
-            last = "; ".join(list(self._retraces)[-3:]) or "its Python takes another path"
-            self._warn(
-                "plans",
-                varying
-                or f"has made {self.stats.compiles} plans and was traced again "
-                f"{self.stats.retraces} times because something that it reads changed. Latest "
-                f"causes: {last}. Pass what changes as a float argument or a tensor, and keep "
-                "shapes to a few sizes",
-            )
+        self._remarks.warn_of_many(self._programs.varying)
 
     def _warn_of_rerun(self) -> None:
         why, self._prover.warning = self._prover.warning, ""
         if why:
-            self._warn("rerun", f"reruns its Python on every call, which is slower: {why}")
-
-    def _warn(self, kind: str, what: str) -> None:
-        """Warn, once for each kind of warning."""
-        if kind not in self._warned:
-            self._warned.add(kind)
-            text = f"tracejit: {self.__name__} {what}."
-            location.warn(text, TracejitWarning)
+            self._remarks.warn("rerun", f"reruns its Python on every call, which is slower: {why}")

@@ -10,6 +10,7 @@ step may be one that can be compiled. The same is done where every trace makes a
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
@@ -30,6 +31,7 @@ from tracejit.errors import (
     ShapeError,
     TracejitError,
 )
+from tracejit.weighing import Weighing
 
 # eager raises these too, or they are not about the step
 _OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)
@@ -126,11 +128,12 @@ class Refusal:
 class _Rest:
     """How long calls of one kind stay in eager."""
 
-    __slots__ = ("left", "next")
+    __slots__ = ("left", "next", "weighing")
 
     def __init__(self) -> None:
         self.left = 0  # calls until one is traced again
         self.next = 1  # that many after the next refusal
+        self.weighing = Weighing()
 
 
 class Fallback:
@@ -139,6 +142,7 @@ class Fallback:
     Calls are of a kind if their arguments agree in types, shapes and dtypes, and grad mode and the
     modules' training flags are the same. After a refusal 1, 2, 4, … and at last 1024 calls of the
     kind run eagerly before one is traced again; a trace that is not refused halves that number.
+    Calls that are only ever rerun are weighed against eager ones (`weighing.py`).
     """
 
     def __init__(self, function: FunctionType, bound_to: tuple):
@@ -148,6 +152,7 @@ class Fallback:
         self.known: Known | None = None  # what the latest trace could reach
         self._built = 0  # traces in a row that made a plan
         self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
+        self._timed: _Rest | None = None  # of the call that is to be timed
         self._networks: list[dict] = []
 
     def eager_at_once(self, args: tuple, kwargs: dict) -> bool:
@@ -158,7 +163,39 @@ class Fallback:
         if rest is None or rest.left <= 0:
             return False
         rest.left -= 1
+        self._timed = rest if rest.weighing.wants_eager else None
         return True
+
+    def eagerly(self, args: tuple, kwargs: dict, warn: Callable[[str, str], None]) -> object:
+        """Run a call that is run eagerly at once. `warn` is told of a step that is faster so."""
+        rest, self._timed = self._timed, None
+        if rest is None:
+            return self.function(*args, **kwargs)
+        started = time.perf_counter()
+        returned = self.function(*args, **kwargs)
+        rest.weighing.ran_eagerly(time.perf_counter() - started)
+        self._settle(rest, warn)
+        return returned
+
+    def reran(
+        self,
+        seconds: float,
+        why: str,
+        args: tuple,
+        kwargs: dict,
+        warn: Callable[[str, str], None],
+    ) -> None:
+        """A call was rerun, as all of its kind are, because of `why`."""
+        rest = self._rest(args, kwargs)
+        rest.weighing.reran(seconds, why)
+        self._settle(rest, warn)
+
+    def _settle(self, rest: _Rest, warn: Callable[[str, str], None]) -> None:
+        """Let calls of a kind run eagerly, to be timed or because they are faster so."""
+        rest.left = rest.weighing.eager_calls()
+        if rest.weighing.verdict:
+            self.why = self.ever = rest.weighing.verdict
+            warn("slow trace", f"runs eagerly: {self.why}")
 
     def attempt(self, args: tuple, kwargs: dict) -> Attempt:
         """A trace may begin."""

@@ -30,6 +30,7 @@ class Program:
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         device = getattr(self.loaded, "device", None)  # of a GPU
+        self.on_cpu = device is None
         self._outputs = memory.outputs(outputs, device)
         position = {b.name: i for i, b in enumerate(outputs)}
         self._results = [position[name] for name in plan.results]
