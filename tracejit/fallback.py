@@ -45,7 +45,7 @@ _EACH_BUILDS = (
     "each trace makes another plan, which costs far more than the step: its Python takes another "
     "path on every call, or computes with numbers that are part of the plan"
 )
-_grad_enabled = torch.is_grad_enabled
+_grad_enabled, _Tensor = torch.is_grad_enabled, torch.Tensor
 
 
 class Attempt:
@@ -152,6 +152,7 @@ class Fallback:
         self.known: Known | None = None  # what the latest trace could reach
         self._built = 0  # traces in a row that made a plan
         self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
+        self._latest: tuple[tuple, _Rest | None] = (), None  # the kind of the latest call
         self._timed: _Rest | None = None  # of the call that is to be timed
         self._networks: list[dict] = []
 
@@ -250,15 +251,25 @@ class Fallback:
         kind = self._kind(args, kwargs)
         if kind not in self._rests and len(self._rests) >= _KINDS:
             kind = None  # all others together
+        self._latest = (), None
         return self._rests.setdefault(kind, _Rest())
 
     def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:
         """That of calls of this kind, if one was refused."""
-        rest = self._rests.get(self._kind(args, kwargs))
+        kind = self._kind(args, kwargs)
+        latest, rest = self._latest
+        if kind != latest:  # else there is no need to hash shapes
+            rest = self._rests.get(kind)
+            self._latest = kind, rest
         return self._rests.get(None) if rest is None else rest
 
     def _kind(self, args: tuple, kwargs: dict) -> tuple:
-        parts = [_grad_enabled(), *map(_part, args)]
+        parts = [_grad_enabled()]
+        for x in args:  # written out, since eager calls wait for it
+            if type(x) is _Tensor:
+                parts += (x.shape, x.dtype)
+            else:
+                parts.append(_part(x))
         for network in self._networks:
             parts.append(network["training"])
         for name, x in kwargs.items():
@@ -275,7 +286,7 @@ class Fallback:
 
 def _part(x: object) -> object:
     """What of an argument tells kinds of calls apart."""
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, _Tensor):
         return x.shape, x.dtype
     return x if x is None or x is True or x is False else type(x)
 
