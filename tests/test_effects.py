@@ -112,6 +112,7 @@ def test_text_in_text_out():
   made 1 = real 2
   made 2 = host 0 () strides () offset 0
   made 3 = view 0 (64,) strides (10,) offset 3
+  made 4 = alias 2 (64,) strides (1,) offset h1
   node 0 inputs (('real', 0),) saved (('output', 1),) hosts (0,) {
     step_backward(%0: f32[2], %1: f32[2]) {
       %2: f32[2] = mul(%0, %1)

@@ -242,7 +242,7 @@ def powers_of_integers(w):
     return step
 
 
-@state("rerun", says="")
+@state()
 def counter_as_an_index(w):
     w.n, w.table = 0, torch.arange(20.0)
 

@@ -15,6 +15,7 @@ from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, cut
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
+    HostSlot,
     Made,
     is_named,
 )
@@ -86,7 +87,10 @@ class Collector(Structure):
                 remedy="Return x[i].clone() instead",
             )
         leaf = h.requires_grad_leaf
-        geometry = (h.shape, h.strides, h.offset, self.t.requires_grad(h), leaf)
+        offset = h.offset
+        if is_traced(offset):
+            offset = HostSlot(self.host_result(offset))
+        geometry = (h.shape, h.strides, offset, self.t.requires_grad(h), leaf)
         if storage.real is not None:
             return Made("alias", self.real(storage.real), *geometry)
         if self.on_host(storage):

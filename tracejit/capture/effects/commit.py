@@ -203,7 +203,7 @@ class _Lines:
             lines.append(f"m{node.made} = attach({plain}, {', '.join(listed)}, run{k})")
         for i, m in enumerate(effects.made):
             if m.kind in ("view", "part"):
-                view = f"as_strided({m.shape}, {m.strides}, {m.offset})"
+                view = self._view(m)
                 view += ".unsqueeze(0).unbind()[0]" * (m.kind == "part")
                 self._with_grad(f"m{i} = m{m.index}.{view}")
 
@@ -216,10 +216,14 @@ class _Lines:
         self.names["enable_grad"] = torch.enable_grad
         self.lines.append(line if self.grad_on else f"with enable_grad(): {line}")
 
+    def _view(self, m: Made) -> str:
+        offset = self.host[m.offset.index] if isinstance(m.offset, HostSlot) else m.offset
+        return f"as_strided({m.shape}, {m.strides}, {offset})"
+
     def _tensor(self, m: Made) -> str:
         if m.kind == "real":
             return f"reals[{m.index}]"
-        view = f"as_strided({m.shape}, {m.strides}, {m.offset})"
+        view = self._view(m)
         if m.kind == "alias":
             return f"reals[{m.index}].detach().{view}"
         if m.kind == "host":

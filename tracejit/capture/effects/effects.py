@@ -37,7 +37,7 @@ class Made:
     index: int
     shape: Ints = ()
     strides: Ints = ()
-    offset: int = 0
+    offset: int | HostSlot = 0
     requires_grad: bool = False
     is_leaf: bool = False
 
@@ -205,7 +205,8 @@ def _made(m: Made) -> str:
     if m.kind == "real":
         return f"real {m.index}"
     marks = " requires_grad" * m.requires_grad + " leaf" * m.is_leaf
-    return f"{m.kind} {m.index} {m.shape} strides {m.strides} offset {m.offset}{marks}"
+    offset = f"h{m.offset.index}" if isinstance(m.offset, HostSlot) else m.offset
+    return f"{m.kind} {m.index} {m.shape} strides {m.strides} offset {offset}{marks}"
 
 
 def _expression(tree: Tree) -> str:

@@ -29,7 +29,8 @@ from tracejit.ir.types import DTYPES, HOST_SCALAR
 
 _TUPLE = r"(\([^()]*\))"
 _MADE = re.compile(
-    rf"made \d+ = (\w+) (\d+)(?: {_TUPLE} strides {_TUPLE} offset (\d+)( requires_grad)?( leaf)?)?"
+    rf"made \d+ = (\w+) (\d+)"
+    rf"(?: {_TUPLE} strides {_TUPLE} offset (h?\d+)( requires_grad)?( leaf)?)?"
 )
 _NODE = re.compile(r"node (\d+) inputs (\(.*\)) saved (\(.*\)) hosts (\(.*\)) \{")
 _PAIRS = {
@@ -118,7 +119,8 @@ def _made(m: re.Match[str]) -> Made:
     if m[3] is None:
         return Made(kind, index)
     shape, strides = ast.literal_eval(m[3]), ast.literal_eval(m[4])
-    return Made(kind, index, shape, strides, int(m[5]), m[6] is not None, m[7] is not None)
+    offset = HostSlot(int(m[5][1:])) if m[5].startswith("h") else int(m[5])
+    return Made(kind, index, shape, strides, offset, m[6] is not None, m[7] is not None)
 
 
 def _arg(text: str) -> Arg:

@@ -22,9 +22,9 @@ from tracejit.capture.trace.tensor import (
     Storage,
     Version,
     broadcast_shape,
-    put_through,
 )
 from tracejit.capture.trace.trace import Trace
+from tracejit.capture.trace.views import put_through
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import contiguous_strides
@@ -220,7 +220,7 @@ def _with_history(t: Trace, out: Tensor, value: Value, is_input: bool, reason: s
     storage, steps = h.storage, h.steps
     with t.untaped():
         base = t.stripped(storage)
-    family = Family(storage, put_through(t.b, base, steps, value), storage.writes)
+    family = Family(storage, put_through(t, base, steps, value), storage.writes)
     if is_input or steps:
         t.sealed[family] = reason
     if is_input:

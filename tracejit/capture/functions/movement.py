@@ -19,6 +19,8 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.selection import masked_fill
 from tracejit.capture.functions.writes import copy_, fill_
 from tracejit.capture.trace import location
+from tracejit.capture.trace.integers import difference
+from tracejit.capture.trace.scalars import TracedInt, is_runtime, pinned, plain
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import (
     Handle,
@@ -29,8 +31,9 @@ from tracejit.capture.trace.tensor import (
     is_dense,
 )
 from tracejit.capture.trace.trace import Trace
+from tracejit.capture.trace.views import window
 from tracejit.errors import AxisError
-from tracejit.ir.types import b1, contiguous_strides
+from tracejit.ir.types import b1, contiguous_strides, i64
 
 Tensor = torch.Tensor
 
@@ -291,32 +294,47 @@ def _sliced(t: Trace, h: Handle, axis: int, start: int, stop: int, step: int) ->
     return t.view(h, steps, shape, strides, offset).handle
 
 
+def _windowed(t: Trace, h: Handle, axis: int, start: TracedInt, size: int) -> Handle:
+    """`size` elements from a place on that is a runtime scalar, which is inside."""
+    shape = tuple(size if i == axis else m for i, m in enumerate(h.shape))
+    at = t.b.full(start.value, shape=(), dtype=i64, device=h.device)
+    offset = h.offset + start * h.strides[axis]
+    return t.view(h, (window(axis, size, at),), shape, h.strides, offset).handle
+
+
 def _selected(t: Trace, h: Handle, axis: int, index: int) -> Handle:
     n = h.shape[axis]
-    if not -n <= index < n:
+    counted = index + n if index < 0 else index  # decisions, if it is a runtime scalar
+    if counted < 0 or counted >= n:
         raise AxisError(
             where=location.full(),
-            reason=f"index {index} is out of bounds for dimension {axis} with size {n}",
+            reason=f"index {plain(index)} is out of bounds for dimension {axis} with size {n}",
         )
-    h = _sliced(t, h, axis, index % n, index % n + 1, 1)
+    if is_runtime(counted):
+        h = _windowed(t, h, axis, counted, 1)
+    else:
+        h = _sliced(t, h, axis, counted, counted + 1, 1)
     shape, strides = h.shape[:axis] + h.shape[axis + 1 :], h.strides[:axis] + h.strides[axis + 1 :]
     return _reshaped(t, h, shape, strides).handle
 
 
 def select(t: Trace, input: Tensor, dim: int, index: int) -> Tensor:
     h = t.lift(input)
-    return _selected(t, h, normal_axis(t, dim, len(h.shape)), int(index)).tensor
+    return _selected(t, h, normal_axis(t, dim, len(h.shape)), as_int(index)).tensor
 
 
 def narrow(t: Trace, input: Tensor, dim: int, start: int, length: int) -> Tensor:
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
-    start = int(start) + (h.shape[axis] if start < 0 else 0)
-    if start < 0 or length < 0 or start + length > h.shape[axis]:
+    start, length, extent = as_int(start), int(length), h.shape[axis]
+    start = start + extent if start < 0 else start
+    if length < 0 or start < 0 or start > extent - length:
         raise t.shape_error(
-            f"start ({start}) + length ({length}) exceeds dimension size ({h.shape[axis]})"
+            f"start ({plain(start)}) + length ({length}) exceeds dimension size ({extent})"
         )
-    return _sliced(t, h, axis, start, start + int(length), 1).tensor
+    if is_runtime(start):
+        return _windowed(t, h, axis, start, length).tensor
+    return _sliced(t, h, axis, start, start + length, 1).tensor
 
 
 def basic_index(t: Trace, h: Handle, index: object) -> Handle:
@@ -340,15 +358,37 @@ def basic_index(t: Trace, h: Handle, index: object) -> Handle:
         elif isinstance(item, slice):
             if any(isinstance(v, Tensor) for v in (item.start, item.stop, item.step)):
                 raise t.unsupported("A slice bound that is a tensor depends on values")
-            if item.step is not None and item.step <= 0:
+            step = None if item.step is None else int(item.step)
+            if step is not None and step <= 0:
                 raise ValueError("step must be greater than zero")
-            start, stop, step = item.indices(h.shape[axis])
+            size = _fixed_size(t, item, h.shape[axis])
+            if size is not None:
+                h, item = _windowed(t, h, axis, item.start, size), slice(None, None, step)
+            start, stop, step = slice(*map(pinned, (item.start, item.stop, step))).indices(
+                h.shape[axis]
+            )
             if (start, stop, step) != (0, h.shape[axis], 1):
                 h = _sliced(t, h, axis, start, max(start, stop), step)
             axis += 1
         else:
-            h = _selected(t, h, axis, int(item))
+            h = _selected(t, h, axis, as_int(item))
     return h
+
+
+def as_int(x: object) -> int:
+    """An index as an int; a runtime scalar as it is."""
+    return x if is_runtime(x) else int(x)
+
+
+def _fixed_size(t: Trace, item: slice, extent: int) -> int | None:
+    """How many elements lie between two bounds that are runtime scalars, if that is the same
+    whatever they are, and all are there; else None."""
+    if not (is_runtime(item.start) and is_runtime(item.stop)):
+        return None
+    size = difference(t, item.stop, item.start)
+    if size is None or size <= 0 or item.start < 0 or item.stop > extent:
+        return None
+    return size
 
 
 def mask_of(t: Trace, index: object) -> Tensor | None:

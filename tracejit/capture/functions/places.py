@@ -12,6 +12,7 @@ from tracejit.capture.functions import movement
 from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.scalars import TracedInt
 from tracejit.capture.trace.tensor import TracedTensor, is_contiguous
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -24,7 +25,7 @@ def is_place(t: Trace, index: object) -> bool:
     """Whether an index consists of ints and integer tensors of no axes."""
     items = index if isinstance(index, tuple) else (index,)
     return all(
-        type(x) is int
+        type(x) in (int, TracedInt)
         or (isinstance(x, Tensor) and not t.lift(x).shape and t.lift(x).dtype in (i64, i32))
         for x in items
     )
@@ -40,7 +41,8 @@ def at_place(t: Trace, input: Tensor, index: object) -> Tensor:
         )
     out = input
     for item in items:
-        out = movement.getitem(t, out, item) if type(item) is int else _taken(t, out, item)
+        plain = not isinstance(item, Tensor)
+        out = movement.getitem(t, out, item) if plain else _taken(t, out, item)
     return out
 
 

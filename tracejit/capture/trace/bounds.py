@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace.ranges import interval, limits
+from tracejit.capture.trace.scalars import is_traced
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Value
@@ -98,7 +99,8 @@ def within(
     real = storage.real
     if handle.device != "cpu":
         return
-    if real is not None and storage.value is storage.param:
+    moves = is_traced(handle.offset)
+    if real is not None and storage.value is storage.param and not moves:
         index = t.inputs.position(real)
         offset = handle.offset - t.inputs.handles[index].offset
         geometry = index, handle.shape, handle.strides, offset

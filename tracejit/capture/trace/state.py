@@ -13,7 +13,7 @@ import torch
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from tracejit.autodiff import Entry, Tape
+from tracejit.autodiff import Entry, Tape, Vjp
 from tracejit.capture.trace import location
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Scalars, plain
@@ -115,6 +115,9 @@ class TraceState:
         self.backward: Backward | None = None  # in progress
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        # host values as sums, and the first of those that are computed alike: see integers.py
+        self.sums: dict[Value, tuple[dict[Value, int], float]] = {}
+        self.alike: dict[tuple, Value] = {}
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
         self.hosted: dict[Value, float | None] = {}
@@ -149,6 +152,12 @@ class TraceState:
     def untaped(self) -> object:
         """Emit without recording on the tape."""
         return self.taped(False)
+
+    def derive(self, name: str, inputs: tuple[Value, ...], output: Value, vjp: Vjp) -> Value:
+        """Give `output`, emitted untaped, its own derivative formula; returns it."""
+        if self.grad_on:
+            self.tape.add(Entry(inputs, (output,), vjp, name))
+        return output
 
     @contextmanager
     def resumed(self) -> Iterator[None]:

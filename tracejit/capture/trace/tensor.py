@@ -15,14 +15,15 @@ import torch
 
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
+from tracejit.capture.trace.scalars import plain
 from tracejit.errors import LeakedTracer
 from tracejit.ir import types
-from tracejit.ir.graph import Builder, Value
+from tracejit.ir.graph import Value
 from tracejit.ir.torch_types import TO_IR as TO_IR
 from tracejit.ir.torch_types import TO_TORCH as TO_TORCH
 from tracejit.ir.types import DType
 
-Step = tuple[str, tuple[tuple[str, object], ...]]  # one movement primitive and its attributes
+Step = tuple[str, tuple[tuple[str, object], ...]]  # of a view chain, with its attributes: views.py
 Ints = tuple[int, ...]
 Geometry = tuple[Ints, Ints, int, DType, str]  # shape, strides, offset, dtype, device
 
@@ -67,7 +68,7 @@ class Handle:
     steps: tuple[Step, ...]
     shape: Ints
     strides: Ints
-    offset: int
+    offset: int  # a runtime scalar where it depends on one
     dtype: DType
     device: str
     version: Version
@@ -97,7 +98,7 @@ class Handle:
 
     @property
     def geometry(self) -> Geometry:
-        return self.shape, self.strides, self.offset, self.dtype, self.device
+        return self.shape, self.strides, plain(self.offset), self.dtype, self.device
 
     @property
     def is_contiguous(self) -> bool:
@@ -184,43 +185,6 @@ def is_dense(shape: Ints, strides: Ints) -> bool:
             return False
         step *= size
     return True
-
-
-def apply_steps(b: Builder, value: Value, steps: tuple[Step, ...]) -> Value:
-    """Follow a view chain from a storage's value."""
-    for name, attrs in steps:
-        value = getattr(b, name)(value, **dict(attrs))
-    return value
-
-
-def put_through(b: Builder, base: Value, steps: tuple[Step, ...], new: Value) -> Value:
-    """The base's value after `new` was written through a view chain."""
-    if not steps:
-        return new
-    (name, attrs), rest = steps[0], steps[1:]
-    attrs = dict(attrs)
-    if rest:
-        new = put_through(b, getattr(b, name)(base, **attrs), rest, new)
-    shape = base.type.shape
-    if name == "reshape":
-        return b.reshape(new, shape=shape)
-    if name == "permute":
-        axes = attrs["axes"]
-        return b.permute(new, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__)))
-    assert name == "slice", name  # writes through expand are refused before
-    starts, steps_ = attrs["starts"], attrs["steps"]
-    if new.type.shape == shape:
-        return new
-    rows = list(zip(shape, starts, new.type.shape, steps_, strict=True))
-    ends = [lo + (n - 1) * st + 1 if n else lo for _, lo, n, st in rows]
-    pads = {
-        "low": starts,
-        "high": tuple(size - end for (size, *_), end in zip(rows, ends, strict=True)),
-        "interior": tuple(st - 1 for st in steps_),
-    }
-    inside = b.full(True, shape=new.type.shape, dtype=types.b1, device=new.type.device)
-    inside = b.pad(inside, **pads, value=False)
-    return b.where(inside, b.pad(new, **pads, value=0), base)
 
 
 def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-from tracejit.autodiff import Entry, Vjp, zeros
+from tracejit.autodiff import Entry, zeros
 from tracejit.capture.trace import location
 from tracejit.capture.trace.inputs import lift_input
 from tracejit.capture.trace.integers import settled
@@ -30,9 +30,8 @@ from tracejit.capture.trace.tensor import (
     Storage,
     TracedTensor,
     Version,
-    apply_steps,
-    put_through,
 )
+from tracejit.capture.trace.views import apply_steps, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
 from tracejit.ir.types import contiguous_strides
@@ -160,12 +159,6 @@ class Trace(TraceState):
                 entry.saved = (entry.saved or ()) + values
         return out
 
-    def derive(self, name: str, inputs: tuple[Value, ...], output: Value, vjp: Vjp) -> Value:
-        """Give `output`, emitted untaped, its own derivative formula; returns it."""
-        if self.grad_on:
-            self.tape.add(Entry(inputs, (output,), vjp, name))
-        return output
-
     def unread(self, new: Value, old: Value) -> Value:
         """`new`, as a value that depends on `old` too, with derivative zero: it replaced `old`."""
         with self.untaped():
@@ -206,7 +199,7 @@ class Trace(TraceState):
         elif handle.memo is not None and handle.memo[:2] == key:
             value = handle.memo[2]
         else:
-            value = apply_steps(self.b, base, handle.steps)
+            value = apply_steps(self, base, handle.steps)
             handle.memo = (*key, value)
         if value not in self.origin:
             self._note(value, handle)
@@ -294,7 +287,7 @@ class Trace(TraceState):
         """Overwrite a tensor in place with a value of its shape and dtype."""
         check_write(self, handle, value)
         family, storage = handle.family, handle.storage
-        new = put_through(self.b, self.base(family), handle.steps, value)
+        new = put_through(self, self.base(family), handle.steps, value)
         if new in self.origin:
             new = self.b.alias(new)
         old, tracked = family.value, family.value in self.tape.tracked

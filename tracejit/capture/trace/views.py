@@ -1,0 +1,112 @@
+"""View chains: how a tensor's value is read from its storage's, and written back to it.
+
+A step is a movement primitive and its attributes, or a *window*: the elements of an axis from a
+place on that is known only when the plan runs, as in `buffer[self.n]`. In: the storage's value and
+the steps. Out: the value of the view; or, once the view was written to, the storage's new value.
+"""
+
+from __future__ import annotations
+
+from tracejit.capture.trace.state import TraceState
+from tracejit.capture.trace.tensor import Step
+from tracejit.ir import types
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.types import i64
+
+WINDOW = "window"
+
+
+def window(axis: int, size: int, at: Value) -> Step:
+    """`size` elements of an axis from the place `at` on, an i64 of no axes; all are inside."""
+    return WINDOW, (("axis", axis), ("size", size), ("at", at))
+
+
+def apply_steps(t: TraceState, value: Value, steps: tuple[Step, ...]) -> Value:
+    """Follow a view chain from a storage's value."""
+    for name, attrs in steps:
+        if name == WINDOW:
+            value = _read(t, value, **dict(attrs))
+        else:
+            value = getattr(t.b, name)(value, **dict(attrs))
+    return value
+
+
+def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value) -> Value:
+    """The base's value after `new` was written through a view chain."""
+    if not steps:
+        return new
+    (name, attrs), rest = steps[0], steps[1:]
+    attrs = dict(attrs)
+    if rest:
+        new = put_through(t, apply_steps(t, base, steps[:1]), rest, new)
+    b, shape = t.b, base.type.shape
+    if name == WINDOW:
+        return _write(t, base, new, **attrs)
+    if name == "reshape":
+        return b.reshape(new, shape=shape)
+    if name == "permute":
+        axes = attrs["axes"]
+        return b.permute(new, axes=tuple(sorted(range(len(axes)), key=axes.__getitem__)))
+    assert name == "slice", name  # writes through expand are refused before
+    starts, steps_ = attrs["starts"], attrs["steps"]
+    if new.type.shape == shape:
+        return new
+    rows = list(zip(shape, starts, new.type.shape, steps_, strict=True))
+    ends = [lo + (n - 1) * st + 1 if n else lo for _, lo, n, st in rows]
+    pads = {
+        "low": starts,
+        "high": tuple(size - end for (size, *_), end in zip(rows, ends, strict=True)),
+        "interior": tuple(st - 1 for st in steps_),
+    }
+    inside = b.full(True, shape=new.type.shape, dtype=types.b1, device=new.type.device)
+    inside = b.pad(inside, **pads, value=False)
+    return b.where(inside, b.pad(new, **pads, value=0), base)
+
+
+def _read(t: TraceState, x: Value, *, axis: int, size: int, at: Value) -> Value:
+    """The elements in a window."""
+    with t.untaped():
+        out = _taken(t.b, x, axis, size, at)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        inside, rows = _spread(b, cts[0], axis, x.type.shape[axis], at)
+        return (b.where(inside, rows, 0.0),)
+
+    return t.derive(WINDOW, (x,), out, vjp)
+
+
+def _write(t: TraceState, x: Value, new: Value, *, axis: int, size: int, at: Value) -> Value:
+    """`x` with other elements in a window."""
+    with t.untaped():
+        inside, rows = _spread(t.b, new, axis, x.type.shape[axis], at)
+        out = t.b.where(inside, rows, x)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        (g,) = cts
+        return (
+            b.where(inside, 0.0, g) if need[0] else None,
+            _taken(b, g, axis, size, at) if need[1] else None,
+        )
+
+    return t.derive("copy_", (x, new), out, vjp)
+
+
+def _taken(b: Builder, x: Value, axis: int, size: int, at: Value) -> Value:
+    shape = tuple(size if k == axis else n for k, n in enumerate(x.type.shape))
+    index = b.expand(b.reshape(at, shape=(1,) * len(shape)), shape=shape)
+    if size != 1:
+        index = b.add(index, b.iota(axis=axis, shape=shape, dtype=i64, device=x.type.device))
+    return b.gather(x, index, axis=axis)
+
+
+def _spread(b: Builder, x: Value, axis: int, extent: int, at: Value) -> tuple[Value, Value]:
+    """The elements of a window over all places of its axis, and which of these are inside it."""
+    size, device = x.type.shape[axis], x.type.device
+    shape = tuple(extent if k == axis else n for k, n in enumerate(x.type.shape))
+    place = b.iota(axis=axis, shape=shape, dtype=i64, device=device)
+    at = b.expand(b.reshape(at, shape=(1,) * len(shape)), shape=shape)
+    if size == 1:
+        return b.eq(place, at), b.expand(x, shape=shape)
+    place = b.sub(place, at)
+    inside = b.and_(b.ge(place, 0), b.lt(place, size))
+    return inside, b.gather(x, place, axis=axis)
