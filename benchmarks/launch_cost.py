@@ -4,8 +4,9 @@
 
 Kernels are launched on a device that does nothing: streams and events are stubs, and the launcher
 takes its arguments and returns. Reported are the launches of each step, the Python of each launch
-(the generated function that launches them all, over their number), the guard, and the whole call
-where nothing changed, and where a learning rate did. Medians, in microseconds.
+(what launches them all, over their number), what it takes to launch them as one graph, the guard,
+and the whole call where nothing changed, and where a learning rate did, with graphs and without.
+Medians, in microseconds.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ from tracejit.runtime.triton_executor import TritonExecutor
 
 BACKEND = "fake:still"
 LAUNCH_GOAL = 1.0  # µs of Python for each launch
+GRAPH_GOAL = 5.0  # µs of Python for a whole graph
 ADAM_GOAL = 100.0  # µs of a whole call of Adam over 200 tensors
 
 
@@ -56,6 +59,14 @@ class StillDevice:
         return torch.empty_strided(shape, strides, dtype=dtype)
 
     def upload(self, target: torch.Tensor, source: torch.Tensor) -> None: ...
+
+    def duplicate(self, target: torch.Tensor, address: int) -> None: ...
+
+    aside = entered
+
+    def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
+        give()
+        return self._launch
 
     def event(self) -> StillDevice:
         return self
@@ -120,34 +131,64 @@ CASES: dict[str, Callable[[], tuple]] = {
 
 
 def costs(make: Callable[[], tuple], rounds: int = 9, calls: int = 200) -> dict[str, float]:
-    """Of one step."""
+    """Of one step, launched kernel by kernel and as a graph."""
+    return _costs(make, rounds, calls, "0") | _costs(make, rounds, calls, "1")
+
+
+def _costs(make: Callable[[], tuple], rounds: int, calls: int, graphs: str) -> dict[str, float]:
+    before = os.environ.get("TRACEJIT_GRAPHS", "1")
+    os.environ["TRACEJIT_GRAPHS"] = graphs
+    found: dict[str, float] = {}
     with still() as device:
         plain, group = make()
-        step = tracejit.compile(plain, backend=BACKEND, on_unsupported="raise")
-        for _ in range(6):
+        step = tracejit.compile(
+            plain, backend=BACKEND, on_unsupported="raise", require_graph=graphs == "1"
+        )
+        for _ in range(10):
             step()
         assert step.stats.replays >= 2, step.explain_mode()
-        names = step._replays[0].run.function.__globals__
-        launch, given = names["aligned"], []
-        names["aligned"] = lambda *arguments: given.append(arguments)
-        step()
-        names["aligned"] = launch
+        given = _given(step)
         device.launches = 0
         step()
-        count = device.launches
-        found = {"launches": count}
-        found["launch"] = microseconds(lambda: launch(*given[0]), rounds, calls) / count
-        guard = step._replays[0].guard
-        found["guard"] = microseconds(lambda: guard((), {}), rounds, calls)
-        found["call"] = microseconds(step, rounds, calls)
+        count, name = device.launches, ""
+        run = microseconds(lambda: given[0](*given[1:]), rounds, calls)
+        if graphs == "1":
+            assert count == 1, "not one graph"
+            found["graph"], name = run, " in a graph"
+        else:
+            guard = step._replays[0].guard
+            found |= {"launches": count, "launch": run / count}
+            found["guard"] = microseconds(lambda: guard((), {}), rounds, calls)
+        found[f"call{name}"] = microseconds(step, rounds, calls)
         if group is not None:
 
             def changed() -> None:
                 group["lr"] += 1e-9
                 step()
 
-            found["changed"] = microseconds(changed, rounds, calls)
-        return found
+            found[f"changed{name}"] = microseconds(changed, rounds, calls)
+    os.environ["TRACEJIT_GRAPHS"] = before
+    return found
+
+
+def _given(step: Callable) -> tuple:
+    """What a replay launches with: the function, and its arguments."""
+    names, given = step._replays[0].run.function.__globals__, []
+    fitting = names["fitting"]
+
+    def fitted(near: tuple) -> Callable:
+        launch = fitting(near)
+
+        def launcher(*arguments: object) -> Callable:
+            given[:] = launch(*arguments), *arguments
+            return given[0]
+
+        return launcher
+
+    names["fitting"] = fitted
+    step()
+    names["fitting"] = fitting
+    return (*given,)
 
 
 def main() -> None:
@@ -156,11 +197,14 @@ def main() -> None:
     options = parser.parse_args()
     found = {name: costs(make) for name, make in CASES.items()}
     for name, x in found.items():
-        changed = f", with another rate {x['changed']:.1f}" if "changed" in x else ""
         print(
             f"{name:22} {x['launches']:3d} launches of {x['launch']:.2f} µs (goal "
-            f"{LAUNCH_GOAL:.0f}), guard {x['guard']:.1f}, whole call {x['call']:.1f}{changed}"
+            f"{LAUNCH_GOAL:.0f}), one graph {x['graph']:.2f} (goal {GRAPH_GOAL:.0f}), guard "
+            f"{x['guard']:.1f}"
         )
+        for how in ("", " in a graph"):
+            changed = f", with another rate {x['changed' + how]:.1f}" if "changed" in x else ""
+            print(f"    whole call{how} {x['call' + how]:.1f}{changed}")
     print(f"the goal of Adam over 200 tensors is {ADAM_GOAL:.0f} µs for the whole call")
     if options.json:
         figures = {

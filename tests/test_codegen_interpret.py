@@ -19,7 +19,7 @@ from tracejit.ir.interp import evaluate
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import Type, f32
-from tracejit.runtime import triton_executor
+from tracejit.runtime import triton_executor, triton_source
 from tracejit.runtime.interpreter import OutOfBoundsAccess
 from tracejit.runtime.triton_executor import COUNTERS, TritonExecutor
 from tracejit.schedule import schedule
@@ -301,7 +301,7 @@ def test_sources_are_files_and_may_vanish():
     graph = parse("f(%0: f32[9]) {\n%1: f32[9] = sqrt(%0)\nreturn %1\n}")
     _, _, loaded = run(graph, fill(graph))
     (source,) = loaded.sources
-    paths = list((triton_executor.DISK.root / "triton").glob("*.py"))
+    paths = list((triton_source.DISK.root / "triton").glob("*.py"))
     (path,) = [path for path in paths if source.text in path.read_text()]
     path.unlink()
     run(graph, fill(graph))

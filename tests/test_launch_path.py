@@ -27,7 +27,8 @@ SMALL = PROGRAMS["2 zero_"].small
 
 
 @pytest.fixture
-def device() -> Iterator[FakeDevice]:
+def device(monkeypatch) -> Iterator[FakeDevice]:
+    monkeypatch.setenv("TRACEJIT_GRAPHS", "0")  # test_graphs.py has those
     with fake_device(compiled=False) as found:
         yield found
 

@@ -60,6 +60,7 @@ def compile(
     fuse: bool = True,
     keep_grads: bool = True,
     on_unsupported: str | None = None,
+    require_graph: bool = False,
 ) -> Callable:
     """Compile a training step.
 
@@ -82,9 +83,11 @@ def compile(
               tried again. `print` may be seen twice. CannotFallBack is raised, once, where that
               call has done before what must not be done twice: it has written to a file, or used up
               a generator. "raise" raises the refusal; so does mode="replay".
+    require_graph:  True raises GraphError where a plan cannot become a CUDA graph; else its kernels
+              are launched one by one, with a warning if a capture has failed.
     """
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
-    options = (mode, backend, fuse, keep_grads, on_unsupported)
+    options = (mode, backend, fuse, keep_grads, on_unsupported, require_graph)
     chosen = {"mode": (mode, MODES), "backend": (backend, (*BACKENDS, *FAKES))}
     for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
         if x not in known:
@@ -98,15 +101,7 @@ class CompiledStep:
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
-    def __init__(
-        self,
-        step: Callable,
-        mode: str,
-        backend: str,
-        fuse: bool,
-        keep_grads: bool,
-        on_unsupported: str,
-    ):
+    def __init__(self, step: Callable, *options: object):  # those of `compile`, in order
         functools.update_wrapper(self, step)
         self._step = step
         self._function, self._bound_to = unwrap(step)
@@ -114,8 +109,9 @@ class CompiledStep:
             raise TypeError(
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
-        self.mode, self.backend, self.fuse, self.keep_grads = mode, backend, fuse, keep_grads
-        self.on_unsupported = on_unsupported
+        self._options = options
+        self.mode, self.backend, self.fuse, self.keep_grads, *others = options
+        self.on_unsupported, self.require_graph = others
         self._hooks = Hooks()
         self._lock = threading.RLock()
         self._own: frozenset[str] = frozenset()
@@ -148,17 +144,15 @@ class CompiledStep:
         """Copied and pickled like the step itself, without plans; by its name, if it has one."""
         if getattr(sys.modules.get(self.__module__), self.__qualname__, None) is self:
             return self.__qualname__
-        options = self.mode, self.backend, self.fuse, self.keep_grads, self.on_unsupported
-        return CompiledStep, (self._step, *options)
+        return CompiledStep, (self._step, *self._options)
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
-            self._programs = Programs(
-                self._function, self.stats, self.backend, self.fuse, lambda x: forget()(x)
-            )
+            options = self.backend, self.fuse, self.require_graph
+            self._programs = Programs(self._function, self.stats, *options, lambda x: forget()(x))
             by_numpy = self.backend in ("auto", "c", "numpy")
             self._values = Values(self._programs.part, on_numpy=by_numpy)
             self._recall = Recall()

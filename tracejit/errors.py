@@ -111,6 +111,14 @@ class CaptureError(TracejitError, RuntimeError):
     message = "a compiled step cannot join the CUDA graph that is captured: {reason}. {remedy}"
 
 
+class GraphError(TracejitError, RuntimeError):
+    """A step was to run as a CUDA graph, and cannot."""
+
+    message = (
+        "step {step!r} cannot run as a CUDA graph: {reason}. It runs without require_graph=True"
+    )
+
+
 class InvalidGraph(TracejitError):
     """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
 

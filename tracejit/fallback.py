@@ -27,6 +27,7 @@ from tracejit.errors import (
     AxisError,
     BackendUnavailable,
     CannotFallBack,
+    GraphError,
     ReplayNotArmed,
     ShapeError,
     TracejitError,
@@ -35,7 +36,7 @@ from tracejit.weighing import Weighing
 
 # eager raises these too, or they are not about the step
 _OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)
-_NOT_OF_THE_STEP = (BackendUnavailable, ReplayNotArmed)
+_NOT_OF_THE_STEP = (BackendUnavailable, GraphError, ReplayNotArmed)
 _LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
 _KINDS = 64  # that are told apart
 _NETWORKS = 8  # whose training flags tell kinds apart

@@ -5,6 +5,7 @@ TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
 TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit
 TRACEJIT_VERIFY  0|1    rerun type inference on every node after every pass
 TRACEJIT_ON_UNSUPPORTED  eager|raise  what `tracejit.compile` does by default with what it refuses
+TRACEJIT_GRAPHS  0|1    whether steps on a GPU become CUDA graphs (default 1)
 TRACEJIT_PROGRESS  0|1  whether a long first call tells how far it is (default 1)
 """
 
@@ -43,6 +44,11 @@ def verify() -> bool:
 def on_unsupported() -> str:
     """What steps do with what capture refuses, where `compile` is not told: "eager" or "raise"."""
     return os.environ.get("TRACEJIT_ON_UNSUPPORTED", "eager")
+
+
+def graphs() -> bool:
+    """Whether the launches of a plan on a GPU become a CUDA graph."""
+    return os.environ.get("TRACEJIT_GRAPHS", "1") != "0"
 
 
 def progress() -> bool:

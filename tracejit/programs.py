@@ -152,12 +152,14 @@ class Programs:
         stats: Stats,
         backend: str,
         fuse: bool,
+        require_graph: bool,
         dropped: Callable[[Compiled], None],
     ):
         self._kept: dict[tuple, Compiled] = {}
         self._uses = 0
         self.name = function.__name__ if function.__name__.isidentifier() else "step"
         self.stats, self.backend, self.fuse, self.dropped = stats, backend, fuse, dropped
+        self._require_graph = require_graph
         self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self._literals = Literals()
         self._memory = Memory()  # of all programs that run in calls of the step
@@ -267,7 +269,7 @@ class Programs:
             plan = self._plan(final)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
-            program = Program(plan, executor, memory)
+            program = Program(plan, executor, memory, require_graph=self._require_graph)
         self.stats.add("load", started)
         self.stats.compiles += counted
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")

@@ -5,8 +5,8 @@ import pytest
 from tracejit.aot import TARGETS, compile_for
 from tracejit.codegen.triton import emit
 from tracejit.ir.text import parse
-from tracejit.runtime.triton_executor import import_source
 from tracejit.runtime.triton_launch import TRITON_NAME
+from tracejit.runtime.triton_source import import_source
 from tracejit.schedule import schedule
 
 each_target = pytest.mark.parametrize("target", TARGETS)

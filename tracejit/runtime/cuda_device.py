@@ -5,8 +5,9 @@ Nothing here computes with torch: memory is allocated, copied, and ordered by it
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import pairwise
 
@@ -46,6 +47,7 @@ class CudaDevice:
         self.here = torch._C._cuda_getDevice
         self.current_stream = functools.partial(torch._C._cuda_getCurrentRawStream, number)
         self._device = torch.device("cuda", number)
+        self._aside: torch.cuda.Stream | None = None
 
     @functools.cache  # noqa: B019  there is one device of a number, which lasts
     def properties(self) -> Properties:
@@ -89,6 +91,37 @@ class CudaDevice:
 
     download = upload
 
+    def duplicate(self, target: torch.Tensor, address: int) -> None:
+        """An asynchronous copy on the current stream."""
+        target.copy_(torch.as_tensor(_Bytes(address, len(target)), device=self._device))
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A stream of our own, between two events."""
+        if self._aside is None:
+            self._aside = torch.cuda.Stream(self._device)
+        before = torch.cuda.current_stream(self._device)
+        self._aside.wait_stream(before)
+        try:
+            with torch.cuda.stream(self._aside):
+                yield
+        finally:
+            before.wait_stream(self._aside)
+
+    def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
+        """A graph of torch's with a pool of its own. Other threads may go on meanwhile: a pinned
+        allocation of a data loader's would end a capture that is global."""
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            give()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first one tells more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph.replay
+
     def event(self) -> Event:
         """An event without timing."""
         return _Event(self._device)
@@ -101,6 +134,16 @@ class CudaDevice:
         """Compile for this GPU, and load."""
         with self.entered():
             return load_kernel(launch, pointers)
+
+
+class _Bytes:
+    """Memory of the device at an address, for torch, which does not own it."""
+
+    def __init__(self, address: int, nbytes: int):
+        self.__cuda_array_interface__ = {
+            **{"shape": (nbytes,), "typestr": "|u1", "data": (address, False)},
+            **{"strides": None, "version": 3},
+        }
 
 
 class _Event:

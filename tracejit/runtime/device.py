@@ -95,7 +95,19 @@ class Device(Protocol):
         """Copy a tensor of the device to a pinned one like it: the host may not read it before an
         event behind the copy has passed."""
 
+    def duplicate(self, target: torch.Tensor, address: int) -> None:
+        """Copy bytes of the device that lie at an address to as many others, in the order of the
+        stream."""
+
     def event(self) -> Event: ...
+
+    def aside(self) -> AbstractContextManager:
+        """Another stream is the current one: behind all that was given to the present one, which
+        in turn waits for it at the end."""
+
+    def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
+        """Capture what a function gives to the current stream, which is not the default one. What
+        is returned gives all of it to the stream that is the current one then."""
 
     def clock(self) -> Clock: ...
 

@@ -39,8 +39,9 @@ Work = Callable[[int], None]  # does something on the stream of that handle
 
 @dataclass(eq=False)
 class Graph:
-    """What was captured: work in order, with what the log says of it."""
+    """What was captured on a stream: work in order, with what the log says of it."""
 
+    stream: int = 0
     work: list[tuple[str, Work]] = field(default_factory=list)
 
 
@@ -74,6 +75,7 @@ class FakeDevice:
         self.device = self.number  # that is current
         self._stream, self._streams = 0, 1
         self._graph: Graph | None = None
+        self._aside: int | None = None
         self._blocks: dict[int, _Block] = {}
         self._free: dict[tuple, list[np.ndarray]] = {}
         self._parked: list[
@@ -112,6 +114,8 @@ class FakeDevice:
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         """Bytes from the pool of the stream, or of the graph that is captured."""
+        if self._graph is not None and self._graph.stream != self._stream:
+            raise Fault("an allocation outside the pool of the graph that is captured")
         pool = self._stream if self._graph is None else self._graph
         self._unpark()
         free = self._free.get((pool, nbytes))
@@ -173,6 +177,44 @@ class FakeDevice:
             ctypes.memset(target.data_ptr(), _UNSET, target.nbytes)
 
         self._give(f"copy {source.nbytes} bytes to the host", work)
+
+    def duplicate(self, target: torch.Tensor, address: int) -> None:
+        """A copy within the device."""
+        nbytes, start = target.nbytes, target.data_ptr()
+
+        def work(stream: int) -> None:
+            self.clocks.reads(stream, address, nbytes, "the copy")
+            self.clocks.writes(stream, start, nbytes, "the copy")
+            ctypes.memmove(start, address, nbytes)
+
+        self._give(f"copy {nbytes} bytes within the device", work)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """A stream of its own, between two events."""
+        self._not_captured("events between streams")
+        if self._aside is None:
+            self._aside = self.stream()
+        event = self.event()
+        event.record()
+        with self.on(self._aside):
+            event.hold()
+            try:
+                yield
+            finally:
+                event.record()
+        event.hold()
+
+    def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
+        """What is given is captured, not run."""
+        if self._stream == 0:
+            raise Fault("a capture on the default stream, which cannot be captured")
+        self.log.append(f"stream {self._stream}: capture")
+        with self.capture() as graph:
+            give()
+        if not graph.work:
+            raise Fault("a graph of nothing")
+        return partial(self.replay, graph)
 
     def event(self) -> FakeEvent:
         """An event, which has not been recorded."""
@@ -250,7 +292,7 @@ class FakeDevice:
     def capture(self) -> Iterator[Graph]:
         """`torch.cuda.graph` on the current stream: what is given to it is captured, not run."""
         self._not_captured("a capture")
-        self._graph = graph = Graph()
+        self._graph = graph = Graph(stream=self._stream)
         try:
             yield graph
         finally:
@@ -258,6 +300,8 @@ class FakeDevice:
 
     def replay(self, graph: Graph) -> None:
         """Give all of a graph to the current stream."""
+        self._not_captured("replaying a graph")
+        self.log.append(f"stream {self._stream}: launch a graph")
         for text, work in graph.work:
             self._give(f"of a graph: {text}", work)
 
@@ -266,6 +310,8 @@ class FakeDevice:
     def _give(self, text: str, work: Work) -> None:
         """Something is given to the current stream."""
         if self._graph is not None:
+            if self._stream != self._graph.stream:
+                raise Fault(f"{text} while the graph of another stream is captured")
             self._graph.work.append((text, work))
             return
         stream = self._stream

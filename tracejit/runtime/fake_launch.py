@@ -28,7 +28,8 @@ class Stage(Protocol):
 class FakeLaunch:
     """What stands for a compiled kernel's launcher.
 
-    aligned:  for which pointers the kernel was specialized as aligned to 16 bytes.
+    aligned:  for which pointers the kernel was specialized as aligned to 16 bytes; the first one is
+              a table of addresses where it loads some of them (`LoadedLaunch.through`).
     function: the handle that it must be launched with, and the metadata.
     """
 
@@ -42,7 +43,8 @@ class FakeLaunch:
     ):
         self._device, self._launch, self._aligned = device, launch, tuple(aligned)
         self._handles = function, packed
-        self._constants = [launch.constants[n] for n in launch.function.arg_names[len(aligned) :]]
+        names = launch.function.arg_names[len(aligned) :]
+        self._constants = [launch.constants[n] for n in names]
         self.what = f"launch {launch.source.name.rpartition('_')[0]}"
 
     @functools.cached_property
@@ -76,6 +78,16 @@ class FakeLaunch:
         launch, clocks = self._launch, self._device.clocks
         kernel = launch.launch.kernel
         reads, writes = [], []
+        if launch.through:
+            table, count = pointers[0], len(launch.through)
+            reads.append((table, 8 * count))
+            clocks.reads(stream, *reads[0], self.what)
+            pointers = [*pointers[1:]]
+            found = (ctypes.c_uint64 * count).from_address(table)
+            for (i, aligned), pointer in zip(launch.through, found, strict=True):
+                pointers.insert(i, pointer)
+                if aligned and pointer % 16:
+                    raise Fault(f"{self.what} loads {pointer:#x}, which was to be aligned")
         rest = [*pointers[len(kernel.buffers) :]]
         for pointer, buffer, memory in zip(pointers, kernel.buffers, launch.memory, strict=False):
             place = pointer, memory_bytes(memory)

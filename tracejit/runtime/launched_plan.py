@@ -10,59 +10,50 @@ compiled and brought to the device before anything is written.
 from __future__ import annotations
 
 import ctypes
+import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from struct import Struct
 from weakref import WeakMethod
 
 import torch
 
-from tracejit.errors import CaptureError, LaunchError
+from tracejit import knobs
+from tracejit.codegen.triton_indirect import indirect
+from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
+from tracejit.runtime.graphs import Give, Maker, Replays
+from tracejit.runtime.launches import (
+    COPY,
+    GRAPH,
+    Calls,
+    Launches,
+    Picked,
+    Place,
+    StreamState,
+)
 from tracejit.runtime.ring import Ring, read_element
-from tracejit.runtime.triton_launch import DevicePointer, LoadedLaunch, workspace_bytes
+from tracejit.runtime.triton_launch import (
+    DevicePointer,
+    LoadedLaunch,
+    memory_bytes,
+    workspace_bytes,
+)
+from tracejit.runtime.triton_source import import_source
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
 MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
+MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
 _ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
+_ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
 
 _OF_GRAPHS: list[torch.Tensor | None] = []  # zeros that graphs of callers copy, as long as they run
-
-_STREAM = 3  # where the stream is among the arguments of a launch
-
-Place = tuple[int, int]  # which of a launcher's bases, and bytes from there
-
-
-class StreamState:
-    """What the launches of a plan work with on one stream."""
-
-    __slots__ = ("stream", "kept", "work", "table", "words", "calls", "_memory", "_copy")
-
-    def __init__(
-        self,
-        stream: int,
-        memory: Sequence[torch.Tensor | None],
-        copy: Callable[[torch.Tensor, bytes], None] | None,
-        *,
-        kept: bool = True,
-    ):
-        self.stream, self.kept = stream, kept
-        self._memory, self._copy = memory, copy
-        work, table = memory
-        self.work = 0 if work is None else work.data_ptr()
-        self.table = 0 if table is None else table.data_ptr()
-        self.words: bytes | None = None  # what the table holds
-        self.calls: dict[Launcher, Calls] = {}
-
-    def upload(self, words: bytes) -> None:
-        """Bring the scalars to the table, behind what was launched so far."""
-        self.words = None
-        self._copy(self._memory[1], words)
-        self.words = words
 
 
 class LaunchedPlan:
@@ -88,7 +79,10 @@ class LaunchedPlan:
             self._zeros = device.pinned(self._work_bytes)
             ctypes.memset(self._zeros.data_ptr(), 0, self._work_bytes)
         self.read = partial(read_element, device)
-        self._kernels: dict[tuple[int, tuple[bool, ...]], LoadedKernel] = {}
+        self._kernels: dict[tuple, LoadedKernel] = {}
+        self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
+        self._graphs = MIN_LAUNCHES if knobs.graphs() else 0  # launches of the least that is one
+        self._required = False
         for number in range(len(self._launches)):
             self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
 
@@ -97,30 +91,41 @@ class LaunchedPlan:
     def inlined(self, addresses: Sequence[tuple[str, int]], scalars: Sequence[str]) -> Inlined:
         """The lines of a call. Bases that are not aligned to 16 bytes have a launcher of their
         own."""
-        bases = {base: n for n, base in enumerate(dict.fromkeys(base for base, _ in addresses))}
-        fitting = Fitting(self, [(bases[base], offset) for base, offset in addresses])
-        device, given = self.device, ", ".join(bases)
+        kinds = {base: b.kind for (base, _), b in zip(addresses, self.plan.buffers, strict=True)}
+        own = [base for base, kind in kinds.items() if kind != "input"]
+        given = [base for base, kind in kinds.items() if kind == "input"]
+        lists: dict[str, list[str]] = {}  # whose elements are bases
+        for base in given:
+            if found := _ELEMENT.fullmatch(base):
+                lists.setdefault(found[1], []).append(base)
+        picked = [base for bases in lists.values() for base in bases]
+        order = [*picked, *(base for base in given if base not in picked), *own]
+        bases = {base: n for n, base in enumerate(order)}
+        places = [(bases[base], offset) for base, offset in addresses]
+        fitting = Fitting(self, places, len(order) - len(own))
         names: dict[str, object] = {
             "enter": self._enter,
             "leave": self._leave,
             "fitting": fitting,
-            "here": device.here,
-            "elsewhere": partial(_elsewhere, device),
+            "here": self.device.here,
+            "elsewhere": partial(_elsewhere, self.device),
         }
-        gather = ["launch = fitting([])", "state = enter()"]
-        if bases:
-            names["aligned"] = fitting([0] * len(bases))
-            together = " | ".join(bases)
-            gather[0] = f"launch = fitting([{given}]) if ({together}) & {_ALIGNED - 1} else aligned"
+        terms = []
+        for i, (name, elements) in enumerate(lists.items()):
+            terms.append(f"*pick{i}({name})")
+            names[f"pick{i}"] = Picked([int(_ELEMENT.fullmatch(x)[2]) for x in elements])
+        near = _tuple([*terms, *order[len(picked) : len(order) - len(own)]])
+        gather = [f"near = {near}", "launch = fitting(near)", "state = enter()"]
         words = "None"
         if self._ring is not None:
             words, names["pack"] = "words", self._pack
             gather.append(f"words = pack({', '.join(scalars[slot] for slot in self._slots)})")
-        arguments = ", ".join(("state", words, *bases))
-        run = (
-            f"launch({arguments}) if here() == {device.number} else elsewhere(launch, {arguments})"
-        )
-        return Inlined(gather, f"{run}; leave(state)", None, names)
+        gather.append(f"bases = {_tuple(['*near', *own])}")
+        gather.append(f"runner = launch(state, {words}, bases)")
+        call = f"runner(state, {words}, bases)"
+        away = f"elsewhere(runner, state, {words}, bases)"
+        run = f"{call} if here() == {self.device.number} else {away}; leave(state)"
+        return Inlined(gather, run, None, names)
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Give every launch to the current stream, in order."""
@@ -139,10 +144,12 @@ class LaunchedPlan:
         scalars: Sequence[float],
         mark: Callable[[], None] | None = None,
     ) -> None:
-        launch = Fitting(self, [(i, 0) for i in range(len(addresses))], mark)(addresses)
+        count = len(addresses)
+        launch = Fitting(self, [(i, 0) for i in range(count)], count, mark)(tuple(addresses))
         state = self._enter()
         words = self._pack(*(scalars[slot] for slot in self._slots)) if self._slots else None
-        _elsewhere(self.device, launch, state, words, *addresses)
+        give = launch(state, words, tuple(addresses))
+        _elsewhere(self.device, give, state, words, tuple(addresses))
         self._leave(state)
 
     def bytes_moved(self) -> tuple[int, ...]:
@@ -161,7 +168,7 @@ class LaunchedPlan:
         state = self._states.pop(stream, None)
         if state is None:
             copy = None if self._ring is None else self._ring.upload
-            state = StreamState(stream, self._memory(), copy)
+            state = StreamState(stream, self._memory(8 * len(self._slots)), copy)
         return state
 
     def _leave(self, state: StreamState) -> None:
@@ -176,33 +183,81 @@ class LaunchedPlan:
         time that it runs. The numbers are those of the capture, as eager's would be."""
         _OF_GRAPHS.append(self._zeros)
         copy = None if self._ring is None else self._ring.upload_captured
-        return StreamState(self.device.current_stream(), self._memory(), copy, kept=False)
+        memory = self._memory(8 * len(self._slots))
+        return StreamState(self.device.current_stream(), memory, copy, kept=False)
 
-    def _memory(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Fresh memory for counters and partials, at 0, and for scalars."""
+    def _memory(self, table_bytes: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Fresh memory for counters and partials, at 0, and for a table."""
         device, work, table = self.device, None, None
         if self._work_bytes:
             work = device.allocate(self._work_bytes)
             device.upload(work, self._zeros)
-        if self._slots:
-            table = device.allocate(8 * len(self._slots))
+        if table_bytes:
+            table = device.allocate(table_bytes)
         return work, table
+
+    # ---- graphs
+
+    def require_graph(self) -> None:
+        """Every call is to be one graph, however few its launches are, once it is warm."""
+        if not self._graphs:
+            raise self._no_graph("TRACEJIT_GRAPHS=0 turns graphs off")
+        self._graphs, self._required = 1, True
+
+    def _no_graph(self, reason: str) -> GraphError:
+        return GraphError(step=self.plan.name, reason=reason)
+
+    def _refused(self, error: Exception) -> None:
+        """A graph could not be made: nor is it tried again."""
+        self._graphs = 0
+        reason = str(error.__cause__ or error)
+        if self._required:
+            raise self._no_graph(reason) from error
+        text = f"tracejit: step {self.plan.name!r} is launched kernel by kernel, as no CUDA graph "
+        warnings.warn(TracejitWarning(f"{text}could be made of it: {reason}"), stacklevel=2)
+
+    def maker(self, places: Sequence[Place], residues: Sequence[int], given: int) -> Maker | None:
+        """What makes graphs of the launches, for bases of which the first ones are `given`; None
+        where they stay launches."""
+        if not 0 < self._graphs <= len(self._launches):
+            return None
+        written: dict[int, int] = {}
+        for buffer, (base, offset) in zip(self.plan.buffers, places, strict=True):
+            if buffer.name in self.plan.writes and memory_bytes(buffer):
+                written[base] = max(written.get(base, 0), offset + memory_bytes(buffer))
+        return Maker(
+            self.device,
+            partial(self.launches, places, residues),
+            self._memory,
+            8 * len(self._slots),
+            written,
+            frozenset(range(given, len(residues))),
+            WeakMethod(self._failed),
+            self._refused,
+        )
 
     # ---- functions
 
-    def _loaded(self, number: int, residues: Sequence[int]) -> LoadedKernel:
-        """The kernel of a launch, for buffers that lie so many bytes behind a multiple of 16."""
+    def _loaded(
+        self, number: int, residues: Sequence[int], through: frozenset[int] = frozenset()
+    ) -> LoadedKernel:
+        """The kernel of a launch, for buffers that lie so many bytes behind a multiple of 16; it
+        loads the addresses of the buffers `through` from a table."""
         launch = self._launches[number]
         kernel = launch.launch.kernel
+        aligned = [residues[i] % _ALIGNED == 0 for i in launch.buffers]
         pointers = [
             DevicePointer(residues[i] % _ALIGNED, TO_TORCH[buffer.dtype])
             for i, buffer in zip(launch.buffers, kernel.buffers, strict=True)
         ]
+        if through:
+            pointers = [pointer for i, pointer in enumerate(pointers) if i not in through]
+            pointers.insert(0, DevicePointer(0, torch.int64))
         if kernel.scalars:
             pointers.append(DevicePointer(8 * launch.first_scalar, torch.float64))
         if launch.geometry.workspace:
             pointers.append(DevicePointer(launch.workspace, torch.int8))
-        key = number, tuple([pointer.address % _ALIGNED == 0 for pointer in pointers])
+        key = number, (*aligned, *[p.address % _ALIGNED == 0 for p in pointers]), through
         if key not in self._kernels:
             if self.device.capturing():
                 raise CaptureError(
@@ -211,35 +266,59 @@ class LaunchedPlan:
                     remedy="Call it with them before it is captured",
                 )
             try:
+                if through:
+                    given = [x if i in through else None for i, x in enumerate(aligned)]
+                    launch = self._with_table(launch, given)
                 self._kernels[key] = self.device.load(launch, pointers)
             except Exception as error:
                 raise self._error(number, "could not be loaded", error) from error
         return self._kernels[key]
 
-    def launcher(
-        self, places: Sequence[Place], residues: Sequence[int], mark: Callable[[], None] | None
-    ) -> Launcher:
-        """What launches all, with the kernels on the device, for bases that lie so many bytes
-        behind a multiple of 16. The bases are places of `places`; then come `work` and `table`."""
+    def _with_table(self, launch: LoadedLaunch, aligned: Sequence[bool | None]) -> LoadedLaunch:
+        """A launch whose kernel loads addresses from a table: see `indirect`."""
+        source = indirect(launch.source, launch.function.arg_names, aligned)
+        function = self._indirect.get(source.name)
+        if function is None:
+            function = self._indirect[source.name] = import_source(source)
+        through = tuple([(i, x) for i, x in enumerate(aligned) if x is not None])
+        return replace(launch, source=source, function=function, through=through)
+
+    def launches(
+        self, places: Sequence[Place], residues: Sequence[int], moved: frozenset[int] = frozenset()
+    ) -> Launches:
+        """All launches, with the kernels on the device, for bases that lie so many bytes behind a
+        multiple of 16; those that have `moved` are found through the table. The bases are places
+        of `places`; then come counters and partials, and the table."""
         of_buffers = [residues[n] + offset for n, offset in places]
         work, table = len(residues), len(residues) + 1
         runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 2)]
-        for number, launch in enumerate(self._launches):
-            loaded = self._loaded(number, of_buffers)
+        throughs = [
+            frozenset([k for k, i in enumerate(launch.buffers) if places[i][0] in moved])
+            for launch in self._launches
+        ]
+        words = sum(len(through) + len(through) % 2 for through in throughs)
+        listed: list[Place] = []
+        for number, (launch, through) in enumerate(zip(self._launches, throughs, strict=True)):
+            loaded = self._loaded(number, of_buffers, through)
             kernel = launch.launch.kernel
-            pointers = [places[i] for i in launch.buffers]
+            pointers = [places[i] for k, i in enumerate(launch.buffers) if k not in through]
+            if through:
+                pointers.insert(0, (table, 8 * len(listed)))
+                listed += [places[i] for k, i in enumerate(launch.buffers) if k in through]
+                listed += listed[-1:] * (len(through) % 2)  # so that each part is aligned
             if kernel.scalars:
-                pointers.append((table, 8 * launch.first_scalar))
+                pointers.append((table, 8 * (words + launch.first_scalar)))
             if launch.geometry.workspace:
                 pointers.append((work, launch.workspace))
-            names = launch.function.arg_names[len(pointers) :]
+            first = len(kernel.buffers) + bool(kernel.scalars) + bool(launch.geometry.workspace)
+            names = launch.function.arg_names[first:]
             head = [launch.geometry.grid[0], 1, 1, None, loaded.function, loaded.packed]
             head += [None, None, None]
             for position, (base, offset) in enumerate(pointers, len(head)):
                 uses[base].append((number, position, offset))
             runs.append(loaded.run)
             arguments.append([*head, *[0] * len(pointers), *(launch.constants[x] for x in names)])
-        return Launcher(runs, arguments, uses, WeakMethod(self._failed), mark)
+        return Launches(tuple(runs), tuple(arguments), tuple(uses), tuple(listed))
 
     def _failed(self, number: int, error: Exception) -> Exception:
         """What to raise where a launch has failed."""
@@ -248,8 +327,8 @@ class LaunchedPlan:
         return self._error(number, "failed", error)
 
     def _error(self, number: int, what: str, error: Exception) -> LaunchError:
-        name, lines = "the copy of its numbers", []
-        if number >= 0:
+        name, lines = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph"}.get(number), []
+        if name is None:
             launch = self._launches[number]
             name = f"launch {number + 1} of {len(self._launches)} ({launch.source.name})"
             lines = launch.lines()
@@ -264,96 +343,72 @@ class LaunchedPlan:
         )
 
 
-class Calls:
-    """The arguments of all launches on one stream, which are patched where an address changes.
-
-    uses: per base, (launch, position, bytes from the base) of each argument that points there.
-    """
-
-    __slots__ = ("arguments", "bases", "_uses")
-
-    def __init__(self, arguments: Sequence[list], uses: Sequence[Sequence[tuple]]):
-        self.arguments = [[*given] for given in arguments]
-        self.bases: tuple[int, ...] = ()  # where they are
-        self._uses = uses
-
-    def move(self, bases: tuple[int, ...]) -> None:
-        """The bases are at these addresses now."""
-        before = self.bases or (None,) * len(bases)
-        for old, new, uses in zip(before, bases, self._uses, strict=False):
-            if old != new:
-                for number, position, offset in uses:
-                    self.arguments[number][position] = new + offset
-        self.bases = bases
-
-    @classmethod
-    def of(cls, state: StreamState, arguments: Sequence[list], uses: Sequence) -> Calls:
-        """For the launches on a stream, with its counters and its table in place."""
-        calls = cls(arguments, uses)
-        for given in calls.arguments:
-            given[_STREAM] = state.stream
-        for base, place in zip((state.work, state.table), uses[-2:], strict=True):
-            for number, position, offset in place:
-                calls.arguments[number][position] = base + offset
-        return calls
-
-
 class Launcher:
-    """`launcher(state, words, *bases)` brings the scalars over, if they have changed, and gives all
-    launches of a plan to the stream of `state`."""
+    """`launcher(state, words, bases)` gives what runs a plan on the stream of `state`: its launches
+    one by one, or a graph of them. It compiles what is missing, and writes nothing."""
 
     def __init__(
         self,
-        runs: Sequence[Callable[..., None]],
-        arguments: Sequence[list],
-        uses: Sequence[Sequence[tuple]],
+        launches: Launches,
+        maker: Maker | None,
         failed: WeakMethod,  # of the plan, whose streams hold launchers
         mark: Callable[[], None] | None,
     ):
-        self._runs, self._arguments, self._uses = runs, arguments, uses
-        self._failed, self._mark = failed, mark
+        self._launches, self._maker, self._failed, self._mark = launches, maker, failed, mark
 
-    def __call__(self, state: StreamState, words: bytes | None, *bases: int) -> None:
-        n, mark = -1, self._mark
-        try:
-            if words != state.words:
-                state.upload(words)
-            calls = state.calls.get(self)
-            if calls is None:
-                calls = state.calls[self] = Calls.of(state, self._arguments, self._uses)
-            if bases != calls.bases:
-                calls.move(bases)
-            if mark is not None:
-                mark()
-            for run, given in zip(self._runs, calls.arguments):  # noqa: B905  faster
-                n += 1
-                run(*given)
-                if mark is not None:
-                    mark()
-        except Exception as error:
-            raise self._failed()(n, error) from error
+    def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> Give:
+        found = state.calls.get(self)
+        if found is None:
+            calls = Calls(self._launches, state, self._failed, self._mark)
+            graphed = state.kept and self._maker is not None
+            found = state.calls[self] = calls, Replays(self._maker) if graphed else None
+        calls, replays = found
+        return calls if replays is None else replays(words, bases) or calls
 
 
 class Fitting:
-    """Gives the launcher of a plan, with buffers at some places, for bases at some addresses: there
-    is one for each way in which they are aligned."""
+    """Gives the launcher of a plan, with buffers at some places, for the bases that a call is
+    `given`: there is one for each way in which they are aligned. The plan's own are."""
 
     def __init__(
-        self, plan: LaunchedPlan, places: Sequence[Place], mark: Callable[[], None] | None = None
+        self,
+        plan: LaunchedPlan,
+        places: Sequence[Place],
+        given: int,
+        mark: Callable[[], None] | None = None,
     ):
-        self._plan, self._places, self._mark = plan, places, mark
+        self._plan, self._places, self._given, self._mark = plan, places, given, mark
+        self._count = 1 + max((base for base, _ in places), default=-1)
         self._known: dict[tuple[int, ...], Launcher] = {}
+        self._last: tuple[tuple[int, ...] | None, Launcher | None] = (None, None)
 
-    def __call__(self, bases: Sequence[int]) -> Launcher:
-        residues = tuple([base % _ALIGNED for base in bases])
+    def __call__(self, near: tuple[int, ...]) -> Launcher:
+        last = self._last
+        if near is last[0]:
+            return last[1]
+        residues = tuple([base % _ALIGNED for base in near])
         found = self._known.get(residues)
         if found is None:
-            found = self._plan.launcher(self._places, residues, self._mark)
-            self._known[residues] = found
+            found = self._known[residues] = self._made(residues)
+        self._last = near, found
         return found
 
+    def _made(self, residues: tuple[int, ...]) -> Launcher:
+        plan = self._plan
+        whole = residues + (0,) * (self._count - len(residues))
+        launches = plan.launches(self._places, whole)
+        maker = plan.maker(self._places, whole, self._given) if self._mark is None else None
+        return Launcher(launches, maker, WeakMethod(plan._failed), self._mark)
 
-def _elsewhere(device: Device, launch: Launcher, *given: object) -> None:
+
+def _tuple(terms: Sequence[str]) -> str:
+    """An expression of a tuple; it is the only term's own where that is one."""
+    if len(terms) == 1 and terms[0].startswith("*"):
+        return terms[0][1:]
+    return f"({''.join(f'{x}, ' for x in terms)})"
+
+
+def _elsewhere(device: Device, give: Give, *given: object) -> None:
     """Launch from a thread whose current device is another one."""
     with device.entered():
-        launch(*given)
+        give(*given)

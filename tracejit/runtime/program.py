@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tracejit import knobs
+from tracejit.errors import GraphError
 from tracejit.ir import host_memory
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
@@ -21,11 +22,25 @@ from tracejit.schedule.plan import Plan
 
 
 class Program:
-    """One compiled plan. Programs that share a Memory run one after another."""
+    """One compiled plan. Programs that share a Memory run one after another. GraphError is raised
+    where a graph is required and there can be none."""
 
-    def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        memory: Memory | None = None,
+        *,
+        require_graph: bool = False,
+    ):
         self.plan = plan
         loaded = executor.load(plan)
+        if require_graph:
+            if not hasattr(loaded, "require_graph"):
+                raise GraphError(step=plan.name, reason=f"it runs on {plan.device}")
+            if knobs.debug() >= 2:
+                raise GraphError(step=plan.name, reason="TRACEJIT_DEBUG=2 times each launch")
+            loaded.require_graph()
         self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)

@@ -11,21 +11,19 @@ compiled or found. Triton is imported by `load`, so that importing this module d
 
 from __future__ import annotations
 
-import linecache
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 from tracejit.codegen.geometry import MAX_TILE, variants
 from tracejit.codegen.triton import Source, emit
 from tracejit.runtime import interpreter
-from tracejit.runtime.cache import DiskCache, pack, sha256
 from tracejit.runtime.device import Device
 from tracejit.runtime.interpreted_plan import InterpretedPlan
 from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.triton_launch import LoadedLaunch, Positions, positions
+from tracejit.runtime.triton_source import import_source
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan
 
@@ -41,7 +39,6 @@ class Counters:
 
 
 COUNTERS = Counters()
-DISK = DiskCache()
 
 _kernels: OrderedDict[tuple, tuple[Source, object]] = OrderedDict()
 _lock = threading.Lock()
@@ -129,19 +126,3 @@ def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, objec
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)
         return _kernels[key]
-
-
-def import_source(source: Source) -> object:
-    """Store a source as a file, run it as a module, return its kernel.
-
-    Triton reads a function's text back through linecache, which is told here, so that the file may
-    go at any time.
-    """
-    key = f"{source.name} {sha256(source.text)}"
-    path = DISK.put("triton", key, source.text)
-    text = pack(key, source.text).decode()
-    linecache.cache[str(path)] = (len(text), None, text.splitlines(keepends=True), str(path))
-    module = ModuleType(source.name)
-    module.__file__ = str(path)
-    exec(compile(text, str(path), "exec"), module.__dict__)
-    return getattr(module, source.name)

@@ -50,6 +50,8 @@ class LoadedLaunch:
     geometry: Geometry
     constants: Mapping[str, int]
     workspace: int = 0  # where its piece of the plan's workspace starts, in bytes
+    # the pointers to buffers that its first argument, a table, holds, and whether they are aligned
+    through: tuple[tuple[int, bool], ...] = ()
 
     def options(self) -> dict[str, object]:
         """The constants, and the options that the numerics need."""

@@ -1,0 +1,139 @@
+"""The launches of a plan with their arguments, which are built once and patched by address."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+import torch
+
+STREAM = 3  # where the stream is among the arguments of a launch
+COPY, GRAPH = -1, -2  # instead of the number of a launch that has failed
+
+Place = tuple[int, int]  # which of a plan's bases, and bytes from there
+# gives what to raise where a launch has failed: (its number, the error) -> the error; weakly
+Failed = Callable[[], Callable[[int, Exception], Exception]]
+
+
+@dataclass(frozen=True)
+class Launches:
+    """What is launched, in order, for bases that are aligned in some way.
+
+    runs:      the launchers.
+    arguments: their arguments; the stream and all pointers are missing.
+    uses:      per base (launch, position, bytes from the base) of each argument that points there;
+               at the end those of the counters and partials, and of the table.
+    indirect:  the places whose addresses the kernels load from the table, where they stand before
+               the scalars.
+    """
+
+    runs: tuple[Callable[..., None], ...]
+    arguments: tuple[list, ...]
+    uses: tuple[list[tuple[int, int, int]], ...]
+    indirect: tuple[Place, ...] = ()
+
+
+class StreamState:
+    """What the launches of a plan work with on one stream."""
+
+    __slots__ = ("stream", "kept", "work", "table", "words", "calls", "_memory", "_copy")
+
+    def __init__(
+        self,
+        stream: int,
+        memory: Sequence[torch.Tensor | None],
+        copy: Callable[[torch.Tensor, bytes], None] | None,
+        *,
+        kept: bool = True,
+    ):
+        self.stream, self.kept = stream, kept
+        self._memory, self._copy = memory, copy
+        work, table = memory
+        self.work = 0 if work is None else work.data_ptr()
+        self.table = 0 if table is None else table.data_ptr()
+        self.words: bytes | None = None  # what the table holds
+        self.calls: dict[object, object] = {}  # by launcher
+
+    def upload(self, words: bytes) -> None:
+        """Bring words to the table, behind what was launched so far."""
+        self.words = None
+        self._copy(self._memory[1], words)
+        self.words = words
+
+
+class Calls:
+    """All launches on one stream: `calls(state, words, bases)` brings the scalars over, if they
+    have changed, patches the arguments where an address has, and launches."""
+
+    __slots__ = ("bases", "_arguments", "_launches", "_failed", "_mark")
+
+    def __init__(
+        self,
+        launches: Launches,
+        state: StreamState,
+        failed: Failed,
+        mark: Callable[[], None] | None = None,  # called before the first and behind each
+    ):
+        self.bases: tuple[int, ...] = ()  # where they are
+        self._launches, self._failed, self._mark = launches, failed, mark
+        self._arguments = [[*given] for given in launches.arguments]
+        for given in self._arguments:
+            given[STREAM] = state.stream
+        for base, uses in zip((state.work, state.table), launches.uses[-2:], strict=True):
+            self._point(base, uses)
+
+    def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> None:
+        n, mark = COPY, self._mark
+        try:
+            if words != state.words:
+                state.upload(words)
+            if bases is not self.bases and bases != self.bases:
+                self._move(bases)
+            if mark is not None:
+                mark()
+            for run, given in zip(self._launches.runs, self._arguments):  # noqa: B905  faster
+                n += 1
+                run(*given)
+                if mark is not None:
+                    mark()
+        except Exception as error:
+            raise self._failed()(n, error) from error
+
+    def _move(self, bases: tuple[int, ...]) -> None:
+        """The bases are at these addresses now."""
+        before = self.bases or (None,) * len(bases)
+        for old, new, uses in zip(before, bases, self._launches.uses, strict=False):
+            if old != new:
+                self._point(new, uses)
+        self.bases = bases
+
+    def _point(self, base: int, uses: Sequence[tuple[int, int, int]]) -> None:
+        for number, position, offset in uses:
+            self._arguments[number][position] = base + offset
+
+
+class Picked:
+    """Some elements of a list, as a tuple: the same one for the same list, which nobody changes."""
+
+    __slots__ = ("_get", "_last")
+
+    def __init__(self, indices: Sequence[int]):
+        self._get = picking(indices)
+        self._last: tuple[list | None, tuple] = (None, ())
+
+    def __call__(self, items: list) -> tuple:
+        last = self._last
+        if items is not last[0]:
+            last = self._last = (items, self._get(items))  # at once: another call may come between
+        return last[1]
+
+
+def picking(indices: Sequence[int]) -> Callable[[Sequence], tuple]:
+    """A function that takes some elements of a sequence."""
+    if len(indices) > 1:
+        return itemgetter(*indices)
+    if indices:
+        only = indices[0]
+        return lambda items: (items[only],)
+    return lambda items: ()
