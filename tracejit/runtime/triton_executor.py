@@ -108,24 +108,24 @@ class TritonExecutor:
 def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, object]:
     """The source of a launch's kernel and its jit function, from memory where possible.
 
-    Kernels that differ only in the user's lines are one kernel, printed as it came first.
+    Kernels that differ only in the user's lines are one kernel, shown as it came first. What Triton
+    gets to see says nothing of lines, and its names are the same in all plans: its cache of machine
+    code is by that text.
     """
     found = variants(launch.kernel, launch.sizes, executor.max_tile)
     interpreted = executor.device_of is None
-    key = (interpreted, str(canonical(launch.kernel)), executor.precision, found)
+    plain = canonical(launch.kernel)
+    key = (interpreted, str(plain), executor.precision, found)
     with _lock:
         if key in _kernels:
             COUNTERS.hits += 1
             _kernels.move_to_end(key)
         else:
             COUNTERS.compiles += 1
-            source = emit(
-                launch.kernel,
-                launch.sizes,
-                precision=executor.precision,
-                max_tile=executor.max_tile,
-            )
-            _kernels[key] = (source, import_source(source))
+            options = {"precision": executor.precision, "max_tile": executor.max_tile}
+            source = emit(launch.kernel, launch.sizes, **options)
+            seen = source if interpreted else emit(plain, launch.sizes, **options)
+            _kernels[key] = (source, import_source(seen))
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)
         return _kernels[key]
