@@ -25,8 +25,10 @@ class Program:
 
     def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
         self.plan = plan
+        self.computes = getattr(executor, "computes", True)  # not for a GPU that is not here
         loaded = executor.load(plan)
-        self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
+        profiled = knobs.debug() >= 2 and self.computes
+        self.loaded = ProfiledPlan(plan, loaded) if profiled else loaded
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         device = getattr(self.loaded, "device", None)  # of a GPU

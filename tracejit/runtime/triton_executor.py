@@ -52,7 +52,8 @@ class TritonExecutor:
 
     `precision` of fp32 contractions is "ieee", "tf32" or "tf32x3". `max_tile` bounds the elements
     of a program's tile (small tiles make many programs of little data). `device_of` gives the
-    device of a name ("cuda:0"); without one, kernels are interpreted.
+    device of a name ("cuda:0"); without one, kernels are interpreted. `computes` is False for a
+    device that is not here.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class TritonExecutor:
         precision: str = "ieee",
         max_tile: int = MAX_TILE,
         device_of: Callable[[str], Device] | None = None,
+        computes: bool = True,
     ):
         self.name = backend
+        self.computes = computes
         self.precision = precision
         self.max_tile = max_tile
         self.device_of = device_of
