@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 
@@ -19,6 +20,8 @@ from tracejit.errors import BackendUnavailable, InvalidGraph
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import f32, f64
+from tracejit.passes import dce
+from tracejit.runtime import triton_executor
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.schedule import schedule
@@ -394,3 +397,25 @@ def test_the_last_block_of_a_ragged_domain_is_found_without_a_wrap():
     launch = only_launch(f"step(%0: f32[{n}]) {{\n%1: f32[{n}] = add(%0, 1.0)\nreturn %1\n}}")
     assert not launch.kernel.index64
     assert "if first <= n0 - BLOCK:" in emit(launch.kernel, launch.sizes).text
+
+
+def test_triton_sees_neither_lines_nor_the_numbers_of_values(monkeypatch):
+    """Its cache of machine code is by the text of a function: the same in every plan."""
+    text = """
+    f(%0: f32[1000]) {
+      UNUSED
+      %2: f32[1000] = mul(%0, 2.0)  # net.py:LINE
+      %3: f32[1000] = exp(%2)  # net.py:LINE
+      return %3
+    }"""
+    shown, seen = [], []
+    for line, unused in (("5", ""), ("9", ""), ("5", "%1: f32[1000] = exp(%0)")):
+        graph = dce(parse(text.replace("LINE", line).replace("UNUSED", unused)))
+        (launch,) = schedule(graph).launches
+        monkeypatch.setattr(triton_executor, "_kernels", OrderedDict())  # as in another process
+        executor = executor_for("triton", "cuda:0")
+        source, function = triton_executor.load_kernel(executor, launch)
+        shown.append(source.text)
+        seen.append(function.src)
+    assert "net.py:5" in shown[0] and "net.py:9" in shown[1]
+    assert len({*seen}) == 1 and "net.py" not in seen[0]

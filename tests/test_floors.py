@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A unit is a module or a package directly under tracejit; it imports from floors below its own.
 FLOORS = {
     "tracejit": 5,
+    "build": 5,
     "captured": 5,
     "compile": 5,
     "fallback": 5,
@@ -45,6 +46,7 @@ SAME_FLOOR = {
     ("tracejit", "captured"),
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
     ("compile", "tracejit"),  # the version
+    ("compile", "build"),
     ("compile", "fallback"),
     ("compile", "programs"),
     ("compile", "remarks"),
@@ -54,6 +56,7 @@ SAME_FLOOR = {
     ("programs", "parts"),
     ("run", "parts"),
     ("programs", "run"),
+    ("__main__", "build"),
     ("__main__", "compile"),
     ("__main__", "report"),
     ("__main__", "support"),

@@ -504,3 +504,19 @@ def test_backward_in_another_thread():
     thread.start()
     thread.join()
     torch.testing.assert_close(w.grad, 2 * w.detach())
+
+
+def test_a_gradient_comes_from_the_line_of_what_it_is_of():
+    """Not from the line of the call: a plan's text, and its place in the cache, do not depend on
+    who called first."""
+    compiled, texts = tracejit.compile(loss_of, backend="numpy"), []
+    calls = [
+        lambda *leaves: compiled(*leaves),
+        lambda *leaves: compiled(*leaves),
+    ]
+    for call in calls:
+        compiled.reset()
+        call(leaf(3, 4), leaf(4, 2)).backward()
+        texts.append(str(compiled._last.backwards[0].graph))
+    line = loss_of.__code__.co_firstlineno + 1
+    assert texts[0] == texts[1] and f"test_outside_backward.py:{line}" in texts[0]

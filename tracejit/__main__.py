@@ -1,6 +1,7 @@
 """`python -m tracejit`: what can be asked from a shell, about a step and about tracejit.
 
 python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
+python -m tracejit build examples/two_layer_autograd.py:make_step --target sm_80,sm_90,sm_100
 python -m tracejit ops cumsum
 """
 
@@ -18,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from tracejit import knobs
+from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import TracejitError
@@ -36,6 +39,15 @@ exit status: 0, or 1 if a kernel breaks a limit (it spills, it uses more shared 
 is, or a large contiguous fp32 stream moves less than 90% of its accesses in 128 bits), or 2 if
 there is nothing to report."""
 
+BUILD = """\
+Compile a step for GPUs that need not be here, and store what a run on such a GPU then loads from
+the disk caches: plans and sources under $TRACEJIT_CACHE, machine code under $TRITON_CACHE_DIR,
+which has to lie at the same path there, with the same versions of tracejit and Triton. The step's
+tensors, on the CPU or on torch's meta device, stand for those on the GPU. Nothing runs on tensors,
+and what the calls change is put back.
+
+exit status: 0, or 2 if the step cannot be built."""
+
 
 class Refused(Exception):
     """What the user has to correct, in one sentence."""
@@ -43,27 +55,53 @@ class Refused(Exception):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parser, report_parser = parsers()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if "function" in options:
         return print_operations(options.function)
+    prog = f"python -m tracejit {options.command}"
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
-            step = load_step(*options.step)
-            for _ in range(CALLS):
-                step()
-        found = report(step, target=options.target)
+        return options.run(options)
     except (Refused, TracejitError) as error:
-        report_parser.exit(2, f"{report_parser.prog}: error: {error}\n")
+        print(f"{prog}: error: {error}", file=sys.stderr)
     except Exception:
         traceback.print_exc()
         file, name = options.step
-        report_parser.exit(2, f"{report_parser.prog}: error: {file}:{name} raised the above\n")
+        print(f"{prog}: error: {file}:{name} raised the above", file=sys.stderr)
+    return 2
+
+
+def print_report(options: argparse.Namespace) -> int:
+    """What a step's kernels are; 1 if one breaks a limit."""
+    with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
+        step = load_step(*options.step)
+        for _ in range(CALLS):
+            step()
+    found = report(step, target=options.target)
     violations = limits(found)
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)
     for violation in violations:
         print(f"limit broken: {violation}", file=sys.stderr)
     return 1 if violations else 0
+
+
+def print_build(options: argparse.Namespace) -> int:
+    """What has been built of a step, for each target."""
+    out = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        step = load_step(*options.step)
+        given = {"mode": step.mode, "fuse": step.fuse, "keep_grads": step.keep_grads}
+        for number in options.target:
+            targeted = compile_step(step.__wrapped__, target=f"sm_{number}", **given)
+            print(targeted.build(), file=out, flush=True)
+    print(f"plans and sources are in {knobs.cache_dir()}, machine code is in {machine_code()}")
+    return 0
+
+
+def machine_code() -> str:
+    """Where Triton keeps it."""
+    from triton import knobs
+
+    return knobs.cache.dir
 
 
 def print_operations(name: str | None) -> int:
@@ -81,39 +119,45 @@ def print_operations(name: str | None) -> int:
     return 0 if found else 1
 
 
-def parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """The parser of the command line, and that of `report`."""
+def parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m tracejit", description="Ask about a compiled training step."
     )
     parser.add_argument("--version", action="version", version=f"tracejit {version('tracejit')}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    report_parser = commands.add_parser(
-        "report",
-        help="judge every kernel of a step by its machine code, without a GPU",
-        description=REPORT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    report_parser.add_argument(
-        "step",
-        metavar="FILE:STEP",
-        type=file_and_name,
-        help="a Python file, and the name in it of a compiled step, of a function without "
-        "arguments, or of a factory that returns one of these, alone or first in a tuple",
-    )
-    report_parser.add_argument(
-        "--target",
-        type=target,
-        default=90,
-        metavar="SM",
-        help=f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90",
-    )
-    report_parser.add_argument("--json", action="store_true", help="print JSON, not a table")
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
+
+    def add_command(name: str, run: Callable, help: str, description: str, **of_target: object):
+        added = commands.add_parser(
+            name,
+            help=help,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.add_argument(
+            "step",
+            metavar="FILE:STEP",
+            type=file_and_name,
+            help="a Python file, and the name in it of a compiled step, of a function without "
+            "arguments, or of a factory that returns one of these, alone or first in a tuple",
+        )
+        known = f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90"
+        added.add_argument("--target", help=known, **of_target)
+        added.set_defaults(run=run)
+        return added
+
+    judge = "judge every kernel of a step by its machine code, without a GPU"
+    one = {"type": target, "default": 90, "metavar": "SM"}
+    added = add_command("report", print_report, judge, REPORT, **one)
+    added.add_argument("--json", action="store_true", help="print JSON, not a table")
+    ahead = "compile a step for GPUs that need not be here, into the disk caches"
+    several = {"type": targets, "default": [90], "metavar": "SM,…"}
+    add_command("build", print_build, ahead, BUILD, **several)
     ops_parser = commands.add_parser(
         "ops", help="list the torch functions that a step may call, and what is refused"
     )
     ops_parser.add_argument("function", nargs="?", help="only those with this in their names")
-    return parser, report_parser
+    return parser
 
 
 def file_and_name(text: str) -> tuple[Path, str]:
@@ -135,6 +179,11 @@ def target(text: str) -> int:
     return int(number)
 
 
+def targets(text: str) -> list[int]:
+    """`sm_80,sm_90` as [80, 90]."""
+    return list(dict.fromkeys(target(part) for part in text.split(",")))
+
+
 def load_step(file: Path, name: str) -> CompiledStep:
     """The compiled step that FILE:STEP stands for; a factory is called."""
     module = import_file(file)
@@ -146,6 +195,8 @@ def load_step(file: Path, name: str) -> CompiledStep:
         raise Refused(f"{name} in {file} is no function but of type {type(found).__name__}")
     if isinstance(found, CompiledStep):
         return found
+    if isinstance(found, TargetedStep):
+        return compile_step(found.__wrapped__)
     missing = [
         p.name
         for p in inspect.signature(found).parameters.values()
@@ -159,6 +210,7 @@ def load_step(file: Path, name: str) -> CompiledStep:
     made = found()
     made = made[0] if isinstance(made, tuple) and made else made
     step = made if callable(made) else found  # a step returns tensors, a factory a function
+    step = step.__wrapped__ if isinstance(step, TargetedStep) else step
     return step if isinstance(step, CompiledStep) else compile_step(step)
 
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from tracejit import knobs
+from tracejit.build import TargetedStep
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import bind, run, unwrap
 from tracejit.capture.effects.captured import Captured
@@ -61,6 +62,7 @@ def compile(
     keep_grads: bool = True,
     on_unsupported: str | None = None,
     require_graph: bool = False,
+    target: str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -85,6 +87,8 @@ def compile(
               a generator. "raise" raises the refusal; so does mode="replay".
     require_graph:  True raises GraphError where a plan cannot become a CUDA graph; else its kernels
               are launched one by one, with a warning if a capture has failed.
+    target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
+              with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     """
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
     options = (mode, backend, fuse, keep_grads, on_unsupported, require_graph)
@@ -92,9 +96,10 @@ def compile(
     for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
         if x not in known:
             raise ValueError(f"{name} is one of {known}, not {x!r}")
-    if step is None:
-        return functools.partial(CompiledStep.of, options)
-    return CompiledStep.of(options, step)
+    of = CompiledStep.of
+    if target is not None:
+        of = functools.partial(TargetedStep.of, CompiledStep, target)
+    return functools.partial(of, options) if step is None else of(options, step)
 
 
 class CompiledStep:

@@ -98,6 +98,12 @@ class BackendUnavailable(TracejitError, RuntimeError):
     message = "backend {backend!r} cannot run here: {reason}. {remedy}"
 
 
+class TargetError(TracejitError, RuntimeError):
+    """A step that is built for a GPU which need not be here was called."""
+
+    message = "{reason}. {remedy}"
+
+
 class LaunchError(TracejitError, RuntimeError):
     """A kernel could not be brought to the GPU, or not be launched there. Writes of earlier
     launches of the call have happened."""

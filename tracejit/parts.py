@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from tracejit.capture.effects.captured import Captured, graph_key
+from tracejit.capture.trace import location
+from tracejit.errors import ValueDependentError
 from tracejit.ir.graph import Graph, Param, Result, Value
-from tracejit.ir.on_tensors import on_numpy
+from tracejit.ir.on_tensors import on_numpy, results_on_numpy
 from tracejit.passes.segments import Segment, segments
 from tracejit.runtime.program import Program
 
@@ -23,6 +25,25 @@ Function = Callable[[Sequence], list[torch.Tensor]]  # from a graph's inputs to 
 MakeProgram = Callable[[Graph, str], Program]
 
 _REMEMBERED = 256
+
+
+def _function(graph: Graph, program: Program) -> Function:
+    """What computes a graph: its program, or numpy where that is for a GPU that is not here."""
+    if program.computes:
+        return program.function()
+
+    def compute(inputs: Sequence) -> list[torch.Tensor]:
+        for x in inputs:
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                raise ValueDependentError(
+                    where=location.full(),
+                    function="the step",
+                    shape=list(x.shape),
+                    remedy="Build it with tensors on the CPU: meta tensors have no values",
+                )
+        return results_on_numpy(graph, inputs)
+
+    return compute
 
 
 def _remember(bounded: dict, key: object, value: object) -> None:
@@ -60,7 +81,7 @@ class Values:
                 return on_numpy(graph, inputs)
             function = self._functions.get(key)
             if function is None:
-                function = self._make(graph, " of a value").function()
+                function = _function(graph, self._make(graph, " of a value"))
                 _remember(self._functions, key, function)
             known = graph, function
             _remember(self._by_id, id(graph), known)
@@ -107,10 +128,14 @@ class Stage:
 
     def run(self, inputs: Sequence) -> list[torch.Tensor]:
         """The results for some inputs; a list that grows with `carry`, between calls."""
+        self.build()
+        return self._function(inputs)
+
+    def build(self) -> None:
+        """Compile it, unless that is done."""
         if self._function is None:
             self.program = self._make(self._graph, " of a value")
-            self._function = self.program.function()
-        return self._function(inputs)
+            self._function = _function(self._graph, self.program)
 
     def read(self, result: torch.Tensor) -> float:
         """The one element of a result of the latest run: an int for an integer, else a float."""

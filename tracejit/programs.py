@@ -110,12 +110,16 @@ class Backward:
 
     def __call__(self, inputs: list) -> list[torch.Tensor]:
         with self.lock:
-            if self.program is None:
-                self.program, _ = self.programs.build(
-                    self.graph, self.executor, Memory(), " of backward"
-                )
-                self._function = self.program.function()
+            self.build()
             return self._function(inputs)
+
+    def build(self) -> None:
+        """Compile it, unless that is done."""
+        if self.program is None:
+            self.program, _ = self.programs.build(
+                self.graph, self.executor, Memory(), " of backward"
+            )
+            self._function = self.program.function()
 
 
 class Checking:
@@ -211,6 +215,9 @@ class Programs:
         self._note_counts(captured)
         built = self.build(captured.graph, executor, self._memory, names=named)
         compiled = Compiled(key, *built, backwards, named)
+        if not compiled.program.computes:  # nobody will call them
+            for backward in backwards:
+                backward.build()
         if captured.checks is not None:
             compiled.checking = Checking(self, captured.checks, executor)
         self._kept[key] = compiled
@@ -243,6 +250,9 @@ class Programs:
         found = compiled.parts.get(key)
         if found is None:
             found = self._stages.parts_of(captured, cuts)
+            if not found.program.computes:  # nobody will run them
+                for stage in found.stages:
+                    stage.build()
             _put(compiled.parts, key, found)
         return found
 

@@ -24,7 +24,7 @@ from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
 from tracejit.ir.types import round_to
-from tracejit.runtime.select import FAKES
+from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:
     from tracejit.runtime.fake_device import FakeDevice
@@ -150,26 +150,10 @@ def fake_device(target: str = "sm_90", *, compiled: bool = True) -> Iterator[Fak
     events leaves to chance what a step computes. The device's `log` tells that order.
     """
     from tracejit.runtime.fake_device import FakeDevice
-    from tracejit.runtime.triton_executor import TritonExecutor
 
-    device, executors = FakeDevice(target, compiled=compiled), {}
-
-    def executor_of(precision: str) -> TritonExecutor:
-        if precision not in executors:
-            executors[precision] = TritonExecutor(
-                device.name, precision=precision, device_of=lambda name: device
-            )
-        return executors[precision]
-
-    before = FAKES.get(device.name)
-    FAKES[device.name] = executor_of
-    try:
+    device = FakeDevice(target, compiled=compiled)
+    with registered(device):
         yield device
-    finally:
-        if before is None:
-            del FAKES[device.name]
-        else:
-            FAKES[device.name] = before
 
 
 def _unique(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:

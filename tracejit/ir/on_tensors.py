@@ -14,10 +14,15 @@ from tracejit.ir.torch_types import TO_TORCH
 
 def on_numpy(graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:
     """The first result of a graph without writes, in new memory on the CPU."""
+    return results_on_numpy(graph, inputs)[0]
+
+
+def results_on_numpy(graph: Graph, inputs: Sequence[torch.Tensor | float]) -> list[torch.Tensor]:
+    """All results of a graph without writes, in new memory on the CPU."""
     arrays = [_array(x) if isinstance(x, torch.Tensor) else x for x in inputs]
-    result = evaluate(graph, arrays)[0][0]
-    dtype = TO_TORCH[graph.results[0].value.type.dtype]
-    return torch.from_numpy(np.array(result)).to(dtype)
+    found = evaluate(graph, arrays)[0]
+    dtypes = [TO_TORCH[result.value.type.dtype] for result in graph.results]
+    return [torch.from_numpy(np.array(x)).to(t) for x, t in zip(found, dtypes, strict=True)]
 
 
 def _array(x: torch.Tensor) -> np.ndarray:

@@ -74,7 +74,8 @@ def inlined(
 
 
 class Executor(Protocol):
-    """Turns plans into loaded plans."""
+    """Turns plans into loaded plans. One for a GPU that is not here says so (`computes` is False):
+    its plans come as far as their launches, which are nothing."""
 
     name: str
 

@@ -34,6 +34,7 @@ class Program:
         require_graph: bool = False,
     ):
         self.plan = plan
+        self.computes = getattr(executor, "computes", True)  # not for a GPU that is not here
         loaded = executor.load(plan)
         if require_graph:
             if not hasattr(loaded, "require_graph"):
@@ -41,7 +42,8 @@ class Program:
             if knobs.debug() >= 2:
                 raise GraphError(step=plan.name, reason="TRACEJIT_DEBUG=2 times each launch")
             loaded.require_graph()
-        self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
+        profiled = knobs.debug() >= 2 and self.computes
+        self.loaded = ProfiledPlan(plan, loaded) if profiled else loaded
         memory = memory or Memory()
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         device = getattr(self.loaded, "device", None)  # of a GPU

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,13 +15,14 @@ from tracejit.errors import BackendUnavailable
 from tracejit.runtime.executor import Executor
 
 if TYPE_CHECKING:
+    from tracejit.runtime.device import Device
     from tracejit.runtime.triton_executor import TritonExecutor
 
 # torch.get_float32_matmul_precision() → how fp32 contractions are computed on a GPU
 _PRECISION = {"highest": "ieee", "high": "tf32", "medium": "tf32"}
 
 
-# executors of tests, by backend, for a precision: see testing.py
+# executors of tests and of targets, by backend, for a precision: see testing.py and build.py
 FAKES: dict[str, Callable[[str], Executor]] = {}
 
 
@@ -65,6 +66,28 @@ def _on_cpu(backend: str) -> Executor:
     from tracejit.runtime.triton_executor import TritonExecutor
 
     return TritonExecutor("interpret")
+
+
+@contextlib.contextmanager
+def registered(device: Device, *, computes: bool = True) -> Iterator[str]:
+    """A context in which there is a backend, of the device's name, whose plans are for a device."""
+    from tracejit.runtime.triton_executor import TritonExecutor
+
+    @functools.cache
+    def executor_of(precision: str) -> TritonExecutor:
+        return TritonExecutor(
+            device.name, precision=precision, device_of=lambda name: device, computes=computes
+        )
+
+    before = FAKES.get(device.name)
+    FAKES[device.name] = executor_of
+    try:
+        yield device.name
+    finally:
+        if before is None:
+            del FAKES[device.name]
+        else:
+            FAKES[device.name] = before
 
 
 def start_early(backend: str) -> None:

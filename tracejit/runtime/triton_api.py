@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tracejit.errors import BackendUnavailable
 from tracejit.runtime.device import LoadedKernel
@@ -42,6 +42,27 @@ def active(driver: object) -> Iterator[None]:
             yield
         finally:
             config._active = before
+
+
+@contextlib.contextmanager
+def compilations(noted: Callable[[str], None]) -> Iterator[None]:
+    """A context in which the name of each kernel that Triton compiles is noted; not of those that
+    it finds in its cache."""
+    from triton import knobs
+
+    before = knobs.compilation.listener
+
+    def listener(**about: object) -> None:
+        if not about["cache_hit"]:
+            noted(about["metadata"]["name"])
+        if before is not None:
+            before(**about)
+
+    knobs.compilation.listener = listener
+    try:
+        yield
+    finally:
+        knobs.compilation.listener = before
 
 
 def load_kernel(launch: LoadedLaunch, pointers: Sequence[DevicePointer]) -> LoadedKernel:

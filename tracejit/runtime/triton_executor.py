@@ -49,7 +49,8 @@ class TritonExecutor:
 
     `precision` of fp32 contractions is "ieee", "tf32" or "tf32x3". `max_tile` bounds the elements
     of a program's tile (small tiles make many programs of little data). `device_of` gives the
-    device of a name ("cuda:0"); without one, kernels are interpreted.
+    device of a name ("cuda:0"); without one, kernels are interpreted. `computes` is False for a
+    device that is not here.
     """
 
     def __init__(
@@ -59,8 +60,10 @@ class TritonExecutor:
         precision: str = "ieee",
         max_tile: int = MAX_TILE,
         device_of: Callable[[str], Device] | None = None,
+        computes: bool = True,
     ):
         self.name = backend
+        self.computes = computes
         self.precision = precision
         self.max_tile = max_tile
         self.device_of = device_of
@@ -105,24 +108,24 @@ class TritonExecutor:
 def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, object]:
     """The source of a launch's kernel and its jit function, from memory where possible.
 
-    Kernels that differ only in the user's lines are one kernel, printed as it came first.
+    Kernels that differ only in the user's lines are one kernel, shown as it came first. What Triton
+    gets to see says nothing of lines, and its names are the same in all plans: its cache of machine
+    code is by that text.
     """
     found = variants(launch.kernel, launch.sizes, executor.max_tile)
     interpreted = executor.device_of is None
-    key = (interpreted, str(canonical(launch.kernel)), executor.precision, found)
+    plain = canonical(launch.kernel)
+    key = (interpreted, str(plain), executor.precision, found)
     with _lock:
         if key in _kernels:
             COUNTERS.hits += 1
             _kernels.move_to_end(key)
         else:
             COUNTERS.compiles += 1
-            source = emit(
-                launch.kernel,
-                launch.sizes,
-                precision=executor.precision,
-                max_tile=executor.max_tile,
-            )
-            _kernels[key] = (source, import_source(source))
+            options = {"precision": executor.precision, "max_tile": executor.max_tile}
+            source = emit(launch.kernel, launch.sizes, **options)
+            seen = source if interpreted else emit(plain, launch.sizes, **options)
+            _kernels[key] = (source, import_source(seen))
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)
         return _kernels[key]

@@ -158,6 +158,8 @@ def _gradients(
             ]
             wanted = [v for _, _, group in targets for v in group if v != value]
             cotangent = t.b.param(value.type)
+            root = t.producers.get(value)  # whose line it is, wherever the step is called
+            t.b.line = "" if root is None else root.where
             try:
                 with intercepted(), t.untaped(), t.formulas() as enter:
                     got = backward(

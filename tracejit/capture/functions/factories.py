@@ -20,6 +20,7 @@ from tracejit.capture.functions.common import (
     size_args,
 )
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
+from tracejit.capture.trace.posing import current_gpu
 from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import TO_IR, Handle, Ints, TracedTensor
@@ -35,7 +36,7 @@ def device_name(device: object) -> str:
     """A device argument as the IR names devices: "cpu", "cuda:0"."""
     found = torch.get_default_device() if device is None else torch.device(device)
     if found.type == "cuda" and found.index is None:
-        return f"cuda:{torch.cuda.current_device()}"
+        return f"cuda:{current_gpu()}"
     return "cpu" if found.type == "cpu" else str(found)
 
 

@@ -402,7 +402,9 @@ class Places:
         self.storages = [t.untyped_storage()._cdata for t in reals]
         self.shared = len({*self.storages}) < len(reals)  # which is checked apart
         self.groups = _pattern(self.storages)  # of inputs that may overlap
-        self.sizes = [extent(t.shape, t.stride()) * t.element_size() for t in reals]
+        self.sizes = [  # a meta tensor lies nowhere
+            0 if t.is_meta else extent(t.shape, t.stride()) * t.element_size() for t in reals
+        ]
         self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
         self.good: list[int] | None = None  # the latest addresses that were found to be right
         self.cells: list = []  # at these addresses

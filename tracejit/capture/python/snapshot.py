@@ -84,6 +84,7 @@ class Snapshot:
         self.named: set[str] = set()  # all that the user functions' code names
         self.foreign: set[type] = set()  # types of C of objects that were not looked into
         self.networks: list[torch.nn.Module] = []
+        self.tensors: list[torch.Tensor] = []  # from outside of a trace
         self._unseen: list[str] = []  # what cannot be put back if it has changed
         # functions that save something, and those that put it back
         self._save: list[Callable[[], Callable[[], None]]] = []
@@ -187,6 +188,7 @@ class Snapshot:
     def _tensor(self, x: torch.Tensor, cls: type, pending: list[object]) -> None:
         if cls.__module__.startswith("tracejit"):
             return  # of the trace that is going on
+        self.tensors.append(x)
         if x.__dict__:
             pending.append(x.__dict__)
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.trace import location
+from tracejit.capture.trace.posing import device_of
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import (
@@ -38,7 +39,7 @@ def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
             remedy = problem[0].upper() + problem[1:] + "."
             raise t.refuse(UnsupportedOperation(**_place(t), shapes=shapes, remedy=remedy))
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        device, dtype = str(tensor.device), TO_IR[tensor.dtype]
+        device, dtype = device_of(tensor), TO_IR[tensor.dtype]
         offset, requires_grad = tensor.storage_offset(), tensor.requires_grad
         foreign = tensor.grad_fn is not None
         sharing = inputs.by_memory.setdefault(tensor.untyped_storage()._cdata, [])

@@ -75,6 +75,8 @@ def _outside(t: Trace, param: Value) -> float | None:
     """The element of a tensor from outside: a runtime scalar."""
     for s in t.inputs.storages:
         if s.param is param:
+            if s.real.is_meta:  # which poses to be on a GPU
+                return None
             index = t.inputs.position(s.real)
             with torch._C.DisableTorchFunction():
                 return t.scalar(host_memory.read(s.real), ("item", index))

@@ -15,6 +15,7 @@ import torch
 
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
+from tracejit.capture.trace.posing import device_of
 from tracejit.capture.trace.scalars import plain
 from tracejit.errors import LeakedTracer
 from tracejit.ir import types
@@ -262,6 +263,8 @@ PROBLEMS = {
     "hooks": "a tensor with hooks that was computed outside the step is not supported; remove them",
 }
 
+_DEVICES = ("cpu", "cuda")
+
 
 def problem_with(tensor: torch.Tensor) -> str | None:
     """Why a tensor from outside cannot take part in a trace, if it cannot."""
@@ -281,7 +284,7 @@ def _problem_with(tensor: torch.Tensor) -> str | None:
         return "layout"
     if tensor.dtype not in TO_IR:
         return "dtype"
-    if tensor.device.type not in ("cpu", "cuda"):
+    if tensor.device.type not in _DEVICES and device_of(tensor).partition(":")[0] not in _DEVICES:
         return "device"
     if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):
         return "flags"
