@@ -511,7 +511,7 @@ def test_compiled_steps_are_pickled_and_copied():
     second = copy.deepcopy(first)
     third = pickle.loads(pickle.dumps(first))
     for other in (second, third):
-        assert other.step.stats.traces == 0 and other.step.backend == "numpy"
+        assert other.step.stats.traces == 0 and other.step.options.backend == "numpy"
         weight = first.t.model[0].weight.clone()
         other.step()
         assert torch.equal(first.t.model[0].weight, weight)

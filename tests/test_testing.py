@@ -123,7 +123,7 @@ def test_arguments_state_and_options_are_passed_on():
     compiled = assert_equal_to_eager(
         step, lambda: [torch.ones(3)], state=kept, calls=3, mode="rerun"
     )
-    assert isinstance(compiled, tracejit.CompiledStep) and compiled.mode == "rerun"
+    assert isinstance(compiled, tracejit.CompiledStep) and compiled.options.mode == "rerun"
 
 
 def test_magnitudes_see_cancellation():

@@ -89,7 +89,7 @@ def print_build(options: argparse.Namespace) -> int:
     out = sys.stdout
     with contextlib.redirect_stdout(sys.stderr):
         step = load_step(*options.step)
-        given = {"mode": step.mode, "fuse": step.fuse, "keep_grads": step.keep_grads}
+        given = {name: getattr(step.options, name) for name in ("mode", "fuse", "keep_grads")}
         for number in options.target:
             targeted = compile_step(step.__wrapped__, target=f"sm_{number}", **given)
             print(targeted.build(), file=out, flush=True)

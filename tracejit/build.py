@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from tracejit.capture.effects.hyperparameters import within_reach
 from tracejit.capture.python.snapshot import Snapshot
 from tracejit.capture.trace.posing import posing
 from tracejit.errors import SideEffectError, TargetError
+from tracejit.options import Options
 from tracejit.runtime.select import registered
 from tracejit.runtime.target_device import TARGETS, TargetDevice
 from tracejit.runtime.triton_api import compilations
@@ -81,11 +82,10 @@ class TargetedStep:
     """A step that is built for a target, and never run. `tracejit.compile(step, target=…)` makes
     it.
 
-    make:     (step, *options) -> a fresh compiled step, to make calls of.
-    options:  mode, backend, fuse, keep_grads, on_unsupported.
+    make:     (step, options) -> a fresh compiled step, to make calls of.
     """
 
-    def __init__(self, make: Callable[..., Dry], target: str, options: tuple, step: Callable):
+    def __init__(self, make: Callable[..., Dry], target: str, options: Options, step: Callable):
         self.__wrapped__, self.target = step, target
         self._make, self._options = make, options
         self._name = getattr(step, "__name__", type(step).__name__)
@@ -94,12 +94,14 @@ class TargetedStep:
             raise TypeError(f"tracejit.compile takes a Python function or method, not {self._name}")
 
     @classmethod
-    def of(cls, make: Callable[..., Dry], target: str, options: tuple, step: Callable) -> object:
+    def of(cls, make: Callable[..., Dry], target: str, options: Options, step: Callable) -> object:
         """A step for a target, after a look at both."""
         if target not in TARGETS:
             raise ValueError(f"target is one of {tuple(TARGETS)}, not {target!r}")
-        if options[1] not in ("auto", "triton"):
-            raise ValueError(f'with a target, backend is "auto" or "triton", not {options[1]!r}')
+        if options.backend not in ("auto", "triton"):
+            raise ValueError(
+                f'with a target, backend is "auto" or "triton", not {options.backend!r}'
+            )
         return cls(make, target, options, step)
 
     def __get__(self, instance: object, owner: type | None = None) -> TargetedStep:
@@ -130,14 +132,14 @@ class TargetedStep:
         can reach what could not be put back, and BackendUnavailable where Triton cannot compile.
         """
         started, compiled = time.perf_counter(), []
-        mode, _, fuse, keep_grads, *_ = self._options
         function, bound_to = self._function, self._bound_to
         with _as_before(function, bound_to + args, kwargs) as tensors:
             place = Posed(function, (*bound_to, *args, *kwargs.values()), tensors)
             device = TargetDevice(self.target, meta=place.meta)
             backend = registered(device, computes=False)
             with backend as name, compilations(compiled.append), posing(place):
-                step = self._make(self.__wrapped__, mode, name, fuse, keep_grads, "raise")
+                options = replace(self._options, backend=name, on_unsupported="raise")
+                step = self._make(self.__wrapped__, options)
                 _call(step, args, kwargs)
             found, plans = step.explain_mode(), tuple(step.plans)
             del step  # before what it holds is put back

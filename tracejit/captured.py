@@ -66,7 +66,7 @@ def capture(step: Callable, /, *args: object, **kwargs: object) -> CapturedStep:
         step, args, kwargs = step.func, step.args + args, step.keywords | kwargs
     keep_grads = True
     if isinstance(step, CompiledStep):
-        keep_grads, step = step.keep_grads, step.__wrapped__
+        keep_grads, step = step.options.keep_grads, step.__wrapped__
     function, bound_to = unwrap(step)
     if function is None:
         raise TypeError(

@@ -37,18 +37,16 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.fallback import Attempt, Fallback
 from tracejit.ir.graph import Graph
+from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.program import Program
-from tracejit.runtime.select import FAKES, start_early
+from tracejit.runtime.select import start_early
 from tracejit.schedule.plan import Plan
 
-MODES = ("auto", "rerun", "replay")
-UNSUPPORTED = ("eager", "raise")
-BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 
@@ -90,12 +88,7 @@ def compile(
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     """
-    on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
-    options = (mode, backend, fuse, keep_grads, on_unsupported, require_graph)
-    chosen = {"mode": (mode, MODES), "backend": (backend, (*BACKENDS, *FAKES))}
-    for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
-        if x not in known:
-            raise ValueError(f"{name} is one of {known}, not {x!r}")
+    options = Options(mode, backend, fuse, keep_grads, on_unsupported, require_graph)
     of = CompiledStep.of
     if target is not None:
         of = functools.partial(TargetedStep.of, CompiledStep, target)
@@ -106,7 +99,7 @@ class CompiledStep:
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
-    def __init__(self, step: Callable, *options: object):  # those of `compile`, in order
+    def __init__(self, step: Callable, options: Options):
         functools.update_wrapper(self, step)
         self._step = step
         self._function, self._bound_to = unwrap(step)
@@ -114,9 +107,7 @@ class CompiledStep:
             raise TypeError(
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
-        self._options = options
-        self.mode, self.backend, self.fuse, self.keep_grads, *others = options
-        self.on_unsupported, self.require_graph = others
+        self.options = options
         self._hooks = Hooks()
         self._lock = threading.RLock()
         self._own: frozenset[str] = frozenset()
@@ -126,11 +117,11 @@ class CompiledStep:
         )
 
     @classmethod
-    def of(cls, options: tuple, step: Callable) -> CompiledStep:
-        """A step with all options, in order."""
+    def of(cls, options: Options, step: Callable) -> CompiledStep:
+        """A step with all options."""
         if not callable(step):
             raise TypeError(f"tracejit.compile takes a function, not {type(step).__name__}")
-        return cls(step, *options)
+        return cls(step, options)
 
     @property
     def observer(self) -> Callable | None:
@@ -149,26 +140,27 @@ class CompiledStep:
         """Copied and pickled like the step itself, without plans; by its name, if it has one."""
         if getattr(sys.modules.get(self.__module__), self.__qualname__, None) is self:
             return self.__qualname__
-        return CompiledStep, (self._step, *self._options)
+        return CompiledStep, (self._step, self.options)
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
-            options = self.backend, self.fuse, self.require_graph
-            self._programs = Programs(self._function, self.stats, *options, lambda x: forget()(x))
-            by_numpy = self.backend in ("auto", "c", "numpy")
+            options = self.options
+            self._programs = Programs(self._function, self.stats, options, lambda x: forget()(x))
+            by_numpy = options.backend in ("auto", "c", "numpy")
             self._values = Values(self._programs.part, on_numpy=by_numpy)
             self._recall = Recall()
             self._replays: list[Replay] = []
             self._last: Compiled | None = None
             self._last_run: Run | None = None
             self._resting: Tracer | None = None  # of the latest trace, to be used again
-            self._prover = Prover(self._function, self.mode, MAX_PROGRAMS)
+            self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
-            falls_back = self.on_unsupported == "eager" and self.mode != "replay"
-            self._fallback = Fallback(self._function, self._bound_to) if falls_back else None
+            self._fallback = (
+                Fallback(self._function, self._bound_to) if options.falls_back else None
+            )
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
@@ -313,7 +305,7 @@ class CompiledStep:
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
-        settled = self.mode == "auto" and not self._replays and not self._prover.watching
+        settled = self.options.mode == "auto" and not self._replays and not self._prover.watching
         return settled and self.observer is None and self._last.program.on_cpu
 
     def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:
@@ -355,7 +347,7 @@ class CompiledStep:
         """Run the Python under a tracer, then the plan. `failed`: why no replay took the call."""
         started = time.perf_counter()
         if not self.stats.traces:
-            start_early(self.backend)
+            start_early(self.options.backend)
         prover = self._prover
         watched, walk = prover.watching, prover.survey(args, kwargs)
         tracer, self._resting = self._resting, None
@@ -382,7 +374,7 @@ class CompiledStep:
             way = followed(trace, trail, returned, young)
             if way is None:
                 name = self._programs.name
-                done = finish(trace, name, returned, young, keep_grads=self.keep_grads)
+                done = finish(trace, name, returned, young, keep_grads=self.options.keep_grads)
         self.stats.add("capture", started)
         call = done.call if way is None else way.call
         names = functools.partial(names_of_inputs, self._function, args, kwargs)

@@ -23,6 +23,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
+from tracejit.options import Options
 from tracejit.parts import Parts, Stages
 from tracejit.passes import optimize
 from tracejit.progress import stage, telling
@@ -154,16 +155,13 @@ class Programs:
         self,
         function: FunctionType,
         stats: Stats,
-        backend: str,
-        fuse: bool,
-        require_graph: bool,
+        options: Options,
         dropped: Callable[[Compiled], None],
     ):
         self._kept: dict[tuple, Compiled] = {}
         self._uses = 0
         self.name = function.__name__ if function.__name__.isidentifier() else "step"
-        self.stats, self.backend, self.fuse, self.dropped = stats, backend, fuse, dropped
-        self._require_graph = require_graph
+        self.stats, self.options, self.dropped = stats, options, dropped
         self._where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self._literals = Literals()
         self._memory = Memory()  # of all programs that run in calls of the step
@@ -279,7 +277,7 @@ class Programs:
             plan = self._plan(final)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
-            program = Program(plan, executor, memory, require_graph=self._require_graph)
+            program = Program(plan, executor, memory, require_graph=self.options.require_graph)
         self.stats.add("load", started)
         self.stats.compiles += counted
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")
@@ -311,7 +309,7 @@ class Programs:
         started = time.perf_counter()
         cache = DiskCache()
         made_by = digest_of("ir", "passes", "schedule")
-        key = f"{made_by} fuse={self.fuse}\n{graph}"
+        key = f"{made_by} fuse={self.options.fuse}\n{graph}"
         text = cache.get("plan", key)
         plan = None
         if text is not None:
@@ -321,7 +319,7 @@ class Programs:
             except TracejitError:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
-            plan = schedule(graph, fuse=self.fuse)
+            plan = schedule(graph, fuse=self.options.fuse)
             cache.put("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan
@@ -344,7 +342,7 @@ class Programs:
                 shapes=f"tensors on {device}",
                 remedy="Move them to one of these.",
             )
-        return executor_for(self.backend, device, torch.get_float32_matmul_precision())
+        return executor_for(self.options.backend, device, torch.get_float32_matmul_precision())
 
     def _dump(self, raw: Graph, final: Graph, program: Program, names: tuple[str, ...]) -> None:
         directory = knobs.dump_dir()

@@ -1,0 +1,40 @@
+"""What `tracejit.compile` was asked for, looked at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracejit import knobs
+from tracejit.runtime.select import FAKES
+
+MODES = ("auto", "rerun", "replay")
+BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
+UNSUPPORTED = ("eager", "raise")
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of a step, as `compile` explains them. Raises ValueError for what there is not.
+
+    on_unsupported: None is what TRACEJIT_ON_UNSUPPORTED says.
+    """
+
+    mode: str = "auto"
+    backend: str = "auto"
+    fuse: bool = True
+    keep_grads: bool = True
+    on_unsupported: str | None = None
+    require_graph: bool = False
+
+    def __post_init__(self) -> None:
+        if self.on_unsupported is None:
+            object.__setattr__(self, "on_unsupported", knobs.on_unsupported())
+        known = {"mode": MODES, "backend": (*BACKENDS, *FAKES), "on_unsupported": UNSUPPORTED}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is one of {values}, not {getattr(self, name)!r}")
+
+    @property
+    def falls_back(self) -> bool:
+        """Whether what is refused runs eagerly."""
+        return self.on_unsupported == "eager" and self.mode != "replay"
