@@ -15,13 +15,16 @@ from support.interpret_checks import check, fill, run
 from support.op_samples import SAMPLES, Tensor
 from support.plan_checks import TOLERANCE, make_inputs
 from support.random_graphs import RandomProgram
+from tracejit.codegen.triton_indirect import indirect
 from tracejit.ir.interp import evaluate
 from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import Type, f32
-from tracejit.runtime import triton_executor, triton_source
+from tracejit.runtime import interpreter, triton_executor, triton_source
+from tracejit.runtime.interpreted_plan import InterpretedPlan
 from tracejit.runtime.interpreter import OutOfBoundsAccess
 from tracejit.runtime.triton_executor import COUNTERS, TritonExecutor
+from tracejit.runtime.triton_launch import TRITON_NAME
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
@@ -305,6 +308,55 @@ def test_sources_are_files_and_may_vanish():
     (path,) = [path for path in paths if source.text in path.read_text()]
     path.unlink()
     run(graph, fill(graph))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_kernels_that_load_their_addresses(monkeypatch, fuse):
+    """Every other pointer of a launch lies in a table, as in a CUDA graph."""
+    launched = []
+
+    def run_launch(self, launch, addresses, table, number):
+        source, names = launch.source, launch.function.arg_names
+        places = [addresses[i] for i in launch.buffers]
+        through = [i % 2 == number % 2 for i in range(len(places))]
+        wrapped = indirect(source, names, [True if x else None for x in through])
+        listed = np.array([a for a, x in zip(places, through, strict=True) if x], np.int64)
+        memory = [(a, self._sizes[i]) for a, i in zip(places, launch.buffers, strict=True)]
+        pointers = [interpreter.Pointer(listed.ctypes.data, "i64")]
+        memory.append((listed.ctypes.data, listed.nbytes))
+        for a, x, buffer in zip(places, through, source.kernel.buffers, strict=True):
+            if not x:
+                pointers.append(interpreter.Pointer(a, TRITON_NAME[buffer.dtype.name]))
+        if source.has_scalars:
+            first = table.ctypes.data + 8 * launch.first_scalar
+            pointers.append(interpreter.Pointer(first, "fp64"))
+            memory.append((first, 8 * len(source.kernel.scalars)))
+        if launch.geometry.workspace:
+            place = self._workspace.ctypes.data + launch.workspace
+            pointers.append(interpreter.Pointer(place, "i8"))
+            memory.append((place, launch.geometry.workspace))
+        function = triton_source.import_source(wrapped)
+        grid, constants = launch.geometry.grid, launch.constants
+        interpreter.run(function, grid, pointers, constants, buffers=memory, seed=number)
+        launched.append(wrapped.name)
+
+    monkeypatch.setattr(InterpretedPlan, "_run_launch", run_launch)
+    text = """f(%0: f32[20,30], %1: f32[30,9], %2: bf16[20,9], %3: f64[]@host) {
+      %4: f32[20,9] = matmul(%0, %1)
+      %5: f32[20,9] = cast(%2, dtype=f32)
+      %6: f32[20,9] = add(%4, %5)
+      %7: f32[20,9] = mul(%6, %3)
+      %8: f32[] = reduce_sum(%7, axes=(0, 1))
+      %9: b1[20,9] = gt(%7, 0.0)
+      return %7, %8, %9
+    }"""
+    graph = parse(text)
+    inputs = fill(graph)
+    expected, _ = evaluate(graph, inputs)
+    found, _, _ = run(graph, inputs, fuse=fuse)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    assert launched and all("_indirect_" in name for name in launched)
 
 
 def test_out_of_bounds_access_is_found():

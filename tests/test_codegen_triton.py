@@ -292,6 +292,21 @@ def test_matmul_with_update_and_reduction(dtype, target):
     assert form == "matmul" and found.atomics == 1
 
 
+@mostly_90
+@pytest.mark.parametrize(
+    "text", [AXPY.format(n=4_000_000), UPDATE.format(t="bf16", m=1000, n=100, k=64)]
+)
+def test_addresses_in_memory_cost_a_load_each(text, target):
+    """As kernels of CUDA graphs have them: what they are used for is as wide as ever."""
+    _, plain = facts(text, target)
+    _, found = facts(text, target, in_memory=True)
+    check_limits(found)
+    buffers = len(only_launch(text).kernel.buffers)
+    assert found.stores == plain.stores and found.loads[128] == plain.loads[128]
+    assert sum(found.loads.values()) - sum(plain.loads.values()) <= buffers
+    assert (found.wgmma, found.mma, found.ffma) == (plain.wgmma, plain.mma, plain.ffma)
+
+
 @pytest.mark.parametrize("precision, wgmma", [("ieee", False), ("tf32", True)])
 def test_large_matmul_on_tensor_cores(precision, wgmma):
     _, found = facts(UPDATE.format(t="f32", m=4096, n=4096, k=1024), 90, precision)

@@ -4,6 +4,7 @@ import pytest
 
 from tracejit.aot import TARGETS, compile_for
 from tracejit.codegen.triton import emit
+from tracejit.codegen.triton_indirect import indirect
 from tracejit.ir.text import parse
 from tracejit.runtime.triton_launch import TRITON_NAME
 from tracejit.runtime.triton_source import import_source
@@ -22,8 +23,9 @@ def only_launch(text):
     return launch
 
 
-def facts(text, target=90, precision="ieee"):
-    """The form of a graph's only kernel, and what its machine code says."""
+def facts(text, target=90, precision="ieee", in_memory=False):
+    """The form of a graph's only kernel, and what its machine code says; with its addresses
+    `in_memory`, as in a CUDA graph."""
     launch = only_launch(text)
     source = emit(launch.kernel, launch.sizes, precision=precision)
     shape = source.geometry(launch.sizes)
@@ -31,6 +33,11 @@ def facts(text, target=90, precision="ieee"):
     pointers |= {"scalars": "*fp64"} if launch.kernel.scalars else {}
     pointers |= {"workspace": "*i8"} if shape.workspace else {}
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    if in_memory:
+        kept = list(pointers.items())[len(launch.kernel.buffers) :]
+        arguments = [*pointers, *sizes, *shape.constants]
+        source = indirect(source, arguments, [True] * len(launch.kernel.buffers))
+        pointers = {"addresses": "*i64", **dict(kept)}
     found = compile_for(
         import_source(source),
         pointers,

@@ -197,13 +197,14 @@ class FakeDevice:
             self._aside = self.stream()
         event = self.event()
         event.record()
-        with self.on(self._aside):
-            event.hold()
-            try:
+        try:
+            with self.on(self._aside):
+                event.hold()
                 yield
-            finally:
+        finally:
+            with self.on(self._aside):
                 event.record()
-        event.hold()
+            event.hold()
 
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         """What is given is captured, not run."""
@@ -214,7 +215,7 @@ class FakeDevice:
             give()
         if not graph.work:
             raise Fault("a graph of nothing")
-        return partial(self.replay, graph)
+        return lambda: self.replay(graph)
 
     def event(self) -> FakeEvent:
         """An event, which has not been recorded."""

@@ -33,7 +33,7 @@ class Maker:
     memory:   for counters and partials, at 0, and a table of so many bytes.
     scalars:  the bytes of scalars in the table.
     written:  per base that is overwritten in place, its bytes.
-    own:      the bases that are new in each call.
+    fresh:    the bases that are new in each call.
     refused:  told why there is no graph; raises where there must be one.
     """
 
@@ -42,7 +42,7 @@ class Maker:
     memory: Callable[[int], tuple[torch.Tensor | None, torch.Tensor | None]]
     scalars: int
     written: Mapping[int, int]
-    own: frozenset[int]
+    fresh: frozenset[int]
     failed: Failed
     refused: Callable[[Exception], None]
 
@@ -55,7 +55,7 @@ class Replays:
     def __init__(self, maker: Maker):
         self.graph: Graph | None = None
         self._maker = maker
-        self._moved = set(maker.own)  # bases that were elsewhere in another call
+        self._moved = set(maker.fresh)  # bases that were elsewhere in another call
         self._last: tuple[int, ...] | None = None
         self._waits, self._captures = CALLS, 0
 

@@ -101,8 +101,7 @@ class LaunchedPlan:
         picked = [base for bases in lists.values() for base in bases]
         order = [*picked, *(base for base in given if base not in picked), *own]
         bases = {base: n for n, base in enumerate(order)}
-        places = [(bases[base], offset) for base, offset in addresses]
-        fitting = Fitting(self, places, len(order) - len(own))
+        fitting = Fitting(self, [(bases[base], offset) for base, offset in addresses])
         names: dict[str, object] = {
             "enter": self._enter,
             "leave": self._leave,
@@ -145,7 +144,7 @@ class LaunchedPlan:
         mark: Callable[[], None] | None = None,
     ) -> None:
         count = len(addresses)
-        launch = Fitting(self, [(i, 0) for i in range(count)], count, mark)(tuple(addresses))
+        launch = Fitting(self, [(i, 0) for i in range(count)], mark)(tuple(addresses))
         state = self._enter()
         words = self._pack(*(scalars[slot] for slot in self._slots)) if self._slots else None
         give = launch(state, words, tuple(addresses))
@@ -216,24 +215,26 @@ class LaunchedPlan:
         text = f"tracejit: step {self.plan.name!r} is launched kernel by kernel, as no CUDA graph "
         warnings.warn(TracejitWarning(f"{text}could be made of it: {reason}"), stacklevel=2)
 
-    def maker(self, places: Sequence[Place], residues: Sequence[int], given: int) -> Maker | None:
-        """What makes graphs of the launches, for bases of which the first ones are `given`; None
-        where they stay launches."""
+    def maker(self, places: Sequence[Place], residues: Sequence[int]) -> Maker | None:
+        """What makes graphs of the launches; None where they stay launches."""
         if not 0 < self._graphs <= len(self._launches):
             return None
         written: dict[int, int] = {}
+        fresh = set()
         for buffer, (base, offset) in zip(self.plan.buffers, places, strict=True):
-            if buffer.name in self.plan.writes and memory_bytes(buffer):
+            if buffer.kind == "output":
+                fresh.add(base)
+            elif buffer.name in self.plan.writes and memory_bytes(buffer):
                 written[base] = max(written.get(base, 0), offset + memory_bytes(buffer))
         return Maker(
             self.device,
-            partial(self.launches, places, residues),
-            self._memory,
+            partial(_weakly(self.launches), places, residues),
+            _weakly(self._memory),
             8 * len(self._slots),
             written,
-            frozenset(range(given, len(residues))),
+            frozenset(fresh),
             WeakMethod(self._failed),
-            self._refused,
+            _weakly(self._refused),
         )
 
     # ---- functions
@@ -367,17 +368,16 @@ class Launcher:
 
 
 class Fitting:
-    """Gives the launcher of a plan, with buffers at some places, for the bases that a call is
-    `given`: there is one for each way in which they are aligned. The plan's own are."""
+    """Gives the launcher of a plan, with buffers at some places, for the bases that a call is given
+    (the first ones): there is one for each way in which they are aligned. The plan's own are."""
 
     def __init__(
         self,
         plan: LaunchedPlan,
         places: Sequence[Place],
-        given: int,
         mark: Callable[[], None] | None = None,
     ):
-        self._plan, self._places, self._given, self._mark = plan, places, given, mark
+        self._plan, self._places, self._mark = plan, places, mark
         self._count = 1 + max((base for base, _ in places), default=-1)
         self._known: dict[tuple[int, ...], Launcher] = {}
         self._last: tuple[tuple[int, ...] | None, Launcher | None] = (None, None)
@@ -397,7 +397,7 @@ class Fitting:
         plan = self._plan
         whole = residues + (0,) * (self._count - len(residues))
         launches = plan.launches(self._places, whole)
-        maker = plan.maker(self._places, whole, self._given) if self._mark is None else None
+        maker = plan.maker(self._places, whole) if self._mark is None else None
         return Launcher(launches, maker, WeakMethod(plan._failed), self._mark)
 
 
@@ -406,6 +406,12 @@ def _tuple(terms: Sequence[str]) -> str:
     if len(terms) == 1 and terms[0].startswith("*"):
         return terms[0][1:]
     return f"({''.join(f'{x}, ' for x in terms)})"
+
+
+def _weakly(method: Callable) -> Callable:
+    """A method that does not hold its plan, whose streams hold it."""
+    found = WeakMethod(method)
+    return lambda *given: found()(*given)
 
 
 def _elsewhere(device: Device, give: Give, *given: object) -> None:
