@@ -22,6 +22,8 @@ FLOORS = {
     "run": 5,
     "testing": 5,
     "report": 5,
+    "roofline": 5,
+    "rows": 5,
     "support": 5,
     "__main__": 5,
     "capture": 4,
@@ -34,6 +36,7 @@ FLOORS = {
     "progress": 2,
     "ir": 2,
     "kernels": 1,
+    "gpus": 1,
     "knobs": 1,
     "errors": 1,
 }
@@ -52,10 +55,13 @@ SAME_FLOOR = {
     ("programs", "run"),
     ("__main__", "compile"),
     ("__main__", "report"),
+    ("__main__", "rows"),
     ("__main__", "support"),
     ("__main__", "testing"),
     ("testing", "compile"),
-    ("report", "compile"),
+    ("report", "roofline"),
+    ("report", "rows"),
+    ("rows", "roofline"),
     ("tracejit", "testing"),
 }
 

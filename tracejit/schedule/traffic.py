@@ -27,7 +27,7 @@ from tracejit.schedule.kernel import (
     Store,
     Var,
 )
-from tracejit.schedule.plan import Plan, PlanBuffer
+from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
 ENUMERATED = 1 << 22  # points of a domain that are enumerated at most
@@ -37,15 +37,21 @@ _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
     """Per launch, the bytes of unique addresses loaded plus those stored."""
-    totals = []
-    for together in plan.launches:
-        kernels = []
-        for launch in together.alone():
-            sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-            memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
-            kernels.append((substitute(launch.kernel, sizes), memory))
-        totals.append(bytes_of(kernels, plan.buffers))
-    return tuple(totals)
+    return tuple(
+        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) for launch in plan.launches
+    )
+
+
+def bytes_apart(plan: Plan, launch: Launch) -> tuple[int, ...]:
+    """The same for each kernel that runs side by side in a launch, as if it was alone."""
+    return tuple(bytes_of([_bound(one)], plan.buffers) for one in launch.alone())
+
+
+def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
+    """A launch's kernel with plain sizes, and what the plan calls its buffers."""
+    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
+    return substitute(launch.kernel, sizes), memory
 
 
 def bytes_of(
@@ -149,16 +155,31 @@ def _is_injective(index: Index, axes: tuple[Axis, ...]) -> bool:
     return True
 
 
+def points_inside(mask: Mask, axes: tuple[Axis, ...]) -> int:
+    """At how many points of some axes a mask holds; they are enumerated."""
+    return int(np.count_nonzero(_inside(mask, axes, _points(axes))))
+
+
 def _enumerate(index: Index, mask: Mask, axes: tuple[Axis, ...]) -> np.ndarray:
     """All values of an index where its mask holds."""
+    env = _points(axes)
+    inside = _inside(mask, axes, env)
+    return np.broadcast_to(_values(index, env), inside.shape)[inside]
+
+
+def _points(axes: tuple[Axis, ...]) -> dict[str, np.ndarray]:
+    """The value of each axis at each point."""
     grids = np.indices([a.extent for a in axes], sparse=True)
-    env = {a.name: grid for a, grid in zip(axes, grids, strict=True)}
-    shape = tuple(a.extent for a in axes)
-    inside = np.ones(shape, np.bool_)
+    return {a.name: grid for a, grid in zip(axes, grids, strict=True)}
+
+
+def _inside(mask: Mask, axes: tuple[Axis, ...], env: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether a mask holds, at each point."""
+    inside = np.ones(tuple(a.extent for a in axes), np.bool_)
     for bound in mask:
         at = _values(bound.index, env)
         inside &= (at >= 0) & (at < bound.high) & (at % bound.step == 0)
-    return np.broadcast_to(_values(index, env), shape)[inside]
+    return inside
 
 
 def _values(index: Index, env: dict[str, np.ndarray]) -> np.ndarray:
