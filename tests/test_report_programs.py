@@ -27,10 +27,11 @@ from support.programs import PROGRAMS, Program, plans_of
 from support.shortfalls import Known, found_in
 from tracejit.aot import TARGETS
 from tracejit.capture.trace.table import function_name
-from tracejit.report import COLUMNS, Report, precompile, report, table
+from tracejit.report import COLUMNS, Report, precompile, report
 from tracejit.rows import limits
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
+from tracejit.tables import table
 
 # The kernels of these are compiled in every run of the tests, those of the others in `test-all`.
 FIXED = ("2 zero_", "3 chain", "5 sgd", "6 recurrence", "7 linear fit", "7 classifier")

@@ -68,6 +68,8 @@ class Compiled:
     final: Graph
     backwards: list[Backward] = field(default_factory=list)
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
+    backend: str = ""  # the executor's
+    saved_bytes: int = 0  # what eager would keep for its backward
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     checking: Checking | None = None  # runs before it
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
@@ -125,7 +127,7 @@ class Checking:
     def __init__(self, programs: Programs, checks: Checks, executor: Executor):
         self._programs, self._checks, self._executor = programs, checks, executor
         flag = self._program(replace(checks.graph, results=checks.graph.results[:1]))
-        self._failed, self._read = flag.function(), flag.read
+        self.program, self._failed, self._read = flag, flag.function(), flag.read
         self._found: Callable[[list], list[torch.Tensor]] | None = None
 
     def _program(self, graph: Graph) -> Program:
@@ -208,7 +210,8 @@ class Programs:
         named = names(captured, call)
         self._note_counts(captured)
         built = self.build(captured.graph, executor, self._memory, names=named)
-        compiled = Compiled(key, *built, backwards, named)
+        made = executor.name, captured.saved_bytes
+        compiled = Compiled(key, *built, backwards, named, *made)
         if captured.checks is not None:
             compiled.checking = Checking(self, captured.checks, executor)
         self._kept[key] = compiled

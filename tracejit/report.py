@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
@@ -27,7 +27,7 @@ from tracejit.codegen.work import work
 from tracejit.errors import BackendUnavailable
 from tracejit.gpus import ARCHES, GPUS, occupancy
 from tracejit.roofline import filling, predict
-from tracejit.rows import Row, joined, limits, shortfalls, spills, stream_share_of
+from tracejit.rows import Row, limits, shortfalls, spills, stream_share_of
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.runtime.triton_launch import TRITON_NAME, LoadedLaunch, positions
@@ -35,6 +35,7 @@ from tracejit.schedule.kernel import Compute
 from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.plan_text import parse_plan
 from tracejit.schedule.traffic import bytes_apart, bytes_moved
+from tracejit.tables import Columns, joined, micro, table
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Report:
         return "\n".join([head, *table(self.rows, columns_of(self.target)), *inputs, *short])
 
 
-# Heading of a column, and its cell in a row; the first two and the last are aligned to the left.
+# Heading of a column, and its cell in a row.
 COLUMNS = {
     "kernel": lambda row: row.name,
     "form": lambda row: row.form,
@@ -98,32 +99,17 @@ COLUMNS = {
     "balance": lambda row: f"{row.filled.balance:.0%}",
     "lines": lambda row: joined(row.lines),
 }
-_LEFT = ("kernel", "form", "lines", "bound")
 
 
-def columns_of(target: int) -> dict[str, Callable[[Row], str]]:
+def columns_of(target: int) -> Columns:
     """The columns, and the predicted time on each GPU of a target, before the lines."""
     columns = dict(COLUMNS)
     lines = columns.pop("lines")
     names = [gpu.name for gpu in GPUS.values() if gpu.target == target]
     for name in names:
-        columns[f"{name} µs"] = lambda row, name=name: f"{1e6 * row.predicted[name].seconds:.1f}"
+        columns[f"{name} µs"] = lambda row, name=name: micro(row.predicted[name].seconds)
     columns["bound"] = lambda row: row.predicted[names[-1]].bound
     return columns | {"lines": lines}
-
-
-def table(rows: Sequence[Row], columns: Mapping[str, object]) -> list[str]:
-    """The rows as lines of text under their headings."""
-    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = (
-            text.ljust(width) if name in _LEFT else text.rjust(width)
-            for name, text, width in zip(columns, line, widths, strict=True)
-        )
-        lines.append("  ".join(padded).rstrip())
-    return lines
 
 
 # --- building a report ------------------------------------------------------------------------

@@ -14,6 +14,11 @@ from dataclasses import dataclass
 from tracejit.codegen.work import Work
 from tracejit.gpus import LATENCY, LAUNCH, Gpu
 
+MOST_ISSUED = 4  # times the bytes that a kernel without a contraction has to move
+LONG = 8  # steps from which on a program has to keep memory busy
+IN_FLIGHT = 16 << 10  # bytes per SM
+BALANCE = 0.8  # of the SMs' time
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -108,3 +113,38 @@ def rate(operands: str, gpu: Gpu, precision: str, tensor: bool | None) -> float:
     if operands == "f32" and precision != "ieee":
         peak = gpu.tf32 / (3 if precision == "tf32x3" else 1)
     return peak if tensor is not False else min(peak, gpu.fp32)
+
+
+def fall_short(
+    works: Sequence[Work], part_bytes: Sequence[int], filled: Filling
+) -> list[tuple[str, float, float]]:
+    """What keeps a launch from using its GPU: of what there is too little or too much, the number,
+    its limit. `part_bytes` are what each of its kernels has to move.
+
+    issued     A kernel without a contraction issues at most MOST_ISSUED times the bytes that it
+               has to move. In a launch of several, each has to.
+    in flight  Where a program waits LONG times or more, IN_FLIGHT bytes per SM are under way.
+    balance    The SMs are busy for BALANCE of the time, if all programs take equally long. Launches
+               that are over in one round of short programs are left out: they take the latency of
+               a few loads, however they are spread.
+    """
+    found = []
+    ratios = [
+        w.issued / max(1, least)
+        for w, least in zip(works, part_bytes, strict=True)
+        if w.form != "matmul"
+    ]
+    if max(ratios, default=0) > MOST_ISSUED:
+        found.append(("issued", max(ratios), MOST_ISSUED))
+    if filled.steps >= LONG and filled.in_flight < IN_FLIGHT:
+        found.append(("in flight", filled.in_flight, IN_FLIGHT))
+    if (filled.steps >= LONG or filled.waves > 1) and filled.balance < BALANCE:
+        found.append(("balance", filled.balance, BALANCE))
+    return found
+
+
+def said(what: str, number: float, limit: float) -> str:
+    """A shortfall in words."""
+    form = {"issued": "{:.1f} times the minimum", "balance": "{:.0%}", "spills": "{:.0f}"}
+    shown = form.get(what, "{:,.0f} bytes per SM")
+    return f"{what} {shown.format(number)}, limit {shown.format(limit)}"

@@ -14,19 +14,15 @@ from tracejit.aot import KernelFacts
 from tracejit.codegen.work import Work
 from tracejit.gpus import ARCHES
 from tracejit.ir.types import contiguous_strides, f32
-from tracejit.roofline import Filling, Prediction
+from tracejit.roofline import Filling, Prediction, fall_short, said
 from tracejit.schedule.kernel import Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
+from tracejit.tables import joined
 
 LARGE_STREAM = 1 << 17  # elements from which a stream has to move 128 bits at a time
 STREAM_SHARE = 0.9  # of its accesses
 TABLE_BYTES = 48  # of stack: what the argument reduction within sin and cos keeps there
-
-MOST_ISSUED = 4  # times the bytes that a kernel without a contraction has to move
-LONG = 8  # steps from which on a program has to keep memory busy
-IN_FLIGHT = 16 << 10  # bytes per SM
-BALANCE = 0.8  # of the SMs' time
 
 
 @dataclass(frozen=True)
@@ -71,15 +67,6 @@ class Row:
         more = {"wide_share": self.facts.wide_share, "spills": spills(self)}
         more |= {"issued_bytes": self.issued_bytes, "operations": self.operations}
         return plain | facts | more
-
-
-def joined(lines: Sequence[str]) -> str:
-    """`net.py:5`, `net.py:3` as `net.py:3,5`."""
-    files: dict[str, list[str]] = {}
-    for where in lines:
-        file, _, number = where.rpartition(":")
-        files.setdefault(file, []).append(number)
-    return " ".join(f"{f}:{','.join(sorted(ns, key=int))}" for f, ns in files.items())
 
 
 # --- limits -----------------------------------------------------------------------------------
@@ -133,42 +120,17 @@ class Shortfall:
     limit: float
 
     def __str__(self) -> str:
-        number, limit = (_shown(self.what, x) for x in (self.number, self.limit))
-        return f"{self.launch}: {self.kernel}: {self.what} {number}, limit {limit}"
-
-
-def _shown(what: str, number: float) -> str:
-    form = {"issued": "{:.1f} times the minimum", "balance": "{:.0%}", "spills": "{:.0f}"}
-    return form.get(what, "{:,.0f} bytes per SM").format(number)
+        return f"{self.launch}: {self.kernel}: {said(self.what, self.number, self.limit)}"
 
 
 def shortfalls(report: HasRows) -> list[Shortfall]:
-    """What keeps launches from using their GPU.
-
-    issued     A kernel without a contraction issues at most MOST_ISSUED times the bytes that it
-               has to move. In a launch of several, each has to.
-    in flight  Where a program waits LONG times or more, IN_FLIGHT bytes per SM are under way.
-    balance    The SMs are busy for BALANCE of the time, if all programs take equally long. Launches
-               that are over in one round of short programs are left out: they take the latency of
-               a few loads, however they are spread.
-    spills     None.
-    """
+    """What keeps launches from using their GPU (`roofline.py`), and spills."""
     found = []
     for i, row in enumerate(report.rows):
-        filled, name = row.filled, row.name
-        ratios = [
-            w.issued / max(1, least)
-            for w, least in zip(row.works, row.part_bytes, strict=True)
-            if w.form != "matmul"
-        ]
-        if max(ratios, default=0) > MOST_ISSUED:
-            found.append(Shortfall(i, name, "issued", max(ratios), MOST_ISSUED))
-        if filled.steps >= LONG and filled.in_flight < IN_FLIGHT:
-            found.append(Shortfall(i, name, "in flight", filled.in_flight, IN_FLIGHT))
-        if (filled.steps >= LONG or filled.waves > 1) and filled.balance < BALANCE:
-            found.append(Shortfall(i, name, "balance", filled.balance, BALANCE))
+        short = fall_short(row.works, row.part_bytes, row.filled)
         if spills(row):
-            found.append(Shortfall(i, name, "spills", spills(row), 0))
+            short.append(("spills", spills(row), 0))
+        found += [Shortfall(i, row.name, *one) for one in short]
     return found
 
 

@@ -1,4 +1,5 @@
-"""How many bytes a plan's launches must move at least: unique addresses loaded and stored.
+"""How many bytes a plan's launches must move at least: unique addresses loaded and stored; and how
+much they compute.
 
 Affine accesses whose addresses cannot collide are counted from their extents; others, and several
 different accesses of one buffer, are enumerated (where too large for that, bounded by their sum and
@@ -23,6 +24,7 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Position,
+    Reduce,
     Statement,
     Store,
     Var,
@@ -31,6 +33,8 @@ from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
 ENUMERATED = 1 << 22  # points of a domain that are enumerated at most
+
+_FREE = ("alias", "cast", "full", "where")  # no arithmetic
 
 _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
@@ -52,6 +56,25 @@ def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
     memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
     return substitute(launch.kernel, sizes), memory
+
+
+def operations(plan: Plan) -> int:
+    """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
+    of another operation, and for each element that is reduced."""
+    return sum(_operations(_bound(one)[0]) for launch in plan.launches for one in launch.alone())
+
+
+def _operations(kernel: Kernel) -> int:
+    total = 0
+    for stage in kernel.stages:
+        points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))
+        if stage.dot is not None:
+            total += 2 * points * stage.dot.k.extent
+        total += points * sum(
+            isinstance(s, Compute | Reduce) and s.out.dtype.is_float and s.op.name not in _FREE
+            for s in stage.body
+        )
+    return total
 
 
 def bytes_of(

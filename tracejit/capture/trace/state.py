@@ -115,6 +115,7 @@ class TraceState:
         self.backward: Backward | None = None  # in progress
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        self.saved: dict[Value, None] = {}  # forward values that formulas have read
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
         self.hosted: dict[Value, float | None] = {}
