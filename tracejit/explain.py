@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 
 from tracejit.codegen.geometry import Geometry
-from tracejit.codegen.triton import emit
+from tracejit.codegen.triton import Source, emit
 from tracejit.codegen.work import Work, work
 from tracejit.gpus import EAGER, GPUS, Gpu, occupancy
 from tracejit.ir.graph import Graph
@@ -29,6 +29,7 @@ from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.trial import trial
 from tracejit.schedule import schedule
+from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations
 from tracejit.tables import joined
@@ -85,7 +86,7 @@ def explain(
     eager = sum(max(EAGER, x.seconds) for x in before) if eager_seconds is None else eager_seconds
     ours = predicted if eager_seconds is None or measured is None else measured
     spent = sum(subject.seconds.values())
-    moved = sum(map(sum, map(bytes_moved, plans)))
+    moved = sum(x.bytes for x in launches)
     return Ledger(
         step=subject.name,
         mode=subject.mode,
@@ -119,7 +120,7 @@ class _Look:
         self.gpu, self.machine_code, self.short = gpu, machine_code, []
         setting = torch.get_float32_matmul_precision()
         self.precision = executor_for("triton", "cuda", setting).precision
-        self._seen: dict[tuple, tuple] = {}
+        self._seen: dict[tuple, tuple[Source, Geometry, tuple[Work, ...]]] = {}
         self._count = 0
 
     def launches(self, plan: Plan, seconds: Sequence[float] | None) -> list[LaunchCost]:
@@ -127,14 +128,13 @@ class _Look:
         rows = iter(report(plan, target=self.gpu.target).rows) if self.machine_code else None
         costs = []
         for i, (launch, least) in enumerate(zip(plan.launches, bytes_moved(plan), strict=True)):
-            source = emit(launch.kernel, launch.sizes, precision=self.precision)
-            shape = source.geometry(launch.sizes)
+            source, shape, works = self._printed(launch)
             if not shape.grid[0]:
                 continue
-            works = work(source, launch.sizes, shape)
             row = None if rows is None else next(rows)
             filled, found = self._judged(works, shape, least, row)
-            self._note(source.name, launch, fall_short(works, bytes_apart(plan, launch), filled))
+            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least,)
+            self._note(source.name, launch, fall_short(works, apart, filled))
             costs.append(
                 LaunchCost(
                     kernel=source.name,
@@ -149,6 +149,15 @@ class _Look:
                 )
             )
         return costs
+
+    def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:
+        """A launch's source, geometry and work; once for all that differ in the user's lines."""
+        key = canonical(launch.kernel), launch.sizes
+        if key not in self._seen:
+            source = emit(launch.kernel, launch.sizes, precision=self.precision)
+            shape = source.geometry(launch.sizes)
+            self._seen[key] = source, shape, work(source, launch.sizes, shape)
+        return self._seen[key]
 
     def _judged(
         self, works: Sequence[Work], shape: Geometry, least: int, row: Row | None

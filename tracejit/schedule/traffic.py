@@ -162,7 +162,21 @@ def _addresses(accesses: list[_Access], buffer: PlanBuffer) -> int:
     dynamic = any(_is_dynamic(index, mask) for index, mask, _ in accesses)
     if dynamic or sum(points) > ENUMERATED:
         return min(sum(points), buffer.type.numel)
-    return len(np.unique(np.concatenate([_enumerate(*access) for access in accesses])))
+    return _different([_enumerate(*access) for access in accesses])
+
+
+def _different(values: list[np.ndarray]) -> int:
+    """How many different numbers there are in some arrays."""
+    values = [v for v in values if v.size]
+    if not values:
+        return 0
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    if high - low > ENUMERATED:
+        return len(np.unique(np.concatenate(values)))
+    seen = np.zeros(high - low + 1, np.bool_)
+    for v in values:
+        seen[v - low] = True
+    return int(np.count_nonzero(seen))
 
 
 def _is_injective(index: Index, axes: tuple[Axis, ...]) -> bool:
