@@ -29,15 +29,10 @@ from examples import fused_chain, two_layer_autograd
 from tracejit.aot import TARGETS, disassemble, parse_sass
 from tracejit.codegen.triton_forms import form_of
 from tracejit.errors import BackendUnavailable
+from tracejit.gpus import ARCHES, occupancy
 from tracejit.ir.torch_types import TO_TORCH
-from tracejit.report import (
-    ARCHES,
-    Report,
-    limits,
-    occupancy,
-    report,
-    stream_share_of,
-)
+from tracejit.report import Report, report
+from tracejit.rows import limits, stream_share_of
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_launch import DevicePointer, positions
 from tracejit.schedule.plan import Plan
@@ -368,8 +363,11 @@ def test_command_line(file):
     assert out.startswith("step for sm_90 (Triton ") and "two_layer_autograd.py:66" in out
     launches = len(program("zero_").launches)
     rows = out.splitlines()
-    assert len(rows) == 2 + launches + 2 + launches  # the table, and the inputs of each launch
-    assert rows[-launches - 1] == "inputs of each launch:" and "w1" in rows[-1]
+    named = rows.index("inputs of each launch:")
+    assert named == 2 + launches + 1 and "w1" in rows[named + launches]  # after the table
+    short = rows[named + launches + 2 :]
+    assert short[0] == "what keeps launches from using the GPU:"
+    assert short[1].startswith("0: matmul_") and short[1].endswith("limit 16,384 bytes per SM")
     for said, process in wrong.items():
         out, err = process.communicate()
         assert process.returncode == 2 and out == ""

@@ -21,13 +21,17 @@ import tracejit
 from support.function_checks import outcome, step_of
 from support.function_samples import each_function, samples_of
 from support.golden import Golden
+from support.kernel_cases import CASES, plan_of
 from support.machine_code import mostly_90
 from support.programs import PROGRAMS, Program, plans_of
+from support.shortfalls import Known, found_in
 from tracejit.aot import TARGETS
 from tracejit.capture.trace.table import function_name
-from tracejit.report import COLUMNS, Report, limits, precompile, report, table
+from tracejit.report import COLUMNS, Report, precompile, report
+from tracejit.rows import limits
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
+from tracejit.tables import table
 
 # The kernels of these are compiled in every run of the tests, those of the others in `test-all`.
 FIXED = ("2 zero_", "3 chain", "5 sgd", "6 recurrence", "7 linear fit", "7 classifier")
@@ -37,9 +41,14 @@ FIXED += ("softmax", "layer norm", "bf16")
 EXCEPTIONS: tuple[tuple[str, str, str], ...] = ()
 
 STABLE = ("kernel", "form", "regs", "spills", "shared", "CTAs/SM", "128-bit", "stream", "wgmma")
-STABLE += ("mma", "bars", "atomics", "min bytes")
+STABLE += ("mma", "bars", "atomics", "min bytes", "issued", "operations", "steps", "in flight/SM")
+STABLE += ("waves", "balance")
 
-plans = functools.cache(plans_of)
+
+@functools.cache
+def plans(name: str) -> tuple[Plan, ...]:
+    """Of a program, or of a case that is only scheduled."""
+    return (plan_of(name),) if name in CASES else plans_of(name)
 
 
 def broken(name: str, found: list[Report]) -> list[str]:
@@ -82,7 +91,7 @@ def test_golden_launches(golden):
 
 @functools.cache
 def compiled(target: int) -> None:
-    precompile([plan for name in FIXED for plan in plans(name)], targets=(target,))
+    precompile([plan for name in (*FIXED, *CASES) for plan in plans(name)], targets=(target,))
 
 
 @functools.cache
@@ -156,6 +165,52 @@ def test_kernels_compiled_in_processes_are_those_compiled_here(monkeypatch):
             assert len(facts) == len(here)
         report(*plans("2 zero_"), target=90)
     assert here == there and here
+
+
+# --- what keeps launches from using the GPU -----------------------------------------------------
+
+
+@mostly_90
+def test_golden_shortfalls(target):
+    """No accepting makes the list longer, or a number on it worse: see support/shortfalls.py."""
+    if Known().triton() != triton.__version__:
+        pytest.skip(f"the list of shortfalls is of Triton {Known().triton()}")
+    names = (*FIXED, *CASES)
+    found: dict = {}
+    for name in names:
+        found |= found_in(name, reports(name, target))
+    assert Known().check(found, names, f"sm_{target}") == []
+
+
+def test_the_list_of_shortfalls_is_strict(monkeypatch, tmp_path):
+    known = Known(tmp_path / "list.txt")
+    head = "# Triton 1\n# target program | launch form | what number\n"
+    lines = ["sm_90 a | 0 rows | issued 7.5", "sm_90 a | 1 rows | in flight 1000"]
+    text = head + "\n".join([*lines, "sm_80 a | 0 rows | issued 9", "sm_90 b | 0 x | spills 2\n"])
+    first, second = (("sm_90", "a", "0 rows", "issued"), ("sm_90", "a", "1 rows", "in flight"))
+
+    def check(found, accept):
+        known.path.write_text(text)
+        monkeypatch.setenv("TRACEJIT_ACCEPT", "1" if accept else "")
+        return known.check(found, ("a",), "sm_90"), known.path.read_text()
+
+    same = {first: 7.5, second: 1000.0}
+    assert check(same, False) == check(same, True) == ([], text)
+    worse = {
+        "not on the list": same | {("sm_90", "a", "2 rows", "balance"): 0.5},
+        "is 7.6, on the list 7.5": same | {first: 7.6},
+        "is 999, on the list 1000": same | {second: 999.0},
+    }
+    for said, found in worse.items():
+        for accept in (False, True):  # accepting cannot lift a limit
+            (wrong,), after = check(found, accept)
+            assert said in wrong and after == text
+    (wrong,), _ = check({second: 1000.0}, False)
+    assert "0 rows | issued no longer falls short" in wrong
+    (wrong,), _ = check(same | {first: 5.0}, False)
+    assert "is better now: 5" in wrong
+    wrong, after = check({second: 2000.0}, True)
+    assert wrong == [] and after == text.replace(f"{lines[0]}\n", "").replace("1000", "2000")
 
 
 # --- all kernels ------------------------------------------------------------------------------

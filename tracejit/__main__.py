@@ -24,7 +24,9 @@ from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import TracejitError
-from tracejit.report import ARCHES, limits, report
+from tracejit.gpus import ARCHES
+from tracejit.report import report
+from tracejit.rows import limits
 from tracejit.support import markdown, operations
 
 CALLS = 3  # of the step before the report: enough to arm a replay
@@ -32,8 +34,10 @@ CALLS = 3  # of the step before the report: enough to arm a replay
 REPORT = """\
 Compile every kernel of a step ahead of time and print what it became: registers, spills, shared
 memory, CTAs per SM, share of 128-bit accesses, tensor core and FFMA counts, barriers, atomics,
-instructions, compile time, the bytes that it has to move, and the lines it comes from. No GPU is
-needed. The step is called three times; its last plan is reported.
+instructions, compile time, the bytes that it has to move and those that it issues, operations, how
+often the longest program waits for memory, bytes in flight per SM, waves and how evenly they load
+the SMs, the time that it should take on the GPUs of the target, and the lines it comes from. No GPU
+is needed. The step is called three times; its last plan is reported.
 
 exit status: 0, or 1 if a kernel breaks a limit (it spills, it uses more shared memory than there
 is, or a large contiguous fp32 stream moves less than 90% of its accesses in 128 bits), or 2 if

@@ -43,6 +43,7 @@ class KernelFacts:
     barriers: int
     atomics: int
     instructions: int
+    copies: int = 0  # of these loads, those that copy to shared memory by themselves (LDGSTS, TMA)
     tensor_memory: int = 0  # columns, on sm_100
     compile_seconds: float = field(default=0.0, compare=False)
 
@@ -181,6 +182,7 @@ def parse_sass(sass: str, name: str, target: int, shared_bytes: int) -> KernelFa
         barriers=count["BAR"],
         atomics=sum(count[op] for op in _ATOMICS),
         instructions=len(opcodes),
+        copies=count["LDGSTS"] + count["UTMALDG"],
     )
 
 

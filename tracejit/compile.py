@@ -36,16 +36,14 @@ from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.fallback import Attempt, Fallback
-from tracejit.ir.graph import Graph
+from tracejit.inspection import Inspected
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
-from tracejit.runtime.program import Program
 from tracejit.runtime.select import start_early
-from tracejit.schedule.plan import Plan
 
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
@@ -95,7 +93,7 @@ def compile(
     return functools.partial(of, options) if step is None else of(options, step)
 
 
-class CompiledStep:
+class CompiledStep(Inspected):
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
@@ -166,81 +164,6 @@ class CompiledStep:
         if instance is None:
             return self
         return functools.partial(self, instance)
-
-    # ---- what was compiled
-
-    @property
-    def graph(self) -> Graph | None:
-        """The final IR of the plan that ran last."""
-        return None if self._last is None else self._last.final
-
-    @property
-    def input_names(self) -> tuple[str, ...]:
-        """The names of the inputs of `graph`, as the user's code calls them: `model.0.weight`."""
-        return () if self._last is None else self._last.names
-
-    @property
-    def plans(self) -> list[Plan]:
-        """Every plan, the one that ran last at the end."""
-        return [c.program.plan for c in self._programs.kept]
-
-    @property
-    def segments(self) -> list[Plan]:
-        """The plans that the last call ran, in turn: several where the step reads values before
-        the rest of it."""
-        return [program.plan for program in self._ran_programs()]
-
-    def _ran_programs(self) -> list[Program]:
-        if self._last is None:
-            return []
-        parts = self._last_run.parts
-        if parts is None:
-            return [self._last.program]
-        return [*(stage.program for stage in parts.stages), parts.program]
-
-    @property
-    def backward_plans(self) -> list[Plan]:
-        """The plans that backward outside the step has run, of the plan that ran last."""
-        if self._last is None:
-            return []
-        return [b.program.plan for b in self._last.backwards if b.program is not None]
-
-    @property
-    def kernels(self) -> list[str]:
-        """The source of each kernel of the plan that ran last, as its executor runs it: C, Triton,
-        or for numpy the kernel itself."""
-        return [s.text for program in self._ran_programs() for s in program.loaded.sources]
-
-    @property
-    def guards(self) -> list[str]:
-        """The source of the guard of each armed replay, the one that ran last first."""
-        return [replay.guard_text for replay in self._replays]
-
-    def explain_mode(self) -> str:
-        """ "replay", "rerun" or "eager", and why calls are not replayed, or not even compiled."""
-        fallback = self._fallback
-        some = ""
-        if fallback is not None and fallback.why and not self._replays:
-            return f"eager: {fallback.why}"
-        if fallback is not None and fallback.ever:
-            some = f"; some calls ran eagerly: {fallback.ever}"
-        if self._replays:
-            return f"replay: {len(self._replays)} plan(s) armed{self._read()}{some}"
-        return f"rerun: {self._prover.why}{some}"
-
-    def _read(self) -> str:
-        """What is to be said of values that the step reads."""
-        cuts, branches = self._replays[0].cuts, self.stats.branches
-        if not cuts:
-            return ""
-        before = len(self._replays[0].stages)
-        text = f"; values read: {before} before the rest, {cuts - before} after it"
-        return text + (f"; branches that values decide: {branches}" if branches else "")
-
-    def explain_retraces(self) -> list[str]:
-        """Why calls were not replayed although a replay was armed, the latest last: what changed,
-        from what to what, and whether a plan was found or built."""
-        return list(self._remarks.retraces)
 
     # ---- calls
 

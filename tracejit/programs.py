@@ -69,6 +69,8 @@ class Compiled:
     final: Graph
     backwards: list[Backward] = field(default_factory=list)
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
+    backend: str = ""  # the executor's
+    saved_bytes: int = 0  # what eager would keep for its backward
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     checking: Checking | None = None  # runs before it
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
@@ -130,7 +132,7 @@ class Checking:
     def __init__(self, programs: Programs, checks: Checks, executor: Executor):
         self._programs, self._checks, self._executor = programs, checks, executor
         flag = self._program(replace(checks.graph, results=checks.graph.results[:1]))
-        self._failed, self._read = flag.function(), flag.read
+        self.program, self._failed, self._read = flag, flag.function(), flag.read
         self._found: Callable[[list], list[torch.Tensor]] | None = None
 
     def _program(self, graph: Graph) -> Program:
@@ -212,7 +214,8 @@ class Programs:
         named = names(captured, call)
         self._note_counts(captured)
         built = self.build(captured.graph, executor, self._memory, names=named)
-        compiled = Compiled(key, *built, backwards, named)
+        made = executor.name, captured.saved_bytes
+        compiled = Compiled(key, *built, backwards, named, *made)
         if not compiled.program.computes:  # nobody will call them
             for backward in backwards:
                 backward.build()

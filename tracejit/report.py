@@ -6,79 +6,36 @@
 In: a compiled step (its last plan is judged) or a Plan, of CPU or CUDA tensors alike. Out: a
 `Report` with one `Row` per launch, read off the machine code that the CUDA executor would launch:
 the same sources, constants and options, for pointers aligned to 16 bytes. `limits` lists what no
-kernel may do.
+kernel may do, `shortfalls` what keeps a launch from using its GPU.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
+from typing import Protocol
 
 import torch
 
 from tracejit.aot import KernelFacts, compile_launch
 from tracejit.codegen.triton_table import LOCAL_TABLES
-from tracejit.compile import CompiledStep
+from tracejit.codegen.work import work
 from tracejit.errors import BackendUnavailable
-from tracejit.ir.types import contiguous_strides, f32
+from tracejit.gpus import ARCHES, GPUS, occupancy
+from tracejit.roofline import filling, predict
+from tracejit.rows import Row, limits, shortfalls, spills, stream_share_of
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.runtime.triton_launch import TRITON_NAME, LoadedLaunch, positions
-from tracejit.schedule.kernel import Compute, Load, Reduce, Stage, Store
-from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.kernel import Compute
+from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.plan_text import parse_plan
-from tracejit.schedule.sizes import substitute
-from tracejit.schedule.traffic import bytes_moved
-
-LARGE_STREAM = 1 << 17  # elements from which a stream has to move 128 bits at a time
-STREAM_SHARE = 0.9  # of its accesses
-TABLE_BYTES = 48  # of stack: what the argument reduction within sin and cos keeps there
-
-
-@dataclass(frozen=True)
-class Arch:
-    """What bounds the CTAs of one SM, besides what all targets have in common; bytes."""
-
-    shared_per_block: int
-    shared_per_sm: int
-
-
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
-ARCHES = {
-    80: Arch(shared_per_block=163 << 10, shared_per_sm=164 << 10),
-    90: Arch(shared_per_block=227 << 10, shared_per_sm=228 << 10),
-    100: Arch(shared_per_block=227 << 10, shared_per_sm=228 << 10),
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One launch. `occupancy` is CTAs per SM; `lines` are the user's, as file:line.
-
-    `stream_share` is the share of 128-bit accesses where the kernel is a large contiguous fp32
-    stream (`stream_share_of` says what that is), else None.
-    """
-
-    name: str
-    form: str
-    facts: KernelFacts
-    warps: int
-    occupancy: int
-    minimum_bytes: int
-    lines: tuple[str, ...]
-    stream_share: float | None
-    has_tables: bool  # computes sin or cos
-    inputs: tuple[str, ...] = ()  # of the step that it reads or writes, where they have names
-
-    def as_dict(self) -> dict[str, object]:
-        """The row as plain data for JSON."""
-        plain = asdict(self)
-        facts = plain.pop("facts")
-        return plain | facts | {"wide_share": self.facts.wide_share, "spills": spills(self)}
+from tracejit.schedule.traffic import bytes_apart, bytes_moved
+from tracejit.tables import Columns, joined, micro, table
 
 
 @dataclass(frozen=True)
@@ -100,6 +57,7 @@ class Report:
             "triton": self.triton,
             "launches": [row.as_dict() for row in self.rows],
             "violations": limits(self),
+            "shortfalls": [asdict(s) for s in shortfalls(self)],
         }
 
     def __str__(self) -> str:
@@ -110,10 +68,12 @@ class Report:
         )
         named = [f"{i}: {', '.join(row.inputs)}" for i, row in enumerate(self.rows) if row.inputs]
         inputs = ["", "inputs of each launch:", *named] if named else []
-        return "\n".join([head, *table(self.rows, COLUMNS), *inputs])
+        found = [str(s) for s in shortfalls(self)]
+        short = ["", "what keeps launches from using the GPU:", *found] if found else []
+        return "\n".join([head, *table(self.rows, columns_of(self.target)), *inputs, *short])
 
 
-# Heading of a column, and its cell in a row; the first two and the last are aligned to the left.
+# Heading of a column, and its cell in a row.
 COLUMNS = {
     "kernel": lambda row: row.name,
     "form": lambda row: row.form,
@@ -131,38 +91,38 @@ COLUMNS = {
     "instrs": lambda row: f"{row.facts.instructions}",
     "compile s": lambda row: f"{row.facts.compile_seconds:.2f}",
     "min bytes": lambda row: f"{row.minimum_bytes:,}",
+    "issued": lambda row: f"{row.issued_bytes:,}",
+    "operations": lambda row: f"{row.operations:,}",
+    "steps": lambda row: f"{row.filled.steps}",
+    "in flight/SM": lambda row: f"{row.filled.in_flight:,.0f}",
+    "waves": lambda row: f"{row.filled.waves:.2f}",
+    "balance": lambda row: f"{row.filled.balance:.0%}",
     "lines": lambda row: joined(row.lines),
 }
-_LEFT = ("kernel", "form", "lines")
 
 
-def table(rows: Sequence[Row], columns: Mapping[str, object]) -> list[str]:
-    """The rows as lines of text under their headings."""
-    cells = [list(columns), *([cell(row) for cell in columns.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = (
-            text.ljust(width) if name in _LEFT else text.rjust(width)
-            for name, text, width in zip(columns, line, widths, strict=True)
-        )
-        lines.append("  ".join(padded).rstrip())
-    return lines
-
-
-def joined(lines: Sequence[str]) -> str:
-    """`net.py:5`, `net.py:3` as `net.py:3,5`."""
-    files: dict[str, list[str]] = {}
-    for where in lines:
-        file, _, number = where.rpartition(":")
-        files.setdefault(file, []).append(number)
-    return " ".join(f"{f}:{','.join(sorted(ns, key=int))}" for f, ns in files.items())
+def columns_of(target: int) -> Columns:
+    """The columns, and the predicted time on each GPU of a target, before the lines."""
+    columns = dict(COLUMNS)
+    lines = columns.pop("lines")
+    names = [gpu.name for gpu in GPUS.values() if gpu.target == target]
+    for name in names:
+        columns[f"{name} µs"] = lambda row, name=name: micro(row.predicted[name].seconds)
+    columns["bound"] = lambda row: row.predicted[names[-1]].bound
+    return columns | {"lines": lines}
 
 
 # --- building a report ------------------------------------------------------------------------
 
 
-def report(step_or_plan: CompiledStep | Plan, *, target: int = 90) -> Report:
+class HasPlans(Protocol):
+    """A compiled step: its plans, the one that ran last at the end, and the names of its inputs."""
+
+    plans: Sequence[Plan]
+    input_names: Sequence[str]
+
+
+def report(step_or_plan: HasPlans | Plan, *, target: int = 90) -> Report:
     """Compile every launch for sm_<target> and say what it became.
 
     A step has to have been called: the last of its `plans` is taken. Launches of an empty grid have
@@ -178,7 +138,7 @@ def report(step_or_plan: CompiledStep | Plan, *, target: int = 90) -> Report:
     executor = _executor()
     moved = bytes_moved(plan)
     rows = [
-        _row(plan, plan.launches[i], loaded, moved[i], target, names)
+        _row(plan, plan.launches[i], loaded, moved[i], target, names, executor.precision)
         for i, loaded in _loaded(plan, executor)
     ]
     return Report(plan.name, target, executor.precision, version, tuple(rows))
@@ -214,8 +174,8 @@ def _compile(text: str, launch: int, target: int, executor: TritonExecutor) -> K
     return _facts(plan.launches[launch], loaded, target)
 
 
-def _last_plan(step: CompiledStep) -> Plan:
-    if not isinstance(step, CompiledStep):
+def _last_plan(step: HasPlans) -> Plan:
+    if not hasattr(step, "plans"):
         raise TypeError(f"report takes a compiled step or a Plan, not {type(step).__name__}")
     if not step.plans:
         raise ValueError(f"{step.__name__} has no plan yet: call it before asking for a report")
@@ -285,23 +245,31 @@ def _row(
     minimum_bytes: int,
     target: int,
     names: Sequence[str],
+    precision: str,
 ) -> Row:
     kernel, warps, name = launch.kernel, loaded.geometry.num_warps, loaded.source.name
     facts = _facts(launch, loaded, target)
     form = name.rpartition("_")[0]
     statements = list(kernel.statements)
+    works = work(loaded.source, launch.sizes, loaded.geometry)
+    per_sm = occupancy(target, facts.registers, warps, facts.shared_bytes, facts.tensor_memory)
+    gpus = [gpu for gpu in GPUS.values() if gpu.target == target]
+    copies, tensor = facts.copies > 0, facts.wgmma + facts.mma > 0
+    known = {"precision": precision, "copies": copies, "tensor": tensor}
     return Row(
         name=name,
         form=form,
         facts=replace(facts, name=name),
         warps=warps,
-        occupancy=occupancy(
-            target, facts.registers, warps, facts.shared_bytes, facts.tensor_memory
-        ),
+        occupancy=per_sm,
         minimum_bytes=minimum_bytes,
-        lines=tuple(dict.fromkeys(where for s in statements if (where := s.where))),
+        lines=kernel.lines,
         stream_share=stream_share_of(plan, launch, form, facts),
         has_tables=any(isinstance(s, Compute) and s.op.name in LOCAL_TABLES for s in statements),
+        works=works,
+        part_bytes=bytes_apart(plan, launch),
+        filled=filling(works, gpus[0], per_sm, copies=copies),
+        predicted={g.name: predict(works, g, per_sm, minimum_bytes, **known) for g in gpus},
         inputs=_inputs(plan, launch, names),
     )
 
@@ -310,116 +278,3 @@ def _inputs(plan: Plan, launch: Launch, names: Sequence[str]) -> tuple[str, ...]
     """The names of the step's inputs among the buffers of a launch."""
     buffers = map(plan.buffer, launch.buffers)
     return tuple(names[b.index] for b in buffers if names and b.kind == "input")
-
-
-def occupancy(
-    target: int, registers: int, warps: int, shared_bytes: int, tensor_memory: int = 0
-) -> int:
-    """CTAs that one SM holds at a time, the least that a resource allows; 0 if none fits.
-
-    slots          an SM holds 32 CTAs and 64 warps
-    registers      each of its 4 partitions has 16384; a warp takes 32 times the `registers` of a
-                   thread, rounded up to a multiple of 256
-    shared memory  a CTA takes its bytes and 1024 more of the driver's, rounded up to 128
-    tensor memory  an SM has 512 columns (sm_100)
-
-    Source: cudaOccMaxActiveBlocksPerMultiprocessor in cuda_occupancy.h of the CUDA toolkit, with
-    the largest shared-memory carve-out; for tensor memory, tcgen05.alloc in the PTX ISA.
-    """
-    arch = ARCHES[target]
-    per_warp = _round_up(32 * registers, 256)
-    if registers > 255 or per_warp * _round_up(warps, 4) > 65536:
-        return 0
-    if shared_bytes > arch.shared_per_block:
-        return 0
-    by_resource = [
-        32,
-        64 // warps,
-        16384 // per_warp * 4 // warps,
-        arch.shared_per_sm // _round_up(shared_bytes + 1024, 128),
-    ]
-    if tensor_memory:
-        by_resource.append(512 // tensor_memory)
-    return min(by_resource)
-
-
-def _round_up(n: int, to: int) -> int:
-    return -(-n // to) * to
-
-
-# --- limits -----------------------------------------------------------------------------------
-
-
-def limits(report: Report) -> list[str]:
-    """What breaks the absolute limits, one sentence each; empty if nothing does.
-
-    - No launch spills. (sin and cos keep a table of up to TABLE_BYTES on the stack: in a kernel
-      that computes them, local memory counts as spills where the stack is larger.)
-    - No launch uses more shared memory than a block of the target has.
-    - A large contiguous fp32 stream moves STREAM_SHARE of its accesses in 128 bits.
-    """
-    return [violation for row in report.rows for violation in _violations(row)]
-
-
-def spills(row: Row) -> int:
-    """Instructions that spill registers or fill them again."""
-    return 0 if row.has_tables and row.facts.stack_bytes <= TABLE_BYTES else row.facts.spills
-
-
-def _violations(row: Row) -> Iterator[str]:
-    facts = row.facts
-    where = f"{row.name} on sm_{facts.target} ({joined(row.lines) or 'no line known'})"
-    if spills(row):
-        yield f"{where}: {spills(row)} spill instructions, limit 0"
-    most = ARCHES[facts.target].shared_per_block
-    if facts.shared_bytes > most:
-        yield f"{where}: {facts.shared_bytes} bytes of shared memory, limit {most}"
-    if row.stream_share is not None and row.stream_share < STREAM_SHARE:
-        yield (
-            f"{where}: {row.stream_share:.0%} of the accesses of a contiguous fp32 stream move "
-            f"128 bits, limit {STREAM_SHARE:.0%}"
-        )
-
-
-def stream_share_of(plan: Plan, launch: Launch, form: str, facts: KernelFacts) -> float | None:
-    """The share of 128-bit accesses of a large contiguous fp32 stream; None for other kernels.
-
-    Such a stream is an element-wise kernel or a full reduction over one axis of LARGE_STREAM
-    elements or more, all of whose buffers are contiguous and fp32, and whose accesses walk along
-    the axis, unmasked, from a multiple of 16 bytes. Left out of the count is what the kernel does
-    once, whatever the elements: its runtime scalars, and the partials that a full reduction
-    publishes and, after its atomic, folds.
-    """
-    stage = _streaming_stage(launch, form)
-    if stage is None or not all(_is_plain(plan.buffer(name)) for name in launch.buffers):
-        return None
-    once = len(launch.kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body)
-    wide = sum(n for width, n in facts.streamed.items() if width >= 128)
-    narrow = max(0, sum(facts.streamed.values()) - wide - once)
-    return wide / (wide + narrow) if wide + narrow else 0.0
-
-
-def _streaming_stage(launch: Launch, form: str) -> Stage | None:
-    """The only stage over the elements of a kernel that walks its buffers along one long axis."""
-    if form not in ("pointwise", "reduce"):
-        return None
-    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-    kernel = substitute(launch.kernel, sizes)
-    stage = kernel.stages[0]
-    axes = kernel.axes + stage.axes
-    if len(axes) != 1 or axes[0].extent < LARGE_STREAM:
-        return None
-    for s in stage.body:
-        if isinstance(s, Load | Store):
-            along = [atom for atom, _ in s.index.terms] == [axes[0].name]
-            masked = isinstance(s, Load) and s.mask
-            if not along or masked or s.index.offset % 4:
-                return None
-    return stage
-
-
-def _is_plain(buffer: PlanBuffer) -> bool:
-    """Contiguous fp32."""
-    shape = buffer.type.shape
-    dense = buffer.strides is None or tuple(buffer.strides) == contiguous_strides(shape)
-    return dense and buffer.type.dtype is f32

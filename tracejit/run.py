@@ -67,6 +67,14 @@ class Replay:
         """What runs before the rest."""
         return () if self.run.parts is None else self.run.parts.stages
 
+    def told(self, branches: int) -> str:
+        """What is to be said of the values that the step reads."""
+        if not self.cuts:
+            return ""
+        before = len(self.stages)
+        text = f"; values read: {before} before the rest, {self.cuts - before} after it"
+        return text + (f"; branches that values decide: {branches}" if branches else "")
+
 
 class _Otherwise:
     """What a replay returns, with nothing changed, where a decision comes out otherwise."""

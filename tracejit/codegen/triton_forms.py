@@ -25,6 +25,8 @@ HEADER_BYTES = 16  # the workspace starts with the counter; the partials follow
 PARTIAL_BYTES = 8  # per program and reduction: enough for every accumulator
 FOLD_BLOCK = 256  # partials folded at a time
 
+MakeBody = Callable[[Kernel], Body]  # who counts what is printed has a Body of its own (work.py)
+
 
 @dataclass(frozen=True)
 class Function:
@@ -53,9 +55,11 @@ def form_of(kernel: Kernel) -> str:
     return "rows"
 
 
-def pointwise(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
+def pointwise(
+    kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body
+) -> Function:
     """One flat block of the outer domain per program; a kernel without axes is one program."""
-    body = Body(kernel)
+    body = make(kernel)
     dim = Dim("x", kernel.axes)
     if not dim.axes:
         for stage in kernel.stages:
@@ -71,9 +75,9 @@ def pointwise(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
     return Function((*body.scalar_lines(), *lines), ("BLOCK",))
 
 
-def reduce(kernel: Kernel, ragged: bool = False, part: str = "") -> Function:
+def reduce(kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body) -> Function:
     """A full reduction with its element-wise stores and its tail in one launch."""
-    body = Body(kernel)
+    body = make(kernel)
     main, *tail = kernel.stages
     dim = Dim("x", main.axes)
     reductions = [s for s in main.body if isinstance(s, Reduce)]
@@ -166,9 +170,9 @@ def can_persist(kernel: Kernel) -> bool:
     return len(extents) == 1
 
 
-def rows(kernel: Kernel, looped: bool = False, part: str = "") -> Function:
+def rows(kernel: Kernel, looped: bool = False, part: str = "", make: MakeBody = Body) -> Function:
     """Outer points by inner elements; `looped` walks the inner elements block by block."""
-    body = Body(kernel)
+    body = make(kernel)
     outer = Dim("o", kernel.axes, "BLOCK_O", "[:, None]")
     body.enter(outer)
     if looped:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
-from tracejit.codegen.triton_forms import Function, last_program
+from tracejit.codegen.triton_forms import Function, MakeBody, last_program
 from tracejit.codegen.triton_text import (
     MEMORY_TYPE,
     TRITON,
@@ -63,11 +63,14 @@ def contraction(kernel: Kernel) -> Contraction:
     return Contraction(first, first.dot, tuple(batch), m, n, tuple(tail))
 
 
-def matmul(kernel: Kernel, precision: str, part: str = "") -> tuple[Function, list[str]]:
+def matmul(
+    kernel: Kernel, precision: str, part: str = "", make: MakeBody = Body
+) -> tuple[Function, list[str]]:
     """The kernel's function, and the text of the functions that it hands to the matmul."""
     c = contraction(kernel)
-    epilogue, imports = _epilogue(kernel, c, part)
-    functions = [_load(kernel, c, "a", part), _load(kernel, c, "b", part), epilogue]
+    loads = [_load(make(kernel), c, side, part) for side in ("a", "b")]
+    epilogue, imports = _epilogue(make(kernel), c, part)
+    functions = [*loads, epilogue]
     b, m, n, k = (product([a.extent for a in axes]) for axes in (c.batch, [c.m], [c.n], [c.dot.k]))
     dtype = c.dtype
     total = compute_type(dtype) if dtype.is_float else "tl.int64"
@@ -90,7 +93,7 @@ def _tuple(names: Sequence[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
-def _load(kernel: Kernel, c: Contraction, side: str, part: str) -> str:
+def _load(body: Body, c: Contraction, side: str, part: str) -> str:
     """load_a or load_b: a tile of one operand, zero outside the matrix."""
     if side == "a":
         first, second = c.tile_dims("m", "k")
@@ -98,7 +101,6 @@ def _load(kernel: Kernel, c: Contraction, side: str, part: str) -> str:
     else:
         first, second = c.tile_dims("k", "n")
         statements, value, ranges = c.dot.b, c.dot.b_value, ("rk", "rn")
-    body = Body(kernel)
     body.enter(first, second)
     _batch_axes(body, c)
     everywhere = frozenset(body.dims)
@@ -130,10 +132,9 @@ def _plain_load(
     return text
 
 
-def _epilogue(kernel: Kernel, c: Contraction, part: str) -> tuple[str, tuple[str, ...]]:
+def _epilogue(body: Body, c: Contraction, part: str) -> tuple[str, tuple[str, ...]]:
     """The epilogue, and what it imports from tracejit.kernels.reduce."""
     m, n = c.tile_dims("m", "n")
-    body = Body(kernel)
     body.enter(m, n)
     _batch_axes(body, c)
     out, dtype = c.dot.out, c.dot.out.dtype

@@ -115,6 +115,12 @@ class LoadedCPlan:
             totals.append(bytes_of([(one, memory) for one in parts], self._memory))
         return totals
 
+    def lines(self) -> list[tuple[str, ...]]:
+        """Of each call, the user's lines that it computes."""
+        kernels = (self.plan.kernels[call.kernel] for call in self.plan.calls)
+        parts = ((k.kernel, *([] if k.columns is None else [k.columns.kernel])) for k in kernels)
+        return [tuple(dict.fromkeys(x for one in some for x in one.lines)) for some in parts]
+
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run each call alone, in their order; the seconds that each took."""
         seconds, as_given = [], [(i, 0) for i in range(self.layout.count)]

@@ -38,6 +38,9 @@ class LoadedPlan(Protocol):
     def bytes_moved(self) -> Sequence[int]:
         """Of each source, the bytes of unique addresses loaded plus those stored."""
 
+    def lines(self) -> Sequence[Sequence[str]]:
+        """Of each source, the user's lines that it computes, as file:line."""
+
 
 def memory_of(loaded: LoadedPlan, plan: Plan) -> Layout:
     """Where a loaded plan's kernels work."""

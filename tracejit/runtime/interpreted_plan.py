@@ -47,6 +47,10 @@ class InterpretedPlan:
         """Of each launch, the bytes of unique addresses loaded plus those stored."""
         return bytes_moved(self.plan)
 
+    def lines(self) -> list[tuple[str, ...]]:
+        """Of each launch, the user's lines that it computes."""
+        return [launch.kernel.lines for launch in self.plan.launches]
+
     def _run(self, addresses: Sequence[int], scalars: Sequence[float], mark: Callable) -> None:
         table = np.array([scalars[slot] for slot in self._slots], np.float64)
         mark()

@@ -155,6 +155,10 @@ class LaunchedPlan:
         """Of each launch, the bytes of unique addresses loaded plus those stored."""
         return bytes_moved(self.plan)
 
+    def lines(self) -> list[tuple[str, ...]]:
+        """Of each launch, the user's lines that it computes."""
+        return [launch.kernel.lines for launch in self.plan.launches]
+
     # ---- what belongs to a stream
 
     def _enter(self) -> StreamState:
@@ -332,7 +336,7 @@ class LaunchedPlan:
         if name is None:
             launch = self._launches[number]
             name = f"launch {number + 1} of {len(self._launches)} ({launch.source.name})"
-            lines = launch.lines()
+            lines = launch.launch.kernel.lines
         shown = ", ".join(lines[:3]) + (", …" if len(lines) > 3 else "")
         return LaunchError(
             where=f"{shown}: " if shown else "",

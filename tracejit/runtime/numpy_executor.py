@@ -70,3 +70,7 @@ class LoadedNumpyPlan:
         """Of each kernel, the bytes of unique addresses loaded plus those stored."""
         alone = [one for together in self.plan.launches for one in together.alone()]
         return bytes_moved(replace(self.plan, launches=tuple(alone)))
+
+    def lines(self) -> list[tuple[str, ...]]:
+        """Of each kernel, the user's lines that it computes."""
+        return [one.kernel.lines for together in self.plan.launches for one in together.alone()]

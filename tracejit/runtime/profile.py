@@ -26,6 +26,7 @@ class ProfiledPlan:
         if hasattr(loaded, "device"):  # a GPU
             self.device, self.read = loaded.device, loaded.read
         self.bytes_moved = functools.cache(loaded.bytes_moved)
+        self.lines = loaded.lines
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         self.timed(addresses, scalars)

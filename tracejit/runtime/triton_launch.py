@@ -63,10 +63,6 @@ class LoadedLaunch:
             "enable_reflect_ftz": False,
         }
 
-    def lines(self) -> list[str]:
-        """The user's lines that it computes, in order."""
-        return list(dict.fromkeys(s.where for s in self.launch.kernel.statements if s.where))
-
 
 Positions = Mapping[str, tuple[int, PlanBuffer]]
 

@@ -253,6 +253,11 @@ class Kernel:
                 yield from (*stage.dot.a, *stage.dot.b, stage.dot)
             yield from stage.body
 
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The user's lines that it computes, as file:line, in order."""
+        return tuple(dict.fromkeys(s.where for s in self.statements if s.where))
+
     def __str__(self) -> str:
         """The user's lines as aligned comments; `kernel_text` says the grammar and reads it."""
         rows: list[tuple[str, str]] = []

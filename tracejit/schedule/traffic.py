@@ -1,4 +1,5 @@
-"""How many bytes a plan's launches must move at least: unique addresses loaded and stored.
+"""How many bytes a plan's launches must move at least: unique addresses loaded and stored; and how
+much they compute.
 
 Affine accesses whose addresses cannot collide are counted from their extents; others, and several
 different accesses of one buffer, are enumerated (where too large for that, bounded by their sum and
@@ -23,29 +24,57 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Position,
+    Reduce,
     Statement,
     Store,
     Var,
 )
-from tracejit.schedule.plan import Plan, PlanBuffer
+from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
 ENUMERATED = 1 << 22  # points of a domain that are enumerated at most
+
+_FREE = ("alias", "cast", "full", "where")  # no arithmetic
 
 _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
 
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
     """Per launch, the bytes of unique addresses loaded plus those stored."""
-    totals = []
-    for together in plan.launches:
-        kernels = []
-        for launch in together.alone():
-            sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
-            memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
-            kernels.append((substitute(launch.kernel, sizes), memory))
-        totals.append(bytes_of(kernels, plan.buffers))
-    return tuple(totals)
+    return tuple(
+        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) for launch in plan.launches
+    )
+
+
+def bytes_apart(plan: Plan, launch: Launch) -> tuple[int, ...]:
+    """The same for each kernel that runs side by side in a launch, as if it was alone."""
+    return tuple(bytes_of([_bound(one)], plan.buffers) for one in launch.alone())
+
+
+def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
+    """A launch's kernel with plain sizes, and what the plan calls its buffers."""
+    sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+    memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
+    return substitute(launch.kernel, sizes), memory
+
+
+def operations(plan: Plan) -> int:
+    """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
+    of another operation, and for each element that is reduced."""
+    return sum(_operations(_bound(one)[0]) for launch in plan.launches for one in launch.alone())
+
+
+def _operations(kernel: Kernel) -> int:
+    total = 0
+    for stage in kernel.stages:
+        points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))
+        if stage.dot is not None:
+            total += 2 * points * stage.dot.k.extent
+        total += points * sum(
+            isinstance(s, Compute | Reduce) and s.out.dtype.is_float and s.op.name not in _FREE
+            for s in stage.body
+        )
+    return total
 
 
 def bytes_of(
@@ -133,7 +162,21 @@ def _addresses(accesses: list[_Access], buffer: PlanBuffer) -> int:
     dynamic = any(_is_dynamic(index, mask) for index, mask, _ in accesses)
     if dynamic or sum(points) > ENUMERATED:
         return min(sum(points), buffer.type.numel)
-    return len(np.unique(np.concatenate([_enumerate(*access) for access in accesses])))
+    return _different([_enumerate(*access) for access in accesses])
+
+
+def _different(values: list[np.ndarray]) -> int:
+    """How many different numbers there are in some arrays."""
+    values = [v for v in values if v.size]
+    if not values:
+        return 0
+    low, high = min(v.min() for v in values), max(v.max() for v in values)
+    if high - low > ENUMERATED:
+        return len(np.unique(np.concatenate(values)))
+    seen = np.zeros(high - low + 1, np.bool_)
+    for v in values:
+        seen[v - low] = True
+    return int(np.count_nonzero(seen))
 
 
 def _is_injective(index: Index, axes: tuple[Axis, ...]) -> bool:
@@ -149,16 +192,31 @@ def _is_injective(index: Index, axes: tuple[Axis, ...]) -> bool:
     return True
 
 
+def points_inside(mask: Mask, axes: tuple[Axis, ...]) -> int:
+    """At how many points of some axes a mask holds; they are enumerated."""
+    return int(np.count_nonzero(_inside(mask, axes, _points(axes))))
+
+
 def _enumerate(index: Index, mask: Mask, axes: tuple[Axis, ...]) -> np.ndarray:
     """All values of an index where its mask holds."""
+    env = _points(axes)
+    inside = _inside(mask, axes, env)
+    return np.broadcast_to(_values(index, env), inside.shape)[inside]
+
+
+def _points(axes: tuple[Axis, ...]) -> dict[str, np.ndarray]:
+    """The value of each axis at each point."""
     grids = np.indices([a.extent for a in axes], sparse=True)
-    env = {a.name: grid for a, grid in zip(axes, grids, strict=True)}
-    shape = tuple(a.extent for a in axes)
-    inside = np.ones(shape, np.bool_)
+    return {a.name: grid for a, grid in zip(axes, grids, strict=True)}
+
+
+def _inside(mask: Mask, axes: tuple[Axis, ...], env: dict[str, np.ndarray]) -> np.ndarray:
+    """Whether a mask holds, at each point."""
+    inside = np.ones(tuple(a.extent for a in axes), np.bool_)
     for bound in mask:
         at = _values(bound.index, env)
         inside &= (at >= 0) & (at < bound.high) & (at % bound.step == 0)
-    return np.broadcast_to(_values(index, env), shape)[inside]
+    return inside
 
 
 def _values(index: Index, env: dict[str, np.ndarray]) -> np.ndarray:

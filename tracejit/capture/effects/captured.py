@@ -73,6 +73,7 @@ class Captured:
     cuts: tuple[Cut, ...] = ()  # values that Python read in the middle
     late: tuple[int, ...] = ()  # cuts that only results depend on: the last results of the graph
     opaque: tuple[str, ...] = ()  # what Python did that no replay can follow
+    saved_bytes: int = 0  # what eager would keep for the backward passes in the step
 
     @property
     def early(self) -> list[int]:

@@ -78,6 +78,7 @@ class Context(FunctionCtx):
             if tensor is None:
                 continue
             h = t.lift(tensor)
+            t.saved[h.storage.value] = None
             if h.version.count != count:
                 raise t.autograd_error(
                     "one of the variables needed for gradient computation has been modified by an "

@@ -80,6 +80,7 @@ def check_saved(t: TraceState, node: Node) -> None:
             continue  # a host value is no saved tensor: `Trace.saves` speaks for it
         _check_freed(t, formula.entry)
         _check_unwritten(t, formula.entry, value)
+        t.saved[value] = None
 
 
 def check_held(t: TraceState, entry: Entry) -> None:
@@ -87,6 +88,7 @@ def check_held(t: TraceState, entry: Entry) -> None:
     _check_freed(t, entry)
     for value in entry.saved:
         _check_unwritten(t, entry, value)
+        t.saved[value] = None
 
 
 def _check_freed(t: TraceState, entry: Entry) -> None:

@@ -115,6 +115,7 @@ class TraceState:
         self.backward: Backward | None = None  # in progress
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        self.saved: dict[Value, None] = {}  # forward values that formulas have read
         # host values as sums, and the first of those that are computed alike: see integers.py
         self.sums: dict[Value, tuple[dict[Value, int], float]] = {}
         self.alike: dict[tuple, Value] = {}

@@ -1,0 +1,334 @@
+"""What a Triton launch issues: bytes, operations, and how often its programs wait for memory.
+
+In: the `Source` of a kernel, the values of its sizes, its `Geometry`. Out: a `Work` for each kernel
+that runs in the launch. Counted is what the printed text does, by printing it: trip counts times
+accesses of each program, also where several programs or passes read the same addresses. A lane
+that is masked off moves no bytes, but it takes part in the arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from tracejit.codegen.geometry import Geometry, cdiv
+from tracejit.codegen.language import Line
+from tracejit.codegen.statements import all_statements
+from tracejit.codegen.triton import Source
+from tracejit.codegen.triton_body import Body, Dims
+from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
+from tracejit.codegen.triton_matmul import contraction, matmul
+from tracejit.codegen.triton_text import Dim, fold_of
+from tracejit.kernels.tiles import dot_path
+from tracejit.schedule.cpu.access import extents_of, has_value, variables
+from tracejit.schedule.kernel import (
+    Axis,
+    Compute,
+    FloorDiv,
+    Index,
+    Kernel,
+    Load,
+    Mask,
+    Mod,
+    Reduce,
+    Statement,
+    Store,
+)
+from tracejit.schedule.sizes import substitute
+from tracejit.schedule.traffic import ENUMERATED, points_inside
+
+_SCALAR_BYTES = 8  # of a runtime scalar in the table
+_COUNTER_BYTES = 4  # of what tells the last program of a full reduction
+_FOLD_BYTES = {"tl.float64": 8, "tl.int64": 8, "tl.float32": 4, "tl.int32": 4}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the programs of one kernel issue together.
+
+    loaded, stored: bytes, those of runtime scalars and of a reduction's partials included.
+    operations: of element-wise work and reductions; an addition is 1, others as their Op says.
+    products: multiplications and additions of a contraction, 2 for each product of whole tiles.
+    operands: the dtype of the contraction's operands, "" without one.
+    steps:    how often the longest program waits for memory, one time after another: the trips of
+        its loops, each as often as the place of a load depends on what was loaded.
+    waiting:  bytes that a program waits for at a time, on average.
+    ahead:    how many trips of a loop may be loaded at a time, if the hardware copies by itself.
+    """
+
+    form: str
+    programs: int
+    loaded: int = 0
+    stored: int = 0
+    operations: int = 0
+    products: int = 0
+    operands: str = ""
+    steps: int = 0
+    waiting: float = 0.0
+    ahead: int = 1
+
+    @property
+    def issued(self) -> int:
+        """Bytes loaded and stored."""
+        return self.loaded + self.stored
+
+
+def work(source: Source, sizes: Sequence[int], shape: Geometry) -> tuple[Work, ...]:
+    """The work of a launch: of its kernel, or of each kernel that runs side by side in it."""
+    kernel = source.kernel
+    values = dict(zip(kernel.sizes, sizes, strict=True))
+    if not kernel.parts:
+        return (_alone(kernel, values, shape, source),)
+    found = []
+    for i, part in enumerate(kernel.parts):
+        own = dict(zip(part.kernel.sizes, (values[n] for n in part.sizes), strict=True))
+        constants = {
+            name.removesuffix(f"_{i}"): value
+            for name, value in shape.constants.items()
+            if name.endswith(f"_{i}")
+        }
+        programs = shape.constants.get(f"FIRST_{i + 1}", shape.grid[0]) - constants["FIRST"]
+        alone = replace(shape, grid=(programs,), constants=constants)
+        found.append(_alone(part.kernel, own, alone, source, i))
+    return tuple(found)
+
+
+def _alone(
+    kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, source: Source, part: int = 0
+) -> Work:
+    """The work of a kernel, or of a part of a launch."""
+    form, programs = form_of(kernel), shape.grid[0]
+    if not programs:
+        return Work(form, 0)
+    bodies: list[_Count] = []
+
+    def make(kernel: Kernel) -> _Count:
+        bodies.append(_Count(kernel, sizes))
+        return bodies[-1]
+
+    variant = bool(source.variants[part])
+    if form == "matmul":
+        matmul(kernel, source.precision, make=make)
+        return _contraction(kernel, sizes, shape, bodies)
+    printer = {"pointwise": pointwise, "reduce": reduce, "rows": rows}[form]
+    printer(kernel, variant, make=make)
+    (body,) = bodies
+    constants, total = shape.constants, _Total()
+    for section in body.sections:
+        dims, extents, trips = section.dims, {}, 1
+        if "x" in dims:
+            trips = constants.get("STEPS", 1)
+            extents["x"] = _Blocks(_numel(dims["x"], sizes), programs * trips, constants["BLOCK"])
+        if "o" in dims:
+            extents["o"] = _Blocks(_numel(dims["o"], sizes), programs, constants["BLOCK_O"])
+        if "i" in dims:
+            inner = _numel(dims["i"], sizes)
+            trips = cdiv(inner, constants["BLOCK_I"]) if variant else 1
+            extents["i"] = _Blocks(inner, trips, constants["BLOCK_I"])
+        many = form == "reduce" and not dims  # the tail, which only the last program runs
+        total.add(body, section, extents, 1 if many else programs * trips, trips)
+    total.loaded += body.scalar_bytes * programs
+    waiting = total.loaded / programs / max(1, total.steps)
+    if form == "reduce":
+        _fold(total, kernel.stages[0].body, programs)
+    return Work(
+        form, programs, total.loaded, total.stored, total.operations, 0, "", total.steps, waiting
+    )
+
+
+def _contraction(
+    kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, bodies: Sequence[_Count]
+) -> Work:
+    """The work of a matmul: its loop over k, and its epilogue."""
+    c, constants, programs = contraction(kernel), shape.constants, shape.grid[0]
+    extents = {}
+    for name, axis in (("m", c.m), ("n", c.n), ("k", c.dot.k)):
+        block, n = constants[f"BLOCK_{name.upper()}"], _numel([axis], sizes)
+        extents[name] = _Blocks(n, cdiv(n, block), block)
+    trips = extents["k"].count
+    loop, total = _Total(), _Total()
+    depths = []
+    for body in bodies[:2]:
+        before = loop.steps
+        for section in body.sections:
+            loop.add(body, section, extents, programs * trips, trips)
+        depths.append(loop.steps - before)
+        loop.loaded += body.scalar_bytes * programs * trips
+    total.steps = max(depths)  # neither operand waits for the other
+    epilogue = bodies[2]
+    for section in epilogue.sections:
+        total.add(epilogue, section, extents, programs if section.dims else 1, 1)
+    total.loaded += epilogue.scalar_bytes * programs
+    _fold(total, c.stage.body, programs)
+    tile = math.prod(extents[name].block for name in "mnk")
+    tensor = dot_path(c.dtype.name) == "tensor"
+    return Work(
+        form="matmul",
+        programs=programs,
+        loaded=loop.loaded + total.loaded,
+        stored=total.stored,
+        operations=loop.operations + total.operations,
+        products=2 * tile * programs * trips,
+        operands=c.dtype.name,
+        steps=total.steps,
+        waiting=loop.loaded / programs / max(1, *depths),
+        ahead=max(1, min(shape.num_stages - 1, trips)) if tensor else 1,
+    )
+
+
+def _fold(total: _Total, body: Iterable[Statement], programs: int) -> None:
+    """Add what a full reduction takes in the end: each program publishes its partials, the last one
+    to count itself in reads them all (`kernels/reduce.py`)."""
+    reductions = [s for s in body if isinstance(s, Reduce)]
+    for s in reductions:
+        fold = fold_of(s)
+        size, trips = _FOLD_BYTES[fold.type], cdiv(programs, FOLD_BLOCK)
+        total.stored += size * programs
+        total.loaded += size * (programs if fold.kind == "sum" else trips * FOLD_BLOCK)
+        total.operations += trips * FOLD_BLOCK
+        total.steps += trips
+    if reductions:
+        total.loaded += _COUNTER_BYTES * programs
+        total.stored += _COUNTER_BYTES * (programs + 1)
+
+
+# --- counting what is printed -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """A dim of a tile: its elements, in how many blocks they are walked, elements of a block."""
+
+    elements: int
+    count: int
+    block: int
+
+
+@dataclass
+class _Section:
+    """What was printed while the tile had these dims."""
+
+    dims: Mapping[str, Sequence[Axis]]
+    loads: list[tuple[int, Dims, Mask]] = field(default_factory=list)  # bytes of an element, …
+    stores: list[tuple[int, Dims]] = field(default_factory=list)
+    operations: Counter[Dims] = field(default_factory=Counter)
+    depth: int = 0  # how many loads wait one for another
+
+
+class _Count(Body):
+    """Prints statements as a Body does, and keeps what was printed over which dims."""
+
+    def __init__(self, kernel: Kernel, sizes: Mapping[str, int]):
+        super().__init__(kernel)
+        self._section = _Section({})
+        self.sections = [self._section]
+        self._depths: dict[int, int] = {}  # of the loads that a value is made of
+        plain = substitute(kernel, sizes)
+        self.extents = extents_of(plain)
+        here, there = map(_loads, (kernel, plain))
+        self._masks = {id(s): t.mask for s, t in zip(here, there, strict=True)}
+
+    @property
+    def scalar_bytes(self) -> int:
+        """Of the runtime scalars that the function reads."""
+        return _SCALAR_BYTES * len(self.used_scalars)
+
+    def enter(self, *dims: Dim) -> None:
+        super().enter(*dims)
+        self._begin()
+
+    def leave(self, dim: Dim, mark: tuple | None = None) -> None:
+        super().leave(dim, mark)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._section = _Section({name: dim.axes for name, dim in self.dims.items()})
+        if not any(dim.full for dim in self.dims.values()):  # else printed again with a mask
+            self.sections.append(self._section)
+
+    def lines_of(self, s: Statement) -> list[Line]:
+        if not isinstance(s, Store):
+            self._depths[s.out.id] = self._depth(s) + isinstance(s, Load)
+        return super().lines_of(s)
+
+    def _depth(self, s: Statement) -> int:
+        return max((self._depths.get(v.id, 0) for v in variables(s)), default=0)
+
+    def load_text(self, s: Load, zero_outside: bool = False) -> tuple[list[Line], str]:
+        size = self.buffers[s.buffer].itemsize
+        self._section.loads.append((size, self.load_dims(s), self._masks[id(s)]))
+        self._section.depth = max(self._section.depth, self._depth(s) + 1)
+        return super().load_text(s, zero_outside)
+
+    def store(self, s: Store) -> list[Line]:
+        self._section.stores.append((self.buffers[s.buffer].itemsize, frozenset(self.dims)))
+        return super().store(s)
+
+    def compute(self, s: Compute) -> list[Line]:
+        lines = super().compute(s)
+        if lines:  # else it has a name already
+            self._section.operations[self.value_dims(s.out)] += s.op.cost
+        return lines
+
+    def reduced_value(self, reduce: Reduce, over: Dims) -> str:
+        self._section.operations[frozenset(self.dims)] += 1
+        return super().reduced_value(reduce, over)
+
+
+def _loads(kernel: Kernel) -> list[Load]:
+    return [s for s in all_statements(kernel) if isinstance(s, Load)]
+
+
+@dataclass
+class _Total:
+    """Bytes and operations of all programs, steps of one."""
+
+    loaded: int = 0
+    stored: int = 0
+    operations: int = 0
+    steps: int = 0
+
+    def add(
+        self, body: _Count, section: _Section, blocks: Mapping[str, _Blocks], tiles: int, trips: int
+    ) -> None:
+        """Add a section of which so many tiles are computed, by so many trips of a program."""
+
+        def elements(dims: Dims) -> int:
+            """All that exist, over all tiles, of what varies over some dims."""
+            others = tiles // math.prod(blocks[d].count for d in dims)
+            return others * math.prod(blocks[d].elements for d in dims)
+
+        for size, dims, mask in section.loads:
+            self.loaded += size * _inside(elements(dims), mask, body.extents)
+        for size, dims in section.stores:
+            self.stored += size * elements(dims)
+        for dims, cost in section.operations.items():
+            self.operations += cost * tiles * math.prod(blocks[d].block for d in dims)
+        self.steps += trips * section.depth
+
+
+def _inside(points: int, mask: Mask, extents: Mapping[str, int]) -> int:
+    """Those of some points where a mask holds; all, where values decide or there are too many."""
+    bounds = tuple(b for b in mask if not has_value(b.index))
+    axes = tuple(Axis(n, extents[n]) for n in sorted({n for b in bounds for n in _axes(b.index)}))
+    total = math.prod(a.extent for a in axes)
+    if not bounds or not 0 < total <= ENUMERATED:
+        return points
+    return points * points_inside(bounds, axes) // total
+
+
+def _axes(index: Index) -> set[str]:
+    """The axes that an index moves with."""
+    found: set[str] = set()
+    for atom, _ in index.terms:
+        if isinstance(atom, FloorDiv | Mod):
+            found |= _axes(atom.index)
+        elif isinstance(atom, str):
+            found.add(atom)
+    return found
+
+
+def _numel(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes.get(a.extent, a.extent) for a in axes)

@@ -1,0 +1,238 @@
+"""`step.explain()`: the ledger of what a step has compiled.
+
+In: a `Subject`, which says what runs in a call of the step. Out: a `Ledger`. The plans are looked
+at as they would be launched on a GPU, and timed on memory of their own where they run natively.
+Nothing of the user's is run, read or written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from tracejit.codegen.geometry import Geometry
+from tracejit.codegen.triton import Source, emit
+from tracejit.codegen.work import Work, work
+from tracejit.gpus import EAGER, GPUS, Gpu, occupancy
+from tracejit.ir.graph import Graph
+from tracejit.ledger import KernelCost, LaunchCost, Ledger, Memory
+from tracejit.passes import optimize
+from tracejit.report import report
+from tracejit.roofline import Filling, Prediction, fall_short, filling, predict, said
+from tracejit.rows import Row
+from tracejit.runtime.executor import memory_of
+from tracejit.runtime.program import Program
+from tracejit.runtime.select import executor_for
+from tracejit.runtime.trial import trial
+from tracejit.schedule import schedule
+from tracejit.schedule.kernel_text import canonical
+from tracejit.schedule.plan import Launch, Plan
+from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations
+from tracejit.tables import joined
+
+REGISTERS = 64  # that a thread is taken to use, where the machine code is not asked
+TIMED = ("c", "triton")  # the executors whose time says something
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A step that has been called.
+
+    graphs:   the final graph, then the captured ones of the backwards outside that have run.
+    programs: all that a call runs, in turn; those backwards at the end.
+    backend:  of the executor that runs them.
+    seconds:  of compiling, by stage.
+    saved_bytes: of the intermediates that eager would keep for its backward.
+    """
+
+    name: str
+    mode: str
+    retraces: Sequence[str]
+    graphs: Sequence[Graph]
+    programs: Sequence[Program]
+    backend: str
+    seconds: Mapping[str, float]
+    saved_bytes: int
+
+
+def explain(
+    subject: Subject,
+    gpu: str,
+    *,
+    eager_seconds: float | None = None,
+    machine_code: bool = False,
+    measure: bool = True,
+) -> Ledger:
+    """The ledger of a step; `CompiledStep.explain` tells of the arguments."""
+    if gpu not in GPUS:
+        raise ValueError(f"gpu is one of {', '.join(GPUS)}, not {gpu!r}")
+    look = _Look(GPUS[gpu], machine_code)
+    plans = [program.plan for program in subject.programs]
+    timed = measure and subject.backend in TIMED
+    times = [trial(p.plan, p.loaded) if timed else None for p in subject.programs]
+    device = plans[0].device if plans else ""
+    native = [None] * len(plans) if device == "cpu" else times
+    launches = [x for p, t in zip(plans, native, strict=True) for x in look.launches(p, t)]
+    graphs = [*subject.graphs[:1], *map(optimize, subject.graphs[1:])]
+    unfused = [schedule(graph, fuse=False) for graph in graphs]
+    quick = _Look(GPUS[gpu], machine_code=False)
+    before = [x for plan in unfused for x in quick.launches(plan, None)]
+    measured = sum(chain(*times)) if times and None not in times else None
+    predicted = sum(x.seconds for x in launches)
+    eager = sum(max(EAGER, x.seconds) for x in before) if eager_seconds is None else eager_seconds
+    ours = predicted if eager_seconds is None or measured is None else measured
+    spent = sum(subject.seconds.values())
+    moved = sum(x.bytes for x in launches)
+    return Ledger(
+        step=subject.name,
+        mode=subject.mode,
+        device=device,
+        backend=subject.backend,
+        gpu=gpu,
+        precision=look.precision,
+        launches=tuple(launches),
+        kernels=tuple(_kernels(subject.programs, times)) if device == "cpu" else (),
+        launches_before_fusion=len(before),
+        bytes_moved=moved,
+        bytes_minimum=min(moved, sum(map(_minimum, graphs))),
+        bytes_issued=sum(x.issued_bytes for x in launches),
+        flops=sum(map(operations, unfused)),
+        predicted_seconds=predicted,
+        measured_seconds=measured,
+        eager_seconds=eager,
+        eager_given=eager_seconds is not None,
+        compile_seconds=dict(subject.seconds),
+        pays_back_after=math.ceil(spent / (eager - ours)) if eager > ours else None,
+        memory=_memory(subject),
+        holds_back=(*_reasons(subject), *look.short),
+    )
+
+
+class _Look:
+    """Looks at plans as they are launched on a GPU, and collects what keeps launches from using
+    it."""
+
+    def __init__(self, gpu: Gpu, machine_code: bool):
+        self.gpu, self.machine_code, self.short = gpu, machine_code, []
+        setting = torch.get_float32_matmul_precision()
+        self.precision = executor_for("triton", "cuda", setting).precision
+        self._seen: dict[tuple, tuple[Source, Geometry, tuple[Work, ...]]] = {}
+        self._count = 0
+
+    def launches(self, plan: Plan, seconds: Sequence[float] | None) -> list[LaunchCost]:
+        """The costs of launches that have programs; `seconds` are of all, as they were measured."""
+        rows = iter(report(plan, target=self.gpu.target).rows) if self.machine_code else None
+        costs = []
+        for i, (launch, least) in enumerate(zip(plan.launches, bytes_moved(plan), strict=True)):
+            source, shape, works = self._printed(launch)
+            if not shape.grid[0]:
+                continue
+            row = None if rows is None else next(rows)
+            filled, found = self._judged(works, shape, least, row)
+            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least,)
+            self._note(source.name, launch, fall_short(works, apart, filled))
+            costs.append(
+                LaunchCost(
+                    kernel=source.name,
+                    lines=launch.kernel.lines,
+                    bytes=least,
+                    issued_bytes=sum(w.issued for w in works),
+                    operations=sum(w.operations + w.products for w in works),
+                    steps=filled.steps,
+                    seconds=found.seconds,
+                    bound=found.bound,
+                    measured=None if seconds is None else seconds[i],
+                )
+            )
+        return costs
+
+    def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:
+        """A launch's source, geometry and work; once for all that differ in the user's lines."""
+        key = canonical(launch.kernel), launch.sizes
+        if key not in self._seen:
+            source = emit(launch.kernel, launch.sizes, precision=self.precision)
+            shape = source.geometry(launch.sizes)
+            self._seen[key] = source, shape, work(source, launch.sizes, shape)
+        return self._seen[key]
+
+    def _judged(
+        self, works: Sequence[Work], shape: Geometry, least: int, row: Row | None
+    ) -> tuple[Filling, Prediction]:
+        """How a launch fills the GPU and how long it takes: by its machine code, or by a guess of
+        how many of its programs an SM holds."""
+        if row is not None:
+            return row.filled, row.predicted[self.gpu.name]
+        per_sm, copies = _guessed(works, shape, self.gpu.target), any(w.ahead > 1 for w in works)
+        return (
+            filling(works, self.gpu, per_sm, copies=copies),
+            predict(works, self.gpu, per_sm, least, precision=self.precision, copies=copies),
+        )
+
+    def _note(self, name: str, launch: Launch, found: list[tuple[str, float, float]]) -> None:
+        where = joined(launch.kernel.lines)
+        for one in found:
+            self.short.append(f"launch {self._count} ({name}): {said(*one)}; {where}")
+        self._count += 1
+
+
+def _guessed(works: Sequence[Work], shape: Geometry, target: int) -> int:
+    """How many programs an SM holds if threads use REGISTERS, or what their accumulators take and
+    half as many; and tiles of operands lie in shared memory, as many as are loaded ahead."""
+    registers, shared = REGISTERS, 0
+    for i, one in enumerate(works):
+        if one.form != "matmul":
+            continue
+        suffix = "" if f"BLOCK_M_{i}" not in shape.constants else f"_{i}"
+        m, n, k = (shape.constants[f"BLOCK_{axis}{suffix}"] for axis in "MNK")
+        registers = max(registers, m * n // (32 * shape.num_warps) + REGISTERS // 2)
+        itemsize = {"f64": 8, "bf16": 2, "f16": 2}.get(one.operands, 4)
+        shared = max(shared, (m + n) * k * itemsize * one.ahead)
+    return max(1, occupancy(target, min(registers, 255), shape.num_warps, shared))
+
+
+def _kernels(
+    programs: Sequence[Program], times: Sequence[Sequence[float] | None]
+) -> list[KernelCost]:
+    """What runs on the CPU: the kernels as their executor has them."""
+    found = []
+    for program, seconds in zip(programs, times, strict=True):
+        loaded = program.loaded
+        rows = zip(loaded.sources, loaded.lines(), loaded.bytes_moved(), strict=True)
+        for i, (source, lines, nbytes) in enumerate(rows):
+            measured = None if seconds is None else seconds[i]
+            found.append(KernelCost(source.name, tuple(lines), nbytes, measured))
+    return found
+
+
+def _minimum(graph: Graph) -> int:
+    """Each input that is read, once, and each result and write."""
+    read = {v for node in graph.nodes for v in node.inputs} | set(graph.outputs())
+    inputs = {p.value for p in graph.params if p.value in read and not p.value.type.is_host}
+    return sum(v.type.nbytes for v in inputs) + sum(v.type.nbytes for v in graph.outputs())
+
+
+def _memory(subject: Subject) -> Memory:
+    """What a call takes. Kernels of one call work in one arena."""
+    if not subject.graphs:
+        return Memory(0, 0, 0, 0, 0)
+    graph = subject.graphs[0]
+    outputs = sum(result.value.type.nbytes for result in graph.results)
+    arena = max(memory_of(p.loaded, p.plan).arena_bytes for p in subject.programs)
+    return Memory(
+        inputs=sum(p.value.type.nbytes for p in graph.params if not p.value.type.is_host),
+        outputs=outputs,
+        arena=arena,
+        peak=outputs + arena,
+        eager_saved=subject.saved_bytes,
+    )
+
+
+def _reasons(subject: Subject) -> list[str]:
+    """Why calls are not replayed: what the mode says, and the latest changes."""
+    mode, _, why = subject.mode.partition(": ")
+    found = [] if mode == "replay" or not why else [why]
+    return [*found, *(f"not replayed: {x}" for x in dict.fromkeys(subject.retraces[-3:]))]

@@ -1,0 +1,139 @@
+"""What a compiled step tells of itself: its plans, kernels, guards, what they cost, and why."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from tracejit.fallback import Fallback
+from tracejit.ir.graph import Graph
+from tracejit.programs import Compiled, Programs, Stats
+from tracejit.remarks import Remarks
+from tracejit.run import Replay, Run
+from tracejit.runtime.program import Program
+from tracejit.schedule.plan import Plan
+
+if TYPE_CHECKING:
+    from tracejit.capture.proof.prover import Prover
+    from tracejit.ledger import Ledger
+
+
+class Inspected:
+    """The part of a compiled step that says what was compiled. `compile.py` has the rest, which
+    keeps these."""
+
+    __name__: str
+    stats: Stats
+    _lock: threading.RLock
+    _last: Compiled | None
+    _last_run: Run | None
+    _programs: Programs
+    _replays: list[Replay]
+    _fallback: Fallback | None
+    _prover: Prover
+    _remarks: Remarks
+
+    @property
+    def graph(self) -> Graph | None:
+        """The final IR of the plan that ran last."""
+        return None if self._last is None else self._last.final
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """The names of the inputs of `graph`, as the user's code calls them: `model.0.weight`."""
+        return () if self._last is None else self._last.names
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Every plan, the one that ran last at the end."""
+        return [c.program.plan for c in self._programs.kept]
+
+    @property
+    def segments(self) -> list[Plan]:
+        """The plans that the last call ran, in turn: several where the step reads values before
+        the rest of it."""
+        return [program.plan for program in self._ran_programs()]
+
+    def _ran_programs(self) -> list[Program]:
+        if self._last is None:
+            return []
+        parts = self._last_run.parts
+        if parts is None:
+            return [self._last.program]
+        return [*(stage.program for stage in parts.stages), parts.program]
+
+    @property
+    def backward_plans(self) -> list[Plan]:
+        """The plans that backward outside the step has run, of the plan that ran last."""
+        if self._last is None:
+            return []
+        return [b.program.plan for b in self._last.backwards if b.program is not None]
+
+    @property
+    def kernels(self) -> list[str]:
+        """The source of each kernel of the plan that ran last, as its executor runs it: C, Triton,
+        or for numpy the kernel itself."""
+        return [s.text for program in self._ran_programs() for s in program.loaded.sources]
+
+    @property
+    def guards(self) -> list[str]:
+        """The source of the guard of each armed replay, the one that ran last first."""
+        return [replay.guard_text for replay in self._replays]
+
+    def explain_mode(self) -> str:
+        """ "replay", "rerun" or "eager", and why calls are not replayed, or not even compiled."""
+        fallback = self._fallback
+        some = ""
+        if fallback is not None and fallback.why and not self._replays:
+            return f"eager: {fallback.why}"
+        if fallback is not None and fallback.ever:
+            some = f"; some calls ran eagerly: {fallback.ever}"
+        if self._replays:
+            read = self._replays[0].told(self.stats.branches)
+            return f"replay: {len(self._replays)} plan(s) armed{read}{some}"
+        return f"rerun: {self._prover.why}{some}"
+
+    def explain_retraces(self) -> list[str]:
+        """Why calls were not replayed although a replay was armed, the latest last: what changed,
+        from what to what, and whether a plan was found or built."""
+        return list(self._remarks.retraces)
+
+    def explain(
+        self,
+        gpu: str = "H200",
+        *,
+        eager_seconds: float | None = None,
+        machine_code: bool = False,
+        measure: bool = True,
+    ) -> Ledger:
+        """What the step costs, beside what it has to cost, and what holds it back: a `Ledger`, to
+        print, as data, or as a page. Of the plans that the last call ran.
+
+        gpu:           whose time is predicted, one of `gpus.GPUS`; no such GPU is needed.
+        eager_seconds: what a call takes without tracejit, as you have measured it; else what eager
+                       should take on the GPU is predicted.
+        machine_code:  compile the launches for the GPU, which takes Triton and a second each, and
+                       predict by that; else registers and shared memory are guessed.
+        measure:       time kernels that run natively, on memory of their own, if there is enough.
+
+        Raises ValueError for a step that was not called.
+        """
+        from tracejit.explain import Subject, explain
+
+        options = {"eager_seconds": eager_seconds, "machine_code": machine_code, "measure": measure}
+        with self._lock:
+            stats, last = self.stats, self._last
+            if last is None and not stats.eager:
+                raise ValueError(f"{self.__name__} has no plan yet: call it before it is explained")
+            graphs, programs, backend, saved = [], [], "eager", 0
+            if last is not None:
+                ran = [b for b in last.backwards if b.program is not None]
+                checks = [] if last.checking is None else [last.checking.program]
+                programs = [*checks, *self._ran_programs(), *(b.program for b in ran)]
+                graphs = [last.final, *(b.graph for b in ran)]
+                backend, saved = last.backend, last.saved_bytes
+            subject = Subject(
+                *(self.__name__, self.explain_mode(), self.explain_retraces()),
+                *(graphs, programs, backend, stats.seconds, saved),
+            )
+            return explain(subject, gpu, **options)
