@@ -1,11 +1,13 @@
 # Every target sets itself up: a fresh clone on a fresh machine needs only Python 3.11 and make.
 PYTHON ?= python3
+# For `make gpu`: the environment that has the GPU's torch and Triton, and this package.
+GPU_PYTHON ?= $(PYTHON)
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PYTEST := $(PY) -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-all lint bench accept clean
+.PHONY: demo test test-all lint bench gpu accept clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -30,6 +32,9 @@ lint: $(READY)
 
 bench: $(READY)                 ## times beside the peers (BENCH='--rounds 5 --case mlp …')
 	$(PY) -m benchmarks.run $(BENCH)
+
+gpu:                            ## all that a GPU can tell, in its own environment (GPU='--minutes 9 --resume')
+	$(GPU_PYTHON) -m benchmarks.gpu $(GPU)
 
 accept: $(READY)                ## rewrite the golden files after reading their diff
 	TRACEJIT_ACCEPT=1 $(PY) -m pytest tests -k golden

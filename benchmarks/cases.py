@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -19,12 +19,17 @@ Gemm = tuple[float, int, int, int]  # how often, m, k, n
 class Case:
     """One step.
 
-    make_step: (**small, device=…, fused=…) -> (step, tensors that it changes); the step has no
-        arguments and returns a tensor, a float or None. `fused` only where its optimizer has it.
+    make_step: (**sizes, device=…, **options) -> (step, tensors that it changes); the step has no
+        arguments and returns a tensor, a float or None. It takes options of its `optimizer`.
     small:  sizes for a smoke test.
     gemms:  the matrix products that no version avoids.
     bytes:  what a version must read and write at least, where that is more than caches hold.
     grads:  the step's results are the tensors' gradients; the tensors stay.
+    optimizer:  torch's, whose options are given: "SGD" has `fused`, "Adam" `capturable` too.
+    reads:  Python reads values or draws numbers in it, so that no graph holds a whole call.
+    sizes:  where they are not the defaults of make_step.
+    like:   the case that it is a larger one of.
+    jax:    whether there is a version in JAX.
     """
 
     make_step: Callable
@@ -32,10 +37,19 @@ class Case:
     gemms: tuple[Gemm, ...] = ()
     bytes: int = 0
     grads: bool = False
+    optimizer: str = ""
+    reads: bool = False
+    sizes: Mapping[str, object] = field(default_factory=dict)
+    like: str = ""
+    jax: bool = False
 
-    @property
-    def fused(self) -> bool:
-        return "fused" in inspect.signature(self.make_step).parameters
+    def made(self, device: str, contender: str = "", *, small: bool = False) -> tuple:
+        """(a step, the tensors that it changes) for a contender."""
+        options = {"fused": True} if "fused" in contender else {}
+        if "graph" in contender and self.optimizer == "Adam":
+            options["capturable"] = True
+        sizes = self.small if small else self.sizes
+        return self.make_step(device=device, **sizes, **options)
 
 
 def linear(n: int, d_in: int, d_out: int, count: float = 1, first: bool = False) -> list[Gemm]:
@@ -58,31 +72,91 @@ _BLOCK = (
 _ELEMENTS = 4096 * 1024
 
 CASES: dict[str, Case] = {
-    "two_layer_manual": Case(two_layer_manual.make_step, _NET, _TWO_LAYER),
-    "two_layer_autograd": Case(two_layer_autograd.make_step, _NET, _TWO_LAYER),
-    "nn_adam": Case(steps.nn_adam, _NET, _TWO_LAYER),
+    "two_layer_manual": Case(two_layer_manual.make_step, _NET, _TWO_LAYER, jax=True),
+    "two_layer_autograd": Case(two_layer_autograd.make_step, _NET, _TWO_LAYER, jax=True),
+    "nn_adam": Case(steps.nn_adam, _NET, _TWO_LAYER, optimizer="Adam", jax=True),
     "chain_4m": Case(
-        fused_chain.make_step, {"n": 1001}, bytes=12 * fused_chain.ELEMENTS, grads=True
+        fused_chain.make_step, {"n": 1001}, bytes=12 * fused_chain.ELEMENTS, grads=True, jax=True
     ),
-    "mlp": Case(steps.mlp, {"batch": 9, "sizes": (33, 20, 5)}, _MLP),
-    "adam_5m": Case(steps.adam, {"count": 3, "shape": (5, 7)}, bytes=28 * 5_000_000),
-    "softmax": Case(steps.softmax, _ROWS, bytes=16 * _ELEMENTS, grads=True),
-    "layer_norm": Case(steps.layer_norm, _ROWS, bytes=16 * _ELEMENTS, grads=True),
+    "mlp": Case(steps.mlp, {"batch": 9, "sizes": (33, 20, 5)}, _MLP, optimizer="SGD", jax=True),
+    "adam_5m": Case(
+        steps.adam, {"count": 3, "shape": (5, 7)}, bytes=28 * 5_000_000, optimizer="Adam", jax=True
+    ),
+    "softmax": Case(steps.softmax, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
+    "layer_norm": Case(steps.layer_norm, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
     "transformer_block": Case(
-        transformer_block.make_step, {"batch": 2, "length": 5, "width": 24, "heads": 4}, _BLOCK
+        transformer_block.make_step,
+        {"batch": 2, "length": 5, "width": 24, "heads": 4},
+        _BLOCK,
+        jax=True,
     ),
-    "loss_item": Case(steps.loss_item, _NET, _TWO_LAYER),
-    "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER),
-    "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER),
-    "early_exit": Case(steps.early_exit, _NET, _TWO_LAYER * 3),
-    "grad_scaler": Case(steps.grad_scaler, _NET, _TWO_LAYER),
+    "loss_item": Case(steps.loss_item, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
+    "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
+    "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
+    "early_exit": Case(steps.early_exit, _NET, _TWO_LAYER * 3, optimizer="SGD", reads=True),
+    "grad_scaler": Case(steps.grad_scaler, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
     "own_adam": Case(steps.own_adam, _NET, _TWO_LAYER),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,
         (*_TWO_LAYER, *linear(64, 100, 100, 1.5)),  # the middle layer runs 1.5 times on average
+        reads=True,
     ),
 }
+
+
+def _larger(like: str, gemms: Sequence[Gemm] = (), bytes: int = 0, jax: bool = True, **sizes):
+    return replace(CASES[like], like=like, gemms=tuple(gemms), bytes=bytes, sizes=sizes, jax=jax)
+
+
+# The same in sizes that fill a GPU.
+LARGE: dict[str, Case] = {
+    "chain_64m": _larger("chain_4m", bytes=12 << 26, n=1 << 26),
+    "adam_200": _larger("adam_5m", bytes=28 * 50_000_000, count=200),
+    "nn_adam_4k": _larger(
+        "nn_adam",
+        (*linear(8192, 4096, 4096, first=True), *linear(8192, 4096, 1024)),
+        **{"n": 8192, "d_in": 4096, "h": 4096, "d_out": 1024},
+    ),
+    "mlp_4k": _larger(
+        "mlp",
+        (
+            *linear(8192, 4096, 4096, first=True),
+            *linear(8192, 4096, 4096),
+            *linear(8192, 4096, 1000),
+        ),
+        batch=8192,
+        sizes=(4096, 4096, 4096, 1000),
+    ),
+    "softmax_16k": _larger("softmax", bytes=16 << 26, n=1 << 14, width=1 << 12),
+    "softmax_50257": _larger("softmax", bytes=16 * 2048 * 50257, n=2048, width=50257),
+    "layer_norm_16k": _larger("layer_norm", bytes=16 << 26, n=1 << 14, width=1 << 12),
+    "transformer_768": _larger(
+        "transformer_block",
+        (
+            *linear(4096, 768, 768, 4),
+            *linear(4096, 768, 3072),
+            *linear(4096, 3072, 768),
+            *((96, 512, 64, 512),) * 3,
+            *((96, 512, 512, 64),) * 3,
+        ),
+        jax=False,  # written for 4 heads
+        **{"batch": 8, "length": 512, "width": 768, "heads": 12},
+    ),
+}
+ALL = CASES | LARGE
+
+# What tells most about a GPU comes first.
+TELLING = (
+    *("two_layer_autograd", "chain_64m", "adam_200", "mlp_4k", "transformer_768"),
+    *("layer_norm_16k", "nn_adam", "softmax_50257", "nn_adam_4k", "softmax_16k"),
+    *("mlp", "transformer_block", "loss_item", "dynamic_net"),
+)
+
+
+def cases_of(device: str) -> tuple[str, ...]:
+    """The names of a device's cases, in their order."""
+    return tuple(dict.fromkeys((*TELLING, *ALL))) if device == "cuda" else tuple(CASES)
 
 
 def arrays_of(step: Callable) -> dict[str, np.ndarray]:

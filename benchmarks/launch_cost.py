@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 
 import tracejit
+from benchmarks.machine import machine, write
 from benchmarks.replay_cost import microseconds
 from examples import classifier, fused_chain, transformer_block, two_layer_autograd
 from tracejit.runtime.device import LoadedKernel, Properties
@@ -207,13 +205,7 @@ def main() -> None:
             print(f"    whole call{how} {x['call' + how]:.1f}{changed}")
     print(f"the goal of Adam over 200 tensors is {ADAM_GOAL:.0f} µs for the whole call")
     if options.json:
-        figures = {
-            "device": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "us": found,
-        }
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        write(options.json, machine() | {"us": found})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def draw(report: dict, output: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = report["cases"]
+    cases = {k: c for k, c in report["cases"].items() if "p50" in c["contenders"]["eager"]}
     names = list(dict.fromkeys(n for case in cases.values() for n in case["contenders"]))
     figure, axes = plt.subplots(figsize=(9, 1 + 0.9 * len(cases)))
     height = 0.85 / len(names)

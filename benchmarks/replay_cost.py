@@ -11,18 +11,16 @@ replay, and what a step that cannot be compiled costs beyond eager. Medians, in 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 import tracejit
+from benchmarks.machine import machine, write
 from benchmarks.stages import deep_net
 
 COUNTS = (4, 50, 500)
@@ -142,15 +140,8 @@ def main() -> None:
     beyond = eager()
     print(f"a call that runs eagerly: {beyond:.1f} µs beyond eager (goal {EAGER_GOAL:.0f})")
     if options.json:
-        found = {
-            "device": platform.processor() or platform.machine(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "replay_us": replays,
-            "rerun_us": reruns,
-            "eager_us": beyond,
-        }
-        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+        found = {"replay_us": replays, "rerun_us": reruns, "eager_us": beyond}
+        write(options.json, machine() | found)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
 """Benchmarked steps that examples/ does not have. Each maker gives (step, tensors that it changes).
 
-`fused` is handed to the optimizer: None is torch's default, True its one-kernel implementation.
+What a maker takes beside sizes and a device is handed to its optimizer: `fused`, `capturable`.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from examples.modules import sequential
 
-Made = tuple[Callable[[], torch.Tensor | float | None], list[torch.Tensor]]
+Loss = Callable[[], torch.Tensor]
+Step = Callable[[], torch.Tensor | float | None]
+Made = tuple[Step, list[torch.Tensor]]
 
 
-def _training(
-    loss_of: Callable[[], torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> Made:
+def _trained(loss_of: Loss, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    """A plain training step."""
+
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         loss = loss_of()
@@ -26,30 +29,49 @@ def _training(
         optimizer.step()
         return loss
 
-    return step, list(model.parameters())
+    return step
 
 
-def nn_adam(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
-    """The two-layer net out of modules, with Adam."""
-    torch.manual_seed(0)
-    x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
-    model = sequential(d_in, h, d_out).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
-    return _training(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
+class Net(NamedTuple):
+    """The two-layer net out of modules: its loss, the net, an optimizer."""
+
+    loss_of: Loss
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+
+
+def _of_net(
+    make: Callable[[Net], Step], optimizer: Callable = torch.optim.SGD, lr: float = 1e-6
+) -> Callable[..., Made]:
+    """A maker of steps of that net: `make` gives the step."""
+
+    def maker(
+        n: int = 64,
+        d_in: int = 1000,
+        h: int = 100,
+        d_out: int = 10,
+        device: str = "cpu",
+        **options: bool,
+    ) -> Made:
+        torch.manual_seed(0)
+        x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
+        model = sequential(d_in, h, d_out).to(device)
+        of_model = optimizer(model.parameters(), lr=lr, **options)
+        step = make(Net(lambda: (model(x) - y).pow(2).sum(), model, of_model))
+        return step, list(model.parameters())
+
+    return maker
+
+
+# The two-layer net out of modules, with Adam.
+nn_adam = _of_net(lambda net: _trained(*net), torch.optim.Adam, 1e-4)
 
 
 def mlp(
     batch: int = 256,
     sizes: Sequence[int] = (784, 512, 512, 10),
-    fused: bool | None = None,
     device: str = "cpu",
+    **options: bool,
 ) -> Made:
     """A classifier with cross-entropy and SGD with momentum."""
     torch.manual_seed(0)
@@ -57,45 +79,24 @@ def mlp(
     for inputs, outputs in zip(sizes, sizes[1:], strict=False):
         layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
     model = torch.nn.Sequential(*layers[:-1]).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
     x = torch.randn(batch, sizes[0]).to(device)
     labels = torch.randint(0, sizes[-1], (batch,)).to(device)
-    return _training(lambda: F.cross_entropy(model(x), labels), model, optimizer)
+    step = _trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
+    return step, list(model.parameters())
 
 
-def _net_with_sgd(n: int, d_in: int, h: int, d_out: int, device: str, fused: bool | None) -> tuple:
-    """The two-layer net out of modules with SGD: (a function that gives the loss, both)."""
-    torch.manual_seed(0)
-    x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
-    model = sequential(d_in, h, d_out).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, fused=fused)
-    return lambda: (model(x) - y).pow(2).sum(), model, optimizer
-
-
-def loss_item(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def loss_item(net: Net) -> Step:
     """A step that returns its loss as a number."""
-    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
-    step, tensors = _training(loss_of, model, optimizer)
-    return lambda: step().item(), tensors
+    step = _trained(*net)
+    return lambda: step().item()
 
 
-def nan_check(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def nan_check(net: Net) -> Step:
     """A step that leaves the update out where the loss is not finite."""
-    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    loss_of, model, optimizer = net
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -105,19 +106,13 @@ def nan_check(
             optimizer.step()
         return loss
 
-    return step, list(model.parameters())
+    return step
 
 
-def norm_logged(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def norm_logged(net: Net) -> Step:
     """A step that clips gradients, and returns loss and norm as numbers."""
-    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    loss_of, model, optimizer = net
 
     def step() -> float:
         optimizer.zero_grad()
@@ -127,19 +122,13 @@ def norm_logged(
         optimizer.step()
         return loss.item() + norm.item()
 
-    return step, list(model.parameters())
+    return step
 
 
-def early_exit(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def early_exit(net: Net) -> Step:
     """Up to three updates, as long as the loss is large."""
-    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    loss_of, model, optimizer = net
 
     def step() -> torch.Tensor:
         for _ in range(3):
@@ -151,20 +140,14 @@ def early_exit(
             optimizer.step()
         return loss
 
-    return step, list(model.parameters())
+    return step
 
 
-def grad_scaler(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def grad_scaler(net: Net) -> Step:
     """A step under a GradScaler, which leaves updates out where a gradient is not finite."""
-    loss_of, model, optimizer = _net_with_sgd(n, d_in, h, d_out, device, fused)
-    scaler = torch.amp.GradScaler(device, init_scale=8.0, growth_interval=10**9)
+    loss_of, model, optimizer = net
+    scaler = torch.amp.GradScaler(loss_of().device.type, init_scale=8.0, growth_interval=10**9)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
@@ -174,7 +157,7 @@ def grad_scaler(
         scaler.update()
         return loss
 
-    return step, list(model.parameters())
+    return step
 
 
 class OwnAdam:
@@ -196,16 +179,10 @@ class OwnAdam:
             p.grad = None
 
 
-def own_adam(
-    n: int = 64,
-    d_in: int = 1000,
-    h: int = 100,
-    d_out: int = 10,
-    fused: bool | None = None,
-    device: str = "cpu",
-) -> Made:
+@_of_net
+def own_adam(net: Net) -> Step:
     """An optimizer of one's own with a counter, and a list of the losses."""
-    loss_of, model, _ = _net_with_sgd(n, d_in, h, d_out, device, fused)
+    loss_of, model, _ = net
     optimizer = OwnAdam(list(model.parameters()), lr=1e-4)
     losses: list[torch.Tensor] = []
 
@@ -216,14 +193,14 @@ def own_adam(
         losses.append(loss.detach())
         return loss
 
-    return step, list(model.parameters())
+    return step
 
 
 def adam(
     count: int = 20,
     shape: tuple[int, int] = (500, 500),
-    fused: bool | None = None,
     device: str = "cpu",
+    **options: bool,
 ) -> Made:
     """Adam's update alone, over `count` parameters with given gradients."""
     torch.manual_seed(0)
@@ -231,7 +208,7 @@ def adam(
     grads = [torch.randn(shape).to(device) for _ in range(count)]
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g
-    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=fused)
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, **options)
 
     def step() -> None:
         optimizer.step()
@@ -295,4 +272,5 @@ def dynamic_net(
     x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
     model = DynamicNet(d_in, h, d_out).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    return _training(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
+    step = _trained(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
+    return step, list(model.parameters())

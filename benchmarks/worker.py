@@ -30,6 +30,8 @@ import numpy as np
 
 CALLS = 12  # compared with eager; a compiler's warm-up lies within
 SECONDS_PER_ROUND = 0.3
+WARM_UP = 3  # calls before a whole step is captured
+COMPARED = 1 << 20  # elements of each tensor
 
 
 @dataclass
@@ -53,10 +55,15 @@ def tracejit(step: Callable) -> Callable:
     return tracejit.compile(step, on_unsupported="raise")
 
 
-def torch_compile(step: Callable) -> Callable:
-    import torch
+def torch_compile(mode: str | None = None) -> Callable[[Callable], Callable]:
+    """torch.compile of the step as users write it, in a mode."""
 
-    return torch.compile(step)
+    def compile_step(step: Callable) -> Callable:
+        import torch
+
+        return torch.compile(step, mode=mode)
+
+    return compile_step
 
 
 def torch_compile_traced(step: Callable) -> Callable:
@@ -66,12 +73,41 @@ def torch_compile_traced(step: Callable) -> Callable:
     return torch.compile(step)
 
 
+def whole_graph(step: Callable) -> Callable:
+    """The whole step in one CUDA graph, by hand, as torch's documentation has it: first calls on a
+    side stream, a capture, and replays of it. Its results lie where the first ones lie."""
+    import torch
+
+    side, graphs, results = torch.cuda.Stream(), [], []
+
+    def call() -> object:
+        if len(results) < WARM_UP:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                results.append(step())
+            torch.cuda.current_stream().wait_stream(side)
+            return results[-1]
+        if not graphs:
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[0]):  # which runs nothing
+                results[:] = [step()] * WARM_UP
+        graphs[0].replay()
+        return results[0]
+
+    return call
+
+
 COMPILERS: dict[str, Callable[[Callable], Callable]] = {
     "eager": lambda step: step,
     "eager fused": lambda step: step,
-    "torch.compile": torch_compile,
+    "eager graph": whole_graph,
+    "eager fused graph": whole_graph,
+    "torch.compile": torch_compile(),
     "torch.compile traced": torch_compile_traced,
+    "torch.compile reduce-overhead": torch_compile("reduce-overhead"),
+    "torch.compile max-autotune": torch_compile("max-autotune"),
     "tracejit": tracejit,
+    "tracejit launches": tracejit,
 }
 ARRAYS = {"jax": "benchmarks.jax_steps", "numpy": "benchmarks.numpy_steps"}
 
@@ -80,11 +116,10 @@ def build_torch(case_name: str, contender: str, device: str, small: bool) -> Con
     """A contender that runs the torch step."""
     import torch
 
-    from benchmarks.cases import CASES
+    from benchmarks.cases import ALL
 
-    case = CASES[case_name]
-    fused = {"fused": True} if contender == "eager fused" else {}
-    plain, tensors = case.make_step(device=device, **fused, **(case.small if small else {}))
+    case = ALL[case_name]
+    plain, tensors = case.made(device, contender, small=small)
     compiled: list[Callable] = []
 
     def step() -> object:  # the first call is the one that compiles
@@ -96,7 +131,7 @@ def build_torch(case_name: str, contender: str, device: str, small: bool) -> Con
         found = [t.grad if case.grads else t for t in tensors]
         if any(t is None for t in found):
             raise RuntimeError("a gradient is missing")
-        return [t.detach().cpu().numpy() for t in found]
+        return [sampled(t.detach()).cpu().numpy() for t in found]
 
     def sync(out: object) -> None:
         if device == "cuda":
@@ -112,8 +147,17 @@ def build_torch(case_name: str, contender: str, device: str, small: bool) -> Con
     return Contender(step, state, number, sync)
 
 
+def sampled(tensor):
+    """At most COMPARED elements of a tensor or array, evenly: what contenders are compared by."""
+    flat = tensor.reshape(-1)
+    return flat[:: -(-len(flat) // COMPARED) or 1]
+
+
 def build_arrays(case_name: str, contender: str, start: Path) -> Contender:
     """A contender that has the step written for itself."""
+    from benchmarks.cases import ALL
+
+    like = ALL[case_name].like or case_name
     with np.load(start) as file:
         arrays = dict(file)
     made: list[tuple] = []
@@ -121,7 +165,7 @@ def build_arrays(case_name: str, contender: str, start: Path) -> Contender:
     def step() -> object:
         if not made:
             module = importlib.import_module(ARRAYS[contender])
-            made.append(module.STEPS[case_name](arrays))
+            made.append(module.STEPS[like](arrays))
         return made[0][0]()
 
     def sync(out: object) -> None:
@@ -134,7 +178,7 @@ def build_arrays(case_name: str, contender: str, start: Path) -> Contender:
         out = np.asarray(out)
         return float(out if out.size == 1 else np.square(out).mean())
 
-    return Contender(step, lambda: made[0][1](), number, sync)
+    return Contender(step, lambda: [sampled(x) for x in made[0][1]()], number, sync)
 
 
 def serve(contender: Contender, state_file: Path, answer: Callable[[object], None]) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import inspect
+import json
+import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import launch_cost, run
-from benchmarks.cases import CASES, arrays_of
+import benchmarks
+from benchmarks import gpu, isolated, launch_cost, machine, run, worker
+from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
 from benchmarks.worker import CALLS, build_arrays, build_torch
 
@@ -21,9 +30,7 @@ def first_calls(contender) -> tuple[list, list[np.ndarray]]:
 
 
 def start_of(name: str) -> list:
-    case = CASES[name]
-    _, tensors = case.make_step(device="cpu", **case.small)
-    return [np.float64(0) if case.grads else t.detach().numpy().copy() for t in tensors]
+    return run.started(name, small=True)[1]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -36,8 +43,8 @@ def test_contenders_agree(name, tmp_path):
             ours = first_calls(build_torch(name, contender, "cpu", small=True))
             run.compare(*ours, numbers, state, start)
     if name in NUMPY_STEPS:
-        case = CASES[name]
-        np.savez(tmp_path / "start.npz", **arrays_of(case.make_step(**case.small)[0]))
+        step, _ = run.started(name, small=True)
+        np.savez(tmp_path / "start.npz", **arrays_of(step))
         ours = first_calls(build_arrays(name, "numpy", tmp_path / "start.npz"))
         run.compare(*ours, numbers, state, start)
 
@@ -114,3 +121,416 @@ def test_the_cost_of_launches_is_measured():
     assert found["launches"] == 4 and found["launch"] > 0
     changed = launch_cost.costs(lambda: launch_cost.sgd(3), rounds=1, calls=2)
     assert changed["changed"] > 0
+
+
+# ---- on a GPU: what can be known of it without one
+
+
+def test_there_are_larger_cases_for_a_gpu():
+    assert set(TELLING) <= ALL.keys() and cases_of("cpu") == tuple(CASES)
+    assert sorted(cases_of("cuda")) == sorted(ALL)
+    for name, case in LARGE.items():
+        assert case.like in CASES and (case.gemms or case.bytes), name
+        step, start = run.started(name, small=True)
+        assert start and callable(step)
+
+
+def test_what_has_a_version_in_jax():
+    """By its source: it may not be installed here."""
+    tree = ast.parse((Path(benchmarks.__path__[0]) / "jax_steps.py").read_text())
+    (table,) = [n.value for n in tree.body if isinstance(n, ast.AnnAssign)]
+    assert {k.value for k in table.keys} == {name for name, case in CASES.items() if case.jax}
+
+
+def contenders_of(case: str, device: str) -> set[str]:
+    pythons = {"jax": "python"}
+    return {c for c in run.CONTENDERS if run.available(case, c, device, pythons)}
+
+
+def test_who_contends():
+    everywhere = {"eager", "torch.compile", "torch.compile traced", "tracejit"}
+    assert contenders_of("loss_item", "cpu") == everywhere | {"eager fused"}
+    of_gpus = {"torch.compile reduce-overhead", "torch.compile max-autotune", "tracejit launches"}
+    fused = {"eager fused", "eager graph", "eager fused graph"}
+    assert contenders_of("nn_adam_4k", "cuda") == everywhere | of_gpus | fused | {"jax"}
+    assert contenders_of("dynamic_net", "cuda") == everywhere | of_gpus
+    assert contenders_of("chain_64m", "cuda") == everywhere | of_gpus | {"jax", "eager graph"}
+    assert contenders_of("chain_4m", "cpu") == everywhere | {"jax", "numpy"}
+    for case in ALL:
+        assert contenders_of(case, "cuda") <= {*worker.COMPILERS, *worker.ARRAYS}
+
+
+@pytest.mark.parametrize(
+    "contender, fused, capturable",
+    [
+        ("eager", None, False),
+        ("eager fused", True, False),
+        ("eager graph", None, True),
+        ("eager fused graph", True, True),
+        ("tracejit", None, False),
+    ],
+)
+def test_options_of_optimizers(contender, fused, capturable):
+    for name in ("nn_adam", "mlp", "adam_200"):
+        step, _ = ALL[name].made("cpu", contender, small=True)
+        defaults = inspect.getclosurevars(step).nonlocals["optimizer"].defaults
+        assert defaults["fused"] is fused
+        assert defaults.get("capturable", capturable) is capturable
+
+
+class Graphs:
+    """Stands for torch's graphs on the CPU, for one step: what is captured does not run, and a
+    replay runs the step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, step, tensors):
+        self.log: list[str] = []
+        stream = SimpleNamespace(wait_stream=lambda other: self.log.append("wait"))
+
+        @contextlib.contextmanager
+        def on(stream):
+            self.log.append("side")
+            yield
+
+        @contextlib.contextmanager
+        def captured(graph):
+            before = [t.detach().clone() for t in tensors]
+            yield
+            with torch.no_grad():
+                for t, b in zip(tensors, before, strict=True):
+                    t.copy_(b)
+            self.log.append("capture")
+
+        def replay(graph=None):
+            step()
+            self.log.append("replay")
+
+        graph = SimpleNamespace(replay=replay)
+        for name, value in {
+            "Stream": lambda: stream,
+            "stream": on,
+            "current_stream": lambda: stream,
+            "CUDAGraph": lambda: graph,
+            "graph": captured,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_a_whole_step_in_a_graph(monkeypatch):
+    """Each call counts once: the first ones run, the capture does not, replays do."""
+    plain, wanted = CASES["transformer_block"].made("cpu", small=True)
+    for _ in range(CALLS):
+        plain()
+    step, tensors = CASES["transformer_block"].made("cpu", small=True)
+    graphs = Graphs(monkeypatch, step, tensors)
+    graphed = worker.COMPILERS["eager graph"](step)
+    for _ in range(CALLS):
+        graphed()
+    later = CALLS - worker.WARM_UP
+    assert graphs.log == ["wait", "side", "wait"] * worker.WARM_UP + [
+        "capture",
+        *["replay"] * later,
+    ]
+    for a, b in zip(tensors, wanted, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_torch_compile_in_its_modes(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda step, mode=None: modes.append(mode) or step)
+    for name in worker.COMPILERS:
+        if name.startswith("torch.compile") and "traced" not in name:
+            worker.COMPILERS[name](len)
+    assert modes == [None, "reduce-overhead", "max-autotune"]
+
+
+def test_large_tensors_are_compared_by_a_part(monkeypatch):
+    monkeypatch.setattr(worker, "COMPARED", 10)
+    assert (
+        worker.sampled(np.zeros((4, 6))).shape == (8,) and len(worker.sampled(np.zeros(10))) == 10
+    )
+    assert torch.equal(worker.sampled(torch.arange(25)), torch.arange(0, 25, 3))
+    assert worker.sampled(np.zeros((0, 3))).shape == (0,)
+
+
+def test_no_device_is_said(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for main in (run.main, gpu.main):
+        with pytest.raises(SystemExit) as exit:
+            main(["--device", "cuda"])
+        assert exit.value.code == 2 and "there is no CUDA device" in capsys.readouterr().err
+
+
+def test_what_a_gpu_is(monkeypatch):
+    found = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=2**37)
+    found.multi_processor_count = 132
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: found)
+    monkeypatch.setenv("PATH", "")
+    told = machine.machine("cuda")
+    assert (told["device"], told["arch"], told["memory_gib"]) == ("a GPU", "sm_90", 128.0)
+    assert told["driver"].startswith("not known") and told["versions"]["torch"]
+    assert "arch" not in machine.machine()
+
+
+# ---- workers that do not do well
+
+
+def script(tmp_path: Path, text: str) -> str:
+    """A program that stands for Python with the worker."""
+    path = tmp_path / "worker.sh"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o700)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("exec sleep 60", "failed: no answer in 0 s"),
+        ("echo 'launch 3 of x: CudaError: no' >&2; exit 3", "failed: launch 3 of x: CudaError: no"),
+        ("kill -9 $$", "failed: no message"),
+    ],
+)
+def test_a_worker_that_fails_is_told(text, said, tmp_path):
+    process = run.Process(
+        script(tmp_path, text), [], tmp_path, "x", 0.3 if "sl" in text else 20, {}
+    )
+    with pytest.raises(run.Failed, match=said):
+        process.receive()
+    process.close()
+    assert process.process.returncode is not None
+
+
+def test_a_worker_that_fails_in_its_turn_stops_no_other(monkeypatch):
+    monkeypatch.setattr(run, "PAUSE", 0)
+
+    class Worker:
+        def __init__(self, *answers):
+            self.answers = [*answers]
+
+        def ask(self):
+            answer = self.answers.pop(0)
+            if answer is None:
+                raise run.Failed("failed: it died")
+            return answer
+
+    workers = {"a": Worker(1.0, 2.0, 3.0), "b": Worker(1.0, None), "c": Worker(4.0, 5.0, 6.0)}
+    times, errors = run.turns(workers, 3)
+    assert times == {"a": [1.0, 2.0, 3.0], "c": [4.0, 5.0, 6.0]} and [*errors] == ["b"]
+
+
+@pytest.mark.slow
+def test_a_wrong_tracejit_is_a_row_and_an_exit_status(monkeypatch, tmp_path, capsys):
+    real, seen = run.compare, []
+
+    def compare(*given):
+        seen.append(given)
+        if len(seen) > 1:
+            raise run.Failed("wrong: planted")
+        real(*given)
+
+    monkeypatch.setattr(run, "compare", compare)
+    output = tmp_path / "found.json"
+    given = ["--small", "--rounds", "1", "--case", "softmax", "--contender", "tracejit"]
+    report = run.main([*given, "--output", str(output)])
+    assert report["failed"] == ["softmax: tracejit wrong: planted"]
+    row = json.loads(output.read_text())["cases"]["softmax"]["contenders"]["tracejit"]
+    assert row["note"] == "wrong: planted" and "said" in row
+    assert "softmax: tracejit wrong: planted" in capsys.readouterr().out
+
+
+# ---- items in processes that may die
+
+CHILD = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from benchmarks.isolated import Lines, fatal
+lines = Lines()
+blocking = os.environ.get("CUDA_LAUNCH_BLOCKING") == "1"
+for item in sys.argv[1:]:
+    lines.begin(item)
+    if item == "hangs":
+        time.sleep(60)
+    if item == "crashes":
+        print("kernel k3 of net.py:7", flush=True)
+        os.abort()
+    text = {{"fails": "ValueError", "fatal": "CUDA error"}}.get(item, "")
+    text += " at net.py:9" if blocking and text else ""
+    lines.end(item, "failed" if text else "passed", text)
+    if fatal(text):
+        break
+"""
+
+
+def results(tmp_path: Path, *items: str, limit: float = 5.0, seconds: float = 60.0) -> dict:
+    path, found = tmp_path / "child.py", {}
+    path.write_text(CHILD.format(root=str(isolated.ROOT)))
+
+    def child(items):
+        return [sys.executable, str(path), *items]
+
+    deadline = time.monotonic() + seconds
+    isolated.run_items(items, child, found.__setitem__, deadline=deadline, limit=limit)
+    return found
+
+
+def test_what_fails_stops_no_other(tmp_path):
+    items = ["first", "fails", "second", "fatal", "third", "crashes", "fourth", "hangs", "last"]
+    found = results(tmp_path, *items, limit=4.0)
+    assert [*found] == items
+    statuses = {item: x["status"] for item, x in found.items()}
+    assert {statuses[x] for x in ("first", "second", "third", "fourth", "last")} == {"passed"}
+    assert statuses["fails"] == statuses["fatal"] == "failed"
+    assert found["fatal"]["blocking"]["text"] == "CUDA error at net.py:9"
+    assert "blocking" not in found["fails"]
+    assert statuses["crashes"] == "crashed" and "kernel k3 of net.py:7" in found["crashes"]["text"]
+    assert "exit status -6" in found["crashes"]["text"]
+    assert statuses["hangs"] == "hung" and "more than 4 s" in found["hangs"]["text"]
+
+
+def test_items_end_with_the_time(tmp_path):
+    found = results(tmp_path, "hangs", "never", seconds=2.0, limit=30.0)
+    assert [x["status"] for x in found.values()] == ["not finished", "not begun"]
+    assert results(tmp_path, "a", seconds=-1.0) == {"a": {"status": "not begun"}}
+
+
+def test_a_child_that_begins_nothing_comes_to_an_end(tmp_path):
+    found = {}
+
+    def child(items):
+        return [sys.executable, "-c", "raise SystemExit('no module')"]
+
+    deadline = time.monotonic() + 60
+    isolated.run_items(["a", "b"], child, found.__setitem__, deadline=deadline, limit=30.0)
+    assert [x["status"] for x in found.values()] == ["failed", "failed"]
+    assert "did not begin it\nno module" in found["a"]["text"]
+
+
+TESTS = """
+import os, pytest
+pytestmark = pytest.mark.gpu
+def test_good(): pass
+def test_bad():
+    x = 41
+    assert x == 42
+@pytest.mark.skip(reason="not here")
+def test_skipped(): pass
+def test_fatal(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
+@pytest.mark.parametrize("n", [1, 2])
+def test_after(n): pass
+"""
+
+
+def test_gpu_tests_are_told_one_by_one(tmp_path):
+    path, items = tmp_path / "test_some.py", {}
+    path.write_text(TESTS)
+    run_it = gpu.tests([path.name], tmp_path)
+    result = run_it(time.monotonic() + 120, items.__setitem__)
+    assert result == {"status": "failed", "passed": 3, "failed": 2, "skipped": 1}
+    names = {item.rpartition("::")[2]: x for item, x in items.items()}
+    assert "assert 41 == 42" in names["test_bad"]["text"]
+    assert "blocking" in names["test_fatal"] and names["test_after[2]"]["status"] == "passed"
+    path.write_text("raise ImportError('no torch')")
+    result = run_it(time.monotonic() + 120, items.__setitem__)
+    assert result["status"] == "failed" and "no torch" in result["text"]
+
+
+def test_the_gpu_tests_are_found(monkeypatch):
+    """All of them, in `tests`: here the marker leaves them out."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    items = {}
+    result = gpu.tests(["tests/test_gpu.py"])(time.monotonic() + 120, items.__setitem__)
+    assert result == {"status": "passed", "skipped": len(items)} and len(items) > 50
+    assert "tests/test_gpu.py::test_a_step_joins_a_graph" in items
+
+
+# ---- the whole run
+
+
+def part(name: str, run_it, limit: float = 60.0) -> gpu.Part:
+    return gpu.Part(name, limit, run_it)
+
+
+def slept(deadline: float, note) -> dict:
+    return gpu.command(["sh", "-c", "echo begun; sleep 60 & wait"], deadline)
+
+
+def raises(deadline: float, note) -> dict:
+    note("item", {"status": "passed"})
+    raise RuntimeError("planted")
+
+
+def test_parts_keep_to_the_budget_and_apart(tmp_path, capsys):
+    path = tmp_path / "found.json"
+    seen = []
+
+    def looks(deadline: float, note) -> dict:
+        seen.append(json.loads(path.read_text()))
+        return {"status": "passed"}
+
+    parts = [part("sleeps", slept, 1.0), part("raises", raises), part("looks", looks)]
+    report = gpu.Report(path, {"device": "none"})
+    begun = time.monotonic()
+    gpu.run_parts(parts, report, 60.0)
+    assert time.monotonic() - begun < 30
+    found = json.loads(path.read_text())["parts"]
+    assert found["sleeps"]["status"] == "out of time" and found["sleeps"]["text"] == "begun\n"
+    assert found["raises"]["status"] == "failed" and "planted" in found["raises"]["text"]
+    assert found["raises"]["items"] == {"item": {"status": "passed"}}
+    assert seen[0]["device"] == "none" and [*seen[0]["parts"]] == ["sleeps", "raises"]
+    assert "looks: passed" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    path, ran = tmp_path / "found.json", []
+
+    def counted(name: str) -> gpu.Part:
+        return part(name, lambda deadline, note: ran.append(name) or {"status": "passed"})
+
+    first = gpu.Report(path, {"commit": "a"})
+    gpu.run_parts([counted("one"), part("sleeps", slept, 0.1)], first, 60.0)
+    gpu.run_parts([counted("late")], first, gpu.LEAST - 1)
+    assert first.found["parts"]["late"]["status"] == "not begun" and ran == ["one"]
+    again = gpu.Report(path, {"commit": "b"}, resume=True)
+    gpu.run_parts([counted("one"), counted("sleeps"), counted("late")], again, 60.0)
+    assert ran == ["one", "sleeps", "late"] and again.found["commit"] == "b"
+    assert {p["status"] for p in again.found["parts"].values()} == {"passed"}
+    assert gpu.Report(path, {}).found["parts"] == {}
+
+
+def test_the_sanitizer(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "_SANITIZERS", ())
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    check = gpu.sanitizer("cuda", "memcheck", ["mlp"])
+    assert check(time.monotonic() + 9, None)["status"] == "absent"
+    tool = script(tmp_path, 'echo "Invalid __global__ read in k3"; echo "$@"; exit 9')
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: tool)
+    found = check(time.monotonic() + 9, None)
+    assert (found["status"], found["exit"]) == ("failed", 9)
+    assert (
+        "read in k3" in found["text"] and "-m benchmarks.smoke --device cuda mlp" in found["text"]
+    )
+
+
+def test_the_parts_of_a_run(capsys):
+    names = [p.name for p in gpu.parts_of("cuda")]
+    assert len(names) == len({*names})
+    assert names[0] == "smoke" and names.index("tests") < 6
+    assert all(f"table: {case}" in names for case in ALL)
+    first = sum(p.limit for p in gpu.parts_of("cuda")[: names.index("memcheck") + 1])
+    assert first < 60 * gpu.MINUTES
+    with pytest.raises(SystemExit):
+        gpu.main(["--device", "cpu", "--only", "typo"])
+    assert "no part begins with typo; there are smoke, table: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_on_the_cpu(tmp_path):
+    output = tmp_path / "found.json"
+    only = ["--only", "smoke", "--only", "table: chain_64m", "--output", str(output)]
+    found = gpu.main(["--device", "cpu", "--small", *only])
+    assert found == json.loads(output.read_text()) and found["versions"]["triton"]
+    parts = found["parts"]
+    assert parts["smoke"]["passed"] == len(CASES) and parts["smoke"]["status"] == "passed"
+    row = parts["table: chain_64m"]["contenders"]["tracejit"]
+    check_row(row)
