@@ -47,6 +47,10 @@ def setting(name, value):
     return lambda w: setattr(w, name, value)
 
 
+class Slotted:
+    __slots__ = ("n",)
+
+
 class Trainer:
     """What people count in."""
 
@@ -307,9 +311,6 @@ def counter_of_a_class(w):
 
 @state("rerun")
 def counter_in_a_slot(w):
-    class Slotted:
-        __slots__ = ("n",)
-
     slotted = Slotted()
     slotted.n = 0
 
@@ -1063,6 +1064,7 @@ def test_an_error_leaves_variables_as_they_were():
 
 def test_python_has_plain_numbers_after_every_call():
     w = SimpleNamespace(n=0, total=0.0, seen=[], by_step={}, kinds=set(), pair=None, queue=deque())
+    w.pairs, w.named, w.slotted = [], {}, Slotted()
 
     def step(x):
         w.n += 1
@@ -1071,6 +1073,9 @@ def test_python_has_plain_numbers_after_every_call():
         w.queue.append(x.sum().item())
         w.by_step[w.n] = w.total
         w.kinds.add(w.n % 2)
+        w.pairs.append((w.n, x.sum().item()))
+        w.named["last"] = (1, (Moments(w.n, None), "x"))
+        w.slotted.n = w.n
         w.late = (x > 0).sum().item()
         return x * len(w.seen)
 
@@ -1078,7 +1083,7 @@ def test_python_has_plain_numbers_after_every_call():
     for i in range(4):
         compiled(torch.ones(3) * i)
         everything = [*vars(w).values(), *w.seen, *w.by_step, *w.by_step.values(), *w.kinds]
-        everything += w.queue
+        everything += [*w.queue, *itertools.chain(*w.pairs), w.named["last"][1][0][0], w.slotted.n]
         assert not any(type(x) in (TracedFloat, TracedInt) for x in everything), i
 
 

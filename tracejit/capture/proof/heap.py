@@ -51,13 +51,12 @@ from tracejit.capture.proof.kinds import (
     library,
     plain_object,
     pure_type,
-    slots,
 )
 from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
-from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.python.classes import is_heap_type, slots
 from tracejit.capture.trace.scalars import is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -94,7 +93,8 @@ class Walk(Functions):
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
-        self.unasked: list[str] = []  # functions of math by other names than math's
+        self.aliases: list[Variable] = []  # places of functions of math, besides math's
+        self.unasked: list[str] = []  # such functions where no wrapper can stand for them
         self.asks_numpy = False  # which may raise where a setting says so
         self.reentrant = False  # the step can reach itself, and sees plain floats then
 
@@ -140,6 +140,9 @@ class Walk(Functions):
             self._tuple(x, at, path, (), owned)
         elif is_tensor(x):
             self._tensor(x, at, path)
+        elif place is not None and mathematics.is_function(x):
+            self.expect(f"{at} is {self.constant(x)}", path, x, at)
+            self.aliases.append(place)
         elif type(x) in CONTAINERS:
             self._container(x, at, path, key, owned, place)
         else:

@@ -45,6 +45,7 @@ class Prover:
         self._remade: set[str] = set()  # the paths of lists and dicts that it makes anew
         self._numbers: dict[str, float] = {}  # in an earlier call, by the path of the place
         self.records: list[Record] = []  # lists that it only appends to
+        self.aliases: list[Variable] = []  # where functions of math are by other names
         self._searches = _SEARCHES
 
     @property
@@ -52,11 +53,18 @@ class Prover:
         """Whether the next trace is watched."""
         return self.mode != "rerun" and self._left > 0
 
+    @property
+    def places(self) -> tuple[list[Variable], list[Record], list[Variable]]:
+        """The state variables, records, and aliases of functions of math, as `bind.run` takes
+        them."""
+        return self.variables, self.records, self.aliases
+
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
         if self.watching and (self._ran is not None or self.mode == "replay"):
             walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
+            self.aliases = walk.aliases
             return walk
         return None
 
@@ -67,6 +75,7 @@ class Prover:
         """A trace is over: what was this call's only is let go."""
         self.variables = [variable.released() for variable in self.variables]
         self.records = [record.released() for record in self.records]
+        self.aliases = [place for place in self.aliases if place.lasting]
 
     def leave_integers(self, scalars: Scalars) -> None:
         """Integers stay plain in a trace: user code keeps them in places that nobody watches."""
