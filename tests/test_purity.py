@@ -10,6 +10,7 @@ import bisect
 import fractions
 import functools
 import heapq
+import itertools
 import json
 import logging
 import math
@@ -19,8 +20,10 @@ import struct
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from math import sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ import tracejit
 from support.worlds import Case, check, table
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.patches import intercepted
+from tracejit.errors import TracejitWarning
 
 X = torch.linspace(-1, 2, 6)
 CASES: dict[str, Case] = {}
@@ -372,3 +376,64 @@ def test_an_alias_is_itself_again_after_a_trace():
             assert torch.equal(compiled(X, a), step(X, a))
         assert sqrt is math.sqrt and mathematics.is_function(sqrt)
     assert compiled.stats.replays
+
+
+def _iterator_of_an_object(w):
+    w.numbers = itertools.count()
+    return lambda: X * next(w.numbers)
+
+
+def _a_size_that_changes(w):
+    w.n, w.table = 1, torch.ones(9)
+
+    def step():
+        w.n = w.n % 8 + 1
+        return w.table[: w.n]
+
+    return step
+
+
+def _an_item_that_changes(w):
+    w.state, w.table = {"n": 1}, torch.ones(9)
+
+    def step():
+        w.state["n"] = w.state["n"] % 8 + 1
+        return w.table[: w.state["n"]]
+
+    return step
+
+
+def _an_intermediate_in_a_set(w):
+    w.kept = set()
+
+    def step():
+        w.kept.add(X * 2)
+        return X + 1
+
+    return step
+
+
+def _an_unknown_function(w):
+    return lambda: X * len(str(time.localtime()))
+
+
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        (_iterator_of_an_object, 1),
+        (_a_size_that_changes, 3),
+        (_an_item_that_changes, 3),
+        (_an_intermediate_in_a_set, 3),
+        (_an_unknown_function, 1),
+    ],
+)
+def test_every_reason_names_a_line_of_the_user(build, line):
+    compiled = tracejit.compile(build(SimpleNamespace()), backend="numpy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        for _ in range(9):
+            compiled()
+    first = build.__code__.co_firstlineno
+    lines = re.findall(r"test_purity\.py:(\d+): ", compiled.explain_mode())
+    assert lines, compiled.explain_mode()
+    assert min(abs(int(found) - first - line) for found in lines) <= 2, compiled.explain_mode()
