@@ -275,7 +275,7 @@ def attribute_counter(w):
     return w.t.step
 
 
-@case("rerun")
+@case("replay")
 def class_counter(w):
     class Mine(Trainer):
         seen = 0

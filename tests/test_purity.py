@@ -10,6 +10,7 @@ import bisect
 import fractions
 import functools
 import heapq
+import itertools
 import json
 import logging
 import math
@@ -19,8 +20,10 @@ import struct
 import textwrap
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from math import sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +33,7 @@ import tracejit
 from support.worlds import Case, check, table
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.patches import intercepted
+from tracejit.errors import TracejitWarning
 
 X = torch.linspace(-1, 2, 6)
 CASES: dict[str, Case] = {}
@@ -154,12 +158,12 @@ def an_alias_without_runtime_scalars(w):
     return lambda: X / sqrt(X.size(0))
 
 
-@case("rerun", args=rates)
+@case("replay", args=rates)
 def an_alias_with_a_runtime_scalar(w):
     return lambda a: X * sqrt(a)
 
 
-@case("rerun", args=rates)
+@case("replay", args=rates)
 def an_alias_given_to_map(w):
     """C calls it, which no profiler sees: this was replayed with the value of the trace."""
     return lambda a: X * sum(map(sqrt, [a]))
@@ -183,10 +187,32 @@ def a_clock_in_a_partial(w):
     return lambda: X if clock() > 0 else X * 2
 
 
-@case("rerun", args=rates)
+@case("replay", args=rates)
 def an_alias_in_a_table(w):
     table = {"root": sqrt}
     return lambda a: X * sum(map(table["root"], [a]))
+
+
+@case("replay", args=rates, changes={5: lambda w: setattr(w, "root", math.exp)})
+def an_alias_as_an_attribute(w):
+    w.root, roots = math.sqrt, [math.log2, math.sqrt]
+
+    def step(a):
+        return X * w.root(a) + sum(root(a + 1) for root in roots)
+
+    return step
+
+
+@case("replay", args=rates, changes={5: lambda w: w.rebind()})
+def an_alias_in_a_closure(w):
+    root = math.sqrt
+
+    def rebind():
+        nonlocal root
+        root = math.cos
+
+    w.rebind = rebind
+    return lambda a: X * root(a)
 
 
 @case("rerun", args=rates)
@@ -327,9 +353,87 @@ def test_a_cache_that_was_cleared():
 
 
 def test_the_reason_names_the_line_and_the_remedy():
-    compiled = tracejit.compile(lambda x, a: x * sqrt(a), backend="numpy")
+    compiled = tracejit.compile(lambda x, a, root=sqrt: x * root(a), backend="numpy")
     for _ in range(4):
         compiled(X, 0.5)
     why = compiled.explain_mode()
     assert "test_purity.py:" in why and "math.sqrt by another name" in why
     assert "call it as an attribute of math" in why
+
+
+def test_an_alias_is_itself_again_after_a_trace():
+    def step(x, a):
+        if a < 0:
+            raise ValueError
+        return x * sqrt(a)
+
+    compiled = tracejit.compile(step, backend="numpy")
+    for a in (0.5, 0.5, 0.25, -1.0, 0.75):
+        if a < 0:
+            with pytest.raises(ValueError):
+                compiled(X, a)
+        else:
+            assert torch.equal(compiled(X, a), step(X, a))
+        assert sqrt is math.sqrt and mathematics.is_function(sqrt)
+    assert compiled.stats.replays
+
+
+def _iterator_of_an_object(w):
+    w.numbers = itertools.count()
+    return lambda: X * next(w.numbers)
+
+
+def _a_size_that_changes(w):
+    w.n, w.table = 1, torch.ones(9)
+
+    def step():
+        w.n = w.n % 8 + 1
+        return w.table[: w.n]
+
+    return step
+
+
+def _an_item_that_changes(w):
+    w.state, w.table = {"n": 1}, torch.ones(9)
+
+    def step():
+        w.state["n"] = w.state["n"] % 8 + 1
+        return w.table[: w.state["n"]]
+
+    return step
+
+
+def _an_intermediate_in_a_set(w):
+    w.kept = set()
+
+    def step():
+        w.kept.add(X * 2)
+        return X + 1
+
+    return step
+
+
+def _an_unknown_function(w):
+    return lambda: X * len(str(time.localtime()))
+
+
+@pytest.mark.parametrize(
+    ("build", "line"),
+    [
+        (_iterator_of_an_object, 1),
+        (_a_size_that_changes, 3),
+        (_an_item_that_changes, 3),
+        (_an_intermediate_in_a_set, 3),
+        (_an_unknown_function, 1),
+    ],
+)
+def test_every_reason_names_a_line_of_the_user(build, line):
+    compiled = tracejit.compile(build(SimpleNamespace()), backend="numpy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        for _ in range(9):
+            compiled()
+    first = build.__code__.co_firstlineno
+    lines = re.findall(r"test_purity\.py:(\d+): ", compiled.explain_mode())
+    assert lines, compiled.explain_mode()
+    assert min(abs(int(found) - first - line) for found in lines) <= 2, compiled.explain_mode()

@@ -352,6 +352,73 @@ def place_next_to_indices(w):
     return step
 
 
+# ---- next to tensors of integers
+
+
+@state(changes={9: setting(n=-5)})
+def arithmetic_with_indices(w):
+    w.n, w.table = 0, torch.arange(24.0).view(12, 2)
+    index, small = torch.arange(3), torch.tensor([1, 2, 3], dtype=torch.int32)
+
+    def step(x):
+        w.n += 1
+        w.table[(index + w.n) % 12] += 1
+        w.table[(w.n * index) % 12, 0] = x[:3]
+        return w.table.clone(), w.n - small, small * w.n + 1, (index == 1) * w.n, index / w.n
+
+    return step
+
+
+@state()
+def comparisons_with_positions(w):
+    w.n, position = 0, torch.arange(6)
+
+    def step(x):
+        w.n += 1
+        mask = (position < w.n) & (w.n - 3 <= position)
+        return x.masked_fill(~mask, 0.0), position.ne(w.n), torch.ge(position, w.n).sum()
+
+    return step
+
+
+@state(changes={9: setting(n=100)})
+def numbers_in_new_tensors(w):
+    w.n, w.last, w.small = 0, torch.zeros(3, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+
+    def step(x):
+        w.n += 3
+        w.last.fill_(w.n)
+        w.last[1] = w.n + 1
+        w.small += w.n
+        time = torch.full((6,), w.n), torch.tensor(w.n), torch.tensor([w.n, 2 * w.n, 7])
+        half = torch.full((2,), w.n, dtype=torch.float32), torch.tensor([w.n, 0.5])
+        return time, half, x * time[0] + time[2].sum(), torch.full_like(w.last, w.n)
+
+    return step
+
+
+@state(changes={8: setting(n=2**40), 9: setting(n=2**60), 10: setting(n=3)})
+def numbers_too_large_for_a_float(w):
+    w.n, position = 0, torch.arange(6)
+
+    def step(x):
+        w.n += 1
+        return position + w.n, torch.full((2,), w.n)
+
+    return step
+
+
+@state("rerun")
+def numbers_next_to_narrow_integers(w):
+    w.n, pixels = 0, torch.arange(250, 256).to(torch.uint8)
+
+    def step(x):
+        w.n += 1
+        return pixels + w.n
+
+    return step
+
+
 # ---- what is no place
 
 

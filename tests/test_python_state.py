@@ -47,6 +47,10 @@ def setting(name, value):
     return lambda w: setattr(w, name, value)
 
 
+class Slotted:
+    __slots__ = ("n",)
+
+
 class Trainer:
     """What people count in."""
 
@@ -291,7 +295,7 @@ def counter_that_starts_again(w):
     return step
 
 
-@state("rerun")
+@state(changes={8: lambda w: setattr(w.kind, "count", 20)})
 def counter_of_a_class(w):
     class Counted:
         count = 0
@@ -305,12 +309,93 @@ def counter_of_a_class(w):
     return step
 
 
-@state("rerun")
-def counter_in_a_slot(w):
-    class Slotted:
-        __slots__ = ("n",)
+@state()
+def counter_of_a_class_by_an_object(w):
+    class Model:
+        calls, total, last = 0, 0.0, None
 
-    slotted = Slotted()
+        def __call__(self, x):
+            type(self).calls += 1
+            self.__class__.total += x.sum().item()
+            Model.last = x * self.calls
+            return self.last + Model.total
+
+    w.model = Model()
+    w.read = lambda: (Model.calls, Model.total, Model.last)
+    return lambda x: (w.model(x), w.read())
+
+
+@state()
+def counter_of_a_class_that_an_object_takes_over(w):
+    class Model:
+        calls = 0
+
+    w.model = Model()
+
+    def step(x):
+        w.model.calls += 1
+        return x * w.model.calls + Model.calls
+
+    return step
+
+
+@state(changes={7: lambda w: setattr(w.slotted, "n", 9), 9: lambda w: delattr(w.slotted, "last")})
+def tensors_and_flags_in_slots(w):
+    class State:
+        __slots__ = ("n", "last", "phase", "__hidden")
+
+        def __init__(self):
+            self.n, self.last, self.phase, self.__hidden = 0, torch.zeros(6), "warm", 1.5
+
+        def advance(self, x):
+            self.n += 1
+            self.__hidden = self.__hidden * 0.5 + 1
+            self.phase = {"warm": "hot", "hot": "warm"}[self.phase]
+            last = getattr(self, "last", None)
+            self.last = x if last is None else last * 0.5 + x
+            return self.last * self.__hidden / self.n
+
+    w.slotted = State()
+
+    def step(x):
+        y = w.slotted.advance(x)
+        return y * 2 if w.slotted.phase == "hot" else y
+
+    return step
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    n: int = 0
+    last: object = None
+
+
+@state(changes={7: lambda w: setattr(w, "b", w.a), 10: lambda w: setattr(w, "b", Progress(3))})
+def two_with_slots_that_become_one(w):
+    w.a, w.b = Progress(), Progress(10)
+
+    def step(x):
+        w.a.n += 1
+        w.b.n += 1
+        w.a.last = x * w.b.n
+        return w.a.last * w.a.n
+
+    return step
+
+
+@state(args=lambda i: (X, Progress(i)))
+def slots_of_an_argument(w):
+    def step(x, progress):
+        progress.n += 1
+        progress.last = x * progress.n
+        return progress.last + 1
+
+    return step
+
+
+@state(changes={8: lambda w: setattr(w.slotted, "n", 20)})
+def counter_in_a_slot(w):
+    w.slotted = slotted = Slotted()
     slotted.n = 0
 
     def step(x):
@@ -1063,6 +1148,7 @@ def test_an_error_leaves_variables_as_they_were():
 
 def test_python_has_plain_numbers_after_every_call():
     w = SimpleNamespace(n=0, total=0.0, seen=[], by_step={}, kinds=set(), pair=None, queue=deque())
+    w.pairs, w.named, w.slotted = [], {}, Slotted()
 
     def step(x):
         w.n += 1
@@ -1071,6 +1157,9 @@ def test_python_has_plain_numbers_after_every_call():
         w.queue.append(x.sum().item())
         w.by_step[w.n] = w.total
         w.kinds.add(w.n % 2)
+        w.pairs.append((w.n, x.sum().item()))
+        w.named["last"] = (1, (Moments(w.n, None), "x"))
+        w.slotted.n = w.n
         w.late = (x > 0).sum().item()
         return x * len(w.seen)
 
@@ -1078,7 +1167,7 @@ def test_python_has_plain_numbers_after_every_call():
     for i in range(4):
         compiled(torch.ones(3) * i)
         everything = [*vars(w).values(), *w.seen, *w.by_step, *w.by_step.values(), *w.kinds]
-        everything += w.queue
+        everything += [*w.queue, *itertools.chain(*w.pairs), w.named["last"][1][0][0], w.slotted.n]
         assert not any(type(x) in (TracedFloat, TracedInt) for x in everything), i
 
 

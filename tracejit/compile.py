@@ -290,7 +290,7 @@ class CompiledStep(Inspected):
             with watch(watched or suspect) as ran:
                 if attempt is not None:
                     attempt.ran = ran
-                returned = [run(tracer, bound, self._function, prover.variables, prover.records)]
+                returned = [run(tracer, bound, self._function, *prover.places)]
             del bound  # which holds runtime scalars
             if self._last is not None:
                 self._last.program.expect()

@@ -18,9 +18,30 @@ import torch
 
 from tracejit.capture.effects.effects import is_named
 from tracejit.capture.python.leftovers import items_plain
-from tracejit.capture.trace.scalars import plain
+from tracejit.capture.trace.scalars import is_traced, plain
 
-Holder = dict | list | deque | CellType
+
+class Attributes:
+    """The attributes of a class, or those in the slots of an object, as items."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: object):
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> object:
+        try:
+            if isinstance(self.owner, type):
+                return vars(self.owner)[name]
+            return object.__getattribute__(self.owner, name)
+        except AttributeError as error:
+            raise KeyError(name) from error
+
+    def __setitem__(self, name: str, x: object) -> None:
+        (type if isinstance(self.owner, type) else object).__setattr__(self.owner, name, x)
+
+
+Holder = dict | list | deque | CellType | Attributes
 APPEND = ...  # instead of a key
 KINDS = (int, float, bool, str, type(None))  # of what a variable may hold, besides a tensor
 
@@ -37,7 +58,8 @@ class Variable:
     @property
     def id(self) -> tuple[int, object]:
         """What tells it apart, as long as the holder lives."""
-        return id(self.holder), self.key if type(self.key) in (str, int) else id(self.key)
+        holder = self.holder.owner if type(self.holder) is Attributes else self.holder
+        return id(holder), self.key if type(self.key) in (str, int) else id(self.key)
 
     def released(self) -> Variable:
         """The same place without a holder that is this call's only."""
@@ -55,12 +77,13 @@ class Variable:
             self.holder[self.key] = x
 
     def changed(self, before: object) -> bool:
-        """Whether it holds something else now, which it may hold again and again."""
+        """Whether it holds something else now, which it may hold again and again. A runtime scalar
+        is something else, even if its number is the same this time."""
         try:
-            now = plain(self.get())
+            now = self.get()
         except (LookupError, ValueError):
             return False
-        return may_vary(now) and not same(before, now)
+        return is_traced(now) or (may_vary(now) and not same(before, now))
 
     def holds_integer(self) -> bool:
         """Whether it holds an int now."""
@@ -79,7 +102,8 @@ class Variable:
         """Whose name its key is: "cell", "global", or "attribute" (or it is an item)."""
         if self.is_cell:
             return "cell"
-        return "global" if "__builtins__" in self.holder else "attribute"
+        named = type(self.holder) is dict and "__builtins__" in self.holder
+        return "global" if named else "attribute"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -195,4 +219,4 @@ class Variables:
 
 
 def _count(holder: Holder) -> int:
-    return 0 if type(holder) is CellType else len(holder)
+    return 0 if type(holder) in (CellType, Attributes) else len(holder)

@@ -147,7 +147,7 @@ def check_range(t: Trace, x: Number, dtype: DType) -> None:
 
     Runtime scalars are not checked: their values change.
     """
-    if isinstance(x, TracedFloat):
+    if is_runtime(x) or isinstance(x, TracedFloat):
         return
     number = float(x)
     if dtype is b1 or (dtype.is_float and math.isinf(number)):

@@ -20,6 +20,7 @@ from tracejit.capture.functions.common import (
     size_args,
 )
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
+from tracejit.capture.trace.integers import held
 from tracejit.capture.trace.posing import current_gpu
 from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.capture.trace.table import RULES, rule
@@ -111,6 +112,7 @@ def filled(
     """A new tensor of one number."""
     if any(n < 0 for n in shape):
         raise t.shape_error(f"Trying to create tensor with negative dimension: {list(shape)}")
+    value = held(value, dtype)
     check_range(t, value, dtype)
     full = t.b.full(literal(value, dtype), shape=shape, dtype=dtype, device=options.device)
     return made(t, full, options.requires_grad, strides)

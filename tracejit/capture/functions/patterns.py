@@ -22,6 +22,7 @@ from tracejit.capture.functions.movement import clone, slice_steps
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace import cuts
 from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.integers import held
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -205,6 +206,7 @@ def constant(t: Trace, numbers: list, shape: Ints, dtype: DType, device: str) ->
             f"A constant of {len(numbers)} elements has no rule (at most {LARGEST_CONSTANT}); "
             "build it outside the step"
         )
+    numbers = [held(x, dtype) for x in numbers]
     for x in numbers:
         check_range(t, x, dtype)
     values = [literal(x, dtype) for x in numbers]
@@ -212,6 +214,8 @@ def constant(t: Trace, numbers: list, shape: Ints, dtype: DType, device: str) ->
     value = t.b.full(values[0] if values else 0, shape=flat, dtype=dtype, device=device)
     place = position(t, 0, flat, device)
     for k, x in enumerate(values):
+        if k and isinstance(x, Value) and not dtype.is_float:
+            x = t.b.full(x, shape=flat, dtype=dtype, device=device)
         if k:
             value = t.b.where(t.b.eq(place, k), x, value)
     return value if flat == shape else t.b.reshape(value, shape=shape)

@@ -7,6 +7,7 @@ from types import CodeType, FunctionType
 
 from torch.autograd.function import Function
 
+from tracejit.capture.effects.variables import Attributes, Variable
 from tracejit.capture.proof.guard_text import GuardText
 from tracejit.capture.proof.kinds import CLASS_NOISE, SLOT, WRAPPERS, library_module
 from tracejit.capture.proof.watch import origin
@@ -24,8 +25,8 @@ class Classes(GuardText):
         self.wanted = names
         self.ran = None if ran is None else frozenset(ran)
 
-    def visit(self, x: object, at: str, path: str) -> None:
-        """Guard x, the value of the expression `at`."""
+    def visit(self, x: object, at: str, path: str, *, place: Variable | None = None) -> None:
+        """Guard x, the value of the expression `at`, which the step may assign to `place`."""
         raise NotImplementedError
 
     def _class(self, cls: type) -> None:
@@ -41,6 +42,7 @@ class Classes(GuardText):
             mine = any(
                 isinstance(f, FunctionType) and origin(f.__code__) == "user" for f in held.values()
             ) or not library_module(base.__module__)
+            inside = Attributes(base)
             for name in [*held]:
                 x = held[name]
                 at = f"{place}[{name!r}]"
@@ -49,7 +51,8 @@ class Classes(GuardText):
                 elif mine and not isinstance(x, SLOT) and name not in CLASS_NOISE:
                     dunder = name.startswith("__") and isinstance(x, (FunctionType, *WRAPPERS))
                     if dunder or issubclass(base, Function) or self._named([name]):
-                        self.visit(x, at, f"{base.__qualname__}.{name}")
+                        shown = f"{base.__qualname__}.{name}"
+                        self.visit(x, at, shown, place=Variable(inside, name, shown))
             self.check(f"len({place}) == {len(held)}", f"the class {base.__qualname__} changed")
             if mine:
                 bases = f"{self.constant(base)}.__bases__ == {self.constant(base.__bases__)}"

@@ -78,6 +78,7 @@ class GuardText:
         self.lines: list[str | NumberLine] = []
         self.names: dict[str, object] = {"same_number": same_number, "changed": changed}
         self.refusals: list[str] = []
+        self.about: dict[str, str] = {}  # the path that a refusal is about
         self._constants: dict[int, str] = {}
         self._keep: list[object] = []  # ids stay unique as long as the objects live
         self._locals = self._constant_count = 0
@@ -119,10 +120,11 @@ class GuardText:
             same = f"{at} is {k} or same_value({at}, {k})"
         self.expect(same, path, x, at)
 
-    def refuse(self, why: str) -> None:
-        """There can be no guard."""
+    def refuse(self, why: str, path: str = "") -> None:
+        """There can be no guard, because of what is found at a path."""
         if why not in self.refusals:
             self.refusals.append(why)
+            self.about[why] = path
 
     def _was_seen(self, x: object) -> bool:
         return id(x) in self._visited

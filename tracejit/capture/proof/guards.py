@@ -9,6 +9,7 @@ a set of addresses (alignment, overlap): that is used again while the addresses 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from tracejit.capture.proof.guard_text import NumberLine, differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
+from tracejit.capture.python.bytecode import line_of
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
 from tracejit.ir import host_memory
@@ -147,14 +149,21 @@ def _settings(w: Walk, ran: Seen) -> None:
 
 def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     """Why the step of a trace cannot be replayed whatever its state is; empty if it can."""
-    reasons = [*ran.refusals, *walk.refusals, *captured.opaque]
-    for code, module in ran.codes.items():
-        if code not in walk.codes and origin(code) == "user":
-            reasons.append(f"it runs {module}.{code.co_name}, which was not found before the call")
+    mine = [code for code in ran.codes if origin(code) == "user"]
+
+    def located(why: str) -> str:
+        return line_of(walk.about.get(why, ""), mine) + why
+
+    reasons = [*ran.refusals, *map(located, walk.refusals), *captured.opaque]
+    for code in mine:
+        if code not in walk.codes:
+            at = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}: "
+            name = f"{ran.codes[code]}.{code.co_name}"
+            reasons.append(f"{at}it runs {name}, which was not found before the call")
     if captured.paths:
         reasons += [f"{what}, {_UNASKED[' by another' in what]}" for what in ran.unasked]
         if not ran.unasked:
-            reasons += [f"{what}, {_UNASKED[True]}" for what in walk.unasked]
+            reasons += [f"{located(what)}, {_UNASKED[True]}" for what in walk.unasked]
     if captured.effects.escaped:
         reasons.append("it stores an intermediate tensor in a Python object")
     if OPAQUE in captured.given:
@@ -202,7 +211,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
         walk.lines.append("cells = places.cells")
     walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
     _guard_predicates(walk, captured, shown)
-    stored = {walk.holder(call.holders[i]) for i, _, _ in captured.effects.stores}
+    stored = {walk.owner(call.holders[i]) for i, _, _ in captured.effects.stores}
     if stored and walk.found:  # what it assigns in one it would read in the other
         names = sorted(stored.union(walk.found))
         apart = f"len({{*map(id, ({', '.join(names)},))}}) == {len(names)}"

@@ -35,7 +35,7 @@ from torch.autograd.function import Function
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tracejit.capture.effects.variables import Record, Variable, may_vary
+from tracejit.capture.effects.variables import Attributes, Record, Variable, may_vary
 from tracejit.capture.proof.functions import Functions
 from tracejit.capture.proof.guard_text import NumberLine, short
 from tracejit.capture.proof.kinds import (
@@ -51,17 +51,16 @@ from tracejit.capture.proof.kinds import (
     library,
     plain_object,
     pure_type,
-    slots,
 )
 from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
-from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.python.classes import is_heap_type, slots
 from tracejit.capture.trace.scalars import is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType)
+_ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)
 _MAX_CACHED = 300  # arguments and results that a cache keeps, in a guard
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
@@ -94,7 +93,8 @@ class Walk(Functions):
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
-        self.unasked: list[str] = []  # functions of math by other names than math's
+        self.aliases: list[Variable] = []  # places of functions of math, besides math's
+        self.unasked: list[str] = []  # such functions where no wrapper can stand for them
         self.asks_numpy = False  # which may raise where a setting says so
         self.reentrant = False  # the step can reach itself, and sees plain floats then
 
@@ -140,10 +140,22 @@ class Walk(Functions):
             self._tuple(x, at, path, (), owned)
         elif is_tensor(x):
             self._tensor(x, at, path)
+        elif self._can_be_aliased(x, place):
+            self.expect(f"{at} is {self.constant(x)}", path, x, at)
+            self.aliases.append(place)
         elif type(x) in CONTAINERS:
             self._container(x, at, path, key, owned, place)
         else:
             self._object(x, at, path, owned)
+
+    def _can_be_aliased(self, x: object, place: Variable | None) -> bool:
+        """Whether a wrapper can stand where a function of math is. In a class it would be a
+        method."""
+        return (
+            place is not None
+            and type(place.holder) is not Attributes
+            and mathematics.is_function(x)
+        )
 
     def _item(self, holder: object, key: object, path: str, owned: bool) -> Variable:
         return Variable(holder, key, path, owned or self.lasting)
@@ -181,12 +193,16 @@ class Walk(Functions):
         """An expression of the holder of a state variable, in this call."""
         return self._constants.get(id(x)) or self.constant(x)
 
+    def owner(self, x: object) -> str:
+        """An expression of that holder, or of the object whose attributes it is."""
+        return self.holder(x.owner if type(x) is Attributes else x)
+
     def _value(self, x: object, at: str, path: str) -> None:
         if x is None or x is True or x is False or x is ...:
             self.expect(f"{at} is {x!r}", path, x, at)
             return
         if isinstance(x, str) and "%" in x:
-            self.refuse(f"it reads {path}, a string that % may format")
+            self.refuse(f"it reads {path}, a string that % may format", path)
         self.number(x, at, path)
 
     def path_of(self, x: torch.Tensor) -> str:
@@ -236,7 +252,7 @@ class Walk(Functions):
             self.expect(f"{at} is {place}", path, x, at)
             if self._seen(x):
                 if any(x is record.items for record in self.records):
-                    self.refuse(f"it appends to {path}, and has it by another name too")
+                    self.refuse(f"it appends to {path}, and has it by another name too", path)
                 return
         else:
             self._seen(x)
@@ -312,7 +328,9 @@ class Walk(Functions):
         place = self.constant(x)
         self.expect(f"{at} is {place}", path, x, at)
         if mathematics.is_function(x):
-            self.unasked.append(f"it reads {path}, which is math.{x.__name__} by another name")
+            why = f"it reads {path}, which is math.{x.__name__} by another name"
+            self.unasked.append(why)
+            self.about[why] = path
         self.asks_numpy |= pure_numpy(x)
         if known_callable(x) or constant(x) or self._was_seen(x):
             return
@@ -326,7 +344,7 @@ class Walk(Functions):
         if isinstance(x, type):
             self._class(x)
             if not is_heap_type(x) and not pure_type(x):
-                self.refuse(f"it uses {path}, a type that is not known to be pure")
+                self.refuse(f"it uses {path}, a type that is not known to be pure", path)
         elif isinstance(x, (Enum, ModuleType)):
             if isinstance(x, Enum) or not library(x):
                 for name in ("_value_", *self._named(vars(x))):  # what is read as x.name
@@ -341,7 +359,7 @@ class Walk(Functions):
             if isinstance(x(), Optimizer) or id(x()) in self.tensors:
                 self.visit(x(), f"{place}()", path)
             else:
-                self.refuse(f"it reads {path}, a weak reference")
+                self.refuse(f"it reads {path}, a weak reference", path)
         elif isinstance(x, WRAPPERS):
             self._wrapper(x, place, path)
         elif (results := cached_values(x)) is not None:
@@ -356,7 +374,7 @@ class Walk(Functions):
             self._instance(x, place, path)
         else:
             what = f"an object of type {type(x).__name__}"
-            self.refuse(f"it reads {path}, {what}: {instead_of(x)}")
+            self.refuse(f"it reads {path}, {what}: {instead_of(x)}", path)
 
     def _method(self, x: MethodType, at: str, path: str) -> None:
         if isinstance(x.__self__, type) and x.__func__ is Function.apply.__func__:
@@ -375,7 +393,9 @@ class Walk(Functions):
             part = getattr(x, name, None)
             if name == "func" and isinstance(part, C_FUNCTIONS) and not known_callable(part):
                 # C calls it: no profiler sees that, and it may read a runtime scalar's value
-                self.refuse(f"{path} wraps {part.__qualname__}, which is not known to be pure")
+                self.refuse(
+                    f"{path} wraps {part.__qualname__}, which is not known to be pure", path
+                )
             if part is not None:
                 self.visit(part, f"{at}.{name}", path)
 
@@ -385,7 +405,7 @@ class Walk(Functions):
         few = len(results) <= _MAX_CACHED
         if not (few and isinstance(function, FunctionType) and all(map(is_value, results))):
             why = "whose cache holds much, or more than plain values"
-            self.refuse(f"it reads {path}, {why}; call it outside the step")
+            self.refuse(f"it reads {path}, {why}; call it outside the step", path)
         elif origin(function.__code__) == "user":
             self.names["cached_text"] = cached_text
             self.check(f"cached_text({at}) == {cached_text(x)!r}", f"the cache of {path} changed")
@@ -418,9 +438,17 @@ class Walk(Functions):
                     owned=owned,
                     place=self._item(attributes, name, f"{path}.{name}", owned) if own else None,
                 )
-        for name in self._named(slots(cls)):
+        named = self._named(slots(cls))
+        inside = Attributes(x)
+        if named and not owned:
+            self.names["Attributes"] = Attributes
+            self._constants[id(inside)] = self.local(f"Attributes({at})")
+            self._keep.append(inside)
+        for name in named:
             if hasattr(x, name):
-                self.visit(getattr(x, name), f"{at}.{name}", f"{path}.{name}", owned=owned)
+                shown = f"{path}.{name}"
+                place = self._item(inside, name, shown, owned)
+                self.visit(getattr(x, name), f"{at}.{name}", shown, owned=owned, place=place)
             else:
                 self.check(f"not hasattr({at}, {name!r})", f"{path}.{name} is set now")
         for base in CONTAINERS:
@@ -435,11 +463,13 @@ class Walk(Functions):
             keys = [*dict.keys(x)]
             self.expect(f"[*dict.keys({at})] == {self.constant(keys)}", path, x, at)
             if not all(is_value(k) for k in keys):
-                self.refuse(f"{path}, a {type(x).__name__}, has keys that are no plain values")
+                self.refuse(
+                    f"{path}, a {type(x).__name__}, has keys that are no plain values", path
+                )
                 return
             items = [(repr(k), dict.__getitem__(x, k)) for k in keys]
         elif issubclass(base, (set, frozenset)):
-            self.refuse(f"it reads {path}, an object of type {type(x).__name__}")
+            self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
             return
         else:
             length = base.__len__(x)

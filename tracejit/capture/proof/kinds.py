@@ -149,17 +149,6 @@ def cached_text(x: object) -> list[str]:
 _CACHED = type(functools.lru_cache(lambda: None))
 
 
-def slots(cls: type) -> list[str]:
-    """The attributes of instances that are no items of their dict."""
-    found: list[str] = []
-    for base in cls.__mro__:
-        names = vars(base).get("__slots__", ())
-        for name in [names] if isinstance(names, str) else names:
-            private = name.startswith("__") and not name.endswith("__")
-            found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
-    return [name for name in found if name not in ("__dict__", "__weakref__")]
-
-
 def plain_object(x: object) -> bool:
     """Whether all that x holds can be seen from Python: its class and bases are Python's, but for
     object and the containers."""

@@ -6,6 +6,7 @@ guarded, and it changed nothing of that. `Prover` keeps what is known between th
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from types import FunctionType
@@ -16,13 +17,14 @@ from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import Armed, arm, pinned_stores, reasons_against, survey
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
-from tracejit.capture.python.bytecode import dynamic, only_appends
+from tracejit.capture.python.bytecode import dynamic, line_of, only_appends
 from tracejit.capture.trace.scalars import Scalars
 from tracejit.errors import ReplayNotArmed
 
 PROOFS = 4  # traces of each new program that are watched, to arm a replay
 _SEARCHES = 8  # traces that may tell more about a step's state variables
 _REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
+_LINE = re.compile(r"(^|\bat )\S+:\d+")  # of a file
 _AGREE = "two traces have to agree first"
 
 
@@ -45,6 +47,7 @@ class Prover:
         self._remade: set[str] = set()  # the paths of lists and dicts that it makes anew
         self._numbers: dict[str, float] = {}  # in an earlier call, by the path of the place
         self.records: list[Record] = []  # lists that it only appends to
+        self.aliases: list[Variable] = []  # where functions of math are by other names
         self._searches = _SEARCHES
 
     @property
@@ -52,11 +55,18 @@ class Prover:
         """Whether the next trace is watched."""
         return self.mode != "rerun" and self._left > 0
 
+    @property
+    def places(self) -> tuple[list[Variable], list[Record], list[Variable]]:
+        """The state variables, records, and aliases of functions of math, as `bind.run` takes
+        them."""
+        return self.variables, self.records, self.aliases
+
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
         if self.watching and (self._ran is not None or self.mode == "replay"):
             walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
+            self.aliases = walk.aliases
             return walk
         return None
 
@@ -67,6 +77,7 @@ class Prover:
         """A trace is over: what was this call's only is let go."""
         self.variables = [variable.released() for variable in self.variables]
         self.records = [record.released() for record in self.records]
+        self.aliases = [place for place in self.aliases if place.lasting]
 
     def leave_integers(self, scalars: Scalars) -> None:
         """Integers stay plain in a trace: user code keeps them in places that nobody watches."""
@@ -115,7 +126,8 @@ class Prover:
         armed = None
         if not reasons:
             armed = arm(walk, self.function, captured, call)
-            reasons = [armed] if isinstance(armed, str) else _changes(armed, args, kwargs)
+            reasons = [armed] if isinstance(armed, str) else _changes(armed, args, kwargs, ran)
+        reasons = [*map(self._located, reasons)]
         incomplete = before is not None and not (
             before.covers(ran) or self._survey(args, kwargs).lines == lines
         )
@@ -164,6 +176,12 @@ class Prover:
             return True
         return False
 
+    def _located(self, why: str) -> str:
+        """A reason with a line of the user's: that of the step, if it names none."""
+        code = self.function.__code__
+        at = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}: "
+        return why if _LINE.search(why) else at + why
+
     def _varies(self, variable: Variable, number: object) -> bool:
         """Whether a place held another number in an earlier call."""
         earlier = self._numbers.get(variable.path)
@@ -211,18 +229,18 @@ def _only_appended(record: Record, walk: Walk, ran: Seen) -> bool:
 
 def _here(variables: list[Variable], walk: Walk) -> list[Variable]:
     """The places of variables in this call: they may be in other objects now."""
-    ids = {variable.id for variable, _ in walk.held}
-    if all(variable.id in ids for variable in variables):
-        return variables
-    found = {variable.path: variable for variable, _ in walk.held}
-    return [v if v.id in ids else found.get(v.path, v) for v in variables]
+    same = {variable.id: variable for variable, _ in walk.held}
+    alike = {variable.path: variable for variable, _ in walk.held}
+    return [same.get(v.id) or alike.get(v.path, v) for v in variables]
 
 
-def _changes(armed: Armed, args: tuple, kwargs: dict) -> list[str]:
+def _changes(armed: Armed, args: tuple, kwargs: dict, ran: Seen) -> list[str]:
     """What the step changed although it reads it: the guard describes the state before the trace,
     and fails now."""
     found: list[int] = []
     after = armed.guard(args, kwargs, found)
     if type(after) is str:
-        return [f"it changes what it reads: {after}"]
+        mine = [code for code in ran.codes if origin(code) == "user"]
+        line = line_of(after.partition(" was ")[0], mine, stored=True)
+        return [f"{line}it changes what it reads: {after}"]
     return [] if found == armed.found else ["it puts a tensor where another was"]

@@ -11,7 +11,8 @@ import builtins
 import dis
 import functools
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from types import CellType, CodeType, FunctionType, ModuleType
@@ -156,6 +157,30 @@ def only_appends(code: CodeType, kind: str, name: str, key: str | int | None = N
         if (after[0].opname, after[0].argval) != ("LOAD_METHOD", "append"):
             return False
     return True
+
+
+_STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_FAST")
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+
+
+def line_of(path: str, among: Iterable[CodeType], *, stored: bool = False) -> str:
+    """Where code names the last part of a path, or stores there: "file:line: "; empty if it does
+    not."""
+    names = _IDENTIFIER.findall(path)
+    if not names:
+        return ""
+    found = ""
+    for code in among:
+        instructions = [*dis.get_instructions(code)]
+        for i, x in enumerate(instructions):
+            if type(x.argval) is not str or x.argval != names[-1]:
+                continue
+            line = x.positions.lineno if x.positions is not None else None
+            after = instructions[i + 1].opname if i + 1 < len(instructions) else ""
+            if not stored or x.opname in _STORES or after == "STORE_SUBSCR":
+                return f"{_at(code, line)}: "
+            found = found or f"{_at(code, line)}: "
+    return found
 
 
 def scan(function: FunctionType) -> Scanned:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import CellType, FrameType
 
+from tracejit.capture.python.classes import slots
 from tracejit.capture.python.references import LOOPED, count
 from tracejit.capture.trace.scalars import is_traced, plain
 
@@ -23,31 +24,58 @@ def kept(numbers: Sequence[object]) -> list[object]:
 
 def make_plain(numbers: list[object]) -> None:
     """Put plain numbers in the place of runtime scalars, in everything that holds some."""
-    for holder in gc.get_referrers(*numbers):
-        if holder is numbers or isinstance(holder, FrameType):
+    instead: dict[int, object] = {}  # new tuples for old ones, by identity
+    left = list(numbers)
+    while left:
+        left = _replaced(left, numbers, instead)
+
+
+def _replaced(old: list[object], numbers: list[object], instead: dict[int, object]) -> list[object]:
+    """Replace runtime scalars, and tuples that hold some, in what holds them; returns the tuples
+    that have to be replaced after that."""
+
+    def new(x: object) -> object:
+        return plain(x) if is_traced(x) else instead.get(id(x), x)
+
+    tuples: list[object] = []
+    for holder in gc.get_referrers(*old):
+        if holder is old or holder is numbers or isinstance(holder, FrameType):
             continue
-        if isinstance(holder, dict):
-            if any(map(is_traced, holder)):
-                items = [(plain(k), plain(x)) for k, x in holder.items()]
+        if isinstance(holder, tuple):
+            instead[id(holder)] = tuple.__new__(type(holder), map(new, holder))
+            tuples.append(holder)
+        elif isinstance(holder, dict):
+            if any(new(k) is not k for k in holder):
+                items = [(new(k), new(x)) for k, x in holder.items()]
                 holder.clear()
                 holder.update(items)
             else:
-                items_plain(holder)
+                _items(holder, new)
         elif isinstance(holder, (list, deque)):
-            items_plain(holder)
+            _items(holder, new)
         elif isinstance(holder, set):
-            numbers_in_it = [x for x in holder if is_traced(x)]
-            holder.difference_update(numbers_in_it)
-            holder.update(map(plain, numbers_in_it))
+            before = [x for x in holder if new(x) is not x]
+            holder.difference_update(before)
+            holder.update(map(new, before))
         elif isinstance(holder, CellType):
-            holder.cell_contents = plain(holder.cell_contents)
-        elif isinstance(getattr(holder, "__dict__", None), dict):
-            items_plain(holder.__dict__)
+            holder.cell_contents = new(holder.cell_contents)
+        elif not is_traced(holder):
+            if isinstance(getattr(holder, "__dict__", None), dict):
+                _items(holder.__dict__, new)
+            for name in slots(type(holder)):
+                x = getattr(holder, name, None)
+                if new(x) is not x:
+                    object.__setattr__(holder, name, new(x))
+    return tuples
 
 
 def items_plain(holder: dict | list | deque) -> None:
     """Put plain numbers in the place of runtime scalars among the items of a container."""
+    _items(holder, plain)
+
+
+def _items(holder: dict | list | deque, new: Callable[[object], object]) -> None:
     items = holder.items() if isinstance(holder, dict) else enumerate(holder)
     for key, x in [*items]:
-        if is_traced(x):
-            holder[key] = plain(x)
+        if new(x) is not x:
+            holder[key] = new(x)

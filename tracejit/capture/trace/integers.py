@@ -1,9 +1,9 @@
 """Runtime integers among the arguments of a torch call.
 
-Next to a tensor of floats an int computes as a float does, so there it becomes one. As an index, or
-as the start of a slice of a fixed length, it says where a view lies (`views.py`). Anywhere else, as
-a size, an axis, next to a tensor of integers, or in place of a new tensor's number, it is part of
-what the call does: it is pinned.
+Next to a tensor of floats an int computes as a float does, so there it becomes one. Next to
+a tensor of integers, and in a new one, it is a number that the plan is given. As an index, or as
+the start of a slice of a fixed length, it says where a view lies (`views.py`). Anywhere else, as a
+size or an axis, it is part of what the call does: it is pinned.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from tracejit.capture.trace.scalars import TracedInt, pinned, to_float
+from tracejit.capture.trace.scalars import TracedInt, is_runtime, pinned, plain, to_float
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.ir.graph import Node, Value
+from tracejit.ir.types import DType, b1, i32, i64
 
 _OPERATORS = ("add", "sub", "mul", "div", "truediv", "pow")
 # functions whose numbers are operands, by name, without the signs of other spellings of them
@@ -33,20 +34,41 @@ _WITH_OPERANDS = frozenset(
 _LISTS = frozenset({list, tuple})
 
 
-def settled(func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments of a call, with a float or a plain int for each runtime integer."""
+# those that take a tensor of no axes in the place of the number, the second operand
+_NEXT_TO_INTEGERS = frozenset(
+    {
+        *("add", "radd", "iadd", "sub", "rsub", "isub", "subtract"),
+        *("mul", "rmul", "imul", "multiply"),
+        *("eq", "ne", "lt", "le", "gt", "ge"),
+        *("not_equal", "less", "less_equal", "greater", "greater_equal"),
+    }
+)
+_QUOTIENTS = frozenset({"div", "truediv", "rdiv", "rtruediv", "divide", "true_divide"})
+_FACTORIES = frozenset({"full", "full_like", "new_full", "tensor", "as_tensor", "scalar_tensor"})
+_EXACT = 2**53  # below it a float, which is what a plan is given, tells an int
+
+
+def settled(t: TraceState, func: Callable, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a call, with what each runtime integer is there: a float, a place, a tensor
+    of no axes, or a plain int."""
     given = (*args, *kwargs.values())
     if not any(map(_holds_integer, given)):
         return args, kwargs
     name = func.__name__
-    if name in ("select", "narrow"):
+    if name in ("select", "narrow") or name in _FACTORIES:
         return args, kwargs
     if name in ("__getitem__", "__setitem__"):
         into, index, *value = args
-        change = to_float if _is_float(into) else pinned
-        return (into, _index(index), *map(change, value)), kwargs
-    among = name.removeprefix("_foreach_").strip("_") in _WITH_OPERANDS
-    convert = _as_floats if among and any(map(_is_float, _tensors(given))) else _pinned
+        return (into, _index(index), *(_held_by(t, into, x) for x in value)), kwargs
+    called, convert = name.removeprefix("_foreach_").strip("_"), _pinned
+    if any(map(_is_float, _tensors(given))):
+        convert = _as_floats if called in _WITH_OPERANDS else _pinned
+    elif called in _QUOTIENTS and "rounding_mode" not in kwargs:
+        convert = _as_floats
+    elif called == "fill":
+        args = (args[0], *(_held_by(t, args[0], x) for x in args[1:]))
+    elif called in _NEXT_TO_INTEGERS and len(args) == 2:
+        args = tuple([_next_to(t, *pair) for pair in (args, args[::-1])])[::-1]
     return tuple(map(convert, args)), {k: convert(x) for k, x in kwargs.items()}
 
 
@@ -110,6 +132,46 @@ def _tensors(xs: tuple | list) -> Iterator[torch.Tensor]:
             yield x
         elif type(x) in _LISTS:
             yield from _tensors(x)
+
+
+def fits(x: TracedInt, dtype: DType) -> bool:
+    """Whether a tensor of integers holds a runtime integer, as a decision; not asked of others."""
+    if dtype is i64:
+        return -_EXACT < x < _EXACT
+    return dtype is i32 and -(2**31) <= x < 2**31
+
+
+def held(x: object, dtype: DType) -> object:
+    """A number as a new tensor of a dtype takes it: a runtime integer stays one, or is a float,
+    where the plan can be given it."""
+    if not is_runtime(x) or type(x) is not TracedInt:
+        return plain(x) if type(x) is TracedInt else x
+    if dtype.is_float:
+        return to_float(x)
+    return x if fits(x, dtype) else x.pin()
+
+
+def _held_by(t: TraceState, into: torch.Tensor, x: object) -> object:
+    """A number that is written into a tensor."""
+    if type(x) is not TracedInt or into.dtype not in TO_IR:
+        return x
+    number = held(x, TO_IR[into.dtype])
+    return _tensor(t, number, into) if type(number) is TracedInt else number
+
+
+def _next_to(t: TraceState, tensor: object, x: object) -> object:
+    """The second operand of an operation, next to a tensor of integers with axes, or of i64."""
+    if type(x) is not TracedInt or not isinstance(tensor, torch.Tensor) or not is_runtime(x):
+        return x
+    dtype = TO_IR.get(tensor.dtype)
+    if dtype is not i64 and not (tensor.ndim and dtype in (i32, b1)):
+        return x
+    return _tensor(t, x, tensor) if fits(x, i64 if dtype is b1 else dtype) else x
+
+
+def _tensor(t: TraceState, x: TracedInt, like: torch.Tensor) -> torch.Tensor:
+    """A runtime integer as a tensor of no axes."""
+    return t.fresh(t.b.full(x.value, shape=(), dtype=i64, device=str(like.device)))
 
 
 def _is_float(x: torch.Tensor) -> bool:

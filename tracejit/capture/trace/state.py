@@ -134,6 +134,10 @@ class TraceState:
         """A node was emitted."""
         raise NotImplementedError
 
+    def fresh(self, value: Value, strides: tuple[int, ...] | None = None) -> TracedTensor:
+        """A new tensor in memory of its own."""
+        raise NotImplementedError
+
     # ---- modes
 
     @property

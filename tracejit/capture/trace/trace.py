@@ -54,7 +54,7 @@ class Trace(TraceState):
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise self.unsupported("autocast is not supported yet; run the step without it")
         if self.scalars.has_integers:
-            args, kwargs = settled(func, args, kwargs)
+            args, kwargs = settled(self, func, args, kwargs)
         try:
             if kwargs.get("out") is not None:
                 return self._into(kwargs.pop("out"), rule.run(self, *args, **kwargs))
