@@ -147,6 +147,34 @@ row(
 row("hsplit", [S(r(6), 3), S(r(4, 6), 2), S(r(4, 6), (1, 3)), S(r(6), 4), S(r(), 1), S(r(5, 3), 3)])
 row("vsplit", [S(r(6, 2), 3), S(r(4, 6), (1, 3)), S(r(6), 2), S(r(3, 2), 2)])
 row("dsplit", [S(r(2, 1, 6), 3), S(x234, (1, 3)), S(r(6, 2), 2)])
+# With elements of the tensor itself, along the last axes of images.
+PADDED = [
+    S(x, widths, mode, smooth=True)
+    for mode in ("reflect", "replicate", "circular")
+    for x, widths in (
+        (r(2, 3, 5), (2, 1)),
+        (r(3, 5), (0, 2)),
+        (r(2, 3, 4, 5), (1, 2, 3, 0)),
+        (r(3, 4, 5), (1, 0, 0, 1)),
+        (r(1, 2, 3, 4, 3), (1, 1, 2, 0, 0, 1)),
+        (r(2, 3, 4, 5).to(memory_format=torch.channels_last), (1, 1, 1, 1)),
+        (r(0, 3, 4, 5), (1, 1, 1, 1)),
+        (r(2, 3, 5, dtype=bf16), (2, 1)),
+        (r(2, 5, 3).transpose(1, 2), (1, 1)),
+        (r(2, 3, 4), (0, 0)),
+    )
+]
+PADDED += [
+    S(r(2, 3, 4), (4, 1), "reflect"),
+    S(r(2, 3, 4), (5, 1), "circular"),
+    S(r(2, 3, 4), (4, 4), "circular"),
+    S(r(2, 3, 4), (7, 1), "replicate"),
+    S(r(2, 3, 4), (1, 1, 1), "reflect"),
+    S(r(4), (1, 1), "reflect"),
+    S(r(2, 3, 4), (1, 1), "mirror"),
+    no(r(2, 3, 4), (-1, 1), "reflect"),
+    S(r(2, 3, 4, 5).to(memory_format=torch.channels_last), (1, 1), smooth=True),
+]
 row(
     "pad",
     [
@@ -166,8 +194,7 @@ row(
         S(r(5), ()),
         S(r(5), (1,)),
         S(r(5), (1, 1, 1, 1)),
-        no(r(1, 5), (1, 1), "reflect"),
-        no(r(1, 5), (1, 1), mode="replicate"),
+        *PADDED,
     ],
 )
 row(

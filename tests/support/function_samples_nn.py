@@ -36,7 +36,7 @@ from support.function_samples import (
 
 functional = torch.nn.functional
 _before = set(ROWS)
-from support import function_samples_recurrent  # noqa: E402, F401
+from support import function_samples_images, function_samples_recurrent  # noqa: E402, F401
 
 restart()
 

@@ -246,6 +246,38 @@ def pads() -> list[Sample]:
     return [*samples, Sample((Tensor(b1, (5,)),), attrs | {"value": True})]
 
 
+WINDOWS = (  # shape, axes, stride, dilation, count
+    ((5, 3), (0, 1), 1, 1, 3),
+    ((7, 2), (0, 1), 2, 3, 2),
+    ((3, 2, 9), (2, 0), 3, 2, 2),
+    ((2, 3, 4), (1, 2), 1, 1, 0),
+    ((0, 5, 2), (1, 2), 1, 1, 4),
+    ((4, 1), (0, 1), 3, 1, 2),
+    ((123, 5), (0, 1), 4, 2, 28),
+)
+
+
+def windows() -> list[Sample]:
+    return [
+        Sample(
+            (Tensor(d, shape),),
+            {"axes": axes, "stride": stride, "dilation": dilation, "count": count},
+        )
+        for shape, axes, stride, dilation, count in WINDOWS
+        for d in (f32, f64, bf16, i64)
+    ]
+
+
+def unwindows() -> list[Sample]:
+    samples = []
+    for shape, axes, stride, dilation, count in WINDOWS:
+        attrs = {"axes": axes, "stride": stride, "dilation": dilation}
+        given = tuple(count if k == axes[0] else n for k, n in enumerate(shape))
+        attrs["length"] = shape[axes[0]]
+        samples += [Sample((Tensor(d, given),), attrs) for d in (f32, f64, bf16, i64)]
+    return samples
+
+
 def gathers() -> list[Sample]:
     """(operand shape, index shape, axis, filling of the index); "normal" is out of range too."""
     rows = (
@@ -418,6 +450,8 @@ SAMPLES: dict[str, list[Sample]] = {
     ),
     "gather": gathers(),
     "pad": pads(),
+    "window": windows(),
+    "unwindow": unwindows(),
     "reduce_sum": reductions(empty=True),
     "reduce_max": reductions(empty=False),
     "reduce_min": reductions(empty=False),
@@ -467,6 +501,27 @@ def _pad(x: torch.Tensor, low, high, interior, value) -> torch.Tensor:
     return out
 
 
+def _window(x: torch.Tensor, axes, stride, dilation, count) -> torch.Tensor:
+    layers = []
+    for k, layer in enumerate(x.unbind(axes[1])):
+        axis = axes[0] - (axes[1] < axes[0])
+        places = [k * dilation + o * stride for o in range(count)]
+        layers.append(layer.index_select(axis, torch.tensor(places, dtype=torch.int64)))
+    return torch.stack(layers, axes[1])
+
+
+def _unwindow(x: torch.Tensor, axes, stride, dilation, length) -> torch.Tensor:
+    layers = []
+    for k, layer in enumerate(x.unbind(axes[1])):
+        axis = axes[0] - (axes[1] < axes[0])
+        places = [k * dilation + o * stride for o in range(layer.shape[axis])]
+        shape = [length if i == axis else n for i, n in enumerate(layer.shape)]
+        out = torch.zeros(shape, dtype=x.dtype)
+        index = torch.tensor(places, dtype=torch.int64)
+        layers.append(out.index_copy(axis, index, layer))
+    return torch.stack(layers, axes[1])
+
+
 def _iota(axis, shape, dtype, device) -> torch.Tensor:
     row = torch.arange(shape[axis]).reshape([-1 if i == axis else 1 for i in range(len(shape))])
     return row.expand(shape).to(TO_TORCH[dtype])
@@ -510,6 +565,8 @@ REFERENCE: dict[str, Callable] = {
     ),
     "pad": _pad,
     "flip": lambda x, axes: x.flip(axes),
+    "window": _window,
+    "unwindow": _unwindow,
     "gather": _gather,
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),

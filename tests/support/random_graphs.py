@@ -46,13 +46,31 @@ class RandomProgram:
     def same_shape(self, x: Value) -> Value:
         return self.pick([v for v in self.values if v.type == x.type])
 
+    def windows(self, x: Value) -> Value:
+        """Sliding windows along one axis: read, reduced, or added up where they overlap."""
+        b, shape = self.b, x.type.shape
+        axis = int(self.rng.integers(len(shape)))
+        stride, dilation, taps = (self.pick((1, 1, 2)) for _ in range(3))
+        count = (shape[axis] - (taps - 1) * dilation - 1) // stride + 1
+        if count <= 0:
+            return x
+        layers = b.expand(b.reshape(x, shape=(*shape, 1)), shape=(*shape, taps))
+        where = {"axes": (axis, len(shape)), "stride": stride, "dilation": dilation}
+        found = b.window(layers, **where, count=count)
+        kind = self.pick(("read", "reduced", "added"))
+        if kind == "read":
+            return found
+        if kind == "added":
+            found = b.unwindow(b.mul(found, 0.5), **where, length=shape[axis])
+        return b.reduce_sum(found, axes=(len(shape),))
+
     def step(self) -> Value:
         b, x = self.b, self.pick(self.values[-8:])
         shape, rank = x.type.shape, len(x.type.shape)
         kind = self.pick(
             ["unary", "binary", "binary", "binary", "literal", "host", "where"]
             + ["permute", "reshape", "expand", "slice", "pad", "reduce", "reduce", "matmul"]
-            + ["source", "broadcast", "broadcast", "alias", "matmul"]
+            + ["source", "broadcast", "broadcast", "alias", "matmul", "window"]
         )
         if kind == "unary":
             return getattr(b, self.pick(UNARY))(x)
@@ -89,6 +107,8 @@ class RandomProgram:
         if kind == "pad":
             low, high, gap = (tuple(self.pick((0, 0, 1, 2)) for _ in shape) for _ in range(3))
             return b.pad(x, low=low, high=high, interior=gap, value=self.pick((0, 0.0, 1.5)))
+        if kind == "window" and rank and 0 not in shape:
+            return self.windows(x)
         if kind == "reduce":
             axes = tuple(k for k in range(rank) if self.rng.random() < 0.6)
             op = self.pick((b.reduce_sum, b.reduce_sum, b.reduce_max, b.reduce_min))

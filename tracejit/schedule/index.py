@@ -240,6 +240,8 @@ def operand_indices(node: Node, indices: Indices, extents: Extents) -> tuple[Ind
         return tuple(
             add([scale(index, -1)], n - 1) if k in flipped else index for k, (index, n) in rows
         ), ()
+    if name in ("window", "unwindow"):
+        return _windowed(node, indices, extents)
     assert name == "pad", name
     out, mask = [], []
     rows = zip(indices, shape, node.attr("low"), node.attr("interior"), strict=True)
@@ -251,6 +253,24 @@ def operand_indices(node: Node, indices: Indices, extents: Extents) -> tuple[Ind
             mask.append(Bound(index, span, gap + 1))
         out.append(divmod_index(index, gap + 1, extents)[0])
     return tuple(out), tuple(mask)
+
+
+def _windowed(node: Node, indices: Indices, extents: Extents) -> tuple[Indices, Mask]:
+    """`operand_indices` of the sliding windows: the place of a tap, or the window that has it."""
+    along, taps = node.attr("axes")
+    stride, dilation = node.attr("stride"), node.attr("dilation")
+    out, tap = list(indices), indices[taps]
+    if node.op.name == "window":
+        out[along] = add([scale(indices[along], stride), scale(tap, dilation)])
+        return tuple(out), ()
+    count = node.args[0].type.shape[along]
+    place = add([indices[along], scale(tap, -dilation)])
+    span = (count - 1) * stride + 1
+    first, last = bounds(place, extents)
+    out[along] = divmod_index(place, stride, extents)[0]
+    if stride == 1 and first >= 0 and last < span:
+        return tuple(out), ()
+    return tuple(out), (Bound(place, span, stride),)
 
 
 def invert(indices: Indices, value_shape: Ints, shape: Ints, place: Indices, extents: Extents):

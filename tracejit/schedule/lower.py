@@ -343,7 +343,7 @@ class _Lowering:
         self, node: Node, source: Operand, mask: Mask, bound: Mask, scope: _Scope
     ) -> Operand:
         """The operand inside the bounds, the fill outside; a masked load gives +0 by itself."""
-        fill = node.attr("value")
+        fill = node.attr("value") if node.op.name == "pad" else 0
         free = fill == 0 and math.copysign(1.0, fill) > 0
         if free and isinstance(source, Var) and scope.masks.get(source.id) == mask:
             return source

@@ -29,7 +29,7 @@ from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value
 from tracejit.ir.types import contiguous_strides
 
 _RECOMPUTED = frozenset(
-    {"alias", "reshape", "permute", "expand", "slice", "flip", "full", "iota"}
+    {"alias", "reshape", "permute", "expand", "slice", "flip", "window", "full", "iota"}
 )  # views and constants: computed again rather than saved
 _TWICE = (
     "trying to differentiate twice through the result of a compiled step, which is "

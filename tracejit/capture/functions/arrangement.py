@@ -1,4 +1,4 @@
-"""Tensors laid out anew: pad, flip, roll, repeat, tile, meshgrid, …"""
+"""Tensors laid out anew: flip, roll, repeat, tile, meshgrid, …"""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from tracejit.capture.functions.assembly import joined, part
 from tracejit.capture.functions.common import (
     expand,
-    literal,
     normal_axes,
     normal_axis,
     register,
@@ -22,68 +21,12 @@ from tracejit.capture.functions.movement import (
     reshape,
     view,
 )
-from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Value
-from tracejit.ir.types import b1
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]
-
-
-# ---- padding
-
-
-def pad(
-    t: Trace, input: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None
-) -> TracedTensor:
-    """F.pad with a constant; negative widths cut off."""
-    if mode != "constant":
-        raise t.unsupported(f"Padding of mode {mode!r} has no rule; use mode='constant'")
-    h = t.lift(input)
-    if len(pad) % 2 or len(pad) // 2 > len(h.shape):
-        raise t.shape_error(f"Padding {list(pad)} does not fit a tensor of {len(h.shape)} axes")
-    rank = len(h.shape)
-    low, high = [0] * rank, [0] * rank
-    for k in range(len(pad) // 2):
-        low[rank - 1 - k], high[rank - 1 - k] = int(pad[2 * k]), int(pad[2 * k + 1])
-    if any(n + a + b < 0 for n, a, b in zip(h.shape, low, high, strict=True)):
-        raise t.shape_error(f"Padding {list(pad)} results in a negative output size")
-    x = _cut(t, t.read(h), low, high)
-    if max(*low, *high, 0) == 0:  # torch clones what is left
-        shape = x.type.shape
-        return t.fresh(x, elementwise_strides(shape, [(shape, h.strides)]))
-    widths = {
-        "low": tuple(max(n, 0) for n in low),
-        "high": tuple(max(n, 0) for n in high),
-        "interior": (0,) * rank,
-    }
-    value = 0 if value is None else value
-    if not is_runtime(value):
-        return t.fresh(t.b.pad(x, **widths, value=literal(value, h.dtype)))
-    inside = t.b.full(True, shape=x.type.shape, dtype=b1, device=h.device)
-    inside = t.b.pad(inside, **widths, value=False)
-    x = t.b.pad(x, **widths, value=literal(0, h.dtype))
-    number = literal(value, h.dtype)
-    fill = t.b.full(number, shape=x.type.shape, dtype=h.dtype, device=h.device)
-    return t.fresh(t.b.where(inside, x, fill))
-
-
-def _cut(t: Trace, x: Value, low: list[int], high: list[int]) -> Value:
-    if all(n >= 0 for n in (*low, *high)):
-        return x
-    starts = tuple(max(-n, 0) for n in low)
-    stops = tuple(n - max(-m, 0) for n, m in zip(x.type.shape, high, strict=True))
-    stops = tuple(map(max, starts, stops))
-    return t.b.slice(x, starts=starts, stops=stops, steps=(1,) * len(starts))
-
-
-def constant_pad_nd(
-    t: Trace, input: Tensor, pad_: Sequence[int], value: object = 0
-) -> TracedTensor:
-    return pad(t, input, pad_, "constant", value)
 
 
 # ---- order
@@ -194,8 +137,6 @@ def meshgrid(t: Trace, *tensors: object, indexing: str | None = None) -> tuple:
 
 
 for _names, _implementation in (
-    (("pad",), pad),
-    (("constant_pad_nd",), constant_pad_nd),
     (("fliplr",), _flip_one("fliplr", 1)),
     (("flipud",), _flip_one("flipud", 0)),
     (("roll",), roll),

@@ -19,6 +19,7 @@ from tracejit.capture.functions.common import (
     register,
     size_args,
 )
+from tracejit.capture.functions.layouts import is_channels_last, strides_in
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
 from tracejit.capture.trace.integers import held
 from tracejit.capture.trace.posing import current_gpu
@@ -216,6 +217,7 @@ def to(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     h = t.lift(input)
     dtype, device = kwargs.pop("dtype", None), kwargs.pop("device", None)
     copy = kwargs.pop("copy", False)
+    memory_format = kwargs.pop("memory_format", torch.preserve_format)
     kwargs.pop("non_blocking", None)
     flags = [arg for arg in args if isinstance(arg, bool)]
     if len(flags) == 2:
@@ -237,7 +239,17 @@ def to(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     if device is not None and device_name(device) != h.device:
         input = moved(t, h, device_name(device))
     chosen = h.dtype if dtype is None else ir_dtype(t, dtype)
-    return converted(t, input, chosen, bool(copy))
+    found = converted(t, input, chosen, bool(copy))
+    return found if memory_format is torch.preserve_format else _laid_out(t, found, memory_format)
+
+
+def _laid_out(t: Trace, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """A tensor in a memory format: itself where torch takes it to be in that."""
+    h = t.lift(x)
+    wanted = memory_format is not torch.contiguous_format
+    if wanted == is_channels_last(h.shape, h.strides):
+        return x
+    return t.fresh(t.b.alias(t.read(h)), strides_in(t, h, memory_format))
 
 
 @rule(Tensor.type)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.functions.common import normal_axis, operand, result_dtype
+from tracejit.capture.functions.layouts import lies_in
 from tracejit.capture.functions.movement import select
 from tracejit.capture.trace import location
 from tracejit.capture.trace.table import rule
@@ -87,9 +88,7 @@ def is_cuda(t: Trace, self: Tensor) -> bool:
 def is_contiguous(
     t: Trace, self: Tensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> bool:
-    if memory_format is not torch.contiguous_format:
-        raise t.unsupported("Only the contiguous memory format has a rule")
-    return t.lift(self).is_contiguous
+    return lies_in(t, t.lift(self), memory_format)
 
 
 @rule(Tensor.is_floating_point, torch.is_floating_point)

@@ -16,6 +16,7 @@ from tracejit.capture.functions.common import (
     sized,
     write_back,
 )
+from tracejit.capture.functions.layouts import lies_in, strides_in
 from tracejit.capture.functions.selection import masked_fill
 from tracejit.capture.functions.writes import copy_, fill_
 from tracejit.capture.trace import location
@@ -258,9 +259,8 @@ def clone(
     t: Trace, input: Tensor, *, memory_format: torch.memory_format = torch.preserve_format
 ) -> TracedTensor:
     h = t.lift(input)
-    if memory_format not in (torch.preserve_format, torch.contiguous_format):
-        raise t.unsupported("channels_last has no rule")
-    strides = preserved_strides(h) if memory_format is torch.preserve_format else None
+    keeps = memory_format is torch.preserve_format
+    strides = preserved_strides(h) if keeps else strides_in(t, h, memory_format)
     return t.fresh(t.b.alias(t.read(h)), strides)
 
 
@@ -268,10 +268,10 @@ def clone(
 def contiguous(
     t: Trace, input: Tensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> Tensor:
-    if memory_format is not torch.contiguous_format:
-        raise t.unsupported("channels_last has no rule")
     h = t.lift(input)
-    return input if h.is_contiguous else t.fresh(t.b.alias(t.read(h)))
+    if lies_in(t, h, memory_format):
+        return input
+    return t.fresh(t.b.alias(t.read(h)), strides_in(t, h, memory_format))
 
 
 def slice_steps(h: Handle, axis: int, start: int, stop: int, step: int) -> Step:

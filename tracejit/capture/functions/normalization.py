@@ -21,6 +21,7 @@ from tracejit.capture.functions.derived import (
     spread,
     widen,
 )
+from tracejit.capture.functions.layouts import like
 from tracejit.capture.functions.statistics import vector_norm
 from tracejit.capture.trace import location
 from tracejit.capture.trace.table import rule
@@ -334,14 +335,14 @@ def batch_norm(
         if running_mean is None or running_var is None:
             raise t.shape_error("Expected running_mean and running_var to be defined in evaluation")
         y = _with_running(t, "batch_norm", x, running_mean, running_var, w, b, _eps(t, eps, x))
-        return t.fresh(y)
+        return t.fresh(y, like(h, shape))
     if math.prod(shape[a] for a in axes) == 1:
         raise argument_error(
             t, f"Expected more than 1 value per channel when training, got input size {list(shape)}"
         )
     y = normalized(t, "batch_norm", x, w, b, axes, _kept(x, (1,)), _eps(t, eps, x))
     _track(t, x, axes, (), running_mean, running_var, momentum)
-    return t.fresh(y)
+    return t.fresh(y, like(h, shape))
 
 
 @rule(torch.batch_norm)

@@ -18,7 +18,7 @@ from tracejit.ir.types import DType, round_to
 Range = tuple[float, float]
 ALL: Range = (-math.inf, math.inf)
 _DEPTH = 50  # of nodes that are looked through
-_SAME = frozenset({"alias", "reshape", "permute", "expand", "slice", "flip"})
+_SAME = frozenset({"alias", "reshape", "permute", "expand", "slice", "flip", "window"})
 _SAME |= {"reduce_max", "reduce_min"}
 _KNOWN = {"sqrt": (0, math.inf), **dict.fromkeys(("tanh", "erf", "sin", "cos", "sign"), (-1, 1))}
 
@@ -82,6 +82,8 @@ def _computed(node: Node, operands: list[Range]) -> Range | None:
             return _hull(a, b)
         case "gather", [source, _]:
             return _hull(source, (0, 0))  # what an index out of range reads
+        case "unwindow", [only]:
+            return _hull(only, (0, 0))
         case "pad", [only]:
             fill = node.attr("value")
             return _hull(only, (fill, fill))

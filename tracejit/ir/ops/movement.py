@@ -110,6 +110,59 @@ def _vjp_pad(b, g, y, x, *, low: Ints, high: Ints, interior: Ints, value: float)
     )
 
 
+def _infer_window(x: Type, *, axes: Ints, stride: int, dilation: int, count: int) -> Type:
+    size = _taps("window", x, axes, stride, dilation, count)
+    fits = count == 0 or (count - 1) * stride + (size - 1) * dilation < x.shape[axes[0]]
+    require(fits, f"window of {x}: {count} windows of {size} do not fit axis {axes[0]}")
+    return Type(x.dtype, _with(x.shape, axes[0], count), x.device)
+
+
+def _infer_unwindow(x: Type, *, axes: Ints, stride: int, dilation: int, length: int) -> Type:
+    size = _taps("unwindow", x, axes, stride, dilation, length)
+    count = x.shape[axes[0]]
+    fits = count == 0 or (count - 1) * stride + (size - 1) * dilation < length
+    require(fits, f"unwindow of {x} to {length}: {count} windows of {size} do not fit")
+    return Type(x.dtype, _with(x.shape, axes[0], length), x.device)
+
+
+def _taps(name: str, x: Type, axes: Ints, stride: int, dilation: int, extent: int) -> int:
+    """The size of the windows, which is the extent of the second axis."""
+    require_tensor(name, x)
+    known = len(set(axes)) == len(axes) == 2 and all(0 <= a < len(x.shape) for a in axes)
+    require(known, f"{name} of {x} along axes {axes}")
+    require(stride > 0 and dilation > 0 and extent >= 0, f"{name} by {stride}, {dilation}")
+    require(x.shape[axes[1]] > 0, f"{name} of {x}: windows of no elements")
+    return x.shape[axes[1]]
+
+
+def _with(shape: Ints, axis: int, extent: int) -> Ints:
+    return (*shape[:axis], extent, *shape[axis + 1 :])
+
+
+def _places(taps: int, stride: int, dilation: int, count: int) -> np.ndarray:
+    """count × taps: where along the axis each tap of each window is."""
+    return np.arange(count)[:, None] * stride + np.arange(taps)[None, :] * dilation
+
+
+def _eval_window(
+    x: np.ndarray, *, axes: Ints, stride: int, dilation: int, count: int
+) -> np.ndarray:
+    taps = x.shape[axes[1]]
+    moved = np.moveaxis(x, axes, (-2, -1))
+    found = moved[..., _places(taps, stride, dilation, count), np.arange(taps)]
+    return np.moveaxis(found, (-2, -1), axes)
+
+
+def _eval_unwindow(
+    x: np.ndarray, *, axes: Ints, stride: int, dilation: int, length: int
+) -> np.ndarray:
+    count, taps = (x.shape[a] for a in axes)
+    moved = np.moveaxis(x, axes, (-2, -1))
+    out = np.zeros((*moved.shape[:-2], length, taps), x.dtype)
+    out[..., _places(taps, stride, dilation, count), np.arange(taps)] = moved
+    return np.moveaxis(out, (-2, -1), axes)
+
+
 reshape = _movement(
     "reshape",
     _infer_reshape,
@@ -144,5 +197,27 @@ flip = _movement(
     _infer_flip,
     lambda x, *, axes: np.flip(x, axes),
     lambda b, g, y, x, *, axes: b.flip(g, axes=axes),
+    host=None,
+)
+
+# Sliding windows along axes (a, t): tap k of window o stands at o * stride + k * dilation of axis
+# a, and every tap has a layer of its own along axis t. A tensor is cut into windows when it has
+# been expanded along t. Each is the other's transpose: what `unwindow` leaves out is 0.
+window = _movement(
+    "window",
+    _infer_window,
+    _eval_window,
+    lambda b, g, y, x, *, axes, stride, dilation, count: b.unwindow(
+        g, axes=axes, stride=stride, dilation=dilation, length=x.type.shape[axes[0]]
+    ),
+    host=None,
+)
+unwindow = _movement(
+    "unwindow",
+    _infer_unwindow,
+    _eval_unwindow,
+    lambda b, g, y, x, *, axes, stride, dilation, length: b.window(
+        g, axes=axes, stride=stride, dilation=dilation, count=x.type.shape[axes[0]]
+    ),
     host=None,
 )
