@@ -171,12 +171,8 @@ def _hook_of_one_of_several(w, x):
     (w * x).split(1)[0].register_hook(print)
 
 
-def _dropout(w, x):
-    torch.nn.functional.dropout(x)
-
-
-def _random(w, x):
-    torch.randn(3)
+def _after_draws(w, x):
+    torch.binomial(torch.rand(3), torch.nn.functional.dropout(x[:3]))
 
 
 def _out_overlaps(w, x):
@@ -218,8 +214,7 @@ REFUSED = [
         for step in (
             _unknown_function,
             _hook_of_one_of_several,
-            _dropout,
-            _random,
+            _after_draws,
             _out_argument,
             _out_overlaps,
             _cast_complex,

@@ -27,13 +27,14 @@ from support.function_samples import (
 )
 from support.function_samples_indexing import is_indexing  # its samples: test_functions_indexing
 from support.function_samples_nn import is_nn  # its samples have their tests in test_functions_nn
+from support.function_samples_random import draws  # its samples: test_draws
 from support.oracle import call
 from tracejit.capture.trace.table import RULES, Row, function_name, rule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprecations
 
 
-OTHERS = [f for f in each_function() if not is_nn(f) and not is_indexing(f)]
+OTHERS = [f for f in each_function() if not (is_nn(f) or is_indexing(f) or draws(f))]
 
 
 def test_every_function_has_samples():
@@ -80,6 +81,7 @@ def test_empty():
 
     def step(x):
         made = (torch.empty(2, 3), torch.empty((0,), dtype=torch.int8), torch.empty_like(x))
+        made += x.new(5, 3), x.new(x.shape)
         return *made, x.new_empty(4), x.new_empty((2, 1), dtype=torch.float64)
 
     for x in (torch.ones(3, 2).t(), torch.ones(5, dtype=torch.bfloat16)):

@@ -472,9 +472,10 @@ def chance(x):
     return x * random.random() * random.choice([1, 2])
 
 
-@ran("runs chance_of_torch", "refused: line 1: it calls torch.random.manual_seed")
+@ran("runs chance_of_torch", "refused: line 2: it calls torch._C.Generator.manual_seed")
 def chance_of_torch(x):
     torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     return x * 2
 
 

@@ -237,14 +237,6 @@ def test_second_derivatives():
 # ---- refused
 
 
-def test_dropout_in_training_is_refused():
-    model, x = nn.LSTM(FEATURES, HIDDEN, 2, dropout=0.5), randn(STEPS, ROWS, FEATURES)
-    with pytest.raises(UnsupportedOperation, match="use p=0 or evaluation mode"):
-        call(lambda: model(x))
-    model.eval()
-    torch.testing.assert_close(call(lambda: model(x)[0]), model(x)[0])
-
-
 def test_packed_sequences_are_refused():
     model, x = nn.GRU(FEATURES, HIDDEN), randn(STEPS, ROWS, FEATURES)
     lengths, h, weights = (

@@ -139,11 +139,24 @@ ONCE = {
     "Tensor.half": "rounds",
     "Tensor.fill_": "the old value has gradient zero",
     "torch.zero_": "the old value has gradient zero",
-    "torch.dropout": "the identity, as long as nothing is random",
-    "torch.nn.functional.alpha_dropout": "the identity, as long as nothing is random",
-    "torch.nn.functional.dropout1d": "the identity, as long as nothing is random",
-    "torch.nn.functional.dropout3d": "the identity, as long as nothing is random",
+    "torch.rrelu": "piecewise linear",
+    "torch.rrelu_": "piecewise linear",
+    "torch.nn.functional.rrelu": "piecewise linear",
 }
+_methods = [
+    "bernoulli_",
+    "cauchy_",
+    "exponential_",
+    "geometric_",
+    "log_normal_",
+    "normal_",
+    "random_",
+    "uniform_",
+]
+_drawn = [f"Tensor.{name}" for name in _methods]
+_drawn += [f"torch.nn.init.{name}" for name in ("kaiming_uniform_", "normal_", "uniform_")]
+_drawn += ["torch.bernoulli", "torch.normal", "torch.poisson", "torch.nn.init.constant_"]
+ONCE |= dict.fromkeys(_drawn, "the old value, or what it is drawn from, has gradient zero")
 
 
 def test_smooth_functions_are_differentiated_twice(facts):

@@ -129,3 +129,6 @@ class InvalidGraph(TracejitError):
     """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
 
     message = "{reason}"
+
+
+OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)  # eager raises these too

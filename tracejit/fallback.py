@@ -22,20 +22,16 @@ from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import (
-    ArgumentError,
-    AutogradError,
-    AxisError,
+    OF_EAGER,
     BackendUnavailable,
     CannotFallBack,
     GraphError,
     ReplayNotArmed,
-    ShapeError,
     TracejitError,
 )
 from tracejit.weighing import Weighing
 
-# eager raises these too, or they are not about the step
-_OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)
+# not about the step
 _NOT_OF_THE_STEP = (BackendUnavailable, GraphError, ReplayNotArmed)
 _LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
 _KINDS = 64  # that are told apart
@@ -99,6 +95,8 @@ class Attempt:
     def put_back(self) -> list[str]:
         """Put all back as it was before the trace; or what keeps the call from being run again."""
         snapshot = self.snapshot
+        if self.trace is not None:
+            self.trace.draws.undo()
         if snapshot is None:
             return ["it changes objects of which it has no copy"]
         found = snapshot.obstacles()
@@ -222,7 +220,7 @@ class Fallback:
         """A trace ended in an error: put everything back, for an eager run. Raises what the call
         raises if there is none: an error of eager's, or that of a call that cannot be repeated."""
         cause = attempt.cause(error)
-        if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + _OF_EAGER):
+        if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + OF_EAGER):
             raise error
         obstacles = attempt.put_back()
         refusal = _refusal(cause)

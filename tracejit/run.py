@@ -14,6 +14,7 @@ import torch
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
+from tracejit.capture.effects.drawing import DrawLines
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
@@ -131,11 +132,13 @@ class _Writer:
         self.program = program if parts is None else parts.program
         self.places = None if armed is None else armed.places
         self.names = host_names() | {
+            "OTHERWISE": OTHERWISE,
             **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
             **{"uninterrupted": uninterrupted, "after": armed and armed.after},
             **{"checking": checking},
         }
         self.code = HostCode()
+        self.draws = DrawLines(captured.draws, names=self.names, replayed=armed is not None)
         self.before: list[str] = []
         self._written = 0  # lines of `code` that stand in `before`
         self.scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
@@ -147,8 +150,10 @@ class _Writer:
         if self.armed is None:
             count = sum(cut.found for cut in captured.cuts)
             before += [f"found{k} = call.found[{k}]" for k in range(count)]
+            before += self.draws.drawn()
         if self.armed is not None and captured.branches:
             self._stages()  # first: what is checked may stand behind a decision
+            self._draw()
             self._checks(range(3))
         else:
             self._checks(range(1))
@@ -157,6 +162,7 @@ class _Writer:
             self._checks(range(1, 2))
             if self.parts is not None:
                 self._stages()
+            self._draw()
             self._checks(range(2, 3))
         reusable = reusable_gradients(captured)
         if reusable is not None:
@@ -176,9 +182,11 @@ class _Writer:
             f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
         ]
         lines = [
+            *self.draws.begin(),
             "try:",
             *_indented(before),
             "except BaseException:",
+            *_indented(self.draws.undo()),
             "    call.undo()",
             "    raise",
         ]
@@ -188,7 +196,7 @@ class _Writer:
             lines += ["with uninterrupted():", *_indented(work)]
         else:
             again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
-            again += ["else:", "    call.undo()", "raise"]
+            again += ["else:", *_indented(self.draws.undo()), "    call.undo()", "raise"]
             lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
         lines += ["if seen is not None:", "    seen()", "return returned"]
         text = "\n".join(
@@ -213,7 +221,7 @@ class _Writer:
         """When inputs are there: see `_checks`."""
         paths = self.captured.paths
         kinds = {of if of != "scalar" else paths[i][0] for of, i in sources}
-        if not kinds.isdisjoint(("cut", "found")):
+        if not kinds.isdisjoint(("cut", "found", "draw")):
             return 2
         return 1 if "after" in kinds else 0
 
@@ -239,13 +247,14 @@ class _Writer:
         if self.armed is None:
             parts = range(len(self.parts.stages))
             return self.before.extend(f"part{n} = call.parts[{n}]" for n in parts)
-        self.names |= {"OTHERWISE": OTHERWISE, "same_number": same_number}
+        self.names["same_number"] = same_number
         self.names["read"] = host_memory.read
         decides = self.captured.branches
         found = 0  # inputs so far that cuts have found
         for n, (k, stage) in enumerate(zip(self.parts.cuts, self.parts.stages, strict=True)):
             self.names[f"stage{n}"] = stage
             cut = self.captured.cuts[k]
+            self._draw(cut.drawn)
             inputs = [
                 _input(*cut.sources[i]) if of == "cone" else self._result(of, i)
                 for of, i in stage.inputs
@@ -260,7 +269,8 @@ class _Writer:
                 self.names[f"search{n}"] = cut.search
                 names = "".join(f"found{found + i}, " for i in range(cut.found))
                 self.before.append(f"{names}= search{n}(part{n}[0])")
-                self.before.append(f"if len(found{found}) != {cut.count}: return OTHERWISE")
+                other = f"len(found{found}) != {cut.count}"
+                self.before += self.draws.otherwise(other)
                 found += cut.found
         if decides:
             self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
@@ -276,7 +286,13 @@ class _Writer:
             if of and max(of) == cut:
                 sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
                 self.before += self._code()
-                self.before.append(f"if not ({condition(p, *sides)}): return OTHERWISE")
+                self.before += self.draws.otherwise(f"not ({condition(p, *sides)})")
+
+    def _draw(self, count: int | None = None) -> None:
+        """Make the draws up to a number of them, or all, that a replay has not made yet."""
+        for event in self.draws.missing(count):
+            numbers = self.code.add(self.captured.host_nodes, event.numbers, self.scalars)
+            self.before += [*self._code(), self.draws.do(numbers)]
 
     def _rest_inputs(self) -> list[str]:
         """Expressions of the inputs of the rest: addresses and floats."""
@@ -334,16 +350,17 @@ _UNDO = ("    call.undo()", "    raise")
 
 def _input(kind: str, index: int) -> str:
     """An expression of an input: a tensor or a float."""
-    return f"found{index}" if kind == "found" else f"{_LISTS[kind]}[{index}]"
+    return f"{kind}{index}" if kind in _NAMED else f"{_LISTS[kind]}[{index}]"
 
 
 def _given(kind: str, index: int) -> str:
     """An expression of an input for the plan: an address or a float."""
-    if kind == "found":
-        return f"found{index}.data_ptr()"
+    if kind in _NAMED:
+        return f"{kind}{index}.data_ptr()"
     return f"{'addresses' if kind == 'tensor' else 'scalars'}[{index}]"
 
 
+_NAMED = ("found", "draw")
 _LISTS = {"tensor": "reals", "scalar": "scalars"}
 
 

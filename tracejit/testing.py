@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracejit.capture.bind import names_of_globals, unwrap
 from tracejit.capture.effects.hyperparameters import within_reach
@@ -84,16 +85,20 @@ def assert_equal_to_eager(
     function, bound_to = unwrap(plain)
     reached = within_reach([function, *bound_to, *args], names_of_globals)
     optimizers = [x for x in reached if isinstance(x, Optimizer)]
+    generator = torch.default_generator
     for call in range(calls):
+        drawn_from = generator.get_state()
         tensors = _unique([*_tensors(args), *_read_tensors(plain), *state])
         before = [_save(t) for t in tensors]
         held = [_Held.of(o) for o in optimizers]
         exact = _in_float64(plain, args, tensors, optimizers)
         _restore(before, held)
+        generator.set_state(drawn_from)
         returned = plain(*args)
         eager = _visible((returned, _state_of(optimizers)), tensors)
-        after_eager = [_save(t) for t in tensors]
+        after_eager, state = [_save(t) for t in tensors], generator.get_state()
         _restore(before, held)
+        generator.set_state(drawn_from)
         magnitudes = _Magnitudes()
         compiled.observer = magnitudes
         try:
@@ -102,6 +107,8 @@ def assert_equal_to_eager(
             compiled.observer = None
         ours = _visible((ours_returned, _state_of(optimizers)), tensors)
         _compare(call, ours, eager, exact, magnitudes)
+        if not torch.equal(generator.get_state(), state):
+            raise AssertionError(f"call {call}: torch's generator is in another state than eager's")
         _restore(after_eager)
     return compiled
 
@@ -251,7 +258,8 @@ def _in_float64(
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        returned = plain(*args)
+        with _DrawnInFloat32():
+            returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
     finally:
         torch.set_default_dtype(default)
@@ -262,6 +270,29 @@ def _in_float64(
                 t.data = data
                 if t.is_leaf:
                     t.grad = grad
+
+
+class _DrawnInFloat32(TorchDispatchMode):
+    """Random floats are drawn in float32 and then widened: in float64 they would be others."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **kwargs)
+        if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
+            kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
+        out = func(*map(_narrow, args), **{k: _narrow(x) for k, x in kwargs.items()})
+        if func._schema.is_mutable:
+            return args[0].copy_(out)
+        floats = isinstance(out, torch.Tensor) and out.dtype is torch.float32
+        return out.double() if floats else out
+
+
+def _narrow(x: object) -> object:
+    """A float64 tensor, or that dtype, as float32."""
+    if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
+        return x.float()
+    return torch.float32 if x is torch.float64 else x
 
 
 def _visible(returned: object, tensors: list[torch.Tensor]) -> list:

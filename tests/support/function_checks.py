@@ -7,7 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support import function_samples_indexing, function_samples_nn  # noqa: F401  all samples
+from support import (  # noqa: F401  all samples
+    function_samples_indexing,
+    function_samples_nn,
+    function_samples_random,
+)
 from support.function_samples import (
     EXACT,
     SPELLED,
@@ -72,6 +76,7 @@ def is_in_place(function: Callable) -> bool:
 
 
 def outcome(run: Callable, *args: object) -> tuple[object, Exception | None]:
+    torch.default_generator.manual_seed(11)
     try:
         return run(*args), None
     except ERRORS as error:

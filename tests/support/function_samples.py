@@ -664,6 +664,7 @@ row("mean", [*reduction(), *SEVERAL, *TYPED], exact=False)
 row("amax amin", [*reduction(True), *SEVERAL])
 row("max min", [*reduction(True), S(r(5), r(5)), S(r(3, 1), r(4)), S(v(1, 2, nan), v(1, 3, 2))])
 row("any all", [*reduction(True), *SEVERAL, S(v(0.0, nan)), S(v(0.0, 0.0)), S(v(1.0, 2.0))])
+row("_is_any_true _is_all_true", [S(x) for x in (r(5, dtype=b1), r(dtype=b1), r(0, 3, dtype=b1))])
 row(
     "mse_loss",
     [
@@ -798,6 +799,10 @@ _full = [
 _full += [S((2,), 0.1, dtype=bf16), S((2,), 2, dtype=f64), S((2,), -1, dtype=u8)]
 row("full", [*_full, S(2, 1.0), S((2,), fill_value=3.0), S((2,), 1.0, requires_grad=True)])
 row("full_like", [Sample((*s.args, 2.5), s.kwargs) for s in LIKE] + [S(r(3), 2, dtype=i64)])
+row(
+    "new_tensor",
+    [S(r(3), 0.5), S(r(3), [1, 2.5, 3]), S(r(5, dtype=i64), 3), S(r(3), [[1]], dtype=i64)],
+)
 row("new_full", after(lambda: r(3), _full) + after(lambda: r(2, dtype=i64), _full))
 row(
     "tensor scalar_tensor",
@@ -879,7 +884,7 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
 # Metadata, autograd, requests for values, memory as it comes, and whole optimizers: their own tests
 # say what they answer.
 _elsewhere = """
-    empty empty_like new_empty _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
+    empty empty_like new new_empty _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
     _fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
     __index__ __int__ __iter__ __len__ __repr__ _set_grad_enabled allclose backward data_ptr

@@ -145,24 +145,6 @@ row(
     exact=False,
 )
 row(
-    "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout",
-    [S(r(2, 3, 4, 5), 0.5, False), S(r(2, 3, 4), p=0.3, training=False), S(r(2, 4, 4), 2.0)],
-)
-row(
-    "feature_dropout dropout_ alpha_dropout_ feature_dropout_ feature_alpha_dropout_",
-    [S(r(2, 3, 4), 0.5, False), S(r(5), p=0.0, train=False)],
-)
-BY_FUNCTION[functional.dropout] = [
-    *ROWS["dropout"],
-    S(r(5), 0.0),
-    S(r(0), 0.5),
-    no(r(5)),
-    no(r(5), 0.2, True),
-]
-BY_FUNCTION[torch.dropout] = ROWS["feature_dropout"]
-BY_FUNCTION[torch.alpha_dropout] = ROWS["feature_dropout"]
-BY_FUNCTION[torch.feature_alpha_dropout] = ROWS["feature_dropout"]
-row(
     "addcmul addcmul_ addcdiv addcdiv_",
     [
         S(r(5), r(5), r(5, low=0.5), smooth=True),

@@ -145,7 +145,8 @@ def sequences(gates: int, **narrow: float) -> list[Sample]:
         S(input, hx, params, True, 2, *rest[2:]),
         S(input, states(hx, lambda x: r(1, 2, 4)), params, *rest),
         S(*sequence(gates, dtype=i64)),
-        no(*sequence(gates, dropout=0.5, **deep)),
+        S(*sequence(gates, dropout=0.5, **deep)),
+        S(*sequence(gates, dropout=1.0, layers=2)),
         no(r(5, 5, dtype=f64), batches, hx, params, *rest[:-1]),
     ]
     for k, wrong in ((0, (3, 5)), (1, (4 * gates, 3)), (1, (3, 4)), (2, (3,)), (3, (3,))):

@@ -86,7 +86,8 @@ class World:
             keywords = args[-1] if args and type(args[-1]) is Keywords else {}
             returned = self.step(*args[: len(args) - bool(keywords)], **keywords)
         self.random = random.getstate()
-        return picture((self.state, args, returned, printed.getvalue()))
+        drawn = torch.default_generator.get_state()
+        return picture((self.state, args, returned, printed.getvalue(), drawn))
 
 
 class Keywords(dict):

@@ -27,7 +27,7 @@ from tracejit.capture.python.standins import standins
 from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
-from tracejit.errors import SideEffectError
+from tracejit.errors import OF_EAGER, SideEffectError, TracejitError
 
 _FUNCTIONS = 200  # looked at before each trace
 
@@ -174,9 +174,11 @@ def run(
         if t.refused is not None:
             raise t.refused
         state.finish()
-    except BaseException:
+    except BaseException as error:
         t.forget()
         state.abort()
+        if isinstance(error, TracejitError) and not isinstance(error, OF_EAGER):
+            t.draws.undo()
         raise
     return returned
 

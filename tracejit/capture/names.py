@@ -8,6 +8,7 @@ were before it. Out: one name per parameter of the graph:
     model.0.weight.grad                            the gradient of a named tensor
     optimizer.state[model.0.weight].exp_avg        optimizer state
     optimizer.param_groups[0].lr, scale            runtime scalars
+    found.0, draw.0                                what cuts have found; random numbers
     input_3                                        where nothing leads to an input
 
 A tensor with several names gets the first in this order: arguments, closure variables, globals, and
@@ -46,8 +47,8 @@ def names_of_inputs(
     for k, (kind, index) in enumerate(captured.sources):
         if kind == "tensor":
             name = found.tensors.get(id(call.reals[index]))
-        elif kind == "found":
-            name = f"found.{index}"
+        elif kind in ("found", "draw"):
+            name = f"{kind}.{index}"
         else:
             name = found.scalar(captured.paths[index], call)
         if name is None or name in taken:

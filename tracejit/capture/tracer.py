@@ -17,6 +17,7 @@ from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.trail import Trail
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import TraceMode
+from tracejit.capture.trace.draws import Draws
 from tracejit.capture.trace.scalars import Scalars
 from tracejit.capture.trace.table import BY_CALLER, RULES
 from tracejit.capture.trace.trace import Trace
@@ -49,7 +50,7 @@ class Tracer(TraceMode):
     def _start(self, recall: Recall | None, *, follow: bool) -> None:
         t = self.trace
         self.trail = t.journal = Trail(t, recall, follow=follow)
-        t.scalars = Scalars(t.b, self.trail)
+        t.scalars, t.draws = Scalars(t.b, self.trail), Draws()
 
     def again(self, recall: Recall) -> None:
         """Start another trace, after one that was followed to its end: no rule has run."""
@@ -60,7 +61,7 @@ class Tracer(TraceMode):
         self.trail.release()
         t = self.trace
         t.scalars.close()
-        t.journal = t.hyperparameters = None  # and with the trail what the step remembers
+        t.journal = t.hyperparameters = t.draws = None  # and with the trail what the step remembers
         del self.trail
 
     def __enter__(self) -> Tracer:

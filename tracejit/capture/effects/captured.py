@@ -11,6 +11,7 @@ from tracejit.capture.effects.effects import Effects
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut, Source
+from tracejit.capture.trace.draws import Event
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Graph, Node, Value
@@ -72,6 +73,7 @@ class Captured:
     key: Key
     cuts: tuple[Cut, ...] = ()  # values that Python read in the middle
     late: tuple[int, ...] = ()  # cuts that only results depend on: the last results of the graph
+    draws: tuple[Event, ...] = ()  # what it does with random generators, in order
     opaque: tuple[str, ...] = ()  # what Python did that no replay can follow
     saved_bytes: int = 0  # what eager would keep for the backward passes in the step
 

@@ -144,6 +144,7 @@ def finish(
     except BaseException:
         t.forget()
         t.hyperparameters.abort()
+        t.draws.undo()
         raise
 
 
@@ -225,15 +226,23 @@ def _finish(
         escaped=proxies,
         callbacks=tuple(hyper.callbacks),
         found=[tensor for _, tensor in t.found],
-        undo=undoing(hyper.undo, proxies),
+        drawn=t.draws.given,
+        generators=t.draws.generators,
+        undo=undoing(t, hyper.undo, proxies),
     )
     t.forget()
     return Finished(captured, call, collect.of_handle)
 
 
-def undoing(undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
-    """`undo` of these proxies."""
-    return lambda: undo(proxies)
+def undoing(t: Trace, undo: Callable[[list], None], proxies: list) -> Callable[[], None]:
+    """`undo` of these proxies, and of what a trace has drawn."""
+    draws = t.draws
+
+    def undo_all() -> None:
+        draws.undo()
+        undo(proxies)
+
+    return undo_all
 
 
 def _checks(t: Trace, name: str) -> Checks | None:
@@ -282,7 +291,8 @@ def _captured(
         tuple(f"{n.outs}{n.op.name}{n.args}" for n in host_nodes),
         repr(predicates),
         grads_read,
-        tuple((cut_key(cut), cut.sources) for cut in t.cuts),
+        tuple((cut_key(cut), cut.sources, cut.drawn) for cut in t.cuts),
+        repr(t.draws.events),
         late,
         None if checks is None else (graph_key(checks.graph), checks.sources),
     )
@@ -305,6 +315,7 @@ def _captured(
         key=Key(graph_key(graph), effects_key, given_key),
         cuts=tuple(t.cuts),
         late=late,
+        draws=tuple(t.draws.events),
         opaque=tuple(dict.fromkeys(t.scalars.opaque)),
         saved_bytes=_saved_bytes(t),
     )

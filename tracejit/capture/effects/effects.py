@@ -257,9 +257,13 @@ class Call:
     escaped: Sequence[TracedTensor] = ()
     callbacks: Sequence[Callback] = ()
     found: Sequence[torch.Tensor] = ()  # inputs that the cuts with a count have found
+    drawn: Sequence[torch.Tensor | None] = ()  # the random numbers, per draw
+    generators: Sequence[torch.Generator] = ()  # that the step draws from
     parts: Sequence[list] = ()  # the results of each stage of the step that has run already
-    undo: Callable[[], None] = nothing  # puts optimizers and schedulers back, before the commit
+    # puts optimizers, schedulers and random generators back, before the commit
+    undo: Callable[[], None] = nothing
 
     def kept(self) -> Call:
         """What a replay needs of the call that it was traced in."""
-        return Call([], [], (), self.given, (), self.callbacks)
+        kept = {"given": self.given, "callbacks": self.callbacks, "generators": self.generators}
+        return Call([], [], **kept)

@@ -35,8 +35,8 @@ def among(behind: Behind, values: Iterable[object]) -> frozenset[int]:
 
 def late_cuts(t: Trace) -> tuple[int, ...]:
     """The cuts that nothing depends on but what the step returns or stores: no decision, no kernel,
-    no arithmetic that may raise. They are results of the plan: `return loss.item()` needs no
-    second one."""
+    no draw, no arithmetic that may raise. They are results of the plan: `return loss.item()` needs
+    no second one."""
     if not t.cuts:
         return ()
     scalars = [value for value, _ in t.scalars.params]
@@ -45,6 +45,8 @@ def late_cuts(t: Trace) -> tuple[int, ...]:
     for node in t.b.nodes:
         if node.op.name not in _NEVER_RAISES:
             early |= among(behind, node.args)
+    for event in t.draws.events:
+        early |= among(behind, event.numbers)
     for p in t.scalars.predicates:
         early |= among(behind, (p.left, p.right))
     return tuple(k for k in range(len(t.cuts)) if k not in early)

@@ -22,7 +22,7 @@ from tracejit.ir.graph import Arg, Value
 
 CONSTANTS = frozenset(
     {bool, int, float, str, type(None), type(...), type(NotImplemented), torch.Size, torch.dtype}
-    | {torch.device, torch.layout, torch.memory_format}
+    | {torch.device, torch.layout, torch.memory_format, torch.Generator}
 )
 TUPLE_ITERATOR = type(iter(()))
 Match = Callable[..., object]  # see matchers.py
@@ -142,6 +142,16 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
+class Drawn:
+    """What the k-th draw of a trace has drawn."""
+
+    k: int
+
+
+Input = int | Value | Found | Drawn  # of a cut: the position of a tensor, a runtime scalar, …
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """What Python got of the values of a tensor: another object on each call."""
 
@@ -223,7 +233,8 @@ class Call(Event):
     ("grad", owner, what) a `.grad`: None, or a tensor; ("item", tensor, value) the number of a
     tensor of one element; ("host", node) and ("decision", predicate) what was done with numbers;
     ("cut", cut, inputs, value), ("values", cut, inputs, convert) and ("plain", value) what it
-    computed for Python; ("tensors", cut, inputs) what it has found in a value, as long as it was.
+    computed for Python; ("tensors", cut, inputs) what it has found in a value, as long as it was;
+    ("draw", event, generator) what it has drawn, after all that it asks.
     """
 
     func: Callable

@@ -79,6 +79,7 @@ def followed(t: Trace, trail: Trail, returned: list[object], young: uncollected)
     except BaseException:
         t.forget()
         t.hyperparameters.abort()
+        t.draws.undo()
         raise
 
 
@@ -124,7 +125,9 @@ def _followed(
         escaped=escaped,
         callbacks=tuple(hyper.callbacks),
         found=trail.found,
-        undo=undoing(hyper.undo, escaped),
+        drawn=t.draws.given,
+        generators=t.draws.generators,
+        undo=undoing(t, hyper.undo, escaped),
     )
     return Followed(end, call)
 

@@ -19,9 +19,11 @@ from tracejit.capture.follow.events import (
     Arithmetic,
     Call,
     Decision,
+    Drawn,
     Event,
     Found,
     Incomparable,
+    Input,
     Known,
     Many,
     New,
@@ -38,6 +40,8 @@ from tracejit.capture.follow.events import (
 from tracejit.capture.follow.recall import End, Recall
 from tracejit.capture.python.references import ALONE, count
 from tracejit.capture.trace.cuts import Cut
+from tracejit.capture.trace.draws import Event as Drawing
+from tracejit.capture.trace.draws import Sampled
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import Handle, TracedTensor
@@ -142,7 +146,7 @@ class Recorder(Journal):
         if self._call is None or not self.recording:
             return
         try:
-            self._call.found.append(
+            self._note_found(
                 ("grad", self.ids[id(owner)], None if grad is None else self._encode(grad))
             )
         except (KeyError, Incomparable):
@@ -155,7 +159,7 @@ class Recorder(Journal):
         if self._call is None:
             self.events.append(ScalarCame(without_holder(path), value))
         elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
-            self._call.found.append(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
+            self._note_found(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
         elif path[0] == "cut":
             self._found("cut", self.t.cuts[path[1]], value)
         else:
@@ -180,8 +184,25 @@ class Recorder(Journal):
                 self.recording = False
             else:
                 self._values = number
-                self._call.found.append(("plain", value))
+                self._note_found(("plain", value))
         return number
+
+    def found_draw(self, event: Drawing, generator: torch.Generator) -> None:
+        """The step has done something with a random generator."""
+        if not self.recording or self._over:
+            return
+        if self._call is None:
+            self.recording = False
+        else:
+            self._call.found.append(("draw", event, generator))
+
+    def _note_found(self, what: tuple) -> None:
+        """The call in progress has found something, which a later one may find to be otherwise. By
+        then nothing may be drawn."""
+        found = self._call.found
+        if found and _is_draw(found[-1]) and not _is_draw(what):
+            self.recording = False
+        found.append(what)
 
     def _found(self, kind: str, cut: Cut, *more: object) -> None:
         """The call in progress has computed something for Python."""
@@ -190,17 +211,19 @@ class Recorder(Journal):
             self.recording = False
             return
         try:
-            self._call.found.append((kind, cut, self._inputs(cut), *more))
+            self._note_found((kind, cut, self._inputs(cut), *more))
         except KeyError:  # of a tensor that no call was given
             self.recording = False
 
-    def _inputs(self, cut: Cut) -> tuple[int | Value | Found, ...]:
+    def _inputs(self, cut: Cut) -> tuple[Input, ...]:
         """What a cut is computed from: positions of tensors, runtime scalars, what was found."""
         t = self.t
         found = []
         for kind, i in cut.sources:
             if kind == "tensor":
                 found.append(self.ids[id(t.inputs.tensors[i])])
+            elif kind == "draw":
+                found.append(Drawn(i))
             else:
                 found.append(t.scalars.params[i][0] if kind == "scalar" else Found(i))
         return tuple(found)
@@ -210,7 +233,7 @@ class Recorder(Journal):
         if not self.recording or self._over:
             return
         if self._call is not None:
-            self._call.found.append(("host", node))
+            self._note_found(("host", node))
         else:
             self.events.append(Arithmetic(node.op.name, tuple(map(operand, node.args)), node.out))
 
@@ -219,7 +242,7 @@ class Recorder(Journal):
         if not self.recording or self._over:
             return
         if self._call is not None:
-            self._call.found.append(("decision", predicate))
+            self._note_found(("decision", predicate))
         else:
             self.events.append(Decision(predicate))
 
@@ -289,6 +312,11 @@ class Recorder(Journal):
         self.ids[id(x)] = at = len(self.objects)
         self.objects.append(x)
         return at
+
+
+def _is_draw(found: tuple) -> bool:
+    kind, what, *_ = found
+    return kind == "draw" or (kind == "tensors" and isinstance(what.search, Sampled))
 
 
 def without_holder(path: Path) -> Path:

@@ -23,8 +23,10 @@ from tracejit.capture.follow.events import (
     Arithmetic,
     Call,
     Decision,
+    Drawn,
     Event,
     Found,
+    Input,
     Known,
     Many,
     New,
@@ -44,6 +46,7 @@ from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Cut, Stage
+from tracejit.capture.trace.draws import Sampled
 from tracejit.capture.trace.inputs import meet, span
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import TracedTensor
@@ -145,6 +148,11 @@ class Trail(Recorder):
             return True
         if kind == "tensors":
             return self._searches(*what)
+        if kind == "draw":
+            event, generator = what
+            self.t.draws.position(generator)
+            self.t.draws.do(event, [self._number(x) for x in event.numbers])
+            return True
         if kind == "plain":
             self._answer = self.t.scalars.numbers[what[0]]
             return True
@@ -160,7 +168,12 @@ class Trail(Recorder):
             value = self._staged(cut.stage, inputs)[0]
         else:
             value = self._run(cut, inputs)
-        found = self._found_in[cut] = cut.search(value)
+        if isinstance(cut.search, Sampled):
+            self.t.draws.position(cut.search.known.generator)
+            found = self.t.draws.do(cut.search, [value])
+        else:
+            found = cut.search(value)
+        self._found_in[cut] = found
         return len(found[0]) == cut.count
 
     @property
@@ -174,7 +187,7 @@ class Trail(Recorder):
             if type(event) is Call:
                 yield from (x for x in event.found if x[0] in ("cut", "tensors"))
 
-    def _number_of(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> float:
+    def _number_of(self, cut: Cut, inputs: tuple[Input, ...]) -> float:
         """The number of a cut; calls that differ in what is decided by it ask several times."""
         if cut.stage is not None:
             return host_memory.read(self._staged(cut.stage, inputs)[0])
@@ -184,7 +197,7 @@ class Trail(Recorder):
             number = self._numbers[key] = host_memory.read(self._run(cut, inputs))
         return number
 
-    def _staged(self, stage: Stage, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor]:
+    def _staged(self, stage: Stage, inputs: tuple[Input, ...]) -> list[torch.Tensor]:
         """The results of a stage, from the inputs of its value. A plan that was built since it ran
         may ask for more of them."""
         found = self._outputs.get(stage)
@@ -203,18 +216,20 @@ class Trail(Recorder):
             results.append(self._staged(stage, inputs))
         return results
 
-    def _given(self, inputs: tuple[int | Value | Found, ...]) -> list[torch.Tensor | float]:
+    def _given(self, inputs: tuple[Input, ...]) -> list[torch.Tensor | float]:
         numbers = self.numbers or self.t.scalars.numbers
         found = self.found if any(type(x) is Found for x in inputs) else ()
         given = []
         for x in inputs:
             if type(x) is int:
                 given.append(self.objects[x])
+            elif type(x) is Drawn:
+                given.append(self.t.draws.given[x.k])
             else:
                 given.append(found[x.k] if type(x) is Found else numbers[x])
         return given
 
-    def _run(self, cut: Cut, inputs: tuple[int | Value | Found, ...]) -> torch.Tensor:
+    def _run(self, cut: Cut, inputs: tuple[Input, ...]) -> torch.Tensor:
         with torch._C.DisableTorchFunction():
             return self.t.evaluate(cut.graph, self._given(inputs))
 
@@ -305,6 +320,7 @@ class Trail(Recorder):
         t = self.t
         self.recall.left += 1
         self.following = False
+        self.t.draws.start_over()
         scalars, paths = iter(self.scalars), iter([*t.scalars.paths])
         t.scalars.paths.clear()
         recorded = (new for e in self.events if type(e) is Call for new in news(e.result))

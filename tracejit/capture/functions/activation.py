@@ -1,7 +1,4 @@
-"""Activation functions: one row each, with torch's formulas of value and derivative.
-
-Dropout is here too, where it does nothing.
-"""
+"""Activation functions: one row each, with torch's formulas of value and derivative."""
 
 from __future__ import annotations
 
@@ -13,11 +10,10 @@ import torch
 from tracejit.capture.functions.arithmetic import add, div, sub
 from tracejit.capture.functions.common import expand, normal_axis, register, with_inplace
 from tracejit.capture.functions.derived import argument_error
-from tracejit.capture.functions.movement import squeeze, unsqueeze
 from tracejit.capture.functions.rows import elementwise, emitted, function_of
 from tracejit.capture.functions.selection import clamp
 from tracejit.capture.functions.unary import FUNCTIONS, sigmoid
-from tracejit.capture.trace.table import Formula, Row, rule, spellings
+from tracejit.capture.trace.table import Formula, Row
 from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
@@ -370,57 +366,3 @@ register(("softsign",), softsign, inplace=False)
 register(("tanhshrink",), tanhshrink, inplace=False)
 register(("prelu",), prelu, inplace=False)
 register(("glu",), glu, inplace=False)
-
-
-# --- dropout -----------------------------------------------------------------------------------
-
-
-def dropout(
-    t: Trace,
-    input: Tensor,
-    p: float = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    train: bool | None = None,
-) -> Tensor:
-    """The input itself where nothing is dropped; random numbers are not supported yet."""
-    training = training if train is None else train
-    if not 0 <= p <= 1:
-        raise argument_error(t, f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or p == 0 or not t.lift(input).numel:
-        return input
-    raise t.unsupported("Random numbers are not supported yet; use p=0 or evaluation mode")
-
-
-def alpha_dropout(
-    t: Trace, input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
-) -> Tensor:
-    """Dropout that is off unless asked for."""
-    return dropout(t, input, p, training)
-
-
-_OFF = (functional.alpha_dropout, functional.feature_alpha_dropout)
-_NAMES = ("dropout", "alpha_dropout", "feature_dropout", "feature_alpha_dropout")
-_SPELLINGS = [f for name in _NAMES for f in (*spellings(name), *spellings(f"{name}_"))]
-rule(*(f for f in _SPELLINGS if f not in _OFF), functional.dropout2d)(dropout)
-rule(*_OFF)(alpha_dropout)
-
-
-def _of_batches(rank: int):
-    """Dropout of whole channels: without a batch axis, one is put in front and taken away again."""
-
-    def of_batch(
-        t: Trace, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> Tensor:
-        if rank == 3 and len(t.lift(input).shape) not in (2, 3):
-            raise t.shape_error("dropout1d: Expected 2D or 3D input")
-        if len(t.lift(input).shape) == rank:
-            return dropout(t, input, p, training)
-        return squeeze(t, dropout(t, unsqueeze(t, input, 0), p, training), 0)
-
-    return of_batch
-
-
-rule(functional.dropout1d)(_of_batches(3))
-rule(functional.dropout3d)(_of_batches(5))

@@ -198,6 +198,17 @@ for _name, _value in (("zeros", 0), ("ones", 1), ("empty", 0)):
     register((_name,), _constant(_value), inplace=False)
     register((f"{_name}_like",), _constant_like(_value), inplace=False)
     register((f"new_{_name}",), _new_constant(_value), inplace=False)
+
+
+@rule(Tensor.new)
+def new(t: Trace, self: Tensor, *size: object, device: object = None) -> TracedTensor:
+    """Memory as it comes, of a size."""
+    sizes = size[0] if len(size) == 1 and isinstance(size[0], torch.Size) else size
+    if not all(isinstance(n, int) for n in sizes):
+        raise t.unsupported("Use torch.tensor, or new_tensor")
+    return _new_full(t, self, tuple(sizes), 0, device=device)
+
+
 register(("full",), full, inplace=False)
 register(("full_like",), full_like, inplace=False)
 register(("new_full",), _new_full, inplace=False)

@@ -24,7 +24,7 @@ from tracejit.capture.trace import cuts
 from tracejit.capture.trace.bounds import within
 from tracejit.capture.trace.integers import held
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import Ints, TracedTensor
+from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import DType, f64, i64
@@ -233,6 +233,13 @@ def tensor(t: Trace, data: object, **options: object) -> TracedTensor:
         chosen = promote_two(chosen, number_dtype(x))
     value = constant(t, numbers, shape, o.dtype or chosen, o.device)
     return made(t, value, o.requires_grad)
+
+
+@rule(Tensor.new_tensor)
+def new_tensor(t: Trace, self: Tensor, data: object, **options: object) -> TracedTensor:
+    """torch.tensor of the dtype and on the device of another one, unless options say otherwise."""
+    h = t.lift(self)
+    return tensor(t, data, **({"dtype": TO_TORCH[h.dtype], "device": h.device} | options))
 
 
 @rule(torch.scalar_tensor)

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from tracejit.autodiff import Entry
-from tracejit.capture.functions.activation import dropout as drop
 from tracejit.capture.functions.assembly import joined
 from tracejit.capture.functions.common import expand
 from tracejit.capture.functions.contraction import linear
+from tracejit.capture.functions.dropout import dropout as drop
 from tracejit.capture.functions.movement import select, transpose
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.trace import location

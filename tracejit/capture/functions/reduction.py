@@ -14,6 +14,7 @@ from tracejit.capture.functions.common import (
     truth,
 )
 from tracejit.capture.trace import location
+from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -171,3 +172,5 @@ register(("amax",), amax, inplace=False)
 register(("amin",), amin, inplace=False)
 register(("any",), _boolean("max"), inplace=False)
 register(("all",), _boolean("min"), inplace=False)
+rule(torch._is_any_true)(_boolean("max"))
+rule(torch._is_all_true)(_boolean("min"))

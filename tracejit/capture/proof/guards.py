@@ -254,6 +254,7 @@ def _unread(captured: Captured) -> set[Path]:
     read = {value for node in captured.host_nodes for value in node.args}
     read.update(side for p in captured.predicates for side in (p.left, p.right))
     read.update(captured.effects.host)
+    read.update(x for event in captured.draws for x in event.numbers)
     checked = () if captured.checks is None else captured.checks.sources
     planned = {index for kind, index in (*captured.sources, *checked) if kind == "scalar"}
     return {

@@ -351,7 +351,7 @@ class Walk(Functions):
                     if name in vars(x):
                         inner = f"{self.constant(vars(x))}[{name!r}]"
                         self.visit(vars(x)[name], inner, f"{path}.{name.strip('_')}")
-        elif isinstance(x, (*C_FUNCTIONS, CodeType)):  # a call of it is seen when it happens
+        elif isinstance(x, (*C_FUNCTIONS, CodeType, torch.Generator)):  # its calls are seen
             if isinstance(getattr(x, "__self__", None), CONTAINERS):  # items.append
                 self.visit(x.__self__, f"{place}.__self__", path.rpartition(".")[0] or path)
         elif isinstance(x, weakref.ref):  # a guard would keep alive what it refers to

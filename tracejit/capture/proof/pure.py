@@ -102,9 +102,10 @@ _PURE_TORCH_MODULES = (
     *("torch.return_types", "torch.torch_version", "torch.types", "torch.version"),
     *("torch.utils._contextlib", "torch.utils._device", "torch.utils._foreach_utils"),
     *("torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.checkpoint"),
+    *("torch.distributions", "torch.random", "torch.nn.init"),
     *("torch.utils.hooks", "torch.utils._config_module", "torch._refs", "torch.fx.experimental"),
 )
-_IMPURE_TORCH_MODULES = ("torch.nn.init", "torch.nn.parallel", "torch.cuda.random")
+_IMPURE_TORCH_MODULES = ("torch.nn.parallel", "torch.cuda.random")
 # C functions of these modules, by name.
 _PURE_C = {
     "builtins": frozenset({f.__name__ for f in PURE_BUILTINS if callable(f)} | {"__build_class__"}),
@@ -202,6 +203,8 @@ def pure_c(function: object, owner: object, by_user: bool) -> bool:
         if owner in PURE_BUILTINS or owner.__module__ == "itertools":
             return name in _PURE_CLASS_METHODS
         return owner.__module__.startswith("torch") and name not in _IMPURE_TORCH_C
+    if isinstance(owner, torch.Generator):  # what its functions draw is seen by the trace
+        return name == "device"
     if isinstance(owner, (*_PURE_RECEIVERS, BaseException)):
         return name not in _OF_ARRAYS
     if isinstance(owner, _LIBRARY_RECEIVERS) or within(type(owner).__module__, _OF_NUMPY):
@@ -271,7 +274,6 @@ _REMEDIES = {
     "threading": "start and join threads outside the step",
     "uuid": "make it outside the step and pass it as an argument",
     "gc": "call it outside the step",
-    "torch.nn.init": "initialize parameters outside the step",
     "torch.distributed": "communicate outside the step",
 }
 _OF_C = {"posix": "os", "_io": "io", "_random": "random", "_datetime": "datetime"}

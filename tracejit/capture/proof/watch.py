@@ -237,7 +237,7 @@ def _user_line(frame: FrameType | None) -> str:
 
 
 # a replay makes these calls again, on the real objects
-AGAIN = frozenset({Hyperparameters.call_back.__code__})
+AGAIN = frozenset({Hyperparameters.call_back.__code__, torch.random.manual_seed.__code__})
 
 
 def _called_by_us(frame: FrameType) -> bool:

@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import mathematics
+from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
@@ -325,6 +326,7 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch._C, "_current_graph_task_id", _number_of_backward),
         (torch._C, "_will_engine_execute_node", _will_reach),
         (GradScaler, "update", _updated),
+        (torch.random, "default_generator", TracedGenerator),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
         *((lazy, "initialize_parameters", _initialized) for lazy in _lazy_classes()),

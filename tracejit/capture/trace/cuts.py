@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace import location
+from tracejit.capture.trace.draws import Sampled
 from tracejit.capture.trace.scalars import Path, TracedFloat, pinned
 from tracejit.capture.trace.tensor import TO_IR, Handle
 from tracejit.capture.trace.trace import Trace
@@ -36,7 +37,8 @@ class Stage(Protocol):
         """The value, and all that is carried over."""
 
 
-# ("tensor", outside tensor), ("scalar", k), or ("found", k): the k-th tensor that cuts have found
+# ("tensor", outside tensor), ("scalar", k), ("found", k): the k-th tensor that cuts have found, or
+# ("draw", k): what the k-th of the trace's draws has drawn
 Source = tuple[str, int]
 
 
@@ -63,6 +65,7 @@ class Cut:
     found: int = 0
     count: int | None = None
     stage: Stage | None = None  # what computes it together with what the rest of the step needs
+    drawn: int = 0  # how many draws come before it
 
     @property
     def value(self) -> Value:
@@ -126,11 +129,12 @@ def selected_by(t: Trace, condition: Value) -> Selected:
 
 def searched(t: Trace, value: Value, search: Search) -> tuple[Value, ...]:
     """What a search finds in a value, in this call: inputs of the graph."""
-    known = t.searched.get((value, search))
+    draws = isinstance(search, Sampled)
+    known = None if draws else t.searched.get((value, search))
     if known is not None:
         return known
     cut = _cut(t, value)
-    found = search(_run(t, cut))
+    found = t.draws.do(search, [_run(t, cut)]) if draws else search(_run(t, cut))
     cut.search, cut.found, cut.count = search, len(found), len(found[0])
     t.cuts.append(cut)
     params = []
@@ -162,7 +166,8 @@ def _cut(t: Trace, value: Value) -> Cut:
     whole = t.b.graph("value", (), ())
     graph, kept = cone(whole, [value], "value")
     sources = sources_of(t)
-    return Cut(graph, tuple(sources[whole.params[i].value] for i in kept), location.short())
+    inputs = tuple(sources[whole.params[i].value] for i in kept)
+    return Cut(graph, inputs, location.short(), drawn=len(t.draws.events))
 
 
 def sources_of(t: Trace) -> dict[Value, Source]:
@@ -170,7 +175,8 @@ def sources_of(t: Trace) -> dict[Value, Source]:
     position = {id(x): i for i, x in enumerate(t.inputs.tensors)}
     sources = {s.param: ("tensor", position[id(s.real)]) for s in t.inputs.storages}
     sources |= {v: ("scalar", k) for k, (v, _) in enumerate(t.scalars.params)}
-    return sources | {v: ("found", k) for k, (v, _) in enumerate(t.found)}
+    sources |= {v: ("found", k) for k, (v, _) in enumerate(t.found)}
+    return sources | {v: ("draw", k) for k, v in t.draws.values.items()}
 
 
 def _run(t: Trace, cut: Cut) -> torch.Tensor:
@@ -179,6 +185,7 @@ def _run(t: Trace, cut: Cut) -> torch.Tensor:
         "tensor": t.inputs.tensors,
         "scalar": [number for _, number in t.scalars.params],
         "found": [tensor for _, tensor in t.found],
+        "draw": t.draws.given,
     }
     inputs = [given[kind][i] for kind, i in cut.sources]
     with torch._C.DisableTorchFunction():

@@ -39,6 +39,9 @@ class Journal:
     def found_tensors(self, cut: object) -> None:
         """The step asks for tensors that are to be found in a value."""
 
+    def found_draw(self, event: object, generator: torch.Generator) -> None:
+        """The step has done something with a random generator."""
+
     def found_plain(self, value: Value, number: float) -> float:
         """Python gets a number that it has read as a plain float; returns that."""
         return number

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from tracejit.autodiff import Entry, Tape, Vjp
 from tracejit.capture.trace import location
+from tracejit.capture.trace.draws import Draws
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Scalars, plain
 from tracejit.capture.trace.table import function_name
@@ -129,6 +130,7 @@ class TraceState:
         self.read_numbers: dict[Value, float] = {}
         self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
+        self.draws = Draws()  # random numbers
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""
@@ -300,6 +302,7 @@ class TraceState:
         """Let go of outside tensors."""
         self.inputs.release()
         self.journal.release()
+        self.draws = Draws()
 
 
 def described(args: tuple, kwargs: dict) -> str:

@@ -1,0 +1,210 @@
+"""Random numbers of a step: what is drawn, in which order, from which generators.
+
+A trace draws at once, by torch's own functions from torch's own generators. So its numbers are
+eager's, and so is whatever stands between two draws: a seed, a state that is kept or set. The
+numbers are inputs of the graph. A replay makes the same draws anew, in the same order, before its
+plan runs (`run.py`); a followed trace makes them as it goes (`follow/`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from tracejit.capture.trace.scalars import is_runtime, plain
+from tracejit.capture.trace.tensor import TO_TORCH, Ints
+from tracejit.ir.graph import Arg, Value
+from tracejit.ir.types import Type
+
+Tensor, Generator = torch.Tensor, torch.Generator
+Numbers = Sequence[float | int]
+
+
+class Event(Protocol):
+    """Something that a step does with a generator, the `generator`-th of those that it uses.
+    `numbers` are its arguments: some are runtime scalars, which each call has other ones of."""
+
+    generator: int
+    numbers: tuple[Arg, ...]
+
+    def prepared(self) -> Callable[..., Tensor | None]:
+        """A function of the generator and the numbers that does it, again and again in the same
+        memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Numbers are drawn by a method of tensors that fills one in place, in its memory's order."""
+
+    fill: str  # "bernoulli_", …, or "randperm"
+    names: tuple[str, ...]  # of its arguments
+    numbers: tuple[Arg, ...]
+    type: Type
+    strides: Ints
+    generator: int
+
+    def prepared(self) -> Callable[..., Tensor]:
+        t = self.type
+        dtype = TO_TORCH[t.dtype]
+        buffer = torch.empty_strided(t.shape, self.strides, dtype=dtype, device=t.device)
+        if self.fill == "randperm":
+            return lambda generator, n: torch.randperm(n, generator=generator, out=buffer)
+        fill, names = getattr(buffer, self.fill), self.names
+
+        def draw(generator: Generator, *numbers: float) -> Tensor:
+            return fill(**dict(zip(names, numbers, strict=True)), generator=generator)
+
+        return draw
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """A generator is seeded by `torch.manual_seed`, which seeds those of all devices."""
+
+    numbers: tuple[Arg, ...]
+    generator: int
+
+    def prepared(self) -> Callable[..., None]:
+        def seed(generator: Generator, number: int) -> None:
+            torch.manual_seed(number)
+
+        return seed
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """The state of a generator is read, to be set again."""
+
+    generator: int
+    numbers: tuple[Arg, ...] = ()
+
+    def prepared(self) -> Callable[..., Tensor]:
+        return Generator.get_state
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """A generator is put back into the state that the `kept`-th event has read."""
+
+    kept: int
+    generator: int
+    numbers: tuple[Arg, ...] = ()
+
+    def prepared(self) -> Callable[..., None]:
+        def restore(generator: Generator, state: Tensor) -> None:
+            generator.set_state(state)
+
+        return restore
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A generator, as it is told from others: by its identity."""
+
+    generator: Generator
+
+    def __repr__(self) -> str:
+        return f"<generator {id(self.generator)}>"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Numbers are drawn from the values of a tensor, by a function of torch: how many its generator
+    gives depends on these. It is the search of a cut, which computes them (`cuts.py`)."""
+
+    draw: str
+    numbers: tuple[float | int, ...]
+    known: Known
+    generator: int
+    remedy: ClassVar[str] = ""  # it always finds as much
+
+    def __call__(self, value: Tensor) -> tuple[Tensor]:
+        """What is drawn, in one row."""
+        draw = FROM_VALUES.get(self.draw) or getattr(torch, self.draw)
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            found = draw(value, *self.numbers, generator=self.known.generator)
+        return (found.reshape(-1),)
+
+    def prepared(self) -> Callable[..., tuple[Tensor]]:
+        return lambda generator, value: self(value)
+
+
+def _slopes_of_rrelu(
+    value: Tensor, lower: float, upper: float, generator: Generator | None = None
+) -> Tensor:
+    """The slopes that rrelu draws: one for each element that is not positive, else 1."""
+    slopes = torch.empty_like(value)
+    torch._C._nn.rrelu_with_noise(value, slopes, lower, upper, True, generator)
+    return slopes
+
+
+FROM_VALUES = {"rrelu": _slopes_of_rrelu}
+
+
+class Draws:
+    """What one trace does with generators, and the tensors that it has drawn.
+
+    `again` holds what was given already, where rules run late for calls that were followed.
+    """
+
+    def __init__(self) -> None:
+        self.generators: list[Generator] = []
+        self.events: list[Event] = []
+        self.given: list[Tensor | None] = []  # per event
+        self.values: dict[int, Value] = {}  # inputs of the graph, by event
+        self.again: deque[Tensor | None] = deque()
+        self._before: list[Tensor] = []  # the states of the generators, at their first use
+
+    def position(self, generator: Generator) -> int:
+        """The position of a generator among those that are used."""
+        for i, known in enumerate(self.generators):
+            if known is generator:
+                return i
+        self.generators.append(generator)
+        self._before.append(generator.get_state())
+        return len(self.generators) - 1
+
+    def do(self, event: Event, numbers: Numbers = ()) -> Tensor | None:
+        """Do what is next in the trace."""
+        generator = self.generators[event.generator]
+        if self.again:
+            given = self.again.popleft()
+        elif type(event) is Seed:  # torch has seeded the other devices
+            generator.manual_seed(*numbers)
+            given = None
+        else:
+            if type(event) is Restore:
+                numbers = [self.given[event.kept]]
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                given = event.prepared()(generator, *numbers)
+        self.events.append(event)
+        self.given.append(given)
+        return given
+
+    def start_over(self) -> None:
+        """The rules run for what was done so far: nothing is done twice."""
+        self.again.extend(self.given)
+        self.events, self.given, self.values = [], [], {}
+
+    def undo(self) -> None:
+        """Put the generators back as they were before the trace."""
+        for generator, state in zip(self.generators, self._before, strict=True):
+            generator.set_state(state)
+
+
+def default_generator(device: str) -> Generator:
+    """The one that torch draws from for a device where none is given."""
+    if not device.startswith("cuda"):
+        return torch.default_generator
+    torch.cuda.init()
+    return torch.cuda.default_generators[torch.device(device).index]
+
+
+def arguments(named: dict[str, object]) -> tuple[tuple[Arg, ...], list[float | int]]:
+    """Numbers as operands of the graph, and as they are in this trace."""
+    operands = tuple([x.value if is_runtime(x) else plain(x) for x in named.values()])
+    return operands, [plain(x) for x in named.values()]
