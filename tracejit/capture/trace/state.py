@@ -116,6 +116,8 @@ class TraceState:
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
         self.saved: dict[Value, None] = {}  # forward values that formulas have read
+        self.groups = 0  # torch calls, and derivative formulas
+        self.group_of: dict[Value, int] = {}  # in which of them a value was made
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
         self.hosted: dict[Value, float | None] = {}
