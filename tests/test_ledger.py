@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tracejit
 from examples import two_layer_autograd
@@ -65,6 +66,7 @@ def test_figures_by_hand():
     here = Path(__file__).name
     assert all(line.startswith(f"{here}:") for x in found.launches for line in x.lines)
     assert found.predicted_seconds == sum(x.seconds for x in found.launches)
+    assert found.eager_operations == 3  # of small sizes: the host decides
     assert found.eager_seconds == 3 * EAGER and not found.eager_given
     assert found.compile_seconds.keys() == {"capture", "passes", "schedule", "load"}
     spent = sum(found.compile_seconds.values())
@@ -262,7 +264,47 @@ def test_a_step_without_launches():
     assert empty.launches == () and empty.bytes_moved == 0 and str(empty)
 
 
-# --- what eager keeps ---------------------------------------------------------------------------
+# --- eager ------------------------------------------------------------------------------------
+
+
+def test_eager_of_large_sizes_takes_what_it_moves_and_multiplies():
+    """A GELU is one operation, though it is many primitives; what it is made of is not memory."""
+    x = torch.zeros(2048, 2048)
+    found = ledger_of(lambda x: torch.nn.functional.gelu(x).sum(), x, calls=1, measure=False)
+    assert found.eager_operations == 2 < found.launches_before_fusion
+    assert found.eager_seconds == pytest.approx((3 * x.nbytes + 4) / GPUS["H200"].bandwidth)
+    product = ledger_of(lambda x: x @ x, x, calls=1, measure=False)
+    moved, computed = 2 * x.nbytes / GPUS["H200"].bandwidth, 2 * 2048**3 / GPUS["H200"].fp32
+    assert product.eager_seconds == pytest.approx(moved + computed)
+
+
+class Computed(TorchDispatchMode):
+    """Counts the operators that compute: no views, no allocation."""
+
+    FREE = ("view", "reshape", "t", "transpose", "permute", "expand", "slice", "select", "detach")
+    FREE += ("alias", "empty_like", "empty", "unsqueeze", "squeeze", "split", "zeros", "as_strided")
+    FREE += ("ones_like", "ones", "zeros_like", "lift_fresh", "is_same_size", "new_empty_strided")
+    FREE += ("_unsafe_view", "split_with_sizes", "unbind", "_reshape_alias", "new_zeros", "full")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function.overloadpacket.__name__ not in self.FREE
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [n for n in PROGRAMS if not n.startswith("8")])
+def test_eager_is_not_made_slower_than_it_is(name):
+    """Operations are at most what eager's dispatcher sees, and not far below."""
+    step, _ = PROGRAMS[name].make()
+    step()
+    with Computed() as seen:
+        step()
+    found = ledger_of(step, measure=False).eager_operations
+    assert 0.3 * seen.count <= found <= seen.count, (found, seen.count)
+
 
 SAVED = [name for name in PROGRAMS if not name.startswith(("5 sgd f", "5 sgd s", "8"))]
 

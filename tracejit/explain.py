@@ -14,6 +14,7 @@ from itertools import chain
 
 import torch
 
+from tracejit.capture.effects.eager import EagerCost
 from tracejit.codegen.geometry import Geometry
 from tracejit.codegen.triton import Source, emit
 from tracejit.codegen.work import Work, work
@@ -22,7 +23,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ledger import KernelCost, LaunchCost, Ledger, Memory
 from tracejit.passes import optimize
 from tracejit.report import report
-from tracejit.roofline import Filling, Prediction, fall_short, filling, predict, said
+from tracejit.roofline import Filling, Prediction, fall_short, filling, predict, rate, said
 from tracejit.rows import Row
 from tracejit.runtime.executor import memory_of
 from tracejit.runtime.program import Program
@@ -31,7 +32,7 @@ from tracejit.runtime.trial import trial
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan
-from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations
+from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations, products
 from tracejit.tables import joined
 
 REGISTERS = 64  # that a thread is taken to use, where the machine code is not asked
@@ -46,7 +47,7 @@ class Subject:
     programs: all that a call runs, in turn; those backwards at the end.
     backend:  of the executor that runs them.
     seconds:  of compiling, by stage.
-    saved_bytes: of the intermediates that eager would keep for its backward.
+    eager:    what the last call's step takes in eager, without a backward outside.
     """
 
     name: str
@@ -56,7 +57,7 @@ class Subject:
     programs: Sequence[Program]
     backend: str
     seconds: Mapping[str, float]
-    saved_bytes: int
+    eager: EagerCost
 
 
 def explain(
@@ -79,11 +80,9 @@ def explain(
     launches = [x for p, t in zip(plans, native, strict=True) for x in look.launches(p, t)]
     graphs = [*subject.graphs[:1], *map(optimize, subject.graphs[1:])]
     unfused = [schedule(graph, fuse=False) for graph in graphs]
-    quick = _Look(GPUS[gpu], machine_code=False)
-    before = [x for plan in unfused for x in quick.launches(plan, None)]
     measured = sum(chain(*times)) if times and None not in times else None
     predicted = sum(x.seconds for x in launches)
-    eager = sum(max(EAGER, x.seconds) for x in before) if eager_seconds is None else eager_seconds
+    eager = _eager(subject, unfused, look) if eager_seconds is None else eager_seconds
     ours = predicted if eager_seconds is None or measured is None else measured
     spent = sum(subject.seconds.values())
     moved = sum(x.bytes for x in launches)
@@ -96,13 +95,14 @@ def explain(
         precision=look.precision,
         launches=tuple(launches),
         kernels=tuple(_kernels(subject.programs, times)) if device == "cpu" else (),
-        launches_before_fusion=len(before),
+        launches_before_fusion=sum(len(plan.launches) for plan in unfused),
         bytes_moved=moved,
         bytes_minimum=min(moved, sum(map(_minimum, graphs))),
         bytes_issued=sum(x.issued_bytes for x in launches),
         flops=sum(map(operations, unfused)),
         predicted_seconds=predicted,
         measured_seconds=measured,
+        eager_operations=subject.eager.operations,
         eager_seconds=eager,
         eager_given=eager_seconds is not None,
         compile_seconds=dict(subject.seconds),
@@ -208,6 +208,18 @@ def _kernels(
     return found
 
 
+def _eager(subject: Subject, unfused: Sequence[Plan], look: _Look) -> float:
+    """What eager should take on the GPU: as long as the host needs for its operations, or the GPU
+    for what they move and multiply."""
+    cost = subject.eager
+    there = sum(
+        n / rate(dtype, look.gpu, look.precision, None)
+        for plan in unfused
+        for dtype, n in products(plan).items()
+    )
+    return max(cost.operations * EAGER, cost.bytes / look.gpu.bandwidth + there)
+
+
 def _minimum(graph: Graph) -> int:
     """Each input that is read, once, and each result and write."""
     read = {v for node in graph.nodes for v in node.inputs} | set(graph.outputs())
@@ -227,7 +239,7 @@ def _memory(subject: Subject) -> Memory:
         outputs=outputs,
         arena=arena,
         peak=outputs + arena,
-        eager_saved=subject.saved_bytes,
+        eager_saved=subject.eager.saved_bytes,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from tracejit.capture.effects.eager import EagerCost
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
 from tracejit.programs import Compiled, Programs, Stats
@@ -125,15 +126,15 @@ class Inspected:
             stats, last = self.stats, self._last
             if last is None and not stats.eager:
                 raise ValueError(f"{self.__name__} has no plan yet: call it before it is explained")
-            graphs, programs, backend, saved = [], [], "eager", 0
+            graphs, programs, backend, eager = [], [], "eager", EagerCost()
             if last is not None:
                 ran = [b for b in last.backwards if b.program is not None]
                 checks = [] if last.checking is None else [last.checking.program]
                 programs = [*checks, *self._ran_programs(), *(b.program for b in ran)]
                 graphs = [last.final, *(b.graph for b in ran)]
-                backend, saved = last.backend, last.saved_bytes
+                backend, eager = last.backend, last.eager
             subject = Subject(
                 *(self.__name__, self.explain_mode(), self.explain_retraces()),
-                *(graphs, programs, backend, stats.seconds, saved),
+                *(graphs, programs, backend, stats.seconds, eager),
             )
             return explain(subject, gpu, **options)

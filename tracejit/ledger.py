@@ -76,6 +76,7 @@ class Ledger:
     flops: int
     predicted_seconds: float
     measured_seconds: float | None
+    eager_operations: int
     eager_seconds: float
     eager_given: bool
     compile_seconds: Mapping[str, float]
@@ -121,7 +122,7 @@ class Ledger:
         if self.eager_given:
             yield "eager", f"{duration(self.eager_seconds)}, as given"
         else:
-            each = f"{before} operations of at least {duration(EAGER)} each"
+            each = f"{self.eager_operations} operations of at least {duration(EAGER)} each"
             yield "eager", f"{duration(self.eager_seconds)} predicted on {self.gpu}: {each}"
         parts = ", ".join(f"{name} {duration(s)}" for name, s in self.compile_seconds.items())
         total = duration(sum(self.compile_seconds.values()))

@@ -19,6 +19,7 @@ import torch
 
 from tracejit import knobs
 from tracejit.capture.effects.captured import Captured, Checks, Key, graph_key
+from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.errors import TracejitError, UnsupportedOperation
@@ -70,7 +71,7 @@ class Compiled:
     backwards: list[Backward] = field(default_factory=list)
     names: tuple[str, ...] = ()  # of the graph's inputs, as the user's code calls them
     backend: str = ""  # the executor's
-    saved_bytes: int = 0  # what eager would keep for its backward
+    eager: EagerCost = EagerCost()  # of the captured step that it was built for
     runs: dict[tuple, Run] = field(default_factory=dict)  # captured key, in part -> what calls do
     checking: Checking | None = None  # runs before it
     seen: dict[Key, int] = field(default_factory=dict)  # captured key -> times traced
@@ -214,7 +215,7 @@ class Programs:
         named = names(captured, call)
         self._note_counts(captured)
         built = self.build(captured.graph, executor, self._memory, names=named)
-        made = executor.name, captured.saved_bytes
+        made = executor.name, captured.eager
         compiled = Compiled(key, *built, backwards, named, *made)
         if not compiled.program.computes:  # nobody will call them
             for backward in backwards:

@@ -9,6 +9,7 @@ by the buffer's size). What is read at the values of an index is bounded in the 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -62,6 +63,18 @@ def operations(plan: Plan) -> int:
     """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
     of another operation, and for each element that is reduced."""
     return sum(_operations(_bound(one)[0]) for launch in plan.launches for one in launch.alone())
+
+
+def products(plan: Plan) -> Counter[str]:
+    """Those of contractions alone, by the dtype of their operands."""
+    found: Counter[str] = Counter()
+    for launch in (one for together in plan.launches for one in together.alone()):
+        kernel = _bound(launch)[0]
+        for dot in (stage.dot for stage in kernel.stages if stage.dot is not None):
+            points = math.prod(a.extent for a in (*kernel.stages[0].axes, dot.k))
+            values = (dot.a_value, dot.b_value, dot.out)
+            found[next(v.dtype.name for v in values if isinstance(v, Var))] += 2 * points
+    return found
 
 
 def _operations(kernel: Kernel) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Effects
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.trace.bounds import Bound
@@ -75,7 +76,7 @@ class Captured:
     late: tuple[int, ...] = ()  # cuts that only results depend on: the last results of the graph
     draws: tuple[Event, ...] = ()  # what it does with random generators, in order
     opaque: tuple[str, ...] = ()  # what Python did that no replay can follow
-    saved_bytes: int = 0  # what eager would keep for the backward passes in the step
+    eager: EagerCost = EagerCost()  # what the same takes in eager
 
     @property
     def early(self) -> list[int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tracejit.capture.effects.captured import OPAQUE, Captured, Checks, Key, cut_key, graph_key
+from tracejit.capture.effects.eager import eager_cost
 from tracejit.capture.effects.effects import (
     Call,
     Effects,
@@ -317,27 +318,8 @@ def _captured(
         late=late,
         draws=tuple(t.draws.events),
         opaque=tuple(dict.fromkeys(t.scalars.opaque)),
-        saved_bytes=_saved_bytes(t),
+        eager=eager_cost(t, graph.outputs()),
     )
-
-
-def _saved_bytes(t: Trace) -> int:
-    """Of the intermediates that derivative formulas have read: what eager would keep for them. A
-    view keeps what it is a view of; constants and tensors from outside are there anyway."""
-    found: dict[object, int] = {}
-    for value in t.saved:
-        if value in t.origin:
-            _, count, storage, _ = t.origin[value]
-            if storage.real is None:
-                found[storage, count] = storage.value.type.nbytes
-            continue
-        node = t.producers.get(value)
-        while node is not None and node.op.family == "movement":
-            value = node.args[0]
-            node = t.producers.get(value)
-        if node is not None and node.op.family != "source":
-            found[value] = value.type.nbytes
-    return sum(found.values())
 
 
 def _is_plain(x: object) -> bool:

@@ -120,6 +120,8 @@ class TraceState:
         # host values as sums, and the first of those that are computed alike: see integers.py
         self.sums: dict[Value, tuple[dict[Value, int], float]] = {}
         self.alike: dict[tuple, Value] = {}
+        self.groups = 0  # torch calls, and derivative formulas
+        self.group_of: dict[Value, int] = {}  # in which of them a value was made
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
         self.hosted: dict[Value, float | None] = {}

@@ -49,6 +49,7 @@ class Trace(TraceState):
         """What a torch function returns, by its rule."""
         rule = RULES.get(func)
         self.call = (func, args, kwargs)
+        self.groups += 1
         if rule is None:
             raise self.unsupported()
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -91,6 +92,7 @@ class Trace(TraceState):
         """Start a call that reaches the trace by another way than a torch function."""
         self.journal.forget()
         self.call = (function, args, {})
+        self.groups += 1
         self.b.line = location.short()
 
     @contextmanager
@@ -111,6 +113,7 @@ class Trace(TraceState):
 
     def _on_emit(self, node: Node) -> None:
         self.producers[node.out] = node
+        self.group_of[node.out] = self.groups
         if node.op.family == "host":
             self.journal.found_arithmetic(node)
         if self.formula is not None:
@@ -128,6 +131,7 @@ class Trace(TraceState):
         def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
             start = self.formula.start if self.formula else self.b.next_id
             self.formula = Formula(start, entry, cotangents)
+            self.groups += 1
             if entry.saved is not None:
                 check_held(self, entry)
 
