@@ -22,6 +22,7 @@ from support.function_samples import S, bf16, each_function, r, samples_of, v
 from support.function_samples_nn import is_nn
 from support.oracle import call
 from tracejit.capture.trace.table import function_name
+from tracejit.errors import ShapeError
 from tracejit.testing import assert_equal_to_eager
 
 functional = torch.nn.functional
@@ -76,6 +77,43 @@ TRACKED = [
 def test_running_statistics_are_updated(function, sample):
     """As eager's; their version counters go up, which eager's batch_norm leaves as they are."""
     check_runtime_scalars(function, sample)
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, bf16)
+NORMS = {
+    "batch_norm": lambda x, w, b, s: functional.batch_norm(x, s, s.abs() + 1, w, b),
+    "batch_norm, trained": lambda x, w, b, s: functional.batch_norm(
+        x, s.clone(), s.abs() + 1, w, b, True
+    ),
+    "layer_norm": lambda x, w, b, s: functional.layer_norm(x, (3,), w, b),
+    "group_norm": lambda x, w, b, s: functional.group_norm(x, 1, w, b),
+    "instance_norm": lambda x, w, b, s: functional.instance_norm(
+        x.reshape(2, 3, 2), weight=w, bias=b
+    ),
+}
+
+
+@pytest.mark.parametrize("other", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_dtypes_of_parameters_that_eager_takes(norm, dtype, other):
+    """All have the input's; or all are float32, where it has 16 bits."""
+    x, taken = r(4, 3, dtype=dtype), []
+    for chosen in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 1, 1)):
+        given = [v(0.5, -1.0, 2.0).to(other if c else dtype) for c in chosen]
+        eager, error = outcome(NORMS[norm], x, *given)
+        step = tracejit.compile(NORMS[norm], backend="numpy")
+        ours, refused = outcome(step, x, *given)
+        assert (error is None) == (refused is None), f"{chosen}: {error!r}, ours {refused!r}"
+        if error is None:
+            rounded = {"atol": 0.02, "rtol": 0.02} if dtype.itemsize == 2 else {}
+            torch.testing.assert_close(ours, eager, **rounded)
+            taken.append(chosen)
+        else:
+            assert isinstance(refused, ShapeError), refused
+    assert (1, 1, 1) in taken or not (
+        dtype == other or other is torch.float32 and dtype.itemsize == 2
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
+from tracejit.ir import types
 from tracejit.ir.graph import Arg, Value
 
 Tensor = torch.Tensor
@@ -151,6 +152,7 @@ def layer_norm(
 ) -> TracedTensor:
     x, w, b = t.read(t.lift(input)), _optional(t, weight), _optional(t, bias)
     axes = _trailing(t, x, normalized_shape, w, b)
+    _check_dtypes(t, x, w, b)
     shape = _kept(x, axes)
     return t.fresh(normalized(t, "layer_norm", x, w, b, axes, shape, _eps(t, eps, x)))
 
@@ -196,6 +198,7 @@ def group_norm(
             f"shape {list(shape)} and num_groups={num_groups}"
         )
     _check_channels(t, shape[1], w, b)
+    _check_dtypes(t, x, w, b)
     grouped = (shape[0], num_groups, shape[1] // num_groups, math.prod(shape[2:]))
     y = normalized(
         t,
@@ -217,6 +220,18 @@ def _check_channels(t: Trace, channels: int, *params: Value | None) -> None:
                 f"expected weight, bias and running statistics to be vectors of {channels} "
                 f"channels, but got shape {list(p.type.shape)}"
             )
+
+
+def _check_dtypes(t: Trace, x: Value, *params: Value | None) -> None:
+    """Weight, bias and running statistics have the input's dtype; or all are float32, where the
+    input has 16 bits."""
+    dtype, given = x.type.dtype, {p.type.dtype for p in params if p is not None}
+    if given <= {dtype} or (dtype in (types.f16, types.bf16) and given == {types.f32}):
+        return
+    raise t.shape_error(
+        f"expected weight, bias and running statistics of dtype {TO_TORCH[dtype]}, as the input, "
+        f"but got {', '.join(sorted(str(TO_TORCH[d]) for d in given))}",
+    )
 
 
 def _update(t: Trace, running: Tensor | None, now: Value, momentum: float) -> None:
@@ -330,6 +345,7 @@ def batch_norm(
         )
     running = _optional(t, running_mean), _optional(t, running_var)
     _check_channels(t, shape[1], w, b, *running)
+    _check_dtypes(t, x, w, b, *running)
     axes = tuple(i for i in range(len(shape)) if i != 1)
     if not training:
         if running_mean is None or running_var is None:
@@ -380,6 +396,7 @@ def instance_norm(
         raise t.shape_error(f"instance_norm needs an input of rank 2 or more, not {list(shape)}")
     running = _optional(t, running_mean), _optional(t, running_var)
     _check_channels(t, shape[1], w, b, *running)
+    _check_dtypes(t, x, w, b)
     if not use_input_stats:
         if running_mean is None or running_var is None:
             raise t.shape_error(
