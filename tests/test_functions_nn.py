@@ -106,7 +106,7 @@ def test_dtypes_of_parameters_that_eager_takes(norm, dtype, other):
         ours, refused = outcome(step, x, *given)
         assert (error is None) == (refused is None), f"{chosen}: {error!r}, ours {refused!r}"
         if error is None:
-            rounded = {"atol": 0.02, "rtol": 0.02} if dtype.itemsize == 2 else {}
+            rounded = {"atol": 0.05, "rtol": 0.02} if dtype.itemsize == 2 else {}
             torch.testing.assert_close(ours, eager, **rounded)
             taken.append(chosen)
         else:
