@@ -106,8 +106,10 @@ def test_dtypes_of_parameters_that_eager_takes(norm, dtype, other):
         ours, refused = outcome(step, x, *given)
         assert (error is None) == (refused is None), f"{chosen}: {error!r}, ours {refused!r}"
         if error is None:
-            rounded = {"atol": 0.05, "rtol": 0.02} if dtype.itemsize == 2 else {}
-            torch.testing.assert_close(ours, eager, **rounded)
+            assert ours.dtype is eager.dtype
+            if dtype.itemsize == 2:  # eager's instance norm is far off, where others are not
+                eager = NORMS[norm](*(a.float() for a in (x, *given))).to(dtype)
+            torch.testing.assert_close(ours, eager, atol=0.02, rtol=0.02)
             taken.append(chosen)
         else:
             assert isinstance(refused, ShapeError), refused
