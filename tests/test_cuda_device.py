@@ -7,6 +7,7 @@ order of calls is the fake device's to prove, and the rest a real GPU's (test_gp
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import inspect
 import os
 import shutil
@@ -69,6 +70,9 @@ class Runtime:
             shared_memory_per_block_optin=1,
         )
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: properties)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream(self, 90))
+        monkeypatch.setattr(torch.cuda, "stream", self.on_stream)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Recorded(self))
 
     @contextlib.contextmanager
     def on(self, number: int):
@@ -77,6 +81,40 @@ class Runtime:
             yield
         finally:
             self.current = before
+
+    @contextlib.contextmanager
+    def on_stream(self, stream: Stream):
+        before, self.streams[0] = self.streams[0], stream.handle
+        try:
+            yield
+        finally:
+            self.streams[0] = before
+
+
+class Stream:
+    def __init__(self, runtime: Runtime, handle: int):
+        self.runtime, self.handle = runtime, handle
+
+    def wait_stream(self, other: Stream) -> None:
+        self.runtime.log.append(f"{self.handle} waits for {other.handle}")
+
+
+class Recorded:
+    """Stands for torch's CUDAGraph."""
+
+    def __init__(self, runtime: Runtime):
+        self.runtime = runtime
+
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
+        self.runtime.log.append(f"capture of {self.runtime.streams[0]} ({capture_error_mode})")
+        self.runtime.capturing = {0}
+
+    def capture_end(self) -> None:
+        self.runtime.log.append("end")
+        self.runtime.capturing = set()
+
+    def replay(self) -> None:
+        self.runtime.log.append(f"replay on {self.runtime.streams[0]}")
 
 
 class Event:
@@ -163,6 +201,52 @@ def test_numbers_are_copied_once_and_read_back(runtime, on_the_cpu):
         step(2.0 + call // 4)
     records = [line for line in runtime.log if line.startswith("event")]
     assert step.stats.replays and len(records) < 8 * 2
+
+
+def test_a_step_becomes_a_graph_of_torchs(runtime, on_the_cpu, monkeypatch):
+    """It is captured on a stream of its own, between two waits; the update runs on a copy there."""
+    w = torch.full((30,), 3.0)
+    current = lambda device: Stream(runtime, runtime.streams[0])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    duplicated = []
+
+    def tensor_at(memory: object, device: torch.device) -> torch.Tensor:
+        found = memory.__cuda_array_interface__
+        duplicated.append((found["data"][0], found["shape"]))
+        content = bytearray(ctypes.string_at(*duplicated[-1][:1], *found["shape"]))
+        return torch.frombuffer(content, dtype=torch.uint8)
+
+    monkeypatch.setattr(torch, "as_tensor", tensor_at)
+    monkeypatch.setattr(Event, "record", lambda self, stream: None)
+
+    def step() -> None:
+        w.mul_(2.0)
+
+    compiled = tracejit.compile(step, backend=on_the_cpu.backend, require_graph=True)
+    for _ in range(10):
+        before = len(on_the_cpu.launches)
+        compiled()
+        if runtime.log:
+            break
+    assert runtime.log == [
+        *("90 waits for 70", "capture of 90 (thread_local)", "end", "70 waits for 90"),
+        "replay on 70",
+    ]
+    assert duplicated == [(w.data_ptr(), (120,))]
+    warm, captured = [given for _, given in on_the_cpu.launches[before:]]
+    assert warm[3] == captured[3] == 90
+    assert captured[9] == w.data_ptr() and warm[9] != w.data_ptr()
+    compiled()
+    assert runtime.log[-1] == "replay on 70" and len(on_the_cpu.launches) == before + 2
+
+
+def test_a_capture_that_fails_is_ended(runtime):
+    def fails() -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        CudaDevice(0).graph_of(fails)
+    assert runtime.log[-1] == "end" and not runtime.capturing
 
 
 def test_a_failed_launch_says_where(on_the_cpu, monkeypatch):

@@ -25,8 +25,9 @@ from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.variables import Record
 from tracejit.capture.proof import callbacks
-from tracejit.capture.proof.guard_text import NumberLine, differs
-from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
+from tracejit.capture.proof.guard_text import NumberLine
+from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.many import guard_dicts, guard_metadata
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
@@ -328,6 +329,7 @@ def _scalar_places(walk: Walk, function: FunctionType, call: Call) -> Callable[[
 def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> str:
     """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
     grad_of = {g: i for i, g in captured.grads_read if g is not None}
+    fetched: set[int] = set()  # what is looked up as the .grad of its owner
     for i, tensor in enumerate(call.reals):
         at = w.tensors.get(id(tensor))
         if at is None and i in grad_of:
@@ -335,61 +337,29 @@ def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> s
             if owner is not None:
                 at = w.local(f"{owner}.grad")
                 w.check(f"{at} is not None", "a .grad that the step reads is None")
+                fetched.add(i)
                 w.tensors[id(tensor)] = at
                 w.paths[id(tensor)] = f"{w.path_of(call.reals[grad_of[i]])}.grad"
         if at is None:
             return f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded"
-        _guard_tensor(w, at, tensor)
+    guard_dicts(w)
+    guard_metadata(w, call.reals)
     for i, grad in captured.grads_read:
         at = w.tensors[id(call.reals[i])]
         if grad is None:
             w.check(f"{at}.grad is None", "a .grad that was None when traced is set")
         elif grad < 0:
             w.check(f"{at}.grad is not None", "a .grad that the step asks for is None")
-        else:
+        elif grad not in fetched or grad_of[grad] != i:
             own = w.tensors[id(call.reals[grad])]
             w.check(f"{at}.grad is {own}", "a .grad was replaced")
     _guard_places(w, call, places)
     return ""
 
 
-def _guard_tensor(w: Walk, at: str, tensor: torch.Tensor) -> None:
-    k = w.constant
-    layout = (
-        f"{at}.is_contiguous()" if tensor.is_contiguous() else f"{at}.stride() == {tensor.stride()}"
-    )
-    device = f"{at}.is_cpu" if tensor.is_cpu else f"{at}.device == {k(tensor.device)}"
-    same = (
-        f"{at}.shape == {k(tensor.shape)} and {layout} and {at}.dtype is {k(tensor.dtype)} and "
-        f"{device} and {at}.requires_grad is {tensor.requires_grad} and not {at}.is_neg()"
-    )
-    if tensor.requires_grad:
-        same += f" and {at}.is_leaf is {tensor.is_leaf}"
-        for name in HOOKS_OF_TENSORS:  # the walk has told which, if there are some
-            if not getattr(tensor, name):
-                same += f" and not {at}.{name}"
-    w.names |= {"differs": differs, "described": _described}
-    path, old = w.path_of(tensor), k(_described(tensor))
-    w.lines.append(f"if not ({same}): return differs({path!r}, {old}, described({at}))")
-
-
-def _described(x: object) -> str:
-    """The metadata of a tensor that a guard compares."""
-    if not isinstance(x, torch.Tensor):
-        return type(x).__name__
-    dtype = str(x.dtype).removeprefix("torch.")
-    text = f"{dtype}{list(x.shape)}, strides {list(x.stride())}, on {x.device}"
-    if x.requires_grad:
-        text += ", a leaf that requires grad" if x.is_leaf else ", requires grad"
-    if x._backward_hooks or getattr(x, "_post_accumulate_grad_hooks", None):
-        text += ", with a hook"
-    return text + (", negated" if x.is_neg() else "")
-
-
 def _guard_places(w: Walk, call: Call, places: Places) -> None:
     """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
     at = [w.tensors[id(t)] for t in call.reals]
-    w.lines.append(f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]")
     if places.shared:
         names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
         w.names["pattern_of"] = _pattern
@@ -401,7 +371,11 @@ def _guard_places(w: Walk, call: Call, places: Places) -> None:
         expected = [t.storage_offset() for t in call.reals]
         w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
     w.names["places"] = places
-    w.lines.append("if addresses != places.good and (why := places.against(addresses)): return why")
+    w.lines += [
+        "if addresses is places.good: pass",
+        "elif addresses == places.good: addresses = places.good",  # the same list: see launches.py
+        "elif why := places.against(addresses): return why",
+    ]
 
 
 class Places:

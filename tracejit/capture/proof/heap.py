@@ -82,6 +82,8 @@ class Walk(Functions):
         self.tensors: dict[int, str] = {}  # id(tensor) -> expression
         self.paths: dict[int, str] = {}  # id(tensor) -> what reasons call it
         self.all_tensors: list[torch.Tensor] = []
+        self.of_dicts: dict[str, dict] = {}  # lines that hold as long as nobody changes a dict
+        self.bare: dict[int, list[str]] = {}  # id(tensor) -> lines: its class, no attributes
         self.held: list[tuple[Variable, object]] = []  # places that the step may assign, and what
         self.records: list[Record] = []  # the lists that the step only appends to
         self.lists: list[tuple[Record, list]] = []  # other lists, and what they held
@@ -219,6 +221,7 @@ class Walk(Functions):
         self._keep.append(x)
         known = self.local(at)
         self.expect(f"type({known}) is {self.constant(type(x))}", path, x, known)
+        self.bare.setdefault(id(x), []).append(self.lines[-1])
         self.tensors[id(x)] = known
         self._attributes_of_tensor(x, known, path)
 
@@ -227,6 +230,8 @@ class Walk(Functions):
             names = [*x.__dict__]
             attributes = f"[*{at}.__dict__] == {names!r}" if names else f"not {at}.__dict__"
             self.check(attributes, f"{path} has other attributes now")
+            if not names:
+                self.bare.setdefault(id(x), []).append(self.lines[-1])
         if x.__dict__ and not self._seen(x.__dict__):
             for name in self._named(x.__dict__):
                 self.visit(x.__dict__[name], f"{at}.__dict__[{name!r}]", f"{path}.{name}")
@@ -262,7 +267,9 @@ class Walk(Functions):
             self.containers.append((found, x))
             self.assigned.append(found)
         if isinstance(x, dict):
+            at, first = place, len(self.lines)
             self._keys(x, place, path)
+            self._of_dict(first, "if not (", x, place)
             if found is not None:
                 self.places[id(x)] = found
             if isinstance(x, defaultdict):
@@ -273,7 +280,12 @@ class Walk(Functions):
                 inner = ("entry", id(x), k) if type(k) in (str, int) else None
                 shown = f"{path}[{short(k) if isinstance(k, torch.Tensor) else k!r}]"
                 mine = self._item(x, k, shown, owned) if inner or is_tensor(k) else None
-                self.visit(item, f"{place}[{name}]", shown, inner, owned=owned, place=mine)
+                at, first = f"{place}[{name}]", len(self.lines)
+                self.visit(item, at, shown, inner, owned=owned, place=mine)
+                if is_tensor(item) and self.tensors[id(item)] != name:
+                    self._of_dict(first, f"{self.tensors[id(item)]} = {at}", x, place)
+                elif type(item) in (dict, list):
+                    self._of_dict(first, f"if not ({at} is {self.holder(item)})", x, place)
         elif isinstance(x, (set, frozenset)):
             ids = [id(item) for item in x]
             if all(is_value(item) for item in x):
@@ -293,6 +305,12 @@ class Walk(Functions):
                 self.visit(item, at, shown, inner, owned=owned, place=mine)
             if type(x) is list and found is not None:
                 self.lists.append((Record(x, found), [*x]))
+
+    def _of_dict(self, first: int, start: str, x: dict, place: str) -> None:
+        """Take note of a line that asks nothing but what a dict holds which the guard knows."""
+        known = type(x) in (dict, defaultdict) and self.names.get(place) is x
+        if known and first < len(self.lines) and str(self.lines[first]).startswith(start):
+            self.of_dicts[self.lines[first]] = x
 
     def _keys(self, x: dict, at: str, path: str) -> None:
         if not x:

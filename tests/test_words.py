@@ -1,0 +1,249 @@
+"""Metadata of many tensors read at once from memory: each change is seen, as without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+import tracejit
+from tracejit.capture.proof import many
+from tracejit.capture.python import words
+from tracejit.capture.python.words import Dicts, Group
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch) -> None:
+    monkeypatch.setattr(many, "MANY", 4)
+
+
+def test_this_python_and_torch_are_known():
+    """Else replays are slower, and this says so."""
+    assert words.known() and words.numbered()
+
+
+class World:
+    """Five weights under Adam, and a step that updates them: 25 tensors."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(5)]
+        self.optimizer = torch.optim.Adam(self.weights, foreach=True)
+        self.gradients()
+        self.kept: list = []
+        optimizer = self.optimizer
+
+        def step() -> None:
+            optimizer.step()
+
+        self.step = step
+
+    def gradients(self) -> None:
+        for w in self.weights:
+            w.grad = torch.randn(4, 4)
+
+    @property
+    def state(self) -> dict:
+        return self.optimizer.state[self.weights[2]]
+
+
+class Weight(torch.nn.Parameter):
+    pass
+
+
+def put(name: str, value: Callable[[torch.Tensor], object]) -> Callable[[World], None]:
+    return lambda world: setattr(world.weights[2], name, value(world.weights[2]))
+
+
+def entry(change: Callable[[torch.Tensor], object]) -> Callable[[World], None]:
+    """Another tensor in the optimizer's state."""
+
+    def act(world: World) -> None:
+        before = world.state["exp_avg"]
+        world.kept.append(before)  # so that no other has its memory
+        world.state["exp_avg"] = change(before)
+
+    return act
+
+
+def swap(world: World) -> None:
+    torch.utils.swap_tensors(world.weights[1], torch.nn.Parameter(torch.randn(4, 4).t()))
+
+
+def replaced_parameter(world: World) -> None:
+    new = torch.nn.Parameter(torch.randn(4, 4))
+    new.grad = torch.randn(4, 4)
+    world.optimizer.param_groups[0]["params"][2] = new
+
+
+CHANGES: dict[str, Callable[[World], object]] = {
+    "nothing": lambda world: None,
+    "values": lambda world: world.weights[2].data.add_(1),
+    "new gradients": World.gradients,
+    "a gradient of another layout": put("grad", lambda w: torch.randn(4, 4).t()),
+    "a gradient that is a view": put("grad", lambda w: torch.randn(5, 4)[1:]),
+    "no gradient": put("grad", lambda w: None),
+    "data elsewhere": put("data", lambda w: w.data.clone()),
+    "data turned in place": put("data", lambda w: w.data.t()),
+    "data of another dtype": lambda world: world.weights[2].data.set_(
+        torch.zeros(4, 4).untyped_storage(), 0, (4, 2), (2, 1)
+    ),
+    "data of more axes": put("data", lambda w: w.data.view(4, 2, 2)),
+    "another name of the data turned": lambda world: world.weights[2].data.t_(),
+    "state turned": lambda world: world.state["exp_avg"].t_(),
+    "state with an axis more": lambda world: world.state["exp_avg_sq"].unsqueeze_(0),
+    "state in other memory": lambda world: world.state["exp_avg"].set_(torch.ones(4, 4)),
+    "state that is smaller": lambda world: world.state["exp_avg"].resize_(2, 4),
+    "state that requires grad": lambda world: world.state["exp_avg"].requires_grad_(),
+    "state with a node": lambda world: world.state["exp_avg"].mul_(world.weights[0]),
+    "state that is negated": entry(lambda x: torch._neg_view(x)),
+    "other state": entry(lambda x: x.clone()),
+    "other state, transposed": entry(lambda x: x.clone().t()),
+    "other state, of doubles": entry(lambda x: x.double()),
+    "other state, elsewhere": entry(lambda x: x.to("meta")),
+    "other state, of a class": entry(lambda x: Weight(x, requires_grad=False)),
+    "less state": lambda world: world.state.pop("exp_avg_sq"),
+    "more state": lambda world: world.state.update(more=1),
+    "state replaced": lambda world: world.optimizer.state.update(
+        {world.weights[2]: {**world.state}}
+    ),
+    "no state": lambda world: world.optimizer.state.pop(world.weights[2]),
+    "no more grad": lambda world: world.weights[2].requires_grad_(False),
+    "a hook": lambda world: world.weights[2].register_hook(lambda g: g),
+    "a hook behind": lambda world: world.weights[2].register_post_accumulate_grad_hook(print),
+    "a name": put("note", lambda w: 1),
+    "a class": put("__class__", lambda w: Weight),
+    "swapped": swap,
+    "a parameter": replaced_parameter,
+    "one tensor twice": lambda world: world.state.update(exp_avg=world.state["exp_avg_sq"]),
+}
+
+
+def told(change: Callable[[World], object], twice: bool) -> tuple:
+    """What the guard of an armed step says after a change, and where it finds the tensors."""
+    world = World()
+    step = tracejit.compile(world.step, backend="numpy")
+    for _ in range(5):
+        step()
+    replay = step._replays[-1]
+    assert step.stats.replays >= 2
+    change(world)
+    for _ in range(1 + twice):
+        found = replay.guard((), {})
+    if isinstance(found, str):
+        return found, None
+    reals, numbers, addresses, _ = found
+    assert addresses == [t.data_ptr() for t in reals]
+    now = world.weights + [world.state[k] for k in ("exp_avg", "exp_avg_sq")]
+    assert {id(t) for t in now} <= {id(t) for t in reals}
+    return "", numbers
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_guards_say_the_same_with_words_and_without(monkeypatch, name, twice):
+    """And so they do when they are asked again."""
+    found = told(CHANGES[name], twice)
+    monkeypatch.setattr(words, "known", lambda: False)
+    monkeypatch.setattr(words, "numbered", lambda: False)
+    plain = told(CHANGES[name], twice)
+    assert (found[0] == "") == (plain[0] == ""), (found, plain)
+    assert found[1] == plain[1]
+
+
+def test_words_are_what_guards_go_by(monkeypatch):
+    """The lines for each tensor do not run while nothing changes; new gradients are no change."""
+    world = World()
+    step = tracejit.compile(world.step, backend="numpy")
+    for _ in range(5):
+        step()
+    learns = Group.learn
+    monkeypatch.setattr(Group, "learn", lambda self, tensors: pytest.fail("asked one by one"))
+    replays = step.stats.replays
+    for _ in range(4):
+        world.gradients()
+        step()
+    assert step.stats.replays == replays + 4
+    monkeypatch.setattr(Group, "learn", learns)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_training_in_lockstep(monkeypatch, known):
+    """With changes between the calls."""
+    if not known:
+        monkeypatch.setattr(words, "known", lambda: False)
+        monkeypatch.setattr(words, "numbered", lambda: False)
+    eager, ours = World(), World()
+    step = tracejit.compile(ours.step, backend="numpy")
+    names = ["nothing", "values", "new gradients", "other state", "data elsewhere", "no gradient"]
+    names += ["state in other memory", "a gradient of another layout", "data turned in place"]
+    for call in range(40):
+        for world in (eager, ours):
+            torch.manual_seed(call)
+            if call > 4:
+                CHANGES[names[call % len(names)]](world)
+            if call % 4 == 0:
+                world.gradients()
+        eager.step()
+        step()
+        for a, b in zip(ours.weights, eager.weights, strict=True):
+            torch.testing.assert_close(a, b)
+        torch.testing.assert_close(ours.state["exp_avg"], eager.state["exp_avg"])
+    assert step.stats.replays >= 12, step.explain_retraces()
+
+
+def test_what_words_cannot_tell_is_left_to_torch():
+    x = torch.zeros(3, 4)
+    assert Group.of([x, torch.zeros(5)]) is not None
+    view, node = torch.zeros(4, 4)[1:], torch.zeros(2, requires_grad=True) * 2
+    deep, empty = torch.zeros(1, 1, 1, 1, 1, 2), torch.zeros(0, 3)
+    hooked = torch.zeros(2, requires_grad=True)
+    hooked.register_hook(lambda g: g)
+    noted = torch.zeros(2)
+    noted.note = 1
+    for other in (view, node, deep, empty, hooked, noted, Weight(torch.zeros(2))):
+        assert Group.of([x, other]) is None
+
+
+def test_attributes_that_are_set_later_are_seen():
+    """Into a dict that was there already, or that was not."""
+    for touch in (True, False):
+        x, y = torch.zeros(3, 4), torch.zeros(3, 4)
+        group = Group.of([x])
+        if touch:
+            assert not y.__dict__
+        assert group.addresses((y,)) == [y.data_ptr()]
+        y.note = 1
+        assert group.addresses((y,)) is None
+        x.note = 1
+        assert group.addresses((x,)) is None
+
+
+def test_data_that_is_shared_until_it_is_written_is_seen():
+    x = torch.zeros(3, 4)
+    group = Group.of([x])
+    assert group.addresses((x,)) == [x.data_ptr()]
+    other = torch._lazy_clone(x)
+    assert group.addresses((x,)) is None and other.sum() == 0
+
+
+def test_memory_that_moves_is_seen():
+    x = torch.zeros(3, 4)
+    group = Group.of([x])
+    for _ in range(3):
+        assert group.addresses((x,)) == group.addresses((x,)) == [x.data_ptr()]
+        x.untyped_storage().resize_(1 << 20)
+        x.untyped_storage().resize_(1 << 24)
+    assert group.addresses((x,)) == [x.data_ptr()]
+
+
+def test_dicts_have_numbers():
+    first, second = {"a": 1}, {"b": 2}
+    dicts = Dicts.of([first, second])
+    before = dicts.now()
+    assert dicts.now() == before
+    second["b"] = 3
+    assert dicts.now() != before
+    second["b"] = 2
+    assert dicts.now() != before
