@@ -52,7 +52,9 @@ def test_what_is_built_is_not_compiled_again(place, tmp_path):
     """Neither by Triton nor by the scheduler, in another order, up to armed replays. What was not
     built is compiled: so it would show."""
     last = "decides" if place == "cpu" else "selects"
-    names = [n for n in STEPS if n != last] if place == "cpu" else ["adam", "outside", "unaligned"]
+    names = (
+        [n for n in STEPS if n != last] if place == "cpu" else ["batches", "outside", "unaligned"]
+    )
     options = ["--meta"] * (place == "meta")
     built = steps("build", tmp_path, *names, *options)
     assert all(compiled for compiled, _, _ in built.values())
