@@ -280,6 +280,16 @@ def test_nothing_runs_on_tensors():
     assert len(built.plans) == 2 and model.weight.grad is None
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_generators_are_as_before(device):
+    """What torch would draw on the GPU is drawn on the CPU."""
+    before = torch.get_rng_state()
+    built = tracejit.compile(STEPS["drops"](device), target="sm_90")
+    state = torch.get_rng_state()
+    assert built.build().plans and torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
+
+
 # ---- what is refused
 
 

@@ -99,6 +99,21 @@ def batches(device: str) -> Callable:
     return step
 
 
+def drops(device: str) -> Callable:
+    """Random numbers, which torch draws on the GPU."""
+    model, x, y = network(device)
+    dropout, optimizer = nn.Dropout(0.3), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (dropout(model(x)) - y).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 def outside(device: str) -> Callable:
     """A loss on which backward is called outside; all its tensors are made on its device."""
     model, x, y = network(device)
@@ -142,7 +157,7 @@ def selects(device: str) -> Callable:
 
 STEPS = {
     f.__name__: f
-    for f in (adam, batches, nadam, fused, momentum, outside, unaligned, decides, selects)
+    for f in (adam, batches, drops, nadam, fused, momentum, outside, unaligned, decides, selects)
 }
 
 
