@@ -52,7 +52,9 @@ def test_what_is_built_is_not_compiled_again(place, tmp_path):
     """Neither by Triton nor by the scheduler, in another order, up to armed replays. What was not
     built is compiled: so it would show."""
     last = "decides" if place == "cpu" else "selects"
-    names = [n for n in STEPS if n != last] if place == "cpu" else ["adam", "outside", "unaligned"]
+    names = (
+        [n for n in STEPS if n != last] if place == "cpu" else ["batches", "outside", "unaligned"]
+    )
     options = ["--meta"] * (place == "meta")
     built = steps("build", tmp_path, *names, *options)
     assert all(compiled for compiled, _, _ in built.values())
@@ -276,6 +278,16 @@ def test_nothing_runs_on_tensors():
 
     built = tracejit.compile(step, target="sm_90").build()
     assert len(built.plans) == 2 and model.weight.grad is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_generators_are_as_before(device):
+    """What torch would draw on the GPU is drawn on the CPU."""
+    before = torch.get_rng_state()
+    built = tracejit.compile(STEPS["drops"](device), target="sm_90")
+    state = torch.get_rng_state()
+    assert built.build().plans and torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(before)
 
 
 # ---- what is refused

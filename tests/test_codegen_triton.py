@@ -429,7 +429,7 @@ def test_triton_sees_neither_lines_nor_the_numbers_of_values(monkeypatch):
         (launch,) = schedule(graph).launches
         monkeypatch.setattr(triton_executor, "_kernels", OrderedDict())  # as in another process
         executor = executor_for("triton", "cuda:0")
-        source, function = triton_executor.load_kernel(executor, launch)
+        source, _, function = triton_executor.load_kernel(executor, launch)
         shown.append(source.text)
         seen.append(function.src)
     assert "net.py:5" in shown[0] and "net.py:9" in shown[1]

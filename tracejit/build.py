@@ -44,7 +44,7 @@ class Built:
 
     target:    "sm_90".
     plans:     those of the step's first calls, the last one at the end.
-    kernels:   how many launches are loaded with them, also by other alignments of tensors.
+    kernels:   how many are loaded with them, those of graphs and of other alignments too.
     compiled:  the names of the kernels that were compiled now; others had been there.
     mode:      what the step is after these calls; "replay: …", or what keeps it from that.
     """

@@ -29,8 +29,9 @@ _REMEMBERED = 256
 
 def _function(graph: Graph, program: Program) -> Function:
     """What computes a graph: its program, or numpy where that is for a GPU that is not here."""
+    run = program.function()
     if program.computes:
-        return program.function()
+        return run
 
     def compute(inputs: Sequence) -> list[torch.Tensor]:
         for x in inputs:
@@ -41,6 +42,7 @@ def _function(graph: Graph, program: Program) -> Function:
                     shape=list(x.shape),
                     remedy="Build it with tensors on the CPU: meta tensors have no values",
                 )
+        run(inputs)  # for what it loads
         return results_on_numpy(graph, inputs)
 
     return compute

@@ -220,6 +220,7 @@ class Programs:
         if not compiled.program.computes:  # nobody will call them
             for backward in backwards:
                 backward.build()
+                backward.program.rehearse()
         if captured.checks is not None:
             compiled.checking = Checking(self, captured.checks, executor)
         self._kept[key] = compiled

@@ -27,7 +27,7 @@ from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 from tracejit.testing import fake_device
 
-CALLS = 6
+CALLS = 12  # graphs are made in between
 
 
 def network(device: str = "cpu") -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
@@ -83,6 +83,37 @@ def momentum(device: str) -> Callable:
     return step
 
 
+def batches(device: str) -> Callable:
+    """A step of arguments, which are other ones in each call."""
+    model, x, y = network(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.arguments = lambda: (x.clone(), y.clone())
+    return step
+
+
+def drops(device: str) -> Callable:
+    """Random numbers, which torch draws on the GPU."""
+    model, x, y = network(device)
+    dropout, optimizer = nn.Dropout(0.3), torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (dropout(model(x)) - y).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
 def outside(device: str) -> Callable:
     """A loss on which backward is called outside; all its tensors are made on its device."""
     model, x, y = network(device)
@@ -125,12 +156,18 @@ def selects(device: str) -> Callable:
 
 
 STEPS = {
-    f.__name__: f for f in (adam, nadam, fused, momentum, outside, unaligned, decides, selects)
+    f.__name__: f
+    for f in (adam, batches, drops, nadam, fused, momentum, outside, unaligned, decides, selects)
 }
 
 
+def arguments_of(step: Callable) -> tuple:
+    """The arguments of a call."""
+    return getattr(step, "arguments", tuple)()
+
+
 def build(step: Callable) -> list:
-    built = tracejit.compile(step, target="sm_90").build()
+    built = tracejit.compile(step, target="sm_90").build(*arguments_of(step))
     return [list(built.compiled), [], built.mode]
 
 
@@ -150,8 +187,10 @@ def run(step: Callable) -> list:
         posing(Posed(function, (), ())),
     ):
         step = tracejit.compile(step, backend=FAKE, on_unsupported="raise")
+        kept = []  # so that no address comes again
         for _ in range(CALLS):
-            out = step()
+            kept.append(arguments_of(function))
+            out = step(*kept[-1])
             if isinstance(out, torch.Tensor) and out.requires_grad:
                 out.backward()
     return [compiled, scheduled, step.explain_mode()]

@@ -34,6 +34,7 @@ class Maker:
     scalars:  the bytes of scalars in the table.
     written:  per base that is overwritten in place, its bytes.
     fresh:    the bases that are new in each call.
+    inputs:   those of inputs.
     refused:  told why there is no graph; raises where there must be one.
     """
 
@@ -43,8 +44,14 @@ class Maker:
     scalars: int
     written: Mapping[int, int]
     fresh: frozenset[int]
+    inputs: frozenset[int]
     failed: Failed
     refused: Callable[[Exception], None]
+
+    def likely(self) -> set[frozenset[int]]:
+        """Which bases will have moved when a graph is made: of inputs none; or those that are not
+        overwritten, such as a batch, which is another one each time."""
+        return {self.fresh, self.fresh.union(self.inputs).difference(self.written)}
 
 
 class Replays:

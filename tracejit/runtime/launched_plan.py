@@ -224,12 +224,14 @@ class LaunchedPlan:
         if not 0 < self._graphs <= len(self._launches):
             return None
         written: dict[int, int] = {}
-        fresh = set()
+        fresh, inputs = set(), set()
         for buffer, (base, offset) in zip(self.plan.buffers, places, strict=True):
             if buffer.kind == "output":
                 fresh.add(base)
             elif buffer.name in self.plan.writes and memory_bytes(buffer):
                 written[base] = max(written.get(base, 0), offset + memory_bytes(buffer))
+            elif buffer.kind == "input":
+                inputs.add(base)
         return Maker(
             self.device,
             partial(_weakly(self.launches), places, residues),
@@ -237,6 +239,7 @@ class LaunchedPlan:
             8 * len(self._slots),
             written,
             frozenset(fresh),
+            frozenset(inputs),
             WeakMethod(self._failed),
             _weakly(self._refused),
         )
@@ -281,12 +284,12 @@ class LaunchedPlan:
 
     def _with_table(self, launch: LoadedLaunch, aligned: Sequence[bool | None]) -> LoadedLaunch:
         """A launch whose kernel loads addresses from a table: see `indirect`."""
-        source = indirect(launch.source, launch.function.arg_names, aligned)
+        source = indirect(launch.seen, launch.function.arg_names, aligned)
         function = self._indirect.get(source.name)
         if function is None:
             function = self._indirect[source.name] = import_source(source)
         through = tuple([(i, x) for i, x in enumerate(aligned) if x is not None])
-        return replace(launch, source=source, function=function, through=through)
+        return replace(launch, source=source, seen=source, function=function, through=through)
 
     def launches(
         self, places: Sequence[Place], residues: Sequence[int], moved: frozenset[int] = frozenset()
@@ -402,6 +405,9 @@ class Fitting:
         whole = residues + (0,) * (self._count - len(residues))
         launches = plan.launches(self._places, whole)
         maker = plan.maker(self._places, whole) if self._mark is None else None
+        if maker is not None and getattr(plan.device, "ahead", False):
+            for moved in maker.likely():
+                maker.launches(moved)
         return Launcher(launches, maker, WeakMethod(plan._failed), self._mark)
 
 

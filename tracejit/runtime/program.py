@@ -15,6 +15,8 @@ from tracejit import knobs
 from tracejit.errors import GraphError
 from tracejit.ir import host_memory
 from tracejit.ir.hostcode import HostCode, host_names
+from tracejit.ir.torch_types import TO_TORCH
+from tracejit.ir.types import contiguous_strides
 from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.profile import ProfiledPlan
@@ -101,6 +103,18 @@ class Program:
             run = replace(run, run=f"{run.run}; give(held)")
         whole = replace(run, gather=[*gather, *run.gather], names=run.names | names)
         return whole, [f"fresh{k}" for k in self._results]
+
+    def rehearse(self) -> None:
+        """Make a call with memory that stands for the inputs, where nothing is computed: what it
+        needs is loaded."""
+        device, inputs = self.loaded.device, {}
+        for buffer in self.plan.buffers:
+            if buffer.kind == "input":
+                shape, dtype = buffer.type.shape, TO_TORCH[buffer.type.dtype]
+                strides = buffer.strides or contiguous_strides(shape)
+                inputs[buffer.index] = device.empty_strided(shape, strides, dtype)
+        inputs |= {i: 1.0 for _, i in self.plan.host_params}
+        self.function()([inputs.get(i) for i in range(1 + max(inputs, default=-1))])
 
     def function(self) -> Callable[[list], list[torch.Tensor]]:
         """A run as a function from the graph's inputs (a tensor, or a float where it is a host

@@ -7,7 +7,7 @@ Triton's cache under the key that a run on such a GPU looks for.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -34,6 +34,7 @@ class TargetDevice:
         arch = int(target.removeprefix("sm_"))
         self.name, self.number, self._meta = target, _FIRST_NUMBER + arch, meta
         self.kernels = 0  # loaded so far, for each launch and each way in which buffers are aligned
+        self.ahead = True  # kernels of graphs are loaded though no graph is made
         self._properties = Properties(target, arch, multiprocessors, shared)
         self._driver = fake_driver(self.number, arch, shared)
         self.current_stream = int  # 0
@@ -78,6 +79,18 @@ class TargetDevice:
     def download(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Values that were computed for the host are on the host."""
         target.copy_(source)
+
+    def duplicate(self, target: torch.Tensor, address: int) -> None:
+        """Nothing."""
+
+    def aside(self) -> contextlib.AbstractContextManager:
+        """There is one stream."""
+        return contextlib.nullcontext()
+
+    def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
+        """A graph of nothing."""
+        give()
+        return _launch
 
     def event(self) -> _Event:
         """An event, which has passed."""

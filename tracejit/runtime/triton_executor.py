@@ -40,7 +40,7 @@ class Counters:
 
 COUNTERS = Counters()
 
-_kernels: OrderedDict[tuple, tuple[Source, object]] = OrderedDict()
+_kernels: OrderedDict[tuple, tuple[Source, Source, object]] = OrderedDict()
 _lock = threading.Lock()
 
 
@@ -89,13 +89,14 @@ class TritonExecutor:
 
     def load_launch(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:
         """Make one launch ready; its scalars start at `first_scalar` of the loaded table."""
-        source, function = load_kernel(self, launch)
+        source, seen, function = load_kernel(self, launch)
         geometry = source.geometry(launch.sizes, self.max_tile)
         sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
         buffers, memory = zip(*(position[name] for name in launch.buffers), strict=True)
         return LoadedLaunch(
             launch,
             source,
+            seen,
             function,
             buffers,
             memory,
@@ -105,8 +106,9 @@ class TritonExecutor:
         )
 
 
-def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, object]:
-    """The source of a launch's kernel and its jit function, from memory where possible.
+def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, Source, object]:
+    """The source of a launch's kernel, what Triton sees of it, and its jit function, from memory
+    where possible.
 
     Kernels that differ only in the user's lines are one kernel, shown as it came first. What Triton
     gets to see says nothing of lines, and its names are the same in all plans: its cache of machine
@@ -125,7 +127,7 @@ def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, objec
             options = {"precision": executor.precision, "max_tile": executor.max_tile}
             source = emit(launch.kernel, launch.sizes, **options)
             seen = source if interpreted else emit(plain, launch.sizes, **options)
-            _kernels[key] = (source, import_source(seen))
+            _kernels[key] = (source, seen, import_source(seen))
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)
         return _kernels[key]

@@ -39,10 +39,13 @@ class DevicePointer:
 
 @dataclass(frozen=True)
 class LoadedLaunch:
-    """One launch, ready: the jit function, which plan buffers it takes, its constants."""
+    """One launch, ready: the jit function, which plan buffers it takes, its constants.
+
+    source is what people see; `seen` is the same as Triton sees it, without the user's lines."""
 
     launch: Launch
     source: Source
+    seen: Source
     function: object
     buffers: tuple[int, ...]  # positions in the plan's list of buffers
     memory: tuple[PlanBuffer, ...]  # these buffers

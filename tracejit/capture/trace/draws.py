@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 
 import torch
 
+from tracejit.capture.trace.posing import really
 from tracejit.capture.trace.scalars import is_runtime, plain
 from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.ir.graph import Arg, Value
@@ -50,7 +51,7 @@ class Draw:
     def prepared(self) -> Callable[..., Tensor]:
         t = self.type
         dtype = TO_TORCH[t.dtype]
-        buffer = torch.empty_strided(t.shape, self.strides, dtype=dtype, device=t.device)
+        buffer = torch.empty_strided(t.shape, self.strides, dtype=dtype, device=really(t.device))
         if self.fill == "randperm":
             return lambda generator, n: torch.randperm(n, generator=generator, out=buffer)
         fill, names = getattr(buffer, self.fill), self.names
@@ -198,7 +199,7 @@ class Draws:
 
 def default_generator(device: str) -> Generator:
     """The one that torch draws from for a device where none is given."""
-    if not device.startswith("cuda"):
+    if not really(device).startswith("cuda"):
         return torch.default_generator
     torch.cuda.init()
     return torch.cuda.default_generators[torch.device(device).index]

@@ -33,6 +33,11 @@ def device_of(tensor: torch.Tensor) -> str:
     return str(tensor.device) if place is None else place(tensor)
 
 
+def really(device: str) -> str:
+    """Where memory is that stands for memory of a device: on the CPU, where tensors pose."""
+    return device if _place.get() is None else "cpu"
+
+
 def current_gpu() -> int:
     """The number of the current GPU; of the first one, where tensors pose to be there."""
     return torch.cuda.current_device() if _place.get() is None else 0
