@@ -178,7 +178,7 @@ second derivative is tested too.
 A call that cannot be compiled is not lost: by default it runs eagerly, as the plain function, from
 the state before it, with one warning for each cause. With `on_unsupported="raise"` (or
 `TRACEJIT_ON_UNSUPPORTED=raise`, or `mode="replay"`) it raises. What eager rejects raises the same
-class of error either way. See README, "What runs eagerly"."""
+class of error either way. See supported.md."""
 
 REFUSED_HEAD = """\
 ## What is refused
