@@ -36,6 +36,7 @@ from tracejit.runtime.launches import (
     Picked,
     Place,
     StreamState,
+    packing,
 )
 from tracejit.runtime.ring import Ring, read_element
 from tracejit.runtime.triton_launch import (
@@ -117,8 +118,9 @@ class LaunchedPlan:
         gather = [f"near = {near}", "launch = fitting(near)", "state = enter()"]
         words = "None"
         if self._ring is not None:
-            words, names["pack"] = "words", self._pack
-            gather.append(f"words = pack({', '.join(scalars[slot] for slot in self._slots)})")
+            given = [scalars[slot] for slot in self._slots]
+            words, names["pack"] = "words", packing(given)
+            gather.append(f"words = pack({', '.join(dict.fromkeys(given))})")
         gather.append(f"bases = {_tuple(['*near', *own])}")
         gather.append(f"runner = launch(state, {words}, bases)")
         call = f"runner(state, {words}, bases)"
