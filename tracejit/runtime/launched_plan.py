@@ -50,6 +50,7 @@ from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
 MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
+MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
 MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
 _ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 _ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
@@ -365,6 +366,8 @@ class Launcher:
             calls = Calls(self._launches, state, self._failed, self._mark)
             graphed = state.kept and self._maker is not None
             found = state.calls[self] = calls, Replays(self._maker) if graphed else None
+            if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew
+                del state.calls[next(iter(state.calls))]
         calls, replays = found
         return calls if replays is None else replays(words, bases) or calls
 
