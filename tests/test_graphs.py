@@ -308,6 +308,29 @@ def test_backward_outside_the_step_is_a_graph(device, at_once):
     assert any(LAUNCHED in line for line in found)
 
 
+def test_a_graph_is_made_and_launched_from_another_device(device):
+    """By a thread whose current device is not that of the tensors."""
+    step, *_ = trained()
+    step = warm(step, 4)
+    with device.elsewhere():
+        for _ in range(WARM):
+            step()
+        assert replayed(device, step) and device.here() != device.number
+
+
+def test_graphs_of_functions_that_are_gone_go(device, at_once, monkeypatch):
+    monkeypatch.setattr(launched_plan, "MAX_LAUNCHERS", 2)
+    x = torch.randn(30)
+    step = warm(lambda: x * 2, WARM, require_graph=True)
+    loaded = step._last.program.loaded
+    for _ in range(5):  # each function has launchers of its own
+        run = step._programs.kept[-1].program.function()
+        for _ in range(4):
+            run([x])
+    (state,) = loaded._states.values()
+    assert len(state.calls) <= 2
+
+
 def test_a_graph_goes_with_its_step(device):
     step, *_ = trained()
     step = warm(step, WARM)

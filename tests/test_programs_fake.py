@@ -104,6 +104,43 @@ def test_a_schedule_of_the_learning_rate_is_replayed(device):
         torch.testing.assert_close(p, q)
 
 
+@pytest.mark.parametrize("backend", ["fake:sm_90", "c"])
+@pytest.mark.parametrize("name", ["Adam", "NAdam", "Adagrad"])
+def test_step_counters_that_part(device, name, backend):
+    """As long as they are one number it is computed with one of them; and with all when not."""
+
+    def make() -> tuple:
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(3, 3)) for _ in range(9)]
+        optimizer = getattr(torch.optim, name)(weights, lr=0.1, foreach=True)
+        for w in weights:
+            w.grad = torch.randn(3, 3)
+        return weights, optimizer, lambda: optimizer.step() and None
+
+    (theirs, their_optimizer, eager), (mine, optimizer, step) = make(), make()
+    ours, together = tracejit.compile(step, backend=backend), 0
+    changes = {6: lambda step: step.add_(3), 9: lambda step: step.sub_(3)}
+    changes |= {12: lambda step: step.fill_(0), 14: lambda step: step.fill_(float("nan"))}
+    for call in range(18):
+        if call in changes:
+            for o in (their_optimizer, optimizer):
+                changes[call](o.state[o.param_groups[0]["params"][4]]["step"])
+        if call == 16:
+            for o in (their_optimizer, optimizer):
+                for state in o.state.values():
+                    state["step"].zero_()
+        before = [optimizer.state[w]["step"].item() for w in mine if w in optimizer.state]
+        replays = ours.stats.replays
+        eager()
+        ours()
+        together += ours.stats.replays > replays and len(set(before)) == 1
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+            counts = optimizer.state[a]["step"], their_optimizer.state[b]["step"]
+            torch.testing.assert_close(*counts, equal_nan=True)
+    assert ours.stats.replays >= 12 and 5 <= together < ours.stats.replays
+
+
 def test_values_that_python_reads(device):
     def make():
         step, parameters, optimizer = trained()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 
@@ -85,6 +86,7 @@ class _Otherwise:
 
 
 OTHERWISE = _Otherwise()
+_MANY = 8  # step counters, from which on it pays to ask whether they are one number
 
 
 def generate(
@@ -108,10 +110,39 @@ def generate(
     its `parts` at hand. `checking(inputs, errors)` raises one of the errors of the step's checks;
     it is asked before anything is written, and once it is known that Python goes this way.
     """
-    writer = _Writer(captured, program, final, backwards, hooks, armed, parts, checking)
-    text, names = writer.all()
+    given = captured, program, final, backwards, hooks, armed, parts, checking
+    text, names = _Writer(*given).all()
+    if armed is not None and (counters := _counters(captured, armed.places)):
+        start, _, rest = text.partition("\n")
+        alike = "    if alike(scalars): return together(reals, scalars, addresses, holders, call)"
+        shorter, inner = _Writer(*given, alike=counters).all()
+        exec(compile(shorter, "<tracejit run>", "exec"), inner)
+        names |= {"together": inner.pop("perform"), "alike": _Alike(counters)}
+        text = f"{start}\n{alike}\n{rest}"
     exec(compile(text, "<tracejit run>", "exec"), names)
     return Run(names.pop("perform"), text, parts)
+
+
+def _counters(captured: Captured, places: Places) -> list[int]:
+    """The runtime scalars that are read from tensors of one dtype, where these are many: the step
+    counters of an optimizer, which are all the same as a rule."""
+    kinds: dict[object, list[int]] = {}
+    for i, path in enumerate(captured.paths):
+        if path[0] == "item" and (kind := places.kind(path[1])) is not None:
+            kinds.setdefault(kind, []).append(i)
+    found = max(kinds.values(), key=len, default=[])
+    return found if len(found) >= _MANY else []
+
+
+class _Alike:
+    """Whether some of the scalars are one number, which is not 0: there are two of these."""
+
+    def __init__(self, indices: Sequence[int]):
+        self._get, self._count = itemgetter(*indices), len(indices)
+
+    def __call__(self, scalars: list) -> bool:
+        found = self._get(scalars)
+        return found.count(found[0]) == self._count and bool(found[0])
 
 
 class _Writer:
@@ -127,6 +158,7 @@ class _Writer:
         armed: Armed | None,
         parts: Parts | None,
         checking: Callable | None,
+        alike: Sequence[int] = (),  # scalars that are all the same: it is computed with one of them
     ):
         self.captured, self.armed, self.parts = captured, armed, parts
         self.program = program if parts is None else parts.program
@@ -141,7 +173,8 @@ class _Writer:
         self.draws = DrawLines(captured.draws, names=self.names, replayed=armed is not None)
         self.before: list[str] = []
         self._written = 0  # lines of `code` that stand in `before`
-        self.scalars = {v: f"scalars[{i}]" for i, v in enumerate(captured.scalars)}
+        self.one = dict.fromkeys(alike, next(iter(alike), None))
+        self.scalars = {v: self._scalar(i) for i, v in enumerate(captured.scalars)}
         self.behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
         self.cut_scalars = {p[1]: i for i, p in enumerate(captured.paths) if p[0] == "cut"}
 
@@ -301,14 +334,23 @@ class _Writer:
             values = (p.value for p in of.graph.params)
             sources.update(zip(values, of.sources, strict=True))
         return [
-            _given(*sources[x]) if of == "param" else f"{self._result(of, x)}.data_ptr()"
+            self._given(*sources[x]) if of == "param" else f"{self._result(of, x)}.data_ptr()"
             for of, x in self.parts.inputs
         ]
+
+    def _scalar(self, index: int) -> str:
+        return f"scalars[{self.one.get(index, index)}]"
+
+    def _given(self, kind: str, index: int) -> str:
+        """An expression of an input for the plan: an address or a float."""
+        if kind in _NAMED:
+            return f"{kind}{index}.data_ptr()"
+        return f"addresses[{index}]" if kind == "tensor" else self._scalar(index)
 
     def _plan(self, reusable: str) -> tuple[Inlined, list[str]]:
         """The run of the plan, and the expressions of the results of the step's graph."""
         if self.parts is None:
-            params = [_given(*source) for source in self.captured.sources]
+            params = [self._given(*source) for source in self.captured.sources]
         else:
             params = self._rest_inputs()
         run, outputs = self.program.inlined(params, reusable, self.code)
@@ -351,13 +393,6 @@ _UNDO = ("    call.undo()", "    raise")
 def _input(kind: str, index: int) -> str:
     """An expression of an input: a tensor or a float."""
     return f"{kind}{index}" if kind in _NAMED else f"{_LISTS[kind]}[{index}]"
-
-
-def _given(kind: str, index: int) -> str:
-    """An expression of an input for the plan: an address or a float."""
-    if kind in _NAMED:
-        return f"{kind}{index}.data_ptr()"
-    return f"{'addresses' if kind == 'tensor' else 'scalars'}[{index}]"
 
 
 _NAMED = ("found", "draw")

@@ -198,7 +198,7 @@ class FakeDevice:
         event = self.event()
         event.record()
         try:
-            with self.on(self._aside):
+            with self.on(self._aside), self.entered():  # as torch.cuda.stream does
                 event.hold()
                 yield
         finally:

@@ -36,6 +36,7 @@ from tracejit.runtime.launches import (
     Picked,
     Place,
     StreamState,
+    packing,
 )
 from tracejit.runtime.ring import Ring, read_element
 from tracejit.runtime.triton_launch import (
@@ -49,6 +50,7 @@ from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
 MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
+MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
 MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
 _ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 _ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
@@ -117,8 +119,9 @@ class LaunchedPlan:
         gather = [f"near = {near}", "launch = fitting(near)", "state = enter()"]
         words = "None"
         if self._ring is not None:
-            words, names["pack"] = "words", self._pack
-            gather.append(f"words = pack({', '.join(scalars[slot] for slot in self._slots)})")
+            given = [scalars[slot] for slot in self._slots]
+            words, names["pack"] = "words", packing(given)
+            gather.append(f"words = pack({', '.join(dict.fromkeys(given))})")
         gather.append(f"bases = {_tuple(['*near', *own])}")
         gather.append(f"runner = launch(state, {words}, bases)")
         call = f"runner(state, {words}, bases)"
@@ -370,6 +373,8 @@ class Launcher:
             calls = Calls(self._launches, state, self._failed, self._mark)
             graphed = state.kept and self._maker is not None
             found = state.calls[self] = calls, Replays(self._maker) if graphed else None
+            if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew
+                del state.calls[next(iter(state.calls))]
         calls, replays = found
         return calls if replays is None else replays(words, bases) or calls
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
+from struct import Struct
 
+import numpy as np
 import torch
 
 STREAM = 3  # where the stream is among the arguments of a launch
@@ -111,6 +113,16 @@ class Calls:
     def _point(self, base: int, uses: Sequence[tuple[int, int, int]]) -> None:
         for number, position, offset in uses:
             self._arguments[number][position] = base + offset
+
+
+def packing(expressions: Sequence[str]) -> Callable[..., bytes]:
+    """A function that puts numbers in a row: it is given each expression's once."""
+    once = {x: n for n, x in enumerate(dict.fromkeys(expressions))}
+    pack = Struct(f"{len(once)}d").pack
+    if len(once) == len(expressions):
+        return pack
+    order = np.array([once[x] for x in expressions])
+    return lambda *numbers: np.frombuffer(pack(*numbers)).take(order).tobytes()
 
 
 class Picked:

@@ -395,6 +395,10 @@ class Places:
         self._types = [host_memory.cell_type(t) for t in reals]
         self._with_cells: list[int] = []
 
+    def kind(self, index: int) -> type | None:
+        """The type of the `index`-th tensor's cell, if it can have one: it tells its dtype."""
+        return self._types[index]
+
     def cell(self, index: int) -> int | None:
         """The position in `cells` of the `index`-th tensor's; None if it cannot have one."""
         if self._types[index] is None:
