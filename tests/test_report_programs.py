@@ -170,16 +170,27 @@ def test_kernels_compiled_in_processes_are_those_compiled_here(monkeypatch):
 # --- what keeps launches from using the GPU -----------------------------------------------------
 
 
-@mostly_90
-def test_golden_shortfalls(target):
+def check_shortfalls(names: tuple[str, ...], target: int) -> None:
     """No accepting makes the list longer, or a number on it worse: see support/shortfalls.py."""
     if Known().triton() != triton.__version__:
         pytest.skip(f"the list of shortfalls is of Triton {Known().triton()}")
-    names = (*FIXED, *CASES)
     found: dict = {}
     for name in names:
         found |= found_in(name, reports(name, target))
-    assert Known().check(found, names, f"sm_{target}") == []
+    wrong = Known().check(found, names, f"sm_{target}")
+    assert not wrong, "\n".join(wrong)
+
+
+@mostly_90
+def test_golden_shortfalls(target):
+    check_shortfalls((*FIXED, *CASES), target)
+
+
+@pytest.mark.slow
+def test_golden_shortfalls_of_all_programs():
+    others = tuple(name for name in PROGRAMS if name not in FIXED)
+    precompile([plan for name in others for plan in plans(name)], targets=(90,))
+    check_shortfalls(others, 90)
 
 
 def test_the_list_of_shortfalls_is_strict(monkeypatch, tmp_path):

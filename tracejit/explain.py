@@ -18,7 +18,7 @@ from tracejit.capture.effects.eager import EagerCost
 from tracejit.codegen.geometry import Geometry
 from tracejit.codegen.triton import Source, emit
 from tracejit.codegen.work import Work, work
-from tracejit.gpus import EAGER, GPUS, Gpu, occupancy
+from tracejit.gpus import EAGER, GPUS, REPLAY, Gpu, occupancy
 from tracejit.ir.graph import Graph
 from tracejit.ledger import KernelCost, LaunchCost, Ledger, Memory
 from tracejit.passes import optimize
@@ -83,7 +83,9 @@ def explain(
     measured = sum(chain(*times)) if times and None not in times else None
     predicted = sum(x.seconds for x in launches)
     eager = _eager(subject, unfused, look) if eager_seconds is None else eager_seconds
-    ours = predicted if eager_seconds is None or measured is None else measured
+    host = REPLAY[0] + REPLAY[1] * len(launches)
+    ours = max(host, predicted) if eager_seconds is None or measured is None else measured
+    replays = subject.mode.startswith("replay")  # else Python's time is not known
     spent = sum(subject.seconds.values())
     moved = sum(x.bytes for x in launches)
     return Ledger(
@@ -106,7 +108,7 @@ def explain(
         eager_seconds=eager,
         eager_given=eager_seconds is not None,
         compile_seconds=dict(subject.seconds),
-        pays_back_after=math.ceil(spent / (eager - ours)) if eager > ours else None,
+        pays_back_after=math.ceil(spent / (eager - ours)) if replays and eager > ours else None,
         memory=_memory(subject),
         holds_back=(*_reasons(subject), *look.short),
     )

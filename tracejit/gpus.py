@@ -19,6 +19,9 @@ LAUNCH     between a kernel and the one before it in a CUDA graph: NVIDIA, "Gett
 LATENCY    of a load from memory while many are under way: an assumption, twice and a half what one
            load alone takes (Luo et al., arXiv:2402.13499: 466 cycles on A100, 479 on H100).
 EAGER      of the host per operation of eager PyTorch, dispatch and launch: an assumption.
+REPLAY     of the host per replayed call, guard included, and for each of its launches: 3 and 0.5 µs
+           without the driver (`benchmarks/launch_cost.py`, `replay_cost.py`), which is assumed to
+           take 2 µs more.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ L2_WIDTH = 32  # bytes a clock and SM
 LAUNCH = 0.5e-6  # seconds
 LATENCY = 0.7e-6
 EAGER = 5e-6
+REPLAY = 5e-6, 2.5e-6
 
 
 @dataclass(frozen=True)

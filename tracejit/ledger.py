@@ -131,7 +131,10 @@ class Ledger:
         measured = self.eager_given and self.measured_seconds is not None
         by = "measured" if measured else "predicted"
         said = "never" if after is None else f"after {after:,} calls"
-        yield "pays back", f"{said}, by {by} times"
+        if self.mode.startswith("replay"):
+            yield "pays back", f"{said}, by {by} times"
+        else:
+            yield "pays back", "not known: each call runs the step's Python, which was not timed"
         yield (
             "memory",
             f"{size(m.peak)} beyond inputs of {size(m.inputs)}: outputs {size(m.outputs)}, arena "
