@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from benchmarks import steps
+from benchmarks import image_steps, steps
 from examples import fused_chain, transformer_block, two_layer_autograd, two_layer_manual
 
 Gemm = tuple[float, int, int, int]  # how often, m, k, n
@@ -58,6 +58,13 @@ def linear(n: int, d_in: int, d_out: int, count: float = 1, first: bool = False)
     return passes if first else [*passes, (count, n, d_out, d_in)]
 
 
+def convolution(
+    batch: int, side: int, c: int, o: int, k: int, count: int = 1, first: bool = False
+) -> list[Gemm]:
+    """Products of a convolution whose result has this side, as those of a linear layer."""
+    return linear(batch * side * side, c * k * k, o, count, first)
+
+
 _NET = {"n": 9, "d_in": 20, "h": 12, "d_out": 5}
 _ROWS = {"n": 9, "width": 33}
 _TWO_LAYER = (*linear(64, 1000, 100, first=True), *linear(64, 100, 10))
@@ -69,6 +76,20 @@ _BLOCK = (
     *((16, 64, 32, 64),) * 3,  # attention, 16 heads in all: scores, and two gradients of the mix
     *((16, 64, 64, 32),) * 3,
 )
+_RESNET = (
+    *convolution(32, 32, 3, 64, 3, first=True),
+    *convolution(32, 32, 64, 64, 3, 4),
+    *(
+        gemm
+        for side, c in ((16, 64), (8, 128), (4, 256))
+        for gemm in (
+            *convolution(32, side, c, 2 * c, 3),
+            *convolution(32, side, c, 2 * c, 1),
+            *convolution(32, side, 2 * c, 2 * c, 3, 3),
+        )
+    ),
+)
+_IMAGES = {"batch": 2, "side": 9}
 _ELEMENTS = 4096 * 1024
 
 CASES: dict[str, Case] = {
@@ -96,6 +117,14 @@ CASES: dict[str, Case] = {
     "early_exit": Case(steps.early_exit, _NET, _TWO_LAYER * 3, optimizer="SGD", reads=True),
     "grad_scaler": Case(steps.grad_scaler, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
     "own_adam": Case(steps.own_adam, _NET, _TWO_LAYER),
+    "conv_block": Case(
+        image_steps.conv_block,
+        {**_IMAGES, "channels": 4},
+        tuple(convolution(32, 32, 64, 64, 3)),
+        grads=True,
+    ),
+    "depthwise_block": Case(image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True),
+    "resnet": Case(image_steps.resnet, {**_IMAGES, "widths": (4, 8), "blocks": 1}, _RESNET),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

@@ -12,6 +12,7 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.text import parse
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu.columns import fuse_columns
+from tracejit.schedule.cpu.digits import over_digits, taken_apart
 from tracejit.schedule.cpu.layout import place, scratch_bytes
 from tracejit.schedule.cpu.loops import choose_loops
 from tracejit.schedule.cpu.lower import lower, lower_kernel
@@ -22,8 +23,9 @@ from tracejit.schedule.cpu.text import (
     parse_cpu_kernel,
     parse_cpu_plan,
 )
-from tracejit.schedule.cpu.tiles import accumulators, orient, tile
+from tracejit.schedule.cpu.tiles import accumulators, keeps_b, orient, tile
 from tracejit.schedule.cpu.unpack import unpack
+from tracejit.schedule.kernel import Axis, FloorDiv, Index
 from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Plan
 
@@ -272,6 +274,74 @@ def test_ways_of_a_contraction():
         64,
     ).kernels.values()
     assert vector.tiling.way == "dots" and scratch_bytes(vector) == 200 * 4
+
+
+WINDOWS = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over () {
+      stage (i0: 5, i1: 84) {
+        dot v3: f32 over (k: 27) {
+          v1: f32 = load b0[i0 * 27 + k]
+          |
+          v2: f32 = load b1[(i1 // 42) * 192 + (k // 9) * 64 + i1 % 6 + k % 3 + ((i1 // 6) % 7) * 8 + ((k // 3) % 3) * 8 + -9] if 0 <= (i1 // 6) % 7 + (k // 3) % 3 + -1 < 8 and 0 <= i1 % 6 + k % 3 + -1 < 8
+        } v1, v2
+        store b2[i0 * 42 + (i1 // 42) * 210 + i1 % 42] <- v3
+      }
+    }"""  # noqa: E501
+
+
+def test_windows_are_packed_tile_by_tile():
+    """What lies at quotients and remainders of the axes; nothing of B is in scratch memory."""
+    kernel = tile(CpuKernel(parse_kernel(dedent(WINDOWS))), 32)
+    assert kernel.tiling.way == "panels" and scratch_bytes(kernel) == 0
+    assert kernel.tiling.tile_rows >= 5
+
+
+def value_at(index: Index, at: dict[str, int]) -> int:
+    """An index at a point."""
+
+    def value(atom: object) -> int:
+        if isinstance(atom, str):
+            return at[atom]
+        inner = value_at(atom.index, at)
+        return inner // atom.by if isinstance(atom, FloorDiv) else inner % atom.by
+
+    return index.offset + sum(value(atom) * c for atom, c in index.terms)
+
+
+def test_digits_of_windows():
+    """Axes fall into digits over which every index is a sum of strides, and the same number."""
+    (stage,) = parse_kernel(dedent(WINDOWS)).stages
+    n, k, (load,) = stage.axes[1], stage.dot.k, stage.dot.b
+    of_n, of_k = axes = taken_apart((n, k), [load])
+    assert [(d.unit, d.extent) for d in of_n.digits] == [(1, 6), (6, 7), (42, 2)]
+    assert [(d.unit, d.extent) for d in of_k.digits] == [(1, 3), (3, 3), (9, 3)]
+    (apart,) = over_digits([load], axes, {"i0": 5})
+    pairs = [(load.index, apart.index)]
+    pairs += [(a.index, b.index) for a, b in zip(load.mask, apart.mask, strict=True)]
+    for old, new in pairs:
+        assert all(isinstance(atom, str) for atom, _ in new.terms)
+        for i in range(n.extent):
+            for j in range(k.extent):
+                at = {d.name: i // d.unit % d.extent for d in of_n.digits}
+                at |= {d.name: j // d.unit % d.extent for d in of_k.digits}
+                assert value_at(new, at) == value_at(old, {"i1": i, "k": j})
+
+
+def test_divisors_that_do_not_divide_each_other_stay():
+    load = parse_kernel(dedent(WINDOWS.replace("i1 // 42", "i1 // 40"))).stages[0].dot.b[0]
+    (of_n,) = taken_apart([Axis("i1", 84)], [load])
+    assert [(d.unit, d.extent) for d in of_n.digits] == [(1, 84)]
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_the_registers_hold_the_sums_and_b(vector_bytes):
+    """Of all sizes the chosen micro-kernel keeps B in registers, or has one row or few sums."""
+    most = accumulators(vector_bytes)
+    for m in (2, 3, 5, 64, 128, 513):
+        for n in (16, 40, 512, 4097):
+            t = tile(product(m, n, 700), vector_bytes).tiling
+            if t.way == "tiles" and t.rows > 3:
+                assert keeps_b(t.rows, t.vectors, most), (m, n, t)
 
 
 def test_what_must_be_packed_is_scratch_memory():

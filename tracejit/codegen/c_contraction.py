@@ -6,16 +6,29 @@ share.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from tracejit.codegen.c_body import Body
 from tracejit.codegen.c_loops import unravelled
 from tracejit.codegen.c_text import value_type
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu import tiles
+from tracejit.schedule.cpu import digits, tiles
 from tracejit.schedule.cpu.access import extents_of
+from tracejit.schedule.cpu.digits import Digits, over_digits, taken_apart
 from tracejit.schedule.cpu.loops import Loop
 from tracejit.schedule.cpu.plan import Tiling
 from tracejit.schedule.cpu.tiles import plain
-from tracejit.schedule.kernel import Kernel
+from tracejit.schedule.kernel import Axis, Kernel, Statement
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Statements over the digits of axes, and how they are printed."""
+
+    axes: tuple[Digits, ...]
+    statements: tuple[Statement, ...]
+    body: Body
 
 
 class Contraction(tiles.Contraction):
@@ -30,8 +43,22 @@ class Contraction(tiles.Contraction):
         dot = self.dot
         self.a_load = plain(dot.a, dot.a_value, self.acc) if tiling.a == "direct" else None
         self.b_load = None
-        if tiling.packed_from:
+        if tiling.packed_from and not self.panels:
             self.b_load = plain(dot.b, dot.b_value, self.acc, self.n.name)
+
+    @property
+    def panels(self) -> bool:
+        """Whether each tile packs its own part of B."""
+        return self.tiling.way == "panels"
+
+    def apart(self, axes: Sequence[Axis], statements: Sequence[Statement]) -> Apart | None:
+        """Statements over the digits of axes; None where no axis falls into several."""
+        found = taken_apart(axes, statements)
+        if all(len(d.digits) == 1 for d in found):
+            return None
+        extents = self.body.extents
+        body = Body(self.kernel, {**extents, **digits.extents_of(found)})
+        return Apart(found, over_digits(statements, found, extents), body)
 
     def batch_of(self, unit: str, each: int) -> list[Line]:
         """`slot`, the batch of a unit's number in this round, and its axes."""

@@ -1,6 +1,7 @@
 """A contraction as C: tiles of the result, and the rest of the stage's body over each while hot.
 
-Three ways: tiles dealt to threads (after a task that packs the operands, where that is needed);
+Four ways: tiles dealt to threads (after a task that packs the operands, where that is needed), or
+tiles that pack their own part of B;
 slices of k dealt to threads, for results much smaller than the operands; and one loop along k per
 result, for products with a vector. The reductions of the body go along.
 """
@@ -27,6 +28,7 @@ from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
 from tracejit.schedule.cpu.loops import BLOCK, split
+from tracejit.schedule.cpu.tiles import PANEL_DEPTH
 from tracejit.schedule.kernel import Compute, Reduce, Statement, Store, Var
 
 
@@ -35,7 +37,7 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     folds = [fold_of(s) for s in c.stage.body if isinstance(s, Reduce)]
     tiles = c.row_tiles * c.column_tiles
     way = c.tiling.way
-    chunks = c.tiling.chunks if way == "tiles" else 1  # of what reduces
+    chunks = c.tiling.chunks if way in ("tiles", "panels") else 1  # of what reduces
     fields, after = [], []
     for f in folds:
         fields += partial_fields(f, chunks)
@@ -81,8 +83,7 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
         packing = pack_b(c, "part", "low", "high")
         lines += block(f"for (int64_t part = 0; part < {count}; part++)", packing)
     if c.a_elements:
-        m = f"0; {c.m.name} < {c.m.extent}"
-        of_k = f"low; {c.k.name} < high"
+        m, of_k = ("0", str(c.m.extent)), ("low", "high")
         rows, columns = (m, of_k) if c.tiling.a == "rows" else (of_k, m)
         lines += pack_a(c, rows, columns)
     lines += [
@@ -143,6 +144,8 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
     """The body of the task over tiles."""
     tiles = c.row_tiles * c.column_tiles
     loads = [load for load in (c.a_load, c.b_load) if load is not None]
+    if c.panels:
+        loads += c.dot.b
     lines = [*opened(c.kernel, [*loads, *c.stage.body], c.name)]
     if c.per_batch:
         lines.append(Line(f"const {c.type} *const packed = at->packed;"))
@@ -154,6 +157,8 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
     b = c.tiling
     aligned = f"__attribute__((aligned({c.tiling.vector_bytes})))"
     lines.append(Line(f"{c.type} tile[{b.tile_rows} * {b.tile_columns}] {aligned};"))
+    if c.panels:
+        lines.append(Line(f"{c.type} panel[{PANEL_DEPTH} * {b.tile_columns}] {aligned};"))
     inner = c.batch_of("unit", tiles)
     place = "unit" if c.row_tiles == 1 and not c.batch else f"unit % {tiles}"
     if c.column_tiles == 1:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.codegen.c_contraction import Contraction
+from tracejit.codegen.c_pack import pack_panel
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu.tiles import vectors_of
+from tracejit.schedule.cpu.tiles import PANEL_DEPTH, accumulators, keeps_b, vectors_of
 
 DEPTH = 512  # of a k that is summed in several passes, in one pass
 
@@ -50,9 +51,10 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
     if c.tiling.deep:
-        k = c.k.extent
-        deep = Line(f"const int64_t deep = tj_least({DEPTH}, {k} - depth);")
-        lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {DEPTH})", [deep, *lines])
+        k, most = c.k.extent, PANEL_DEPTH if c.panels else DEPTH
+        deep = Line(f"const int64_t deep = tj_least({most}, {k} - depth);")
+        lines = [deep, *(pack_panel(c) if c.panels else []), *lines]
+        lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {most})", lines)
     return list(micros.values()), lines
 
 
@@ -70,6 +72,9 @@ def _strips(c: Contraction) -> list[_Strips]:
     """Whole strips read directly, whole strips from packed memory (all, or the ragged last one),
     and a last strip of fewer vectors."""
     place = "column + strip"
+    if c.panels:
+        from_panel = _Operand(f"panel + strip * {PANEL_DEPTH}", 1, c.strip)
+        return _kinds(c, place, from_panel, from_panel)
     number = f"(({place}) / {c.strip} - {c.tiling.packed_from})"
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
     packed = direct = _Operand(address, 1, c.strip)
@@ -77,6 +82,10 @@ def _strips(c: Contraction) -> list[_Strips]:
         fixed = c.body.index(c.b_load.index, {c.n.name: "0", c.k.name: "0"})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
+    return _kinds(c, place, packed, direct)
+
+
+def _kinds(c: Contraction, place: str, packed: _Operand, direct: _Operand) -> list[_Strips]:
     vectors = (c.lanes,) * c.tiling.vectors
     whole, rest = divmod(c.n.extent, c.strip)
     last_vectors = vectors_of(rest, c.lanes, c.size)
@@ -101,7 +110,8 @@ def _panels(
     rows, extent = c.tiling.rows, c.m.extent
     partial = c.tiling.deep or c.tiling.way == "slices"  # of k
     depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.tiling.deep else "false"
-    b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if partial else kind.b.text
+    within = partial and not c.panels  # the panel starts where the pass does
+    b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if within else kind.b.text
     a_from = f"{a.text} + (row + r) * {a.step}" + (f" + depth * {a.k_step}" if partial else "")
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
 
@@ -137,9 +147,12 @@ def _micro(
         for row in sums
     ]
     inner = [
-        Line(f"const {kind} b{j} = *(const {kind} *)(b + {start});")
+        Line(f"{kind} b{j} = *(const {kind} *)(b + {start});")
         for j, (kind, start) in enumerate(zip(kinds, starts, strict=True))
     ]
+    most = accumulators(c.tiling.vector_bytes)
+    if keeps_b(rows, len(kinds), most) and c.type != "int64_t":
+        inner += [Line(f"TJ_KEEP(b{j});") for j in range(len(kinds))]
     for r, row in enumerate(sums):
         inner.append(Line(" ".join(f"{x} += a[{r * a.step}] * b{j};" for j, x in enumerate(row))))
     lines += block(f"for (int64_t k = 0; k < depth; k++, a += {a.k_step}, b += {b.k_step})", inner)
@@ -175,12 +188,27 @@ def vector_types(vector_bytes: int, body: str) -> str:
             if f"{name} " in body + turn:
                 says = f"vector_size({nbytes}), aligned({size}), may_alias"
                 text += f"typedef {kind} {name} __attribute__(({says}));\n"
+    if "TJ_KEEP(" in body:
+        text += _KEEP
     if "TJ_FUSED" in body:
         text += (
             "#ifdef __clang__\n#define TJ_FUSED\n#else\n"
             '#define TJ_FUSED __attribute__((noinline, optimize("fp-contract=fast")))\n#endif\n'
         )
     return text + turn
+
+
+# A vector of B stays in its register: a compiler that loads it again for each row makes the loads
+# outweigh the products.
+_KEEP = """\
+#if defined(__x86_64__)
+#define TJ_KEEP(x) __asm__("" : "+x"(x))
+#elif defined(__aarch64__)
+#define TJ_KEEP(x) __asm__("" : "+w"(x))
+#else
+#define TJ_KEEP(x) (void)(x)
+#endif
+"""
 
 
 def _turn(vector_bytes: int) -> str:

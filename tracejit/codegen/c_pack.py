@@ -7,12 +7,14 @@ zeros; where it lies along k, it is turned in small squares.
 from __future__ import annotations
 
 from tracejit.codegen.c_body import opened
-from tracejit.codegen.c_contraction import Contraction
+from tracejit.codegen.c_contraction import Apart, Contraction
 from tracejit.codegen.c_loops import Task, chunk_range
+from tracejit.codegen.c_runs import all_digits, in_runs, values_of_run
 from tracejit.codegen.c_text import block
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import contiguity
-from tracejit.schedule.cpu.tiles import PACKED_DEPTH, PACKED_ROWS, plain
+from tracejit.schedule.cpu.digits import Digits, run_score
+from tracejit.schedule.cpu.tiles import PACKED_DEPTH, PACKED_ROWS, PANEL_DEPTH, plain
 
 ACROSS = 64  # of k that are turned from rows to columns at a time
 
@@ -35,11 +37,7 @@ def pack_task(c: Contraction) -> Task:
         last = f"tj_least(start + {PACKED_ROWS}, {rows.extent})"
         packing = [
             Line(f"const int64_t start = {first};"),
-            *pack_a(
-                c,
-                f"start; {rows.name} < {last}",
-                f"0; {rest.name} < {rest.extent}",
-            ),
+            *pack_a(c, ("start", last), ("0", str(rest.extent))),
         ]
         inner += block(f"if (part >= {b_units})", packing) if b_units else packing
     lines += chunk_range(c.round * each, c.tiling.pack_chunks)
@@ -47,18 +45,105 @@ def pack_task(c: Contraction) -> Task:
     return Task(f"{c.name}_pack", c.tiling.pack_chunks, lines)
 
 
-def pack_a(c: Contraction, rows: str, columns: str) -> list[Line]:
+def pack_a(c: Contraction, rows: tuple[str, str], columns: tuple[str, str]) -> list[Line]:
     """Some rows of A, evaluated in the order of its memory; `rows` and `columns` are the limits
     of the two loops."""
     outer, inner = (c.m, c.k) if c.tiling.a == "rows" else (c.k, c.m)
+    value = c.body.operand(c.dot.a_value, c.dot.out.dtype)
+    head = f"for (int64_t {outer.name} = {rows[0]}; {outer.name} < {rows[1]}; {outer.name}++)"
+    apart = c.apart((outer, inner), c.dot.a)
+    if apart is not None:
+        of_outer, of_inner = apart.axes
+
+        def run(at: str, start: str) -> list[Line]:
+            to = f"packed + {outer.name} * {inner.extent} + {at}{c.slot}"
+            return [
+                Line(f"{c.type} *const to = {to};"),
+                *values_of_run(
+                    apart.body, of_inner, start, apart.statements, c.dot.a_value, "to", value
+                ),
+            ]
+
+        runs = in_runs(of_inner, *columns, run)
+        return block(head, [*all_digits(of_outer, outer.name), *runs])
     target = f"packed[{outer.name} * {inner.extent} + {inner.name}{c.slot}]"
+    lines = [*c.body.lines(c.dot.a), Line(f"{target} = {value};")]
+    first, last = columns
+    along = f"for (int64_t {inner.name} = {first}; {inner.name} < {last}; {inner.name}++)"
+    return block(head, [Line("#pragma omp simd"), *block(along, lines)])
+
+
+def pack_panel(c: Contraction) -> list[Line]:
+    """The part of B that a tile needs for `deep` of k from `depth`, in strips of `panel`."""
+    of_n, of_k = (apart := c.apart((c.n, c.k), c.dot.b)).axes
+    across = run_score(of_n, apart.statements) >= run_score(of_k, apart.statements)
     lines = [
-        *c.body.lines(c.dot.a),
-        Line(f"{target} = {c.body.operand(c.dot.a_value, c.dot.out.dtype)};"),
+        Line(f"{c.type} *const to = panel + strip * {PANEL_DEPTH};"),
+        Line("const int64_t start = column + strip;"),
+        Line(f"const int64_t count = tj_least({c.strip}, {c.n.extent} - start);"),
+        *(_along_n(c, apart) if across else _along_k(c, apart)),
     ]
-    loop = block(f"for (int64_t {inner.name} = {columns}; {inner.name}++)", lines)
-    simd = Line("#pragma omp simd")
-    return block(f"for (int64_t {outer.name} = {rows}; {outer.name}++)", [simd, *loop])
+    return block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", lines)
+
+
+def _run_of_b(c: Contraction, apart: Apart, axis: Digits, start: str, to: str) -> list[Line]:
+    value = c.body.operand(c.dot.b_value, c.dot.out.dtype)
+    return [
+        Line(f"{c.type} *const row = {to};"),
+        *values_of_run(apart.body, axis, start, apart.statements, c.dot.b_value, "row", value),
+    ]
+
+
+def _along_n(c: Contraction, apart: Apart) -> list[Line]:
+    """A strip of a panel, row by row."""
+    k, width, (of_n, of_k) = c.k.name, c.strip, apart.axes
+    each = f"for (int64_t {k} = depth; {k} < depth + deep; {k}++)"
+
+    def run(at: str, start: str) -> list[Line]:
+        to = f"to + ({k} - depth) * {width} + ({at} - start)"
+        return block(each, [*all_digits(of_k, k), *_run_of_b(c, apart, of_n, start, to)])
+
+    zero = f"for (int64_t j = count; j < {width}; j++) to[k * {width} + j] = 0;"
+    fill = block("for (int64_t k = 0; k < deep; k++)", [Line(zero)])
+    ragged = block("if (count < " + str(width) + ")", fill) if c.n.extent % width else []
+    return [*in_runs(of_n, "start", "start + count", run), *ragged]
+
+
+def _along_k(c: Contraction, apart: Apart) -> list[Line]:
+    """A strip of a panel, column by column, turned in small squares."""
+    of_n, of_k = apart.axes
+
+    def run(at: str, start: str) -> list[Line]:
+        return _run_of_b(c, apart, of_k, start, f"rows + c * {ACROSS} + ({at} - from)")
+
+    column = [
+        *all_digits(of_n, "start + c"),
+        *in_runs(of_k, "from", f"tj_least(from + {ACROSS}, end)", run),
+    ]
+    body = [
+        *block("for (int64_t c = 0; c < count; c++)", column),
+        Line(f"const int64_t deep = tj_least({ACROSS}, end - from);"),
+        *_turned(c, f"to + (from - depth) * {c.strip}", "rows", str(ACROSS), "count"),
+    ]
+    return [
+        Line(f"{c.type} rows[{c.strip} * {ACROSS}];"),
+        Line("const int64_t end = depth + deep;"),
+        *block(f"for (int64_t from = depth; from < end; from += {ACROSS})", body),
+    ]
+
+
+def _turned(c: Contraction, to: str, source: str, step: str, columns: str) -> list[Line]:
+    """`deep` rows of a strip from `to` on, out of its columns, which lie `step` apart."""
+    lanes, width = c.lanes, c.strip
+    squares = [Line("int64_t i = 0;")]
+    if c.type == "float":
+        head = f"if (j + {lanes} <= {columns}) for (; i + {lanes} <= deep; i += {lanes})"
+        call = f"tj_turn({to} + i * {width} + j, {width}, {source} + j * {step} + i, {step});"
+        squares.append(Line(f"{head} {call}"))
+    place = f"({to})[i * {width} + x]"
+    one = f"{place} = x < {columns} ? {source}[x * {step} + i] : 0;"
+    squares.append(Line(f"for (; i < deep; i++) for (int64_t x = j; x < j + {lanes}; x++) {one}"))
+    return block(f"for (int64_t j = 0; j < {width}; j += {lanes})", squares)
 
 
 def _packed_part(c: Contraction, k_parts: int) -> list[Line]:
@@ -96,7 +181,7 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
         ]
         return lines + block(along_k, loop)
     # B lies along k: small squares are transposed, straight from memory if B is a plain load
-    lanes, load, lines_of = c.lanes, plain(c.dot.b, c.dot.b_value, c.acc, k), []
+    load, lines_of = plain(c.dot.b, c.dot.b_value, c.acc, k), []
     if load is not None:
         source = f"{load.buffer} + {c.body.index(load.index, {n: 'start', k: 'from'})}"
         step = dict(load.index.terms).get(n, 0)
@@ -110,17 +195,10 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
         ]
         lines.append(Line(f"{c.type} rows[{width} * {ACROSS}];"))
         lines_of = block("for (int64_t j = 0; j < columns; j++)", fill)
-    squares = [Line("int64_t i = 0;")]
-    if c.type == "float":
-        head = f"if (j + {lanes} <= columns) for (; i + {lanes} <= deep; i += {lanes})"
-        to = f"strip + (from + i) * {width} + j"
-        squares.append(Line(f"{head} tj_turn({to}, {width}, source + j * {step} + i, {step});"))
-    one = f"strip[(from + i) * {width} + to] = to < columns ? source[to * {step} + i] : 0;"
-    rest = f"for (; i < deep; i++) for (int64_t to = j; to < j + {lanes}; to++) {one}"
     body = [
         Line(f"const int64_t deep = tj_least({ACROSS}, {high} - from);"),
         *lines_of,
         Line(f"const {c.type} *const source = {source};"),
-        *block(f"for (int64_t j = 0; j < {width}; j += {lanes})", [*squares, Line(rest)]),
+        *_turned(c, f"strip + from * {width}", "source", str(step), "columns"),
     ]
     return lines + block(f"for (int64_t from = {low}; from < {high}; from += {ACROSS})", body)

@@ -15,6 +15,7 @@ from functools import lru_cache
 from tracejit.ir.types import DType, f32, f64, i64
 from tracejit.schedule.cpu.access import contiguity, stride
 from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
+from tracejit.schedule.cpu.digits import is_split
 from tracejit.schedule.cpu.plan import CpuKernel, Tiling
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
@@ -24,6 +25,10 @@ WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
 PACKED_BYTES = 1 << 20  # a larger B is packed, even if it could be read as it lies
+PANEL_ROWS = 2048  # the most of a result whose tiles pack their own part of B
+PANEL_COLUMNS = 128  # of such a tile
+PANEL_TILE = 32 << 10  # and its elements
+PANEL_DEPTH = 256  # of k that it packs at once
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
 SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
 
@@ -60,6 +65,19 @@ def accumulators(vector_bytes: int) -> int:
     return 24 if vector_bytes == 64 else 12
 
 
+def keeps_b(rows: int, vectors: int, sums: int) -> bool:
+    """Whether a micro-kernel has registers for its vectors of B too, beside the sums and one of A;
+    else each row loads them again. `sums`: as many as `accumulators` says."""
+    return rows > 1 and rows * vectors + vectors < (16 if sums == 12 else 32)
+
+
+def _loads(rows: int, vectors: int, sums: int) -> float:
+    """What the loads of a micro-kernel cost for each of k, a product and sum being 1."""
+    if rows > 1 and not keeps_b(rows, vectors, sums):
+        return rows * vectors + rows
+    return (rows + vectors) / 1.6
+
+
 @lru_cache(1024)
 def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[int, ...]:
     """(rows and vectors of the micro-kernel, rows and columns of the tile around it).
@@ -72,7 +90,7 @@ def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[
     for vectors in range(1, min(4, wide) + 1):
         for rows in range(1, min(sums // vectors, 14, m) + 1):
             cost = sum(
-                panels * strips * max(r * v, (r + v) / 1.6, 4.0) + panels * strips
+                panels * strips * max(r * v, _loads(r, v, sums), 4.0) + panels * strips
                 for r, panels in ((rows, m // rows), (m % rows, 1))
                 for v, strips in ((vectors, wide // vectors), (wide % vectors, 1))
                 if r and v
@@ -102,6 +120,8 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     way, slices = "tiles", 1
     if _by_dots(stage.axes, stage.dot, batches):
         way, cut = "dots", (1, 1, m, n)
+    elif _by_panels(stage.dot, m_axis, n_axis):
+        way, cut = "panels", _for_panels(cut, batches, m, n, work, cut[1] * lanes)
     elif not batch:
         slices = _slices(m, n, k, size, work)
     if slices > 1:  # one tile
@@ -109,8 +129,10 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
         way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
     elif work // GRAIN > 1 and way == "tiles":  # enough tiles for all threads
         cut = _for_threads(cut, batches, m, n, work)
-    deep = k > WHOLE_DEPTH and slices == 1
+    deep = (k > WHOLE_DEPTH and slices == 1) or way == "panels"
     a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
+    if way == "panels":
+        packed_from = -(-n // (cut[1] * lanes))
     tiling = Tiling(vector_bytes, way, *cut, slices, a, packed_from, deep, batches, 1, 1)
     whole = Contraction(kernel, tiling)
     round_ = max(1, batches)
@@ -146,6 +168,30 @@ def _by_dots(axes: Sequence[Axis], dot: Dot, batches: int) -> bool:
     narrow = 1 in (axes[-2].extent, axes[-1].extent)
     along = all(contiguity(dot.k, side) > 0 for side in (dot.a, dot.b))
     return narrow and along and accumulator(dot) is not i64 and len(axes) == 2 and batches > 0
+
+
+def _by_panels(dot: Dot, m: Axis, n: Axis) -> bool:
+    """Whether each tile packs its own part of B: what is read at quotients and remainders of the
+    axes (the windows of an image) is many times larger packed than where it lies."""
+    if accumulator(dot) is i64 or not m.extent * n.extent * dot.k.extent:
+        return False
+    return m.extent <= PANEL_ROWS and is_split((n, dot.k), dot.b)
+
+
+def _for_panels(
+    cut: tuple[int, int, int, int], batches: int, m: int, n: int, work: int, strip: int
+) -> tuple[int, int, int, int]:
+    """Tiles of all rows, so that nothing is packed twice, and as many columns as stay in the second
+    cache; fewer if there were too few tiles for threads."""
+    rows, vectors, *_ = cut
+    tall = -(-m // rows) * rows
+    strips = max(1, min(PANEL_TILE // (tall * strip), PANEL_COLUMNS // strip, -(-n // strip)))
+    wanted = min(work // GRAIN, 16)
+    while strips > 1 and batches * -(-n // (strips * strip)) < wanted:
+        strips = -(-strips // 2)
+    tiles = -(-n // (strips * strip))
+    strips = -(-n // (tiles * strip))  # as many tiles, of one size
+    return rows, vectors, tall, strips * strip
 
 
 def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
