@@ -514,7 +514,7 @@ def spiked(i: int) -> tuple[torch.Tensor, torch.Tensor]:
     return X * (float("inf") if i in (2, 6) else 1.0), Y
 
 
-@case("rerun", args=lambda i: (i,), calls=9)
+@case("replay with cuts", args=lambda i: (i,), calls=9)
 def number_beside_a_literal_that_varies(w):
     """The literal becomes a runtime scalar, which is none of those that the step has."""
     w.t = t = Trainer()

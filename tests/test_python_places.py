@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.worlds import Case, check, table
+from support.worlds import Case, Keywords, check, table
 
 CASES: dict[str, Case] = {}
 case = table(CASES)
@@ -417,6 +417,39 @@ def numbers_next_to_narrow_integers(w):
         return pixels + w.n
 
     return step
+
+
+# ---- integers among the arguments
+
+
+@state(args=lambda i: (X, i, {"epoch": i // 4}))
+def number_of_the_batch(w):
+    w.table = torch.arange(60.0).view(20, 3)
+    return lambda x, i, batch: x[:3] * w.table[i] * 0.9**i + i
+
+
+@state(args=lambda i: (X, Keywords(i=i)), calls=16)
+def number_of_the_batch_by_name(w):
+    w.p = torch.ones(6, requires_grad=True)
+
+    def step(x, *, i):
+        (w.p * x).sum().backward()
+        if (i + 1) % 4 == 0:
+            w.p.grad = None
+            return x * i
+        return w.p.grad.clone()
+
+    return step
+
+
+@state(args=lambda i: (X, i if i < 8 else i + 0.5 if i < 10 else True))
+def number_of_another_type(w):
+    return lambda x, i: x * i
+
+
+@state("replay", args=lambda i: (X, 1 + i % 3), calls=14)
+def number_that_is_a_size(w):
+    return lambda x, n: x[:n] * 2
 
 
 # ---- what is no place

@@ -269,7 +269,7 @@ def counter_in_a_text(w):
     return step
 
 
-@state("rerun")
+@state(calls=16)
 def counter_as_a_number_of_turns(w):
     w.n = 0
 
@@ -389,6 +389,42 @@ def slots_of_an_argument(w):
         progress.n += 1
         progress.last = x * progress.n
         return progress.last + 1
+
+    return step
+
+
+@state("rerun")
+def slot_that_is_a_size(w):
+    w.slotted, w.table = Slotted(), torch.arange(20.0)
+    w.slotted.n = 0
+
+    def step(x):
+        w.slotted.n += 1
+        return w.table[: w.slotted.n].sum() * x
+
+    return step
+
+
+@state(calls=18, changes={14: setting("n", 2)})
+def turn_among_a_few(w):
+    w.n, w.names, w.seen = 0, ["one", "two", "three"], [0, 0, 0]
+
+    def step(x):
+        name = w.names[w.n % 3]
+        w.seen[w.n % 3] += 1
+        w.n += 1
+        return x * {"one": 1, "two": 2, "three": 3}[name], f"{name}{w.n % 3}"
+
+    return step
+
+
+@state("replay", calls=28)
+def a_queue_that_fills_up(w):
+    w.queue = deque(maxlen=6)
+
+    def step(x):
+        w.queue.append(x)
+        return sum(w.queue)
 
     return step
 

@@ -284,7 +284,7 @@ class CompiledStep(Inspected):
             prover.leave_integers(trace.scalars)
         if attempt is not None:
             suspect = attempt.begin(trace, following=trail.following)
-        bound = bind(trace, self._function, args, kwargs)
+        bound = bind(trace, self._function, args, kwargs, prover.integers)
         self.stats.traces += 1
         with uncollected() as young:
             with watch(watched or suspect) as ran:

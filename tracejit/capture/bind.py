@@ -8,7 +8,7 @@ touched and other threads see nothing.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType
@@ -57,14 +57,21 @@ def unwrap(step: object) -> tuple[FunctionType | None, tuple]:
     return None, ()
 
 
-def bind(t: Trace, function: FunctionType, args: tuple, kwargs: dict) -> BoundCall:
-    """Substitute runtime scalars for the floats that the step reads directly."""
+def bind(
+    t: Trace,
+    function: FunctionType,
+    args: tuple,
+    kwargs: dict,
+    integers: Collection[Path] = (),
+) -> BoundCall:
+    """Substitute runtime scalars for the floats that the step reads directly, and for these
+    integers among its arguments."""
 
     t.name_of = partial(name_of_tensor, function, args, kwargs)
 
     def replace(x: object, path: Path) -> object:
         x = plain(x)  # a float kept from an earlier call
-        if type(x) is float:
+        if type(x) is float or (type(x) is int and path in integers):
             return t.scalar(x, path)
         if type(x) is tuple and any(type(item) in (float, tuple) for item in x):
             return tuple(replace(item, (*path, i)) for i, item in enumerate(x))

@@ -130,8 +130,9 @@ class Hyperparameters:
                     value = group[key] = _plain(value)  # the user kept it from an earlier call
                 if not _has_floats(value):
                     continue
-                group[key] = self._traced(value, path(group, key))
-                known.entries[key] = _Entry(value, group[key])
+                place = path(group, key)
+                group[key] = self._traced(value, place)
+                known.entries[key] = _Entry(value, group[key], stored=place[0] == "held")
 
     def _traced(self, x: object, path: Path) -> object:
         if type(x) is tuple:
@@ -192,7 +193,13 @@ class Hyperparameters:
             optimizer = _running_optimizer()
             if optimizer is not None and not self.inside:
                 self._remember(optimizer)
-                self._substitute(optimizer, lambda group, key: self.computed())
+                known = set() if self.callbacks else set(self._groups)
+
+                def path(group: dict, key: str) -> Path:
+                    kind, n = self.computed()
+                    return ("held" if id(group) in known else kind), n
+
+                self._substitute(optimizer, path)
 
     def call_back(self, step: Callable, scheduler: LRScheduler, args: tuple, kwargs: dict) -> None:
         """Run a scheduler's step on plain floats; what it changes is a new runtime scalar."""

@@ -43,6 +43,14 @@ class Attributes:
 
 Holder = dict | list | deque | CellType | Attributes
 APPEND = ...  # instead of a key
+
+
+def identity(holder: Holder, key: object) -> tuple[int, object]:
+    """What tells a place apart, as long as its holder lives."""
+    owner = holder.owner if type(holder) is Attributes else holder
+    return id(owner), key if type(key) in (str, int) else id(key)
+
+
 KINDS = (int, float, bool, str, type(None))  # of what a variable may hold, besides a tensor
 
 
@@ -58,8 +66,7 @@ class Variable:
     @property
     def id(self) -> tuple[int, object]:
         """What tells it apart, as long as the holder lives."""
-        holder = self.holder.owner if type(self.holder) is Attributes else self.holder
-        return id(holder), self.key if type(self.key) in (str, int) else id(self.key)
+        return identity(self.holder, self.key)
 
     def released(self) -> Variable:
         """The same place without a holder that is this call's only."""

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.variables import Record
+from tracejit.capture.effects.variables import Record, identity
 from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
@@ -204,6 +204,8 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
             cell = places.cell(path[1])
             at = walk.tensors[id(call.reals[path[1]])]
             scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
+        elif path[0] == "held":
+            scalars[path] = walk.constant(call.scalars[captured.paths.index(path)])
         elif path[0] in ("after", "cut") or (path not in scalars and path in unread):
             scalars[path] = "None"
         elif path not in scalars:
@@ -265,20 +267,31 @@ def _unread(captured: Captured) -> set[Path]:
     }
 
 
-def pinned_stores(captured: Captured, call: Call) -> set[tuple]:
+def pinned_stores(captured: Captured, call: Call) -> tuple[set[tuple], set[tuple[tuple, float]]]:
     """The state variables, by `Variable.id`, whose number was taken as a plain one and which hold
-    another one afterwards."""
+    another one afterwards; and those of which a number was computed that was, with that number."""
     stored = {(i, key) for i, key, _ in captured.effects.stores}
     behind = {
-        value: {(id(call.holders[path[1]]), path[2])}
+        value: {identity(call.holders[path[1]], path[2])}
         for value, path in zip(captured.scalars, captured.paths, strict=True)
         if path[0] == "entry" and path[1:] in stored
     }
     for node in captured.host_nodes if behind else ():
         of = set().union(*(behind.get(x, ()) for x in node.args))
         behind[node.out] = of
-    taken = (p.left for p in captured.predicates if p.relation == "is")
-    return set().union(*(behind.get(x, ()) for x in taken))
+    direct, derived = set(), set()
+    for p in captured.predicates:
+        if p.relation == "is" and p.left in captured.scalars:
+            direct |= behind.get(p.left, set())
+        elif p.relation == "is":
+            derived |= {(id_, p.right) for id_ in behind.get(p.left, ())}
+    return direct, derived
+
+
+def pinned_arguments(captured: Captured) -> set[Path]:
+    """The arguments whose number was taken as a plain one."""
+    paths = dict(zip(captured.scalars, captured.paths, strict=True))
+    return {paths[p.left] for p in captured.predicates if p.relation == "is" and p.left in paths}
 
 
 def _decide_numbers(

@@ -57,7 +57,7 @@ from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.classes import is_heap_type, slots
-from tracejit.capture.trace.scalars import is_traced, plain
+from tracejit.capture.trace.scalars import Path, is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)
@@ -87,6 +87,7 @@ class Walk(Functions):
         self.held: list[tuple[Variable, object]] = []  # places that the step may assign, and what
         self.records: list[Record] = []  # the lists that the step only appends to
         self.lists: list[tuple[Record, list]] = []  # other lists, and what they held
+        self.integers: dict[Path, int] = {}  # among the arguments
         self.found: list[str] = []  # locals of containers and objects that are looked up
         self.assigned: list[Variable] = []  # places that the step may assign, whatever they hold
         self.containers: list[tuple[Variable, object]] = []  # where lists and dicts are
@@ -133,6 +134,9 @@ class Walk(Functions):
             self.lines.append(NumberLine(at, x, path, (key, variable)))
         elif type(x) is int and variable is not None:
             self.lines.append(NumberLine(at, x, path, (None, variable)))
+        elif type(x) is int and key is not None and key[0] in ("arg", "kwarg"):
+            self.integers[key] = x
+            self.lines.append(NumberLine(at, x, path, (key, None)))
         elif type(x) is tuple and key is not None and any(type(i) in (float, tuple) for i in x):
             self._tuple(x, at, path, key, owned)
         elif is_value(x):

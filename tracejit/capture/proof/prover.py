@@ -14,17 +14,26 @@ from types import FunctionType
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.variables import Record, Variable, is_remade, same
-from tracejit.capture.proof.guards import Armed, arm, pinned_stores, reasons_against, survey
+from tracejit.capture.proof.guards import (
+    Armed,
+    arm,
+    pinned_arguments,
+    pinned_stores,
+    reasons_against,
+    survey,
+)
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import dynamic, line_of, only_appends
-from tracejit.capture.trace.scalars import Scalars
+from tracejit.capture.trace.scalars import Path, Scalars
 from tracejit.errors import ReplayNotArmed
 
 PROOFS = 4  # traces of each new program that are watched, to arm a replay
 _SEARCHES = 8  # traces that may tell more about a step's state variables
 _REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
 _LINE = re.compile(r"(^|\bat )\S+:\d+")  # of a file
+_FEW = 4  # numbers that a plan may be good for one of
+_WAIT = 8  # traces after that, until one is watched once more; each time four times as many
 _AGREE = "two traces have to agree first"
 
 
@@ -42,10 +51,16 @@ class Prover:
         self._ran: Seen | None = None  # what watched traces ran
         self._left = PROOFS
         self._refused = 0  # how often in a row, for the same reasons
+        self._asked = False  # whether this trace is to be watched
+        self._wait, self._waits = 0, _WAIT  # traces to go until one is watched again, and next time
         self.variables: list[Variable] = []  # places that the step is known to assign
         self._plain: set[tuple] = set()  # those whose numbers it takes as plain ones
+        # numbers that it takes as plain ones and has computed of a variable
+        self._derived: defaultdict[tuple, set] = defaultdict(set)
         self._remade: set[str] = set()  # the paths of lists and dicts that it makes anew
-        self._numbers: dict[str, float] = {}  # in an earlier call, by the path of the place
+        # in an earlier call, by what the place is called, or as an argument
+        self._numbers: dict[str | Path, float] = {}
+        self.integers: set[Path] = set()  # arguments that vary, and are runtime scalars
         self.records: list[Record] = []  # lists that it only appends to
         self.aliases: list[Variable] = []  # where functions of math are by other names
         self._searches = _SEARCHES
@@ -63,6 +78,11 @@ class Prover:
 
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
+        self._asked = self.watching
+        if self._wait and not self._asked:  # what grows at first, such as a deque, stays at last
+            self._wait -= 1
+            self._left = 0 if self._wait else 2
+            return None
         if self.watching and (self._ran is not None or self.mode == "replay"):
             walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
@@ -83,7 +103,8 @@ class Prover:
         """Integers stay plain in a trace: user code keeps them in places that nobody watches."""
         scalars.pins_integers = True
         integers = {v.id for v in self.variables if v.holds_integer()}
-        self._plain |= integers
+        self._plain |= integers | self.integers
+        self.integers = set()
         self.variables = [v for v in self.variables if v.id not in integers]
 
     def built(self) -> None:
@@ -110,7 +131,7 @@ class Prover:
             self.why = 'mode="rerun" was asked for'
             return None
         if ran is None:
-            if self._left > 0:
+            if self._asked:
                 self.why = "another profiler is active (sys.setprofile)"
             return None
         self._left -= 1
@@ -132,8 +153,9 @@ class Prover:
             before.covers(ran) or self._survey(args, kwargs).lines == lines
         )
         if reasons and not incomplete:
-            self._refuse(reasons)
-            if ran.refusals or walk.refusals:
+            lasting = bool(ran.refusals or walk.refusals)
+            self._refuse(reasons, lasting=lasting)
+            if lasting:
                 self.warning = self.why
             return None
         if reasons or incomplete or (traced < 2 and self.mode != "replay"):
@@ -146,9 +168,13 @@ class Prover:
 
         What a trace has changed of what it reads, is one from now on, and a number that is another
         one than in an earlier call. But one that a trace takes as a plain number, and changes, is
-        none: there would be a plan for each value.
+        none: there would be a plan for each value. What is computed of it, such as its remainder,
+        may be one of a few numbers.
         """
-        pinned = pinned_stores(captured, call)
+        pinned, derived = pinned_stores(captured, call)
+        for id_, number in derived:
+            self._derived[id_].add(number)
+        pinned |= {id_ for id_, _ in derived if len(self._derived[id_]) > _FEW}
         self._plain.update(pinned)
         known = {v.id for v in self.variables}
         self.variables = [v for v in self.variables if v.id not in pinned]
@@ -159,19 +185,25 @@ class Prover:
             and not (type(before) is float and id(variable.holder) in walk.groups)
             and (variable.changed(before) or self._varies(variable, before))
         ]
+        vary = {path for path, x in walk.integers.items() if self._numbers.get(path, x) != x}
+        taken = self.integers & pinned_arguments(captured)
+        new = vary - self.integers - self._plain
+        self.integers = (self.integers | new) - taken
+        self._plain |= taken
         self._numbers = {v.path: x for v, x in walk.held if type(x) in (int, float)}
+        self._numbers |= walk.integers
         grown = [record for record, before in walk.lists if _grown(record, before, walk, ran)]
         read = [record for record in walk.records if not _only_appended(record, walk, ran)]
         if read:
             self.records = [r for r in self.records if all(r.items is not x.items for x in read)]
         remade = [place for place, x in walk.containers if _is_remade(place, x)]
-        new = {place.path for place in remade} - self._remade
-        if self._searches and (found or pinned or grown or read or new):
+        anew = {place.path for place in remade} - self._remade
+        if self._searches and (found or pinned or grown or read or anew or new or taken):
             self._searches -= 1
             self._left = max(self._left, 2)
             self.variables += {v.id: v for v in found}.values()
             self.records += grown
-            self._remade |= new
+            self._remade |= anew
             self.variables += [p for p in remade if type(p.get()) is not defaultdict]
             return True
         return False
@@ -187,13 +219,15 @@ class Prover:
         earlier = self._numbers.get(variable.path)
         return type(earlier) is type(number) and not same(earlier, number)
 
-    def _refuse(self, reasons: list[str]) -> None:
+    def _refuse(self, reasons: list[str], *, lasting: bool) -> None:
         more = f"; and {len(reasons) - 4} more" if len(reasons) > 4 else ""
         why = "; ".join(reasons[:4]) + more
         alike = re.sub(r"\d+", "#", why) == re.sub(r"\d+", "#", self.why)
         self.why, self._refused = why, self._refused + 1 if alike else 1
         if self._refused >= _REFUSALS:
             self._left = 0
+            if not lasting and not self._wait:
+                self._wait, self._waits = self._waits, 4 * self._waits
         if self.mode == "replay":
             raise ReplayNotArmed(reason=self.why)
 

@@ -28,6 +28,8 @@ from tracejit.ir.types import HOST_SCALAR
 #   item k                     the one element of the k-th outside tensor, read before the plan runs
 #   after n path               what a path leads to when the n-th callback has run
 #   cut n                      the n-th number that Python read in the step: a value of the graph
+#   held n                     a plain number that the step has put into a param group: the same one
+#                              whenever what it reads is the same
 #   computed n                 a number that Python computed in this call; a replay cannot know it
 Path = tuple
 
