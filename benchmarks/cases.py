@@ -71,6 +71,10 @@ CASES: dict[str, Case] = {
     "transformer_block": Case(
         transformer_block.make_step, {"batch": 2, "length": 5, "width": 24, "heads": 4}, _BLOCK
     ),
+    "mlp_dropout": Case(steps.mlp_dropout, {"batch": 9, "sizes": (33, 20, 5)}, _MLP),
+    "block_dropout": Case(
+        steps.block_dropout, {"batch": 2, "length": 5, "width": 24, "heads": 4}, _BLOCK
+    ),
     "loss_item": Case(steps.loss_item, _NET, _TWO_LAYER),
     "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER),
     "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER),

@@ -55,7 +55,9 @@ def tracejit(step: Callable) -> Callable:
 
 def torch_compile(step: Callable) -> Callable:
     import torch
+    import torch._inductor.config as inductor
 
+    inductor.fallback_random = True  # else it draws other numbers than eager
     return torch.compile(step)
 
 

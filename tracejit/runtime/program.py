@@ -24,7 +24,7 @@ class Program:
     """One compiled plan. Programs that share a Memory run one after another."""
 
     def __init__(self, plan: Plan, executor: Executor, memory: Memory | None = None):
-        self.plan = plan
+        self.plan, self.executor = plan, executor.name
         loaded = executor.load(plan)
         self.loaded = ProfiledPlan(plan, loaded) if knobs.debug() >= 2 else loaded
         memory = memory or Memory()
