@@ -111,6 +111,12 @@ CASES: dict[str, Case] = {
         _BLOCK,
         jax=True,
     ),
+    "mlp_dropout": Case(
+        steps.mlp_dropout, {"batch": 9, "sizes": (33, 20, 5)}, _MLP, optimizer="Adam"
+    ),
+    "block_dropout": Case(
+        steps.block_dropout, {"batch": 2, "length": 5, "width": 24, "heads": 4}, _BLOCK
+    ),
     "loss_item": Case(steps.loss_item, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
     "nan_check": Case(steps.nan_check, _NET, _TWO_LAYER, optimizer="SGD", reads=True),
     "norm_logged": Case(steps.norm_logged, _NET, _TWO_LAYER, optimizer="SGD", reads=True),

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from examples import transformer_block
 from examples.modules import sequential
 
 Loss = Callable[[], torch.Tensor]
@@ -84,6 +85,40 @@ def mlp(
     labels = torch.randint(0, sizes[-1], (batch,)).to(device)
     step = _trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
     return step, list(model.parameters())
+
+
+def mlp_dropout(
+    batch: int = 256,
+    sizes: Sequence[int] = (784, 512, 512, 10),
+    device: str = "cpu",
+    **options: bool,
+) -> Made:
+    """The classifier with dropout, and AdamW."""
+    torch.manual_seed(0)
+    layers: list[torch.nn.Module] = []
+    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU(), torch.nn.Dropout(0.1)]
+    model = torch.nn.Sequential(*layers[:-2]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
+    x = torch.randn(batch, sizes[0]).to(device)
+    labels = torch.randint(0, sizes[-1], (batch,)).to(device)
+    step = _trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
+    torch.manual_seed(1)
+    return step, list(model.parameters())
+
+
+def block_dropout(
+    batch: int = 4, length: int = 64, width: int = 128, heads: int = 4, device: str = "cpu"
+) -> Made:
+    """The transformer block with dropout after attention, where a residual is added, and AdamW."""
+    torch.manual_seed(0)
+    block = transformer_block.Block(width, heads, dropout=0.1).to(device)
+    block.key.bias = None  # its gradient is 0, and AdamW would follow what rounding leaves of it
+    optimizer = torch.optim.AdamW(block.parameters(), lr=1e-3)
+    x, target = (torch.randn(batch, length, width).to(device) for _ in range(2))
+    step = _trained(lambda: F.mse_loss(block(x), target), block, optimizer)
+    torch.manual_seed(1)
+    return step, list(block.parameters())
 
 
 @_of_net

@@ -14,11 +14,11 @@ import tracejit
 
 
 class Block(torch.nn.Module):
-    """Layer norm, attention, residual; layer norm, gelu MLP, residual."""
+    """Layer norm, attention, residual; layer norm, gelu MLP, residual; dropout if asked for."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.norm1 = torch.nn.LayerNorm(width)
         self.norm2 = torch.nn.LayerNorm(width)
         self.query = torch.nn.Linear(width, width)
@@ -37,9 +37,11 @@ class Block(torch.nn.Module):
 
         q, k, v = split(self.query(h)), split(self.key(h)), split(self.value(h))
         scores = q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5
-        mixed = torch.softmax(scores, dim=-1) @ v
-        x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+        mixed = F.dropout(torch.softmax(scores, dim=-1), self.dropout, self.training) @ v
+        out = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
+        x = x + F.dropout(out, self.dropout, self.training)
+        out = self.down(F.gelu(self.up(self.norm2(x))))
+        return x + F.dropout(out, self.dropout, self.training)
 
 
 def make_step(

@@ -21,6 +21,8 @@ from support.function_checks import (
 from support.function_samples import each_function, samples_of
 from support.function_samples_random import draws
 from tracejit.compile import CompiledStep
+from tracejit.runtime import streams
+from tracejit.runtime.streams import Stream
 from tracejit.testing import assert_equal_to_eager, losses_agree
 
 FUNCTIONS = [f for f in each_function() if draws(f)]
@@ -555,3 +557,70 @@ def test_an_observer_that_fails():
 def test_the_public_check_draws_the_same_in_float64(build):
     torch.manual_seed(2)
     assert_equal_to_eager(build(), calls=4)
+
+
+# ---- many numbers at once, by C
+
+
+needs_c = pytest.mark.skipif(not streams.available(), reason="no C compiler, or torch has its own")
+SIZES = (0, 1, 2, 311, 312, 313, 623, 624, 625, 1024, 1025, 4999)
+
+
+@needs_c
+@pytest.mark.parametrize("ahead", [0, 1, 7, 623, 624, 625])
+def test_a_stream_is_torchs(ahead: int):
+    """The same numbers and the same state, wherever in its 624 words the generator stands."""
+    its = torch.Generator().manual_seed(ahead)
+    torch.empty(ahead, dtype=torch.int32).random_(generator=its)
+    torch.empty(1).normal_(generator=its)  # keeps a second number for the next call
+    mine = torch.Generator()
+    mine.set_state(its.get_state())
+    asked, expected = [], []
+    for n in SIZES:
+        for chance in (0.0, 0.3, 1 / 3, 1.0):
+            asked.append(Stream(torch.empty(n, dtype=torch.bool), chance))
+            expected.append(torch.empty(n, dtype=torch.bool).bernoulli_(chance, generator=its))
+        for dtype in (torch.float32, torch.float64):
+            asked.append(Stream(torch.empty(n, dtype=dtype)))
+            expected.append(torch.empty(n, dtype=dtype).uniform_(generator=its))
+    streams.filler(asked)(mine)
+    assert all(torch.equal(a.into, b) for a, b in zip(asked, expected, strict=True))
+    assert torch.equal(mine.get_state(), its.get_state())
+    again = torch.empty(5).normal_(generator=its)
+    assert torch.equal(torch.empty(5).normal_(generator=mine), again)
+
+
+@needs_c
+def test_the_chance_of_a_stream_may_be_another_one_in_each_call():
+    mask, generator = torch.empty(3, 400, dtype=torch.bool), torch.Generator()
+    fill = streams.filler([Stream(mask, None)])
+    for chance in (0.1, 0.9):
+        fill(generator.manual_seed(3), chance)
+        drawn = torch.empty(3, 400, dtype=torch.bool)
+        assert torch.equal(mask, drawn.bernoulli_(chance, generator=generator.manual_seed(3)))
+    before = generator.get_state()
+    for chance in (1.1, -0.1, float("nan")):
+        with pytest.raises(RuntimeError, match="p to be in"):
+            fill(generator, chance)
+    assert torch.equal(generator.get_state(), before)
+
+
+@needs_c
+def test_masks_of_a_replay_are_one_stream():
+    """Also those in the order of memory that is not row-major; others are drawn by torch."""
+    x, odd = torch.randn(40, 30).t(), torch.randn(40, 30)[:, ::2]
+
+    def step(p):
+        return F.dropout(x, p), F.dropout(odd, 0.5), torch.rand(300), torch.randn(300)
+
+    compiled = tracejit.compile(step, backend="c")
+    for i in range(8):
+        torch.manual_seed(i)
+        expected = step(0.1 * i + 0.1)
+        torch.manual_seed(i)
+        for mine, his in zip(compiled(0.1 * i + 0.1), expected, strict=True):
+            torch.testing.assert_close(mine, his)
+    assert compiled.stats.replays >= 4
+    lines = [x.strip() for x in compiled._replays[0].run.text.splitlines()]
+    assert sum(x.startswith("fill0(rng0, ") for x in lines) == 1
+    assert [x.partition(" = ")[0] for x in lines if " = do" in x] == ["draw3"]

@@ -15,14 +15,14 @@ import torch
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
-from tracejit.capture.effects.drawing import DrawLines
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, Places, condition
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
+from tracejit.drawing import DrawLines
 from tracejit.ir import host_memory
-from tracejit.ir.graph import Graph
+from tracejit.ir.graph import Arg, Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.parts import Parts, Stage
 from tracejit.runtime.executor import Inlined
@@ -170,7 +170,10 @@ class _Writer:
             **{"checking": checking},
         }
         self.code = HostCode()
-        self.draws = DrawLines(captured.draws, names=self.names, replayed=armed is not None)
+        of_c = getattr(program, "executor", "") == "c"
+        self.draws = DrawLines(
+            captured.draws, self.names, replayed=armed is not None, streamed=of_c
+        )
         self.before: list[str] = []
         self._written = 0  # lines of `code` that stand in `before`
         self.one = dict.fromkeys(alike, next(iter(alike), None))
@@ -323,9 +326,14 @@ class _Writer:
 
     def _draw(self, count: int | None = None) -> None:
         """Make the draws up to a number of them, or all, that a replay has not made yet."""
-        for event in self.draws.missing(count):
-            numbers = self.code.add(self.captured.host_nodes, event.numbers, self.scalars)
-            self.before += [*self._code(), self.draws.do(numbers)]
+
+        def numbers(operands: Sequence[Arg]) -> list[str]:
+            found = self.code.add(self.captured.host_nodes, operands, self.scalars)
+            self.before += self._code()
+            return found
+
+        for line in self.draws.lines(count, numbers):
+            self.before.append(line)
 
     def _rest_inputs(self) -> list[str]:
         """Expressions of the inputs of the rest: addresses and floats."""

@@ -46,6 +46,7 @@ TEMPLATES = {
     "where": "({0} ? {1} : {2})",
     "cast": {
         "f": "(({T}){0})",
+        "b": "(({T})({0} ? 1 : 0))",  # which is vectorized
         "f to i64": "tj_long{f}({0})",
         "f to i32": "tj_int{f}({0})",
         "f to i16": "(({T})tj_int{f}({0}))",

@@ -10,7 +10,7 @@ import numpy as np
 from tracejit.codegen.c_prelude import C_TYPES
 from tracejit.codegen.c_table import TEMPLATES
 from tracejit.codegen.language import Language, Line, strip
-from tracejit.ir.types import DType, bf16, f16, f64
+from tracejit.ir.types import DType, b1, bf16, f16, f64
 
 
 def value_type(dtype: DType) -> str:
@@ -19,8 +19,8 @@ def value_type(dtype: DType) -> str:
 
 
 def memory_type(dtype: DType) -> str:
-    """The C type of elements in memory."""
-    return "uint16_t" if dtype.narrow else C_TYPES[dtype.name]
+    """The C type of elements in memory. Bytes: loops over bools are slow."""
+    return "uint16_t" if dtype.narrow else "uint8_t" if dtype is b1 else C_TYPES[dtype.name]
 
 
 def literal(value: object, dtype: DType) -> str:
@@ -52,6 +52,8 @@ def constant(value: object, dtype: DType, typed: bool) -> str:
 
 def loaded(text: str, dtype: DType) -> str:
     """An element of memory as a value."""
+    if dtype is b1:
+        return f"{text} != 0"
     return f"tj_load_{dtype.name}({text})" if dtype.narrow else text
 
 

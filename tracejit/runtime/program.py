@@ -35,7 +35,7 @@ class Program:
         *,
         require_graph: bool = False,
     ):
-        self.plan = plan
+        self.plan, self.executor = plan, executor.name
         self.computes = getattr(executor, "computes", True)  # not for a GPU that is not here
         loaded = executor.load(plan)
         if require_graph:

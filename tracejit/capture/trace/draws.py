@@ -48,10 +48,14 @@ class Draw:
     strides: Ints
     generator: int
 
-    def prepared(self) -> Callable[..., Tensor]:
+    def buffer(self) -> Tensor:
+        """Memory for the numbers."""
         t = self.type
         dtype = TO_TORCH[t.dtype]
-        buffer = torch.empty_strided(t.shape, self.strides, dtype=dtype, device=really(t.device))
+        return torch.empty_strided(t.shape, self.strides, dtype=dtype, device=really(t.device))
+
+    def prepared(self) -> Callable[..., Tensor]:
+        buffer = self.buffer()
         if self.fill == "randperm":
             return lambda generator, n: torch.randperm(n, generator=generator, out=buffer)
         fill, names = getattr(buffer, self.fill), self.names
