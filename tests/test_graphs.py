@@ -390,10 +390,15 @@ def test_a_failed_capture_is_said_once_and_changes_nothing(device, monkeypatch):
         warnings.simplefilter("always")
         for _ in range(2 * WARM):
             torch.testing.assert_close(ours(), eager())
+        for p, q in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(p, q)
+        device.synchronize()
+        with device.on(device.stream()):  # which would have a graph of its own
+            for _ in range(WARM):
+                ours()
+        device.synchronize()
     texts = [str(w.message) for w in said if w.category is TracejitWarning]
     assert len(texts) == 1 and "operation not permitted" in texts[0], texts
-    for p, q in zip(mine, theirs, strict=True):
-        torch.testing.assert_close(p, q)
     assert "launch" in log_of(device, ours)[-1]
 
 
@@ -406,8 +411,15 @@ def test_a_failed_capture_of_a_required_graph_raises_and_changes_nothing(device,
             for _ in range(WARM):
                 before = [p.detach().clone() for p in parameters]
                 ours()
+        for _ in range(3):
+            with pytest.raises(GraphError, match="operation not permitted"):
+                ours()
     for p, q in zip(parameters, before, strict=True):
         assert torch.equal(p, q)
+    ours.reset()
+    for _ in range(WARM):
+        ours()
+    assert replayed(device, ours)
 
 
 def test_no_memory_for_the_copies_is_a_failed_capture(device, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -21,6 +22,31 @@ def few(monkeypatch) -> None:
 def test_this_python_and_torch_are_known():
     """Else replays are slower, and this says so."""
     assert words.known() and words.numbered()
+
+
+@pytest.mark.parametrize(
+    "under",
+    [
+        torch.no_grad,
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        lambda: _default_dtype(torch.float64),
+    ],
+    ids=["no_grad", "device", "inference", "dtype"],
+)
+def test_it_does_not_matter_when_that_is_found_out(under):
+    with under():
+        assert words.known.__wrapped__()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class World:

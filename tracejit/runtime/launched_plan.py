@@ -84,7 +84,7 @@ class LaunchedPlan:
         self._kernels: dict[tuple, LoadedKernel] = {}
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
         self._graphs = MIN_LAUNCHES if knobs.graphs() else 0  # launches of the least that is one
-        self._required = False
+        self._required, self._why_not = False, ""
         for number in range(len(self._launches)):
             self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
 
@@ -100,7 +100,7 @@ class LaunchedPlan:
         for base in given:
             if found := _ELEMENT.fullmatch(base):
                 lists.setdefault(found[1], []).append(base)
-        picked = [base for bases in lists.values() for base in bases]
+        picked = dict.fromkeys(base for elements in lists.values() for base in elements)
         order = [*picked, *(base for base in given if base not in picked), *own]
         bases = {base: n for n, base in enumerate(order)}
         fitting = Fitting(self, [(bases[base], offset) for base, offset in addresses])
@@ -170,6 +170,8 @@ class LaunchedPlan:
         device = self.device
         if device.capturing():
             return self._captured()
+        if self._why_not:
+            raise self._no_graph(self._why_not)
         stream = device.current_stream()
         state = self._states.pop(stream, None)
         if state is None:
@@ -214,11 +216,15 @@ class LaunchedPlan:
         return GraphError(step=self.plan.name, reason=reason)
 
     def _refused(self, error: Exception) -> None:
-        """A graph could not be made: nor is it tried again."""
-        self._graphs = 0
+        """A graph could not be made: nor is it tried again. Where there must be one, this call is
+        refused, and so are later ones."""
         reason = str(error.__cause__ or error)
         if self._required:
+            self._why_not = reason
             raise self._no_graph(reason) from error
+        if not self._graphs:
+            return  # it was said
+        self._graphs = 0
         text = f"tracejit: step {self.plan.name!r} is launched kernel by kernel, as no CUDA graph "
         warnings.warn(TracejitWarning(f"{text}could be made of it: {reason}"), stacklevel=2)
 

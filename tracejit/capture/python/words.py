@@ -209,13 +209,19 @@ def _plain(t: torch.Tensor) -> bool:
 # ---- is all of that so?
 
 
+def _zeros(*shape: int, **options: object) -> torch.Tensor:
+    """Whatever the defaults are."""
+    return torch.zeros(*shape, **{"dtype": torch.float32, "device": "cpu"} | options)
+
+
 @functools.cache
 def known() -> bool:
     """Whether the words are where they should be, in this process."""
     if sys.implementation.name != "cpython" or sys.maxsize != (1 << 63) - 1:
         return False
     try:
-        return _pointers_are_there() and _facts_are_seen()
+        with torch.enable_grad(), torch.inference_mode(False):
+            return _pointers_are_there() and _facts_are_seen()
     except Exception:
         return False
 
@@ -253,7 +259,7 @@ def numbered() -> bool:
 
 def _pointers_are_there() -> bool:
     """What leads from one object to the next; each is only followed when it was found."""
-    t, other = _behind(torch.zeros(3, 4)), {"a": 1}
+    t, other = _behind(_zeros(3, 4)), {"a": 1}
     if _objects((other, t)).tolist() != [id(other), id(t)]:
         return False
     attributes = t.__dict__
@@ -275,13 +281,13 @@ def _pointers_are_there() -> bool:
 
 def _behind(x: torch.Tensor) -> torch.Tensor:
     """A tensor of the memory behind a row of 4, which is no view."""
-    return torch.empty(0).set_(x.untyped_storage(), 4, (x.shape[0] - 1, 4), (4, 1))
+    return _zeros(0).set_(x.untyped_storage(), 4, (x.shape[0] - 1, 4), (4, 1))
 
 
 def _facts_are_seen() -> bool:
     """Tensors that differ in one fact differ here, and others do not."""
-    weight = lambda *shape: torch.nn.Parameter(torch.zeros(*shape or (3, 4)))  # noqa: E731
-    trained, plain = Group((weight(),)), Group((torch.zeros(3, 4),))
+    weight = lambda *shape: torch.nn.Parameter(_zeros(*shape or (3, 4)))  # noqa: E731
+    trained, plain = Group((weight(),)), Group((_zeros(3, 4),))
 
     def changed(change: Callable[[torch.Tensor], object]) -> torch.Tensor:
         x = weight()
@@ -304,31 +310,31 @@ def _facts_are_seen() -> bool:
                 weight(4, 3).data.t(),
                 weight(3, 8)[:, ::2],
             ),
-            torch.nn.Parameter(torch.zeros(4, 3).t()),
-            torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64)),
-            torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float16)),
-            torch.nn.Parameter(torch.zeros(3, 4, device="meta")),
+            torch.nn.Parameter(_zeros(4, 3).t()),
+            torch.nn.Parameter(_zeros(3, 4, dtype=torch.float64)),
+            torch.nn.Parameter(_zeros(3, 4, dtype=torch.float16)),
+            torch.nn.Parameter(_zeros(3, 4, device="meta")),
             *(weight().data, weight() * 2, weight().view(3, 4)),
             changed(lambda x: x.requires_grad_(False)),
             changed(lambda x: x.register_hook(lambda g: g)),
             changed(lambda x: x.register_post_accumulate_grad_hook(lambda p: None)),
             changed(lambda x: setattr(x, "note", 1)),
             changed(renamed),
-            changed(lambda x: setattr(x, "data", torch.zeros(4, 3).t())),
+            changed(lambda x: setattr(x, "data", _zeros(4, 3).t())),
         )
     ]
     others += [
         (plain, x)
         for x in (
-            torch.zeros(3, 4, dtype=torch.int32),
-            torch.zeros(3, 4, requires_grad=True),
-            torch._neg_view(torch.zeros(3, 4)),
-            torch.zeros(4, 3).t(),
-            torch._lazy_clone(torch.zeros(3, 4)),
+            _zeros(3, 4, dtype=torch.int32),
+            _zeros(3, 4, requires_grad=True),
+            torch._neg_view(_zeros(3, 4)),
+            _zeros(4, 3).t(),
+            torch._lazy_clone(_zeros(3, 4)),
         )
     ]
     same = [(trained, weight()), (trained, changed(lambda x: x.data.add_(1)))]
-    same += [(plain, _behind(torch.zeros(4, 4))), (plain, torch.ones(3, 4))]
+    same += [(plain, _behind(_zeros(4, 4))), (plain, _zeros(3, 4).add_(1))]
     return all(group.addresses((x,)) is None for group, x in others) and all(
         group.addresses((x,)) == [x.data_ptr()] for group, x in same
     )
