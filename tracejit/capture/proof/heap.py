@@ -21,14 +21,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
 from enum import Enum
-from types import (
-    CellType,
-    CodeType,
-    FunctionType,
-    MethodType,
-    ModuleType,
-    SimpleNamespace,
-)
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import torch
 from torch.autograd.function import Function
