@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
-from support.graph_texts import SIDE_BY_SIDE
+from support.graph_texts import SIDE_BY_SIDE, convolution
 from support.machine_code import each_target, facts, mostly_90, only_launch
 from tracejit.aot import check_limits
 from tracejit.codegen.geometry import MAX_PROGRAMS
@@ -287,6 +287,17 @@ def test_matmul_with_update_and_reduction(dtype, target):
     form, found = facts(UPDATE.format(t=dtype, m=1000, n=100, k=64), target)
     check_limits(found)
     assert form == "matmul" and found.atomics == 1
+
+
+@mostly_90
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_convolution_is_a_matmul_without_spills(dtype, target):
+    form, found = facts(convolution(dtype, o=64), target)
+    check_limits(found)
+    assert form == "matmul" and found.spills == 0
+    assert (found.ffma > 100) == (dtype == "f32") and (found.mma + found.wgmma > 0) == (
+        dtype == "bf16"
+    )
 
 
 @pytest.mark.parametrize("precision, wgmma", [("ieee", False), ("tf32", True)])
