@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
-from support.graph_texts import SIDE_BY_SIDE
+from support.graph_texts import SIDE_BY_SIDE, convolution
 from support.machine_code import each_target, facts, mostly_90, only_launch
 from tracejit.aot import check_limits
 from tracejit.codegen.geometry import MAX_PROGRAMS
@@ -305,6 +305,17 @@ def test_addresses_in_memory_cost_a_load_each(text, target):
     assert found.stores == plain.stores and found.loads[128] == plain.loads[128]
     assert sum(found.loads.values()) - sum(plain.loads.values()) <= buffers
     assert (found.wgmma, found.mma, found.ffma) == (plain.wgmma, plain.mma, plain.ffma)
+
+
+@mostly_90
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_convolution_is_a_matmul_without_spills(dtype, target):
+    form, found = facts(convolution(dtype, o=64), target)
+    check_limits(found)
+    assert form == "matmul" and found.spills == 0
+    assert (found.ffma > 100) == (dtype == "f32") and (found.mma + found.wgmma > 0) == (
+        dtype == "bf16"
+    )
 
 
 @pytest.mark.parametrize("precision, wgmma", [("ieee", False), ("tf32", True)])

@@ -33,6 +33,7 @@ def test_channels_last(net):
 
 
 @pytest.mark.interpret
+@pytest.mark.slow
 @pytest.mark.parametrize("net", NETS)
 def test_interpret(net):
     check(net, "sgd", "interpret", 3)

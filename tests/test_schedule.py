@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from support.graph_texts import ADDED, FRESH, KEPT, PROGRAM_3, ZEROS, softmax, two_layers
+from support.graph_texts import (
+    ADDED,
+    FRESH,
+    KEPT,
+    PROGRAM_3,
+    ZEROS,
+    convolution,
+    softmax,
+    two_layers,
+)
 from support.plan_checks import both, check
 from support.random_graphs import RandomProgram
 from tracejit.ir.graph import Builder, Result
@@ -427,3 +436,15 @@ def test_random_programs(block):
                 check(graph, plan, seed)
         except Exception as error:
             raise AssertionError(f"seed {seed}:\n{graph}") from error
+
+
+def test_a_convolution_is_one_launch_that_reads_the_image_where_it_lies():
+    """Windows and borders are indices; bias and relu are the epilogue, in the image's layout."""
+    plan = schedule(parse(convolution()))
+    (launch,) = plan.launches
+    assert [b.kind for b in plan.buffers] == ["input"] * 3 + ["output"]
+    (stage,) = launch.kernel.stages
+    assert stage.dot is not None and [s.op.name for s in stage.body if isinstance(s, Compute)] == [
+        "add",
+        "maximum",
+    ]

@@ -144,3 +144,27 @@ def softmax_gradient(rows: int, columns: int, dtype: str = "f32") -> str:
       return %9, %15
     }}"""
     )
+
+
+def convolution(dtype: str = "f32", n: int = 4, c: int = 16, o: int = 32, side: int = 16) -> str:
+    """A 3×3 convolution with a border of zeros, its bias, and a relu."""
+    t, k, rows, wide = dtype, c * 9, n * side * side, side + 2
+    return f"""
+step(%0: {t}[{n},{c},{side},{side}], %1: {t}[{o},{c},3,3], %2: {t}[{o}]) {{
+  %3: {t}[{n},{c},{wide},{wide}] = pad(%0, low=(0,0,1,1), high=(0,0,1,1), interior=(0,0,0,0), value=0)
+  %4: {t}[{n},{c},{wide},{wide},1,1] = reshape(%3, shape=({n},{c},{wide},{wide},1,1))
+  %5: {t}[{n},{c},{wide},{wide},3,3] = expand(%4, shape=({n},{c},{wide},{wide},3,3))
+  %6: {t}[{n},{c},{side},{wide},3,3] = window(%5, axes=(2,4), stride=1, dilation=1, count={side})
+  %7: {t}[{n},{c},{side},{side},3,3] = window(%6, axes=(3,5), stride=1, dilation=1, count={side})
+  %8: {t}[{c},3,3,{n},{side},{side}] = permute(%7, axes=(1,4,5,0,2,3))
+  %9: {t}[{k},{rows}] = reshape(%8, shape=({k},{rows}))
+  %10: {t}[{o},{k}] = reshape(%1, shape=({o},{k}))
+  %11: {t}[{o},{rows}] = matmul(%10, %9)
+  %12: {t}[{o},{n},{side},{side}] = reshape(%11, shape=({o},{n},{side},{side}))
+  %13: {t}[{n},{o},{side},{side}] = permute(%12, axes=(1,0,2,3))
+  %14: {t}[1,{o},1,1] = reshape(%2, shape=(1,{o},1,1))
+  %15: {t}[{n},{o},{side},{side}] = expand(%14, shape=({n},{o},{side},{side}))
+  %16: {t}[{n},{o},{side},{side}] = add(%13, %15)
+  %17: {t}[{n},{o},{side},{side}] = maximum(%16, 0.0)
+  return %17
+}}"""  # noqa: E501

@@ -62,7 +62,7 @@ def residual(width: int = 8, classes: int = 10) -> nn.Module:
     )
 
 
-def vgg(widths: tuple[int, ...] = (8, 16), classes: int = 10, side: int = 12) -> nn.Module:
+def vgg(widths: tuple[int, ...] = (16, 32), classes: int = 10, side: int = 12) -> nn.Module:
     """Pairs of 3×3 convolutions with bias, batch norm and a pool, and a classifier."""
     layers: list[nn.Module] = []
     inputs = 3
@@ -97,7 +97,7 @@ class Separable(nn.Module):
         return x + self.body(x) if self.adds else self.body(x)
 
 
-def mobile(width: int = 4, classes: int = 10) -> nn.Module:
+def mobile(width: int = 16, classes: int = 10) -> nn.Module:
     """Depthwise and 1×1 convolutions in turn."""
     return nn.Sequential(
         nn.Conv2d(3, width, 3, 2, 1, bias=False),

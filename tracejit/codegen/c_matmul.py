@@ -1,9 +1,9 @@
 """A contraction as C: tiles of the result, and the rest of the stage's body over each while hot.
 
-Four ways: tiles dealt to threads (after a task that packs the operands, where that is needed), or
-tiles that pack their own part of B;
-slices of k dealt to threads, for results much smaller than the operands; and one loop along k per
-result, for products with a vector. The reductions of the body go along.
+Four ways: tiles dealt to threads, after a task that packs the operands where that is needed; tiles
+that pack their own part of B; slices of k dealt to threads, for results much smaller than the
+operands; and one loop along k per result, for products with a vector. The reductions of the body go
+along.
 """
 
 from __future__ import annotations

@@ -1,0 +1,132 @@
+"""Convolution and pooling in compiled steps: values and gradients like eager's on each executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import tracejit
+from support.function_samples import r
+
+BACKENDS = ["numpy", "c"]
+# Triton's interpreter takes seconds for each
+INTERPRETED = {"padded", "strided", "patches", "grouped", "depthwise", "overlapping"}
+INTERPRETED |= {"max overlapping", "mean"}
+SHAPES = {
+    "plain": ((2, 3, 9, 8), (5, 3, 3, 3), {}),
+    "padded": ((2, 3, 9, 8), (5, 3, 3, 3), {"padding": 1}),
+    "strided": ((2, 3, 9, 8), (5, 3, 3, 3), {"stride": 2, "padding": 1}),
+    "wide stride": ((2, 3, 9, 8), (5, 3, 2, 2), {"stride": 3, "padding": 1}),
+    "patches": ((2, 3, 9, 8), (5, 3, 2, 2), {"stride": 2}),
+    "dilated": ((2, 3, 9, 8), (5, 3, 3, 3), {"dilation": (1, 2), "padding": (0, 2)}),
+    "one by one": ((3, 4, 5, 5), (7, 4, 1, 1), {}),
+    "grouped": ((2, 4, 7, 6), (6, 2, 3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": ((2, 4, 7, 6), (4, 1, 3, 3), {"groups": 4, "stride": 2, "padding": 1}),
+    "several strips": ((3, 5, 11, 10), (37, 5, 3, 3), {"padding": 1}),
+    "several panels": ((2, 33, 5, 6), (14, 33, 3, 3), {"padding": 1}),
+    "one pixel": ((2, 3, 3, 3), (5, 3, 3, 3), {}),
+    "line": ((2, 3, 19), (4, 3, 4), {"stride": 2, "padding": 3}),
+    "volume": ((2, 3, 4, 5, 6), (4, 3, 2, 3, 2), {"padding": 1, "stride": (1, 2, 1)}),
+    "no images": ((0, 3, 9, 8), (5, 3, 3, 3), {"padding": 1}),
+}
+TRANSPOSED = {
+    "up": ((2, 3, 4, 3), (3, 5, 2, 2), {"stride": 2}),
+    "overlapping": ((2, 4, 4, 3), (4, 5, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "grouped": ((2, 4, 4, 3), (4, 3, 3, 3), {"groups": 2, "dilation": 2}),
+}
+POOLED = {
+    "max": lambda x: F.max_pool2d(x, 2),
+    "max overlapping": lambda x: F.max_pool2d(x, 3, 2, 1),
+    "max dilated": lambda x: F.max_pool2d(x, 2, 2, 1, 3, True),
+    "mean": lambda x: F.avg_pool2d(x, 3, 2, 1, True, False),
+    "adaptive mean": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
+    "adaptive max": lambda x: F.adaptive_max_pool2d(x, (4, 3)),
+}
+
+
+def check(function: Callable, backend: str, *tensors: torch.Tensor) -> None:
+    """Values, strides and gradients of a function that a relu follows, over three calls."""
+
+    def step(*xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        y = function(*xs)
+        z = F.relu(y)
+        return y.detach(), *torch.autograd.grad((z * z).sum(), xs)
+
+    compiled = tracejit.compile(step, backend=backend, on_unsupported="raise")
+    for call in range(1 if backend == "interpret" else 3):
+        xs = [(t * (1 + call)).requires_grad_() for t in tensors]
+        ours, eager = compiled(*xs), step(*xs)
+        assert ours[0].stride() == eager[0].stride()
+        for mine, his in zip(ours, eager, strict=True):
+            assert mine.shape == his.shape
+            assert (mine - his).norm() <= 1e-5 * his.norm()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_convolution(name, backend):
+    x, w, options = SHAPES[name]
+    f = getattr(F, f"conv{len(x) - 2}d")
+    check(lambda x, w, b: f(x, w, b, **options), backend, r(*x), r(*w), r(w[0]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_transposed(name, backend):
+    x, w, options = TRANSPOSED[name]
+    check(lambda x, w: F.conv_transpose2d(x, w, **options), backend, r(*x), r(*w))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", POOLED)
+def test_pooling(name, backend):
+    check(POOLED[name], backend, r(2, 3, 9, 8))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ["padded", "strided", "depthwise", "one by one"])
+def test_channels_last(name, backend):
+    x, w, options = SHAPES[name]
+    x = r(*x).to(memory_format=torch.channels_last)
+    check(lambda x, w: F.conv2d(x, w, **options), backend, x, r(*w))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", sorted(INTERPRETED & SHAPES.keys()))
+def test_convolution_interpreted(name):
+    test_convolution(name, "interpret")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", sorted(INTERPRETED & TRANSPOSED.keys()))
+def test_transposed_interpreted(name):
+    test_transposed(name, "interpret")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", sorted(INTERPRETED & POOLED.keys()))
+def test_pooling_interpreted(name):
+    test_pooling(name, "interpret")
+
+
+@pytest.mark.parametrize("name", ["padded", "strided", "grouped", "depthwise"])
+def test_what_stands_before_a_convolution_is_computed_while_it_is_packed(name):
+    """A relu, beside which nothing is padded but zeros."""
+    x, w, options = SHAPES[name]
+    check(lambda x, w: F.conv2d(F.relu(x + 0.5), w, **options), "c", r(*x), r(*w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(dtype):
+    x, w = r(2, 3, 9, 8, dtype=dtype), r(5, 3, 3, 3, dtype=dtype)
+
+    def step(x, w):
+        return F.conv2d(x, w, padding=1)
+
+    ours = tracejit.compile(step, on_unsupported="raise")(x, w)
+    exact = step(x.double(), w.double())
+    allowed = 2 * (step(x, w).double() - exact).norm() + 1e-15 * exact.norm()
+    assert (ours.double() - exact).norm() <= allowed
