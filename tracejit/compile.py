@@ -39,6 +39,7 @@ from tracejit.capture.tracer import Tracer
 from tracejit.errors import TracejitWarning
 from tracejit.fallback import Attempt, Fallback
 from tracejit.ir.graph import Graph
+from tracejit.knobs import Options
 from tracejit.parts import Parts, Values
 from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
 from tracejit.progress import stage, telling
@@ -47,9 +48,6 @@ from tracejit.runtime.program import Program
 from tracejit.runtime.select import FAKES, start_early
 from tracejit.schedule.plan import Plan
 
-MODES = ("auto", "rerun", "replay")
-UNSUPPORTED = ("eager", "raise")
-BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 _MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
@@ -64,6 +62,7 @@ def compile(
     fuse: bool = True,
     keep_grads: bool = True,
     on_unsupported: str | None = None,
+    randomness: str = "eager",
 ) -> Callable:
     """Compile a training step.
 
@@ -86,13 +85,14 @@ def compile(
               tried again. `print` may be seen twice. CannotFallBack is raised, once, where that
               call has done before what must not be done twice: it has written to a file, or used up
               a generator. "raise" raises the refusal; so does mode="replay".
+    randomness:  "eager" draws eager's numbers; "fast" computes dropout's masks, uniform, normal and
+              exponential numbers in the kernels that read them, from a key that each draws from
+              torch's generator in each call: a seed gives the same numbers again, other ones than
+              in eager.
     """
     on_unsupported = knobs.on_unsupported() if on_unsupported is None else on_unsupported
-    options = (mode, backend, fuse, keep_grads, on_unsupported)
-    chosen = {"mode": (mode, MODES), "backend": (backend, (*BACKENDS, *FAKES))}
-    for name, (x, known) in (chosen | {"on_unsupported": (on_unsupported, UNSUPPORTED)}).items():
-        if x not in known:
-            raise ValueError(f"{name} is one of {known}, not {x!r}")
+    options = Options(mode, backend, fuse, keep_grads, on_unsupported, randomness)
+    options.check(backends=FAKES)
     if step is None:
         return functools.partial(CompiledStep.of, options)
     return CompiledStep.of(options, step)
@@ -102,15 +102,7 @@ class CompiledStep:
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
-    def __init__(
-        self,
-        step: Callable,
-        mode: str,
-        backend: str,
-        fuse: bool,
-        keep_grads: bool,
-        on_unsupported: str,
-    ):
+    def __init__(self, step: Callable, *options: object):
         functools.update_wrapper(self, step)
         self._step = step
         self._function, self._bound_to = unwrap(step)
@@ -118,8 +110,9 @@ class CompiledStep:
             raise TypeError(
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
-        self.mode, self.backend, self.fuse, self.keep_grads = mode, backend, fuse, keep_grads
-        self.on_unsupported = on_unsupported
+        self._options = Options(*options)
+        self.mode, self.backend, self.fuse, self.keep_grads = options[:4]
+        self.on_unsupported, self.randomness = options[4:]
         self._hooks = Hooks()
         self._lock = threading.RLock()
         self._own: frozenset[str] = frozenset()
@@ -152,8 +145,7 @@ class CompiledStep:
         """Copied and pickled like the step itself, without plans; by its name, if it has one."""
         if getattr(sys.modules.get(self.__module__), self.__qualname__, None) is self:
             return self.__qualname__
-        options = self.mode, self.backend, self.fuse, self.keep_grads, self.on_unsupported
-        return CompiledStep, (self._step, *options)
+        return CompiledStep, (self._step, *self._options)
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
@@ -361,6 +353,7 @@ class CompiledStep:
         else:
             tracer.again(self._recall)
         tracer.trace.evaluate = self._values
+        tracer.trace.fast_random = self.randomness == "fast"
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)

@@ -1,4 +1,5 @@
-"""Settings read from the environment, in one place; read at each use so that tests can set them.
+"""Settings: the options of `tracejit.compile`; and what is read from the environment, each time, so
+that tests can set it.
 
 TRACEJIT_DEBUG   0..5   the debugging ladder (docs/design.md)
 TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
@@ -11,7 +12,34 @@ TRACEJIT_PROGRESS  0|1  whether a long first call tells how far it is (default 1
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+_CHOICES = {
+    "mode": ("auto", "rerun", "replay"),
+    "backend": ("auto", "c", "numpy", "triton", "interpret"),
+    "on_unsupported": ("eager", "raise"),
+    "randomness": ("eager", "fast"),
+}
+
+
+class Options(NamedTuple):
+    """What `tracejit.compile` takes besides the step."""
+
+    mode: str
+    backend: str
+    fuse: bool
+    keep_grads: bool
+    on_unsupported: str
+    randomness: str = "eager"
+
+    def check(self, backends: Iterable[str]) -> None:
+        """Raise ValueError unless each is one of its choices; there may be more backends."""
+        for name, known in _CHOICES.items():
+            x, known = getattr(self, name), (*known, *(backends if name == "backend" else ()))
+            if x not in known:
+                raise ValueError(f"{name} is one of {known}, not {x!r}")
 
 
 def debug() -> int:
