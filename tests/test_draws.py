@@ -27,7 +27,7 @@ from tracejit.ir.ops.philox import philox, random_bits
 from tracejit.ir.types import b1
 from tracejit.runtime import streams
 from tracejit.runtime.streams import Stream
-from tracejit.testing import assert_equal_to_eager, losses_agree
+from tracejit.testing import assert_equal_to_eager, fake_device, losses_agree
 
 FUNCTIONS = [f for f in each_function() if draws(f)]
 
@@ -743,3 +743,17 @@ def test_the_fast_gradient_is_of_the_same_mask():
 def test_an_unknown_kind_of_randomness():
     with pytest.raises(ValueError, match="randomness is one of"):
         tracejit.compile(many, randomness="slow")
+
+
+@pytest.mark.parametrize("randomness", ["eager", "fast"])
+def test_on_the_fake_device(randomness: str):
+    """The launches of a GPU: the same numbers as on the CPU."""
+    losses = []
+    with fake_device(compiled=False) as device:
+        for backend in (device.name, "numpy"):
+            torch.manual_seed(4)
+            step = tracejit.compile(build_noise(), backend=backend, randomness=randomness)
+            losses.append([step() for _ in range(6)])
+            assert step.stats.replays >= 2
+    for mine, his in zip(*losses, strict=True):
+        torch.testing.assert_close(mine, his)
