@@ -192,6 +192,20 @@ def round_to(x, dtype: tl.constexpr):
     return x.to(dtype).to(tl.float32)
 
 
+@triton.jit
+def philox(counter, key):
+    """31 random bits, as int64, of a counter and a key of 64 bits: Philox2x32-10."""
+    left = counter.to(tl.uint32)
+    right = (counter >> 32).to(tl.uint32) ^ (key >> 32).to(tl.uint32)
+    k = key.to(tl.uint32)
+    for _ in tl.static_range(10):
+        product = left.to(tl.uint64) * 0xD256D193
+        left = (product >> 32).to(tl.uint32) ^ k ^ right
+        right = product.to(tl.uint32)
+        k = k + tl.full((), 0x9E3779B9, tl.uint32)
+    return (left >> 1).to(tl.int64)
+
+
 # --- reductions of a block --------------------------------------------------------------------
 
 

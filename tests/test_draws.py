@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,9 +22,12 @@ from support.function_checks import (
 from support.function_samples import each_function, samples_of
 from support.function_samples_random import draws
 from tracejit.compile import CompiledStep
+from tracejit.errors import ArgumentError
+from tracejit.ir.ops.philox import philox, random_bits
+from tracejit.ir.types import b1
 from tracejit.runtime import streams
 from tracejit.runtime.streams import Stream
-from tracejit.testing import assert_equal_to_eager, losses_agree
+from tracejit.testing import assert_equal_to_eager, fake_device, losses_agree
 
 FUNCTIONS = [f for f in each_function() if draws(f)]
 
@@ -624,3 +628,132 @@ def test_masks_of_a_replay_are_one_stream():
     lines = [x.strip() for x in compiled._replays[0].run.text.splitlines()]
     assert sum(x.startswith("fill0(rng0, ") for x in lines) == 1
     assert [x.partition(" = ")[0] for x in lines if " = do" in x] == ["draw3"]
+
+
+# ---- randomness="fast"
+
+
+KAT = (  # Random123's known answers of philox2x32-10: counter, key, result
+    ((0, 0), 0, (0xFF1DAE59, 0x6CD10DF2)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFF, (0x2C3F628B, 0xAB4FD7AD)),
+    ((0x243F6A88, 0x85A308D3), 0x13198A2E, (0xDD7CE038, 0xF62A4C12)),
+)
+
+
+@pytest.mark.parametrize("counter, key, found", KAT)
+def test_philox_is_philox(counter, key, found):
+    words = [np.uint64(x) for x in (*counter, key)]
+    assert tuple(map(int, philox(*words))) == found
+    whole = np.array([counter[0] | counter[1] << 32], np.uint64).view(np.int64)
+    assert random_bits(whole, np.array([key])) == found[0] >> 1
+
+
+def fast(step: Callable, **options: object) -> CompiledStep:
+    return tracejit.compile(step, randomness="fast", **options)
+
+
+def many():
+    n = 40_000
+    mask = F.dropout(torch.ones(n), 0.3) * 0.7
+    return torch.rand(n), torch.randn(n), torch.empty(n).exponential_(2.0), mask, torch.rand(n)
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_fast_numbers(backend: str):
+    """Moments within five deviations, streams of sites and calls not correlated, seeds reproduce,
+    each replay draws anew, and the generator has moved."""
+    compiled = fast(many, backend=backend)
+    drawn = []
+    for seed in (0, 1, 2, 3, 4, 0):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        drawn.append([x.double() for x in compiled()])
+        assert not torch.equal(torch.get_rng_state(), before)
+    assert compiled.stats.replays >= 3
+    for a, b in zip(drawn[0], drawn[5], strict=True):
+        torch.testing.assert_close(a, b)
+    drawn.append([x.double() for x in compiled()])  # from the state that the last call left
+    columns = []
+    for call in (*drawn[:5], drawn[6]):
+        for x, mean, variance in zip(
+            call, (0.5, 0, 0.5, 0.7, 0.5), (1 / 12, 1, 0.25, 0.21, 1 / 12), strict=True
+        ):
+            n = len(x)
+            assert abs(x.mean() - mean) < 5 * (variance / n) ** 0.5
+            fourth = (x - mean).pow(4).mean()
+            assert abs((x - mean).pow(2).mean() - variance) < 5 * (fourth / n) ** 0.5
+            columns.append((x - mean) / variance**0.5)
+            lag = (columns[-1][1:] * columns[-1][:-1]).mean()
+            assert abs(lag) < 5 / n**0.5
+    table = torch.stack(columns)
+    correlation = table @ table.T / table.shape[1]
+    off = correlation - torch.diag(correlation.diagonal())
+    assert off.abs().max() < 5.5 / table.shape[1] ** 0.5
+
+
+def test_fast_numbers_are_the_same_on_all_backends():
+    torch.manual_seed(0)
+    ours = fast(many, backend="c")()
+    torch.manual_seed(0)
+    for a, b in zip(ours, fast(many, backend="numpy")(), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.manual_seed(0)
+    for a, b in zip(ours, fast(many, backend="numpy", mode="rerun")(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("build", [build_mlp, build_block, build_accumulation, build_custom])
+def test_fast_masks_are_computed_again_and_not_stored(build: Callable):
+    """The gradient has the mask of the forward: as in eager with the same mask."""
+    torch.manual_seed(1)
+    compiled = fast(build())
+    first = [tensors(compiled()) for _ in range(8)]
+    assert compiled.stats.replays >= 3
+    kinds = [b.type for plan in compiled.plans for b in plan.buffers]
+    assert not [k for k in kinds if k.dtype is b1 and k.numel > 1 and build is not build_mlp]
+    torch.manual_seed(1)
+    again = fast(build())
+    for mine in first:
+        for a, b in zip(mine, tensors(again()), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_fast_gradient_is_of_the_same_mask():
+    x = torch.randn(500, 30, requires_grad=True)
+
+    def step(p):
+        x.grad = None
+        y = F.dropout(x, p)
+        y.pow(2).sum().backward()
+        return y.detach(), x.grad
+
+    compiled = fast(step)
+    for i in range(6):
+        p = 0.1 + 0.1 * i
+        y, grad = compiled(p)
+        mask = y != 0
+        torch.testing.assert_close(y, torch.where(mask, x.detach() / (1 - p), 0.0))
+        torch.testing.assert_close(grad, 2 * y / (1 - p))
+        assert abs(mask.float().mean() - (1 - p)) < 0.02
+    assert compiled.stats.compiles == 1
+    with pytest.raises((ValueError, ArgumentError)):
+        compiled(1.5)
+
+
+def test_an_unknown_kind_of_randomness():
+    with pytest.raises(ValueError, match="randomness is one of"):
+        tracejit.compile(many, randomness="slow")
+
+
+@pytest.mark.parametrize("randomness", ["eager", "fast"])
+def test_on_the_fake_device(randomness: str):
+    """The launches of a GPU: the same numbers as on the CPU."""
+    losses = []
+    with fake_device(compiled=False) as device:
+        for backend in (device.name, "numpy"):
+            torch.manual_seed(4)
+            step = tracejit.compile(build_noise(), backend=backend, randomness=randomness)
+            losses.append([step() for _ in range(6)])
+            assert step.stats.replays >= 2
+    for mine, his in zip(*losses, strict=True):
+        torch.testing.assert_close(mine, his)

@@ -337,6 +337,7 @@ MALFORMED = [
     ("not", (X,), {}),
     ("and", (X, X), {}),
     ("shl", (C, C), {}),
+    ("philox", (C, C), {}),
     ("pow", (C, C), {}),
     ("floordiv", (C, C), {}),
     ("where", (X, X, X), {}),

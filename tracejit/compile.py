@@ -58,6 +58,7 @@ def compile(
     keep_grads: bool = True,
     on_unsupported: str | None = None,
     require_graph: bool = False,
+    randomness: str = "eager",
     target: str | None = None,
 ) -> Callable:
     """Compile a training step.
@@ -83,10 +84,14 @@ def compile(
               a generator. "raise" raises the refusal; so does mode="replay".
     require_graph:  True raises GraphError where a plan cannot become a CUDA graph; else its kernels
               are launched one by one, with a warning if a capture has failed.
+    randomness:  "eager" draws eager's numbers; "fast" computes dropout's masks, uniform, normal and
+              exponential numbers in the kernels that read them, from a key that each draws from
+              torch's generator in each call: a seed gives the same numbers again, other ones than
+              in eager.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     """
-    options = Options(mode, backend, fuse, keep_grads, on_unsupported, require_graph)
+    options = Options(mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness)
     of = CompiledStep.of
     if target is not None:
         of = functools.partial(TargetedStep.of, CompiledStep, target)
@@ -279,6 +284,7 @@ class CompiledStep(Inspected):
         else:
             tracer.again(self._recall)
         tracer.trace.evaluate = self._values
+        tracer.trace.fast_random = self.options.randomness == "fast"
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)

@@ -10,6 +10,7 @@ from tracejit.runtime.select import FAKES
 MODES = ("auto", "rerun", "replay")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 UNSUPPORTED = ("eager", "raise")
+RANDOMNESS = ("eager", "fast")
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,13 @@ class Options:
     keep_grads: bool = True
     on_unsupported: str | None = None
     require_graph: bool = False
+    randomness: str = "eager"
 
     def __post_init__(self) -> None:
         if self.on_unsupported is None:
             object.__setattr__(self, "on_unsupported", knobs.on_unsupported())
         known = {"mode": MODES, "backend": (*BACKENDS, *FAKES), "on_unsupported": UNSUPPORTED}
+        known["randomness"] = RANDOMNESS
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is one of {values}, not {getattr(self, name)!r}")

@@ -411,6 +411,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "xor": binary(i64, i32, i8, u8, b1),
     "shl": binary(i64, i32, i8, u8),
     "shr": binary(i64, i32, i8, u8),
+    "philox": binary(i64),
     **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "where": selections(),
     "cast": casts(),
@@ -541,6 +542,17 @@ def _sum(x: torch.Tensor, axes) -> torch.Tensor:
     return torch.sum(x, axes, dtype=x.dtype) if x.dtype is not torch.bool else x.any(*axes)
 
 
+def _philox(counter: object, key: object) -> torch.Tensor:
+    counter, key = torch.broadcast_tensors(torch.as_tensor(counter), torch.as_tensor(key))
+    low, high = (1 << 32) - 1, lambda x: (x >> 32) & ((1 << 32) - 1)
+    left, right, key = counter & low, high(counter) ^ high(key), key & low
+    for _ in range(10):
+        product = left * 0xD256D193
+        left, right = high(product) ^ key ^ right, product & low
+        key = (key + 0x9E3779B9) & low
+    return left >> 1
+
+
 # The primitives as eager torch says them.
 REFERENCE: dict[str, Callable] = {
     **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
@@ -554,6 +566,7 @@ REFERENCE: dict[str, Callable] = {
     "mod": _on_tensors(torch.remainder),
     **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
     **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
+    "philox": _philox,
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,

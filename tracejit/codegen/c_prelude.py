@@ -88,6 +88,20 @@ static inline int64_t tj_shl(int64_t a, int64_t b) {
 static inline int64_t tj_shr(int64_t a, int64_t b) {
   return a >> (b < 0 || b > 63 ? 63 : b);
 }
+
+/* 31 random bits: Philox2x32-10. */
+static inline int64_t tj_philox(int64_t counter, int64_t key) {
+  uint32_t left = (uint32_t)counter, k = (uint32_t)key;
+  uint32_t right = (uint32_t)((uint64_t)counter >> 32) ^ (uint32_t)((uint64_t)key >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; round++) {
+    const uint64_t product = (uint64_t)left * 0xd256d193u;
+    left = (uint32_t)(product >> 32) ^ k ^ right;
+    right = (uint32_t)product;
+    k += 0x9e3779b9u;
+  }
+  return left >> 1;
+}
 """
 
 _BITS = """

@@ -21,6 +21,7 @@ from tracejit.capture.functions.common import (
     operand,
     size_args,
 )
+from tracejit.capture.functions.counted import counted, is_counted
 from tracejit.capture.functions.derived import no_derivative
 from tracejit.capture.functions.factories import made, options_of
 from tracejit.capture.functions.movement import preserved_strides
@@ -61,6 +62,9 @@ def drawn(
     for name, x in named.items():
         if not isinstance(x, (int, float)):
             raise t.unsupported(f"The argument {name} has a rule for a number")
+    if t.fast_random and is_counted(fill, type):
+        key = drawn(t, "random_", Type(i64, (1,), type.device), None, generator)
+        return counted(t, fill, type, key, (*named.values(),))
     operands = tuple([x.value if is_runtime(x) else plain(x) for x in named.values()])
     plain_strides = contiguous_strides(type.shape)
     strides = plain_strides if strides is None else strides

@@ -55,7 +55,11 @@ class Draw:
         return torch.empty_strided(t.shape, self.strides, dtype=dtype, device=really(t.device))
 
     def prepared(self) -> Callable[..., Tensor]:
-        buffer = self.buffer()
+        if self.type.device != "cpu":  # a kernel on another stream may still read the last ones
+            return lambda *given: self._filling(self.buffer())(*given)
+        return self._filling(self.buffer())
+
+    def _filling(self, buffer: Tensor) -> Callable[..., Tensor]:
         if self.fill == "randperm":
             return lambda generator, n: torch.randperm(n, generator=generator, out=buffer)
         fill, names = getattr(buffer, self.fill), self.names

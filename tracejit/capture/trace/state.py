@@ -133,6 +133,7 @@ class TraceState:
         self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
         self.draws = Draws()  # random numbers
+        self.fast_random = False  # see functions/counted.py
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tracejit.ir.ops.philox import random_bits
 from tracejit.ir.ops.record import (
     BITS,
     EDGES,
@@ -385,6 +386,10 @@ or_ = _bitwise("or", np.bitwise_or, "iub", BITS)
 xor = _bitwise("xor", np.bitwise_xor, "iub", BITS)
 shl = _bitwise("shl", np.left_shift, "iu", EDGES)
 shr = _bitwise("shr", np.right_shift, "iu", EDGES)
+
+# Random bits, 31 of them, of a counter and a key: see `philox`. Counted as one operation, so that
+# masks are computed where they are read and never stored.
+philox = _bitwise("philox", random_bits, "i", BITS)
 
 eq = _compare("eq", np.equal)
 ne = _compare("ne", np.not_equal)
