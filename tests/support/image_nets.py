@@ -63,12 +63,13 @@ def residual(width: int = 8, classes: int = 10) -> nn.Module:
 
 
 def vgg(widths: tuple[int, ...] = (16, 32), classes: int = 10, side: int = 12) -> nn.Module:
-    """Pairs of 3×3 convolutions with bias, batch norm and a pool, and a classifier."""
+    """Pairs of 3×3 convolutions with batch norm, a pool after each, and a classifier."""
     layers: list[nn.Module] = []
     inputs = 3
     for width in widths:
         for _ in range(2):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
             inputs = width
         layers.append(nn.MaxPool2d(2))
         side //= 2
@@ -89,7 +90,9 @@ class Separable(nn.Module):
             nn.BatchNorm2d(width),
             nn.ReLU6(),
             nn.Conv2d(width, outputs, 1, bias=False),
-            nn.BatchNorm2d(outputs),
+            nn.BatchNorm2d(
+                outputs, affine=False
+            ),  # a bias would have nothing but noise as gradient
         )
         self.adds = stride == 1 and inputs == outputs
 
@@ -136,8 +139,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "unet": (UNet, (2, 3, 8, 6)),
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
-    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, weight_decay=1e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
 }
 
 
