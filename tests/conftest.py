@@ -31,6 +31,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from support.scope import sampled
+
+    sweeps = [(item, item.get_closest_marker("sweep")) for item in items]
+    left = [item for item, sweep in sweeps if sweep and not sampled(item.name, *sweep.args)]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in set(left)]
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if item.get_closest_marker("interpret") and not interpreting:

@@ -16,7 +16,7 @@ import torch
 
 from support import sequences
 from support.sequences import Change, Sequence, generate, run, shrink
-from tracejit.capture.proof import guards, heap
+from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
 
 REFUSED_AT_MOST = 0.1
@@ -124,7 +124,7 @@ def test_a_guard_without_a_line_is_found_out(fault, monkeypatch):
 def test_hooks_that_no_guard_looks_at_are_found_out(monkeypatch):
     sequence = changed_once("flag", "[*w.model.parameters()][0].register_hook(lambda g: g * 2)")
     assert run(sequence).kind == "equal"
-    for module in (heap, guards):
+    for module in (heap, many):
         monkeypatch.setattr(module, "HOOKS_OF_TENSORS", ())
     assert fails(sequence)
 

@@ -95,6 +95,7 @@ def pads_with_minus_zero(sample) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.family != "host"])
+@pytest.mark.sweep(2)
 def test_every_op(name, quick, plans):
     """All samples of an op, a kernel each, in one unit."""
     b, inputs = Builder(), []
@@ -119,6 +120,7 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torc
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.sweep(2)
 def test_casts_as_eager(dtype, backend):
     """Floats to integers and back, in one kernel: -0.3 comes back as 0, not as -0; what is out of
     range is what x86 makes of it. In vector bodies, their tails, alone, and strided."""

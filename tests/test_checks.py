@@ -70,6 +70,7 @@ def outcome(step, i):
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(3)
 def test_as_eager(name, backend):
     step = STEPS[name]
     compiled = tracejit.compile(step, backend=backend)

@@ -281,6 +281,7 @@ def check_program(build: Callable, calls: int = 12, **options: object) -> Compil
 
 @pytest.mark.parametrize("build", PROGRAMS)
 @pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.sweep(3)
 def test_programs(build: Callable, backend: str):
     step = check_program(build, backend=backend)
     assert step.stats.replays >= 4, (step.explain_mode(), step.explain_retraces())
@@ -558,6 +559,7 @@ def test_an_observer_that_fails():
 
 
 @pytest.mark.parametrize("build", [build_mlp, build_block, build_noise, build_accumulation])
+@pytest.mark.sweep(2)
 def test_the_public_check_draws_the_same_in_float64(build):
     torch.manual_seed(2)
     assert_equal_to_eager(build(), calls=4)

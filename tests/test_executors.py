@@ -15,6 +15,7 @@ SHAPES = [(), (1,), (5,), (123,), (0,), (3, 0), (5, 1, 7), (1, 1), (4, 123)]
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "f16"])
+@pytest.mark.sweep(2)
 def test_pointwise_and_full_reduction(shape, dtype, plans):
     kind = f"{dtype}[{','.join(map(str, shape))}]"
     flat = f"{dtype}[{math.prod(shape)}]"

@@ -99,6 +99,7 @@ SCALED = [f for f in OTHERS if any(runtime_floats(s) for s in samples_of(f))]
 
 
 @pytest.mark.parametrize("function", parameters(SCALED))
+@pytest.mark.sweep(2)
 def test_runtime_scalars(function: Callable):
     """Floats that reach a function as arguments of the step give what literals give."""
     rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]

@@ -57,6 +57,7 @@ def test_gradients(function):
 
 
 @pytest.mark.parametrize("function", SCALED)
+@pytest.mark.sweep(2)
 def test_runtime_scalars(function):
     rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]
     on_each_sample(check_runtime_scalars, function, rows)
@@ -96,6 +97,7 @@ NORMS = {
 @pytest.mark.parametrize("other", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.sweep(4)
 def test_dtypes_of_parameters_that_eager_takes(norm, dtype, other):
     """All have the input's; or all are float32, where it has 16 bits."""
     x, taken = r(4, 3, dtype=dtype), []
@@ -258,6 +260,7 @@ COMPILED = {
 
 
 @pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.sweep(3)
 def test_compiled(name):
     function, args = COMPILED[name]
     assert_equal_to_eager(_trained(function), lambda: args, calls=2)

@@ -17,6 +17,7 @@ SMALL = {"n": 16, "d_in": 20, "h": 10, "d_out": 5}
 
 
 @pytest.mark.parametrize("variant", modules.VARIANTS)
+@pytest.mark.sweep(2)
 def test_program_5_in_lockstep(variant):
     step, parameters = modules.make_step(variant, **SMALL)
     assert_equal_to_eager(step, calls=20, state=parameters)
@@ -47,6 +48,7 @@ def test_examples():
 @pytest.mark.parametrize(
     "options", [{}, {"weight_decay": 0.1}, {"maximize": True}], ids=["plain", "decay", "maximize"]
 )
+@pytest.mark.sweep(3)
 def test_sgd(foreach, options):
     def make():
         torch.manual_seed(0)

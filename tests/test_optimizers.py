@@ -370,6 +370,7 @@ def variants() -> list:
 
 
 @pytest.mark.parametrize(("name", "options", "way"), variants())
+@pytest.mark.sweep(3)
 def test_counters_of_a_gpu_step_stay_on_the_host(name, options, way):
     """The plan has tensors of the GPU only; evaluated, it is what eager computes on the CPU."""
     captured = captured_of(on_device("cuda:0", name, options | way))

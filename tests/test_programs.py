@@ -37,6 +37,7 @@ def test_lockstep(name, backend):
 
 @BACKENDS
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(3)
 def test_lockstep_without_fusion(name, backend):
     step, _ = STEPS[name]()
     assert_equal_to_eager(step, calls=3, fuse=False, backend=backend)

@@ -32,12 +32,14 @@ def check_lockstep(name: str, backend: str, calls: int, **sizes: object) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.sweep(3)
 def test_lockstep(name):
     check_lockstep(name, "numpy", 20, **PROGRAMS[name].small)
 
 
 @BACKENDS
 @pytest.mark.parametrize("name", ["5 sgd", "7 classifier", "9 transformer", "batch norm"])
+@pytest.mark.sweep(2)
 def test_lockstep_at_full_size(name, backend):
     check_lockstep(name, backend, 3)
 
