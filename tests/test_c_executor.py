@@ -287,6 +287,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(2)
 def test_programs_equal_eager(name):
     step, _ = STEPS[name]()
     compiled = assert_equal_to_eager(step, calls=6, backend="c")

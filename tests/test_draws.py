@@ -415,6 +415,7 @@ WAYS = (build_branch, build_read, build_numbers, build_alternating, build_accumu
 
 
 @pytest.mark.parametrize("build", [*WAYS, build_custom])
+@pytest.mark.sweep(2)
 def test_ways_through_a_step(build: Callable):
     for mode in ("auto", "rerun"):
         step = check_program(build, 30, backend="numpy", mode=mode)

@@ -300,6 +300,7 @@ def call(world, i: int) -> list:
 
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(2)
 def test_a_call_that_cannot_be_compiled_equals_eager(name):
     eager, ours = worlds(STEPS[name])
     for i in range(6):

@@ -81,7 +81,7 @@ def test_golden_sequences(device, golden):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(5)
 def test_programs(device, at_once, name):
     program = PROGRAMS[name]
     step, state = program.make(**program.small)
