@@ -281,7 +281,7 @@ def check_program(build: Callable, calls: int = 12, **options: object) -> Compil
 
 @pytest.mark.parametrize("build", PROGRAMS)
 @pytest.mark.parametrize("backend", ["c", "numpy"])
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 def test_programs(build: Callable, backend: str):
     step = check_program(build, backend=backend)
     assert step.stats.replays >= 4, (step.explain_mode(), step.explain_retraces())

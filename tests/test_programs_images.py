@@ -52,7 +52,7 @@ def test_adamw(net):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("net", ["lenet", "residual", "unet"])
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 def test_lockstep(net, optimizer):
     step, state = make_step(net, optimizer)
     compiled = assert_equal_to_eager(step, calls=4, state=state, on_unsupported="raise")

@@ -32,7 +32,7 @@ def check_lockstep(name: str, backend: str, calls: int, **sizes: object) -> None
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(4)
 def test_lockstep(name):
     check_lockstep(name, "numpy", 20, **PROGRAMS[name].small)
 

@@ -101,9 +101,9 @@ def parameters(functions: list[Callable]) -> list:
 
 def on_each_sample(check: Callable, function: Callable, samples: list[Sample]) -> None:
     """Run a check on every sample and report all failures together. In `make test` that is the
-    first sample of a function and one in two of the others, one in three for gradients."""
+    first sample of a function and one in three of the others, one in five for gradients."""
     name = function_name(function)
-    of = 3 if check is check_gradients else 2
+    of = 5 if check is check_gradients else 3
     samples = [s for i, s in enumerate(samples) if i == 0 or sampled(f"{name} {i}", of)]
     failures = []
     for sample in samples:
