@@ -250,8 +250,10 @@ class Fallback:
         kind = self._kind(args, kwargs)
         if kind not in self._rests and len(self._rests) >= _KINDS:
             kind = None  # all others together
-        self._latest = (), None
-        return self._rests.setdefault(kind, _Rest())
+        if kind not in self._rests:
+            self._rests[kind] = _Rest()
+            self._latest = (), None  # of the kind may be another one now
+        return self._rests[kind]
 
     def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:
         """That of calls of this kind, if one was refused."""
