@@ -130,7 +130,9 @@ CASES: dict[str, Case] = {
         grads=True,
     ),
     "depthwise_block": Case(image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True),
-    "resnet": Case(image_steps.resnet, {**_IMAGES, "widths": (4, 8), "blocks": 1}, _RESNET),
+    "resnet": Case(
+        image_steps.resnet, {**_IMAGES, "widths": (4, 8), "blocks": 1}, _RESNET, optimizer="SGD"
+    ),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

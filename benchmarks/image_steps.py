@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-Made = tuple[Callable[[], torch.Tensor], list[torch.Tensor]]
+from benchmarks.steps import Made, trained
 
 
 class Residual(nn.Module):
@@ -47,24 +47,17 @@ def resnet(
     side: int = 32,
     widths: Sequence[int] = (64, 128, 256, 512),
     blocks: int = 2,
-    fused: bool | None = None,
     device: str = "cpu",
+    **options: bool,
 ) -> Made:
     """ResNet-18 on 32×32 images, with cross-entropy and SGD with momentum."""
     torch.manual_seed(0)
     model = residual_net(widths, blocks).to(device)
     x, y = torch.randn(batch, 3, side, side).to(device), torch.randint(10, (batch,)).to(device)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, fused=fused
+        model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4, **options
     )
-
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    step = trained(lambda: F.cross_entropy(model(x), y), model, optimizer)
     return step, [*model.parameters(), *model.buffers()]
 
 

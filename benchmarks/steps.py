@@ -20,7 +20,7 @@ Step = Callable[[], torch.Tensor | float | None]
 Made = tuple[Step, list[torch.Tensor]]
 
 
-def _trained(loss_of: Loss, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+def trained(loss_of: Loss, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     """A plain training step."""
 
     def step() -> torch.Tensor:
@@ -65,7 +65,7 @@ def _of_net(
 
 
 # The two-layer net out of modules, with Adam.
-nn_adam = _of_net(lambda net: _trained(*net), torch.optim.Adam, 1e-4)
+nn_adam = _of_net(lambda net: trained(*net), torch.optim.Adam, 1e-4)
 
 
 def mlp(
@@ -83,7 +83,7 @@ def mlp(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, **options)
     x = torch.randn(batch, sizes[0]).to(device)
     labels = torch.randint(0, sizes[-1], (batch,)).to(device)
-    step = _trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
+    step = trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
     return step, list(model.parameters())
 
 
@@ -102,7 +102,7 @@ def mlp_dropout(
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
     x = torch.randn(batch, sizes[0]).to(device)
     labels = torch.randint(0, sizes[-1], (batch,)).to(device)
-    step = _trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
+    step = trained(lambda: F.cross_entropy(model(x), labels), model, optimizer)
     torch.manual_seed(1)
     return step, list(model.parameters())
 
@@ -116,7 +116,7 @@ def block_dropout(
     block.key.bias = None  # its gradient is 0, and AdamW would follow what rounding leaves of it
     optimizer = torch.optim.AdamW(block.parameters(), lr=1e-3)
     x, target = (torch.randn(batch, length, width).to(device) for _ in range(2))
-    step = _trained(lambda: F.mse_loss(block(x), target), block, optimizer)
+    step = trained(lambda: F.mse_loss(block(x), target), block, optimizer)
     torch.manual_seed(1)
     return step, list(block.parameters())
 
@@ -124,7 +124,7 @@ def block_dropout(
 @_of_net
 def loss_item(net: Net) -> Step:
     """A step that returns its loss as a number."""
-    step = _trained(*net)
+    step = trained(*net)
     return lambda: step().item()
 
 
@@ -307,5 +307,5 @@ def dynamic_net(
     x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)
     model = DynamicNet(d_in, h, d_out).to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-    step = _trained(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
+    step = trained(lambda: (model(x) - y).pow(2).sum(), model, optimizer)
     return step, list(model.parameters())

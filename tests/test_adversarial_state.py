@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from support.worlds import Case, check, table
+from support.worlds import Case, check, replaying, setting, table
 
 CASES: dict[str, Case] = {}
 case = table(CASES)
@@ -32,9 +32,7 @@ MAX_NORM, WARMUP = 1.0, 5
 GLOBAL_STEP = 0
 
 
-def training(mode="replay", **options):
-    """A case of enough calls for state to be found, and replays after that. Batches differ."""
-    return case(mode, **{"calls": CALLS, "args": lambda i: (X + i * 0.05, Y - i * 0.05), **options})
+training = replaying(case, CALLS, lambda i: (X + i * 0.05, Y - i * 0.05))  # batches differ
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +43,6 @@ def restored():
 
 def restore():
     globals().update(GLOBAL_STEP=0)
-
-
-def setting(**values):
-    return lambda w: vars(w).update(values)
 
 
 def network(w, *, rate=0.1, momentum=0.0, out=1):

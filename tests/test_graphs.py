@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tracejit
-from support.fake import FAKE, log_of, trained, warm
+from support.fake import FAKE, log_of, trained, trained_on_streams, warm
 from support.optimizer_checks import lockstep, training
 from support.programs import PROGRAMS
 from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
@@ -106,39 +106,11 @@ def test_optimizers(device, at_once, name, plans):
 def test_two_streams_in_turn_give_the_same_bits(device):
     """Each stream trains a network of its own with one plan, and a graph of its own."""
 
-    def make() -> tuple:
-        torch.manual_seed(3)
-        nets = [
-            (torch.randn(65, 33), torch.zeros(65, 33), torch.randn(40, 65), torch.randn(40, 33))
-            for _ in range(2)
-        ]
-
-        def step(w, velocity, x, y, lr: float) -> torch.Tensor:
-            with torch.enable_grad():
-                w.requires_grad_()
-                loss = (x @ w - y).pow(2).mean()
-                (g,) = torch.autograd.grad(loss, w)
-            with torch.no_grad():
-                velocity.mul_(0.9).add_(g)
-                w.sub_(velocity * lr)
-            return loss.detach()
-
-        for w, *_ in nets:
-            w.requires_grad_()
-        return nets, tracejit.compile(step, backend=FAKE, fuse=False, require_graph=True)
-
     def run(streams: list[int]) -> list:
-        nets, step = make()
-        losses = []
         device.log.clear()
-        for call in range(100):
-            for net, stream in zip(nets, streams, strict=True):
-                with device.on(stream):
-                    losses.append(step(*net, 0.01 + 0.0001 * (call // 7)))
-        assert step.stats.compiles == 1 and step.stats.replays >= 190, step.explain_mode()
+        results = trained_on_streams(device, streams, fuse=False, require_graph=True)
         assert sum(LAUNCHED in line for line in device.log) >= 2 * 90
-        device.synchronize()
-        return [*losses, *(t for net in nets for t in net[:2])]
+        return results
 
     apart, alone = run([device.stream(), device.stream()]), run([0, 0])
     for a, b in zip(apart, alone, strict=True):

@@ -12,7 +12,7 @@ import torch
 
 import tracejit
 from examples import two_layer_autograd
-from support.fake import FAKE, log_of, trained, warm
+from support.fake import FAKE, log_of, trained, trained_on_streams, warm
 from support.programs import PROGRAMS
 from tracejit.errors import CaptureError, LaunchError
 from tracejit.runtime import launched_plan
@@ -92,40 +92,10 @@ def test_a_replay_allocates_no_more_than_its_results(device, monkeypatch):
 
 def test_two_streams_in_turn_give_the_same_bits(device):
     """Each stream trains a network of its own with one plan, as if it were alone."""
-
-    def make() -> tuple:
-        torch.manual_seed(3)
-        nets = [
-            (torch.randn(65, 33), torch.zeros(65, 33), torch.randn(40, 65), torch.randn(40, 33))
-            for _ in range(2)
-        ]
-
-        def step(w, velocity, x, y, lr: float) -> torch.Tensor:
-            with torch.enable_grad():
-                w.requires_grad_()
-                loss = (x @ w - y).pow(2).mean()
-                (g,) = torch.autograd.grad(loss, w)
-            with torch.no_grad():
-                velocity.mul_(0.9).add_(g)
-                w.sub_(velocity * lr)
-            return loss.detach()
-
-        for w, *_ in nets:
-            w.requires_grad_()
-        return nets, tracejit.compile(step, backend=FAKE)
-
-    def run(streams: list[int]) -> list:
-        nets, step = make()
-        losses = []
-        for call in range(100):
-            for net, stream in zip(nets, streams, strict=True):
-                with device.on(stream):
-                    losses.append(step(*net, 0.01 + 0.0001 * (call // 7)))
-        assert step.stats.compiles == 1 and step.stats.replays >= 190, step.explain_mode()
-        device.synchronize()
-        return [*losses, *(t for net in nets for t in net[:2])]
-
-    apart, alone = run([device.stream(), device.stream()]), run([0, 0])
+    apart, alone = (
+        trained_on_streams(device, streams)
+        for streams in ([device.stream(), device.stream()], [0, 0])
+    )
     for a, b in zip(apart, alone, strict=True):
         assert torch.equal(a, b)
 

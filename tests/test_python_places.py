@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.worlds import Case, Keywords, check, table
+from support.worlds import Case, Keywords, check, replaying, setting, table
 
 CASES: dict[str, Case] = {}
 case = table(CASES)
@@ -17,13 +17,7 @@ X = torch.linspace(-1, 2, 6)
 CALLS = 12
 
 
-def state(mode="replay", **options):
-    """A case of enough calls for counters to be found, and replays after that."""
-    return case(mode, **{"calls": CALLS, "args": lambda i: (X + i * 0.1,), **options})
-
-
-def setting(**values):
-    return lambda w: vars(w).update(values)
+state = replaying(case, CALLS, lambda i: (X + i * 0.1,))
 
 
 # ---- reading

@@ -15,7 +15,7 @@ import torch
 
 import tracejit
 from support.oracle import call
-from support.worlds import Case, check, table
+from support.worlds import Case, check, replaying, setting, table
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt
 
 CASES: dict[str, Case] = {}
@@ -25,10 +25,7 @@ X = torch.linspace(-1, 2, 6)
 CALLS = 11
 
 
-def state(mode="replay", **options):
-    """A case of enough calls for places to be found, and replays after that."""
-    return case(mode, **{"calls": CALLS, "args": lambda i: (X + i * 0.1,), **options})
-
+state = replaying(case, CALLS, lambda i: (X + i * 0.1,))
 
 TOTAL, RATE = 0, 1.0
 
@@ -41,10 +38,6 @@ def restored():
 
 def restore():
     globals().update(TOTAL=0, RATE=1.0)
-
-
-def setting(name, value):
-    return lambda w: setattr(w, name, value)
 
 
 class Slotted:
@@ -63,7 +56,7 @@ class Trainer:
 # ---- counters
 
 
-@state(changes={7: setting("n", 100)})
+@state(changes={7: setting(n=100)})
 def attribute(w):
     w.n = 0
 
@@ -200,7 +193,7 @@ def counter_that_is_returned(w):
     return step
 
 
-@state(changes={8: setting("n", 0)})
+@state(changes={8: setting(n=0)})
 def counter_that_decides(w):
     w.n = 0
 
@@ -405,7 +398,7 @@ def slot_that_is_a_size(w):
     return step
 
 
-@state(calls=18, changes={14: setting("n", 2)})
+@state(calls=18, changes={14: setting(n=2)})
 def turn_among_a_few(w):
     w.n, w.names, w.seen = 0, ["one", "two", "three"], [0, 0, 0]
 
@@ -452,7 +445,7 @@ def float_that_becomes_an_integer(w):
     return step
 
 
-@state("replay", changes={6: setting("n", True), 8: setting("n", None), 9: setting("n", 2)})
+@state("replay", changes={6: setting(n=True), 8: setting(n=None), 9: setting(n=2)})
 def counter_of_another_type(w):
     w.n = 0
 
@@ -474,7 +467,7 @@ def a_flag_that_flips(w):
     return step
 
 
-@state(changes={7: setting("phase", "cool")})
+@state(changes={7: setting(phase="cool")})
 def a_phase_by_name(w):
     w.phase = "warm"
 
@@ -513,7 +506,7 @@ def best_so_far(w):
     return step
 
 
-@state(changes={7: setting("total", 0.0)})
+@state(changes={7: setting(total=0.0)})
 def running_mean(w):
     w.total, w.count = 0.0, 0
 
@@ -581,7 +574,7 @@ def hidden_state(w):
     return step
 
 
-@state(changes={7: setting("h", None)})
+@state(changes={7: setting(h=None)})
 def hidden_state_made_when_missing(w):
     w.h = None
 

@@ -32,6 +32,38 @@ def trained(
     return step, [*model.parameters()], optimizer
 
 
+def trained_on_streams(device: FakeDevice, streams: list[int], **options: object) -> list:
+    """Losses, weights and velocities of two networks that one plan trains by 100 calls each, each
+    network on a stream of its own."""
+    torch.manual_seed(3)
+    nets = [
+        (torch.randn(65, 33), torch.zeros(65, 33), torch.randn(40, 65), torch.randn(40, 33))
+        for _ in range(2)
+    ]
+
+    def train(w, velocity, x, y, lr: float) -> torch.Tensor:
+        with torch.enable_grad():
+            w.requires_grad_()
+            loss = (x @ w - y).pow(2).mean()
+            (g,) = torch.autograd.grad(loss, w)
+        with torch.no_grad():
+            velocity.mul_(0.9).add_(g)
+            w.sub_(velocity * lr)
+        return loss.detach()
+
+    for w, *_ in nets:
+        w.requires_grad_()
+    step = tracejit.compile(train, backend=FAKE, **options)
+    losses = []
+    for call in range(100):
+        for net, stream in zip(nets, streams, strict=True):
+            with device.on(stream):
+                losses.append(step(*net, 0.01 + 0.0001 * (call // 7)))
+    assert step.stats.compiles == 1 and step.stats.replays >= 190, step.explain_mode()
+    device.synchronize()
+    return [*losses, *(t for net in nets for t in net[:2])]
+
+
 def warm(step: Callable, calls: int = 5, **options: object) -> CompiledStep:
     """A step compiled for the fake device, that replays."""
     compiled = tracejit.compile(step, backend=FAKE, **options)

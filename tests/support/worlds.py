@@ -58,6 +58,20 @@ def table(cases: dict[str, Case]) -> Callable:
     return case
 
 
+def replaying(case: Callable, calls: int, args: Callable) -> Callable:
+    """`case` for state: it replays, after enough calls for its places to be found."""
+
+    def state(mode="replay", **options):
+        return case(mode, **{"calls": calls, "args": args, **options})
+
+    return state
+
+
+def setting(**values):
+    """A change of a case: attributes of its world are set."""
+    return lambda w: vars(w).update(values)
+
+
 class World:
     """One copy of a case."""
 

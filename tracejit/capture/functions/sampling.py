@@ -26,8 +26,7 @@ from tracejit.capture.functions.derived import no_derivative
 from tracejit.capture.functions.factories import made, options_of
 from tracejit.capture.functions.movement import preserved_strides
 from tracejit.capture.trace import bounds, cuts
-from tracejit.capture.trace.draws import Draw, Known, Sampled
-from tracejit.capture.trace.posing import really
+from tracejit.capture.trace.draws import Draw, Known, Sampled, default_generator
 from tracejit.capture.trace.scalars import is_runtime, pinned, plain
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor, broadcast_shape
@@ -37,14 +36,6 @@ from tracejit.ir.types import DType, Type, b1, contiguous_strides, f32, f64, i64
 
 Tensor, Generator = torch.Tensor, torch.Generator
 Number = int | float
-
-
-def default_generator(device: str) -> Generator:
-    """The one that torch draws from for a device where none is given."""
-    if not really(device).startswith("cuda"):
-        return torch.default_generator
-    torch.cuda.init()
-    return torch.cuda.default_generators[torch.device(device).index]
 
 
 def drawn(
