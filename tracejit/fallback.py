@@ -252,7 +252,7 @@ class Fallback:
             kind = None  # all others together
         if kind not in self._rests:
             self._rests[kind] = _Rest()
-            self._latest = (), None  # of the kind may be another one now
+            self._latest = (), None  # that kind may have one now
         return self._rests[kind]
 
     def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:

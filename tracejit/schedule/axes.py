@@ -7,7 +7,7 @@ that of q times q's extent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from tracejit.schedule.kernel import (
@@ -28,8 +28,10 @@ from tracejit.schedule.kernel import (
 )
 
 
-def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
-    """The kernel with every index (of accesses, positions and bounds) replaced."""
+def map_statements(
+    statements: Iterable[Statement], change: Callable[[Index], Index]
+) -> tuple[Statement, ...]:
+    """Statements with every index (of accesses, positions and bounds) replaced."""
 
     def mask(m: Mask) -> Mask:
         return tuple(Bound(change(b.index), b.high, b.step) for b in m)
@@ -43,8 +45,14 @@ def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
             return replace(s, mask=mask(s.mask))
         return s
 
+    return tuple(map(statement, statements))
+
+
+def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
+    """The kernel with every index replaced."""
+
     def body(statements: tuple[Statement, ...]) -> tuple[Statement, ...]:
-        return tuple(map(statement, statements))
+        return map_statements(statements, change)
 
     stages = []
     for stage in kernel.stages:

@@ -9,22 +9,18 @@ sums of digits times strides wherever the divisors of an axis divide each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import places, stride
 from tracejit.schedule.index import add, divmod_index, scale
 from tracejit.schedule.kernel import (
     Axis,
-    Bound,
     FloorDiv,
-    InBounds,
     Index,
     Load,
-    Mask,
     Mod,
-    Position,
     Statement,
-    Store,
     Var,
 )
 
@@ -88,17 +84,7 @@ def over_digits(
             parts.append(scale(part, c))
         return add(parts, index.offset)
 
-    def mask(m: Mask) -> Mask:
-        return tuple(Bound(change(b.index), b.high, b.step) for b in m)
-
-    def statement(s: Statement) -> Statement:
-        if isinstance(s, Load):
-            return replace(s, index=change(s.index), mask=mask(s.mask))
-        if isinstance(s, Store | Position):
-            return replace(s, index=change(s.index))
-        return replace(s, mask=mask(s.mask)) if isinstance(s, InBounds) else s
-
-    return tuple(map(statement, statements))
+    return map_statements(statements, change)
 
 
 def extents_of(axes: Iterable[Digits]) -> dict[str, int]:
