@@ -27,6 +27,11 @@ SHAPES = {
     "depthwise": ((2, 4, 7, 6), (4, 1, 3, 3), {"groups": 4, "stride": 2, "padding": 1}),
     "several strips": ((3, 5, 11, 10), (37, 5, 3, 3), {"padding": 1}),
     "several panels": ((2, 33, 5, 6), (14, 33, 3, 3), {"padding": 1}),
+    "wide": ((2, 11, 9, 7), (13, 11, 3, 3), {"padding": 1}),
+    "wide, strided": ((2, 9, 9, 8), (30, 9, 3, 3), {"stride": (2, 1), "padding": 1}),
+    "wide, dilated": ((2, 9, 9, 8), (26, 9, 3, 2), {"dilation": (1, 2), "padding": (0, 2)}),
+    "wide, unpadded": ((3, 33, 9, 8), (17, 33, 3, 3), {}),
+    "wide, one by one": ((3, 14, 5, 5), (17, 14, 1, 1), {}),
     "one pixel": ((2, 3, 3, 3), (5, 3, 3, 3), {}),
     "line": ((2, 3, 19), (4, 3, 4), {"stride": 2, "padding": 3}),
     "volume": ((2, 3, 4, 5, 6), (4, 3, 2, 3, 2), {"padding": 1, "stride": (1, 2, 1)}),
@@ -112,7 +117,7 @@ def test_pooling_interpreted(name):
     test_pooling(name, "interpret")
 
 
-@pytest.mark.parametrize("name", ["padded", "strided", "grouped", "depthwise"])
+@pytest.mark.parametrize("name", ["padded", "strided", "grouped", "depthwise", "wide"])
 def test_what_stands_before_a_convolution_is_computed_while_it_is_packed(name):
     """A relu, beside which nothing is padded but zeros."""
     x, w, options = SHAPES[name]
@@ -120,8 +125,10 @@ def test_what_stands_before_a_convolution_is_computed_while_it_is_packed(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_dtypes(dtype):
-    x, w = r(2, 3, 9, 8, dtype=dtype), r(5, 3, 3, 3, dtype=dtype)
+@pytest.mark.parametrize("channels", [(3, 5), (9, 21)])
+def test_dtypes(dtype, channels):
+    n, out = channels
+    x, w = r(2, n, 9, 8, dtype=dtype), r(out, n, 3, 3, dtype=dtype)
 
     def step(x, w):
         return F.conv2d(x, w, padding=1)

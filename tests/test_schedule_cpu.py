@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from textwrap import dedent
 
 import pytest
@@ -12,7 +13,7 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.text import parse
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu.columns import fuse_columns
-from tracejit.schedule.cpu.digits import over_digits, taken_apart
+from tracejit.schedule.cpu.digits import extents_of, over_digits, taken_apart
 from tracejit.schedule.cpu.layout import place, scratch_bytes
 from tracejit.schedule.cpu.loops import choose_loops
 from tracejit.schedule.cpu.lower import lower, lower_kernel
@@ -25,6 +26,7 @@ from tracejit.schedule.cpu.text import (
 )
 from tracejit.schedule.cpu.tiles import accumulators, keeps_b, orient, tile
 from tracejit.schedule.cpu.unpack import unpack
+from tracejit.schedule.cpu.windows import windows_of
 from tracejit.schedule.kernel import Axis, FloorDiv, Index
 from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Plan
@@ -294,6 +296,38 @@ def test_windows_are_packed_tile_by_tile():
     kernel = tile(CpuKernel(parse_kernel(dedent(WINDOWS))), 32)
     assert kernel.tiling.way == "panels" and scratch_bytes(kernel) == 0
     assert kernel.tiling.tile_rows >= 5
+
+
+def test_wide_results_read_windows_through_tables():
+    """The images are A then, copied once with their margins, and the weights are packed."""
+    wide = orient(CpuKernel(parse_kernel(dedent(WINDOWS.replace("i0: 5", "i0: 9")))))
+    kernel = tile(wide, 32)
+    assert (kernel.tiling.way, kernel.tiling.a) == ("windows", "copied")
+    assert [a.name for a in kernel.kernel.stages[0].axes] == ["i1", "i0"]
+    inner = WINDOWS[: WINDOWS.index(" if ")].replace("i0: 5", "i0: 9").replace("+ -9", "")
+    inside = parse_kernel(dedent(inner + WINDOWS[WINDOWS.index("\n        } v1") :]))
+    assert tile(orient(CpuKernel(inside)), 32).tiling.a == "direct"
+
+
+def test_planes_of_windows():
+    """A digit of the row and one of k, with which all indices move in one ratio, are one plane."""
+    kernel = orient(CpuKernel(parse_kernel(dedent(WINDOWS.replace("i0: 5", "i0: 9"))))).kernel
+    (stage,) = kernel.stages
+    found = windows_of(stage.axes[0], stage.dot.k, stage.dot.a)
+    assert [p.extent for p in found.planes] == [2 * 3, 9, 8]  # image and channel, line, column
+    images, lines, columns = (p.name for p in found.planes)
+    (load,) = found.statements
+    assert load.index == Index(((images, 64), (lines, 8), (columns, 1)), -9)
+    assert [b.index for b in load.mask] == [Index(((x, 1),), -1) for x in (lines, columns)]
+    (apart,) = found.apart
+    digits = extents_of((found.rows, found.depth))
+    for at in itertools.product(*map(range, digits.values())):
+        point = dict(zip(digits, at, strict=True))
+        place = value_at(found.place, point)
+        over = {}
+        for plane in reversed(found.planes):
+            place, over[plane.name] = divmod(place, plane.extent)
+        assert place == 0 and value_at(load.index, over) == value_at(apart.index, point)
 
 
 def value_at(index: Index, at: dict[str, int]) -> int:

@@ -14,7 +14,7 @@ from tracejit.codegen.c_loops import unravelled
 from tracejit.codegen.c_text import value_type
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu import digits, tiles
-from tracejit.schedule.cpu.access import extents_of
+from tracejit.schedule.cpu.access import contiguity, extents_of
 from tracejit.schedule.cpu.digits import Digits, over_digits, taken_apart
 from tracejit.schedule.cpu.loops import Loop
 from tracejit.schedule.cpu.plan import Tiling
@@ -41,7 +41,8 @@ class Contraction(tiles.Contraction):
         self.body = Body(kernel, extents_of(kernel))
         self.type = value_type(self.acc)
         dot = self.dot
-        self.a_load = plain(dot.a, dot.a_value, self.acc) if tiling.a == "direct" else None
+        direct = tiling.a == "direct" and self.windows is None
+        self.a_load = plain(dot.a, dot.a_value, self.acc) if direct else None
         self.b_load = None
         if tiling.packed_from and not self.panels:
             self.b_load = plain(dot.b, dot.b_value, self.acc, self.n.name)
@@ -50,6 +51,19 @@ class Contraction(tiles.Contraction):
     def panels(self) -> bool:
         """Whether each tile packs its own part of B."""
         return self.tiling.way == "panels"
+
+    @property
+    def turned(self) -> bool:
+        """Whether the body goes along the rows of a tile rather than its columns."""
+        if self.windows is None:
+            return False
+        body = self.stage.body
+        return contiguity(self.m, body) > contiguity(self.n, body)
+
+    @property
+    def turned_step(self) -> int:
+        """From one column of a turned tile to the next."""
+        return -(-self.tiling.tile_rows // self.lanes) * self.lanes
 
     def apart(self, axes: Sequence[Axis], statements: Sequence[Statement]) -> Apart | None:
         """Statements over the digits of axes; None where no axis falls into several."""

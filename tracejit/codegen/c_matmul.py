@@ -1,14 +1,16 @@
 """A contraction as C: tiles of the result, and the rest of the stage's body over each while hot.
 
-Four ways: tiles dealt to threads, after a task that packs the operands where that is needed; tiles
-that pack their own part of B; slices of k dealt to threads, for results much smaller than the
-operands; and one loop along k per result, for products with a vector. The reductions of the body go
-along.
+Five ways: tiles dealt to threads, after a task that packs the operands where that is needed; tiles
+that pack their own part of B; tiles that read A through windows; slices of k dealt to threads, for
+results much smaller than the operands; and one loop along k per result, for products with a vector.
+The reductions of the body go along.
 """
 
 from __future__ import annotations
 
-from tracejit.codegen.c_body import opened
+from collections.abc import Sequence
+
+from tracejit.codegen.c_body import Body, opened
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import (
     Part,
@@ -23,7 +25,9 @@ from tracejit.codegen.c_loops import (
 from tracejit.codegen.c_micro import tile
 from tracejit.codegen.c_pack import pack_a, pack_b, pack_task
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
+from tracejit.codegen.c_runs import all_digits, in_runs
 from tracejit.codegen.c_text import block, rounded, value_type
+from tracejit.codegen.c_windows import source, table_task, tables, turn_tile
 from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
@@ -37,7 +41,7 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     folds = [fold_of(s) for s in c.stage.body if isinstance(s, Reduce)]
     tiles = c.row_tiles * c.column_tiles
     way = c.tiling.way
-    chunks = c.tiling.chunks if way in ("tiles", "panels") else 1  # of what reduces
+    chunks = c.tiling.chunks if way not in ("slices", "dots") else 1  # of what reduces
     fields, after = [], []
     for f in folds:
         fields += partial_fields(f, chunks)
@@ -58,8 +62,9 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     parts = []
     if c.per_batch:
         fields.append(Line(f"{c.type} *packed;"))
-        pack = pack_task(c)
-        parts.append(Part(pack, []))
+        if c.windows is not None:
+            parts.append(Part(table_task(c), []))
+        parts.append(Part(pack_task(c), []))
     parts.append(Part(tile_task, after))
     if c.rounds > 1:
         fields.append(Line("int64_t round;"))
@@ -146,6 +151,8 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
     loads = [load for load in (c.a_load, c.b_load) if load is not None]
     if c.panels:
         loads += c.dot.b
+    if c.windows is not None and c.tiling.a == "direct":
+        loads += c.dot.a
     lines = [*opened(c.kernel, [*loads, *c.stage.body], c.name)]
     if c.per_batch:
         lines.append(Line(f"const {c.type} *const packed = at->packed;"))
@@ -156,7 +163,12 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
         lines.append(Line(f"{f.total} r{f.name} = {start};"))
     b = c.tiling
     aligned = f"__attribute__((aligned({c.tiling.vector_bytes})))"
-    lines.append(Line(f"{c.type} tile[{b.tile_rows} * {b.tile_columns}] {aligned};"))
+    if c.windows is not None:
+        lines += [source(c), *tables(c)]
+    rows = c.turned_step if c.turned else b.tile_rows
+    lines.append(Line(f"{c.type} tile[{rows} * {b.tile_columns}] {aligned};"))
+    if c.turned:
+        lines.append(Line(f"{c.type} turned[{b.tile_columns} * {rows}] {aligned};"))
     if c.panels:
         lines.append(Line(f"{c.type} panel[{PANEL_DEPTH} * {b.tile_columns}] {aligned};"))
     inner = c.batch_of("unit", tiles)
@@ -181,31 +193,55 @@ def _tiles_head(c: Contraction, chunks: int, folds: list, tile_lines: list[Line]
 
 
 def _epilogue(c: Contraction, folds: list) -> list[Line]:
-    """The rest of the stage's body over a finished tile."""
-    m, n, dot = c.m.name, c.n.name, c.dot
-    b = c.tiling
-    places = [f"r * {b.tile_columns} + c"]
-    for i in range(1, c.tiling.slices):
-        places.append(f"r * {b.tile_columns} + c + {i * b.tile_rows * b.tile_columns}")
-    value = " + ".join(f"tile[{place}]" for place in places)
-    value = f"({value})" if len(places) > 1 else value
-    if c.type != value_type(dot.out.dtype):
-        value = f"({value_type(dot.out.dtype)}){value}"
-    inner = [Line(f"const int64_t {n} = column + c;")]
+    """The rest of the stage's body over a finished tile, row by row, or column by column of a tile
+    that is turned."""
+    b, dot = c.tiling, c.dot
+    across, along, first, start = c.m, c.n, "row", "column"
+    name, step, counts = "tile", b.tile_columns, ("rows", "columns")
+    if c.turned:
+        across, along, first, start = c.n, c.m, "column", "row"
+        name, step, counts = "turned", c.turned_step, ("columns", "rows")
     kind = value_type(dot.out.dtype)
-    inner.append(Line(f"const {kind} {dot.out!r} = {rounded(value, dot.out.dtype)};", dot.where))
-    inner += c.body.lines(s for s in c.stage.body if not isinstance(s, Store))
-    lanes = lanes_of(folds, c.body)
-    inner += lanes.steps
-    inner += c.body.lines(s for s in c.stage.body if isinstance(s, Store))
-    pragma = []
-    if is_independent(c.stage.body, n):
-        pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
-    rows = [
-        Line(f"const int64_t {m} = row + r;"),
-        *lanes.before,
-        *pragma,
-        *block("for (int64_t c = 0; c < columns; c++)", inner),
-        *lanes.after,
-    ]
-    return block("for (int64_t r = 0; r < rows; r++)", rows)
+
+    def value(place: str) -> Line:
+        places = [f"r * {step} + {place}"]
+        for i in range(1, b.slices):
+            places.append(f"r * {step} + {place} + {i * b.tile_rows * b.tile_columns}")
+        text = " + ".join(f"{name}[{place}]" for place in places)
+        text = f"({text})" if len(places) > 1 else text
+        if c.type != kind:
+            text = f"({kind}){text}"
+        return Line(f"const {kind} {dot.out!r} = {rounded(text, dot.out.dtype)};", dot.where)
+
+    def loop(body: Body, statements: Sequence[Statement], head: str, inner: list[Line], axis: str):
+        inner += body.lines(s for s in statements if not isinstance(s, Store))
+        lanes = lanes_of(folds, body)
+        inner += lanes.steps
+        inner += body.lines(s for s in statements if isinstance(s, Store))
+        pragma = []
+        if is_independent(statements, axis):
+            pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
+        return [*lanes.before, *pragma, *block(head, inner), *lanes.after]
+
+    lines = [Line(f"const int64_t {across.name} = {first} + r;")]
+    apart = c.apart((across, along), c.stage.body)
+    if apart is None:
+        inner = [Line(f"const int64_t {along.name} = {start} + c;"), value("c")]
+        head = f"for (int64_t c = 0; c < {counts[1]}; c++)"
+        lines += loop(c.body, c.stage.body, head, inner, along.name)
+    else:
+        of_across, of_along = apart.axes
+
+        def run(at: str, begin: str) -> list[Line]:
+            fastest = of_along.digits[0].name
+            inner = [
+                Line(f"const int64_t {fastest} = {begin} + j;"),
+                value(f"({at} - {start}) + j"),
+            ]
+            head = "for (int64_t j = 0; j < run; j++)"
+            return loop(apart.body, apart.statements, head, inner, fastest)
+
+        lines += all_digits(of_across, across.name)
+        lines += in_runs(of_along, start, f"{start} + {counts[1]}", run)
+    lines = block(f"for (int64_t r = 0; r < {counts[0]}; r++)", lines)
+    return [*(turn_tile(c) if c.turned else []), *lines]

@@ -20,11 +20,13 @@ DEPTH = 512  # of a k that is summed in several passes, in one pass
 
 @dataclass(frozen=True)
 class _Operand:
-    """Where an operand starts, and its steps along its own axis and along k."""
+    """Where an operand starts, and its steps along its own axis and along k; `by_table` where
+    tables say both."""
 
     text: str
     step: int
     k_step: int
+    by_table: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
     if c.tiling.deep:
-        k, most = c.k.extent, PANEL_DEPTH if c.panels else DEPTH
+        k, most = c.k.extent, DEPTH if c.tiling.way == "tiles" else PANEL_DEPTH
         deep = Line(f"const int64_t deep = tj_least({most}, {k} - depth);")
         lines = [deep, *(pack_panel(c) if c.panels else []), *lines]
         lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {most})", lines)
@@ -60,6 +62,8 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
 
 def _a(c: Contraction) -> _Operand:
     m, k = c.m, c.k
+    if c.windows is not None:
+        return _Operand("windows", 1, 1, by_table=True)
     if c.a_load is None:
         steps = (k.extent, 1) if c.tiling.a == "rows" else (1, m.extent)
         return _Operand(f"packed{c.slot}", *steps)
@@ -113,6 +117,8 @@ def _panels(
     within = partial and not c.panels  # the panel starts where the pass does
     b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if within else kind.b.text
     a_from = f"{a.text} + (row + r) * {a.step}" + (f" + depth * {a.k_step}" if partial else "")
+    if a.by_table:
+        a_from = f"{a.text}, row_places + row + r, k_places + depth"
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
 
     def call(count: int) -> str:
@@ -154,8 +160,13 @@ def _micro(
     if keeps_b(rows, len(kinds), most) and c.type != "int64_t":
         inner += [Line(f"TJ_KEEP(b{j});") for j in range(len(kinds))]
     for r, row in enumerate(sums):
-        inner.append(Line(" ".join(f"{x} += a[{r * a.step}] * b{j};" for j, x in enumerate(row))))
-    lines += block(f"for (int64_t k = 0; k < depth; k++, a += {a.k_step}, b += {b.k_step})", inner)
+        element = f"a{r}[place]" if a.by_table else f"a[{r * a.step}]"
+        inner.append(Line(" ".join(f"{x} += {element} * b{j};" for j, x in enumerate(row))))
+    if a.by_table:
+        lines += [Line(f"const {c.type} *const a{r} = a + row_places[{r}];") for r in range(rows)]
+        inner.insert(0, Line("const int64_t place = k_places[k];"))
+    steps = f"b += {b.k_step}" if a.by_table else f"a += {a.k_step}, b += {b.k_step}"
+    lines += block(f"for (int64_t k = 0; k < depth; k++, {steps})", inner)
     places = {
         x: f"*({kinds[j]} *)(c + {r * c.tiling.tile_columns + starts[j]})"
         for r, row in enumerate(sums)
@@ -164,8 +175,11 @@ def _micro(
     if c.tiling.deep:
         lines += block("if (add)", [Line(f"{x} += {place};") for x, place in places.items()])
     lines += [Line(f"{place} = {x};") for x, place in places.items()]
+    of_a = f"const {c.type} *a"
+    if a.by_table:
+        of_a += ", const int32_t *row_places, const int32_t *k_places"
     head = (
-        f"TJ_FUSED static void {name}(int64_t depth, const {c.type} *a,"
+        f"TJ_FUSED static void {name}(int64_t depth, {of_a},"
         f" const {c.type} *b, {c.type} *c, bool add)"
     )
     micros[name] = block(head, lines)

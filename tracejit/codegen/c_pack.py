@@ -11,6 +11,7 @@ from tracejit.codegen.c_contraction import Apart, Contraction
 from tracejit.codegen.c_loops import Task, chunk_range
 from tracejit.codegen.c_runs import all_digits, in_runs, values_of_run
 from tracejit.codegen.c_text import block
+from tracejit.codegen.c_windows import copy_windows
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import contiguity
 from tracejit.schedule.cpu.digits import Digits, run_score
@@ -33,12 +34,16 @@ def pack_task(c: Contraction) -> Task:
         inner += block(head, packing) if head else packing
     if a_units:
         rows, rest = (c.m, c.k) if c.tiling.a == "rows" else (c.k, c.m)
-        first = f"(part - {b_units}) * {PACKED_ROWS}" if b_units else f"part * {PACKED_ROWS}"
-        last = f"tj_least(start + {PACKED_ROWS}, {rows.extent})"
-        packing = [
-            Line(f"const int64_t start = {first};"),
-            *pack_a(c, ("start", last), ("0", str(rest.extent))),
-        ]
+        at_once, count = PACKED_ROWS, rows.extent
+        if c.windows is not None:
+            at_once, count = c.lines_at_once, c.copied_lines
+        first = f"(part - {b_units}) * {at_once}" if b_units else f"part * {at_once}"
+        last = f"tj_least(start + {at_once}, {count})"
+        if c.windows is not None:
+            packing = copy_windows(c, "start", last)
+        else:
+            packing = pack_a(c, ("start", last), ("0", str(rest.extent)))
+        packing = [Line(f"const int64_t start = {first};"), *packing]
         inner += block(f"if (part >= {b_units})", packing) if b_units else packing
     lines += chunk_range(c.round * each, c.tiling.pack_chunks)
     lines += block("for (int64_t unit = first; unit < last; unit++)", inner)
@@ -81,7 +86,7 @@ def pack_panel(c: Contraction) -> list[Line]:
         Line(f"{c.type} *const to = panel + strip * {PANEL_DEPTH};"),
         Line("const int64_t start = column + strip;"),
         Line(f"const int64_t count = tj_least({c.strip}, {c.n.extent} - start);"),
-        *(_along_n(c, apart) if across else _along_k(c, apart)),
+        *(_along_n if across else _along_k)(c, apart, "depth", "depth + deep"),
     ]
     return block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", lines)
 
@@ -94,23 +99,23 @@ def _run_of_b(c: Contraction, apart: Apart, axis: Digits, start: str, to: str) -
     ]
 
 
-def _along_n(c: Contraction, apart: Apart) -> list[Line]:
-    """A strip of a panel, row by row."""
+def _along_n(c: Contraction, apart: Apart, first: str, last: str) -> list[Line]:
+    """The rows `first` … `last` of a strip, `to`, row by row."""
     k, width, (of_n, of_k) = c.k.name, c.strip, apart.axes
-    each = f"for (int64_t {k} = depth; {k} < depth + deep; {k}++)"
+    each = f"for (int64_t {k} = {first}; {k} < {last}; {k}++)"
 
     def run(at: str, start: str) -> list[Line]:
-        to = f"to + ({k} - depth) * {width} + ({at} - start)"
+        to = f"to + ({k} - ({first})) * {width} + ({at} - start)"
         return block(each, [*all_digits(of_k, k), *_run_of_b(c, apart, of_n, start, to)])
 
-    zero = f"for (int64_t j = count; j < {width}; j++) to[k * {width} + j] = 0;"
-    fill = block("for (int64_t k = 0; k < deep; k++)", [Line(zero)])
+    zero = f"for (int64_t j = count; j < {width}; j++) to[({k} - ({first})) * {width} + j] = 0;"
+    fill = block(each, [Line(zero)])
     ragged = block("if (count < " + str(width) + ")", fill) if c.n.extent % width else []
     return [*in_runs(of_n, "start", "start + count", run), *ragged]
 
 
-def _along_k(c: Contraction, apart: Apart) -> list[Line]:
-    """A strip of a panel, column by column, turned in small squares."""
+def _along_k(c: Contraction, apart: Apart, first: str, last: str) -> list[Line]:
+    """The same column by column, turned in small squares."""
     of_n, of_k = apart.axes
 
     def run(at: str, start: str) -> list[Line]:
@@ -123,12 +128,12 @@ def _along_k(c: Contraction, apart: Apart) -> list[Line]:
     body = [
         *block("for (int64_t c = 0; c < count; c++)", column),
         Line(f"const int64_t deep = tj_least({ACROSS}, end - from);"),
-        *_turned(c, f"to + (from - depth) * {c.strip}", "rows", str(ACROSS), "count"),
+        *_turned(c, f"to + (from - ({first})) * {c.strip}", "rows", str(ACROSS), "count"),
     ]
     return [
         Line(f"{c.type} rows[{c.strip} * {ACROSS}];"),
-        Line("const int64_t end = depth + deep;"),
-        *block(f"for (int64_t from = depth; from < end; from += {ACROSS})", body),
+        Line(f"const int64_t end = {last};"),
+        *block(f"for (int64_t from = {first}; from < end; from += {ACROSS})", body),
     ]
 
 
@@ -160,6 +165,18 @@ def _packed_part(c: Contraction, k_parts: int) -> list[Line]:
 def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
     """The rows `low` … `high` of the strip of B of a number, counted from the first packed."""
     k, n, width = c.k.name, c.n.name, c.strip
+    apart = c.apart((c.n, c.k), c.dot.b)
+    if apart is not None:
+        across = run_score(apart.axes[0], apart.statements) >= run_score(
+            apart.axes[1], apart.statements
+        )
+        to = f"packed + {c.a_elements}{c.slot} + {number} * {width * c.k.extent}"
+        return [
+            Line(f"{c.type} *const to = {to} + ({low}) * {width};"),
+            Line(f"const int64_t start = ({number} + {c.tiling.packed_from}) * {width};"),
+            Line(f"const int64_t count = tj_least({width}, {c.n.extent} - start);"),
+            *(_along_n if across else _along_k)(c, apart, low, high),
+        ]
     lines = [
         Line(
             f"{c.type} *const strip = packed + {c.a_elements}{c.slot}"

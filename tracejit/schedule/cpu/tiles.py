@@ -17,6 +17,7 @@ from tracejit.schedule.cpu.access import contiguity, stride
 from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
 from tracejit.schedule.cpu.digits import is_split
 from tracejit.schedule.cpu.plan import CpuKernel, Tiling
+from tracejit.schedule.cpu.windows import Windows, windows_of
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
 TILE_BYTES = 32 << 10  # of a tile of the result
@@ -25,27 +26,49 @@ WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
 PACKED_BYTES = 1 << 20  # a larger B is packed, even if it could be read as it lies
+NARROW = 8  # columns of the result, fewer than which are not worth vectors
 PANEL_ROWS = 2048  # the most of a result whose tiles pack their own part of B
 PANEL_COLUMNS = 128  # of such a tile
 PANEL_TILE = 32 << 10  # and its elements
 PANEL_DEPTH = 256  # of k that it packs at once
+WINDOWS_ROWS = 6  # of a micro-kernel that reads A through windows: each has an address,
+WINDOWS_COLUMNS = 64  # of a tile,
+WINDOWS_TILE = 8 << 10  # its elements,
+WINDOWS_BYTES = 512 << 10  # and the part of B under it
+COPIED_AT_ONCE = 4096  # elements in a unit of copying
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
 SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
 
 
 def orient(kernel: CpuKernel) -> CpuKernel:
-    """Exchange rows and columns of a contraction where that lets the rest of the body go along
-    memory: a linear layer's weight gradient is made for the transposed weight."""
+    """Exchange rows and columns of a contraction where the operand that becomes A is then read
+    through windows, or where that lets the rest of the body go along memory: a linear layer's
+    weight gradient is made for the transposed weight."""
     if not has_contraction(kernel.kernel):
         return kernel
     stage, *rest = kernel.kernel.stages
     *batch, m, n = stage.axes
-    if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
-        return kernel
     dot = stage.dot
     dot = replace(dot, a=dot.b, a_value=dot.b_value, b=dot.a, b_value=dot.a_value)
-    stage = replace(stage, axes=(*batch, n, m), dot=dot)
-    return replace(kernel, kernel=replace(kernel.kernel, stages=(stage, *rest)))
+    turned = replace(stage, axes=(*batch, n, m), dot=dot)
+    other = replace(kernel, kernel=replace(kernel.kernel, stages=(turned, *rest)))
+    here, there = by_windows(kernel.kernel), by_windows(other.kernel)
+    if here is not None or there is not None:  # the side that is read more often
+        return other if here is None or (there is not None and there.share < here.share) else kernel
+    if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
+        return kernel
+    return other
+
+
+def by_windows(kernel: Kernel) -> Windows | None:
+    """The windows through which a contraction reads A, if it is to read so."""
+    stage = kernel.stages[0]
+    *batch, m, n = stage.axes
+    acc = accumulator(stage.dot)
+    if batch or acc is i64 or n.extent < NARROW or not m.extent * stage.dot.k.extent:
+        return None
+    found = windows_of(m, stage.dot.k, stage.dot.a)
+    return found if found is not None and found.is_worth_a_copy(acc.itemsize) else None
 
 
 def tile(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
@@ -79,7 +102,9 @@ def _loads(rows: int, vectors: int, sums: int) -> float:
 
 
 @lru_cache(1024)
-def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[int, ...]:
+def blocking(
+    m: int, n: int, k: int, lanes: int, sums: int, size: int, most_rows: int = 14
+) -> tuple[int, ...]:
     """(rows and vectors of the micro-kernel, rows and columns of the tile around it).
 
     The micro-kernel is the one that wastes least on m × n results. The tile is tall and narrow
@@ -88,7 +113,7 @@ def blocking(m: int, n: int, k: int, lanes: int, sums: int, size: int) -> tuple[
     wide = -(-n // lanes)
     best = None
     for vectors in range(1, min(4, wide) + 1):
-        for rows in range(1, min(sums // vectors, 14, m) + 1):
+        for rows in range(1, min(sums // vectors, most_rows, m) + 1):
             cost = sum(
                 panels * strips * max(r * v, _loads(r, v, sums), 4.0) + panels * strips
                 for r, panels in ((rows, m // rows), (m % rows, 1))
@@ -115,11 +140,16 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     m, n, k = m_axis.extent, n_axis.extent, stage.dot.k.extent
     batches, acc = math.prod(a.extent for a in batch), accumulator(stage.dot)
     lanes, size = vector_bytes // acc.itemsize, acc.itemsize
-    cut = blocking(max(m, 1), max(n, 1), k, lanes, accumulators(vector_bytes), size)
+    windows = by_windows(kernel)
+    most_rows = 14 if windows is None else WINDOWS_ROWS
+    sums = accumulators(vector_bytes)
+    cut = blocking(max(m, 1), max(n, 1), k, lanes, sums, size, most_rows)
     work = batches * m * n * k * 2 // lanes
     way, slices = "tiles", 1
     if _by_dots(stage.axes, stage.dot, batches):
         way, cut = "dots", (1, 1, m, n)
+    elif windows is not None:
+        way, cut = "windows", _for_windows(cut, m, n, k, work, lanes, size)
     elif _by_panels(stage.dot, m_axis, n_axis):
         way, cut = "panels", _for_panels(cut, batches, m, n, work, cut[1] * lanes)
     elif not batch:
@@ -129,10 +159,14 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
         way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
     elif work // GRAIN > 1 and way == "tiles":  # enough tiles for all threads
         cut = _for_threads(cut, batches, m, n, work)
-    deep = (k > WHOLE_DEPTH and slices == 1) or way == "panels"
+    deep = (k > WHOLE_DEPTH and slices == 1) or way in ("panels", "windows")
     a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
     if way == "panels":
         packed_from = -(-n // (cut[1] * lanes))
+    elif way == "windows":
+        a, packed_from = "copied", 0
+        if plain(windows.apart, stage.dot.a_value, acc) is not None:
+            a = "direct"
     tiling = Tiling(vector_bytes, way, *cut, slices, a, packed_from, deep, batches, 1, 1)
     whole = Contraction(kernel, tiling)
     round_ = max(1, batches)
@@ -192,6 +226,19 @@ def _for_panels(
     tiles = -(-n // (strips * strip))
     strips = -(-n // (tiles * strip))  # as many tiles, of one size
     return rows, vectors, tall, strips * strip
+
+
+def _for_windows(
+    cut: tuple[int, ...], m: int, n: int, k: int, work: int, lanes: int, size: int
+) -> tuple[int, int, int, int]:
+    """Tiles under whose columns B stays in the second cache, and tall ones where that is narrow."""
+    rows, vectors, *_ = cut
+    strip = vectors * lanes
+    columns = min(WINDOWS_COLUMNS, WINDOWS_BYTES // size // k, -(-n // lanes) * lanes)
+    columns = max(1, columns // strip) * strip
+    tall = max(1, WINDOWS_TILE // columns // rows) * rows
+    cut = rows, vectors, min(tall, -(-m // rows) * rows), columns
+    return _for_threads(cut, 1, m, n, work)
 
 
 def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
@@ -277,6 +324,7 @@ class Contraction:
         self.strips = -(-self.n.extent // self.strip)
         self.round = tiling.round
         self.rounds = -(-self.batches // self.round) if self.batches else 0
+        self.windows = by_windows(kernel) if tiling.way == "windows" else None
 
     # --- units of packing, per batch
 
@@ -284,8 +332,19 @@ class Contraction:
     def a_units(self) -> int:
         if not self.a_elements:
             return 0
+        if self.windows is not None:
+            return -(-self.copied_lines // self.lines_at_once)
         rows = self.m if self.tiling.a == "rows" else self.k
         return -(-rows.extent // PACKED_ROWS)
+
+    @property
+    def copied_lines(self) -> int:
+        """Of what windows read: stretches of its fastest plane."""
+        return math.prod(p.extent for p in self.windows.planes[:-1])
+
+    @property
+    def lines_at_once(self) -> int:
+        return max(1, COPIED_AT_ONCE // self.windows.planes[-1].extent)
 
     @property
     def k_parts(self) -> int:
@@ -301,6 +360,8 @@ class Contraction:
     def a_elements(self) -> int:
         if self.tiling.a == "direct":
             return 0
+        if self.windows is not None:
+            return -(-self.windows.elements // self.lanes) * self.lanes
         return -(-self.m.extent * self.k.extent // self.lanes) * self.lanes
 
     @property
@@ -308,9 +369,17 @@ class Contraction:
         return (self.strips - self.tiling.packed_from) * self.strip * self.k.extent
 
     @property
+    def table_elements(self) -> int:
+        """Two tables of places, of the rows and of k, of 32 bits each."""
+        if self.windows is None:
+            return 0
+        return -(-(self.m.extent + self.k.extent) * 4 // self.size // self.lanes) * self.lanes
+
+    @property
     def per_batch(self) -> int:
         packs = self.tiling.a != "direct" or self.tiling.packed_from < self.strips
-        return max(self.a_elements + self.b_elements, self.lanes if packs else 0)
+        elements = self.a_elements + self.b_elements + self.table_elements
+        return max(elements, self.lanes if packs else 0)
 
     @property
     def slices_elements(self) -> int:
