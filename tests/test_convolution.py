@@ -29,6 +29,8 @@ SHAPES = {
     "several panels": ((2, 33, 5, 6), (14, 33, 3, 3), {"padding": 1}),
     "wide": ((2, 11, 9, 7), (13, 11, 3, 3), {"padding": 1}),
     "wide, strided": ((2, 9, 9, 8), (30, 9, 3, 3), {"stride": (2, 1), "padding": 1}),
+    "strides, dilated": ((2, 3, 13, 11), (5, 3, 3, 4), {"stride": 2, "dilation": (3, 2)}),
+    "strides of three": ((2, 3, 13, 11), (5, 3, 4, 5), {"stride": 3, "padding": (5, 2)}),
     "wide, dilated": ((2, 9, 9, 8), (26, 9, 3, 2), {"dilation": (1, 2), "padding": (0, 2)}),
     "wide, unpadded": ((3, 33, 9, 8), (17, 33, 3, 3), {}),
     "wide, one by one": ((3, 14, 5, 5), (17, 14, 1, 1), {}),
@@ -41,6 +43,7 @@ TRANSPOSED = {
     "up": ((2, 3, 4, 3), (3, 5, 2, 2), {"stride": 2}),
     "overlapping": ((2, 4, 4, 3), (4, 5, 3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     "grouped": ((2, 4, 4, 3), (4, 3, 3, 3), {"groups": 2, "dilation": 2}),
+    "grouped, strided": ((2, 4, 4, 3), (4, 3, 4, 3), {"groups": 2, "stride": (3, 2)}),
 }
 POOLED = {
     "max": lambda x: F.max_pool2d(x, 2),

@@ -17,7 +17,9 @@ from tracejit.capture.functions.derived import widen
 from tracejit.capture.functions.layouts import image_strides
 from tracejit.capture.functions.windows import (
     Windows,
+    in_turn,
     ints_of,
+    phases,
     placed,
     readers,
     taps,
@@ -29,6 +31,8 @@ from tracejit.ir.graph import Value
 from tracejit.ir.types import b1
 
 Tensor = torch.Tensor
+
+MOST_PHASES = 16  # of strided windows, whose images' gradients are products of their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +104,24 @@ class Convolution:
         return t.b.reshape(y, shape=(n, groups * channels, *rest))
 
     def _of_images(self, t: Trace, g: Value, w: Value) -> Value:
-        """`of_images` from the windows that read each element."""
-        rank = self.windows.rank
-        a = t.b.permute(self._weights(t, w), axes=(0, 2, 1, *range(3, 3 + rank)))
-        b = self._grouped(t, readers(t, g, self.windows))
+        """`of_images` from the windows that read each element: for the elements at each remainder
+        of the stride apart, since other taps read them."""
+        w, strides = self._weights(t, w), math.prod(self.windows.stride)
+        if strides == 1 or strides > MOST_PHASES:
+            return self._of_readers(t, g, w, self.windows)
+        parts = []
+        for phase in phases(self.windows):
+            stops, one = w.type.shape[:3], (1,) * 3
+            starts, steps = (0, 0, 0, *phase.starts), (*one, *phase.steps)
+            taken = t.b.slice(w, starts=starts, stops=(*stops, *phase.stops), steps=steps)
+            parts.append((phase, self._of_readers(t, g, taken, phase.windows)))
+        return in_turn(t, parts, self.windows)
+
+    def _of_readers(self, t: Trace, g: Value, w: Value, windows: Windows) -> Value:
+        """The gradient of what windows read, from the weights of their taps."""
+        rank = windows.rank
+        a = t.b.permute(w, axes=(0, 2, 1, *range(3, 3 + rank)))
+        b = self._grouped(t, readers(t, g, windows))
         return self._images(t, _contract(t, a, _taps_first(t, b, rank), 1 + rank))
 
     def _of_apart(self, t: Trace, g: Value, w: Value) -> Value:

@@ -6,7 +6,9 @@ put one axis of taps per axis after all others.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from itertools import product
 
 from tracejit.capture.functions.common import expand
 from tracejit.capture.trace.tensor import Ints
@@ -41,6 +43,61 @@ class Windows:
         """How many elements all windows reach over, from `low` before the first."""
         rows = zip(self.count, self.stride, self.dilation, self.size, strict=True)
         return tuple(max(n - 1, 0) * s + (k - 1) * d + 1 for n, s, d, k in rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """The elements whose places leave `remainder` by the stride, and the taps that read them: a
+    slice of all, which are windows of stride 1 over these elements."""
+
+    remainder: Ints
+    starts: Ints
+    stops: Ints
+    steps: Ints
+    windows: Windows
+
+
+def phases(w: Windows) -> list[Phase]:
+    """The phases of strided windows that any tap reads; together they have each tap once."""
+    rows = zip(w.size, w.stride, w.dilation, w.low, strict=True)
+    read = [sorted({(k * d - low) % s for k in range(n)}) for n, s, d, low in rows]
+    return [_phase(w, remainder) for remainder in product(*read)]
+
+
+def _phase(w: Windows, remainder: Ints) -> Phase:
+    starts, steps, size, lows, dilation = [], [], [], [], []
+    rows = zip(w.size, w.stride, w.dilation, w.low, remainder, strict=True)
+    for n, s, d, low, r in rows:
+        read_by = [k for k in range(n) if (k * d - low) % s == r]
+        starts.append(read_by[0])
+        steps.append(s // math.gcd(s, d))
+        size.append(len(read_by))
+        lows.append(-((read_by[0] * d - low - r) // s))
+        dilation.append(steps[-1] * d // s)
+    one = (1,) * w.rank
+    of_phase = Windows(tuple(size), one, tuple(lows), tuple(dilation), _lengths(w), w.count)
+    return Phase(remainder, tuple(starts), w.size, tuple(steps), of_phase)
+
+
+def _lengths(w: Windows) -> Ints:
+    """How many elements the longest phase has."""
+    return tuple(-(-n // s) for n, s in zip(w.length, w.stride, strict=True))
+
+
+def in_turn(t: Trace, parts: list[tuple[Phase, Value]], w: Windows) -> Value:
+    """The elements of all phases, each […, *its elements], in their places: […, *length]."""
+    lead = len(parts[0][1].type.shape) - w.rank
+    front, lengths, none = parts[0][1].type.shape[:lead], _lengths(w), (0,) * w.rank
+    total: Value | None = None
+    for phase, x in parts:
+        x = t.b.reshape(x, shape=(*front, *_paired(lengths, (1,) * w.rank)))
+        after = tuple(s - 1 - r for s, r in zip(w.stride, phase.remainder, strict=True))
+        low = (*(0,) * lead, *_paired(none, phase.remainder))
+        high = (*(0,) * lead, *_paired(none, after))
+        x = t.b.pad(x, low=low, high=high, interior=(0,) * len(low), value=0)
+        total = x if total is None else t.b.add(total, x)
+    whole = tuple(n * s for n, s in zip(lengths, w.stride, strict=True))
+    return fitted(t, t.b.reshape(total, shape=(*front, *whole)), none, w.length, 0)
 
 
 def ints_of(t: Trace, given: object, rank: int, name: str) -> Ints:
