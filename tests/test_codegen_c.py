@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import math
+from textwrap import dedent
 
 import numpy as np
 import pytest
 
 from support.c_text import printed
+from tracejit.codegen.c import emit_kernel
 from tracejit.codegen.c_body import Body, is_independent
 from tracejit.codegen.c_prelude import C_PRELUDE, prelude_for
 from tracejit.codegen.c_text import literal
@@ -17,8 +19,11 @@ from tracejit.errors import BackendUnavailable
 from tracejit.ir.types import b1, f32, f64, i64
 from tracejit.runtime.c_compiler import find_compiler, load_library
 from tracejit.schedule.cpu.access import vector_axis
+from tracejit.schedule.cpu.lower import lower_kernel
+from tracejit.schedule.cpu.plan import CpuKernel
 from tracejit.schedule.cpu.tiles import accumulators, blocking
 from tracejit.schedule.kernel import Axis, FloorDiv, Index, Kernel, Load, Mod, Store, Var
+from tracejit.schedule.kernel_text import parse_kernel
 
 CHAIN = """
 step(%0: f32[5000], %1: f32[5000]) {
@@ -189,3 +194,32 @@ def test_vector_power_is_within_one_ulp(vectors):
     with np.errstate(all="ignore"):
         right = np.power(x.astype(np.longdouble), y.astype(np.longdouble)).astype(np.float64)
     assert worst_ulps(run_vector(vectors, "pow", x, y), right) <= 1
+
+
+IMAGES = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over () {
+      stage (i1: 84, i0: 9) {
+        dot v3: f32 over (k: 27) {
+          v2: f32 = load b1[(i1 // 42) * 192 + (k // 9) * 64 + i1 % 6 + k % 3 + ((i1 // 6) % 7) * 8 + ((k // 3) % 3) * 8]
+          |
+          v1: f32 = load b0[i0 * 27 + k]
+        } v2, v1
+        store b2[STORED] <- v3
+      }
+    }"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("stored", "turned"),
+    [
+        ("i0 * 42 + (i1 // 42) * 378 + i1 % 42", True),  # channel by channel
+        ("i0 + i1 * 9", False),  # channels last
+    ],
+)
+def test_tiles_are_turned_where_images_lie_channel_by_channel(stored, turned):
+    """The rest of the body then goes along memory, without a division for each element."""
+    kernel = lower_kernel(CpuKernel(parse_kernel(dedent(IMAGES.replace("STORED", stored)))), 32)
+    text = emit_kernel(kernel).text
+    assert ("tj_turn(turned" in text) is turned
+    (store,) = [line for line in text.splitlines() if "= v3;" in line]
+    assert "%" not in store and "/ " not in store.partition("//")[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from tracejit.codegen.c_body import Body
 from tracejit.codegen.c_loops import unravelled
@@ -52,13 +53,19 @@ class Contraction(tiles.Contraction):
         """Whether each tile packs its own part of B."""
         return self.tiling.way == "panels"
 
-    @property
+    @cached_property
     def turned(self) -> bool:
         """Whether the body goes along the rows of a tile rather than its columns."""
         if self.windows is None:
             return False
-        body = self.stage.body
-        return contiguity(self.m, body) > contiguity(self.n, body)
+        of_m, of_n = found = taken_apart((self.m, self.n), self.stage.body)
+        body = over_digits(self.stage.body, found, self.body.extents)
+
+        def along(axis: Digits) -> int:
+            fastest = axis.digits[0]
+            return contiguity(Axis(fastest.name, fastest.extent), body)
+
+        return along(of_m) > along(of_n)
 
     @property
     def turned_step(self) -> int:
