@@ -28,6 +28,7 @@ class Case:
     optimizer:  torch's, whose options are given: "SGD" has `fused`, "Adam" `capturable` too.
     reads:  Python reads values or draws numbers in it, so that no graph holds a whole call.
     sizes:  where they are not the defaults of make_step.
+    images: whether the step may have its images channels last.
     like:   the case that it is a larger one of.
     jax:    whether there is a version in JAX.
     """
@@ -40,6 +41,7 @@ class Case:
     optimizer: str = ""
     reads: bool = False
     sizes: Mapping[str, object] = field(default_factory=dict)
+    images: bool = False
     like: str = ""
     jax: bool = False
 
@@ -48,6 +50,8 @@ class Case:
         options = {"fused": True} if "fused" in contender else {}
         if "graph" in contender and self.optimizer == "Adam":
             options["capturable"] = True
+        if "channels_last" in contender:
+            options["channels_last"] = True
         sizes = self.small if small else self.sizes
         return self.make_step(device=device, **sizes, **options)
 
@@ -89,8 +93,52 @@ _RESNET = (
         )
     ),
 )
+_VGG = (
+    *convolution(32, 32, 3, 64, 3, first=True),
+    *convolution(32, 32, 64, 64, 3),
+    *(
+        gemm
+        for side, c in ((16, 64), (8, 128), (4, 256))
+        for gemm in (
+            *convolution(32, side, c, 2 * c, 3),
+            *convolution(32, side, 2 * c, 2 * c, 3),
+        )
+    ),
+)
+_ALEXNET = (
+    *convolution(4, 55, 3, 64, 11, first=True),
+    *convolution(4, 27, 64, 192, 5),
+    *convolution(4, 13, 192, 384, 3),
+    *convolution(4, 13, 384, 256, 3),
+    *convolution(4, 13, 256, 256, 3),
+    *linear(4, 9216, 4096),
+    *linear(4, 4096, 4096),
+    *linear(4, 4096, 10),
+)
+_UNET = (
+    *convolution(4, 64, 3, 32, 3, first=True),
+    *convolution(4, 64, 32, 32, 3, 2),
+    *convolution(4, 64, 64, 32, 3),
+    *(
+        gemm
+        for side, c in ((32, 32), (16, 64), (8, 128))
+        for gemm in (
+            *convolution(4, side, c, 2 * c, 3),
+            *convolution(4, side, 2 * c, 2 * c, 3, 1 if side == 8 else 2),
+            *linear(4 * side * side, 2 * c, 4 * c),  # the transposed convolution
+        )
+    ),
+    *convolution(4, 32, 128, 64, 3),
+    *convolution(4, 16, 256, 128, 3),
+)
 _IMAGES = {"batch": 2, "side": 9}
 _ELEMENTS = 4096 * 1024
+
+
+def _net(make_step: Callable, gemms: Sequence[Gemm] = (), **small: object) -> Case:
+    """A network for images."""
+    return Case(make_step, {**_IMAGES, **small}, tuple(gemms), optimizer="SGD", images=True)
+
 
 CASES: dict[str, Case] = {
     "two_layer_manual": Case(two_layer_manual.make_step, _NET, _TWO_LAYER, jax=True),
@@ -128,11 +176,16 @@ CASES: dict[str, Case] = {
         {**_IMAGES, "channels": 4},
         tuple(convolution(32, 32, 64, 64, 3)),
         grads=True,
+        images=True,
     ),
-    "depthwise_block": Case(image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True),
-    "resnet": Case(
-        image_steps.resnet, {**_IMAGES, "widths": (4, 8), "blocks": 1}, _RESNET, optimizer="SGD"
+    "depthwise_block": Case(
+        image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True, images=True
     ),
+    "resnet": _net(image_steps.resnet, _RESNET, widths=(4, 8), blocks=1),
+    "vgg": _net(image_steps.vgg, _VGG, widths=(4, 8)),
+    "alexnet": _net(image_steps.alexnet, _ALEXNET, side=63, width=4, hidden=12),
+    "mobilenet": _net(image_steps.mobilenet, stages=((1, 8, 1, 1), (2, 8, 2, 2)), last=12),
+    "unet": _net(image_steps.unet, _UNET, side=8, width=4, depth=1),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

@@ -3,12 +3,13 @@
     python -m benchmarks.run [--device cpu|cuda] [--case NAME]… [--contender NAME]… [--rounds 15]
                              [--limit 300] [--jax-python PATH] [--output FILE]
 
-Contenders: eager, eager with a fused optimizer, torch.compile of the step as users write it, the
-same with backward traced in (`torch._dynamo.config.trace_autograd_ops`), JAX, NumPy, tracejit; on a
-GPU also the whole eager step in one CUDA graph, captured by hand, with and without a fused
-optimizer, torch.compile in two more modes, and tracejit without graphs of its own (there are more
-cases, too, in sizes that fill it). Each runs in a process of its own (worker.py). Processes start
-one after another; then they are timed in rounds, in an order that turns from round to round.
+Contenders: eager, eager with a fused optimizer, eager with images channels last, torch.compile of
+the step as users write it, the same with backward traced in (`torch._dynamo.config.
+trace_autograd_ops`), JAX, NumPy, tracejit; on a GPU also the whole eager step in one CUDA graph,
+captured by hand, with and without a fused optimizer, torch.compile in two more modes, and tracejit
+without graphs of its own (there are more cases, too, in sizes that fill it). Each runs in a process
+of its own (worker.py). Processes start one after another; then they are timed in rounds, in an
+order that turns from round to round.
 Before that, results are compared with eager's: a difference is reported as "wrong". What fails, is
 wrong or takes longer than the limit for an answer is a row that says so, with the end of what its
 process said in the report; the others go on. If that is tracejit or eager, the exit status is 1.
@@ -54,6 +55,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTENDERS = (
     "eager",
     "eager fused",
+    "eager channels_last",
     "eager graph",
     "eager fused graph",
     "torch.compile",
@@ -157,6 +159,8 @@ def available(case_name: str, contender: str, device: str, pythons: dict[str, st
     if contender in OF_GPUS and device != "cuda":
         return False
     if "fused" in contender and not case.optimizer:
+        return False
+    if "channels_last" in contender and not case.images:
         return False
     if "graph" in contender and case.reads:
         return False

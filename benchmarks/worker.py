@@ -102,6 +102,7 @@ def whole_graph(step: Callable) -> Callable:
 COMPILERS: dict[str, Callable[[Callable], Callable]] = {
     "eager": lambda step: step,
     "eager fused": lambda step: step,
+    "eager channels_last": lambda step: step,
     "eager graph": whole_graph,
     "eager fused graph": whole_graph,
     "torch.compile": torch_compile(),

@@ -21,7 +21,7 @@ from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
 from benchmarks.worker import CALLS, build_arrays, build_torch
 
-TORCH_CONTENDERS = ("eager", "eager fused", "tracejit")
+TORCH_CONTENDERS = ("eager", "eager fused", "eager channels_last", "tracejit")
 
 
 def first_calls(contender) -> tuple[list, list[np.ndarray]]:
@@ -157,6 +157,9 @@ def test_who_contends():
     assert contenders_of("dynamic_net", "cuda") == everywhere | of_gpus
     assert contenders_of("chain_64m", "cuda") == everywhere | of_gpus | {"jax", "eager graph"}
     assert contenders_of("chain_4m", "cpu") == everywhere | {"jax", "numpy"}
+    images = everywhere | {"eager channels_last"}
+    assert contenders_of("conv_block", "cpu") == images
+    assert contenders_of("unet", "cpu") == images | {"eager fused"}
     for case in ALL:
         assert contenders_of(case, "cuda") <= {*worker.COMPILERS, *worker.ARRAYS}
 
