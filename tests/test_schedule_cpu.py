@@ -192,6 +192,25 @@ def test_loops_go_along_memory():
     assert lines[1].startswith("kernel(")
 
 
+def test_taps_are_no_vector_loop():
+    """A window of 3 is summed for a whole line at a time."""
+    taps = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) over (i0: 4, i1: {n}) {{
+      stage (i2: 3) {{
+        v1: f32 = load b0[i0 * 40 + i1 + i2]
+        v2: f32 = load b1[i0 * 3 + i2]
+        v3: f32 = mul(v1, v2)
+        v4: f32 = reduce_sum v3
+      }}
+      stage () {{
+        store b2[i0 * {n} + i1] <- v4
+      }}
+    }}"""
+    for n, first in ((32, "outer: i1 by 256 in 1 chunks"), (2, "outer: points in 1 chunks")):
+        found = choose_loops(parse_cpu_kernel(dedent(taps.format(n=n))))
+        assert str(found).splitlines()[0] == first
+
+
 def test_a_kernel_without_outer_axes_is_a_loop_nest_per_stage():
     before = """
         kernel(b0: f32 r, b1: f32 w) over () {{

@@ -17,6 +17,7 @@ from tracejit.schedule.cpu.plan import CpuKernel, Nest
 from tracejit.schedule.kernel import Axis, Kernel, Stage
 
 BLOCK = 1024  # elements of a vector loop
+SHORT = 8  # elements of an inner axis, fewer than which are not worth a vector loop
 COLUMNS = 256  # elements of a vector loop whose reductions run over other axes
 
 
@@ -115,6 +116,8 @@ def _outer_vector(kernel: Kernel) -> Axis | None:
     inner = [a for stage in kernel.stages for a in stage.axes]
     if not inner:
         return best
+    if all(a.extent < min(SHORT, best.extent) for a in inner) and _walked(kernel, best) > 0:
+        return best  # the taps of a window are no loop for vectors
     most = max(_walked(kernel, a) for a in inner)
     return best if _walked(kernel, best) > most else None
 
