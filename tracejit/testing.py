@@ -453,8 +453,8 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.abs(np.asarray(out, np.float64))
     if name in ("neg", "abs", "alias"):
         return m[0]
-    if name == "gather":
-        return node.op.eval(m[0], args[1], **dict(node.attrs))
+    if node.op.family == "indexing":
+        return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
 
 
