@@ -52,8 +52,19 @@ def composite(function: FunctionType) -> None:
 
 
 _COMPOSITES: tuple[Callable, ...] = (
+    torch.nn.functional.affine_grid,
+    torch.nn.functional.fold,
+    torch.nn.functional.grid_sample,
     torch.nn.functional.gumbel_softmax,
     torch.nn.functional.interpolate,
+    torch.nn.functional.local_response_norm,
+    torch.nn.functional.lp_pool1d,
+    torch.nn.functional.lp_pool2d,
+    torch.nn.functional.lp_pool3d,
+    torch.nn.functional.max_unpool1d,
+    torch.nn.functional.max_unpool2d,
+    torch.nn.functional.max_unpool3d,
+    torch.nn.functional.unfold,
     torch.nn.init.constant_,
     torch.nn.init.kaiming_uniform_,
     torch.nn.init.normal_,

@@ -25,6 +25,20 @@ from tracejit.ir.types import DType, i64
 UNROLLED = 4  # terms that are written out; more are a reduction
 FINE = 1 << 16  # parts of a position, in which readers are counted
 
+CUBIC, CUBIC_ANTIALIAS = -0.75, -0.5  # slopes where a cubic leaves its first neighbours
+
+
+def near_weight(b: Builder, away: Value, a: float) -> Value:
+    """The cubic weight of an element up to 1 away."""
+    return b.add(b.mul(b.mul(b.sub(b.mul(away, a + 2), a + 3), away), away), 1.0)
+
+
+def far_weight(b: Builder, away: Value, a: float) -> Value:
+    """The cubic weight of an element from 1 to 2 away, as a product, which loses no digits."""
+    rest = b.sub(away, 2.0)
+    return b.mul(b.mul(b.mul(rest, rest), b.sub(away, 1.0)), a)
+
+
 Position = Value | int
 # (positions in the result, number of the term) → (position in the operand, its factor, whether it
 # counts); 1 and yes where there is None
@@ -96,10 +110,9 @@ class Line:
         away = b.abs(away)
         if self.mode == "linear":
             return b.maximum(b.sub(1.0, away), 0.0)
-        a = -0.5 if self.antialias else -0.75
-        near = b.add(b.mul(b.mul(b.sub(b.mul(away, a + 2), a + 3), away), away), 1.0)
-        far = b.mul(b.sub(b.mul(b.add(b.mul(b.sub(away, 5.0), away), 8.0), away), 4.0), a)
-        return b.where(b.lt(away, 1.0), near, b.where(b.lt(away, 2.0), far, 0.0))
+        a = CUBIC_ANTIALIAS if self.antialias else CUBIC
+        far = b.where(b.lt(away, 2.0), far_weight(b, away, a), 0.0)
+        return b.where(b.lt(away, 1.0), near_weight(b, away, a), far)
 
     def counts(self, b: Builder, i: Value, first: Value, centre: Value) -> Value:
         """With `antialias`: whether elements i are in the image and covered."""
