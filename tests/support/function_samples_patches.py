@@ -218,11 +218,13 @@ row("max_unpool2d", unpooled(2), exact=False)
 
 def put_back(rank: int) -> list[Sample]:
     """What F.max_unpool takes: (x, places, kernel_size, …)."""
-    y, at = getattr(F, f"max_pool{rank}d")(r(2, 3, *(6, 4, 3)[:rank]), 2, return_indices=True)
+    sides = (6, 4, 4)[:rank]
+    y, at = getattr(F, f"max_pool{rank}d")(r(1, 3, *sides), 2, return_indices=True)
     return [
         S(y, at, 2, smooth=True),
         S(y, at, 2, 2, 0, (7, 5, 3)[:rank]),
-        S(y, at, 2, output_size=(2, 3, *(6, 4, 3)[:rank])),
+        S(y, at, 2, 2, 0, (7, 4, 4)[:rank]),
+        S(y, at, 2, output_size=(1, 3, *sides)),
         S(y, at, [2] * rank, [2] * rank),
         S(y, at, 2, output_size=(20, 20, 20)[:rank]),
         S(y, at, 2, output_size=(6,) * (rank + 1)),
