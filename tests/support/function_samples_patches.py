@@ -98,7 +98,7 @@ BY_FUNCTION[torch.Tensor.unfold] = [
     S(_line, 1, -1, 1),
 ]
 
-_c = r(2, 12, 12)
+_c = r(3, 12, 12)
 COLUMNS = [
     S(_c, (5, 4), 2, 1, 0, 1, smooth=True),
     S(r(2, 12, 4), (5, 4), 2, 1, 0, 2, smooth=True),
