@@ -32,7 +32,7 @@ from tracejit.capture.trace.tensor import (
     is_dense,
 )
 from tracejit.capture.trace.trace import Trace
-from tracejit.capture.trace.views import window
+from tracejit.capture.trace.views import stretch
 from tracejit.errors import AxisError
 from tracejit.ir.types import b1, contiguous_strides, i64
 
@@ -299,7 +299,7 @@ def _windowed(t: Trace, h: Handle, axis: int, start: TracedInt, size: int) -> Ha
     shape = tuple(size if i == axis else m for i, m in enumerate(h.shape))
     at = t.b.full(start.value, shape=(), dtype=i64, device=h.device)
     offset = h.offset + start * h.strides[axis]
-    return t.view(h, (window(axis, size, at),), shape, h.strides, offset).handle
+    return t.view(h, (stretch(axis, size, at),), shape, h.strides, offset).handle
 
 
 def _selected(t: Trace, h: Handle, axis: int, index: int) -> Handle:
