@@ -277,6 +277,18 @@ def _anomaly(original: Callable) -> Callable:
     return set_anomaly_enabled
 
 
+def _cleared(original: Callable) -> Callable:
+    """`torch.clear_autocast_cache`, by which a region of autocast ends."""
+
+    def clear_autocast_cache() -> None:
+        t = current()
+        if t is not None:
+            t.casts.clear()
+        original()
+
+    return clear_autocast_cache
+
+
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
@@ -320,6 +332,7 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),
         (torch, "set_anomaly_enabled", _anomaly),
+        (torch, "clear_autocast_cache", _cleared),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
         (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),
