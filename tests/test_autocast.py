@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from support.capture_checks import same
 from support.function_checks import (
@@ -333,7 +334,7 @@ def test_a_step_that_leaves_autocast_on():
 
 
 class Block(nn.Module):
-    """A transformer block, its attention written out."""
+    """A transformer block, its attention written out. It is checkpointed."""
 
     def __init__(self, width: int = 16, heads: int = 2):
         super().__init__()
@@ -343,6 +344,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 32), nn.GELU(), nn.Linear(32, width))
 
     def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False)
+
+    def block(self, x):
         n, t, width = x.shape
         q, k, v = (
             part.view(n, t, self.heads, -1).transpose(1, 2)

@@ -884,6 +884,7 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
 # Metadata, autograd, requests for values, memory as it comes, and whole optimizers: their own tests
 # say what they answer.
 _elsewhere = """
+    checkpoint
     empty empty_like new new_empty _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
     _fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__

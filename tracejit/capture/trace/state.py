@@ -79,6 +79,14 @@ class Backward:
     accumulates: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a checkpointed function began: the writes to each storage, the number of draws."""
+
+    writes: dict[Storage, int]
+    draws: int
+
+
 @dataclass(slots=True)
 class Casts:
     """The weights that autocast has cast, by the region of its cache: value and strides.
@@ -155,6 +163,7 @@ class TraceState:
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
+        self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
         self.fast_random = False  # see functions/counted.py
 
     def _on_emit(self, node: Node) -> None:
