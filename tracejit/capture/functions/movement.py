@@ -93,7 +93,16 @@ def T(t: Trace, input: Tensor) -> TracedTensor:
     return _permuted(t, t.lift(input), tuple(reversed(range(len(t.lift(input).shape)))))
 
 
-@rule(Tensor.mT.__get__)
+@rule(Tensor.H.__get__)
+def H(t: Trace, input: Tensor) -> Tensor:
+    """As of real numbers."""
+    rank = len(t.lift(input).shape)
+    if rank not in (0, 2):
+        raise t.shape_error("tensor.H is only supported on matrices (2-D tensors)")
+    return input if rank == 0 else transpose(t, input, 0, 1)
+
+
+@rule(Tensor.mT.__get__, Tensor.mH.__get__)
 def mT(t: Trace, input: Tensor) -> Tensor:
     rank = len(t.lift(input).shape)
     if rank == 0:
