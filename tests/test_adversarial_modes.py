@@ -60,15 +60,6 @@ def matmul_precision(w):
     return lambda: X @ X.t()
 
 
-@case("refused: autocast has a table of casts of its own", says="autocast", calls=6)
-def autocast_in_the_step(w):
-    def step():
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return X @ X.t()
-
-    return step
-
-
 @case("replay", changes={4: lambda w: setattr(w, "on", False)}, calls=9)
 def grad_mode_by_a_flag(w):
     w.on = True
@@ -430,10 +421,6 @@ def around(mode):
     found = step()
     assert found.dtype is torch.float32 and not found.is_inference()
     return caught.value
-
-
-def test_autocast_around_the_call_is_refused():
-    assert type(around(torch.autocast("cpu"))) is tracejit.errors.UnsupportedOperation
 
 
 def test_inference_mode_around_the_call_is_refused():

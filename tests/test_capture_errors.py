@@ -191,9 +191,10 @@ def _other_device(w, x):
     x.to("meta")
 
 
-def _autocast(w, x):
+def _lstm_under_autocast(w, x):
+    states, weights = torch.zeros(1, 2, 3), [torch.zeros(12, 3)] * 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        x @ x
+        torch.lstm(states, (states, states), weights, False, 1, 0.0, True, False, False)
 
 
 def _graph_of_intermediate(w, x):
@@ -219,7 +220,7 @@ REFUSED = [
             _out_overlaps,
             _cast_complex,
             _other_device,
-            _autocast,
+            _lstm_under_autocast,
             _graph_of_intermediate,
             _resize,
         )

@@ -53,17 +53,6 @@ def upsampling(w):
 
 
 @step_of
-def autocast(w):
-    w.t = Trainer()
-
-    def step(n):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return w.t.step(X * n, Y)
-
-    return step
-
-
-@step_of
 def sparse(w):
     w.p = nn.Parameter(torch.ones(4, 2))
     return lambda n: (X.to_sparse() @ w.p).sum() * n

@@ -107,6 +107,68 @@ PROGRAMS = {
         return %2
         write %1 <- %3
     }""",
+    "scattered over a kept tensor": """step(%0: f32[40,3], %1: i64[7], %2: f32[7,3]) {
+        %3: i64[7,1] = reshape(%1, shape=(7, 1))
+        %4: i64[7,3] = expand(%3, shape=(7, 3))
+        %5: f32[7,3] = mul(%2, 2.0)
+        %6: f32[40,3] = scatter(%0, %4, %5, axis=0, combine="add")
+        %7: f32[40,3] = mul(%6, %6)
+        return %6, %7
+    }""",
+    "scattered in place": """step(%0: f32[40,3], %1: i64[7], %2: f32[7,3]) {
+        %3: i64[7,1] = reshape(%1, shape=(7, 1))
+        %4: i64[7,3] = expand(%3, shape=(7, 3))
+        %6: f32[40,3] = scatter(%0, %4, %2, axis=0, combine="last")
+        write %0 <- %6
+    }""",
+    "scattered in place, the old value read": """step(%0: f32[9,2], %1: i64[5,2], %2: f32[5,2]) {
+        %6: f32[9,2] = scatter(%0, %1, %2, axis=0, combine="add")
+        %7: f32[2] = reduce_sum(%0, axes=(0,))
+        return %7
+        write %0 <- %6
+    }""",
+    "a scatter's source is its target": """step(%0: f32[6,2], %1: i64[6,2]) {
+        %6: f32[6,2] = scatter(%0, %1, %0, axis=0, combine="add")
+        write %0 <- %6
+    }""",
+    "one scatter over another": """step(%0: f32[9,2], %1: i64[5,2], %2: f32[5,2]) {
+        %3: f32[9,2] = exp(%0)
+        %4: f32[9,2] = scatter(%3, %1, %2, axis=0, combine="add")
+        %5: f32[9,2] = scatter(%4, %1, %2, axis=0, combine="last")
+        %6: f32[9,2] = mul(%4, %5)
+        return %6
+    }""",
+    "scattered along rows": """step(%0: f32[4,9], %1: i64[4,12], %2: f32[4,12]) {
+        %3: f32[4,9] = full(0, shape=(4, 9), dtype=f32, device="cpu")
+        %4: f32[4,12] = exp(%2)
+        %5: f32[4,9] = scatter(%3, %1, %4, axis=1, combine="add")
+        %6: f32[4,9] = add(%5, %0)
+        %7: f32[] = reduce_sum(%6, axes=(0, 1))
+        return %6, %7
+    }""",
+    "scattered along one axis alone": """step(%0: f32[9], %1: i64[12], %2: f32[12]) {
+        %5: f32[9] = scatter(%0, %1, %2, axis=0, combine="add")
+        return %5
+    }""",
+    "scattered twice to results": """step(%0: f32[9], %1: i64[12], %2: f32[12]) {
+        %5: f32[9] = scatter(%0, %1, %2, axis=0, combine="add")
+        return %5, %5
+        write %0 <- %5
+    }""",
+    "scattered through views": """step(%0: f32[12], %1: i64[3,5], %2: f32[5,3]) {
+        %3: f32[4,3] = reshape(%0, shape=(4, 3))
+        %4: f32[3,4] = permute(%3, axes=(1, 0))
+        %5: f32[3,5] = permute(%2, axes=(1, 0))
+        %6: f32[3,4] = scatter(%4, %1, %5, axis=1, combine="add")
+        %7: f32[4,3] = permute(%6, axes=(1, 0))
+        %8: f32[12] = reshape(%7, shape=(12,))
+        return %7
+        write %0 <- %8
+    }""",
+    "narrow, scattered": """step(%0: bf16[4,6], %1: i64[15,6], %2: bf16[15,6]) {
+        %3: bf16[4,6] = scatter(%0, %1, %2, axis=0, combine="last")
+        return %3
+    }""",
     "nothing to read": """step(%0: f32[0,3], %1: i64[2,3]) {
         %2: f32[2,3] = gather(%0, %1, axis=0)
         return %2
@@ -141,6 +203,14 @@ def test_on_triton(name: str, fuse: bool):
     check(PROGRAMS[name], fuse=fuse)
 
 
+def test_a_scatter_in_place_touches_its_rows_only():
+    (launch,) = schedule(parse(PROGRAMS["scattered in place"])).launches
+    (stage,) = launch.kernel.stages
+    assert stage.in_order and stage.axes[0].extent == "n1"
+    assert str(launch.kernel).count("store") == 1
+    assert sum(bytes_moved(schedule(parse(PROGRAMS["scattered in place"])))) == 7 * (8 + 3 * 8)
+
+
 def test_bytes_of_a_gather():
     """Rows are counted once per reader, up to the whole table."""
     few, many = (
@@ -169,3 +239,23 @@ def test_rows_of_a_table_move_128_bits():
     )
     assert form == "pointwise" and not found.spills
     assert found.loads[128] == found.stores[128] == 2 and set(found.loads) == {64, 128}
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_the_gradient_of_an_embedding_spills_nothing(target: int):
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("compiles, so it needs a process without the interpreter")
+    pytest.importorskip("triton")
+    from support.machine_code import facts
+
+    form, found = facts(
+        """step(%1: i64[1024], %2: f32[1024,512]) {
+            %3: i64[1024,1] = reshape(%1, shape=(1024, 1))
+            %4: i64[1024,512] = expand(%3, shape=(1024, 512))
+            %5: f32[32000,512] = full(0, shape=(32000, 512), dtype=f32, device="cpu")
+            %6: f32[32000,512] = scatter(%5, %4, %2, axis=0, combine="add")
+            return %6
+        }""",
+        target,
+    )
+    assert form == "scatter" and not found.spills

@@ -299,6 +299,7 @@ class Computed(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if not n.startswith("8")])
+@pytest.mark.sweep(3)
 def test_eager_is_not_made_slower_than_it_is(name):
     """Operations are at most what eager's dispatcher sees, and not far below."""
     step, _ = PROGRAMS[name].make()

@@ -25,6 +25,7 @@ from support.op_checks import (
     assert_within,
     on_samples,
     run,
+    summed_magnitude,
     tensors_of,
 )
 from support.op_samples import REFERENCE, SAMPLES, Sample, Tensor, each_sample
@@ -108,7 +109,7 @@ def test_eval_against_torch(name: str, sample: Sample):
     theirs = from_torch(theirs)
     eps = EPS.get(kind.dtype.name, 0.0)
     if name in ACCUMULATING and kind.dtype.is_float:
-        magnitude = OPS[name].eval(*map(np.abs, arrays), **sample.attrs)
+        magnitude = summed_magnitude(name, arrays, sample.attrs)
         assert_within(ours, theirs, 16 * max(eps, EPS["f32"]) * magnitude + eps * np.abs(theirs))
     elif name in INEXACT | {"sqrt"} and kind.dtype.is_float:  # eager's sqrt may be off by an ulp
         assert_within(
@@ -196,8 +197,8 @@ def second_order_graph(name: str, sample: Sample) -> Graph:
 
 def varied(name: str, sample: Sample) -> tuple[Tensor, ...]:
     """The operands of a sample, without an index in range."""
-    in_range = name == "gather" and sample.tensors[1].fill != "normal"
-    return sample.tensors[:1] if in_range else sample.tensors
+    in_range = name in ("gather", "scatter") and sample.tensors[1].fill != "normal"
+    return (*sample.tensors[:1], *sample.tensors[2:]) if in_range else sample.tensors
 
 
 def is_smooth(name: str, sample: Sample) -> bool:
@@ -379,6 +380,10 @@ MALFORMED = [
     ("gather", (X, N), {"axis": 2}),
     ("gather", (X, Type(i64, (4, 4))), {"axis": 0}),
     ("gather", (X, Type(i64, (3,))), {"axis": 0}),
+    ("scatter", (X, X, X), {"axis": 0, "combine": "last"}),
+    ("scatter", (C, N, C), {"axis": 0, "combine": "add"}),
+    ("scatter", (X, N, X), {"axis": 0, "combine": "max"}),
+    ("scatter", (X, N, C), {"axis": 0, "combine": "last"}),
     ("matmul", (X, X), {}),
     ("matmul", (X, Type(f64, (5, 4))), {}),
     ("matmul", (X, Type(f32, (5,))), {}),

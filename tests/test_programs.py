@@ -28,6 +28,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["numpy", "c"])
 
 @BACKENDS
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(2)
 def test_lockstep(name, backend):
     step, _ = STEPS[name]()
     compiled = assert_equal_to_eager(step, calls=10, backend=backend)

@@ -7,6 +7,8 @@ is nothing but rounding is no rounding.)
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 
 import tracejit
@@ -14,6 +16,8 @@ from support.image_nets import NETS, make_step
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, losses_agree
 
 CALLS = 10
+SMALL = ("lenet", "residual", "vgg", "mobile", "unet")
+SWEPT = [pytest.param(n, marks=[pytest.mark.sweep(6)] * (n not in SMALL)) for n in NETS]
 
 
 def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) -> None:
@@ -30,17 +34,17 @@ def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) 
     assert len(set(ours)) == calls
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SWEPT)
 def test_sgd(net):
     check_training(net, "c")
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SWEPT)
 def test_sgd_numpy(net):
     check_training(net, "numpy", 5)
 
 
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SWEPT)
 def test_adamw(net):
     plain, compiled = (make_step(net, "adamw")[0] for _ in range(2))
     compiled = tracejit.compile(compiled, on_unsupported="raise")
@@ -51,7 +55,7 @@ def test_adamw(net):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("net", ["lenet", "residual", "unet"])
+@pytest.mark.parametrize("net", ["lenet", "residual", "unet", "alexnet", "googlenet", "convnext"])
 @pytest.mark.sweep(4)
 def test_lockstep(net, optimizer):
     step, state = make_step(net, optimizer)
@@ -66,6 +70,29 @@ def test_channels_last(net):
 
 @pytest.mark.slow
 @pytest.mark.interpret
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("net", SMALL)
 def test_interpret(net):
     check_training(net, "interpret", 3)
+
+
+EXAMPLES = {
+    "mnist_cnn": {"images": 24, "batch": 8, "size": 12, "width": 4},
+    "unet": {"images": 16, "batch": 4, "size": 16, "width": 2},
+    "alexnet": {"images": 16, "batch": 4, "size": 64, "width": 2},
+    "vgg16": {"images": 12, "batch": 4, "size": 32, "width": 2},
+    "resnet_finetune": {"images": 32, "batch": 4, "size": 12, "width": 2},
+}
+LONG = {"alexnet", "vgg16", "resnet_finetune"}  # to build
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in LONG)) for n in EXAMPLES]
+)
+def test_examples_run(name, capsys):
+    """Each trains compiled, with eager beside it, from the same start to the same losses."""
+    found = importlib.import_module(f"examples.{name}").main(epochs=1, eager=True, **EXAMPLES[name])
+    lines = capsys.readouterr().out.replace("\r", "\n").splitlines()
+    last = [line.split("loss")[1].split()[0] for line in lines if "accuracy" in line]
+    ours, eager = last[: len(last) // 2], last[len(last) // 2 :]
+    assert 0 <= found <= 1 and len(ours) == len(eager) > 0
+    assert [float(x) for x in ours] == pytest.approx([float(x) for x in eager], rel=1e-3)

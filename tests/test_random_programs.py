@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from support.random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
+from support.random_images import generate_images
 from support.random_programs import generate
 from support.random_text import Program
 from support.scope import WHOLE
@@ -29,7 +31,7 @@ ILL_CONDITIONED_AT_MOST = 0.05
 refusals: Counter[str] = Counter()
 
 
-def outcome(seed: int, *variants: dict) -> str:
+def outcome(seed: int, *variants: dict, generate: Callable[[int], Program] = generate) -> str:
     """One of equal, refused, ill-conditioned; else AssertionError with the shrunk program."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about create_graph and var of one element
@@ -57,8 +59,10 @@ def fails_alike(program: Program, variants: tuple[dict, ...], kind: type) -> boo
     return False
 
 
-def check_seeds(seeds: range, *variants: dict) -> None:
-    found = Counter(outcome(seed, *variants) for seed in seeds)
+def check_seeds(
+    seeds: range, *variants: dict, generate: Callable[[int], Program] = generate
+) -> None:
+    found = Counter(outcome(seed, *variants, generate=generate) for seed in seeds)
     print(dict(found), dict(refusals))
     assert found["refused"] <= REFUSED_AT_MOST * len(seeds) + 1, refusals
     assert found["ill-conditioned"] <= ILL_CONDITIONED_AT_MOST * len(seeds) + 1
@@ -71,6 +75,27 @@ def test_fused_unfused_and_eager_agree(first):
 
 def test_compiled_c_agrees():
     check_seeds(range(200, 230), C)
+
+
+@pytest.mark.parametrize("first", range(0, 120 if WHOLE else 4, 4))
+def test_programs_of_images_agree(first):
+    check_seeds(range(first, first + 4), FUSED, UNFUSED, generate=generate_images)
+
+
+@pytest.mark.parametrize("first", range(500, 530 if WHOLE else 502, 2))
+def test_programs_of_images_agree_in_c(first):
+    check_seeds(range(first, first + 2), C, generate=generate_images)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(1000, 1400, 50))
+def test_many_programs_of_images(first):
+    check_seeds(range(first, first + 50), FUSED, UNFUSED, C, generate=generate_images)
+
+
+@pytest.mark.interpret
+def test_programs_of_images_interpreted():
+    check_seeds(range(3), INTERPRET, generate=generate_images)
 
 
 @pytest.mark.slow

@@ -139,6 +139,8 @@ ONCE = {
     "Tensor.half": "rounds",
     "Tensor.fill_": "the old value has gradient zero",
     "torch.zero_": "the old value has gradient zero",
+    "torch.grid_sampler": "eager has no second derivative",
+    "torch.nn.functional.grid_sample": "eager has no second derivative",
     "torch.rrelu": "piecewise linear",
     "torch.rrelu_": "piecewise linear",
     "torch.nn.functional.rrelu": "piecewise linear",

@@ -504,20 +504,29 @@ def test_an_exception_on_a_known_path(at):
     assert compiled._recall.kept >= 2
 
 
-def test_autocast_is_refused_on_a_known_path():
+def test_autocast_makes_another_path():
     s = parameters()
-    on = False
+    on, dtype, again = False, torch.bfloat16, True
 
     def step() -> torch.Tensor:
-        with torch.autocast("cpu", enabled=on):
-            return s.x @ s.w.detach()
+        with torch.autocast("cpu", dtype, enabled=on):
+            h = s.x @ s.w
+            if again:
+                torch.clear_autocast_cache()
+            return (s.x @ s.w - h).detach(), h.detach()
 
     compiled = tracejit.compile(step, mode="rerun", backend="numpy")
-    compiled()
-    compiled()
-    on = True
-    with pytest.raises(TracejitError, match="autocast"):
-        compiled()
+    for _ in range(2):  # learnt, and followed
+        for on, dtype, again in (  # noqa: B007
+            (False, torch.bfloat16, True),
+            (True, torch.bfloat16, True),
+            (True, torch.float16, True),
+            (True, torch.float16, False),
+        ):
+            for ours, eager in zip(compiled(), step(), strict=True):
+                assert ours.dtype is eager.dtype
+                torch.testing.assert_close(ours, eager)
+    assert compiled._recall.kept >= 4
 
 
 def test_nothing_of_the_users_is_kept_alive():

@@ -203,6 +203,18 @@ GRAPHS = {
           %2: bf16[17,9] = exp(%1)
           return %2
         }""",
+    "a scatter of rows": """
+        f(%0: f32[900,300], %1: i64[50], %2: f32[50,300]) {
+          %3: i64[50,1] = reshape(%1, shape=(50, 1))
+          %4: i64[50,300] = expand(%3, shape=(50, 300))
+          %5: f32[900,300] = scatter(%0, %4, %2, axis=0, combine="add")
+          return %5
+        }""",
+    "a scatter along rows": """
+        f(%0: bf16[70,30], %1: i64[70,9], %2: bf16[70,9]) {
+          %3: bf16[70,30] = scatter(%0, %1, %2, axis=1, combine="last")
+          return %3
+        }""",
     "a broadcast row": """
         f(%0: f64[6,1], %1: f64[4]) {
           %2: f64[6,4] = expand(%0, shape=(6,4))

@@ -43,6 +43,7 @@ _EACH_BUILDS = (
     "path on every call, or computes with numbers that are part of the plan"
 )
 _grad_enabled, _Tensor = torch.is_grad_enabled, torch.Tensor
+_autocast = torch._C._is_any_autocast_enabled
 
 
 class Attempt:
@@ -265,7 +266,7 @@ class Fallback:
         return self._rests.get(None) if rest is None else rest
 
     def _kind(self, args: tuple, kwargs: dict) -> tuple:
-        parts = [_grad_enabled()]
+        parts = [_grad_enabled(), _autocast()]
         for x in args:  # written out, since eager calls wait for it
             if type(x) is _Tensor:
                 parts += (x.shape, x.dtype)

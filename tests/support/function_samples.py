@@ -684,7 +684,7 @@ row("mm", MATRICES, exact=False)
 row("matmul __matmul__ __rmatmul__", MATMUL, exact=False)
 row("bmm", [s for s in MATMUL if s.args[0].ndim == 3] + [S(r(0, 2, 3), r(0, 3, 2))], exact=False)
 row("mv", [S(r(3, 4), r(4)), S(r(4, 3).t(), r(4)), S(r(3, 4), r(3)), S(r(4), r(4))], exact=False)
-row("dot", [*VECTORS, S(r(2, 2), r(2, 2))], exact=False)
+row("dot vdot", [*VECTORS, S(r(2, 2), r(2, 2))], exact=False)
 row(
     "linear",
     [
@@ -715,7 +715,7 @@ row(
     exact=False,
 )
 
-row("T mT", [S(x) for x in VIEWED if x.ndim in (0, 1, 2)] + [S(x234)])
+row("T mT H mH", [S(x) for x in VIEWED if x.ndim in (0, 1, 2)] + [S(x234)])
 row("t", [*map(S, VIEWED)])
 row(
     "transpose swapaxes swapdims",
@@ -884,6 +884,7 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
 # Metadata, autograd, requests for values, memory as it comes, and whole optimizers: their own tests
 # say what they answer.
 _elsewhere = """
+    checkpoint
     empty empty_like new new_empty _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
     _fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
@@ -906,7 +907,7 @@ def bare_name(function: Callable) -> str:
 
 # Smooth, or linear, wherever their samples are: all of these are differentiated twice.
 _smooth = """
-    T mT as_tensor atleast_1d atleast_2d atleast_3d batch_norm bmm broadcast_tensors
+    T mT H mH as_tensor atleast_1d atleast_2d atleast_3d batch_norm bmm broadcast_tensors
     broadcast_to chunk clone constant_pad_nd contiguous cpu double dsplit expand expand_as
     flatten fliplr flipud float hsplit instance_norm mv narrow permute reshape reshape_as select
     split_with_sizes squeeze t to transpose type type_as unbind unsqueeze view view_as vsplit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from inspect import Signature, signature
 
 import numpy as np
@@ -15,7 +15,7 @@ from tracejit.ir.ops import OPS, Exact
 
 EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 INEXACT = {n for n, op in OPS.items() if op.family == "elementwise" and op.exact is Exact.ULPS}
-ACCUMULATING = {"reduce_sum", "matmul"}  # error grows with the absolute values summed
+ACCUMULATING = {"reduce_sum", "matmul", "scatter"}  # error grows with the absolute values summed
 ZERO_SIGN_OPEN = {"maximum", "minimum", "reduce_max", "reduce_min"}
 
 
@@ -35,6 +35,12 @@ def assert_within(ours, theirs, allowed) -> None:
         equal = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     wrong = ~(close | equal)
     assert not wrong.any(), f"{np.asarray(ours)[wrong][:5]} != {np.asarray(theirs)[wrong][:5]}"
+
+
+def summed_magnitude(name: str, arrays: Sequence[np.ndarray], attrs: dict) -> np.ndarray:
+    """What an op that accumulates gives for the absolute values of its operands."""
+    sizes = [x if name == "scatter" and k == 1 else np.abs(x) for k, x in enumerate(arrays)]
+    return OPS[name].eval(*sizes, **attrs)
 
 
 def on_samples(rows: list[tuple[str, Sample]]) -> Callable:

@@ -302,6 +302,34 @@ def gathers() -> list[Sample]:
     return samples
 
 
+def scatters() -> list[Sample]:
+    """(target shape, index shape, axis, filling of the index); "normal" is out of range too."""
+    rows = (
+        ((5,), (123,), 0, "ties"),
+        ((6,), (1,), 0, "positive"),
+        ((1,), (7,), 0, "ties"),
+        ((123, 5), (8, 5), 0, "positive"),
+        ((3, 6), (3, 9), 1, "ties"),
+        ((2, 6, 4), (2, 9, 4), 1, "positive"),
+        ((2, 3, 2), (2, 3, 2), 2, "ties"),
+        ((3, 4, 2), (3, 0, 2), 1, "ties"),
+        ((0, 2), (0, 3), 1, "ties"),
+        ((4, 3), (40, 3), 0, "normal"),
+        ((0, 3), (2, 3), 0, "normal"),
+    )
+    samples = []
+    for shape, index, axis, fill in rows:
+        for d in (f32, f64, bf16, i64):
+            operands = Tensor(d, shape), Tensor(i64, index, fill), Tensor(d, index)
+            for combine in ("add", "last"):
+                samples.append(Sample(operands, {"axis": axis, "combine": combine}))
+    for d in (f16, i32, u8):
+        operands = Tensor(d, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(d, (9, 3))
+        samples.append(Sample(operands, {"axis": 0, "combine": "add"}))
+    bools = Tensor(b1, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(b1, (9, 3))
+    return [*samples, Sample(bools, {"axis": 0, "combine": "last"})]
+
+
 def reductions(*, empty: bool) -> list[Sample]:
     rows = [
         ((5,), (0,)),
@@ -450,6 +478,7 @@ SAMPLES: dict[str, list[Sample]] = {
         "axes", ((5,), (0,)), ((2, 3, 4), (0, 2)), ((3, 5), ()), ((), ()), ((0, 3), (1,))
     ),
     "gather": gathers(),
+    "scatter": scatters(),
     "pad": pads(),
     "window": windows(),
     "unwindow": unwindows(),
@@ -536,6 +565,16 @@ def _gather(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
     return torch.where(inside, found, math.nan if x.dtype.is_floating_point else 0).to(x.dtype)
 
 
+def _scatter(
+    x: torch.Tensor, index: torch.Tensor, source: torch.Tensor, axis: int, combine: str
+) -> torch.Tensor:
+    out = list(x.unbind(axis))
+    for at, given in zip(index.unbind(axis), source.unbind(axis), strict=True):
+        for k, old in enumerate(out):
+            out[k] = torch.where(at == k, old + given if combine == "add" else given, old)
+    return torch.stack(out, axis) if out else x * 1
+
+
 def _sum(x: torch.Tensor, axes) -> torch.Tensor:
     if not axes:
         return x + 0 if x.dtype is not torch.bool else x
@@ -581,6 +620,7 @@ REFERENCE: dict[str, Callable] = {
     "window": _window,
     "unwindow": _unwindow,
     "gather": _gather,
+    "scatter": _scatter,
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

@@ -24,6 +24,7 @@ from tracejit.capture.names import name_of_tensor
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
@@ -216,6 +217,9 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             remedy="Call the step itself, uncompiled, to find where a NaN comes from",
         )
     grad_mode, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    casts = autocast.full_state()
+    if autocast.state() is not None or autocast.is_nested():
+        tracer.trace.casts.region = -1
     device = _default_device()
     modes = torch._C._len_torch_function_stack()
     before = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
@@ -228,15 +232,18 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             torch.set_default_device(device and device.device)
         while torch._C._len_torch_function_stack() > modes:  # an interrupt cut an `__exit__` off
             _pop_mode()
-        changed = (torch.is_grad_enabled(), torch.get_default_dtype()) != (grad_mode, dtype)
+        after = torch.is_grad_enabled(), torch.get_default_dtype(), autocast.full_state()
+        changed = after != (grad_mode, dtype, casts)
         if changed:
+            autocast.set_state(casts)
             torch._C._set_grad_enabled(grad_mode)
             torch.set_default_dtype(dtype)
     if changed or other_device:
         raise SideEffectError(
             where=_where(original),
-            reason="the step leaves grad mode, the default dtype or the default device changed",
-            remedy="Use `with torch.no_grad():` (or enable_grad, or a device), which restores it",
+            reason="the step leaves grad mode, autocast, the default dtype or the default device "
+            "changed",
+            remedy="Use `with torch.no_grad():` (or autocast, or a device), which restores it",
         )
     after = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     if any(a is not b for a, b in zip(before, after, strict=True)):

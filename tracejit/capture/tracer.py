@@ -19,6 +19,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.active import TraceMode
 from tracejit.capture.trace.draws import Draws
 from tracejit.capture.trace.scalars import Scalars
+from tracejit.capture.trace.state import Casts
 from tracejit.capture.trace.table import BY_CALLER, RULES
 from tracejit.capture.trace.trace import Trace
 
@@ -50,7 +51,7 @@ class Tracer(TraceMode):
     def _start(self, recall: Recall | None, *, follow: bool) -> None:
         t = self.trace
         self.trail = t.journal = Trail(t, recall, follow=follow)
-        t.scalars, t.draws = Scalars(t.b, self.trail), Draws()
+        t.scalars, t.draws, t.casts = Scalars(t.b, self.trail), Draws(), Casts()
 
     def again(self, recall: Recall) -> None:
         """Start another trace, after one that was followed to its end: no rule has run."""

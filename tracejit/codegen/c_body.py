@@ -95,12 +95,17 @@ class Body(Printer):
         return self.assign(s, text)
 
     def store(self, s: Store) -> list[Line]:
-        return [Line(f"{s.buffer}[{self.index(s.index)}] = {self.stored(s)};", s.where)]
+        place = f"{s.buffer}[{self.index(s.index)}]"
+        text = f"{place} = {self.stored(s, place)};"
+        return [Line(f"if ({self.condition(s.mask)}) {text}" if s.mask else text, s.where)]
 
-    def stored(self, s: Store) -> str:
-        """The value of a store as an element of memory."""
+    def stored(self, s: Store, place: str = "") -> str:
+        """The value of a store as an element of memory: what `place` has then, if it adds."""
         dtype = self.buffers[s.buffer]
-        return stored(self.operand(s.value, dtype), dtype)
+        text = self.operand(s.value, dtype)
+        if s.adds:
+            text = C.rounded(f"({loaded(place, dtype)} + {text})", dtype)
+        return stored(text, dtype)
 
     def assign(self, s: Load | Compute | Position | InBounds, text: str) -> list[Line]:
         return [Line(f"const {value_type(s.out.dtype)} {s.out!r} = {text};", s.where)]

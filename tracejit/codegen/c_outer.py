@@ -163,7 +163,7 @@ class OverOuter:
             lines.append(Line(f.merge(target, value), f.reduce.where))
         lines += self.body.lines(s for s in stage.body if isinstance(s, Store))
         lines = block("for (int64_t j = 0; j < count; j++)", lines)
-        if is_independent(stage.body, vector.name):
+        if stage.in_order or is_independent(stage.body, vector.name):
             lines.insert(0, Line("#pragma omp simd"))
         return self._column_loops(stage, folds, lines, size)
 

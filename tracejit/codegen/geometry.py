@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
+from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.kernels.tiles import tiles
 from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store, Var
 
@@ -18,6 +19,7 @@ BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 1
 SMALL = 1 << 17  # domains below this many elements take smaller tiles, to fill more of the GPU
 MAX_PROGRAMS = 1024  # of a full reduction: bounds the partials that the last program folds
 MAX_TILE = 8192  # elements of a rows tile
+WIDE = 128  # outer points of a scatter that one index serves
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 FILLED = 256  # programs that keep a GPU busy
 
@@ -114,6 +116,8 @@ def _alone(
         return _pointwise(kernel, bound, max_tile, warps)
     if form == "reduce":
         return _reduce(kernel, bound, max_tile, warps)
+    if form == "scatter":
+        return _scatter(kernel, bound, max_tile)
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
     return Geometry(
@@ -161,6 +165,16 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     programs = _numel(c.batch, bound) * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
     workspace = _workspace(c.stage.body, programs)
     return Geometry((programs,), chosen, workspace=workspace, **options)
+
+
+def _scatter(kernel: Kernel, bound: Mapping, max_tile: int) -> Geometry:
+    s, outer = scatter_of(kernel), _numel(kernel.axes, bound)
+    block = min(power_of_two(outer), WIDE if s.shared else COLUMNS, max_tile)
+    blocks, size = cdiv(outer, block), bound.get(s.places, s.places)
+    reach = cdiv(size, min(size, cdiv(FILLED, blocks))) if s.shared else size
+    parts = cdiv(size, reach)
+    constants = {"BLOCK": block, "PARTS": parts, "RANGE": reach}
+    return Geometry((blocks * parts,), constants, _warps(block))
 
 
 def _rows_tile(

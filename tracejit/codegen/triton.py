@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tracejit.codegen import triton_forms, triton_matmul
+from tracejit.codegen import triton_forms, triton_matmul, triton_scatter
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
@@ -99,6 +99,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
             "pointwise": triton_forms.pointwise,
             "reduce": triton_forms.reduce,
             "rows": triton_forms.rows,
+            "scatter": triton_scatter.scatter,
         }[form]
         function = printer(kernel, bool(variant), part)
     constants = (*(["FIRST"] if part else []), *function.constants)
@@ -201,6 +202,8 @@ def describe(kernel: Kernel, form: str) -> list[str]:
     elif form == "matmul":
         dot = kernel.stages[0].dot
         first = f"{dot.out!r} over {domain(inner)}: a matmul summed over {domain([dot.k])}."
+    elif form == "scatter":
+        first = f"For each of {domain(kernel.axes)}: {domain(kernel.stages[-1].axes)} in order."
     else:
         first = f"For each of {domain(kernel.axes)}: passes over {domain(inner)}."
     details = []

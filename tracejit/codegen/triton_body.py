@@ -311,12 +311,17 @@ class Body(Printer):
         if self.index_dims(s.index) != everything:
             pointer = f"tl.broadcast_to({pointer}, {self.shape(everything)})"
         value = self.operand(s.value, dtype, typed=dtype is f64)
-        mask = self.mask(everything)
-        options = f", mask={mask}" if mask else ""
+        masks = [self.mask(everything), *self.conditions(s.mask)]
+        options = f", mask={' & '.join(filter(None, masks))}" if any(masks) else ""
+        before = []
+        if s.adds:
+            wide = ".to(tl.float32)" if dtype.narrow else ""
+            before.append(Line(f"there = tl.load({pointer}{options}){wide}"))
+            value = f"there + {value}"
         self._known = {
             key: known for key, known in self._known.items() if key[:2] != ("load", s.buffer)
         }
-        lines = [Line(f"tl.store({pointer}, {value}{options})", s.where)]
+        lines = [*before, Line(f"tl.store({pointer}, {value}{options})", s.where)]
         if self._read.get(s.buffer, set()) - self._loads_of(s.value):
             # Threads may hold other elements here than they have loaded: all must be done.
             lines.insert(0, Line("tl.debug_barrier()"))

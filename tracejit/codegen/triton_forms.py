@@ -1,5 +1,6 @@
 """Kernels without a contraction as Triton functions, one printer per form.
 
+scatter     its last stage runs in order (`triton_scatter.py`)
 pointwise   outer axes only: a flat block of the domain per program
 reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
             the last one to finish folds the partials in fixed order and runs the tail stages
@@ -41,11 +42,14 @@ class Function:
 
 
 def form_of(kernel: Kernel) -> str:
-    """Which printer a kernel needs: pointwise, reduce, rows, matmul, or joint for several."""
+    """Which printer a kernel needs: pointwise, reduce, rows, scatter, matmul, or joint for
+    several."""
     if kernel.parts:
         return "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
+    if any(stage.in_order for stage in kernel.stages):
+        return "scatter"
     inner = [stage for stage in kernel.stages if stage.axes]
     if not inner:
         return "pointwise"
@@ -125,8 +129,8 @@ def _flat(
         return lines
 
     if not ragged:
-        return printed(dim, f"{first} + {_lanes(dim)}")
-    index = f"first + {_lanes(dim)}"
+        return printed(dim, f"{first} + {lanes(dim)}")
+    index = f"first + {lanes(dim)}"
     return [
         Line(f"first = {first}"),
         Line(f"if first <= {dim.extent} - BLOCK:"),
@@ -179,7 +183,7 @@ def rows(kernel: Kernel, looped: bool = False, part: str = "", make: MakeBody = 
         middle = [line for stage in kernel.stages for line in _looped_stage(body, stage)]
     else:
         middle = _persistent_stages(body, kernel)
-    index = f"{program_number(kernel, part)} * BLOCK_O + {_lanes(outer)}"
+    index = f"{program_number(kernel, part)} * BLOCK_O + {lanes(outer)}"
     lines = [*body.prelude(outer, index), *body.scalar_lines(), *middle]
     return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
 
@@ -199,7 +203,7 @@ def _persistent_stages(body: Body, kernel: Kernel) -> list[Line]:
             body.lines.append(Line(f"{r.out!r} = {fold.finish(total)}", r.where))
             body.define(r.out, frozenset("o"))
         body.leave(inner)
-    return [*body.prelude(inner, _lanes(inner, kernel.index64)), *body.lines]
+    return [*body.prelude(inner, lanes(inner, kernel.index64)), *body.lines]
 
 
 def _looped_stage(body: Body, stage: Stage) -> list[Line]:
@@ -221,7 +225,7 @@ def _looped_stage(body: Body, stage: Stage) -> list[Line]:
         body.lines.append(Line(fold.combine(total, value), r.where))
         result = fold.finish(f"{fold.tile}({total}, 1)[:, None]")
         ends.append(Line(f"{r.out!r} = {result}", r.where))
-    index = f"start + {_lanes(inner, body.kernel.index64)}"
+    index = f"start + {lanes(inner, body.kernel.index64)}"
     loop = [*body.prelude(inner, index), *body.lines]
     body.leave(inner, mark)
     for r in reductions:
@@ -236,7 +240,7 @@ def _without_reductions(body: Body, stage: Stage) -> None:
         raise InvalidGraph(reason="a reduction needs a stage with axes")
 
 
-def _lanes(dim: Dim, wide: bool = False) -> str:
+def lanes(dim: Dim, wide: bool = False) -> str:
     """The positions of a block's elements within it."""
     return f"tl.arange(0, {dim.block}){dim.place}" + (".to(tl.int64)" if wide else "")
 

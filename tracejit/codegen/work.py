@@ -20,18 +20,16 @@ from tracejit.codegen.triton import Source
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
+from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_text import Dim, fold_of
 from tracejit.kernels.tiles import dot_path
-from tracejit.schedule.cpu.access import extents_of, has_value, variables
+from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
 from tracejit.schedule.kernel import (
     Axis,
     Compute,
-    FloorDiv,
-    Index,
     Kernel,
     Load,
     Mask,
-    Mod,
     Reduce,
     Statement,
     Store,
@@ -108,6 +106,9 @@ def _alone(
         bodies.append(_Count(kernel, sizes))
         return bodies[-1]
 
+    if form == "scatter":
+        scatter(kernel, make=make)
+        return _scattered(kernel, sizes, shape, *bodies)
     variant = bool(source.variants[part])
     if form == "matmul":
         matmul(kernel, source.precision, make=make)
@@ -135,6 +136,31 @@ def _alone(
         _fold(total, kernel.stages[0].body, programs)
     return Work(
         form, programs, total.loaded, total.stored, total.operations, 0, "", total.steps, waiting
+    )
+
+
+def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
+    """The work of a scatter: each program goes over all indices, each source is taken once."""
+    s, constants, programs = scatter_of(kernel), shape.constants, shape.grid[0]
+    blocks = programs // constants["PARTS"]
+    extents = {"x": _Blocks(_numel(kernel.axes, sizes), blocks, constants["BLOCK"])}
+    indices, total = _numel(s.stage.axes, sizes), _Total()
+    sections = [section for section in body.sections if section.dims]
+    if s.before is not None:
+        size = sizes.get(s.places, s.places)
+        total.add(body, sections.pop(0), extents, size * blocks, constants["RANGE"])
+    choosing, storing = sections
+    total.add(body, choosing, extents, indices * programs, indices)
+    total.add(body, storing, extents, indices * blocks, cdiv(indices, constants["PARTS"]))
+    total.loaded += body.scalar_bytes * programs
+    return Work(
+        form="scatter",
+        programs=programs,
+        loaded=total.loaded,
+        stored=total.stored,
+        operations=total.operations,
+        steps=total.steps,
+        waiting=total.loaded / programs / max(1, total.steps),
     )
 
 
@@ -263,7 +289,11 @@ class _Count(Body):
         return super().load_text(s, zero_outside)
 
     def store(self, s: Store) -> list[Line]:
-        self._section.stores.append((self.buffers[s.buffer].itemsize, frozenset(self.dims)))
+        size, dims = self.buffers[s.buffer].itemsize, frozenset(self.dims)
+        self._section.stores.append((size, dims))
+        if s.adds:
+            self._section.loads.append((size, dims, ()))
+            self._section.depth = max(self._section.depth, self._depth(s) + 1)
         return super().store(s)
 
     def compute(self, s: Compute) -> list[Line]:
@@ -312,22 +342,11 @@ class _Total:
 def _inside(points: int, mask: Mask, extents: Mapping[str, int]) -> int:
     """Those of some points where a mask holds; all, where values decide or there are too many."""
     bounds = tuple(b for b in mask if not has_value(b.index))
-    axes = tuple(Axis(n, extents[n]) for n in sorted({n for b in bounds for n in _axes(b.index)}))
+    axes = tuple(Axis(n, extents[n]) for n in sorted({n for b in bounds for n in axes_of(b.index)}))
     total = math.prod(a.extent for a in axes)
     if not bounds or not 0 < total <= ENUMERATED:
         return points
     return points * points_inside(bounds, axes) // total
-
-
-def _axes(index: Index) -> set[str]:
-    """The axes that an index moves with."""
-    found: set[str] = set()
-    for atom, _ in index.terms:
-        if isinstance(atom, FloorDiv | Mod):
-            found |= _axes(atom.index)
-        elif isinstance(atom, str):
-            found.add(atom)
-    return found
 
 
 def _numel(axes: Sequence[Axis], sizes: Mapping[str, int]) -> int:

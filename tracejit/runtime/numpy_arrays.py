@@ -176,7 +176,7 @@ def per_block(
 def places(s: Statement) -> list[Var]:
     """The variables that stand in the indices of a statement."""
     indices = [s.index] if isinstance(s, Load | Store | Position) else []
-    if isinstance(s, Load | InBounds):
+    if isinstance(s, Load | Store | InBounds):
         indices += [bound.index for bound in s.mask]
     found: list[Var] = []
     while indices:

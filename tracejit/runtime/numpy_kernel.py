@@ -304,6 +304,8 @@ class _StageSteps:
 
     def _store(self, s: Store, dims: Dims) -> Step:
         value = self._operand(s.value)
+        if s.mask:
+            return self._scatter_inside(s, dims, value)
         view = self._view(s.buffer, s.index, dims)
         narrow = self.run.types[self.run.number[s.buffer]].type.dtype is bf16
         if view is None:
@@ -324,6 +326,32 @@ class _StageSteps:
         def step(slots: list, first: int, last: int) -> None:
             given = slots[value]
             slots[flat][position(slots, first, last)] = float_to_bits(given) if narrow else given
+
+        return step
+
+    def _scatter_inside(self, s: Store, dims: Dims, value: int) -> Step:
+        """The store of a stage that runs in order: numpy's assignment and `add.at` go from one
+        element to the next, the axis in order last but within a place."""
+        flat, inside = self._flat(s.buffer), self._inside(s.mask, dims)
+        position = self._positions(s.index, dims, s.mask)
+        dtype = self.run.types[self.run.number[s.buffer]].type.dtype
+        shape = tuple(a.extent for a in dims[1:])
+
+        def step(slots: list, first: int, last: int) -> None:
+            block = (last - first, *shape) if dims else ()
+            at = spread(position(slots, first, last), block)
+            held = spread(inside(slots, first, last), block)
+            at, given = at[held], spread(slots[value], block)[held]
+            memory = slots[flat]
+            if not s.adds:
+                memory[at] = float_to_bits(given) if dtype is bf16 else given
+            elif not dtype.narrow:
+                np.add.at(memory, at, given)
+            else:
+                decode = decoder(dtype)
+                for place, term in zip(at, given, strict=True):  # rounded at each addition
+                    total = round_to(decode(memory[place]) + term, dtype)
+                    memory[place] = float_to_bits(total) if dtype is bf16 else total
 
         return step
 

@@ -21,7 +21,6 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Position,
-    Stage,
     Statement,
     Store,
     Var,
@@ -37,9 +36,9 @@ def map_statements(
         return tuple(Bound(change(b.index), b.high, b.step) for b in m)
 
     def statement(s: Statement) -> Statement:
-        if isinstance(s, Load):
+        if isinstance(s, Load | Store):
             return replace(s, index=change(s.index), mask=mask(s.mask))
-        if isinstance(s, Store | Position):
+        if isinstance(s, Position):
             return replace(s, index=change(s.index))
         if isinstance(s, InBounds):
             return replace(s, mask=mask(s.mask))
@@ -59,7 +58,7 @@ def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
         dot = stage.dot
         if dot is not None:
             dot = replace(dot, a=body(dot.a), b=body(dot.b))
-        stages.append(Stage(stage.axes, body(stage.body), dot))
+        stages.append(replace(stage, body=body(stage.body), dot=dot))
     return replace(kernel, stages=tuple(stages))
 
 
@@ -71,7 +70,7 @@ def indices_of(kernel: Kernel) -> Iterator[Index]:
             for s in body:
                 if isinstance(s, Load | Store | Position):
                     yield from _nested(s.index)
-                if isinstance(s, Load | InBounds):
+                if isinstance(s, Load | Store | InBounds):
                     for bound in s.mask:
                         yield from _nested(bound.index)
 
@@ -134,10 +133,10 @@ def tidy(kernel: Kernel) -> Kernel:
 
     kernel = map_indices(kernel, change)
     stages = tuple(
-        Stage(
-            rename(stage.axes),
-            stage.body,
-            stage.dot and replace(stage.dot, k=Axis("k", stage.dot.k.extent)),
+        replace(
+            stage,
+            axes=rename(stage.axes),
+            dot=stage.dot and replace(stage.dot, k=Axis("k", stage.dot.k.extent)),
         )
         for stage in kernel.stages
     )

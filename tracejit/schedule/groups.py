@@ -32,13 +32,15 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 @dataclass(eq=False, slots=True)
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
-    `again`: it goes over the elements of a full reduction once more, with the result."""
+    `again`: it goes over the elements of a full reduction once more, with the result. `scatter`:
+    the only task, but for the store that says where the scattered values are put."""
 
     id: int
     shape: tuple[int, ...]
     tasks: list[Task]
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
+    scatter: Task | None = None
     reads: set[int] = field(default_factory=set)
     stores: int = 0
     again: bool = False
@@ -82,6 +84,8 @@ class Groups:
             group.inner = _reduced_axes(task)
         elif task.kind == "dot":
             group.dot = task
+        elif task.kind == "scatter":
+            group.scatter = task
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
         else:
@@ -169,7 +173,7 @@ class Groups:
         if a is b:
             return a
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
-        if not _compatible(base, moved) or self._apart(a, b):
+        if not _compatible(base, moved) or self._apart(a, b) or not _scatters_into(base, moved):
             return None
         edges = list(self.edges(a, b))
         stores_here = edges and len(moved.tasks) == 1 and moved.tasks[0].kind == "store"
@@ -297,6 +301,7 @@ class Groups:
             full = moved.outer_numel == 1
             inner = tuple(range(len(base.shape))) if full else moved.inner
         kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
+        kept.scatter = base.scatter
         kept.again = base.again or moved.again or again
         for task in gone.tasks:
             task.group = kept
@@ -327,7 +332,9 @@ class Groups:
 
 
 def _rank(group: Group) -> int:
-    """Which of two merging groups keeps its domain: contractions, then reductions, then maps."""
+    """Which of two merging groups keeps its domain: scatters, contractions, reductions, maps."""
+    if group.scatter is not None:
+        return 3
     return 2 if group.dot is not None else 1 if group.inner is not None else 0
 
 
@@ -363,6 +370,15 @@ def _compatible(base: Group, moved: Group) -> bool:
     if base.dot is not None or moved.outer_numel == 1:
         return moved.outer_numel == 1 and (base.inner is None or base.outer_numel == 1)
     return base.shape == moved.shape and base.inner == moved.inner
+
+
+def _scatters_into(base: Group, moved: Group) -> bool:
+    """Whether `moved` is the place that a scatter puts its values in, if `base` is one."""
+    if base.scatter is None:
+        return True
+    (store, *others) = moved.tasks
+    is_store = store.kind == "store" and store.value is base.scatter.value
+    return is_store and not others and len(base.tasks) == 1
 
 
 def _reductions_fit(base: Group, moved: Group, axes: Indices) -> bool:

@@ -157,12 +157,15 @@ class InBounds:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """buffer[index] = value"""
+    """buffer[index] = value where the mask holds; with `adds`, buffer[index] += value, rounded to
+    the buffer's dtype at each addition."""
 
     buffer: str
     index: Index
     value: Operand
     where: str = ""
+    mask: Mask = ()
+    adds: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,11 +204,16 @@ class Dot:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One loop nest over `axes` inside each outer point."""
+    """One loop nest over `axes` inside each outer point.
+
+    `in_order`: its points run one after another, since values say where they store (scatter). What
+    it stores in belongs to the outer point alone.
+    """
 
     axes: tuple[Axis, ...]
     body: tuple[Statement, ...]
     dot: Dot | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +270,8 @@ class Kernel:
         """The user's lines as aligned comments; `kernel_text` says the grammar and reads it."""
         rows: list[tuple[str, str]] = []
         for stage in self.stages:
-            rows.append((f"  stage {_axes(stage.axes)} {{", ""))
+            order = " in order" if stage.in_order else ""
+            rows.append((f"  stage {_axes(stage.axes)}{order} {{", ""))
             if stage.dot is not None:
                 dot = stage.dot
                 rows.append((f"    dot {_var(dot.out)} over {_axes((dot.k,))} {{", ""))
@@ -333,7 +342,9 @@ def _mask(mask: Mask) -> str:
 
 def _statement(s: Statement) -> str:
     if isinstance(s, Store):
-        return f"store {s.buffer}[{_index(s.index)}] <- {_operand(s.value)}"
+        into = f"{s.buffer}[{_index(s.index)}] {'+=' if s.adds else '<-'}"
+        inside = f" if {_mask(s.mask)}" if s.mask else ""
+        return f"store {into} {_operand(s.value)}{inside}"
     if isinstance(s, Load):
         right = f"load {s.buffer}[{_index(s.index)}]" + (f" if {_mask(s.mask)}" if s.mask else "")
     elif isinstance(s, Compute):

@@ -14,6 +14,10 @@
         store b1[i0 * b1_s0] <- v8
         v9: f32 = reduce_sum v8
       }
+      stage (i2: n3) in order {
+        v11: i64 = load b3[i2]
+        store b1[v11 * b1_sv] += v9 if 0 <= v11 < n1
+      }
     }
 
 A Dot's statements are its two prologues, a first; `a |` stands between them. `kernel64` marks
@@ -88,7 +92,8 @@ def canonical(kernel: Kernel) -> Kernel:
 
     def statement(s: Statement) -> Statement:
         if isinstance(s, Store):
-            return replace(s, index=index(s.index), value=use(s.value), where="")
+            at, inside = index(s.index), mask(s.mask)
+            return replace(s, index=at, mask=inside, value=use(s.value), where="")
         if isinstance(s, Load):
             at, inside = index(s.index), mask(s.mask)
             return replace(s, out=var(s.out), index=at, mask=inside, where="")
@@ -112,7 +117,7 @@ def canonical(kernel: Kernel) -> Kernel:
             a, b = body(dot.a), body(dot.b)
             a_value, b_value = use(dot.a_value), use(dot.b_value)
             dot = Dot(var(dot.out), dot.k, a, a_value, b, b_value)
-        stages.append(Stage(stage.axes, body(stage.body), dot))
+        stages.append(replace(stage, body=body(stage.body), dot=dot))
     parts = tuple(replace(part, kernel=canonical(part.kernel)) for part in kernel.parts)
     return replace(kernel, stages=tuple(stages), parts=parts)
 
@@ -121,10 +126,10 @@ _LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
 _HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side) \{{\Z")
 _PART = re.compile(rf"part {_LISTS} \{{\Z")
 _END = re.compile(r"\}\Z")
-_STAGE = re.compile(r"stage \((.*)\) \{\Z")
+_STAGE = re.compile(r"stage \((.*)\)( in order)? \{\Z")
 _DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
 _DOT_END = re.compile(r"\} (.+), (.+)\Z")
-_STORE = re.compile(r"store (\w+)\[(.*)\] <- (.+)\Z")
+_STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=) (.+?)(?: if (.*))?\Z")
 _DEFINE = re.compile(r"v(\d+): (\w+) = (.*)\Z")
 _LOAD = re.compile(r"load (\w+)\[(.*?)\](?: if (.*))?\Z")
 _CALL = re.compile(r"(\w+)\((.*)\)\Z")
@@ -183,7 +188,7 @@ class _Parser:
                 self.next(_END)
             else:
                 found, _ = self.next(_STAGE)
-                stages.append(self.stage(self.axes(found[1])))
+                stages.append(self.stage(self.axes(found[1]), found[2] is not None))
         self.next(_END)
         return Kernel(
             tuple(buffers),
@@ -195,7 +200,7 @@ class _Parser:
             tuple(parts),
         )
 
-    def stage(self, axes: tuple[Axis, ...]) -> Stage:
+    def stage(self, axes: tuple[Axis, ...], in_order: bool) -> Stage:
         dot = None
         if self.peek().startswith("dot "):
             found, _ = self.next(_DOT)
@@ -206,7 +211,7 @@ class _Parser:
             values = self.operand(end[1]), self.operand(end[2])
             out = self.define(found[1], found[2])
             dot = Dot(out, k, a, values[0], b, values[1], where)
-        return Stage(axes, self.body("}"), dot)
+        return Stage(axes, self.body("}"), dot, in_order)
 
     def body(self, end: str, consume: bool = True) -> tuple[Statement, ...]:
         out = []
@@ -218,7 +223,9 @@ class _Parser:
 
     def statement(self, code: str, where: str) -> Statement:
         if found := _STORE.match(code):
-            return Store(found[1], self.index(found[2]), self.operand(found[3]), where)
+            at, value = self.index(found[2]), self.operand(found[4])
+            mask = self.mask(found[5] or "true")
+            return Store(found[1], at, value, where, mask, found[3] == "+=")
         found = _DEFINE.match(code)
         if found is None:
             raise InvalidGraph(reason=f"cannot read the line {code!r} of a kernel")

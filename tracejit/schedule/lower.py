@@ -18,6 +18,7 @@ from tracejit.ir.types import DType, b1, contiguous_strides
 from tracejit.schedule.axes import tidy
 from tracejit.schedule.groups import Group
 from tracejit.schedule.index import (
+    ZERO,
     Indices,
     bounds,
     extents_of,
@@ -108,12 +109,16 @@ class _Lowering:
     def run(self) -> Lowered:
         """All stages, then the tidying of axes."""
         shape = self.group.shape
-        times = self._times()
-        stages = []
-        for time in sorted(set(times.values())):
-            roots = [t for t in self.tasks if times.get(id(t)) == time]
-            stages.append(self._stage(time, roots))
         inner = self.group.inner or ()
+        if self.group.scatter is not None:
+            inner = (self.group.scatter.node.attr("axis"),)
+            stages = self._scatter(self.group.scatter)
+        else:
+            times = self._times()
+            stages = []
+            for time in sorted(set(times.values())):
+                roots = [t for t in self.tasks if times.get(id(t)) == time]
+                stages.append(self._stage(time, roots))
         dot = self.group.dot is not None
         outer = () if dot else tuple(k for k in range(len(shape)) if k not in inner)
         axes = tuple(Axis(f"i{k}", shape[k]) for k in outer)
@@ -226,6 +231,39 @@ class _Lowering:
             sides += [tuple(scope.body), value]
         out = self._var(task.value)
         return Dot(out, Axis(k, extents[k]), *sides, task.node.where)
+
+    def _scatter(self, task: Task) -> list[Stage]:
+        """What is there before, unless it lies in that place already; then what is scattered over
+        it, one index along the axis after another."""
+        node, shape, axis = task.node, task.shape, task.node.attr("axis")
+        (store,) = (t for t in self.tasks if t.kind == "store")
+        strides, name = self.memory.strides(store.buffer), self._buffer(store.buffer, "w")
+        before, index, source = node.args
+        scope = _Scope(extents_of(shape))
+        value = self._value(before, task.place, (), scope)
+        there = flatten(task.place, strides)
+        self._check(there, scope)
+        stages = []
+        (first, *rest) = scope.body
+        lies = isinstance(first, Load) and not rest and (first.buffer, first.index) == (name, there)
+        if not lies:
+            body = (*scope.body, Store(name, there, value, node.where))
+            stages.append(Stage((Axis(f"i{axis}", shape[axis]),), body))
+        step = Axis(f"i{len(shape)}", index.type.shape[axis])
+        scope = _Scope(extents_of((*shape, step.extent)))
+        number = Index(((step.name, 1),)) if step.extent > 1 else ZERO
+        at = (*task.place[:axis], number, *task.place[axis + 1 :])
+        position = self._value(index, at, (), scope)
+        value = self._value(source, at, (), scope)
+        scope.extents = {**scope.extents, position: shape[axis]}
+        where = Index(((position, 1),))
+        target = flatten((*task.place[:axis], where, *task.place[axis + 1 :]), strides)
+        self._check(target, scope)
+        self._buffer(store.buffer, "r")
+        adds, inside = node.attr("combine") == "add", (Bound(where, shape[axis]),)
+        scope.body.append(Store(name, target, value, node.where, inside, adds))
+        stages.append(Stage((step,), tuple(scope.body), in_order=True))
+        return stages
 
     def _store(self, task: Task, scope: _Scope) -> Store:
         """The store of a task's value, which is evaluated in the scope."""

@@ -132,10 +132,8 @@ def _rewrite(kernel: Kernel, sizes: _Naming | _Binding) -> Kernel:
         return tuple(Bound(index(b.index), sizes.other(b.high), sizes.step(b.step)) for b in m)
 
     def statement(s: Statement) -> Statement:
-        if isinstance(s, Load):
+        if isinstance(s, Load | Store):
             return replace(s, index=index(s.index, s.buffer), mask=mask(s.mask))
-        if isinstance(s, Store):
-            return replace(s, index=index(s.index, s.buffer))
         if isinstance(s, Position):
             return replace(s, index=index(s.index))
         if isinstance(s, InBounds):
@@ -150,7 +148,7 @@ def _rewrite(kernel: Kernel, sizes: _Naming | _Binding) -> Kernel:
         if dot is not None:
             a, b = (tuple(map(statement, side)) for side in (dot.a, dot.b))
             dot = replace(dot, k=axis(dot.k), a=a, b=b)
-        return Stage(axes, tuple(map(statement, s.body)), dot)
+        return replace(s, axes=axes, body=tuple(map(statement, s.body)), dot=dot)
 
     return replace(
         kernel, axes=tuple(map(axis, kernel.axes)), stages=tuple(map(stage, kernel.stages))

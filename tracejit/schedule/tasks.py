@@ -57,7 +57,8 @@ class Demand:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of work. kind: "map", "reduce", "dot", or "store" (of `value` in a buffer).
+    """One unit of work. kind: "map", "reduce", "dot", "scatter", or "store" (of `value` in a
+    buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -112,6 +113,9 @@ class Analysis:
             value, at, mask, top = stack.pop()
             origin = self.origins[value.id]
             if value.id in self.params or origin.main is value:
+                node = self.producer.get(value.id)
+                if node is not None and node.op.name == "scatter":
+                    top = None  # it is stored step by step, so itself
                 new = Demand(value, top or value, at, mask, aligned)
                 if not any(
                     d.origin is value and d.indices == at and d.mask == mask and d.top is new.top
@@ -144,11 +148,14 @@ class Analysis:
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
-        kind = "reduce" if family == "reduce" else "map"
+        kind = "map"
+        if family == "reduce" or node.op.name == "scatter":
+            kind = "reduce" if family == "reduce" else "scatter"
         shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
         demands: dict[int, list[Demand]] = {}
         for position, arg in enumerate(_tensors(node)):
-            if family == "indexing" and position == 0:
+            elsewhere = position > 0 if kind == "scatter" else position == 0
+            if family == "indexing" and elsewhere:
                 found = self.scattered(arg)
             else:
                 found = self.demands(arg, identity(shape), extents_of(shape))
@@ -208,6 +215,9 @@ def _simplify(node: Node) -> Node:
         return _as_source(node, 0)
     if name == "matmul" and first.type.numel == 0:
         return _as_source(node, 0)
+    if name == "scatter" and node.args[1].type.numel == 0:
+        shape = (("shape", node.out.type.shape),)
+        return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
     if name == "gather" and first.type.numel == 0:
         return _as_source(node, missing(first.type.dtype))
     if node.op.family == "reduce":

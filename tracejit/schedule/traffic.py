@@ -120,9 +120,10 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
         for s in body:
             used = _read_axes(s, varies)
             if isinstance(s, Load | Store):
-                mask = s.mask if isinstance(s, Load) else ()
                 walked = tuple(a for a in axes if a.name in used)
-                found.setdefault((s.buffer, type(s)), {})[s.index, mask, walked] = None
+                kinds = (Load, Store) if isinstance(s, Store) and s.adds else (type(s),)
+                for kind in kinds:
+                    found.setdefault((s.buffer, kind), {})[s.index, s.mask, walked] = None
             if isinstance(s, Load | Compute | Position | InBounds):
                 varies[s.out.id] = used
 
@@ -140,7 +141,7 @@ def _read_axes(s: Statement, varies: dict[int, set[str]]) -> set[str]:
     names: set[str] = set()
     if isinstance(s, Load | Store | Position):
         names |= _used(s.index, varies)
-    if isinstance(s, Load | InBounds):
+    if isinstance(s, Load | Store | InBounds):
         names |= {n for b in s.mask for n in _used(b.index, varies)}
     if isinstance(s, Compute):
         names |= {n for a in s.args if isinstance(a, Var) for n in varies.get(a.id, ())}

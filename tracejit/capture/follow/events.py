@@ -14,6 +14,7 @@ import torch
 
 from tracejit.capture.effects.captured import cut_key
 from tracejit.capture.effects.effects import is_named, tuple_of
+from tracejit.capture.trace.autocast import State
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate, same_number
 from tracejit.capture.trace.tensor import Geometry, TracedTensor
@@ -242,6 +243,7 @@ class Call(Event):
     names: tuple[str, ...]  # of the keyword arguments, the last of `args`
     grad_on: bool
     dtype: torch.dtype  # the default one
+    casts: tuple[State, int] | None  # autocast, and how often its cache was cleared; None: off
     line: str
     found: list[tuple] = field(default_factory=list)
     result: object = None
@@ -251,7 +253,7 @@ class Call(Event):
     @property
     def key(self) -> tuple:
         found = tuple(map(_key, self.found))
-        return self.func, self.args, self.names, self.grad_on, self.dtype, found
+        return self.func, self.args, self.names, self.grad_on, self.dtype, self.casts, found
 
 
 def _key(found: tuple) -> tuple:

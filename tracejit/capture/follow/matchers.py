@@ -25,11 +25,13 @@ from tracejit.capture.follow.events import (
     same,
 )
 from tracejit.capture.follow.trail import Trail
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.tensor import TracedTensor
 
 _NAMES = {
     "UNKNOWN": UNKNOWN,
     "autocast": torch._C._is_any_autocast_enabled,
+    "autocast_state": autocast.state,
     "blank": TracedTensor.blank,
     "default_dtype": torch.get_default_dtype,
     "grad_on": torch.is_grad_enabled,
@@ -68,7 +70,13 @@ class _Lines:
         else:
             given += " or kwargs"
         if call.func not in _WHATEVER_MODE:
-            given += f" or grad_on() is not {call.grad_on} or autocast()"
+            given += f" or grad_on() is not {call.grad_on}"
+            if call.casts is None:
+                given += " or autocast()"
+            else:
+                given += (
+                    f" or (autocast_state(), trail.t.casts.region) != {self._value(call.casts)}"
+                )
             given += f" or default_dtype() is not {self._value(call.dtype)}"
         self._unless(given)
         self.lines.append("objects = trail.objects")

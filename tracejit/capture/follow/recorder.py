@@ -39,6 +39,7 @@ from tracejit.capture.follow.events import (
 )
 from tracejit.capture.follow.recall import End, Recall
 from tracejit.capture.python.references import ALONE, count
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.draws import Event as Drawing
 from tracejit.capture.trace.draws import Sampled
@@ -85,7 +86,9 @@ class Recorder(Journal):
             self.recording = False
             return None
         grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
-        self._call = Call(func, arguments, tuple(kwargs), grad_on, dtype, self.t.b.line)
+        on = autocast.state()
+        casts = None if on is None else (on, self.t.casts.region)
+        self._call = Call(func, arguments, tuple(kwargs), grad_on, dtype, casts, self.t.b.line)
         self._bounds = len(self.t.bounds)
         self._found_before = len(self.t.found)
         return self._call

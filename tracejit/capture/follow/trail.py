@@ -44,6 +44,7 @@ from tracejit.capture.follow.events import (
 )
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.recorder import Recorder, without_holder
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Cut, Stage
 from tracejit.capture.trace.draws import Sampled
@@ -330,8 +331,9 @@ class Trail(Recorder):
         if inside:
             hyper.inside = False
         grad_on, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+        casts, region = autocast.full_state(), t.casts.region
         try:
-            with _below(t.mode), t.resumed(), torch._C._DisableAutocast():
+            with _below(t.mode), t.resumed():
                 for event in self.events:
                     match event:
                         case ScalarCame():
@@ -347,6 +349,8 @@ class Trail(Recorder):
         finally:
             torch._C._set_grad_enabled(grad_on)
             torch.set_default_dtype(dtype)
+            autocast.set_state(casts)
+            t.casts.region = region
             t.call = call
             if inside:
                 hyper.inside = True
@@ -359,6 +363,11 @@ class Trail(Recorder):
         torch._C._set_grad_enabled(call.grad_on)
         if torch.get_default_dtype() is not call.dtype:
             torch.set_default_dtype(call.dtype)
+        if call.casts is not None:
+            on, self.t.casts.region = call.casts
+            autocast.set_state(on)
+        elif torch._C._is_any_autocast_enabled():
+            autocast.set_state(None)
         self.t.b.line = call.line
         bounds = self.t.bounds
         first = len(bounds)

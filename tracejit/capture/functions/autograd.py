@@ -15,7 +15,8 @@ from tracejit.capture.functions import hooks
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Family, Handle, TracedTensor, is_dense
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Node, Value
+from tracejit.ir.types import f32
 
 Tensor = torch.Tensor
 
@@ -72,9 +73,23 @@ def _gradients(
     if arrivals:
         values = [value for value, _ in roots]
         asked = hooks.running(t, values, wanted, accumulates=complete is None)
+    first = len(t.b.nodes)
     with t.taped(create_graph), t.formulas() as enter, asked:
-        return reverse(
+        found = reverse(
             t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=enter, arrivals=arrivals
+        )
+    if torch._C._is_any_autocast_enabled():
+        _check_products(t, t.b.nodes[first:])
+    return found
+
+
+def _check_products(t: Trace, emitted: Sequence[Node]) -> None:
+    """Refuse a backward whose products of matrices eager would compute in lower precision than
+    those of the forward pass, because autocast is on around it."""
+    if any(n.op.name == "matmul" and n.out.type.dtype is f32 for n in emitted):
+        raise t.unsupported(
+            "Autocast is on around it, and eager would differentiate float32 products in lower "
+            "precision; call backward after the region of autocast"
         )
 
 

@@ -33,7 +33,10 @@ class _Shadow:
 
 _ASKED = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 _NOBODY = dict.fromkeys(_ASKED, _nobody)
-_INSTEAD = _NOBODY | {"torch": _Shadow(torch, overrides=_Shadow(torch.overrides, **_NOBODY))}
+_INSTEAD = _NOBODY | {
+    "torch": _Shadow(torch, overrides=_Shadow(torch.overrides, **_NOBODY)),
+    "_sym_int": int,  # sizes are plain
+}
 
 
 def composite(function: FunctionType) -> None:
@@ -49,7 +52,19 @@ def composite(function: FunctionType) -> None:
 
 
 _COMPOSITES: tuple[Callable, ...] = (
+    torch.nn.functional.affine_grid,
+    torch.nn.functional.fold,
+    torch.nn.functional.grid_sample,
     torch.nn.functional.gumbel_softmax,
+    torch.nn.functional.interpolate,
+    torch.nn.functional.local_response_norm,
+    torch.nn.functional.lp_pool1d,
+    torch.nn.functional.lp_pool2d,
+    torch.nn.functional.lp_pool3d,
+    torch.nn.functional.max_unpool1d,
+    torch.nn.functional.max_unpool2d,
+    torch.nn.functional.max_unpool3d,
+    torch.nn.functional.unfold,
     torch.nn.init.constant_,
     torch.nn.init.kaiming_uniform_,
     torch.nn.init.normal_,

@@ -130,6 +130,11 @@ def linear(t: Trace, input: Tensor, weight: Tensor, bias: Tensor | None = None) 
     return result if bias is None else add(t, result, bias)
 
 
+def vdot(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
+    """As of real numbers."""
+    return dot(t, input, other)
+
+
 def plus(t: Trace, input: Tensor, product: TracedTensor, beta: float, alpha: float) -> TracedTensor:
     """beta * input + alpha * product, the factors in their dtype; an input times 0 is not read."""
     shape, given = product.handle.shape, t.lift(input).shape
@@ -162,6 +167,7 @@ for _names, _implementation in (
     (("matmul", "__matmul__"), matmul),
     (("mv",), mv),
     (("dot",), dot),
+    (("vdot",), vdot),
     (("addmm",), addmm),
 ):
     register(_names, _implementation, inplace=False)

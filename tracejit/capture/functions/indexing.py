@@ -1,8 +1,8 @@
 """Reading and writing where integers say: gather, embedding, x[i, j], argmax, max(dim), …
 
 An index that is out of range reads NaN (0 in integer tensors) and passes no gradient; eager raises
-IndexError on a CPU. Gradients, and assignments through indices, compare every index with every
-position that it may name: deterministic, at a cost of elements times indices.
+IndexError on a CPU. Gradients, and assignments through indices, go from one index to the next: the
+same bits every time, at a cost of elements plus indices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.masks import assign_masked, check_mask, columns, masked
 from tracejit.capture.functions.movement import basic_index, check_item, reshape
-from tracejit.capture.functions.patterns import constant, position
+from tracejit.capture.functions.patterns import constant, scattered
 from tracejit.capture.functions.places import at_place, is_place
 from tracejit.capture.functions.writes import copy_
 from tracejit.capture.trace import location
@@ -421,28 +421,33 @@ def assign(t: Trace, input: Tensor, index: object, value: object) -> None:
         t.write(c.target, t.b.alias(t.read(c.target)))
         return
     new = new if shape == new.type.shape else t.b.reshape(new, shape=shape)
-    rows = c.listed(t, expand(t, new, c.shape))
-    old = c.matrix(t, t.read(c.target))
-    merged = _overwritten(t, c, old, rows)
-    moved = t.b.reshape(merged, shape=tuple(c.target.shape[k] for k in c.order))
-    back = tuple(c.order.index(k) for k in range(len(c.order)))
-    copy_(t, c.target.tensor, t.fresh(t.b.permute(moved, axes=back)))
+    new = expand(t, new, c.shape)
+    if len(c.axes) == 1:  # as it lies, so that it is written where it is
+        (axis,) = c.axes
+        shape = tuple(c.count if k == axis else n for k, n in enumerate(c.target.shape))
+        merged = _overwritten(t, c, t.read(c.target), t.b.reshape(new, shape=shape), axis)
+    else:
+        merged = _overwritten(t, c, c.matrix(t, t.read(c.target)), c.listed(t, new), 0)
+        merged = t.b.reshape(merged, shape=tuple(c.target.shape[k] for k in c.order))
+        back = tuple(c.order.index(k) for k in range(len(c.order)))
+        merged = t.b.permute(merged, axes=back)
+    copy_(t, c.target.tensor, t.fresh(merged))
 
 
-def _overwritten(t: Trace, c: _Chosen, old: Value, rows: Value) -> Value:
-    """`old`, (rows, columns), where no index names a row; as in eager, each row that was given gets
+def _overwritten(t: Trace, c: _Chosen, old: Value, rows: Value, axis: int) -> Value:
+    """`old` with `rows` where the indices say along an axis; as in eager, all that was given gets
     the gradient of its place, even if another one overwrote it."""
     with t.untaped():
-        last = _along(t, _last(t, c), (c.rows, c.columns), 0)
-        written = t.b.ge(last, 0)
-        merged = t.b.where(written, t.b.gather(rows, last, axis=0), old)
+        at = _along(t, c.linear, rows.type.shape, axis)
+        merged = scattered(t.b, old, at, rows, axis, "last")
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         (g,) = cts
-        at = _along(t, c.linear, (c.count, c.columns), 0)
+        kind = rows.type
+        zeros = b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
         return (
-            b.where(written, 0.0, g) if need[0] else None,
-            b.gather(g, at, axis=0) if need[1] else None,
+            scattered(b, g, at, zeros, axis, "last") if need[0] else None,
+            b.gather(g, at, axis=axis) if need[1] else None,
         )
 
     return t.derive("index_put_", (old, rows), merged, vjp)
@@ -471,14 +476,6 @@ def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
     if many:
         return assign_masked(t, input, mask, value)
     return movement.setitem(t, input, index, value)
-
-
-def _last(t: Trace, c: _Chosen) -> Value:
-    """For each row the position of the last index that names it, -1 where none does."""
-    shape, device = (c.rows, c.count), c.target.device
-    names = expand(t, t.b.reshape(c.linear, shape=(1, c.count)), shape)
-    hit = t.b.eq(names, position(t, 0, shape, device))
-    return t.b.reduce_max(t.b.where(hit, position(t, 1, shape, device), -1), axes=(1,))
 
 
 for _names, _implementation in (

@@ -32,7 +32,7 @@ from tracejit.capture.trace.tensor import (
     is_dense,
 )
 from tracejit.capture.trace.trace import Trace
-from tracejit.capture.trace.views import window
+from tracejit.capture.trace.views import stretch
 from tracejit.errors import AxisError
 from tracejit.ir.types import b1, contiguous_strides, i64
 
@@ -93,7 +93,16 @@ def T(t: Trace, input: Tensor) -> TracedTensor:
     return _permuted(t, t.lift(input), tuple(reversed(range(len(t.lift(input).shape)))))
 
 
-@rule(Tensor.mT.__get__)
+@rule(Tensor.H.__get__)
+def H(t: Trace, input: Tensor) -> Tensor:
+    """As of real numbers."""
+    rank = len(t.lift(input).shape)
+    if rank not in (0, 2):
+        raise t.shape_error("tensor.H is only supported on matrices (2-D tensors)")
+    return input if rank == 0 else transpose(t, input, 0, 1)
+
+
+@rule(Tensor.mT.__get__, Tensor.mH.__get__)
 def mT(t: Trace, input: Tensor) -> Tensor:
     rank = len(t.lift(input).shape)
     if rank == 0:
@@ -299,7 +308,7 @@ def _windowed(t: Trace, h: Handle, axis: int, start: TracedInt, size: int) -> Ha
     shape = tuple(size if i == axis else m for i, m in enumerate(h.shape))
     at = t.b.full(start.value, shape=(), dtype=i64, device=h.device)
     offset = h.offset + start * h.strides[axis]
-    return t.view(h, (window(axis, size, at),), shape, h.strides, offset).handle
+    return t.view(h, (stretch(axis, size, at),), shape, h.strides, offset).handle
 
 
 def _selected(t: Trace, h: Handle, axis: int, index: int) -> Handle:

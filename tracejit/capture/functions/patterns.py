@@ -27,10 +27,32 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.types import DType, f64, i64
+from tracejit.ir.ops.indexing import FEW
+from tracejit.ir.types import DType, b1, f64, i32, i64
 
 Tensor = torch.Tensor
+SMALL = 4096  # elements that are compared with an index sooner than written one by one
 LARGEST_CONSTANT = 64  # elements of a torch.tensor([…]): each costs a comparison where it is read
+
+
+def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: str) -> Value:
+    """`scatter`, or the same by comparing each of a few indices with every place of a small tensor:
+    that fuses with what is computed before and after. The sum of bools is their `or`."""
+    taken, shape = at.type.shape[axis], x.type.shape
+    if x.type.dtype is b1 and combine == "add":
+        counts, more = b.cast(x, dtype=i32), b.cast(rows, dtype=i32)
+        return b.ne(scattered(b, counts, at, more, axis, combine), 0)
+    if taken > FEW or x.type.numel > SMALL:
+        return b.scatter(x, at, rows, axis=axis, combine=combine)
+    place = b.iota(axis=axis, shape=shape, dtype=i64, device=x.type.device)
+    for k in range(taken):
+        ends = [(k, k + 1) if a == axis else (0, n) for a, n in enumerate(at.type.shape)]
+        starts, stops = zip(*ends, strict=True)
+        one = {"starts": starts, "stops": stops, "steps": (1,) * len(ends)}
+        hit = b.eq(b.expand(b.slice(at, **one), shape=shape), place)
+        given = b.expand(b.slice(rows, **one), shape=shape)
+        x = b.where(hit, b.add(x, given) if combine == "add" else given, x)
+    return x
 
 
 def position(t: Trace, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:

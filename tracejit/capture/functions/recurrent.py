@@ -13,12 +13,13 @@ import torch
 
 from tracejit.autodiff import Entry
 from tracejit.capture.functions.assembly import joined
-from tracejit.capture.functions.common import expand
+from tracejit.capture.functions.common import cast, expand, promote_two
 from tracejit.capture.functions.contraction import linear
 from tracejit.capture.functions.dropout import dropout as drop
 from tracejit.capture.functions.movement import select, transpose
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.trace import location
+from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
@@ -44,6 +45,24 @@ def _applied(t: Trace, name: str, x: Value) -> Value:
     return t.read(FUNCTIONS[name](t, t.fresh(x)).handle)
 
 
+def _alike(t: Trace, x: Value, y: Value) -> tuple[Value, Value]:
+    """Two values in one dtype: under autocast gates are narrower than the state."""
+    dtype = promote_two(x.type.dtype, y.type.dtype)
+    return cast(t, x, dtype), cast(t, y, dtype)
+
+
+def _weights(t: Trace, weight: Tensor, bias: Tensor | None) -> tuple[Value, Value | None]:
+    """The weight and bias of a linear function, as autocast has them."""
+    (weight, bias), _ = casted(t, torch.nn.functional.linear, (weight, bias), {})
+    return t.read(t.lift(weight)), _value(t, bias)
+
+
+def _gates(t: Trace, x: Tensor, weight: Tensor, bias: Tensor | None) -> Value:
+    """x·weightᵀ + bias, as autocast has it."""
+    given, _ = casted(t, torch.nn.functional.linear, (x, weight, bias), {})
+    return t.read(linear(t, *given).handle)
+
+
 def _simple(name: str) -> Cell:
     """h' = f(input's + h's)."""
 
@@ -58,8 +77,9 @@ def _lstm(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
     b = t.b
     i, f, g, o = _parts(t, b.add(of_state, of_input), 1, 4)
     i, f, o = (_applied(t, "sigmoid", x) for x in (i, f, o))
-    c = b.add(b.mul(f, state[1]), b.mul(i, _applied(t, "tanh", g)))
-    return b.mul(o, _applied(t, "tanh", c)), c
+    kept = b.mul(*_alike(t, f, state[1]))
+    c = b.add(*_alike(t, kept, b.mul(i, _applied(t, "tanh", g))))
+    return b.mul(*_alike(t, o, _applied(t, "tanh", c))), c
 
 
 def _gru(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
@@ -70,7 +90,8 @@ def _gru(t: Trace, of_input: Value, of_state: Value, state: State) -> State:
     r = _applied(t, "sigmoid", b.add(r_state, r_input))
     z = _applied(t, "sigmoid", b.add(z_state, z_input))
     n = _applied(t, "tanh", b.add(n_input, b.mul(n_state, r)))
-    return (b.add(b.mul(b.sub(state[0], n), z), n),)
+    change = b.mul(*_alike(t, b.sub(*_alike(t, state[0], n)), z))
+    return (b.add(*_alike(t, change, n)),)
 
 
 CELLS: dict[str, tuple[Cell, int]] = {  # and how many gates it has
@@ -153,6 +174,8 @@ class _Product:
 
     def __call__(self, step: int, x: Value) -> Value:
         b, weight = self.t.b, self.weight
+        if torch._C._is_any_autocast_enabled():
+            x = cast(self.t, x, weight.type.dtype)
         self.given[step] = x
         with self.t.untaped():
             y = b.matmul(x, b.permute(weight, axes=(1, 0)))
@@ -172,9 +195,9 @@ def _layer(
     """One layer in one direction over x [steps, rows, features]: its outputs and last state."""
     w_input, w_state, b_input, b_state, w_out = params
     steps, rows = t.lift(x).shape[:2]
-    of_input = _unbound(t, t.read(linear(t, x, w_input, b_input).handle))
+    of_input = _unbound(t, _gates(t, x, w_input, b_input))
     of_state, projected = (
-        None if w is None else _Product(t, _value(t, w), _value(t, bias), steps, rows)
+        None if w is None else _Product(t, *_weights(t, w, bias), steps, rows)
         for w, bias in ((w_state, b_state), (w_out, None))
     )
     outputs: dict[int, Value] = {}
@@ -308,8 +331,8 @@ def _of_cell(name: str) -> Callable:
             raise t.shape_error("lstm_cell expects two hidden states")
         _check_cell(t, t.lift(input).shape, [s.shape for s in states], t.lift(w_hh).shape)
         _check_params(t, (w_ih, w_hh, b_ih, b_hh, None), gates, *states[0].shape[-1:] * 2)
-        of_input = t.read(linear(t, input, w_ih, b_ih).handle)
-        of_state = t.read(linear(t, states[0].tensor, w_hh, b_hh).handle)
+        of_input = _gates(t, input, w_ih, b_ih)
+        of_state = _gates(t, states[0].tensor, w_hh, b_hh)
         after = cell(t, of_input, of_state, tuple(t.read(s) for s in states))
         if name == "lstm":
             return tuple(t.fresh(x) for x in after)

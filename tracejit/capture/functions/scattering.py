@@ -1,7 +1,7 @@
 """Functions that write where integers say: scatter, scatter_add, index_add.
 
-Each place looks for the last index that names it, or adds up all that do: no atomics, so the same
-bits every time.
+Where several indices name a place, they count in their order: no atomics, so the same bits every
+time.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import torch
 from tracejit.capture.functions.common import (
     check_range,
     expand,
-    is_tensor,
     literal,
     normal_axis,
     operand,
     register,
 )
+from tracejit.capture.functions.patterns import scattered
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
-from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor
+from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
-from tracejit.ir.graph import Arg, Builder, Value
+from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import i32, i64
 
 Tensor = torch.Tensor
@@ -63,33 +63,14 @@ class _Places:
         """Whether no place is named."""
         return not self.at.type.numel
 
-    @property
-    def _spread(self) -> Ints:
-        """The shape with an axis for the indices behind the one of the places."""
-        taken = self.at.type.shape[self.axis]
-        return (*self.shape[: self.axis + 1], taken, *self.shape[self.axis + 1 :])
+    def put(self, b: Builder, x: Value, rows: Value) -> Value:
+        """`x` with what belongs to the indices at the places that they name: of several for one
+        place the last."""
+        return scattered(b, x, self.at, rows, self.axis, "last")
 
-    def _along(self, b: Builder, x: Value) -> Value:
-        """What belongs to the indices, at every place."""
-        spread = self._spread
-        thin = (*spread[: self.axis], 1, *spread[self.axis + 1 :])
-        return b.expand(b.reshape(x, shape=thin), shape=spread)
-
-    def _hit(self, b: Builder) -> Value:
-        spread, device = self._spread, self.at.type.device
-        position = b.iota(axis=self.axis, shape=spread, dtype=i64, device=device)
-        return b.eq(self._along(b, self.at), position)
-
-    def last(self, b: Builder) -> Value:
-        """Of each place the last index that names it, or -1."""
-        spread, device = self._spread, self.at.type.device
-        order = b.iota(axis=self.axis + 1, shape=spread, dtype=i64, device=device)
-        return b.reduce_max(b.where(self._hit(b), order, -1), axes=(self.axis + 1,))
-
-    def summed(self, b: Builder, x: Value) -> Value:
-        """Of each place the sum of what belongs to the indices that name it."""
-        terms = b.where(self._hit(b), self._along(b, x), literal(0, x.type.dtype))
-        return b.reduce_sum(terms, axes=(self.axis + 1,))
+    def added(self, b: Builder, x: Value, rows: Value) -> Value:
+        """`x` and, at each place, the sum of what belongs to the indices that name it."""
+        return scattered(b, x, self.at, rows, self.axis, "add")
 
     def read(self, b: Builder, x: Value) -> Value:
         """What `x` has at the places that are named."""
@@ -133,28 +114,28 @@ def scatter(
         raise t.unsupported("scatter with reduce= has no rule; use scatter_add")
     h = t.lift(input)
     places = _Places(t, h, dim, index, "scatter")
-    x, axis = t.b.reshape(t.read(h), shape=places.shape), places.axis
+    x = t.b.reshape(t.read(h), shape=places.shape)
     src = value if src is None else src
-    rows: Arg
-    if isinstance(src, Tensor):
+    is_given = isinstance(src, Tensor)
+    if is_given:
         rows = places.source(src, "scatter", h.dtype)
     else:
         check_range(t, operand(t, src).number, h.dtype)
-        rows = literal(operand(t, src).number, h.dtype)
+        number = literal(operand(t, src).number, h.dtype)
+        rows = t.b.full(number, shape=places.at.type.shape, dtype=h.dtype, device=h.device)
     if places.none:
-        return _made(t, h, t.unread(t.b.alias(x), rows) if is_tensor(rows) else t.b.alias(x))
+        return _made(t, h, t.unread(t.b.alias(x), rows) if is_given else t.b.alias(x))
     with t.untaped():
-        last = places.last(t.b)
-        new = t.b.gather(rows, last, axis=axis) if is_tensor(rows) else rows
-        out = t.b.where(t.b.ge(last, 0), new, x)
+        out = places.put(t.b, x, rows)
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         (g,) = cts
-        kept = b.where(b.ge(last, 0), 0.0, g) if need[0] else None
+        zeros = b.full(0, shape=rows.type.shape, dtype=g.type.dtype, device=h.device)
+        kept = places.put(b, g, zeros) if need[0] else None
         taken = places.read(b, g) if len(need) > 1 and need[1] else None
         return (kept, taken)[: len(need)]
 
-    inputs = (x, rows) if is_tensor(rows) else (x,)
+    inputs = (x, rows) if is_given else (x,)
     return _made(t, h, t.derive("scatter", inputs, out, vjp))
 
 
@@ -165,7 +146,7 @@ def _made(t: Trace, h: Handle, out: Value) -> TracedTensor:
 def _added(t: Trace, h: Handle, places: _Places, rows: Value, name: str) -> TracedTensor:
     x = t.b.reshape(t.read(h), shape=places.shape)
     with t.untaped():
-        out = t.b.alias(x) if places.none else t.b.add(x, places.summed(t.b, rows))
+        out = t.b.alias(x) if places.none else places.added(t.b, x, rows)
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         (g,) = cts

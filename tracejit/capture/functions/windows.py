@@ -163,6 +163,20 @@ def placed(t: Trace, x: Value, w: Windows) -> Value:
     return fitted(t, x, tuple(-n for n in w.low), w.length, 0)
 
 
+def summed(t: Trace, x: Value, w: Windows) -> Value:
+    """[…, *count, *size] → […, *length]: of each element the sum of what the windows that read it
+    have at its tap; the transpose of `taps`."""
+    if w.apart:
+        return placed(t, x, w)
+    lead, rank = len(x.type.shape) - 2 * w.rank, w.rank
+    for k in range(rank):
+        axes = (lead + k, lead + rank + k)
+        places = {"stride": w.stride[k], "dilation": w.dilation[k], "length": w.span[k]}
+        x = t.b.unwindow(x, axes=axes, **places)
+    x = t.b.reduce_sum(x, axes=tuple(range(lead + rank, lead + 2 * rank)))
+    return fitted(t, x, tuple(-n for n in w.low), w.length, 0)
+
+
 def readers(t: Trace, x: Value, w: Windows) -> Value:
     """[…, *count] → […, *length, *size]: for every element and tap, the value of the window that
     reads the element by that tap, 0 where there is none. Windows that do not meet give

@@ -31,6 +31,7 @@ from tracejit.capture.proof.many import guard_dicts, guard_metadata
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
 from tracejit.ir import host_memory
@@ -99,6 +100,7 @@ def _modes(w: Walk) -> None:
         "default_dtype": torch.get_default_dtype,
         "precision": torch._C._get_float32_matmul_precision,
         "autocast": torch._C._is_any_autocast_enabled,
+        "autocast_state": autocast.state,
         "function_modes": torch._C._len_torch_function_stack,
         "default_device": torch.get_default_device,
         "saved_hooks": torch._C._autograd._top_saved_tensors_default_hooks,
@@ -110,7 +112,9 @@ def _modes(w: Walk) -> None:
     w.check(f"grad_on() is {torch.is_grad_enabled()}", "grad mode changed")
     w.check(f"default_dtype() is {w.constant(torch.get_default_dtype())}", "default dtype changed")
     w.check(f"precision() == {precision!r}", "torch.get_float32_matmul_precision changed")
-    w.check("not autocast()", "autocast is on")
+    casts = autocast.state()
+    asked = "not autocast()" if casts is None else f"autocast_state() == {w.constant(casts)}"
+    w.check(asked, "autocast changed")
     w.check("not inference()", "inference mode is on")
     w.check("not anomaly()", "anomaly mode is on")
     w.check("forward_ad._current_level < 0", "forward-mode differentiation is on")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, FrameType
 
-import numpy as np
 import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
@@ -33,41 +32,12 @@ from tracejit.capture.proof.repeat import may_repeat
 from tracejit.capture.proof.settings import Setting
 from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
-
-_HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
-_TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_NUMPY = os.path.dirname(os.path.abspath(np.__file__)) + os.sep
-_STDLIB = os.path.dirname(os.__file__) + os.sep
+from tracejit.capture.python.origins import ORIGINS, origin
 
 # Where users put functions of their own in place of torch's.
 _PATCHED = ("torch.nn", "torch.optim", "torch.functional")
 _TENSOR = vars(torch.Tensor)
 _C_NAMES = (vars(torch), vars(torch.nn.functional))
-
-
-def origin(code: CodeType) -> str:
-    """Whose code this is: "tracejit", "torch", "stdlib" (and its like) or "user"."""
-    known = _origins.get(code)
-    if known is None:
-        name = code.co_filename
-        if name.startswith((_HERE, "<tracejit ")):  # or generated
-            known = "tracejit"
-        elif name.startswith(_TORCH):
-            known = "torch"
-        elif (
-            name.startswith("<frozen")
-            or name.startswith(_NUMPY)
-            or name.endswith(os.sep + "typing_extensions.py")
-            or (name.startswith(_STDLIB) and "site-packages" not in name[len(_STDLIB) :])
-        ):
-            known = "stdlib"
-        else:
-            known = "user"
-        _origins[code] = known
-    return known
-
-
-_origins: dict[CodeType, str] = {}
 
 
 class Seen:
@@ -150,9 +120,9 @@ class Seen:
         module = frame.f_globals.get("__name__") or ""
         if code.co_filename == "<string>":  # made by dataclasses or namedtuple
             if module.startswith(("tracejit.", "torch.")):
-                _origins[code] = module.partition(".")[0]
+                ORIGINS[code] = module.partition(".")[0]
             elif module.startswith("namedtuple_"):
-                _origins[code], module = "stdlib", "collections"
+                ORIGINS[code], module = "stdlib", "collections"
         whose = origin(code)
         if whose == "tracejit":
             return

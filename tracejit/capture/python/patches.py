@@ -21,10 +21,11 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import clip_grad
 from torch.optim import _adafactor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.checkpoint import CheckpointFunction
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
-from tracejit.capture.python import mathematics
+from tracejit.capture.python import checkpoints, mathematics
 from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
@@ -185,6 +186,8 @@ def _apply(cls: type[Function], *args: object) -> object:
     t = current()
     if t is None:
         return super(_SingleLevelFunction, cls).apply(*args)
+    if cls is CheckpointFunction:
+        return checkpoints.reentrant(t, *args)
     return call(t, cls, args)
 
 
@@ -277,6 +280,18 @@ def _anomaly(original: Callable) -> Callable:
     return set_anomaly_enabled
 
 
+def _cleared(original: Callable) -> Callable:
+    """`torch.clear_autocast_cache`, by which a region of autocast ends."""
+
+    def clear_autocast_cache() -> None:
+        t = current()
+        if t is not None:
+            t.casts.clear()
+        original()
+
+    return clear_autocast_cache
+
+
 def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     """A wrapper for functions that a trace cannot see into: they raise while one runs here."""
 
@@ -306,6 +321,8 @@ REFUSED = (
 )
 
 
+_CHECKPOINT = torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"
+
 _lock = threading.Lock()
 _tracing = 0
 # (owner, name, the original, its replacement while any thread traces), of the latest trace
@@ -320,6 +337,8 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch._C, "_group_tensors_by_device_and_dtype", lambda original: _group),
         (torch_function, "_functions", lambda original: _DelayedErrors()),
         (torch, "set_anomaly_enabled", _anomaly),
+        (torch, "clear_autocast_cache", _cleared),
+        (*_CHECKPOINT, checkpoints.without_reentrant),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
         (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),

@@ -82,6 +82,8 @@ def _computed(node: Node, operands: list[Range]) -> Range | None:
             return _hull(a, b)
         case "gather", [source, _]:
             return _hull(source, (0, 0))  # what an index out of range reads
+        case "scatter", [before, _, source] if node.attr("combine") == "last":
+            return _hull(before, source)
         case "unwindow", [only]:
             return _hull(only, (0, 0))
         case "pad", [only]:

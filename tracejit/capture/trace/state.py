@@ -79,6 +79,35 @@ class Backward:
     accumulates: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Where a checkpointed function began: the writes to each storage, the number of draws."""
+
+    writes: dict[Storage, int]
+    draws: int
+
+
+@dataclass(slots=True)
+class Casts:
+    """The weights that autocast has cast, by the region of its cache: value and strides.
+
+    The region counts how often the cache was cleared: from 1 up, or from -1 down where the caller
+    of the step holds the cache, which then outlives the call."""
+
+    region: int = 1
+    known: dict[tuple[int, Handle], tuple[Value, tuple[int, ...]]] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """What is cast from now on is cast anew."""
+        self.region += 1 if self.region > 0 else -1
+
+    def outlives(self, storage: Storage) -> bool:
+        """Whether the cast of a weight will be used after the call, whatever is written to it."""
+        return self.region < 0 and any(
+            region == self.region and h.storage is storage for region, h in self.known
+        )
+
+
 class TraceState:
     """One trace: what it has recorded, and errors about the torch call in progress."""
 
@@ -133,6 +162,8 @@ class TraceState:
         self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
         self.draws = Draws()  # random numbers
+        self.casts = Casts()  # by autocast
+        self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
         self.fast_random = False  # see functions/counted.py
 
     def _on_emit(self, node: Node) -> None:
@@ -296,6 +327,7 @@ class TraceState:
         self.name_of = lambda tensor: None  # it holds the arguments of the call
         self.scalars.close()
         self.hosted.clear()
+        self.casts.known.clear()
         self.read_numbers.clear()
         self.evaluate = on_numpy  # not the step's own: a trace lies in cycles
         for context in self.contexts:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from tracejit.autodiff import Entry, zeros
 from tracejit.capture.trace import location
+from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.inputs import lift_input
 from tracejit.capture.trace.integers import settled
 from tracejit.capture.trace.rejections import check_held, check_read, check_saved, check_write
@@ -52,11 +53,11 @@ class Trace(TraceState):
         self.groups += 1
         if rule is None:
             raise self.unsupported()
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise self.unsupported("autocast is not supported yet; run the step without it")
         if self.scalars.has_integers:
             args, kwargs = settled(self, func, args, kwargs)
         try:
+            if torch._C._is_any_autocast_enabled():
+                args, kwargs = casted(self, func, args, kwargs)
             if kwargs.get("out") is not None:
                 return self._into(kwargs.pop("out"), rule.run(self, *args, **kwargs))
             return rule.run(self, *args, **kwargs)
@@ -291,6 +292,11 @@ class Trace(TraceState):
         """Overwrite a tensor in place with a value of its shape and dtype."""
         check_write(self, handle, value)
         family, storage = handle.family, handle.storage
+        if self.casts.outlives(storage):
+            raise self.unsupported(
+                "The step is called under autocast and writes to a weight whose cast eager would go"
+                " on using after that; put autocast around the forward pass in the step"
+            )
         new = put_through(self, self.base(family), handle.steps, value)
         if new in self.origin:
             new = self.b.alias(new)

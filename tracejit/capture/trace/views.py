@@ -1,6 +1,6 @@
 """View chains: how a tensor's value is read from its storage's, and written back to it.
 
-A step is a movement primitive and its attributes, or a *window*: the elements of an axis from a
+A step is a movement primitive and its attributes, or a *stretch*: the elements of an axis from a
 place on that is known only when the plan runs, as in `buffer[self.n]`. In: the storage's value and
 the steps. Out: the value of the view; or, once the view was written to, the storage's new value.
 """
@@ -13,18 +13,18 @@ from tracejit.ir import types
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import i64
 
-WINDOW = "window"
+STRETCH = "stretch"
 
 
-def window(axis: int, size: int, at: Value) -> Step:
+def stretch(axis: int, size: int, at: Value) -> Step:
     """`size` elements of an axis from the place `at` on, an i64 of no axes; all are inside."""
-    return WINDOW, (("axis", axis), ("size", size), ("at", at))
+    return STRETCH, (("axis", axis), ("size", size), ("at", at))
 
 
 def apply_steps(t: TraceState, value: Value, steps: tuple[Step, ...]) -> Value:
     """Follow a view chain from a storage's value."""
     for name, attrs in steps:
-        if name == WINDOW:
+        if name == STRETCH:
             value = _read(t, value, **dict(attrs))
         else:
             value = getattr(t.b, name)(value, **dict(attrs))
@@ -40,7 +40,7 @@ def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value)
     if rest:
         new = put_through(t, apply_steps(t, base, steps[:1]), rest, new)
     b, shape = t.b, base.type.shape
-    if name == WINDOW:
+    if name == STRETCH:
         return _write(t, base, new, **attrs)
     if name == "reshape":
         return b.reshape(new, shape=shape)
@@ -64,7 +64,7 @@ def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value)
 
 
 def _read(t: TraceState, x: Value, *, axis: int, size: int, at: Value) -> Value:
-    """The elements in a window."""
+    """The elements in a stretch."""
     with t.untaped():
         out = _taken(t.b, x, axis, size, at)
 
@@ -72,11 +72,11 @@ def _read(t: TraceState, x: Value, *, axis: int, size: int, at: Value) -> Value:
         inside, rows = _spread(b, cts[0], axis, x.type.shape[axis], at)
         return (b.where(inside, rows, 0.0),)
 
-    return t.derive(WINDOW, (x,), out, vjp)
+    return t.derive(STRETCH, (x,), out, vjp)
 
 
 def _write(t: TraceState, x: Value, new: Value, *, axis: int, size: int, at: Value) -> Value:
-    """`x` with other elements in a window."""
+    """`x` with other elements in a stretch."""
     with t.untaped():
         inside, rows = _spread(t.b, new, axis, x.type.shape[axis], at)
         out = t.b.where(inside, rows, x)
@@ -100,7 +100,7 @@ def _taken(b: Builder, x: Value, axis: int, size: int, at: Value) -> Value:
 
 
 def _spread(b: Builder, x: Value, axis: int, extent: int, at: Value) -> tuple[Value, Value]:
-    """The elements of a window over all places of its axis, and which of these are inside it."""
+    """The elements of a stretch over all places of its axis, and which of these are inside it."""
     size, device = x.type.shape[axis], x.type.device
     shape = tuple(extent if k == axis else n for k, n in enumerate(x.type.shape))
     place = b.iota(axis=axis, shape=shape, dtype=i64, device=device)

@@ -1,4 +1,4 @@
-"""Indexing by values: primitives that read where an operand says."""
+"""Indexing by values: primitives that read, and write, where an operand says."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import math
 
 import numpy as np
 
-from tracejit.ir.ops.record import BITS, NO_GRAD, Op, require, require_tensor
-from tracejit.ir.types import DType, Type, i64
+from tracejit.ir.ops.record import BITS, NO_GRAD, ULPS, Op, require, require_tensor
+from tracejit.ir.types import DType, Type, b1, i64
+
+FEW = 4  # indices along an axis that are found by comparing every element with each of them
 
 
 def missing(dtype: DType) -> float | int | bool:
@@ -41,11 +43,15 @@ def _eval_gather(x: np.ndarray, index: np.ndarray, *, axis: int) -> np.ndarray:
 
 
 def _vjp_gather(b, g, y, x, index, *, axis: int):
-    """Each element adds up the cotangents of its readers, in order: x.numel · index extent work.
+    """Each element adds up the cotangents of its readers, in order: the same bits every time.
 
-    A reduction over where(index == position, g, 0): no atomics, so the same bits every time.
+    Where there are few, as the one class of each row of logits, that is a reduction over
+    where(index == position, g, 0), which fuses with what reads it.
     """
     kind, taken = x.type, index.type.shape[axis]
+    if taken > FEW:
+        zeros = b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
+        return b.scatter(zeros, index, g, axis=axis, combine="add")
     spread = (*kind.shape[: axis + 1], taken, *kind.shape[axis + 1 :])
 
     def along(value):
@@ -56,6 +62,64 @@ def _vjp_gather(b, g, y, x, index, *, axis: int):
     return b.reduce_sum(b.where(b.eq(along(index), position), along(g), 0.0), axes=(axis + 1,))
 
 
+def _infer_scatter(x: Type, index: Type, source: Type, *, axis: int, combine: str) -> Type:
+    require(combine in ("add", "last"), f"scatter that combines by {combine!r}")
+    require(x.dtype is not b1 or combine == "last", "scatter adds no bools")
+    require_tensor("scatter", source)
+    taken = _infer_gather(x, index, axis=axis)
+    require(taken == source, f"scatter of {source} at {index} into {x} along axis {axis}")
+    return x
+
+
+def _eval_scatter(
+    x: np.ndarray, index: np.ndarray, source: np.ndarray, *, axis: int, combine: str
+) -> np.ndarray:
+    wide = np.float64 if x.dtype.kind == "f" and combine == "add" else x.dtype
+    out = np.array(x, wide)
+    moved = np.moveaxis(out, axis, 0)
+    at, given = np.moveaxis(index, axis, 0), np.moveaxis(source, axis, 0)
+    inside = (at >= 0) & (at < moved.shape[0])
+    rest = np.indices(at.shape, sparse=True)[1:]
+    places = tuple(np.broadcast_to(i, at.shape)[inside] for i in (at, *rest))
+    if combine == "add":
+        np.add.at(moved, places, given[inside])
+    else:
+        moved[places] = given[inside]
+    return out
+
+
+def _vjp_scatter_target(b, g, y, x, index, source, *, axis: int, combine: str):
+    if combine == "add":
+        return g
+    kind = source.type
+    zeros = b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
+    return b.scatter(g, index, zeros, axis=axis, combine="last")
+
+
+def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
+    taken = b.and_(b.ge(index, 0), b.lt(index, x.type.shape[axis]))
+    if combine == "last":  # and not overwritten by a later one
+        shape, device = index.type.shape, x.type.device
+        order = b.iota(axis=axis, shape=shape, dtype=i64, device=device)
+        none = b.full(-1, shape=x.type.shape, dtype=i64, device=device)
+        last = b.scatter(none, index, order, axis=axis, combine="last")
+        taken = b.and_(taken, b.eq(b.gather(last, index, axis=axis), order))
+    return b.where(taken, b.gather(g, index, axis=axis), 0.0)
+
+
+# x, and at each place that an index along the axis names the source: added in the order of the
+# indices, or the last one. Indices out of range name no place.
+scatter = Op(
+    "scatter",
+    "indexing",
+    _infer_scatter,
+    _eval_scatter,
+    (_vjp_scatter_target, NO_GRAD, _vjp_scatter_source),
+    cost=1,
+    exact=ULPS,
+    rounds=True,
+    host=None,
+)
 gather = Op(
     "gather",
     "indexing",

@@ -32,7 +32,7 @@ def variables(s: Statement) -> list[Var]:
 def places(s: Statement) -> list[Index]:
     """The indices of a statement, those of its mask included."""
     found = [s.index] if isinstance(s, Load | Store | Position) else []
-    if isinstance(s, Load | InBounds):
+    if isinstance(s, Load | Store | InBounds):
         found += [bound.index for bound in s.mask]
     return found
 
@@ -48,6 +48,17 @@ def _values(index: Index) -> Iterator[Var]:
             yield atom
         elif isinstance(atom, FloorDiv | Mod):
             yield from _values(atom.index)
+
+
+def axes_of(index: Index) -> set[str]:
+    """The axes that an index moves with."""
+    found: set[str] = set()
+    for atom, _ in index.terms:
+        if isinstance(atom, FloorDiv | Mod):
+            found |= axes_of(atom.index)
+        elif isinstance(atom, str):
+            found.add(atom)
+    return found
 
 
 def extents_of(kernel: Kernel) -> dict[str, int]:

@@ -83,7 +83,8 @@ def _alone(stage: Stage) -> Nest | None:
     vector = vector_axis(stage.axes, stage.body)
     work = math.prod(a.extent for a in stage.axes) * weight(stage.body)
     loops = split(stage.axes, vector, BLOCK)
-    return Nest(vector.name, BLOCK, dealt(loops, chunks_of(MAX_CHUNKS, work))[2])
+    wanted = 1 if stage.in_order else chunks_of(MAX_CHUNKS, work)
+    return Nest(vector.name, BLOCK, dealt(loops, wanted)[2])
 
 
 def _inside(stage: Stage) -> Nest | None:

@@ -55,7 +55,8 @@ def keep_rows(kernel: Kernel) -> tuple[Kernel, tuple[Buffer, ...]]:
     they are.
     """
     inner = {stage.axes for stage in kernel.stages if stage.axes}
-    if len(inner) != 1 or len(kernel.stages) < 2 or not kernel.axes:
+    in_order = any(stage.in_order for stage in kernel.stages)
+    if len(inner) != 1 or len(kernel.stages) < 2 or not kernel.axes or in_order:
         return kernel, ()
     (axes,) = inner
     if len(axes) != 1:

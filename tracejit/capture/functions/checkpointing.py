@@ -1,0 +1,43 @@
+"""`torch.utils.checkpoint`: what eager computes once more in its backward is computed once.
+
+A compiled step decides by itself what it keeps, so a checkpointed function runs as any other. That
+is right as long as running it again would change nothing: a function that writes to tensors or
+Python state from before, or draws numbers that eager would draw anew, is refused. Its beginning and
+end are calls of this rule, which `python/checkpoints.py` makes.
+"""
+
+from __future__ import annotations
+
+from torch.utils import checkpoint as torch_checkpoint
+
+from tracejit.capture.trace.state import Checkpoint
+from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.trace import Trace
+
+
+@rule(torch_checkpoint.checkpoint)
+def boundary(t: Trace, which: str, preserve: bool, effect: str = "") -> None:
+    """A checkpointed function begins, ends, or is left by an exception."""
+    if which == "begin":
+        before = [*t.inputs.storages, *(p.handle.storage for p in t.proxies)]
+        counts = {s: s.writes for s in before}
+        t.checkpoints.append(Checkpoint(counts, len(t.draws.events)))
+        return
+    begun = t.checkpoints.pop()
+    if which == "left":  # by an exception
+        return
+    if effect:
+        raise t.unsupported(
+            f"A checkpointed function assigns to what outlives it ({effect}), which eager does "
+            "once more in its backward; leave it out of checkpoint"
+        )
+    written = any(s.writes != count for s, count in begun.writes.items())
+    if written or any(s.writes for s in t.inputs.storages if s not in begun.writes):
+        raise t.unsupported(
+            "A checkpointed function writes to a tensor from outside of it, which eager does once "
+            "more in its backward (a batch norm's statistics are such); leave it out of checkpoint"
+        )
+    if not preserve and len(t.draws.events) > begun.draws:
+        raise t.unsupported(
+            "With preserve_rng_state=False eager draws other numbers in its backward; leave it out"
+        )
