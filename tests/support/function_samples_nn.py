@@ -36,7 +36,11 @@ from support.function_samples import (
 
 functional = torch.nn.functional
 _before = set(ROWS)
-from support import function_samples_images, function_samples_recurrent  # noqa: E402, F401
+from support import (  # noqa: E402, F401
+    function_samples_attention,
+    function_samples_images,
+    function_samples_recurrent,
+)
 
 restart()
 
