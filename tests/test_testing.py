@@ -179,3 +179,19 @@ def test_a_wrong_optimizer_state_is_found():
         wrong = tracejit.compile(step)
         wrong.__class__ = type("Spoiled", (type(wrong),), {"__call__": lambda self: spoiled()})
         assert_equal_to_eager(wrong, calls=1)
+
+
+def test_state_is_compared_in_every_call(monkeypatch):
+    w, calls = torch.ones(3), []
+
+    def step(x):
+        return x + 1
+
+    def change():
+        calls.append(1)
+        if len(calls) == 3:
+            w.add_(1)
+
+    spoil(monkeypatch, change)
+    with pytest.raises(AssertionError, match=r"call 2: tensor 1 of shape \[3\]"):
+        assert_equal_to_eager(step, lambda: [torch.ones(2)], state=[w], calls=4, mode="rerun")

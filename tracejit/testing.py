@@ -96,7 +96,7 @@ def assert_equal_to_eager(
         generator.set_state(drawn_from)
         returned = plain(*args)
         eager = _visible((returned, _state_of(optimizers)), tensors)
-        after_eager, state = [_save(t) for t in tensors], generator.get_state()
+        after_eager, drawn_until = [_save(t) for t in tensors], generator.get_state()
         _restore(before, held)
         generator.set_state(drawn_from)
         magnitudes = _Magnitudes()
@@ -107,7 +107,7 @@ def assert_equal_to_eager(
             compiled.observer = None
         ours = _visible((ours_returned, _state_of(optimizers)), tensors)
         _compare(call, ours, eager, exact, magnitudes)
-        if not torch.equal(generator.get_state(), state):
+        if not torch.equal(generator.get_state(), drawn_until):
             raise AssertionError(f"call {call}: torch's generator is in another state than eager's")
         _restore(after_eager)
     return compiled
