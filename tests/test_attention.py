@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +14,8 @@ import tracejit
 from support.attention_nets import NETS, make_step
 from support.function_samples import r
 from tracejit.errors import AutogradError, UnsupportedOperation
+from tracejit.report import report
+from tracejit.rows import limits
 from tracejit.testing import assert_equal_to_eager, losses_agree
 
 ROWS, LENGTH, WIDTH = 3, 5, 8
@@ -278,3 +281,23 @@ def test_a_scale_that_changes(dtype, backend):
             close(ours, eager, 0.03 if dtype.itemsize == 2 else 1e-5)
     assert compiled.stats.replays >= 2
     assert len(compiled.kernels) >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_kernels_keep_the_limits_on_a_gpu(target):
+    """No spills, among others: forward and backward, with a mask and without."""
+    pytest.importorskip("triton")
+    q, k, v = (r(2, 4, 128, 64).requires_grad_() for _ in range(3))
+    for options in ({"is_causal": True}, {"attn_mask": r(128, 128)}):
+
+        def step(options: dict = options) -> list[torch.Tensor]:
+            y = F.scaled_dot_product_attention(q, k, v, **options)
+            return [y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))]
+
+        compiled = tracejit.compile(step, on_unsupported="raise")
+        compiled()
+        found = report(compiled, target=target)
+        assert found.rows and not list(limits(found))
+        assert not sum(row.facts.spills for row in found.rows)

@@ -26,7 +26,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         padding = x == 0
-        y = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        y = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
         y = self.encoder(y, src_key_padding_mask=padding)
         kept = (~padding).unsqueeze(-1).to(y.dtype)
         return self.out((y * kept).sum(1) / kept.sum(1))
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         self.head.weight = self.tokens.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.tokens(x) + self.places(torch.arange(x.shape[1]))
+        y = self.tokens(x) + self.places(torch.arange(x.shape[1], device=x.device))
         for block in self.blocks:
             y = block(y)
         return self.head(self.ln(y))
@@ -92,7 +92,7 @@ class Seq2Seq(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         target = x.flip(1)
-        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], device=x.device)
         padding = torch.zeros_like(mask[: x.shape[0], : x.shape[1]]).masked_fill(x == 0, -torch.inf)
         y = self.transformer(
             self.tokens(x),
