@@ -37,6 +37,8 @@ def reset():
     torch.set_default_device(None)
     torch.set_grad_enabled(True)
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.mha.set_fastpath_enabled(True)
 
 
 def switch(function, *values):
@@ -184,6 +186,43 @@ def contexts_that_change_nothing(w):
         with torch.autograd.set_detect_anomaly(False):
             y.sum().backward()
         return y.detach()
+
+    return step
+
+
+def _fused_attention(x: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The layout of its result is the query's; without the fused implementation it is row-major."""
+    y = nn.functional.scaled_dot_product_attention(x, x, x)
+    return y, y.stride()
+
+
+@case("replay", changes=switch(torch.backends.cuda.enable_flash_sdp, False), calls=9)
+def implementations_of_attention(w):
+    w.x = x = torch.linspace(-1, 1, 24).reshape(1, 4, 2, 3).transpose(1, 2)
+    return lambda: _fused_attention(x)
+
+
+@case("replay")
+def an_implementation_of_attention_in_the_step(w):
+    w.x = x = torch.linspace(-1, 1, 24).reshape(1, 4, 2, 3).transpose(1, 2)
+
+    def step():
+        with sdpa_kernel(SDPBackend.MATH):
+            inside = _fused_attention(x)
+        return inside, _fused_attention(x)
+
+    return step
+
+
+@case("replay", changes=switch(torch.backends.mha.set_fastpath_enabled, False), calls=9)
+def native_attention_of_modules(w):
+    torch.manual_seed(0)
+    w.module = nn.TransformerEncoderLayer(4, 2, 3, batch_first=True).eval()
+    x, blind = torch.linspace(-1, 1, 24).reshape(2, 3, 4), torch.tensor([[True] * 3, [False] * 3])
+
+    def step():
+        with torch.no_grad():
+            return w.module(x, src_key_padding_mask=blind)
 
     return step
 

@@ -37,6 +37,7 @@ from support.function_samples import (
 functional = torch.nn.functional
 _before = set(ROWS)
 from support import (  # noqa: E402, F401
+    function_samples_attention,
     function_samples_images,
     function_samples_patches,
     function_samples_recurrent,

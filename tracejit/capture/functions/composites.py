@@ -6,8 +6,8 @@ the trace, told that nobody intercepts; so the functions that it calls arrive by
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType
+from collections.abc import Callable, Mapping
+from types import FunctionType, MappingProxyType
 
 import torch
 
@@ -44,11 +44,22 @@ def composite(function: FunctionType) -> None:
 
     @rule(function)
     def run(t: Trace, *args: object, **kwargs: object) -> object:
-        namespace = function.__globals__ | _INSTEAD
-        body = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
-        body.__kwdefaults__ = function.__kwdefaults__
-        with t.user_code(grad=torch.is_grad_enabled()):
-            return body(*args, **kwargs)
+        return run_body(t, function, args, kwargs)
+
+
+def run_body(
+    t: Trace,
+    function: FunctionType,
+    args: tuple,
+    kwargs: Mapping[str, object],
+    instead: Mapping[str, object] = MappingProxyType({}),
+) -> object:
+    """Run the body of a function under the trace, with other values for some global names."""
+    namespace = {**function.__globals__, **_INSTEAD, **instead}
+    body = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
+    body.__kwdefaults__ = function.__kwdefaults__
+    with t.user_code(grad=torch.is_grad_enabled()):
+        return body(*args, **kwargs)
 
 
 _COMPOSITES: tuple[Callable, ...] = (

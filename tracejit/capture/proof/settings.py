@@ -141,6 +141,7 @@ def _python() -> dict[CodeType, Setting]:
     ]
     asked += [
         ("torch.distributed.is_available()", distributed.is_available),
+        ("torch.backends.mha.get_fastpath_enabled()", torch.backends.mha.get_fastpath_enabled),
         ("torch.cuda.is_available()", cuda.is_available),
         ("torch.cuda.device_count()", cuda.device_count),
         ("numpy.geterr()", np.geterr),
