@@ -5,6 +5,7 @@ Importing this adds them to the table of `function_samples`; `NAMES` are the spe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -852,6 +853,90 @@ row(
         S(r(3, 4), 0, i(), r(0, 4)),
     ],
     exact=False,
+)
+
+
+def apart(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
+    """Numbers that are all different, in no order."""
+    n = math.prod(shape)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return (order.reshape(shape) - n // 2).to(dtype)
+
+
+TIES = torch.tensor(
+    [[2.0, 1.0, 2.0, math.nan, -0.0, 0.0], [math.inf, 1, 1, -math.inf, 1, math.nan]]
+)
+SORTED = [
+    S(r(7), smooth=True),
+    S(r(3, 5), smooth=True),
+    S(apart(123)),
+    S(apart(5, 4).t(), 0),
+    S(apart(2, 3, 4), dim=1),
+    S(apart(3, 6, dtype=i64)),
+    S(apart(3, 6, dtype=bf16)),
+    S(apart(3, 6, dtype=f64)),
+    S(apart(8, 8)[::2, ::3]),
+    S(r(1, 3), 0),
+    S(r(0, 3)),
+    S(r(3, 0)),
+    S(r(3), 1),
+]
+STABLE = [
+    S(TIES, stable=True),
+    S(TIES, dim=0, stable=True, descending=True),
+    S(TIES, stable=True, descending=True),
+    S(r(4, 9) > 0, stable=True),
+    S(apart(2, 8) % 3, stable=True),
+    S(r(), stable=True),
+]
+row("sort", [*SORTED, *STABLE, S(apart(3, 5), descending=True), S(apart(3, 5), 0, True)])
+row("argsort", [*SORTED, *STABLE, S(apart(3, 5), descending=True), S(apart(3, 5), 0, True)])
+row("msort", [S(apart(6, 3), smooth=True), S(r(5)), S(apart(4, dtype=i64)), S(r(2, 0))])
+row(
+    "topk",
+    [
+        S(apart(7), 3, smooth=True),
+        S(apart(3, 5), 2, smooth=True),
+        S(apart(3, 5), 2, 0, False),
+        S(apart(123), 123),
+        S(apart(4, 6), k=1, dim=-2),
+        S(apart(4, 6, dtype=i64), 4, largest=False),
+        S(apart(4, 6, dtype=bf16).t(), 2),
+        S(apart(4, 6), 0),
+        S(r(), 1),
+        S(apart(4), 5),
+        S(apart(4), -1),
+        S(apart(4), 1, 1),
+    ],
+)
+row(
+    "kthvalue",
+    [
+        S(apart(7), 3, smooth=True),
+        S(apart(3, 5), 2, 0),
+        S(apart(3, 5), 5, -1, True),
+        S(apart(3, 5, dtype=i64), 1),
+        S(apart(3), 4),
+        S(apart(3), 0),
+        S(r(), 1),
+    ],
+)
+row(
+    "median",
+    [
+        S(apart(7), smooth=True),
+        S(apart(3, 4)),
+        S(apart(3, 4), 1, smooth=True),
+        S(apart(3, 4), 0, True),
+        S(apart(4, 3, dtype=i64).t(), dim=-1),
+        S(apart(4, 3, dtype=bf16), 0),
+        S(torch.tensor([1.0, math.nan, 3.0])),
+        S(torch.tensor([[1.0, math.nan, 3.0], [1, 2, 3]]), 1),
+        S(r()),
+        S(r(), 0),
+        S(r(3), 2),
+        no(r(0)),
+    ],
 )
 
 
