@@ -856,6 +856,55 @@ row(
 )
 
 
+row(
+    "index_copy index_copy_",
+    [
+        S(r(3, 4), 0, i(2, 0), r(2, 4), smooth=True),
+        S(r(3, 4), 1, i(2, 0, 3, 1, 1, 2), r(3, 6)),
+        S(r(4, 3).t(), -1, i(2), r(3, 1)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9)),
+        S(r(300, 20), 0, at(50, below=300), r(50, 20)),
+        S(r(3, 4), 0, i(2, 0), r(3, 4)),
+        S(r(3, 4), 0, i(3), r(1, 4)),
+        S(r(3, 4), 0, i(0)[None], r(1, 4)),
+        S(r(3, 4), 0, i(1), r(1, 4, dtype=f64)),
+        S(r(3, 4), 0, i(), r(0, 4)),
+    ],
+)
+row(
+    "index_fill index_fill_",
+    [
+        S(r(3, 4), 0, i(2, 0), 2.5, smooth=True),
+        S(r(3, 4), 1, i(2, 0, 3, 3, 3), 0),
+        S(r(4, 3).t(), -1, i(2), torch.tensor(3.0)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), 7),
+        S(r(300, 20, dtype=bf16), 0, at(50, below=300), 1.5),
+        S(r(3, 4), 0, i(3), 1.0),
+        S(r(3, 4), 0, i(0)[None], 1.0),
+        S(r(3, 4), 0, i(), 1.0),
+    ],
+)
+row(
+    "index_put index_put_",
+    [
+        S(r(3, 4), (i(2, 0),), r(2, 4), smooth=True),
+        S(r(3, 4), (i(2, 0, 2), i(1, 3, 1)), r(3), smooth=True),
+        S(r(3, 4), (i(2, 0, 2), i(1, 3, 1)), r(3), True, smooth=True),
+        S(r(3, 4), (i(2, 0, 2),), r(3, 4), accumulate=True, smooth=True),
+        S(r(3, 4), (None, i(1, 1, 0, -1, 2, 1)), r(3, 6), accumulate=True),
+        S(r(3, 4), (at(2, 5, below=3),), r(2, 5, 4), accumulate=True),
+        S(r(3, 4), (r(3, 4) > 0,), torch.tensor(1.5)),
+        S(r(5, dtype=i64), (i(1, 1, 4),), i(7, 8, 9), True),
+        S(r(4, 3).t(), (i(2, 0),), torch.tensor(1.5)),
+        S(r(500, 20), (at(70, below=500),), r(70, 20), accumulate=True),
+        S(r(3, 4), (i(3),), r(1, 4)),
+        S(r(3, 4), (i(1),), r(1, 4, dtype=f64)),
+        S(r(3, 4), (i(1, 2),), r(3, 4)),
+    ],
+    exact=False,
+)
+
+
 def apart(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
     """Numbers that are all different, in no order."""
     n = math.prod(shape)

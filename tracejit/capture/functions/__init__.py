@@ -2,6 +2,7 @@
 
 from tracejit.capture.functions import (
     activation,
+    advanced,
     amp,
     arithmetic,
     arrangement,
@@ -50,6 +51,7 @@ from tracejit.capture.functions import (
 
 __all__ = [
     "activation",
+    "advanced",
     "amp",
     "arithmetic",
     "arrangement",

@@ -55,6 +55,17 @@ def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: 
     return x
 
 
+def along(t: Trace, index: Value, shape: Ints, axis: int) -> Value:
+    """A vector of indices as an index at every point of `shape`, along an axis."""
+    thin = tuple(n if k == axis else 1 for k, n in enumerate(shape))
+    return expand(t, t.b.reshape(index, shape=thin), shape)
+
+
+def from_end(t: Trace, index: Value, size: int) -> Value:
+    """An index whose negative values count from the end."""
+    return t.b.where(t.b.lt(index, 0), t.b.add(index, size), index)
+
+
 def position(t: Trace, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:
     """The index along an axis, at every point of a shape."""
     return t.b.iota(axis=axis, shape=shape, dtype=dtype, device=device)
