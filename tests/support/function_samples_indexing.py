@@ -905,6 +905,24 @@ row(
 )
 
 
+REDUCED = [
+    S(*s.args, reduce, include_self=own, smooth=s.smooth)
+    for s in SCATTERED
+    if not s.refused and s.args[3].shape == s.args[2].shape
+    for reduce in ("sum", "mean", "amax", "amin")
+    for own in (True, False)
+]
+row(
+    "scatter_reduce scatter_reduce_",
+    [
+        *REDUCED,
+        S(r(3, 4), 0, AT, (r(3, 4) > 0).float(), "amax", smooth=True),
+        no(r(5), 0, i(1, 1, 4), r(3), "prod"),
+    ],
+    exact=False,
+)
+
+
 def apart(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
     """Numbers that are all different, in no order."""
     n = math.prod(shape)

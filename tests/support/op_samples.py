@@ -321,7 +321,7 @@ def scatters() -> list[Sample]:
     for shape, index, axis, fill in rows:
         for d in (f32, f64, bf16, i64):
             operands = Tensor(d, shape), Tensor(i64, index, fill), Tensor(d, index)
-            for combine in ("add", "last"):
+            for combine in ("add", "last", "max", "min"):
                 samples.append(Sample(operands, {"axis": axis, "combine": combine}))
     for d in (f16, i32, u8):
         operands = Tensor(d, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(d, (9, 3))
@@ -571,7 +571,10 @@ def _scatter(
     out = list(x.unbind(axis))
     for at, given in zip(index.unbind(axis), source.unbind(axis), strict=True):
         for k, old in enumerate(out):
-            out[k] = torch.where(at == k, old + given if combine == "add" else given, old)
+            new = {"add": old + given, "last": given}.get(combine)
+            if new is None:
+                new = getattr(torch, f"{combine}imum")(old, given)
+            out[k] = torch.where(at == k, new, old)
     return torch.stack(out, axis) if out else x * 1
 
 

@@ -291,7 +291,7 @@ class _Count(Body):
     def store(self, s: Store) -> list[Line]:
         size, dims = self.buffers[s.buffer].itemsize, frozenset(self.dims)
         self._section.stores.append((size, dims))
-        if s.adds:
+        if s.fold:
             self._section.loads.append((size, dims, ()))
             self._section.depth = max(self._section.depth, self._depth(s) + 1)
         return super().store(s)

@@ -336,6 +336,7 @@ class _StageSteps:
         position = self._positions(s.index, dims, s.mask)
         dtype = self.run.types[self.run.number[s.buffer]].type.dtype
         shape = tuple(a.extent for a in dims[1:])
+        fold = {"": None, "add": np.add, "max": np.maximum, "min": np.minimum}[s.fold]
 
         def step(slots: list, first: int, last: int) -> None:
             block = (last - first, *shape) if dims else ()
@@ -343,14 +344,14 @@ class _StageSteps:
             held = spread(inside(slots, first, last), block)
             at, given = at[held], spread(slots[value], block)[held]
             memory = slots[flat]
-            if not s.adds:
+            if not s.fold:
                 memory[at] = float_to_bits(given) if dtype is bf16 else given
             elif not dtype.narrow:
-                np.add.at(memory, at, given)
+                fold.at(memory, at, given)
             else:
                 decode = decoder(dtype)
                 for place, term in zip(at, given, strict=True):  # rounded at each addition
-                    total = round_to(decode(memory[place]) + term, dtype)
+                    total = round_to(fold(decode(memory[place]), term), dtype)
                     memory[place] = float_to_bits(total) if dtype is bf16 else total
 
         return step

@@ -260,8 +260,9 @@ class _Lowering:
         target = flatten((*task.place[:axis], where, *task.place[axis + 1 :]), strides)
         self._check(target, scope)
         self._buffer(store.buffer, "r")
-        adds, inside = node.attr("combine") == "add", (Bound(where, shape[axis]),)
-        scope.body.append(Store(name, target, value, node.where, inside, adds))
+        combine, inside = node.attr("combine"), (Bound(where, shape[axis]),)
+        fold = "" if combine == "last" else combine
+        scope.body.append(Store(name, target, value, node.where, inside, fold))
         stages.append(Stage((step,), tuple(scope.body), in_order=True))
         return stages
 

@@ -42,7 +42,8 @@ def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: 
     if x.type.dtype is b1 and combine == "add":
         counts, more = b.cast(x, dtype=i32), b.cast(rows, dtype=i32)
         return b.ne(scattered(b, counts, at, more, axis, combine), 0)
-    if taken > FEW or x.type.numel > SMALL:
+    extremum = combine in ("max", "min")  # whose derivative knows of all indices at once
+    if extremum or taken > FEW or x.type.numel > SMALL:
         return b.scatter(x, at, rows, axis=axis, combine=combine)
     place = b.iota(axis=axis, shape=shape, dtype=i64, device=x.type.device)
     for k in range(taken):

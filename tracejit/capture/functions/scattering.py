@@ -19,11 +19,12 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.patterns import scattered
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
-from tracejit.capture.trace.tensor import Handle, TracedTensor
+from tracejit.capture.trace.ranges import limits
+from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.types import i32, i64
+from tracejit.ir.types import b1, i32, i64
 
 Tensor = torch.Tensor
 
@@ -190,5 +191,62 @@ def index_add(
     return _added(t, h, places, rows, "index_add")
 
 
-for _implementation in (scatter, scatter_add, index_add):
+_REDUCED = {"sum": "add", "mean": "add", "amax": "max", "amin": "min"}
+
+
+def scatter_reduce(
+    t: Trace,
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    src: Tensor,
+    reduce: str,
+    *,
+    include_self: bool = True,
+) -> TracedTensor:
+    """At each place the sum, mean, largest or smallest of what belongs to the indices that name it,
+    with what was there before among them if `include_self`."""
+    h = t.lift(input)
+    if reduce == "prod":
+        raise t.unsupported("scatter_reduce by prod has no rule")
+    if reduce not in _REDUCED:
+        raise t.shape_error(
+            "reduce argument must be either sum, prod, mean, amax or amin, got " + str(reduce)
+        )
+    places = _Places(t, h, dim, index, "scatter_reduce")
+    rows, at, axis = places.source(src, "scatter_reduce", h.dtype), places.at, places.axis
+    x, b = t.b.reshape(t.read(h), shape=places.shape), t.b
+    if places.none:
+        return _made(t, h, t.unread(b.alias(x), rows))
+    if h.dtype is b1:
+        raise t.unsupported("scatter_reduce of bools has no rule")
+
+    def filled(number: float, shape: Ints) -> Value:
+        return b.full(literal(number, h.dtype), shape=shape, dtype=h.dtype, device=h.device)
+
+    combine, taken = _REDUCED[reduce], at.type.shape
+    larger = (t.lift(src).shape or (1,)) != taken
+    if larger and combine != "add" and t.grad_on and t.requires_grad(h):
+        raise t.unsupported(
+            "Eager has no gradient of an extremum with a source that is larger than the index; "
+            "slice it first"
+        )
+    if not include_self:
+        neutral = 0
+        if combine != "add":
+            lowest, highest = limits(h.dtype)
+            neutral = lowest if combine == "max" else highest
+        x = scattered(b, x, at, filled(neutral, taken), axis, "last")
+    out = scattered(b, x, at, rows, axis, combine)
+    if reduce == "mean":
+        with t.untaped():
+            ones, before = filled(1, taken), filled(1, places.shape)
+            if not include_self:
+                before = scattered(b, before, at, filled(0, taken), axis, "last")
+            count = scattered(b, before, at, ones, axis, "add")
+        out = b.div(out, count) if h.dtype.is_float else b.floordiv(out, count)
+    return _made(t, h, out)
+
+
+for _implementation in (scatter, scatter_add, index_add, scatter_reduce):
     register((_implementation.__name__,), _implementation)
