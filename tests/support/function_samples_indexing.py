@@ -825,7 +825,9 @@ SCATTERED = [
     S(r(5), 0, r(2), r(2)),
     S(r(3, 4), 0, i(1), r(1)),
     S(r(3, 4), 2, AT, r(3, 4)),
-    no(r(3, 4), 0, at(1, 2, below=3), r(3, 4)),
+    S(r(3, 4), 0, at(1, 2, below=3), r(1, 2), smooth=True),
+    S(r(4, 5, 3).transpose(0, 1), 1, at(2, 6, 3, below=4), r(2, 6, 3)),
+    S(r(40, 50), 0, at(12, 30, below=40), r(12, 30)),
 ]
 row(
     "scatter scatter_",
