@@ -330,6 +330,12 @@ def scatters() -> list[Sample]:
     return [*samples, Sample(bools, {"axis": 0, "combine": "last"})]
 
 
+def running_sums() -> list[Sample]:
+    shapes = (((5,), 0), ((1,), 0), ((123,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 9, 4), 1))
+    rows = [(*row, d) for row in (*shapes, ((3, 0), 1), ((3000,), 0)) for d in (f32, f64, i64)]
+    return [Sample((Tensor(d, shape),), {"axis": axis}) for shape, axis, d in rows]
+
+
 def reductions(*, empty: bool) -> list[Sample]:
     rows = [
         ((5,), (0,)),
@@ -479,6 +485,7 @@ SAMPLES: dict[str, list[Sample]] = {
     ),
     "gather": gathers(),
     "scatter": scatters(),
+    "cumsum": running_sums(),
     "pad": pads(),
     "window": windows(),
     "unwindow": unwindows(),
@@ -624,6 +631,7 @@ REFERENCE: dict[str, Callable] = {
     "unwindow": _unwindow,
     "gather": _gather,
     "scatter": _scatter,
+    "cumsum": lambda x, axis: torch.cumsum(x, axis),
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

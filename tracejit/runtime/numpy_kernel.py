@@ -111,6 +111,12 @@ class Run:
         slots = self.slots.copy()
         for slot, i in self.scalars:
             slots[slot] = float(scalars[i])
+        if self.stages and self.stages[0].step_by_step:
+            (stage,) = self.stages
+            for i in range(stage.dims[0].extent):
+                for step in stage.steps:
+                    step(slots, i, i + 1)
+            return
         if not self.kernel.axes:
             for stage in self.stages:
                 stage.run_alone(slots)
@@ -135,7 +141,10 @@ class _StageSteps:
 
     def __init__(self, run: Run, stage: Stage):
         self.run = run
-        self.dims: Dims = run.kernel.axes + stage.axes
+        # A running sum: the axis that it goes along leads, and is walked point by point.
+        self.step_by_step = stage.in_order and not stage.body[-1].mask and bool(stage.axes)
+        lead = stage.axes if self.step_by_step else ()
+        self.dims: Dims = lead + run.kernel.axes + stage.axes[len(lead) :]
         self.outer = len(run.kernel.axes)
         self.steps: list[Step] = []
         self.partials: list[tuple[Reduce, int, int]] = []  # reduction, slot of partials, of result

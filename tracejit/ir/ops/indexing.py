@@ -126,6 +126,34 @@ def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
     return b.where(taken, b.gather(g, index, axis=axis), 0.0)
 
 
+def _infer_cumsum(x: Type, *, axis: int) -> Type:
+    require_tensor("cumsum", x)
+    require(0 <= axis < len(x.shape), f"cumsum of {x} along axis {axis}")
+    require(x.dtype is not b1 and not x.dtype.narrow, f"cumsum of {x.dtype}")
+    return x
+
+
+def _eval_cumsum(x: np.ndarray, *, axis: int) -> np.ndarray:
+    return np.cumsum(x, axis, dtype=np.float64 if x.dtype.kind == "f" else x.dtype)
+
+
+def _vjp_cumsum(b, g, y, x, *, axis: int):
+    return b.flip(b.cumsum(b.flip(g, axes=(axis,)), axis=axis), axes=(axis,))
+
+
+# Each element is the sum of those up to it along an axis, added in their order.
+cumsum = Op(
+    "cumsum",
+    "indexing",
+    _infer_cumsum,
+    _eval_cumsum,
+    (_vjp_cumsum,),
+    cost=1,
+    exact=ULPS,
+    rounds=True,
+    host=None,
+)
+
 # x, and at each place that an index along the axis names the source: added in the order of the
 # indices, or the last one, or what is largest or smallest, x included. Indices out of range name
 # no place.
