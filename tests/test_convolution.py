@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import tracejit
 from support.function_samples import r
 from support.image_checks import check
+from tracejit.testing import assert_equal_to_eager
 
 BACKENDS = ["numpy", "c"]
 # Triton's interpreter takes seconds for each
@@ -52,6 +53,22 @@ POOLED = {
     "adaptive mean": lambda x: F.adaptive_avg_pool2d(x, (4, 3)),
     "adaptive max": lambda x: F.adaptive_max_pool2d(x, (4, 3)),
 }
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (3, 3), (1, 2)])
+def test_the_gradient_of_a_plain_sum(kernel):
+    """Its cotangent is a constant, but no element is in as many windows as another."""
+
+    def step(x, w):
+        loss = F.conv2d(x, w).sum() + F.avg_pool2d(x, 3, 1).sum()
+        loss.backward()
+        return loss
+
+    def arguments():
+        torch.manual_seed(0)
+        return [torch.randn(s).requires_grad_() for s in ((1, 2, 5, 5), (1, 2, *kernel))]
+
+    assert_equal_to_eager(step, arguments)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 
-from support.op_samples import SPECIAL
+from support.op_samples import SAMPLES, SPECIAL, Tensor
 from tracejit import knobs
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Result, Value, Write, verify
 from tracejit.ir.interp import evaluate
-from tracejit.ir.ops import OPS
+from tracejit.ir.ops import BITS, OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import DType, Type, b1, bf16, f16, f32, f64, i32, round_to, u8
 from tracejit.passes import PIPELINE, dce, optimize, simplify
@@ -549,6 +549,33 @@ def test_optimize_keeps_every_bit(seed: int):
         if old.dtype.kind == "f":
             known = ~np.isnan(old)
             np.testing.assert_array_equal(np.signbit(old)[known], np.signbit(new)[known])
+
+
+CONSTANTS = [0.0, -0.0, 1.0, -2.5]
+
+
+@pytest.mark.parametrize("value", CONSTANTS)
+@pytest.mark.parametrize("name", [n for n in SAMPLES if not n.startswith("host_")])
+def test_primitives_of_constants_keep_every_bit(name: str, value: float):
+    """What reads constants alone is the constants that the primitive itself gives."""
+    for sample in SAMPLES[name]:
+        if not sample.is_float or sample.host:
+            continue
+        b = Builder()
+        args = [
+            b.full(value, shape=x.shape, dtype=x.dtype, device="cpu")
+            if isinstance(x, Tensor)
+            else x
+            for x in sample.operands
+        ]
+        graph = b.graph("f", (Result(b.emit(OPS[name], *args, **sample.attrs)),))
+        with np.errstate(all="ignore"):
+            (before,), (after,) = evaluate(graph, [])[0], evaluate(optimize(graph), [])[0]
+        np.testing.assert_array_equal(before, after, str(sample))
+        if before.dtype.kind == "f" and OPS[name].exact is BITS:
+            known = ~np.isnan(before)
+            same = np.signbit(before)[known] == np.signbit(after)[known]
+            assert same.all(), str(sample)
 
 
 @pytest.mark.parametrize("seed", range(150))

@@ -122,6 +122,14 @@ def padded_constant(node: Node, made: Made) -> Node | None:
     return full_like(node, value)
 
 
+def unwindowed_zero(node: Node, made: Made) -> Node | None:
+    """Where no window is, `unwindow` has 0: only of zeros is it a constant."""
+    value = constant(node.args[0], made)
+    if value is None or not same_bits(value, typed(0, node.out.type.dtype)):
+        return None
+    return full_like(node, value)
+
+
 def extremum_of_constant(node: Node, made: Made) -> Node | None:
     """The maximum and the minimum of a constant are that constant."""
     value = constant(node.args[0], made)
@@ -153,6 +161,7 @@ FOLD = {
     "where": (constant_condition, literal_operands),
     **dict.fromkeys(MOVEMENT, (moved_constant,)),
     "pad": (padded_constant,),
+    "unwindow": (unwindowed_zero,),
     "reduce_max": (extremum_of_constant,),
     "reduce_min": (extremum_of_constant,),
     "reduce_sum": (sum_of_constant,),
