@@ -593,6 +593,7 @@ class Fragile(Trainer):
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), Stop()])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("earlier", [0, 3])
+@pytest.mark.sweep(2)
 def test_an_exception_leaves_everything_as_it_was(error, point, earlier):
     torch.manual_seed(0)
     t, twin = Fragile(), Fragile()

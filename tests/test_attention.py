@@ -29,6 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("net", NETS)
+@pytest.mark.sweep(2)
 def test_programs_train_like_eager_and_replay(net):
     """With dropout on: eager's own numbers."""
     steps = [make_step(net) for _ in range(2)]
@@ -179,7 +180,7 @@ def compare(step: Callable, x: torch.Tensor, *, strides: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_gradients_of_modules(name, mode):
     torch.manual_seed(0)
     make, use = MODULES[name]

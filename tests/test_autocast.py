@@ -106,7 +106,7 @@ def says_so(function: Callable) -> bool:
     return bare_name(function) in {"lstm", "einsum", "rrelu", "rrelu_", "_foreach_mm"}
 
 
-WRITTEN = {"gumbel_softmax"}  # run as it is written
+WRITTEN = {"gumbel_softmax", "local_response_norm", "lp_pool1d", "lp_pool2d", "lp_pool3d"}  # run so
 REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru", "einsum"}
 REFUSED_ON_GPUS |= {"binary_cross_entropy"}
 ON_GPUS = [f for f in each_function() if f in POLICIES["cuda"] or sampled(function_name(f), 4)]

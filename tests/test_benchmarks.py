@@ -34,7 +34,7 @@ def start_of(name: str) -> list:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_contenders_agree(name, tmp_path):
     numbers, state = first_calls(build_torch(name, "eager", "cpu", small=True))
     start = start_of(name)

@@ -56,6 +56,7 @@ POOLED = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.sweep(2)
 def test_convolution(name, backend):
     x, w, options = SHAPES[name]
     f = getattr(F, f"conv{len(x) - 2}d")

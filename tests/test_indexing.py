@@ -165,6 +165,19 @@ PROGRAMS = {
         return %7
         write %0 <- %8
     }""",
+    "running sums": """step(%0: f32[40,3], %1: f32[4,50], %2: f64[70]) {
+        %3: f32[40,3] = mul(%0, 2.0)
+        %4: f32[40,3] = cumsum(%3, axis=0)
+        %5: f32[40,3] = mul(%4, %0)
+        %6: f32[4,50] = flip(%1, axes=(1,))
+        %7: f32[4,50] = cumsum(%6, axis=1)
+        %8: f64[70] = cumsum(%2, axis=0)
+        return %5, %7, %8
+    }""",
+    "a running sum in place": """step(%0: f32[40,3]) {
+        %1: f32[40,3] = cumsum(%0, axis=0)
+        write %0 <- %1
+    }""",
     "narrow, scattered": """step(%0: bf16[4,6], %1: i64[15,6], %2: bf16[15,6]) {
         %3: bf16[4,6] = scatter(%0, %1, %2, axis=0, combine="last")
         return %3

@@ -346,6 +346,7 @@ def tensors_within(x, depth=4):
 
 
 @pytest.mark.parametrize("name", SAVED)
+@pytest.mark.sweep(2)
 def test_what_eager_keeps_for_its_backward(name):
     """Formulas read what eager saves, but for statistics of rows, which they compute again."""
     step, leaves = PROGRAMS[name].make()

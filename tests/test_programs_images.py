@@ -45,6 +45,7 @@ def test_sgd_numpy(net):
 
 
 @pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.sweep(2)
 def test_adamw(net):
     plain, compiled = (make_step(net, "adamw")[0] for _ in range(2))
     compiled = tracejit.compile(compiled, on_unsupported="raise")
@@ -56,7 +57,7 @@ def test_adamw(net):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("net", ["lenet", "residual", "unet", "alexnet", "googlenet", "convnext"])
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_lockstep(net, optimizer):
     step, state = make_step(net, optimizer)
     compiled = assert_equal_to_eager(step, calls=4, state=state, on_unsupported="raise")

@@ -171,7 +171,7 @@ def test_smooth_functions_are_differentiated_twice(facts):
 def facts() -> dict[str, tuple[str, str]]:
     accepting = os.environ.get("TRACEJIT_ACCEPT") == "1"
     return {
-        o.name: measured(o) for o in operations_measured() if accepting or sampled(o.name, of=4)
+        o.name: measured(o) for o in operations_measured() if accepting or sampled(o.name, of=8)
     }
 
 

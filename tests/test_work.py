@@ -210,6 +210,12 @@ GRAPHS = {
           %5: f32[900,300] = scatter(%0, %4, %2, axis=0, combine="add")
           return %5
         }""",
+    "running sums": """
+        f(%0: f32[70,300]) {
+          %1: f32[70,300] = exp(%0)
+          %2: f32[70,300] = cumsum(%1, axis=0)
+          return %2
+        }""",
     "a scatter along rows": """
         f(%0: bf16[70,30], %1: i64[70,9], %2: bf16[70,9]) {
           %3: bf16[70,30] = scatter(%0, %1, %2, axis=1, combine="last")

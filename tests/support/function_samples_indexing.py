@@ -5,6 +5,7 @@ Importing this adds them to the table of `function_samples`; `NAMES` are the spe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -824,7 +825,9 @@ SCATTERED = [
     S(r(5), 0, r(2), r(2)),
     S(r(3, 4), 0, i(1), r(1)),
     S(r(3, 4), 2, AT, r(3, 4)),
-    no(r(3, 4), 0, at(1, 2, below=3), r(3, 4)),
+    S(r(3, 4), 0, at(1, 2, below=3), r(1, 2), smooth=True),
+    S(r(4, 5, 3).transpose(0, 1), 1, at(2, 6, 3, below=4), r(2, 6, 3)),
+    S(r(40, 50), 0, at(12, 30, below=40), r(12, 30)),
 ]
 row(
     "scatter scatter_",
@@ -852,6 +855,157 @@ row(
         S(r(3, 4), 0, i(), r(0, 4)),
     ],
     exact=False,
+)
+
+
+row(
+    "index_copy index_copy_",
+    [
+        S(r(3, 4), 0, i(2, 0), r(2, 4), smooth=True),
+        S(r(3, 4), 1, i(2, 0, 3, 1, 1, 2), r(3, 6)),
+        S(r(4, 3).t(), -1, i(2), r(3, 1)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), i(7, 8, 9)),
+        S(r(300, 20), 0, at(50, below=300), r(50, 20)),
+        S(r(3, 4), 0, i(2, 0), r(3, 4)),
+        S(r(3, 4), 0, i(3), r(1, 4)),
+        S(r(3, 4), 0, i(0)[None], r(1, 4)),
+        S(r(3, 4), 0, i(1), r(1, 4, dtype=f64)),
+        S(r(3, 4), 0, i(), r(0, 4)),
+    ],
+)
+row(
+    "index_fill index_fill_",
+    [
+        S(r(3, 4), 0, i(2, 0), 2.5, smooth=True),
+        S(r(3, 4), 1, i(2, 0, 3, 3, 3), 0),
+        S(r(4, 3).t(), -1, i(2), torch.tensor(3.0)),
+        S(r(5, dtype=i64), 0, i(1, 1, 4), 7),
+        S(r(300, 20, dtype=bf16), 0, at(50, below=300), 1.5),
+        S(r(3, 4), 0, i(3), 1.0),
+        S(r(3, 4), 0, i(0)[None], 1.0),
+        S(r(3, 4), 0, i(), 1.0),
+    ],
+)
+row(
+    "index_put index_put_",
+    [
+        S(r(3, 4), (i(2, 0),), r(2, 4), smooth=True),
+        S(r(3, 4), (i(2, 0, 2), i(1, 3, 1)), r(3), smooth=True),
+        S(r(3, 4), (i(2, 0, 2), i(1, 3, 1)), r(3), True, smooth=True),
+        S(r(3, 4), (i(2, 0, 2),), r(3, 4), accumulate=True, smooth=True),
+        S(r(3, 4), (None, i(1, 1, 0, -1, 2, 1)), r(3, 6), accumulate=True),
+        S(r(3, 4), (at(2, 5, below=3),), r(2, 5, 4), accumulate=True),
+        S(r(3, 4), (r(3, 4) > 0,), torch.tensor(1.5)),
+        S(r(5, dtype=i64), (i(1, 1, 4),), i(7, 8, 9), True),
+        S(r(4, 3).t(), (i(2, 0),), torch.tensor(1.5)),
+        S(r(500, 20), (at(70, below=500),), r(70, 20), accumulate=True),
+        S(r(3, 4), (i(3),), r(1, 4)),
+        S(r(3, 4), (i(1),), r(1, 4, dtype=f64)),
+        S(r(3, 4), (i(1, 2),), r(3, 4)),
+    ],
+    exact=False,
+)
+
+
+REDUCED = [
+    S(*s.args, reduce, include_self=own, smooth=s.smooth)
+    for s in SCATTERED
+    if not s.refused and s.args[3].shape == s.args[2].shape
+    for reduce in ("sum", "mean", "amax", "amin")
+    for own in (True, False)
+]
+row(
+    "scatter_reduce scatter_reduce_",
+    [
+        *REDUCED,
+        S(r(3, 4), 0, AT, (r(3, 4) > 0).float(), "amax", smooth=True),
+        no(r(5), 0, i(1, 1, 4), r(3), "prod"),
+    ],
+    exact=False,
+)
+
+
+def apart(*shape: int, dtype: torch.dtype = f32) -> torch.Tensor:
+    """Numbers that are all different, in no order."""
+    n = math.prod(shape)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
+    return (order.reshape(shape) - n // 2).to(dtype)
+
+
+TIES = torch.tensor(
+    [[2.0, 1.0, 2.0, math.nan, -0.0, 0.0], [math.inf, 1, 1, -math.inf, 1, math.nan]]
+)
+SORTED = [
+    S(r(7), smooth=True),
+    S(r(3, 5), smooth=True),
+    S(apart(123)),
+    S(apart(5, 4).t(), 0),
+    S(apart(2, 3, 4), dim=1),
+    S(apart(3, 6, dtype=i64)),
+    S(apart(3, 6, dtype=bf16)),
+    S(apart(3, 6, dtype=f64)),
+    S(apart(8, 8)[::2, ::3]),
+    S(r(1, 3), 0),
+    S(r(0, 3)),
+    S(r(3, 0)),
+    S(r(3), 1),
+]
+STABLE = [
+    S(TIES, stable=True),
+    S(TIES, dim=0, stable=True, descending=True),
+    S(TIES, stable=True, descending=True),
+    S(r(4, 9) > 0, stable=True),
+    S(apart(2, 8) % 3, stable=True),
+    S(r(), stable=True),
+]
+row("sort", [*SORTED, *STABLE, S(apart(3, 5), descending=True), S(apart(3, 5), 0, True)])
+row("argsort", [*SORTED, *STABLE, S(apart(3, 5), descending=True), S(apart(3, 5), 0, True)])
+row("msort", [S(apart(6, 3), smooth=True), S(r(5)), S(apart(4, dtype=i64)), S(r(2, 0))])
+row(
+    "topk",
+    [
+        S(apart(7), 3, smooth=True),
+        S(apart(3, 5), 2, smooth=True),
+        S(apart(3, 5), 2, 0, False),
+        S(apart(123), 123),
+        S(apart(4, 6), k=1, dim=-2),
+        S(apart(4, 6, dtype=i64), 4, largest=False),
+        S(apart(4, 6, dtype=bf16).t(), 2),
+        S(apart(4, 6), 0),
+        S(r(), 1),
+        S(apart(4), 5),
+        S(apart(4), -1),
+        S(apart(4), 1, 1),
+    ],
+)
+row(
+    "kthvalue",
+    [
+        S(apart(7), 3, smooth=True),
+        S(apart(3, 5), 2, 0),
+        S(apart(3, 5), 5, -1, True),
+        S(apart(3, 5, dtype=i64), 1),
+        S(apart(3), 4),
+        S(apart(3), 0),
+        S(r(), 1),
+    ],
+)
+row(
+    "median",
+    [
+        S(apart(7), smooth=True),
+        S(apart(3, 4)),
+        S(apart(3, 4), 1, smooth=True),
+        S(apart(3, 4), 0, True),
+        S(apart(4, 3, dtype=i64).t(), dim=-1),
+        S(apart(4, 3, dtype=bf16), 0),
+        S(torch.tensor([1.0, math.nan, 3.0])),
+        S(torch.tensor([[1.0, math.nan, 3.0], [1, 2, 3]]), 1),
+        S(r()),
+        S(r(), 0),
+        S(r(3), 2),
+        no(r(0)),
+    ],
 )
 
 

@@ -15,7 +15,7 @@ from tracejit.ir.ops import OPS, Exact
 
 EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 INEXACT = {n for n, op in OPS.items() if op.family == "elementwise" and op.exact is Exact.ULPS}
-ACCUMULATING = {"reduce_sum", "matmul", "scatter"}  # error grows with the absolute values summed
+ACCUMULATING = {"reduce_sum", "matmul", "scatter", "cumsum"}  # error grows with what is summed
 ZERO_SIGN_OPEN = {"maximum", "minimum", "reduce_max", "reduce_min"}
 
 

@@ -321,13 +321,19 @@ def scatters() -> list[Sample]:
     for shape, index, axis, fill in rows:
         for d in (f32, f64, bf16, i64):
             operands = Tensor(d, shape), Tensor(i64, index, fill), Tensor(d, index)
-            for combine in ("add", "last"):
+            for combine in ("add", "last", "max", "min"):
                 samples.append(Sample(operands, {"axis": axis, "combine": combine}))
     for d in (f16, i32, u8):
         operands = Tensor(d, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(d, (9, 3))
         samples.append(Sample(operands, {"axis": 0, "combine": "add"}))
     bools = Tensor(b1, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(b1, (9, 3))
     return [*samples, Sample(bools, {"axis": 0, "combine": "last"})]
+
+
+def running_sums() -> list[Sample]:
+    shapes = (((5,), 0), ((1,), 0), ((123,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 9, 4), 1))
+    rows = [(*row, d) for row in (*shapes, ((3, 0), 1), ((3000,), 0)) for d in (f32, f64, i64)]
+    return [Sample((Tensor(d, shape),), {"axis": axis}) for shape, axis, d in rows]
 
 
 def reductions(*, empty: bool) -> list[Sample]:
@@ -479,6 +485,7 @@ SAMPLES: dict[str, list[Sample]] = {
     ),
     "gather": gathers(),
     "scatter": scatters(),
+    "cumsum": running_sums(),
     "pad": pads(),
     "window": windows(),
     "unwindow": unwindows(),
@@ -571,7 +578,10 @@ def _scatter(
     out = list(x.unbind(axis))
     for at, given in zip(index.unbind(axis), source.unbind(axis), strict=True):
         for k, old in enumerate(out):
-            out[k] = torch.where(at == k, old + given if combine == "add" else given, old)
+            new = {"add": old + given, "last": given}.get(combine)
+            if new is None:
+                new = getattr(torch, f"{combine}imum")(old, given)
+            out[k] = torch.where(at == k, new, old)
     return torch.stack(out, axis) if out else x * 1
 
 
@@ -621,6 +631,7 @@ REFERENCE: dict[str, Callable] = {
     "unwindow": _unwindow,
     "gather": _gather,
     "scatter": _scatter,
+    "cumsum": lambda x, axis: torch.cumsum(x, axis),
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

@@ -100,11 +100,11 @@ class Body(Printer):
         return [Line(f"if ({self.condition(s.mask)}) {text}" if s.mask else text, s.where)]
 
     def stored(self, s: Store, place: str = "") -> str:
-        """The value of a store as an element of memory: what `place` has then, if it adds."""
+        """The value of a store as an element of memory: what `place` has then, if it folds."""
         dtype = self.buffers[s.buffer]
         text = self.operand(s.value, dtype)
-        if s.adds:
-            text = C.rounded(f"({loaded(place, dtype)} + {text})", dtype)
+        if s.fold:
+            text = self.folded(s.fold, loaded(place, dtype), text, dtype)
         return stored(text, dtype)
 
     def assign(self, s: Load | Compute | Position | InBounds, text: str) -> list[Line]:

@@ -13,10 +13,10 @@ from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import C, block, memory_type, product, value_type
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu.access import extents_of, stride, variables
+from tracejit.schedule.cpu.access import extents_of, has_value, stride, variables
 from tracejit.schedule.cpu.loops import Loop, dealt, split
 from tracejit.schedule.cpu.plan import Nest
-from tracejit.schedule.kernel import Axis, Kernel, Reduce, Stage, Statement, Store
+from tracejit.schedule.kernel import Axis, Kernel, Load, Reduce, Stage, Statement, Store
 
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
 
@@ -140,7 +140,14 @@ def vector_loop(
         pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
     head = f"for (int64_t {vector.name} = {first}; {vector.name} < {last}; {vector.name}++)"
     # a reduction follows what it reduces: stores stand after all values
-    inner = body.lines(s for s in statements if not isinstance(s, Store))
+    running = running_load(statements)
+    inner = []
+    for s in (s for s in statements if not isinstance(s, Store)):
+        if s is running:
+            before.append(_carried(body, s, vector, first))
+            inner += body.assign(s, "carry")
+        else:
+            inner += body.lines([s])
     inner += lanes.steps
     stores = [s for s in statements if isinstance(s, Store)]
     kept = {s.value: s.buffer for s in stores if s.buffer in body.local}
@@ -160,7 +167,25 @@ def vector_loop(
             after.append(Line(f"tj_stream({s.buffer} + {place}, {source}, {nbytes});"))
         else:
             inner += body.lines([s])
+            if running is not None and s.buffer == running.buffer:
+                inner.append(Line(f"carry = {body.operand(s.value, running.out.dtype)};"))
     return [*before, *pragma, *block(head, inner), *after]
+
+
+def running_load(statements: Sequence[Statement]) -> Load | None:
+    """The load, in a running sum, of what the step before has stored."""
+    stored = {s.buffer: s.index for s in statements if isinstance(s, Store)}
+    loads = (s for s in statements if isinstance(s, Load) and s.buffer in stored and s.mask)
+    before = (s for s in loads if s.mask[0].index.offset == -1 and not has_value(s.index))
+    return next((s for s in before if s.index != stored[s.buffer]), None)
+
+
+def _carried(body: Body, s: Load, vector: Axis, first: str) -> Line:
+    """What a running sum's steps hand on, in a register: at first what lies before the block."""
+    place = body.index(s.index, {vector.name: f"({first})"})
+    kind, zero = value_type(s.out.dtype), C.literal(0, s.out.dtype, False)
+    start = zero if first == "0" else f"({first}) ? {s.buffer}[{place}] : {zero}"
+    return Line(f"{kind} carry = {start};", s.where)
 
 
 def is_streamed(body: Body, store: Store, vector: Axis, block: int) -> bool:

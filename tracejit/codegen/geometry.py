@@ -118,6 +118,10 @@ def _alone(
         return _reduce(kernel, bound, max_tile, warps)
     if form == "scatter":
         return _scatter(kernel, bound, max_tile)
+    if form == "scan":
+        outer = _numel(kernel.axes, bound)
+        block = min(power_of_two(outer), COLUMNS, max_tile)
+        return Geometry((cdiv(outer, block),), {"BLOCK": block}, _warps(block))
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
     return Geometry(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tracejit.codegen.language import Language, Line, grouped, strip
+from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType, b1, f64
 from tracejit.schedule.kernel import (
     Bound,
@@ -152,6 +153,14 @@ class Printer:
         if fits or (not op.rounds and all(isinstance(a, Var) for a in values)):
             return text
         return self.language.rounded(text, out)
+
+    def folded(self, fold: str, there: str, value: str, dtype: DType) -> str:
+        """What is in memory and a value as one, by the fold of a store."""
+        op = OPS[{"add": "add", "max": "maximum", "min": "minimum"}[fold]]
+        text = self.language.template(op, dtype.kind, dtype).format(
+            there, value, T=self.language.type_of(dtype), f="" if dtype is f64 else "f"
+        )
+        return self.language.rounded(text, dtype) if op.rounds else text
 
     def compute(self, s: Compute) -> list[Line]:
         """The lines of a computation."""

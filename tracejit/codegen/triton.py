@@ -100,6 +100,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
             "reduce": triton_forms.reduce,
             "rows": triton_forms.rows,
             "scatter": triton_scatter.scatter,
+            "scan": triton_scatter.scan,
         }[form]
         function = printer(kernel, bool(variant), part)
     constants = (*(["FIRST"] if part else []), *function.constants)
@@ -202,7 +203,7 @@ def describe(kernel: Kernel, form: str) -> list[str]:
     elif form == "matmul":
         dot = kernel.stages[0].dot
         first = f"{dot.out!r} over {domain(inner)}: a matmul summed over {domain([dot.k])}."
-    elif form == "scatter":
+    elif form in ("scatter", "scan"):
         first = f"For each of {domain(kernel.axes)}: {domain(kernel.stages[-1].axes)} in order."
     else:
         first = f"For each of {domain(kernel.axes)}: passes over {domain(inner)}."

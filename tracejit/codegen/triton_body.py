@@ -314,10 +314,10 @@ class Body(Printer):
         masks = [self.mask(everything), *self.conditions(s.mask)]
         options = f", mask={' & '.join(filter(None, masks))}" if any(masks) else ""
         before = []
-        if s.adds:
+        if s.fold:
             wide = ".to(tl.float32)" if dtype.narrow else ""
             before.append(Line(f"there = tl.load({pointer}{options}){wide}"))
-            value = f"there + {value}"
+            value = self.folded(s.fold, "there", value, dtype)
         self._known = {
             key: known for key, known in self._known.items() if key[:2] != ("load", s.buffer)
         }

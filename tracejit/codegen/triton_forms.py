@@ -1,6 +1,7 @@
 """Kernels without a contraction as Triton functions, one printer per form.
 
 scatter     its last stage runs in order (`triton_scatter.py`)
+scan        so does its only stage, which adds up along its axis
 pointwise   outer axes only: a flat block of the domain per program
 reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
             the last one to finish folds the partials in fixed order and runs the tail stages
@@ -42,14 +43,14 @@ class Function:
 
 
 def form_of(kernel: Kernel) -> str:
-    """Which printer a kernel needs: pointwise, reduce, rows, scatter, matmul, or joint for
-    several."""
+    """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, matmul, or joint
+    for several."""
     if kernel.parts:
         return "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
     if any(stage.in_order for stage in kernel.stages):
-        return "scatter"
+        return "scatter" if kernel.stages[-1].body[-1].mask else "scan"
     inner = [stage for stage in kernel.stages if stage.axes]
     if not inner:
         return "pointwise"

@@ -1,4 +1,4 @@
-"""Kernels that scatter, as Triton functions: values say where they store.
+"""Kernels that go in order, as Triton functions: values say where they store, or sums run on.
 
 No atomics. An element is one program's own, which takes what goes there in the order of the
 indices. Programs share out the outer points in blocks and, where the index is the same for all
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
-from tracejit.codegen.triton_text import TRITON, Dim
+from tracejit.codegen.triton_text import TRITON, Dim, compute_type
 from tracejit.schedule.cpu.access import axes_of, places, variables
 from tracejit.schedule.kernel import Axis, Kernel, Size, Stage, Statement, Store
 
@@ -91,6 +91,32 @@ def scatter(
         *loop,
     ]
     return Function(tuple(lines), ("BLOCK", "PARTS", "RANGE"))
+
+
+def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+    """The function of a kernel that adds up along an axis: a block of outer points per program,
+    whose totals so far stay in registers."""
+    body, (stage,), dim = make(kernel), kernel.stages, Dim("x", kernel.axes)
+    (axis,), (*statements, so_far, add, store) = stage.axes, stage.body
+    body.axis_text[axis.name] = (axis.name, NO_DIMS)
+    body.enter(dim)
+    everywhere = frozenset(body.dims)
+    body.define(so_far.out, everywhere, "total")
+    body.emit(statements)
+    body.lines.append(Line(f"total += {body.operand(add.args[1], add.out.dtype)}", add.where))
+    body.define(add.out, everywhere, "total")
+    body.emit((store,))
+    body.leave(dim)
+    body.used |= {dim.mask}
+    kind = compute_type(add.out.dtype)
+    lines = [
+        *body.prelude(dim, f"{program_number(kernel, part)} * BLOCK + {lanes(dim)}"),
+        *body.scalar_lines(),
+        Line(f"total = tl.zeros([BLOCK], {kind})"),
+        Line(f"for {axis.name} in range(0, {axis.extent}):"),
+        *TRITON.indent(body.lines),
+    ]
+    return Function(tuple(lines), ("BLOCK",))
 
 
 def _loop(

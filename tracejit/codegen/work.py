@@ -20,7 +20,7 @@ from tracejit.codegen.triton import Source
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
-from tracejit.codegen.triton_scatter import scatter, scatter_of
+from tracejit.codegen.triton_scatter import scan, scatter, scatter_of
 from tracejit.codegen.triton_text import Dim, fold_of
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
@@ -109,6 +109,9 @@ def _alone(
     if form == "scatter":
         scatter(kernel, make=make)
         return _scattered(kernel, sizes, shape, *bodies)
+    if form == "scan":
+        scan(kernel, make=make)
+        return _scanned(kernel, sizes, shape, *bodies)
     variant = bool(source.variants[part])
     if form == "matmul":
         matmul(kernel, source.precision, make=make)
@@ -155,6 +158,26 @@ def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: 
     total.loaded += body.scalar_bytes * programs
     return Work(
         form="scatter",
+        programs=programs,
+        loaded=total.loaded,
+        stored=total.stored,
+        operations=total.operations,
+        steps=total.steps,
+        waiting=total.loaded / programs / max(1, total.steps),
+    )
+
+
+def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
+    """The work of a running sum, whose totals stay in registers."""
+    programs, total = shape.grid[0], _Total()
+    extents = {"x": _Blocks(_numel(kernel.axes, sizes), programs, shape.constants["BLOCK"])}
+    trips = _numel(kernel.stages[0].axes, sizes)
+    for section in (s for s in body.sections if s.dims):
+        total.add(body, section, extents, trips * programs, trips)
+    total.operations += trips * programs * extents["x"].block
+    total.loaded += body.scalar_bytes * programs
+    return Work(
+        form="scan",
         programs=programs,
         loaded=total.loaded,
         stored=total.stored,
@@ -291,7 +314,7 @@ class _Count(Body):
     def store(self, s: Store) -> list[Line]:
         size, dims = self.buffers[s.buffer].itemsize, frozenset(self.dims)
         self._section.stores.append((size, dims))
-        if s.adds:
+        if s.fold:
             self._section.loads.append((size, dims, ()))
             self._section.depth = max(self._section.depth, self._depth(s) + 1)
         return super().store(s)

@@ -111,6 +111,12 @@ class Run:
         slots = self.slots.copy()
         for slot, i in self.scalars:
             slots[slot] = float(scalars[i])
+        if self.stages and self.stages[0].step_by_step:
+            (stage,) = self.stages
+            for i in range(stage.dims[0].extent):
+                for step in stage.steps:
+                    step(slots, i, i + 1)
+            return
         if not self.kernel.axes:
             for stage in self.stages:
                 stage.run_alone(slots)
@@ -135,7 +141,10 @@ class _StageSteps:
 
     def __init__(self, run: Run, stage: Stage):
         self.run = run
-        self.dims: Dims = run.kernel.axes + stage.axes
+        # A running sum: the axis that it goes along leads, and is walked point by point.
+        self.step_by_step = stage.in_order and not stage.body[-1].mask and bool(stage.axes)
+        lead = stage.axes if self.step_by_step else ()
+        self.dims: Dims = lead + run.kernel.axes + stage.axes[len(lead) :]
         self.outer = len(run.kernel.axes)
         self.steps: list[Step] = []
         self.partials: list[tuple[Reduce, int, int]] = []  # reduction, slot of partials, of result
@@ -336,6 +345,7 @@ class _StageSteps:
         position = self._positions(s.index, dims, s.mask)
         dtype = self.run.types[self.run.number[s.buffer]].type.dtype
         shape = tuple(a.extent for a in dims[1:])
+        fold = {"": None, "add": np.add, "max": np.maximum, "min": np.minimum}[s.fold]
 
         def step(slots: list, first: int, last: int) -> None:
             block = (last - first, *shape) if dims else ()
@@ -343,14 +353,14 @@ class _StageSteps:
             held = spread(inside(slots, first, last), block)
             at, given = at[held], spread(slots[value], block)[held]
             memory = slots[flat]
-            if not s.adds:
+            if not s.fold:
                 memory[at] = float_to_bits(given) if dtype is bf16 else given
             elif not dtype.narrow:
-                np.add.at(memory, at, given)
+                fold.at(memory, at, given)
             else:
                 decode = decoder(dtype)
                 for place, term in zip(at, given, strict=True):  # rounded at each addition
-                    total = round_to(decode(memory[place]) + term, dtype)
+                    total = round_to(fold(decode(memory[place]), term), dtype)
                     memory[place] = float_to_bits(total) if dtype is bf16 else total
 
         return step

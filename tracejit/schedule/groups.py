@@ -21,7 +21,7 @@ from tracejit.schedule.index import (
     substitute,
     unflatten,
 )
-from tracejit.schedule.tasks import Demand, Task
+from tracejit.schedule.tasks import IN_ORDER, Demand, Task
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
@@ -33,7 +33,7 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `scatter`:
-    the only task, but for the store that says where the scattered values are put."""
+    a task in order, the only one but for the store that says where its values are put."""
 
     id: int
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class Groups:
             group.inner = _reduced_axes(task)
         elif task.kind == "dot":
             group.dot = task
-        elif task.kind == "scatter":
+        elif task.kind in IN_ORDER:
             group.scatter = task
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks

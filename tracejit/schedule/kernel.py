@@ -38,6 +38,7 @@ from tracejit.ir.types import DType
 
 Size = int | str
 
+FOLDS = {"": "<-", "add": "+=", "max": "max=", "min": "min="}  # how stores print
 COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
 
 
@@ -157,15 +158,15 @@ class InBounds:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """buffer[index] = value where the mask holds; with `adds`, buffer[index] += value, rounded to
-    the buffer's dtype at each addition."""
+    """buffer[index] = value where the mask holds; or, by `fold`, what is there and the value: their
+    sum ("add"), rounded to the buffer's dtype each time, or the larger ("max") or smaller one."""
 
     buffer: str
     index: Index
     value: Operand
     where: str = ""
     mask: Mask = ()
-    adds: bool = False
+    fold: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +343,7 @@ def _mask(mask: Mask) -> str:
 
 def _statement(s: Statement) -> str:
     if isinstance(s, Store):
-        into = f"{s.buffer}[{_index(s.index)}] {'+=' if s.adds else '<-'}"
+        into = f"{s.buffer}[{_index(s.index)}] {FOLDS[s.fold]}"
         inside = f" if {_mask(s.mask)}" if s.mask else ""
         return f"store {into} {_operand(s.value)}{inside}"
     if isinstance(s, Load):

@@ -43,6 +43,7 @@ from tracejit.ir.literals import parse_literal
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import DTYPES
 from tracejit.schedule.kernel import (
+    FOLDS,
     Atom,
     Axis,
     Bound,
@@ -129,7 +130,7 @@ _END = re.compile(r"\}\Z")
 _STAGE = re.compile(r"stage \((.*)\)( in order)? \{\Z")
 _DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
 _DOT_END = re.compile(r"\} (.+), (.+)\Z")
-_STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=) (.+?)(?: if (.*))?\Z")
+_STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=|max=|min=) (.+?)(?: if (.*))?\Z")
 _DEFINE = re.compile(r"v(\d+): (\w+) = (.*)\Z")
 _LOAD = re.compile(r"load (\w+)\[(.*?)\](?: if (.*))?\Z")
 _CALL = re.compile(r"(\w+)\((.*)\)\Z")
@@ -225,7 +226,8 @@ class _Parser:
         if found := _STORE.match(code):
             at, value = self.index(found[2]), self.operand(found[4])
             mask = self.mask(found[5] or "true")
-            return Store(found[1], at, value, where, mask, found[3] == "+=")
+            fold = next(name for name, sign in FOLDS.items() if sign == found[3])
+            return Store(found[1], at, value, where, mask, fold)
         found = _DEFINE.match(code)
         if found is None:
             raise InvalidGraph(reason=f"cannot read the line {code!r} of a kernel")

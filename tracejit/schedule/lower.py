@@ -112,7 +112,8 @@ class _Lowering:
         inner = self.group.inner or ()
         if self.group.scatter is not None:
             inner = (self.group.scatter.node.attr("axis"),)
-            stages = self._scatter(self.group.scatter)
+            one = self.group.scatter
+            stages = [self._cumsum(one)] if one.kind == "cumsum" else self._scatter(one)
         else:
             times = self._times()
             stages = []
@@ -260,10 +261,29 @@ class _Lowering:
         target = flatten((*task.place[:axis], where, *task.place[axis + 1 :]), strides)
         self._check(target, scope)
         self._buffer(store.buffer, "r")
-        adds, inside = node.attr("combine") == "add", (Bound(where, shape[axis]),)
-        scope.body.append(Store(name, target, value, node.where, inside, adds))
+        combine, inside = node.attr("combine"), (Bound(where, shape[axis]),)
+        fold = "" if combine == "last" else combine
+        scope.body.append(Store(name, target, value, node.where, inside, fold))
         stages.append(Stage((step,), tuple(scope.body), in_order=True))
         return stages
+
+    def _cumsum(self, task: Task) -> Stage:
+        """Each element and, before it, what has just been stored of the one before."""
+        node, axis = task.node, task.node.attr("axis")
+        (store,) = (t for t in self.tasks if t.kind == "store")
+        strides, name = self.memory.strides(store.buffer), self._buffer(store.buffer, "w")
+        scope, along = _Scope(extents_of(task.shape)), Axis(f"i{axis}", task.shape[axis])
+        value = self._value(node.args[0], task.place, (), scope)
+        there, previous = flatten(task.place, strides), Index(((along.name, 1),), -1)
+        self._check(there, scope)
+        self._buffer(store.buffer, "r")
+        before = flatten((*task.place[:axis], previous, *task.place[axis + 1 :]), strides)
+        so_far, total = self._var(task.value), self._var(task.value)
+        inside = (Bound(previous, along.extent),)
+        scope.body.append(Load(so_far, name, before, inside, node.where))
+        scope.body.append(Compute(total, OPS["add"], (so_far, value), (), node.where))
+        scope.body.append(Store(name, there, total, node.where))
+        return Stage((along,), tuple(scope.body), in_order=True)
 
     def _store(self, task: Task, scope: _Scope) -> Store:
         """The store of a task's value, which is evaluated in the scope."""

@@ -21,6 +21,7 @@ from tracejit.ir.ops.indexing import missing
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
+IN_ORDER = ("scatter", "cumsum")  # primitives whose kernels go along an axis step by step
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -57,8 +58,8 @@ class Demand:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of work. kind: "map", "reduce", "dot", "scatter", or "store" (of `value` in a
-    buffer).
+    """One unit of work. kind: "map", "reduce", "dot", "scatter" (or "cumsum", which goes in order
+    too), or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -114,7 +115,7 @@ class Analysis:
             origin = self.origins[value.id]
             if value.id in self.params or origin.main is value:
                 node = self.producer.get(value.id)
-                if node is not None and node.op.name == "scatter":
+                if node is not None and node.op.name in IN_ORDER:
                     top = None  # it is stored step by step, so itself
                 new = Demand(value, top or value, at, mask, aligned)
                 if not any(
@@ -149,12 +150,12 @@ class Analysis:
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
         kind = "map"
-        if family == "reduce" or node.op.name == "scatter":
-            kind = "reduce" if family == "reduce" else "scatter"
+        if family == "reduce" or node.op.name in IN_ORDER:
+            kind = "reduce" if family == "reduce" else node.op.name
         shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
         demands: dict[int, list[Demand]] = {}
         for position, arg in enumerate(_tensors(node)):
-            elsewhere = position > 0 if kind == "scatter" else position == 0
+            elsewhere = position > 0 if kind in IN_ORDER else position == 0
             if family == "indexing" and elsewhere:
                 found = self.scattered(arg)
             else:
@@ -215,7 +216,8 @@ def _simplify(node: Node) -> Node:
         return _as_source(node, 0)
     if name == "matmul" and first.type.numel == 0:
         return _as_source(node, 0)
-    if name == "scatter" and node.args[1].type.numel == 0:
+    nothing = name == "scatter" and node.args[1].type.numel == 0
+    if nothing or (name == "cumsum" and first.type.shape[node.attr("axis")] == 1):
         shape = (("shape", node.out.type.shape),)
         return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
     if name == "gather" and first.type.numel == 0:

@@ -121,7 +121,7 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
             used = _read_axes(s, varies)
             if isinstance(s, Load | Store):
                 walked = tuple(a for a in axes if a.name in used)
-                kinds = (Load, Store) if isinstance(s, Store) and s.adds else (type(s),)
+                kinds = (Load, Store) if isinstance(s, Store) and s.fold else (type(s),)
                 for kind in kinds:
                     found.setdefault((s.buffer, kind), {})[s.index, s.mask, walked] = None
             if isinstance(s, Load | Compute | Position | InBounds):

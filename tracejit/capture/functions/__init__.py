@@ -2,6 +2,7 @@
 
 from tracejit.capture.functions import (
     activation,
+    advanced,
     amp,
     arithmetic,
     arrangement,
@@ -40,6 +41,7 @@ from tracejit.capture.functions import (
     scattering,
     selection,
     softmax,
+    sorting,
     statistics,
     unary,
     unpooling,
@@ -49,6 +51,7 @@ from tracejit.capture.functions import (
 
 __all__ = [
     "activation",
+    "advanced",
     "amp",
     "arithmetic",
     "arrangement",
@@ -87,6 +90,7 @@ __all__ = [
     "scattering",
     "selection",
     "softmax",
+    "sorting",
     "statistics",
     "unary",
     "unpooling",

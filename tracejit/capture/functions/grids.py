@@ -1,8 +1,8 @@
 """Sampling an image where a grid of coordinates says, and the grid of an affine map.
 
-The gradient of the image adds up, for each element, what has read it: a comparison of every element
-with every sample, as for other reads by index. The gradient of the coordinates is that of the
-weights. Gradients can be differentiated once more, which eager refuses.
+The gradient of the image adds up, for each element, what has read it, in the order of the samples
+(`scatter`). The gradient of the coordinates is that of the weights. Gradients can be differentiated
+once more, which eager refuses.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: 
     if x.type.dtype is b1 and combine == "add":
         counts, more = b.cast(x, dtype=i32), b.cast(rows, dtype=i32)
         return b.ne(scattered(b, counts, at, more, axis, combine), 0)
-    if taken > FEW or x.type.numel > SMALL:
+    extremum = combine in ("max", "min")  # whose derivative knows of all indices at once
+    if extremum or taken > FEW or x.type.numel > SMALL:
         return b.scatter(x, at, rows, axis=axis, combine=combine)
     place = b.iota(axis=axis, shape=shape, dtype=i64, device=x.type.device)
     for k in range(taken):
@@ -53,6 +54,17 @@ def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: 
         given = b.expand(b.slice(rows, **one), shape=shape)
         x = b.where(hit, b.add(x, given) if combine == "add" else given, x)
     return x
+
+
+def along(t: Trace, index: Value, shape: Ints, axis: int) -> Value:
+    """A vector of indices as an index at every point of `shape`, along an axis."""
+    thin = tuple(n if k == axis else 1 for k, n in enumerate(shape))
+    return expand(t, t.b.reshape(index, shape=thin), shape)
+
+
+def from_end(t: Trace, index: Value, size: int) -> Value:
+    """An index whose negative values count from the end."""
+    return t.b.where(t.b.lt(index, 0), t.b.add(index, size), index)
 
 
 def position(t: Trace, axis: int, shape: Ints, device: str, dtype: DType = i64) -> Value:

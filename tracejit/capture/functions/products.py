@@ -12,7 +12,7 @@ from tracejit.capture.functions.arithmetic import mul, sub
 from tracejit.capture.functions.assembly import cat
 from tracejit.capture.functions.common import cast, expand, normal_axis, register
 from tracejit.capture.functions.contraction import bmm, mv, plus
-from tracejit.capture.functions.derived import derived
+from tracejit.capture.functions.derived import derived, widened
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
@@ -22,6 +22,7 @@ from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
+SHORT = 16  # elements along an axis
 
 
 # ---- products of vectors and matrices, and sums with them
@@ -196,10 +197,8 @@ def _spread(t: Trace, x: Value, axis: int) -> tuple[Value, Ints]:
 
 
 def cumsum(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
-    """Each element is a sum over those up to it: for an extent of n, n² additions.
-
-    The work is bounded by the bandwidth of the cache, up to a few thousand elements an axis.
-    """
+    """Each element is a sum over those up to it: along a short axis each is added up by itself,
+    which fuses with what is computed before and after."""
     h = t.lift(input)
     into = TO_IR[dtype] if dtype is not None else h.dtype if h.dtype.is_float else i64
     axis = normal_axis(t, dim, len(h.shape))
@@ -209,6 +208,11 @@ def cumsum(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = Non
     zero = 0.0 if into.is_float else 0
 
     def running(x: Value, related: Callable) -> Value:
+        if h.shape[axis] > SHORT:
+            back, wide = related is t.b.ge, cast(t, x, widened(into))
+            wide = t.b.flip(wide, axes=(axis,)) if back else wide
+            total = t.b.cumsum(wide, axis=axis)
+            return cast(t, t.b.flip(total, axes=(axis,)) if back else total, into)
         spread, wide = _spread(t, x, axis)
         to = t.b.iota(axis=axis, shape=wide, dtype=i64, device=h.device)
         of = t.b.iota(axis=axis + 1, shape=wide, dtype=i64, device=h.device)

@@ -331,6 +331,8 @@ def _of_cell(name: str) -> Callable:
             raise t.shape_error("lstm_cell expects two hidden states")
         _check_cell(t, t.lift(input).shape, [s.shape for s in states], t.lift(w_hh).shape)
         _check_params(t, (w_ih, w_hh, b_ih, b_hh, None), gates, *states[0].shape[-1:] * 2)
+        if name in ("lstm", "gru") and not t.lift(input).dtype.is_float:
+            raise t.shape_error("result type Float can't be cast to the desired output type Long")
         of_input = _gates(t, input, w_ih, b_ih)
         of_state = _gates(t, states[0].tensor, w_hh, b_hh)
         after = cell(t, of_input, of_state, tuple(t.read(s) for s in states))

@@ -19,11 +19,12 @@ from tracejit.capture.functions.common import (
 from tracejit.capture.functions.patterns import scattered
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
-from tracejit.capture.trace.tensor import Handle, TracedTensor
+from tracejit.capture.trace.ranges import limits
+from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.types import i32, i64
+from tracejit.ir.types import b1, i32, i64
 
 Tensor = torch.Tensor
 
@@ -52,31 +53,44 @@ class _Places:
                 f"Expected index {list(i.shape)} to be no larger than self {list(h.shape)} apart "
                 f"from dimension {self.axis}"
             )
-        if mine != its:
-            raise t.unsupported(
-                "An index that is smaller than the tensor along another axis has no rule; scatter "
-                "into a slice of the tensor"
-            )
+        stops = tuple(
+            n if k == self.axis else m
+            for k, (n, m) in enumerate(zip(self.shape, at.type.shape, strict=True))
+        )
+        self.part = None if mine == its else stops  # of the tensor that the index is about
 
     @property
     def none(self) -> bool:
         """Whether no place is named."""
         return not self.at.type.numel
 
-    def put(self, b: Builder, x: Value, rows: Value) -> Value:
+    def put(self, b: Builder, x: Value, rows: Value, combine: str = "last") -> Value:
         """`x` with what belongs to the indices at the places that they name: of several for one
-        place the last."""
-        return scattered(b, x, self.at, rows, self.axis, "last")
-
-    def added(self, b: Builder, x: Value, rows: Value) -> Value:
-        """`x` and, at each place, the sum of what belongs to the indices that name it."""
-        return scattered(b, x, self.at, rows, self.axis, "add")
+        place the last, or all combined with what is there."""
+        new = scattered(b, self._parted(b, x), self.at, rows, self.axis, combine)
+        if self.part is None:
+            return new
+        room = tuple(n - m for n, m in zip(self.shape, self.part, strict=True))
+        none = (0,) * len(room)
+        new, inside = b.pad(new, low=none, high=room, interior=none, value=0), None
+        for k in (k for k, n in enumerate(room) if n):
+            here = b.iota(axis=k, shape=self.shape, dtype=i64, device=x.type.device)
+            within_it = b.lt(here, self.part[k])
+            inside = within_it if inside is None else b.and_(inside, within_it)
+        return b.where(inside, new, x)
 
     def read(self, b: Builder, x: Value) -> Value:
         """What `x` has at the places that are named."""
         if self.none:
             return b.full(0, shape=self.at.type.shape, dtype=x.type.dtype, device=x.type.device)
-        return b.gather(x, self.at, axis=self.axis)
+        return b.gather(self._parted(b, x), self.at, axis=self.axis)
+
+    def _parted(self, b: Builder, x: Value) -> Value:
+        """The part of `x` that the index is about."""
+        if self.part is None:
+            return x
+        n = len(self.part)
+        return b.slice(x, starts=(0,) * n, stops=self.part, steps=(1,) * n)
 
     def source(self, src: Tensor, name: str, dtype: object) -> Value:
         """What belongs to the indices: the part of `src` that is as large as they are."""
@@ -146,7 +160,7 @@ def _made(t: Trace, h: Handle, out: Value) -> TracedTensor:
 def _added(t: Trace, h: Handle, places: _Places, rows: Value, name: str) -> TracedTensor:
     x = t.b.reshape(t.read(h), shape=places.shape)
     with t.untaped():
-        out = t.b.alias(x) if places.none else places.added(t.b, x, rows)
+        out = t.b.alias(x) if places.none else places.put(t.b, x, rows, "add")
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         (g,) = cts
@@ -190,5 +204,62 @@ def index_add(
     return _added(t, h, places, rows, "index_add")
 
 
-for _implementation in (scatter, scatter_add, index_add):
+_REDUCED = {"sum": "add", "mean": "add", "amax": "max", "amin": "min"}
+
+
+def scatter_reduce(
+    t: Trace,
+    input: Tensor,
+    dim: int,
+    index: Tensor,
+    src: Tensor,
+    reduce: str,
+    *,
+    include_self: bool = True,
+) -> TracedTensor:
+    """At each place the sum, mean, largest or smallest of what belongs to the indices that name it,
+    with what was there before among them if `include_self`."""
+    h = t.lift(input)
+    if reduce == "prod":
+        raise t.unsupported("scatter_reduce by prod has no rule")
+    if reduce not in _REDUCED:
+        raise t.shape_error(
+            "reduce argument must be either sum, prod, mean, amax or amin, got " + str(reduce)
+        )
+    places = _Places(t, h, dim, index, "scatter_reduce")
+    rows, taken = places.source(src, "scatter_reduce", h.dtype), places.at.type.shape
+    x, b = t.b.reshape(t.read(h), shape=places.shape), t.b
+    if places.none:
+        return _made(t, h, t.unread(b.alias(x), rows))
+    if h.dtype is b1:
+        raise t.unsupported("scatter_reduce of bools has no rule")
+
+    def filled(number: float, shape: Ints) -> Value:
+        return b.full(literal(number, h.dtype), shape=shape, dtype=h.dtype, device=h.device)
+
+    combine = _REDUCED[reduce]
+    larger = (t.lift(src).shape or (1,)) != taken
+    if larger and combine != "add" and t.grad_on and t.requires_grad(h):
+        raise t.unsupported(
+            "Eager has no gradient of an extremum with a source that is larger than the index; "
+            "slice it first"
+        )
+    if not include_self:
+        neutral = 0
+        if combine != "add":
+            lowest, highest = limits(h.dtype)
+            neutral = lowest if combine == "max" else highest
+        x = places.put(b, x, filled(neutral, taken))
+    out = places.put(b, x, rows, combine)
+    if reduce == "mean":
+        with t.untaped():
+            ones, before = filled(1, taken), filled(1, places.shape)
+            if not include_self:
+                before = places.put(b, before, filled(0, taken))
+            count = places.put(b, before, ones, "add")
+        out = b.div(out, count) if h.dtype.is_float else b.floordiv(out, count)
+    return _made(t, h, out)
+
+
+for _implementation in (scatter, scatter_add, index_add, scatter_reduce):
     register((_implementation.__name__,), _implementation)

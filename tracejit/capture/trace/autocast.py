@@ -200,7 +200,7 @@ _BOTH = (
         "poisson_nll_loss cosine_embedding_loss nll_loss cross_entropy hinge_embedding_loss kl_div "
         "l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss "
         "soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits "
-        "cdist grid_sampler",
+        "cdist",
     ),
 )
 POLICIES: dict[str, dict[Callable, Policy]] = {
@@ -209,7 +209,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         (
             _float32,
             "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d "
-            "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile",
+            "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
+            "max_unpool2d max_unpool3d grid_sampler",
         ),
         (_widest, "cat concat concatenate stack hstack vstack dstack column_stack row_stack"),
         (_padded, "pad"),
@@ -224,14 +225,21 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             _float32,
             "__rdiv__ exp expm1 log log10 log2 log1p reciprocal rsqrt tan acos asin "
             "cosh sinh erfinv pow __pow__ __rpow__ square softplus layer_norm group_norm rms_norm "
-            "cosine_similarity dist pdist renorm logsumexp normalize",
+            "cosine_similarity dist pdist renorm logsumexp normalize "
+            "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
+            "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "
+            "upsample_bilinear2d _upsample_bilinear2d_aa upsample_trilinear3d "
+            "upsample_bicubic2d _upsample_bicubic2d_aa",
         ),
         (
             _first_float32,
             "prod softmax log_softmax softmin cumprod cumsum sum norm functional.norm "
             "linalg.linalg_norm linalg.linalg_vector_norm linalg.linalg_matrix_norm",
         ),
-        (_widest, "addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add"),
+        (
+            _widest,
+            "addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add grid_sampler",
+        ),
         (
             _refused("A recurrent network has no rule under autocast on a GPU"),
             "rnn_tanh rnn_relu lstm gru",

@@ -62,9 +62,12 @@ def _vjp_gather(b, g, y, x, index, *, axis: int):
     return b.reduce_sum(b.where(b.eq(along(index), position), along(g), 0.0), axes=(axis + 1,))
 
 
+_COMBINED = {"add": np.add, "last": None, "max": np.maximum, "min": np.minimum}
+
+
 def _infer_scatter(x: Type, index: Type, source: Type, *, axis: int, combine: str) -> Type:
-    require(combine in ("add", "last"), f"scatter that combines by {combine!r}")
-    require(x.dtype is not b1 or combine == "last", "scatter adds no bools")
+    require(combine in _COMBINED, f"scatter that combines by {combine!r}")
+    require(x.dtype is not b1 or combine == "last", f"scatter of bools by {combine}")
     require_tensor("scatter", source)
     taken = _infer_gather(x, index, axis=axis)
     require(taken == source, f"scatter of {source} at {index} into {x} along axis {axis}")
@@ -81,16 +84,29 @@ def _eval_scatter(
     inside = (at >= 0) & (at < moved.shape[0])
     rest = np.indices(at.shape, sparse=True)[1:]
     places = tuple(np.broadcast_to(i, at.shape)[inside] for i in (at, *rest))
-    if combine == "add":
-        np.add.at(moved, places, given[inside])
+    fold = _COMBINED[combine]
+    if fold is not None:
+        fold.at(moved, places, given[inside])
     else:
         moved[places] = given[inside]
     return out
 
 
+def _shared(b, g, y, x, index, source, axis: int):
+    """The cotangent of an extremum's place, over how many attain it."""
+    kind = x.type
+    ours = b.cast(b.eq(source, b.gather(y, index, axis=axis)), dtype=kind.dtype)
+    count = b.cast(b.eq(x, y), dtype=kind.dtype)
+    count = b.scatter(count, index, ours, axis=axis, combine="add")
+    return b.div(g, b.maximum(count, 1.0)), ours
+
+
 def _vjp_scatter_target(b, g, y, x, index, source, *, axis: int, combine: str):
     if combine == "add":
         return g
+    if combine != "last":
+        share, _ = _shared(b, g, y, x, index, source, axis)
+        return b.where(b.eq(x, y), share, 0.0)
     kind = source.type
     zeros = b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
     return b.scatter(g, index, zeros, axis=axis, combine="last")
@@ -98,6 +114,9 @@ def _vjp_scatter_target(b, g, y, x, index, source, *, axis: int, combine: str):
 
 def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
     taken = b.and_(b.ge(index, 0), b.lt(index, x.type.shape[axis]))
+    if combine in ("max", "min"):
+        share, ours = _shared(b, g, y, x, index, source, axis)
+        return b.where(taken, b.mul(b.gather(share, index, axis=axis), ours), 0.0)
     if combine == "last":  # and not overwritten by a later one
         shape, device = index.type.shape, x.type.device
         order = b.iota(axis=axis, shape=shape, dtype=i64, device=device)
@@ -107,8 +126,37 @@ def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
     return b.where(taken, b.gather(g, index, axis=axis), 0.0)
 
 
+def _infer_cumsum(x: Type, *, axis: int) -> Type:
+    require_tensor("cumsum", x)
+    require(0 <= axis < len(x.shape), f"cumsum of {x} along axis {axis}")
+    require(x.dtype is not b1 and not x.dtype.narrow, f"cumsum of {x.dtype}")
+    return x
+
+
+def _eval_cumsum(x: np.ndarray, *, axis: int) -> np.ndarray:
+    return np.cumsum(x, axis, dtype=np.float64 if x.dtype.kind == "f" else x.dtype)
+
+
+def _vjp_cumsum(b, g, y, x, *, axis: int):
+    return b.flip(b.cumsum(b.flip(g, axes=(axis,)), axis=axis), axes=(axis,))
+
+
+# Each element is the sum of those up to it along an axis, added in their order.
+cumsum = Op(
+    "cumsum",
+    "indexing",
+    _infer_cumsum,
+    _eval_cumsum,
+    (_vjp_cumsum,),
+    cost=1,
+    exact=ULPS,
+    rounds=True,
+    host=None,
+)
+
 # x, and at each place that an index along the axis names the source: added in the order of the
-# indices, or the last one. Indices out of range name no place.
+# indices, or the last one, or what is largest or smallest, x included. Indices out of range name
+# no place.
 scatter = Op(
     "scatter",
     "indexing",

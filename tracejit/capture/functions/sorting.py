@@ -1,0 +1,189 @@
+"""Sorting: sort, argsort, msort, topk, kthvalue, median.
+
+The rank of an element is how many stand before it, found by comparing each with each along the
+axis: n² comparisons of n elements, in vector loops. What has a rank goes to that place (`scatter`).
+NaN is the largest, and ties keep their order, as in eager's stable sort.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions.common import expand, normal_axis, register
+from tracejit.capture.functions.patterns import position
+from tracejit.capture.functions.reduction import keep
+from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides
+from tracejit.capture.trace.trace import Trace
+from tracejit.ir.graph import Value
+from tracejit.ir.types import b1, i64, u8
+
+Tensor = torch.Tensor
+MOST = 1 << 26  # comparisons of one sort: some 20 ms on one thread
+
+
+def _ranks(t: Trace, x: Value, axis: int, descending: bool) -> Value:
+    """How many elements along the axis stand before each in the sorted order."""
+    b, kind = t.b, x.type
+    n = kind.shape[axis]
+    if n * kind.numel > MOST:
+        raise t.unsupported(
+            f"Sorting {n} elements along an axis compares each with each, too many for "
+            f"{list(kind.shape)}; sort outside of the step"
+        )
+    if kind.dtype is b1:
+        x = b.cast(x, dtype=u8)
+    spread = (*kind.shape[: axis + 1], n, *kind.shape[axis + 1 :])
+    one, other = (
+        expand(
+            t,
+            b.reshape(x, shape=tuple(1 if k == thin else s for k, s in enumerate(spread))),
+            spread,
+        )
+        for thin in (axis + 1, axis)
+    )
+    first, second = (position(t, k, spread, kind.device) for k in (axis, axis + 1))
+    less, same = b.lt(other, one), b.eq(other, one)
+    if descending:
+        less = b.gt(other, one)
+    if kind.dtype.is_float:
+        no_one, no_other = b.ne(one, one), b.ne(other, other)
+        ends = (
+            b.and_(no_other, b.eq(one, one)) if descending else b.and_(no_one, b.eq(other, other))
+        )
+        less, same = b.or_(less, ends), b.or_(same, b.and_(no_one, no_other))
+    before = b.or_(less, b.and_(same, b.lt(second, first)))
+    return b.reduce_sum(b.cast(before, dtype=i64), axes=(axis + 1,))
+
+
+def _order(t: Trace, x: Value, axis: int, descending: bool, count: int) -> Value:
+    """The places, along the axis, of the first `count` elements in the sorted order."""
+    shape = (*x.type.shape[:axis], count, *x.type.shape[axis + 1 :])
+    with t.untaped():
+        zeros = t.b.full(0, shape=shape, dtype=i64, device=x.type.device)
+        if not zeros.type.numel or x.type.shape[axis] == 1:
+            return zeros
+        ranks = _ranks(t, x, axis, descending)
+        here = position(t, axis, x.type.shape, x.type.device)
+        found = t.b.scatter(zeros, ranks, here, axis=axis, combine="last")
+    t.ranges[found] = 0, x.type.shape[axis] - 1
+    return found
+
+
+def _sorted(
+    t: Trace, input: Tensor, dim: int, descending: bool, count: int | None = None
+) -> tuple[TracedTensor, TracedTensor]:
+    """The first `count` elements in the sorted order, and their places."""
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
+    n = x.type.shape[axis]
+    order = _order(t, x, axis, descending, n if count is None else count)
+    if order.type.numel:
+        values = t.b.gather(x, order, axis=axis)
+    else:
+        kind = order.type
+        values = t.b.full(0, shape=kind.shape, dtype=h.dtype, device=h.device)
+        values = t.unread(values, x) if h.dtype.is_float else values
+    if not h.shape:
+        values, order = (t.b.reshape(v, shape=()) for v in (values, order))
+    strides = None
+    if count is None:  # as eager lays out a sorted tensor
+        strides = elementwise_strides(h.shape, [(h.shape, h.strides)])
+    return t.fresh(values, strides), t.fresh(order, strides)
+
+
+def sort(
+    t: Trace,
+    input: Tensor,
+    dim: int = -1,
+    descending: bool = False,
+    stable: bool | None = False,
+) -> object:
+    return torch.return_types.sort(_sorted(t, input, dim, bool(descending)))
+
+
+def argsort(
+    t: Trace, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False
+) -> TracedTensor:
+    return _sorted(t, input, dim, bool(descending))[1]
+
+
+def msort(t: Trace, input: Tensor) -> TracedTensor:
+    return _sorted(t, input, 0, False)[0]
+
+
+def topk(
+    t: Trace,
+    input: Tensor,
+    k: int,
+    dim: int = -1,
+    largest: bool = True,
+    sorted: bool = True,
+) -> object:
+    """The k largest or smallest; unsorted ones come sorted too."""
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    if not 0 <= k <= (h.shape[axis] if h.shape else 1):
+        raise t.shape_error("selected index k out of range")
+    return torch.return_types.topk(_sorted(t, input, dim, bool(largest), int(k)))
+
+
+def _one(t: Trace, input: Tensor, dim: int, keepdim: bool, k: int, name: str) -> object:
+    """The k-th smallest along an axis, from 0, and its place."""
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    values, order = _sorted(t, input, dim, False, k + 1)
+    found = []
+    for v in (t.read(t.lift(y)) for y in (values, order)):
+        if h.shape:
+            starts = tuple(k if a == axis else 0 for a in range(len(h.shape)))
+            v = t.b.slice(v, starts=starts, stops=v.type.shape, steps=(1,) * len(h.shape))
+            v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
+            v = keep(t, v, h.shape, (axis,), keepdim)
+        found.append(t.fresh(v))
+    return getattr(torch.return_types, name)(found)
+
+
+def kthvalue(t: Trace, input: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> object:
+    h = t.lift(input)
+    axis = normal_axis(t, dim, len(h.shape))
+    if not 1 <= k <= (h.shape[axis] if h.shape else 1):
+        raise t.shape_error(f"kthvalue(): selected number k out of range for dimension {axis}")
+    return _one(t, input, dim, bool(keepdim), int(k) - 1, "kthvalue")
+
+
+def _middle(t: Trace, x: Value, axis: int) -> tuple[Value, Value]:
+    """The lower one of the two in the middle along an axis, or the first NaN; and its place."""
+    b, n = t.b, x.type.shape[axis]
+    kept = tuple(1 if k == axis else s for k, s in enumerate(x.type.shape))
+    with t.untaped():
+        order = _order(t, x, axis, False, n)
+        place = b.full((n - 1) // 2, shape=kept, dtype=i64, device=x.type.device)
+        if x.type.dtype.is_float:
+            numbers = b.reduce_sum(b.cast(b.eq(x, x), dtype=i64), axes=(axis,))
+            numbers = b.reshape(numbers, shape=kept)
+            place = b.where(b.lt(numbers, n), numbers, place)
+        place = b.gather(order, place, axis=axis)
+    t.ranges[place] = 0, n - 1
+    return b.gather(x, place, axis=axis), place
+
+
+def median(t: Trace, input: Tensor, dim: int | None = None, keepdim: bool = False) -> object:
+    """The lower median of everything; along a dim, with its place."""
+    h = t.lift(input)
+    if not h.numel:
+        raise t.unsupported("The median of no elements has no rule")
+    if dim is None:
+        value, _ = _middle(t, t.b.reshape(t.read(h), shape=(h.numel,)), 0)
+        return t.fresh(t.b.reshape(value, shape=()))
+    axis = normal_axis(t, dim, len(h.shape))
+    x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
+    found = []
+    for v in _middle(t, x, axis):
+        v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
+        found.append(t.fresh(keep(t, v, h.shape, (axis,), keepdim) if h.shape else v))
+    return torch.return_types.median(found)
+
+
+for _implementation in (sort, argsort, msort, topk, kthvalue, median):
+    register((_implementation.__name__,), _implementation, inplace=False)
