@@ -42,6 +42,7 @@ from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor, LoadedCPlan
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu import tiles
+from tracejit.schedule.cpu.lower import lower_kernel
 from tracejit.schedule.cpu.tiles import orient
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.memory import Layout, Place, layout_of
@@ -205,6 +206,38 @@ def test_a_transposed_result_is_written_along_memory(m, k, n, quick, plans):
     }}""")
     *_, rows, columns = orient(unpack(fused)[0].kernel).kernel.stages[0].axes
     assert (rows.extent, columns.extent) == ((n, m) if min(m, n) > 1 else (m, n))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64"])
+@pytest.mark.parametrize("m, n, k", [(65, 64, 64), (130, 96, 300), (33, 65, 2100), (7, 100, 65)])
+def test_a_transposed_operand_is_packed_in_strips(m, n, k, dtype, plans):
+    """As it lies, and computed on the way; a ragged last strip; slices and passes of k; batches."""
+    a, b = (f"{dtype}[{k},{x}]" for x in (m, n))
+    two = "2" if dtype == "i64" else "2.0"
+    fused, _ = plans.both(f"""
+    step(%0: {a}, %1: {b}, %2: {dtype}[3,{k},{m}], %8: {dtype}[3,{k},{n}]) {{
+      %3: {dtype}[{m},{k}] = permute(%0, axes=(1,0))
+      %4: {dtype}[{m},{n}] = matmul(%3, %1)
+      %5: {dtype}[{m},{k}] = mul(%3, {two})
+      %6: {dtype}[{m},{n}] = matmul(%5, %1)
+      %7: {dtype}[3,{m},{k}] = permute(%2, axes=(0,2,1))
+      %9: {dtype}[3,{m},{n}] = matmul(%7, %8)
+      return %4, %6, %9
+    }}""")
+    kernels = (lower_kernel(launch.kernel, 32) for launch in unpack(fused))
+    found = [kernel.tiling.a for kernel in kernels if kernel.tiling is not None]
+    assert found == ["strips"] * 3
+
+
+@pytest.mark.parametrize("m, n, k", [(70, 70, 1024), (50, 512, 130), (130, 1024, 1024)])
+def test_rows_that_would_collide_are_packed(m, n, k, plans):
+    plans.both(f"""
+    step(%0: f32[{m},{k}], %1: f32[{k},{n}]) {{
+      %2: f32[{m},{n}] = matmul(%0, %1)
+      %3: f32[{m},{k}] = maximum(%0, 0.0)
+      %4: f32[{m},{n}] = matmul(%3, %1)
+      return %2, %4
+    }}""")
 
 
 def test_batches_in_rounds(monkeypatch, plans):

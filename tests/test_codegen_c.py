@@ -115,7 +115,7 @@ def test_the_contiguous_axis_is_the_vector_loop():
 @pytest.mark.parametrize("vectors", [16, 32, 64])
 def test_micro_kernels_fit_the_registers(shape, vectors):
     most = accumulators(vectors)
-    rows, wide, tile_rows, tile_columns = blocking(*shape, 300, vectors // 4, most, 4)
+    rows, wide, tile_rows, tile_columns = blocking(*shape, vectors // 4, most, 4)
     assert rows * wide <= most
     assert tile_rows % rows == 0
     assert tile_columns % (vectors // 4) == 0

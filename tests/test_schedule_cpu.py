@@ -24,7 +24,14 @@ from tracejit.schedule.cpu.text import (
     parse_cpu_kernel,
     parse_cpu_plan,
 )
-from tracejit.schedule.cpu.tiles import accumulators, keeps_b, orient, tile
+from tracejit.schedule.cpu.tiles import (
+    STRIP_BYTES,
+    Contraction,
+    accumulators,
+    keeps_b,
+    orient,
+    tile,
+)
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.cpu.windows import windows_of
 from tracejit.schedule.kernel import Axis, FloorDiv, Index
@@ -403,14 +410,55 @@ def test_what_must_be_packed_is_scratch_memory():
     assert scratch_bytes(tile(wide, 64)) > 0
 
 
+def transposed(m: int, n: int, k: int, dtype: str = "f32") -> CpuKernel:
+    """A product whose A lies along m."""
+    text = str(product(m, n, k)).replace(f"b0[i0 * {k} + k]", f"b0[k * {m} + i0]")
+    return parse_cpu_kernel(text.replace("f32", dtype))
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_rows_of_a_are_packed_where_they_lie_apart(vector_bytes):
+    """In strips where m is contiguous, and with a gap where rows would be at the same place of a
+    cache; few products of each element are not worth it."""
+    for kernel, a in (
+        (product(300, 512, 1000), "direct"),
+        (product(300, 512, 1024), "rows"),
+        (product(300, 48, 1024), "direct"),
+        (transposed(301, 512, 1000), "strips"),
+        (transposed(301, 512, 48), "direct"),
+        (transposed(301, 40, 1000), "direct"),
+    ):
+        found = tile(kernel, vector_bytes)
+        c = Contraction(found.kernel, found.tiling)
+        assert c.tiling.a == a
+        if a == "rows":
+            assert c.a_step == 1024 + 16 and c.a_elements == 300 * c.a_step
+        if a == "strips":
+            assert c.a_elements >= -(-301 // c.tiling.rows) * c.tiling.rows * 1000
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("k", [100, 384, 1000, 4097])
+def test_a_strip_of_b_stays_in_the_first_cache(k, dtype, vector_bytes):
+    """What a micro-kernel sums at once; passes over k are equal, and together all of it."""
+    kernel = transposed(300, 520, k, dtype)
+    t = tile(kernel, vector_bytes).tiling
+    c = Contraction(kernel.kernel, t)
+    depth = c.depth if t.deep else k
+    assert depth * c.strip * c.size <= STRIP_BYTES
+    passes = -(-k // depth)
+    assert (passes - 1) * depth < k and passes * depth - k < passes
+
+
 def test_memory_is_shared_in_turn():
     """Both intermediates of a chain lie in the output until it is written."""
     plan = planned("""
-    step(%0: f32[64,96], %1: f32[96,96]) {
-      %2: f32[64,96] = matmul(%0, %1)
-      %3: f32[64,96] = exp(%2)
-      %4: f32[64,96] = matmul(%3, %1)
-      %5: f32[96,64] = permute(%0, axes=(1,0))
+    step(%0: f32[48,96], %1: f32[96,96]) {
+      %2: f32[48,96] = matmul(%0, %1)
+      %3: f32[48,96] = exp(%2)
+      %4: f32[48,96] = matmul(%3, %1)
+      %5: f32[96,48] = permute(%0, axes=(1,0))
       %6: f32[96,96] = matmul(%5, %4)
       return %6
     }""")

@@ -89,8 +89,7 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
         lines += block(f"for (int64_t part = 0; part < {count}; part++)", packing)
     if c.a_elements:
         m, of_k = ("0", str(c.m.extent)), ("low", "high")
-        rows, columns = (m, of_k) if c.tiling.a == "rows" else (of_k, m)
-        lines += pack_a(c, rows, columns)
+        lines += pack_a(c, m, of_k)
     lines += [
         Line(f"const int64_t row = 0, column = 0, rows = {c.m.extent};"),
         Line(f"const int64_t columns = {c.n.extent}, depth = low, deep = high - low;"),

@@ -15,17 +15,17 @@ from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH, accumulators, keeps_b, vectors_of
 
-DEPTH = 512  # of a k that is summed in several passes, in one pass
-
 
 @dataclass(frozen=True)
 class _Operand:
-    """Where an operand starts, and its steps along its own axis and along k; `by_table` where
-    tables say both."""
+    """Where an operand starts, and its steps along its own axis and along k; `first_step`, along
+    its own axis from one micro-kernel to the next, where that differs; `by_table` where tables say
+    both."""
 
     text: str
     step: int
     k_step: int
+    first_step: int | None = None
     by_table: bool = False
 
 
@@ -53,7 +53,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
     if c.tiling.deep:
-        k, most = c.k.extent, DEPTH if c.tiling.way == "tiles" else PANEL_DEPTH
+        k, most = c.k.extent, c.depth
         deep = Line(f"const int64_t deep = tj_least({most}, {k} - depth);")
         lines = [deep, *(pack_panel(c) if c.panels else []), *lines]
         lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {most})", lines)
@@ -65,8 +65,8 @@ def _a(c: Contraction) -> _Operand:
     if c.windows is not None:
         return _Operand("windows", 1, 1, by_table=True)
     if c.a_load is None:
-        steps = (k.extent, 1) if c.tiling.a == "rows" else (1, m.extent)
-        return _Operand(f"packed{c.slot}", *steps)
+        steps = (c.a_step, 1) if c.tiling.a == "rows" else (1, c.tiling.rows)
+        return _Operand(f"packed{c.slot}", *steps, first_step=c.a_step)
     step = dict(c.a_load.index.terms)
     fixed = c.body.index(c.a_load.index, {m.name: "0", k.name: "0"})
     return _Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
@@ -116,7 +116,8 @@ def _panels(
     depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.tiling.deep else "false"
     within = partial and not c.panels  # the panel starts where the pass does
     b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if within else kind.b.text
-    a_from = f"{a.text} + (row + r) * {a.step}" + (f" + depth * {a.k_step}" if partial else "")
+    step = a.step if a.first_step is None else a.first_step
+    a_from = f"{a.text} + (row + r) * {step}" + (f" + depth * {a.k_step}" if partial else "")
     if a.by_table:
         a_from = f"{a.text}, row_places + row + r, k_places + depth"
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]

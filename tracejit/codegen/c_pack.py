@@ -1,10 +1,13 @@
 """Packing of a contraction's operands into scratch memory, their prologues evaluated on the way.
 
-A keeps the order of its memory. B becomes strips of whole vectors, [strip][k][columns], padded with
-zeros; where it lies along k, it is turned in small squares.
+A keeps the order of its memory where that is along k; else it becomes strips of a micro-kernel's
+rows, [strip][k][rows]. B becomes strips of whole vectors, [strip][k][columns], padded with zeros;
+where it lies along k, it is turned in small squares.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from tracejit.codegen.c_body import opened
 from tracejit.codegen.c_contraction import Apart, Contraction
@@ -16,8 +19,10 @@ from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import contiguity
 from tracejit.schedule.cpu.digits import Digits, run_score
 from tracejit.schedule.cpu.tiles import PACKED_DEPTH, PACKED_ROWS, PANEL_DEPTH, plain
+from tracejit.schedule.kernel import Axis
 
 ACROSS = 64  # of k that are turned from rows to columns at a time
+STRIPS_WIDTH = 256  # rows of A that are dealt to strips at a time
 
 
 def pack_task(c: Contraction) -> Task:
@@ -42,7 +47,8 @@ def pack_task(c: Contraction) -> Task:
         if c.windows is not None:
             packing = copy_windows(c, "start", last)
         else:
-            packing = pack_a(c, ("start", last), ("0", str(rest.extent)))
+            some, whole = ("start", last), ("0", str(rest.extent))
+            packing = pack_a(c, *((some, whole) if c.tiling.a == "rows" else (whole, some)))
         packing = [Line(f"const int64_t start = {first};"), *packing]
         inner += block(f"if (part >= {b_units})", packing) if b_units else packing
     lines += chunk_range(c.round * each, c.tiling.pack_chunks)
@@ -50,32 +56,74 @@ def pack_task(c: Contraction) -> Task:
     return Task(f"{c.name}_pack", c.tiling.pack_chunks, lines)
 
 
-def pack_a(c: Contraction, rows: tuple[str, str], columns: tuple[str, str]) -> list[Line]:
-    """Some rows of A, evaluated in the order of its memory; `rows` and `columns` are the limits
-    of the two loops."""
-    outer, inner = (c.m, c.k) if c.tiling.a == "rows" else (c.k, c.m)
+def pack_a(c: Contraction, rows: tuple[str, str], depths: tuple[str, str]) -> list[Line]:
+    """Some rows of A at some of k, evaluated in the order of its memory; in strips all rows."""
+    if c.tiling.a == "strips":
+        return _pack_strips(c, *depths)
+    start = f"packed + {c.m.name} * {c.a_step}{c.slot}"
+    line = _line_of_a(c, c.m, c.k, depths, lambda place: f"{start} + {place}")
+    return block(_each(c.m.name, *rows), line)
+
+
+def _pack_strips(c: Contraction, first: str, last: str) -> list[Line]:
+    """The strips of A at `first` … `last` of k. Lines of memory are read first, and dealt to strips
+    from where they lie side by side: strips are far apart, and would drive each other out of a
+    cache."""
+    k, rows = c.k, c.tiling.rows
+    wide = rows * max(1, STRIPS_WIDTH // rows)
+    ends = ("start_row", f"tj_least(start_row + {wide}, {c.m.extent})")
+    start = f"lines + ({k.name} - from) * {wide}"
+    line = _line_of_a(c, k, c.m, ends, lambda place: f"{start} + ({place} - start_row)")
+    deal = [
+        Line(
+            f"{c.type} *const to = packed + (start_row + r) * {k.extent} + from * {rows}{c.slot};"
+        ),
+        Line(
+            f"for (int64_t i = 0; i < end - from; i++)"
+            f" __builtin_memcpy(to + i * {rows}, lines + i * {wide} + r, {rows * c.size});"
+        ),
+    ]
+    within = f"r < {wide} && start_row + r < {c.m.extent}"
+    of_block = [
+        *block(_each(k.name, "from", "end"), line),
+        *block(f"for (int64_t r = 0; {within}; r += {rows})", deal),
+    ]
+    of_k = [
+        Line(f"const int64_t end = tj_least(from + {PACKED_ROWS}, {last});"),
+        *block(
+            f"for (int64_t start_row = 0; start_row < {c.m.extent}; start_row += {wide})", of_block
+        ),
+    ]
+    return [
+        Line(f"{c.type} lines[{PACKED_ROWS * wide}];"),
+        *block(f"for (int64_t from = {first}; from < {last}; from += {PACKED_ROWS})", of_k),
+    ]
+
+
+def _line_of_a(
+    c: Contraction, outer: Axis, inner: Axis, ends: tuple[str, str], to: Callable[[str], str]
+) -> list[Line]:
+    """*to(i) = A at each place i between `ends` of the inner axis."""
     value = c.body.operand(c.dot.a_value, c.dot.out.dtype)
-    head = f"for (int64_t {outer.name} = {rows[0]}; {outer.name} < {rows[1]}; {outer.name}++)"
     apart = c.apart((outer, inner), c.dot.a)
     if apart is not None:
         of_outer, of_inner = apart.axes
 
         def run(at: str, start: str) -> list[Line]:
-            to = f"packed + {outer.name} * {inner.extent} + {at}{c.slot}"
             return [
-                Line(f"{c.type} *const to = {to};"),
+                Line(f"{c.type} *const to = {to(at)};"),
                 *values_of_run(
                     apart.body, of_inner, start, apart.statements, c.dot.a_value, "to", value
                 ),
             ]
 
-        runs = in_runs(of_inner, *columns, run)
-        return block(head, [*all_digits(of_outer, outer.name), *runs])
-    target = f"packed[{outer.name} * {inner.extent} + {inner.name}{c.slot}]"
-    lines = [*c.body.lines(c.dot.a), Line(f"{target} = {value};")]
-    first, last = columns
-    along = f"for (int64_t {inner.name} = {first}; {inner.name} < {last}; {inner.name}++)"
-    return block(head, [Line("#pragma omp simd"), *block(along, lines)])
+        return [*all_digits(of_outer, outer.name), *in_runs(of_inner, *ends, run)]
+    lines = [*c.body.lines(c.dot.a), Line(f"*({to(inner.name)}) = {value};")]
+    return [Line("#pragma omp simd"), *block(_each(inner.name, *ends), lines)]
+
+
+def _each(name: str, first: str, last: str) -> str:
+    return f"for (int64_t {name} = {first}; {name} < {last}; {name}++)"
 
 
 def pack_panel(c: Contraction) -> list[Line]:

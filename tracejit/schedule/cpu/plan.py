@@ -42,8 +42,8 @@ class Tiling:
         vector.
     rows, vectors: the block of the result that a micro-kernel keeps in registers.
     tile_rows, tile_columns: the block that stays in the first cache.
-    a: "direct" where A is read as it lies; else it is packed with k contiguous ("rows") or m, or
-        "copied" as windows read it.
+    a: "direct" where A is read as it lies; else it is packed with k contiguous ("rows"), or in
+        "strips" of a micro-kernel's rows, or "copied" as windows read it.
     packed_from: the first strip of B that is packed, as wide as a micro-kernel's block.
     deep: k is summed in several passes. round: how many batches are packed at once.
     chunks: in how many parts tiles or dots are dealt. pack_chunks: and the packing.

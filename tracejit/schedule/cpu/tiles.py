@@ -16,16 +16,17 @@ from tracejit.ir.types import DType, f32, f64, i64
 from tracejit.schedule.cpu.access import contiguity, stride
 from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
 from tracejit.schedule.cpu.digits import is_split
-from tracejit.schedule.cpu.plan import CpuKernel, Tiling
+from tracejit.schedule.cpu.plan import LINE, CpuKernel, Tiling
 from tracejit.schedule.cpu.windows import Windows, windows_of
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
 TILE_BYTES = 32 << 10  # of a tile of the result
-TILE_COLUMNS = 256
-WHOLE_DEPTH = 1024  # the longest k that a micro-kernel sums at once
+TILE_COLUMNS = 128
+STRIP_BYTES = 16 << 10  # of a strip of B that stays in the first cache under all rows of a tile
+PACKED_WIDTH = 64  # of n and of k, from which on A is packed, even if it could be read as it lies
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
-PACKED_BYTES = 1 << 20  # a larger B is packed, even if it could be read as it lies
+PACKED_BYTES = 128 << 10  # a larger B is packed, even if it could be read as it lies
 NARROW = 8  # columns of the result, fewer than which are not worth vectors
 PANEL_ROWS = 2048  # the most of a result whose tiles pack their own part of B
 PANEL_COLUMNS = 128  # of such a tile
@@ -37,7 +38,9 @@ WINDOWS_TILE = 8 << 10  # its elements,
 WINDOWS_BYTES = 512 << 10  # and the part of B under it
 COPIED_AT_ONCE = 4096  # elements in a unit of copying
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
-SCRATCH = 8 << 20  # bytes of packed operands after which a batch is done in several rounds
+ROWS_COLLIDE = 4096  # bytes between rows of which a cache does not hold a micro-kernel's
+LINES_COLLIDE = 2048  # bytes between lines of which a cache does not hold a strip
+SCRATCH = 2 << 20  # bytes of packed operands after which a batch is done in several rounds
 
 
 def orient(kernel: CpuKernel) -> CpuKernel:
@@ -103,12 +106,11 @@ def _loads(rows: int, vectors: int, sums: int) -> float:
 
 @lru_cache(1024)
 def blocking(
-    m: int, n: int, k: int, lanes: int, sums: int, size: int, most_rows: int = 14
+    m: int, n: int, lanes: int, sums: int, size: int, most_rows: int = 14
 ) -> tuple[int, ...]:
     """(rows and vectors of the micro-kernel, rows and columns of the tile around it).
 
-    The micro-kernel is the one that wastes least on m × n results. The tile is tall and narrow
-    where k is long: then an operand that does not fit the cache is read in few passes.
+    The micro-kernel is the one that wastes least on m × n results.
     """
     wide = -(-n // lanes)
     best = None
@@ -128,7 +130,7 @@ def blocking(
     _, rows, vectors = best
     columns = wide * lanes
     strip = vectors * lanes
-    columns = min(columns, strip if k > WHOLE_DEPTH else strip * max(1, TILE_COLUMNS // strip))
+    columns = min(columns, strip * max(1, TILE_COLUMNS // strip))
     tall = max(1, TILE_BYTES // size // columns // rows)
     return rows, vectors, min(tall * rows, -(-m // rows) * rows), columns
 
@@ -143,7 +145,7 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     windows = by_windows(kernel)
     most_rows = 14 if windows is None else WINDOWS_ROWS
     sums = accumulators(vector_bytes)
-    cut = blocking(max(m, 1), max(n, 1), k, lanes, sums, size, most_rows)
+    cut = blocking(max(m, 1), max(n, 1), lanes, sums, size, most_rows)
     work = batches * m * n * k * 2 // lanes
     way, slices = "tiles", 1
     if _by_dots(stage.axes, stage.dot, batches):
@@ -159,7 +161,8 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
         way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
     elif work // GRAIN > 1 and way == "tiles":  # enough tiles for all threads
         cut = _for_threads(cut, batches, m, n, work)
-    deep = (k > WHOLE_DEPTH and slices == 1) or way in ("panels", "windows")
+    too_deep = k * cut[1] * vector_bytes > STRIP_BYTES
+    deep = (too_deep and slices == 1) or way in ("panels", "windows")
     a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
     if way == "panels":
         packed_from = -(-n // (cut[1] * lanes))
@@ -270,14 +273,26 @@ def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, 
     acc, k, strip = accumulator(dot), dot.k, vectors * lanes
     a = "direct"
     if plain(dot.a, dot.a_value, acc) is None:  # in the order that most of its loads have
-        a = "rows" if contiguity(k, dot.a) >= contiguity(m, dot.a) else "columns"
+        a = "rows" if contiguity(k, dot.a) >= contiguity(m, dot.a) else "strips"
+    elif n.extent >= PACKED_WIDTH and k.extent >= PACKED_WIDTH:  # enough products for each element
+        if contiguity(m, dot.a) > contiguity(k, dot.a):
+            a = "strips"
+        elif _step(dot.a, m) * acc.itemsize % ROWS_COLLIDE == 0:
+            a = "rows"
     large = m.extent >= 128 and k.extent * n.extent * acc.itemsize >= PACKED_BYTES
+    colliding = k.extent >= 128 and _step(dot.b, k) * acc.itemsize % LINES_COLLIDE == 0
+    large = large or (colliding and m.extent >= 48)
     if large or plain(dot.b, dot.b_value, acc, n.name) is None:
         return a, 0
     rest = n.extent % strip
     if sum(vectors_of(rest, lanes, acc.itemsize)) == rest:
         return a, -(-n.extent // strip)
     return a, n.extent // strip
+
+
+def _step(body: Sequence[Statement], axis: Axis) -> int:
+    """The longest step of the loads of a side along an axis."""
+    return max((stride(s.index, axis.name) for s in body if isinstance(s, Load)), default=0) or 1
 
 
 def vectors_of(columns: int, lanes: int, size: int) -> tuple[int, ...]:
@@ -362,7 +377,25 @@ class Contraction:
             return 0
         if self.windows is not None:
             return -(-self.windows.elements // self.lanes) * self.lanes
-        return -(-self.m.extent * self.k.extent // self.lanes) * self.lanes
+        rows = self.m.extent
+        if self.tiling.a == "strips":
+            rows = -(-rows // self.tiling.rows) * self.tiling.rows
+        return -(-rows * self.a_step // self.lanes) * self.lanes
+
+    @property
+    def a_step(self) -> int:
+        """From one row of packed A to the next, with a gap where rows would collide."""
+        k = self.k.extent
+        gap = self.tiling.a == "rows" and k * self.size % ROWS_COLLIDE == 0
+        return k + LINE // self.size if gap else k
+
+    @property
+    def depth(self) -> int:
+        """Of k that is summed at once where that is `deep`: in equal passes."""
+        if self.tiling.way != "tiles":
+            return PANEL_DEPTH
+        whole = max(1, STRIP_BYTES // (self.strip * self.size))
+        return -(-self.k.extent // -(-self.k.extent // whole))
 
     @property
     def b_elements(self) -> int:
