@@ -109,6 +109,39 @@ def erf(x):
 
 
 @triton.jit
+def erfc(x):
+    """1 - erf(x) of floats without cancellation."""
+    return libdevice.erfc(x)
+
+
+@triton.jit
+def round(x):
+    """The nearest integer of floats, the even one at a tie."""
+    return libdevice.rint(x)
+
+
+@triton.jit
+def copysign(x, y):
+    """|x| with the sign of y, of floats."""
+    return libdevice.copysign(x, y)
+
+
+@triton.jit
+def atan2(y, x):
+    """The angle of the point (x, y), of floats, with C's special cases."""
+    return libdevice.atan2(y, x)
+
+
+@triton.jit
+def fmod(x, y):
+    """The remainder of x / y truncated, which has the sign of x: floats and integers."""
+    if x.dtype.is_floating():
+        return libdevice.fmod(x, y)
+    else:
+        return x % y
+
+
+@triton.jit
 def pow(x, y):
     """x to the power y of floats, with C's special cases."""
     return libdevice.pow(x, y)

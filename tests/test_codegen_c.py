@@ -144,7 +144,9 @@ def vectors() -> ctypes.CDLL:
     head = "(const float *restrict x, const float *restrict y, float *restrict o, int64_t n)"
     loop = "{\n#pragma omp simd\nfor (int64_t i = 0; i < n; i++) o[i] = "
     texts = [f"void v_{f}{head} {loop}tj_{f}f(x[i]);\n}}\n" for f in FUNCTIONS]
-    texts.append(f"void v_pow{head} {loop}tj_powf(x[i], y[i]);\n}}\n")
+    texts.append(f"void v_erfc{head} {loop}tj_erfcf(x[i]);\n}}\n")
+    for f in ("pow", "atan2"):
+        texts.append(f"void v_{f}{head} {loop}tj_{f}f(x[i], y[i]);\n}}\n")
     return load_library(C_PRELUDE + "".join(texts))
 
 
@@ -186,14 +188,22 @@ def test_vector_functions_are_within_one_ulp(name, vectors):
     assert worst_ulps(run_vector(vectors, name, x, x), right) <= 1
 
 
-def test_vector_power_is_within_one_ulp(vectors):
+def test_vector_erfc_is_within_its_fit(vectors):
+    """A relative error of 1.2e-7 is two units at most, and the rounding half a unit."""
+    x = np.concatenate([patterns(1)[COUNT:], np.linspace(-6, 12, COUNT // 10, dtype=np.float32)])
+    right = np.vectorize(math.erfc, otypes=[np.float64])(x.astype(np.float64))
+    assert worst_ulps(run_vector(vectors, "erfc", x, x), right) <= 2.5
+
+
+@pytest.mark.parametrize(("name", "of_numpy"), [("pow", np.power), ("atan2", np.arctan2)])
+def test_vector_functions_of_two_are_within_one_ulp(name, of_numpy, vectors):
     x, y = patterns(2), patterns(3)[::-1].copy()
     pairs = [a.ravel() for a in np.meshgrid(SPECIALS, SPECIALS)]
     x = np.concatenate([x, np.abs(x), pairs[0]])
     y = np.concatenate([y, y, pairs[1]])
     with np.errstate(all="ignore"):
-        right = np.power(x.astype(np.longdouble), y.astype(np.longdouble)).astype(np.float64)
-    assert worst_ulps(run_vector(vectors, "pow", x, y), right) <= 1
+        right = of_numpy(x.astype(np.longdouble), y.astype(np.longdouble)).astype(np.float64)
+    assert worst_ulps(run_vector(vectors, name, x, y), right) <= 1
 
 
 IMAGES = """

@@ -91,7 +91,7 @@ def test_infer_agrees_with_eval(name: str, sample: Sample):
 
 def divides_integers_by_zero(name: str, sample: Sample) -> bool:
     """Eager raises on these; here they are 0."""
-    divides = name in ("floordiv", "mod") and not sample.is_float
+    divides = name in ("floordiv", "mod", "fmod") and not sample.is_float
     return divides and np.any(np.equal(sample.build()[1], 0))
 
 
@@ -123,7 +123,7 @@ def test_eval_against_torch(name: str, sample: Sample):
         assert_same_numbers(ours, theirs, zero_sign=name not in ZERO_SIGN_OPEN)
 
 
-@pytest.mark.parametrize("name", ["floordiv", "mod"])
+@pytest.mark.parametrize("name", ["floordiv", "mod", "fmod"])
 def test_integer_division_by_zero_is_zero(name: str):
     x = np.array([5, -5, 0])
     with np.errstate(divide="ignore"):

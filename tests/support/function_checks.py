@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support import (  # noqa: F401  all samples
+    function_samples_elementwise,
     function_samples_indexing,
     function_samples_nn,
     function_samples_random,

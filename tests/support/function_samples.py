@@ -635,7 +635,7 @@ row(
 )
 row("zero_", [S(r(5)), S(r(4, 3).t()), S(r(5, dtype=b1)), no(r(1).expand(3))])
 
-for _name in ("neg", "abs", "sign", "floor", "trunc", "relu", "square"):
+for _name in ("neg", "abs", "sign", "floor", "trunc", "fix", "relu", "square"):
     _more = {"neg": "negative negative_", "abs": "absolute absolute_"}.get(_name, "")
     row(f"{_name} {_name}_ {_more}", UNARY)
 for _name in ("exp", "log", "sin", "cos", "tanh", "sigmoid", "rsqrt"):

@@ -71,6 +71,11 @@ static inline int64_t tj_mod_int(int64_t a, int64_t b) {
   return rest != 0 && (rest < 0) != (b < 0) ? rest + b : rest;
 }
 
+/* The remainder of truncated division; 0 where the divisor is 0. */
+static inline int64_t tj_fmod_int(int64_t a, int64_t b) {
+  return b == 0 || b == -1 ? 0 : a % b;
+}
+
 /* Integer power by squaring; a negative power is 1 / a^-b truncated, 0 for a = 0. */
 static inline int64_t tj_pow_int(int64_t a, int64_t b) {
   if (b < 0) return a == 1 ? 1 : a == -1 ? (b & 1 ? -1 : 1) : 0;
@@ -218,7 +223,6 @@ static inline uint16_t tj_store_f16(float x) {
 }
 """
 
-
 _STREAM = """
 /* Copies past the caches, for results too large to stay there: a plain store would first read
    what it overwrites. `tj_stream_end` makes them visible before what this thread does next. */
@@ -266,6 +270,7 @@ _ERF_TERMS = [
 _ERFC_TERMS = [-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806]
 _ERFC_TERMS += [0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277]
 _LOG_TERMS = [2 / (2 * k + 1) for k in range(9)]
+_ATAN_TERMS = [(-1) ** k / (2 * k + 1) for k in range(13)]
 _SIN_TERMS = [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]
 _COS_TERMS = [(-1) ** k / math.factorial(2 * k) for k in range(8)]
 
@@ -310,6 +315,14 @@ static inline float tj_erff(float x) {{
   double exponent = {_polynomial("t", _ERFC_TERMS)};
   double far = 1 - t * tj_exp_core(exponent - z2);
   return (float)(x != x ? x : copysign(size < 1 ? near : far, x));
+}}
+
+/* By the same fit. */
+static inline float tj_erfcf(float x) {{
+  double size = fabs((double)x), z = size > 12.0 ? 12.0 : size, t = 1 / (1 + 0.5 * z);
+  double exponent = {_polynomial("t", _ERFC_TERMS)};
+  double tail = t * tj_exp_core(exponent - z * z);
+  return (float)(x != x ? x : x < 0 ? 2 - tail : tail);
 }}
 
 static inline float tj_tanhf(float x) {{
@@ -419,6 +432,21 @@ static inline float tj_cosf(float x) {{
 }}
 """
 
+_ATAN = f"""
+/* atan by its Taylor series below tan(pi/8); above, and beyond 1, by the angle's complements. */
+static inline float tj_atan2f(float y, float x) {{
+  double height = fabs((double)y), width = fabs((double)x);
+  double large = height > width ? height : width, small = height > width ? width : height;
+  double t = small == large ? (large > 0) : small / large; /* also of infinities, and of zeros */
+  bool steep = t > {math.sqrt(2) - 1!r};
+  double s = steep ? (t - 1) / (t + 1) : t, s2 = s * s;
+  double angle = s * ({_polynomial("s2", _ATAN_TERMS)}) + (steep ? {math.pi / 4!r} : 0);
+  angle = height > width ? {math.pi / 2!r} - angle : angle;
+  angle = signbit(x) ? {math.pi!r} - angle : angle;
+  return (float)(x != x || y != y ? NAN : copysign(angle, (double)y));
+}}
+"""
+
 _F64 = """
 /* The float64 functions, by the names that templates make. */
 #define tj_exp exp
@@ -426,6 +454,8 @@ _F64 = """
 #define tj_expm1 expm1
 #define tj_log1p log1p
 #define tj_erf erf
+#define tj_erfc erfc
+#define tj_atan2 atan2
 #define tj_tanh tanh
 #define tj_sin sin
 #define tj_cos cos
@@ -449,6 +479,7 @@ C_PARTS = (
     _EXP,
     _LOG,
     _SIN,
+    _ATAN,
     _F64,
     _STREAM,
 )

@@ -132,7 +132,7 @@ def div(
     t: Trace, input: object, other: object, *, rounding_mode: str | None = None
 ) -> TracedTensor:
     if rounding_mode == "floor":
-        _check_divisor(t, input, other)
+        check_divisor(t, input, other)
         return pointwise(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
     quotient = pointwise(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
     if rounding_mode is None:
@@ -179,12 +179,12 @@ def _flat(t: Trace, name: str, emit):
 
 
 def floor_divide(t: Trace, input: object, other: object) -> TracedTensor:
-    _check_divisor(t, input, other)
+    check_divisor(t, input, other)
     emit = _no_derivative(t, "floor_divide", t.b.floordiv)
     return pointwise(t, emit, (input, other), wide=True)
 
 
-def _check_divisor(t: Trace, input: object, other: object) -> None:
+def check_divisor(t: Trace, input: object, other: object) -> None:
     """An integer division by 0 raises on the CPU; on a GPU it gives something."""
     operands = operand(t, input), operand(t, other)
     dtype = result_dtype(operands)
@@ -198,7 +198,7 @@ def _check_divisor(t: Trace, input: object, other: object) -> None:
 
 
 def remainder(t: Trace, input: object, other: object) -> TracedTensor:
-    _check_divisor(t, input, other)
+    check_divisor(t, input, other)
     emit = t.b.mod if isinstance(input, Tensor) else _no_derivative(t, "remainder", t.b.mod)
     return pointwise(t, emit, (input, other))
 

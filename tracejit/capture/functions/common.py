@@ -273,6 +273,12 @@ def result_strides(operands: Sequence[Operand], shape: Ints) -> Ints:
     )
 
 
+def kept_strides(h: Handle) -> Ints:
+    """The strides that torch.empty_like gives: those of a dense tensor stay."""
+    dense = is_dense(h.shape, h.strides)
+    return h.strides if dense else elementwise_strides(h.shape, [(h.shape, h.strides)])
+
+
 def pointwise(
     t: Trace,
     emit: Callable[..., Value],

@@ -6,6 +6,7 @@ A new one is one row in a family module: `elementwise(Row("sinc", value, (slope,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from tracejit.capture.functions.common import (
     Number,
     as_float,
     as_it_is,
+    is_tensor,
     literal,
     pointwise,
     register,
@@ -54,6 +56,15 @@ def emitted(t: Trace, row: Row, inputs: Sequence[Arg], numbers: Sequence[Number]
     )
 
 
+def _as_values(t: Trace, row: Row, xs: Sequence[Arg]) -> Sequence[Arg]:
+    """The inputs, numbers as tensors where formulas of the row differentiate by each."""
+    if not row.slopes:
+        return xs
+    like = next(x for x in xs if is_tensor(x)).type
+    full = partial(t.b.full, shape=like.shape, dtype=like.dtype, device=like.device)
+    return [x if is_tensor(x) else full(x) for x in xs]
+
+
 def _bound(t: Trace, slope: Formula, numbers: list[Arg]) -> Formula:
     return lambda g, y, *xs: slope(t, g, y, *xs, *numbers)
 
@@ -76,9 +87,8 @@ def function_of(row: Row, module: str) -> Callable[..., TracedTensor]:
     elif row.arity == 2 and row.numbers is no_numbers:
 
         def function(t: Trace, input: object, other: object) -> TracedTensor:
-            return pointwise(
-                t, lambda x, y: emitted(t, row, (x, y)), (input, other), to=to, row_major=row_major
-            )
+            emit = lambda *xs: emitted(t, row, _as_values(t, row, xs))  # noqa: E731
+            return pointwise(t, emit, (input, other), to=to, row_major=row_major)
 
     else:
 
@@ -93,8 +103,8 @@ def function_of(row: Row, module: str) -> Callable[..., TracedTensor]:
     return function
 
 
-def elementwise(row: Row, module: str) -> Callable[..., TracedTensor]:
+def elementwise(row: Row, module: str, *, inplace: bool = True) -> Callable[..., TracedTensor]:
     """Register a row for all spellings of its names, as methods, in place, with flags; its rule."""
     function = function_of(row, module)
-    register(row.names.split(), function, row=row)
+    register(row.names.split(), function, row=row, inplace=inplace)
     return function

@@ -31,7 +31,7 @@ def _is_finite(t: Trace, x: Value) -> Value:
     return t.b.lt(t.b.abs(x), math.inf)  # no comparison with NaN is true
 
 
-def _rounding(name: str) -> Formula:
+def rounding(name: str) -> Formula:
     """Integers are whole numbers already."""
 
     def value(t: Trace, x: Value) -> Value:
@@ -115,8 +115,8 @@ ROWS = (
     Row("neg negative __neg__", primitive("neg")),
     Row("abs absolute __abs__", primitive("abs")),
     Row("sign", primitive("sign")),
-    Row("floor", _rounding("floor")),
-    Row("trunc", _rounding("trunc")),
+    Row("floor", rounding("floor")),
+    Row("trunc fix", rounding("trunc")),
     Row("exp", primitive("exp"), dtypes="to_float"),
     Row("log", primitive("log"), dtypes="to_float"),
     Row("sqrt", primitive("sqrt"), dtypes="to_float"),

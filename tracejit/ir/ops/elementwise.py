@@ -117,6 +117,14 @@ def _eval_sign(x: np.ndarray) -> np.ndarray:
     return ((x > 0).astype(np.int8) - (x < 0).astype(np.int8)).astype(x.dtype)
 
 
+_erfc_of_each = np.vectorize(math.erfc, otypes=[np.float64])
+
+
+def _eval_erfc(x: np.ndarray) -> np.ndarray:
+    """1 - erf(x) without cancellation, computed in float64."""
+    return _erfc_of_each(x).astype(x.dtype)
+
+
 _erf_of_each = np.vectorize(math.erf, otypes=[np.float64])
 
 
@@ -220,6 +228,12 @@ erf = _function(
     lambda b, g, y, x: b.mul(g, b.mul(b.exp(b.neg(b.mul(x, x))), 2 / math.sqrt(math.pi))),
     cost=40,
 )
+erfc = _function(
+    "erfc",
+    _eval_erfc,
+    lambda b, g, y, x: b.mul(g, b.mul(b.exp(b.neg(b.mul(x, x))), -2 / math.sqrt(math.pi))),
+    cost=40,
+)
 sqrt = _unary(
     "sqrt",
     np.sqrt,
@@ -235,6 +249,7 @@ sin = _function("sin", np.sin, lambda b, g, y, x: b.mul(g, b.cos(x)), cost=24)
 cos = _function("cos", np.cos, lambda b, g, y, x: b.mul(g, b.neg(b.sin(x))), cost=24)
 floor = _unary("floor", np.floor, NO_GRAD, "f", cost=1, exact=BITS, rounds=False, host=None)
 trunc = _unary("trunc", np.trunc, NO_GRAD, "f", cost=1, exact=BITS, rounds=False, host=None)
+round_ = _unary("round", np.rint, NO_GRAD, "f", cost=1, exact=BITS, rounds=False, host=None)
 not_ = _unary("not", np.invert, NO_GRAD, "iub", cost=1, exact=BITS, rounds=False, host=None)
 
 add = _binary(
@@ -301,12 +316,55 @@ mod = _binary(
     rounds=True,
     host=None,
 )
+fmod = _binary(
+    "fmod",
+    np.fmod,
+    lambda b, g, y, x, z: g,
+    lambda b, g, y, x, z: b.neg(b.mul(g, b.trunc(b.div(x, z)))),
+    "fiu",
+    cost=40,
+    exact=EDGES,
+    rounds=False,
+    host=None,
+)
+copysign = _binary(
+    "copysign",
+    np.copysign,
+    lambda b, g, y, x, z: b.where(b.eq(y, 0.0), 0.0, b.mul(g, b.div(y, x))),
+    lambda b, g, y, x, z: _as_tensor(b, 0.0, g),
+    "f",
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host=None,
+)
+
+
+def _over_square(b, g, x, z, first: bool):
+    """g · (x or z) / (x² + z²), and 0 where both are 0 (as torch)."""
+    x, z = (_as_tensor(b, v, g) for v in (x, z))
+    square = b.add(b.mul(x, x), b.mul(z, z))
+    slope = b.mul(g, b.div(x if first else z, square))
+    return b.where(b.eq(square, 0.0), 0.0, slope)
+
+
+atan2 = _binary(
+    "atan2",
+    np.arctan2,
+    lambda b, g, y, x, z: _over_square(b, g, x, z, False),
+    lambda b, g, y, x, z: b.neg(_over_square(b, g, x, z, True)),
+    "f",
+    cost=40,
+    exact=ULPS,
+    rounds=True,
+    host=None,
+)
 
 
 def _as_tensor(b, x, like):
-    """A host scalar as a tensor of `like`'s type; tensors as they are."""
+    """A literal or host scalar as a tensor of `like`'s type; tensors as they are."""
     kind = like.type
-    if not x.type.is_host:
+    if not isinstance(x, (int, float)) and not x.type.is_host:
         return x
     return b.full(x, shape=kind.shape, dtype=kind.dtype, device=kind.device)
 

@@ -1,0 +1,155 @@
+"""Samples of element-wise functions in breadth: rounding, inverse, hyperbolic and special ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from support.function_samples import (
+    BINARY,
+    NUMBER_PAIRS,
+    SPECIAL,
+    TENSOR_PAIRS,
+    UNARY,
+    S,
+    Sample,
+    b1,
+    bf16,
+    f16,
+    f64,
+    i8,
+    i32,
+    i64,
+    inf,
+    layouts,
+    nan,
+    r,
+    restart,
+    row,
+    u8,
+    v,
+)
+
+restart()
+
+
+def _mixes_bools(sample: Sample) -> bool:
+    first, second = (x.dtype for x in sample.args)
+    return first is b1 and second.is_floating_point
+
+
+TIES = [S(v(-2.5, -1.5, -0.5, -0.0, 0.0, 0.5, 1.5, 2.5, 0.49999997, 8388609.0, 1e20, nan, -inf))]
+INSIDE = [  # within -1 … 1
+    S(r(5, low=-0.9, high=0.9), smooth=True),
+    S(r(7, dtype=f64, low=-0.9, high=0.9), smooth=True),
+    S(r(123, dtype=bf16, low=-0.9, high=0.9)),
+    S(v(1.0, -1.0, 0.0, -0.0, 1e-7, 0.99999994, -0.99999994)),
+]
+ABOVE = [S(r(7, low=1.1, high=9.0), smooth=True), S(v(1.0, 1.0000001, 1e10, 3e38, inf))]
+FAR = [S(v(-89.3, -80.5, -20.0, -5.0, 5.0, 20.0, 80.5, 89.3)), S(v(-3e38, -1e10, 1e-30, 1e10))]
+
+
+def both(name: str) -> str:
+    """The spellings of a function that torch.special has too."""
+    special = f" special_{name}" if hasattr(torch.special, name) else ""
+    return f"{name} {name}_{special}" if hasattr(torch, name) else f"special_{name}"
+
+
+for _name in ("ceil", "sgn"):
+    row(f"{_name} {_name}_", [*UNARY, *TIES])
+row("frac frac_", [*UNARY, *TIES])
+row(
+    "round round_ special_round",
+    [
+        *UNARY,
+        *TIES,
+        *(S(r(123) * 40, decimals=d) for d in (0, 1, 3, -1)),
+        *(S(r(9, dtype=d), decimals=1) for d in (f64, bf16, f16, i64)),
+        S(v(*SPECIAL), decimals=2),
+        S(r(9, dtype=i32), decimals=0),
+    ],
+)
+row("signbit", UNARY)
+row("isposinf isneginf", UNARY)
+row(
+    "nan_to_num nan_to_num_",
+    [
+        *UNARY,
+        S(v(*SPECIAL), 1.5, 2.5, -3.5),
+        S(v(*SPECIAL, dtype=f64), nan=-1.0),
+        S(v(nan, inf, -inf, dtype=bf16), 0.1, posinf=0.3),
+        S(v(*SPECIAL), neginf=nan),
+        S(r(5, dtype=i64), 2.0),
+        S(r(5, dtype=b1), 1.0),
+    ],
+)
+row(
+    "heaviside heaviside_",
+    [
+        S(v(-1.5, 0, -0.0, 2, nan, inf), v(0.5)),
+        S(r(3, 1), r(4)),
+        S(v(-1, 0, 3, dtype=i64), v(5, 6, 7, dtype=i64)),
+        S(r(5, dtype=b1), r(5, dtype=b1)),
+        S(v(0.0, 1.0, dtype=bf16), v(0.5, 0.5, dtype=bf16)),
+        S(r(5), r(5, dtype=f64)),
+        S(r(0), r(1)),
+    ],
+)
+# Vectorized eager may differ where the quotient is beyond 2**24.
+_ordinary = [s for s in TENSOR_PAIRS if s.args[0].numel() != len(SPECIAL) ** 2]
+row(
+    "fmod fmod_",
+    [
+        *_ordinary,
+        *NUMBER_PAIRS,
+        S(v(nan, inf, -inf, 1, -1, -0.5, 0, 5, -5, -0.0), v(1, 1, 1, inf, inf, 0, 2, -3, 3, 2)),
+        S(v(-7, 7, -7, 7, dtype=i64), v(3, -3, -3, 3, dtype=i64)),
+        S(v(-128, 127, dtype=i8), v(-1, 5, dtype=i8)),
+    ],
+)
+row(
+    "float_power",
+    [s for s in BINARY if not isinstance(s.args[1], bool)],
+    exact=False,
+)
+
+for _name in ("tan", "sinh", "cosh"):
+    row(f"{_name} {_name}_", [*UNARY, *INSIDE, *FAR], exact=False)
+for _name in ("asin", "acos", "atan"):
+    _arc = f"arc{_name[1:]}"
+    row(f"{_name} {_name}_ {_arc} {_arc}_", [*UNARY, *INSIDE, *FAR], exact=False)
+for _name in ("asinh", "acosh", "atanh"):
+    row(f"{_name} arc{_name[1:]}", [*UNARY, *INSIDE, *ABOVE, *FAR], exact=False)
+row(both("erfc"), [*UNARY, *FAR], exact=False)
+row(both("ndtr"), [*UNARY, *FAR], exact=False)
+row(both("entr"), [*UNARY, *INSIDE, *ABOVE], exact=False)
+for _name in ("deg2rad", "rad2deg"):
+    row(both(_name), UNARY, exact=False)
+_shares = [S(r(5, low=0.05, high=0.95), smooth=True), S(r(5, dtype=f64, low=0.1, high=0.9))]
+row(
+    both("logit"),
+    [
+        *UNARY,
+        *_shares,
+        *(S(x, e) for x in layouts() for e in (0.1,)),
+        *(S(r(7, dtype=d), eps=0.2) for d in (f64, bf16, f16, i64)),
+        S(v(0.0, 1.0, 0.5, -1.0, 2.0, nan, inf), 0.0),
+        S(v(*SPECIAL), 0.25),
+        S(r(5), None),
+    ],
+    exact=False,
+)
+
+# Without those where eager's gradient is of a bool tensor, which it cannot subtract or negate.
+# Second derivatives of equal shapes cancel out for the weights that the check takes.
+FLOAT_PAIRS = [replace(s, smooth=False) for s in TENSOR_PAIRS if not _mixes_bools(s)]
+_pairs = [S(r(3, 1), r(1, 4), smooth=True), S(r(3, 1, dtype=f64), r(1, 4, dtype=f64), smooth=True)]
+for _name in ("logaddexp", "logaddexp2", "hypot"):
+    row(f"{_name} {_name}_" if _name == "hypot" else _name, [*FLOAT_PAIRS, *_pairs], exact=False)
+row("atan2 atan2_ arctan2 arctan2_", [*FLOAT_PAIRS, *_pairs], exact=False)
+_positive = [S(r(5), r(5, low=0.2), smooth=True), S(r(3), v(1, 2, 3, dtype=u8))]
+_numbers = [s for s in BINARY if s.args[1] is not nan]  # eager's gradient at 0 is 0, not nan, there
+row(both("xlogy"), [*_numbers, *_positive], exact=False)
+row(both("xlog1py"), [*BINARY, *_positive], exact=False)
+row("copysign copysign_", [replace(s, smooth=False) for s in BINARY])
