@@ -107,8 +107,12 @@ def says_so(function: Callable) -> bool:
 
 
 WRITTEN = {"gumbel_softmax", "local_response_norm", "lp_pool1d", "lp_pool2d", "lp_pool3d"}  # run so
+WRITTEN |= {"tensordot", "inner", "matrix_power", "linalg_matrix_power", "linalg_multi_dot", "cov"}
+WRITTEN |= {"chain_matmul", "corrcoef", "trapezoid", "trapz", "cumulative_trapezoid", "nanmean"}
+WRITTEN |= {"linalg_vecdot", "combinations", "triplet_margin_with_distance_loss"}
+WRITTEN |= {"multilabel_soft_margin_loss", "gaussian_nll_loss", "renorm", "renorm_"}
 REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru", "einsum"}
-REFUSED_ON_GPUS |= {"binary_cross_entropy"}
+REFUSED_ON_GPUS |= {"binary_cross_entropy", "triplet_margin_with_distance_loss"}
 ON_GPUS = [f for f in each_function() if f in POLICIES["cuda"] or sampled(function_name(f), 4)]
 
 

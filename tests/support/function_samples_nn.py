@@ -38,6 +38,7 @@ functional = torch.nn.functional
 _before = set(ROWS)
 from support import (  # noqa: E402, F401
     function_samples_attention,
+    function_samples_composed,
     function_samples_images,
     function_samples_patches,
     function_samples_recurrent,

@@ -1,16 +1,20 @@
-"""Functions of torch's own Python that reach a trace as one call, and are run as they are written.
+"""Functions that only call others: torch's own Python run as it is written, and `composed` rules.
 
-Under a mode that intercepts, such a function hands itself over. Its body is run once more, under
-the trace, told that nobody intercepts; so the functions that it calls arrive by themselves.
+Under a mode that intercepts, a Python function of torch hands itself over. Its body is run once
+more, under the trace, told that nobody intercepts; so the functions that it calls arrive by
+themselves. What torch composes in C++ is written here in the same way, in torch's functions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
 from types import FunctionType, MappingProxyType
 
 import torch
 
+from tracejit.capture.trace import autocast
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.trace import Trace
 
@@ -47,6 +51,47 @@ def composite(function: FunctionType) -> None:
         return run_body(t, function, args, kwargs)
 
 
+def composed(*functions: Callable) -> Callable[[Callable], Callable]:
+    """Register a rule that is written in torch's functions: body(trace, *arguments).
+
+    It may call rules as well. Errors about arguments come first, while the trace stands at the call
+    of the user's.
+    """
+
+    def register(body: Callable) -> Callable:
+        rule(*functions)(in_torch(body))
+        return body
+
+    return register
+
+
+def in_torch(body: Callable) -> Callable:
+    """The rule that a function of torch's functions, body(trace, *arguments), makes."""
+
+    @wraps(body)
+    def run(t: Trace, *args: object, **kwargs: object) -> object:
+        with _inside(t):
+            return body(t, *args, **kwargs)
+
+    return run
+
+
+@contextmanager
+def _inside(t: Trace) -> Iterator[None]:
+    """Calls of torch's functions arrive. Where autocast has cast the arguments of the one that is
+    running, it casts nothing inside."""
+    off = [d for d, listed in autocast.POLICIES.items() if t.calling in listed]
+    off = [d for d in off if torch.is_autocast_enabled(d)]
+    for device in off:
+        torch.set_autocast_enabled(device, False)
+    try:
+        with t.user_code(grad=t.grad_on):
+            yield
+    finally:
+        for device in off:
+            torch.set_autocast_enabled(device, True)
+
+
 def run_body(
     t: Trace,
     function: FunctionType,
@@ -58,23 +103,37 @@ def run_body(
     namespace = {**function.__globals__, **_INSTEAD, **instead}
     body = FunctionType(function.__code__, namespace, function.__name__, function.__defaults__)
     body.__kwdefaults__ = function.__kwdefaults__
-    with t.user_code(grad=torch.is_grad_enabled()):
+    with _inside(t):
         return body(*args, **kwargs)
 
 
 _COMPOSITES: tuple[Callable, ...] = (
+    torch.functional.block_diag,
+    torch.functional.cartesian_prod,
+    torch.functional.cdist,
+    torch.functional.chain_matmul,
+    torch.functional.tensordot,
     torch.nn.functional.affine_grid,
+    torch.nn.functional.cosine_embedding_loss,
     torch.nn.functional.fold,
     torch.nn.functional.grid_sample,
     torch.nn.functional.gumbel_softmax,
+    torch.nn.functional.hinge_embedding_loss,
     torch.nn.functional.interpolate,
     torch.nn.functional.local_response_norm,
     torch.nn.functional.lp_pool1d,
     torch.nn.functional.lp_pool2d,
     torch.nn.functional.lp_pool3d,
+    torch.nn.functional.margin_ranking_loss,
     torch.nn.functional.max_unpool1d,
     torch.nn.functional.max_unpool2d,
     torch.nn.functional.max_unpool3d,
+    torch.nn.functional.multi_margin_loss,
+    torch.nn.functional.multilabel_margin_loss,
+    torch.nn.functional.multilabel_soft_margin_loss,
+    torch.nn.functional.poisson_nll_loss,
+    torch.nn.functional.triplet_margin_loss,
+    torch.nn.functional.triplet_margin_with_distance_loss,
     torch.nn.functional.unfold,
     torch.nn.init.constant_,
     torch.nn.init.kaiming_uniform_,

@@ -68,7 +68,7 @@ def _weighted(t: Trace, losses: TracedTensor, weight: Tensor | None) -> TracedTe
     return losses if weight is None else mul(t, losses, weight)
 
 
-def _constant(t: Trace, name: str, weight: Tensor | None) -> Tensor | None:
+def constant_weight(t: Trace, name: str, weight: Tensor | None) -> Tensor | None:
     """A weight, refused where it requires grad."""
     if weight is not None and t.grad_on and t.requires_grad(t.lift(weight)):
         raise t.autograd_error(
@@ -295,7 +295,7 @@ def binary_cross_entropy(
         reason = f"all elements of {role} should be between 0 and 1"
         between(t, tensor, 0.0, 1.0, t.shape_error(reason))
     losses = _bce_losses(t, input, target)
-    return reduced(t, _weighted(t, losses, _constant(t, "binary_cross_entropy", weight)), how)
+    return reduced(t, _weighted(t, losses, constant_weight(t, "binary_cross_entropy", weight)), how)
 
 
 def _scale(t: Trace, z: Value, p: Value) -> Value:
@@ -356,7 +356,7 @@ def binary_cross_entropy_with_logits(
     """
     if operand(t, input).handle.shape != operand(t, target).handle.shape:
         raise argument_error(t, "Target size must be the same as input size")
-    weight = _constant(t, _LOGITS.name, weight)
+    weight = constant_weight(t, _LOGITS.name, weight)
     if pos_weight is None:
         losses = _logits_losses(t, input, target)
     else:

@@ -1,4 +1,4 @@
-"""Sorting: sort, argsort, msort, topk, kthvalue, median.
+"""Sorting: sort, argsort, msort, topk, kthvalue, median, nanmedian.
 
 The rank of an element is how many stand before it, found by comparing each with each along the
 axis: n² comparisons of n elements, in vector loops. What has a rank goes to that place (`scatter`).
@@ -6,6 +6,8 @@ NaN is the largest, and ties keep their order, as in eager's stable sort.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -152,8 +154,9 @@ def kthvalue(t: Trace, input: Tensor, k: int, dim: int = -1, keepdim: bool = Fal
     return _one(t, input, dim, bool(keepdim), int(k) - 1, "kthvalue")
 
 
-def _middle(t: Trace, x: Value, axis: int) -> tuple[Value, Value]:
-    """The lower one of the two in the middle along an axis, or the first NaN; and its place."""
+def _middle(t: Trace, x: Value, axis: int, ignore: bool) -> tuple[Value, Value]:
+    """The lower one of the two in the middle along an axis, or the first NaN; and its place.
+    `ignore`: that of the numbers, if there are any."""
     b, n = t.b, x.type.shape[axis]
     kept = tuple(1 if k == axis else s for k, s in enumerate(x.type.shape))
     with t.untaped():
@@ -162,28 +165,37 @@ def _middle(t: Trace, x: Value, axis: int) -> tuple[Value, Value]:
         if x.type.dtype.is_float:
             numbers = b.reduce_sum(b.cast(b.eq(x, x), dtype=i64), axes=(axis,))
             numbers = b.reshape(numbers, shape=kept)
-            place = b.where(b.lt(numbers, n), numbers, place)
+            if ignore:
+                place = b.maximum(b.sub(b.floordiv(b.add(numbers, 1), 2), 1), 0)
+            else:
+                place = b.where(b.lt(numbers, n), numbers, place)
         place = b.gather(order, place, axis=axis)
     t.ranges[place] = 0, n - 1
     return b.gather(x, place, axis=axis), place
 
 
-def median(t: Trace, input: Tensor, dim: int | None = None, keepdim: bool = False) -> object:
+def _median(name: str, *, ignore: bool) -> Callable:
     """The lower median of everything; along a dim, with its place."""
-    h = t.lift(input)
-    if not h.numel:
-        raise t.unsupported("The median of no elements has no rule")
-    if dim is None:
-        value, _ = _middle(t, t.b.reshape(t.read(h), shape=(h.numel,)), 0)
-        return t.fresh(t.b.reshape(value, shape=()))
-    axis = normal_axis(t, dim, len(h.shape))
-    x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
-    found = []
-    for v in _middle(t, x, axis):
-        v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
-        found.append(t.fresh(keep(t, v, h.shape, (axis,), keepdim) if h.shape else v))
-    return torch.return_types.median(found)
+
+    def rule(t: Trace, input: Tensor, dim: int | None = None, keepdim: bool = False) -> object:
+        h = t.lift(input)
+        if not h.numel:
+            raise t.unsupported("The median of no elements has no rule")
+        if dim is None:
+            value, _ = _middle(t, t.b.reshape(t.read(h), shape=(h.numel,)), 0, ignore)
+            return t.fresh(t.b.reshape(value, shape=()))
+        axis = normal_axis(t, dim, len(h.shape))
+        x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
+        found = []
+        for v in _middle(t, x, axis, ignore):
+            v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
+            found.append(t.fresh(keep(t, v, h.shape, (axis,), keepdim) if h.shape else v))
+        return getattr(torch.return_types, name)(found)
+
+    return rule
 
 
-for _implementation in (sort, argsort, msort, topk, kthvalue, median):
+for _implementation in (sort, argsort, msort, topk, kthvalue):
     register((_implementation.__name__,), _implementation, inplace=False)
+register(("median",), _median("median", ignore=False), inplace=False)
+register(("nanmedian",), _median("nanmedian", ignore=True), inplace=False)

@@ -176,13 +176,20 @@ def _refused(what: str) -> Policy:
     return policy
 
 
+_SPACES = {
+    "": None,
+    "linalg": torch._C._linalg,
+    "functional": torch.functional,
+    "builtin": torch._C._VariableFunctions,
+}
+
+
 def _table(*rows: tuple[Policy, str]) -> dict[Callable, Policy]:
     found: dict[Callable, Policy] = {}
     for policy, names in rows:
         for name in names.split():
             space, _, bare = name.rpartition(".")
-            namespace = {"": None, "linalg": torch._C._linalg, "functional": torch.functional}
-            owner = namespace[space]
+            owner = _SPACES[space]
             for function in spellings(name) if owner is None else (getattr(owner, bare),):
                 found[function] = policy
     return found
@@ -200,7 +207,7 @@ _BOTH = (
         "poisson_nll_loss cosine_embedding_loss nll_loss cross_entropy hinge_embedding_loss kl_div "
         "l1_loss smooth_l1_loss huber_loss mse_loss margin_ranking_loss multilabel_margin_loss "
         "soft_margin_loss triplet_margin_loss multi_margin_loss binary_cross_entropy_with_logits "
-        "cdist",
+        "cdist builtin.cdist",
     ),
 )
 POLICIES: dict[str, dict[Callable, Policy]] = {
@@ -220,7 +227,11 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
     ),
     "cuda": _table(
         *_BOTH,
-        (_lower, "addmv addr mv functional.einsum rnn_tanh_cell rnn_relu_cell lstm_cell gru_cell"),
+        (
+            _lower,
+            "addmv addr mv functional.einsum functional.chain_matmul builtin.chain_matmul "
+            "linalg.linalg_multi_dot rnn_tanh_cell rnn_relu_cell lstm_cell gru_cell",
+        ),
         (
             _float32,
             "__rdiv__ exp expm1 log log10 log2 log1p reciprocal rsqrt tan acos asin "
@@ -238,7 +249,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         ),
         (
             _widest,
-            "addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add grid_sampler",
+            "addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add grid_sampler "
+            "functional.tensordot builtin.tensordot",
         ),
         (
             _refused("A recurrent network has no rule under autocast on a GPU"),
