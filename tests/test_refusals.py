@@ -129,7 +129,6 @@ def test_collectives(one_process):
 
 
 TRANSFORMS = {
-    "vmap": lambda x: torch.vmap(lambda row: row * 2)(x),
     "grad": lambda x: torch.func.grad(lambda y: y.sum())(x),
     "vjp": lambda x: torch.func.vjp(lambda y: y * 2, x),
     "jvp": lambda x: torch.func.jvp(torch.sin, (x,), (x,)),

@@ -95,7 +95,7 @@ _PURE_TORCH_MODULES = (
     *("torch", "torch._C", "torch._VF", "torch._classes", "torch._compile", "torch._dynamo"),
     *("torch._functorch.autograd_function", "torch._functorch.pyfunctorch"),
     *("torch._functorch.utils", "torch._higher_order_ops", "torch._jit_internal"),
-    "torch._functorch.functional_call",
+    *("torch._functorch.functional_call", "torch._functorch.apis", "torch._functorch.vmap"),
     *("torch._linalg_utils", "torch._lowrank", "torch._namedtensor_internals", "torch._ops"),
     *("torch._tensor", "torch._utils", "torch._vendor", "torch.accelerator", "torch.amp"),
     *("torch.autograd", "torch.backends", "torch.compiler", "torch.cuda", "torch.functional"),

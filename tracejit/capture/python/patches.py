@@ -25,7 +25,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
-from tracejit.capture.python import checkpoints, mathematics
+from tracejit.capture.python import checkpoints, mathematics, vmaps
 from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
@@ -188,9 +188,12 @@ def _apply(cls: type[Function], *args: object) -> object:
         return super(_SingleLevelFunction, cls).apply(*args)
     if cls is CheckpointFunction:
         return checkpoints.reentrant(t, *args)
+    if (cls.__module__, cls.__name__) == _MOD_INDEX:  # x[i, j] under TransformGetItemToIndex
+        return args[0][tuple(args[1])]
     return call(t, cls, args)
 
 
+_MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op", "ModIndex"
 _group_in_c = torch._C._group_tensors_by_device_and_dtype
 
 
@@ -339,6 +342,7 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch, "set_anomaly_enabled", _anomaly),
         (torch, "clear_autocast_cache", _cleared),
         (*_CHECKPOINT, checkpoints.without_reentrant),
+        (torch._functorch.apis, "vmap_impl", vmaps.vmap),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
         (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),

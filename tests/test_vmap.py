@@ -1,0 +1,226 @@
+"""`torch.vmap` in steps: masks of attention from functions of indices, and other simple functions.
+
+See `support/worlds.py`.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+import tracejit
+from support.function_checks import tensors_of
+from support.oracle import traced
+from support.worlds import Case, X, check, table
+
+CASES: dict[str, Case] = {}
+case = table(CASES)
+IDS = torch.arange(6).reshape(2, 3)
+DOCUMENTS = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 2, 2]])
+
+
+def laid_out(function, *sizes):
+    """A mask from a function of row, head, query and key."""
+    for axis in (3, 2, 1, 0):
+        dims = tuple(0 if i == axis else None for i in range(4))
+        function = torch.vmap(function, in_dims=dims, out_dims=0)
+    with TransformGetItemToIndex():
+        return function(*(torch.arange(n) for n in sizes))
+
+
+def mask(function, *sizes):
+    """A case: attention by a mask that is made in the step."""
+
+    def build(w):
+        w.x = torch.randn(2, 3, 5, 4, requires_grad=True)
+
+        def step():
+            seen = laid_out(function, *sizes)
+            y = torch.nn.functional.scaled_dot_product_attention(w.x, w.x, w.x, attn_mask=seen)
+            return seen, torch.autograd.grad(y.square().sum(), w.x)
+
+        return step
+
+    return build
+
+
+def causal(b, h, q, kv):
+    return kv <= q
+
+
+def window(b, h, q, kv):
+    return q.new_ones((), dtype=torch.bool) & (kv > q - 3) & (kv <= q)
+
+
+def documents(b, h, q, kv):
+    return (DOCUMENTS[b, q] == DOCUMENTS[b, kv]) & (kv <= q)
+
+
+def of_heads(b, h, q, kv):
+    return (kv <= q + h) & torch.where(h > 1, kv != 2, q >= 0) | (q == kv)
+
+
+def chunks(b, h, q, kv):
+    return (kv // 2 == q // 2).logical_and(kv <= q)
+
+
+MASKS = {f.__name__: f for f in (causal, window, documents, of_heads, chunks)}
+
+
+def compare(build):
+    """Values, requires_grad and replays. Results are dense: eager's may be expanded."""
+    torch.manual_seed(0)
+    w = SimpleNamespace()
+    step = build(w)
+    compiled = tracejit.compile(step, on_unsupported="raise", backend="numpy")
+    for _ in range(5):
+        for ours, eager in zip(tensors_of(compiled()), tensors_of(step()), strict=True):
+            assert ours.requires_grad == eager.requires_grad
+            torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            w.x.add_(0.1)
+    assert compiled.stats.replays, compiled.explain_mode()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masks(name):
+    compare(mask(MASKS[name], 2, 3, 5, 5))
+
+
+def test_a_mask_costs_no_call_for_each_element():
+    compiled = tracejit.compile(lambda: laid_out(window, 2, 3, 40, 50))
+    torch.testing.assert_close(compiled(), laid_out(window, 2, 3, 40, 50))
+    assert len(traced(lambda: laid_out(window, 2, 3, 40, 50))[0].graph.nodes) < 60
+
+
+def of_x(function, **options):
+    """A case: a function over the rows of a matrix, and its gradient."""
+
+    def build(w):
+        w.x = X.clone().requires_grad_()
+
+        def step():
+            out = torch.vmap(function, **options)(w.x)
+            outs = out if isinstance(out, tuple) else (out,)
+            return out, torch.autograd.grad(sum(y.float().sin().sum() for y in outs), w.x)
+
+        return step
+
+    return build
+
+
+def written(x):
+    x.reshape(2, 2).t().add_(1)
+    x.unsqueeze(0).mul_(2)
+    return x
+
+
+FUNCTIONS = {
+    "a chain": (lambda x: (x * 2 + 1).sin().clamp(min=0.1), {}),
+    "along the other axis": (lambda x: x * x, {"in_dims": 1, "out_dims": 1}),
+    "back to front": (lambda x: x.exp(), {"in_dims": -1, "out_dims": -1}),
+    "a sum": (lambda x: x.sum() * x, {}),
+    "a softmax": (lambda x: x.softmax(0), {}),
+    "products": (lambda x: torch.outer(x, x) @ x, {}),
+    "a norm": (lambda x: torch.nn.functional.layer_norm(x, (4,)), {}),
+    "a running sum": (lambda x: x.cumsum(0), {}),
+    "views": (lambda x: (x[None].expand(3, -1).permute(1, 0) * x.view(4, 1)).transpose(0, 1), {}),
+    "a view that is written to": (lambda x: written(x * 1), {}),
+    "a mean and its square root": (lambda x: torch.sqrt(x.square().mean() + 1), {}),
+    "two results": (lambda x: (x.cos(), x.mean()), {}),
+    "two results, in two places": (lambda x: (x.cos(), x.mean()), {"out_dims": (1, 0)}),
+    "a row": (lambda x: x[1:] * x[0], {}),
+    "not of the batch": (lambda x: (torch.ones(2), x.sum()), {}),
+    "with a wider tensor": (lambda x: x * torch.arange(12.0).reshape(3, 4), {}),
+    "with a matrix": (lambda x: torch.arange(12.0).reshape(3, 4) @ x, {}),
+    "shapes": (lambda x: x.reshape(2, 2).t() * x.shape[0] + x.dim(), {}),
+    "in place": (lambda x: (x * 1).add_(2).mul_(x), {}),
+    "like it": (lambda x: torch.zeros_like(x) + x.new_ones(3, 1) * x, {}),
+    "new tensors": (lambda x: x.new_zeros(4).add_(x) * x.new_full((2, 1), 3.0), {}),
+    "views of reordered axes": (lambda x: x.view(2, 2).permute(-1, 0) - x.view(2, 2).T, {}),
+    "one in another": (lambda x: torch.vmap(lambda y: y * x)(x), {}),
+    "in chunks": (lambda x: x.sin(), {"chunk_size": 2}),
+    "by a decorator": (torch.func.vmap(lambda x: x.tanh()), {}),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions(name):
+    function, options = FUNCTIONS[name]
+    compare(of_x(function, **options))
+
+
+@case("replay")
+def indices_of_rows(w):
+    w.x = X.clone().requires_grad_()
+
+    def step():
+        def chosen(row, i):
+            return row[i], w.x[i]
+
+        with TransformGetItemToIndex():
+            return torch.vmap(chosen)(w.x, torch.tensor([3, 0, 1, 2, 1]))
+
+    return step
+
+
+@case("refused: draws", says="draws numbers under vmap")
+def random_numbers(w):
+    return lambda: torch.vmap(lambda x: x + torch.rand(4), randomness="same")(X)
+
+
+@case("refused: it would be a copy", says="gives a view")
+def other_views(w):
+    return lambda: torch.vmap(lambda x: x.unfold(0, 2, 1))(X)
+
+
+@case("refused: arguments that are not known", says="for these arguments")
+def other_arguments(w):
+    return lambda: torch.vmap(lambda x: x.view(torch.int32))(X)
+
+
+@case("refused: a write", says="no rule under vmap")
+def items(w):
+    def zeroed(x):
+        x = x * 1
+        x[0] = 0
+        return x
+
+    return lambda: torch.vmap(zeroed)(X)
+
+
+@case("refused: too many calls", says="batches of up to 64")
+def large_batches(w):
+    w.x = torch.randn(65, 4)
+    return lambda: torch.vmap(lambda x: x.softmax(0))(w.x)
+
+
+@case("refused: another transform", says="Torch.func")
+def gradients(w):
+    return lambda: torch.vmap(lambda x: torch.func.grad(lambda y: y.sin().sum())(x))(X)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_vmap(name):
+    check(CASES[name])
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "says"),
+    [
+        (lambda x: x, {"in_dims": 5}, "dimensionality"),
+        (lambda x: 3, {}, "must only return Tensors"),
+        (lambda x: x, {"out_dims": None}, "out_dim is None"),
+        (lambda x: x, {"out_dims": (0, 0)}, "not compatible"),
+    ],
+)
+def test_what_eager_rejects(function, options, says):
+    def step():
+        return torch.vmap(function, **options)(X)
+
+    for run in (step, tracejit.compile(step)):
+        with pytest.raises(ValueError, match=says):
+            run()
