@@ -234,7 +234,7 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         ),
         (
             _float32,
-            "__rdiv__ exp expm1 log log10 log2 log1p reciprocal rsqrt tan acos asin "
+            "__rdiv__ exp expm1 log log10 log2 log1p reciprocal rsqrt tan acos asin arccos arcsin "
             "cosh sinh erfinv pow __pow__ __rpow__ square softplus layer_norm group_norm rms_norm "
             "cosine_similarity dist pdist renorm logsumexp normalize "
             "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
@@ -249,8 +249,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         ),
         (
             _widest,
-            "addcdiv addcmul atan2 bilinear cross dot vdot index_put scatter_add grid_sampler "
-            "functional.tensordot builtin.tensordot",
+            "addcdiv addcmul atan2 arctan2 bilinear cross dot vdot index_put scatter_add "
+            "grid_sampler functional.tensordot builtin.tensordot",
         ),
         (
             _refused("A recurrent network has no rule under autocast on a GPU"),
