@@ -519,3 +519,21 @@ def test_the_plan_that_ran_last_stands_at_the_end():
         step(torch.ones(n))
         assert step.plans[-1].buffers[0].type.shape == (n,)
     assert step.stats.replays == 1
+
+
+def test_a_class_whose_module_is_no_name():
+    class Schedule:
+        __module__ = property(lambda self: "mine")
+
+        def rate(self, n: int) -> float:
+            return 0.5 * n
+
+    schedule, x = Schedule(), torch.ones(3)
+
+    def step(x):
+        return x * schedule.rate(3)
+
+    compiled = tracejit.compile(step)
+    for _ in range(5):
+        assert torch.equal(compiled(x), step(x))
+    assert compiled.explain_mode().startswith("replay")

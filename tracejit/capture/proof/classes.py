@@ -11,7 +11,7 @@ from tracejit.capture.effects.variables import Attributes, Variable
 from tracejit.capture.proof.guard_text import GuardText
 from tracejit.capture.proof.kinds import CLASS_NOISE, SLOT, WRAPPERS, library_module
 from tracejit.capture.proof.watch import origin
-from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.python.classes import is_heap_type, module_of
 
 
 class Classes(GuardText):
@@ -41,7 +41,7 @@ class Classes(GuardText):
             place = self.constant(held)
             mine = any(
                 isinstance(f, FunctionType) and origin(f.__code__) == "user" for f in held.values()
-            ) or not library_module(base.__module__)
+            ) or not library_module(module_of(base))
             inside = Attributes(base)
             for name in [*held]:
                 x = held[name]

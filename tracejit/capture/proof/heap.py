@@ -49,7 +49,7 @@ from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
-from tracejit.capture.python.classes import is_heap_type, slots
+from tracejit.capture.python.classes import is_heap_type, module_of, slots
 from tracejit.capture.trace.scalars import Path, is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -381,7 +381,7 @@ class Walk(Functions):
             self._cached(x, results, place, path)
         elif isinstance(x, CellType):
             self._cell(path, x)
-        elif type(x).__module__.startswith("tracejit") and callable(getattr(x, "_step", None)):
+        elif module_of(type(x)).startswith("tracejit") and callable(getattr(x, "_step", None)):
             self.visit(x._step, f"{place}._step", path)  # a compiled step inside: inlined
             for name in self._named(x.user_attributes()):  # step.calls += 1
                 self._attribute(x, name, f"{place}.{name}", f"{path}.{name}")

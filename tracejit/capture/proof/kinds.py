@@ -29,7 +29,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from tracejit.capture.proof.pure import PURE_BUILTINS, pure_numpy
-from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.python.classes import is_heap_type, module_of
 from tracejit.capture.trace.scalars import plain
 from tracejit.capture.trace.table import RULES
 
@@ -90,7 +90,7 @@ def pure_type(x: type) -> bool:
     """Whether making an instance of a type of C does nothing else."""
     return (
         x in PURE_BUILTINS
-        or x.__module__.partition(".")[0] in _PURE_TYPES
+        or module_of(x).partition(".")[0] in _PURE_TYPES
         or (x.__module__ == "numpy" and issubclass(x, _OF_NUMPY) and not issubclass(x, np.memmap))
         or issubclass(x, (BaseException, SimpleNamespace))
     )

@@ -14,6 +14,7 @@ from types import CellType, FunctionType, MethodType, ModuleType
 import torch
 
 from tracejit.capture.python.bytecode import contents
+from tracejit.capture.python.classes import module_of
 
 _WIDE = 1000  # what has more items holds data
 _NESTED = 6  # containers in each other around an intermediate
@@ -85,7 +86,7 @@ def scrub(proxies: list[torch.Tensor], memory: Memory) -> None:
         mine = {id(proxies), id(keep), id(asked)}
         holders = gc.get_referrers(*asked)  # a walk over the whole heap
         for x in holders:
-            if id(x) in mine or type(x).__module__.startswith("tracejit"):
+            if id(x) in mine or module_of(type(x)).startswith("tracejit"):
                 continue
             if isinstance(x, CellType):
                 if memory.knows(x):  # others are of frames that are still running

@@ -5,6 +5,12 @@ from __future__ import annotations
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
+def module_of(cls: type) -> str:
+    """The module of a class; "" where its `__module__` is not the name of one."""
+    module = cls.__module__
+    return module if isinstance(module, str) else ""
+
+
 def is_heap_type(cls: type) -> bool:
     """Whether a class was made by a class statement, or like one; most types of C were not."""
     return cls.__flags__ & _HEAP_TYPE != 0

@@ -31,7 +31,7 @@ import torch
 
 from tracejit.capture.python import iterators, randomness
 from tracejit.capture.python.bytecode import codes, names_in
-from tracejit.capture.python.classes import is_heap_type
+from tracejit.capture.python.classes import is_heap_type, module_of
 from tracejit.capture.python.copies import (
     UNSET,
     base_of,
@@ -186,7 +186,7 @@ class Snapshot:
         pending += [v for v in copy if type(v) not in _ATOMS]
 
     def _tensor(self, x: torch.Tensor, cls: type, pending: list[object]) -> None:
-        if cls.__module__.startswith("tracejit"):
+        if module_of(cls).startswith("tracejit"):
             return  # of the trace that is going on
         self.tensors.append(x)
         if x.__dict__:
@@ -245,7 +245,7 @@ class Snapshot:
 
     def _class(self, x: type, cls: type, pending: list[object]) -> None:
         for base in x.__mro__:
-            if is_heap_type(base) and not library(base.__module__ or ""):
+            if is_heap_type(base) and not library(module_of(base)):
                 held = dict(vars(base))
                 self._classes.append((base, held))
                 pending += held.values()
@@ -289,7 +289,7 @@ class Snapshot:
         return [*copy.keys(), *copy.values()]
 
     def _object(self, x: object, cls: type, pending: list[object]) -> None:
-        module = cls.__module__ or ""
+        module = module_of(cls)
         if issubclass(cls, OrderedDict) and OrderedDict.__len__(x):
             pending += self._keep_order(x)
         elif issubclass(cls, dict):
@@ -410,7 +410,7 @@ class Snapshot:
 @functools.lru_cache(10_000)
 def _kind(cls: type) -> str:
     """The method of Snapshot for objects of a class."""
-    module = cls.__module__ or ""
+    module = module_of(cls)
     for bases, method in _KINDS:
         if issubclass(cls, bases):
             return method
