@@ -136,12 +136,12 @@ def refusal_swallowed_by_the_step(w):
     return step
 
 
-@case("refused: eager goes on with what has no rule", says="trapezoid")
+@case("refused: eager goes on with what has no rule", says="frexp")
 def refusal_suppressed_by_the_step(w):
     def step():
         factor = 2.0
         with contextlib.suppress(RuntimeError):
-            factor = torch.trapezoid(X).sum()
+            factor = torch.frexp(X)[0].sum()
         return X * factor
 
     return step

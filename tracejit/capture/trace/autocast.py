@@ -219,7 +219,10 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
             "max_unpool2d max_unpool3d grid_sampler",
         ),
-        (_widest, "cat concat concatenate stack hstack vstack dstack column_stack row_stack"),
+        (
+            _widest,
+            "cat concat concatenate stack hstack vstack dstack column_stack row_stack index_copy",
+        ),
         (_padded, "pad"),
         (_refused("_foreach_mm has no rule under autocast"), "_foreach_mm"),
         (_refused("An lstm has no rule under autocast, where torch leaves it to oneDNN"), "lstm"),
