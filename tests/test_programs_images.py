@@ -35,6 +35,7 @@ def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) 
 
 
 @pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.sweep(2)
 def test_sgd(net):
     check_training(net, "c")
 
@@ -45,7 +46,7 @@ def test_sgd_numpy(net):
 
 
 @pytest.mark.parametrize("net", SWEPT)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_adamw(net):
     plain, compiled = (make_step(net, "adamw")[0] for _ in range(2))
     compiled = tracejit.compile(compiled, on_unsupported="raise")

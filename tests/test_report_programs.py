@@ -102,7 +102,7 @@ def reports(name: str, target: int) -> list[Report]:
 
 @mostly_90
 @pytest.mark.parametrize("name", FIXED)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_kernels_keep_the_limits(name, target):
     found = reports(name, target)
     assert broken(name, found) == []
