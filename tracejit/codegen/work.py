@@ -134,12 +134,10 @@ def _alone(
         many = form == "reduce" and not dims  # the tail, which only the last program runs
         total.add(body, section, extents, 1 if many else programs * trips, trips)
     total.loaded += body.scalar_bytes * programs
-    waiting = total.loaded / programs / max(1, total.steps)
+    waiting = total.waiting(programs)
     if form == "reduce":
         _fold(total, kernel.stages[0].body, programs)
-    return Work(
-        form, programs, total.loaded, total.stored, total.operations, 0, "", total.steps, waiting
-    )
+    return total.work(form, programs, waiting)
 
 
 def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
@@ -156,15 +154,7 @@ def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: 
     total.add(body, choosing, extents, indices * programs, indices)
     total.add(body, storing, extents, indices * blocks, cdiv(indices, constants["PARTS"]))
     total.loaded += body.scalar_bytes * programs
-    return Work(
-        form="scatter",
-        programs=programs,
-        loaded=total.loaded,
-        stored=total.stored,
-        operations=total.operations,
-        steps=total.steps,
-        waiting=total.loaded / programs / max(1, total.steps),
-    )
+    return total.work("scatter", programs, total.waiting(programs))
 
 
 def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
@@ -176,15 +166,7 @@ def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _C
         total.add(body, section, extents, trips * programs, trips)
     total.operations += trips * programs * extents["x"].block
     total.loaded += body.scalar_bytes * programs
-    return Work(
-        form="scan",
-        programs=programs,
-        loaded=total.loaded,
-        stored=total.stored,
-        operations=total.operations,
-        steps=total.steps,
-        waiting=total.loaded / programs / max(1, total.steps),
-    )
+    return total.work("scan", programs, total.waiting(programs))
 
 
 def _contraction(
@@ -342,6 +324,22 @@ class _Total:
     stored: int = 0
     operations: int = 0
     steps: int = 0
+
+    def waiting(self, programs: int) -> float:
+        """Bytes that a program waits for at a time."""
+        return self.loaded / programs / max(1, self.steps)
+
+    def work(self, form: str, programs: int, waiting: float) -> Work:
+        """All of it, without a contraction's products."""
+        return Work(
+            form,
+            programs,
+            self.loaded,
+            self.stored,
+            self.operations,
+            steps=self.steps,
+            waiting=waiting,
+        )
 
     def add(
         self, body: _Count, section: _Section, blocks: Mapping[str, _Blocks], tiles: int, trips: int

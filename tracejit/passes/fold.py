@@ -115,17 +115,10 @@ def moved_constant(node: Node, made: Made) -> Node | None:
 
 
 def padded_constant(node: Node, made: Made) -> Node | None:
-    """A constant padded with itself is a constant."""
+    """A constant padded with itself is a constant. `unwindow` has 0 where no window is."""
     value = constant(node.args[0], made)
-    if value is None or not same_bits(value, typed(node.attr("value"), node.out.type.dtype)):
-        return None
-    return full_like(node, value)
-
-
-def unwindowed_zero(node: Node, made: Made) -> Node | None:
-    """Where no window is, `unwindow` has 0: only of zeros is it a constant."""
-    value = constant(node.args[0], made)
-    if value is None or not same_bits(value, typed(0, node.out.type.dtype)):
+    fill = node.attr("value") if node.op.name == "pad" else 0
+    if value is None or not same_bits(value, typed(fill, node.out.type.dtype)):
         return None
     return full_like(node, value)
 
@@ -161,7 +154,7 @@ FOLD = {
     "where": (constant_condition, literal_operands),
     **dict.fromkeys(MOVEMENT, (moved_constant,)),
     "pad": (padded_constant,),
-    "unwindow": (unwindowed_zero,),
+    "unwindow": (padded_constant,),
     "reduce_max": (extremum_of_constant,),
     "reduce_min": (extremum_of_constant,),
     "reduce_sum": (sum_of_constant,),

@@ -32,7 +32,7 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 @dataclass(eq=False, slots=True)
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
-    `again`: it goes over the elements of a full reduction once more, with the result. `scatter`:
+    `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
     a task in order, the only one but for the store that says where its values are put."""
 
     id: int
@@ -40,7 +40,7 @@ class Group:
     tasks: list[Task]
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
-    scatter: Task | None = None
+    in_order: Task | None = None
     reads: set[int] = field(default_factory=set)
     stores: int = 0
     again: bool = False
@@ -85,7 +85,7 @@ class Groups:
         elif task.kind == "dot":
             group.dot = task
         elif task.kind in IN_ORDER:
-            group.scatter = task
+            group.in_order = task
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
         else:
@@ -173,7 +173,7 @@ class Groups:
         if a is b:
             return a
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
-        if not _compatible(base, moved) or self._apart(a, b) or not _scatters_into(base, moved):
+        if not _compatible(base, moved) or self._apart(a, b) or not _stores_for(base, moved):
             return None
         edges = list(self.edges(a, b))
         stores_here = edges and len(moved.tasks) == 1 and moved.tasks[0].kind == "store"
@@ -301,7 +301,7 @@ class Groups:
             full = moved.outer_numel == 1
             inner = tuple(range(len(base.shape))) if full else moved.inner
         kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
-        kept.scatter = base.scatter
+        kept.in_order = base.in_order
         kept.again = base.again or moved.again or again
         for task in gone.tasks:
             task.group = kept
@@ -332,8 +332,8 @@ class Groups:
 
 
 def _rank(group: Group) -> int:
-    """Which of two merging groups keeps its domain: scatters, contractions, reductions, maps."""
-    if group.scatter is not None:
+    """Which of two merging groups keeps its domain: in order, contraction, reduction, map."""
+    if group.in_order is not None:
         return 3
     return 2 if group.dot is not None else 1 if group.inner is not None else 0
 
@@ -372,12 +372,12 @@ def _compatible(base: Group, moved: Group) -> bool:
     return base.shape == moved.shape and base.inner == moved.inner
 
 
-def _scatters_into(base: Group, moved: Group) -> bool:
-    """Whether `moved` is the place that a scatter puts its values in, if `base` is one."""
-    if base.scatter is None:
+def _stores_for(base: Group, moved: Group) -> bool:
+    """Whether `moved` is the place where `base` puts its values, if it goes in order."""
+    if base.in_order is None:
         return True
     (store, *others) = moved.tasks
-    is_store = store.kind == "store" and store.value is base.scatter.value
+    is_store = store.kind == "store" and store.value is base.in_order.value
     return is_store and not others and len(base.tasks) == 1
 
 

@@ -110,9 +110,9 @@ class _Lowering:
         """All stages, then the tidying of axes."""
         shape = self.group.shape
         inner = self.group.inner or ()
-        if self.group.scatter is not None:
-            inner = (self.group.scatter.node.attr("axis"),)
-            one = self.group.scatter
+        one = self.group.in_order
+        if one is not None:
+            inner = (one.node.attr("axis"),)
             stages = [self._cumsum(one)] if one.kind == "cumsum" else self._scatter(one)
         else:
             times = self._times()

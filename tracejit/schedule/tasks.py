@@ -149,9 +149,9 @@ class Analysis:
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
-        kind = "map"
-        if family == "reduce" or node.op.name in IN_ORDER:
-            kind = "reduce" if family == "reduce" else node.op.name
+        kind = "reduce" if family == "reduce" else "map"
+        if node.op.name in IN_ORDER:
+            kind = node.op.name
         shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
         demands: dict[int, list[Demand]] = {}
         for position, arg in enumerate(_tensors(node)):
