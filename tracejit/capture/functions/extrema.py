@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.common import expand, normal_axis, register
+from tracejit.capture.functions.common import normal_axis, register
+from tracejit.capture.functions.derived import spread
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import attains, keep, whole
 from tracejit.capture.functions.selection import maximum, minimum
@@ -22,9 +23,8 @@ Tensor = torch.Tensor
 
 def _extremum(t: Trace, x: Value, axis: int, name: str) -> tuple[Value, Value]:
     """The extremum along an axis, and the first place that attains it; NaN is the extremum."""
-    kept = (*x.type.shape[:axis], 1, *x.type.shape[axis + 1 :])
     top = getattr(t.b, f"reduce_{name}")(x, axes=(axis,))
-    hit = attains(t, x, expand(t, t.b.reshape(top, shape=kept), x.type.shape))
+    hit = attains(t, x, spread(t, top, x.type.shape, (axis,)))
     place = position(t, axis, x.type.shape, x.type.device)
     first = t.b.reduce_min(t.b.where(hit, place, x.type.shape[axis]), axes=(axis,))
     t.ranges[first] = 0, x.type.shape[axis] - 1
@@ -79,14 +79,11 @@ def _with_index(t: Trace, input: Tensor, dim: int, keepdim: bool, name: str) -> 
         return made((t.fresh(t.saves(t.b.alias(x))), t.fresh(zero)))  # torch saves the index
     with t.untaped():
         top, first = _extremum(t, x, axis, name)
-    kept = (*h.shape[:axis], 1, *h.shape[axis + 1 :])
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
-        def spread(v: Value) -> Value:
-            return expand(t, b.reshape(v, shape=kept), h.shape)
-
-        hit = b.eq(spread(first), position(t, axis, h.shape, h.device))
-        return (b.where(hit, spread(cts[0]), 0.0),)
+        at, g = (spread(t, v, h.shape, (axis,)) for v in (first, cts[0]))
+        hit = b.eq(at, position(t, axis, h.shape, h.device))
+        return (b.where(hit, g, 0.0),)
 
     values = t.derive(name, (x,), top, vjp)
     return made(tuple(t.fresh(keep(t, v, h.shape, (axis,), keepdim)) for v in (values, first)))

@@ -8,7 +8,7 @@ import torch
 
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import argument_error
-from tracejit.capture.functions.loss import constant_weight
+from tracejit.capture.functions.loss import constant_weight, reduced
 from tracejit.capture.trace.bounds import between, within
 from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.capture.trace.trace import Trace
@@ -16,7 +16,7 @@ from tracejit.ir.types import f32, f64, i64
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
-NONE, MEAN, SUM = 0, 1, 2  # how torch numbers the reductions
+NONE, MEAN = 0, 1  # how torch numbers the reductions
 
 
 def _require_floats(t: Trace, *xs: Tensor) -> None:
@@ -25,11 +25,8 @@ def _require_floats(t: Trace, *xs: Tensor) -> None:
         raise t.unsupported("This loss has a rule for floats; cast the input")
 
 
-def _reduced(losses: Tensor, reduction: int) -> Tensor:
-    """The losses themselves, their mean or their sum."""
-    if reduction == NONE:
-        return losses
-    return losses.mean() if reduction == MEAN else losses.sum()
+def _reduced(t: Trace, losses: Tensor, reduction: int) -> Tensor:
+    return reduced(t, losses, {NONE: "none", MEAN: "mean"}.get(reduction, "sum"))
 
 
 # --- pairs -------------------------------------------------------------------------------------
@@ -46,7 +43,7 @@ def margin_ranking_loss(
 ) -> Tensor:
     """margin - z·(x1 - x2), not below 0."""
     _require_floats(t, input1, input2)
-    return _reduced((-target * (input1 - input2) + margin).clamp_min(0), reduction)
+    return _reduced(t, (-target * (input1 - input2) + margin).clamp_min(0), reduction)
 
 
 @composed(torch.hinge_embedding_loss)
@@ -57,7 +54,7 @@ def hinge_embedding_loss(
     _require_floats(t, self)
     zeros = torch.zeros_like(self)
     far = torch.where(target != 1, (margin - self).clamp_min(0), zeros)
-    return _reduced(far + torch.where(target != -1, self, zeros), reduction)
+    return _reduced(t, far + torch.where(target != -1, self, zeros), reduction)
 
 
 @composed(torch.cosine_embedding_loss)
@@ -82,7 +79,7 @@ def cosine_embedding_loss(
     zeros = torch.zeros_like(cosine)
     near = torch.where(target == 1, 1 - cosine, zeros)
     far = torch.where(target == -1, (cosine - margin).clamp_min(0), zeros)
-    return _reduced(near + far, reduction)
+    return _reduced(t, near + far, reduction)
 
 
 @composed(torch.triplet_margin_loss)
@@ -107,7 +104,7 @@ def triplet_margin_loss(
     far = torch.pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = torch.min(far, torch.pairwise_distance(positive, negative, p, eps))
-    return _reduced((margin + near - far).clamp_min(0), reduction)
+    return _reduced(t, (margin + near - far).clamp_min(0), reduction)
 
 
 # --- classes -----------------------------------------------------------------------------------
@@ -155,7 +152,7 @@ def multi_margin_loss(
     if weight is not None:
         losses = losses * weight[z]
     losses = losses.sum(1) / classes
-    return _reduced(losses.reshape(target.shape) if self.dim() == 1 else losses, reduction)
+    return _reduced(t, losses.reshape(target.shape) if self.dim() == 1 else losses, reduction)
 
 
 @composed(torch._C._nn.multilabel_margin_loss)
@@ -171,7 +168,7 @@ def multilabel_margin_loss(t: Trace, self: Tensor, target: Tensor, reduction: in
     own = (given[:, :, None] & (chosen[:, :, None] == number)).any(1)
     pairs = functional.relu(1 - x.gather(1, chosen)[:, :, None] + x[:, None, :])
     losses = torch.where(given[:, :, None] & ~own[:, None, :], pairs, 0.0).sum((1, 2)) / classes
-    return _reduced(losses.reshape(()) if self.dim() == 1 else losses, reduction)
+    return _reduced(t, losses.reshape(()) if self.dim() == 1 else losses, reduction)
 
 
 # --- distributions -----------------------------------------------------------------------------
@@ -192,7 +189,7 @@ def poisson_nll_loss(
     if full:
         stirling = target * target.log() - target + 0.5 * (2 * math.pi * target).log()
         losses = losses + stirling.masked_fill(target <= 1, 0)
-    return _reduced(losses, reduction)
+    return _reduced(t, losses, reduction)
 
 
 @composed(functional.gaussian_nll_loss)
@@ -228,4 +225,4 @@ def gaussian_nll_loss(
     losses = 0.5 * (var.log() + (input - target) ** 2 / var)
     if full:
         losses = losses + 0.5 * math.log(2 * math.pi)
-    return _reduced(losses, {"none": NONE, "mean": MEAN, "sum": SUM}[reduction])
+    return reduced(t, losses, reduction)

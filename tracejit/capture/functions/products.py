@@ -10,9 +10,9 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.arithmetic import mul, sub
 from tracejit.capture.functions.assembly import cat
-from tracejit.capture.functions.common import cast, expand, normal_axis, register
+from tracejit.capture.functions.common import cast, normal_axis, register
 from tracejit.capture.functions.contraction import bmm, mv, plus
-from tracejit.capture.functions.derived import derived, widened
+from tracejit.capture.functions.derived import derived, spread, widened
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
@@ -191,9 +191,8 @@ def _grouped(t: Trace, x: Tensor, groups: tuple[list[int], ...]) -> TracedTensor
 def _spread(t: Trace, x: Value, axis: int) -> tuple[Value, Ints]:
     """x with an axis of its own extent before `axis`, along which it does not vary."""
     shape = x.type.shape
-    thin = (*shape[:axis], 1, *shape[axis:])
     wide = (*shape[:axis], shape[axis], *shape[axis:])
-    return expand(t, t.b.reshape(x, shape=thin), wide), wide
+    return spread(t, x, wide, (axis,)), wide
 
 
 def cumsum(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
@@ -213,10 +212,10 @@ def cumsum(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = Non
             wide = t.b.flip(wide, axes=(axis,)) if back else wide
             total = t.b.cumsum(wide, axis=axis)
             return cast(t, t.b.flip(total, axes=(axis,)) if back else total, into)
-        spread, wide = _spread(t, x, axis)
+        terms, wide = _spread(t, x, axis)
         to = t.b.iota(axis=axis, shape=wide, dtype=i64, device=h.device)
         of = t.b.iota(axis=axis + 1, shape=wide, dtype=i64, device=h.device)
-        return t.b.reduce_sum(t.b.where(related(of, to), spread, zero), axes=(axis + 1,))
+        return t.b.reduce_sum(t.b.where(related(of, to), terms, zero), axes=(axis + 1,))
 
     total = derived(
         t,

@@ -127,26 +127,15 @@ def _at(t: Trace, rows: Tensor, q: Tensor, interpolation: str, ignore: bool) -> 
     else:
         ranks, spoiled = torch.broadcast_tensors(q * last, rows.isnan().any(-1, keepdim=True))
         ranks = ranks.masked_fill(spoiled, last)
-    if interpolation in ("lower", "higher", "nearest"):
-        ranks = {"lower": torch.floor, "higher": _ceil, "nearest": _round}[interpolation](ranks)
+    rounded = {"lower": torch.floor, "higher": torch.ceil, "nearest": torch.round}
+    if interpolation in rounded:
+        ranks = rounded[interpolation](ranks)
     below = _index(t, ranks, last)
     values = rows.gather(-1, below)
     if interpolation not in ("linear", "midpoint"):
         return values
     share = torch.full_like(ranks, 0.5) if interpolation == "midpoint" else ranks - below
-    return torch.lerp(values, rows.gather(-1, _index(t, _ceil(ranks), last)), share)
-
-
-def _ceil(x: Tensor) -> Tensor:
-    return -torch.floor(-x)
-
-
-def _round(x: Tensor) -> Tensor:
-    """To the nearest, of two as near to the even one."""
-    low = torch.floor(x)
-    more = x - low
-    up = (more > 0.5) | ((more == 0.5) & (low % 2 == 1))
-    return torch.where(up, low + 1, low)
+    return torch.lerp(values, rows.gather(-1, _index(t, torch.ceil(ranks), last)), share)
 
 
 def _index(t: Trace, ranks: Tensor, last: int) -> Tensor:

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tracejit.capture.functions.common import cast, expand, in_place, normal_axis, register
+from tracejit.capture.functions.common import cast, in_place, normal_axis, register
 from tracejit.capture.functions.composites import composed
-from tracejit.capture.functions.derived import derived, require_float, widen
+from tracejit.capture.functions.derived import derived, require_float, spread, widen
 from tracejit.capture.functions.patterns import position
+from tracejit.capture.functions.unary import is_infinite
 from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import TO_IR, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -106,7 +107,7 @@ def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
     def both(x: Value, y: Value) -> Value:
         most, least = b.maximum(x, y), b.minimum(x, y)
         sum_ = b.add(most, b.log1p(b.exp(b.sub(least, most))))
-        return b.where(b.eq(least, most), b.where(_infinite(t, most), most, sum_), sum_)
+        return b.where(b.eq(least, most), b.where(is_infinite(t, most), most, sum_), sum_)
 
     def forward(x: Value) -> Value:
         for by in _steps(n):
@@ -118,19 +119,14 @@ def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
         shape = x.type.shape
         wide = (*shape[: axis + 1], n, *shape[axis + 1 :])
 
-        def spread(v: Value, at: int) -> Value:
-            thin = (*shape[:at], 1, *shape[at:])
-            return expand(t, b.reshape(v, shape=thin), wide)
+        def at(place: int, v: Value) -> Value:
+            return spread(t, v, wide, (place,))
 
         j, i = (position(t, k, wide, h.device) for k in (axis, axis + 1))
-        part = b.mul(spread(g, axis), b.exp(b.sub(spread(x, axis + 1), spread(y, axis))))
+        part = b.mul(at(axis, g), b.exp(b.sub(at(axis + 1, x), at(axis, y))))
         return b.reduce_sum(b.where(b.ge(i, j), part, 0.0), axes=(axis + 1,))
 
     return t.fresh(derived(t, "logcumsumexp", (x,), forward, (backward,)))
-
-
-def _infinite(t: Trace, x: Value) -> Value:
-    return t.b.eq(t.b.abs(x), float("inf"))
 
 
 # --- integrals and slopes ----------------------------------------------------------------------

@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.common import expand, normal_axis, register
+from tracejit.capture.functions.common import normal_axis, register
+from tracejit.capture.functions.derived import spread
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import keep
-from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides
+from tracejit.capture.trace.tensor import Handle, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64, u8
@@ -34,16 +35,9 @@ def _ranks(t: Trace, x: Value, axis: int, descending: bool) -> Value:
         )
     if kind.dtype is b1:
         x = b.cast(x, dtype=u8)
-    spread = (*kind.shape[: axis + 1], n, *kind.shape[axis + 1 :])
-    one, other = (
-        expand(
-            t,
-            b.reshape(x, shape=tuple(1 if k == thin else s for k, s in enumerate(spread))),
-            spread,
-        )
-        for thin in (axis + 1, axis)
-    )
-    first, second = (position(t, k, spread, kind.device) for k in (axis, axis + 1))
+    wide = (*kind.shape[: axis + 1], n, *kind.shape[axis + 1 :])
+    one, other = (spread(t, x, wide, (thin,)) for thin in (axis + 1, axis))
+    first, second = (position(t, k, wide, kind.device) for k in (axis, axis + 1))
     less, same = b.lt(other, one), b.eq(other, one)
     if descending:
         less = b.gt(other, one)
@@ -140,10 +134,15 @@ def _one(t: Trace, input: Tensor, dim: int, keepdim: bool, k: int, name: str) ->
         if h.shape:
             starts = tuple(k if a == axis else 0 for a in range(len(h.shape)))
             v = t.b.slice(v, starts=starts, stops=v.type.shape, steps=(1,) * len(h.shape))
-            v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
-            v = keep(t, v, h.shape, (axis,), keepdim)
-        found.append(t.fresh(v))
+        found.append(_kept(t, v, h, axis, keepdim))
     return getattr(torch.return_types, name)(found)
+
+
+def _kept(t: Trace, v: Value, h: Handle, axis: int, keepdim: bool) -> TracedTensor:
+    """One element along an axis of a tensor, whose axis stays if it is kept."""
+    rest = (*h.shape[:axis], *h.shape[axis + 1 :])
+    v = t.b.reshape(v, shape=rest)
+    return t.fresh(keep(t, v, h.shape, (axis,), keepdim) if h.shape else v)
 
 
 def kthvalue(t: Trace, input: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> object:
@@ -186,10 +185,7 @@ def _median(name: str, *, ignore: bool) -> Callable:
             return t.fresh(t.b.reshape(value, shape=()))
         axis = normal_axis(t, dim, len(h.shape))
         x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
-        found = []
-        for v in _middle(t, x, axis, ignore):
-            v = t.b.reshape(v, shape=(*h.shape[:axis], *h.shape[axis + 1 :]))
-            found.append(t.fresh(keep(t, v, h.shape, (axis,), keepdim) if h.shape else v))
+        found = [_kept(t, v, h, axis, keepdim) for v in _middle(t, x, axis, ignore)]
         return getattr(torch.return_types, name)(found)
 
     return rule

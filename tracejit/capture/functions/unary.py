@@ -18,7 +18,7 @@ from tracejit.ir.graph import Value
 from tracejit.ir.types import b1
 
 
-def _is_infinite(t: Trace, x: Value) -> Value:
+def is_infinite(t: Trace, x: Value) -> Value:
     """No integer is."""
     if not x.type.dtype.is_float:
         return t.b.ne(x, x)
@@ -133,7 +133,7 @@ ROWS = (
     ),
     Row("relu", _relu, (_d_relu,), wide=False),
     Row("isnan", lambda t, x: t.b.ne(x, x)),
-    Row("isinf", _is_infinite),
+    Row("isinf", is_infinite),
     Row("isfinite", _is_finite),
     Row("erf", primitive("erf"), (_d_erf,), dtypes="to_float"),
     Row(
