@@ -248,7 +248,8 @@ def _merged(
             f"indexing result of shape {list(c.shape)}"
         )
     if not c.count or not c.rows or not c.columns:
-        return c.target, t.fresh(t.b.alias(t.read(c.target)))
+        old = t.b.alias(t.read(c.target))
+        return c.target, t.fresh(t.unread(old, new) if dtype.is_float else old)
     new = new if shape == new.type.shape else t.b.reshape(new, shape=shape)
     new = expand(t, new, c.shape)
     if len(c.axes) == 1:  # as it lies, so that it is written where it is
@@ -320,8 +321,7 @@ def index_put(
 def _changed(t: Trace, input: Tensor, index: object, value: object, combine: str) -> TracedTensor:
     """A new tensor, laid out as the old one, with values where an index of the whole says."""
     h = t.lift(input)
-    copy = t.fresh(t.b.alias(t.read(h)))
-    _, merged = _merged(t, copy, index, value, combine)
+    _, merged = _merged(t, input, index, value, combine)
     strides = elementwise_strides(h.shape, [(h.shape, h.strides)])
     return t.fresh(t.read(t.lift(merged)), strides)
 
@@ -330,6 +330,8 @@ def _of_slices(t: Trace, input: Tensor, dim: int, index: Tensor, name: str) -> t
     """(x[:, …, index], as an index; the shape of what it names) for a vector of indices."""
     h, i = t.lift(input), t.lift(index)
     axis = normal_axis(t, dim, len(h.shape))
+    if len(i.shape) > 1 and name == "index_fill":
+        raise t.shape_error("Index has to be a vector/scalar")
     if len(i.shape) > 1:
         raise AxisError(where=location.full(), reason=f"{name}(): Index is supposed to be a vector")
     if not h.shape:
@@ -355,7 +357,7 @@ def index_copy(t: Trace, input: Tensor, dim: int, index: Tensor, source: Tensor)
         )
     if s.dtype is not t.lift(input).dtype:
         raise t.shape_error("index_copy_(): self and source expected to have the same dtype")
-    return _changed(t, input, chosen_by, source, "last")
+    return _merged(t, input, chosen_by, source, "last")[1]
 
 
 def index_fill(t: Trace, input: Tensor, dim: int, index: Tensor, value: object) -> TracedTensor:

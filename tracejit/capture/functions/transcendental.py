@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from tracejit.capture.functions.common import as_float, cast, kept_strides, register
-from tracejit.capture.functions.rows import elementwise, emitted, primitive
+from tracejit.capture.functions.rows import elementwise, emitted, function_of, primitive
 from tracejit.capture.trace.table import Formula, Row
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -203,8 +203,8 @@ def _logaddexp(exp: Callable[[Trace, Value], Value], unit: float) -> Row:
     )
 
 
-def _xlog(name: str, log: str, least: float) -> Row:
-    """x·log(z), 0 where x is 0 and z a number."""
+def _xlog(name: str, log: str, least: float, *, of_nan: bool = False) -> Row:
+    """x·log(z), 0 where x is 0 and z a number. `of_nan`: z is NaN, and no tensor."""
 
     def value(t: Trace, x: Value, z: Value) -> Value:
         b = t.b
@@ -213,13 +213,24 @@ def _xlog(name: str, log: str, least: float) -> Row:
 
     def d_first(t: Trace, g: Value, y: Value, x: Value, z: Value) -> Value:
         b = t.b
-        hidden = b.and_(b.eq(x, 0.0), b.le(z, least))
+        hidden = b.eq(x, 0.0) if of_nan else b.and_(b.eq(x, 0.0), b.le(z, least))
         return b.mul(g, _where(t, hidden, 0.0, getattr(b, log)(z)))
 
     def d_second(t: Trace, g: Value, y: Value, x: Value, z: Value) -> Value:
         return t.b.div(t.b.mul(g, x), z if least == 0 else t.b.add(z, 1.0))
 
     return Row(name, value, (d_first, d_second), arity=2, dtypes="to_float")
+
+
+def _register_xlog(*description: object) -> None:
+    row = _xlog(*description)
+    plain, of_nan = (function_of(r, __name__) for r in (row, _xlog(*description, of_nan=True)))
+
+    def function(t: Trace, input: object, other: object) -> TracedTensor:
+        is_nan = type(other) is float and other != other
+        return (of_nan if is_nan else plain)(t, input, other)
+
+    register((row.names,), function, row=row)
 
 
 def _hypot(t: Trace, x: Value, z: Value) -> Value:
@@ -274,8 +285,6 @@ ROWS = (
     Row("logit", _logit, (_d_logit,), numbers=_eps, dtypes="to_float"),
     _logaddexp(lambda t, x: t.b.exp(x), 1),
     _logaddexp(lambda t, x: t.b.pow(2.0, x), math.log(2.0)),
-    _xlog("xlogy", "log", 0.0),
-    _xlog("xlog1py", "log1p", -1.0),
     Row(
         "hypot",
         _hypot,
@@ -306,5 +315,7 @@ for _row in (
     _unary("atanh arctanh", _atanh, _d_atanh),
 ):
     elementwise(_row, __name__, inplace=False)  # eager has no derivative for these in place
+_register_xlog("xlogy", "log", 0.0)
+_register_xlog("xlog1py", "log1p", -1.0)
 _in_other_units("deg2rad", math.pi / 180)
 _in_other_units("rad2deg", 180 / math.pi)
