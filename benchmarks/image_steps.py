@@ -72,16 +72,8 @@ def resnet(
     return _trained(model, (batch, 3, side, side), device, channels_last, **options)
 
 
-def vgg(
-    batch: int = 32,
-    side: int = 32,
-    widths: Sequence[int] = (64, 128, 256, 512),
-    device: str = "cpu",
-    channels_last: bool = False,
-    **options: bool,
-) -> Made:
-    """VGG for small images: pairs of 3×3 convolutions with batch norm, a pool after each."""
-    torch.manual_seed(0)
+def vgg_net(widths: Sequence[int], side: int) -> nn.Module:
+    """Pairs of 3×3 convolutions with batch norm, a pool after each, and a classifier."""
     layers: list[nn.Module] = []
     inputs = 3
     for width in widths:
@@ -91,7 +83,20 @@ def vgg(
             inputs = width
         layers.append(nn.MaxPool2d(2))
     rest = (side >> len(widths)) ** 2
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * rest, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * rest, 10))
+
+
+def vgg(
+    batch: int = 32,
+    side: int = 32,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    device: str = "cpu",
+    channels_last: bool = False,
+    **options: bool,
+) -> Made:
+    """VGG for small images."""
+    torch.manual_seed(0)
+    model = vgg_net(widths, side)
     return _trained(model, (batch, 3, side, side), device, channels_last, **options)
 
 

@@ -234,14 +234,19 @@ def test_bytes_of_a_gather():
     assert sum(bytes_moved(many)) == rest + 5 * 6 * 4
 
 
-def test_rows_of_a_table_move_128_bits():
-    """An embedding's loads are as wide as copies: the index is one per row, the rows are dense."""
+def machine_code(text: str, target: int):
+    """The form of a program's kernel, and facts of what it becomes on a GPU."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("compiles, so it needs a process without the interpreter")
     pytest.importorskip("triton")
     from support.machine_code import facts
 
-    form, found = facts(
+    return facts(text, target)
+
+
+def test_rows_of_a_table_move_128_bits():
+    """An embedding's loads are as wide as copies: the index is one per row, the rows are dense."""
+    form, found = machine_code(
         """step(%0: f32[50000,768], %1: i64[4096]) {
             %2: i64[4096,1] = reshape(%1, shape=(4096, 1))
             %3: i64[4096,768] = expand(%2, shape=(4096, 768))
@@ -256,12 +261,7 @@ def test_rows_of_a_table_move_128_bits():
 
 @pytest.mark.parametrize("target", [80, 90, 100])
 def test_the_gradient_of_an_embedding_spills_nothing(target: int):
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("compiles, so it needs a process without the interpreter")
-    pytest.importorskip("triton")
-    from support.machine_code import facts
-
-    form, found = facts(
+    form, found = machine_code(
         """step(%1: i64[1024], %2: f32[1024,512]) {
             %3: i64[1024,1] = reshape(%1, shape=(1024, 1))
             %4: i64[1024,512] = expand(%3, shape=(1024, 512))

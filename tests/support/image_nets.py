@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.image_steps import vgg_net
+
 Made = tuple[Callable[[], object], list[torch.Tensor]]
 
 
@@ -60,20 +62,6 @@ def residual(width: int = 8, classes: int = 10) -> nn.Module:
         nn.Flatten(),
         nn.Linear(2 * width, classes),
     )
-
-
-def vgg(widths: tuple[int, ...] = (16, 32), classes: int = 10, side: int = 12) -> nn.Module:
-    """Pairs of 3×3 convolutions with batch norm, a pool after each, and a classifier."""
-    layers: list[nn.Module] = []
-    inputs = 3
-    for width in widths:
-        for _ in range(2):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1, bias=False)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU()]
-            inputs = width
-        layers.append(nn.MaxPool2d(2))
-        side //= 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(inputs * side * side, classes))
 
 
 class Separable(nn.Module):
@@ -334,7 +322,7 @@ class UNetUp(nn.Module):
 NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "lenet": (LeNet, (3, 1, 20, 20)),
     "residual": (residual, (3, 3, 13, 13)),
-    "vgg": (vgg, (3, 3, 12, 12)),
+    "vgg": (lambda: vgg_net((16, 32), 12), (3, 3, 12, 12)),
     "mobile": (mobile, (3, 3, 9, 11)),
     "unet": (UNet, (2, 3, 8, 6)),
     "alexnet": (alexnet, (3, 3, 31, 31)),
