@@ -45,10 +45,11 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-    hidden: float = 0.0,
+    masked: bool = True,
     may_fuse: bool = True,
 ) -> TracedTensor:
-    """softmax(query·keyᵀ·scale + mask)·value; a row whose scores are all -inf becomes `hidden`."""
+    """softmax(query·keyᵀ·scale + mask)·value; a row whose scores are all -inf is 0 if `masked`,
+    else NaN."""
     q, k, v = (t.lift(x) for x in (query, key, value))
     mask = None if attn_mask is None else t.lift(attn_mask)
     fused = may_fuse and _is_fused(t, q, k, v, mask, dropout_p, enable_gqa)
@@ -68,7 +69,7 @@ def attention(
         for h in (q, k, v):
             out = t.unread(out, t.read(h))
         return t.fresh(out)
-    weights = _weights(t, x, y, mask, is_causal, scale, hidden)
+    weights = _weights(t, x, y, mask, is_causal, scale, masked)
     if dropout_p:
         dropped = RULES[torch.dropout].run(t, t.fresh(weights), dropout_p, True)
         weights = t.read(t.lift(dropped))
@@ -94,7 +95,7 @@ def _weights(
     mask: Handle | None,
     is_causal: bool,
     scale: float | None,
-    hidden: float,
+    masked: bool,
 ) -> Value:
     """What each query takes of each key: rows of numbers that sum to 1."""
     b, rank = t.b, len(q.type.shape)
@@ -116,7 +117,7 @@ def _weights(
             for a in (rank - 2, rank - 1)
         )
         scores = b.where(b.le(column, row), scores, -math.inf)
-    return softmax_value(t, scores, rank - 1, hidden=hidden)
+    return softmax_value(t, scores, rank - 1, masked=masked)
 
 
 # ---- what eager takes
@@ -264,7 +265,7 @@ def multi_head(
     key is NaN, and the result is row-major with the batch in front."""
     instead = {}
     if native:
-        instead["scaled_dot_product_attention"] = partial(attention, t, hidden=math.nan)
+        instead["scaled_dot_product_attention"] = partial(attention, t, masked=False)
     out, weights = run_body(t, functional.multi_head_attention_forward, args, kwargs, instead)
     if native:
         h = t.lift(out)

@@ -70,7 +70,7 @@ def _pooled(t: Trace, rows: Tensor, taken: Tensor | None, mode: str) -> Tensor:
     """Over the middle axis of three, of what is `taken`."""
     _, length, _ = t.lift(rows).shape
     if not length:
-        return rows.sum(1) if mode != "max" else rows.sum(1)
+        return rows.sum(1)
     if mode == "max":
         if taken is None:
             return rows.max(1).values

@@ -36,22 +36,21 @@ def _sum(t: Trace, x: Value, axes: Ints) -> Value:
     return spread(t, t.b.reduce_sum(x, axes=axes), x.type.shape, axes)
 
 
-def softmax_value(t: Trace, x: Value, axis: int, *, hidden: float = math.nan) -> Value:
+def softmax_value(t: Trace, x: Value, axis: int, *, masked: bool = False) -> Value:
     """exp(x - max) / sum(exp(x - max)); its gradient is y·(g - sum(g·y)).
 
-    A row of nothing but -inf is `hidden`: NaN, or 0 where the row is one of masked scores.
+    A row of nothing but -inf is NaN, or 0 where rows are `masked` scores.
     """
     b, axes = t.b, (axis,)
 
     def forward(x: Value) -> Value:
-        if hidden != hidden:
-            power = b.exp(_less_max(t, x, axes))
-            return b.div(power, _sum(t, power, axes))
         top = b.reduce_max(x, axes=axes)
-        top = b.where(b.eq(top, -math.inf), 0.0, top)
+        if masked:
+            top = b.where(b.eq(top, -math.inf), 0.0, top)
         power = b.exp(b.sub(x, spread(t, top, x.type.shape, axes)))
         total = b.reduce_sum(power, axes=axes)
-        total = b.where(b.eq(total, 0.0), 1.0, total)
+        if masked:
+            total = b.where(b.eq(total, 0.0), 1.0, total)
         return b.div(power, spread(t, total, x.type.shape, axes))
 
     def backward(g: Value, y: Value, x: Value) -> Value:
