@@ -1,61 +1,83 @@
-"""torch's own database of operators through a compiled step: each passes as it did, none is wrong.
+"""torch's own databases of operators and modules through a compiled step: each entry passes as it
+did, none is wrong.
 
-`tests/golden/op_db.tsv` says what becomes of each entry: pass, refused (by an error of ours), or
-none (eager has no result for its samples that can be compared). TRACEJIT_ACCEPT=1 rewrites it.
+`tests/golden/op_db.tsv` says what becomes of each operator, `module_db.tsv` of each module: pass,
+refused (by an error of ours), or none (eager has no result for its samples that can be compared).
+TRACEJIT_ACCEPT=1 rewrites them.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
 from support.golden import FOLDER
-from support.op_db import DTYPES, Outcome, operators, outcome_of
+from support.op_db import (
+    DTYPES,
+    modules,
+    operators,
+    outcome_of,
+    outcome_of_module,
+)
 
 pytest.importorskip("expecttest", reason="torch's database of operators imports expecttest")
 
-TABLE = FOLDER / "op_db.tsv"
 ACCEPTING = os.environ.get("TRACEJIT_ACCEPT") == "1"
-GOAL = 480  # entries that pass
 
 
-def listed() -> dict[str, str]:
-    rows = TABLE.read_text().splitlines() if TABLE.exists() else []
+def listed(name: str) -> dict[str, str]:
+    """What a table says of each entry."""
+    path = FOLDER / name
+    rows = path.read_text().splitlines() if path.exists() else []
     return dict(row.split("\t") for row in rows)
 
 
-LISTED = listed()
+OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
 
 
 @pytest.mark.sweep(24)
-@pytest.mark.parametrize("name", LISTED)
+@pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str):
     """The samples of an entry give what eager gives, with gradients, or are refused as listed."""
     found = outcome_of(operators()[name])
-    assert found.kind == LISTED[name], found.reason
+    assert found.kind == OPERATORS[name], found.reason
 
 
-def test_none_is_wrong():
+@pytest.mark.sweep(12)
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name: str):
+    """So do those of a module, in training and not, with the gradients of its parameters."""
+    found = outcome_of_module(modules()[name])
+    assert found.kind == MODULES[name], found.reason
+
+
+@pytest.mark.parametrize(("table", "least"), [(OPERATORS, 510), (MODULES, 100)])
+def test_none_is_wrong(table: dict[str, str], least: int):
     """What is listed: `make accept` cannot make a wrong result or a foreign error a known one."""
-    kinds = list(LISTED.values())
+    kinds = list(table.values())
     assert set(kinds) <= {"pass", "refused", "none"}
-    assert kinds.count("pass") >= GOAL
+    assert kinds.count("pass") >= least
 
 
 @pytest.mark.slow
-def test_golden_operators():
-    """The table lists each entry that torch ships, and is rewritten when accepting."""
-    entries = operators()
+@pytest.mark.parametrize(
+    ("name", "entries", "run"),
+    [("op_db.tsv", operators, outcome_of), ("module_db.tsv", modules, outcome_of_module)],
+)
+def test_golden_databases(name: str, entries: Callable, run: Callable):
+    """The tables list each entry that torch ships, and are rewritten when accepting."""
+    found, before = entries(), listed(name)
     if not ACCEPTING:
-        assert list(LISTED) == sorted(entries)
+        assert list(before) == sorted(found)
         return
-    found: dict[str, Outcome] = {name: outcome_of(entries[name]) for name in sorted(entries)}
-    bad = {name: o for name, o in found.items() if o.kind in ("wrong", "error")}
+    outcomes = {entry: run(found[entry]) for entry in sorted(found)}
+    bad = {entry: o for entry, o in outcomes.items() if o.kind in ("wrong", "error")}
     assert not bad, bad
-    lost = [n for n, o in found.items() if LISTED.get(n) == "pass" and o.kind != "pass"]
+    lost = [n for n, o in outcomes.items() if before.get(n) == "pass" and o.kind != "pass"]
     assert not lost, f"passed before: {lost}"
-    TABLE.write_text("".join(f"{name}\t{o.kind}\n" for name, o in found.items()))
+    (FOLDER / name).write_text("".join(f"{n}\t{o.kind}\n" for n, o in outcomes.items()))
 
 
 def test_another_result_is_noticed():

@@ -8,6 +8,7 @@ import torch
 
 from support.function_samples import (
     BINARY,
+    BY_FUNCTION,
     NUMBER_PAIRS,
     SPECIAL,
     TENSOR_PAIRS,
@@ -24,6 +25,7 @@ from support.function_samples import (
     inf,
     layouts,
     nan,
+    no,
     r,
     restart,
     row,
@@ -152,3 +154,45 @@ _positive = [S(r(5), r(5, low=0.2), smooth=True), S(r(3), v(1, 2, 3, dtype=u8))]
 row(both("xlogy"), [*BINARY, *_positive], exact=False)
 row(both("xlog1py"), [*BINARY, *_positive], exact=False)
 row("copysign copysign_", [replace(s, smooth=False) for s in BINARY])
+
+
+# --- special functions: their numbers leave those of the samples above as they are ----------------
+
+HALF = [  # by halves and thirds, between and beyond whole numbers
+    S(r(9, low=0.2, high=9.0), smooth=True),
+    S(r(9, dtype=f64, low=0.2, high=40.0), smooth=True),
+    S(v(0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.25, 30.0)),
+    S(v(-0.5, -1.25, -2.75, -7.5, -10.2)),
+]
+_poles = [S(v(0.0, -0.0, nan, inf)), S(v(-50, -2, -1, 0, 3, dtype=i64))]
+_shares = [
+    S(r(9, low=0.02, high=0.98), smooth=True),
+    S(r(9, dtype=f64, low=0.02, high=0.98), smooth=True),
+    S(v(0.0, 1.0, 0.5, 1e-7, 0.9999999, -0.5, 1.5, nan)),
+    S(v(1e-9, 1e-4, 0.25, 0.75, dtype=f64)),
+]
+_inner = [s for s in UNARY if s.args[0].numel() != len(SPECIAL)]  # far out eager's differ
+
+
+def also(name: str, other: str | None = None) -> str:
+    """The spellings of a function, in place too, which torch.special has under another name."""
+    method = f"{name} {name}_ " if hasattr(torch, name) else ""
+    return f"{method}special_{other or name}"
+
+
+row(also("lgamma", "gammaln"), [*UNARY, *HALF, *_poles], exact=False)
+_once = [replace(s, smooth=False) for s in (*_inner, *HALF, *_poles)]
+row(f"{also('digamma')} special_psi", _once, exact=False)
+_orders = [replace(s, args=(0, *s.args), smooth=False) for s in HALF]
+_orders += [S(1, v(-3, 0, 1, 2, 7, dtype=i64)), S(1, r(9, dtype=i32)), S(-1, r(3)), no(2, r(3))]
+row("polygamma special_polygamma", _orders, exact=False)
+BY_FUNCTION[torch.Tensor.polygamma] = [replace(s, args=s.args[::-1]) for s in _orders]
+_above = [S(r(5, low=2.5, high=9.0), p, smooth=True) for p in (1, 3)]
+row("mvlgamma special_multigammaln", [*_above, S(r(3), 0)], exact=False)
+row(also("erfinv"), [*_inner, *INSIDE, *_shares], exact=False)
+row(also("ndtri"), [*_inner, *_shares], exact=False)
+row(also("log_ndtr"), [*_inner, S(v(-30.0, -12.5, -5.0, -1.0, 5.0, 20.0))], exact=False)
+row(also("erfcx"), [*_inner, S(v(-2.5, -0.5, 0.0, 0.5, 3.75, 20.0))], exact=False)
+_wide = [S(v(-20.0, -8.0, -3.0, -0.0, 0.0, 1e-6, 5.0, 8.0, 8.1, 60.0)), S(r(9, dtype=f64) * 9)]
+for _name in ("i0", "i0e", "i1", "i1e"):
+    row(also(_name), [*_inner, *_wide], exact=False)

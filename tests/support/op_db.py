@@ -7,8 +7,9 @@ what is left of the arguments, and the gradients of all of them are compared.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -56,6 +57,8 @@ class Case:
         made: dict[int, torch.Tensor] = {}
 
         def copied(x: object) -> object:
+            if isinstance(x, torch.nn.Module):
+                return copy.deepcopy(x)
             if not isinstance(x, torch.Tensor):
                 return x
             if id(x) not in made:
@@ -77,7 +80,19 @@ def copy_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def tensors(tree: object) -> list[torch.Tensor]:
-    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+    """The tensors of a tree, the parameters of its modules among them."""
+    found: list[torch.Tensor] = []
+    for x in pytree.tree_leaves(tree):
+        found += [x] if isinstance(x, torch.Tensor) else []
+        found += list(x.parameters()) if isinstance(x, torch.nn.Module) else []
+    return found
+
+
+def opened(tree: object) -> object:
+    """A tree with the tensors that each module holds in its place."""
+    return pytree.tree_map(
+        lambda x: dict(x.state_dict()) if isinstance(x, torch.nn.Module) else x, tree
+    )
 
 
 def dtype_of(entry: object) -> torch.dtype | None:
@@ -146,7 +161,7 @@ def outcome(case: Case, *, backend: str, uninitialized: bool = False) -> Outcome
             return Outcome("error", f"{type(error).__name__}: {error}")
         values = not uninitialized
         what = difference(theirs[:2], ours[:2], strides=True, values=values)
-        what = what or difference(given, ours_given, strides=True, values=values)
+        what = what or difference(opened(given), opened(ours_given), strides=True, values=values)
         what = what or difference(theirs[2], ours[2])  # torch does not say how gradients lie
         if what and values and closer(case, theirs, ours):
             what = ""
@@ -165,6 +180,9 @@ def closer(case: Case, theirs: tuple, ours: tuple) -> bool:
         return x.detach().double().requires_grad_(x.requires_grad)
 
     args, kwargs = pytree.tree_map(double, case.fresh())
+    for x in pytree.tree_leaves(args):
+        if isinstance(x, torch.nn.Module):
+            x.double()
     torch.manual_seed(11)
     try:
         truth = step_of(case)(args, kwargs)
@@ -239,5 +257,46 @@ def outcome_of(entry: object, backend: str = "numpy") -> Outcome:
     except Exception as error:
         return Outcome("none", f"samples: {type(error).__name__}: {error}")
     loose = entry.name in UNINITIALIZED
-    found = [outcome(case, backend=backend, uninitialized=loose) for case in chosen]
+    return worst(outcome(case, backend=backend, uninitialized=loose) for case in chosen)
+
+
+def worst(found: Iterable[Outcome]) -> Outcome:
     return min(found, key=lambda o: WORST.index(o.kind), default=Outcome("none", "no samples"))
+
+
+# --- modules -----------------------------------------------------------------------------------
+
+
+def modules() -> dict[str, object]:
+    """torch's database of modules, by name."""
+    from torch.testing._internal.common_modules import module_db
+
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return {entry.name: entry for entry in module_db}
+
+
+def module_cases(entry: object) -> Iterator[Case]:
+    """Some of a module's samples, in training and not."""
+    torch.manual_seed(5)
+    for training in (True, False):
+        given = entry.module_inputs_func(
+            entry, device="cpu", dtype=torch.float32, requires_grad=True, training=training
+        )
+        made = []
+        for sample in given:
+            if sample.forward_input is None:
+                continue
+            new, called = sample.constructor_input, sample.forward_input
+            module = entry.module_cls(*new.args, **new.kwargs).train(training)
+            made.append(Case(_called, (module, *called.args), called.kwargs))
+        last = len(made) - 1
+        yield from (made[k] for k in sorted({round(k * last / 3) for k in range(4)}) if made)
+
+
+def _called(module: torch.nn.Module, *args: object, **kwargs: object) -> object:
+    return module(*args, **kwargs)
+
+
+def outcome_of_module(entry: object, backend: str = "numpy") -> Outcome:
+    """The worst that becomes of a module's samples."""
+    return worst(outcome(case, backend=backend) for case in module_cases(entry))
