@@ -23,8 +23,9 @@ from tracejit.passes import optimize
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu.lower import lower
 from tracejit.schedule.cpu.text import parse_cpu_plan
-from tracejit.schedule.plan import unrolled
+from tracejit.schedule.plan import by_launch, unrolled
 from tracejit.schedule.plan_text import parse_plan
+from tracejit.schedule.traffic import bytes_moved, operations
 from tracejit.testing import assert_trains_like_eager, fake_device
 
 
@@ -239,3 +240,19 @@ def test_on_the_fake_device():
         again = warm(training(lambda: nn.LSTM(6, 4), 7), calls=6)
         assert again.plans[-1].loops == (7, 7)
         assert float(again()) == pytest.approx(losses[-1], rel=1e-4)
+
+
+def test_the_ledger_counts_each_step():
+    step = tracejit.compile(training(lambda: nn.LSTM(6, 4), 7))
+    for _ in range(3):
+        step()
+    found = step.explain(measure=False)
+    plan = step.plans[-1]
+    assert found.launched == sum(plan.times(x) for x in plan.launches) > 7 * 4
+    assert [x.times for x in found.launches] == [plan.times(x) for x in plan.launches]
+    assert f"{found.launched}; " in str(found) and "7 × " in str(found)
+    assert by_launch(plan, [1.0] * len(unrolled(plan).launches)) == [
+        x.times for x in found.launches
+    ]
+    assert operations(plan) == operations(unrolled(plan))
+    assert sum(bytes_moved(plan)) == sum(bytes_moved(unrolled(plan)))

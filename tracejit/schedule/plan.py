@@ -25,7 +25,7 @@ from step to step is a row: a part of a buffer of the arena, and the bytes to th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -177,6 +177,15 @@ def unrolled(plan: Plan) -> Plan:
                 launches.append(replace(one, buffers=names, loop=None))
     buffers = (*(_as_arena(b, at) for b in plan.buffers), *extra.values())
     return replace(plan, buffers=buffers, launches=tuple(launches), loops=())
+
+
+def by_launch(plan: Plan, seconds: Sequence[float]) -> list[float]:
+    """What the launches of a plan took, of what those of the unrolled plan did."""
+    rest, found = iter(seconds), []
+    for together in runs(plan.launches, lambda launch: launch.loop):
+        steps = range(plan.times(together[0]))
+        found += map(sum, zip(*([next(rest) for _ in together] for _ in steps), strict=True))
+    return found
 
 
 def _as_arena(b: PlanBuffer, at: Mapping[str, int]) -> PlanBuffer:
