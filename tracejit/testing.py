@@ -24,6 +24,7 @@ from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
+from tracejit.ir.interp import runnable
 from tracejit.ir.types import round_to
 from tracejit.runtime.select import registered
 
@@ -404,11 +405,16 @@ def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
     Sums add magnitudes, products multiply them, and a function f(x) counts |f(x)| + |f'(x)|·m(x):
     the first-order bound of how rounding errors grow, up to the factor eps.
     """
-    values: dict[Value, object] = {}
-    sizes: dict[Value, np.ndarray] = {}
-    for p, x in zip(graph.params, inputs, strict=True):
-        values[p.value] = x
-        sizes[p.value] = np.abs(x)
+    return _grown(graph, inputs, [np.abs(x) for x in inputs])[1]
+
+
+def _grown(
+    graph: Graph, inputs: Sequence, sizes_of_inputs: Sequence
+) -> tuple[dict[Value, object], dict[Value, np.ndarray]]:
+    """Every value, and its magnitude."""
+    params = [p.value for p in graph.params]
+    values: dict[Value, object] = dict(zip(params, inputs, strict=True))
+    sizes: dict[Value, np.ndarray] = dict(zip(params, sizes_of_inputs, strict=True))
 
     def value(a: Arg) -> object:
         return values[a] if isinstance(a, Value) else a
@@ -419,14 +425,26 @@ def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
     with np.errstate(all="ignore"):
         for node in graph.nodes:
             args = [value(a) for a in node.args]
-            out = node.op.eval(*args, **dict(node.attrs))
+            out = node.op.eval(*args, **runnable(dict(node.attrs)))
             out = out if node.out.type.is_host else round_to(out, node.out.type.dtype)
             values[node.out] = out
             if node.out.type.is_host or not node.out.type.dtype.is_float:
                 sizes[node.out] = np.abs(np.asarray(out, np.float64))
                 continue
             sizes[node.out] = _size(node.op.name, node, args, [size(a) for a in node.args], out)
-    return sizes
+    return values, sizes
+
+
+def _size_of_loop(node, args: list, m: list) -> np.ndarray:
+    """The loop over values and magnitudes in pairs."""
+    graph = node.attr("body")
+
+    def body(pairs: list[np.ndarray]) -> list[np.ndarray]:
+        values, sizes = _grown(graph, [x[..., 0] for x in pairs], [x[..., 1] for x in pairs])
+        return [np.stack([values[r.value], sizes[r.value]], -1) for r in graph.results]
+
+    pairs = [np.stack(pair, -1) for pair in zip(args, m, strict=True)]
+    return node.op.eval(*pairs, **dict(node.attrs) | {"body": body}).reshape(-1, 2)[:, 1]
 
 
 def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
@@ -453,6 +471,8 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.abs(np.asarray(out, np.float64))
     if name in ("neg", "abs", "alias"):
         return m[0]
+    if node.op.family == "loop":
+        return _size_of_loop(node, args, m)
     if node.op.family == "indexing":
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))

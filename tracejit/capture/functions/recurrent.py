@@ -38,7 +38,7 @@ Cell = Callable[[Trace, Value, Value, State], State]  # of the input's gates and
 Params = tuple[Tensor | None, ...]
 
 _TOGETHER = 4  # pieces that are joined at once
-ROLLED = 6  # steps from which on there is a loop
+ROLLED = 2  # steps from which on there is a loop
 
 
 # ---- the cells

@@ -97,7 +97,7 @@ def roll(
             return _again(t, unrolled, inputs, x, state, weights, cts)
         return _derived(t, body, flat, operands, weights, back, cts, need)
 
-    t.tape.add(Entry(inputs, (rows[0], *ends), derivative, "scan"))
+    t.tape.add(Entry(inputs, (rows[0], *ends), derivative, "scan", saved=state))
     return rows[0], ends
 
 
