@@ -93,6 +93,28 @@ def test_malformed_loops_are_refused(old, new, what):
         verify(parse(text.replace(old, new, 1)))
 
 
+def test_a_loop_in_a_loop_is_read_and_refused_by_the_scheduler():
+    graph = parse("""
+    step(%0: f32[2]) {
+      %1: f32[8] = scan(%0, body=body0, carried=1, sliced=0, steps=3, reverse=False)
+      return %1
+      body body0(%0: f32[2]) {
+        %1: f32[6] = scan(%0, body=body0, carried=1, sliced=0, steps=2, reverse=False)
+        %2: f32[2] = slice(%1, starts=(4,), stops=(6,), steps=(1,))
+        return %2
+        body body0(%0: f32[2]) {
+          %1: f32[2] = mul(%0, 2.0)
+          return %1
+        }
+      }
+    }""")
+    assert parse(str(graph)) == graph
+    ((found,), _) = evaluate(graph, [np.array([1.0, -1.0], np.float32)])
+    assert found.tolist() == [1, -1, 4, -4, 16, -16, 64, -64]
+    with pytest.raises(InvalidGraph, match="a loop in a loop"):
+        schedule(graph)
+
+
 def test_bodies_are_optimized():
     graph = parse(recurrence().replace("mul(%5, 0.25)", "mul(%5, 1.0)"))
     body = next(n.attr("body") for n in optimize(graph).nodes if n.op.name == "scan")

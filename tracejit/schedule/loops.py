@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Param, Result
 from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
@@ -56,6 +57,8 @@ class _Lowering:
         self.rows: dict[tuple, str] = {}
 
     def run(self, begin: Plan, body: Plan) -> Loop:
+        if body.loops:
+            raise InvalidGraph(reason=f"cannot schedule a loop in a loop ({self.node.where})")
         assert not begin.scalars and not body.scalars, "a loop reads no numbers of the host"
         carried = self.carried
         first = self._launches(
