@@ -24,6 +24,8 @@ from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Arg, Graph, Value
+from tracejit.ir.ops import OPS
+from tracejit.ir.ops.attention import GRADIENTS, scores_of
 from tracejit.ir.types import round_to
 from tracejit.runtime.select import registered
 
@@ -455,7 +457,29 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return m[0]
     if node.op.family == "indexing":
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
+    if node.op.family == "attention":
+        return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _attention_size(name: str, args: list, m: list, *, causal: bool, scale: float) -> np.ndarray:
+    """As of the written-out formula: an error of a score is a relative one of its weight."""
+    q, k, bias = args[0], args[1], args[2 if name == "attention_lse" else 3]
+    scores = scores_of(q, k, bias, causal, scale)
+    known = name in GRADIENTS
+    lse = args[4] if known else OPS["attention_lse"].eval(q, k, bias, causal=causal, scale=scale)
+    far = np.abs(np.where(np.isfinite(bias), bias, 0.0)) + abs(scale) * (
+        m[0] @ m[1].swapaxes(-1, -2)
+    )
+    weights = np.exp(scores - lse[..., None]) * (1 + far)
+    if name == "attention_lse":
+        return np.abs(lse) + np.sum(weights, axis=-1)
+    if not known:
+        return weights @ m[2]
+    if name == "attention_dv":
+        return weights.swapaxes(-1, -2) @ m[6]
+    slopes = weights * (m[6] @ m[2].swapaxes(-1, -2) + m[5][..., None]) * abs(scale)
+    return slopes @ m[1] if name == "attention_dq" else slopes.swapaxes(-1, -2) @ m[0]
 
 
 __all__ = [
