@@ -101,7 +101,7 @@ def check_losses(ours: list[float], eager: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(12)
 def test_models_train_like_eager_and_replay(name):
     """From one seed, with eager's own numbers for dropout."""
     plain, batch, _ = make_step(name)
@@ -114,7 +114,7 @@ def test_models_train_like_eager_and_replay(name):
 
 # Not Qwen3, which has no float64 run, and not CLIP, some of whose moments are rounding errors only.
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("qwen3", "clip")])
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(10)
 def test_models_in_lockstep(name):
     step, batch, model = make_step(name)
     state = [*model.parameters()]

@@ -17,6 +17,20 @@ def is_free() -> bool:
 
 
 @contextmanager
+def unprofiled() -> Iterator[None]:
+    """Call no profiler at what runs inside. One that Python cannot set again (cProfile) stays."""
+    before = sys.getprofile()
+    if not is_free():
+        yield
+        return
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+@contextmanager
 def profiled(profile: Profile) -> Iterator[None]:
     """Call `profile` at what runs inside on this thread, and after it a profiler that is active."""
     before = sys.getprofile()
