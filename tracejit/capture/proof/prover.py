@@ -17,6 +17,7 @@ from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import (
     Armed,
     arm,
+    doubtful,
     pinned_arguments,
     pinned_stores,
     reasons_against,
@@ -153,7 +154,7 @@ class Prover:
             before.covers(ran) or self._survey(args, kwargs).lines == lines
         )
         if reasons and not incomplete:
-            lasting = bool(ran.refusals or walk.refusals)
+            lasting = bool(ran.refusals or walk.refusals or doubtful(walk, ran))
             self._refuse(reasons, lasting=lasting)
             if lasting:
                 self.warning = self.why

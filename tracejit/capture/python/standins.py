@@ -155,7 +155,9 @@ def _module_name(x: object) -> object:
 def _codes_in(namespace: dict) -> Iterator[CodeType]:
     """The code of functions and of classes' methods in a namespace, decorated ones too."""
     for x in list(namespace.values()):
-        methods = list(vars(x).values()) if issubclass(type(x), type) else [x]
+        methods = [x]
+        if issubclass(type(x), type):  # whose own `__getattribute__` is not to run
+            methods = list(type.__getattribute__(x, "__dict__").values())
         for f in methods:
             if type(f) in (property, staticmethod, classmethod):
                 f = f.fget if type(f) is property else f.__func__
