@@ -102,7 +102,7 @@ def percent_formatting_by_a_template_that_is_made(w):
 def percent_formatting_of_what_is_in_a_tuple(w):
     def step(a):
         text = "%5.1f and %g"
-        text = text % (a, a)  # noqa: UP031
+        text = text % (a, a)
         return ONES * (2 if "1.5" in text else 3)
 
     return step

@@ -349,6 +349,26 @@ def import_of_what_is_not_there(w):
     return step
 
 
+HELD = 2.0
+
+
+def _held():
+    return HELD
+
+
+@case("replay", changes={4: bind("HELD", 5.0), 6: bind("HELD", 2.0)}, calls=10)
+def function_that_runs_late_beside_computed_names(w):
+    """It computes what the step has computed without it, of a global that only it names."""
+    w.cfg, w.n = SimpleNamespace(a=0, b=1), 0
+
+    def step():
+        w.n += getattr(w.cfg, "ab"[w.n > 0])
+        w.n += 1
+        return X * (_held() if w.n > 1 else 2.0)
+
+    return step
+
+
 @case("replay", changes={3: bind("LATE", 5.0)}, calls=8)
 def global_defined_later(w):
     def step():

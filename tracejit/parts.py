@@ -7,13 +7,13 @@ begin alike share their stages, whatever Python decides afterwards.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from tracejit.capture.effects.captured import Captured, graph_key
+from tracejit.capture.python import profiler
 from tracejit.capture.trace import location
 from tracejit.errors import ValueDependentError
 from tracejit.ir.graph import Graph, Param, Result, Value
@@ -67,12 +67,8 @@ class Values:
 
     def __call__(self, graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:
         """The one result of a graph. A profiler of the trace does not see this."""
-        profile = sys.getprofile()
-        sys.setprofile(None)
-        try:
+        with profiler.suspended():
             return self._computed(graph, inputs)
-        finally:
-            sys.setprofile(profile)
 
     def _computed(self, graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:
         known = self._by_id.get(id(graph))

@@ -258,7 +258,7 @@ def _in_float64(
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        with _DrawnInFloat32():
+        with _AllInFloat64():
             returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
     finally:
@@ -272,12 +272,16 @@ def _in_float64(
                     t.grad = grad
 
 
-class _DrawnInFloat32(TorchDispatchMode):
-    """Random floats are drawn in float32 and then widened: in float64 they would be others."""
+class _AllInFloat64(TorchDispatchMode):
+    """What a step casts to float32, or makes of that dtype, is float64. Random floats are drawn in
+    float32 and then widened: in float64 they would be others."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if not draws or "scaled_dot_product" in str(func):  # with dropout it is composed of others
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
             return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
@@ -360,14 +364,16 @@ class _Magnitudes:
         arrays = [x if isinstance(x, float) else _array(x) for x in inputs]
 
         def after() -> None:
-            found = magnitudes(graph, arrays)
+            found, lower = magnitudes(graph, arrays), {}
             pairs = [(r.value, out) for r, out in zip(graph.results, outputs, strict=True)]
             position = {p.value: i for i, p in enumerate(graph.params)}
             pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
             for value, tensor in pairs:
-                size = np.asarray(found[value], np.float64).ravel()
-                with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
-                    self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
+                norm = _norm(found[value])
+                if not math.isfinite(norm):
+                    lower = lower or magnitudes(graph, arrays, first_order=True)
+                    norm = _norm(lower[value])
+                self._norms[tensor.data_ptr()] = norm
 
         return after
 
@@ -376,6 +382,11 @@ class _Magnitudes:
         own = torch.where(tensor.isfinite(), tensor.double(), 0.0).norm()
         found = self._norms.get(pointer, 0.0)
         return max(float(own), found) if math.isfinite(found) else float(own)
+
+
+def _norm(size: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
+        return float(np.linalg.norm(np.asarray(size, np.float64).ravel()))
 
 
 def _array(t: torch.Tensor) -> np.ndarray:
@@ -398,23 +409,27 @@ _SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
+def magnitudes(
+    graph: Graph, inputs: Sequence, *, first_order: bool = False
+) -> dict[Value, np.ndarray]:
     """For every value, what it is when all its terms are taken by absolute value.
 
     Sums add magnitudes, products multiply them, and a function f(x) counts |f(x)| + |f'(x)|·m(x):
-    the first-order bound of how rounding errors grow, up to the factor eps.
+    the first-order bound of how rounding errors grow, up to the factor eps. An infinity is exact:
+    what is masked with one adds nothing. Products of products may overflow in a deep network. By
+    `first_order` that of x and y counts |x|·m(y) + |y|·m(x), which grows less.
     """
     values: dict[Value, object] = {}
     sizes: dict[Value, np.ndarray] = {}
     for p, x in zip(graph.params, inputs, strict=True):
         values[p.value] = x
-        sizes[p.value] = np.abs(x)
+        sizes[p.value] = _of_finite(x, np.abs(x))
 
     def value(a: Arg) -> object:
         return values[a] if isinstance(a, Value) else a
 
     def size(a: Arg) -> object:
-        return sizes[a] if isinstance(a, Value) else abs(a)
+        return sizes[a] if isinstance(a, Value) else _of_finite(a, abs(a))
 
     with np.errstate(all="ignore"):
         for node in graph.nodes:
@@ -425,8 +440,19 @@ def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
             if node.out.type.is_host or not node.out.type.dtype.is_float:
                 sizes[node.out] = np.abs(np.asarray(out, np.float64))
                 continue
-            sizes[node.out] = _size(node.op.name, node, args, [size(a) for a in node.args], out)
+            sized = [size(a) for a in node.args]
+            if first_order and node.op.name in ("mul", "matmul"):
+                (x, y), (m, n) = map(np.abs, args), sized
+                found = node.op.eval(x, n) + node.op.eval(m, y)
+            else:
+                found = _size(node.op.name, node, args, sized, out)
+            sizes[node.out] = _of_finite(out, found)
     return sizes
+
+
+def _of_finite(x: object, size: np.ndarray) -> np.ndarray:
+    """The magnitudes of what is finite; 0 of infinities."""
+    return np.where(np.isinf(x), 0.0, size)
 
 
 def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
@@ -437,7 +463,10 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
     if name == "div":
         return m[0] / np.abs(args[1]) + np.abs(out) * m[1] / np.abs(args[1])
     if name in ("maximum", "minimum"):
-        return np.maximum(m[0], m[1])
+        return np.maximum(_near(args[0], m[0], out), _near(args[1], m[1], out))
+    if name in ("reduce_max", "reduce_min"):
+        axes = dict(node.attrs)["axes"]
+        return np.max(_near(args[0], m[0], np.expand_dims(out, axes)), axis=axes)
     if name == "pow":
         slope = np.abs(args[1] * out / args[0])
         return np.abs(out) + np.where(np.isfinite(slope), slope, 0.0) * m[0]
@@ -445,17 +474,21 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.abs(out) + np.abs(_SLOPES[name](args[0], out)) * m[0]
     if name == "where":
         return np.where(args[0], m[1], m[2])
-    if name in ("full", "iota"):
-        return np.abs(np.asarray(out, np.float64))
     if name == "cast":
         return np.asarray(m[0], np.float64)
-    if node.op.family == "elementwise" and name not in ("neg", "abs", "alias"):
-        return np.abs(np.asarray(out, np.float64))
     if name in ("neg", "abs", "alias"):
         return m[0]
+    if node.op.family == "elementwise" or name in ("full", "iota"):
+        return np.abs(np.asarray(out, np.float64))
     if node.op.family == "indexing":
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _near(x: np.ndarray, size: np.ndarray, extremum: np.ndarray) -> np.ndarray:
+    """The magnitudes of what may be the extremum, by rounding; 0 of the rest."""
+    near = np.abs(x - extremum) <= MAGNITUDE_FACTOR * EPS[torch.float32] * size
+    return np.where(near | (x == extremum), size, 0)
 
 
 __all__ = [

@@ -85,6 +85,8 @@ class Seen:
             return False
         if not other.of_schedulers <= self.of_schedulers:
             return False
+        if any(origin(code) == "user" and code not in self.codes for code in other.codes):
+            return False  # whose globals were not looked at
         return self.computes_names or (not other.computes_names and other.names() <= self.names())
 
     def joined(self, other: Seen) -> Seen:

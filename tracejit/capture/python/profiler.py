@@ -30,3 +30,18 @@ def profiled(profile: Profile) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Without what notes the functions and lines that run: those inside are of no interest."""
+    profile, trace = sys.getprofile(), sys.gettrace()
+    if callable(profile):  # else it is one of C, which cannot be put back
+        sys.setprofile(None)
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        if callable(profile):
+            sys.setprofile(profile)
+        sys.settrace(trace)
