@@ -258,7 +258,7 @@ def _in_float64(
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        with _DrawnInFloat32():
+        with _AllInFloat64():
             returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
     finally:
@@ -272,12 +272,16 @@ def _in_float64(
                     t.grad = grad
 
 
-class _DrawnInFloat32(TorchDispatchMode):
-    """Random floats are drawn in float32 and then widened: in float64 they would be others."""
+class _AllInFloat64(TorchDispatchMode):
+    """What a step casts to float32, or makes of that dtype, is float64. Random floats are drawn in
+    float32 and then widened: in float64 they would be others."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if not draws or "scaled_dot_product" in str(func):  # with dropout it is composed of others
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
             return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
@@ -360,14 +364,16 @@ class _Magnitudes:
         arrays = [x if isinstance(x, float) else _array(x) for x in inputs]
 
         def after() -> None:
-            found = magnitudes(graph, arrays)
+            found, lower = magnitudes(graph, arrays), {}
             pairs = [(r.value, out) for r, out in zip(graph.results, outputs, strict=True)]
             position = {p.value: i for i, p in enumerate(graph.params)}
             pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
             for value, tensor in pairs:
-                size = np.asarray(found[value], np.float64).ravel()
-                with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
-                    self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
+                norm = _norm(found[value])
+                if not math.isfinite(norm):
+                    lower = lower or magnitudes(graph, arrays, first_order=True)
+                    norm = _norm(lower[value])
+                self._norms[tensor.data_ptr()] = norm
 
         return after
 
@@ -376,6 +382,11 @@ class _Magnitudes:
         own = torch.where(tensor.isfinite(), tensor.double(), 0.0).norm()
         found = self._norms.get(pointer, 0.0)
         return max(float(own), found) if math.isfinite(found) else float(own)
+
+
+def _norm(size: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
+        return float(np.linalg.norm(np.asarray(size, np.float64).ravel()))
 
 
 def _array(t: torch.Tensor) -> np.ndarray:
