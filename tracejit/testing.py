@@ -274,12 +274,16 @@ def _in_float64(
                     t.grad = grad
 
 
+_TAGGED_WITHOUT_DRAWING = (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,)
+
+
 class _DrawnInFloat32(TorchDispatchMode):
     """Random floats are drawn in float32 and then widened: in float64 they would be others."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if not draws or func.overloadpacket in _TAGGED_WITHOUT_DRAWING:
             return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
