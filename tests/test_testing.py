@@ -142,6 +142,62 @@ def test_magnitudes_see_cancellation():
     assert sizes[graph.results[0].value] == pytest.approx(2000.0**2 + 2.0**2)
 
 
+def test_magnitudes_in_a_loop():
+    """Those of its steps written out."""
+    looped = parse(
+        """
+        f(%0: f32[2], %1: f32[2,2]) {
+          %2: f32[10] = scan(%0, %1, body=body0, carried=1, sliced=1, steps=2, reverse=True)
+          return %2
+          body body0(%0: f32[2], %1: f32[2]) {
+            %2: f32[2] = sub(%0, %1)
+            %3: f32[2] = mul(%2, %2)
+            return %2, %3
+          }
+        }"""
+    )
+    x, rows = np.array([10.0, 1.0], np.float32), np.array([[1, 2], [10, 3]], np.float32)
+    sizes = magnitudes(looped, [x, rows])[looped.results[0].value]
+    after = [21, 6], [20, 4], [10, 1]  # the last row is the first step's
+    squares = [21**2, 6**2], [20**2, 4**2]
+    assert sizes == pytest.approx(np.concatenate([*after, *squares]))
+
+
+def test_magnitudes_of_what_is_masked():
+    """An infinity is exact, and a number far from the maximum is not the maximum by rounding."""
+    graph = parse(
+        """
+        f(%0: f32[3]) {
+          %1: f32[] = reduce_max(%0, axes=(0,))
+          %2: f32[3] = expand(%1, shape=(3,))
+          %3: f32[3] = sub(%0, %2)
+          %4: f32[3] = exp(%3)
+          return %4
+        }"""
+    )
+    for masked in (-np.inf, np.finfo(np.float32).min):
+        sizes = magnitudes(graph, [np.array([1.0, 2.0, masked], np.float32)])
+        assert sizes[graph.results[0].value] == pytest.approx(
+            [4 * np.exp(-1), 1 + 2 * 2, 0], rel=1e-5
+        )
+
+
+def test_magnitudes_of_the_first_order_do_not_overflow():
+    graph = parse(
+        """
+        f(%0: f32[1]) {
+          %1: f32[1] = sub(%0, %0)
+          %2: f32[1] = mul(%1, %0)
+          %3: f32[1] = mul(%2, %2)
+          return %3
+        }"""
+    )
+    x = np.array([1e3], np.float32)
+    value = graph.results[0].value
+    assert magnitudes(graph, [x])[value] == pytest.approx((2e3 * 1e3) ** 2)
+    assert magnitudes(graph, [x], first_order=True)[value] == 0.0  # 2 · 0 · 2e6
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
 def test_a_step_with_a_module_and_an_optimizer(optimizer):
     torch.manual_seed(0)
