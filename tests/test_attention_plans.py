@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
 from support.attention_graphs import CASES, Case
-from support.plan_checks import TOLERANCE
+from support.plan_checks import TOLERANCE, PlanChecks, make_inputs
 from tracejit.codegen.triton import emit
 from tracejit.codegen.work import work
 from tracejit.ir.graph import Graph, verify
+from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import bf16, f32
 from tracejit.report import report
 from tracejit.rows import limits
+from tracejit.runtime.c_executor import CExecutor
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu.attention import Attention
 from tracejit.schedule.cpu.lower import lower
 from tracejit.schedule.cpu.text import identity, parse_cpu_kernel, parse_cpu_plan
 from tracejit.schedule.kernel_text import canonical, parse_kernel
-from tracejit.schedule.plan import Plan
 from tracejit.schedule.plan_text import parse_plan
 from tracejit.schedule.traffic import products
 
@@ -106,6 +108,16 @@ def test_blocks_are_dealt_to_threads():
             assert whole.scratch_bytes == kernel.blocks.chunks * whole.per_chunk * 4
 
 
+@pytest.mark.parametrize("dtype", [f32, bf16])
+def test_results_do_not_depend_on_threads(dtype):
+    graph = Case((2, 3, 200, 200, 64, 64), dtype, causal=True).graph()
+    plan, inputs = schedule(graph), make_inputs(graph)
+    assert any(k.blocks and k.blocks.chunks > 1 for k in lower(plan, 32).kernels.values())
+    one, four = (PlanChecks(CExecutor(n)).run(plan, graph, inputs)[0] for n in (1, 4))
+    for x, y in zip(one, four, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_products_are_counted():
     graph, (batch, heads, m, n, c, d) = CASES["plain"].graph(), CASES["plain"].sizes
     pair = 2 * batch * heads * m * n
@@ -126,10 +138,6 @@ def test_hidden_blocks_are_left_out():
 
 
 # ---- machine code
-
-
-def _kernels(plan: Plan, target: int):
-    return [row for row in report(plan, target=target).rows if row.form == "attention"]
 
 
 @pytest.mark.slow
@@ -163,6 +171,7 @@ def test_on_a_gpu(name):
 
     def arguments():
         shapes = (m, c), (n, c), (n, d)
-        return [torch.randn(batch, heads, *s, device="cuda", requires_grad=True) for s in shapes]
+        like = {"device": "cuda", "dtype": TO_TORCH[case.dtype], "requires_grad": True}
+        return [torch.randn(batch, heads, *s, **like) for s in shapes]
 
     assert_equal_to_eager(step, make_args=arguments)
