@@ -131,6 +131,13 @@ _UNET = (
     *convolution(4, 32, 128, 64, 3),
     *convolution(4, 16, 256, 128, 3),
 )
+_LSTM = (*linear(4096, 64, 256, first=True), *linear(4096, 64, 256, 3))
+_GRU = (
+    *linear(4096, 64, 192, 2, first=True),
+    *linear(4096, 64, 192, 4),  # of the states
+    *linear(4096, 128, 192, 2),
+)
+_STEPS = {"steps": 7, "batch": 3, "width": 5}
 _IMAGES = {"batch": 2, "side": 9}
 _ELEMENTS = 4096 * 1024
 
@@ -186,6 +193,14 @@ CASES: dict[str, Case] = {
     "alexnet": _net(image_steps.alexnet, _ALEXNET, side=63, width=4, hidden=12),
     "mobilenet": _net(image_steps.mobilenet, stages=((1, 8, 1, 1), (2, 8, 2, 2)), last=12),
     "unet": _net(image_steps.unet, _UNET, side=8, width=4, depth=1),
+    "lstm_256": Case(steps.recurrent, _STEPS, _LSTM, optimizer="Adam"),
+    "gru_both_256": Case(
+        steps.recurrent,
+        {**_STEPS, "kind": "GRU", "both": True},
+        _GRU,
+        optimizer="Adam",
+        sizes={"kind": "GRU", "both": True},
+    ),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

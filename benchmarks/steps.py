@@ -282,6 +282,25 @@ def layer_norm(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
     return step, [x, norm.weight, norm.bias]
 
 
+def recurrent(
+    kind: str = "LSTM",
+    both: bool = False,
+    steps: int = 256,
+    batch: int = 16,
+    width: int = 64,
+    device: str = "cpu",
+    **options: bool,
+) -> Made:
+    """Two layers of a recurrent network, in one direction or both, with AdamW."""
+    torch.manual_seed(0)
+    model = getattr(torch.nn, kind)(width, width, num_layers=2, bidirectional=both).to(device)
+    x = torch.randn(steps, batch, width).to(device)
+    y = torch.randn(steps, batch, width * (1 + both)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
+    step = trained(lambda: (model(x)[0] - y).pow(2).mean(), model, optimizer)
+    return step, list(model.parameters())
+
+
 class DynamicNet(torch.nn.Module):
     """A net that uses its middle layer none to three times, drawn anew on every call."""
 

@@ -60,6 +60,22 @@ def golden() -> Golden:
     return Golden()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_compilations():
+    """`make test` compiles C with -O1, for which gcc takes two thirds of its time, but in
+    test_c_executor.py; `make test-all` as users do."""
+    from support.scope import WHOLE
+
+    if WHOLE:
+        yield
+        return
+    from tracejit.runtime import c_compiler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+        yield
+
+
 @pytest.fixture(params=["numpy", "c"])
 def executor(request, monkeypatch) -> Executor:
     """Each executor of the CPU in turn, C kernels compiled with -O1; a module about one executor

@@ -397,5 +397,6 @@ def tensor_that_is_one_by_dlpack_is_written(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(2)
 def test_arguments(name):
     check(CASES[name])

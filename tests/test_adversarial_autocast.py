@@ -333,6 +333,7 @@ def an_update_under_autocast_around_the_call(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(2)
 def test_autocast(name):
     check(CASES[name], reset)
 

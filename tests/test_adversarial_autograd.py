@@ -263,5 +263,6 @@ def saved_on_the_cpu_in_part(w):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(2)
 def test_autograd(name):
     check(CASES[name])

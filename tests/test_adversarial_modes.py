@@ -446,6 +446,7 @@ def attribute_on_the_c_backend(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(2)
 def test_modes(name):
     check(CASES[name], reset)
 
@@ -593,7 +594,7 @@ class Fragile(Trainer):
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), Stop()])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("earlier", [0, 3])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_an_exception_leaves_everything_as_it_was(error, point, earlier):
     torch.manual_seed(0)
     t, twin = Fragile(), Fragile()

@@ -1039,7 +1039,7 @@ def focal_loss_with_counts(w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 def test_programs(name):
     check(CASES[name])

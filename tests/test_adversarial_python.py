@@ -665,5 +665,6 @@ def function_and_comprehension_inside(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(2)
 def test_python(name):
     check(CASES[name], restore)

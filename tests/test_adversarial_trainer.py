@@ -424,7 +424,7 @@ def its_parameters_returned(w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 def test_trainers(name):
     check(CASES[name])

@@ -406,6 +406,7 @@ PATCHES = {  # what is replaced, by what
 
 
 @pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.sweep(2)
 def test_a_replaced_function_of_torch_is_noticed(name, monkeypatch):
     """And the original one, when it is back."""
     owner, attribute, mine = PATCHES[name]

@@ -125,6 +125,7 @@ def test_small_matmul_with_update(shape, target):
     [("f32", "ieee", False), ("f32", "tf32", True), ("bf16", "tf32", True)],
 )
 @pytest.mark.parametrize("target", [90, 100])
+@pytest.mark.sweep(2)
 def test_large_matmul(dtype, precision, wgmma, target):
     facts = compile_matmul(4096, 4096, 1024, dtype, precision, target=target)
     check_limits(facts, want_wgmma=wgmma)
@@ -132,6 +133,7 @@ def test_large_matmul(dtype, precision, wgmma, target):
 
 @each_target
 @pytest.mark.parametrize("dtype", ["f64", "i64"])
+@pytest.mark.sweep(2)
 def test_dtypes_without_dot(dtype, target):
     facts = compile_matmul(100, 50, 40, dtype, target=target)
     check_limits(facts)

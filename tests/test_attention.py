@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_programs_train_like_eager_and_replay(net):
     """With dropout on: eager's own numbers."""
     steps = [make_step(net) for _ in range(2)]
@@ -45,7 +45,7 @@ def test_programs_train_like_eager_and_replay(net):
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_programs_in_lockstep(net):
     step, state = make_step(net)
     compiled = assert_equal_to_eager(step, calls=4, state=state, on_unsupported="raise")
@@ -180,7 +180,7 @@ def compare(step: Callable, x: torch.Tensor, *, strides: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_gradients_of_modules(name, mode):
     torch.manual_seed(0)
     make, use = MODULES[name]
@@ -201,7 +201,7 @@ NESTED = {"encoder, padding"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_modules_in_evaluation_without_gradients(name):
     """Where eager takes native functions: NaN where a query sees no key, and their strides."""
     torch.manual_seed(0)

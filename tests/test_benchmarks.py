@@ -34,7 +34,7 @@ def start_of(name: str) -> list:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_contenders_agree(name, tmp_path):
     numbers, state = first_calls(build_torch(name, "eager", "cpu", small=True))
     start = start_of(name)
@@ -439,6 +439,7 @@ def test_gpu_tests_are_told_one_by_one(tmp_path):
     assert result["status"] == "failed" and "no torch" in result["text"]
 
 
+@pytest.mark.slow
 def test_the_gpu_tests_are_found(monkeypatch):
     """All of them, in `tests`: here the marker leaves them out."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -114,6 +114,7 @@ def changed_once(part: str, line: str) -> Sequence:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.sweep(2)
 def test_a_guard_without_a_line_is_found_out(fault, monkeypatch):
     pattern, part, line = FAULTS[fault]
     assert run(changed_once(part, line)).kind == "equal"

@@ -145,6 +145,7 @@ def torch_double(x: torch.Tensor) -> torch.Tensor:
     return x * 2
 
 
+@pytest.mark.slow
 def test_optimizers_take_the_path_that_they_take_on_a_gpu():
     """There `foreach` is the default, which adds up in another order; counters stay on the CPU."""
     plain, *_ = plans_of(STEPS["adam"]("cpu"))

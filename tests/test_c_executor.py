@@ -66,6 +66,12 @@ def executor() -> CExecutor:
     return CExecutor(2)
 
 
+@pytest.fixture(autouse=True)
+def as_users(monkeypatch):
+    """Compile as users do, also in `make test`."""
+    monkeypatch.setattr(c_compiler, "FLAGS", ("-O3", *c_compiler.FLAGS[1:]))
+
+
 @pytest.fixture
 def quick(monkeypatch):
     """Compile with -O1, which still makes vector code of the loops marked for it."""
@@ -98,7 +104,7 @@ def pads_with_minus_zero(sample) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.family != "host"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_every_op(name, quick, plans):
     """All samples of an op, a kernel each, in one unit."""
     b, inputs = Builder(), []
@@ -161,6 +167,7 @@ MATMULS = [
 
 
 @pytest.mark.parametrize("m, n, k", MATMULS)
+@pytest.mark.sweep(2)
 def test_matmul_in_all_layouts(m, n, k, plans):
     a, at, b, bt = (f"f32[{x},{y}]" for x, y in ((m, k), (k, m), (k, n), (n, k)))
     plans.both(f"""
@@ -210,6 +217,7 @@ def test_a_transposed_result_is_written_along_memory(m, k, n, quick, plans):
 
 @pytest.mark.parametrize("dtype", ["f32", "f64", "bf16", "i64"])
 @pytest.mark.parametrize("m, n, k", [(65, 64, 64), (130, 96, 300), (33, 65, 2100), (7, 100, 65)])
+@pytest.mark.sweep(2)
 def test_a_transposed_operand_is_packed_in_strips(m, n, k, dtype, plans):
     """As it lies, and computed on the way; a ragged last strip; slices and passes of k; batches."""
     a, b = (f"{dtype}[{k},{x}]" for x in (m, n))
@@ -301,6 +309,7 @@ def test_full_reduction_is_as_accurate_as_torch(plans):
 
 
 @pytest.mark.parametrize("block", range(4))
+@pytest.mark.sweep(2)
 def test_random_programs(block, quick, plans):
     for seed in range(block * 10, block * 10 + 10):
         graph = RandomProgram(seed).graph()

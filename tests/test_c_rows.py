@@ -105,6 +105,7 @@ def test_what_is_loaded_after_a_store_is_another_value():
 
 @pytest.mark.parametrize("rows, columns", [(5, 1), (7, 33), (3, 5000), (300, 1024), (2, 17_000)])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.sweep(2)
 def test_softmax_and_its_gradient(rows, columns, dtype, plans):
     plans.both(softmax_gradient(rows, columns, dtype))
 

@@ -37,6 +37,7 @@ APPROXIMATE = {"exp", "log", "tanh", "sin", "cos", "pow", "expm1", "log1p", "erf
 
 
 @pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.sweep(2)
 def test_every_elementwise_op(name):
     for sample in SAMPLES[name]:
         graph = sample.graph(name)

@@ -41,6 +41,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.sweep(2)
 def test_losses_train(name):
     torch.manual_seed(0)
     model, x = nn.Linear(3, 4), torch.randn(5, 3)

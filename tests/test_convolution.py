@@ -73,7 +73,7 @@ def test_the_gradient_of_a_plain_sum(kernel):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_convolution(name, backend):
     x, w, options = SHAPES[name]
     f = getattr(F, f"conv{len(x) - 2}d")
@@ -82,6 +82,7 @@ def test_convolution(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", TRANSPOSED)
+@pytest.mark.sweep(2)
 def test_transposed(name, backend):
     x, w, options = TRANSPOSED[name]
     check(lambda x, w: F.conv_transpose2d(x, w, **options), backend, r(*x), r(*w))
@@ -89,12 +90,14 @@ def test_transposed(name, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", POOLED)
+@pytest.mark.sweep(2)
 def test_pooling(name, backend):
     check(POOLED[name], backend, r(2, 3, 9, 8))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["padded", "strided", "depthwise", "one by one"])
+@pytest.mark.sweep(2)
 def test_channels_last(name, backend):
     x, w, options = SHAPES[name]
     x = r(*x).to(memory_format=torch.channels_last)

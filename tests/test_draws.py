@@ -35,6 +35,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # eager's deprec
 
 
 @pytest.mark.parametrize("function", parameters(FUNCTIONS))
+@pytest.mark.sweep(2)
 def test_values(function: Callable):
     on_each_sample(check_values, function, samples_of(function))
 
@@ -706,6 +707,7 @@ def test_fast_numbers_are_the_same_on_all_backends():
 
 
 @pytest.mark.parametrize("build", [build_mlp, build_block, build_accumulation, build_custom])
+@pytest.mark.sweep(2)
 def test_fast_masks_are_computed_again_and_not_stored(build: Callable):
     """The gradient has the mask of the forward: as in eager with the same mask."""
     torch.manual_seed(1)

@@ -696,6 +696,7 @@ def test_a_step_that_makes_a_plan_on_every_call_runs_eagerly_between_tries():
 
 
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(2)
 def test_a_second_order_optimizer_runs_eagerly_between_tries(mode):
     def make(compiled):
         torch.manual_seed(0)

@@ -112,5 +112,6 @@ DIFFERENTIABLE = [f for f in OTHERS if not is_logic_in_place(f)]
 
 
 @pytest.mark.parametrize("function", parameters(DIFFERENTIABLE))
+@pytest.mark.sweep(4)
 def test_gradients(function: Callable):
     on_each_sample(check_gradients, function, samples_of(function))

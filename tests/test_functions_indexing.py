@@ -33,6 +33,7 @@ def test_values(function):
 
 
 @pytest.mark.parametrize("function", parameters(CHOSEN))
+@pytest.mark.sweep(2)
 def test_gradients(function):
     on_each_sample(check_gradients, function, samples_of(function))
 

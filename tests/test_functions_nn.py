@@ -52,6 +52,7 @@ DIFFERENTIABLE = parameters(
 
 
 @pytest.mark.parametrize("function", DIFFERENTIABLE)
+@pytest.mark.sweep(4)
 def test_gradients(function):
     on_each_sample(check_gradients, function, samples_of(function))
 

@@ -551,6 +551,7 @@ def test_wrong_numbers_are_seen(device, monkeypatch, plant):
     ],
     ids=["sync", "host read", "pinned", "pageable", "pool", "stream", "replay", "event"],
 )
+@pytest.mark.sweep(2)
 def test_what_a_capture_does_not_take_is_seen(device, monkeypatch, what, message):
     """Where a launch of the capture does it."""
     call = FakeLaunch.__call__

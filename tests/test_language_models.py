@@ -105,7 +105,7 @@ def check_losses(ours: list[float], eager: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(12)
 def test_models_train_like_eager_and_replay(name):
     """From one seed, with eager's own numbers for dropout."""
     plain, batch, _ = make_step(name)
@@ -117,7 +117,7 @@ def test_models_train_like_eager_and_replay(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(10)
 def test_models_in_lockstep(name):
     step, batch, model = make_step(name)
     state = [*model.parameters()]

@@ -299,7 +299,7 @@ class Computed(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if not n.startswith("8")])
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(8)
 def test_eager_is_not_made_slower_than_it_is(name):
     """Operations are at most what eager's dispatcher sees, and not far below."""
     step, _ = PROGRAMS[name].make()
@@ -346,7 +346,7 @@ def tensors_within(x, depth=4):
 
 
 @pytest.mark.parametrize("name", SAVED)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_what_eager_keeps_for_its_backward(name):
     """Formulas read what eager saves, but for statistics of rows, which they compute again."""
     step, leaves = PROGRAMS[name].make()

@@ -119,6 +119,7 @@ def agree(ours: object, theirs: object) -> None:
 
 @pytest.mark.parametrize("second", [True, False])
 @pytest.mark.parametrize("name", ADD)
+@pytest.mark.sweep(2)
 def test_as_eager(name, second):
     theirs, _ = trained(ADD[name], False, second=second)
     ours, step = trained(ADD[name], True, second=second)

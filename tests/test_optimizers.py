@@ -28,7 +28,7 @@ TABLE = [
     for i, (options, plans) in enumerate(rows)
     for foreach in FOREACH
     if i == 0 or foreach is not None  # which is False on the CPU
-    if i == 0 or sampled(f"{name} {i} {foreach}", of=3)
+    if i == 0 or sampled(f"{name} {i} {foreach}", of=6)
 ]
 
 
@@ -111,6 +111,7 @@ def clipped(clip: Callable, *, lr: float = 0.1) -> Callable:
 @pytest.mark.parametrize("foreach", FOREACH)
 @pytest.mark.parametrize("kind", [2.0, 1.0, float("inf"), 3.0])
 @pytest.mark.parametrize("limit", [0.05, 100.0])
+@pytest.mark.sweep(2)
 def test_clip_grad_norm(limit, kind, foreach):
     clip = torch.nn.utils.clip_grad_norm_
     lockstep(clipped(lambda p: clip(p, limit, kind, foreach=foreach)), compiles=2, calls=5)

@@ -181,6 +181,7 @@ SIBLINGS = {  # results that share the memory of a tensor that is not returned
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
+@pytest.mark.sweep(2)
 def test_results_that_share_memory(name):
     """Backward through each, through all, and after a write through one of them, as in eager."""
 

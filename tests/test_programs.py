@@ -28,7 +28,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["numpy", "c"])
 
 @BACKENDS
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_lockstep(name, backend):
     step, _ = STEPS[name]()
     compiled = assert_equal_to_eager(step, calls=10, backend=backend)
@@ -38,7 +38,7 @@ def test_lockstep(name, backend):
 
 @BACKENDS
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 def test_lockstep_without_fusion(name, backend):
     step, _ = STEPS[name]()
     assert_equal_to_eager(step, calls=3, fuse=False, backend=backend)
@@ -50,7 +50,7 @@ def test_lockstep_without_fusion(name, backend):
         (name, backend)
         for name in STEPS
         for backend in ("c", "numpy")
-        if name != "chain" and sampled(f"{name} {backend}")
+        if name != "chain" and sampled(f"{name} {backend}", of=4)
     ],
 )
 def test_free_run_over_500_steps(name, backend):

@@ -43,7 +43,7 @@ def check_program(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(6)
 def test_programs(device, name):
     check_program(name)
     assert any("launch" in line for line in device.log)

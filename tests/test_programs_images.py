@@ -35,18 +35,19 @@ def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) 
 
 
 @pytest.mark.parametrize("net", SWEPT)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_sgd(net):
     check_training(net, "c")
 
 
 @pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.sweep(2)
 def test_sgd_numpy(net):
     check_training(net, "numpy", 5)
 
 
 @pytest.mark.parametrize("net", SWEPT)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(10)
 def test_adamw(net):
     plain, compiled = (make_step(net, "adamw")[0] for _ in range(2))
     compiled = tracejit.compile(compiled, on_unsupported="raise")
@@ -66,6 +67,7 @@ def test_lockstep(net, optimizer):
 
 
 @pytest.mark.parametrize("net", ["residual", "mobile"])
+@pytest.mark.sweep(2)
 def test_channels_last(net):
     check_training(net, "c", 5, channels_last=True)
 

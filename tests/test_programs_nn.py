@@ -46,6 +46,7 @@ def test_lockstep_at_full_size(name, backend):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", [n for n in NAMES if n not in ("5 sgd foreach", "5 sgd single")])
+@pytest.mark.sweep(4)
 def test_interpret(name):
     check_lockstep(name, "interpret", 3, **PROGRAMS[name].small)
 

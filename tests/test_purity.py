@@ -91,6 +91,7 @@ def test_each_function_of_math_has_a_row():
 
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
 @pytest.mark.parametrize("name", CALLS)
+@pytest.mark.sweep(2)
 def test_a_runtime_scalar_is_not_baked(name, mode):
     call = CALLS[name]
 

@@ -475,5 +475,6 @@ def counter_that_leaves_the_table(w):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(2)
 def test_state(name):
     check(CASES[name])

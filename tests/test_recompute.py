@@ -101,6 +101,7 @@ def test_an_input_is_overwritten_after_it_was_read_again():
     assert "rw" in written
 
 
+@pytest.mark.slow
 def test_random_programs_with_everything_recomputed(monkeypatch):
     """Even where it does not pay, what is computed is the same."""
     applied = []

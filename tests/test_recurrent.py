@@ -79,6 +79,7 @@ def test_modules_train_like_eager_and_replay(name):
 
 
 @pytest.mark.parametrize("name", ["RNN, relu, deep", "LSTM, deep", "GRU, deep"])
+@pytest.mark.sweep(3)
 def test_modules_in_lockstep(name):
     step, parameters = training(MODULES[name])()
     assert_equal_to_eager(step, calls=4, state=parameters)

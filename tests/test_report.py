@@ -89,6 +89,7 @@ def test_a_strided_chain_breaks_the_limit():
     assert "on sm_90 (test_report.py:" in violation
 
 
+@pytest.mark.slow
 def test_a_spilling_kernel_breaks_the_limit(monkeypatch):
     choice = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16, "GROUP_M": 8}
     choice |= {"num_warps": 1, "num_stages": 1}  # 256 accumulators a thread

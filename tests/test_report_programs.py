@@ -73,6 +73,7 @@ def check_cost(name: str, program: Program, found: tuple[Plan, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.sweep(2)
 def test_launches_and_bytes(name):
     check_cost(name, PROGRAMS[name], plans(name))
 
@@ -157,6 +158,7 @@ def test_the_accept_switch_cannot_lift_the_limits(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_kernels_compiled_in_processes_are_those_compiled_here(monkeypatch):
     here, there = {}, {}
     for facts, compile_ahead in ((here, False), (there, True)):

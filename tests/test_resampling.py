@@ -32,6 +32,7 @@ RESIZED = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", RESIZED)
+@pytest.mark.sweep(2)
 def test_interpolate(name, backend):
     check(lambda x: F.interpolate(x, **RESIZED[name]), backend, r(*IMAGE))
 
@@ -105,6 +106,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.sweep(2)
 def test_patches_and_shuffles(name, backend):
     check(OTHERS[name], backend, r(*IMAGE))
 
@@ -118,6 +120,7 @@ def test_patches_interpreted(name):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["bilinear", "nearest", "bicubic"])
 @pytest.mark.parametrize("padding", ["zeros", "border", "reflection"])
+@pytest.mark.sweep(2)
 def test_an_image_that_an_affine_map_moves(padding, mode, backend):
     """A spatial transformer: gradients of the image and of the map."""
 

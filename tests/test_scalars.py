@@ -60,6 +60,7 @@ def on_host(captured, values: list[float]) -> float:
 
 @pytest.mark.parametrize("symbol", ARITHMETIC)
 @pytest.mark.parametrize("other", [3, 0, -2, True, 2.5, 0.0, -0.5, 10**20, INF, NAN], ids=repr)
+@pytest.mark.sweep(2)
 def test_arithmetic_with_numbers(symbol, other):
     function, box = ARITHMETIC[symbol], [other]  # a float in a list is a literal
     for step in (lambda x: function(x, box[0]), lambda x: function(box[0], x)):

@@ -427,6 +427,7 @@ def test_one_kernel_serves_many_shapes():
 
 
 @pytest.mark.parametrize("block", range(8))
+@pytest.mark.sweep(2)
 def test_random_programs(block):
     for seed in range(block * 60, block * 60 + 60):
         graph = RandomProgram(seed).graph()

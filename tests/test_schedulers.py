@@ -157,6 +157,7 @@ def test_schedule(kind, place):
         (lambda o: LambdaLR(o, lambda epoch: 0.95**epoch), None),
     ],
 )
+@pytest.mark.sweep(2)
 def test_schedule_of_a_tensor(make_scheduler, foreach, inside):
     def make(dtype: torch.dtype) -> Training:
         w, v, x, y = weights(dtype)

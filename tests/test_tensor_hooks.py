@@ -588,6 +588,7 @@ def writes_to_its_gradient(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(2)
 def test_as_eager(name):
     check(CASES[name])
 

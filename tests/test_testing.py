@@ -176,6 +176,27 @@ def test_magnitudes_of_the_first_order_do_not_overflow():
     assert magnitudes(graph, [x], first_order=True)[value] == 0.0  # 2 · 0 · 2e6
 
 
+def test_magnitudes_in_a_loop():
+    """Those of its steps written out."""
+    looped = parse(
+        """
+        f(%0: f32[2], %1: f32[2,2]) {
+          %2: f32[10] = scan(%0, %1, body=body0, carried=1, sliced=1, steps=2, reverse=True)
+          return %2
+          body body0(%0: f32[2], %1: f32[2]) {
+            %2: f32[2] = sub(%0, %1)
+            %3: f32[2] = mul(%2, %2)
+            return %2, %3
+          }
+        }"""
+    )
+    x, rows = np.array([10.0, 1.0], np.float32), np.array([[1, 2], [10, 3]], np.float32)
+    sizes = magnitudes(looped, [x, rows])[looped.results[0].value]
+    after = [21, 6], [20, 4], [10, 1]  # the last row is the first step's
+    squares = [21**2, 6**2], [20**2, 4**2]
+    assert sizes == pytest.approx(np.concatenate([*after, *squares]))
+
+
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
 def test_a_step_with_a_module_and_an_optimizer(optimizer):
     torch.manual_seed(0)

@@ -71,6 +71,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.sweep(2)
 def test_state_dicts_round_trip(name, assign):
     """Saved to a file in the middle, trained on, and loaded again."""
 
@@ -334,6 +335,7 @@ def loader(n: int = 22, batch: int = 5, *, shuffle: bool = True, as_dict: bool =
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("as_dict", [False, True])
 @pytest.mark.parametrize("backend", ["numpy", "c"])
+@pytest.mark.sweep(2)
 def test_epochs_of_a_data_loader(shuffle, as_dict, backend):
     """One plan for each shape; no trace after the first epoch in which each shape came twice."""
     runs = []

@@ -164,6 +164,7 @@ DECIDED = ("indexing",)
 @pytest.mark.interpret
 @pytest.mark.parametrize("max_tile", [MAX_TILE, 64])
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in DECIDED])
+@pytest.mark.sweep(2)
 def test_issued_bytes_are_what_the_interpreter_moves(name, max_tile, monkeypatch):
     for plan in plans_of(name, small=True):
         check(plan, max_tile, monkeypatch)

@@ -23,8 +23,8 @@ from tracejit.capture.effects.hyperparameters import within_reach
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
-from tracejit.ir.graph import Arg, Graph, Value
-from tracejit.ir.types import round_to
+from tracejit.ir.graph import Graph
+from tracejit.magnitudes import magnitudes
 from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:
@@ -394,101 +394,6 @@ def _array(t: torch.Tensor) -> np.ndarray:
     if TO_IR[t.dtype].narrow:
         t = t.float()
     return t.cpu().clone().numpy()
-
-
-_SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "exp": lambda x, y: np.abs(y),
-    "log": lambda x, y: 1.0 / np.abs(x),
-    "expm1": lambda x, y: np.abs(y + 1.0),
-    "log1p": lambda x, y: 1.0 / np.abs(x + 1.0),
-    "erf": lambda x, y: np.exp(-x * x) * 1.13,
-    "sqrt": lambda x, y: 0.5 / y,
-    "tanh": lambda x, y: 1.0 - y * y,
-    "sin": lambda x, y: np.abs(np.cos(x)),
-    "cos": lambda x, y: np.abs(np.sin(x)),
-}
-
-
-def magnitudes(
-    graph: Graph, inputs: Sequence, *, first_order: bool = False
-) -> dict[Value, np.ndarray]:
-    """For every value, what it is when all its terms are taken by absolute value.
-
-    Sums add magnitudes, products multiply them, and a function f(x) counts |f(x)| + |f'(x)|·m(x):
-    the first-order bound of how rounding errors grow, up to the factor eps. An infinity is exact:
-    what is masked with one adds nothing. Products of products may overflow in a deep network. By
-    `first_order` that of x and y counts |x|·m(y) + |y|·m(x), which grows less.
-    """
-    values: dict[Value, object] = {}
-    sizes: dict[Value, np.ndarray] = {}
-    for p, x in zip(graph.params, inputs, strict=True):
-        values[p.value] = x
-        sizes[p.value] = _of_finite(x, np.abs(x))
-
-    def value(a: Arg) -> object:
-        return values[a] if isinstance(a, Value) else a
-
-    def size(a: Arg) -> object:
-        return sizes[a] if isinstance(a, Value) else _of_finite(a, abs(a))
-
-    with np.errstate(all="ignore"):
-        for node in graph.nodes:
-            args = [value(a) for a in node.args]
-            out = node.op.eval(*args, **dict(node.attrs))
-            out = out if node.out.type.is_host else round_to(out, node.out.type.dtype)
-            values[node.out] = out
-            if node.out.type.is_host or not node.out.type.dtype.is_float:
-                sizes[node.out] = np.abs(np.asarray(out, np.float64))
-                continue
-            sized = [size(a) for a in node.args]
-            if first_order and node.op.name in ("mul", "matmul"):
-                (x, y), (m, n) = map(np.abs, args), sized
-                found = node.op.eval(x, n) + node.op.eval(m, y)
-            else:
-                found = _size(node.op.name, node, args, sized, out)
-            sizes[node.out] = _of_finite(out, found)
-    return sizes
-
-
-def _of_finite(x: object, size: np.ndarray) -> np.ndarray:
-    """The magnitudes of what is finite; 0 of infinities."""
-    return np.where(np.isinf(x), 0.0, size)
-
-
-def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
-    if name in ("add", "sub"):
-        return np.asarray(m[0] + m[1], np.float64)
-    if name == "mul":
-        return np.asarray(m[0] * np.asarray(m[1], np.float64))
-    if name == "div":
-        return m[0] / np.abs(args[1]) + np.abs(out) * m[1] / np.abs(args[1])
-    if name in ("maximum", "minimum"):
-        return np.maximum(_near(args[0], m[0], out), _near(args[1], m[1], out))
-    if name in ("reduce_max", "reduce_min"):
-        axes = dict(node.attrs)["axes"]
-        return np.max(_near(args[0], m[0], np.expand_dims(out, axes)), axis=axes)
-    if name == "pow":
-        slope = np.abs(args[1] * out / args[0])
-        return np.abs(out) + np.where(np.isfinite(slope), slope, 0.0) * m[0]
-    if name in _SLOPES:
-        return np.abs(out) + np.abs(_SLOPES[name](args[0], out)) * m[0]
-    if name == "where":
-        return np.where(args[0], m[1], m[2])
-    if name == "cast":
-        return np.asarray(m[0], np.float64)
-    if name in ("neg", "abs", "alias"):
-        return m[0]
-    if node.op.family == "elementwise" or name in ("full", "iota"):
-        return np.abs(np.asarray(out, np.float64))
-    if node.op.family == "indexing":
-        return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
-    return node.op.eval(*m, **dict(node.attrs))
-
-
-def _near(x: np.ndarray, size: np.ndarray, extremum: np.ndarray) -> np.ndarray:
-    """The magnitudes of what may be the extremum, by rounding; 0 of the rest."""
-    near = np.abs(x - extremum) <= MAGNITUDE_FACTOR * EPS[torch.float32] * size
-    return np.where(near | (x == extremum), size, 0)
 
 
 __all__ = [

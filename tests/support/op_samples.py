@@ -19,6 +19,7 @@ import torch
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.host import MATH, NUMPY
+from tracejit.ir.text import parse
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import (
     DType,
@@ -111,7 +112,7 @@ class Sample:
             else str(x)
             for x in self.operands
         ]
-        words += [f"{k}={v}" for k, v in self.attrs.items() if k != "device"]
+        words += [f"{k}={v}" for k, v in self.attrs.items() if k not in ("device", "body")]
         return " ".join(words) or "()"
 
     def build(self, seed: int = 0) -> list:
@@ -377,6 +378,39 @@ def matmuls() -> list[Sample]:
     return [Sample((Tensor(d, x), Tensor(d, z))) for x, z in rows for d in dtypes]
 
 
+def scans() -> list[Sample]:
+    """Both ways; one value is carried or two; rows, none of them, or no elements."""
+
+    def one(dtype: DType, steps: int, rows: int, reverse: bool) -> Sample:
+        kind = f"{dtype.name}[{rows},3]"
+        body = parse(f"""
+            body(%0: {kind}, %1: {kind}, %2: {dtype.name}[3,3]) {{
+              %3: {kind} = matmul(%0, %2)
+              %4: {kind} = add(%3, %1)
+              %5: {kind} = mul(%4, 0.25)
+              %6: {kind} = mul(%5, %0)
+              return %5, %6
+            }}""")
+        operands = (dtype, (rows, 3)), (dtype, (steps, rows, 3)), (dtype, (3, 3))
+        attrs = {"body": body, "carried": 1, "sliced": 1, "steps": steps, "reverse": reverse}
+        return Sample(tuple(Tensor(*x) for x in operands), attrs)
+
+    def two(steps: int, reverse: bool) -> Sample:
+        body = parse("""
+            body(%0: f32[4], %1: f32[2]) {
+              %2: f32[2] = slice(%0, starts=(1,), stops=(3,), steps=(1,))
+              %3: f32[2] = maximum(%1, %2)
+              %4: f32[4] = mul(%0, 0.5)
+              return %4, %3
+            }""")
+        attrs = {"body": body, "carried": 2, "sliced": 0, "steps": steps, "reverse": reverse}
+        return Sample((Tensor(f32, (4,)), Tensor(f32, (2,))), attrs)
+
+    kinds = [(f32, 5, 2), (f32, 1, 2), (f64, 4, 1), (bf16, 3, 2), (f16, 2, 2), (f32, 3, 0)]
+    found = [one(*kind, reverse) for kind in kinds for reverse in (False, True)]
+    return [*found, two(3, False), two(1, True)]
+
+
 def constants() -> list[Sample]:
     rows = [(0.1, f32), (0.1, bf16), (0.1, f16), (-0.0, f64), (math.nan, f32), (1e4, f16)]
     rows += [(-math.inf, bf16), (3, i64), (-1, i32), (255, u8), (True, b1), (2, f32)]
@@ -504,6 +538,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "matmul": matmuls(),
     "full": constants(),
     "iota": iotas(),
+    "scan": scans(),
 }
 
 
@@ -594,6 +629,26 @@ def _scatter(
     return torch.stack(out, axis) if out else x * 1
 
 
+def _scan(
+    *operands: torch.Tensor, body: Graph, carried: int, sliced: int, steps: int, reverse: bool
+) -> torch.Tensor:
+    """Step by step; every node of the body by its own reference."""
+    state, rows = operands[:carried], operands[carried : carried + sliced]
+    kept: dict[int, list] = {k: [x] for k, x in enumerate(state)}
+    for step in range(steps)[:: -1 if reverse else 1]:
+        given = (*state, *(x[step] for x in rows), *operands[carried + sliced :])
+        env = dict(zip((p.value for p in body.params), given, strict=True))
+        for node in body.nodes:
+            args = [env.get(x, x) if isinstance(x, Value) else x for x in node.args]
+            env[node.out] = REFERENCE[node.op.name](*args, **dict(node.attrs))
+        found = [env[r.value] for r in body.results]
+        state = found[:carried]
+        for k, x in enumerate(found):
+            kept.setdefault(k, []).append(x)
+    lists = (xs[::-1] if reverse else xs for xs in kept.values())
+    return torch.cat([x.flatten() for xs in lists for x in xs])
+
+
 def _sum(x: torch.Tensor, axes) -> torch.Tensor:
     if not axes:
         return x + 0 if x.dtype is not torch.bool else x
@@ -646,6 +701,7 @@ REFERENCE: dict[str, Callable] = {
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),
     "matmul": torch.matmul,
+    "scan": _scan,
     "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TO_TORCH[dtype]),
     "iota": _iota,
     **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},

@@ -42,7 +42,9 @@ class Fuser:
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
         self.next_value = 1 + max(
-            [p.value.id for p in graph.params] + [n.out.id for n in graph.nodes], default=0
+            [p.value.id for p in graph.params]
+            + [n.out.id for n in (*graph.nodes, *analysis.nodes)],
+            default=0,
         )
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:

@@ -33,7 +33,8 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
-    a task in order, the only one but for the store that says where its values are put."""
+    a task in order, the only one but for the store that says where its values are put; `loop`: a
+    loop, just so."""
 
     id: int
     shape: tuple[int, ...]
@@ -41,6 +42,7 @@ class Group:
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
     in_order: Task | None = None
+    loop: Task | None = None
     reads: set[int] = field(default_factory=set)
     stores: int = 0
     again: bool = False
@@ -86,6 +88,8 @@ class Groups:
             group.dot = task
         elif task.kind in IN_ORDER:
             group.in_order = task
+        elif task.kind == "loop":
+            group.loop = task
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
         else:
@@ -363,6 +367,8 @@ def _reduced_axes(task: Task) -> tuple[int, ...]:
 
 def _compatible(base: Group, moved: Group) -> bool:
     """Whether the reductions and contractions of two groups can share a kernel."""
+    if base.loop is not None or moved.loop is not None:
+        return False
     if moved.dot is not None or (base.dot is not None and moved.again):
         return False
     if moved.inner is None:

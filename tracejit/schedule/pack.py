@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.schedule.kernel import Buffer, Kernel, Part
+from tracejit.schedule.loops import Loop
 from tracejit.schedule.lower import Lowered
 from tracejit.schedule.plan import PlanBuffer
 
@@ -38,7 +39,7 @@ class _Cost:
 
 
 def pack(
-    kernels: Sequence[Lowered],
+    kernels: Sequence[Lowered | Loop],
     before: Sequence[set[int]],
     buffers: dict[str, PlanBuffer],
 ) -> list[list[int]]:
@@ -61,7 +62,9 @@ def pack(
     return [sorted(launch, key=lambda i: -costs[i].depth) for launch in launches]
 
 
-def _cost(one: Lowered, buffers: dict[str, PlanBuffer]) -> _Cost:
+def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:
+    if isinstance(one, Loop):
+        return _Cost(frozenset(one.buffers), 0, 0, "stream")  # it stays alone
     kernel = one.kernel
     first = kernel.stages[0]
     if first.dot is None:

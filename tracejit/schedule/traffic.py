@@ -41,9 +41,10 @@ _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
 
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
-    """Per launch, the bytes of unique addresses loaded plus those stored."""
+    """Per launch, the bytes of unique addresses loaded and of those stored, in all steps."""
     return tuple(
-        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) for launch in plan.launches
+        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) * plan.times(launch)
+        for launch in plan.launches
     )
 
 
@@ -62,7 +63,11 @@ def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
 def operations(plan: Plan) -> int:
     """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
     of another operation, and for each element that is reduced."""
-    return sum(_operations(_bound(one)[0]) for launch in plan.launches for one in launch.alone())
+    return sum(
+        _operations(_bound(one)[0]) * plan.times(launch)
+        for launch in plan.launches
+        for one in launch.alone()
+    )
 
 
 def products(plan: Plan) -> Counter[str]:
@@ -73,7 +78,8 @@ def products(plan: Plan) -> Counter[str]:
         for dot in (stage.dot for stage in kernel.stages if stage.dot is not None):
             points = math.prod(a.extent for a in (*kernel.stages[0].axes, dot.k))
             values = (dot.a_value, dot.b_value, dot.out)
-            found[next(v.dtype.name for v in values if isinstance(v, Var))] += 2 * points
+            dtype = next(v.dtype.name for v in values if isinstance(v, Var))
+            found[dtype] += 2 * points * plan.times(launch)
     return found
 
 

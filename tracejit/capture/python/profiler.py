@@ -33,10 +33,11 @@ def profiled(profile: Profile) -> Iterator[None]:
 
 
 @contextmanager
-def suspended() -> Iterator[None]:
-    """Without what notes the functions and lines that run: those inside are of no interest."""
+def unprofiled() -> Iterator[None]:
+    """Call nothing at the functions and lines that run inside. A profiler that Python cannot set
+    again (cProfile) stays."""
     profile, trace = sys.getprofile(), sys.gettrace()
-    if callable(profile):  # else it is one of C, which cannot be put back
+    if callable(profile):
         sys.setprofile(None)
     sys.settrace(None)
     try:

@@ -134,22 +134,24 @@ class CpuKernel:
 @dataclass(frozen=True)
 class CpuLaunch:
     """A kernel with its bindings, as passes hand it on: names of buffers and slots of the plan's
-    scalars, in the order in which the kernel lists them."""
+    scalars, in the order in which the kernel lists them, and the loop that it is part of."""
 
     kernel: CpuKernel
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
+    loop: int | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """A launch in a plan: of the kernel of a name, which works in the memory `working` ("" for
-    none)."""
+    none). Those of one loop stand next to each other, and are repeated."""
 
     kernel: str
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
     working: str
+    loop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,23 @@ class CpuPlan:
     working: tuple[tuple[str, int], ...]
     places: tuple[Place, ...]
     arena_bytes: int
+    loops: tuple[int, ...] = ()  # the steps of each
+
+    def times(self, call: Call) -> int:
+        """How often a call is made."""
+        return 1 if call.loop is None else self.loops[call.loop]
 
     def __str__(self) -> str:
         lines = [f"cpu plan arena {self.arena_bytes} {{"]
+        lines += [f"  loop {number}: {steps} steps" for number, steps in enumerate(self.loops)]
         lines += [f"  works {name}: {nbytes}" for name, nbytes in self.working]
         for p in self.places:
             lines.append(f"  place {p.memory}{f' in {p.room}' if p.room else ''} at {p.offset}")
         for call in self.calls:
             bindings = _bindings(call, self.kernels[call.kernel])
             working = f" in {call.working}" if call.working else ""
-            lines.append(f"  call {call.kernel}({bindings}){working}")
+            loop = "" if call.loop is None else f" loop {call.loop}"
+            lines.append(f"  call {call.kernel}({bindings}){working}{loop}")
         for name, kernel in self.kernels.items():
             lines += [f"  kernel {name} {{", *_indented(str(kernel), 4), "  }"]
         return "\n".join([*lines, "}"])

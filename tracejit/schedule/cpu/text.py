@@ -52,7 +52,8 @@ def canonical_kernel(kernel: CpuKernel) -> CpuKernel:
 _HEADER = re.compile(r"cpu plan arena (\d+) \{\Z")
 _WORKS = re.compile(r"works (\w+): (\d+)\Z")
 _PLACE = re.compile(r"place (\w+)(?: in (\w+))? at (\d+)\Z")
-_CALL = re.compile(r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?\Z")
+_CALL = re.compile(r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?(?: loop (\d+))?\Z")
+_LOOP = re.compile(r"loop (\d+): (\d+) steps\Z")
 _KERNEL = re.compile(r"kernel (\w+) \{\Z")
 _NEST = re.compile(r"(outer|stage (\d+)): (?:(\w+) by (\d+)|points) in (\d+) chunks\Z")
 
@@ -64,7 +65,7 @@ def parse_cpu_plan(text: str) -> CpuPlan:
     if head is None or not lines or lines[-1] != "}":
         raise InvalidGraph(reason="a CPU plan's text is `cpu plan arena bytes {` … `}`")
     texts: dict[str, str] = {}
-    calls, working, places = [], [], []
+    calls, working, places, loops = [], [], [], []
     rest = iter(lines[:-1])
     for line in rest:
         code = line.strip()
@@ -72,17 +73,21 @@ def parse_cpu_plan(text: str) -> CpuPlan:
             texts[m[1]] = "\n".join(_block(rest, "  }"))
         elif m := _WORKS.match(code):
             working.append((m[1], int(m[2])))
+        elif m := _LOOP.match(code):
+            loops.append(int(m[2]))
         elif m := _PLACE.match(code):
             places.append(Place(m[1], m[2] or "", int(m[3])))
         elif m := _CALL.match(code):
             scalars = tuple(map(int, _values(m[3])))
-            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or ""))
+            loop = None if m[5] is None else int(m[5])
+            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or "", loop))
         else:
             raise InvalidGraph(reason=f"cannot read the line {code!r} of a CPU plan")
     missing = {call.kernel for call in calls} - texts.keys()
     if missing:
         raise InvalidGraph(reason=f"a CPU plan has no kernel {min(missing)}")
-    return CpuPlan(tuple(calls), Kernels(texts), tuple(working), tuple(places), int(head[1]))
+    lists = tuple(working), tuple(places), int(head[1]), tuple(loops)
+    return CpuPlan(tuple(calls), Kernels(texts), *lists)
 
 
 class Kernels(Mapping):
