@@ -138,6 +138,8 @@ _GRU = (
     *linear(4096, 128, 192, 2),
 )
 _STEPS = {"steps": 7, "batch": 3, "width": 5}
+# Queries see half of the keys.
+_ATTENTION = (*((64, 512, 64, 256),) * 3, *((64, 512, 256, 64),) * 3)
 _IMAGES = {"batch": 2, "side": 9}
 _ELEMENTS = 4096 * 1024
 
@@ -160,6 +162,9 @@ CASES: dict[str, Case] = {
     ),
     "softmax": Case(steps.softmax, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
     "layer_norm": Case(steps.layer_norm, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
+    "attention": Case(
+        steps.attention, {"batch": 2, "heads": 3, "length": 9, "width": 5}, _ATTENTION, grads=True
+    ),
     "transformer_block": Case(
         transformer_block.make_step,
         {"batch": 2, "length": 5, "width": 24, "heads": 4},

@@ -266,6 +266,24 @@ def softmax(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
     return step, [x]
 
 
+def attention(
+    batch: int = 8, heads: int = 8, length: int = 512, width: int = 64, device: str = "cpu"
+) -> Made:
+    """Causal attention, forward and backward; gradients on queries, keys and values."""
+    torch.manual_seed(0)
+    shape = batch, heads, length, width
+    q, k, v = (torch.randn(shape).to(device).requires_grad_() for _ in range(3))
+    g = torch.randn(shape).to(device)
+
+    def step() -> torch.Tensor:
+        q.grad = k.grad = v.grad = None
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y.backward(g)
+        return y.detach()
+
+    return step, [q, k, v]
+
+
 def layer_norm(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
     """Layer norm with weight and bias, forward and backward; gradients on all three."""
     torch.manual_seed(0)

@@ -40,7 +40,6 @@ FLOORS = {
     "autodiff": 3,
     "passes": 3,
     "schedule": 3,
-    "magnitudes": 3,
     "ledger_page": 2,
     "progress": 2,
     "weighing": 2,

@@ -295,7 +295,7 @@ def test_vjp_against_autograd(name: str, sample: Sample):
         eps = torch.finfo(leaf.dtype).eps
         want = from_torch(their)
         allowed = 8 * eps * np.abs(want) + 1e-30
-        if name in ("matmul", "expand"):
+        if name in ("matmul", "expand") or OPS[name].family == "attention":
             allowed = allowed + 64 * eps * (1 + np.sum(np.abs(g)))
         elif name in ("tanh", "expm1"):  # 1 - y * y and y + 1 cancel
             allowed = allowed + 8 * eps * g
@@ -310,6 +310,7 @@ def types(**kinds: Type) -> dict[str, Type]:
 
 
 X = Type(f32, (3, 5))
+HOW = {"causal": False, "scale": 1.0}
 N = Type(i64, (3, 5))
 U = Type(u8, (3, 5))
 C = Type(b1, (3, 5))
@@ -392,6 +393,17 @@ MALFORMED = [
     ("matmul", (Type(f32, (2, 3, 5)), Type(f32, (1, 5, 3))), {}),
     ("matmul", (C, Type(b1, (5, 3))), {}),
     ("matmul", (X, 2.0), {}),
+    ("attention", (X, X, X, X), HOW),  # a bias that has another shape than scores
+    ("attention", (X, X, C, 0.0), HOW),
+    ("attention", (X, X, 1.0, 0.0), HOW),
+    ("attention", (X, X, X, 1.0), HOW),
+    ("attention", (X, Type(f64, (3, 5)), X, 0.0), HOW),
+    ("attention", (X, X, X, 0.0), {"causal": False}),
+    ("attention_lse", (N, N, 0.0), HOW),
+    ("attention_lse", (Type(f32, (0, 5)), X, 0.0), HOW),
+    ("attention_lse", (Type(f32, (2, 3, 5)), Type(f32, (1, 3, 5)), 0.0), HOW),
+    ("attention_dq", (X, X, X, 0.0, X, Type(f32, (3,)), X), HOW),
+    ("attention_dk", (X, X, X, 0.0, Type(f32, (3,)), Type(f32, (3,)), N), HOW),
     ("full", (X,), AT),
     ("full", (1.0,), {"shape": (3,)}),
     ("full", (1.0,), AT | {"shape": (-1,)}),

@@ -24,7 +24,7 @@ from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
 from tracejit.ir.graph import Graph
-from tracejit.magnitudes import magnitudes
+from tracejit.ir.magnitudes import magnitudes
 from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:

@@ -407,13 +407,13 @@ ALPHA = [
 ROUNDED = [
     S(r(123), r(123), rounding_mode="floor"),
     S(r(123), 0.3, rounding_mode="floor"),
-    no(r(123), r(123), rounding_mode="trunc"),
+    S(r(123), r(123), rounding_mode="trunc"),
     S(r(9, dtype=i64), 2, rounding_mode="floor"),
-    no(r(9, dtype=i64), 2, rounding_mode="trunc"),
+    S(r(9, dtype=i64), 2, rounding_mode="trunc"),
     S(r(9, dtype=i64), 2.0, rounding_mode="floor"),
     S(r(5), 2, rounding_mode="up"),
     S(SPECIAL_A, SPECIAL_B, rounding_mode="floor"),
-    no(SPECIAL_A, SPECIAL_B, rounding_mode="trunc"),
+    S(SPECIAL_A, SPECIAL_B, rounding_mode="trunc"),
 ]
 VIEWED = layouts()
 CASTS = [
@@ -912,6 +912,11 @@ _smooth = """
     flatten fliplr flipud float hsplit instance_norm mv narrow permute reshape reshape_as select
     split_with_sizes squeeze t to transpose type type_as unbind unsqueeze view view_as vsplit
     where
+    adjoint alias_copy conj conj_physical diagflat diagonal_copy expand_copy fill linalg_diagonal
+    linalg_vander native_group_norm native_layer_norm permute_copy put put_ ravel real resolve_conj
+    resolve_neg select_copy slice_copy split_copy split_with_sizes_copy squeeze_copy sum_to_size
+    t_copy transpose_copy unbind_copy unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes
+    unsqueeze_copy view_copy
 """
 SMOOTH = set(_smooth.split())
 

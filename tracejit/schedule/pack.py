@@ -35,7 +35,7 @@ class _Cost:
     buffers: frozenset[str]
     statements: int
     depth: int  # of its contraction, 0 if it has none
-    size: str  # "small", or a large "stream" or "matmul"
+    size: str  # "small", or a large "matmul", or "stream", which stays alone
 
 
 def pack(
@@ -67,7 +67,9 @@ def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:
         return _Cost(frozenset(one.buffers), 0, 0, "stream")  # it stays alone
     kernel = one.kernel
     first = kernel.stages[0]
-    if first.dot is None:
+    if first.attend is not None:
+        depth, size = 0, "stream"  # it fills the registers
+    elif first.dot is None:
         depth, nbytes = 0, sum(buffers[name].type.nbytes for name in one.buffers)
         size = "small" if nbytes <= SMALL_BYTES else "stream"
     else:

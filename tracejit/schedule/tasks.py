@@ -21,8 +21,8 @@ from tracejit.ir.ops.indexing import missing
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
+ATTENTION = "attend"  # the kind of a task of attention
 IN_ORDER = ("scatter", "cumsum")  # primitives whose kernels go along an axis step by step
-STORED = (*IN_ORDER, "scan")  # whose kernels store the values themselves, nothing computed of them
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -47,7 +47,7 @@ class Demand:
     `top` is a value computed from the origin, as near to the reader as possible, that could be
     stored instead of the origin.
     `aligned` is False for a contraction's operands, which are read at other points too. It is also
-    False for what a gather reads: only its index's values tell where (`indices` is then empty).
+    False for what a gather or attention reads: at many points, and `indices` is then empty.
     """
 
     origin: Value
@@ -59,8 +59,8 @@ class Demand:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of work. kind: "map", "reduce", "dot", "scatter" (or "cumsum", which goes in order
-    too), "loop", or "store" (of `value` in a buffer).
+    """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or "cumsum", which goes
+    in order too), "loop", or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -116,8 +116,8 @@ class Analysis:
             origin = self.origins[value.id]
             if value.id in self.params or origin.main is value:
                 node = self.producer.get(value.id)
-                if node is not None and node.op.name in STORED:
-                    top = None  # it is stored step by step, so itself
+                if node is not None and _stores_itself(node):
+                    top = None
                 new = Demand(value, top or value, at, mask, aligned)
                 if not any(
                     d.origin is value and d.indices == at and d.mask == mask and d.top is new.top
@@ -153,6 +153,9 @@ class Analysis:
         if family == "loop":
             demands = [d for arg in node.inputs for d in self.scattered(arg)]
             return Task(order, "loop", value, value.type.shape, tuple(demands), node)
+        if family == "attention":
+            found = dict.fromkeys(d for arg in _tensors(node) for d in self.scattered(arg))
+            return Task(order, ATTENTION, value, value.type.shape, tuple(found), node)
         kind = "reduce" if family == "reduce" else "map"
         if node.op.name in IN_ORDER:
             kind = node.op.name
@@ -184,6 +187,11 @@ class Analysis:
         a, b, extents = dot_indices(node)
         for arg, indices in zip(node.args, (a, b), strict=True):
             yield from self.demands(arg, indices, extents, aligned=False)
+
+
+def _stores_itself(node: Node) -> bool:
+    """Whether a value must be stored as it is: it is stored step by step, or by a template."""
+    return node.op.name in IN_ORDER or node.op.family in ("attention", "loop")
 
 
 def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
@@ -237,16 +245,8 @@ def _simplify(node: Node) -> Node:
     return node
 
 
-_FAMILIES = (
-    "elementwise",
-    "movement",
-    "reduce",
-    "contraction",
-    "indexing",
-    "source",
-    "host",
-    "loop",
-)
+_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "indexing")
+_FAMILIES += ("source", "host", "loop")
 
 
 def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     Compute,
     FloorDiv,
@@ -80,7 +81,23 @@ def products(plan: Plan) -> Counter[str]:
             values = (dot.a_value, dot.b_value, dot.out)
             dtype = next(v.dtype.name for v in values if isinstance(v, Var))
             found[dtype] += 2 * points * plan.times(launch)
+        for stage in (stage for stage in kernel.stages if stage.attend is not None):
+            batches = math.prod(a.extent for a in stage.axes)
+            value = stage.attend.side("q").value
+            found[value.dtype.name] += products_of(stage.attend, batches) * plan.times(launch)
     return found
+
+
+def products_of(attend: Attend, batches: int) -> int:
+    """Arithmetic of an attention's products, of all scores: 2 for each product."""
+    m, n, c, d = (a.extent for a in attend.axes)
+    names = {op.name for op, _ in attend.results}
+    depth = c + d * ("attention" in names)
+    if not attend.is_forward:
+        depth = c + d * ("attention_dv" in names)
+        if names - {"attention_dv"}:
+            depth += d + c * len(names - {"attention_dv"})
+    return 2 * batches * m * n * depth
 
 
 def _operations(kernel: Kernel) -> int:
@@ -89,6 +106,8 @@ def _operations(kernel: Kernel) -> int:
         points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))
         if stage.dot is not None:
             total += 2 * points * stage.dot.k.extent
+        if stage.attend is not None:
+            total += products_of(stage.attend, points)
         total += points * sum(
             isinstance(s, Compute | Reduce) and s.out.dtype.is_float and s.op.name not in _FREE
             for s in stage.body
@@ -138,6 +157,10 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
         if stage.dot is not None:
             visit(stage.dot.a, (*axes, stage.dot.k))
             visit(stage.dot.b, (*axes, stage.dot.k))
+        if stage.attend is not None:
+            axes += stage.attend.axes
+            for side in stage.attend.sides:
+                visit(side.body, axes)
         visit(stage.body, axes)
     return found
 

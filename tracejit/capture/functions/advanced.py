@@ -15,6 +15,7 @@ import torch
 from tracejit.capture.functions import movement
 from tracejit.capture.functions.common import (
     cast,
+    check_range,
     expand,
     literal,
     normal_axis,
@@ -344,6 +345,9 @@ def _of_slices(t: Trace, input: Tensor, dim: int, index: Tensor, name: str) -> t
 
 def index_copy(t: Trace, input: Tensor, dim: int, index: Tensor, source: Tensor) -> TracedTensor:
     """Slices of `source` where a vector of indices says."""
+    if not t.lift(input).shape and t.lift(source).numel == 1:
+        x, given = (reshape(t, x, 1) for x in (input, source))
+        return _without_axes(t, index_copy(t, x, dim, index, given))
     chosen_by, shape = _of_slices(t, input, dim, index, "index_copy")
     s = t.lift(source)
     axis = normal_axis(t, dim, len(shape))
@@ -362,16 +366,31 @@ def index_copy(t: Trace, input: Tensor, dim: int, index: Tensor, source: Tensor)
 
 def index_fill(t: Trace, input: Tensor, dim: int, index: Tensor, value: object) -> TracedTensor:
     """A number, or a tensor of no axes, where a vector of indices says."""
-    chosen_by, _ = _of_slices(t, input, dim, index, "index_fill")
     h = t.lift(input)
+    if not h.shape:
+        return _without_axes(t, index_fill(t, reshape(t, input, 1), dim, index, value))
+    _of_slices(t, input, dim, index, "index_fill")
     if isinstance(value, Tensor):
         if t.lift(value).shape:
             raise t.shape_error(
                 "index_fill_ only supports a 0-dimensional value tensor, but got tensor with "
                 f"{len(t.lift(value).shape)} dimension(s)."
             )
-        value = t.fresh(cast(t, t.read(t.lift(value)), h.dtype))
-    return _changed(t, input, chosen_by, value, "last")
+        new = cast(t, t.read(t.lift(value)), h.dtype)
+    else:
+        check_range(t, operand(t, value).number, h.dtype)
+        number = literal(operand(t, value).number, h.dtype)
+        new = t.b.full(number, shape=(), dtype=h.dtype, device=h.device)
+    axis = normal_axis(t, dim, len(h.shape))
+    none = t.b.full(False, shape=(h.shape[axis],), dtype=b1, device=h.device)
+    one = reshape(t, index, t.lift(index).numel)
+    hit = t.read(_changed(t, t.fresh(none), (one,), True, "last").handle)
+    out = t.b.where(along(t, hit, h.shape, axis), expand(t, new, h.shape), t.read(h))
+    return t.fresh(out, elementwise_strides(h.shape, [(h.shape, h.strides)]))
+
+
+def _without_axes(t: Trace, x: TracedTensor) -> TracedTensor:
+    return t.fresh(t.b.reshape(t.read(x.handle), shape=()))
 
 
 for _implementation in (index_put, index_copy, index_fill):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import torch
 
@@ -134,12 +134,26 @@ def div(
     if rounding_mode == "floor":
         check_divisor(t, input, other)
         return pointwise(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
-    quotient = pointwise(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
-    if rounding_mode is None:
-        return quotient
-    if rounding_mode != "trunc":
+    if rounding_mode == "trunc":
+        check_divisor(t, input, other)
+        return pointwise(t, _flat(t, "div", partial(_truncated, t)), (input, other), wide=True)
+    if rounding_mode is not None:
         raise t.shape_error("div expected rounding_mode to be None, 'trunc' or 'floor'")
-    raise t.unsupported("Use rounding_mode='floor', or torch.trunc of the quotient")
+    return pointwise(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
+
+
+def _truncated(t: Trace, x: Arg, y: Arg) -> Value:
+    """The quotient rounded toward zero; of integers the floor, one more where that is less."""
+    b, like = t.b, (x if is_tensor(x) else y).type
+    if like.dtype is b1:
+        raise t.shape_error("\"div_trunc_cpu\" not implemented for 'Bool'")
+    if like.dtype.is_float:
+        return b.trunc(b.div(x, y))
+    floor = b.floordiv(x, y)
+    if like.dtype.kind == "u":
+        return floor
+    less = b.and_(b.lt(floor, 0), b.ne(b.mod(x, y), 0))
+    return b.add(floor, b.cast(less, dtype=like.dtype))
 
 
 def rdiv(t: Trace, input: object, other: object) -> TracedTensor:

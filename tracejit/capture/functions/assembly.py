@@ -19,6 +19,7 @@ from tracejit.capture.functions.common import (
     register,
     result_dtype,
 )
+from tracejit.capture.functions.layouts import channels_last, is_channels_last
 from tracejit.capture.functions.movement import (
     narrow,
     permute,
@@ -107,7 +108,8 @@ def cat(t: Trace, tensors: Tensors, dim: int = 0) -> TracedTensor:
     for h in handles:
         if h not in kept and h.dtype.is_float:  # it gets a gradient, which is as empty
             value = t.unread(value, t.read(h))
-    return t.fresh(value)
+    last = all(is_channels_last(h.shape, h.strides) for h in handles)
+    return t.fresh(value, channels_last(value.type.shape) if last else None)
 
 
 def stack(t: Trace, tensors: Tensors, dim: int = 0) -> TracedTensor:

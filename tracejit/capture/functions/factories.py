@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from tracejit.capture.functions.common import (
+    as_number,
     cast,
     check_range,
     common_shape,
@@ -23,7 +24,7 @@ from tracejit.capture.functions.layouts import is_channels_last, strides_in
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
 from tracejit.capture.trace.integers import held
 from tracejit.capture.trace.posing import current_gpu
-from tracejit.capture.trace.scalars import TracedFloat
+from tracejit.capture.trace.scalars import pinned
 from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import TO_IR, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -178,8 +179,9 @@ def arange(
     o = options_of(t, options)
     if end is None:
         start, end = 0, start
-    if any(isinstance(x, (Tensor, TracedFloat)) for x in (start, end, step)):
-        raise t.unsupported("The bounds of arange decide a shape and must be plain numbers")
+    start, end, step = (pinned(as_number(t, x)) for x in (start, end, step))  # they decide a shape
+    if any(isinstance(x, Tensor) for x in (start, end, step)):
+        raise t.unsupported("The bounds of arange decide a shape; a tensor's values do not")
     if step == 0 or (end - start) * step < 0:
         raise t.shape_error("upper bound and lower bound inconsistent with step sign")
     integral = not any(isinstance(x, float) for x in (start, end, step))
@@ -214,12 +216,26 @@ register(("full_like",), full_like, inplace=False)
 register(("new_full",), _new_full, inplace=False)
 
 
-def converted(t: Trace, input: Tensor, dtype: DType, copy: bool = False) -> Tensor:
-    """The tensor itself when it has the dtype already, else a cast copy."""
+def converted(
+    t: Trace,
+    input: Tensor,
+    dtype: DType,
+    copy: bool = False,
+    memory_format: torch.memory_format | None = None,
+) -> Tensor:
+    """The tensor itself when it has the dtype already, and torch takes it to lie in the memory
+    format that is asked for; else a cast copy."""
     h: Handle = t.lift(input)
-    if h.dtype is dtype:
-        return clone(t, input) if copy else input
-    return t.fresh(cast(t, t.read(h), dtype), preserved_strides(h))
+    same = h.dtype is dtype
+    if memory_format in (None, torch.preserve_format):
+        if same:
+            return clone(t, input) if copy else input
+        return t.fresh(cast(t, t.read(h), dtype), preserved_strides(h))
+    row_major = memory_format is torch.contiguous_format
+    if same and not copy and row_major != is_channels_last(h.shape, h.strides):
+        return input
+    value = t.b.alias(t.read(h)) if same else cast(t, t.read(h), dtype)
+    return t.fresh(value, strides_in(t, h, memory_format))
 
 
 @rule(Tensor.to)
@@ -240,7 +256,7 @@ def to(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
             other = t.lift(arg)
             if other.device != h.device:
                 input = moved(t, h, other.device)
-            return converted(t, input, other.dtype)
+            return converted(t, input, other.dtype, bool(copy), memory_format)
         elif isinstance(arg, (str, torch.device)):
             device = arg
         elif arg is not None and not isinstance(arg, bool):
@@ -250,17 +266,7 @@ def to(t: Trace, input: Tensor, *args: object, **kwargs: object) -> Tensor:
     if device is not None and device_name(device) != h.device:
         input = moved(t, h, device_name(device))
     chosen = h.dtype if dtype is None else ir_dtype(t, dtype)
-    found = converted(t, input, chosen, bool(copy))
-    return found if memory_format is torch.preserve_format else _laid_out(t, found, memory_format)
-
-
-def _laid_out(t: Trace, x: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A tensor in a memory format: itself where torch takes it to be in that."""
-    h = t.lift(x)
-    wanted = memory_format is not torch.contiguous_format
-    if wanted == is_channels_last(h.shape, h.strides):
-        return x
-    return t.fresh(t.b.alias(t.read(h)), strides_in(t, h, memory_format))
+    return converted(t, input, chosen, bool(copy), memory_format)
 
 
 @rule(Tensor.type)
@@ -279,7 +285,7 @@ def _cast_method(dtype: torch.dtype):
     def method(
         t: Trace, input: Tensor, memory_format: torch.memory_format = torch.preserve_format
     ) -> Tensor:
-        return converted(t, input, TO_IR[dtype])
+        return converted(t, input, TO_IR[dtype], False, memory_format)
 
     return method
 

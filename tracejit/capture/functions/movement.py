@@ -231,10 +231,12 @@ def expand_(t: Trace, input: Tensor, *size: object) -> TracedTensor:
                 f"non-singleton dimension {axis}"
             )
         new.append(want)
-        if axis < missing:
-            strides.append(0)
-        else:
-            strides.append(h.strides[axis - missing] if n == want else 0)
+    for axis in reversed(range(len(new))):
+        if axis >= missing:
+            stride = h.strides[axis - missing]
+        else:  # as if it went around what comes after it
+            stride = new[axis + 1] * strides[0] if h.shape else 0
+        strides.insert(0, stride if old[axis] == new[axis] else 0)
     steps = (_step("reshape", shape=old),) if missing else ()
     if old != tuple(new):
         steps += (_step("expand", shape=tuple(new)),)

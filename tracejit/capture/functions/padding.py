@@ -82,7 +82,7 @@ def _padded(t: Trace, input: Tensor, pad: Ints, mode: str) -> TracedTensor:
             f"Padding size {len(pad)} is not supported for {len(h.shape)}D input tensor."
         )
     if min(pad) < 0:
-        raise t.unsupported(f"Padding of mode {mode!r} has no rule for negative widths")
+        return _cropped(t, input, pad, mode)
     x = t.read(h)
     widths = [(len(h.shape) - 1 - k, pad[2 * k], pad[2 * k + 1]) for k in range(rank)]
     for axis, low, high in widths:
@@ -100,6 +100,19 @@ def _padded(t: Trace, input: Tensor, pad: Ints, mode: str) -> TracedTensor:
 
     y = derived(t, "pad", (x,), forward, (slope,), flat=mode != "circular")
     return t.fresh(y, None if mode == "circular" else like(h, y.type.shape))
+
+
+def _cropped(t: Trace, input: Tensor, widths: Ints, mode: str) -> TracedTensor:
+    """Negative widths cut off: what goes around before it is padded, else afterwards."""
+    shape = t.lift(input).shape
+    for k in range(len(widths) // 2):
+        n = shape[-1 - k] + widths[2 * k] + widths[2 * k + 1]
+        if n < 1 and mode != "circular":
+            raise t.shape_error(f"input {list(shape)} is too small. Calculated output: {n}")
+    wide, narrow = (tuple(f(n, 0) for n in widths) for f in (max, min))
+    if mode == "circular":
+        return _padded(t, pad(t, input, narrow), wide, mode)
+    return pad(t, _padded(t, input, wide, mode), narrow)
 
 
 def _check(t: Trace, x: Value, axis: int, width: int, mode: str) -> None:

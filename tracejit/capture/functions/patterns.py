@@ -6,6 +6,7 @@ import torch
 
 from tracejit.capture.functions.assembly import movedim
 from tracejit.capture.functions.common import (
+    as_number,
     by_rule,
     cast,
     check_range,
@@ -202,6 +203,7 @@ def eye(t: Trace, n: int, m: int | None = None, **options: object) -> TracedTens
 def linspace(t: Trace, start: float, end: float, steps: int, **options: object) -> TracedTensor:
     """From both ends towards the middle, as torch counts."""
     o = options_of(t, options)
+    start, end = as_number(t, start), as_number(t, end)
     if isinstance(start, Tensor) or isinstance(end, Tensor):
         raise t.unsupported("Use numbers as the ends of linspace")
     if steps < 0:

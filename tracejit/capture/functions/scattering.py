@@ -16,6 +16,7 @@ from tracejit.capture.functions.common import (
     operand,
     register,
 )
+from tracejit.capture.functions.movement import reshape
 from tracejit.capture.functions.patterns import scattered
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
@@ -179,6 +180,11 @@ def index_add(
     t: Trace, input: Tensor, dim: int, index: Tensor, source: Tensor, *, alpha: object = 1
 ) -> TracedTensor:
     """Slices of `source` added where a vector of indices says."""
+    if not t.lift(input).shape and not t.lift(source).shape:
+        x, given = (reshape(t, x, 1) for x in (input, source))
+        return _made(
+            t, t.lift(input), t.read(index_add(t, x, dim, index, given, alpha=alpha).handle)
+        )
     h, s, i = t.lift(input), t.lift(source), t.lift(index)
     axis = normal_axis(t, dim, len(h.shape))
     if len(i.shape) > 1:
@@ -186,7 +192,9 @@ def index_add(
             where=location.full(), reason="index_add_(): Index is supposed to be a vector"
         )
     if not h.shape or not s.shape:
-        raise t.unsupported("index_add of a tensor with no axes has no rule")
+        raise t.shape_error(
+            f"index_add_(): source of shape {list(s.shape)} does not fit self {list(h.shape)}"
+        )
     shape = (*h.shape[:axis], i.numel, *h.shape[axis + 1 :])
     if s.shape != shape:
         raise t.shape_error(

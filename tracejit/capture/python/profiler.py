@@ -33,11 +33,10 @@ def profiled(profile: Profile) -> Iterator[None]:
 
 
 @contextmanager
-def unprofiled() -> Iterator[None]:
-    """Call nothing at the functions and lines that run inside. A profiler that Python cannot set
-    again (cProfile) stays."""
+def suspended() -> Iterator[None]:
+    """Without what notes the functions and lines that run: those inside are of no interest."""
     profile, trace = sys.getprofile(), sys.gettrace()
-    if callable(profile):
+    if callable(profile):  # else it is one of C, which cannot be put back
         sys.setprofile(None)
     sys.settrace(None)
     try:

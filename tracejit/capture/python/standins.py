@@ -20,9 +20,9 @@ from types import CodeType, FunctionType, ModuleType
 import numpy as np
 import torch
 
+from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import codes
 from tracejit.capture.python.numerics import TracedFloat64
-from tracejit.capture.python.profiler import unprofiled
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
@@ -236,7 +236,7 @@ def standins(start: Iterable[object]) -> Iterator[None]:
     """`type` and `float` say what eager would, in the code that some functions and objects lead
     to."""
     with _lock:
-        with unprofiled():
+        with profiler.suspended():
             found = _namespaces(start)
         needed = [
             (namespace, name)

@@ -217,7 +217,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             _float32,
             "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d "
             "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
-            "max_unpool2d max_unpool3d grid_sampler",
+            "max_unpool2d max_unpool3d grid_sampler "
+            "grid_sampler_2d grid_sampler_3d",
         ),
         (
             _widest,

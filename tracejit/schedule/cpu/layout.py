@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracejit.ir.types import contiguous_strides
+from tracejit.schedule.cpu.attention import Attention
 from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuLaunch, CpuPlan, Place
 from tracejit.schedule.cpu.tiles import Contraction
 from tracejit.schedule.memory import Lifetime, Room, plan_memory
@@ -59,7 +60,9 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
 
 
 def scratch_bytes(kernel: CpuKernel) -> int:
-    """The bytes that a kernel works in: packed operands, or the parts of column sums."""
+    """The bytes that a kernel works in: packed operands, blocks of scores, parts of column sums."""
+    if kernel.blocks is not None:
+        return Attention(kernel.kernel, kernel.blocks).scratch_bytes
     if kernel.tiling is not None:
         return Contraction(kernel.kernel, kernel.tiling).scratch_bytes
     return kernel.partial_offsets[-1]

@@ -64,6 +64,21 @@ class Tiling:
     pack_chunks: int
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How attention is cut, for vectors of `vector_bytes`: `m` queries and `n` keys are a block.
+
+    rows: of the block of a product that a micro-kernel keeps in registers.
+    chunks: in how many parts the work is dealt, each of which works in memory of its own.
+    """
+
+    vector_bytes: int
+    rows: int
+    m: int
+    n: int
+    chunks: int
+
+
 @dataclass(frozen=True)
 class CpuKernel:
     """What is compiled as one function: a kernel with plain numbers as sizes.
@@ -77,6 +92,7 @@ class CpuKernel:
     outer:    how the outer axes are walked, vector "" where an inner axis is the vector loop.
     inner:    how each stage's axes are walked, None for those that have none or a contraction.
     tiling:   of the contraction that the first stage starts with.
+    blocks:   of the attention that it is.
     """
 
     kernel: Kernel
@@ -86,6 +102,7 @@ class CpuKernel:
     outer: Nest | None = None
     inner: tuple[Nest | None, ...] = ()
     tiling: Tiling | None = None
+    blocks: Blocks | None = None
 
     def __str__(self) -> str:
         """How it is walked, and the kernel itself."""
@@ -95,9 +112,10 @@ class CpuKernel:
         for number, nest in enumerate(self.inner):
             if nest is not None:
                 lines.append(f"stage {number}: {_nest(nest)}")
-        if self.tiling is not None:
-            fields = asdict(self.tiling).items()
-            lines.append(f"tiling {', '.join(f'{k}={print_literal(v)}' for k, v in fields)}")
+        for word, cut in (("tiling", self.tiling), ("blocks", self.blocks)):
+            if cut is not None:
+                fields = asdict(cut).items()
+                lines.append(f"{word} {', '.join(f'{k}={print_literal(v)}' for k, v in fields)}")
         if self.rows:
             lines.append(f"rows {', '.join(self.rows)}")
         if self.partials:

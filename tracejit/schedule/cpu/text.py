@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
-from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuPlan, Nest, Place, Tiling
+from tracejit.schedule.cpu.plan import Blocks, Call, CpuKernel, CpuPlan, Nest, Place, Tiling
 from tracejit.schedule.kernel_text import canonical, parse_kernel
 
 
@@ -114,7 +114,8 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
     lines = text.splitlines()
     margin = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     rest = iter([line[margin:] for line in lines if line.strip()])
-    kernel = columns = outer = tiling = None
+    kernel = columns = outer = None
+    cuts: dict[str, Tiling | Blocks] = {}
     inner: dict[int, Nest] = {}
     names = {"rows": (), "partials": ()}
     for line in rest:
@@ -125,8 +126,8 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
                 outer = nest
             else:
                 inner[int(m[2])] = nest
-        elif word == "tiling":
-            tiling = _tiling(line[len("tiling ") :])
+        elif word in _CUTS:
+            cuts[word] = _cut(_CUTS[word], line[len(word) + 1 :])
         elif word in names:
             names[word] = tuple(line[len(word) + 1 :].split(", "))
         elif word.startswith("kernel"):
@@ -138,7 +139,7 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
     if kernel is None:
         raise InvalidGraph(reason="a CPU kernel's text has no kernel")
     nests = tuple(inner.get(i) for i in range(len(kernel.stages)))
-    return CpuKernel(kernel, columns, names["partials"], names["rows"], outer, nests, tiling)
+    return CpuKernel(kernel, columns, names["partials"], names["rows"], outer, nests, **cuts)
 
 
 def _block(lines: Iterator[str], end: str) -> list[str]:
@@ -155,9 +156,14 @@ def _values(text: str | None) -> tuple[str, ...]:
     return tuple(part.partition("=")[2] for part in (text or "").split(", ") if part)
 
 
-def _tiling(text: str) -> Tiling:
+_CUTS = {"tiling": Tiling, "blocks": Blocks}
+
+
+def _cut(kind: type, text: str) -> Tiling | Blocks:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        return Tiling(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+        return kind(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
     except (SyntaxError, TypeError, ValueError) as error:
-        raise InvalidGraph(reason=f"cannot read the tiling {text!r}: {error}") from error
+        raise InvalidGraph(
+            reason=f"cannot read the {kind.__name__.lower()} {text!r}: {error}"
+        ) from error

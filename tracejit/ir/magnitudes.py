@@ -1,4 +1,8 @@
-"""How large rounding errors may grow in a graph: its values recomputed with absolute values."""
+"""How rounding errors grow through a graph, to first order: what the bound of equality allows.
+
+In: a graph and its inputs. Out: for every value what it is with all its terms taken by absolute
+value.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,11 @@ import numpy as np
 
 from tracejit.ir.graph import Arg, Graph, Value
 from tracejit.ir.interp import runnable
+from tracejit.ir.ops import OPS
+from tracejit.ir.ops.attention import GRADIENTS, scores_of
 from tracejit.ir.types import round_to
 
-_NEAR = 2.0**-19  # relative to magnitudes: how far below the maximum rounding may find one
+_ROUNDING = 2.0**-19  # of a float32 value, beside its magnitude
 
 _SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "exp": lambda x, y: np.abs(y),
@@ -35,7 +41,7 @@ def magnitudes(
     what is masked with one adds nothing. Products of products may overflow in a deep network. By
     `first_order` that of x and y counts |x|·m(y) + |y|·m(x), which grows less.
     """
-    return _grown(graph, inputs, [np.abs(x) for x in inputs], first_order)[1]
+    return _grown(graph, inputs, [_of_finite(x, np.abs(x)) for x in inputs], first_order)[1]
 
 
 def _grown(
@@ -44,8 +50,7 @@ def _grown(
     """Every value, and its magnitude."""
     params = [p.value for p in graph.params]
     values: dict[Value, object] = dict(zip(params, inputs, strict=True))
-    finite = map(_of_finite, inputs, sizes_of_inputs)
-    sizes: dict[Value, np.ndarray] = dict(zip(params, finite, strict=True))
+    sizes: dict[Value, np.ndarray] = dict(zip(params, sizes_of_inputs, strict=True))
 
     def value(a: Arg) -> object:
         return values[a] if isinstance(a, Value) else a
@@ -74,22 +79,22 @@ def _grown(
     return values, sizes
 
 
+def _of_finite(x: object, size: np.ndarray) -> np.ndarray:
+    """The magnitudes of what is finite; 0 of infinities."""
+    return np.where(np.isinf(x), 0.0, size)
+
+
 def _size_of_loop(node, args: list, m: list, first_order: bool) -> np.ndarray:
     """The loop over values and magnitudes in pairs."""
     graph = node.attr("body")
 
     def body(pairs: list[np.ndarray]) -> list[np.ndarray]:
-        inputs, sized = ([x[..., k] for x in pairs] for k in (0, 1))
-        values, sizes = _grown(graph, inputs, sized, first_order)
+        inputs, given = ([x[..., k] for x in pairs] for k in (0, 1))
+        values, sizes = _grown(graph, inputs, given, first_order)
         return [np.stack([values[r.value], sizes[r.value]], -1) for r in graph.results]
 
     pairs = [np.stack(pair, -1) for pair in zip(args, m, strict=True)]
     return node.op.eval(*pairs, **dict(node.attrs) | {"body": body}).reshape(-1, 2)[:, 1]
-
-
-def _of_finite(x: object, size: np.ndarray) -> np.ndarray:
-    """The magnitudes of what is finite; 0 of infinities."""
-    return np.where(np.isinf(x), 0.0, size)
 
 
 def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
@@ -119,10 +124,32 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.abs(np.asarray(out, np.float64))
     if node.op.family == "indexing":
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
+    if node.op.family == "attention":
+        return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
 
 
 def _near(x: np.ndarray, size: np.ndarray, extremum: np.ndarray) -> np.ndarray:
     """The magnitudes of what may be the extremum, by rounding; 0 of the rest."""
-    near = np.abs(x - extremum) <= _NEAR * size
+    near = np.abs(x - extremum) <= _ROUNDING * size
     return np.where(near | (x == extremum), size, 0)
+
+
+def _attention_size(name: str, args: list, m: list, *, causal: bool, scale: float) -> np.ndarray:
+    """As of the written-out formula: an error of a score is a relative one of its weight."""
+    q, k, bias = args[0], args[1], args[2 if name == "attention_lse" else 3]
+    scores = scores_of(q, k, bias, causal, scale)
+    known = name in GRADIENTS
+    lse = args[4] if known else OPS["attention_lse"].eval(q, k, bias, causal=causal, scale=scale)
+    far = np.abs(np.where(np.isfinite(bias), bias, 0.0)) + abs(scale) * (
+        m[0] @ m[1].swapaxes(-1, -2)
+    )
+    weights = np.exp(scores - lse[..., None]) * (1 + far)
+    if name == "attention_lse":
+        return np.abs(lse) + np.sum(weights, axis=-1)
+    if not known:
+        return weights @ m[2]
+    if name == "attention_dv":
+        return weights.swapaxes(-1, -2) @ m[6]
+    slopes = weights * (m[6] @ m[2].swapaxes(-1, -2) + m[5][..., None]) * abs(scale)
+    return slopes @ m[1] if name == "attention_dq" else slopes.swapaxes(-1, -2) @ m[0]

@@ -1,0 +1,243 @@
+"""torch's own databases of operators: an entry in, what becomes of it in a compiled step out.
+
+The samples are those that torch ships (`torch.testing._internal`), for float32 where an entry has
+it. Each runs in eager and in a compiled step that refuses rather than fall back: results, layout,
+what is left of the arguments, and the gradients of all of them are compared.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch.utils import _pytree as pytree
+
+import tracejit
+from tracejit.errors import TracejitError
+
+MOST = 6  # samples of an entry
+LARGEST = 10_000  # elements of a sample
+SEEN = 300  # samples that are looked at, to choose from
+DTYPES = (torch.float32, torch.int64, torch.bool)
+
+# Whose results are memory as it comes: shape, dtype and layout are compared.
+UNINITIALIZED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty"}
+UNINITIALIZED |= {"new_empty_strided"}
+# of the larger of an element, the largest of its tensor, and 1; the samples go up to 10
+TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`kind`: pass, refused, wrong, error (of another kind than our own), or none (no sample)."""
+
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One sample: how it is called, and what of the result has a gradient."""
+
+    function: Callable
+    args: tuple
+    kwargs: dict
+    differentiated: Callable = staticmethod(lambda out: out)
+
+    @property
+    def size(self) -> int:
+        return sum(x.numel() for x in tensors((self.args, self.kwargs)))
+
+    def fresh(self) -> tuple[tuple, dict]:
+        """Copies of the arguments, laid out as they are."""
+        made: dict[int, torch.Tensor] = {}
+
+        def copied(x: object) -> object:
+            if not isinstance(x, torch.Tensor):
+                return x
+            if id(x) not in made:
+                made[id(x)] = copy_of(x)
+            return made[id(x)]
+
+        return pytree.tree_map(copied, (self.args, self.kwargs))
+
+
+def copy_of(x: torch.Tensor) -> torch.Tensor:
+    """A leaf with its own memory, of the same strides also where elements overlap."""
+    if x.layout is not torch.strided:
+        return x.detach().clone().requires_grad_(x.requires_grad)
+    size = (
+        1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+    )
+    memory = x.detach().as_strided((size,), (1,), x.storage_offset()).clone()
+    return memory.as_strided(x.shape, x.stride(), 0).detach().requires_grad_(x.requires_grad)
+
+
+def tensors(tree: object) -> list[torch.Tensor]:
+    return [x for x in pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def dtype_of(entry: object) -> torch.dtype | None:
+    """The dtype that an entry is tried in."""
+    return next((d for d in DTYPES if d in entry.dtypes), None)
+
+
+def cases(entry: object, dtype: torch.dtype, function: Callable | None = None) -> Iterator[Case]:
+    """Some of an entry's samples, small ones, from all over its list."""
+    torch.manual_seed(5)
+    grad = entry.supports_autograd and dtype.is_floating_point
+    samples = islice(entry.sample_inputs("cpu", dtype, requires_grad=grad), SEEN)
+    function = function or entry.op
+    found = [
+        Case(function, (s.input, *s.args), s.kwargs, s.output_process_fn_grad) for s in samples
+    ]
+    found = [case for case in found if case.size <= LARGEST]
+    last, step = len(found) - 1, max(1, MOST - 1)
+    chosen = sorted({round(k * last / step) for k in range(MOST)}) if found else []
+    return (found[k] for k in chosen)
+
+
+def step_of(case: Case) -> Callable:
+    """A step that calls the function and differentiates its results by all arguments."""
+
+    def step(args: tuple, kwargs: dict) -> tuple:
+        leaves = [x for x in tensors((args, kwargs)) if x.requires_grad]
+        out = case.function(*args, **kwargs)
+        outs = [x for x in tensors(case.differentiated(out)) if x.requires_grad]
+        grads = []
+        if leaves and outs:
+            outs = [x.abs() if x.is_complex() else x for x in outs]
+            total = sum((x * weights(x)).sum() for x in outs)
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+        return out, [x.requires_grad for x in tensors(out)], list(grads)
+
+    return step
+
+
+def weights(x: torch.Tensor) -> torch.Tensor:
+    """A fixed cotangent of a tensor's shape and dtype."""
+    n = x.numel()
+    row = torch.arange(n, dtype=torch.float64).mul(0.7).sin().add(0.3)
+    return row.to(x.dtype).reshape(x.shape)
+
+
+def outcome(case: Case, *, backend: str, uninitialized: bool = False) -> Outcome:
+    """What becomes of one sample; none where eager refuses it."""
+    step = step_of(case)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        given = case.fresh()
+        torch.manual_seed(11)
+        try:
+            theirs = step(*given)
+        except Exception as error:
+            return Outcome("none", f"eager: {type(error).__name__}")
+        ours_given = case.fresh()
+        torch.manual_seed(11)
+        compiled = tracejit.compile(step, backend=backend, on_unsupported="raise")
+        try:
+            ours = compiled(*ours_given)
+        except TracejitError as error:
+            return Outcome("refused", f"{type(error).__name__}: {error}")
+        except Exception as error:
+            return Outcome("error", f"{type(error).__name__}: {error}")
+        values = not uninitialized
+        what = difference(theirs[:2], ours[:2], strides=True, values=values)
+        what = what or difference(given, ours_given, strides=True, values=values)
+        what = what or difference(theirs[2], ours[2])  # torch does not say how gradients lie
+        if what and values and closer(case, theirs, ours):
+            what = ""
+    return Outcome("wrong", what) if what else Outcome("pass")
+
+
+def closer(case: Case, theirs: tuple, ours: tuple) -> bool:
+    """Whether our results differ from eager's in nothing but values, and are nearer to those of
+    float64 than eager's are."""
+    if difference(theirs[:2], ours[:2], strides=True, values=False):
+        return False
+
+    def double(x: object) -> object:
+        if not isinstance(x, torch.Tensor) or x.dtype is not torch.float32:
+            return x
+        return x.detach().double().requires_grad_(x.requires_grad)
+
+    args, kwargs = pytree.tree_map(double, case.fresh())
+    torch.manual_seed(11)
+    try:
+        truth = step_of(case)(args, kwargs)
+    except Exception:  # a dtype among the arguments, say
+        return False
+    lists = [tensors(tree) for tree in (theirs, ours, truth)]
+    if len({len(found) for found in lists}) > 1:
+        return False
+    return all(
+        close(eager, mine) or error(mine, exact) <= error(eager, exact)
+        for eager, mine, exact in zip(*lists, strict=True)
+        if exact.shape == mine.shape
+    )
+
+
+def error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    """The largest error of an element."""
+    return (x.detach().double() - exact.detach().double()).abs().max().item()
+
+
+def difference(theirs: object, ours: object, *, values: bool = True, strides: bool = False) -> str:
+    """In what two trees of tensors differ, or nothing."""
+    (eager, shape), (mine, our_shape) = pytree.tree_flatten(theirs), pytree.tree_flatten(ours)
+    if str(shape) != str(our_shape):
+        return f"structure {our_shape}, eager {shape}"
+    for k, (x, y) in enumerate(zip(eager, mine, strict=True)):
+        if not isinstance(x, torch.Tensor):
+            if x != y and x == x:
+                return f"leaf {k}: {y!r}, eager {x!r}"
+            continue
+        for name in ("dtype", "shape"):
+            if getattr(x, name) != getattr(y, name):
+                return f"leaf {k}: {name} {getattr(y, name)}, eager {getattr(x, name)}"
+        if strides and x.stride() != y.stride() and x.numel():
+            return f"leaf {k}: strides {y.stride()}, eager {x.stride()}"
+        if values and not close(x.detach(), y.detach()):
+            return f"leaf {k}: {y.detach().flatten()[:8]}, eager {x.detach().flatten()[:8]}"
+    return ""
+
+
+def close(eager: torch.Tensor, ours: torch.Tensor) -> bool:
+    if not eager.dtype.is_floating_point:
+        return torch.equal(eager, ours)
+    ordinary = eager[eager.abs() < 1e4].abs().double()
+    typical = max(1.0, ordinary.max().item() if ordinary.numel() else 0.0)
+    a, b = eager.double(), ours.double()
+    narrow = {torch.bfloat16: 2.0**16, torch.float16: 2.0**13}.get(eager.dtype, 1.0)
+    most = TOLERANCE * narrow * torch.clamp(a.abs(), min=typical)
+    same = (a == b) | ((a - b).abs() <= most) | (a.isnan() & b.isnan())
+    return bool(same.all())
+
+
+def operators() -> dict[str, object]:
+    """torch's database of operators, by name. Importing it freezes torch's flags of backends for
+    the tests of torch; here they stay free."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    torch.backends.__allow_nonbracketed_mutation_flag = True
+    return {f"{e.name}.{e.variant_test_name}".rstrip("."): e for e in op_db}
+
+
+WORST = ("wrong", "error", "refused", "pass", "none")
+
+
+def outcome_of(entry: object, backend: str = "numpy") -> Outcome:
+    """The worst that becomes of an entry's samples."""
+    dtype = dtype_of(entry)
+    if dtype is None:
+        return Outcome("none", "no dtype")
+    try:
+        chosen = list(cases(entry, dtype))
+    except Exception as error:
+        return Outcome("none", f"samples: {type(error).__name__}: {error}")
+    loose = entry.name in UNINITIALIZED
+    found = [outcome(case, backend=backend, uninitialized=loose) for case in chosen]
+    return min(found, key=lambda o: WORST.index(o.kind), default=Outcome("none", "no samples"))

@@ -1,0 +1,295 @@
+"""Other forms of functions that have rules: copies in place of views, what torch has for complex
+numbers said of real ones, what torch's own Python calls by its inner names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tracejit.autodiff import zeros
+from tracejit.capture.functions.common import normal_axis, register
+from tracejit.capture.functions.composites import composed, in_torch
+from tracejit.capture.functions.rows import elementwise
+from tracejit.capture.trace.table import Row
+from tracejit.capture.trace.trace import Trace
+from tracejit.ir.graph import Value
+from tracejit.ir.types import b1
+
+Tensor = torch.Tensor
+
+# --- copies of views ---------------------------------------------------------------------------
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _copied(view: Callable) -> Callable:
+    """What a function of views gives, as copies."""
+
+    def body(t: Trace, *args: object, **kwargs: object) -> object:
+        kwargs.pop("implicit", None)
+        found = view(*args, **kwargs)
+        return _copy(found) if isinstance(found, Tensor) else tuple(_copy(x) for x in found)
+
+    return body
+
+
+def _slice(
+    input: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    axis = dim % max(input.dim(), 1)
+    return input[(*(slice(None),) * axis, slice(start, end, step))]
+
+
+_VIEWS: dict[str, Callable] = {
+    "alias_copy": lambda input: input,
+    "diagonal_copy": torch.diagonal,
+    "expand_copy": lambda input, size: input.expand(size),
+    "permute_copy": torch.permute,
+    "select_copy": torch.select,
+    "slice_copy": _slice,
+    "split_copy": torch.split,
+    "split_with_sizes_copy": torch.split_with_sizes,
+    "squeeze_copy": torch.squeeze,
+    "t_copy": torch.t,
+    "transpose_copy": torch.transpose,
+    "unbind_copy": torch.unbind,
+    "unfold_copy": lambda input, dimension, size, step: input.unfold(dimension, size, step),
+    "unsqueeze_copy": torch.unsqueeze,
+    "view_copy": lambda input, size: input.reshape(size),
+}
+for _name, _view in _VIEWS.items():
+    register((_name,), in_torch(_copied(_view)), inplace=False)
+
+
+@composed(torch.unsafe_chunk, Tensor.unsafe_chunk)
+def unsafe_chunk(t: Trace, input: Tensor, chunks: int, dim: int = 0) -> object:
+    return input.chunk(chunks, dim)
+
+
+@composed(torch.unsafe_split, Tensor.unsafe_split)
+def unsafe_split(t: Trace, tensor: Tensor, split_size: int, dim: int = 0) -> object:
+    return tensor.split(split_size, dim)
+
+
+@composed(torch.unsafe_split_with_sizes, Tensor.unsafe_split_with_sizes)
+def unsafe_split_with_sizes(
+    t: Trace, input: Tensor, split_sizes: Sequence[int], dim: int = 0
+) -> object:
+    return input.split_with_sizes(split_sizes, dim)
+
+
+@composed(torch.ravel, Tensor.ravel)
+def ravel(t: Trace, input: Tensor) -> Tensor:
+    return input.contiguous().view(-1)
+
+
+@composed(torch.diagflat, Tensor.diagflat)
+def diagflat(t: Trace, input: Tensor, offset: int = 0) -> Tensor:
+    return input.contiguous().view(-1).diag(offset)
+
+
+@composed(torch._C._linalg.linalg_diagonal)
+def linalg_diagonal(
+    t: Trace, A: Tensor, *, offset: int = 0, dim1: int = -2, dim2: int = -1
+) -> Tensor:
+    return A.diagonal(offset, dim1, dim2)
+
+
+@composed(torch.fill)
+def fill(t: Trace, input: Tensor, value: object) -> Tensor:
+    return torch.empty_like(input).copy_(input).fill_(value)
+
+
+@composed(Tensor.sum_to_size)
+def sum_to_size(t: Trace, input: Tensor, *size: object) -> Tensor:
+    """The sum over the axes along which a tensor of this size would be repeated."""
+    size = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    shape = tuple(input.shape)
+    lead = len(shape) - len(size)
+    fits = lead >= 0 and all(n in (1, m) for n, m in zip(size, shape[lead:], strict=True))
+    if not fits:
+        raise t.shape_error(f"size {{{list(size)}}} is not expandable to size {{{list(shape)}}}.")
+    axes = [k for k, n in enumerate(shape) if k < lead or (size[k - lead] == 1 and n != 1)]
+    return input.sum(axes, keepdim=True).reshape(tuple(size)) if axes else input
+
+
+# --- real tensors where torch has complex ones -------------------------------------------------
+
+
+def _itself(t: Trace, input: Tensor) -> Tensor:
+    t.lift(input)
+    return input
+
+
+for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
+    register((_name,), _itself, inplace=False)
+
+
+@composed(Tensor.adjoint, torch.adjoint)
+def adjoint(t: Trace, input: Tensor) -> Tensor:
+    if len(t.lift(input).shape) == 1:
+        raise t.shape_error(
+            "tensor.adjoint() is only supported on matrices or batches of matrices. Got 1-D tensor."
+        )
+    return input.transpose(-2, -1) if t.lift(input).shape else input
+
+
+@composed(torch.isreal, Tensor.isreal)
+def isreal(t: Trace, input: Tensor) -> Tensor:
+    return torch.ones_like(input, dtype=torch.bool)
+
+
+def _angle(t: Trace, x: Value) -> Value:
+    b = t.b
+    return b.where(b.lt(x, 0.0), math.pi, b.where(b.ne(x, x), x, 0.0))
+
+
+elementwise(
+    Row("angle", _angle, (lambda t, g, y, x: zeros(t.b, x),), dtypes="to_float"),
+    __name__,
+    inplace=False,
+)
+
+# --- extrema that look past NaN ----------------------------------------------------------------
+
+
+def _past_nan(name: str, wins: str, extremum: str) -> Row:
+    def value(t: Trace, x: Value, z: Value) -> Value:
+        b, kind = t.b, x.type.dtype
+        if kind is b1:
+            return b.or_(x, z) if extremum == "maximum" else b.and_(x, z)
+        y = getattr(b, extremum)(x, z)
+        if not kind.is_float:
+            return y
+        return b.where(b.ne(x, x), z, b.where(b.ne(z, z), x, y))
+
+    def mine(t: Trace, x: Value, z: Value) -> Value:
+        return t.b.or_(getattr(t.b, wins)(x, z), t.b.ne(z, z))
+
+    return Row(
+        name,
+        value,
+        (
+            lambda t, g, y, x, z: t.b.where(mine(t, x, z), g, 0.0),
+            lambda t, g, y, x, z: t.b.where(mine(t, x, z), 0.0, g),
+        ),
+        arity=2,
+    )
+
+
+for _row in (_past_nan("fmax", "ge", "maximum"), _past_nan("fmin", "le", "minimum")):
+    elementwise(_row, __name__, inplace=False)
+
+# --- powers of two and others ------------------------------------------------------------------
+
+
+def _ldexp(t: Trace, input: Tensor, other: Tensor) -> Tensor:
+    x, exponent = t.lift(input), t.lift(other)
+    if t.grad_on and t.requires_grad(x) and not exponent.dtype.is_float:
+        raise t.unsupported(
+            "Eager's gradient of ldexp by integers is zero where they are negative; give floats"
+        )
+    return input * torch.pow(2.0, other)
+
+
+register(("ldexp",), in_torch(_ldexp))
+
+
+@composed(torch._C._linalg.linalg_vander)
+def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
+    """Powers 0 … N - 1 of each element, as running products."""
+    if not x.dim():
+        raise t.shape_error("linalg.vander: input must be at least 1-D")
+    n = x.shape[-1] if N is None else N
+    if n <= 1:
+        raise t.shape_error("N must be greater than 1.")
+    if not x.is_floating_point():
+        x = x.to(torch.int64)
+    powers = x.unsqueeze(-1).expand(*x.shape, n - 1).cumprod(-1)
+    return torch.cat([torch.ones_like(x).unsqueeze(-1), powers], -1)
+
+
+# --- roots of the plane: what torch.fft has that needs no complex numbers ------------------------
+
+
+def _shifted(sign: int) -> Callable:
+    def rule(t: Trace, input: Tensor, dim: object = None) -> Tensor:
+        rank = input.dim()
+        if dim is None:
+            axes = list(range(rank))
+        else:
+            axes = [normal_axis(t, d, rank) for d in ((dim,) if isinstance(dim, int) else dim)]
+        sizes = [input.shape[k] for k in axes]
+        return input.roll([n // 2 if sign > 0 else (n + 1) // 2 for n in sizes], axes)
+
+    return rule
+
+
+composed(torch.fft.fftshift)(_shifted(1))
+composed(torch.fft.ifftshift)(_shifted(-1))
+
+# --- what torch's own decompositions call --------------------------------------------------------
+
+
+@composed(torch._softmax_backward_data)
+def softmax_backward_data(
+    t: Trace, grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype
+) -> Tensor:
+    product = grad_output * output
+    return (product - output * product.sum(dim, keepdim=True)).to(input_dtype)
+
+
+@composed(torch.grid_sampler_2d, torch.grid_sampler_3d)
+def grid_sampler(
+    t: Trace,
+    input: Tensor,
+    grid: Tensor,
+    interpolation_mode: int,
+    padding_mode: int,
+    align_corners: bool,
+) -> Tensor:
+    return torch.grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners)
+
+
+@composed(torch.native_layer_norm)
+def native_layer_norm(
+    t: Trace,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> tuple:
+    axes = list(range(input.dim() - len(normalized_shape), input.dim()))
+    out = torch.layer_norm(input, normalized_shape, weight, bias, eps)
+    seen = input.detach()  # eager has no gradient of the rest
+    return out, seen.mean(axes, keepdim=True), _rstd(seen, axes, eps)
+
+
+def _rstd(x: Tensor, axes: list[int], eps: float) -> Tensor:
+    return (x.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+
+
+@composed(torch.native_group_norm)
+def native_group_norm(
+    t: Trace,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    N: int,
+    C: int,
+    HxW: int,
+    group: int,
+    eps: float,
+) -> tuple:
+    out = torch.group_norm(input, group, weight, bias, eps)
+    rows = input.reshape(N, group, -1)
+    return out, rows.mean(-1), _rstd(rows, [2], eps).squeeze(-1)
