@@ -127,6 +127,12 @@ def test_arguments_state_and_options_are_passed_on():
     assert isinstance(compiled, tracejit.CompiledStep) and compiled.options.mode == "rerun"
 
 
+def test_an_argument_that_is_expanded():
+    x = torch.arange(3.0).expand(2, 3)
+    compiled = assert_equal_to_eager(lambda x: x * 2, lambda: [x], calls=3)
+    assert compiled.stats.replays and x.stride() == (0, 1)
+
+
 def test_magnitudes_see_cancellation():
     graph = parse(
         """
