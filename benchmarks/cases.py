@@ -131,6 +131,15 @@ _UNET = (
     *convolution(4, 32, 128, 64, 3),
     *convolution(4, 16, 256, 128, 3),
 )
+_LSTM = (*linear(4096, 64, 256, first=True), *linear(4096, 64, 256, 3))
+_GRU = (
+    *linear(4096, 64, 192, 2, first=True),
+    *linear(4096, 64, 192, 4),  # of the states
+    *linear(4096, 128, 192, 2),
+)
+_STEPS = {"steps": 7, "batch": 3, "width": 5}
+# Queries see half of the keys.
+_ATTENTION = (*((64, 512, 64, 256),) * 3, *((64, 512, 256, 64),) * 3)
 _IMAGES = {"batch": 2, "side": 9}
 _ELEMENTS = 4096 * 1024
 
@@ -153,6 +162,9 @@ CASES: dict[str, Case] = {
     ),
     "softmax": Case(steps.softmax, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
     "layer_norm": Case(steps.layer_norm, _ROWS, bytes=16 * _ELEMENTS, grads=True, jax=True),
+    "attention": Case(
+        steps.attention, {"batch": 2, "heads": 3, "length": 9, "width": 5}, _ATTENTION, grads=True
+    ),
     "transformer_block": Case(
         transformer_block.make_step,
         {"batch": 2, "length": 5, "width": 24, "heads": 4},
@@ -186,6 +198,14 @@ CASES: dict[str, Case] = {
     "alexnet": _net(image_steps.alexnet, _ALEXNET, side=63, width=4, hidden=12),
     "mobilenet": _net(image_steps.mobilenet, stages=((1, 8, 1, 1), (2, 8, 2, 2)), last=12),
     "unet": _net(image_steps.unet, _UNET, side=8, width=4, depth=1),
+    "lstm_256": Case(steps.recurrent, _STEPS, _LSTM, optimizer="Adam"),
+    "gru_both_256": Case(
+        steps.recurrent,
+        {**_STEPS, "kind": "GRU", "both": True},
+        _GRU,
+        optimizer="Adam",
+        sizes={"kind": "GRU", "both": True},
+    ),
     "dynamic_net": Case(
         steps.dynamic_net,
         _NET,

@@ -266,6 +266,24 @@ def softmax(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
     return step, [x]
 
 
+def attention(
+    batch: int = 8, heads: int = 8, length: int = 512, width: int = 64, device: str = "cpu"
+) -> Made:
+    """Causal attention, forward and backward; gradients on queries, keys and values."""
+    torch.manual_seed(0)
+    shape = batch, heads, length, width
+    q, k, v = (torch.randn(shape).to(device).requires_grad_() for _ in range(3))
+    g = torch.randn(shape).to(device)
+
+    def step() -> torch.Tensor:
+        q.grad = k.grad = v.grad = None
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y.backward(g)
+        return y.detach()
+
+    return step, [q, k, v]
+
+
 def layer_norm(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
     """Layer norm with weight and bias, forward and backward; gradients on all three."""
     torch.manual_seed(0)
@@ -280,6 +298,25 @@ def layer_norm(n: int = 4096, width: int = 1024, device: str = "cpu") -> Made:
         return y.detach()
 
     return step, [x, norm.weight, norm.bias]
+
+
+def recurrent(
+    kind: str = "LSTM",
+    both: bool = False,
+    steps: int = 256,
+    batch: int = 16,
+    width: int = 64,
+    device: str = "cpu",
+    **options: bool,
+) -> Made:
+    """Two layers of a recurrent network, in one direction or both, with AdamW."""
+    torch.manual_seed(0)
+    model = getattr(torch.nn, kind)(width, width, num_layers=2, bidirectional=both).to(device)
+    x = torch.randn(steps, batch, width).to(device)
+    y = torch.randn(steps, batch, width * (1 + both)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
+    step = trained(lambda: (model(x)[0] - y).pow(2).mean(), model, optimizer)
+    return step, list(model.parameters())
 
 
 class DynamicNet(torch.nn.Module):

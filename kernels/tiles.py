@@ -32,6 +32,24 @@ def tiles(
     }
 
 
+def attention_tiles(
+    M: int, N: int, C: int, D: int, dtype: str, precision: str, forward: bool
+) -> dict[str, int]:
+    """Keyword arguments of a launch of attention: M queries and N keys of width C, values of D."""
+    c, d = (max(16, _power_of_two(n)) for n in (C, D))
+    rows = _ATTENTION["sum" if dot_path(dtype) == "sum" else _family(dtype, precision)]
+    wide, fitting, least = max(c, d), rows[forward], 16 if dot_path(dtype) == "tensor" else 1
+    block_m, block_n, warps, stages = next((t for w, *t in fitting if wide <= w), fitting[-1][1:])
+    return {
+        "BLOCK_M": min(block_m, max(least, _power_of_two(M))),
+        "BLOCK_N": min(block_n, max(least, _power_of_two(N))),
+        "BLOCK_C": c,
+        "BLOCK_D": d,
+        "num_warps": warps,
+        "num_stages": stages,
+    }
+
+
 def dot_path(dtype: str) -> str:
     """The matmul kernel's DOT argument: "tensor" where tl.dot has the dtype, else "sum"."""
     return "tensor" if dtype in ("f32", "bf16", "f16") else "sum"
@@ -61,6 +79,30 @@ _CANDIDATES = {
         (128, 128, 32, 8, 3, 1),
         (64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
         (32, 32, 32, 4, 3, 8),
+    ),
+}
+# Of attention, for gradients and for the forward pass, by the widest C or D:
+# (it, BLOCK_M, BLOCK_N, num_warps, num_stages).
+_ATTENTION = {
+    "half": (
+        ((64, 64, 64, 4, 1), (128, 64, 64, 8, 2), (256, 32, 32, 8, 1)),
+        ((64, 128, 64, 8, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2)),
+    ),
+    "tf32": (
+        ((64, 32, 32, 4, 2), (128, 32, 32, 8, 1), (256, 16, 16, 8, 1)),
+        ((64, 64, 32, 4, 2), (128, 32, 32, 4, 2), (256, 32, 16, 8, 1)),
+    ),
+    "tf32x3": (
+        ((64, 32, 32, 4, 2), (128, 32, 32, 8, 1), (256, 16, 16, 8, 1)),
+        ((64, 32, 32, 4, 2), (128, 32, 32, 8, 2), (256, 32, 16, 8, 1)),
+    ),
+    "ieee": (  # gradients of more than 64 spill
+        ((64, 32, 32, 8, 2), (256, 16, 16, 8, 1)),
+        ((64, 64, 32, 8, 2), (128, 32, 32, 8, 2), (256, 32, 16, 8, 1)),
+    ),
+    "sum": (
+        ((64, 8, 8, 8, 1), (256, 4, 4, 8, 1)),
+        ((64, 8, 8, 4, 1), (256, 4, 4, 8, 1)),
     ),
 }
 _SUM = ((16, 16, 16, 4, 2, 8),)

@@ -75,6 +75,51 @@ def percent_formatting(w):
     return lambda a: ONES * (2 if "%.1f" % a == "1.5" else 3)  # noqa: UP031
 
 
+FORM = "%.1f"
+
+
+def form():
+    return "%.1f"
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def percent_formatting_by_a_template_elsewhere(w):
+    return lambda a: ONES * (2 if FORM % a == "1.5" else 3)
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def percent_formatting_by_a_template_that_is_returned(w):
+    return lambda a: ONES * (2 if form() % a == "1.5" else 3)
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def percent_formatting_by_a_template_that_is_made(w):
+    digits = 1
+    return lambda a: ONES * (2 if f"%.{digits}f" % a == "1.5" else 3)
+
+
+@case("rerun", args=lambda i: (0.5 * i,))
+def percent_formatting_of_what_is_in_a_tuple(w):
+    def step(a):
+        text = "%5.1f and %g"
+        text = text % (a, a)
+        return ONES * (2 if "1.5" in text else 3)
+
+    return step
+
+
+@case("replay", args=lambda i: (0.5 * i,))
+def percent_formatting_on_a_path_not_taken(w):
+    w.loud = False
+
+    def step(a):
+        if w.loud:
+            print("%.1f" % a)  # noqa: UP031
+        return ONES * (a % 1.5)
+
+    return step
+
+
 @case("replay", args=lambda i: (0.1 + i,))
 def math_sqrt_of_a_float(w):
     return lambda a: ONES * math.sqrt(a)

@@ -280,6 +280,23 @@ def scaled_gradients_with_a_skipped_step(w):
     return step
 
 
+@case("replay")
+def a_scaler_that_is_off(w):
+    """As scripts have it where they train in float32."""
+    w.s, w.scaler = Small(momentum=0.5), torch.amp.GradScaler("cpu", enabled=False)
+
+    def step():
+        loss = w.s.model(X).sum()
+        w.scaler.scale(loss).backward()
+        w.scaler.unscale_(w.s.opt)
+        w.scaler.step(w.s.opt)
+        w.scaler.update()
+        w.s.opt.zero_grad()
+        return loss.detach()
+
+    return step
+
+
 @case("replay", calls=9)
 def accumulated_gradients(w):
     w.s = Small()

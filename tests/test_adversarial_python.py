@@ -11,6 +11,7 @@ import enum
 import functools
 import itertools
 import operator
+import sys
 import types
 from types import SimpleNamespace
 
@@ -26,6 +27,7 @@ case = table(CASES)
 X = torch.linspace(-1, 2, 6)
 SETTINGS = types.ModuleType("settings")
 SETTINGS.scale, SETTINGS.names = 2, ["a"]
+sys.modules["settings_of_the_user"] = SETTINGS
 FLAG = 1
 
 
@@ -50,7 +52,8 @@ def restored():
 
 def restore():
     SETTINGS.scale, SETTINGS.names = 2, ["a"]
-    vars(SETTINGS).pop("extra", None)
+    for name in ("extra", "late", "absent"):
+        vars(SETTINGS).pop(name, None)
     for name in ("LATE", "len"):
         globals().pop(name, None)
     globals().update(FLAG=1, HALF=0.5, COUNT=2, TENSOR=torch.ones(3), NUMBERS=[1.0, 2.0])
@@ -108,13 +111,13 @@ def attribute_by_attrgetter_made_outside(w):
     return lambda: X * get(cfg)
 
 
-@case("rerun", changes={3: lambda w: setattr(w.cfg, "b", 9.0)})
+@case("replay", changes={3: lambda w: setattr(w.cfg, "b", 9.0)})
 def attribute_by_vars(w):
     w.cfg = cfg = SimpleNamespace(b=2.0)
     return lambda: X * vars(cfg)["b"]
 
 
-@case("rerun", changes={3: lambda w: setattr(w.cfg, "b", 9.0)})
+@case("replay", changes={3: lambda w: setattr(w.cfg, "b", 9.0)})
 def attribute_by_the_dict(w):
     w.cfg = cfg = SimpleNamespace(b=2.0)
     return lambda: X * sum(cfg.__dict__.values())
@@ -316,12 +319,52 @@ def builtin_shadowed(w):
     return lambda: X * len((1, 2))
 
 
-@case("rerun")
+@case("replay", changes={3: lambda w: setattr(SETTINGS, "late", 9.0)}, calls=9)
 def import_inside(w):
+    SETTINGS.late = 2.0
+
     def step():
         import math as m
 
-        return X * m.pi
+        from settings_of_the_user import late
+
+        return X * m.pi * late
+
+    return step
+
+
+@case("replay", changes={3: setting("absent", True)})
+def import_of_what_is_not_there(w):
+    SETTINGS.absent = False
+
+    def step():
+        if SETTINGS.absent:
+            try:
+                import not_there_at_all
+            except ImportError:
+                return X * 3
+            return not_there_at_all.x
+        return X * 2
+
+    return step
+
+
+HELD = 2.0
+
+
+def _held():
+    return HELD
+
+
+@case("replay", changes={4: bind("HELD", 5.0), 6: bind("HELD", 2.0)}, calls=10)
+def function_that_runs_late_beside_computed_names(w):
+    """It computes what the step has computed without it, of a global that only it names."""
+    w.cfg, w.n = SimpleNamespace(a=0, b=1), 0
+
+    def step():
+        w.n += getattr(w.cfg, "ab"[w.n > 0])
+        w.n += 1
+        return X * (_held() if w.n > 1 else 2.0)
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 
@@ -12,11 +13,12 @@ from torch import nn
 
 import tracejit
 from support.attention_nets import NETS, make_step
+from support.fake import FAKE
 from support.function_samples import r
 from tracejit.errors import AutogradError, UnsupportedOperation
 from tracejit.report import report
 from tracejit.rows import limits
-from tracejit.testing import assert_equal_to_eager, losses_agree
+from tracejit.testing import assert_equal_to_eager, fake_device, losses_agree
 
 ROWS, LENGTH, WIDTH = 3, 5, 8
 
@@ -302,3 +304,161 @@ def test_kernels_keep_the_limits_on_a_gpu(target):
         found = report(compiled, target=target)
         assert found.rows and not list(limits(found))
         assert not sum(row.facts.spills for row in found.rows)
+
+
+# ---- steps of more than one block
+
+
+def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [r(*s, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def blind(rows: int, columns: int) -> torch.Tensor:
+    """A mask that shows a few keys, and none to some queries."""
+    seen = torch.rand(rows, columns, generator=torch.Generator().manual_seed(3)) < 0.3
+    seen[::7] = False
+    return seen
+
+
+def far(rows: int, columns: int) -> torch.Tensor:
+    """What is added to scores: less the further off, -inf for some keys."""
+    distance = torch.arange(rows)[:, None] - torch.arange(columns)
+    return (-0.1 * distance.abs()).masked_fill(distance % 5 == 0, -math.inf)
+
+
+def alike(*shape: int) -> tuple[tuple[int, ...], ...]:
+    return (shape,) * 3
+
+
+BLOCKS: dict[str, tuple[tuple, dict]] = {
+    "causal": (alike(2, 3, 123, 16), {"is_causal": True}),
+    "more keys, causal": (((1, 2, 70, 8), (1, 2, 130, 8), (1, 2, 130, 8)), {"is_causal": True}),
+    "more queries, causal": (((1, 2, 130, 8), (1, 2, 5, 8), (1, 2, 5, 8)), {"is_causal": True}),
+    "one query": (((2, 2, 1, 8), (2, 2, 123, 8), (2, 2, 123, 8)), {}),
+    "one key": (((2, 2, 123, 8), (2, 2, 1, 8), (2, 2, 1, 8)), {}),
+    "values of another width": (((2, 70, 5), (2, 90, 5), (2, 90, 33)), {}),
+    "a bool mask": (alike(2, 2, 123, 8), {"attn_mask": blind(123, 123)}),
+    "a float mask": (alike(2, 2, 70, 8), {"attn_mask": far(70, 70)}),
+    "a mask of padding": (alike(3, 2, 70, 8), {"attn_mask": blind(3, 70)[:, None, None]}),
+    "a mask of each head": (alike(2, 3, 70, 8), {"attn_mask": far(70, 70).repeat(2, 3, 1, 1)}),
+    "queries that share heads": (
+        ((2, 6, 70, 8), (2, 2, 70, 8), (2, 2, 70, 8)),
+        {"enable_gqa": True, "is_causal": True},
+    ),
+    "a batch that broadcasts": (((3, 2, 70, 8), (1, 2, 66, 8), (2, 66, 8)), {}),
+    "no batch": (alike(70, 8), {"is_causal": True}),
+    "a scale": (alike(2, 2, 66, 8), {"scale": -3.0}),
+    "a batch of nothing": (alike(0, 2, 70, 8), {}),
+    "no queries": (((2, 2, 0, 8), (2, 2, 70, 8), (2, 2, 70, 8)), {}),
+    "no keys": (((2, 2, 70, 8), (2, 2, 0, 8), (2, 2, 0, 8)), {}),
+}
+
+
+def attention_step(*qkv: torch.Tensor, **options: object) -> list[torch.Tensor]:
+    """Attention and its gradients."""
+    y = F.scaled_dot_product_attention(*qkv, **options)
+    seed = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+    return [y.detach(), *torch.autograd.grad(y, qkv, seed)]
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_steps_of_blocks(name, backend):
+    shapes, options = BLOCKS[name]
+    compiled = assert_equal_to_eager(
+        lambda *qkv: attention_step(*qkv, **options),
+        lambda: leaves(*shapes),
+        calls=4,
+        backend=backend,
+        on_unsupported="raise",
+    )
+    assert compiled.stats.replays, compiled.explain_mode()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["causal", "a bool mask", "values of another width"])
+def test_steps_of_blocks_in_other_dtypes(name, dtype):
+    shapes, options = BLOCKS[name]
+    assert_equal_to_eager(
+        lambda *qkv: attention_step(*qkv, **options),
+        lambda: leaves(*shapes, dtype=dtype),
+        on_unsupported="raise",
+    )
+
+
+def test_one_projection_of_queries_keys_and_values():
+    """They are read where they lie, and the only buffers are of its size."""
+    batch, length, heads, width = 2, 70, 3, 8
+
+    def step(x: torch.Tensor, w: torch.Tensor) -> list[torch.Tensor]:
+        qkv = (x @ w).view(batch, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*qkv.unbind(), is_causal=True)
+        y = y.transpose(1, 2).reshape(batch, length, heads * width)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), (x, w))]
+
+    size = heads * width
+    compiled = assert_equal_to_eager(
+        step, lambda: leaves((batch, length, size), (size, 3 * size)), on_unsupported="raise"
+    )
+    (plan,) = compiled.plans
+    assert max(b.type.numel for b in plan.buffers) == batch * length * 3 * size
+
+
+def test_second_derivatives_of_blocks():
+    def step(*qkv: torch.Tensor) -> list[torch.Tensor]:
+        y = F.scaled_dot_product_attention(*qkv, is_causal=True)
+        first = torch.autograd.grad(y.square().sum(), qkv, create_graph=True)
+        return list(torch.autograd.grad(sum(x.square().sum() for x in first), qkv))
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    qkv = leaves(*alike(1, 2, 70, 8), dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        theirs = step(*qkv)
+    for ours, eager in zip(compiled(*qkv), theirs, strict=True):
+        close(ours, eager, 1e-10)
+
+
+def test_a_result_with_history_keeps_the_log_sums():
+    def step(*qkv: torch.Tensor) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*qkv, is_causal=True)
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(4):
+        qkv = leaves(*alike(2, 2, 70, 8))
+        ours, eager = (torch.autograd.grad(f(*qkv).square().sum(), qkv) for f in (compiled, step))
+        for x, y in zip(ours, eager, strict=True):
+            close(x, y, 1e-5)
+
+
+@pytest.mark.parametrize("place", ["q", "k", "v"])
+def test_what_is_not_a_number_stays_where_it_is_seen(place):
+    """Queries that see no NaN have none; where a mask hides it, as eager has it in its block."""
+    qkv = leaves(*alike(1, 1, 70, 8))
+    with torch.no_grad():
+        qkv["qkv".index(place)][0, 0, 69] = math.nan
+
+    def step(*qkv: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return F.scaled_dot_product_attention(*qkv, is_causal=True)
+
+    ours, eager = tracejit.compile(step, on_unsupported="raise")(*qkv), step(*qkv)
+    assert ours[0, 0, 69].isnan().all() and eager[0, 0, 69].isnan().all()
+    if place != "v":  # 0 · NaN
+        torch.testing.assert_close(ours[0, 0, :69], eager[0, 0, :69])
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_fake_device(dtype):
+    pytest.importorskip("triton")
+    shapes, options = BLOCKS["causal"]
+    with fake_device(compiled=False) as device:
+        compiled = assert_equal_to_eager(
+            lambda *qkv: attention_step(*qkv, **options),
+            lambda: leaves(*shapes, dtype=dtype),
+            calls=4,
+            backend=FAKE,
+            on_unsupported="raise",
+        )
+    assert compiled.stats.replays >= 1, compiled.explain_mode()
+    assert any("attention" in line for line in device.log)

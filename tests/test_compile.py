@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
 import inspect
 import itertools
 import os
@@ -151,21 +150,6 @@ def test_python_body_counter_by_profile():
     finally:
         sys.setprofile(None)
     assert len(calls) == 2
-
-
-def test_a_step_that_reads_values_under_cprofile():
-    """Its profiler is one that Python cannot set again."""
-
-    def body(x):
-        loss = (x * 3).sum()
-        return loss * 2 if loss.item() > 4 else loss
-
-    step = tracejit.compile(body)
-    with cProfile.Profile() as profile:
-        found = [step(torch.full((2,), float(n))) for n in range(4)]
-        assert sys.getprofile() is profile
-    assert found == [body(torch.full((2,), float(n))) for n in range(4)]
-    assert "profiler" in step.explain_mode()
 
 
 def test_new_shape_dtype_or_requires_grad_makes_a_plan_and_the_first_is_found_again():

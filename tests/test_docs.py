@@ -21,6 +21,7 @@ from tracejit.passes.rewrite import rewrite, table
 from tracejit.passes.simplify import IDENTITIES
 from tracejit.runtime.c_compiler import find_compiler
 from tracejit.schedule import schedule
+from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
@@ -178,6 +179,11 @@ def tiled(text: str) -> Iterator[str]:
     yield "\n".join(line for line in lines if line.startswith("tiling"))
 
 
+def attention(text: str) -> Iterator[str]:
+    lines = str(cut_attention(parse_cpu_kernel(text), VECTOR_BYTES)).splitlines()
+    yield "\n".join(line for line in lines if line.startswith("blocks"))
+
+
 def placed(text: str) -> Iterator[str]:
     plan = schedule(parse(text))
     yield plan_head(text)
@@ -204,6 +210,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "choose_loops": on_kernel(choose_loops),
     "cache_rows": on_kernel(cache_rows),
     "tile": tiled,
+    "cut_attention": attention,
     "place": placed,
 }
 SECTION = re.compile(r"^### `(\w+)`[^\n]*\n(.*?)(?=^##|\Z)", re.MULTILINE | re.DOTALL)

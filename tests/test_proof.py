@@ -605,14 +605,60 @@ def making_a_global(x):
     MADE_HERE = 3
 
 
-@reads("refused: line 1: it imports os", "refused: line 1: it imports path")
+@reads(
+    "os: the module os",
+    "os: the module os",
+    "os.curdir: '.'",
+    "os: the module os",
+    "os.sep: '/'",
+)
 def imports(x):
+    import os
+    from os import sep
+
+    return os.curdir + sep
+
+
+@reads(
+    "os.path: the module posixpath",
+    "os: the module os",
+    "os.path: the module posixpath",
+    "os.path: the module posixpath",
+    "os.path.sep: '/'",
+)
+def imports_by_another_name(x):
+    import os.path as p
+
+    return p.sep
+
+
+@reads("refused if it runs: it imports not_there")
+def imports_what_is_not_there(x):
+    import not_there
+
+    return not_there.x
+
+
+@reads("refused if it runs: it imports os")
+def imports_for_nested_code(x):
+    import os
+
+    return lambda: os.sep
+
+
+@reads(
+    "os: the module os",
+    "os.path: the module posixpath",
+    "os.path: the module posixpath",
+    "refused: line 1: it uses the module os.path as a value",
+)
+def imports_a_module_as_a_value(x):
     from os import path
 
     return path
 
 
-@reads("__name__: 'test_proof'", "refused: line 1: it defines a class")
+@reads("__name__: 'test_proof'", "refused if it runs: it defines a class")
 def classes(x):
     class Local:
         pass
@@ -620,17 +666,32 @@ def classes(x):
     return Local
 
 
-@reads("refused: line 1: it computes with complex numbers")
+@reads("refused if it runs: it computes with complex numbers")
 def complex_numbers(x):
     return x * 1j
 
 
-@reads("refused: line 1: it may format a string with %")
+@reads("refused if it runs: it may format a string with %")
 def formatting(x):
-    return "%s" % x  # noqa: UP031
+    return "%.1f" % x  # noqa: UP031
 
 
-@reads("refused: line 1: it reads __dict__")
+@reads()
+def formatting_that_asks(x):
+    return "%s %d" % (x, x)  # noqa: UP031
+
+
+@reads("refused if it runs: it may format a string with %")
+def remainder_of_something(x):
+    return x.a % 2
+
+
+@reads("refused if it runs: it reads cell_contents")
+def the_contents_of_a_cell(x):
+    return x.cell_contents
+
+
+@reads(notes="dynamic")
 def the_dict_of_an_object(x):
     return x.__dict__
 

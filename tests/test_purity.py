@@ -7,6 +7,7 @@ the math module is tried with one that changes between calls, against eager.
 from __future__ import annotations
 
 import bisect
+import cProfile
 import fractions
 import functools
 import heapq
@@ -17,6 +18,7 @@ import math
 import re
 import statistics
 import struct
+import sys
 import textwrap
 import threading
 import time
@@ -438,3 +440,15 @@ def test_every_reason_names_a_line_of_the_user(build, line):
     lines = re.findall(r"test_purity\.py:(\d+): ", compiled.explain_mode())
     assert lines, compiled.explain_mode()
     assert min(abs(int(found) - first - line) for found in lines) <= 2, compiled.explain_mode()
+
+
+def test_a_profile_in_c_goes_on():
+    """`cProfile` cannot be put back by Python once it is off: it stays on while values are read."""
+    x = torch.ones(3)
+    compiled = tracejit.compile(lambda x: x * 2 if x.sum() > 1 else x, backend="numpy")
+    profile = cProfile.Profile()
+    with profile:
+        for _ in range(3):
+            assert torch.equal(compiled(x), x * 2)
+        assert sys.getprofile() is profile
+    assert profile.getstats()

@@ -11,6 +11,7 @@ import torch
 
 import tracejit
 from tracejit import run
+from tracejit.ir.interp import evaluate
 from tracejit.ir.text import parse
 from tracejit.testing import (
     assert_equal_to_eager,
@@ -126,6 +127,12 @@ def test_arguments_state_and_options_are_passed_on():
     assert isinstance(compiled, tracejit.CompiledStep) and compiled.options.mode == "rerun"
 
 
+def test_an_argument_that_is_expanded():
+    x = torch.arange(3.0).expand(2, 3)
+    compiled = assert_equal_to_eager(lambda x: x * 2, lambda: [x], calls=3)
+    assert compiled.stats.replays and x.stride() == (0, 1)
+
+
 def test_magnitudes_see_cancellation():
     graph = parse(
         """
@@ -139,6 +146,62 @@ def test_magnitudes_see_cancellation():
     x = np.array([1000.0, 1.0], np.float32)
     sizes = magnitudes(graph, [x, x])
     assert sizes[graph.results[0].value] == pytest.approx(2000.0**2 + 2.0**2)
+
+
+def test_magnitudes_in_a_loop():
+    """Those of its steps written out."""
+    looped = parse(
+        """
+        f(%0: f32[2], %1: f32[2,2]) {
+          %2: f32[10] = scan(%0, %1, body=body0, carried=1, sliced=1, steps=2, reverse=True)
+          return %2
+          body body0(%0: f32[2], %1: f32[2]) {
+            %2: f32[2] = sub(%0, %1)
+            %3: f32[2] = mul(%2, %2)
+            return %2, %3
+          }
+        }"""
+    )
+    x, rows = np.array([10.0, 1.0], np.float32), np.array([[1, 2], [10, 3]], np.float32)
+    sizes = magnitudes(looped, [x, rows])[looped.results[0].value]
+    after = [21, 6], [20, 4], [10, 1]  # the last row is the first step's
+    squares = [21**2, 6**2], [20**2, 4**2]
+    assert sizes == pytest.approx(np.concatenate([*after, *squares]))
+
+
+def test_magnitudes_of_what_is_masked():
+    """An infinity is exact, and a number far from the maximum is not the maximum by rounding."""
+    graph = parse(
+        """
+        f(%0: f32[3]) {
+          %1: f32[] = reduce_max(%0, axes=(0,))
+          %2: f32[3] = expand(%1, shape=(3,))
+          %3: f32[3] = sub(%0, %2)
+          %4: f32[3] = exp(%3)
+          return %4
+        }"""
+    )
+    for masked in (-np.inf, np.finfo(np.float32).min):
+        sizes = magnitudes(graph, [np.array([1.0, 2.0, masked], np.float32)])
+        assert sizes[graph.results[0].value] == pytest.approx(
+            [4 * np.exp(-1), 1 + 2 * 2, 0], rel=1e-5
+        )
+
+
+def test_magnitudes_of_the_first_order_do_not_overflow():
+    graph = parse(
+        """
+        f(%0: f32[1]) {
+          %1: f32[1] = sub(%0, %0)
+          %2: f32[1] = mul(%1, %0)
+          %3: f32[1] = mul(%2, %2)
+          return %3
+        }"""
+    )
+    x = np.array([1e3], np.float32)
+    value = graph.results[0].value
+    assert magnitudes(graph, [x])[value] == pytest.approx((2e3 * 1e3) ** 2)
+    assert magnitudes(graph, [x], first_order=True)[value] == 0.0  # 2 · 0 · 2e6
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "RMSprop"])
@@ -195,3 +258,26 @@ def test_state_is_compared_in_every_call(monkeypatch):
     spoil(monkeypatch, change)
     with pytest.raises(AssertionError, match=r"call 2: tensor 1 of shape \[3\]"):
         assert_equal_to_eager(step, lambda: [torch.ones(2)], state=[w], calls=4, mode="rerun")
+
+
+def test_magnitudes_of_attention():
+    """They are finite where keys are hidden, and no less than the results."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 5, 4)).astype(np.float32) for _ in range(3))
+    bias = np.where(np.tri(5, dtype=bool), 0, -np.inf).astype(np.float32)[None].repeat(2, 0)
+    graph = parse(
+        """
+        f(%0: f32[2,5,4], %1: f32[2,5,4], %2: f32[2,5,4], %3: f32[2,5,5]) {
+          %4: f32[2,5,4] = attention(%0, %1, %2, %3, causal=False, scale=0.5)
+          %5: f32[2,5] = attention_lse(%0, %1, %3, causal=False, scale=0.5)
+          %6: f32[2,5,4] = attention_dq(%0, %1, %2, %3, %5, %5, %4, causal=False, scale=0.5)
+          %7: f32[2,5,4] = attention_dk(%0, %1, %2, %3, %5, %5, %4, causal=False, scale=0.5)
+          %8: f32[2,5,4] = attention_dv(%0, %1, %2, %3, %5, %5, %4, causal=False, scale=0.5)
+          return %4, %5, %6, %7, %8
+        }"""
+    )
+    inputs = [q, k, v, bias]
+    sizes = magnitudes(graph, inputs)
+    for result, value in zip(graph.results, evaluate(graph, inputs)[0], strict=True):
+        size = sizes[result.value]
+        assert (size >= np.abs(value)).all() and (size < 100).all()

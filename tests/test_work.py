@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from support.attention_graphs import CASES as ATTENTION
 from support.programs import PROGRAMS, plans_of
 from tracejit.codegen.geometry import MAX_TILE
 from tracejit.codegen.triton import emit
@@ -249,3 +250,9 @@ GRAPHS = {
 @pytest.mark.parametrize("name", GRAPHS)
 def test_issued_bytes_of_graphs(name, max_tile, monkeypatch):
     check(schedule(parse(GRAPHS[name])), max_tile, monkeypatch)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ATTENTION)
+def test_issued_bytes_of_attention(name, monkeypatch):
+    check(schedule(ATTENTION[name].graph()), MAX_TILE, monkeypatch)

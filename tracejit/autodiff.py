@@ -63,7 +63,7 @@ def _node_vjp(node: Node) -> Vjp:
     def vjp(b: Builder, cotangents: tuple[Value | None, ...], needed: tuple[bool, ...]):
         (g,) = cotangents
         wanted = iter(needed)
-        for arg, rule in zip(node.args, node.op.vjp, strict=True):
+        for arg, rule in zip(node.args, node.op.rules(len(node.args)), strict=True):
             if not isinstance(arg, Value):
                 continue
             if not next(wanted):

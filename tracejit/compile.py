@@ -277,6 +277,8 @@ class CompiledStep(Inspected):
         if not self.stats.traces:
             start_early(self.options.backend)
         prover = self._prover
+        if failed:
+            prover.missed()
         watched, walk = prover.watching, prover.survey(args, kwargs)
         tracer, self._resting = self._resting, None
         if watched or tracer is None:

@@ -31,7 +31,7 @@ from tracejit.runtime.select import executor_for
 from tracejit.runtime.trial import trial
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel_text import canonical
-from tracejit.schedule.plan import Launch, Plan
+from tracejit.schedule.plan import Launch, Plan, by_launch
 from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations, products
 from tracejit.tables import joined
 
@@ -83,7 +83,7 @@ def explain(
     measured = sum(chain(*times)) if times and None not in times else None
     predicted = sum(x.seconds for x in launches)
     eager = _eager(subject, unfused, look) if eager_seconds is None else eager_seconds
-    host = REPLAY[0] + REPLAY[1] * len(launches)
+    host = REPLAY[0] + REPLAY[1] * sum(x.times for x in launches)
     ours = max(host, predicted) if eager_seconds is None or measured is None else measured
     replays = subject.mode.startswith("replay")  # else Python's time is not known
     spent = sum(subject.seconds.values())
@@ -97,7 +97,7 @@ def explain(
         precision=look.precision,
         launches=tuple(launches),
         kernels=tuple(_kernels(subject.programs, times)) if device == "cpu" else (),
-        launches_before_fusion=sum(len(plan.launches) for plan in unfused),
+        launches_before_fusion=sum(plan.times(x) for plan in unfused for x in plan.launches),
         bytes_moved=moved,
         bytes_minimum=min(moved, sum(map(_minimum, graphs))),
         bytes_issued=sum(x.issued_bytes for x in launches),
@@ -129,25 +129,28 @@ class _Look:
         """The costs of launches that have programs; `seconds` are of all, as they were measured."""
         rows = iter(report(plan, target=self.gpu.target).rows) if self.machine_code else None
         costs = []
+        measured = None if seconds is None else by_launch(plan, seconds)
         for i, (launch, least) in enumerate(zip(plan.launches, bytes_moved(plan), strict=True)):
             source, shape, works = self._printed(launch)
             if not shape.grid[0]:
                 continue
             row = None if rows is None else next(rows)
-            filled, found = self._judged(works, shape, least, row)
-            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least,)
+            times = plan.times(launch)
+            filled, found = self._judged(works, shape, least // times, row)
+            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least // times,)
             self._note(source.name, launch, fall_short(works, apart, filled))
             costs.append(
                 LaunchCost(
                     kernel=source.name,
                     lines=launch.kernel.lines,
                     bytes=least,
-                    issued_bytes=sum(w.issued for w in works),
-                    operations=sum(w.operations + w.products for w in works),
+                    issued_bytes=sum(w.issued for w in works) * times,
+                    operations=sum(w.operations + w.products for w in works) * times,
                     steps=filled.steps,
-                    seconds=found.seconds,
+                    seconds=found.seconds * times,
                     bound=found.bound,
-                    measured=None if seconds is None else seconds[i],
+                    measured=None if measured is None else measured[i],
+                    times=times,
                 )
             )
         return costs

@@ -21,7 +21,8 @@ Table = tuple[str, Sequence[object], Columns]  # title, rows, columns
 @dataclass(frozen=True)
 class LaunchCost:
     """A launch on the GPU: user lines, bytes at least and issued, steps, the predicted seconds and
-    what they are spent on; `measured` where this GPU, or another one, runs it."""
+    what they are spent on; `measured` where this GPU, or another one, runs it. In a loop it is made
+    `times` times, for which all figures are but `steps`."""
 
     kernel: str
     lines: tuple[str, ...]
@@ -32,6 +33,7 @@ class LaunchCost:
     seconds: float
     bound: str
     measured: float | None = None
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -101,13 +103,18 @@ class Ledger:
         text = page(f"step {self.step}", list(self.summary()), self.tables(), "µs")
         Path(path).write_text(text, "utf-8")
 
+    @property
+    def launched(self) -> int:
+        """How many launches a call has; those of a loop count in each of its steps."""
+        return sum(x.times for x in self.launches)
+
     def summary(self) -> Iterator[tuple[str, str]]:
         """The lines of the ledger: a name, and what there is to say."""
         yield "mode", self.mode
         if not self.launches:
             return
         before, m = self.launches_before_fusion, self.memory
-        yield "launches", f"{len(self.launches)}; {before} before fusion"
+        yield "launches", f"{self.launched}; {before} before fusion"
         more = self.bytes_moved / max(1, self.bytes_minimum)
         yield (
             "bytes",
@@ -158,7 +165,7 @@ class Ledger:
 
 
 _LAUNCHES = {
-    "kernel": lambda x: x.kernel,
+    "kernel": lambda x: x.kernel if x.times == 1 else f"{x.times} × {x.kernel}",
     "bytes": lambda x: f"{x.bytes:,}",
     "issued": lambda x: f"{x.issued_bytes:,}",
     "operations": lambda x: f"{x.operations:,}",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from tracejit.capture.effects.captured import Captured, graph_key
-from tracejit.capture.python.profiler import unprofiled
+from tracejit.capture.python import profiler
 from tracejit.capture.trace import location
 from tracejit.errors import ValueDependentError
 from tracejit.ir.graph import Graph, Param, Result, Value
@@ -67,7 +67,7 @@ class Values:
 
     def __call__(self, graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:
         """The one result of a graph. A profiler of the trace does not see this."""
-        with unprofiled():
+        with profiler.suspended():
             return self._computed(graph, inputs)
 
     def _computed(self, graph: Graph, inputs: Sequence[torch.Tensor | float]) -> torch.Tensor:

@@ -138,7 +138,15 @@ def report(step_or_plan: HasPlans | Plan, *, target: int = 90) -> Report:
     executor = _executor()
     moved = bytes_moved(plan)
     rows = [
-        _row(plan, plan.launches[i], loaded, moved[i], target, names, executor.precision)
+        _row(
+            plan,
+            plan.launches[i],
+            loaded,
+            moved[i] // plan.times(plan.launches[i]),
+            target,
+            names,
+            executor.precision,
+        )
         for i, loaded in _loaded(plan, executor)
     ]
     return Report(plan.name, target, executor.precision, version, tuple(rows))

@@ -121,8 +121,8 @@ def fall_short(
     """What keeps a launch from using its GPU: of what there is too little or too much, the number,
     its limit. `part_bytes` are what each of its kernels has to move.
 
-    issued     A kernel without a contraction issues at most MOST_ISSUED times the bytes that it
-               has to move. In a launch of several, each has to.
+    issued     A kernel without a contraction or attention issues at most MOST_ISSUED times the
+               bytes that it has to move. In a launch of several, each has to.
     in flight  Where a program waits LONG times or more, IN_FLIGHT bytes per SM are under way.
     balance    The SMs are busy for BALANCE of the time, if all programs take equally long. Launches
                that are over in one round of short programs are left out: they take the latency of
@@ -132,7 +132,7 @@ def fall_short(
     ratios = [
         w.issued / max(1, least)
         for w, least in zip(works, part_bytes, strict=True)
-        if w.form != "matmul"
+        if w.form not in ("matmul", "attention")
     ]
     if max(ratios, default=0) > MOST_ISSUED:
         found.append(("issued", max(ratios), MOST_ISSUED))

@@ -190,7 +190,10 @@ class _Writer:
         if self.armed is not None and captured.branches:
             self._stages()  # first: what is checked may stand behind a decision
             self._draw()
-            self._checks(range(3))
+            self._checks(range(1))
+            if names["after"] is not None:
+                before.append("after(scalars)")
+            self._checks(range(1, 3))
         else:
             self._checks(range(1))
             if names["after"] is not None:

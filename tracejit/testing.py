@@ -23,8 +23,8 @@ from tracejit.capture.effects.hyperparameters import within_reach
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
-from tracejit.ir.graph import Arg, Graph, Value
-from tracejit.ir.types import round_to
+from tracejit.ir.graph import Graph
+from tracejit.ir.magnitudes import magnitudes
 from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:
@@ -234,7 +234,8 @@ def _restore(saved: Sequence[_Saved], optimizers: Sequence[_Held] = ()) -> None:
         held.restore()
     for s in saved:
         s.tensor.data = s.tensor.data.to(s.data.dtype)
-        s.tensor.data.copy_(s.data)
+        if not torch._debug_has_internal_overlap(s.tensor):  # else nobody can write to it
+            s.tensor.data.copy_(s.data)
         if s.tensor.is_leaf:
             if s.grad is not None:
                 s.grad.data.copy_(s.grad_data)
@@ -258,7 +259,7 @@ def _in_float64(
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        with _DrawnInFloat32():
+        with _AllInFloat64():
             returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
     finally:
@@ -272,12 +273,16 @@ def _in_float64(
                     t.grad = grad
 
 
-class _DrawnInFloat32(TorchDispatchMode):
-    """Random floats are drawn in float32 and then widened: in float64 they would be others."""
+class _AllInFloat64(TorchDispatchMode):
+    """What a step casts to float32, or makes of that dtype, is float64. Random floats are drawn in
+    float32 and then widened: in float64 they would be others."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        if not draws or "scaled_dot_product" in str(func):  # with dropout it is composed of others
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = kwargs | {"dtype": torch.float64}
             return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
@@ -360,14 +365,16 @@ class _Magnitudes:
         arrays = [x if isinstance(x, float) else _array(x) for x in inputs]
 
         def after() -> None:
-            found = magnitudes(graph, arrays)
+            found, lower = magnitudes(graph, arrays), {}
             pairs = [(r.value, out) for r, out in zip(graph.results, outputs, strict=True)]
             position = {p.value: i for i, p in enumerate(graph.params)}
             pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
             for value, tensor in pairs:
-                size = np.asarray(found[value], np.float64).ravel()
-                with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
-                    self._norms[tensor.data_ptr()] = float(np.linalg.norm(size))
+                norm = _norm(found[value])
+                if not math.isfinite(norm):
+                    lower = lower or magnitudes(graph, arrays, first_order=True)
+                    norm = _norm(lower[value])
+                self._norms[tensor.data_ptr()] = norm
 
         return after
 
@@ -378,84 +385,16 @@ class _Magnitudes:
         return max(float(own), found) if math.isfinite(found) else float(own)
 
 
+def _norm(size: np.ndarray) -> float:
+    with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
+        return float(np.linalg.norm(np.asarray(size, np.float64).ravel()))
+
+
 def _array(t: torch.Tensor) -> np.ndarray:
     t = t.detach()
     if TO_IR[t.dtype].narrow:
         t = t.float()
     return t.cpu().clone().numpy()
-
-
-_SLOPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "exp": lambda x, y: np.abs(y),
-    "log": lambda x, y: 1.0 / np.abs(x),
-    "expm1": lambda x, y: np.abs(y + 1.0),
-    "log1p": lambda x, y: 1.0 / np.abs(x + 1.0),
-    "erf": lambda x, y: np.exp(-x * x) * 1.13,
-    "sqrt": lambda x, y: 0.5 / y,
-    "tanh": lambda x, y: 1.0 - y * y,
-    "sin": lambda x, y: np.abs(np.cos(x)),
-    "cos": lambda x, y: np.abs(np.sin(x)),
-}
-
-
-def magnitudes(graph: Graph, inputs: Sequence) -> dict[Value, np.ndarray]:
-    """For every value, what it is when all its terms are taken by absolute value.
-
-    Sums add magnitudes, products multiply them, and a function f(x) counts |f(x)| + |f'(x)|·m(x):
-    the first-order bound of how rounding errors grow, up to the factor eps.
-    """
-    values: dict[Value, object] = {}
-    sizes: dict[Value, np.ndarray] = {}
-    for p, x in zip(graph.params, inputs, strict=True):
-        values[p.value] = x
-        sizes[p.value] = np.abs(x)
-
-    def value(a: Arg) -> object:
-        return values[a] if isinstance(a, Value) else a
-
-    def size(a: Arg) -> object:
-        return sizes[a] if isinstance(a, Value) else abs(a)
-
-    with np.errstate(all="ignore"):
-        for node in graph.nodes:
-            args = [value(a) for a in node.args]
-            out = node.op.eval(*args, **dict(node.attrs))
-            out = out if node.out.type.is_host else round_to(out, node.out.type.dtype)
-            values[node.out] = out
-            if node.out.type.is_host or not node.out.type.dtype.is_float:
-                sizes[node.out] = np.abs(np.asarray(out, np.float64))
-                continue
-            sizes[node.out] = _size(node.op.name, node, args, [size(a) for a in node.args], out)
-    return sizes
-
-
-def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
-    if name in ("add", "sub"):
-        return np.asarray(m[0] + m[1], np.float64)
-    if name == "mul":
-        return np.asarray(m[0] * np.asarray(m[1], np.float64))
-    if name == "div":
-        return m[0] / np.abs(args[1]) + np.abs(out) * m[1] / np.abs(args[1])
-    if name in ("maximum", "minimum"):
-        return np.maximum(m[0], m[1])
-    if name == "pow":
-        slope = np.abs(args[1] * out / args[0])
-        return np.abs(out) + np.where(np.isfinite(slope), slope, 0.0) * m[0]
-    if name in _SLOPES:
-        return np.abs(out) + np.abs(_SLOPES[name](args[0], out)) * m[0]
-    if name == "where":
-        return np.where(args[0], m[1], m[2])
-    if name in ("full", "iota"):
-        return np.abs(np.asarray(out, np.float64))
-    if name == "cast":
-        return np.asarray(m[0], np.float64)
-    if node.op.family == "elementwise" and name not in ("neg", "abs", "alias"):
-        return np.abs(np.asarray(out, np.float64))
-    if name in ("neg", "abs", "alias"):
-        return m[0]
-    if node.op.family == "indexing":
-        return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
-    return node.op.eval(*m, **dict(node.attrs))
 
 
 __all__ = [

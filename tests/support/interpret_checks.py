@@ -81,9 +81,10 @@ def fill(graph, seed=0):
     return inputs
 
 
-def check(text, *, max_tile=64, forms=None, tolerance=1e-5, seed=0, fuse=True):
-    """A graph's plan gives what the evaluator gives; `forms` are the kernels' forms, in order."""
-    graph = parse(text)
+def check(graph, *, max_tile=64, forms=None, tolerance=1e-5, seed=0, fuse=True):
+    """The plan of a graph, or of its text, gives what the evaluator gives; `forms` are the kernels'
+    forms, in order."""
+    graph = parse(graph) if isinstance(graph, str) else graph
     inputs = fill(graph, seed)
     expected = evaluate(graph, inputs)
     results, written, loaded = run(graph, inputs, max_tile, fuse)

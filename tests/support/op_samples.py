@@ -12,13 +12,16 @@ import operator
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops import OPS
+from tracejit.ir.ops.attention import FORWARD, GRADIENTS
 from tracejit.ir.ops.host import MATH, NUMPY
+from tracejit.ir.text import parse
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import (
     DType,
@@ -40,6 +43,7 @@ FLOATS = (f32, f64, bf16, f16)
 INTS = (i64, i32, i16, i8, u8)
 SHAPES = ((), (0,), (1,), (5,), (123,), (3, 5), (2, 3, 4), (3, 0, 2))
 
+ATTENTION = (*FORWARD, *GRADIENTS)
 SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -2.5, 3.0, 7.0, -4.0, 1e4)
 SMALL_INTS = (0, 1, -1, 2, -3, 5, 7, -8)
 
@@ -111,7 +115,7 @@ class Sample:
             else str(x)
             for x in self.operands
         ]
-        words += [f"{k}={v}" for k, v in self.attrs.items() if k != "device"]
+        words += [f"{k}={v}" for k, v in self.attrs.items() if k not in ("device", "body")]
         return " ".join(words) or "()"
 
     def build(self, seed: int = 0) -> list:
@@ -377,6 +381,57 @@ def matmuls() -> list[Sample]:
     return [Sample((Tensor(d, x), Tensor(d, z))) for x, z in rows for d in dtypes]
 
 
+def scans() -> list[Sample]:
+    """Both ways; one value is carried or two; rows, none of them, or no elements."""
+
+    def one(dtype: DType, steps: int, rows: int, reverse: bool) -> Sample:
+        kind = f"{dtype.name}[{rows},3]"
+        body = parse(f"""
+            body(%0: {kind}, %1: {kind}, %2: {dtype.name}[3,3]) {{
+              %3: {kind} = matmul(%0, %2)
+              %4: {kind} = add(%3, %1)
+              %5: {kind} = mul(%4, 0.25)
+              %6: {kind} = mul(%5, %0)
+              return %5, %6
+            }}""")
+        operands = (dtype, (rows, 3)), (dtype, (steps, rows, 3)), (dtype, (3, 3))
+        attrs = {"body": body, "carried": 1, "sliced": 1, "steps": steps, "reverse": reverse}
+        return Sample(tuple(Tensor(*x) for x in operands), attrs)
+
+    def two(steps: int, reverse: bool) -> Sample:
+        body = parse("""
+            body(%0: f32[4], %1: f32[2]) {
+              %2: f32[2] = slice(%0, starts=(1,), stops=(3,), steps=(1,))
+              %3: f32[2] = maximum(%1, %2)
+              %4: f32[4] = mul(%0, 0.5)
+              return %4, %3
+            }""")
+        attrs = {"body": body, "carried": 2, "sliced": 0, "steps": steps, "reverse": reverse}
+        return Sample((Tensor(f32, (4,)), Tensor(f32, (2,))), attrs)
+
+    kinds = [(f32, 5, 2), (f32, 1, 2), (f64, 4, 1), (bf16, 3, 2), (f16, 2, 2), (f32, 3, 0)]
+    found = [one(*kind, reverse) for kind in kinds for reverse in (False, True)]
+    return [*found, two(3, False), two(1, True)]
+
+
+def attentions(name: str) -> list[Sample]:
+    """Of attention; the log-sums and deltas of gradients are any numbers."""
+    samples = []
+    rows = (((), 3, 5, 4, 2), ((2,), 5, 3, 1, 6), ((2, 3), 1, 1, 5, 5), ((1,), 12, 23, 3, 4))
+    for i, (batch, m, n, c, d) in enumerate(rows):
+        for dtype in FLOATS:
+            acc = f32 if dtype.narrow else dtype
+            q, k, v = (Tensor(dtype, (*batch, *s)) for s in ((m, c), (n, c), (n, d)))
+            bias = Tensor(acc, (*batch, m, n)) if i % 2 else 0.0
+            operands = (q, k, bias) if name == "attention_lse" else (q, k, v, bias)
+            if name not in ("attention", "attention_lse"):
+                row = Tensor(acc, (*batch, m))
+                operands += (Tensor(acc, (*batch, m), "positive"), row)
+                operands += (Tensor(dtype, (*batch, m, d)),)
+            samples.append(Sample(operands, {"causal": bool(i // 2), "scale": 0.4}))
+    return samples
+
+
 def constants() -> list[Sample]:
     rows = [(0.1, f32), (0.1, bf16), (0.1, f16), (-0.0, f64), (math.nan, f32), (1e4, f16)]
     rows += [(-math.inf, bf16), (3, i64), (-1, i32), (255, u8), (True, b1), (2, f32)]
@@ -502,8 +557,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "reduce_max": reductions(empty=False),
     "reduce_min": reductions(empty=False),
     "matmul": matmuls(),
+    **{name: attentions(name) for name in ATTENTION},
     "full": constants(),
     "iota": iotas(),
+    "scan": scans(),
 }
 
 
@@ -594,6 +651,54 @@ def _scatter(
     return torch.stack(out, axis) if out else x * 1
 
 
+def _scan(
+    *operands: torch.Tensor, body: Graph, carried: int, sliced: int, steps: int, reverse: bool
+) -> torch.Tensor:
+    """Step by step; every node of the body by its own reference."""
+    state, rows = operands[:carried], operands[carried : carried + sliced]
+    kept: dict[int, list] = {k: [x] for k, x in enumerate(state)}
+    for step in range(steps)[:: -1 if reverse else 1]:
+        given = (*state, *(x[step] for x in rows), *operands[carried + sliced :])
+        env = dict(zip((p.value for p in body.params), given, strict=True))
+        for node in body.nodes:
+            args = [env.get(x, x) if isinstance(x, Value) else x for x in node.args]
+            env[node.out] = REFERENCE[node.op.name](*args, **dict(node.attrs))
+        found = [env[r.value] for r in body.results]
+        state = found[:carried]
+        for k, x in enumerate(found):
+            kept.setdefault(k, []).append(x)
+    lists = (xs[::-1] if reverse else xs for xs in kept.values())
+    return torch.cat([x.flatten() for xs in lists for x in xs])
+
+
+def _widened(x: object) -> object:
+    half = isinstance(x, torch.Tensor) and x.dtype.itemsize == 2
+    return x.float() if half else x
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, bias: object, causal: bool, scale: float):
+    scores = _widened(q) @ _widened(k).mT * scale + bias
+    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1) & causal
+    return scores.masked_fill(hidden, -math.inf)
+
+
+def _log_sums(q, k, bias, causal, scale) -> torch.Tensor:
+    return _scores(q, k, bias, causal, scale).logsumexp(-1)
+
+
+def _attention(q, k, v, bias, causal, scale) -> torch.Tensor:
+    return (_scores(q, k, bias, causal, scale).softmax(-1) @ _widened(v)).to(q.dtype)
+
+
+def _slopes(name, q, k, v, bias, lse, delta, g, causal, scale) -> torch.Tensor:
+    weights = (_scores(q, k, bias, causal, scale) - lse[..., None]).exp()
+    if name == "attention_dv":
+        return (weights.mT @ _widened(g)).to(q.dtype)
+    slopes = weights * (_widened(g) @ _widened(v).mT - delta[..., None]) * scale
+    found = slopes @ _widened(k) if name == "attention_dq" else slopes.mT @ _widened(q)
+    return found.to(q.dtype)
+
+
 def _sum(x: torch.Tensor, axes) -> torch.Tensor:
     if not axes:
         return x + 0 if x.dtype is not torch.bool else x
@@ -646,6 +751,10 @@ REFERENCE: dict[str, Callable] = {
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),
     "matmul": torch.matmul,
+    "scan": _scan,
+    "attention": _attention,
+    "attention_lse": _log_sums,
+    **{name: partial(_slopes, name) for name in GRADIENTS},
     "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TO_TORCH[dtype]),
     "iota": _iota,
     **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},

@@ -126,7 +126,7 @@ class PlanChecks:
         memory: dict[str, Memory] = {}
         addresses = [base] * layout.count
         for i, buffer in enumerate(plan.buffers):
-            if buffer.kind == "arena":
+            if buffer.kind not in ("input", "output"):
                 continue
             memory[buffer.name] = self.allocate(buffer)
             if buffer.kind == "input":

@@ -168,7 +168,16 @@ def what_is_read(scanned: Scanned, step: Callable) -> str:
     for read in scanned.reads:
         kind = "missing" if read.missing else "builtin" if read.builtin else shown(read.value)
         lines.append(f"{read.path}: {kind}")
-    return relative("\n".join([*lines, *(f"refused: {w}" for w in scanned.refusals)]), step)
+    return relative(
+        "\n".join(
+            [
+                *lines,
+                *(f"refused: {w}" for w in scanned.refusals),
+                *(f"refused if it runs: {d.why}" for d in scanned.doubts),
+            ]
+        ),
+        step,
+    )
 
 
 # ---- events

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from tracejit.codegen.c_attention import attention_parts
 from tracejit.codegen.c_body import pointers
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Part, full_stage
@@ -87,7 +88,10 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
     kernel, micros = lowered.kernel, []
     rounds, main = 1, [Line("(void)run, (void)scratch;")]
     rest: list[Part] = []
-    if lowered.tiling is not None:
+    if lowered.blocks is not None:
+        parts, fields, micros = attention_parts(lowered, name)
+        main.append(Line("at->working = scratch;"))
+    elif lowered.tiling is not None:
         contraction = Contraction(kernel, name, lowered.tiling)
         parts, fields, micros = contraction_parts(contraction)
         rounds = contraction.rounds
@@ -153,7 +157,11 @@ def _without_lines(lowered: CpuKernel) -> CpuKernel:
         dot = stage.dot
         if dot is not None:
             dot = replace(dot, a=bare(dot.a), b=bare(dot.b), where="")
-        stages.append(replace(stage, body=bare(stage.body), dot=dot))
+        attend = stage.attend
+        if attend is not None:
+            sides = tuple(replace(side, body=bare(side.body)) for side in attend.sides)
+            attend = replace(attend, sides=sides, where="")
+        stages.append(replace(stage, body=bare(stage.body), dot=dot, attend=attend))
     kernel = replace(lowered.kernel, stages=tuple(stages))
     return replace(
         lowered, kernel=kernel, columns=lowered.columns and _without_lines(lowered.columns)

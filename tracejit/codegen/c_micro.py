@@ -17,7 +17,7 @@ from tracejit.schedule.cpu.tiles import PANEL_DEPTH, accumulators, keeps_b, vect
 
 
 @dataclass(frozen=True)
-class _Operand:
+class Operand:
     """Where an operand starts, and its steps along its own axis and along k; `first_step`, along
     its own axis from one micro-kernel to the next, where that differs; `by_table` where tables say
     both."""
@@ -35,7 +35,7 @@ class _Strips:
 
     condition: str
     vectors: tuple[int, ...]
-    b: _Operand
+    b: Operand
 
 
 def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
@@ -60,16 +60,16 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
     return list(micros.values()), lines
 
 
-def _a(c: Contraction) -> _Operand:
+def _a(c: Contraction) -> Operand:
     m, k = c.m, c.k
     if c.windows is not None:
-        return _Operand("windows", 1, 1, by_table=True)
+        return Operand("windows", 1, 1, by_table=True)
     if c.a_load is None:
         steps = (c.a_step, 1) if c.tiling.a == "rows" else (1, c.tiling.rows)
-        return _Operand(f"packed{c.slot}", *steps, first_step=c.a_step)
+        return Operand(f"packed{c.slot}", *steps, first_step=c.a_step)
     step = dict(c.a_load.index.terms)
     fixed = c.body.index(c.a_load.index, {m.name: "0", k.name: "0"})
-    return _Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
+    return Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
 
 
 def _strips(c: Contraction) -> list[_Strips]:
@@ -77,19 +77,19 @@ def _strips(c: Contraction) -> list[_Strips]:
     and a last strip of fewer vectors."""
     place = "column + strip"
     if c.panels:
-        from_panel = _Operand(f"panel + strip * {PANEL_DEPTH}", 1, c.strip)
+        from_panel = Operand(f"panel + strip * {PANEL_DEPTH}", 1, c.strip)
         return _kinds(c, place, from_panel, from_panel)
     number = f"(({place}) / {c.strip} - {c.tiling.packed_from})"
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
-    packed = direct = _Operand(address, 1, c.strip)
+    packed = direct = Operand(address, 1, c.strip)
     if c.b_load is not None:
         fixed = c.body.index(c.b_load.index, {c.n.name: "0", c.k.name: "0"})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
-        direct = _Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
+        direct = Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
     return _kinds(c, place, packed, direct)
 
 
-def _kinds(c: Contraction, place: str, packed: _Operand, direct: _Operand) -> list[_Strips]:
+def _kinds(c: Contraction, place: str, packed: Operand, direct: Operand) -> list[_Strips]:
     vectors = (c.lanes,) * c.tiling.vectors
     whole, rest = divmod(c.n.extent, c.strip)
     last_vectors = vectors_of(rest, c.lanes, c.size)
@@ -107,9 +107,7 @@ def _kinds(c: Contraction, place: str, packed: _Operand, direct: _Operand) -> li
     return kinds
 
 
-def _panels(
-    c: Contraction, micros: dict[str, list[Line]], a: _Operand, kind: _Strips
-) -> list[Line]:
+def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: _Strips) -> list[Line]:
     """All rows of a tile under one strip."""
     rows, extent = c.tiling.rows, c.m.extent
     partial = c.tiling.deep or c.tiling.way == "slices"  # of k
@@ -139,14 +137,38 @@ def _micro(
     micros: dict[str, list[Line]],
     rows: int,
     vectors: tuple[int, ...],
-    a: _Operand,
-    b: _Operand,
+    a: Operand,
+    b: Operand,
 ) -> str:
     """The name of the micro-kernel for `rows` rows and such vectors, which it defines."""
     name = f"{c.name}_micro_{rows}x{sum(vectors)}_{b.k_step}"
-    if name in micros:
-        return name
-    kinds = [vector_type(c.type, lanes * c.size) for lanes in vectors]
+    if name not in micros:
+        to_step, adds = c.tiling.tile_columns, c.tiling.deep
+        kernel = Micro(c.type, c.size, c.tiling.vector_bytes, rows, vectors, a, b, to_step, adds)
+        micros[name] = micro_kernel(name, kernel)
+    return name
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-kernel: the C type of its numbers and their bytes, rows, the lanes of its vectors,
+    its operands, from one row of the result to the next, whether it may add to what is there."""
+
+    type: str
+    size: int
+    vector_bytes: int
+    rows: int
+    vectors: tuple[int, ...]
+    a: Operand
+    b: Operand
+    to_step: int
+    adds: bool
+
+
+def micro_kernel(name: str, m: Micro) -> list[Line]:
+    """The function of a micro-kernel: sums over `depth` of the products of A and B."""
+    rows, vectors, a, b = m.rows, m.vectors, m.a, m.b
+    kinds = [vector_type(m.type, lanes * m.size) for lanes in vectors]
     starts = [sum(vectors[:j]) for j in range(len(vectors))]
     sums = [[f"c{r}_{j}" for j in range(len(vectors))] for r in range(rows)]
     lines = [
@@ -157,34 +179,33 @@ def _micro(
         Line(f"{kind} b{j} = *(const {kind} *)(b + {start});")
         for j, (kind, start) in enumerate(zip(kinds, starts, strict=True))
     ]
-    most = accumulators(c.tiling.vector_bytes)
-    if keeps_b(rows, len(kinds), most) and c.type != "int64_t":
+    most = accumulators(m.vector_bytes)
+    if keeps_b(rows, len(kinds), most) and m.type != "int64_t":
         inner += [Line(f"TJ_KEEP(b{j});") for j in range(len(kinds))]
     for r, row in enumerate(sums):
         element = f"a{r}[place]" if a.by_table else f"a[{r * a.step}]"
         inner.append(Line(" ".join(f"{x} += {element} * b{j};" for j, x in enumerate(row))))
     if a.by_table:
-        lines += [Line(f"const {c.type} *const a{r} = a + row_places[{r}];") for r in range(rows)]
+        lines += [Line(f"const {m.type} *const a{r} = a + row_places[{r}];") for r in range(rows)]
         inner.insert(0, Line("const int64_t place = k_places[k];"))
     steps = f"b += {b.k_step}" if a.by_table else f"a += {a.k_step}, b += {b.k_step}"
     lines += block(f"for (int64_t k = 0; k < depth; k++, {steps})", inner)
     places = {
-        x: f"*({kinds[j]} *)(c + {r * c.tiling.tile_columns + starts[j]})"
+        x: f"*({kinds[j]} *)(c + {r * m.to_step + starts[j]})"
         for r, row in enumerate(sums)
         for j, x in enumerate(row)
     }
-    if c.tiling.deep:
+    if m.adds:
         lines += block("if (add)", [Line(f"{x} += {place};") for x, place in places.items()])
     lines += [Line(f"{place} = {x};") for x, place in places.items()]
-    of_a = f"const {c.type} *a"
+    of_a = f"const {m.type} *a"
     if a.by_table:
         of_a += ", const int32_t *row_places, const int32_t *k_places"
     head = (
         f"TJ_FUSED static void {name}(int64_t depth, {of_a},"
-        f" const {c.type} *b, {c.type} *c, bool add)"
+        f" const {m.type} *b, {m.type} *c, bool add)"
     )
-    micros[name] = block(head, lines)
-    return name
+    return block(head, lines)
 
 
 def vector_type(kind: str, nbytes: int) -> str:

@@ -181,6 +181,7 @@ struct tj_run {
 struct tj_launch {
   void (*kernel)(const struct tj_run *, void *scratch, void *const *buffers, const double *scalars);
   int64_t buffers, scalars; /* how many of each */
+  int64_t steps, span; /* of the first launch of a loop: how often, and how many launches; else 1 */
 };
 
 struct tj_plan {
@@ -188,7 +189,8 @@ struct tj_plan {
   int64_t launches;
   const struct tj_launch *launch;
   const int64_t *slots; /* of each launch: the places of its working memory and its buffers, each
-                           the number of an address and bytes from there, then of its scalars */
+                           the number of an address, bytes from there, and bytes further in each
+                           step of a loop; then of its scalars */
   void **buffers;       /* room for the addresses and the scalars of one launch */
   double *scalars;
 };
@@ -200,13 +202,19 @@ void tj_run_plan(const struct tj_plan *plan, int64_t *call) {
   char *const *addresses = (char *const *)(call + 2);
   const double *scalars = (const double *)(call + 2 + plan->addresses);
   const int64_t *slot = plan->slots;
-  for (const struct tj_launch *at = plan->launch; at < plan->launch + plan->launches; at++) {
-    void *const scratch = addresses[slot[0]] + slot[1];
-    slot += 2;
-    for (int64_t i = 0; i < at->buffers; i++, slot += 2)
-      plan->buffers[i] = addresses[slot[0]] + slot[1];
-    for (int64_t i = 0; i < at->scalars; i++) plan->scalars[i] = scalars[*slot++];
-    at->kernel(&run, scratch, plan->buffers, plan->scalars);
+  const struct tj_launch *at = plan->launch;
+  while (at < plan->launch + plan->launches) {
+    const struct tj_launch *const first = at, *const end = at + first->span;
+    const int64_t *const slots = slot;
+    for (int64_t step = 0; step < first->steps; step++)
+      for (at = first, slot = slots; at < end; at++) {
+        void *const scratch = addresses[slot[0]] + slot[1];
+        slot += 3;
+        for (int64_t i = 0; i < at->buffers; i++, slot += 3)
+          plan->buffers[i] = addresses[slot[0]] + slot[1] + step * slot[2];
+        for (int64_t i = 0; i < at->scalars; i++) plan->scalars[i] = scalars[*slot++];
+        at->kernel(&run, scratch, plan->buffers, plan->scalars);
+      }
   }
   call[0] = -1;
 }

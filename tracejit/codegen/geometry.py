@@ -9,10 +9,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from tracejit.codegen.triton_attention import attention_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
-from tracejit.kernels.tiles import tiles
+from tracejit.kernels.tiles import attention_tiles, tiles
 from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store, Var
 
 BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 128-bit accesses
@@ -112,6 +113,8 @@ def _alone(
     form = form_of(kernel)
     if form == "matmul":
         return _matmul(kernel, bound, precision)
+    if form == "attention":
+        return _attention(kernel, bound, precision)
     if form == "pointwise":
         return _pointwise(kernel, bound, max_tile, warps)
     if form == "reduce":
@@ -169,6 +172,20 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     programs = _numel(c.batch, bound) * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
     workspace = _workspace(c.stage.body, programs)
     return Geometry((programs,), chosen, workspace=workspace, **options)
+
+
+def _attention(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
+    a = attention_of(kernel)
+    attend = a.attend
+    m, n, c, d = (_numel([axis], bound) for axis in attend.axes)
+    chosen = dict(attention_tiles(m, n, c, d, a.dtype.name, precision, attend.is_forward))
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    blocks, names = 0, {op.name for op, _ in attend.results}
+    if attend.is_forward or "attention_dq" in names:
+        blocks += cdiv(m, chosen["BLOCK_M"])
+    if names & {"attention_dk", "attention_dv"}:
+        blocks += cdiv(n, chosen["BLOCK_N"])
+    return Geometry((_numel(a.batch, bound) * blocks,), chosen, **options)
 
 
 def _scatter(kernel: Kernel, bound: Mapping, max_tile: int) -> Geometry:

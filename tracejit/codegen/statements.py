@@ -196,4 +196,6 @@ def all_statements(kernel: Kernel) -> Iterator[Statement]:
         if stage.dot is not None:
             yield from stage.dot.a
             yield from stage.dot.b
+        if stage.attend is not None:
+            yield from (s for side in stage.attend.sides for s in side.body)
         yield from stage.body

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tracejit.codegen import triton_forms, triton_matmul, triton_scatter
+from tracejit.codegen import triton_attention, triton_forms, triton_matmul, triton_scatter
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
@@ -81,6 +81,9 @@ def emit(
         imports.append("from tracejit.kernels import device as tj")
     if " matmul(" in code:
         imports.append("from tracejit.kernels.matmul import matmul")
+    for called in ("attend_forward", "attend_gradients"):
+        if f" {called}(" in code:
+            imports.append(f"from tracejit.kernels.attention import {called}")
     if printed.imports:
         names = ", ".join(sorted(printed.imports))
         imports.append(f"from tracejit.kernels.reduce import {names}")
@@ -94,6 +97,8 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
     helpers: list[str] = []
     if form == "matmul":
         function, helpers = triton_matmul.matmul(kernel, precision, part)
+    elif form == "attention":
+        function, helpers = triton_attention.attention(kernel, precision, part)
     else:
         printer = {
             "pointwise": triton_forms.pointwise,
@@ -203,6 +208,11 @@ def describe(kernel: Kernel, form: str) -> list[str]:
     elif form == "matmul":
         dot = kernel.stages[0].dot
         first = f"{dot.out!r} over {domain(inner)}: a matmul summed over {domain([dot.k])}."
+    elif form == "attention":
+        attend = kernel.stages[0].attend
+        results = ", ".join(f"{var!r} = {op.name}" for op, var in attend.results)
+        m, n, *_ = attend.axes
+        first = f"{results}: for each of {domain(inner)}, queries and keys {domain([m, n])}."
     elif form in ("scatter", "scan"):
         first = f"For each of {domain(kernel.axes)}: {domain(kernel.stages[-1].axes)} in order."
     else:

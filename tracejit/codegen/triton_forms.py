@@ -43,12 +43,14 @@ class Function:
 
 
 def form_of(kernel: Kernel) -> str:
-    """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, matmul, or joint
-    for several."""
+    """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, matmul,
+    attention, or joint for several."""
     if kernel.parts:
         return "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
+    if any(stage.attend is not None for stage in kernel.stages):
+        return "attention"
     if any(stage.in_order for stage in kernel.stages):
         return "scatter" if kernel.stages[-1].body[-1].mask else "scan"
     inner = [stage for stage in kernel.stages if stage.axes]

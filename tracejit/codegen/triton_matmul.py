@@ -75,10 +75,10 @@ def matmul(
     dtype = c.dtype
     total = compute_type(dtype) if dtype.is_float else "tl.int64"
     arguments = [
-        f"{_tuple([b.name for b in kernel.buffers])},",
+        f"{tuple_text([b.name for b in kernel.buffers])},",
         "scalars," if kernel.scalars else "None,  # no runtime scalars",
         "workspace," if imports else "None,  # no full reductions",
-        f"{_tuple(kernel.sizes)},",
+        f"{tuple_text(kernel.sizes)},",
         f"load_a{part}, load_b{part}, epilogue{part},",
         f"{b}, {m}, {n}, {k},",
         f"{', '.join(TILE)},",
@@ -88,7 +88,7 @@ def matmul(
     return Function(tuple(lines), TILE, imports), functions
 
 
-def _tuple(names: Sequence[str]) -> str:
+def tuple_text(names: Sequence[str]) -> str:
     """A tuple of names as text."""
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
@@ -102,9 +102,9 @@ def _load(body: Body, c: Contraction, side: str, part: str) -> str:
         first, second = c.tile_dims("k", "n")
         statements, value, ranges = c.dot.b, c.dot.b_value, ("rk", "rn")
     body.enter(first, second)
-    _batch_axes(body, c)
+    batch_axes(body, c.batch)
     everywhere = frozenset(body.dims)
-    result = _plain_load(body, statements, value, everywhere)
+    result = plain_load(body, statements, value, everywhere)
     if result is None:
         body.emit(statements)
         text = body.operand(value, c.dtype, typed=True)
@@ -116,10 +116,10 @@ def _load(body: Body, c: Contraction, side: str, part: str) -> str:
     shape = f"[BLOCK_{first.name.upper()}, BLOCK_{second.name.upper()}]"
     doc = f"A {shape} tile of operand {side}, zero outside."
     body.lines.append(Line(f"return {result}"))
-    return _function(body, c, head, doc, (first, second), ranges)
+    return tile_function(body, c.batch, head, doc, (first, second))
 
 
-def _plain_load(
+def plain_load(
     body: Body, statements: tuple[Statement, ...], value: Operand, everywhere: frozenset[str]
 ) -> str | None:
     """The load of an operand that is nothing but a load over the whole tile, else None."""
@@ -136,7 +136,7 @@ def _epilogue(body: Body, c: Contraction, part: str) -> tuple[str, tuple[str, ..
     """The epilogue, and what it imports from tracejit.kernels.reduce."""
     m, n = c.tile_dims("m", "n")
     body.enter(m, n)
-    _batch_axes(body, c)
+    batch_axes(body, c.batch)
     out, dtype = c.dot.out, c.dot.out.dtype
     everywhere = frozenset(body.dims)
     if dtype.narrow or not dtype.is_float:
@@ -163,24 +163,25 @@ def _epilogue(body: Body, c: Contraction, part: str) -> tuple[str, tuple[str, ..
         f"def epilogue{part}(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs):"
     )
     doc = f"What follows from the accumulated tile of {out!r}."
-    return _function(body, c, head, doc, (m, n), ("rm", "rn")), imports
+    return tile_function(body, c.batch, head, doc, (m, n)), imports
 
 
-def _batch_axes(body: Body, c: Contraction) -> None:
+def batch_axes(body: Body, batch: Sequence[Axis]) -> None:
     """The batch axes are scalars, the same for a whole tile."""
-    for axis in c.batch:
+    for axis in batch:
         body.axis_text[axis.name] = ("0" if axis.extent == 1 else axis.name, NO_DIMS)
 
 
-def _function(
-    body: Body, c: Contraction, head: str, doc: str, dims: tuple[Dim, Dim], ranges: tuple[str, str]
+def tile_function(
+    body: Body, batch: Sequence[Axis], head: str, doc: str, dims: Sequence[Dim]
 ) -> str:
-    """A jit function around the body's lines: it unpacks what it uses of bufs and SIZES."""
+    """A jit function around the body's lines, of the batch `b` and a range for each dim (`rm` of
+    m): it unpacks what it uses of bufs and SIZES."""
     wide = ".to(tl.int64)" if body.kernel.index64 else ""
-    places = ("[:, None]", "[None, :]")
-    lines = unravel(c.batch, f"b{wide}", {a.name for a in c.batch} & body.used)
-    for dim, variable, place in zip(dims, ranges, places, strict=True):
-        lines += body.prelude(dim, f"{variable}{place}{wide}")
+    places = ("[:, None]", "[None, :]") if len(dims) == 2 else ("",)
+    lines = unravel(batch, f"b{wide}", {a.name for a in batch} & body.used)
+    for dim, place in zip(dims, places, strict=True):
+        lines += body.prelude(dim, f"r{dim.name}{place}{wide}")
     lines += [*body.scalar_lines(), *body.lines]
     names = set(re.findall(r"\w+", " ".join(line.text for line in lines)))
     unpack = [

@@ -13,10 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from tracejit.codegen.attention_work import PER_SCORE, walk
 from tracejit.codegen.geometry import Geometry, cdiv
 from tracejit.codegen.language import Line
 from tracejit.codegen.statements import all_statements
 from tracejit.codegen.triton import Source
+from tracejit.codegen.triton_attention import Attention, attention, attention_of, functions_of
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
@@ -116,6 +118,9 @@ def _alone(
     if form == "matmul":
         matmul(kernel, source.precision, make=make)
         return _contraction(kernel, sizes, shape, bodies)
+    if form == "attention":
+        attention(kernel, source.precision, make=make)
+        return _attended(attention_of(kernel), sizes, shape, bodies)
     printer = {"pointwise": pointwise, "reduce": reduce, "rows": rows}[form]
     printer(kernel, variant, make=make)
     (body,) = bodies
@@ -206,6 +211,59 @@ def _contraction(
         steps=total.steps,
         waiting=loop.loaded / programs / max(1, *depths),
         ahead=max(1, min(shape.num_stages - 1, trips)) if tensor else 1,
+    )
+
+
+def _attended(
+    a: Attention, sizes: Mapping[str, int], shape: Geometry, bodies: Sequence[_Count]
+) -> Work:
+    """The work of attention: of each function, for the blocks that it is called for."""
+    constants, programs, total = shape.constants, shape.grid[0], _Total()
+    extents = {x: _numel([axis], sizes) for x, axis in zip("mncd", a.attend.axes, strict=True)}
+    blocks = {x: constants[f"BLOCK_{x.upper()}"] for x in extents}
+    batches, found = _numel(a.batch, sizes), walk(a, extents["m"], extents["n"], constants)
+    depth = 1
+    for name, body in zip(functions_of(a), bodies, strict=True):
+        pairs = found.calls[name]
+
+        def elements(dims: Dims, pairs: Sequence[tuple[int, int]] = pairs) -> int:
+            """All that exist of what varies over some dims."""
+            wide = math.prod(extents[x] for x in dims if x in "cd")
+            ends = {x: extents[x] - blocks[x] for x in "mn"}
+            parts = (
+                math.prod(
+                    blocks[x] + min(0, ends[x] - at * blocks[x])
+                    for x, at in zip("mn", pair, strict=True)
+                    if x in dims
+                )
+                for pair in pairs
+            )
+            return batches * wide * sum(parts)
+
+        for section in body.sections:
+            for size, dims, mask in section.loads:
+                total.loaded += size * _inside(elements(dims), mask, body.extents)
+            for size, dims in section.stores:
+                total.stored += size * elements(dims)
+            for dims, cost in section.operations.items():
+                tile = math.prod(blocks[x] for x in dims)
+                total.operations += cost * batches * len(pairs) * tile
+            depth = max(depth, section.depth)
+        total.loaded += body.scalar_bytes * batches * len(pairs)
+    total.operations += batches * found.scores * PER_SCORE * blocks["m"] * blocks["n"]
+    tensor = dot_path(a.dtype.name) == "tensor"
+    steps = (found.trips + 1) * depth
+    return Work(
+        form="attention",
+        programs=programs,
+        loaded=total.loaded,
+        stored=total.stored,
+        operations=total.operations,
+        products=batches * found.products,
+        operands=a.dtype.name,
+        steps=steps,
+        waiting=total.loaded / programs / max(1, steps),
+        ahead=max(1, min(shape.num_stages - 1, found.trips)) if tensor else 1,
     )
 
 

@@ -86,7 +86,8 @@ class Write:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A whole step. Equality is structural; `canonical` numbers values by first appearance."""
+    """A whole step, or the body of a loop, which is an attribute of its node and canonical.
+    Equality is structural; `canonical` numbers values by first appearance."""
 
     name: str
     params: tuple[Param, ...]
@@ -112,9 +113,15 @@ class Graph:
         if names and len(head) > 100:
             head = "\n".join([f"{graph.name}(", *(f"    {p}," for p in params), ") {"])
         rows = []
+        bodies: dict[Graph, str] = {}
         for node in graph.nodes:
             operands = [shown(a) for a in node.args]
-            operands += [f"{k}={print_literal(v)}" for k, v in node.attrs]
+            for key, value in node.attrs:
+                if isinstance(value, Graph):
+                    text = bodies.setdefault(value, f"body{len(bodies)}")
+                else:
+                    text = print_literal(value)
+                operands.append(f"{key}={text}")
             left = ", ".join(f"{out}: {out.type}" for out in node.outs)
             rows.append((f"  {left} = {node.op.name}({', '.join(operands)})", node.where))
         width = min(max((len(row) for row, _ in rows), default=0), 72)
@@ -124,6 +131,9 @@ class Graph:
             results = ", ".join(f"{shown(r.value)}{_layout(r)}" for r in graph.results)
             lines.append(f"  return {results}")
         lines += [f"  write {shown(w.target)} <- {shown(w.value)}" for w in graph.writes]
+        for body, name in bodies.items():
+            first, *rest = str(replace(body, name=name)).splitlines()
+            lines += [f"  body {first}", *(f"  {line}" for line in rest)]
         return "\n".join([*lines, "}"])
 
     def outputs(self) -> Iterator[Value]:

@@ -26,6 +26,15 @@ def evaluate(graph: Graph, inputs: Sequence[np.ndarray | float]) -> tuple[list, 
 
     with np.errstate(all="ignore"):
         for node in graph.nodes:
-            out = node.op.eval(*map(read, node.args), **dict(node.attrs))
+            out = node.op.eval(*map(read, node.args), **runnable(dict(node.attrs)))
             env[node.out] = out if node.out.type.is_host else round_to(out, node.out.type.dtype)
     return [env[r.value] for r in graph.results], [env[w.value] for w in graph.writes]
+
+
+def runnable(attrs: dict[str, object]) -> dict[str, object]:
+    """A node's attributes, with a graph among them as a function from its inputs to its results."""
+
+    def changed(value: object) -> object:
+        return (lambda inputs: evaluate(value, inputs)[0]) if isinstance(value, Graph) else value
+
+    return {name: changed(value) for name, value in attrs.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value, Write
@@ -22,7 +23,11 @@ _WRITE = re.compile(r"write\s+%(\d+)\s*<-\s*%(\d+)\Z")
 def parse(text: str) -> Graph:
     """Read a graph's text. The result is canonical: equal texts give equal graphs."""
     lines = [line.strip() for line in text.strip().splitlines()]
-    lines = [line for line in lines if line and not line.startswith("#")]
+    return _parse([line for line in lines if line and not line.startswith("#")])
+
+
+def _parse(lines: list[str]) -> Graph:
+    lines, bodies = _without_bodies(lines)
     header = _HEADER.match(lines[0]) if lines else None
     if header is None or lines[-1] != "}":
         raise InvalidGraph(reason="a graph's text is `name(params) {`, its lines, then `}`")
@@ -54,13 +59,32 @@ def parse(text: str) -> Graph:
         elif found := _WRITE.match(code):
             writes.append(Write(use(found[1]), use(found[2])))
         elif found := _NODE.match(code):
-            nodes.append(_parse_node(found, where.strip(), define, use))
+            nodes.append(_parse_node(found, where.strip(), define, use, bodies))
         else:
             raise InvalidGraph(reason=f"cannot read the line {line!r}")
     return Graph(header[1], params, tuple(nodes), results, tuple(writes)).canonical()
 
 
-def _parse_node(found: re.Match[str], where: str, define, use) -> Node:
+def _without_bodies(lines: list[str]) -> tuple[list[str], dict[str, Graph]]:
+    """The lines that are not of a loop's body, and the bodies by name."""
+    rest: list[str] = []
+    bodies: dict[str, Graph] = {}
+    inside: list[str] = []
+    depth = 0
+    for line in lines:
+        if depth or line.startswith("body "):
+            inside.append(line)
+            depth += line.endswith("{") - (line == "}")
+            if not depth:
+                inside[0] = inside[0].removeprefix("body ")
+                body = _parse(inside)
+                bodies[body.name], inside = body, []
+        else:
+            rest.append(line)
+    return rest, {name: replace(body, name="body") for name, body in bodies.items()}
+
+
+def _parse_node(found: re.Match[str], where: str, define, use, bodies) -> Node:
     name, operands = found[2], found[3]
     if name not in OPS:
         raise InvalidGraph(reason=f"no primitive named {name!r}")
@@ -76,6 +100,12 @@ def _parse_node(found: re.Match[str], where: str, define, use) -> Node:
         return parse_literal(tree)
 
     args = tuple(map(arg, call.args))
-    attrs = tuple((k.arg, parse_literal(k.value)) for k in call.keywords)
+
+    def attribute(tree: ast.expr) -> object:
+        if isinstance(tree, ast.Name) and tree.id in bodies:
+            return bodies[tree.id]
+        return parse_literal(tree)
+
+    attrs = tuple((k.arg, attribute(k.value)) for k in call.keywords)
     outs = tuple(define(m[1], m[2]) for m in _OUT.finditer(found[1]))
     return Node(OPS[name], args, attrs, outs, where)

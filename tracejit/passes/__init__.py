@@ -10,9 +10,10 @@ cone.py      not in the pipeline: the part of a graph that some of its values ne
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from tracejit import knobs
-from tracejit.ir.graph import Graph, verify
+from tracejit.ir.graph import Graph, Node, verify
 from tracejit.passes.dce import dce
 from tracejit.passes.simplify import simplify
 
@@ -25,8 +26,10 @@ PIPELINE = (simplify, dce)
 def optimize(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) -> Graph:
     """Run PIPELINE once and return the canonical graph.
 
-    `on_pass(name, graph)` sees each pass's result, verified when knobs.verify() says so.
+    `on_pass(name, graph)` sees each pass's result, verified when knobs.verify() says so. The bodies
+    of loops come first.
     """
+    graph = _with_bodies(graph)
     for run in PIPELINE:
         graph = run(graph)
         if knobs.verify():
@@ -34,3 +37,16 @@ def optimize(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) 
         if on_pass is not None:
             on_pass(run.__name__, graph)
     return graph.canonical()
+
+
+def _with_bodies(graph: Graph) -> Graph:
+    """The graph with the bodies of its loops optimized."""
+
+    def changed(node: Node) -> Node:
+        attrs = ((k, optimize(v) if isinstance(v, Graph) else v) for k, v in node.attrs)
+        return replace(node, attrs=tuple(attrs))
+
+    if not any(node.op.family == "loop" for node in graph.nodes):
+        return graph
+    nodes = tuple(changed(node) if node.op.family == "loop" else node for node in graph.nodes)
+    return replace(graph, nodes=nodes)

@@ -26,6 +26,9 @@ from tracejit.errors import BackendUnavailable, TracejitError
 from tracejit.runtime.cache import DiskCache, private_folder, sha256
 
 FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")
+# For gcc: the pass gains nothing on loops that are written out already, and takes it most of its
+# time on some of them.
+GCC_FLAGS = ("-fno-loop-unroll-and-jam",)
 CANDIDATES = ("cc", "gcc", "clang")
 
 
@@ -93,11 +96,17 @@ def vector_bytes() -> int:
     return 32 if "avx" in flags else 16
 
 
+def flags_for(command: tuple[str, ...]) -> tuple[str, ...]:
+    """What a compiler is called with."""
+    return FLAGS if "clang" in version(command) else (*FLAGS, *GCC_FLAGS)
+
+
 def toolchain() -> str:
     """What a library depends on besides its source: the compiler, its flags and the CPU."""
     command = find_compiler()
     model, features = cpu()
-    parts = [shlex.join(command), version(command), " ".join(FLAGS), model, *sorted(features)]
+    flags = " ".join(flags_for(command))
+    parts = [shlex.join(command), version(command), flags, model, *sorted(features)]
     return "\n".join(parts)
 
 
@@ -122,7 +131,8 @@ def cached_library(digest: str) -> ctypes.CDLL | None:
 
 
 def _compiled(source: str) -> ctypes.CDLL:
-    code = compile_c(find_compiler(), source, FLAGS)
+    command = find_compiler()
+    code = compile_c(command, source, flags_for(command))
     DiskCache().put("c", _key(sha256(source)), base64.b64encode(code).decode())
     return _opened(code)
 

@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.runtime.c_compiler import find_compiler, vector_bytes, version
@@ -21,7 +22,7 @@ from tracejit.runtime.c_plans import lowered, lowered_anew
 from tracejit.runtime.executor import Inlined, Source
 from tracejit.runtime.pool import load_pool
 from tracejit.schedule.cpu.plan import Call
-from tracejit.schedule.plan import Plan
+from tracejit.schedule.plan import Plan, runs
 from tracejit.schedule.traffic import bytes_of
 
 ALIGNMENT = 64  # bytes, of scratch memory
@@ -34,6 +35,8 @@ class _Launch(ctypes.Structure):
         ("kernel", ctypes.c_void_p),
         ("buffers", ctypes.c_int64),
         ("scalars", ctypes.c_int64),
+        ("steps", ctypes.c_int64),
+        ("span", ctypes.c_int64),
     ]
 
 
@@ -88,6 +91,7 @@ class LoadedCPlan:
         self.layout = self.plan.layout(plan.buffers)
         self._threads, self._scalars = threads, len(plan.scalars)
         self._memory = plan.buffers
+        self._steps = {b.name: b.step for b in plan.buffers}
         self._position = {name: i for i, name in enumerate(self.plan.addresses(plan.buffers))}
         self._run = load_pool()["tj_run_plan"]
         self._run.restype = None
@@ -112,7 +116,8 @@ class LoadedCPlan:
             kernel = self.plan.kernels[call.kernel]
             memory = dict(zip((b.name for b in kernel.bound), call.buffers, strict=True))
             parts = [k.kernel for k in (kernel, kernel.columns) if k is not None]
-            totals.append(bytes_of([(one, memory) for one in parts], self._memory))
+            once = bytes_of([(one, memory) for one in parts], self._memory)
+            totals.append(once * self.plan.times(call))
         return totals
 
     def lines(self) -> list[tuple[str, ...]]:
@@ -123,13 +128,20 @@ class LoadedCPlan:
 
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run each call alone, in their order; the seconds that each took."""
-        seconds, as_given = [], [(i, 0) for i in range(self.layout.count)]
-        for call in self.plan.calls:
-            table = self._table([call], as_given)
-            words = table.pack(0, self._threads(), *addresses, *scalars)
-            started = time.perf_counter()
-            self._run(table.at, words)
-            seconds.append(time.perf_counter() - started)
+        as_given = [(i, 0) for i in range(self.layout.count)]
+        moves = [self._steps.get(name, 0) for name in self._position]
+        seconds: list[float] = []
+        for together in runs(self.plan.calls, lambda call: call.loop):
+            tables = [self._table([replace(call, loop=None)], as_given) for call in together]
+            spent = [0.0] * len(together)
+            for step in range(self.plan.times(together[0])):
+                moved = [a + step * move for a, move in zip(addresses, moves, strict=True)]
+                for k, table in enumerate(tables):
+                    words = table.pack(0, self._threads(), *moved, *scalars)
+                    started = time.perf_counter()
+                    self._run(table.at, words)
+                    spent[k] += time.perf_counter() - started
+            seconds += spent
         return seconds
 
     def _table(self, calls: Sequence[Call], places: Sequence[tuple[int, int]]) -> _Table:
@@ -137,14 +149,16 @@ class LoadedCPlan:
         one, and bytes from there."""
         slots: list[int] = []
         for call in calls:
-            slots += places[self._position[call.working or call.buffers[0]]]
+            slots += (*places[self._position[call.working or call.buffers[0]]], 0)
             for name in call.buffers:
-                slots += places[self._position[name]]
+                slots += (*places[self._position[name]], self._steps.get(name, 0))
             slots += call.scalars
-        launches = [
-            (self._kernels[call.kernel].address, len(call.buffers), len(call.scalars))
-            for call in calls
-        ]
+        launches = []
+        for together in runs(calls, lambda call: call.loop):
+            turns = (self.plan.times(together[0]), len(together)), *[(1, 1)] * (len(together) - 1)
+            for call, (steps, span) in zip(together, turns, strict=True):
+                address = self._kernels[call.kernel].address
+                launches.append((address, len(call.buffers), len(call.scalars), steps, span))
         return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, launches, slots)
 
     def expect(self) -> None:
@@ -173,13 +187,13 @@ class _Table:
     """struct tj_plan with what it points to; `pack` makes the words of a call."""
 
     def __init__(
-        self, addresses: int, scalars: int, calls: list[tuple[int, int, int]], slots: list[int]
+        self, addresses: int, scalars: int, calls: list[tuple[int, ...]], slots: list[int]
     ):
         self._memory = (
             (_Launch * len(calls))(*calls),
             (ctypes.c_int64 * len(slots))(*slots),
-            bytearray(8 * max((n for _, n, _ in calls), default=0) + 8),
-            bytearray(8 * max((n for _, _, n in calls), default=0) + 8),
+            bytearray(8 * max((call[1] for call in calls), default=0) + 8),
+            bytearray(8 * max((call[2] for call in calls), default=0) + 8),
         )
         launches, places, buffers, numbers = self._memory
         self._plan = _Plan(

@@ -16,6 +16,7 @@ from tracejit.runtime.triton_launch import (
     memory_bytes,
     workspace_bytes,
 )
+from tracejit.schedule.memory import layout_of
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
@@ -25,6 +26,7 @@ class InterpretedPlan:
 
     def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch]):
         self.plan = plan
+        self.layout = layout_of(plan)
         self.sources = tuple(launch.source for launch in launches)
         self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
         self._launches = [one for one, ran in zip(launches, self._ran, strict=True) if ran]

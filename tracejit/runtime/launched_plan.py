@@ -46,6 +46,7 @@ from tracejit.runtime.triton_launch import (
     workspace_bytes,
 )
 from tracejit.runtime.triton_source import import_source
+from tracejit.schedule.memory import layout_of
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
@@ -63,6 +64,7 @@ class LaunchedPlan:
 
     def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch], device: Device):
         self.plan, self.device = plan, device
+        self.layout = layout_of(plan)
         if device.capturing():
             raise CaptureError(
                 reason=f"step {plan.name!r} has not been compiled for these arguments yet",

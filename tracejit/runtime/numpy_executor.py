@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from tracejit.runtime.numpy_kernel import Run
-from tracejit.schedule.plan import Plan
+from tracejit.schedule.plan import Plan, runs
 from tracejit.schedule.traffic import bytes_moved
 
 
@@ -40,16 +40,15 @@ class LoadedNumpyPlan:
         self.plan = plan
         buffers = {b.name: b for b in plan.buffers}
         position = {b.name: i for i, b in enumerate(plan.buffers)}
+        self._launches = [one for together in plan.launches for one in together.alone()]
         self._runs = [
             Run(launch, buffers, [position[name] for name in launch.buffers])
-            for together in plan.launches
-            for launch in together.alone()
+            for launch in self._launches
         ]
+        self._steps = [b.step for b in plan.buffers]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
-        with np.errstate(all="ignore"):
-            for run in self._runs:
-                run(addresses, scalars)
+        self.timed(addresses, scalars)
 
     @property
     def sources(self) -> list[KernelText]:
@@ -58,19 +57,21 @@ class LoadedNumpyPlan:
 
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run each kernel; the seconds that each took."""
-        seconds = []
+        seconds = [0.0] * len(self._runs)
         with np.errstate(all="ignore"):
-            for run in self._runs:
-                started = time.perf_counter()
-                run(addresses, scalars)
-                seconds.append(time.perf_counter() - started)
+            for together in runs(range(len(self._runs)), lambda i: self._launches[i].loop):
+                for step in range(self.plan.times(self._launches[together[0]])):
+                    moved = [a + step * s for a, s in zip(addresses, self._steps, strict=True)]
+                    for i in together:
+                        started = time.perf_counter()
+                        self._runs[i](moved, scalars)
+                        seconds[i] += time.perf_counter() - started
         return seconds
 
     def bytes_moved(self) -> tuple[int, ...]:
         """Of each kernel, the bytes of unique addresses loaded plus those stored."""
-        alone = [one for together in self.plan.launches for one in together.alone()]
-        return bytes_moved(replace(self.plan, launches=tuple(alone)))
+        return bytes_moved(replace(self.plan, launches=tuple(self._launches)))
 
     def lines(self) -> list[tuple[str, ...]]:
         """Of each kernel, the user's lines that it computes."""
-        return [one.kernel.lines for together in self.plan.launches for one in together.alone()]
+        return [one.kernel.lines for one in self._launches]

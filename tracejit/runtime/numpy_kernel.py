@@ -37,6 +37,7 @@ from tracejit.runtime.numpy_arrays import (
     stored,
 )
 from tracejit.schedule.kernel import (
+    Axis,
     Compute,
     Dot,
     InBounds,
@@ -51,6 +52,7 @@ from tracejit.schedule.kernel import (
     Statement,
     Store,
     Var,
+    axes_of_result,
 )
 from tracejit.schedule.plan import Launch, PlanBuffer
 from tracejit.schedule.sizes import substitute
@@ -151,6 +153,10 @@ class _StageSteps:
         self.before: list[Callable[[list], None]] = []
         self.copied = copied(stage.body)
         self.aliases: dict[int, int] = {}
+        if stage.attend is not None:
+            self._attend(stage)
+            self.extent = self.block = 1
+            return
         if stage.dot is not None:
             self._dot(stage.dot, stage.axes)
         for statement in stage.body:
@@ -412,6 +418,32 @@ class _StageSteps:
             slots[out] = round_to(reduce_block(s, found, axes), s.out.dtype)
 
         return step
+
+    def _attend(self, stage: Stage) -> None:
+        """Evaluate the operands whole, then the results by their primitives, and store them. An
+        axis of extent 1 leads, so that all is one block."""
+        attend, whole = stage.attend, Axis("whole", 1)
+        batch = (whole, *stage.axes)
+        for side, over in zip(attend.sides, attend.over, strict=True):
+            for s in side.body:
+                self.steps.append(self._statement(s, (*batch, *over)))
+        slots_of = [self._operand(side.value) for side in attend.sides]
+        shapes = [tuple(a.extent for a in (*batch, *over)) for over in attend.over]
+        how = {"causal": attend.causal, "scale": attend.scale}
+        outs = {op: (self._define(var), var.dtype) for op, var in attend.results}
+
+        def step(slots: list, first: int, last: int) -> None:
+            given = [slots[i] for i in slots_of]
+            given = [spread(x, s) if np.ndim(x) else x for x, s in zip(given, shapes, strict=True)]
+            for op, (out, dtype) in outs.items():
+                args = [*given[:2], given[3]] if op.name == "attention_lse" else given
+                slots[out] = round_to(op.eval(*args, **how), dtype)
+
+        self.steps.append(step)
+        names = {var: op.name for op, var in attend.results}
+        for s in stage.body:
+            own = axes_of_result(attend, names[s.value])
+            self.steps.append(self._store(s, (*batch, *own)))
 
     def _dot(self, dot: Dot, axes: Dims) -> None:
         """Compute the contraction as a whole before the blocks of its epilogue."""

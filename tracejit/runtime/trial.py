@@ -28,7 +28,7 @@ def trial(plan: Plan, loaded: LoadedPlan) -> list[float] | None:
     addresses = [0] * layout.count
     kept = [torch.ones(layout.arena_bytes, dtype=torch.uint8, device=device)]
     for i, buffer in enumerate(plan.buffers):
-        if buffer.kind != "arena":
+        if buffer.kind in ("input", "output"):
             dtype = TO_TORCH[buffer.type.dtype]
             count = memory_bytes(buffer) // buffer.type.dtype.itemsize
             kept.append(torch.ones(count, dtype=dtype, device=device))
@@ -49,7 +49,7 @@ def trial(plan: Plan, loaded: LoadedPlan) -> list[float] | None:
 
 def scratch_bytes(plan: Plan, arena_bytes: int) -> int:
     """What a trial allocates."""
-    return arena_bytes + sum(memory_bytes(b) for b in plan.buffers if b.kind != "arena")
+    return arena_bytes + sum(memory_bytes(b) for b in plan.buffers if b.kind in ("input", "output"))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.triton_launch import LoadedLaunch, Positions, positions
 from tracejit.runtime.triton_source import import_source
 from tracejit.schedule.kernel_text import canonical
-from tracejit.schedule.plan import Launch, Plan
+from tracejit.schedule.plan import Launch, Plan, unrolled
 
 MAX_KERNELS = 1024  # kernels kept in memory, the least recently used goes first
 
@@ -69,7 +69,9 @@ class TritonExecutor:
         self.device_of = device_of
 
     def load(self, plan: Plan) -> LaunchedPlan | InterpretedPlan:
-        """Emit, import and (for a GPU) compile the plan's kernels; raises BackendUnavailable."""
+        """Emit, import and (for a GPU) compile the plan's kernels; raises BackendUnavailable. Loops
+        are launched step by step."""
+        plan = unrolled(plan)
         if self.device_of is None:
             interpreter.prepare()  # before Triton is imported
             return InterpretedPlan(plan, self.launches(plan))

@@ -1,8 +1,8 @@
 """Tidying a Kernel's axes: drop those of extent 1, join those walked as one, rename.
 
 In and out: a Kernel with concrete sizes over axes "i0", "i1", … Extent-1 axes stay where they are
-the m or n of a Dot. Two adjacent axes p, q are one axis when in every index the coefficient of p is
-that of q times q's extent.
+the m or n of a Dot, or belong to an Attend. Two adjacent axes p, q are one axis when in every index
+the coefficient of p is that of q times q's extent.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     Bound,
     FloorDiv,
@@ -21,6 +22,7 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Position,
+    Side,
     Statement,
     Store,
     Var,
@@ -58,7 +60,11 @@ def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:
         dot = stage.dot
         if dot is not None:
             dot = replace(dot, a=body(dot.a), b=body(dot.b))
-        stages.append(replace(stage, body=body(stage.body), dot=dot))
+        attend = stage.attend
+        if attend is not None:
+            sides = tuple(Side(body(side.body), side.value) for side in attend.sides)
+            attend = replace(attend, sides=sides)
+        stages.append(replace(stage, body=body(stage.body), dot=dot, attend=attend))
     return replace(kernel, stages=tuple(stages))
 
 
@@ -66,6 +72,8 @@ def indices_of(kernel: Kernel) -> Iterator[Index]:
     """Every index of a kernel, with the ones nested in quotients and remainders."""
     for stage in kernel.stages:
         bodies = (stage.body,) if stage.dot is None else (stage.body, stage.dot.a, stage.dot.b)
+        if stage.attend is not None:
+            bodies += tuple(side.body for side in stage.attend.sides)
         for body in bodies:
             for s in body:
                 if isinstance(s, Load | Store | Position):
@@ -84,13 +92,16 @@ def _nested(index: Index) -> Iterator[Index]:
 
 def tidy(kernel: Kernel) -> Kernel:
     """Drop, join and rename axes."""
-    fixed: set[str] = set()  # axes that keep their role: m, n and k of a Dot
+    fixed: set[str] = set()  # axes that keep their role: m, n and k of a Dot, those of an Attend
     k_name = ""
     for stage in kernel.stages:
         if stage.dot is not None:
             fixed |= {a.name for a in stage.axes[-2:]} | {stage.dot.k.name}
             k_name = stage.dot.k.name
+        if stage.attend is not None:
+            fixed |= {a.name for a in stage.attend.axes}
     runs = {kernel.axes} | {stage.axes for stage in kernel.stages}
+    runs |= {stage.attend.axes for stage in kernel.stages if stage.attend is not None}
     coefficients = [dict(terms) for terms in dict.fromkeys(i.terms for i in indices_of(kernel))]
     joined: set[str] = set()  # axes that became part of the next one
     kept: dict[tuple[Axis, ...], tuple[Axis, ...]] = {}
@@ -110,7 +121,8 @@ def tidy(kernel: Kernel) -> Kernel:
             out.append(axis)
         kept[run] = tuple(out)
     names: dict[str, str] = {k_name: "k"} if k_name else {}
-    for run in (kernel.axes, *(stage.axes for stage in kernel.stages)):
+    attends = [stage.attend.axes for stage in kernel.stages if stage.attend is not None]
+    for run in (kernel.axes, *(stage.axes for stage in kernel.stages), *attends):
         for axis in kept[run]:
             names.setdefault(axis.name, f"i{len(names) - bool(k_name)}")
 
@@ -137,10 +149,16 @@ def tidy(kernel: Kernel) -> Kernel:
             stage,
             axes=rename(stage.axes),
             dot=stage.dot and replace(stage.dot, k=Axis("k", stage.dot.k.extent)),
+            attend=stage.attend and _with_axes(stage.attend, rename(stage.attend.axes)),
         )
         for stage in kernel.stages
     )
     return replace(kernel, axes=rename(kernel.axes), stages=stages)
+
+
+def _with_axes(attend: Attend, axes: tuple[Axis, ...]) -> Attend:
+    m, n, c, d = axes
+    return replace(attend, m=m, n=n, c=c, d=d)
 
 
 def position(term: tuple) -> tuple:

@@ -10,40 +10,44 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
+from tracejit.schedule.groups import Group
+from tracejit.schedule.loops import Loop, beginning, lower_loop
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import parametrize
-from tracejit.schedule.tasks import analyse
+from tracejit.schedule.tasks import Analysis, analyse
 
 
-def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
-    """The launches that compute a graph; without `fuse`, one kernel per computing node."""
+def schedule(graph: Graph, *, fuse: bool = True, body: bool = False) -> Plan:
+    """The launches that compute a graph, or the `body` of a loop; without `fuse`, one kernel per
+    computing node."""
     for write in graph.writes:
         if write.target.type.is_host:
             raise InvalidGraph(reason=f"write to the host scalar {write.target}: it has no memory")
     buffers = _outer_buffers(graph)
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")
-    analysis = analyse(graph, fuse)
+    analysis = analyse(graph, fuse, body=body)
     fuser = Fuser(graph, analysis, fuse)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     _locate(fusion, memory, fuser)
-    lowered = [lower(group, analysis, memory) for group in fusion.groups]
+    lowered = [_lowered(group, analysis, memory, fuse) for group in fusion.groups]
     launches = _packed(lowered, fusion, fuser, memory) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
     slots = {value.id: slot for slot, value in enumerate(scalars)}
+    calls, loops = _launches(launches, slots)
     writes = tuple(
         inputs[w.target.id] for w in graph.writes if analysis.resolve(w.value) is not w.target
     )
     return Plan(
         name=graph.name,
         buffers=tuple(memory.buffers.values()),
-        launches=tuple(_launch(launch, slots) for launch in launches),
+        launches=calls,
         results=results,
         writes=writes,
         host_params=host_params,
@@ -51,7 +55,18 @@ def schedule(graph: Graph, *, fuse: bool = True) -> Plan:
         scalars=tuple(scalars),
         arena_bytes=arena_bytes,
         device=_device(graph),
+        loops=loops,
     )
+
+
+def _lowered(group: Group, analysis: Analysis, memory: Memory, fuse: bool) -> Lowered | Loop:
+    """The kernel of a group, or the launches of a loop."""
+    if group.loop is None:
+        return lower(group, analysis, memory)
+    node = group.loop.node
+    begin = schedule(beginning(node), fuse=fuse)
+    body = schedule(node.attr("body"), fuse=fuse, body=True)
+    return lower_loop(group, memory, begin, body)
 
 
 def _outer_buffers(graph: Graph) -> list[PlanBuffer]:
@@ -97,8 +112,8 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
 
 
 def _packed(
-    lowered: list[Lowered], fusion: Fusion, fuser: Fuser, memory: Memory
-) -> list[list[Lowered]]:
+    lowered: list[Lowered | Loop], fusion: Fusion, fuser: Fuser, memory: Memory
+) -> list[list[Lowered | Loop]]:
     """The kernels of each launch."""
 
     position = {group.id: i for i, group in enumerate(fusion.groups)}
@@ -107,7 +122,7 @@ def _packed(
     return [[lowered[i] for i in launch] for launch in launches]
 
 
-def _lay_out(launches: list[list[Lowered]], memory: Memory) -> int:
+def _lay_out(launches: list[list[Lowered | Loop]], memory: Memory) -> int:
     """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
     spans: dict[str, tuple[int, int]] = {}
     for position, launch in enumerate(launches):
@@ -121,7 +136,7 @@ def _lay_out(launches: list[list[Lowered]], memory: Memory) -> int:
     return total
 
 
-def _scalars(lowered: list[Lowered]) -> list[Value]:
+def _scalars(lowered: list[Lowered | Loop]) -> list[Value]:
     """The host values that kernels read, in order of first use."""
     found = {value.id: value for one in lowered for value in one.scalars}
     return list(found.values())
@@ -143,6 +158,22 @@ def _host_part(
         if param.value.id in live
     )
     return tuple(reversed(nodes)), params
+
+
+def _launches(
+    packed: list[list[Lowered | Loop]], slots: dict[int, int]
+) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
+    """The launches of a plan, and the steps of its loops."""
+    launches: list[Launch] = []
+    loops: list[int] = []
+    for together in packed:
+        if isinstance(loop := together[0], Loop):
+            number = len(loops)
+            loops.append(loop.steps)
+            launches += [x if x.loop is None else replace(x, loop=number) for x in loop.launches]
+        else:
+            launches.append(_launch(together, slots))
+    return tuple(launches), tuple(loops)
 
 
 def _launch(kernels: list[Lowered], slots: dict[int, int]) -> Launch:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.ir.ops import OPS
-from tracejit.schedule.groups import Group, Groups, placed
+from tracejit.schedule.groups import Group, Groups, is_same_attention, placed
 from tracejit.schedule.index import Indices, identity
 from tracejit.schedule.recompute import recompute
-from tracejit.schedule.tasks import Analysis, Origin, Task
+from tracejit.schedule.tasks import ATTENTION, Analysis, Origin, Task
 
 SIBLINGS = 6  # how many earlier readers of a tensor are tried as company
 MATES = 8  # how many kernels of the same size are tried for a constant fill
@@ -42,7 +42,9 @@ class Fuser:
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
         self.next_value = 1 + max(
-            [p.value.id for p in graph.params] + [n.out.id for n in graph.nodes], default=0
+            [p.value.id for p in graph.params]
+            + [n.out.id for n in (*graph.nodes, *analysis.nodes)],
+            default=0,
         )
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
@@ -101,6 +103,8 @@ class Fuser:
     def place(self, task: Task) -> Group:
         """Put a task in a group of its own, then merge that with its neighbours."""
         group = self.groups.add(task)
+        if task.kind == ATTENTION:
+            return self._place_attention(task, group)
         if self.fuse or self._is_plain_store(task):
             for producer in self._producers(task):
                 group = self.groups.merge(producer.group, group) or group
@@ -113,6 +117,14 @@ class Fuser:
                         group = merged
                         break
         self.by_numel.setdefault(group.numel, []).append(group.id)
+        return group
+
+    def _place_attention(self, task: Task, group: Group) -> Group:
+        """Merge with an earlier task of attention that has the same operands."""
+        readers = self.groups.consumers[task.demands[0].origin.id] if self.fuse else ()
+        for other, _ in readers:
+            if other.kind == ATTENTION and other is not task and is_same_attention(other, task):
+                group = self.groups.merge(other.group, group) or group
         return group
 
     def _is_plain_store(self, task: Task) -> bool:
@@ -130,7 +142,7 @@ class Fuser:
 
     def _join_sibling(self, task: Task, group: Group) -> Group:
         """Merge with an earlier kernel that reads a full-size tensor at the same elements."""
-        if group.dot is not None or task.place != identity(task.shape):
+        if group.dot is not None or group.attends or task.place != identity(task.shape):
             return group
         for demand in task.demands:
             if demand.origin.type.numel != group.numel or not demand.aligned:
@@ -141,6 +153,7 @@ class Fuser:
                 if (
                     near is not group
                     and near.dot is None
+                    and not near.attends
                     and near.shape == group.shape
                     and other.place == identity(other.shape)
                     and read.indices == demand.indices

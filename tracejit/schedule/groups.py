@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import contiguous_strides
 from tracejit.schedule.index import (
     Indices,
@@ -21,7 +22,7 @@ from tracejit.schedule.index import (
     substitute,
     unflatten,
 )
-from tracejit.schedule.tasks import IN_ORDER, Demand, Task
+from tracejit.schedule.tasks import ATTENTION, IN_ORDER, Demand, Task
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
@@ -33,7 +34,9 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
-    a task in order, the only one but for the store that says where its values are put."""
+    a task in order, the only one but for the store that says where its values are put; `loop`: a
+    loop, just so. `attends`: attention with the same operands, and plain stores of theirs, each
+    over its own axes."""
 
     id: int
     shape: tuple[int, ...]
@@ -41,6 +44,8 @@ class Group:
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
     in_order: Task | None = None
+    loop: Task | None = None
+    attends: bool = False
     reads: set[int] = field(default_factory=set)
     stores: int = 0
     again: bool = False
@@ -86,6 +91,9 @@ class Groups:
             group.dot = task
         elif task.kind in IN_ORDER:
             group.in_order = task
+        elif task.kind == "loop":
+            group.loop = task
+        group.attends = task.kind == ATTENTION
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
         else:
@@ -172,6 +180,8 @@ class Groups:
         """
         if a is b:
             return a
+        if a.attends or b.attends:
+            return self._attend_together(a, b)
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
         if not _compatible(base, moved) or self._apart(a, b) or not _stores_for(base, moved):
             return None
@@ -188,6 +198,22 @@ class Groups:
                 again = _is_again(base, moved, outer, edges)
                 return self._join(base, moved, axes, outer, again)
         return None
+
+    def _attend_together(self, a: Group, b: Group) -> Group | None:
+        """Merge with a group of attention another one, or the plain store of one of its values."""
+        base, moved = (a, b) if a.attends else (b, a)
+        if self._apart(a, b) or not self._fits(a, b):
+            return None
+        if moved.attends:
+            one, other = (next(t for t in g.tasks if t.kind == ATTENTION) for g in (base, moved))
+            if not is_same_attention(one, other):
+                return None
+        else:
+            task, *others = moved.tasks
+            values = {t.value.id for t in base.tasks if t.kind == ATTENTION}
+            if others or task.kind != "store" or task.value.id not in values:
+                return None
+        return self._join(base, moved, identity(moved.shape), False, False)
 
     def _fits(self, a: Group, b: Group) -> bool:
         return (
@@ -331,6 +357,18 @@ class Groups:
         return kept
 
 
+def is_same_attention(a: Task, b: Task) -> bool:
+    """Whether two tasks of attention can share a kernel: of the same operands, both forward or both
+    gradients. The log-sums have no v."""
+    one, other = a.node, b.node
+    forward = one.op.name in FORWARD
+    if one.attrs != other.attrs or forward != (other.op.name in FORWARD):
+        return False
+    if forward:
+        return one.args[:2] == other.args[:2] and one.args[-1] == other.args[-1]
+    return one.args == other.args
+
+
 def _rank(group: Group) -> int:
     """Which of two merging groups keeps its domain: in order, contraction, reduction, map."""
     if group.in_order is not None:
@@ -363,6 +401,8 @@ def _reduced_axes(task: Task) -> tuple[int, ...]:
 
 def _compatible(base: Group, moved: Group) -> bool:
     """Whether the reductions and contractions of two groups can share a kernel."""
+    if base.loop is not None or moved.loop is not None:
+        return False
     if moved.dot is not None or (base.dot is not None and moved.again):
         return False
     if moved.inner is None:

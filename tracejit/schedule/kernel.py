@@ -4,7 +4,8 @@ A Kernel is an outer iteration domain and an ordered list of stages. A stage loo
 (none: it runs once per outer point) and holds a body of scalar SSA: loads, computation, stores, and
 reductions over the stage's axes, whose results later stages see. A stage may start with a `Dot`:
 its axes are then (batch…, m, n), and the contraction's value at (…, m, n) is the first value of the
-body. A full reduction is a kernel with no outer axes.
+body. Or with an `Attend`: then its axes are the batch, and its body stores results of attention. A
+full reduction is a kernel with no outer axes.
 
     kernel(b0: f32 r, b1: f32 r, b2: f32 w, b3: f32 w; n0, …; s0) over () {
       stage (i0: n0) {
@@ -204,8 +205,75 @@ class Dot:
 
 
 @dataclass(frozen=True, slots=True)
+class Side:
+    """An operand as straight-line statements (no Store, no Reduce), and the value among them."""
+
+    body: tuple[Statement, ...]
+    value: Operand
+
+
+SIDES = ("q", "k", "v", "bias", "lse", "delta", "g")  # operands of an attention, in order
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """Results of attention over m queries and n keys, of width c; v and the result have width d.
+
+    `results` are primitives (`ir.ops.attention`) with their variables, all forward or all
+    gradients; `sides` their operands, those of `SIDES` that they have: q (m, c), k (n, c),
+    v (n, d), bias (m, n), lse (m), delta (m), g (m, d), each over the stage's axes, the batch,
+    too. The stage's body is nothing but the stores of the results.
+    """
+
+    results: tuple[tuple[Op, Var], ...]
+    m: Axis
+    n: Axis
+    c: Axis
+    d: Axis
+    causal: bool
+    scale: float
+    sides: tuple[Side, ...]
+    where: str = ""
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return self.m, self.n, self.c, self.d
+
+    @property
+    def is_forward(self) -> bool:
+        return len(self.sides) == 4
+
+    @property
+    def over(self) -> tuple[tuple[Axis, ...], ...]:
+        """The axes of each side, besides the batch."""
+        m, n, c, d = self.axes
+        return ((m, c), (n, c), (n, d), (m, n), (m,), (m,), (m, d))[: len(self.sides)]
+
+    def side(self, name: str) -> Side:
+        """The operand of a name of `SIDES`."""
+        return self.sides[SIDES.index(name)]
+
+    def result(self, name: str) -> Var | None:
+        """The variable of a primitive, if it is among the results."""
+        return next((var for op, var in self.results if op.name == name), None)
+
+
+def axes_of_result(attend: Attend, name: str) -> tuple[Axis, ...]:
+    """The axes of a result besides the batch."""
+    m, n, c, d = attend.axes
+    return {
+        "attention": (m, d),
+        "attention_lse": (m,),
+        "attention_dq": (m, c),
+        "attention_dk": (n, c),
+        "attention_dv": (n, d),
+    }[name]
+
+
+@dataclass(frozen=True, slots=True)
 class Stage:
-    """One loop nest over `axes` inside each outer point.
+    """One loop nest over `axes` inside each outer point. It starts with at most one of a `Dot` and
+    an `Attend`.
 
     `in_order`: its points run one after another, since values say where they store (scatter). What
     it stores in belongs to the outer point alone.
@@ -215,6 +283,7 @@ class Stage:
     body: tuple[Statement, ...]
     dot: Dot | None = None
     in_order: bool = False
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,13 +322,16 @@ class Kernel:
     parts: tuple[Part, ...] = ()
 
     @property
-    def statements(self) -> Iterator[Statement | Dot]:
-        """All statements; a Dot follows those of its prologues."""
+    def statements(self) -> Iterator[Statement | Dot | Attend]:
+        """All statements; a Dot or Attend follows those of its operands."""
         for part in self.parts:
             yield from part.kernel.statements
         for stage in self.stages:
             if stage.dot is not None:
                 yield from (*stage.dot.a, *stage.dot.b, stage.dot)
+            if stage.attend is not None:
+                yield from (s for side in stage.attend.sides for s in side.body)
+                yield stage.attend
             yield from stage.body
 
     @property
@@ -280,6 +352,8 @@ class Kernel:
                 rows.append(("      |", ""))
                 rows += [(f"      {_statement(s)}", s.where) for s in dot.b]
                 rows.append((f"    }} {_operand(dot.a_value)}, {_operand(dot.b_value)}", dot.where))
+            if stage.attend is not None:
+                rows += _attend(stage.attend)
             rows += [(f"    {_statement(s)}", s.where) for s in stage.body]
             rows.append(("  }", ""))
         width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
@@ -293,6 +367,17 @@ class Kernel:
             lines.append("  }")
         lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
         return "\n".join([*lines, "}"])
+
+
+def _attend(attend: Attend) -> list[tuple[str, str]]:
+    """The rows of an attention: each side ends with its value."""
+    results = ", ".join(f"{op.name} {_var(var)}" for op, var in attend.results)
+    how = f"causal={attend.causal} scale={print_literal(attend.scale)}"
+    rows = [(f"    attend {results} over {_axes(attend.axes)} {how} {{", "")]
+    for side in attend.sides:
+        rows += [(f"      {_statement(s)}", s.where) for s in side.body]
+        rows.append((f"      | {_operand(side.value)}", ""))
+    return [*rows, ("    }", attend.where)]
 
 
 def _lists(*lists: Sequence[str]) -> str:

@@ -20,7 +20,16 @@
       }
     }
 
-A Dot's statements are its two prologues, a first; `a |` stands between them. `kernel64` marks
+A Dot's statements are its two prologues, a first; `|` stands between them. Those of an Attend are
+its sides, each with its value at the end:
+
+        attend attention v9: f32 over (i1: n1, i2: n2, i3: n3, i4: n4) causal=True scale=0.125 {
+          v1: f32 = load b0[i0 * b0_s0 + i1 * b0_s1 + i3]
+          | v1
+          …
+          | 0.0
+        }                                         # step.py:9
+ `kernel64` marks
 64-bit indices. Comments are the user's lines. Kernels side by side stand in one with their
 parameters' names there:
 
@@ -45,6 +54,7 @@ from tracejit.ir.types import DTYPES
 from tracejit.schedule.kernel import (
     FOLDS,
     Atom,
+    Attend,
     Axis,
     Bound,
     Buffer,
@@ -62,6 +72,7 @@ from tracejit.schedule.kernel import (
     Position,
     Reduce,
     Scalar,
+    Side,
     Size,
     Stage,
     Statement,
@@ -118,7 +129,12 @@ def canonical(kernel: Kernel) -> Kernel:
             a, b = body(dot.a), body(dot.b)
             a_value, b_value = use(dot.a_value), use(dot.b_value)
             dot = Dot(var(dot.out), dot.k, a, a_value, b, b_value)
-        stages.append(replace(stage, body=body(stage.body), dot=dot))
+        attend = stage.attend
+        if attend is not None:
+            sides = tuple(Side(body(side.body), use(side.value)) for side in attend.sides)
+            results = tuple((op, var(out)) for op, out in attend.results)
+            attend = replace(attend, results=results, sides=sides, where="")
+        stages.append(replace(stage, body=body(stage.body), dot=dot, attend=attend))
     parts = tuple(replace(part, kernel=canonical(part.kernel)) for part in kernel.parts)
     return replace(kernel, stages=tuple(stages), parts=parts)
 
@@ -130,6 +146,9 @@ _END = re.compile(r"\}\Z")
 _STAGE = re.compile(r"stage \((.*)\)( in order)? \{\Z")
 _DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
 _DOT_END = re.compile(r"\} (.+), (.+)\Z")
+_ATTEND = re.compile(r"attend (.+) over \((.*)\) causal=(\w+) scale=(\S+) \{\Z")
+_RESULT = re.compile(r"(\w+) v(\d+): (\w+)\Z")
+_VALUE = re.compile(r"\| (.+)\Z")
 _STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=|max=|min=) (.+?)(?: if (.*))?\Z")
 _DEFINE = re.compile(r"v(\d+): (\w+) = (.*)\Z")
 _LOAD = re.compile(r"load (\w+)\[(.*?)\](?: if (.*))?\Z")
@@ -212,7 +231,26 @@ class _Parser:
             values = self.operand(end[1]), self.operand(end[2])
             out = self.define(found[1], found[2])
             dot = Dot(out, k, a, values[0], b, values[1], where)
-        return Stage(axes, self.body("}"), dot, in_order)
+        attend = self.attend() if self.peek().startswith("attend ") else None
+        return Stage(axes, self.body("}"), dot, in_order, attend)
+
+    def attend(self) -> Attend:
+        found, _ = self.next(_ATTEND)
+        sides = []
+        while not self.peek().startswith("}"):
+            body = self.body("|", consume=False)
+            value, _ = self.next(_VALUE)
+            sides.append(Side(body, self.operand(value[1])))
+        _, where = self.next(_END)
+        results = []
+        for text in _items(found[1]):
+            name, number, dtype = _RESULT.match(text).groups()
+            results.append((_op(name), self.define(number, dtype)))
+        causal, scale = (
+            found[3] == "True",
+            float(parse_literal(ast.parse(found[4], mode="eval").body)),
+        )
+        return Attend(tuple(results), *self.axes(found[2]), causal, scale, tuple(sides), where)
 
     def body(self, end: str, consume: bool = True) -> tuple[Statement, ...]:
         out = []

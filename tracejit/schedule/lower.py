@@ -23,9 +23,11 @@ from tracejit.schedule.index import (
     bounds,
     extents_of,
     flatten,
+    identity,
     operand_indices,
 )
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     Bound,
     Buffer,
@@ -40,13 +42,15 @@ from tracejit.schedule.kernel import (
     Position,
     Reduce,
     Scalar,
+    Side,
     Stage,
     Statement,
     Store,
     Var,
+    axes_of_result,
 )
 from tracejit.schedule.plan import PlanBuffer
-from tracejit.schedule.tasks import Analysis, Demand, Task, dot_indices
+from tracejit.schedule.tasks import ATTENTION, Analysis, Demand, Task, dot_indices
 
 LARGEST = 2**31 - 1  # of 32-bit indices
 PADDING = 1 << 23  # points that tiles may count beyond the end of a domain
@@ -111,7 +115,9 @@ class _Lowering:
         shape = self.group.shape
         inner = self.group.inner or ()
         one = self.group.in_order
-        if one is not None:
+        if self.group.attends:
+            stages = [self._attend()]
+        elif one is not None:
             inner = (one.node.attr("axis"),)
             stages = [self._cumsum(one)] if one.kind == "cumsum" else self._scatter(one)
         else:
@@ -120,8 +126,8 @@ class _Lowering:
             for time in sorted(set(times.values())):
                 roots = [t for t in self.tasks if times.get(id(t)) == time]
                 stages.append(self._stage(time, roots))
-        dot = self.group.dot is not None
-        outer = () if dot else tuple(k for k in range(len(shape)) if k not in inner)
+        whole = self.group.dot is not None or self.group.attends
+        outer = () if whole else tuple(k for k in range(len(shape)) if k not in inner)
         axes = tuple(Axis(f"i{k}", shape[k]) for k in outer)
         kernel = Kernel(
             buffers=tuple(
@@ -232,6 +238,45 @@ class _Lowering:
             sides += [tuple(scope.body), value]
         out = self._var(task.value)
         return Dot(out, Axis(k, extents[k]), *sides, task.node.where)
+
+    def _attend(self) -> Stage:
+        """Results of attention with the same operands, and their stores."""
+        tasks = [task for task in self.tasks if task.kind == ATTENTION]
+        node = max((t.node for t in tasks), key=lambda n: len(n.args))  # the log-sums have no v
+        args = list(node.args)
+        if node.op.name == "attention_lse":
+            args.insert(2, 0.0)
+        (*batch, m, c), n = args[0].type.shape, args[1].type.shape[-2]
+        d = args[2].type.shape[-1] if isinstance(args[2], Value) else 1
+        shape = (*batch, m, n, c, d)
+        extents, places = extents_of(shape), identity(shape)
+        rank = len(batch)
+        of_batch, (at_m, at_n, at_c, at_d) = places[:rank], places[rank:]
+        over = ((at_m, at_c), (at_n, at_c), (at_n, at_d), (at_m, at_n), (at_m,), (at_m,))
+        sides = []
+        for arg, at in zip(args, (*over, (at_m, at_d)), strict=False):
+            scope, value = _Scope(extents), arg
+            if isinstance(arg, Value):
+                value = self._value(arg, (*of_batch, *at), (), scope)
+            sides.append(Side(tuple(scope.body), value))
+        axes = tuple(Axis(f"i{k}", n) for k, n in enumerate(shape))
+        outs = {task.node.op.name: (task.node.op, self._var(task.value)) for task in tasks}
+        attrs = dict(node.attrs)
+        attend = Attend(
+            tuple(outs.values()), *axes[rank:], attrs["causal"], attrs["scale"], tuple(sides),
+            node.where,
+        )  # fmt: skip
+        where = {a.name: p for a, p in zip(axes, places, strict=True)}
+        stores = []
+        for task in (task for task in self.tasks if task.kind == "store"):
+            producer = self.analysis.producer[task.value.id]
+            own = axes_of_result(attend, producer.op.name)
+            at = (*of_batch, *(where[a.name] for a in own))
+            index = flatten(at, self.memory.strides(task.buffer))
+            self._check(index, _Scope(extents))
+            name = self._buffer(task.buffer, "w")
+            stores.append(Store(name, index, outs[producer.op.name][1], producer.where))
+        return Stage(axes[:rank], tuple(stores), attend=attend)
 
     def _scatter(self, task: Task) -> list[Stage]:
         """What is there before, unless it lies in that place already; then what is scattered over
@@ -441,7 +486,7 @@ def arena_store(task: Task, value: Value, buffer: str, order: int) -> Task:
 
 def _counted(axes: Sequence[Axis], stages: Sequence[Stage]) -> int:
     """The points of the largest domain that a kernel counts through: its own, or that of a stage.
-    A contraction counts along each axis."""
+    A contraction counts along each axis; attention goes over its blocks."""
     domains = [axes, *(stage.axes for stage in stages)]
     if any(stage.dot is not None for stage in stages):
         domains = [(axis,) for domain in domains for axis in domain]

@@ -57,7 +57,12 @@ class Layout:
 
 def layout_of(plan: Plan) -> Layout:
     """The layout that a plan says itself."""
-    arena = {i: Place(None, b.offset) for i, b in enumerate(plan.buffers) if b.kind == "arena"}
+    start = {b.name: b.offset for b in plan.buffers if b.kind == "arena"}
+    arena = {
+        i: Place(None, start.get(b.of, 0) + b.offset)
+        for i, b in enumerate(plan.buffers)
+        if b.kind in ("arena", "row")
+    }
     return Layout(arena, len(plan.buffers), plan.arena_bytes)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.schedule.kernel import Buffer, Kernel, Part
+from tracejit.schedule.loops import Loop
 from tracejit.schedule.lower import Lowered
 from tracejit.schedule.plan import PlanBuffer
 
@@ -34,11 +35,11 @@ class _Cost:
     buffers: frozenset[str]
     statements: int
     depth: int  # of its contraction, 0 if it has none
-    size: str  # "small", or a large "stream" or "matmul"
+    size: str  # "small", or a large "matmul", or "stream", which stays alone
 
 
 def pack(
-    kernels: Sequence[Lowered],
+    kernels: Sequence[Lowered | Loop],
     before: Sequence[set[int]],
     buffers: dict[str, PlanBuffer],
 ) -> list[list[int]]:
@@ -61,10 +62,14 @@ def pack(
     return [sorted(launch, key=lambda i: -costs[i].depth) for launch in launches]
 
 
-def _cost(one: Lowered, buffers: dict[str, PlanBuffer]) -> _Cost:
+def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:
+    if isinstance(one, Loop):
+        return _Cost(frozenset(one.buffers), 0, 0, "stream")  # it stays alone
     kernel = one.kernel
     first = kernel.stages[0]
-    if first.dot is None:
+    if first.attend is not None:
+        depth, size = 0, "stream"  # it fills the registers
+    elif first.dot is None:
         depth, nbytes = 0, sum(buffers[name].type.nbytes for name in one.buffers)
         size = "small" if nbytes <= SMALL_BYTES else "stream"
     else:

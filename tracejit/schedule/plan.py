@@ -12,16 +12,29 @@
 
 Buffers name memory: an input's (read, or overwritten in place), a fresh output's, or a slice of the
 plan's arena. `results` lists, for each Graph result in order, the output buffer that holds it.
+
+The launches of a loop stand next to each other, and are repeated for each of its steps. What moves
+from step to step is a row: a part of a buffer of the arena, and the bytes to the next step's.
+
+      row    t7: f32[16,64] of t6 at 0 step 4096
+      loop   0: 256 steps
+      launch k0(b0=t7, …) in loop 0
+
+`unrolled` is a plan without loops that does the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tracejit.ir.graph import Arg, Node, Value, print_arg
 from tracejit.ir.literals import print_literal
 from tracejit.ir.types import Type
 from tracejit.schedule.kernel import Kernel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +43,8 @@ class PlanBuffer:
 
     kind "input": the `index`-th graph param's memory; "output": the `index`-th fresh output;
     "arena": bytes [offset, offset + nbytes) of the arena, `offset` a multiple of 128.
+    "row": in a loop's first step bytes [offset, offset + nbytes) of the arena buffer `of`, in each
+    later one `step` bytes further.
     """
 
     name: str
@@ -38,17 +53,20 @@ class PlanBuffer:
     strides: tuple[int, ...] | None = None
     index: int = 0
     offset: int = 0
+    of: str = ""
+    step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Launch:
     """One kernel with its bindings: buffer names, size values, and scalar-table slots, each in the
-    order in which the kernel lists them."""
+    order in which the kernel lists them. `loop`: the number of the loop that it is part of."""
 
     kernel: Kernel
     buffers: tuple[str, ...]
     sizes: tuple[int, ...]
     scalars: tuple[int, ...]
+    loop: int | None = None
 
     def alone(self) -> tuple[Launch, ...]:
         """A launch for each kernel that runs side by side in this one; itself if it is only one."""
@@ -64,6 +82,7 @@ class Launch:
                 tuple(buffers[name] for name in part.buffers),
                 tuple(sizes[name] for name in part.sizes),
                 tuple(scalars[name] for name in part.scalars),
+                self.loop,
             )
             for part in kernel.parts
         )
@@ -83,6 +102,7 @@ class Plan:
     scalars: tuple[Arg, ...]
     arena_bytes: int
     device: str
+    loops: tuple[int, ...] = ()  # the steps of each
 
     def __str__(self) -> str:
         """Each kernel stands once, however many launches use it; `plan_text` reads it back."""
@@ -95,10 +115,12 @@ class Plan:
             left = f"{node.out}: {node.out.type}"
             lines.append(f"  host   {left} = {node.op.name}({operands}){where}")
         lines += [f"  scalar {print_arg(s)}" for s in self.scalars]
+        lines += [f"  loop   {i}: {steps} steps" for i, steps in enumerate(self.loops)]
         kernels: dict[Kernel, str] = {}
         for launch in self.launches:
             name = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
-            lines.append(f"  launch {name}({_bindings(launch)})")
+            inside = "" if launch.loop is None else f" in loop {launch.loop}"
+            lines.append(f"  launch {name}({_bindings(launch)}){inside}")
         if self.results:
             lines.append(f"  return {', '.join(self.results)}")
         if self.writes:
@@ -113,10 +135,73 @@ class Plan:
         """The buffer of a name."""
         return next(b for b in self.buffers if b.name == name)
 
+    def times(self, launch: Launch) -> int:
+        """How often a launch runs."""
+        return 1 if launch.loop is None else self.loops[launch.loop]
+
+
+def runs(items: Iterable[T], loop_of: Callable[[T], int | None]) -> list[list[T]]:
+    """What stands in one loop together, anything else alone."""
+    found: list[list[T]] = []
+    for item in items:
+        loop = loop_of(item)
+        if loop is not None and found and loop_of(found[-1][0]) == loop:
+            found[-1].append(item)
+        else:
+            found.append([item])
+    return found
+
+
+def unrolled(plan: Plan) -> Plan:
+    """The plan with the launches of its loops step by step: their rows are buffers of the arena,
+    which come after all others."""
+    if not plan.loops:
+        return plan
+    at = {b.name: b.offset for b in plan.buffers if b.kind == "arena"}
+    rows = {b.name: b for b in plan.buffers if b.kind == "row"}
+    extra: dict[str, PlanBuffer] = {}
+
+    def moved(name: str, step: int) -> str:
+        row = rows.get(name)
+        if row is None:
+            return name
+        new, place = f"{name}_{step}", at[row.of] + row.offset + step * row.step
+        extra[new] = PlanBuffer(new, "arena", row.type, offset=place)
+        return new
+
+    launches: list[Launch] = []
+    for together in runs(plan.launches, lambda launch: launch.loop):
+        for step in range(plan.times(together[0])):
+            for one in together:
+                names = tuple(moved(name, step) for name in one.buffers)
+                launches.append(replace(one, buffers=names, loop=None))
+    buffers = (*(_as_arena(b, at) for b in plan.buffers), *extra.values())
+    return replace(plan, buffers=buffers, launches=tuple(launches), loops=())
+
+
+def by_launch(plan: Plan, seconds: Sequence[float]) -> list[float]:
+    """What the launches of a plan took, of what those of the unrolled plan did."""
+    rest, found = iter(seconds), []
+    for together in runs(plan.launches, lambda launch: launch.loop):
+        steps = range(plan.times(together[0]))
+        found += map(sum, zip(*([next(rest) for _ in together] for _ in steps), strict=True))
+    return found
+
+
+def _as_arena(b: PlanBuffer, at: Mapping[str, int]) -> PlanBuffer:
+    if b.kind != "row":
+        return b
+    return PlanBuffer(b.name, "arena", b.type, offset=at[b.of] + b.offset)
+
 
 def _buffer(b: PlanBuffer) -> str:
     layout = "" if b.strides is None else f" strides {print_literal(b.strides)}"
-    place = {"input": f"<- {b.index}", "output": f"= {b.index}", "arena": f"at {b.offset}"}[b.kind]
+    place = {
+        "input": f"<- {b.index}",
+        "output": f"= {b.index}",
+        "arena": f"at {b.offset}",
+        "row": f"of {b.of} at {b.offset} step {b.step}",
+    }[b.kind]
     return f"{b.kind:<6} {b.name}: {b.type}{layout} {place}"
 
 

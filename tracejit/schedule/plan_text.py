@@ -37,9 +37,11 @@ _HEADER = re.compile(r"plan ([\w<>]+) on (\S+) arena (\d+) \{\Z")
 _BUFFER = re.compile(
     r"(input|output|arena)\s+(\w+): (\S+)(?: strides (\([^)]*\)))? (?:<-|=|at) (\d+)\Z"
 )
+_ROW = re.compile(r"row\s+(\w+): (\S+) of (\w+) at (\d+) step (-?\d+)\Z")
+_LOOP = re.compile(r"loop\s+(\d+): (\d+) steps\Z")
 _HOST_PARAM = re.compile(r"host\s+%(\d+): (\S+) <- (\d+)\Z")
 _HOST = re.compile(r"host\s+%(\d+): (\S+) = (\w+)\((.*)\)\Z")
-_LAUNCH = re.compile(r"launch (\w+)\((.*)\)\Z")
+_LAUNCH = re.compile(r"launch (\w+)\((.*)\)(?: in loop (\d+))?\Z")
 _KERNEL = re.compile(r"kernel (\w+) \{\Z")
 
 
@@ -74,12 +76,17 @@ class _PlanParser:
 
     def plan(self, name: str, device: str, arena_bytes: int) -> Plan:
         buffers: list[PlanBuffer] = []
-        host_params, host, scalars, launches = [], [], [], []
+        host_params, host, scalars, launches, loops = [], [], [], [], []
         results: tuple[str, ...] = ()
         writes: tuple[str, ...] = ()
         for code, where in self.lines:
             if m := _BUFFER.match(code):
                 buffers.append(_parse_buffer(m))
+            elif m := _ROW.match(code):
+                place = {"offset": int(m[4]), "of": m[3], "step": int(m[5])}
+                buffers.append(PlanBuffer(m[1], "row", parse_type(m[2]), **place))
+            elif m := _LOOP.match(code):
+                loops.append(int(m[2]))
             elif m := _HOST_PARAM.match(code):
                 host_params.append((self.define(m[1], m[2]), int(m[3])))
             elif m := _HOST.match(code):
@@ -88,7 +95,7 @@ class _PlanParser:
             elif code.startswith("scalar "):
                 scalars.append(self.arg(code[7:]))
             elif m := _LAUNCH.match(code):
-                launches.append(self.launch(m[1], m[2]))
+                launches.append(self.launch(m[1], m[2], m[3]))
             elif code.startswith("return "):
                 results = tuple(_items(code[7:]))
             elif code.startswith("write "):
@@ -106,6 +113,7 @@ class _PlanParser:
             tuple(scalars),
             arena_bytes,
             device,
+            tuple(loops),
         )
 
     def define(self, number: str, type_text: str) -> Value:
@@ -118,12 +126,16 @@ class _PlanParser:
             return self.values[text[1:]]
         return parse_literal(ast.parse(text, mode="eval").body)
 
-    def launch(self, name: str, text: str) -> Launch:
+    def launch(self, name: str, text: str, loop: str | None) -> Launch:
         lists = [[p.split("=")[1] for p in _items(part)] for part in text.split(";")]
         lists += [[]] * (3 - len(lists))
         buffers, sizes, scalars = lists
         return Launch(
-            self.kernels[name], tuple(buffers), tuple(map(int, sizes)), tuple(map(int, scalars))
+            self.kernels[name],
+            tuple(buffers),
+            tuple(map(int, sizes)),
+            tuple(map(int, scalars)),
+            None if loop is None else int(loop),
         )
 
 

@@ -146,9 +146,11 @@ def _is_read(id: int, reader: Group, producer: Group, groups: Groups) -> bool:
     if id in reader.reads:
         return True
     others = (t.group for t, _ in groups.consumers.get(id, ()))
-    return reader.dot is None and any(
+    alone = reader.dot is not None or reader.attends
+    return not alone and any(
         other is not producer
         and other.dot is None
+        and not other.attends
         and other.inner == reader.inner
         and other.shape == reader.shape
         for other in others

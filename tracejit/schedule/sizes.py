@@ -21,6 +21,7 @@ from tracejit.schedule.kernel import (
     Mask,
     Mod,
     Position,
+    Side,
     Size,
     Stage,
     Statement,
@@ -148,7 +149,12 @@ def _rewrite(kernel: Kernel, sizes: _Naming | _Binding) -> Kernel:
         if dot is not None:
             a, b = (tuple(map(statement, side)) for side in (dot.a, dot.b))
             dot = replace(dot, k=axis(dot.k), a=a, b=b)
-        return replace(s, axes=axes, body=tuple(map(statement, s.body)), dot=dot)
+        attend = s.attend
+        if attend is not None:
+            m, n, c, d = map(axis, attend.axes)
+            sides = tuple(Side(tuple(map(statement, x.body)), x.value) for x in attend.sides)
+            attend = replace(attend, m=m, n=n, c=c, d=d, sides=sides)
+        return replace(s, axes=axes, body=tuple(map(statement, s.body)), dot=dot, attend=attend)
 
     return replace(
         kernel, axes=tuple(map(axis, kernel.axes)), stages=tuple(map(stage, kernel.stages))

@@ -11,7 +11,7 @@ store of an output. A task's demands are the origins that it reads and at which 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from tracejit.errors import InvalidGraph
@@ -21,6 +21,7 @@ from tracejit.ir.ops.indexing import missing
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
+ATTENTION = "attend"  # the kind of a task of attention
 IN_ORDER = ("scatter", "cumsum")  # primitives whose kernels go along an axis step by step
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
@@ -46,7 +47,7 @@ class Demand:
     `top` is a value computed from the origin, as near to the reader as possible, that could be
     stored instead of the origin.
     `aligned` is False for a contraction's operands, which are read at other points too. It is also
-    False for what a gather reads: only its index's values tell where (`indices` is then empty).
+    False for what a gather or attention reads: at many points, and `indices` is then empty.
     """
 
     origin: Value
@@ -58,8 +59,8 @@ class Demand:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of work. kind: "map", "reduce", "dot", "scatter" (or "cumsum", which goes in order
-    too), or "store" (of `value` in a buffer).
+    """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or "cumsum", which goes
+    in order too), "loop", or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -115,8 +116,8 @@ class Analysis:
             origin = self.origins[value.id]
             if value.id in self.params or origin.main is value:
                 node = self.producer.get(value.id)
-                if node is not None and node.op.name in IN_ORDER:
-                    top = None  # it is stored step by step, so itself
+                if node is not None and _stores_itself(node):
+                    top = None
                 new = Demand(value, top or value, at, mask, aligned)
                 if not any(
                     d.origin is value and d.indices == at and d.mask == mask and d.top is new.top
@@ -149,6 +150,12 @@ class Analysis:
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
+        if family == "loop":
+            demands = [d for arg in node.inputs for d in self.scattered(arg)]
+            return Task(order, "loop", value, value.type.shape, tuple(demands), node)
+        if family == "attention":
+            found = dict.fromkeys(d for arg in _tensors(node) for d in self.scattered(arg))
+            return Task(order, ATTENTION, value, value.type.shape, tuple(found), node)
         kind = "reduce" if family == "reduce" else "map"
         if node.op.name in IN_ORDER:
             kind = node.op.name
@@ -180,6 +187,11 @@ class Analysis:
         a, b, extents = dot_indices(node)
         for arg, indices in zip(node.args, (a, b), strict=True):
             yield from self.demands(arg, indices, extents, aligned=False)
+
+
+def _stores_itself(node: Node) -> bool:
+    """Whether a value must be stored as it is: it is stored step by step, or by a template."""
+    return node.op.name in IN_ORDER or node.op.family in ("attention", "loop")
 
 
 def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
@@ -220,6 +232,8 @@ def _simplify(node: Node) -> Node:
     if nothing or (name == "cumsum" and first.type.shape[node.attr("axis")] == 1):
         shape = (("shape", node.out.type.shape),)
         return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
+    if name == "scan" and node.out.type.numel == 0:
+        return _as_source(node, 0)
     if name == "gather" and first.type.numel == 0:
         return _as_source(node, missing(first.type.dtype))
     if node.op.family == "reduce":
@@ -231,16 +245,22 @@ def _simplify(node: Node) -> Node:
     return node
 
 
-_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "indexing", "source", "host")
+_FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "indexing")
+_FAMILIES += ("source", "host", "loop")
 
 
-def analyse(graph: Graph, fuse: bool) -> Analysis:
+def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     """Resolve aliases, drop dead and empty nodes, and find every value's origin.
 
-    Without `fuse` no computed value is cheap: each element-wise node becomes a task.
+    Without `fuse` no computed value is cheap: each element-wise node becomes a task. In the `body`
+    of a loop no result is: it is stored by the kernel of the others that are computed with it.
     """
+    own = {result.value.id for result in graph.results} if body else set()
     alias: dict[int, Value] = {}
     nodes: list[Node] = []
+    producer: dict[int, Node] = {}
+    copied: set[int] = set()  # what loops read: values of their own, which lie row by row
+    next_id = 1 + max(_ids(graph), default=0)
     for node in graph.nodes:
         if node.op.family not in _FAMILIES:
             raise InvalidGraph(reason=f"cannot schedule {node.op.name} ({node.where or 'no line'})")
@@ -252,6 +272,21 @@ def analyse(graph: Graph, fuse: bool) -> Analysis:
         if any(isinstance(a, Value) and a.id in alias for a in node.args):
             args = tuple(alias.get(a.id, a) if isinstance(a, Value) else a for a in node.args)
             node = Node(node.op, args, node.attrs, node.outs, node.where)
+        if node.op.family == "loop":
+            args, offsets = [], []
+            for arg in node.args:
+                found = _in_place(arg, producer)
+                if found is None:
+                    copy = Node(OPS["alias"], (arg,), (), (Value(next_id, arg.type),))
+                    next_id += 1
+                    nodes.append(copy)
+                    copied.add(copy.out.id)
+                    found = copy.out, 0
+                args.append(found[0])
+                offsets.append(found[1])
+            attrs = (*node.attrs, ("offsets", tuple(offsets)))
+            node = replace(node, args=tuple(args), attrs=attrs)
+        producer[node.out.id] = node
         nodes.append(node)
     live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
     kept: list[Node] = []
@@ -270,8 +305,34 @@ def analyse(graph: Graph, fuse: bool) -> Analysis:
         analysis.origins[param.value.id] = Origin(param.value, param.value)
     for node in kept:
         if node.op.family != "host":
-            analysis.origins[node.out.id] = _origin(node, analysis, fuse)
+            apart = node.out.id in copied or (node.out.id in own and _computes(node))
+            origin = Origin(node.out, node.out) if apart else _origin(node, analysis, fuse)
+            analysis.origins[node.out.id] = origin
     return analysis
+
+
+def _computes(node: Node) -> bool:
+    return node.op.family == "elementwise"
+
+
+def _ids(graph: Graph) -> Iterator[int]:
+    yield from (p.value.id for p in graph.params)
+    yield from (out.id for node in graph.nodes for out in node.outs)
+
+
+def _in_place(value: Value, producer: dict[int, Node]) -> tuple[Value, int] | None:
+    """The result of a loop, and the element from which on it holds a value row by row. Any other
+    value that a loop reads is copied, which costs nothing where a kernel computes it."""
+    offset = 0
+    while (node := producer.get(value.id)) is not None:
+        if node.op.name == "scan":
+            return value, offset
+        if node.op.name == "slice" and len(value.type.shape) == 1 and node.attr("steps") == (1,):
+            offset += node.attr("starts")[0]
+        elif node.op.name != "reshape":
+            return None
+        value = node.args[0]
+    return None
 
 
 def _origin(node: Node, analysis: Analysis, fuse: bool) -> Origin:

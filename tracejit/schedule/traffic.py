@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     Compute,
     FloorDiv,
@@ -41,9 +42,10 @@ _Access = tuple[Index, Mask, tuple[Axis, ...]]
 
 
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
-    """Per launch, the bytes of unique addresses loaded plus those stored."""
+    """Per launch, the bytes of unique addresses loaded and of those stored, in all steps."""
     return tuple(
-        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) for launch in plan.launches
+        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) * plan.times(launch)
+        for launch in plan.launches
     )
 
 
@@ -62,7 +64,11 @@ def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
 def operations(plan: Plan) -> int:
     """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
     of another operation, and for each element that is reduced."""
-    return sum(_operations(_bound(one)[0]) for launch in plan.launches for one in launch.alone())
+    return sum(
+        _operations(_bound(one)[0]) * plan.times(launch)
+        for launch in plan.launches
+        for one in launch.alone()
+    )
 
 
 def products(plan: Plan) -> Counter[str]:
@@ -73,8 +79,25 @@ def products(plan: Plan) -> Counter[str]:
         for dot in (stage.dot for stage in kernel.stages if stage.dot is not None):
             points = math.prod(a.extent for a in (*kernel.stages[0].axes, dot.k))
             values = (dot.a_value, dot.b_value, dot.out)
-            found[next(v.dtype.name for v in values if isinstance(v, Var))] += 2 * points
+            dtype = next(v.dtype.name for v in values if isinstance(v, Var))
+            found[dtype] += 2 * points * plan.times(launch)
+        for stage in (stage for stage in kernel.stages if stage.attend is not None):
+            batches = math.prod(a.extent for a in stage.axes)
+            value = stage.attend.side("q").value
+            found[value.dtype.name] += products_of(stage.attend, batches) * plan.times(launch)
     return found
+
+
+def products_of(attend: Attend, batches: int) -> int:
+    """Arithmetic of an attention's products, of all scores: 2 for each product."""
+    m, n, c, d = (a.extent for a in attend.axes)
+    names = {op.name for op, _ in attend.results}
+    depth = c + d * ("attention" in names)
+    if not attend.is_forward:
+        depth = c + d * ("attention_dv" in names)
+        if names - {"attention_dv"}:
+            depth += d + c * len(names - {"attention_dv"})
+    return 2 * batches * m * n * depth
 
 
 def _operations(kernel: Kernel) -> int:
@@ -83,6 +106,8 @@ def _operations(kernel: Kernel) -> int:
         points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))
         if stage.dot is not None:
             total += 2 * points * stage.dot.k.extent
+        if stage.attend is not None:
+            total += products_of(stage.attend, points)
         total += points * sum(
             isinstance(s, Compute | Reduce) and s.out.dtype.is_float and s.op.name not in _FREE
             for s in stage.body
@@ -132,6 +157,10 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
         if stage.dot is not None:
             visit(stage.dot.a, (*axes, stage.dot.k))
             visit(stage.dot.b, (*axes, stage.dot.k))
+        if stage.attend is not None:
+            axes += stage.attend.axes
+            for side in stage.attend.sides:
+                visit(side.body, axes)
         visit(stage.body, axes)
     return found
 

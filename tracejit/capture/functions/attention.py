@@ -17,7 +17,7 @@ import torch
 from tracejit.capture.functions.arrangement import each_as_often
 from tracejit.capture.functions.common import cast, expand, literal
 from tracejit.capture.functions.composites import run_body
-from tracejit.capture.functions.derived import require_float, widen
+from tracejit.capture.functions.derived import require_float, widen, widened
 from tracejit.capture.functions.movement import preserved_strides
 from tracejit.capture.functions.softmax import softmax_value
 from tracejit.capture.functions.values import bool_
@@ -26,8 +26,9 @@ from tracejit.capture.trace.table import BY_CALLER, RULES, rule
 from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
-from tracejit.ir.graph import Value
-from tracejit.ir.types import b1, f32, i64
+from tracejit.ir.graph import Builder, Value
+from tracejit.ir.ops.attention import GRADIENTS, row_products
+from tracejit.ir.types import DType, b1, f32, i64
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
@@ -62,7 +63,14 @@ def attention(
     x, y, z = (t.read(t.lift(a)) for a in (query, key, value))
     batch = _batch(t, x, y, z, mask)
     narrow = x.type.dtype
-    x, y, z = (widen(t, expand(t, a, batch + a.type.shape[-2:])) for a in (x, y, z))
+    x, y, z = (expand(t, a, batch + a.type.shape[-2:]) for a in (x, y, z))
+    if masked and not dropout_p and _keeps_no_scores(t, x, y, z, mask):
+        out = _without_scores(t, x, y, z, mask, is_causal, scale)
+        result = t.fresh(out, strides)
+        if fused:
+            t.saves(out, *map(t.read, (q, k, v, result.handle)))
+        return result
+    x, y, z = (widen(t, a) for a in (x, y, z))
     if not y.type.shape[-2]:  # no keys
         shape = (*batch, x.type.shape[-2], z.type.shape[-1])
         out = t.b.full(0.0, shape=shape, dtype=narrow, device=q.device)
@@ -99,18 +107,12 @@ def _weights(
 ) -> Value:
     """What each query takes of each key: rows of numbers that sum to 1."""
     b, rank = t.b, len(q.type.shape)
-    if scale is None:
-        width = q.type.shape[-1]
-        scale = 1 / math.sqrt(width) if width else 1.0
+    scale = _scale(q, scale)
     turned = b.permute(k, axes=(*range(rank - 2), rank - 1, rank - 2))
     scores = b.mul(b.matmul(q, turned), literal(scale, q.type.dtype))
     shape, dtype = scores.type.shape, scores.type.dtype
     if mask is not None:
-        added = t.read(mask)
-        if added.type.dtype is b1:
-            none = b.full(0.0, shape=added.type.shape, dtype=dtype, device=mask.device)
-            added = b.where(added, none, -math.inf)
-        scores = b.add(scores, expand(t, cast(t, added, dtype), shape))
+        scores = b.add(scores, _bias(t, mask, shape, dtype))
     if is_causal:
         row, column = (
             b.iota(axis=a, shape=shape, dtype=i64, device=q.type.device)
@@ -118,6 +120,73 @@ def _weights(
         )
         scores = b.where(b.le(column, row), scores, -math.inf)
     return softmax_value(t, scores, rank - 1, masked=masked)
+
+
+def _scale(q: Value, scale: float | None) -> float:
+    """What the products of queries and keys are multiplied by."""
+    if scale is not None:
+        return scale
+    width = q.type.shape[-1]
+    return 1 / math.sqrt(width) if width else 1.0
+
+
+def _bias(t: Trace, mask: Handle, shape: Ints, dtype: DType) -> Value:
+    """What a mask adds to scores."""
+    added = t.read(mask)
+    if added.type.dtype is b1:
+        none = t.b.full(0.0, shape=added.type.shape, dtype=dtype, device=mask.device)
+        added = t.b.where(added, none, -math.inf)
+    return expand(t, cast(t, added, dtype), shape)
+
+
+# ---- the primitive
+
+
+def _keeps_no_scores(t: Trace, q: Value, k: Value, v: Value, mask: Handle | None) -> bool:
+    """Whether the primitive serves: there is something to attend to, and no gradient of a mask.
+
+    On a GPU also whether its blocks fit the registers, which float64 and wide float32 do not, as no
+    tensor cores multiply all their bits.
+    """
+    if mask is not None and t.grad_on and t.requires_grad(mask):
+        return False
+    if q.type.device != "cpu":
+        widest = max(q.type.shape[-1], v.type.shape[-1])
+        if widest > (256 if q.type.dtype.narrow else 64 if q.type.dtype is f32 else 0):
+            return False
+    return not any(0 in x.type.shape for x in (q, k, v))
+
+
+def _without_scores(
+    t: Trace,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Handle | None,
+    is_causal: bool,
+    scale: float | None,
+) -> Value:
+    """Attention as one primitive, whose gradients recompute the scores from their log-sums."""
+    narrow, dtype = q.type.dtype, widened(q.type.dtype)
+    shape, factor = (*q.type.shape[:-1], k.type.shape[-2]), literal(_scale(q, scale), dtype)
+    if isinstance(factor, Value):  # a number that may change from call to call
+        q, k, v = (widen(t, x) for x in (q, k, v))
+        q, factor = t.b.mul(q, factor), 1.0
+    how = {"causal": bool(is_causal), "scale": float(factor)}
+    with t.untaped():
+        bias = 0.0 if mask is None else _bias(t, mask, shape, dtype)
+        out = t.b.attention(q, k, v, bias, **how)
+        kept = t.b.attention_lse(q, k, bias, **how)
+
+    def vjp(b: Builder, cts: tuple[Value, ...], need: tuple[bool, ...]) -> list[Value | None]:
+        g = cts[0]
+        lse = b.attention_lse(q, k, bias, **how) if t.grad_on else kept  # has derivatives itself
+        delta = row_products(b, g, out)
+        names = zip(need, GRADIENTS, strict=True)
+        emitted = (getattr(b, name) if wanted else None for wanted, name in names)
+        return [emit and emit(q, k, v, bias, lse, delta, g, **how) for emit in emitted]
+
+    return cast(t, t.derive("scaled_dot_product_attention", (q, k, v), out, vjp), narrow)
 
 
 # ---- what eager takes

@@ -86,7 +86,8 @@ def _gradients(
 def _check_products(t: Trace, emitted: Sequence[Node]) -> None:
     """Refuse a backward whose products of matrices eager would compute in lower precision than
     those of the forward pass, because autocast is on around it."""
-    if any(n.op.name == "matmul" and n.out.type.dtype is f32 for n in emitted):
+    products = ("contraction", "attention")
+    if any(n.op.family in products and n.out.type.dtype is f32 for n in emitted):
         raise t.unsupported(
             "Autocast is on around it, and eager would differentiate float32 products in lower "
             "precision; call backward after the region of autocast"

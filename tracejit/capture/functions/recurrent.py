@@ -8,6 +8,7 @@ state are one product a step. The derivative of a weight is one product over all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -17,10 +18,12 @@ from tracejit.capture.functions.common import cast, expand, promote_two
 from tracejit.capture.functions.contraction import linear
 from tracejit.capture.functions.dropout import dropout as drop
 from tracejit.capture.functions.movement import select, transpose
+from tracejit.capture.functions.rolling import Product, Weight, roll
+from tracejit.capture.functions.rows import emitted
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.trace import location
 from tracejit.capture.trace.autocast import casted
-from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -35,6 +38,7 @@ Cell = Callable[[Trace, Value, Value, State], State]  # of the input's gates and
 Params = tuple[Tensor | None, ...]
 
 _TOGETHER = 4  # pieces that are joined at once
+ROLLED = 2  # steps from which on there is a loop
 
 
 # ---- the cells
@@ -42,6 +46,8 @@ _TOGETHER = 4  # pieces that are joined at once
 
 def _applied(t: Trace, name: str, x: Value) -> Value:
     """An element-wise torch function."""
+    if x.type.dtype.is_float:
+        return emitted(t, RULES[getattr(torch, name)].row, (x,))
     return t.read(FUNCTIONS[name](t, t.fresh(x)).handle)
 
 
@@ -194,19 +200,29 @@ def _layer(
 ) -> tuple[Value, State]:
     """One layer in one direction over x [steps, rows, features]: its outputs and last state."""
     w_input, w_state, b_input, b_state, w_out = params
-    steps, rows = t.lift(x).shape[:2]
-    of_input = _unbound(t, _gates(t, x, w_input, b_input))
-    of_state, projected = (
-        None if w is None else _Product(t, *_weights(t, w, bias), steps, rows)
-        for w, bias in ((w_state, b_state), (w_out, None))
-    )
-    outputs: dict[int, Value] = {}
-    for k in reversed(range(steps)) if back else range(steps):
-        state = cell(t, of_input[k], of_state(k, state[0]), state)
-        if projected is not None:
-            state = projected(k, state[0]), *state[1:]
-        outputs[k] = state[0]
-    return _stacked(t, [outputs[k] for k in range(steps)]), state
+    of_input = _gates(t, x, w_input, b_input)
+    pairs = (w_state, b_state), *(() if w_out is None else [(w_out, None)])
+    weights = [_weights(t, w, bias) for w, bias in pairs]
+
+    def step(t: Trace, of_input: Value, products: Sequence[Product], state: State) -> State:
+        state = cell(t, of_input, products[0](state[0]), state)
+        for projected in products[1:]:
+            state = projected(state[0]), *state[1:]
+        return state
+
+    def unrolled(of_input: Value, state: State, weights: Sequence[Weight]) -> tuple[Value, State]:
+        steps, rows = of_input.type.shape[:2]
+        products = [_Product(t, *pair, steps, rows) for pair in weights]
+        gates, outputs = _unbound(t, of_input), {}
+        for k in reversed(range(steps)) if back else range(steps):
+            state = step(t, gates[k], [partial(product, k) for product in products], state)
+            outputs[k] = state[0]
+        return _stacked(t, [outputs[k] for k in range(steps)]), state
+
+    rolled = None
+    if of_input.type.shape[0] >= ROLLED:
+        rolled = roll(t, step, unrolled, of_input, state, weights, back)
+    return rolled or unrolled(of_input, state, weights)
 
 
 def _value(t: Trace, x: Tensor | None) -> Value | None:

@@ -39,9 +39,19 @@ def against(captured: Captured, call: Call) -> str:
             late.update(node.outs)
     if any(late.intersection((p.left, p.right)) for p in captured.predicates):
         return "it decides by a value that a scheduler has just computed"
-    if call.callbacks and captured.branches:
-        return "it steps a scheduler and decides by a value of a tensor; do one outside the step"
+    if captured.branches and _is_asked_first(captured, late):
+        return (
+            "it decides by a value of a tensor that depends on what a scheduler has just computed; "
+            "step the scheduler outside the step"
+        )
     return ""
+
+
+def _is_asked_first(captured: Captured, late: set) -> bool:
+    """Whether a replay needs numbers of a scheduler before it knows that it will go on."""
+    inputs = {i for k in captured.early for of, i in captured.cuts[k].sources if of == "scalar"}
+    numbers = {x for event in captured.draws for x in event.numbers}
+    return not late.isdisjoint({captured.scalars[i] for i in inputs} | numbers)
 
 
 def _of_torch_alone(scheduler: LRScheduler) -> bool:

@@ -10,8 +10,12 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from tracejit.capture.effects.variables import Variable
 from tracejit.capture.proof.classes import Classes
 from tracejit.capture.proof.guard_text import unbound
+from tracejit.capture.proof.kinds import C_FUNCTIONS, cached_text, known_callable
 from tracejit.capture.proof.watch import origin
-from tracejit.capture.python.bytecode import asks, codes, scan
+from tracejit.capture.python.bytecode import asks, codes, is_value, scan
+from tracejit.capture.python.doubts import Doubt
+
+_MAX_CACHED = 300  # arguments and results that a cache keeps, in a guard
 
 
 class Functions(Classes):
@@ -21,6 +25,7 @@ class Functions(Classes):
         super().__init__(names, ran)
         self.root: FunctionType | None = None  # the step, which sees floats as runtime scalars
         self.codes: set[CodeType] = set()  # the user code that the guard accounts for
+        self.doubts: list[Doubt] = []  # what of it keeps the step from being replayed if it runs
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._asked = ran is None or any(map(asks, mine))
 
@@ -92,10 +97,36 @@ class Functions(Classes):
             self._visited.add((key, root))
             self.visit(x, at, path, key if root else None, owned=False, place=place)
 
+    def _wrapper(self, x: object, at: str, path: str) -> None:
+        parts = ("__func__", "fget", "fset", "fdel", "func", "args", "keywords")
+        for name in parts:
+            part = getattr(x, name, None)
+            if name == "func" and isinstance(part, C_FUNCTIONS) and not known_callable(part):
+                # C calls it: no profiler sees that, and it may read a runtime scalar's value
+                self.refuse(
+                    f"{path} wraps {part.__qualname__}, which is not known to be pure", path
+                )
+            if part is not None:
+                self.visit(part, f"{at}.{name}", path)
+
+    def _cached(self, x: object, results: list, at: str, path: str) -> None:
+        """A function that keeps its results: as if it ran, and it has kept nothing else since."""
+        function = x.__wrapped__
+        few = len(results) <= _MAX_CACHED
+        if not (few and isinstance(function, FunctionType) and all(map(is_value, results))):
+            why = "whose cache holds much, or more than plain values"
+            self.refuse(f"it reads {path}, {why}; call it outside the step", path)
+        elif origin(function.__code__) == "user":
+            self.names["cached_text"] = cached_text
+            self.check(f"cached_text({at}) == {cached_text(x)!r}", f"the cache of {path} changed")
+            self.function(function, path)
+            self._globals(function)
+
     def _globals(self, function: FunctionType) -> None:
         scanned = scan(function)
         for why in scanned.refusals:
             self.refuse(why)
+        self.doubts += scanned.doubts
         for read in scanned.reads:
             k = self.constant(read.holder)
             number = type(read.value) in (float, tuple)

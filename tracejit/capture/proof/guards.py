@@ -31,6 +31,7 @@ from tracejit.capture.proof.many import guard_dicts, guard_metadata
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
+from tracejit.capture.python.doubts import template
 from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.capture.trace.tensor import extent
@@ -71,7 +72,10 @@ def survey(
     is, and the guard is wider than it has to be. What lists hold that it only appends to, the
     `records`, is not asked; nor which list or dict is at the paths of `remade` ones.
     """
-    w = Walk(*(None, None) if ran is None else (ran.names(), ran.codes), records, remade)
+    if ran is None:
+        w = Walk(None, None, records, remade)
+    else:
+        w = Walk(ran.names(), ran.codes, records, remade, ran.of_schedulers)
     w.root = function
     _modes(w)
     w.check(f"len(args) == {len(args)}", "the number of arguments changed")
@@ -159,7 +163,7 @@ def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     def located(why: str) -> str:
         return line_of(walk.about.get(why, ""), mine) + why
 
-    reasons = [*ran.refusals, *map(located, walk.refusals), *captured.opaque]
+    reasons = [*ran.refusals, *doubtful(walk, ran), *map(located, walk.refusals), *captured.opaque]
     for code in mine:
         if code not in walk.codes:
             at = f"{os.path.basename(code.co_filename)}:{code.co_firstlineno}: "
@@ -174,6 +178,18 @@ def reasons_against(walk: Walk, ran: Seen, captured: Captured) -> list[str]:
     if OPAQUE in captured.given:
         reasons.append("it returns an object that is neither a tensor nor a plain value")
     return list(dict.fromkeys(reasons))
+
+
+def doubtful(walk: Walk, ran: Seen) -> list[str]:
+    """The doubtful lines that a trace came by. One that formats with % what may be a string counts
+    where a template for it is within reach."""
+    mine = [code for code in ran.codes if origin(code) == "user"]
+    templates = [*walk.templates, *(x for code in mine for x in code.co_consts if template(x))]
+    return [
+        f"{os.path.basename(d.code.co_filename)}:{d.line}: {d.why}"
+        for d in walk.doubts
+        if (d.sure or templates) and ran.passed.has(d)
+    ]
 
 
 @dataclass(frozen=True)

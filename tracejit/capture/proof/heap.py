@@ -17,6 +17,7 @@ describes the state *before* the trace. So it fails after the trace exactly if t
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterable
@@ -35,13 +36,13 @@ from tracejit.capture.proof.kinds import (
     C_FUNCTIONS,
     CONTAINERS,
     WRAPPERS,
-    cached_text,
     cached_values,
     constant,
     instead_of,
     is_data,
     known_callable,
     library,
+    logs,
     plain_object,
     pure_type,
 )
@@ -50,11 +51,11 @@ from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.classes import is_heap_type, module_of, slots
+from tracejit.capture.python.doubts import template
 from tracejit.capture.trace.scalars import Path, is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)
-_MAX_CACHED = 300  # arguments and results that a cache keeps, in a guard
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
@@ -67,8 +68,10 @@ class Walk(Functions):
         ran: Iterable[CodeType] | None,
         records: Iterable[Record] = (),
         remade: Collection[str] = (),
+        of_schedulers: Collection[str] | None = None,
     ):
         super().__init__(names, ran)
+        self._of_schedulers = of_schedulers  # the attributes that the step asks for; None: unknown
         self.lasting = True  # what is visited is the same in other calls
         self._remade = remade
         self._records = {record.place.path for record in records}
@@ -90,6 +93,7 @@ class Walk(Functions):
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
         self.aliases: list[Variable] = []  # places of functions of math, besides math's
+        self.templates: list[str] = []  # places of strings that % may format
         self.unasked: list[str] = []  # such functions where no wrapper can stand for them
         self.asks_numpy = False  # which may raise where a setting says so
         self.reentrant = False  # the step can reach itself, and sees plain floats then
@@ -200,8 +204,8 @@ class Walk(Functions):
         if x is None or x is True or x is False or x is ...:
             self.expect(f"{at} is {x!r}", path, x, at)
             return
-        if isinstance(x, str) and "%" in x:
-            self.refuse(f"it reads {path}, a string that % may format", path)
+        if template(x):
+            self.templates.append(path)
         self.number(x, at, path)
 
     def path_of(self, x: torch.Tensor) -> str:
@@ -375,6 +379,10 @@ class Walk(Functions):
                 self.visit(x(), f"{place}()", path)
             else:
                 self.refuse(f"it reads {path}, a weak reference", path)
+        elif isinstance(x, logging.Logger):
+            self.names["logs"] = logs
+            self.check(f"logs({place}) == {logs(x)!r}", f"{path} takes other messages now")
+            self._class(type(x))
         elif isinstance(x, WRAPPERS):
             self._wrapper(x, place, path)
         elif (results := cached_values(x)) is not None:
@@ -402,31 +410,6 @@ class Walk(Functions):
         if isinstance(x.__func__, FunctionType):
             self.function(x.__func__, path)
 
-    def _wrapper(self, x: object, at: str, path: str) -> None:
-        parts = ("__func__", "fget", "fset", "fdel", "func", "args", "keywords")
-        for name in parts:
-            part = getattr(x, name, None)
-            if name == "func" and isinstance(part, C_FUNCTIONS) and not known_callable(part):
-                # C calls it: no profiler sees that, and it may read a runtime scalar's value
-                self.refuse(
-                    f"{path} wraps {part.__qualname__}, which is not known to be pure", path
-                )
-            if part is not None:
-                self.visit(part, f"{at}.{name}", path)
-
-    def _cached(self, x: object, results: list, at: str, path: str) -> None:
-        """A function that keeps its results: as if it ran, and it has kept nothing else since."""
-        function = x.__wrapped__
-        few = len(results) <= _MAX_CACHED
-        if not (few and isinstance(function, FunctionType) and all(map(is_value, results))):
-            why = "whose cache holds much, or more than plain values"
-            self.refuse(f"it reads {path}, {why}; call it outside the step", path)
-        elif origin(function.__code__) == "user":
-            self.names["cached_text"] = cached_text
-            self.check(f"cached_text({at}) == {cached_text(x)!r}", f"the cache of {path} changed")
-            self.function(function, path)
-            self._globals(function)
-
     def _instance(self, x: object, at: str, path: str, *, owned: bool = True) -> None:
         cls = type(x)
         self.check(f"type({at}) is {self.constant(cls)}", f"{path} has another class now")
@@ -443,8 +426,12 @@ class Walk(Functions):
             own = not isinstance(x, LRScheduler)  # which is called as it is
             if isinstance(x, Optimizer):
                 self.groups.update(map(id, x.param_groups))
-            wide = self._compared and isinstance(x, SimpleNamespace)
-            for name in attributes if wide else self._named(attributes):
+            named = self._named(attributes)
+            if self._compared and isinstance(x, SimpleNamespace):
+                named = [*attributes]
+            elif isinstance(x, LRScheduler) and self._of_schedulers is not None:
+                named = [name for name in attributes if name in self._of_schedulers]
+            for name in named:
                 self.visit(
                     attributes[name],
                     f"{place}[{name!r}]",

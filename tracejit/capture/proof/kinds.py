@@ -7,20 +7,24 @@ import dataclasses
 import functools
 import gc
 import io
+import logging
 import operator
 import random
 import re
 import struct
 import sys
+import typing
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Generator, Iterator
 from types import (
     BuiltinFunctionType,
     FunctionType,
+    GenericAlias,
     MappingProxyType,
     MethodDescriptorType,
     ModuleType,
     SimpleNamespace,
+    UnionType,
     WrapperDescriptorType,
 )
 
@@ -116,7 +120,13 @@ def instead_of(x: object) -> str:
 
 
 _CONSTANTS = (re.Pattern, struct.Struct, np.dtype, torch.finfo, torch.iinfo, TorchVersion)
-_CONSTANTS += (operator.itemgetter,)
+_CONSTANTS += (operator.itemgetter, GenericAlias, UnionType, typing.TypeVar, typing.ParamSpec)
+_CONSTANTS += (type(typing.Any), type(typing.Optional))
+
+
+def logs(logger: logging.Logger) -> tuple:
+    """All that decides which messages a logger takes. One that is taken is seen to be written."""
+    return logger.getEffectiveLevel(), logger.disabled, logger.manager.disable
 
 
 def constant(x: object) -> bool:
@@ -138,7 +148,14 @@ def cached_values(x: object) -> list | None:
             found.append(held)  # of its entries, which no collector tracks
     if len(found) != 2 * x.cache_info().currsize:
         found.append(_CACHED)  # among them is one that is no plain value
-    return [plain(x) for x in found]
+    return [_without_loggers(plain(x)) for x in found]
+
+
+def _without_loggers(x: object) -> object:
+    """What a cache keeps, where `logger.warn_once(text)` says something only once."""
+    if type(x) is tuple:
+        return tuple(map(_without_loggers, x))
+    return x.name if isinstance(x, logging.Logger) else x
 
 
 def cached_text(x: object) -> list[str]:

@@ -17,6 +17,7 @@ from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import (
     Armed,
     arm,
+    doubtful,
     pinned_arguments,
     pinned_stores,
     reasons_against,
@@ -55,6 +56,8 @@ class Prover:
         self._wait, self._waits = 0, _WAIT  # traces to go until one is watched again, and next time
         self.variables: list[Variable] = []  # places that the step is known to assign
         self._plain: set[tuple] = set()  # those whose numbers it takes as plain ones
+        self._shown: set[tuple] = set()  # of these, those of traces that are refused anyway
+        self._replayable = False  # whether there was one that is not
         # numbers that it takes as plain ones and has computed of a variable
         self._derived: defaultdict[tuple, set] = defaultdict(set)
         self._remade: set[str] = set()  # the paths of lists and dicts that it makes anew
@@ -92,6 +95,12 @@ class Prover:
 
     def _survey(self, args: tuple, kwargs: dict) -> Walk:
         return survey(self.function, args, kwargs, self._ran, self.records, self._remade)
+
+    def missed(self) -> None:
+        """Replays are there, and none takes a call: what they ask may have become a variable since.
+        A number that only a rare path assigns is seen to vary late."""
+        if self.mode != "rerun" and not self._left and not self._wait:
+            self._wait, self._waits = self._waits, 4 * self._waits
 
     def over(self) -> None:
         """A trace is over: what was this call's only is let go."""
@@ -140,10 +149,10 @@ class Prover:
         if walk is None:
             self.why = _AGREE
             return None
-        if self._learns(walk, ran, captured, call):
+        reasons, lines = reasons_against(walk, ran, captured), walk.lines
+        if self._learns(walk, ran, captured, call, refused=bool(reasons)):
             self.why = _AGREE
             return None
-        reasons, lines = reasons_against(walk, ran, captured), walk.lines
         armed = None
         if not reasons:
             armed = arm(walk, self.function, captured, call)
@@ -153,7 +162,7 @@ class Prover:
             before.covers(ran) or self._survey(args, kwargs).lines == lines
         )
         if reasons and not incomplete:
-            lasting = bool(ran.refusals or walk.refusals)
+            lasting = bool(ran.refusals or walk.refusals or doubtful(walk, ran))
             self._refuse(reasons, lasting=lasting)
             if lasting:
                 self.warning = self.why
@@ -163,18 +172,28 @@ class Prover:
             return None
         return armed
 
-    def _learns(self, walk: Walk, ran: Seen, captured: Captured, call: Call) -> bool:
+    def _learns(
+        self, walk: Walk, ran: Seen, captured: Captured, call: Call, *, refused: bool
+    ) -> bool:
         """Whether this trace has told more about the state variables: then two more have to agree.
 
         What a trace has changed of what it reads, is one from now on, and a number that is another
         one than in an earlier call. But one that a trace takes as a plain number, and changes, is
         none: there would be a plan for each value. What is computed of it, such as its remainder,
-        may be one of a few numbers.
+        may be one of a few numbers. What a trace does that is `refused` anyway, such as to print
+        the number, says nothing of those that can be replayed, once there are such.
         """
+        if not refused and not self._replayable:
+            self._replayable = True
+            self._plain -= self._shown
         pinned, derived = pinned_stores(captured, call)
+        if refused and self._replayable:
+            pinned, derived = set(), set()
         for id_, number in derived:
             self._derived[id_].add(number)
         pinned |= {id_ for id_, _ in derived if len(self._derived[id_]) > _FEW}
+        if refused:
+            self._shown |= pinned - self._plain
         self._plain.update(pinned)
         known = {v.id for v in self.variables}
         self.variables = [v for v in self.variables if v.id not in pinned]

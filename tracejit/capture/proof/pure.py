@@ -28,9 +28,19 @@ PURE_BUILTINS = frozenset(
         *("iter", "next", "type", "str", "callable", "NotImplementedError", "ValueError", "repr"),
         *("TypeError", "RuntimeError", "AssertionError", "IndexError", "KeyError", "Exception"),
         *("AttributeError", "StopIteration", "NotImplemented", "super", "property", "bytes"),
-        *("getattr", "hasattr", "setattr", "object", "format", "ord", "chr", "staticmethod"),
+        *(
+            "getattr",
+            "hasattr",
+            "setattr",
+            "vars",
+            "object",
+            "format",
+            "ord",
+            "chr",
+            "staticmethod",
+        ),
         *("classmethod", "ArithmeticError", "ZeroDivisionError", "LookupError", "Ellipsis"),
-        *("bin", "hex", "oct", "ascii", "bytearray"),
+        *("bin", "hex", "oct", "ascii", "bytearray", "delattr"),
     )
 )
 # Whose methods compute, or change the container that they belong to (which the heap's check sees).
@@ -152,7 +162,7 @@ _OBJECT_METHODS = frozenset(
 )
 BY_NAME = (getattr, hasattr, setattr, delattr)
 _LIBRARY_ONLY = frozenset(
-    {*("id", "vars", "dir", "locals", "globals", "hash"), *("_getframe", "getsizeof", "get_ident")}
+    {*("id", "dir", "locals", "globals", "hash"), *("_getframe", "getsizeof", "get_ident")}
 )
 _IMPURE_TORCH_C = frozenset(
     {

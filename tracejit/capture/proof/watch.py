@@ -17,6 +17,7 @@ import torch
 
 from tracejit.capture.effects.hyperparameters import Hyperparameters
 from tracejit.capture.proof import settings
+from tracejit.capture.proof.asked import noted
 from tracejit.capture.proof.pure import (
     BY_NAME,
     READ_ALL,
@@ -32,6 +33,7 @@ from tracejit.capture.proof.repeat import may_repeat
 from tracejit.capture.proof.settings import Setting
 from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
+from tracejit.capture.python.doubts import Passed
 from tracejit.capture.python.origins import ORIGINS, origin
 
 # Where users put functions of their own in place of torch's.
@@ -46,6 +48,8 @@ class Seen:
     def __init__(self) -> None:
         self.codes: dict[CodeType, str] = {}
         self.refusals: list[str] = []
+        self.of_schedulers: set[str] = set()  # the attributes that it has asked for
+        self.passed = Passed()  # which of the lines that are doubtful ran
         self.unasked: list[str] = []  # calls of C that would take a runtime scalar for a constant
         self.settings: dict[str, Setting] = {}  # of the process, that it asks for
         self.unrepeatable: list[str] = []  # what it called and may not be called once more
@@ -79,6 +83,10 @@ class Seen:
                 return False
         if not other.settings.keys() <= self.settings.keys():
             return False
+        if not other.of_schedulers <= self.of_schedulers:
+            return False
+        if any(origin(code) == "user" and code not in self.codes for code in other.codes):
+            return False  # whose globals were not looked at
         return self.computes_names or (not other.computes_names and other.names() <= self.names())
 
     def joined(self, other: Seen) -> Seen:
@@ -87,9 +95,15 @@ class Seen:
         both.codes = self.codes | other.codes
         both.computes_names = other.computes_names
         both.settings = self.settings | other.settings
+        both.of_schedulers = self.of_schedulers | other.of_schedulers
         for holder, names in (*self.places.values(), *other.places.values()):
             both.places.setdefault(id(holder), (holder, set()))[1].update(names)
         return both
+
+    def note_of_scheduler(self, name: str) -> None:
+        """An attribute of a scheduler is asked for, perhaps by a call that a replay makes again."""
+        if self._ignoring is None:
+            self.of_schedulers.add(name)
 
     def profile(self, frame: FrameType, event: str, arg: object) -> None:
         """The profiler; see `sys.setprofile`."""
@@ -230,5 +244,5 @@ def watch(on: bool) -> Iterator[Seen | None]:
         yield None
         return
     seen = Seen()
-    with profiler.profiled(seen.profile):
+    with noted(seen.note_of_scheduler), seen.passed.traced(), profiler.profiled(seen.profile):
         yield seen

@@ -12,6 +12,7 @@ import dis
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,17 +21,13 @@ from types import CellType, CodeType, FunctionType, ModuleType
 import numpy as np
 import torch
 
+from tracejit.capture.python.doubts import Doubt, doubts
+
 VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis), range, slice)
 VALUE_TYPES += (np.bool_, np.float16, np.float32, np.float64, np.uint8, np.int32, np.int64)
 TORCH_VALUE_TYPES = (torch.dtype, torch.device, torch.Size, torch.memory_format, torch.layout)
 TENSOR_TYPES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _CODES = 10_000  # whose names are remembered
-_UNSAFE_ATTRIBUTES = frozenset(
-    {
-        *("__dict__", "__globals__", "__code__", "__closure__", "__defaults__", "__subclasses__"),
-        *("f_locals", "f_globals", "f_back", "f_code", "gi_frame", "tb_frame", "cell_contents"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,8 @@ class Scanned:
     """What the code of one function reads and does."""
 
     reads: list[Read] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
+    refusals: list[str] = field(default_factory=list)  # whether or not they run
+    doubts: list[Doubt] = field(default_factory=list)  # if they run
 
 
 def is_value(x: object) -> bool:
@@ -84,7 +82,7 @@ def contents(cell: CellType) -> object:
 _BY_NAME = frozenset({"getattr", "hasattr", "setattr", "delattr"})
 _DYNAMIC = frozenset(
     {
-        *("vars", "attrgetter", "methodcaller", "__reduce_ex__"),
+        *("vars", "__dict__", "attrgetter", "methodcaller", "__reduce_ex__"),
         *("__getattribute__", "__setattr__", "__delattr__"),
     }
 )
@@ -221,18 +219,64 @@ def _scan(found: Scanned, function: FunctionType, code: CodeType) -> None:
                 found.refusals.append(f"{_at(code, line)}: it makes the global name {name!r}")
             else:
                 found.reads.append(Read(name, namespace, name, namespace[name]))
-        elif opcode in ("IMPORT_NAME", "IMPORT_FROM", "IMPORT_STAR"):
-            found.refusals.append(f"{_at(code, line)}: it imports {name}")
-        elif opcode == "LOAD_CONST" and isinstance(name, complex):
-            found.refusals.append(f"{_at(code, line)}: it computes with complex numbers")
-        elif opcode == "BINARY_OP" and instruction.argrepr in ("%", "%="):
-            if any(isinstance(c, str) and "%" in c for c in code.co_consts):
-                # C code formats a runtime scalar without asking it
-                found.refusals.append(f"{_at(code, line)}: it may format a string with %")
-        elif opcode == "LOAD_BUILD_CLASS":
-            found.refusals.append(f"{_at(code, line)}: it defines a class")
-        elif opcode in ("LOAD_ATTR", "LOAD_METHOD") and name in _UNSAFE_ATTRIBUTES:
-            found.refusals.append(f"{_at(code, line)}: it reads {name}")
+        elif opcode == "IMPORT_NAME":
+            why = _import(found, function, instructions, i, _at(code, line))
+            if why:
+                found.doubts.append(Doubt(code, instruction.starts_line or line, why))
+    found.doubts += doubts(code)
+
+
+def _import(
+    found: Scanned, function: FunctionType, instructions: list[dis.Instruction], i: int, at: str
+) -> str:
+    """Record what an import statement gives: a module that is there already, whose attributes are
+    followed where the code spells them out. Returns why that cannot be said, if it cannot."""
+    name, level, names = (
+        instructions[i].argval,
+        instructions[i - 2].argval,
+        instructions[i - 1].argval,
+    )
+    why = f"it imports {name}"
+    if level:
+        package = function.__globals__.get("__package__") or ""
+        parts = package.split(".")[: len(package.split(".")) - level + 1]
+        name = ".".join([*parts, *([name] if name else [])])
+    module = sys.modules.get(name)
+    if type(module) is not ModuleType:
+        return why
+    root = name.partition(".")[0]
+    reads = [Read(name, sys.modules, name, module)]
+    if names is None and root != name:
+        module = sys.modules[root]
+        reads.append(Read(root, sys.modules, root, module))
+        name = root
+    local: list[tuple[str, Read]] = []  # what a variable of the code holds from now on
+    here, k = Read(name, sys.modules, name, module), i + 1
+    for k in range(i + 1, len(instructions)):
+        x = instructions[k]
+        if x.opname == "IMPORT_FROM":
+            value = getattr(module, x.argval, None)
+            if value is None:
+                return why
+            here = Read(f"{name}.{x.argval}", module, x.argval, value)
+            reads.append(here)
+            if names is None:
+                name, module = here.path, value
+        elif x.opname == "STORE_FAST":
+            local.append((x.argval, here))
+        elif x.opname not in ("SWAP", "POP_TOP", "EXTENDED_ARG"):
+            break
+        if x.opname == "STORE_FAST" and names is None:
+            break
+    if not local or len(local) != len(names or (root,)):
+        return why  # into a variable of a closure, or of the module; or all names
+    found.reads += reads
+    for variable, read in local:
+        if isinstance(read.value, ModuleType):
+            for j, x in enumerate(instructions):
+                if x.opname == "LOAD_FAST" and x.argval == variable:
+                    _chain(found, instructions, j, read.holder, read.key, read.value, at, read.path)
+    return ""
 
 
 def _chain(
@@ -243,9 +287,10 @@ def _chain(
     key: str,
     value: object,
     at: str,
+    path: str = "",
 ) -> None:
     """Record the name that instruction i loads, and its attributes as long as it is a module."""
-    path = key
+    path = path or key
     found.reads.append(Read(path, holder, key, value))
     while isinstance(value, ModuleType):
         i += 1
@@ -256,6 +301,9 @@ def _chain(
             return
         key = instructions[i].argval
         path = f"{path}.{key}"
+        if key == "__dict__":
+            found.refusals.append(f"{at}: it reads {path}")
+            return
         if not hasattr(value, key):
             found.reads.append(Read(path, value, key, None, missing=True))
             return

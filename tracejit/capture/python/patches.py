@@ -127,9 +127,9 @@ def _updated(update: Callable) -> Callable:
 
     @wraps(update)
     def wrapper(self: GradScaler, *args: object, **kwargs: object) -> None:
-        before = self._per_optimizer_states
+        before = vars(self).get("_per_optimizer_states")  # none of a scaler that is not enabled
         update(self, *args, **kwargs)
-        if current() is not None and self._per_optimizer_states is not before:
+        if current() is not None and vars(self).get("_per_optimizer_states") is not before:
             before.clear()
 
     return wrapper

@@ -17,20 +17,6 @@ def is_free() -> bool:
 
 
 @contextmanager
-def unprofiled() -> Iterator[None]:
-    """Call no profiler at what runs inside. One that Python cannot set again (cProfile) stays."""
-    before = sys.getprofile()
-    if not is_free():
-        yield
-        return
-    sys.setprofile(None)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
-@contextmanager
 def profiled(profile: Profile) -> Iterator[None]:
     """Call `profile` at what runs inside on this thread, and after it a profiler that is active."""
     before = sys.getprofile()
@@ -44,3 +30,18 @@ def profiled(profile: Profile) -> Iterator[None]:
         yield
     finally:
         sys.setprofile(before)
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """Without what notes the functions and lines that run: those inside are of no interest."""
+    profile, trace = sys.getprofile(), sys.gettrace()
+    if callable(profile):  # else it is one of C, which cannot be put back
+        sys.setprofile(None)
+    sys.settrace(None)
+    try:
+        yield
+    finally:
+        if callable(profile):
+            sys.setprofile(profile)
+        sys.settrace(trace)

@@ -10,7 +10,6 @@ is left alone in modules that do more with it than to call it or to ask `isinsta
 from __future__ import annotations
 
 import dis
-import functools
 import sys
 import threading
 from collections import Counter
@@ -21,6 +20,7 @@ from types import CodeType, FunctionType, ModuleType
 import numpy as np
 import torch
 
+from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import codes
 from tracejit.capture.python.numerics import TracedFloat64
 from tracejit.capture.trace.active import current
@@ -107,9 +107,8 @@ def _namespaces(start: Iterable[object]) -> Needed:
                 _found[id(namespace)] = known
             needed += known[2]
         if type(x) is FunctionType:  # which may have been made in another one
-            needed += [
-                (x.__globals__, name) for name in _needs([x.__code__, *_codes_in(x.__globals__)])
-            ]
+            uses = _uses(x.__code__) | _uses_in(x.__globals__)
+            needed += [(x.__globals__, name) for name in _needs(uses)]
         found |= {(id(namespace), name): (namespace, name) for namespace, name in needed}
     return list(found.values())
 
@@ -134,7 +133,7 @@ def _reached(namespace: dict) -> Iterator[tuple[dict, str]]:
     seen, pending = {id(namespace)}, [namespace]
     while pending:
         here = pending.pop()
-        for name in _needs(_codes_in(here)):
+        for name in _needs(_uses_in(here)):
             yield here, name
         for x in list(here.values()):
             name = _module_name(x)
@@ -155,7 +154,9 @@ def _module_name(x: object) -> object:
 def _codes_in(namespace: dict) -> Iterator[CodeType]:
     """The code of functions and of classes' methods in a namespace, decorated ones too."""
     for x in list(namespace.values()):
-        methods = list(vars(x).values()) if issubclass(type(x), type) else [x]
+        methods = [x]
+        if issubclass(type(x), type):  # whose own `__getattribute__` is not to run
+            methods = list(type.__getattribute__(x, "__dict__").values())
         for f in methods:
             if type(f) in (property, staticmethod, classmethod):
                 f = f.fget if type(f) is property else f.__func__
@@ -164,13 +165,25 @@ def _codes_in(namespace: dict) -> Iterator[CodeType]:
                 f = f.__dict__.get("__wrapped__")
 
 
-def _needs(functions: Iterable[CodeType]) -> list[str]:
+def _needs(uses: frozenset[str]) -> list[str]:
     """The names that code needs to stand for something else."""
-    uses = set().union(*map(_uses, functions))
     return [name for name in _STANDINS if name in uses and f"all of {name}" not in uses]
 
 
-@functools.lru_cache(4096)
+_used: dict[int, tuple[dict, int, frozenset[str]]] = {}  # by a namespace: its size, and what for
+
+
+def _uses_in(namespace: dict) -> frozenset[str]:
+    """What the code in a namespace uses."""
+    known = _used.get(id(namespace))
+    if known is None or known[0] is not namespace or known[1] != len(namespace):
+        if len(_used) >= _MANY:
+            _used.clear()
+        uses = frozenset().union(*map(_uses, _codes_in(namespace)))
+        known = _used[id(namespace)] = namespace, len(namespace), uses
+    return known[2]
+
+
 def _uses(code: CodeType) -> frozenset[str]:
     """Which of the names code uses: "float" where it is called, "all of float" where it may be
     passed on, or compared with a class."""
@@ -183,14 +196,30 @@ def _uses(code: CodeType) -> frozenset[str]:
         if not {"type", "__class__"}.isdisjoint(c.co_names):
             found.add("all of float")
         asked_for = 0  # instructions since `isinstance` was named
-        for i in dis.get_instructions(c):
-            asked_for += 1
-            if i.argval == "isinstance":
-                asked_for = 0
-            elif i.argval == "float" and i.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                called = i.opname == "LOAD_GLOBAL" and i.argrepr.startswith("NULL")
+        for name, called in _loads(c):
+            asked_for = 0 if name == "isinstance" else asked_for + 1
+            if name == "float":
                 found.add("float" if called or asked_for < _NEAR else "all of float")
     return frozenset(found)
+
+
+def _loads(code: CodeType) -> Iterator[tuple[str | None, bool]]:
+    """Per instruction: the name of a global that it loads, and whether that is to be called. (`dis`
+    takes ten times as long, which counts in libraries of thousands of functions.)"""
+    instructions, more = code.co_code, 0
+    for i in range(0, len(instructions), 2):
+        opcode, arg = instructions[i], instructions[i + 1] | more
+        more = arg << 8 if opcode == _EXTENDED else 0
+        if opcode == _LOAD_GLOBAL:
+            yield code.co_names[arg >> 1], bool(arg & 1)
+        elif opcode == _LOAD_NAME:
+            yield code.co_names[arg], False
+        elif opcode not in (_EXTENDED, _CACHE):
+            yield None, False
+
+
+_EXTENDED, _CACHE = dis.opmap["EXTENDED_ARG"], dis.opmap["CACHE"]
+_LOAD_GLOBAL, _LOAD_NAME = dis.opmap["LOAD_GLOBAL"], dis.opmap["LOAD_NAME"]
 
 
 _NEAR = 8
@@ -207,9 +236,11 @@ def standins(start: Iterable[object]) -> Iterator[None]:
     """`type` and `float` say what eager would, in the code that some functions and objects lead
     to."""
     with _lock:
+        with profiler.suspended():
+            found = _namespaces(start)
         needed = [
             (namespace, name)
-            for namespace, name in _namespaces(start)
+            for namespace, name in found
             if namespace.get(name, _STANDINS[name]) is _STANDINS[name]
         ]
         for namespace, name in needed:

@@ -194,6 +194,16 @@ class TraceState:
         """Emit without recording on the tape."""
         return self.taped(False)
 
+    @contextmanager
+    def inside(self, b: Builder, tape: Tape) -> Iterator[None]:
+        """Emit into another graph, the body of a loop, with a tape of its own."""
+        before = self.b, self.tape, self.formula
+        self.b, self.tape, self.formula = b, tape, None
+        try:
+            yield
+        finally:
+            self.b, self.tape, self.formula = before
+
     def derive(self, name: str, inputs: tuple[Value, ...], output: Value, vjp: Vjp) -> Value:
         """Give `output`, emitted untaped, its own derivative formula; returns it."""
         if self.grad_on:

@@ -1,6 +1,6 @@
 """All primitives, by name; importing a family registers it."""
 
-from tracejit.ir.ops import elementwise, host, indexing, movement, structured
+from tracejit.ir.ops import attention, elementwise, host, indexing, loop, movement, structured
 from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, OPS, ULPS, Exact, Op
 
 __all__ = [
@@ -11,9 +11,11 @@ __all__ = [
     "ULPS",
     "Exact",
     "Op",
+    "attention",
     "elementwise",
     "host",
     "indexing",
+    "loop",
     "movement",
     "structured",
 ]

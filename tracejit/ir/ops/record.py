@@ -5,7 +5,8 @@ A primitive is one `Op` holding every rule and every fact about it; none has a d
 infer   types (and literals) in, result type out; raises InvalidGraph on a malformed use
 eval    numpy arrays in compute dtypes (and literals) in, array out; the reference semantics
 vjp     one function per argument, `(b, g, y, *args, **attrs) -> cotangent`, written in primitives
-        with the builder `b`; or NO_GRAD where the derivative is zero almost everywhere
+        with the builder `b`; or NO_GRAD where the derivative is zero almost everywhere. `...` at
+        the end: the same function for each further argument
 cost    of one element of the largest operand or result, in a vector loop on a CPU: an addition,
         or a load from a cache, is 1; 0 where nothing runs on the device
 exact   whether all machines compute the same bits
@@ -67,9 +68,16 @@ class Op:
     def __reduce__(self) -> tuple:
         return op_named, (self.name,)
 
+    def rules(self, operands: int) -> tuple[Callable | None, ...]:
+        """`vjp`, for so many operands where their number is free."""
+        if self.vjp and self.vjp[-1] is ...:
+            first = self.vjp[:-1]
+            return (*first, *first[-1:] * (operands - len(first)))
+        return self.vjp
+
     def result_type(self, operands: tuple, attrs: dict[str, object]) -> Type:
         """`infer`, with the number of operands and the names of attributes checked as well."""
-        if len(operands) != len(self.vjp):
+        if len(operands) != len(self.rules(len(operands))):
             raise InvalidGraph(
                 reason=f"{self.name} takes {len(self.vjp)} operands, not {len(operands)}"
             )

@@ -68,6 +68,8 @@ def extents_of(kernel: Kernel) -> dict[str, int]:
         axes += stage.axes
         if stage.dot is not None:
             axes.append(stage.dot.k)
+        if stage.attend is not None:
+            axes += stage.attend.axes
     return {a.name: a.extent for a in axes}
 
 

@@ -56,6 +56,8 @@ def fuse_columns(launches: Sequence[CpuLaunch]) -> list[CpuLaunch]:
 def _fused(rows: CpuLaunch, columns: CpuLaunch) -> CpuLaunch | None:
     """Both as one, where the second can be done along with the first."""
     first, second = rows.kernel.kernel, columns.kernel.kernel
+    if rows.loop != columns.loop:
+        return None
     if not (_is_rows(first) and _sums_columns(second)):
         return None
     (row,), (across,) = first.axes, next(s.axes for s in first.stages if s.axes)
@@ -86,7 +88,7 @@ def _fused(rows: CpuLaunch, columns: CpuLaunch) -> CpuLaunch | None:
         partials=tuple(part.name for part in parts),
         outer=Nest("", 1, chunks),
     )
-    return CpuLaunch(fused, buffers, (*rows.scalars, *columns.scalars))
+    return CpuLaunch(fused, buffers, (*rows.scalars, *columns.scalars), rows.loop)
 
 
 def _is_rows(kernel: Kernel) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tracejit.ir.types import contiguous_strides
+from tracejit.schedule.cpu.attention import Attention
 from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuLaunch, CpuPlan, Place
 from tracejit.schedule.cpu.tiles import Contraction
 from tracejit.schedule.memory import Lifetime, Room, plan_memory
@@ -14,22 +15,30 @@ from tracejit.schedule.plan import Plan, PlanBuffer
 def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
     """Place intermediates and what kernels work in, in outputs not yet written where they fit.
 
-    A plan's own layout knows launches only, and nothing of what kernels work in.
+    A plan's own layout knows launches only, and nothing of what kernels work in. What a loop uses
+    it holds from its beginning to its end.
     """
+    rows = {b.name: b for b in plan.buffers if b.kind == "row"}
+    inside: dict[int, list[int]] = {}
+    for number, launch in enumerate(launches):
+        if launch.loop is not None:
+            inside.setdefault(launch.loop, []).append(number)
     spans: dict[str, tuple[int, int]] = {}
     pieces: dict[str, Lifetime] = {}
     kernels: dict[CpuKernel, str] = {}
     calls, working = [], []
     for number, launch in enumerate(launches):
+        first, *_, last = inside.get(launch.loop, (number, number)) * 2
         for name in launch.buffers:
-            spans[name] = spans.get(name, (number, number))[0], number
+            name = rows[name].of if name in rows else name
+            spans[name] = spans.get(name, (first, last))[0], last
         nbytes, memory = scratch_bytes(launch.kernel), ""
         if nbytes:
             memory = f"w{len(working)}"
             working.append((memory, nbytes))
             pieces[memory] = Lifetime(nbytes, number, number)
         kernel = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
-        calls.append(Call(kernel, launch.buffers, launch.scalars, memory))
+        calls.append(Call(kernel, launch.buffers, launch.scalars, memory, launch.loop))
     arena = [b for b in plan.buffers if b.kind == "arena" and b.name in spans]
     pieces = {b.name: Lifetime(b.type.nbytes, *spans[b.name]) for b in arena} | pieces
     outputs = [b for b in plan.buffers if b.kind == "output"]
@@ -40,12 +49,20 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
         Place(name, "" if at.room is None else outputs[at.room].name, at.offset)
         for name, at in zip(pieces, found, strict=True)
     )
+    places += tuple(
+        Place(row.name, at.room, at.offset + row.offset)
+        for at in places
+        for row in rows.values()
+        if row.of == at.memory
+    )
     named = {name: kernel for kernel, name in kernels.items()}
-    return CpuPlan(tuple(calls), named, tuple(working), places, total)
+    return CpuPlan(tuple(calls), named, tuple(working), places, total, plan.loops)
 
 
 def scratch_bytes(kernel: CpuKernel) -> int:
-    """The bytes that a kernel works in: packed operands, or the parts of column sums."""
+    """The bytes that a kernel works in: packed operands, blocks of scores, parts of column sums."""
+    if kernel.blocks is not None:
+        return Attention(kernel.kernel, kernel.blocks).scratch_bytes
     if kernel.tiling is not None:
         return Contraction(kernel.kernel, kernel.tiling).scratch_bytes
     return kernel.partial_offsets[-1]

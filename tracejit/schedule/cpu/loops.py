@@ -38,10 +38,11 @@ class Loop:
 
 
 def choose_loops(kernel: CpuKernel) -> CpuKernel:
-    """Choose the vector loop, its blocks and the chunks of every loop nest but a contraction's."""
+    """Choose the vector loop, its blocks and the chunks of every loop nest, but not of contractions
+    and attention."""
     stages, outer = kernel.kernel.stages, kernel.outer
     if not kernel.kernel.axes:
-        inner = [None if stage.dot is not None else _alone(stage) for stage in stages]
+        inner = [None if stage.dot or stage.attend else _alone(stage) for stage in stages]
         return replace(kernel, inner=tuple(inner))
     if outer is None:
         outer = _outer(kernel.kernel)

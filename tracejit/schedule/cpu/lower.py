@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
@@ -34,6 +35,7 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
         choose_loops,  # first: caching a row is worth it only if loops go along it
         cache_rows,
         partial(tile, vector_bytes=vector_bytes),
+        partial(cut_attention, vector_bytes=vector_bytes),
     )
     for step in passes:
         kernel = step(kernel)

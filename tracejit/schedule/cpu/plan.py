@@ -64,6 +64,21 @@ class Tiling:
     pack_chunks: int
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """How attention is cut, for vectors of `vector_bytes`: `m` queries and `n` keys are a block.
+
+    rows: of the block of a product that a micro-kernel keeps in registers.
+    chunks: in how many parts the work is dealt, each of which works in memory of its own.
+    """
+
+    vector_bytes: int
+    rows: int
+    m: int
+    n: int
+    chunks: int
+
+
 @dataclass(frozen=True)
 class CpuKernel:
     """What is compiled as one function: a kernel with plain numbers as sizes.
@@ -77,6 +92,7 @@ class CpuKernel:
     outer:    how the outer axes are walked, vector "" where an inner axis is the vector loop.
     inner:    how each stage's axes are walked, None for those that have none or a contraction.
     tiling:   of the contraction that the first stage starts with.
+    blocks:   of the attention that it is.
     """
 
     kernel: Kernel
@@ -86,6 +102,7 @@ class CpuKernel:
     outer: Nest | None = None
     inner: tuple[Nest | None, ...] = ()
     tiling: Tiling | None = None
+    blocks: Blocks | None = None
 
     def __str__(self) -> str:
         """How it is walked, and the kernel itself."""
@@ -95,9 +112,10 @@ class CpuKernel:
         for number, nest in enumerate(self.inner):
             if nest is not None:
                 lines.append(f"stage {number}: {_nest(nest)}")
-        if self.tiling is not None:
-            fields = asdict(self.tiling).items()
-            lines.append(f"tiling {', '.join(f'{k}={print_literal(v)}' for k, v in fields)}")
+        for word, cut in (("tiling", self.tiling), ("blocks", self.blocks)):
+            if cut is not None:
+                fields = asdict(cut).items()
+                lines.append(f"{word} {', '.join(f'{k}={print_literal(v)}' for k, v in fields)}")
         if self.rows:
             lines.append(f"rows {', '.join(self.rows)}")
         if self.partials:
@@ -134,22 +152,24 @@ class CpuKernel:
 @dataclass(frozen=True)
 class CpuLaunch:
     """A kernel with its bindings, as passes hand it on: names of buffers and slots of the plan's
-    scalars, in the order in which the kernel lists them."""
+    scalars, in the order in which the kernel lists them, and the loop that it is part of."""
 
     kernel: CpuKernel
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
+    loop: int | None = None
 
 
 @dataclass(frozen=True)
 class Call:
     """A launch in a plan: of the kernel of a name, which works in the memory `working` ("" for
-    none)."""
+    none). Those of one loop stand next to each other, and are repeated."""
 
     kernel: str
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
     working: str
+    loop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -174,16 +194,23 @@ class CpuPlan:
     working: tuple[tuple[str, int], ...]
     places: tuple[Place, ...]
     arena_bytes: int
+    loops: tuple[int, ...] = ()  # the steps of each
+
+    def times(self, call: Call) -> int:
+        """How often a call is made."""
+        return 1 if call.loop is None else self.loops[call.loop]
 
     def __str__(self) -> str:
         lines = [f"cpu plan arena {self.arena_bytes} {{"]
+        lines += [f"  loop {number}: {steps} steps" for number, steps in enumerate(self.loops)]
         lines += [f"  works {name}: {nbytes}" for name, nbytes in self.working]
         for p in self.places:
             lines.append(f"  place {p.memory}{f' in {p.room}' if p.room else ''} at {p.offset}")
         for call in self.calls:
             bindings = _bindings(call, self.kernels[call.kernel])
             working = f" in {call.working}" if call.working else ""
-            lines.append(f"  call {call.kernel}({bindings}){working}")
+            loop = "" if call.loop is None else f" loop {call.loop}"
+            lines.append(f"  call {call.kernel}({bindings}){working}{loop}")
         for name, kernel in self.kernels.items():
             lines += [f"  kernel {name} {{", *_indented(str(kernel), 4), "  }"]
         return "\n".join([*lines, "}"])

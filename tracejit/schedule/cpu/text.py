@@ -34,7 +34,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
-from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuPlan, Nest, Place, Tiling
+from tracejit.schedule.cpu.plan import Blocks, Call, CpuKernel, CpuPlan, Nest, Place, Tiling
 from tracejit.schedule.kernel_text import canonical, parse_kernel
 
 
@@ -52,7 +52,8 @@ def canonical_kernel(kernel: CpuKernel) -> CpuKernel:
 _HEADER = re.compile(r"cpu plan arena (\d+) \{\Z")
 _WORKS = re.compile(r"works (\w+): (\d+)\Z")
 _PLACE = re.compile(r"place (\w+)(?: in (\w+))? at (\d+)\Z")
-_CALL = re.compile(r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?\Z")
+_CALL = re.compile(r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?(?: loop (\d+))?\Z")
+_LOOP = re.compile(r"loop (\d+): (\d+) steps\Z")
 _KERNEL = re.compile(r"kernel (\w+) \{\Z")
 _NEST = re.compile(r"(outer|stage (\d+)): (?:(\w+) by (\d+)|points) in (\d+) chunks\Z")
 
@@ -64,7 +65,7 @@ def parse_cpu_plan(text: str) -> CpuPlan:
     if head is None or not lines or lines[-1] != "}":
         raise InvalidGraph(reason="a CPU plan's text is `cpu plan arena bytes {` … `}`")
     texts: dict[str, str] = {}
-    calls, working, places = [], [], []
+    calls, working, places, loops = [], [], [], []
     rest = iter(lines[:-1])
     for line in rest:
         code = line.strip()
@@ -72,17 +73,21 @@ def parse_cpu_plan(text: str) -> CpuPlan:
             texts[m[1]] = "\n".join(_block(rest, "  }"))
         elif m := _WORKS.match(code):
             working.append((m[1], int(m[2])))
+        elif m := _LOOP.match(code):
+            loops.append(int(m[2]))
         elif m := _PLACE.match(code):
             places.append(Place(m[1], m[2] or "", int(m[3])))
         elif m := _CALL.match(code):
             scalars = tuple(map(int, _values(m[3])))
-            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or ""))
+            loop = None if m[5] is None else int(m[5])
+            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or "", loop))
         else:
             raise InvalidGraph(reason=f"cannot read the line {code!r} of a CPU plan")
     missing = {call.kernel for call in calls} - texts.keys()
     if missing:
         raise InvalidGraph(reason=f"a CPU plan has no kernel {min(missing)}")
-    return CpuPlan(tuple(calls), Kernels(texts), tuple(working), tuple(places), int(head[1]))
+    lists = tuple(working), tuple(places), int(head[1]), tuple(loops)
+    return CpuPlan(tuple(calls), Kernels(texts), *lists)
 
 
 class Kernels(Mapping):
@@ -109,7 +114,8 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
     lines = text.splitlines()
     margin = min((len(line) - len(line.lstrip()) for line in lines if line.strip()), default=0)
     rest = iter([line[margin:] for line in lines if line.strip()])
-    kernel = columns = outer = tiling = None
+    kernel = columns = outer = None
+    cuts: dict[str, Tiling | Blocks] = {}
     inner: dict[int, Nest] = {}
     names = {"rows": (), "partials": ()}
     for line in rest:
@@ -120,8 +126,8 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
                 outer = nest
             else:
                 inner[int(m[2])] = nest
-        elif word == "tiling":
-            tiling = _tiling(line[len("tiling ") :])
+        elif word in _CUTS:
+            cuts[word] = _cut(_CUTS[word], line[len(word) + 1 :])
         elif word in names:
             names[word] = tuple(line[len(word) + 1 :].split(", "))
         elif word.startswith("kernel"):
@@ -133,7 +139,7 @@ def parse_cpu_kernel(text: str) -> CpuKernel:
     if kernel is None:
         raise InvalidGraph(reason="a CPU kernel's text has no kernel")
     nests = tuple(inner.get(i) for i in range(len(kernel.stages)))
-    return CpuKernel(kernel, columns, names["partials"], names["rows"], outer, nests, tiling)
+    return CpuKernel(kernel, columns, names["partials"], names["rows"], outer, nests, **cuts)
 
 
 def _block(lines: Iterator[str], end: str) -> list[str]:
@@ -150,9 +156,14 @@ def _values(text: str | None) -> tuple[str, ...]:
     return tuple(part.partition("=")[2] for part in (text or "").split(", ") if part)
 
 
-def _tiling(text: str) -> Tiling:
+_CUTS = {"tiling": Tiling, "blocks": Blocks}
+
+
+def _cut(kind: type, text: str) -> Tiling | Blocks:
     try:
         call = ast.parse(f"f({text})", mode="eval").body
-        return Tiling(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
+        return kind(**{k.arg: ast.literal_eval(k.value) for k in call.keywords})
     except (SyntaxError, TypeError, ValueError) as error:
-        raise InvalidGraph(reason=f"cannot read the tiling {text!r}: {error}") from error
+        raise InvalidGraph(
+            reason=f"cannot read the {kind.__name__.lower()} {text!r}: {error}"
+        ) from error

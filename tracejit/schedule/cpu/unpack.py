@@ -15,4 +15,4 @@ def unpack(plan: Plan) -> list[CpuLaunch]:
 def _concrete(launch: Launch) -> CpuLaunch:
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
     kernel = CpuKernel(substitute(launch.kernel, sizes))
-    return CpuLaunch(kernel, launch.buffers, launch.scalars)
+    return CpuLaunch(kernel, launch.buffers, launch.scalars, launch.loop)

@@ -1,0 +1,47 @@
+"""Which attributes of schedulers a watched trace asks for.
+
+A scheduler's step is called again by a replay and changes the scheduler. So only what the step
+itself reads of it may be guarded, even where code computes the names of attributes: while a trace
+is watched, schedulers note by which name they are asked.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch.optim.lr_scheduler import LRScheduler
+
+from tracejit.capture.python.origins import origin
+
+_lock = threading.Lock()
+_notes: dict[int, Callable[[str], None]] = {}  # by thread
+
+
+def _getattribute(self: LRScheduler, name: str) -> object:
+    note = _notes.get(threading.get_ident())
+    if note is not None and origin(sys._getframe(1).f_code) != "tracejit":
+        note(name)
+    return object.__getattribute__(self, name)
+
+
+@contextmanager
+def noted(note: Callable[[str], None]) -> Iterator[None]:
+    """Call `note` with each name by which this thread asks for an attribute of a scheduler."""
+    me = threading.get_ident()
+    with _lock:
+        before = _notes.get(me)
+        _notes[me] = note
+        LRScheduler.__getattribute__ = _getattribute
+    try:
+        yield
+    finally:
+        with _lock:
+            if before is None:
+                del _notes[me]
+            else:
+                _notes[me] = before
+            if not _notes:
+                del LRScheduler.__getattribute__
