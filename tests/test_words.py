@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 import tracejit
 from tracejit.capture.proof import many
@@ -17,6 +19,13 @@ from tracejit.capture.python.words import Dicts, Group
 @pytest.fixture(autouse=True)
 def few(monkeypatch) -> None:
     monkeypatch.setattr(many, "MANY", 4)
+
+
+class _Lazy(TorchFunctionMode):
+    """Nobody gets a tensor."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return None
 
 
 def test_this_python_and_torch_are_known():
@@ -31,8 +40,10 @@ def test_this_python_and_torch_are_known():
         lambda: torch.device("meta"),
         torch.inference_mode,
         lambda: _default_dtype(torch.float64),
+        lambda: FakeTensorMode(),
+        lambda: _Lazy(),
     ],
-    ids=["no_grad", "device", "inference", "dtype"],
+    ids=["no_grad", "device", "inference", "dtype", "dispatch", "function"],
 )
 def test_it_does_not_matter_when_that_is_found_out(under):
     with under():

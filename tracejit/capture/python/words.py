@@ -216,11 +216,17 @@ def _zeros(*shape: int, **options: object) -> torch.Tensor:
 
 @functools.cache
 def known() -> bool:
-    """Whether the words are where they should be, in this process."""
+    """Whether the words are where they should be, in this process. Found out once, so what modes
+    are active then does not matter."""
     if sys.implementation.name != "cpython" or sys.maxsize != (1 << 63) - 1:
         return False
     try:
-        with torch.enable_grad(), torch.inference_mode(False):
+        with (
+            torch._C.DisableTorchFunction(),
+            torch._C._DisableTorchDispatch(),
+            torch.enable_grad(),
+            torch.inference_mode(False),
+        ):
             return _pointers_are_there() and _facts_are_seen()
     except Exception:
         return False
