@@ -1,6 +1,7 @@
 """Generated Triton, run by the interpret executor, against the numpy evaluator."""
 
 import os
+from collections import OrderedDict
 from dataclasses import replace
 
 import numpy as np
@@ -294,6 +295,7 @@ def test_kernels_are_shared_among_plans():
 
 def test_kernels_are_forgotten_least_recently_used_first(monkeypatch):
     monkeypatch.setattr(triton_executor, "MAX_KERNELS", 1)
+    monkeypatch.setattr(triton_executor, "_kernels", OrderedDict())  # what earlier tests left
     text = "f(%0: f32[29]) {{\n%1: f32[29] = {}(%0)\nreturn %1\n}}"
     one, two = text.format("sin"), text.format("log")
     for text, compiled in ((one, 1), (one, 0), (two, 1), (one, 1)):
