@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from tracejit.ir.graph import Graph, Node, Value
@@ -9,10 +10,15 @@ from tracejit.ir.graph import Graph, Node, Value
 
 def dce(graph: Graph) -> Graph:
     """Drop nodes whose results nobody reads."""
-    live = set(graph.outputs())
+    return replace(graph, nodes=tuple(live(graph.nodes, graph.outputs())))
+
+
+def live(nodes: Sequence[Node], wanted: Iterable[Value]) -> list[Node]:
+    """The nodes that some values are computed by."""
+    read = set(wanted)
     kept: list[Node] = []
-    for node in reversed(graph.nodes):
-        if not live.isdisjoint(node.outs):
-            live.update([a for a in node.args if a.__class__ is Value])
+    for node in reversed(nodes):
+        if not read.isdisjoint(node.outs):
+            read.update([a for a in node.args if a.__class__ is Value])
             kept.append(node)
-    return replace(graph, nodes=tuple(reversed(kept)))
+    return kept[::-1]

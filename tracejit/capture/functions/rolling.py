@@ -17,6 +17,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Graph, Node, Param, Result, Value
 from tracejit.ir.ops.loop import Section, sections
 from tracejit.ir.types import Type
+from tracejit.passes.dce import live
 
 State = tuple[Value, ...]
 Weight = tuple[Value, Value | None]  # of a linear function, and its bias
@@ -202,7 +203,7 @@ def _reversed(
         )
         cts = [found[v] if v in found else zeros(b, v) for v in wanted]
     results, kept = cts[: len(now)], list(dict.fromkeys(cts[len(now) :]))
-    nodes = _live(b.nodes[start:], [*results, *kept])
+    nodes = live(b.nodes[start:], [*results, *kept])
     made = {out for node in nodes for out in node.outs} | {*carried, arrived}
     used = dict.fromkeys(
         v for v in (*(v for node in nodes for v in node.inputs), *results, *kept) if v not in made
@@ -212,15 +213,6 @@ def _reversed(
     params = [Param(v) for v in (*carried, arrived, *reads, *wholes)]
     given = tuple(kept.index(v) for v in cts[len(now) :])
     return _Backwards(_graph(params, nodes, (*results, *kept)), reads, wholes, given)
-
-
-def _live(nodes: Sequence[Node], results: Sequence[Value]) -> list[Node]:
-    live, kept = set(results), []
-    for node in reversed(nodes):
-        if not live.isdisjoint(node.outs):
-            live.update(node.inputs)
-            kept.append(node)
-    return kept[::-1]
 
 
 def _graph(params: Sequence[Param], nodes: Sequence[Node], results: Sequence[Value]) -> Graph:
