@@ -25,6 +25,23 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+def _slopes(
+    p,
+    g,
+    v,
+    delta,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The cotangents of a block's scaled products, of which the weights are p."""
+    zero = tl.zeros([g.shape[0], v.shape[0]], ACC)
+    mixed = _dot(g, tl.trans(v), zero, PRECISION, DOT, ACC)
+    return p * (mixed - delta[:, None]) * SCALE
+
+
+@triton.jit
 def attend_forward(
     bufs,
     scalars,
@@ -146,9 +163,7 @@ def attend_gradients(
                     dv = _dot(tl.trans(p.to(OPERAND)), g, dv, PRECISION, DOT, ACC)
                 if STORE_DK is not None:
                     delta = LOAD_DELTA(bufs, scalars, SIZES, b, rm)
-                    zero = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                    mixed = _dot(g, tl.trans(v), zero, PRECISION, DOT, ACC)
-                    slopes = p * (mixed - delta[:, None]) * SCALE
+                    slopes = _slopes(p, g, v, delta, SCALE, PRECISION, DOT, ACC)
                     dk = _dot(tl.trans(slopes.to(OPERAND)), q, dk, PRECISION, DOT, ACC)
             if STORE_DK is not None:
                 STORE_DK(dk, bufs, scalars, SIZES, b, rn, rc)
@@ -172,8 +187,6 @@ def attend_gradients(
                 s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
                 p = tj.exp(s - lse[:, None])
                 v = LOAD_V(bufs, scalars, SIZES, b, rn, rd)
-                zero = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-                mixed = _dot(g, tl.trans(v), zero, PRECISION, DOT, ACC)
-                slopes = p * (mixed - delta[:, None]) * SCALE
+                slopes = _slopes(p, g, v, delta, SCALE, PRECISION, DOT, ACC)
                 dq = _dot(slopes.to(OPERAND), k, dq, PRECISION, DOT, ACC)
             STORE_DQ(dq, bufs, scalars, SIZES, b, rm, rc)
