@@ -29,9 +29,9 @@ its sides, each with its value at the end:
           …
           | 0.0
         }                                         # step.py:9
- `kernel64` marks
-64-bit indices. Comments are the user's lines. Kernels side by side stand in one with their
-parameters' names there:
+
+`kernel64` marks 64-bit indices. Comments are the user's lines. Kernels side by side stand in one
+with their parameters' names there:
 
     kernel(b0: f32 r, b1: f32 w, b2: f32 w; n0_0, n0_1) side by side {
       part (b0, b1; n0_0) {

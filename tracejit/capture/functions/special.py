@@ -18,7 +18,8 @@ from tracejit.capture.functions.rows import elementwise, emitted, function_of
 from tracejit.capture.trace.table import Formula, Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Arg, Value
+from tracejit.errors import UnsupportedOperation
+from tracejit.ir.graph import Value
 
 Tensor = torch.Tensor
 
@@ -41,10 +42,6 @@ def _polynomial(t: Trace, x: Value, *coefficients: float) -> Value:
     return t.b.add(total, coefficients[0])
 
 
-def _where(t: Trace, condition: Value, x: Arg, otherwise: Arg) -> Value:
-    return t.b.where(condition, x, otherwise)
-
-
 # ---- gamma
 
 
@@ -59,23 +56,23 @@ def _lgamma(t: Trace, x: Value) -> Value:
     leaves, and below 0 the reflection Γ(x)·Γ(1 - x) = π / sin(πx)."""
     b = t.b
     below = b.lt(x, 0.0)
-    z = _where(t, below, b.sub(1.0, x), x)
+    z = b.where(below, b.sub(1.0, x), x)
     small = b.lt(z, 1.0)
-    near = _where(t, small, b.add(z, 1.0), b.minimum(z, 3.0))
+    near = b.where(small, b.add(z, 1.0), b.minimum(z, 3.0))
     zeros = b.mul(b.sub(near, 1.0), b.sub(near, 2.0))
     inner = b.mul(zeros, _chebyshev(t, b.sub(near, 2.0), series.LGAMMA_NEAR))
-    inner = _where(t, small, b.sub(inner, b.log(z)), inner)
+    inner = b.where(small, b.sub(inner, b.log(z)), inner)
     far = b.maximum(z, 3.0)
     over = b.div(1.0, far)
     rest = _chebyshev(t, b.sub(b.mul(b.mul(over, over), 18.0), 1.0), series.LGAMMA_FAR)
     # (x - 1/2)·log(x) - x as one product, as both may be infinite
     outer = b.mul(b.sub(far, 0.5), b.sub(b.log(far), 1.0))
     outer = b.add(b.add(outer, b.mul(over, rest)), 0.5 * math.log(2 * math.pi) - 0.5)
-    value = _where(t, b.lt(z, 3.0), inner, outer)
+    value = b.where(b.lt(z, 3.0), inner, outer)
     sine, _ = _half_turns(t, x)
     mirrored = b.sub(b.sub(math.log(math.pi), b.log(b.abs(sine))), value)
-    mirrored = _where(t, b.eq(x, -math.inf), math.inf, mirrored)
-    return _where(t, below, mirrored, value)
+    mirrored = b.where(b.eq(x, -math.inf), math.inf, mirrored)
+    return b.where(below, mirrored, value)
 
 
 # B[2k] / 2k of the Bernoulli numbers
@@ -87,22 +84,22 @@ def _digamma(t: Trace, x: Value) -> Value:
     ψ(1 - x) - ψ(x) = π / tan(πx)."""
     b = t.b
     below = b.lt(x, 0.0)
-    z = _where(t, below, b.sub(1.0, x), x)
+    z = b.where(below, b.sub(1.0, x), x)
     total = b.full(0.0, shape=x.type.shape, dtype=x.type.dtype, device=x.type.device)
     for _ in range(10):
         small = b.lt(z, 10.0)
-        total = _where(t, small, b.add(total, b.div(1.0, z)), total)
-        z = _where(t, small, b.add(z, 1.0), z)
+        total = b.where(small, b.add(total, b.div(1.0, z)), total)
+        z = b.where(small, b.add(z, 1.0), z)
     over = b.div(1.0, z)
     square = b.mul(over, over)
     tail = _polynomial(t, square, *_DIGAMMA_TAIL)
     value = b.sub(b.sub(b.log(z), b.mul(over, 0.5)), b.mul(square, tail))
-    value = _where(t, b.eq(z, math.inf), z, b.sub(value, total))
+    value = b.where(b.eq(z, math.inf), z, b.sub(value, total))
     sine, cosine = _half_turns(t, x)
     mirrored = b.sub(value, b.div(b.mul(cosine, math.pi), sine))
-    mirrored = _where(t, b.eq(sine, 0.0), math.nan, mirrored)
-    value = _where(t, below, mirrored, value)
-    return _where(t, b.eq(x, 0.0), b.copysign(math.inf, b.neg(x)), value)
+    mirrored = b.where(b.eq(sine, 0.0), math.nan, mirrored)
+    value = b.where(below, mirrored, value)
+    return b.where(b.eq(x, 0.0), b.copysign(math.inf, b.neg(x)), value)
 
 
 def _trigamma(t: Trace, x: Value) -> Value:
@@ -110,7 +107,7 @@ def _trigamma(t: Trace, x: Value) -> Value:
     1/2 by the reflection ψ'(x) + ψ'(1 - x) = π² / sin²(πx)."""
     b = t.b
     below = b.lt(x, 0.5)
-    z = _where(t, below, b.sub(1.0, x), x)
+    z = b.where(below, b.sub(1.0, x), x)
     total = b.full(0.0, shape=x.type.shape, dtype=x.type.dtype, device=x.type.device)
     for _ in range(6):
         total = b.add(total, b.div(1.0, b.mul(z, z)))
@@ -120,11 +117,15 @@ def _trigamma(t: Trace, x: Value) -> Value:
     tail = b.mul(square, _polynomial(t, square, 1 / 6, -1 / 30, 1 / 42))
     total = b.add(total, b.mul(b.add(b.add(b.mul(over, 0.5), 1.0), tail), over))
     sine = b.sin(b.mul(x, math.pi))  # not the distance's: near poles as inexact as eager
-    return _where(t, below, b.sub(b.div(math.pi**2, b.mul(sine, sine)), total), total)
+    return b.where(below, b.sub(b.div(math.pi**2, b.mul(sine, sine)), total), total)
+
+
+def _higher_order(t: Trace) -> UnsupportedOperation:
+    return t.unsupported("polygamma of an order above 1 has no rule")
 
 
 def _no_third(t: Trace, g: Value, y: Value, x: Value) -> Value:
-    raise t.unsupported("polygamma of an order above 1 has no rule")
+    raise _higher_order(t)
 
 
 TRIGAMMA = Row("polygamma", _trigamma, (_no_third,), dtypes="to_float")
@@ -148,7 +149,7 @@ def _polygamma(t: Trace, n: int, input: Tensor) -> TracedTensor:
     if n < 0:
         raise t.shape_error("polygamma(n, x) does not support negative n.")
     if n > 1:
-        raise t.unsupported("polygamma of an order above 1 has no rule")
+        raise _higher_order(t)
     return _POLYGAMMA[n](t, input)
 
 
@@ -188,7 +189,7 @@ def _tail(t: Trace, q: Value) -> Value:
         here = b.erfc(x)
         slope = b.mul(b.mul(here, b.exp(b.mul(x, x))), math.sqrt(math.pi) / 2)
         x = b.add(x, b.mul(b.log(b.div(here, q)), slope))
-    return _where(t, b.eq(q, 0.0), math.inf, x)
+    return b.where(b.eq(q, 0.0), math.inf, x)
 
 
 def _center(t: Trace, y: Value) -> Value:
@@ -205,8 +206,8 @@ def _center(t: Trace, y: Value) -> Value:
 def _erfinv(t: Trace, y: Value) -> Value:
     b, size = t.b, t.b.abs(y)
     far = b.copysign(_tail(t, b.sub(1.0, size)), y)
-    value = _where(t, b.lt(size, 0.5), _center(t, y), far)
-    return _where(t, b.gt(size, 1.0), math.nan, value)
+    value = b.where(b.lt(size, 0.5), _center(t, y), far)
+    return b.where(b.gt(size, 1.0), math.nan, value)
 
 
 def _ndtri(t: Trace, p: Value) -> Value:
@@ -214,10 +215,10 @@ def _ndtri(t: Trace, p: Value) -> Value:
     b = t.b
     other = b.sub(1.0, p)
     far = _tail(t, b.mul(b.minimum(p, other), 2.0))
-    far = _where(t, b.lt(p, 0.5), b.neg(far), far)
+    far = b.where(b.lt(p, 0.5), b.neg(far), far)
     middle = b.lt(b.abs(b.sub(p, 0.5)), 0.25)
-    value = b.mul(_where(t, middle, _center(t, b.mul(b.sub(p, 0.5), 2.0)), far), math.sqrt(2.0))
-    return _where(t, b.or_(b.lt(p, 0.0), b.gt(p, 1.0)), math.nan, value)
+    value = b.mul(b.where(middle, _center(t, b.mul(b.sub(p, 0.5), 2.0)), far), math.sqrt(2.0))
+    return b.where(b.or_(b.lt(p, 0.0), b.gt(p, 1.0)), math.nan, value)
 
 
 def _erfcx(t: Trace, x: Value) -> Value:
@@ -226,9 +227,9 @@ def _erfcx(t: Trace, x: Value) -> Value:
     size = b.abs(x)
     u = b.div(b.sub(size, 3.75), b.add(size, 3.75))
     value = b.div(_chebyshev(t, u, series.ERFCX), b.add(b.add(size, size), 1.0))
-    value = _where(t, b.eq(x, math.inf), 0.0, value)
+    value = b.where(b.eq(x, math.inf), 0.0, value)
     mirrored = b.sub(b.mul(b.exp(b.mul(x, x)), 2.0), value)
-    return _where(t, b.lt(x, 0.0), mirrored, value)
+    return b.where(b.lt(x, 0.0), mirrored, value)
 
 
 def _log_ndtr(t: Trace, x: Value) -> Value:
@@ -237,7 +238,7 @@ def _log_ndtr(t: Trace, x: Value) -> Value:
     z = b.mul(x, math.sqrt(0.5))
     left = b.sub(b.log(b.mul(_erfcx(t, b.neg(z)), 0.5)), b.mul(z, z))
     right = b.log1p(b.mul(b.erfc(z), -0.5))
-    return _where(t, b.lt(x, -1.0), left, right)
+    return b.where(b.lt(x, -1.0), left, right)
 
 
 def _d_erfinv(t: Trace, g: Value, y: Value, x: Value) -> Value:
@@ -285,7 +286,7 @@ def _bessel(
     distant = b.maximum(size, 8.0)
     over = b.div(1.0, distant)
     outer = b.div(_chebyshev(t, b.sub(b.mul(over, 16.0), 1.0), far), b.sqrt(distant))
-    return _where(t, b.le(size, 8.0), inner, outer)
+    return b.where(b.le(size, 8.0), inner, outer)
 
 
 def _unscaled(scaled: Formula) -> Formula:
@@ -300,13 +301,13 @@ def _d_i0e(t: Trace, g: Value, y: Value, x: Value) -> Value:
 def _d_i1(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
     slope = b.sub(emitted(t, I0, (x,)), b.div(y, x))
-    return b.mul(g, _where(t, b.eq(x, 0.0), 0.5, slope))
+    return b.mul(g, b.where(b.eq(x, 0.0), 0.5, slope))
 
 
 def _d_i1e(t: Trace, g: Value, y: Value, x: Value) -> Value:
     b = t.b
     slope = b.sub(emitted(t, I0E, (x,)), b.mul(y, b.add(b.sign(x), b.div(1.0, x))))
-    return b.mul(g, _where(t, b.eq(x, 0.0), 0.5, slope))
+    return b.mul(g, b.where(b.eq(x, 0.0), 0.5, slope))
 
 
 def _unary(names: str, value: Formula, slope: Formula) -> Row:
