@@ -62,17 +62,13 @@ def golden() -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilations():
-    """`make test` compiles C with -O1, for which gcc takes two thirds of its time, but in
-    test_c_executor.py; `make test-all` as users do."""
+    """`make test` compiles C with -O1, but in test_c_executor.py; `make test-all` as users do."""
+    from support.c_flags import optimize
     from support.scope import WHOLE
 
-    if WHOLE:
-        yield
-        return
-    from tracejit.runtime import c_compiler
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+        if not WHOLE:
+            optimize(patch, "-O1")
         yield
 
 
@@ -84,6 +80,7 @@ def executor(request, monkeypatch) -> Executor:
         from tracejit.runtime.numpy_executor import NumpyExecutor
 
         return NumpyExecutor()
+    from support.c_flags import optimize
     from tracejit.errors import BackendUnavailable
     from tracejit.runtime import c_compiler
     from tracejit.runtime.c_executor import CExecutor
@@ -92,7 +89,7 @@ def executor(request, monkeypatch) -> Executor:
         c_compiler.find_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+    optimize(monkeypatch, "-O1")
     return CExecutor(2)
 
 

@@ -17,6 +17,7 @@ import torch
 
 import tracejit
 from examples import fused_chain, two_layer_autograd, two_layer_manual
+from support.c_flags import optimize
 from support.op_checks import (
     ACCUMULATING,
     EPS,
@@ -69,14 +70,12 @@ def executor() -> CExecutor:
 @pytest.fixture(autouse=True)
 def as_users(monkeypatch):
     """Compile as users do, also in `make test`."""
-    monkeypatch.setattr(c_compiler, "FLAGS", ("-O3", *c_compiler.FLAGS[1:]))
+    optimize(monkeypatch, "-O3")
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Compile with -O1, which still makes vector code of the loops marked for it."""
-    flags = ("-O1", *c_compiler.FLAGS[1:])
-    monkeypatch.setattr(c_compiler, "FLAGS", flags)
+    optimize(monkeypatch, "-O1")
 
 
 # --- every op ----------------------------------------------------------------------------------

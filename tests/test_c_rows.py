@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from support.c_flags import optimize
 from support.c_text import printed
 from support.graph_texts import normalized, softmax, softmax_gradient, weight_gradients
 from support.plan_checks import PlanChecks, make_inputs
@@ -33,7 +34,7 @@ def quick(monkeypatch, tmp_path):
     except BackendUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+    optimize(monkeypatch, "-O1")
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import tracejit
+from support.c_flags import optimize
 from support.graph_texts import weight_gradients
 from support.plan_checks import allocate
 from tracejit.codegen import c as c_printer
@@ -36,7 +37,7 @@ def quick(monkeypatch, tmp_path):
     except BackendUnavailable as error:
         pytest.skip(str(error))
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(c_compiler, "FLAGS", ("-O1", *c_compiler.FLAGS[1:]))
+    optimize(monkeypatch, "-O1")
 
 
 def planned() -> Plan:
