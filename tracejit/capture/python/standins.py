@@ -13,9 +13,10 @@ import dis
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ from tracejit.capture.python.numerics import TracedFloat64
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
+
+T = TypeVar("T")
 
 _STANDS_FOR = {
     **{TracedTensor: torch.Tensor, TracedInt: int},
@@ -89,8 +92,24 @@ _STANDINS = {"type": asked, "float": as_float}
 
 Needed = list[tuple[dict, str]]  # namespaces, each with a name that it needs
 
-_found: dict[int, tuple[dict, int, Needed]] = {}  # by a namespace: its size, and what it leads to
-_MANY = 1000  # of these are remembered
+_MANY = 1000  # namespaces of which something is remembered
+
+
+class _PerNamespace(Generic[T]):
+    """What is computed of a namespace, remembered as long as that has as many names."""
+
+    def __init__(self, compute: Callable[[dict], T]) -> None:
+        self._compute = compute
+        self._known: dict[int, tuple[dict, int, T]] = {}
+
+    def __call__(self, namespace: dict) -> T:
+        known = self._known.get(id(namespace))
+        if known is None or known[0] is not namespace or known[1] != len(namespace):
+            if len(self._known) >= _MANY:
+                self._known.clear()
+            known = namespace, len(namespace), self._compute(namespace)
+            self._known[id(namespace)] = known
+        return known[2]
 
 
 def _namespaces(start: Iterable[object]) -> Needed:
@@ -99,13 +118,7 @@ def _namespaces(start: Iterable[object]) -> Needed:
     for x in start:
         needed = []
         for namespace in _own(x):
-            known = _found.get(id(namespace))
-            if known is None or known[0] is not namespace or known[1] != len(namespace):
-                if len(_found) >= _MANY:
-                    _found.clear()
-                known = namespace, len(namespace), list(_reached(namespace))
-                _found[id(namespace)] = known
-            needed += known[2]
+            needed += _leads_to(namespace)
         if type(x) is FunctionType:  # which may have been made in another one
             uses = _uses(x.__code__) | _uses_in(x.__globals__)
             needed += [(x.__globals__, name) for name in _needs(uses)]
@@ -128,19 +141,20 @@ def _is_library(name: object) -> bool:
     return not isinstance(name, str) or name.partition(".")[0] in _LIBRARIES
 
 
-def _reached(namespace: dict) -> Iterator[tuple[dict, str]]:
+@_PerNamespace
+def _leads_to(namespace: dict) -> Needed:
     """What is needed in a namespace and in those that it imports from."""
-    seen, pending = {id(namespace)}, [namespace]
+    found, seen, pending = [], {id(namespace)}, [namespace]
     while pending:
         here = pending.pop()
-        for name in _needs(_uses_in(here)):
-            yield here, name
+        found += [(here, name) for name in _needs(_uses_in(here))]
         for x in list(here.values()):
             name = _module_name(x)
             module = None if _is_library(name) else sys.modules.get(name)
             if module is not None and id(vars(module)) not in seen:
                 seen.add(id(vars(module)))
                 pending.append(vars(module))
+    return found
 
 
 def _module_name(x: object) -> object:
@@ -170,18 +184,10 @@ def _needs(uses: frozenset[str]) -> list[str]:
     return [name for name in _STANDINS if name in uses and f"all of {name}" not in uses]
 
 
-_used: dict[int, tuple[dict, int, frozenset[str]]] = {}  # by a namespace: its size, and what for
-
-
+@_PerNamespace
 def _uses_in(namespace: dict) -> frozenset[str]:
     """What the code in a namespace uses."""
-    known = _used.get(id(namespace))
-    if known is None or known[0] is not namespace or known[1] != len(namespace):
-        if len(_used) >= _MANY:
-            _used.clear()
-        uses = frozenset().union(*map(_uses, _codes_in(namespace)))
-        known = _used[id(namespace)] = namespace, len(namespace), uses
-    return known[2]
+    return frozenset().union(*map(_uses, _codes_in(namespace)))
 
 
 def _uses(code: CodeType) -> frozenset[str]:
