@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import FunctionType
 
 import pytest
+import torch
 
 from support.golden import FOLDER
 from support.op_db import (
@@ -82,8 +84,6 @@ def test_golden_databases(name: str, entries: Callable, run: Callable):
 
 def test_another_result_is_noticed():
     """A function that is off by a little, or laid out otherwise, is wrong."""
-    import torch
-
     from support.op_db import Case, difference, outcome
 
     x = torch.linspace(-1, 1, 12, requires_grad=True).reshape(3, 4).detach().requires_grad_()
@@ -99,3 +99,11 @@ def test_another_result_is_noticed():
     assert "dtype" in difference(x, x.double()) and "shape" in difference(x, x[:2])
     assert "structure" in difference((x,), [x, x]) and not difference([x], [x.clone()])
     assert DTYPES[0] is torch.float32
+
+
+def test_torch_is_as_before():
+    """Importing the databases leaves no trace in torch, by which other tests would go."""
+    operators(), modules()
+    for kind in (torch._C.ScriptFunction, torch._C.ScriptMethod):
+        assert not isinstance(kind.__call__, FunctionType)
+    assert torch.backends.__allow_nonbracketed_mutation_flag

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 
@@ -235,12 +236,24 @@ def close(eager: torch.Tensor, ours: torch.Tensor) -> bool:
     return bool(same.all())
 
 
-def operators() -> dict[str, object]:
-    """torch's database of operators, by name. Importing it freezes torch's flags of backends for
-    the tests of torch; here they stay free."""
-    from torch.testing._internal.common_methods_invocations import op_db
+@contextmanager
+def torch_as_it_is() -> Iterator[None]:
+    """Put back what importing torch's own tests changes in torch: the calls of scripted functions,
+    and whether flags of backends may be set."""
+    kinds = torch._C.ScriptFunction, torch._C.ScriptMethod
+    calls = [kind.__call__ for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, call in zip(kinds, calls, strict=True):
+            kind.__call__ = call
+        torch.backends.__allow_nonbracketed_mutation_flag = True
 
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+
+def operators() -> dict[str, object]:
+    """torch's database of operators, by name."""
+    with torch_as_it_is():
+        from torch.testing._internal.common_methods_invocations import op_db
     return {f"{e.name}.{e.variant_test_name}".rstrip("."): e for e in op_db}
 
 
@@ -269,9 +282,8 @@ def worst(found: Iterable[Outcome]) -> Outcome:
 
 def modules() -> dict[str, object]:
     """torch's database of modules, by name."""
-    from torch.testing._internal.common_modules import module_db
-
-    torch.backends.__allow_nonbracketed_mutation_flag = True
+    with torch_as_it_is():
+        from torch.testing._internal.common_modules import module_db
     return {entry.name: entry for entry in module_db}
 
 
