@@ -36,6 +36,7 @@ _VALUES, _DICT = -4, -3  # before it: its attributes, or a dict of them
 _USED, _STATE = 2, 3  # of a dict: how many items it has, the number of its state
 _STORAGE, _META, _EXTRA, _AXES, _SIZES, _STRIDES, _OFFSET, _FLAGS = 2, 3, 4, 7, 8, 13, 18, (20, 21)
 _DATA, _DELETER = 2, 3  # of a StorageImpl
+_UNUSED = np.int64(-(1 << 63))  # the one bit of the flags that holds nothing, whatever it is
 _KIND, _NODE, _REQUIRES = 0, 6, 16  # of an AutogradMeta; the last in its lowest byte
 _MAX_AXES = 5  # which a TensorImpl has room for
 _EQUAL = (_CLASS, _VALUES, *_HOOKS)  # what must be the same words
@@ -82,14 +83,14 @@ class Group:
 
     def _take(self, items: tuple) -> None:
         axes = range(max((t.dim() for t in items), default=0))
-        self._facts_at = (_EXTRA, *_FLAGS, _AXES)
+        self._facts_at = (_EXTRA, *_FLAGS, _AXES)  # as `_facts` takes them
         self._facts_at += (*(_SIZES + i for i in axes), *(_STRIDES + i for i in axes))
         self._itemsizes = np.array([t.element_size() for t in items], np.int64)
         classes, impls = _at(_objects(items), (_CLASS, _IMPL))
         own = np.zeros((len(_EQUAL), len(items)), np.int64)  # no attributes, no hooks
         own[0] = classes
         self._own = own.tobytes()
-        self._facts = _at(impls, self._facts_at).tobytes()
+        self._facts = _facts(_at(impls, self._facts_at))
         storages, metas = _at(impls, (_STORAGE, _META))
         some = metas != 0
         self._with_meta, self._where = some.tobytes(), np.flatnonzero(some)
@@ -132,7 +133,7 @@ class Group:
         of_impl = _index(impls, (_STORAGE, _META, _OFFSET, *self._facts_at))
         words = _words[of_impl]
         storages, metas, offsets = words[:3]
-        if words[3:].tobytes() != self._facts or (metas != 0).tobytes() != self._with_meta:
+        if _facts(words[3:]) != self._facts or (metas != 0).tobytes() != self._with_meta:
             return None
         of_meta = _index(metas[self._where], (_KIND, _NODE, _REQUIRES))
         of_metas = _words[of_meta]
@@ -182,6 +183,12 @@ class Dicts:
     def now(self) -> bytes:
         """The numbers of their states."""
         return _words.take(self._at).tobytes()
+
+
+def _facts(found: np.ndarray) -> bytes:
+    """What TensorImpls say, from `_facts_at`."""
+    flags = found[1] & ~_UNUSED
+    return found[:1].tobytes() + flags.tobytes() + found[2:].tobytes()
 
 
 def _meta(found: np.ndarray) -> bytes:
