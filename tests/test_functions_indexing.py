@@ -28,6 +28,7 @@ CHOSEN = [f for f in each_function() if is_indexing(f)]
 
 
 @pytest.mark.parametrize("function", parameters(CHOSEN))
+@pytest.mark.sweep(2)
 def test_values(function):
     on_each_sample(check_values, function, samples_of(function))
 
