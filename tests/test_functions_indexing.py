@@ -153,6 +153,7 @@ def test_whole_step(name: str, fuse: bool):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(3)
 def test_whole_step_on_triton(name: str):
     step, arguments = STEPS[name]
     assert_equal_to_eager(step, arguments, calls=2, backend="interpret")
