@@ -11,7 +11,7 @@ from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.groups import Group
-from tracejit.schedule.loops import Loop, beginning, lower_loop
+from tracejit.schedule.loops import Loop, beginning, lower_loop, repeated
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
@@ -65,7 +65,7 @@ def _lowered(group: Group, analysis: Analysis, memory: Memory, fuse: bool) -> Lo
         return lower(group, analysis, memory)
     node = group.loop.node
     begin = schedule(beginning(node), fuse=fuse)
-    body = schedule(node.attr("body"), fuse=fuse, body=True)
+    body = schedule(repeated(node), fuse=fuse, body=True)
     return lower_loop(group, memory, begin, body)
 
 
