@@ -36,8 +36,8 @@ class Fusion:
 class Fuser:
     """Builds the groups of one graph."""
 
-    def __init__(self, graph: Graph, analysis: Analysis, fuse: bool):
-        self.graph, self.analysis, self.fuse = graph, analysis, fuse
+    def __init__(self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True):
+        self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
@@ -70,6 +70,7 @@ class Fuser:
                 self.place(self.analysis.store(self.tick(), value, buffer, None))
         if self.fuse:
             self._retry()
+        if self.fuse and self.again:
             self._recompute({value.id for _, value in writes})
         for target, value in writes:
             store = self.analysis.store(self.tick(), value, inputs[target.id], target)
