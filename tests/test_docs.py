@@ -16,9 +16,11 @@ import pytest
 from tracejit.errors import BackendUnavailable
 from tracejit.ir.text import parse
 from tracejit.passes import PIPELINE, dce
+from tracejit.passes.attention import find_attention
 from tracejit.passes.fold import FOLD
 from tracejit.passes.rewrite import rewrite, table
 from tracejit.passes.simplify import IDENTITIES
+from tracejit.passes.vocabulary import split_rows
 from tracejit.runtime.c_compiler import find_compiler
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu.attention import cut_attention
@@ -57,6 +59,14 @@ def rewritten(rules: dict) -> Callable[[str], Iterator[str]]:
 
 def dead_code(text: str) -> Iterator[str]:
     yield str(dce(parse(text)))
+
+
+def written_attention(text: str) -> Iterator[str]:
+    yield str(find_attention(parse(text)))
+
+
+def by_rows(text: str) -> Iterator[str]:
+    yield str(split_rows(parse(text)))
 
 
 def tasks(text: str) -> Iterator[str]:
@@ -196,6 +206,8 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "simplify": rewritten(IDENTITIES),
     "cse": rewritten({}),
     "dce": dead_code,
+    "find_attention": written_attention,
+    "split_rows": by_rows,
     "tasks": tasks,
     "fuse": fused,
     "recompute": recomputed,

@@ -138,6 +138,51 @@ def test_nothing_is_copied_per_step():
     assert [b.type.nbytes for b in plan.buffers if b.kind == "arena"].count(largest) == 1
 
 
+def sums(dtype: str = "f32") -> str:
+    """Products of the rows of one operand with all of another, and what is summed of them: as it
+    is, turned, and by columns. The second operand is an input that the step overwrites."""
+    x, y, rows = f"{dtype}[2,4]", f"{dtype}[4,3]", f"{dtype}[5,2,4]"
+    attrs = "carried=0, sliced=1, steps=5, reverse=False, summed=3"
+    return f"""
+    step(%0: {rows}, %1: {y}) {{
+      %2: {dtype}[{5 * 2 * 3 + 6 + 12 + 3}] = scan(%0, %1, body=body0, {attrs})
+      %3: {dtype}[12] = slice(%2, starts=(36,), stops=(48,), steps=(1,))
+      %4: {y} = reshape(%3, shape=(4, 3))
+      %5: {y} = sub(%1, %4)
+      return %2
+      write %1 <- %5
+      body body0(%0: {x}, %1: {y}) {{
+        %2: {dtype}[2,3] = matmul(%0, %1)
+        %3: {dtype}[2,3] = tanh(%2)
+        %4: {dtype}[3,4] = permute(%1, axes=(1, 0))
+        %5: {dtype}[4,2] = permute(%0, axes=(1, 0))
+        %6: {y} = matmul(%5, %3)
+        %7: {dtype}[3] = reduce_sum(%3, axes=(0,))
+        return %3, %2, %6, %7
+      }}
+    }}"""
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f64"])
+def test_plans_of_sums(dtype, plans):
+    """An input is read where it lies, and overwritten when the loop is over."""
+    fused, _ = plans.both(sums(dtype))
+    assert fused.loops == (5,)
+    graph = parse(sums(dtype))
+    verify(graph)
+    assert parse(str(graph)) == graph and parse_plan(str(fused)) == fused
+    moved = [b for b in fused.buffers if b.kind == "arena" and b.type.shape == (4, 3)]
+    assert not moved  # nor is a sum computed elsewhere and added then
+    ON_NUMPY.check(graph, unrolled(fused))
+
+
+def test_malformed_sums_are_refused():
+    with pytest.raises(InvalidGraph, match="wide dtype"):
+        verify(parse(sums("bf16")))
+    with pytest.raises(InvalidGraph, match="scan of nothing"):
+        verify(parse(sums().replace("summed=3", "summed=5")))
+
+
 @pytest.mark.parametrize("reverse", [False, True])
 def test_unrolled_plans_do_the_same(reverse):
     graph = parse(recurrence(reverse=reverse))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+import tracejit
 from support.graph_texts import normalized, weight_gradients
 from support.plan_checks import both, check
 from support.random_graphs import RandomProgram
@@ -25,6 +27,37 @@ def test_column_sums_of_a_row_kernels_product_read_the_rows_again(rows, columns)
     assert len(kernels) == 2  # both columns' sums in one, as they read the same
     inputs = 2 * rows * columns * 4
     assert sum(bytes_moved(plan)) < 2 * inputs + 16 * (rows + columns)
+
+
+def test_nothing_is_computed_again_if_it_is_not_wanted():
+    """remat="none" stores the product of the rows, and does the same."""
+    graph = parse(weight_gradients(300, 200))
+    auto, none = schedule(graph), schedule(graph, again=False)
+    assert none.arena_bytes >= 300 * 200 * 4 > auto.arena_bytes
+    check(graph, none)
+
+
+def test_the_option_of_a_step():
+    torch.manual_seed(0)
+    norm, x, y = torch.nn.LayerNorm(200), torch.randn(300, 200), torch.randn(300, 200)
+
+    def step():
+        norm.zero_grad()
+        loss = (norm(x) * y).sum()
+        loss.backward()
+        return loss.detach(), norm.weight.grad, norm.bias.grad
+
+    eager = [t.clone() for t in step()]
+    peaks = []
+    for remat in ("auto", "none"):
+        compiled = tracejit.compile(step, remat=remat)
+        for _ in range(4):
+            found = compiled()
+        torch.testing.assert_close([*found], eager, rtol=1e-4, atol=1e-4)
+        peaks.append(compiled.explain(measure=False).memory.peak)
+    assert peaks[0] < peaks[1]
+    with pytest.raises(ValueError, match="remat is one of"):
+        tracejit.compile(step, remat="all")
 
 
 def test_what_is_small_is_stored():

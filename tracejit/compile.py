@@ -59,6 +59,7 @@ def compile(
     on_unsupported: str | None = None,
     require_graph: bool = False,
     randomness: str = "eager",
+    remat: str = "auto",
     target: str | None = None,
 ) -> Callable:
     """Compile a training step.
@@ -88,10 +89,15 @@ def compile(
               exponential numbers in the kernels that read them, from a key that each draws from
               torch's generator in each call: a seed gives the same numbers again, other ones than
               in eager.
+    remat:    "auto" computes again what costs fewer bytes than to store it for other kernels;
+              "none" stores it. `explain().memory` says what a call takes. Attention and logits of
+              a large vocabulary keep no scores either way.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     """
-    options = Options(mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness)
+    options = Options(
+        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat
+    )
     of = CompiledStep.of
     if target is not None:
         of = functools.partial(TargetedStep.of, CompiledStep, target)

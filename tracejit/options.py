@@ -11,6 +11,7 @@ MODES = ("auto", "rerun", "replay")
 BACKENDS = ("auto", "c", "numpy", "triton", "interpret")
 UNSUPPORTED = ("eager", "raise")
 RANDOMNESS = ("eager", "fast")
+REMAT = ("auto", "none")
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,13 @@ class Options:
     on_unsupported: str | None = None
     require_graph: bool = False
     randomness: str = "eager"
+    remat: str = "auto"
 
     def __post_init__(self) -> None:
         if self.on_unsupported is None:
             object.__setattr__(self, "on_unsupported", knobs.on_unsupported())
         known = {"mode": MODES, "backend": (*BACKENDS, *FAKES), "on_unsupported": UNSUPPORTED}
-        known["randomness"] = RANDOMNESS
+        known |= {"randomness": RANDOMNESS, "remat": REMAT}
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is one of {values}, not {getattr(self, name)!r}")

@@ -314,7 +314,8 @@ class Programs:
         started = time.perf_counter()
         cache = DiskCache()
         made_by = digest_of("ir", "passes", "schedule")
-        key = f"{made_by} fuse={self.options.fuse}\n{graph}"
+        fuse, again = self.options.fuse, self.options.remat == "auto"
+        key = f"{made_by} fuse={fuse} again={again}\n{graph}"
         text = cache.get("plan", key)
         plan = None
         if text is not None:
@@ -324,7 +325,7 @@ class Programs:
             except TracejitError:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
-            plan = schedule(graph, fuse=self.options.fuse)
+            plan = schedule(graph, fuse=fuse, again=again)
             cache.put("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan

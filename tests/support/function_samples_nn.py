@@ -539,6 +539,23 @@ row(
     exact=False,
 )
 
+row(
+    "linear_cross_entropy",
+    [
+        S(r(6, 3), r(5, 3), _six, smooth=True),
+        S(r(6, 3), r(5, 3), _six, linear_bias=r(5), reduction="sum", smooth=True),
+        S(r(6, 3), r(5, 3), _six, weight=r(5, low=0.1), reduction="none"),
+        S(r(6, 3), r(5, 3), classes(0, -100, 2, 2, -100, 3), label_smoothing=0.2),
+        S(r(6, 3), r(5, 3), _six, ignore_index=2),
+        S(r(6, 3), r(5, 3), u(6, 5)),
+        S(r(2, 3), r(5, 4, 3), _six.reshape(2, 3).repeat(1, 2)[:, :4], linear_bias=r(5, 4)),
+        S(r(3), r(5, 3), torch.tensor(2)),
+        S(r(6, 3, dtype=bf16), r(5, 3, dtype=bf16), _six),
+        S(r(6, 3), r(5, 4), _six),
+    ],
+    exact=False,
+)
+
 # --- normalization -----------------------------------------------------------------------------
 
 row(

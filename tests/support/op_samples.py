@@ -382,7 +382,7 @@ def matmuls() -> list[Sample]:
 
 
 def scans() -> list[Sample]:
-    """Both ways; one value is carried or two; rows, none of them, or no elements."""
+    """Both ways; one value is carried, two, or none; rows, none of them, or no elements; sums."""
 
     def one(dtype: DType, steps: int, rows: int, reverse: bool) -> Sample:
         kind = f"{dtype.name}[{rows},3]"
@@ -409,9 +409,25 @@ def scans() -> list[Sample]:
         attrs = {"body": body, "carried": 2, "sliced": 0, "steps": steps, "reverse": reverse}
         return Sample((Tensor(f32, (4,)), Tensor(f32, (2,))), attrs)
 
+    def sums(dtype: DType, steps: int, carried: int) -> Sample:
+        kind = f"{dtype.name}[2,3]"
+        body = parse(f"""
+            body(%0: {kind}, %1: {kind}) {{
+              %2: {kind} = mul(%0, 0.5)
+              %3: {kind} = mul(%2, %1)
+              %4: {dtype.name}[3] = reduce_sum(%3, axes=(0,))
+              %5: {dtype.name}[3,2] = permute(%3, axes=(1, 0))
+              return %2, %3, %5, %4
+            }}""")
+        attrs = {"body": body, "carried": carried, "sliced": 1, "steps": steps}
+        rows = Tensor(dtype, (2, 3)) if carried else Tensor(dtype, (steps, 2, 3))
+        other = Tensor(dtype, (steps, 2, 3)) if carried else Tensor(dtype, (2, 3))
+        return Sample((rows, other), attrs | {"reverse": False, "summed": 2})
+
     kinds = [(f32, 5, 2), (f32, 1, 2), (f64, 4, 1), (bf16, 3, 2), (f16, 2, 2), (f32, 3, 0)]
     found = [one(*kind, reverse) for kind in kinds for reverse in (False, True)]
-    return [*found, two(3, False), two(1, True)]
+    summed = [sums(*kind) for kind in ((f32, 4, 1), (f64, 3, 0), (f32, 1, 0))]
+    return [*found, two(3, False), two(1, True), *summed]
 
 
 def attentions(name: str) -> list[Sample]:
@@ -652,7 +668,13 @@ def _scatter(
 
 
 def _scan(
-    *operands: torch.Tensor, body: Graph, carried: int, sliced: int, steps: int, reverse: bool
+    *operands: torch.Tensor,
+    body: Graph,
+    carried: int,
+    sliced: int,
+    steps: int,
+    reverse: bool,
+    summed: int = 0,
 ) -> torch.Tensor:
     """Step by step; every node of the body by its own reference."""
     state, rows = operands[:carried], operands[carried : carried + sliced]
@@ -667,6 +689,8 @@ def _scan(
         state = found[:carried]
         for k, x in enumerate(found):
             kept.setdefault(k, []).append(x)
+    for k in range(len(kept) - summed, len(kept)):
+        kept[k] = [torch.stack(kept[k]).sum(0)]
     lists = (xs[::-1] if reverse else xs for xs in kept.values())
     return torch.cat([x.flatten() for xs in lists for x in xs])
 

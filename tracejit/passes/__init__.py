@@ -4,6 +4,8 @@ fold.py      rules about constants
 simplify.py  exact identities; the pass that applies both and merges equal nodes
 rewrite.py   the engine: one forward sweep that reaches the normal form
 dce.py       the pass that drops what nobody reads
+attention.py the pass that makes primitives of attention that is written out
+vocabulary.py  the pass that computes logits of a large vocabulary part by part
 cone.py      not in the pipeline: the part of a graph that some of its values need
 """
 
@@ -14,13 +16,16 @@ from dataclasses import replace
 
 from tracejit import knobs
 from tracejit.ir.graph import Graph, Node, verify
+from tracejit.passes.attention import find_attention
 from tracejit.passes.dce import dce
 from tracejit.passes.simplify import simplify
+from tracejit.passes.vocabulary import split_rows
 
 # Folding, identities and merging each make work for the others (a folded 1.0 makes x * 1.0, whose
 # removal makes two nodes equal, which makes `where` of equal branches), so they share one sweep:
-# run apart, they would need repeating until nothing changes. Only then is it known who is unread.
-PIPELINE = (simplify, dce)
+# run apart, they would need repeating until nothing changes. Only then is it known who is unread,
+# and only of what is left whether a row leaves the place where it is computed.
+PIPELINE = (simplify, dce, find_attention, split_rows)
 
 
 def optimize(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) -> Graph:

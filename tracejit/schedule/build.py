@@ -11,7 +11,7 @@ from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.groups import Group
-from tracejit.schedule.loops import Loop, beginning, lower_loop
+from tracejit.schedule.loops import Loop, beginning, lower_loop, repeated
 from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
@@ -20,9 +20,9 @@ from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.tasks import Analysis, analyse
 
 
-def schedule(graph: Graph, *, fuse: bool = True, body: bool = False) -> Plan:
+def schedule(graph: Graph, *, fuse: bool = True, again: bool = True, body: bool = False) -> Plan:
     """The launches that compute a graph, or the `body` of a loop; without `fuse`, one kernel per
-    computing node."""
+    computing node. `again`: what costs fewer bytes to compute again is not stored."""
     for write in graph.writes:
         if write.target.type.is_host:
             raise InvalidGraph(reason=f"write to the host scalar {write.target}: it has no memory")
@@ -30,11 +30,11 @@ def schedule(graph: Graph, *, fuse: bool = True, body: bool = False) -> Plan:
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")
     analysis = analyse(graph, fuse, body=body)
-    fuser = Fuser(graph, analysis, fuse)
+    fuser = Fuser(graph, analysis, fuse, again)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     _locate(fusion, memory, fuser)
-    lowered = [_lowered(group, analysis, memory, fuse) for group in fusion.groups]
+    lowered = [_lowered(group, analysis, memory, fuse, again) for group in fusion.groups]
     launches = _packed(lowered, fusion, fuser, memory) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
@@ -59,13 +59,15 @@ def schedule(graph: Graph, *, fuse: bool = True, body: bool = False) -> Plan:
     )
 
 
-def _lowered(group: Group, analysis: Analysis, memory: Memory, fuse: bool) -> Lowered | Loop:
+def _lowered(
+    group: Group, analysis: Analysis, memory: Memory, fuse: bool, again: bool
+) -> Lowered | Loop:
     """The kernel of a group, or the launches of a loop."""
     if group.loop is None:
         return lower(group, analysis, memory)
     node = group.loop.node
     begin = schedule(beginning(node), fuse=fuse)
-    body = schedule(node.attr("body"), fuse=fuse, body=True)
+    body = schedule(repeated(node), fuse=fuse, again=again, body=True)
     return lower_loop(group, memory, begin, body)
 
 

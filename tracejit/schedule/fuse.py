@@ -17,7 +17,7 @@ from tracejit.ir.ops import OPS
 from tracejit.schedule.groups import Group, Groups, is_same_attention, placed
 from tracejit.schedule.index import Indices, identity
 from tracejit.schedule.recompute import recompute
-from tracejit.schedule.tasks import ATTENTION, Analysis, Origin, Task
+from tracejit.schedule.tasks import ATTENTION, Analysis, Origin, Task, is_row_major
 
 SIBLINGS = 6  # how many earlier readers of a tensor are tried as company
 MATES = 8  # how many kernels of the same size are tried for a constant fill
@@ -36,8 +36,8 @@ class Fusion:
 class Fuser:
     """Builds the groups of one graph."""
 
-    def __init__(self, graph: Graph, analysis: Analysis, fuse: bool):
-        self.graph, self.analysis, self.fuse = graph, analysis, fuse
+    def __init__(self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True):
+        self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
@@ -49,12 +49,15 @@ class Fuser:
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
         """Group everything. `outputs`: buffer per result; `inputs`: buffer per param id."""
-        for result in self.graph.results:
+        for result, buffer in zip(self.graph.results, outputs, strict=True):
+            if not is_row_major(result):
+                self.groups.strided.add(buffer)
             id = self.analysis.resolve(result.value).id
             self.groups.results[id] = self.groups.results.get(id, 0) + 1
         for node in self.analysis.nodes:
-            if self.analysis.is_task(node.out):
-                self.place(self.analysis.task(self.tick(), node))
+            for out in node.outs:
+                if self.analysis.is_task(out):
+                    self.place(self.analysis.task(self.tick(), node, out))
         written = {w.target.id for w in self.graph.writes}
         writes = [
             (w.target, self._detached(w.target, self.analysis.resolve(w.value), written))
@@ -67,6 +70,7 @@ class Fuser:
                 self.place(self.analysis.store(self.tick(), value, buffer, None))
         if self.fuse:
             self._retry()
+        if self.fuse and self.again:
             self._recompute({value.id for _, value in writes})
         for target, value in writes:
             store = self.analysis.store(self.tick(), value, inputs[target.id], target)
@@ -105,6 +109,8 @@ class Fuser:
         group = self.groups.add(task)
         if task.kind == ATTENTION:
             return self._place_attention(task, group)
+        if task.kind == "loop" and task.value is not task.node.out:
+            return self.groups.merge(self.groups.tasks[task.node.out.id].group, group)
         if self.fuse or self._is_plain_store(task):
             for producer in self._producers(task):
                 group = self.groups.merge(producer.group, group) or group

@@ -22,7 +22,7 @@ from tracejit.schedule.index import (
     substitute,
     unflatten,
 )
-from tracejit.schedule.tasks import ATTENTION, IN_ORDER, Demand, Task
+from tracejit.schedule.tasks import ATTENTION, IN_ORDER, Demand, Task, sums_of
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
@@ -35,8 +35,8 @@ class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
     a task in order, the only one but for the store that says where its values are put; `loop`: a
-    loop, just so. `attends`: attention with the same operands, and plain stores of theirs, each
-    over its own axes."""
+    loop, with a task for each of its results, and their stores. `attends`: attention with the same
+    operands, and plain stores of theirs, each over its own axes."""
 
     id: int
     shape: tuple[int, ...]
@@ -74,6 +74,7 @@ class Groups:
         self.consumers: dict[int, list[tuple[Task, Demand]]] = {}  # readers by origin id
         self.tasks: dict[int, Task] = {}  # the task that computes a value, by value id
         self.results: dict[int, int] = {}  # how many results store a value, by value id
+        self.strided: set[str] = set()  # buffers of results that do not lie row by row
         self._merged_into: dict[int, int] = {}
         self._before: dict[int, int] = {}  # bit set of the groups that must run earlier
         self._depths: dict[int, int] = {}  # what `_depth` found, while it holds
@@ -182,6 +183,8 @@ class Groups:
             return a
         if a.attends or b.attends:
             return self._attend_together(a, b)
+        if a.loop is not None or b.loop is not None:
+            return self._loop_together(a, b)
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
         if not _compatible(base, moved) or self._apart(a, b) or not _stores_for(base, moved):
             return None
@@ -213,6 +216,22 @@ class Groups:
             values = {t.value.id for t in base.tasks if t.kind == ATTENTION}
             if others or task.kind != "store" or task.value.id not in values:
                 return None
+        return self._join(base, moved, identity(moved.shape), False, False)
+
+    def _loop_together(self, a: Group, b: Group) -> Group | None:
+        """Merge with a loop another result of it, or the plain store of a sum of its."""
+        base, moved = (a, b) if a.loop is not None else (b, a)
+        if self._apart(a, b):
+            return None
+        if moved.loop is None:
+            task, *others = moved.tasks
+            known = {t.demands[0].origin.id for t in base.tasks if t.kind == "store"}
+            plain = task.kind == "store" and task.target is None
+            plain = plain and task.value in sums_of(base.loop.node)
+            if others or not plain or task.value.id in known or task.buffer in self.strided:
+                return None
+        elif moved.loop.node is not base.loop.node:
+            return None
         return self._join(base, moved, identity(moved.shape), False, False)
 
     def _fits(self, a: Group, b: Group) -> bool:
@@ -327,7 +346,7 @@ class Groups:
             full = moved.outer_numel == 1
             inner = tuple(range(len(base.shape))) if full else moved.inner
         kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
-        kept.in_order = base.in_order
+        kept.in_order, kept.loop = base.in_order, base.loop
         kept.again = base.again or moved.again or again
         for task in gone.tasks:
             task.group = kept
@@ -401,8 +420,6 @@ def _reduced_axes(task: Task) -> tuple[int, ...]:
 
 def _compatible(base: Group, moved: Group) -> bool:
     """Whether the reductions and contractions of two groups can share a kernel."""
-    if base.loop is not None or moved.loop is not None:
-        return False
     if moved.dot is not None or (base.dot is not None and moved.again):
         return False
     if moved.inner is None:

@@ -3,6 +3,7 @@
 In: a group that is a loop, where the values around it lie, and the plans of its body and of the
 copy of what it starts with. Out: launches of the outer plan. What is carried goes from one row of
 the result to the next; what is kept is stored straight into its row; so nothing is copied per step.
+What is summed starts as zeros, to which the body adds in place.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Graph, Node, Param, Result
+from tracejit.ir.graph import Builder, Graph, Node, Result, Write
 from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
 from tracejit.schedule.lower import Memory
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.tasks import sums_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,49 +30,77 @@ class Loop:
 
 
 def beginning(node: Node) -> Graph:
-    """The graph that copies what a loop carries at first."""
-    carried = node.attr("body").params[: node.attr("carried")]
-    values = [Param(replace(p.value, id=k)) for k, p in enumerate(carried)]
-    return Graph("begin", tuple(values), (), tuple(Result(p.value) for p in values), ())
+    """The graph that copies what a loop carries at first, and gives zeros to add to."""
+    body, b = node.attr("body"), Builder()
+    first = [b.param(p.value.type) for p in body.params[: node.attr("carried")]]
+    for result in _sums(node):
+        kind = result.value.type
+        first.append(b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device))
+    return b.graph("begin", tuple(map(Result, first)))
+
+
+def repeated(node: Node) -> Graph:
+    """The graph of a step. What it adds to sums it writes to params that come after its own."""
+    body, sums = node.attr("body"), _sums(node)
+    if not sums:
+        return body
+    b = Builder(len(body.params) + sum(len(n.outs) for n in body.nodes))
+    b.params, b.nodes = list(body.params), list(body.nodes)
+    writes = []
+    for result in sums:
+        total = b.param(result.value.type)
+        writes.append(Write(total, b.add(total, result.value)))
+    return b.graph(body.name, body.results[: -len(sums)], tuple(writes))
+
+
+def _sums(node: Node) -> tuple[Result, ...]:
+    """The results of a loop's body of which it gives the sum."""
+    results = node.attr("body").results
+    return results[len(results) - dict(node.attrs).get("summed", 0) :]
 
 
 def lower_loop(group: Group, memory: Memory, begin: Plan, body: Plan) -> Loop:
     """The launches of a loop whose `body` and `begin` are scheduled."""
-    node = group.loop.node
-    (flat,) = (memory.located[t.value.id] for t in group.tasks if t.kind == "store")
-    return _Lowering(node, flat, memory).run(begin, body)
+    return _Lowering(group, memory).run(begin, body)
 
 
 class _Lowering:
-    def __init__(self, node: Node, flat: str, memory: Memory):
+    def __init__(self, group: Group, memory: Memory):
+        node = group.loop.node
         attrs = dict(node.attrs)
         self.offsets = attrs["offsets"]  # in elements, of the operands in their buffers
         body = attrs["body"]
         self.inputs = [p.value.type for p in body.params]
-        self.node, self.flat, self.memory = node, flat, memory
+        self.node, self.memory = node, memory
         self.steps, self.reverse = attrs["steps"], attrs["reverse"]
         self.carried, self.sliced = attrs["carried"], attrs["sliced"]
         self.results = [r.value.type for r in body.results]
         shapes = [kind.shape for kind in self.results]
-        self.sections = sections(shapes, self.carried, self.steps)
-        self.used: dict[str, None] = {flat: None}
+        self.kept = len(self.results) - attrs.get("summed", 0)
+        self.sections = sections(shapes, self.carried, self.steps, attrs.get("summed", 0))
+        self.used: dict[str, None] = {}
         self.rows: dict[tuple, str] = {}
+        stored = {t.demands[0].origin.id: t.buffer for t in group.tasks if t.kind == "store"}
+        outs = [stored.get(v.id) or self._new(PlanBuffer("", "arena", v.type)) for v in node.outs]
+        self.used.update(dict.fromkeys(outs))
+        self.flat, self.apart = outs[0], outs[len(outs) - len(sums_of(node)) :]
 
     def run(self, begin: Plan, body: Plan) -> Loop:
         if body.loops:
             raise InvalidGraph(reason=f"cannot schedule a loop in a loop ({self.node.where})")
         assert not begin.scalars and not body.scalars, "a loop reads no numbers of the host"
         carried = self.carried
+        sums = [self._sum(i) for i in range(self.kept, len(self.results))]
         first = self._launches(
             begin,
             [self._operand(i) for i in range(carried)],
-            [self._carry(i, 0, moves=False) for i in range(carried)],
+            [*(self._carry(i, 0, moves=False) for i in range(carried)), *sums],
         )
         operands = range(len(self.node.args))
         inside = self._launches(
             body,
-            [self._carry(i, 0) if i < carried else self._read(i) for i in operands],
-            [self._carry(i, 1) if i < carried else self._kept(i) for i in range(len(self.results))],
+            [*(self._carry(i, 0) if i < carried else self._read(i) for i in operands), *sums],
+            [self._carry(i, 1) if i < carried else self._kept(i) for i in range(self.kept)],
         )
         launches = (*first, *(replace(launch, loop=0) for launch in inside))
         return Loop(launches, self.steps, tuple(self.used))
@@ -117,6 +147,11 @@ class _Lowering:
 
     def _kept(self, i: int) -> str:
         return self._row(self.flat, self.results[i], self.sections[i].start, self._first(0))
+
+    def _sum(self, i: int) -> str:
+        if self.apart:
+            return self.apart[i - self.kept]
+        return self._row(self.flat, self.results[i], self.sections[i].start, 0, moves=False)
 
     def _first(self, after: int, more: int = 0) -> int:
         """The row of the first step, in a section that has some rows more than there are steps."""

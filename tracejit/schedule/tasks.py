@@ -15,9 +15,11 @@ from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Graph, Node, Value
+from tracejit.ir.graph import Graph, Node, Param, Result, Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
+from tracejit.ir.ops.loop import Section, sections
+from tracejit.ir.types import Type, contiguous_strides
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
@@ -144,9 +146,9 @@ class Analysis:
         unique = dict.fromkeys((d.origin, d.top) for d in found)
         return [Demand(origin, top, (), (), aligned=False) for origin, top in unique]
 
-    def task(self, order: int, node: Node) -> Task:
-        """The task of a node that is its own origin."""
-        value, family = node.out, node.op.family
+    def task(self, order: int, node: Node, value: Value | None = None) -> Task:
+        """The task of a node's result that is its own origin."""
+        value, family = value or node.out, node.op.family
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
@@ -260,7 +262,10 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     nodes: list[Node] = []
     producer: dict[int, Node] = {}
     copied: set[int] = set()  # what loops read: values of their own, which lie row by row
+    plain = {p.value.id for p in graph.params if is_row_major(p)}
     next_id = 1 + max(_ids(graph), default=0)
+    apart = _apart(graph)
+    sums: dict[int, Value] = {}  # of loops, by the slices that take them
     for node in graph.nodes:
         if node.op.family not in _FAMILIES:
             raise InvalidGraph(reason=f"cannot schedule {node.op.name} ({node.where or 'no line'})")
@@ -274,8 +279,10 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
             node = Node(node.op, args, node.attrs, node.outs, node.where)
         if node.op.family == "loop":
             args, offsets = [], []
-            for arg in node.args:
-                found = _in_place(arg, producer)
+            rows = node.attr("carried") + node.attr("sliced")
+            for k, arg in enumerate(node.args):
+                whole = k >= rows and arg.id in plain
+                found = (arg, 0) if whole else _in_place(arg, producer)
                 if found is None:
                     copy = Node(OPS["alias"], (arg,), (), (Value(next_id, arg.type),))
                     next_id += 1
@@ -286,12 +293,29 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
                 offsets.append(found[1])
             attrs = (*node.attrs, ("offsets", tuple(offsets)))
             node = replace(node, args=tuple(args), attrs=attrs)
-        producer[node.out.id] = node
+            if node.out.id in apart:
+                types = _types_apart(node)
+                outs = tuple(Value(next_id + k, kind) for k, kind in enumerate(types))
+                next_id += len(outs)
+                parts = zip(apart[node.out.id], outs[-node.attr("summed") :], strict=True)
+                sums |= {slice: value for slices, value in parts for slice in slices}
+                alias[node.out.id] = outs[0]  # the slices of what is kept
+                node = replace(node, outs=outs, attrs=(*node.attrs, ("apart", True)))
+        if node.out.id in sums:
+            total = sums[node.out.id]
+            node = _reshaped(node, total)
+        if node.op.name == "reshape" and node.args[0].id in sums:
+            total = sums[node.args[0].id]
+            if node.out.type == total.type:
+                alias[node.out.id] = total
+                continue
+            node = _reshaped(node, total)
+        producer.update((out.id, node) for out in node.outs)
         nodes.append(node)
     live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
     kept: list[Node] = []
     for node in reversed(nodes):
-        if node.out.id in live:
+        if any(out.id in live for out in node.outs):
             live.update(v.id for v in node.inputs)
             kept.append(node)
     kept.reverse()
@@ -299,12 +323,14 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
         nodes=kept,
         alias=alias,
         params={p.value.id for p in graph.params},
-        producer={n.out.id: n for n in kept},
+        producer={out.id: n for n in kept for out in n.outs},
     )
     for param in graph.params:
         analysis.origins[param.value.id] = Origin(param.value, param.value)
     for node in kept:
-        if node.op.family != "host":
+        if node.op.family == "loop":
+            analysis.origins.update((out.id, Origin(out, out)) for out in node.outs)
+        elif node.op.family != "host":
             apart = node.out.id in copied or (node.out.id in own and _computes(node))
             origin = Origin(node.out, node.out) if apart else _origin(node, analysis, fuse)
             analysis.origins[node.out.id] = origin
@@ -318,6 +344,61 @@ def _computes(node: Node) -> bool:
 def _ids(graph: Graph) -> Iterator[int]:
     yield from (p.value.id for p in graph.params)
     yield from (out.id for node in graph.nodes for out in node.outs)
+
+
+def _apart(graph: Graph) -> dict[int, list[list[int]]]:
+    """The loops whose sums may lie apart from the rest of the result, since it is only read by
+    slices of one or the other; and the slices of each sum."""
+    loops = {n.out.id: n for n in graph.nodes if dict(n.attrs).get("summed")}
+    if not loops:
+        return {}
+    for value in graph.outputs():
+        loops.pop(value.id, None)
+    found = {id: [[] for _ in range(node.attr("summed"))] for id, node in loops.items()}
+    for reader in graph.nodes:
+        for id in {v.id for v in reader.inputs} & found.keys():
+            total = loops[id].attr("summed")
+            sums = _sections(loops[id])[-total:]
+            if reader.op.name != "slice" or reader.attr("steps") != (1,):
+                del found[id]
+                continue
+            ((start,), (stop,)) = reader.attr("starts"), reader.attr("stops")
+            whole = [k for k, s in enumerate(sums) if (s.start, s.stop) == (start, stop)]
+            if whole:
+                found[id][whole[0]].append(reader.out.id)
+            elif stop > sums[0].start:
+                del found[id]
+    return found
+
+
+def sums_of(loop: Node) -> tuple[Value, ...]:
+    """The sums of a loop that lie apart from its other results."""
+    attrs = dict(loop.attrs)
+    return loop.outs[-attrs["summed"] :] if attrs.get("apart") else ()
+
+
+def _sections(node: Node) -> list[Section]:
+    shapes = [r.value.type.shape for r in node.attr("body").results]
+    return sections(shapes, node.attr("carried"), node.attr("steps"), node.attr("summed"))
+
+
+def _types_apart(node: Node) -> list[Type]:
+    """Of what a loop carries and keeps, if it is anything, and of each sum."""
+    total, kind = node.attr("summed"), node.out.type
+    kept = _sections(node)[-total].start
+    results = node.attr("body").results
+    types = [r.value.type for r in results[len(results) - total :]]
+    return [replace(kind, shape=(kept,)), *types] if kept else types
+
+
+def _reshaped(node: Node, of: Value) -> Node:
+    """A reshape in a node's place."""
+    return Node(OPS["reshape"], (of,), (("shape", node.out.type.shape),), node.outs, node.where)
+
+
+def is_row_major(place: Param | Result) -> bool:
+    """Whether an input or a result lies row by row."""
+    return place.strides in (None, contiguous_strides(place.value.type.shape))
 
 
 def _in_place(value: Value, producer: dict[int, Node]) -> tuple[Value, int] | None:

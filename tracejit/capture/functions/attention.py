@@ -27,7 +27,7 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor, 
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.ops.attention import GRADIENTS, row_products
+from tracejit.ir.ops.attention import GRADIENTS, fits, row_products
 from tracejit.ir.types import DType, b1, f32, i64
 
 Tensor = torch.Tensor
@@ -143,17 +143,12 @@ def _bias(t: Trace, mask: Handle, shape: Ints, dtype: DType) -> Value:
 
 
 def _keeps_no_scores(t: Trace, q: Value, k: Value, v: Value, mask: Handle | None) -> bool:
-    """Whether the primitive serves: there is something to attend to, and no gradient of a mask.
-
-    On a GPU also whether its blocks fit the registers, which float64 and wide float32 do not, as no
-    tensor cores multiply all their bits.
-    """
+    """Whether the primitive serves: there is something to attend to, no gradient of a mask, and
+    kernels of the heads' width."""
     if mask is not None and t.grad_on and t.requires_grad(mask):
         return False
-    if q.type.device != "cpu":
-        widest = max(q.type.shape[-1], v.type.shape[-1])
-        if widest > (256 if q.type.dtype.narrow else 64 if q.type.dtype is f32 else 0):
-            return False
+    if not fits(q.type.device, q.type.dtype, max(q.type.shape[-1], v.type.shape[-1])):
+        return False
     return not any(0 in x.type.shape for x in (q, k, v))
 
 

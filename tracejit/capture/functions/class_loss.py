@@ -1,4 +1,4 @@
-"""Losses of classes: nll_loss and cross_entropy.
+"""Losses of classes: nll_loss and cross_entropy, also of a linear function.
 
 A class index picks its element by comparing it with an iota over the class axis, so that no gather
 stands between a row's softmax and its loss.
@@ -12,6 +12,7 @@ import torch
 
 from tracejit.capture.functions.arithmetic import add, div, mul
 from tracejit.capture.functions.common import cast
+from tracejit.capture.functions.composites import run_body
 from tracejit.capture.functions.derived import (
     argument_error,
     derived,
@@ -27,6 +28,7 @@ from tracejit.capture.functions.softmax import log_softmax
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
@@ -205,3 +207,12 @@ def cross_entropy(
         return picked
     rest = _smoothed(t, logs, target, weight, ignore_index, how, axis)
     return add(t, mul(t, picked, 1 - label_smoothing), mul(t, rest, label_smoothing / classes))
+
+
+@rule(functional.linear_cross_entropy)
+def linear_cross_entropy(
+    t: Trace, *tensors: Tensor, options: object = None, **kwargs: object
+) -> TracedTensor:
+    """As it is written: cross_entropy of a linear function. The options, which say how torch
+    computes the logits in parts, are not read: a pass decides that (`passes/vocabulary.py`)."""
+    return run_body(t, functional.linear_cross_entropy, tensors, kwargs)

@@ -33,6 +33,12 @@ def wide(dtype: DType) -> DType:
     return f32 if dtype.narrow else dtype
 
 
+def fits(device: str, dtype: DType, width: int) -> bool:
+    """Whether there are kernels for heads of a width. On a GPU blocks must fit the registers, which
+    those of float64 and wide float32 do not, as no tensor cores multiply all their bits."""
+    return device == "cpu" or width <= (256 if dtype.narrow else 64 if dtype is f32 else 0)
+
+
 def _infer_lse(q: Type, k: Type, bias: object, *, causal: bool, scale: float) -> Type:
     for x in (q, k):
         require_tensor("attention", x)
