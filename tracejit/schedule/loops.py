@@ -13,8 +13,8 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Param, Result
 from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
-from tracejit.schedule.lower import Memory
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.values import Memory
 
 
 @dataclass(frozen=True, slots=True)
