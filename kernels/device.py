@@ -261,3 +261,14 @@ def reduce_sum(x, axis: tl.constexpr = None):
         return tl.sum(x, axis)
     else:
         return tl.sum(x.to(tl.int64), axis)
+
+
+@triton.jit
+def stands_before(a, b, earlier, DESCENDING: tl.constexpr):
+    """Whether a comes before b in order; `earlier`: where they are equal. NaN is the largest."""
+    if DESCENDING:
+        less = (a > b) | ((a != a) & (b == b))
+    else:
+        less = (a < b) | ((b != b) & (a == a))
+    same = (a == b) | ((a != a) & (b != b))
+    return less | (same & earlier)

@@ -340,6 +340,33 @@ def running_sums() -> list[Sample]:
     return [Sample((Tensor(d, shape),), {"axis": axis}) for shape, axis, d in rows]
 
 
+def sorts() -> list[Sample]:
+    """(shape, axis, how many, filling)."""
+    rows = (
+        ((5,), 0, 5, "normal"),
+        ((1,), 0, 1, "normal"),
+        ((123,), 0, 123, "ties"),
+        ((3, 5), 0, 3, "ties"),
+        ((3, 5), 1, 2, "ties"),
+        ((3, 1), 1, 1, "normal"),
+        ((2, 9, 4), 1, 1, "ties"),
+        ((2, 9, 4), 1, 9, "normal"),
+        ((0, 5), 1, 5, "normal"),
+        ((5, 0), 1, 0, "normal"),
+        ((5, 3), 1, 0, "normal"),
+        ((100,), 0, 100, "left"),
+        ((2, 300), 1, 300, "normal"),
+        ((3000,), 0, 20, "ties"),
+    )
+    dtypes = (f32, f64, bf16, i64, u8)
+    return [
+        Sample((Tensor(d, shape, fill),), {"axis": axis, "count": count, "descending": down})
+        for shape, axis, count, fill in rows
+        for d in (dtypes if len(shape) == 1 and shape[0] < 3000 else (f32, i64))
+        for down in (False, True)
+    ] + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
+
+
 def reductions(*, empty: bool) -> list[Sample]:
     rows = [
         ((5,), (0,)),
@@ -550,6 +577,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "gather": gathers(),
     "scatter": scatters(),
     "cumsum": running_sums(),
+    "argsort": sorts(),
     "pad": pads(),
     "window": windows(),
     "unwindow": unwindows(),
@@ -747,6 +775,9 @@ REFERENCE: dict[str, Callable] = {
     "gather": _gather,
     "scatter": _scatter,
     "cumsum": lambda x, axis: torch.cumsum(x, axis),
+    "argsort": lambda x, axis, count, descending: torch.sort(
+        x, dim=axis, descending=descending, stable=True
+    ).indices.narrow(axis, 0, count),
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

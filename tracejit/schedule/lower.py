@@ -34,6 +34,7 @@ from tracejit.schedule.kernel import (
     Load,
     Reduce,
     Side,
+    Sort,
     Stage,
     Store,
     axes_of_result,
@@ -72,7 +73,8 @@ class _Lowering(Values):
             stages = [self._attend()]
         elif one is not None:
             inner = (one.node.attr("axis"),)
-            stages = [self._cumsum(one)] if one.kind == "cumsum" else self._scatter(one)
+            along = {"scatter": self._scatter, "cumsum": self._cumsum, "argsort": self._argsort}
+            stages = along[one.kind](one)
         else:
             times = self._times()
             stages = []
@@ -265,7 +267,7 @@ class _Lowering(Values):
         stages.append(Stage((step,), tuple(scope.body), in_order=True))
         return stages
 
-    def _cumsum(self, task: Task) -> Stage:
+    def _cumsum(self, task: Task) -> list[Stage]:
         """Each element and, before it, what has just been stored of the one before."""
         node, axis = task.node, task.node.attr("axis")
         (store,) = (t for t in self.tasks if t.kind == "store")
@@ -281,7 +283,23 @@ class _Lowering(Values):
         scope.body.append(Load(so_far, name, before, inside, node.where))
         scope.body.append(Compute(total, OPS["add"], (so_far, value), (), node.where))
         scope.body.append(Store(name, there, total, node.where))
-        return Stage((along,), tuple(scope.body), in_order=True)
+        return [Stage((along,), tuple(scope.body), in_order=True)]
+
+    def _argsort(self, task: Task) -> list[Stage]:
+        """The values along the axis, and the places of the first of them in order."""
+        node, axis = task.node, task.node.attr("axis")
+        (store,) = (t for t in self.tasks if t.kind == "store")
+        along = Axis(f"i{len(task.shape)}", node.args[0].type.shape[axis])
+        scope = Scope(extents_of((*task.shape, along.extent)))
+        number = Index(((along.name, 1),))
+        at = (*task.place[:axis], number, *task.place[axis + 1 :])
+        value, out = self._value(node.args[0], at, (), scope), self._var(task.value)
+        scope.body.append(Sort(out, value, node.attr("descending"), node.where))
+        there = flatten(task.place, self.memory.strides(store.buffer))
+        self._check(there, scope)
+        first = Axis(f"i{axis}", task.shape[axis])
+        stored = Store(self._buffer(store.buffer, "w"), there, out, node.where)
+        return [Stage((along,), tuple(scope.body)), Stage((first,), (stored,))]
 
     def _store(self, task: Task, scope: Scope) -> Store:
         """The store of a task's value, which is evaluated in the scope."""

@@ -154,6 +154,38 @@ cumsum = Op(
     host=None,
 )
 
+
+def _infer_argsort(x: Type, *, axis: int, count: int, descending: bool) -> Type:
+    require_tensor("argsort", x)
+    require(0 <= axis < len(x.shape), f"argsort of {x} along axis {axis}")
+    require(0 <= count <= x.shape[axis], f"the first {count} of {x} along axis {axis}")
+    return Type(i64, (*x.shape[:axis], count, *x.shape[axis + 1 :]), x.device)
+
+
+def argsorted(x: np.ndarray, axis: int, count: int, descending: bool) -> np.ndarray:
+    """The places along an axis of the first `count` elements in their order."""
+    last = x.shape[axis] - 1
+    if not descending:
+        order = np.argsort(x, axis, kind="stable")
+    else:  # backwards twice, so that equal ones keep their order
+        order = last - np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
+    return np.moveaxis(np.moveaxis(order, axis, 0)[:count], 0, axis)
+
+
+# Where along an axis the elements stand that come first in order; equal ones keep theirs. NaN is
+# the largest, and no two of them differ.
+argsort = Op(
+    "argsort",
+    "indexing",
+    _infer_argsort,
+    lambda x, *, axis, count, descending: argsorted(x, axis, count, descending),
+    (NO_GRAD,),
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host=None,
+)
+
 # x, and at each place that an index along the axis names the source: added in the order of the
 # indices, or the last one, or what is largest or smallest, x included. Indices out of range name
 # no place.
