@@ -720,6 +720,19 @@ for _name in (
     _function = getattr(functional, _name)
     BY_FUNCTION[_function] = ROWS[_name] + inplace(ROWS[_name])
 BY_FUNCTION[functional.leaky_relu] = ROWS["leaky_relu"] + inplace(ROWS["leaky_relu"])
+row(
+    "linear_cross_entropy",
+    [
+        S(r(4, 5), r(7, 5), v(0, 6, 2, 2, dtype=i64), smooth=True),
+        S(r(4, 5), r(7, 5), v(0, 6, 2, 2, dtype=i64), linear_bias=r(7), reduction="sum"),
+        S(r(5), r(7, 5), v(3, dtype=i64)[0], weight=r(7, low=0.1), label_smoothing=0.1),
+        S(r(4, 5), r(7, 5), v(0, 6, -1, 2, dtype=i64), ignore_index=-1, reduction="none"),
+        S(r(4, 5), r(7, 5), r(4, 7).softmax(-1)),
+        S(r(4, 5), r(7, 3, 5), torch.ones(4, 3, dtype=i64)),
+        S(r(4, 5), r(7, 4), v(0, 6, 2, 2, dtype=i64)),
+    ],
+    exact=False,
+)
 
 NAMES = set(ROWS) - _before
 

@@ -325,7 +325,7 @@ def scatters() -> list[Sample]:
     for shape, index, axis, fill in rows:
         for d in (f32, f64, bf16, i64):
             operands = Tensor(d, shape), Tensor(i64, index, fill), Tensor(d, index)
-            for combine in ("add", "last", "max", "min"):
+            for combine in ("add", "mul", "last", "max", "min"):
                 samples.append(Sample(operands, {"axis": axis, "combine": combine}))
     for d in (f16, i32, u8):
         operands = Tensor(d, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(d, (9, 3))
@@ -537,6 +537,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "shl": binary(i64, i32, i8, u8),
     "shr": binary(i64, i32, i8, u8),
     "philox": binary(i64),
+    "gcd": binary(*INTS, edges=False),
+    "nextafter": binary(f32, f64),
     **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "where": selections(),
     "cast": casts(),
@@ -672,7 +674,7 @@ def _scatter(
     out = list(x.unbind(axis))
     for at, given in zip(index.unbind(axis), source.unbind(axis), strict=True):
         for k, old in enumerate(out):
-            new = {"add": old + given, "last": given}.get(combine)
+            new = {"add": old + given, "mul": old * given, "last": given}.get(combine)
             if new is None:
                 new = getattr(torch, f"{combine}imum")(old, given)
             out[k] = torch.where(at == k, new, old)
@@ -759,6 +761,7 @@ REFERENCE: dict[str, Callable] = {
     **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
     **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
     "philox": _philox,
+    **{name: _on_tensors(getattr(torch, name)) for name in ("gcd", "nextafter")},
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,

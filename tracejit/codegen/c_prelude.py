@@ -78,6 +78,18 @@ static inline int64_t tj_fmod_int(int64_t a, int64_t b) {
   return b == 0 || b == -1 ? 0 : a % b;
 }
 
+/* The greatest common divisor, by Euclid's algorithm. */
+static inline int64_t tj_gcd(int64_t a, int64_t b) {
+  a = a < 0 ? -a : a;
+  b = b < 0 ? -b : b;
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
+}
+
 /* Integer power by squaring; a negative power is 1 / a^-b truncated, 0 for a = 0. */
 static inline int64_t tj_pow_int(int64_t a, int64_t b) {
   if (b < 0) return a == 1 ? 1 : a == -1 ? (b & 1 ? -1 : 1) : 0;

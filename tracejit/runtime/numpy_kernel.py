@@ -62,6 +62,9 @@ from tracejit.schedule.sizes import substitute
 Step = Callable[[list, int, int], None]  # (slots, first, last) of one block of the leading axis
 
 
+FOLDED = {"": None, "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
+
+
 @dataclass(frozen=True, slots=True)
 class _View:
     """A strided view of a buffer: how to make it from the buffer's memory."""
@@ -357,7 +360,7 @@ class _StageSteps:
         position = self._positions(s.index, dims, s.mask)
         dtype = self.run.types[self.run.number[s.buffer]].type.dtype
         shape = tuple(a.extent for a in dims[1:])
-        fold = {"": None, "add": np.add, "max": np.maximum, "min": np.minimum}[s.fold]
+        fold = FOLDED[s.fold]
 
         def step(slots: list, first: int, last: int) -> None:
             block = (last - first, *shape) if dims else ()

@@ -40,7 +40,7 @@ from tracejit.ir.types import DType
 
 Size = int | str
 
-FOLDS = {"": "<-", "add": "+=", "max": "max=", "min": "min="}  # how stores print
+FOLDS = {"": "<-", "add": "+=", "mul": "*=", "max": "max=", "min": "min="}  # how stores print
 COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
 
 
@@ -161,7 +161,8 @@ class InBounds:
 @dataclass(frozen=True, slots=True)
 class Store:
     """buffer[index] = value where the mask holds; or, by `fold`, what is there and the value: their
-    sum ("add"), rounded to the buffer's dtype each time, or the larger ("max") or smaller one."""
+    sum ("add") or product ("mul"), rounded to the buffer's dtype each time, or the larger ("max")
+    or smaller one."""
 
     buffer: str
     index: Index
