@@ -203,6 +203,18 @@ _wide = [S(v(-20.0, -8.0, -3.0, -0.0, 0.0, 1e-6, 5.0, 8.0, 8.1, 60.0)), S(r(9, d
 for _name in ("i0", "i0e", "i1", "i1e"):
     row(also(_name), [*_inner, *_wide], exact=False)
 
+_undifferentiated = [
+    *layouts(),
+    v(0.0, -0.0, 0.3, 0.5, -2.0, 30.0, inf, -inf, nan),
+    r(9, dtype=f64),
+]
+_undifferentiated += [r(5, dtype=i64), r(5, dtype=b1), r(5, dtype=bf16), r(5, dtype=f16)]
+row(
+    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1",
+    [S(x) for x in _undifferentiated],
+    exact=False,
+)
+
 # --- parts of numbers ----------------------------------------------------------------------------
 
 _numbers = v(0.0, -0.0, 1.0, -0.75, 3e38, -1e-40, 1e-45, inf, -inf, nan, 0.5, 1e-38)
@@ -267,3 +279,4 @@ row(
     ],
     exact=False,
 )
+row("sym_float", [S(2), S(-1.5), S(True)])

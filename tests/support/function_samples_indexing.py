@@ -1051,6 +1051,26 @@ ROWS["__getitem__"] = [*filter(is_basic, ROWS["__getitem__"]), *READ]
 _assigned = [s for s in ROWS["__setitem__"] if not isinstance(s.args[1], list)]
 ROWS["__setitem__"] = [*_assigned, *WRITTEN]
 
+_lengths, _ends = torch.tensor([2, 0, 3]), torch.tensor([0, 2, 2, 5])
+row(
+    "segment_reduce",
+    [
+        *(
+            S(x, how, initial=first, **segments)
+            for x in (v(1, 2, 3, 3, 0), r(5, 4))
+            for how in ("sum", "mean", "max", "min", "prod")
+            for first in (None, 2.0)
+            for segments in ({"lengths": _lengths}, {"offsets": _ends})
+        ),
+        S(r(2, 5, dtype=f64), "sum", lengths=torch.tensor([[2, 3], [5, 0]]), axis=1),
+        S(r(2, 5, 3), "max", offsets=torch.tensor([[0, 2, 5], [0, 5, 5]]), axis=1),
+        S(r(5), "sum", lengths=torch.tensor([2, 2])),
+        S(r(5), "sum", lengths=_lengths, offsets=_ends),
+        S(r(5), "median", lengths=_lengths),
+    ],
+    exact=False,
+)
+
 NAMES = (set(ROWS) - _before) | {"max", "min", "__getitem__", "__setitem__"}
 
 

@@ -185,14 +185,6 @@ def embedding(
     return t.fresh(t.b.reshape(out, shape=(*i.shape, w.shape[1])))
 
 
-@rule(torch.embedding_renorm_)
-def embedding_renorm_(
-    t: Trace, input: Tensor, indices: Tensor, max_norm: float, norm_type: float
-) -> Tensor:
-    renormalize(t, input, indices, max_norm, norm_type)
-    return input
-
-
 @in_torch
 def renormalize(
     t: Trace, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
