@@ -230,7 +230,11 @@ row(
 )
 _nexts = [S(r(5), r(5)), S(r(3, 1), r(4)), S(r(4, 3).t(), r(3, 4)), S(r(5, dtype=f64), r(5))]
 _nexts += [S(_numbers, x) for x in (_numbers.flip(0), _numbers, v(0.0), v(nan), v(-inf))]
-_nexts += [S(r(3, dtype=i64), r(3, dtype=i64)), no(r(3, dtype=bf16), r(3, dtype=bf16))]
+_nexts += [
+    S(r(3, dtype=i64), r(3, dtype=i64)),
+]
+_narrow = v(0.0, 1.0, -0.75, 2.5, 0.5, 255, 1e-3, inf, -inf, nan, 6e4, 3e38, 1e-38, 1e-40, 6.1e-5)
+_nexts += [S(_narrow.to(d), v(x).to(d)) for d in (bf16, f16) for x in (inf, -inf, 0.0, nan, 1.0)]
 row("nextafter nextafter_", _nexts)
 _whole = [S(r(9, dtype=d), r(9, dtype=e)) for d in (i64, i32, i8, u8) for e in (d, i64)]
 _whole += [S(v(12, -18, 0, 0, 7, 10**15, dtype=i64), v(18, 12, 5, 0, -7, 360, dtype=i64))]

@@ -190,9 +190,24 @@ def frexp(t: Trace, input: Tensor) -> object:
 
 
 def _next(t: Trace, x: Value, z: Value) -> Value:
-    if x.type.dtype.narrow:
-        raise t.unsupported("nextafter of bfloat16 and float16 has no rule")
-    return t.b.nextafter(x, z)
+    """The next number; of bf16 and f16 by 1.2 of their least relative steps, which rounds to one
+    step, or by the least number."""
+    dtype, b = x.type.dtype, t.b
+    if not dtype.narrow:
+        return b.nextafter(x, z)
+    info = torch.finfo(TO_TORCH[dtype])
+    least, relative = info.smallest_normal * info.eps, 0.6 * info.eps
+    one, other = widen(t, x), widen(t, z)
+    size = b.abs(one)
+    outward = b.eq(b.gt(other, one), b.gt(one, 0.0))
+    far = b.where(outward, b.mul(size, 1.0 + relative), b.mul(size, 1.0 - relative))
+    near = b.where(outward, b.add(size, least), b.sub(size, least))
+    found = b.where(b.lt(size, 2 * info.smallest_normal), near, far)
+    found = b.where(b.and_(b.eq(size, math.inf), b.not_(outward)), info.max, found)
+    found = b.where(b.eq(one, 0.0), b.copysign(least, other), b.copysign(found, one))
+    found = b.where(b.eq(one, other), other, found)
+    nan = b.or_(b.ne(one, one), b.ne(other, other))
+    return cast(t, b.where(nan, math.nan, found), dtype)
 
 
 def _divisors(name: str) -> Callable:
