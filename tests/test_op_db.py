@@ -42,7 +42,7 @@ OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
 FURTHER_OF = {name: kinds.split() for name, kinds in listed("op_db_dtypes.tsv").items()}
 
 
-@pytest.mark.sweep(24)
+@pytest.mark.sweep(48)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str):
     """The samples of an entry give what eager gives, with gradients, or are refused as listed."""
@@ -50,7 +50,7 @@ def test_operator(name: str):
     assert found.kind == OPERATORS[name], found.reason
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(24)
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name: str):
     """So do those of a module, in training and not, with the gradients of its parameters."""
