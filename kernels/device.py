@@ -133,6 +133,25 @@ def atan2(y, x):
 
 
 @triton.jit
+def nextafter(x, y):
+    """The next number after x in the direction of y, of floats."""
+    return libdevice.nextafter(x, y)
+
+
+@triton.jit
+def gcd(x, y):
+    """The greatest common divisor of integers, by Euclid's algorithm: 93 steps are the most that
+    64 bits take."""
+    a, b = tl.abs(x), tl.abs(y)
+    for _ in range(93):
+        left = b != 0
+        rest = tl.where(left, a % tl.where(left, b, 1), 0)
+        a = tl.where(left, b, a)
+        b = rest
+    return a
+
+
+@triton.jit
 def fmod(x, y):
     """The remainder of x / y truncated, which has the sign of x: floats and integers."""
     if x.dtype.is_floating():
@@ -261,3 +280,14 @@ def reduce_sum(x, axis: tl.constexpr = None):
         return tl.sum(x, axis)
     else:
         return tl.sum(x.to(tl.int64), axis)
+
+
+@triton.jit
+def stands_before(a, b, earlier, DESCENDING: tl.constexpr):
+    """Whether a comes before b in order; `earlier`: where they are equal. NaN is the largest."""
+    if DESCENDING:
+        less = (a > b) | ((a != a) & (b == b))
+    else:
+        less = (a < b) | ((b != b) & (a == a))
+    same = (a == b) | ((a != a) & (b != b))
+    return less | (same & earlier)

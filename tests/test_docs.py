@@ -29,6 +29,7 @@ from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
 from tracejit.schedule.cpu.rows import cache_rows
+from tracejit.schedule.cpu.sorting import deal_sorted
 from tracejit.schedule.cpu.text import parse_cpu_kernel
 from tracejit.schedule.cpu.tiles import orient, tile
 from tracejit.schedule.cpu.unpack import unpack
@@ -220,6 +221,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "fuse_columns": column_sums,
     "orient": on_kernel(orient),
     "choose_loops": on_kernel(choose_loops),
+    "deal_sorted": on_kernel(deal_sorted),
     "cache_rows": on_kernel(cache_rows),
     "tile": tiled,
     "cut_attention": attention,

@@ -174,6 +174,27 @@ PROGRAMS = {
         %8: f64[70] = cumsum(%2, axis=0)
         return %5, %7, %8
     }""",
+    "sorted": """step(%0: f32[40,3], %1: f64[4,50], %2: i64[700], %3: bf16[6,2,5], %4: b1[9]) {
+        %10: f32[40,3] = mul(%0, %0)
+        %11: i64[40,3] = argsort(%10, axis=0, count=40, descending=False)
+        %12: f32[40,3] = gather(%10, %11, axis=0)
+        %13: i64[4,7] = argsort(%1, axis=1, count=7, descending=True)
+        %14: f64[4,7] = gather(%1, %13, axis=1)
+        %15: i64[1] = argsort(%2, axis=0, count=1, descending=False)
+        %16: i64[6,2,5] = argsort(%3, axis=1, count=2, descending=True)
+        %17: i64[9] = argsort(%4, axis=0, count=9, descending=True)
+        return %12, %11, %14, %15, %16, %17
+    }""",
+    "a sort through views": """step(%0: f32[12,6], %1: f32[]@host) {
+        %2: f32[6,12] = permute(%0, axes=(1, 0))
+        %3: f32[6,12] = mul(%2, %1)
+        %4: i64[6,1] = argsort(%3, axis=1, count=1, descending=True)
+        %5: i64[6] = reshape(%4, shape=(6,))
+        %6: f32[6,12] = full(1.0, shape=(6, 12), dtype=f32, device="cpu")
+        %7: i64[6,5] = argsort(%6, axis=1, count=5, descending=True)
+        %8: i64[5,6] = permute(%7, axes=(1, 0))
+        return %5, %8
+    }""",
     "a running sum in place": """step(%0: f32[40,3]) {
         %1: f32[40,3] = cumsum(%0, axis=0)
         write %0 <- %1
@@ -272,3 +293,15 @@ def test_the_gradient_of_an_embedding_spills_nothing(target: int):
         target,
     )
     assert form == "scatter" and not found.spills
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_sorting_spills_nothing(target: int):
+    form, found = machine_code(
+        """step(%0: f32[64,1000]) {
+            %1: i64[64,1000] = argsort(%0, axis=1, count=1000, descending=True)
+            return %1
+        }""",
+        target,
+    )
+    assert form == "sort" and not found.spills

@@ -1,8 +1,9 @@
 """torch's own databases of operators and modules through a compiled step: each entry passes as it
 did, none is wrong.
 
-`tests/golden/op_db.tsv` says what becomes of each operator, `module_db.tsv` of each module: pass,
-refused (by an error of ours), or none (eager has no result for its samples that can be compared).
+`tests/golden/op_db.tsv` says what becomes of each operator, `op_db_dtypes.tsv` of its samples in
+float64, bfloat16, int64 and bool, `module_db.tsv` of each module: pass, refused (by an error of
+ours), or none (eager has no result for its samples that can be compared).
 TRACEJIT_ACCEPT=1 rewrites them.
 """
 
@@ -18,6 +19,7 @@ import torch
 from support.golden import FOLDER
 from support.op_db import (
     DTYPES,
+    FURTHER,
     modules,
     operators,
     outcome_of,
@@ -33,10 +35,11 @@ def listed(name: str) -> dict[str, str]:
     """What a table says of each entry."""
     path = FOLDER / name
     rows = path.read_text().splitlines() if path.exists() else []
-    return dict(row.split("\t") for row in rows)
+    return dict(row.split("\t", 1) for row in rows)
 
 
 OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
+FURTHER_OF = {name: kinds.split() for name, kinds in listed("op_db_dtypes.tsv").items()}
 
 
 @pytest.mark.sweep(48)
@@ -55,10 +58,21 @@ def test_module(name: str):
     assert found.kind == MODULES[name], found.reason
 
 
-@pytest.mark.parametrize(("table", "least"), [(OPERATORS, 510), (MODULES, 100)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FURTHER_OF)
+def test_operator_in_further_dtypes(name: str):
+    """So do samples of other dtypes: where an entry has one, each is as listed."""
+    entry = operators()[name]
+    found = [outcome_of(entry, dtype=dtype) for dtype in FURTHER]
+    assert [o.kind for o in found] == FURTHER_OF[name], [o.reason for o in found]
+
+
+@pytest.mark.parametrize(
+    ("table", "least"), [(OPERATORS, 540), (MODULES, 110), (listed("op_db_dtypes.tsv"), 1650)]
+)
 def test_none_is_wrong(table: dict[str, str], least: int):
     """What is listed: `make accept` cannot make a wrong result or a foreign error a known one."""
-    kinds = list(table.values())
+    kinds = [kind for row in table.values() for kind in row.split()]
     assert set(kinds) <= {"pass", "refused", "none"}
     assert kinds.count("pass") >= least
 
@@ -80,6 +94,21 @@ def test_golden_databases(name: str, entries: Callable, run: Callable):
     lost = [n for n, o in outcomes.items() if before.get(n) == "pass" and o.kind != "pass"]
     assert not lost, f"passed before: {lost}"
     (FOLDER / name).write_text("".join(f"{n}\t{o.kind}\n" for n, o in outcomes.items()))
+
+
+@pytest.mark.slow
+def test_golden_dtypes():
+    """The table of further dtypes lists each entry too, and is rewritten when accepting."""
+    entries = operators()
+    if not ACCEPTING:
+        assert list(FURTHER_OF) == sorted(entries)
+        return
+    rows = []
+    for name in sorted(entries):
+        found = [outcome_of(entries[name], dtype=dtype) for dtype in FURTHER]
+        assert not {o.kind for o in found} & {"wrong", "error"}, (name, found)
+        rows.append("\t".join([name, *(o.kind for o in found)]))
+    (FOLDER / "op_db_dtypes.tsv").write_text("\n".join(rows) + "\n")
 
 
 def test_another_result_is_noticed():

@@ -385,7 +385,7 @@ MALFORMED = [
     ("gather", (X, Type(i64, (3,))), {"axis": 0}),
     ("scatter", (X, X, X), {"axis": 0, "combine": "last"}),
     ("scatter", (C, N, C), {"axis": 0, "combine": "add"}),
-    ("scatter", (X, N, X), {"axis": 0, "combine": "mul"}),
+    ("scatter", (X, N, X), {"axis": 0, "combine": "sub"}),
     ("scatter", (X, N, C), {"axis": 0, "combine": "last"}),
     ("matmul", (X, X), {}),
     ("matmul", (X, Type(f64, (5, 4))), {}),

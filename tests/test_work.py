@@ -218,6 +218,12 @@ GRAPHS = {
           %2: f32[70,300] = cumsum(%1, axis=0)
           return %2
         }""",
+    "sorted rows": """
+        f(%0: f32[5,300]) {
+          %1: f32[5,300] = exp(%0)
+          %2: i64[5,70] = argsort(%1, axis=1, count=70, descending=True)
+          return %2
+        }""",
     "a scatter along rows": """
         f(%0: bf16[70,30], %1: i64[70,9], %2: bf16[70,9]) {
           %3: bf16[70,30] = scatter(%0, %1, %2, axis=1, combine="last")

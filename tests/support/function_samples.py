@@ -826,6 +826,10 @@ row(
         S(1, 2.5, 0.25, dtype=f64),
         S(end=4),
         S(0, 7, step=2),
+        S(0.0, -8.000001, -4.0, dtype=i64),
+        *(S(0.5, 5.7, 1.5, dtype=d) for d in (i64, i32, u8)),
+        S(0, 5, 0.5, dtype=i64),
+        S(5, 0.5, dtype=i64),
     ],
 )
 row(

@@ -181,10 +181,16 @@ def also(name: str, other: str | None = None) -> str:
 
 
 row(also("lgamma", "gammaln"), [*UNARY, *HALF, *_poles], exact=False)
-_once = [replace(s, smooth=False) for s in (*_inner, *HALF, *_poles)]
-row(f"{also('digamma')} special_psi", _once, exact=False)
+row(f"{also('digamma')} special_psi", [*_inner, *HALF, *_poles], exact=False)
 _orders = [replace(s, args=(0, *s.args), smooth=False) for s in HALF]
-_orders += [S(1, v(-3, 0, 1, 2, 7, dtype=i64)), S(1, r(9, dtype=i32)), S(-1, r(3)), no(2, r(3))]
+_orders += [S(1, v(-3, 0, 1, 2, 7, dtype=i64)), S(1, r(9, dtype=i32)), S(-1, r(3))]
+_orders += [replace(s, args=(n, *s.args)) for n in (2, 3, 7) for s in HALF[:-1]]
+_orders += [S(n, v(-0.5, -1.25, -2.75, -10.2, dtype=f64)) for n in (2, 3, 7)]
+_orders += [
+    S(2, v(0.0, -0.0, -1.0, -4.0, nan, 1e-3)),
+    S(5, v(-3, 0, 1, 7, dtype=i64)),
+    no(31, r(3)),
+]
 row("polygamma special_polygamma", _orders, exact=False)
 BY_FUNCTION[torch.Tensor.polygamma] = [replace(s, args=s.args[::-1]) for s in _orders]
 _above = [S(r(5, low=2.5, high=9.0), p, smooth=True) for p in (1, 3)]
@@ -196,3 +202,85 @@ row(also("erfcx"), [*_inner, S(v(-2.5, -0.5, 0.0, 0.5, 3.75, 20.0))], exact=Fals
 _wide = [S(v(-20.0, -8.0, -3.0, -0.0, 0.0, 1e-6, 5.0, 8.0, 8.1, 60.0)), S(r(9, dtype=f64) * 9)]
 for _name in ("i0", "i0e", "i1", "i1e"):
     row(also(_name), [*_inner, *_wide], exact=False)
+
+_undifferentiated = [
+    *layouts(),
+    v(0.0, -0.0, 0.3, 0.5, -2.0, 30.0, inf, -inf, nan),
+    r(9, dtype=f64),
+]
+_undifferentiated += [r(5, dtype=i64), r(5, dtype=b1), r(5, dtype=bf16), r(5, dtype=f16)]
+row(
+    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1",
+    [S(x) for x in _undifferentiated],
+    exact=False,
+)
+
+# --- parts of numbers ----------------------------------------------------------------------------
+
+_numbers = v(0.0, -0.0, 1.0, -0.75, 3e38, -1e-40, 1e-45, inf, -inf, nan, 0.5, 1e-38)
+row(
+    "frexp",
+    [
+        *(S(x) for x in layouts()),
+        S(_numbers),
+        *(S(_numbers.to(d)) for d in (f64, f16, bf16)),
+        S(v(1.7e308, 5e-324, -2.3e-308, 1e200, 1e-200, dtype=f64)),
+        S(r(5, dtype=i64)),
+    ],
+)
+_nexts = [S(r(5), r(5)), S(r(3, 1), r(4)), S(r(4, 3).t(), r(3, 4)), S(r(5, dtype=f64), r(5))]
+_nexts += [S(_numbers, x) for x in (_numbers.flip(0), _numbers, v(0.0), v(nan), v(-inf))]
+_nexts += [
+    S(r(3, dtype=i64), r(3, dtype=i64)),
+]
+_narrow = v(0.0, 1.0, -0.75, 2.5, 0.5, 255, 1e-3, inf, -inf, nan, 6e4, 3e38, 1e-38, 1e-40, 6.1e-5)
+_nexts += [S(_narrow.to(d), v(x).to(d)) for d in (bf16, f16) for x in (inf, -inf, 0.0, nan, 1.0)]
+row("nextafter nextafter_", _nexts)
+_whole = [S(r(9, dtype=d), r(9, dtype=e)) for d in (i64, i32, i8, u8) for e in (d, i64)]
+_whole += [S(v(12, -18, 0, 0, 7, 10**15, dtype=i64), v(18, 12, 5, 0, -7, 360, dtype=i64))]
+_whole += [S(r(3, 1, dtype=i64), r(4, dtype=i64)), S(r(0, dtype=i64), r(1, dtype=i64))]
+_whole += [S(r(3), r(3, dtype=i64)), S(r(3, dtype=b1), r(3, dtype=b1))]
+row("gcd gcd_ lcm lcm_", _whole)
+
+# --- bins ----------------------------------------------------------------------------------------
+
+_edges = torch.linspace(-1.0, 3.0, 41)
+row(
+    "histc",
+    [
+        S(r(200)),
+        S(r(200), 7),
+        S(_edges, 20, -1, 3),
+        S(_edges.double(), bins=20, min=-1, max=3),
+        S(r(4, 9).t(), 5, -1.5, 1.0),
+        S(v(1, 1, 1), 4),
+        S(v(nan, 0.5, inf, -inf, 2.0), 4, 0, 1),
+        S(v(nan, 0.5), 4),
+        S(r(0), 4),
+        S(r(50, dtype=bf16), 5, -1, 1),
+        S(r(50, dtype=f16), 5),
+        S(r(5), 3, 2, 1),
+        S(r(5), 0),
+        S(r(5, dtype=i64), 3),
+    ],
+)
+row(
+    "histogram",
+    [
+        S(r(200)),
+        S(r(200), 7),
+        S(_edges + 0.05, 20, range=(-1.0, 3.0)),
+        S(_edges.double() + 0.05, 20, range=(-1.0, 3.0), density=True),
+        S(r(4, 9).t(), 5, range=(-1.5, 1.0), weight=r(9, 4)),
+        S(r(30), v(-1.5, 0.0, 0.25, 1.0), weight=r(30), density=True),
+        S(v(1, 1, 1), 4),
+        S(v(nan, 0.5, inf, -inf, 2.0), 4, range=(0.0, 1.0)),
+        S(v(nan, 0.5), 4),
+        S(r(0), 4),
+        S(r(5), 0),
+        S(r(5, dtype=i64), 3),
+        S(r(5, dtype=bf16), 3),
+    ],
+    exact=False,
+)
+row("sym_float", [S(2), S(-1.5), S(True)])

@@ -27,7 +27,6 @@ from support.function_samples import (
     inf,
     layouts,
     nan,
-    no,
     r,
     restart,
     row,
@@ -74,7 +73,9 @@ row(
 row("fill", [S(r(3, 5), 2), S(r(5, 3).t(), 0.5), S(r(5), v(2.0)[0]), S(r(5, dtype=i64), 3)])
 row(
     "sum_to_size",
-    [S(r(3, 5), 1, 5), S(r(3, 5), (3, 5)), S(r(2, 3, 5), (3, 1)), S(r(3, 5), 5), S(r(3, 5), 2, 5)],
+    [S(r(3, 5), 1, 5), S(r(3, 5), (3, 5)), S(r(2, 3, 5), (3, 1)), S(r(3, 5), 5), S(r(3, 5), 2, 5)]
+    + [S(x, ()) for x in (r(), r(3), r(dtype=b1), r(3, dtype=i32))]
+    + [S(r(3, dtype=b1), 3), S(r(3, dtype=b1), 1)],
     exact=False,
 )
 
@@ -218,14 +219,13 @@ row(
     [
         *(
             S(r(5, 3), 0, _named, r(4, 3), how, include_self=own)
-            for how in ("mean", "amax", "amin")
+            for how in ("mean", "prod", "amax", "amin")
             for own in (True, False)
         ),
         S(r(3, 5).t(), 0, _named, r(4, 3), "amax"),
         S(r(3, 5), 1, _named, r(3, 4), "mean"),
         S(r(5, dtype=i64), 0, _named, r(4, dtype=i64), "amin"),
         S(r(5, 3), 0, _named, r(4, 3), "sum"),
-        no(r(5, 3), 0, _named, r(4, 3), "prod"),
     ],
     exact=False,
 )

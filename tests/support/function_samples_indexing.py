@@ -142,7 +142,7 @@ row(
         S(r(3), 5),
         S(r(3), 0),
         S(r(), 1),
-        no(r(7), i(2, 5)),
+        S(r(7), i(2, 5)),
     ],
 )
 row("hsplit", [S(r(6), 3), S(r(4, 6), 2), S(r(4, 6), (1, 3)), S(r(6), 4), S(r(), 1), S(r(5, 3), 3)])
@@ -398,9 +398,37 @@ row(
         S(0, 1, 2, requires_grad=True),
         S(0, 1, 5, dtype=bf16),
         S(0, 1, -1),
-        no(0, 9, 4, dtype=i64),
+        S(0, 9, 4, dtype=i64),
+        S(0, -7, 5, dtype=i32),
+        S(v(0.5)[0], 3, 5),
+        S(0, v(2.5)[0], 8, dtype=f64),
+        S(v(1, dtype=i64)[0], v(2.5)[0], 7),
+        S(r(2), 1, 3),
     ],
     exact=False,
+)
+row(
+    "logspace",
+    [
+        S(0, 1, 5),
+        S(0, -3, 8, base=2),
+        S(-2.5, 3, 7, 2.5, dtype=f64),
+        S(v(0.5)[0], 3, 5),
+        S(0, 1, 1),
+        S(0, 1, 0),
+        S(0, 1, 5, dtype=bf16),
+        no(0, 4, 5, dtype=i64),
+    ],
+    exact=False,
+)
+row(
+    "unravel_index",
+    [
+        S(i(4, 0, 11), (3, 4)),
+        S(at(2, 5, below=24), (2, 3, 4)),
+        S(i(5)[0], 7),
+        S(at(3, below=5).to(i32), (5,)),
+    ],
 )
 LISTS = [
     S([1, 2, 3]),
@@ -632,9 +660,13 @@ row(
         *TABLE,
         S(i(1, 0, 1), r(4, 3), 1),
         S(i(1, 3, 1), r(4, 3), padding_idx=-1),
-        no(i(1, 3), r(4, 3), max_norm=1.0),
+        S(i(1, 3, 1), r(4, 3), max_norm=1.0),
+        S(i(3, 3), r(4, 3), max_norm=0.5, norm_type=1.0),
+        S(i(1, 3, 1), r(4, 3, dtype=f64), max_norm=1.0, scale_grad_by_freq=True, padding_idx=3),
+        S(i(1, 3, 1, 1)[None], r(4, 3), scale_grad_by_freq=True, smooth=True),
         no(i(1, 3), r(4, 3), sparse=True),
     ],
+    exact=False,
 )
 BY_FUNCTION[torch.embedding] = [
     *(Sample(s.args[::-1], smooth=s.smooth) for s in TABLE),
@@ -911,7 +943,7 @@ REDUCED = [
     S(*s.args, reduce, include_self=own, smooth=s.smooth)
     for s in SCATTERED
     if not s.refused and s.args[3].shape == s.args[2].shape
-    for reduce in ("sum", "mean", "amax", "amin")
+    for reduce in ("sum", "mean", "prod", "amax", "amin")
     for own in (True, False)
 ]
 row(
@@ -919,7 +951,7 @@ row(
     [
         *REDUCED,
         S(r(3, 4), 0, AT, (r(3, 4) > 0).float(), "amax", smooth=True),
-        no(r(5), 0, i(1, 1, 4), r(3), "prod"),
+        S(v(1, 2, 0, 3, 4), 0, i(0, 0, 1, 1, 1, 4), v(2, 0, 0, 0, 3, 5), "prod"),
     ],
     exact=False,
 )
@@ -1018,6 +1050,26 @@ def is_basic(sample: Sample) -> bool:
 ROWS["__getitem__"] = [*filter(is_basic, ROWS["__getitem__"]), *READ]
 _assigned = [s for s in ROWS["__setitem__"] if not isinstance(s.args[1], list)]
 ROWS["__setitem__"] = [*_assigned, *WRITTEN]
+
+_lengths, _ends = torch.tensor([2, 0, 3]), torch.tensor([0, 2, 2, 5])
+row(
+    "segment_reduce",
+    [
+        *(
+            S(x, how, initial=first, **segments)
+            for x in (v(1, 2, 3, 3, 0), r(5, 4))
+            for how in ("sum", "mean", "max", "min", "prod")
+            for first in (None, 2.0)
+            for segments in ({"lengths": _lengths}, {"offsets": _ends})
+        ),
+        S(r(2, 5, dtype=f64), "sum", lengths=torch.tensor([[2, 3], [5, 0]]), axis=1),
+        S(r(2, 5, 3), "max", offsets=torch.tensor([[0, 2, 5], [0, 5, 5]]), axis=1),
+        S(r(5), "sum", lengths=torch.tensor([2, 2])),
+        S(r(5), "sum", lengths=_lengths, offsets=_ends),
+        S(r(5), "median", lengths=_lengths),
+    ],
+    exact=False,
+)
 
 NAMES = (set(ROWS) - _before) | {"max", "min", "__getitem__", "__setitem__"}
 

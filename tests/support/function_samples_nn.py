@@ -552,6 +552,13 @@ row(
         S(r(3), r(5, 3), torch.tensor(2)),
         S(r(6, 3, dtype=bf16), r(5, 3, dtype=bf16), _six),
         S(r(6, 3), r(5, 4), _six),
+        S(r(4, 5), r(7, 5), v(0, 6, 2, 2, dtype=i64), smooth=True),
+        S(r(4, 5), r(7, 5), v(0, 6, 2, 2, dtype=i64), linear_bias=r(7), reduction="sum"),
+        S(r(5), r(7, 5), v(3, dtype=i64)[0], weight=r(7, low=0.1), label_smoothing=0.1),
+        S(r(4, 5), r(7, 5), v(0, 6, -1, 2, dtype=i64), ignore_index=-1, reduction="none"),
+        S(r(4, 5), r(7, 5), r(4, 7).softmax(-1)),
+        S(r(4, 5), r(7, 3, 5), torch.ones(4, 3, dtype=i64)),
+        S(r(4, 5), r(7, 4), v(0, 6, 2, 2, dtype=i64)),
     ],
     exact=False,
 )

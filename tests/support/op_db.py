@@ -24,10 +24,13 @@ MOST = 6  # samples of an entry
 LARGEST = 10_000  # elements of a sample
 SEEN = 300  # samples that are looked at, to choose from
 DTYPES = (torch.float32, torch.int64, torch.bool)
+FURTHER = (torch.float64, torch.bfloat16, torch.int64, torch.bool)  # of the second table
 
 # Whose results are memory as it comes: shape, dtype and layout are compared.
 UNINITIALIZED = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty"}
 UNINITIALIZED |= {"new_empty_strided"}
+# In which it is open which of equal elements comes first.
+TIES = {"argsort", "kthvalue", "median", "mode", "msort", "nanmedian", "sort", "topk"}
 # of the larger of an element, the largest of its tensor, and 1; the samples go up to 10
 TOLERANCE = 2e-5
 
@@ -140,8 +143,11 @@ def weights(x: torch.Tensor) -> torch.Tensor:
     return row.to(x.dtype).reshape(x.shape)
 
 
-def outcome(case: Case, *, backend: str, uninitialized: bool = False) -> Outcome:
-    """What becomes of one sample; none where eager refuses it."""
+def outcome(
+    case: Case, *, backend: str, uninitialized: bool = False, ties: bool = False
+) -> Outcome:
+    """What becomes of one sample; none where eager refuses it. With `ties`, only the first
+    of the results is compared by its values, unless it is an order itself."""
     step = step_of(case)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -161,12 +167,20 @@ def outcome(case: Case, *, backend: str, uninitialized: bool = False) -> Outcome
         except Exception as error:
             return Outcome("error", f"{type(error).__name__}: {error}")
         values = not uninitialized
+        if ties:
+            both = (tensors(result[0])[:1] for result in (theirs, ours))
+            what = difference(theirs[:2], ours[:2], strides=True, values=False)
+            what = what or (difference(*both) if case.function is not torch.argsort else "")
+            return Outcome("wrong", what) if what else Outcome("pass")
         what = difference(theirs[:2], ours[:2], strides=True, values=values)
         what = what or difference(opened(given), opened(ours_given), strides=True, values=values)
         what = what or difference(theirs[2], ours[2])  # torch does not say how gradients lie
         if what and values and closer(case, theirs, ours):
             what = ""
     return Outcome("wrong", what) if what else Outcome("pass")
+
+
+NARROWER = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def closer(case: Case, theirs: tuple, ours: tuple) -> bool:
@@ -176,7 +190,7 @@ def closer(case: Case, theirs: tuple, ours: tuple) -> bool:
         return False
 
     def double(x: object) -> object:
-        if not isinstance(x, torch.Tensor) or x.dtype is not torch.float32:
+        if not isinstance(x, torch.Tensor) or x.dtype not in NARROWER:
             return x
         return x.detach().double().requires_grad_(x.requires_grad)
 
@@ -261,17 +275,18 @@ def operators() -> dict[str, object]:
 WORST = ("wrong", "error", "refused", "pass", "none")
 
 
-def outcome_of(entry: object, backend: str = "numpy") -> Outcome:
-    """The worst that becomes of an entry's samples."""
-    dtype = dtype_of(entry)
-    if dtype is None:
+def outcome_of(entry: object, backend: str = "numpy", dtype: torch.dtype | None = None) -> Outcome:
+    """The worst that becomes of an entry's samples, of a dtype."""
+    further, dtype = dtype is not None, dtype or dtype_of(entry)
+    if dtype is None or dtype not in entry.dtypes:
         return Outcome("none", "no dtype")
     try:
         chosen = list(cases(entry, dtype))
     except Exception as error:
         return Outcome("none", f"samples: {type(error).__name__}: {error}")
     loose = entry.name in UNINITIALIZED
-    return worst(outcome(case, backend=backend, uninitialized=loose) for case in chosen)
+    ties = further and dtype is not torch.float64 and entry.name in TIES
+    return worst(outcome(case, backend=backend, uninitialized=loose, ties=ties) for case in chosen)
 
 
 def worst(found: Iterable[Outcome]) -> Outcome:

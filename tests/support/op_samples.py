@@ -325,7 +325,7 @@ def scatters() -> list[Sample]:
     for shape, index, axis, fill in rows:
         for d in (f32, f64, bf16, i64):
             operands = Tensor(d, shape), Tensor(i64, index, fill), Tensor(d, index)
-            for combine in ("add", "last", "max", "min"):
+            for combine in ("add", "mul", "last", "max", "min"):
                 samples.append(Sample(operands, {"axis": axis, "combine": combine}))
     for d in (f16, i32, u8):
         operands = Tensor(d, (4, 3)), Tensor(i64, (9, 3), "normal"), Tensor(d, (9, 3))
@@ -338,6 +338,33 @@ def running_sums() -> list[Sample]:
     shapes = (((5,), 0), ((1,), 0), ((123,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 9, 4), 1))
     rows = [(*row, d) for row in (*shapes, ((3, 0), 1), ((3000,), 0)) for d in (f32, f64, i64)]
     return [Sample((Tensor(d, shape),), {"axis": axis}) for shape, axis, d in rows]
+
+
+def sorts() -> list[Sample]:
+    """(shape, axis, how many, filling)."""
+    rows = (
+        ((5,), 0, 5, "normal"),
+        ((1,), 0, 1, "normal"),
+        ((123,), 0, 123, "ties"),
+        ((3, 5), 0, 3, "ties"),
+        ((3, 5), 1, 2, "ties"),
+        ((3, 1), 1, 1, "normal"),
+        ((2, 9, 4), 1, 1, "ties"),
+        ((2, 9, 4), 1, 9, "normal"),
+        ((0, 5), 1, 5, "normal"),
+        ((5, 0), 1, 0, "normal"),
+        ((5, 3), 1, 0, "normal"),
+        ((100,), 0, 100, "left"),
+        ((2, 300), 1, 300, "normal"),
+        ((3000,), 0, 20, "ties"),
+    )
+    dtypes = (f32, f64, bf16, i64, u8)
+    return [
+        Sample((Tensor(d, shape, fill),), {"axis": axis, "count": count, "descending": down})
+        for shape, axis, count, fill in rows
+        for d in (dtypes if len(shape) == 1 and shape[0] < 3000 else (f32, i64))
+        for down in (False, True)
+    ] + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
 
 
 def reductions(*, empty: bool) -> list[Sample]:
@@ -526,6 +553,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "shl": binary(i64, i32, i8, u8),
     "shr": binary(i64, i32, i8, u8),
     "philox": binary(i64),
+    "gcd": binary(*INTS, edges=False),
+    "nextafter": binary(f32, f64),
     **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "where": selections(),
     "cast": casts(),
@@ -566,6 +595,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "gather": gathers(),
     "scatter": scatters(),
     "cumsum": running_sums(),
+    "argsort": sorts(),
     "pad": pads(),
     "window": windows(),
     "unwindow": unwindows(),
@@ -660,7 +690,7 @@ def _scatter(
     out = list(x.unbind(axis))
     for at, given in zip(index.unbind(axis), source.unbind(axis), strict=True):
         for k, old in enumerate(out):
-            new = {"add": old + given, "last": given}.get(combine)
+            new = {"add": old + given, "mul": old * given, "last": given}.get(combine)
             if new is None:
                 new = getattr(torch, f"{combine}imum")(old, given)
             out[k] = torch.where(at == k, new, old)
@@ -755,6 +785,7 @@ REFERENCE: dict[str, Callable] = {
     **{name: getattr(operator, f"{name}_") for name in ("and", "or")},
     **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
     "philox": _philox,
+    **{name: _on_tensors(getattr(torch, name)) for name in ("gcd", "nextafter")},
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,
@@ -771,6 +802,9 @@ REFERENCE: dict[str, Callable] = {
     "gather": _gather,
     "scatter": _scatter,
     "cumsum": lambda x, axis: torch.cumsum(x, axis),
+    "argsort": lambda x, axis, count, descending: torch.sort(
+        x, dim=axis, descending=descending, stable=True
+    ).indices.narrow(axis, 0, count),
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

@@ -23,6 +23,7 @@ from tracejit.codegen.c_matmul import contraction_parts
 from tracejit.codegen.c_micro import vector_types
 from tracejit.codegen.c_outer import parts_of
 from tracejit.codegen.c_prelude import prelude_for
+from tracejit.codegen.c_sort import sort_parts
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line, comment
 from tracejit.schedule.cpu.plan import CpuKernel
@@ -90,6 +91,9 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
     rest: list[Part] = []
     if lowered.blocks is not None:
         parts, fields, micros = attention_parts(lowered, name)
+        main.append(Line("at->working = scratch;"))
+    elif kernel.sort is not None:
+        parts, fields = sort_parts(lowered, name)
         main.append(Line("at->working = scratch;"))
     elif lowered.tiling is not None:
         contraction = Contraction(kernel, name, lowered.tiling)

@@ -28,6 +28,7 @@ from tracejit.schedule.kernel import (
     Position,
     Reduce,
     Scalar,
+    Sort,
     Statement,
     Store,
     Var,
@@ -111,8 +112,8 @@ class Body(Printer):
         return [Line(f"const {value_type(s.out.dtype)} {s.out!r} = {text};", s.where)]
 
     def lines(self, statements: Iterable[Statement]) -> list[Line]:
-        """Statements in order, reductions left to the caller."""
-        return [x for s in statements if not isinstance(s, Reduce) for x in self.lines_of(s)]
+        """Statements in order, reductions and sorting left to the caller."""
+        return [x for s in statements if not isinstance(s, Reduce | Sort) for x in self.lines_of(s)]
 
 
 def is_independent(body: Sequence[Statement], vector_axis: str) -> bool:

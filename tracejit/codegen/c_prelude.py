@@ -15,6 +15,8 @@ from __future__ import annotations
 import math
 import re
 
+from tracejit.codegen.c_moves import KEYS, SORTS, STREAM
+
 C_TYPES = {
     "f64": "double",
     "f32": "float",
@@ -74,6 +76,18 @@ static inline int64_t tj_mod_int(int64_t a, int64_t b) {
 /* The remainder of truncated division; 0 where the divisor is 0. */
 static inline int64_t tj_fmod_int(int64_t a, int64_t b) {
   return b == 0 || b == -1 ? 0 : a % b;
+}
+
+/* The greatest common divisor, by Euclid's algorithm. */
+static inline int64_t tj_gcd(int64_t a, int64_t b) {
+  a = a < 0 ? -a : a;
+  b = b < 0 ? -b : b;
+  while (b) {
+    const int64_t rest = a % b;
+    a = b;
+    b = rest;
+  }
+  return a;
 }
 
 /* Integer power by squaring; a negative power is 1 / a^-b truncated, 0 for a = 0. */
@@ -221,37 +235,6 @@ static inline uint16_t tj_store_f16(float x) {
   uint32_t special = x != x ? 0x7e00u : 0x7c00u;
   return (uint16_t)(sign | (fabsf(rounded) < 65520.0f ? finite : special));
 }
-"""
-
-_STREAM = """
-/* Copies past the caches, for results too large to stay there: a plain store would first read
-   what it overwrites. `tj_stream_end` makes them visible before what this thread does next. */
-#if defined(__x86_64__) && !defined(__clang__)
-#ifdef __AVX512F__
-typedef long long tj_line __attribute__((vector_size(64), may_alias));
-#define TJ_STREAM __builtin_ia32_movntdq512
-#elif defined(__AVX__)
-typedef long long tj_line __attribute__((vector_size(32), may_alias));
-#define TJ_STREAM __builtin_ia32_movntdq256
-#else
-typedef long long tj_line __attribute__((vector_size(16), may_alias));
-#define TJ_STREAM __builtin_ia32_movntdq
-#endif
-static inline void tj_stream(void *to, const void *from, int64_t bytes) {
-  int64_t whole = (uintptr_t)to % sizeof(tj_line) ? 0 : bytes / (int64_t)sizeof(tj_line);
-  for (int64_t i = 0; i < whole; i++) TJ_STREAM((tj_line *)to + i, ((const tj_line *)from)[i]);
-  whole *= sizeof(tj_line);
-  memcpy((char *)to + whole, (const char *)from + whole, bytes - whole);
-}
-static inline void tj_stream_end(void) {
-  __builtin_ia32_sfence();
-}
-#else
-static inline void tj_stream(void *to, const void *from, int64_t bytes) {
-  memcpy(to, from, bytes);
-}
-static inline void tj_stream_end(void) {}
-#endif
 """
 
 
@@ -481,7 +464,9 @@ C_PARTS = (
     _SIN,
     _ATAN,
     _F64,
-    _STREAM,
+    STREAM,
+    KEYS,
+    *SORTS,
 )
 C_PRELUDE = C_HEADER + "".join(C_PARTS)
 

@@ -42,6 +42,8 @@ TEMPLATES = {
     "xor": "({0} ^ {1})",
     "shl": "tj_shl({0}, {1})",
     "shr": "tj_shr({0}, {1})",
+    "gcd": "tj_gcd({0}, {1})",
+    "nextafter": "nextafter{f}({0}, {1})",
     "philox": "tj_philox({0}, {1})",
     "eq": "({0} == {1})",
     "ne": "({0} != {1})",

@@ -22,6 +22,8 @@ MAX_PROGRAMS = 1024  # of a full reduction: bounds the partials that the last pr
 MAX_TILE = 8192  # elements of a rows tile
 WIDE = 128  # outer points of a scatter that one index serves
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
+RANKED = 128  # elements of a row whose places a program finds
+COMPARED = 32  # elements that they are compared with at a time
 FILLED = 256  # programs that keep a GPU busy
 
 
@@ -126,6 +128,11 @@ def _alone(
         block = min(power_of_two(outer), COLUMNS, max_tile)
         return Geometry((cdiv(outer, block),), {"BLOCK": block}, _warps(block))
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+    if form == "sort":
+        block = min(power_of_two(inner), RANKED, max_tile)
+        others = max(1, min(power_of_two(inner), max_tile // block, COMPARED))
+        blocks = outer * cdiv(inner, block)
+        return Geometry((blocks,), {"BLOCK": block, "OTHERS": others}, _warps(block * others))
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
     return Geometry(
         grid=(cdiv(outer, block_o),),

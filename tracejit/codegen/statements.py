@@ -156,7 +156,7 @@ class Printer:
 
     def folded(self, fold: str, there: str, value: str, dtype: DType) -> str:
         """What is in memory and a value as one, by the fold of a store."""
-        op = OPS[{"add": "add", "max": "maximum", "min": "minimum"}[fold]]
+        op = OPS[{"add": "add", "mul": "mul", "max": "maximum", "min": "minimum"}[fold]]
         text = self.language.template(op, dtype.kind, dtype).format(
             there, value, T=self.language.type_of(dtype), f="" if dtype is f64 else "f"
         )

@@ -11,7 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tracejit.codegen import triton_attention, triton_forms, triton_matmul, triton_scatter
+from tracejit.codegen import (
+    triton_attention,
+    triton_forms,
+    triton_matmul,
+    triton_scatter,
+    triton_sort,
+)
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
@@ -106,6 +112,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
             "rows": triton_forms.rows,
             "scatter": triton_scatter.scatter,
             "scan": triton_scatter.scan,
+            "sort": triton_sort.sort,
         }[form]
         function = printer(kernel, bool(variant), part)
     constants = (*(["FIRST"] if part else []), *function.constants)
@@ -215,6 +222,8 @@ def describe(kernel: Kernel, form: str) -> list[str]:
         first = f"{results}: for each of {domain(inner)}, queries and keys {domain([m, n])}."
     elif form in ("scatter", "scan"):
         first = f"For each of {domain(kernel.axes)}: {domain(kernel.stages[-1].axes)} in order."
+    elif form == "sort":
+        first = f"For each of {domain(kernel.axes)}: the order of {domain(inner)}."
     else:
         first = f"For each of {domain(kernel.axes)}: passes over {domain(inner)}."
     details = []

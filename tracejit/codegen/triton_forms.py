@@ -1,5 +1,6 @@
 """Kernels without a contraction as Triton functions, one printer per form.
 
+sort        its first stage ends with a Sort (`triton_sort.py`)
 scatter     its last stage runs in order (`triton_scatter.py`)
 scan        so does its only stage, which adds up along its axis
 pointwise   outer axes only: a flat block of the domain per program
@@ -43,14 +44,16 @@ class Function:
 
 
 def form_of(kernel: Kernel) -> str:
-    """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, matmul,
-    attention, or joint for several."""
+    """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, sort,
+    matmul, attention, or joint for several."""
     if kernel.parts:
         return "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
     if any(stage.attend is not None for stage in kernel.stages):
         return "attention"
+    if kernel.sort is not None:
+        return "sort"
     if any(stage.in_order for stage in kernel.stages):
         return "scatter" if kernel.stages[-1].body[-1].mask else "scan"
     inner = [stage for stage in kernel.stages if stage.axes]

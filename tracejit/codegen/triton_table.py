@@ -40,6 +40,8 @@ TEMPLATES = {
     "xor": "({0} ^ {1})",
     "shl": "({0} << {1})",
     "shr": "({0} >> {1})",
+    "gcd": "tj.gcd({0}, {1})",
+    "nextafter": "tj.nextafter({0}, {1})",
     "philox": "tj.philox({0}, {1})",
     "eq": "({0} == {1})",
     "ne": "({0} != {1})",

@@ -23,6 +23,7 @@ from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
 from tracejit.codegen.triton_scatter import scan, scatter, scatter_of
+from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import Dim, fold_of
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
@@ -39,6 +40,7 @@ from tracejit.schedule.kernel import (
 from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import ENUMERATED, points_inside
 
+PER_COMPARISON = 8  # operations that tell which of two elements stands first
 _SCALAR_BYTES = 8  # of a runtime scalar in the table
 _COUNTER_BYTES = 4  # of what tells the last program of a full reduction
 _FOLD_BYTES = {"tl.float64": 8, "tl.int64": 8, "tl.float32": 4, "tl.int32": 4}
@@ -111,6 +113,9 @@ def _alone(
     if form == "scatter":
         scatter(kernel, make=make)
         return _scattered(kernel, sizes, shape, *bodies)
+    if form == "sort":
+        sort(kernel, make=make)
+        return _sorted(kernel, sizes, shape, *bodies)
     if form == "scan":
         scan(kernel, make=make)
         return _scanned(kernel, sizes, shape, *bodies)
@@ -172,6 +177,22 @@ def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _C
     total.operations += trips * programs * extents["x"].block
     total.loaded += body.scalar_bytes * programs
     return total.work("scan", programs, total.waiting(programs))
+
+
+def _sorted(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
+    """The work of sorting: each program compares its elements with all of their row."""
+    programs, total, constants = shape.grid[0], _Total(), shape.constants
+    rows, row = _numel(kernel.axes, sizes), _numel(kernel.stages[0].axes, sizes)
+    count = _numel(kernel.stages[1].axes, sizes)
+    block, others = constants["BLOCK"], constants["OTHERS"]
+    blocks, trips = cdiv(row, block), cdiv(row, others)
+    mine, other, stored = (section for section in body.sections if section.dims)
+    total.add(body, mine, {"x": _Blocks(row, blocks, block)}, programs, 1)
+    total.add(body, other, {"y": _Blocks(row, trips, others)}, programs * trips, trips)
+    total.add(body, stored, {"x": _Blocks(count, blocks, block)}, programs, 0)
+    total.operations += rows * blocks * trips * block * others * PER_COMPARISON
+    total.loaded += body.scalar_bytes * programs
+    return total.work("sort", programs, total.waiting(programs))
 
 
 def _contraction(

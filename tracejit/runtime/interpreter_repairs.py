@@ -188,6 +188,7 @@ LIBDEVICE = {
     "log10": np.log10,
     "log1p": np.log1p,
     "log2": np.log2,
+    "nextafter": np.nextafter,
     "nearbyint": np.rint,
     "pow": np.power,
     "rint": np.rint,

@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from tracejit.ir.ops.indexing import argsorted
 from tracejit.ir.types import (
     bf16,
     float_to_bits,
@@ -48,6 +49,7 @@ from tracejit.schedule.kernel import (
     Position,
     Reduce,
     Scalar,
+    Sort,
     Stage,
     Statement,
     Store,
@@ -58,6 +60,9 @@ from tracejit.schedule.plan import Launch, PlanBuffer
 from tracejit.schedule.sizes import substitute
 
 Step = Callable[[list, int, int], None]  # (slots, first, last) of one block of the leading axis
+
+
+FOLDED = {"": None, "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,8 @@ class Run:
     def __init__(self, launch: Launch, buffers: dict[str, PlanBuffer], positions: list[int]):
         bound = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
         self.kernel = substitute(launch.kernel, bound)
+        if self.kernel.sort is not None and not self.kernel.axes:
+            self.kernel = replace(self.kernel, axes=(Axis("whole", 1),))  # all is one block
         self.positions = positions
         self.types = [buffers[name] for name in launch.buffers]
         self.memory = [ctypes.c_char * span(b) for b in self.types]
@@ -186,6 +193,8 @@ class _StageSteps:
             return self._store(s, dims)
         if isinstance(s, Reduce):
             return self._reduce(s)
+        if isinstance(s, Sort):
+            return self._sort(s)
         out = self._define(s.out)
         if isinstance(s, Position):
             position = self._positions(s.index, dims)
@@ -351,7 +360,7 @@ class _StageSteps:
         position = self._positions(s.index, dims, s.mask)
         dtype = self.run.types[self.run.number[s.buffer]].type.dtype
         shape = tuple(a.extent for a in dims[1:])
-        fold = {"": None, "add": np.add, "max": np.maximum, "min": np.minimum}[s.fold]
+        fold = FOLDED[s.fold]
 
         def step(slots: list, first: int, last: int) -> None:
             block = (last - first, *shape) if dims else ()
@@ -416,6 +425,18 @@ class _StageSteps:
         def step(slots: list, first: int, last: int) -> None:
             found = spread(slots[value], (last - first, *middle, *inner))
             slots[out] = round_to(reduce_block(s, found, axes), s.out.dtype)
+
+        return step
+
+    def _sort(self, s: Sort) -> Step:
+        value, out = self._operand(s.value), self._define(s.out)
+        shape = tuple(a.extent for a in self.dims[1:])
+        counts = tuple(a.extent for a in self.run.kernel.stages[1].axes)
+
+        def step(slots: list, first: int, last: int) -> None:
+            given = spread(slots[value], (last - first, *shape))
+            found = argsorted(given, -1, *(counts or (1,)), s.descending)
+            slots[out] = found if counts else found[..., 0]
 
         return step
 

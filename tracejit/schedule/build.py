@@ -12,12 +12,13 @@ from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.groups import Group
 from tracejit.schedule.loops import Loop, beginning, lower_loop, repeated
-from tracejit.schedule.lower import Lowered, Memory, arena_store, lower
+from tracejit.schedule.lower import Lowered, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.tasks import Analysis, analyse
+from tracejit.schedule.values import Memory
 
 
 def schedule(graph: Graph, *, fuse: bool = True, again: bool = True, body: bool = False) -> Plan:

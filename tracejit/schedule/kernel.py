@@ -2,7 +2,8 @@
 
 A Kernel is an outer iteration domain and an ordered list of stages. A stage loops over inner axes
 (none: it runs once per outer point) and holds a body of scalar SSA: loads, computation, stores, and
-reductions over the stage's axes, whose results later stages see. A stage may start with a `Dot`:
+reductions over the stage's axes, whose results later stages see. A stage that ends with a `Sort` is
+followed by one that stores the order. A stage may start with a `Dot`:
 its axes are then (batch…, m, n), and the contraction's value at (…, m, n) is the first value of the
 body. Or with an `Attend`: then its axes are the batch, and its body stores results of attention. A
 full reduction is a kernel with no outer axes.
@@ -39,7 +40,7 @@ from tracejit.ir.types import DType
 
 Size = int | str
 
-FOLDS = {"": "<-", "add": "+=", "max": "max=", "min": "min="}  # how stores print
+FOLDS = {"": "<-", "add": "+=", "mul": "*=", "max": "max=", "min": "min="}  # how stores print
 COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
 
 
@@ -160,7 +161,8 @@ class InBounds:
 @dataclass(frozen=True, slots=True)
 class Store:
     """buffer[index] = value where the mask holds; or, by `fold`, what is there and the value: their
-    sum ("add"), rounded to the buffer's dtype each time, or the larger ("max") or smaller one."""
+    sum ("add") or product ("mul"), rounded to the buffer's dtype each time, or the larger ("max")
+    or smaller one."""
 
     buffer: str
     index: Index
@@ -183,7 +185,18 @@ class Reduce:
     where: str = ""
 
 
-Statement = Load | Compute | Position | InBounds | Store | Reduce
+@dataclass(frozen=True, slots=True)
+class Sort:
+    """out = where the stage's axis has the value that comes first in order, second, … at the points
+    of the next stage's axis: equal values keep their order, and NaN is the largest."""
+
+    out: Var
+    value: Operand
+    descending: bool
+    where: str = ""
+
+
+Statement = Load | Compute | Position | InBounds | Store | Reduce | Sort
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +348,12 @@ class Kernel:
             yield from stage.body
 
     @property
+    def sort(self) -> Sort | None:
+        """What the first stage ends with, if the kernel sorts."""
+        last = self.stages[0].body[-1:] if self.stages else ()
+        return last[0] if last and isinstance(last[0], Sort) else None
+
+    @property
     def lines(self) -> tuple[str, ...]:
         """The user's lines that it computes, as file:line, in order."""
         return tuple(dict.fromkeys(s.where for s in self.statements if s.where))
@@ -441,6 +460,8 @@ def _statement(s: Statement) -> str:
         right = f"position {_index(s.index)}"
     elif isinstance(s, InBounds):
         right = f"inbounds {_mask(s.mask)}"
+    elif isinstance(s, Sort):
+        right = f"order {_operand(s.value)}{' descending' * s.descending}"
     else:
         right = f"{s.op.name} {_operand(s.value)}"
     return f"{_var(s.out)} = {right}"

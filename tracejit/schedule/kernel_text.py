@@ -20,8 +20,9 @@
       }
     }
 
-A Dot's statements are its two prologues, a first; `|` stands between them. Those of an Attend are
-its sides, each with its value at the end:
+A stage that sorts ends with `v2: i64 = order v1`, or `order v1 descending`. A Dot's statements are
+its two prologues, a first; `|` stands between them. Those of an Attend are its sides, each with its
+value at the end:
 
         attend attention v9: f32 over (i1: n1, i2: n2, i3: n3, i4: n4) causal=True scale=0.125 {
           v1: f32 = load b0[i0 * b0_s0 + i1 * b0_s1 + i3]
@@ -74,6 +75,7 @@ from tracejit.schedule.kernel import (
     Scalar,
     Side,
     Size,
+    Sort,
     Stage,
     Statement,
     Store,
@@ -115,7 +117,7 @@ def canonical(kernel: Kernel) -> Kernel:
             return replace(s, out=var(s.out), index=index(s.index), where="")
         if isinstance(s, Compute):
             return replace(s, args=tuple(map(use, s.args)), out=var(s.out), where="")
-        if isinstance(s, Reduce):
+        if isinstance(s, Reduce | Sort):
             return replace(s, value=use(s.value), out=var(s.out), where="")
         raise InvalidGraph(reason=f"no statement of a kernel: {s!r}")
 
@@ -149,7 +151,7 @@ _DOT_END = re.compile(r"\} (.+), (.+)\Z")
 _ATTEND = re.compile(r"attend (.+) over \((.*)\) causal=(\w+) scale=(\S+) \{\Z")
 _RESULT = re.compile(r"(\w+) v(\d+): (\w+)\Z")
 _VALUE = re.compile(r"\| (.+)\Z")
-_STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=|max=|min=) (.+?)(?: if (.*))?\Z")
+_STORE = re.compile(r"store (\w+)\[(.*)\] (<-|\+=|\*=|max=|min=) (.+?)(?: if (.*))?\Z")
 _DEFINE = re.compile(r"v(\d+): (\w+) = (.*)\Z")
 _LOAD = re.compile(r"load (\w+)\[(.*?)\](?: if (.*))?\Z")
 _CALL = re.compile(r"(\w+)\((.*)\)\Z")
@@ -284,6 +286,10 @@ class _Parser:
             return Position(self.define(found[1], found[2]), self.index(rest), where)
         if name == "inbounds":
             return InBounds(self.define(found[1], found[2]), self.mask(rest), where)
+        if name == "order":
+            value, _, how = rest.partition(" ")
+            out = self.define(found[1], found[2])
+            return Sort(out, self.operand(value), how == "descending", where)
         value = self.operand(rest)
         return Reduce(self.define(found[1], found[2]), _op(name), value, where)
 

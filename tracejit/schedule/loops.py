@@ -14,9 +14,9 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Result, Write
 from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
-from tracejit.schedule.lower import Memory
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.tasks import sums_of
+from tracejit.schedule.values import Memory
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from tracejit.ir.graph import Node, Value
+from tracejit.ir.graph import Value
 from tracejit.ir.ops import OPS
-from tracejit.ir.ops.indexing import missing
-from tracejit.ir.types import DType, b1, contiguous_strides
+from tracejit.ir.types import DType
 from tracejit.schedule.axes import tidy
 from tracejit.schedule.groups import Group
 from tracejit.schedule.index import (
     ZERO,
-    Indices,
-    bounds,
     extents_of,
     flatten,
     identity,
-    operand_indices,
 )
 from tracejit.schedule.kernel import (
     Attend,
@@ -33,42 +29,20 @@ from tracejit.schedule.kernel import (
     Buffer,
     Compute,
     Dot,
-    InBounds,
     Index,
     Kernel,
     Load,
-    Mask,
-    Operand,
-    Position,
     Reduce,
-    Scalar,
     Side,
+    Sort,
     Stage,
-    Statement,
     Store,
-    Var,
     axes_of_result,
 )
-from tracejit.schedule.plan import PlanBuffer
 from tracejit.schedule.tasks import ATTENTION, Analysis, Demand, Task, dot_indices
+from tracejit.schedule.values import LARGEST, Memory, Scope, Values
 
-LARGEST = 2**31 - 1  # of 32-bit indices
 PADDING = 1 << 23  # points that tiles may count beyond the end of a domain
-
-
-@dataclass(slots=True)
-class Memory:
-    """Where values live: param and realized values by id, and all buffers by plan name."""
-
-    located: dict[int, str]
-    buffers: dict[str, PlanBuffer]
-
-    def strides(self, name: str) -> tuple[int, ...]:
-        """Strides in elements of a buffer."""
-        buffer = self.buffers[name]
-        if buffer.strides is not None:
-            return buffer.strides
-        return contiguous_strides(buffer.type.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +59,10 @@ def lower(group: Group, analysis: Analysis, memory: Memory) -> Lowered:
     return _Lowering(group, analysis, memory).run()
 
 
-@dataclass(slots=True)
-class _Scope:
-    """A body under construction, and the values it has computed: (indices, mask, operand)."""
-
-    extents: dict[str, int]
-    body: list[Statement] = field(default_factory=list)
-    known: dict[int, list[tuple[Indices, Mask, Operand]]] = field(default_factory=dict)
-    loads: dict[tuple[str, Index, Mask], Var] = field(default_factory=dict)
-    masks: dict[int, Mask] = field(default_factory=dict)  # of masked loads, by variable
-
-
-class _Lowering:
+class _Lowering(Values):
     def __init__(self, group: Group, analysis: Analysis, memory: Memory):
-        self.group, self.analysis, self.memory = group, analysis, memory
-        self.tasks = sorted(group.tasks, key=lambda t: t.order)
-        self.own = {t.value.id: t for t in self.tasks if t.kind != "store"}
-        self.buffers: dict[str, tuple[str, set[str]]] = {}  # plan name → (kernel name, accesses)
-        self.scalars: dict[int, tuple[str, Value]] = {}
-        self.reduced: dict[int, Var] = {}
-        self.used: set[int] = set()
-        self.next_var = 1 + max(
-            [t.value.id for t in self.tasks] + [d.top.id for t in self.tasks for d in t.demands]
-        )
-        self.big = False
+        super().__init__(group.tasks, analysis, memory)
+        self.group = group
 
     def run(self) -> Lowered:
         """All stages, then the tidying of axes."""
@@ -119,7 +73,8 @@ class _Lowering:
             stages = [self._attend()]
         elif one is not None:
             inner = (one.node.attr("axis"),)
-            stages = [self._cumsum(one)] if one.kind == "cumsum" else self._scatter(one)
+            along = {"scatter": self._scatter, "cumsum": self._cumsum, "argsort": self._argsort}
+            stages = along[one.kind](one)
         else:
             times = self._times()
             stages = []
@@ -192,7 +147,7 @@ class _Lowering:
     def _stage(self, time: int, roots: list[Task]) -> Stage:
         """The stage that evaluates `roots`: reductions in order, then stores."""
         group = self.group
-        scope = _Scope(extents_of(group.shape))
+        scope = Scope(extents_of(group.shape))
         dot = None
         axes: tuple[int, ...] = ()
         if group.dot is not None and time == 0:
@@ -233,7 +188,7 @@ class _Lowering:
         k = f"i{len(task.shape)}"
         sides = []
         for arg, indices in zip(task.node.args, (a, b), strict=True):
-            scope = _Scope(extents)
+            scope = Scope(extents)
             value = self._value(arg, indices, (), scope)
             sides += [tuple(scope.body), value]
         out = self._var(task.value)
@@ -255,7 +210,7 @@ class _Lowering:
         over = ((at_m, at_c), (at_n, at_c), (at_n, at_d), (at_m, at_n), (at_m,), (at_m,))
         sides = []
         for arg, at in zip(args, (*over, (at_m, at_d)), strict=False):
-            scope, value = _Scope(extents), arg
+            scope, value = Scope(extents), arg
             if isinstance(arg, Value):
                 value = self._value(arg, (*of_batch, *at), (), scope)
             sides.append(Side(tuple(scope.body), value))
@@ -273,7 +228,7 @@ class _Lowering:
             own = axes_of_result(attend, producer.op.name)
             at = (*of_batch, *(where[a.name] for a in own))
             index = flatten(at, self.memory.strides(task.buffer))
-            self._check(index, _Scope(extents))
+            self._check(index, Scope(extents))
             name = self._buffer(task.buffer, "w")
             stores.append(Store(name, index, outs[producer.op.name][1], producer.where))
         return Stage(axes[:rank], tuple(stores), attend=attend)
@@ -285,7 +240,7 @@ class _Lowering:
         (store,) = (t for t in self.tasks if t.kind == "store")
         strides, name = self.memory.strides(store.buffer), self._buffer(store.buffer, "w")
         before, index, source = node.args
-        scope = _Scope(extents_of(shape))
+        scope = Scope(extents_of(shape))
         value = self._value(before, task.place, (), scope)
         there = flatten(task.place, strides)
         self._check(there, scope)
@@ -296,7 +251,7 @@ class _Lowering:
             body = (*scope.body, Store(name, there, value, node.where))
             stages.append(Stage((Axis(f"i{axis}", shape[axis]),), body))
         step = Axis(f"i{len(shape)}", index.type.shape[axis])
-        scope = _Scope(extents_of((*shape, step.extent)))
+        scope = Scope(extents_of((*shape, step.extent)))
         number = Index(((step.name, 1),)) if step.extent > 1 else ZERO
         at = (*task.place[:axis], number, *task.place[axis + 1 :])
         position = self._value(index, at, (), scope)
@@ -312,12 +267,12 @@ class _Lowering:
         stages.append(Stage((step,), tuple(scope.body), in_order=True))
         return stages
 
-    def _cumsum(self, task: Task) -> Stage:
+    def _cumsum(self, task: Task) -> list[Stage]:
         """Each element and, before it, what has just been stored of the one before."""
         node, axis = task.node, task.node.attr("axis")
         (store,) = (t for t in self.tasks if t.kind == "store")
         strides, name = self.memory.strides(store.buffer), self._buffer(store.buffer, "w")
-        scope, along = _Scope(extents_of(task.shape)), Axis(f"i{axis}", task.shape[axis])
+        scope, along = Scope(extents_of(task.shape)), Axis(f"i{axis}", task.shape[axis])
         value = self._value(node.args[0], task.place, (), scope)
         there, previous = flatten(task.place, strides), Index(((along.name, 1),), -1)
         self._check(there, scope)
@@ -328,9 +283,25 @@ class _Lowering:
         scope.body.append(Load(so_far, name, before, inside, node.where))
         scope.body.append(Compute(total, OPS["add"], (so_far, value), (), node.where))
         scope.body.append(Store(name, there, total, node.where))
-        return Stage((along,), tuple(scope.body), in_order=True)
+        return [Stage((along,), tuple(scope.body), in_order=True)]
 
-    def _store(self, task: Task, scope: _Scope) -> Store:
+    def _argsort(self, task: Task) -> list[Stage]:
+        """The values along the axis, and the places of the first of them in order."""
+        node, axis = task.node, task.node.attr("axis")
+        (store,) = (t for t in self.tasks if t.kind == "store")
+        along = Axis(f"i{len(task.shape)}", node.args[0].type.shape[axis])
+        scope = Scope(extents_of((*task.shape, along.extent)))
+        number = Index(((along.name, 1),))
+        at = (*task.place[:axis], number, *task.place[axis + 1 :])
+        value, out = self._value(node.args[0], at, (), scope), self._var(task.value)
+        scope.body.append(Sort(out, value, node.attr("descending"), node.where))
+        there = flatten(task.place, self.memory.strides(store.buffer))
+        self._check(there, scope)
+        first = Axis(f"i{axis}", task.shape[axis])
+        stored = Store(self._buffer(store.buffer, "w"), there, out, node.where)
+        return [Stage((along,), tuple(scope.body)), Stage((first,), (stored,))]
+
+    def _store(self, task: Task, scope: Scope) -> Store:
         """The store of a task's value, which is evaluated in the scope."""
         index = flatten(task.place, self.memory.strides(task.buffer))
         self._check(index, scope)
@@ -343,124 +314,6 @@ class _Lowering:
         else:
             value = self._value(task.value, task.place, (), scope)
         return Store(self._buffer(task.buffer, "w"), index, value, where)
-
-    def _var(self, value: Value, dtype: DType | None = None) -> Var:
-        """A fresh variable, numbered as the value if that number is free."""
-        number = value.id
-        if number in self.used:
-            number, self.next_var = self.next_var, self.next_var + 1
-        self.used.add(number)
-        return Var(number, dtype or value.type.dtype)
-
-    def _buffer(self, plan: str, access: str) -> str:
-        name, accesses = self.buffers.setdefault(plan, (f"b{len(self.buffers)}", set()))
-        accesses.add(access)
-        return name
-
-    def _operand(self, arg: object) -> Operand:
-        """A literal as it is, a host value as a runtime scalar."""
-        if not isinstance(arg, Value):
-            return arg
-        name, _ = self.scalars.setdefault(arg.id, (f"s{len(self.scalars)}", arg))
-        return Scalar(name)
-
-    def _check(self, index: Index, scope: _Scope) -> None:
-        """Note whether an index outgrows 32 bits."""
-        if not self.big and bounds(index, scope.extents)[1] > LARGEST:
-            self.big = True
-
-    def _value(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Operand:
-        """A variable that holds the value's element at the given indices."""
-        if value.id in self.reduced:
-            return self.reduced[value.id]
-        for known_at, known_mask, operand in scope.known.get(value.id, ()):
-            if known_at == at and known_mask == mask:
-                return operand
-        operand = self._evaluate(value, at, mask, scope)
-        scope.known.setdefault(value.id, []).append((at, mask, operand))
-        return operand
-
-    def _evaluate(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Operand:
-        if value.id in self.analysis.params:
-            return self._load(value, at, mask, scope)
-        main = self.analysis.origins[value.id].main
-        inside = main is not None and main.id in self.own
-        if not inside and value.id in self.memory.located:
-            return self._load(value, at, mask, scope)
-        node = self.analysis.producer[value.id]
-        name, family = node.op.name, node.op.family
-        if family == "movement":
-            below, bound = operand_indices(node, at, scope.extents)
-            source = self._value(node.args[0], below, mask + bound, scope)
-            return self._padded(node, source, mask + bound, bound, scope) if bound else source
-        if name == "alias":
-            return self._value(node.args[0], at, mask, scope)
-        if name == "iota":
-            out = self._var(value)
-            scope.body.append(Position(out, at[node.attr("axis")], node.where))
-            return out
-        if name == "full":
-            out = self._var(value)
-            scope.body.append(Compute(out, node.op, (self._operand(node.args[0]),), (), node.where))
-            return out
-        if name == "gather":
-            return self._gathered(node, at, mask, scope)
-        assert family == "elementwise", f"{name} is read outside its kernel"
-        args = tuple(
-            self._value(a, at, mask, scope)
-            if isinstance(a, Value) and not a.type.is_host
-            else self._operand(a)
-            for a in node.args
-        )
-        out = self._var(value)
-        scope.body.append(Compute(out, node.op, args, node.attrs, node.where))
-        return out
-
-    def _gathered(self, node: Node, at: Indices, mask: Mask, scope: _Scope) -> Operand:
-        """The operand where the index value says, read only where that is in range."""
-        source, axis = node.args[0], node.attr("axis")
-        position = self._value(node.args[1], at, mask, scope)
-        scope.extents = {**scope.extents, position: source.type.shape[axis]}
-        where = Index(((position, 1),))
-        bound = (Bound(where, source.type.shape[axis]),)
-        below = (*at[:axis], where, *at[axis + 1 :])
-        found = self._value(source, below, mask + bound, scope)
-        return self._filled(node, found, bound, missing(source.type.dtype), scope)
-
-    def _load(self, value: Value, at: Indices, mask: Mask, scope: _Scope) -> Var:
-        plan = self.memory.located[value.id]
-        index = flatten(at, self.memory.strides(plan))
-        name = self._buffer(plan, "r")
-        key = (name, index, mask)
-        if key not in scope.loads:
-            self._check(index, scope)
-            out = self._var(value)
-            scope.loads[key] = out
-            if mask:
-                scope.masks[out.id] = mask
-            producer = self.analysis.producer.get(value.id)
-            scope.body.append(Load(out, name, index, mask, producer.where if producer else ""))
-        return scope.loads[key]
-
-    def _padded(
-        self, node: Node, source: Operand, mask: Mask, bound: Mask, scope: _Scope
-    ) -> Operand:
-        """The operand inside the bounds, the fill outside; a masked load gives +0 by itself."""
-        fill = node.attr("value") if node.op.name == "pad" else 0
-        free = fill == 0 and math.copysign(1.0, fill) > 0
-        if free and isinstance(source, Var) and scope.masks.get(source.id) == mask:
-            return source
-        return self._filled(node, source, bound, fill, scope)
-
-    def _filled(
-        self, node: Node, source: Operand, bound: Mask, fill: object, scope: _Scope
-    ) -> Operand:
-        """The source inside the bounds, the fill outside."""
-        condition = self._var(node.out, b1)
-        scope.body.append(InBounds(condition, bound, node.where))
-        out = self._var(node.out)
-        scope.body.append(Compute(out, OPS["where"], (condition, source, fill), (), node.where))
-        return out
 
 
 def _access(used: set[str]) -> str:

@@ -24,7 +24,8 @@ from tracejit.schedule.index import Indices, extents_of, identity, operand_indic
 from tracejit.schedule.kernel import Mask
 
 ATTENTION = "attend"  # the kind of a task of attention
-IN_ORDER = ("scatter", "cumsum")  # primitives whose kernels go along an axis step by step
+# Primitives with kernels of their own, that go along an axis: step by step, or to sort it.
+IN_ORDER = ("scatter", "cumsum", "argsort")
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -61,8 +62,8 @@ class Demand:
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or "cumsum", which goes
-    in order too), "loop", or "store" (of `value` in a buffer).
+    """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or another that goes
+    in order: "cumsum", "argsort"), "loop", or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -164,7 +165,7 @@ class Analysis:
         shape = node.args[0].type.shape if kind == "reduce" else value.type.shape
         demands: dict[int, list[Demand]] = {}
         for position, arg in enumerate(_tensors(node)):
-            elsewhere = position > 0 if kind in IN_ORDER else position == 0
+            elsewhere = position == 0 if kind in ("map", "argsort") else position > 0
             if family == "indexing" and elsewhere:
                 found = self.scattered(arg)
             else:
@@ -234,6 +235,8 @@ def _simplify(node: Node) -> Node:
     if nothing or (name == "cumsum" and first.type.shape[node.attr("axis")] == 1):
         shape = (("shape", node.out.type.shape),)
         return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
+    if name == "argsort" and (first.type.shape[node.attr("axis")] == 1 or not node.out.type.numel):
+        return _as_source(node, 0)
     if name == "scan" and node.out.type.numel == 0:
         return _as_source(node, 0)
     if name == "gather" and first.type.numel == 0:

@@ -13,6 +13,7 @@ import torch
 
 from tracejit.capture.functions.common import (
     Operand,
+    by_rule,
     cast,
     literal,
     normal_axis,
@@ -222,7 +223,7 @@ def tensor_split(
     given = next(x for x in (indices_or_sections, indices, sections) if x is not None)
     h = t.lift(input)
     if isinstance(given, Tensor):
-        raise t.unsupported("Split points that are a tensor depend on values")
+        given = by_rule(t, Tensor.tolist, given)
     if not h.shape:
         raise t.shape_error("tensor_split expected at least a 1-dimensional tensor")
     axis = normal_axis(t, dim, len(h.shape))

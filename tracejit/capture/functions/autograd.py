@@ -315,6 +315,10 @@ def detach(t: Trace, input: Tensor) -> TracedTensor:
 
 @rule(Tensor.requires_grad.__get__)
 def requires_grad(t: Trace, self: Tensor) -> bool:
+    if is_lazy(self):  # asked before the forward pass that will initialize it
+        t.journal.forget()
+        with torch._C.DisableTorchFunction():
+            return self.requires_grad
     return t.requires_grad(t.lift(self))
 
 

@@ -8,6 +8,7 @@ import torch
 
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import argument_error
+from tracejit.capture.functions.indexing import renormalize
 from tracejit.capture.trace.bounds import within
 from tracejit.capture.trace.trace import Trace
 
@@ -36,8 +37,10 @@ def embedding_bag(
     """
     i, w = t.lift(input).shape, t.lift(weight).shape
     factors = per_sample_weights
-    if max_norm is not None or scale_grad_by_freq or sparse:
-        raise t.unsupported("max_norm, scale_grad_by_freq and sparse have no rule")
+    if sparse:
+        raise t.unsupported("Sparse gradients have no rule; use sparse=False")
+    if scale_grad_by_freq and mode == "max":
+        raise argument_error(t, "max mode does not support scaling the gradient by the frequency")
     if factors is not None and t.lift(factors).shape != i:
         raise argument_error(t, "per_sample_weights must have the same shape as the input")
     if len(w) != 2:
@@ -56,14 +59,15 @@ def embedding_bag(
         raise t.shape_error("padding_idx must be within the number of embeddings")
     reason = f"an index of the input is not in the valid range [0, {w[0]})"
     within(t, input, 0, w[0], t.shape_error(reason))
+    if max_norm is not None:
+        renormalize(t, weight, input, max_norm, norm_type)
     taken = None if padding_idx is None else input != padding_idx % max(w[0], 1)
     if offsets is None:
-        rows = functional.embedding(input, weight)
+        rows = functional.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
         rows = rows if factors is None else rows * factors.unsqueeze(-1)
         return _pooled(t, rows, taken, mode)
-    return _scattered(
-        t, functional.embedding(input, weight), taken, offsets, factors, mode, include_last_offset
-    )
+    rows = functional.embedding(input, weight, scale_grad_by_freq=scale_grad_by_freq)
+    return _scattered(t, rows, taken, offsets, factors, mode, include_last_offset)
 
 
 def _pooled(t: Trace, rows: Tensor, taken: Tensor | None, mode: str) -> Tensor:

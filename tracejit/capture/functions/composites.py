@@ -113,6 +113,7 @@ _COMPOSITES: tuple[Callable, ...] = (
     torch.functional.cdist,
     torch.functional.chain_matmul,
     torch.functional.tensordot,
+    torch.functional.unravel_index,
     torch.nn.functional.affine_grid,
     torch.nn.functional.cosine_embedding_loss,
     torch.nn.functional.fold,

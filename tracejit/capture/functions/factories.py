@@ -182,11 +182,16 @@ def arange(
     start, end, step = (pinned(as_number(t, x)) for x in (start, end, step))  # they decide a shape
     if any(isinstance(x, Tensor) for x in (start, end, step)):
         raise t.unsupported("The bounds of arange decide a shape; a tensor's values do not")
-    if step == 0 or (end - start) * step < 0:
-        raise t.shape_error("upper bound and lower bound inconsistent with step sign")
     integral = not any(isinstance(x, float) for x in (start, end, step))
     chosen = o.dtype or (i64 if integral else default_dtype())
-    shape = (math.ceil((end - start) / step),)
+    count = math.ceil((end - start) / step) if step else 0
+    if chosen.kind in "iu":
+        start, end, step = int(start), int(end), int(step)
+        if chosen is i64 and step:  # which torch counts by the whole numbers
+            count = -((start - end) // step)
+    if step == 0 or (end - start) * step < 0:
+        raise t.shape_error("upper bound and lower bound inconsistent with step sign")
+    shape = (count,)
     inner = f64 if chosen.is_float and o.device == "cpu" else chosen  # where torch counts
     value = t.b.iota(axis=0, shape=shape, dtype=inner, device=o.device)
     if step != 1:

@@ -118,6 +118,8 @@ def sum_to_size(t: Trace, input: Tensor, *size: object) -> Tensor:
     if not fits:
         raise t.shape_error(f"size {{{list(size)}}} is not expandable to size {{{list(shape)}}}.")
     axes = [k for k, n in enumerate(shape) if k < lead or (size[k - lead] == 1 and n != 1)]
+    if not size:
+        return input.sum()
     return input.sum(axes, keepdim=True).reshape(tuple(size)) if axes else input
 
 

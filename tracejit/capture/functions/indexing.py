@@ -15,6 +15,7 @@ from tracejit.capture.functions.common import (
     normal_axis,
     register,
 )
+from tracejit.capture.functions.composites import in_torch
 from tracejit.capture.functions.movement import reshape
 from tracejit.capture.functions.patterns import along, from_end
 from tracejit.capture.trace import location
@@ -151,17 +152,18 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> TracedTensor:
-    """Rows of a table. Rows of `padding_idx` get no gradient."""
-    if scale_grad_by_freq or sparse:
-        raise t.unsupported("Use scale_grad_by_freq=False and sparse=False")
+    """Rows of a table. Rows of `padding_idx` get no gradient; `scale_grad_by_freq`: the others
+    the mean of those of their readers."""
+    if sparse:
+        raise t.unsupported("Sparse gradients have no rule; use sparse=False")
     w, i = t.lift(weight), t.lift(indices)
     if len(w.shape) != 2:
         raise t.shape_error("'weight' must be 2-D")
     outside = AxisError(where=location.full(), reason="index out of range in self")
     within(t, indices, 0, w.shape[0], outside)
     table, shape = t.read(w), (i.numel, w.shape[1])
-    at = t.b.reshape(_index(t, indices, "embedding"), shape=(i.numel,))
-    at = along(t, at, shape, 0)
+    which = t.b.reshape(_index(t, indices, "embedding"), shape=(i.numel,))
+    at = along(t, which, shape, 0)
     padding = -1 if padding_idx is None else padding_idx
     with t.untaped():
         out = t.b.gather(table, at, axis=0)
@@ -170,10 +172,33 @@ def embedding(
         (g,) = cts
         if padding >= 0:
             g = b.where(b.eq(at, padding), 0.0, g)
+        if scale_grad_by_freq:
+            kind = g.type
+            none = b.full(0, shape=w.shape[:1], dtype=i64, device=kind.device)
+            each = b.full(1, shape=(i.numel,), dtype=i64, device=kind.device)
+            times = b.gather(b.scatter(none, which, each, axis=0, combine="add"), which, axis=0)
+            times = b.reshape(b.cast(times, dtype=kind.dtype), shape=(i.numel, 1))
+            g = b.div(g, b.expand(times, shape=shape))
         return (gather_op.vjp[0](b, g, out, table, at, axis=0),)
 
     out = t.derive("embedding", (table,), out, vjp)
     return t.fresh(t.b.reshape(out, shape=(*i.shape, w.shape[1])))
+
+
+@in_torch
+def renormalize(
+    t: Trace, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
+) -> None:
+    """Scale the rows of a table that are read, and are longer, to a length."""
+    rows = t.lift(weight).shape[0]
+    outside = AxisError(where=location.full(), reason="index out of range in self")
+    within(t, indices, 0, rows, outside)
+    with torch.no_grad():
+        norms = torch.linalg.vector_norm(weight.detach(), norm_type, dim=1).double()
+        read = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, indices.flatten(), True)
+        factors = max_norm / (norms + 1e-7)
+        factors = torch.where(read & (norms > max_norm), factors, torch.ones_like(factors))
+        weight.mul_(factors.to(weight.dtype).unsqueeze(1))
 
 
 @rule(torch.nn.functional.embedding)
@@ -188,7 +213,7 @@ def functional_embedding(
     sparse: bool = False,
 ) -> TracedTensor:
     if max_norm is not None:
-        raise t.unsupported("max_norm changes the table while reading it; renormalize it outside")
+        renormalize(t, weight, input, max_norm, norm_type)
     rows = (t.lift(weight).shape or (0,))[0]
     if padding_idx is not None:
         if not -rows <= padding_idx < rows:

@@ -18,7 +18,7 @@ from tracejit.capture.functions.common import (
     promote_two,
     register,
 )
-from tracejit.capture.functions.factories import Number, filled, made, options_of
+from tracejit.capture.functions.factories import Number, Options, filled, made, options_of
 from tracejit.capture.functions.movement import clone, slice_steps
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace import cuts
@@ -43,7 +43,7 @@ def scattered(b: Builder, x: Value, at: Value, rows: Value, axis: int, combine: 
     if x.type.dtype is b1 and combine == "add":
         counts, more = b.cast(x, dtype=i32), b.cast(rows, dtype=i32)
         return b.ne(scattered(b, counts, at, more, axis, combine), 0)
-    extremum = combine in ("max", "min")  # whose derivative knows of all indices at once
+    extremum = combine in ("max", "min", "mul")  # whose derivative knows of all indices at once
     if extremum or taken > FEW or x.type.numel > SMALL:
         return b.scatter(x, at, rows, axis=axis, combine=combine)
     place = b.iota(axis=axis, shape=shape, dtype=i64, device=x.type.device)
@@ -203,22 +203,56 @@ def eye(t: Trace, n: int, m: int | None = None, **options: object) -> TracedTens
 def linspace(t: Trace, start: float, end: float, steps: int, **options: object) -> TracedTensor:
     """From both ends towards the middle, as torch counts."""
     o = options_of(t, options)
-    start, end = as_number(t, start), as_number(t, end)
-    if isinstance(start, Tensor) or isinstance(end, Tensor):
-        raise t.unsupported("Use numbers as the ends of linspace")
-    if steps < 0:
-        raise t.shape_error("number of steps must be non-negative")
+    chosen = o.dtype or default_dtype()
+    return made(t, cast(t, _spaced(t, start, end, steps, chosen, o), chosen), o.requires_grad)
+
+
+@rule(torch.logspace)
+def logspace(
+    t: Trace, start: float, end: float, steps: int, base: float = 10.0, **options: object
+) -> TracedTensor:
+    """Powers of a base, in float64."""
+    o = options_of(t, options)
     chosen = o.dtype or default_dtype()
     if not chosen.is_float:
-        raise t.unsupported("linspace of integers has no rule; use arange")
-    inner = f64 if chosen is f64 else default_dtype()
-    step = (end - start) / (steps - 1) if steps > 1 else 0.0
+        raise t.unsupported("logspace of integers has no rule")
+    exponent = cast(t, _spaced(t, start, end, steps, chosen, o), f64)
+    powers = t.b.full(literal(base, f64), shape=(steps,), dtype=f64, device=o.device)
+    return made(t, cast(t, t.b.pow(powers, exponent), chosen), o.requires_grad)
+
+
+def _spaced(t: Trace, start: object, end: object, steps: int, chosen: DType, o: Options) -> Value:
+    """Numbers at equal distances, before they are rounded to a dtype: those of integers in float64.
+    The ends may be tensors of one element."""
+    if steps < 0:
+        raise t.shape_error("number of steps must be non-negative")
+    if chosen is b1:
+        raise t.shape_error("linspace is not implemented for bools")
+    inner = f64 if chosen is f64 or not chosen.is_float else default_dtype()
+    start, end = as_number(t, start), as_number(t, end)
+    if isinstance(start, Tensor) or isinstance(end, Tensor):
+        start, end = (_end(t, x, steps, o.device) for x in (start, end))
+        step = t.b.div(t.b.sub(end, start), float(max(steps - 1, 1)))
+        start, end, step = (cast(t, x, inner) for x in (start, end, step))
+    else:
+        step = (end - start) / (steps - 1) if steps > 1 else 0.0
+        start, end, step = (literal(x, inner) for x in (start, end, step))
     i = position(t, 0, (steps,), o.device, inner)
-    up = t.b.add(t.b.mul(i, literal(step, inner)), literal(start, inner))
-    back = t.b.sub(float(steps - 1), i)
-    down = t.b.sub(literal(end, inner), t.b.mul(back, literal(step, inner)))
-    value = t.b.where(t.b.lt(i, float(steps // 2 or 1)), up, down)
-    return made(t, cast(t, value, chosen), o.requires_grad)
+    up = t.b.add(t.b.mul(i, step), start)
+    down = t.b.sub(end, t.b.mul(t.b.sub(float(steps - 1), i), step))
+    return t.b.where(t.b.lt(i, float(steps // 2 or 1)), up, down)
+
+
+def _end(t: Trace, x: object, steps: int, device: str) -> Value:
+    """An end of equal distances at each of them, in float64."""
+    if not isinstance(x, Tensor):
+        return t.b.full(literal(x, f64), shape=(steps,), dtype=f64, device=device)
+    h = t.lift(x)
+    if h.shape:
+        raise t.shape_error("linspace only supports 0-dimensional start and end tensors")
+    with t.untaped():
+        value = cast(t, t.read(h), f64)
+        return expand(t, t.b.reshape(value, shape=(1,)), (steps,))
 
 
 def _flat(t: Trace, data: object) -> tuple[list, Ints]:

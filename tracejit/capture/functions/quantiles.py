@@ -11,7 +11,7 @@ from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.movement import preserved_strides
 from tracejit.capture.functions.reduction import sum_
-from tracejit.capture.trace.bounds import between
+from tracejit.capture.trace.bounds import between, require
 from tracejit.capture.trace.tensor import Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.types import b1, f32, f64
@@ -212,14 +212,40 @@ def cov(
         raise t.shape_error(f"cov(): expected input to have two or fewer dimensions: {h.shape}")
     if h.dtype is b1:
         raise t.shape_error("cov(): bool dtype is not supported for input")
-    if fweights is not None or aweights is not None:
-        raise t.unsupported("Weights of observations have no rule")
     x = input if len(h.shape) == 2 else input.reshape(1, -1)
     n = t.lift(x).shape[1]
     if not n:
         raise t.unsupported("cov of no observations has no rule")
-    x = x - (x.sum(1) / n).unsqueeze(1)
-    return (x.mm(x.t()) / max(n - correction, 0)).squeeze()
+    weights = _weights(t, n, fweights, aweights)
+    if weights is None:
+        x = x - (x.sum(1) / n).unsqueeze(1)
+        return (x.mm(x.t()) / max(n - correction, 0)).squeeze()
+    total = weights.sum()
+    mean = (x * weights).sum(1) / total
+    if aweights is not None and correction:
+        count = total - correction * (weights * aweights).sum() / total
+    else:
+        count = total - correction
+    x = x - mean.unsqueeze(1)
+    return (x.mm((x * weights).t()) / count.clamp(min=0)).squeeze()
+
+
+def _weights(t: Trace, n: int, fweights: Tensor | None, aweights: Tensor | None) -> Tensor | None:
+    """The weights of observations: how often each was made, times how much each counts."""
+    found = None
+    for name, weight in (("fweights", fweights), ("aweights", aweights)):
+        if weight is None:
+            continue
+        h = t.lift(weight)
+        if h.shape != (n,):
+            raise t.shape_error(f"cov(): expected {name} to have one number for each of {n}")
+        if h.dtype.is_float != (name == "aweights") or h.dtype is b1:
+            raise t.shape_error(f"cov(): expected {name} to have another dtype than {h.dtype}")
+        negative = t.shape_error(f"cov(): {name} cannot be negative")
+        with torch.no_grad():
+            require(t, t.read(t.lift(weight < 0)), negative)
+        found = weight if found is None else found * weight
+    return found
 
 
 @composed(torch.corrcoef, Tensor.corrcoef)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -15,7 +16,7 @@ from tracejit.capture.functions.common import (
     pointwise,
     register,
 )
-from tracejit.capture.functions.derived import no_derivative
+from tracejit.capture.functions.derived import derived, no_derivative, widen
 from tracejit.capture.functions.rows import elementwise, function_of, primitive
 from tracejit.capture.functions.unary import rounding
 from tracejit.capture.trace.table import RULES, Row
@@ -23,13 +24,17 @@ from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Value
-from tracejit.ir.types import b1
+from tracejit.ir.types import b1, f64, i32
 
 Tensor = torch.Tensor
 
 
 def _none(t: Trace, g: Value, y: Value, x: Value, *_: object) -> Value:
     return zeros(t.b, x)
+
+
+def _none_of_other(t: Trace, g: Value, y: Value, x: Value, z: Value) -> Value:
+    return zeros(t.b, z)
 
 
 def _ceil(t: Trace, x: Value) -> Value:
@@ -145,7 +150,96 @@ def float_power(t: Trace, input: object, exponent: object) -> TracedTensor:
     return power(t, base, e)
 
 
+def _scaled(t: Trace, x: Value, steps: tuple[int, ...]) -> tuple[Value, Value]:
+    """x = m·2^e with 1/2 <= |m| < 1, by exact steps; e in x's dtype."""
+    b = t.b
+    e = b.mul(x, 0.0)
+    for k in (*steps, 0):  # down below 2^k, at last below 1
+        large, by = b.ge(b.abs(x), 2.0**k), max(k, 1)
+        x, e = b.where(large, b.mul(x, 2.0**-by), x), b.where(large, b.add(e, float(by)), e)
+    for k in (steps[0], *steps):
+        small = b.lt(b.abs(x), 2.0**-k)
+        x, e = b.where(small, b.mul(x, 2.0**k), x), b.where(small, b.sub(e, float(k)), e)
+    return x, e
+
+
+def frexp(t: Trace, input: Tensor) -> object:
+    """A number as m·2^e; what is not finite, and 0, is its own m."""
+    h = t.lift(input)
+    if not h.dtype.is_float:
+        raise t.shape_error("torch.frexp() only supports floating-point dtypes")
+    x, b = t.read(h), t.b
+    steps = tuple(1 << k for k in reversed(range(10 if h.dtype is f64 else 7)))
+
+    def parts(x: Value) -> tuple[Value, Value]:
+        ordinary = b.and_(b.ne(x, 0.0), b.lt(b.abs(x), math.inf))
+        m, e = _scaled(t, b.where(ordinary, x, 0.5), steps)
+        return b.where(ordinary, m, x), b.where(ordinary, e, 0.0)
+
+    with t.untaped():
+        e = parts(widen(t, x))[1]
+        exponent = t.b.cast(e, dtype=i32)
+
+    def slope(g: Value, y: Value, x: Value) -> Value:
+        two = b.full(2.0, shape=e.type.shape, dtype=e.type.dtype, device=e.type.device)
+        return b.div(g, b.pow(two, e))
+
+    mantissa = derived(t, "frexp", (x,), lambda x: parts(x)[0], (slope,))
+    strides = kept_strides(h)
+    return torch.return_types.frexp((t.fresh(mantissa, strides), t.fresh(exponent, strides)))
+
+
+def _next(t: Trace, x: Value, z: Value) -> Value:
+    """The next number; of bf16 and f16 by 1.2 of their least relative steps, which rounds to one
+    step, or by the least number."""
+    dtype, b = x.type.dtype, t.b
+    if not dtype.narrow:
+        return b.nextafter(x, z)
+    info = torch.finfo(TO_TORCH[dtype])
+    least, relative = info.smallest_normal * info.eps, 0.6 * info.eps
+    one, other = widen(t, x), widen(t, z)
+    size = b.abs(one)
+    outward = b.eq(b.gt(other, one), b.gt(one, 0.0))
+    far = b.where(outward, b.mul(size, 1.0 + relative), b.mul(size, 1.0 - relative))
+    near = b.where(outward, b.add(size, least), b.sub(size, least))
+    found = b.where(b.lt(size, 2 * info.smallest_normal), near, far)
+    found = b.where(b.and_(b.eq(size, math.inf), b.not_(outward)), info.max, found)
+    found = b.where(b.eq(one, 0.0), b.copysign(least, other), b.copysign(found, one))
+    found = b.where(b.eq(one, other), other, found)
+    nan = b.or_(b.ne(one, one), b.ne(other, other))
+    return cast(t, b.where(nan, math.nan, found), dtype)
+
+
+def _divisors(name: str) -> Callable:
+    """gcd and lcm, of integers."""
+
+    def emit(t: Trace, x: Value, z: Value) -> Value:
+        b = t.b
+        if x.type.dtype.kind not in "iu":
+            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[x.type.dtype]}')
+        common = b.gcd(x, z)
+        if name == "gcd":
+            return common
+        none = b.eq(common, 0)
+        product = b.mul(b.floordiv(x, b.where(none, 1, common)), z)
+        product = b.abs(product) if x.type.dtype.kind == "i" else product
+        return b.where(none, 0, product)
+
+    def rule(t: Trace, input: Tensor, other: Tensor) -> TracedTensor:
+        return pointwise(t, lambda *xs: emit(t, *xs), (input, other))
+
+    return rule
+
+
 ROWS = (
+    Row(
+        "nextafter",
+        _next,
+        (lambda t, g, y, x, z: t.b.where(t.b.eq(x, z), 0.0, g), _none_of_other),
+        arity=2,
+        dtypes="floats",
+        wide=False,
+    ),
     Row("ceil", _ceil),
     Row("frac", _frac, (lambda t, g, y, x: g,), dtypes="floats", wide=False),
     Row("sgn", primitive("sign")),
@@ -167,7 +261,10 @@ register(("round",), _rule, row=ROUND, others={torch.special.round: _special_rou
 for _name, _implementation in (
     ("heaviside", heaviside),
     ("fmod", fmod),
+    ("gcd", _divisors("gcd")),
+    ("lcm", _divisors("lcm")),
     ("nan_to_num", nan_to_num),
 ):
     register((_name,), _implementation)
+register(("frexp",), frexp, inplace=False)
 register(("float_power",), float_power, inplace=False)

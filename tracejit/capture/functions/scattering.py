@@ -212,7 +212,7 @@ def index_add(
     return _added(t, h, places, rows, "index_add")
 
 
-_REDUCED = {"sum": "add", "mean": "add", "amax": "max", "amin": "min"}
+_REDUCED = {"sum": "add", "prod": "mul", "mean": "add", "amax": "max", "amin": "min"}
 
 
 def scatter_reduce(
@@ -225,11 +225,9 @@ def scatter_reduce(
     *,
     include_self: bool = True,
 ) -> TracedTensor:
-    """At each place the sum, mean, largest or smallest of what belongs to the indices that name it,
-    with what was there before among them if `include_self`."""
+    """At each place the sum, product, mean, largest or smallest of what belongs to the indices that
+    name it, with what was there before among them if `include_self`."""
     h = t.lift(input)
-    if reduce == "prod":
-        raise t.unsupported("scatter_reduce by prod has no rule")
     if reduce not in _REDUCED:
         raise t.shape_error(
             "reduce argument must be either sum, prod, mean, amax or amin, got " + str(reduce)
@@ -253,8 +251,8 @@ def scatter_reduce(
             "slice it first"
         )
     if not include_self:
-        neutral = 0
-        if combine != "add":
+        neutral = 1 if combine == "mul" else 0
+        if combine in ("max", "min"):
             lowest, highest = limits(h.dtype)
             neutral = lowest if combine == "max" else highest
         x = places.put(b, x, filled(neutral, taken))

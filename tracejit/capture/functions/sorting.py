@@ -1,8 +1,7 @@
 """Sorting: sort, argsort, msort, topk, kthvalue, median, nanmedian.
 
-The rank of an element is how many stand before it, found by comparing each with each along the
-axis: n² comparisons of n elements, in vector loops. What has a rank goes to that place (`scatter`).
-NaN is the largest, and ties keep their order, as in eager's stable sort.
+All of them are a gather at the places that `argsort` finds. NaN is the largest, and ties keep their
+order, as in eager's stable sort.
 """
 
 from __future__ import annotations
@@ -12,56 +11,27 @@ from collections.abc import Callable
 import torch
 
 from tracejit.capture.functions.common import normal_axis, register
-from tracejit.capture.functions.derived import spread
-from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import keep
 from tracejit.capture.trace.tensor import Handle, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-from tracejit.ir.types import b1, i64, u8
+from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
-MOST = 1 << 26  # comparisons of one sort: some 20 ms on one thread
-
-
-def _ranks(t: Trace, x: Value, axis: int, descending: bool) -> Value:
-    """How many elements along the axis stand before each in the sorted order."""
-    b, kind = t.b, x.type
-    n = kind.shape[axis]
-    if n * kind.numel > MOST:
-        raise t.unsupported(
-            f"Sorting {n} elements along an axis compares each with each, too many for "
-            f"{list(kind.shape)}; sort outside of the step"
-        )
-    if kind.dtype is b1:
-        x = b.cast(x, dtype=u8)
-    wide = (*kind.shape[: axis + 1], n, *kind.shape[axis + 1 :])
-    one, other = (spread(t, x, wide, (thin,)) for thin in (axis + 1, axis))
-    first, second = (position(t, k, wide, kind.device) for k in (axis, axis + 1))
-    less, same = b.lt(other, one), b.eq(other, one)
-    if descending:
-        less = b.gt(other, one)
-    if kind.dtype.is_float:
-        no_one, no_other = b.ne(one, one), b.ne(other, other)
-        ends = (
-            b.and_(no_other, b.eq(one, one)) if descending else b.and_(no_one, b.eq(other, other))
-        )
-        less, same = b.or_(less, ends), b.or_(same, b.and_(no_one, no_other))
-    before = b.or_(less, b.and_(same, b.lt(second, first)))
-    return b.reduce_sum(b.cast(before, dtype=i64), axes=(axis + 1,))
+ON_GPU = 1 << 36  # comparisons of one sort: a GPU finds places by comparing each with each
 
 
 def _order(t: Trace, x: Value, axis: int, descending: bool, count: int) -> Value:
     """The places, along the axis, of the first `count` elements in the sorted order."""
-    shape = (*x.type.shape[:axis], count, *x.type.shape[axis + 1 :])
+    n, kind = x.type.shape[axis], x.type
+    if n * kind.numel > ON_GPU and not kind.device.startswith("cpu"):
+        raise t.unsupported(
+            f"Sorting {n} elements along an axis compares each with each on a GPU, too many for "
+            f"{list(kind.shape)}; sort outside of the step"
+        )
     with t.untaped():
-        zeros = t.b.full(0, shape=shape, dtype=i64, device=x.type.device)
-        if not zeros.type.numel or x.type.shape[axis] == 1:
-            return zeros
-        ranks = _ranks(t, x, axis, descending)
-        here = position(t, axis, x.type.shape, x.type.device)
-        found = t.b.scatter(zeros, ranks, here, axis=axis, combine="last")
-    t.ranges[found] = 0, x.type.shape[axis] - 1
+        found = t.b.argsort(x, axis=axis, count=count, descending=descending)
+    t.ranges[found] = 0, max(n - 1, 0)
     return found
 
 

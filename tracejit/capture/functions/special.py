@@ -7,18 +7,18 @@ Chebyshev series in the rest (`series.py`). Slopes are torch's own derivatives.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import wraps
 
 import torch
 
-from tracejit.capture.functions import series
-from tracejit.capture.functions.common import register
-from tracejit.capture.functions.composites import in_torch
+from tracejit.capture.functions import series, zeta
+from tracejit.capture.functions.common import as_float, pointwise, register
+from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.rows import elementwise, emitted, function_of
 from tracejit.capture.trace.table import Formula, Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.errors import UnsupportedOperation
 from tracejit.ir.graph import Value
 
 Tensor = torch.Tensor
@@ -45,12 +45,6 @@ def _polynomial(t: Trace, x: Value, *coefficients: float) -> Value:
 # ---- gamma
 
 
-def _half_turns(t: Trace, x: Value) -> tuple[Value, Value]:
-    """sin(πx) and cos(πx) up to a common sign, of the distance to the nearest whole number."""
-    angle = t.b.mul(t.b.sub(x, t.b.round(x)), math.pi)
-    return t.b.sin(angle), t.b.cos(angle)
-
-
 def _lgamma(t: Trace, x: Value) -> Value:
     """log|Γ(x)|: from 1 to 3 a series that has the zeros as factors, beyond what Stirling's formula
     leaves, and below 0 the reflection Γ(x)·Γ(1 - x) = π / sin(πx)."""
@@ -69,7 +63,7 @@ def _lgamma(t: Trace, x: Value) -> Value:
     outer = b.mul(b.sub(far, 0.5), b.sub(b.log(far), 1.0))
     outer = b.add(b.add(outer, b.mul(over, rest)), 0.5 * math.log(2 * math.pi) - 0.5)
     value = b.where(b.lt(z, 3.0), inner, outer)
-    sine, _ = _half_turns(t, x)
+    sine, _ = zeta.half_turns(t, x)
     mirrored = b.sub(b.sub(math.log(math.pi), b.log(b.abs(sine))), value)
     mirrored = b.where(b.eq(x, -math.inf), math.inf, mirrored)
     return b.where(below, mirrored, value)
@@ -95,7 +89,7 @@ def _digamma(t: Trace, x: Value) -> Value:
     tail = _polynomial(t, square, *_DIGAMMA_TAIL)
     value = b.sub(b.sub(b.log(z), b.mul(over, 0.5)), b.mul(square, tail))
     value = b.where(b.eq(z, math.inf), z, b.sub(value, total))
-    sine, cosine = _half_turns(t, x)
+    sine, cosine = zeta.half_turns(t, x)
     mirrored = b.sub(value, b.div(b.mul(cosine, math.pi), sine))
     mirrored = b.where(b.eq(sine, 0.0), math.nan, mirrored)
     value = b.where(below, mirrored, value)
@@ -120,15 +114,12 @@ def _trigamma(t: Trace, x: Value) -> Value:
     return b.where(below, b.sub(b.div(math.pi**2, b.mul(sine, sine)), total), total)
 
 
-def _higher_order(t: Trace) -> UnsupportedOperation:
-    return t.unsupported("polygamma of an order above 1 has no rule")
-
-
-def _no_third(t: Trace, g: Value, y: Value, x: Value) -> Value:
-    raise _higher_order(t)
-
-
-TRIGAMMA = Row("polygamma", _trigamma, (_no_third,), dtypes="to_float")
+TRIGAMMA = Row(
+    "polygamma",
+    _trigamma,
+    (lambda t, g, y, x: t.b.mul(g, zeta.polygamma(t, 2, x)),),
+    dtypes="to_float",
+)
 DIGAMMA = Row(
     "digamma psi",
     _digamma,
@@ -149,7 +140,7 @@ def _polygamma(t: Trace, n: int, input: Tensor) -> TracedTensor:
     if n < 0:
         raise t.shape_error("polygamma(n, x) does not support negative n.")
     if n > 1:
-        raise _higher_order(t)
+        return pointwise(t, lambda x: zeta.polygamma(t, n, x), (input,), to=as_float)
     return _POLYGAMMA[n](t, input)
 
 
@@ -343,3 +334,34 @@ for _row in (_unary("ndtri", _ndtri, _d_ndtri), _unary("log_ndtr", _log_ndtr, _d
     _wide_only(_row, gradient=False)
 for _row in (I1, I1E):
     _wide_only(_row, gradient=True)
+
+
+# ---- functions of which torch has no derivative
+
+
+def _detached(name: str, value: Callable[[Tensor], Tensor]) -> None:
+    """Register a function whose result has no history; eager has it not for bf16 and f16."""
+
+    @composed(getattr(torch.special, name))
+    def function(t: Trace, input: Tensor) -> Tensor:
+        h = t.lift(input)
+        if h.dtype.narrow:
+            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[h.dtype]}')
+        with torch.no_grad():
+            x = input.detach()
+            return value(x if h.dtype.is_float else x.to(torch.get_default_dtype()))
+
+
+def _modified(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """As torch computes it: NaN at infinities."""
+    return lambda x: function(x).masked_fill(x.isinf(), math.nan)
+
+
+def _spherical(x: Tensor) -> Tensor:
+    """sin(x) / x, with its limits."""
+    return (x.sin() / x).masked_fill(x == 0, 1.0).masked_fill(x.isinf(), 0.0)
+
+
+_detached("spherical_bessel_j0", _spherical)
+_detached("modified_bessel_i0", _modified(torch.special.i0))
+_detached("modified_bessel_i1", _modified(torch.special.i1))

@@ -51,6 +51,12 @@ def _asked_by(caller: FrameType) -> dict[str, object]:
 BY_CALLER[Tensor.item] = _asked_by
 
 
+@rule(torch.sym_float)
+def sym_float(t: Trace, a: object) -> object:
+    """A number as a float; runtime scalars stay what they are."""
+    return a * 1.0
+
+
 @rule(Tensor.__bool__, Tensor.is_nonzero, torch.is_nonzero)
 def bool_(t: Trace, input: Tensor) -> bool:
     handle = t.lift(input)

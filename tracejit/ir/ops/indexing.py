@@ -62,7 +62,7 @@ def _vjp_gather(b, g, y, x, index, *, axis: int):
     return b.reduce_sum(b.where(b.eq(along(index), position), along(g), 0.0), axes=(axis + 1,))
 
 
-_COMBINED = {"add": np.add, "last": None, "max": np.maximum, "min": np.minimum}
+_COMBINED = {"add": np.add, "mul": np.multiply, "last": None, "max": np.maximum, "min": np.minimum}
 
 
 def _infer_scatter(x: Type, index: Type, source: Type, *, axis: int, combine: str) -> Type:
@@ -77,7 +77,7 @@ def _infer_scatter(x: Type, index: Type, source: Type, *, axis: int, combine: st
 def _eval_scatter(
     x: np.ndarray, index: np.ndarray, source: np.ndarray, *, axis: int, combine: str
 ) -> np.ndarray:
-    wide = np.float64 if x.dtype.kind == "f" and combine == "add" else x.dtype
+    wide = np.float64 if x.dtype.kind == "f" and combine in ("add", "mul") else x.dtype
     out = np.array(x, wide)
     moved = np.moveaxis(out, axis, 0)
     at, given = np.moveaxis(index, axis, 0), np.moveaxis(source, axis, 0)
@@ -104,6 +104,9 @@ def _shared(b, g, y, x, index, source, axis: int):
 def _vjp_scatter_target(b, g, y, x, index, source, *, axis: int, combine: str):
     if combine == "add":
         return g
+    if combine == "mul":  # the product of the others
+        own = b.where(b.eq(x, 0.0), 1.0, x)
+        return b.div(b.mul(g, b.scatter(own, index, source, axis=axis, combine="mul")), own)
     if combine != "last":
         share, _ = _shared(b, g, y, x, index, source, axis)
         return b.where(b.eq(x, y), share, 0.0)
@@ -114,6 +117,8 @@ def _vjp_scatter_target(b, g, y, x, index, source, *, axis: int, combine: str):
 
 def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
     taken = b.and_(b.ge(index, 0), b.lt(index, x.type.shape[axis]))
+    if combine == "mul":
+        return _vjp_factor(b, g, y, x, index, source, axis, taken)
     if combine in ("max", "min"):
         share, ours = _shared(b, g, y, x, index, source, axis)
         return b.where(taken, b.mul(b.gather(share, index, axis=axis), ours), 0.0)
@@ -124,6 +129,18 @@ def _vjp_scatter_source(b, g, y, x, index, source, *, axis: int, combine: str):
         last = b.scatter(none, index, order, axis=axis, combine="last")
         taken = b.and_(taken, b.eq(b.gather(last, index, axis=axis), order))
     return b.where(taken, b.gather(g, index, axis=axis), 0.0)
+
+
+def _vjp_factor(b, g, y, x, index, source, axis: int, taken):
+    """The cotangent of a factor: the product over it, or that of the others if it alone is 0."""
+    kind, none = source.type, b.eq(source, 0.0)
+    zeros = b.full(0, shape=x.type.shape, dtype=kind.dtype, device=kind.device)
+    zeros = b.scatter(zeros, index, b.cast(none, dtype=kind.dtype), axis=axis, combine="add")
+    alone = b.and_(none, b.eq(b.gather(zeros, index, axis=axis), 1.0))
+    others = b.scatter(x, index, b.where(alone, 1.0, source), axis=axis, combine="mul")
+    others = b.where(taken, b.gather(b.mul(g, others), index, axis=axis), 0.0)
+    usual = b.where(taken, b.gather(b.mul(g, y), index, axis=axis), 0.0)
+    return b.where(alone, others, b.div(usual, b.where(none, 1.0, source)))
 
 
 def _infer_cumsum(x: Type, *, axis: int) -> Type:
@@ -154,9 +171,41 @@ cumsum = Op(
     host=None,
 )
 
+
+def _infer_argsort(x: Type, *, axis: int, count: int, descending: bool) -> Type:
+    require_tensor("argsort", x)
+    require(0 <= axis < len(x.shape), f"argsort of {x} along axis {axis}")
+    require(0 <= count <= x.shape[axis], f"the first {count} of {x} along axis {axis}")
+    return Type(i64, (*x.shape[:axis], count, *x.shape[axis + 1 :]), x.device)
+
+
+def argsorted(x: np.ndarray, axis: int, count: int, descending: bool) -> np.ndarray:
+    """The places along an axis of the first `count` elements in their order."""
+    last = x.shape[axis] - 1
+    if not descending:
+        order = np.argsort(x, axis, kind="stable")
+    else:  # backwards twice, so that equal ones keep their order
+        order = last - np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
+    return np.moveaxis(np.moveaxis(order, axis, 0)[:count], 0, axis)
+
+
+# Where along an axis the elements stand that come first in order; equal ones keep theirs. NaN is
+# the largest, and no two of them differ.
+argsort = Op(
+    "argsort",
+    "indexing",
+    _infer_argsort,
+    lambda x, *, axis, count, descending: argsorted(x, axis, count, descending),
+    (NO_GRAD,),
+    cost=1,
+    exact=BITS,
+    rounds=False,
+    host=None,
+)
+
 # x, and at each place that an index along the axis names the source: added in the order of the
-# indices, or the last one, or what is largest or smallest, x included. Indices out of range name
-# no place.
+# indices, or multiplied, or the last one, or what is largest or smallest, x included. Indices out
+# of range name no place.
 scatter = Op(
     "scatter",
     "indexing",

@@ -100,6 +100,7 @@ def _is_rows(kernel: Kernel) -> bool:
         and len(next(iter(inner))) == 1
         and by_rows(kernel)
         and not any(stage.in_order for stage in kernel.stages)
+        and kernel.sort is None
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from tracejit.ir.types import contiguous_strides
 from tracejit.schedule.cpu.attention import Attention
 from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuLaunch, CpuPlan, Place
+from tracejit.schedule.cpu.sorting import chunk_bytes
 from tracejit.schedule.cpu.tiles import Contraction
 from tracejit.schedule.memory import Lifetime, Room, plan_memory
 from tracejit.schedule.plan import Plan, PlanBuffer
@@ -60,11 +61,14 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
 
 
 def scratch_bytes(kernel: CpuKernel) -> int:
-    """The bytes that a kernel works in: packed operands, blocks of scores, parts of column sums."""
+    """The bytes that a kernel works in: packed operands, blocks of scores, items that are sorted,
+    parts of column sums."""
     if kernel.blocks is not None:
         return Attention(kernel.kernel, kernel.blocks).scratch_bytes
     if kernel.tiling is not None:
         return Contraction(kernel.kernel, kernel.tiling).scratch_bytes
+    if kernel.kernel.sort is not None:
+        return kernel.outer.chunks * chunk_bytes(kernel.kernel)
     return kernel.partial_offsets[-1]
 
 

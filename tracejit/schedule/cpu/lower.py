@@ -12,6 +12,7 @@ from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.rows import cache_rows
+from tracejit.schedule.cpu.sorting import deal_sorted
 from tracejit.schedule.cpu.tiles import orient, tile
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.plan import Plan
@@ -33,6 +34,7 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
     passes: tuple[Callable[[CpuKernel], CpuKernel], ...] = (
         orient,
         choose_loops,  # first: caching a row is worth it only if loops go along it
+        deal_sorted,
         cache_rows,
         partial(tile, vector_bytes=vector_bytes),
         partial(cut_attention, vector_bytes=vector_bytes),

@@ -56,7 +56,7 @@ def keep_rows(kernel: Kernel) -> tuple[Kernel, tuple[Buffer, ...]]:
     """
     inner = {stage.axes for stage in kernel.stages if stage.axes}
     in_order = any(stage.in_order for stage in kernel.stages)
-    if len(inner) != 1 or len(kernel.stages) < 2 or not kernel.axes or in_order:
+    if len(inner) != 1 or len(kernel.stages) < 2 or not kernel.axes or in_order or kernel.sort:
         return kernel, ()
     (axes,) = inner
     if len(axes) != 1:

@@ -1,0 +1,106 @@
+"""Counts of numbers by bins: histc, histogram."""
+
+from __future__ import annotations
+
+import torch
+
+from tracejit.capture.functions.composites import composed
+from tracejit.capture.functions.derived import require_float
+from tracejit.capture.trace.bounds import between
+from tracejit.capture.trace.trace import Trace
+from tracejit.ir.graph import Builder
+
+Tensor = torch.Tensor
+
+
+def _ends(t: Trace, x: Tensor, low: float, high: float, margin: float) -> tuple[Tensor, Tensor]:
+    """Where the first bin starts and the last one ends: as given, or where the
+    numbers do; apart from each other."""
+    if high < low:
+        raise t.shape_error(f"{t.calling.__name__}: max must be larger than min")
+    if low == high and t.lift(x).numel:
+        first, last = x.aminmax()
+        largest = torch.finfo(x.dtype).max
+        error = t.shape_error(f"{t.calling.__name__}: range of the numbers is not finite")
+        for end in (first, last):
+            between(t, end, -largest, largest, error)
+    else:
+        first, last = (torch.scalar_tensor(n, dtype=x.dtype, device=x.device) for n in (low, high))
+    alone = first == last
+    return torch.where(alone, first - margin, first), torch.where(alone, last + margin, last)
+
+
+def _counted(
+    t: Trace, x: Tensor, bins: int, ends: tuple, place: Tensor, weight: Tensor | None
+) -> Tensor:
+    """How many numbers, or how much of a weight, are in each bin, whose right end belongs to the
+    next one, but for the last."""
+    first, last = ends
+    inside = (x >= first) & (x <= last)
+    place = torch.where(inside, place.clamp(0, bins - 1), bins)
+    t.ranges[t.read(t.lift(place))] = 0, bins
+    each = torch.ones_like(x) if weight is None else weight
+    return x.new_zeros(bins + 1).index_add(0, place, each)[:bins]
+
+
+@composed(torch.histc, Tensor.histc)
+def histc(t: Trace, input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    h = t.lift(input)
+    require_float(t, "histogram_cpu", t.read(h))
+    if bins <= 0:
+        raise t.shape_error(f"torch.histogram(): bins must be > 0, but got {bins} for dimension 0")
+    with torch.no_grad():
+        x = input.detach().reshape(-1)
+        first, last = _ends(t, x, float(min), float(max), 1.0)
+        place = ((x - first) * bins / (last - first)).nan_to_num(0.0, 0.0, 0.0)
+        return _counted(t, x, bins, (first, last), place.long(), None)
+
+
+@composed(torch.histogram, Tensor.histogram)
+def histogram(
+    t: Trace,
+    input: Tensor,
+    bins: int | Tensor = 100,
+    *,
+    range: tuple[float, float] | None = None,
+    weight: Tensor | None = None,
+    density: bool = False,
+) -> object:
+    h = t.lift(input)
+    if not h.dtype.is_float or h.dtype.narrow:
+        raise t.shape_error(f'"histogramdd" not implemented for {input.dtype}')
+    with torch.no_grad():
+        x = input.detach().reshape(-1)
+        if isinstance(bins, Tensor):
+            if t.lift(bins).dtype is not h.dtype or len(t.lift(bins).shape) != 1:
+                raise t.shape_error("torch.histogram(): bins tensor must be 1-d, of input's dtype")
+            edges = bins.detach().clone()
+            bins = t.lift(edges).shape[0] - 1
+        else:
+            low, high = (0.0, 0.0) if range is None else map(float, range)
+            if range is None and not h.numel:
+                high = 1.0
+            edges = torch.linspace(*_ends(t, x, low, high, 0.5), bins + 1, dtype=x.dtype)
+        if bins < 1:
+            raise t.shape_error("torch.histogram(): bins must be > 0")
+        if weight is not None:
+            if t.lift(weight).shape != h.shape or t.lift(weight).dtype is not h.dtype:
+                raise t.shape_error("torch.histogram(): weight must be of input's shape and dtype")
+            weight = weight.detach().reshape(-1)
+        place = torch.searchsorted(edges, x, right=True) - 1
+        found = _counted(t, x, bins, (edges[0], edges[-1]), place, weight)
+        if density:
+            found = found / (found.sum() * edges.diff())
+    made = (_underived(t, input, part) for part in (found, edges))
+    return torch.return_types.histogram(tuple(made))
+
+
+def _underived(t: Trace, x: Tensor, found: Tensor) -> Tensor:
+    """What depends on a tensor, but eager does not know how."""
+    with t.untaped():
+        out = t.b.alias(t.read(t.lift(found)))
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        raise t.autograd_error("derivative for aten::histogram is not implemented")
+
+    return t.fresh(t.derive("histogram", (t.read(t.lift(x)),), out, vjp))
