@@ -656,7 +656,7 @@ def accumulated_losses_reported(w):
 # ---- logging
 
 
-@training("rerun")
+@training()
 def logged_below_the_level(w):
     network(w)
     w.n = 0
@@ -666,6 +666,54 @@ def logged_below_the_level(w):
         w.n += 1
         LOG.debug("step %d", w.n)
         LOG.debug(f"step {w.n}")
+        return loss
+
+    return step
+
+
+@training(
+    changes={
+        8: lambda w: w.logger.setLevel(logging.INFO),
+        9: lambda w: w.logger.setLevel(logging.WARNING),
+    }
+)
+def text_logged_below_the_level(w):
+    network(w)
+    w.n, w.logger = 0, logging.Logger("steps", logging.WARNING)
+    w.logger.addHandler(logging.NullHandler())
+
+    class Reporter:
+        def __init__(self):
+            self.logger, self.scale = w.logger, 2.0
+
+        def report(self, n, loss):
+            self.logger.info(f"step {n}: {loss.item():.3f} of {self.scale!r}, rate {w.rate:8.2f}")
+            self.logger.debug(f"{n}")
+            w.logger.info(f"{n:3d}")
+
+    w.reporter, w.rate = Reporter(), 0.0
+
+    def step(x, y):
+        loss = update(w, F.mse_loss(w.net(x), y))
+        w.n += 1
+        w.rate += 0.5
+        w.reporter.report(w.n, loss)
+        return loss
+
+    return step
+
+
+@training("rerun")
+def text_that_is_logged_and_kept(w):
+    network(w)
+    w.n = 0
+
+    def step(x, y):
+        loss = update(w, F.mse_loss(w.net(x), y))
+        w.n += 1
+        text = f"step {w.n}"
+        LOG.debug(text)
+        w.text = text
         return loss
 
     return step

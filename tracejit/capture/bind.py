@@ -21,6 +21,7 @@ from tracejit.capture.effects.aliases import aliased, looked_up
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
 from tracejit.capture.effects.variables import Record, Variable
 from tracejit.capture.names import name_of_tensor
+from tracejit.capture.python import messages  # noqa: F401  what asks for text
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins

@@ -96,10 +96,10 @@ def _spells(code: CodeType, name: str) -> bool:
 @functools.cache
 def uses(code: CodeType) -> Uses:
     """What becomes of each thing that code loads."""
-    return _Reader(code).all()
+    return Reader(code).all()
 
 
-class _Reader:
+class Reader:
     """Follows the stack of one code object."""
 
     def __init__(self, code: CodeType):
