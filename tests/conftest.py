@@ -65,19 +65,19 @@ def golden() -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilations():
-    """`make test` compiles C with -O1, but in test_c_executor.py; `make test-all` as users do."""
+    """`make test` compiles C with -O0, but in test_c_executor.py; `make test-all` as users do."""
     from support.c_flags import optimize
     from support.scope import WHOLE
 
     with pytest.MonkeyPatch.context() as patch:
         if not WHOLE:
-            optimize(patch, "-O1")
+            optimize(patch, "-O0")
         yield
 
 
 @pytest.fixture(params=["numpy", "c"])
 def executor(request, monkeypatch) -> Executor:
-    """Each executor of the CPU in turn, C kernels compiled with -O1; a module about one executor
+    """Each executor of the CPU in turn, C kernels compiled with -O0; a module about one executor
     has a fixture of its own under this name."""
     if request.param == "numpy":
         from tracejit.runtime.numpy_executor import NumpyExecutor
@@ -92,7 +92,7 @@ def executor(request, monkeypatch) -> Executor:
         c_compiler.find_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    optimize(monkeypatch, "-O1")
+    optimize(monkeypatch, "-O0")
     return CExecutor(2)
 
 
