@@ -572,7 +572,7 @@ def global_counter_in_a_helper_beside_a_float(w):
     return step
 
 
-@case("rerun")
+@case("replay")
 def global_stored_beside_a_float(w):
     globals().update(RATE=0.1, LAST=0)
 
@@ -586,7 +586,7 @@ def global_stored_beside_a_float(w):
     return lambda: (step(), w.last())
 
 
-@case("rerun")
+@case("replay")
 def global_stored_by_the_step_beside_a_float(w):
     globals().update(RATE=0.1, LAST=0)
     w.seen, w.last = [], lambda: LAST

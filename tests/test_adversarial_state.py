@@ -96,7 +96,7 @@ def inverse_square_root_with_a_bare_sqrt(w):
     return step
 
 
-@training("rerun", changes={8: lambda w: w.rates.__setitem__(9, 0.5)})
+@training(changes={8: lambda w: w.rates.__setitem__(9, 0.5)})
 def rates_from_a_list(w):
     network(w)
     w.rates, w.n = [0.1 / (k + 1) for k in range(20)], 0
@@ -109,7 +109,7 @@ def rates_from_a_list(w):
     return step
 
 
-@training("rerun")
+@training()
 def rates_from_a_tuple_held_at_the_last(w):
     network(w)
     w.rates, w.n = (0.1, 0.05, 0.02, 0.01), 0
@@ -122,7 +122,7 @@ def rates_from_a_tuple_held_at_the_last(w):
     return step
 
 
-@training("rerun")
+@training()
 def milestones(w):
     network(w)
     w.n, w.milestones = 0, {4, 8}
@@ -473,7 +473,7 @@ def gradients_of_the_last_steps(w):
     return step
 
 
-@training("rerun")
+@training()
 def history_whose_length_decides(w):
     network(w)
     w.history = []
@@ -488,7 +488,7 @@ def history_whose_length_decides(w):
     return step
 
 
-@training("rerun")
+@training()
 def last_and_first_of_a_history(w):
     network(w)
     w.history = []
@@ -656,7 +656,7 @@ def accumulated_losses_reported(w):
 # ---- logging
 
 
-@training("rerun")
+@training()
 def logged_below_the_level(w):
     network(w)
     w.n = 0
@@ -666,6 +666,54 @@ def logged_below_the_level(w):
         w.n += 1
         LOG.debug("step %d", w.n)
         LOG.debug(f"step {w.n}")
+        return loss
+
+    return step
+
+
+@training(
+    changes={
+        8: lambda w: w.logger.setLevel(logging.INFO),
+        9: lambda w: w.logger.setLevel(logging.WARNING),
+    }
+)
+def text_logged_below_the_level(w):
+    network(w)
+    w.n, w.logger = 0, logging.Logger("steps", logging.WARNING)
+    w.logger.addHandler(logging.NullHandler())
+
+    class Reporter:
+        def __init__(self):
+            self.logger, self.scale = w.logger, 2.0
+
+        def report(self, n, loss):
+            self.logger.info(f"step {n}: {loss.item():.3f} of {self.scale!r}, rate {w.rate:8.2f}")
+            self.logger.debug(f"{n}")
+            w.logger.info(f"{n:3d}")
+
+    w.reporter, w.rate = Reporter(), 0.0
+
+    def step(x, y):
+        loss = update(w, F.mse_loss(w.net(x), y))
+        w.n += 1
+        w.rate += 0.5
+        w.reporter.report(w.n, loss)
+        return loss
+
+    return step
+
+
+@training("rerun")
+def text_that_is_logged_and_kept(w):
+    network(w)
+    w.n = 0
+
+    def step(x, y):
+        loss = update(w, F.mse_loss(w.net(x), y))
+        w.n += 1
+        text = f"step {w.n}"
+        LOG.debug(text)
+        w.text = text
         return loss
 
     return step
@@ -979,7 +1027,7 @@ def teacher_forced_by_a_counter(w):
     return step
 
 
-@training("rerun")
+@training()
 def betas_of_a_diffusion(w):
     network(w, out=3)
     betas = [1e-2 * (k + 1) for k in range(16)]
@@ -1335,7 +1383,7 @@ def turns_taken_by_a_list_of_tasks(w):
     return step
 
 
-@training("rerun")
+@training()
 def weights_of_tasks_from_a_dict_by_step(w):
     network(w)
     w.weights, w.n = {k: 1 / (k + 1) for k in range(20)}, 0

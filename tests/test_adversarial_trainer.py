@@ -342,7 +342,7 @@ def parameters_swapped_by_the_step(w):
     return w.t.step
 
 
-@case("rerun")
+@case("replay")
 def history_of_losses(w):
     class Mine(Trainer):
         def step(self):

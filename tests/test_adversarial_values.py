@@ -93,6 +93,7 @@ value("replay", "list_of_items", lambda t, loss: [float(p.sum()) for p in t.mode
 Pair = namedtuple("Pair", "first second")
 value("replay", "named_tuple", lambda t, loss: Pair(loss.detach(), loss.item()))
 value("replay", "torch_result", lambda t, loss: t.model(X).detach().max(1))
+value("replay", "shape", lambda t, loss: (t.model(X).shape, [loss.shape], loss.device, loss.dtype))
 value("replay", "sorted_by_torch", lambda t, loss: {"low": t.model(X).detach().min(0), "n": [1, 2]})
 
 

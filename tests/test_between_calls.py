@@ -15,6 +15,8 @@ import pytest
 import torch
 
 from support import sequences
+from support.sequence_parts import VALUES
+from support.sequence_parts_lists import LISTS
 from support.sequences import Change, Sequence, generate, run, shrink
 from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
@@ -67,10 +69,34 @@ def test_many_sequences(first):
     check_seeds(range(first, first + 50))
 
 
+def check_lists(seeds: range) -> None:
+    """Sequences that look something up, of which some calls are replayed."""
+    replays = 0
+    for seed in seeds:
+        try:
+            outcome = run(generate(seed, of=LISTS, calls=14))
+        except Exception as error:
+            small = shrink(generate(seed, of=LISTS, calls=14), fails)
+            raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
+        replays += outcome.replays
+    assert replays >= len(seeds)
+
+
+@pytest.mark.parametrize("first", range(0, 20, 10))
+def test_what_is_looked_up(first):
+    check_lists(range(first, first + 10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(5000, 5400, 50))
+def test_much_that_is_looked_up(first):
+    check_lists(range(first, first + 50))
+
+
 @pytest.mark.parametrize("first", range(0, 8, 4))
 def test_decisions_by_values(first):
     """Which are refused, as a trace has no values; none goes another way than eager."""
-    kinds = {run(generate(seed, values=True)).kind for seed in range(first, first + 4)}
+    kinds = {run(generate(seed, of=VALUES)).kind for seed in range(first, first + 4)}
     assert kinds <= {"refused", "raises", "diverges", "equal"}
 
 

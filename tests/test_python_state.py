@@ -797,7 +797,7 @@ def list_of_a_closure(w):
     return step
 
 
-@state("rerun")
+@state()
 def list_whose_length_is_read(w):
     w.losses = []
 

@@ -11,14 +11,14 @@ import linecache
 import random
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import torch
 
 import tracejit
-from support.sequence_parts import ALWAYS, MODELS, OPTIMIZERS, PARTS, VALUES, Part
+from support.sequence_parts import ALWAYS, MODELS, OPTIMIZERS, PARTS, Part
 from support.worlds import picture, same
 from tracejit.errors import TracejitError
 
@@ -114,20 +114,20 @@ class Sequence:
             yield replace(self, changes=tuple(c for c in self.changes if c is not change))
 
 
-def generate(seed: int, *, values: bool = False) -> Sequence:
-    """The sequence of a seed. `values`: one part of it decides by the values of tensors."""
+def generate(seed: int, *, of: Collection[Part] = (), calls: int = CALLS) -> Sequence:
+    """The sequence of a seed, with one more part `of` these."""
     rng = random.Random(seed)
     parts = [rng.choice(MODELS), rng.choice(OPTIMIZERS), *rng.sample(PARTS, rng.randint(1, 4))]
-    if values:
-        parts.append(rng.choice(VALUES))
+    if of:
+        parts.append(rng.choice([*of]))
     own = [(line, part.name) for part in parts for line in part.changes]
     changes = []
-    for call in range(1, CALLS):
+    for call in range(1, calls):
         while rng.random() < (0.35 if call > 3 else 0.1):
             line, part = rng.choice(own) if own and rng.random() < 0.6 else ("", "")
             line = line or rng.choice(ALWAYS[rng.choice([*ALWAYS])])
             changes.append(Change(call, _filled(line, rng), part))
-    return Sequence(tuple(parts), tuple(changes))
+    return Sequence(tuple(parts), tuple(changes), calls)
 
 
 def _filled(line: str, rng: random.Random) -> str:

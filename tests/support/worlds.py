@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 import tracejit
+from support.endings import check_ending
 from support.scope import sampled
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.compile import CompiledStep
@@ -132,6 +133,10 @@ def check(
         assert step.explain_mode().startswith(kind), step.explain_mode()
         assert (step.stats.replays > 0) == (kind == "replay"), step.explain_retraces()
         assert not cuts or step.stats.cuts, "it reads no values"
+        ending = f"{kind} with cuts" if kind == "replay" and step.stats.cuts else kind
+    else:
+        ending = "eager"
+    check_ending(case.build.__module__, case.build.__name__, ending)
     return step
 
 

@@ -17,10 +17,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
 
-from tracejit.capture.effects.aliases import aliased
+from tracejit.capture.effects.aliases import aliased, looked_up
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
 from tracejit.capture.effects.variables import Record, Variable
 from tracejit.capture.names import name_of_tensor
+from tracejit.capture.python import messages  # noqa: F401  what asks for text
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins
@@ -164,12 +165,13 @@ def run(
     variables: Sequence[Variable] = (),
     records: Sequence[Record] = (),
     aliases: Sequence[Variable] = (),
+    tables: Sequence[Variable] = (),
 ) -> object:
     """Call the function under the tracer; the interpreter's modes must be as they were after it.
 
     While it runs, the floats in optimizers' param_groups and the numbers in its state `variables`
-    are runtime scalars, and in `aliases` are wrappers of functions of math; a failure leaves
-    optimizers, schedulers and variables as they were.
+    are runtime scalars; in `aliases` are wrappers of functions of math, and copies stand for
+    `tables`. A failure leaves optimizers, schedulers and variables as they were.
     """
     t = tracer.trace
     state = t.hyperparameters = Hyperparameters(t, variables, records)
@@ -177,7 +179,9 @@ def run(
         roots = [original, *bound.args, *bound.kwargs.values()]
         reach = within_reach(roots, names_of_globals)
         state.start(reach)
-        with standins(reach), aliased(aliases):
+        looked_at = any(record.looked_at for record in records)
+        instead = standins(reach, with_histories=looked_at)
+        with instead, aliased(aliases), looked_up(tables):
             returned = _run(tracer, bound, original)
         if t.refused is not None:
             raise t.refused

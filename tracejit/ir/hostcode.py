@@ -62,7 +62,8 @@ class HostCode:
         """The local that holds the result of an operation."""
         if op is host.host_f32 and args[0] in self._rounded:
             return args[0]
-        body = "f32.value" if op is host.host_f32 else op.host.format(*args)
+        rest = ", ".join(args[1:])
+        body = "f32.value" if op is host.host_f32 else op.host.format(*args, rest=rest)
         key = (body, args[0])
         name = self._known.get(key)
         if name is None:

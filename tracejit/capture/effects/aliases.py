@@ -1,19 +1,23 @@
-"""Functions of math under other names than math's: `from math import sqrt`.
+"""What stands in places of the user's while a step is traced, and answers runtime scalars.
 
-While a step is traced, the functions of the module are wrappers (`python/mathematics.py`). The
-proof finds where else the step can reach one: in a global name, a variable of a closure, an
-attribute or an item. There the wrapper stands too, until the trace is over.
+Functions of math under other names than math's (`from math import sqrt`): the functions of the
+module are wrappers then (`python/mathematics.py`), and the proof finds where else the step can
+reach one, in a global name, a variable of a closure, an attribute or an item. Tables that a runtime
+integer may be looked up in (`python/tables.py`). Both are as they were when the trace is over.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tracejit.capture.effects.variables import Variable
+from tracejit.capture.python.leftovers import replace_object
 from tracejit.capture.python.mathematics import ORIGINALS, WRAPPERS, is_function
+from tracejit.capture.python.references import ALONE, count
+from tracejit.capture.python.tables import copied, is_table
 
 _lock = threading.Lock()
 _users: Counter[tuple[int, object]] = Counter()  # traces that need the wrapper in a place
@@ -46,3 +50,25 @@ def _held(place: Variable) -> object:
         return place.get()
     except (LookupError, ValueError):
         return None
+
+
+@contextmanager
+def looked_up(places: Sequence[Variable]) -> Iterator[None]:
+    """What stands for tables is in these places."""
+    taken = []
+    with _lock:
+        for place in places:
+            table = _held(place)
+            if is_table(table):  # else another trace has a copy there
+                taken.append((place, table, copied(table)))
+                place.set(taken[-1][2])
+    try:
+        yield
+    finally:
+        with _lock:
+            while taken:
+                place, table, copy = taken.pop()
+                if _held(place) is copy:
+                    place.set(table)
+                if count(copy) > ALONE:
+                    replace_object(copy, table)

@@ -37,7 +37,9 @@ from tracejit.ir.graph import Arg, Graph, Result, Write
 from tracejit.ir.types import DType, contiguous_strides
 from tracejit.passes.cone import cone
 
-_PLAIN = frozenset({bool, int, float, str, type(None), torch.dtype})
+_PLAIN = frozenset(
+    {bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device, torch.memory_format}
+)
 
 
 class Collector(Structure):

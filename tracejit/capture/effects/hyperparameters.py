@@ -91,7 +91,7 @@ class Hyperparameters:
         """Make runtime scalars of the floats of optimizers before the step runs. `found`
         has the objects that the step can reach; they are put back if the trace fails."""
         self._memory = remember(found)
-        self.variables.start(self._scalar_of)
+        self.variables.start(self._scalar_of, self.trace.scalars.taken)
         for x in found:
             if isinstance(x, Optimizer):
                 self._remember(x)

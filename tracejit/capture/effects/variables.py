@@ -4,12 +4,13 @@ A counter on an object, a moving average in a dict, the latest hidden state in a
 a closure. The proof finds them (`proof/prover.py`): places that a step reads and leaves changed.
 From then on a number there is a runtime scalar while the step's Python runs, and what the step
 leaves there is a store among its effects. Until the commit the place holds what it held before. So
-it is with lists that a step only appends to: a record of losses.
+it is with lists that a step only appends to: a record of losses. If the step looks at its length or
+at entries too, a `History` stands for the list meanwhile.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import CellType
@@ -17,6 +18,7 @@ from types import CellType
 import torch
 
 from tracejit.capture.effects.effects import is_named
+from tracejit.capture.python.histories import History
 from tracejit.capture.python.leftovers import items_plain
 from tracejit.capture.trace.scalars import is_traced, plain
 
@@ -41,6 +43,7 @@ class Attributes:
         (type if isinstance(self.owner, type) else object).__setattr__(self.owner, name, x)
 
 
+ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)  # kinds of holders
 Holder = dict | list | deque | CellType | Attributes
 APPEND = ...  # instead of a key
 
@@ -115,10 +118,11 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A list that the step appends to and does nothing else with."""
+    """A list that the step appends to and does nothing else with, or only looks at."""
 
     items: list
     place: Variable  # where it is found
+    looked_at: bool = False
 
     def released(self) -> Record:
         """The same without a list that is this call's only."""
@@ -176,10 +180,22 @@ class Variables:
         self._known, self._records = known, records
         self._held: list[_Held] = []
         self._lengths: list[tuple[list, int]] = []
+        self._histories: list[tuple[Variable, History]] = []
 
-    def start(self, scalar: Callable[[float, Variable], object]) -> None:
-        """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes."""
+    def start(
+        self, scalar: Callable[[float, Variable], object], taken: Callable[[str], None]
+    ) -> None:
+        """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes.
+        `taken(why)`: what Python does cannot be followed."""
         self._lengths = [(record.items, len(record.items)) for record in self._records]
+        for place, items in ((r.place, r.items) for r in self._records if r.looked_at):
+
+            def said(number: float, key: int | str, of: list = items) -> object:
+                return scalar(number, Variable(of, key, ""))
+
+            if _holds(place, items):
+                self._histories.append((place, History(items, said, taken)))
+                place.set(self._histories[-1][1])
         for variable in self._known:
             try:
                 before = plain(variable.get())
@@ -195,6 +211,7 @@ class Variables:
         """Put back what was there before; returns what the step has left in the place of that: the
         holder, the key or APPEND, and the value."""
         stores = []
+        self._end_histories()
         for items, length in self._lengths:
             stores += [(items, APPEND, x) for x in items[length:]]
             del items[length:]
@@ -216,6 +233,7 @@ class Variables:
 
     def undo(self) -> None:
         """Put back what was there before."""
+        self._end_histories()
         for items, length in self._lengths:
             del items[length:]
         for held in self._held:
@@ -223,6 +241,20 @@ class Variables:
                 held.variable.set(held.before)
             else:
                 items_plain(held.variable.holder)
+
+    def _end_histories(self) -> None:
+        for place, history in self._histories:
+            history.over()
+            if _holds(place, history):
+                place.set(history.of)
+        self._histories.clear()
+
+
+def _holds(place: Variable, x: object) -> bool:
+    try:
+        return place.get() is x
+    except (LookupError, ValueError):
+        return False
 
 
 def _count(holder: Holder) -> int:

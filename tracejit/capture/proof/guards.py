@@ -28,6 +28,7 @@ from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.many import guard_dicts, guard_metadata
+from tracejit.capture.proof.records import numbers_of_records
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
@@ -209,6 +210,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     if reason:
         return reason
     scalars, shown = _decide_numbers(walk, function, captured.paths, call)
+    scalars |= numbers_of_records(walk, captured.paths, call)
     places = Places(call.reals)
     reason = _guard_tensors(walk, captured, call, places)
     if reason:

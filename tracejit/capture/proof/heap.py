@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict, defaultdict, deque
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from enum import Enum
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -29,7 +29,7 @@ from torch.autograd.function import Function
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tracejit.capture.effects.variables import Attributes, Record, Variable, may_vary
+from tracejit.capture.effects.variables import ASSIGNED, Attributes, Record, Variable, may_vary
 from tracejit.capture.proof.functions import Functions
 from tracejit.capture.proof.guard_text import NumberLine, short
 from tracejit.capture.proof.kinds import (
@@ -46,16 +46,17 @@ from tracejit.capture.proof.kinds import (
     plain_object,
     pure_type,
 )
+from tracejit.capture.proof.looks import looked_at, tables_among
 from tracejit.capture.proof.pure import pure_numpy
 from tracejit.capture.proof.watch import origin
 from tracejit.capture.python import mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.classes import is_heap_type, module_of, slots
 from tracejit.capture.python.doubts import template
+from tracejit.capture.python.tables import is_table
 from tracejit.capture.trace.scalars import Path, is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)
 _MAX_PLACES = 100_000  # values in one guard; what is larger reruns
 
 
@@ -93,6 +94,9 @@ class Walk(Functions):
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
         self.aliases: list[Variable] = []  # places of functions of math, besides math's
+        self.looked_up: list[Variable] = []  # where a copy may stand for a table
+        # places of what a number may be looked up in, by its identity
+        self.tables: dict[int, list[Variable | None]] = {}
         self.templates: list[str] = []  # places of strings that % may format
         self.unasked: list[str] = []  # such functions where no wrapper can stand for them
         self.asks_numpy = False  # which may raise where a setting says so
@@ -118,10 +122,12 @@ class Walk(Functions):
             may be another object on each call, such as an argument.
         """
         self._count += 1
+        if is_table(x):
+            self.tables.setdefault(id(x), []).append(place)
         if self._count > _MAX_PLACES:
             self.refuse(f"it can reach more than {_MAX_PLACES} values")
             return
-        if place is not None and type(place.holder) not in _ASSIGNED:
+        if place is not None and type(place.holder) not in ASSIGNED:
             place = None
         if place is not None:
             x = self._place(place, x)
@@ -183,7 +189,14 @@ class Walk(Functions):
 
     def walked(self) -> None:
         """All has been looked at: let go of empty containers that the step will let go of, so that
-        nothing lives on that it puts there."""
+        nothing lives on that it puts there. Tables are those that code only looks something up in.
+        """
+        # what dataclasses generate compares and prints
+        mine = (code for code in self.codes if code.co_filename != "<string>")
+        codes = frozenset(mine).union(self.ran or ())
+        tables = () if self.ran is None else self.tables.values()
+        self.looked_up = tables_among(tables, self.places, codes)
+        self.records = looked_at(self.records, self.places, codes, self._remade)
         gone = [x for place, x in self.containers if place.path in self._remade and not x]
         self.containers = [(p, x) for p, x in self.containers if all(x is not y for y in gone)]
         self._keep = [x for x in self._keep if all(x is not y for y in gone)]

@@ -24,8 +24,9 @@ from tracejit.capture.proof.guards import (
     survey,
 )
 from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.looks import APPENDED, LOOKED_AT, only_used_so
 from tracejit.capture.proof.watch import Seen, origin
-from tracejit.capture.python.bytecode import dynamic, line_of, only_appends
+from tracejit.capture.python.bytecode import line_of
 from tracejit.capture.trace.scalars import Path, Scalars
 from tracejit.errors import ReplayNotArmed
 
@@ -68,6 +69,7 @@ class Prover:
         self.integers: set[Path] = set()  # arguments that vary, and are runtime scalars
         self.records: list[Record] = []  # lists that it only appends to
         self.aliases: list[Variable] = []  # where functions of math are by other names
+        self.tables: list[Variable] = []  # where a number may be looked up
         self._searches = _SEARCHES
 
     @property
@@ -76,10 +78,10 @@ class Prover:
         return self.mode != "rerun" and self._left > 0
 
     @property
-    def places(self) -> tuple[list[Variable], list[Record], list[Variable]]:
-        """The state variables, records, and aliases of functions of math, as `bind.run` takes
-        them."""
-        return self.variables, self.records, self.aliases
+    def places(self) -> tuple[list[Variable], list[Record], list[Variable], list[Variable]]:
+        """The state variables, records, aliases of functions of math, and tables, as `bind.run`
+        takes them."""
+        return self.variables, self.records, self.aliases, self.tables
 
     def survey(self, args: tuple, kwargs: dict) -> Walk | None:
         """The guard lines about Python state before a watched trace, if they can be written."""
@@ -91,7 +93,7 @@ class Prover:
         if self.watching and (self._ran is not None or self.mode == "replay"):
             walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
-            self.aliases = walk.aliases
+            self.aliases, self.tables = walk.aliases, walk.looked_up
             return walk
         return None
 
@@ -109,6 +111,7 @@ class Prover:
         self.variables = [variable.released() for variable in self.variables]
         self.records = [record.released() for record in self.records]
         self.aliases = [place for place in self.aliases if place.lasting]
+        self.tables = [place for place in self.tables if place.lasting]
 
     def leave_integers(self, scalars: Scalars) -> None:
         """Integers stay plain in a trace: user code keeps them in places that nobody watches."""
@@ -214,7 +217,7 @@ class Prover:
         self._numbers = {v.path: x for v, x in walk.held if type(x) in (int, float)}
         self._numbers |= walk.integers
         grown = [record for record, before in walk.lists if _grown(record, before, walk, ran)]
-        read = [record for record in walk.records if not _only_appended(record, walk, ran)]
+        read = [r for r in walk.records if not _is_record(r, walk, ran, looked_at=r.looked_at)]
         if read:
             self.records = [r for r in self.records if all(r.items is not x.items for x in read)]
         remade = [place for place, x in walk.containers if _is_remade(place, x)]
@@ -266,21 +269,13 @@ def _grown(record: Record, before: list, walk: Walk, ran: Seen) -> bool:
     now = record.items
     if len(now) <= len(before) or any(a is not b for a, b in zip(before, now, strict=False)):
         return False
-    return _only_appended(record, walk, ran)
+    return _is_record(record, walk, ran, looked_at=True)
 
 
-def _only_appended(record: Record, walk: Walk, ran: Seen) -> bool:
-    """Whether all code of the user's that ran does no more than append to a list."""
-    place, key = record.place, None
-    above = walk.places.get(id(place.holder))
-    if above is not None:  # an item of a dict
-        place, key = above, place.key
-    name = place.path if place.is_cell else place.key
-    if type(name) is not str or type(key) not in (str, int, type(None)):
-        return False
-    mine = [code for code in ran.codes if origin(code) not in ("torch", "tracejit")]
-    named = place.kind, name, key
-    return not any(map(dynamic, mine)) and all(only_appends(code, *named) for code in mine)
+def _is_record(record: Record, walk: Walk, ran: Seen, *, looked_at: bool) -> bool:
+    """Whether all code of the user's that ran does no more than append to a list, or look at it."""
+    allowed = LOOKED_AT if looked_at else APPENDED
+    return only_used_so(record.place, walk.places, ran.codes, allowed)
 
 
 def _here(variables: list[Variable], walk: Walk) -> list[Variable]:

@@ -130,33 +130,6 @@ def compares(code: CodeType) -> bool:
     return any(x.opname in ("COMPARE_OP", "CONTAINS_OP") for x in dis.get_instructions(code))
 
 
-_LOADS = {
-    "attribute": ("LOAD_ATTR", "LOAD_METHOD", "LOAD_CONST"),  # `getattr(x, "name")`
-    "global": ("LOAD_GLOBAL", "LOAD_NAME"),
-    "cell": ("LOAD_DEREF", "LOAD_CLASSDEREF"),
-}
-
-
-@functools.cache
-def only_appends(code: CodeType, kind: str, name: str, key: str | int | None = None) -> bool:
-    """Whether code appends to the list under a name, or there under a key, and does nothing else
-    with it. kind: whose name it is, one of _LOADS."""
-    instructions = [*dis.get_instructions(code)]
-    for i, x in enumerate(instructions):
-        if x.opname not in _LOADS[kind] or type(x.argval) is not str or x.argval != name:
-            continue
-        after = instructions[i + 1 : i + 4]
-        if key is not None:
-            index, subscript, *after = after
-            if (index.opname, subscript.opname) != ("LOAD_CONST", "BINARY_SUBSCR"):
-                return False
-            if index.argval != key:
-                continue
-        if (after[0].opname, after[0].argval) != ("LOAD_METHOD", "append"):
-            return False
-    return True
-
-
 _STORES = ("STORE_ATTR", "STORE_GLOBAL", "STORE_NAME", "STORE_DEREF", "STORE_FAST")
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 

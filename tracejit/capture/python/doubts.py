@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType, SimpleNamespace
 
 import torch
 
@@ -106,13 +106,13 @@ def _watched(code: CodeType) -> tuple[frozenset[int], dict[int, tuple[str, ...]]
         if x.opname in _IMPORTS:
             lines.add(line)
         if x.offset in own:
-            looked_at[x.offset] = _chain(instructions, _left(instructions, i))
+            looked_at[x.offset] = chain_to(instructions, _left(instructions, i))
     lines |= {d.line for d in doubts(code) if d.offset is None}
     return frozenset(lines), looked_at
 
 
-def _chain(instructions: list[dis.Instruction], last: dis.Instruction | None) -> tuple[str, ...]:
-    """The names `a.b.c` by which code loads a value; _ANY if it does so in another way."""
+def chain_to(instructions: list[dis.Instruction], last: dis.Instruction | None) -> tuple[str, ...]:
+    """The names `a.b.c` by which code loads a value; none if it does so in another way."""
     names: list[str] = []
     k = instructions.index(last) if last is not None else -1
     while k >= 0:
@@ -178,25 +178,36 @@ class Passed:
 
 
 def _may_be_text(frame: FrameType, chain: tuple[str, ...]) -> bool:
-    """Whether a left operand of % may be a string, as far as its names tell. No code of the user's
-    runs for that."""
-    if chain == _ANY:
+    """Whether a left operand of % may be a string, as far as its names tell."""
+    x = led_to(frame, chain)
+    if x is _UNKNOWN:
         return True
+    if type(x) in (str, bytes):
+        return may_read(x)
+    return not (type(x) in (int, float, bool) or is_traced(x) or isinstance(x, torch.Tensor))
+
+
+_UNKNOWN = object()
+
+
+def led_to(frame: FrameType, chain: tuple[str, ...]) -> object:
+    """What names lead to in a frame; an object of no use if that cannot be told. No code of the
+    user's runs for that."""
+    if chain == _ANY:
+        return _UNKNOWN
     first, *rest = chain
     if first in frame.f_locals:
         x = frame.f_locals[first]
     elif first in frame.f_globals:
         x = frame.f_globals[first]
     else:
-        return True
+        return _UNKNOWN
     for name in rest:
         held = getattr(x, "__dict__", None) if type(x).__getattribute__ in _PLAIN else None
         if type(held) is not dict or name not in held:
-            return True
+            return _UNKNOWN
         x = held[name]
-    if type(x) in (str, bytes):
-        return may_read(x)
-    return not (type(x) in (int, float, bool) or is_traced(x) or isinstance(x, torch.Tensor))
+    return x
 
 
-_PLAIN = (object.__getattribute__, FunctionType.__getattribute__)
+_PLAIN = tuple(kind.__getattribute__ for kind in (object, FunctionType, SimpleNamespace))

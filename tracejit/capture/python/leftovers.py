@@ -69,6 +69,13 @@ def _replaced(old: list[object], numbers: list[object], instead: dict[int, objec
     return tuples
 
 
+def replace_object(old: object, new: object) -> None:
+    """Put one object in the place of another in everything that holds that."""
+    left, instead = [old], {id(old): new}
+    while left:
+        left = _replaced(left, left, instead)
+
+
 def items_plain(holder: dict | list | deque) -> None:
     """Put plain numbers in the place of runtime scalars among the items of a container."""
     _items(holder, plain)

@@ -13,7 +13,7 @@ import dis
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FunctionType, ModuleType
 from typing import Generic, TypeVar
@@ -21,9 +21,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
-from tracejit.capture.python import profiler
+from tracejit.capture.python import histories, profiler
 from tracejit.capture.python.bytecode import codes
 from tracejit.capture.python.numerics import TracedFloat64
+from tracejit.capture.python.tables import STAND_FOR
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
@@ -33,6 +34,7 @@ T = TypeVar("T")
 _STANDS_FOR = {
     **{TracedTensor: torch.Tensor, TracedInt: int},
     **{TracedFloat: float, TracedFloat64: np.float64},
+    **STAND_FOR,
 }
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "triton"}) | sys.stdlib_module_names
 
@@ -238,20 +240,25 @@ _users: Counter[tuple[int, str]] = Counter()  # traces that need a name in a nam
 
 
 @contextmanager
-def standins(start: Iterable[object]) -> Iterator[None]:
+def standins(start: Sequence[object], *, with_histories: bool = False) -> Iterator[None]:
     """`type` and `float` say what eager would, in the code that some functions and objects lead
-    to."""
+    to. With histories, so do the functions that these answer, in the modules of these objects."""
+    instead = _STANDINS
     with _lock:
         with profiler.suspended():
             found = _namespaces(start)
+            if with_histories:
+                instead = _STANDINS | histories.STANDINS
+                own = {id(namespace): namespace for x in start for namespace in _own(x)}
+                found += [(n, name) for n in own.values() for name in histories.STANDINS]
         needed = [
             (namespace, name)
             for namespace, name in found
-            if namespace.get(name, _STANDINS[name]) is _STANDINS[name]
+            if namespace.get(name, instead[name]) is instead[name]
         ]
         for namespace, name in needed:
             _users[id(namespace), name] += 1
-            namespace[name] = _STANDINS[name]
+            namespace[name] = instead[name]
     try:
         yield
     finally:
@@ -260,5 +267,5 @@ def standins(start: Iterable[object]) -> Iterator[None]:
                 _users[id(namespace), name] -= 1
                 if not _users[id(namespace), name]:
                     del _users[id(namespace), name]
-                    if namespace.get(name) is _STANDINS[name]:
+                    if namespace.get(name) is instead[name]:
                         del namespace[name]

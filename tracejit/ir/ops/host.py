@@ -47,6 +47,21 @@ host_round = _host("host_round", round, "round({0})")  # to an int
 host_float = _host("host_float", float, "float({0})")  # of an int
 
 
+def _of_table(name: str, eval: Callable, host: str) -> None:
+    """An operation on a number and the entries of a table, which are literals."""
+    rules = (NO_GRAD, NO_GRAD, ...)
+    Op(name, "host", _infer_host, eval, rules, cost=0, exact=BITS, rounds=False, host=host)
+
+
+def _find(x: float, *table: float) -> int:
+    """The place of a number in a table; -1 if it is not there."""
+    return table.index(x) if x in table else -1
+
+
+_of_table("host_pick", lambda i, *table: table[int(i)], "({rest},)[{0}]")
+_of_table("host_find", _find, "(({rest},).index({0}) if {0} in ({rest},) else -1)")
+
+
 def round_f32(x: float) -> float:
     """A float rounded to float32, as a 0-d tensor of that dtype holds it."""
     return ctypes.c_float(x).value
