@@ -25,16 +25,20 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from ctypes import c_double, c_float
+from operator import itemgetter
 
 import numpy as np
 import torch
 
-_BASE = 8  # where the array of all memory starts: not at NULL
+MANY = 24  # tensors or dicts, from which on they are looked at together
+_BASE = 16  # where arrays of all memory start: not at NULL
 _TUPLE = 3  # words of a tuple before its items
 _CLASS, _IMPL, _HOOKS = 1, 2, (3, 4)  # of a tensor's object
 _VALUES, _DICT = -4, -3  # before it: its attributes, or a dict of them
 _USED, _STATE = 2, 3  # of a dict: how many items it has, the number of its state
 _STORAGE, _META, _EXTRA, _AXES, _SIZES, _STRIDES, _OFFSET, _FLAGS = 2, 3, 4, 7, 8, 13, 18, (20, 21)
+_COUNTER, _WRITES = 5, 4  # of a TensorImpl; and there the count of writes, 4 bytes a step
 _DATA, _DELETER = 2, 3  # of a StorageImpl
 _UNUSED = np.int64(-(1 << 63))  # the one bit of the flags that holds nothing, whatever it is
 _KIND, _NODE, _REQUIRES = 0, 6, 16  # of an AutogradMeta; the last in its lowest byte
@@ -42,17 +46,21 @@ _MAX_AXES = 5  # which a TensorImpl has room for
 _EQUAL = (_CLASS, _VALUES, *_HOOKS)  # what must be the same words
 _LEARNS = 4  # before a group is given up, whose tensors change all the time
 _NO_ITEMS = np.zeros(0, np.int64)
+_ONE = np.uint32(1)
 
 
 class _Memory:
-    """All memory of the process, as an array of words. Only what is alive may be read."""
+    """All memory of the process, as an array of some type. Only what is alive may be used."""
 
-    __array_interface__ = {
-        **{"data": (_BASE, True), "shape": (1 << 44,), "typestr": "<i8", "version": 3},
-    }
+    def __init__(self, kind: str, *, writable: bool = True):
+        shape = ((1 << 47) // np.dtype(kind).itemsize - _BASE,)
+        at = {"data": (_BASE, not writable), "shape": shape}
+        self.__array_interface__ = {**at, "typestr": kind, "version": 3}
 
 
-_words = np.asarray(_Memory())
+_words = np.asarray(_Memory("<i8", writable=False))
+_counts = np.asarray(_Memory("<u4"))
+_ELEMENTS = {c_float: np.asarray(_Memory("<f4")), c_double: np.asarray(_Memory("<f8"))}
 
 
 def _index(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
@@ -66,11 +74,11 @@ def _at(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
 
 
 def _objects(items: tuple) -> np.ndarray:
-    """The addresses of the items of a tuple."""
+    """The addresses of the items of a tuple, as long as it is alive."""
     if not items:
         return _NO_ITEMS
     first = (id(items) - _BASE) // 8 + _TUPLE
-    return _words[first : first + len(items)].copy()  # while the tuple is alive
+    return _words[first : first + len(items)]
 
 
 class Group:
@@ -79,6 +87,8 @@ class Group:
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._learns = _LEARNS
         self._last: _Same | None = None
+        self._seen = b""  # which objects there were
+        self._found: list[int] = []
         self._take((*tensors,))
 
     def _take(self, items: tuple) -> None:
@@ -118,8 +128,8 @@ class Group:
         if not self._learns:
             return None
         objects = _objects(tensors)
-        last = self._last
-        if last is not None and objects.tobytes() == last.objects and last.holds():
+        seen, last = objects.tobytes(), self._last
+        if last is not None and seen == self._seen and last.holds():
             return last.addresses
         of_own = _index(objects, (*_EQUAL, _IMPL, _DICT))
         own = _words[of_own]
@@ -144,9 +154,14 @@ class Group:
         if deleters.tobytes() != self._deleters:
             return None
         found = (data + offsets * self._itemsizes).tolist()
-        stages = [([of_own], [own]), ([of_impl, used], [words, unused])]
-        stages.append(([of_storage, of_meta], [np.array([data, deleters]), of_metas]))
-        self._last = _Same(objects.tobytes(), stages, found)
+        if found == self._found:
+            found = self._found  # the same list says that nothing has moved
+        self._found, self._last = found, None
+        if seen == self._seen:  # for the second time: what is new in each call is not kept
+            stages = [([of_own], [own]), ([of_impl, used], [words, unused])]
+            stages.append(([of_storage, of_meta], [np.array([data, deleters]), of_metas]))
+            self._last = _Same(stages, found)
+        self._seen = seen
         return found
 
 
@@ -154,16 +169,69 @@ class _Same:
     """All words of some tensors, as they were compared, and where these lie, in stages: what the
     words of one lead to is read when they are what they were."""
 
-    def __init__(self, objects: bytes, stages: Sequence[tuple], addresses: list[int]):
-        self.objects, self.addresses = objects, addresses
-        self._stages = [
-            (np.concatenate([x.ravel() for x in at]), b"".join(x.tobytes() for x in words))
-            for at, words in stages
-        ]
+    def __init__(self, stages: Sequence[tuple], addresses: list[int]):
+        self.addresses = addresses
+        self._stages = []
+        for at, words in stages:
+            where, what = (np.concatenate([x.ravel() for x in given]) for given in (at, words))
+            order = np.argsort(where)  # a tensor's words one after another
+            self._stages.append((where[order], what[order].tobytes()))
 
     def holds(self) -> bool:
         """Whether they are all the same still."""
         return all(_words.take(at).tobytes() == words for at, words in self._stages)
+
+
+class Bump:
+    """Counts a write to some of the tensors of a tuple, as torch's `increment_version` does."""
+
+    def __init__(self, indices: Sequence[int]):
+        self._at = np.array(indices)
+        self._get = itemgetter(*indices)
+
+    def __call__(self, tensors: tuple) -> None:
+        if type(tensors) is tuple and counted():
+            objects = _objects(tensors).take(self._at)
+            impls = _words.take((objects >> 3) + (_IMPL - _BASE // 8))
+            counters = _words.take((impls >> 3) + (_COUNTER - _BASE // 8))
+            if counters.all():  # none is of inference mode
+                at = (counters >> 2) + (_WRITES - _BASE // 4)
+                _counts[at] = _counts.take(at) + _ONE
+                return
+        torch._C._increment_version(self._get(tensors))
+
+
+class Elements:
+    """The one element of each of some CPU tensors, which lie at these addresses."""
+
+    def __init__(self, addresses: Sequence[int], kind: type):
+        self._memory, self._kind = _ELEMENTS[kind], kind
+        size = self._memory.itemsize
+        self._at = np.array(addresses) // size - _BASE // size
+        aligned = not any(x % size for x in addresses)  # else numpy cannot take them
+        self._cells = [] if aligned else [kind.from_address(x) for x in addresses]
+
+    @staticmethod
+    def known(kind: type | None) -> bool:
+        """Whether elements of a ctypes type can be read so."""
+        return kind in _ELEMENTS
+
+    def read(self) -> list[float]:
+        """The numbers; where they are all the same it is one object."""
+        if self._cells:
+            return [cell.value for cell in self._cells]
+        found = self._memory.take(self._at)
+        words, size = found.tobytes(), found.itemsize
+        if words == words[:size] * len(found):
+            return [found.item(0)] * len(found)
+        return found.tolist()
+
+    def fill(self, number: float) -> None:
+        """Set all of them to a number, which is rounded to their type."""
+        for cell in self._cells:
+            cell.value = number
+        if not self._cells:
+            self._memory[self._at] = self._kind(number).value
 
 
 class Dicts:
@@ -257,7 +325,7 @@ def numbered() -> bool:
         lambda d: d.pop("a"),
         lambda d: d.clear(),
     ]
-    for d in ({"a": one}, defaultdict(list, a=one), vars(_Memory())):
+    for d in ({"a": one}, defaultdict(list, a=one), vars(_Memory("<i8"))):
         d["a"] = one
         asked = Dicts([d])
         for change in changes:
@@ -270,10 +338,40 @@ def numbered() -> bool:
     return True
 
 
+@functools.cache
+def counted() -> bool:
+    """Whether counts of writes are where they should be."""
+    if not known():
+        return False
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        with torch.inference_mode():
+            without = _zeros(2)
+        if _at(np.array([without._cdata]), (_COUNTER,)).any():
+            return False
+        with torch.inference_mode(False):
+            one, other = _zeros(3, 4), torch.nn.Parameter(_zeros(2))
+        for count in (0, 3):
+            while one._version < count:
+                torch._C._increment_version((one,))
+            impls = np.array([x._cdata for x in (one, one.view(12), other, other.detach())])
+            (counters,) = _at(impls, (_COUNTER,))
+            one_at, same_at, other_at, again_at = counters.tolist()
+            apart = one_at == same_at != other_at == again_at
+            if not (
+                apart and all(x % 8 == 0 and 1 << 16 < x < 1 << 47 for x in (one_at, other_at))
+            ):
+                return False  # no pointers
+            at = (counters >> 2) + (_WRITES - _BASE // 4)
+            if _counts.take(at).tolist() != [count, count, 0, 0]:
+                return False
+    return True
+
+
 def _pointers_are_there() -> bool:
     """What leads from one object to the next; each is only followed when it was found."""
     t, other = _behind(_zeros(3, 4)), {"a": 1}
-    if _objects((other, t)).tolist() != [id(other), id(t)]:
+    items = (other, t)
+    if _objects(items).tolist() != [id(other), id(t)]:
         return False
     attributes = t.__dict__
     of = np.array([id(t)])
