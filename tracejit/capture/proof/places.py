@@ -51,7 +51,7 @@ def read_elements(w: Walk, paths: Sequence[Path], call: Call, places: Places) ->
     found: dict[Path, str] = {}
     for of, row in groupby(paths, kind):
         row = [path for path in row if path[0] == "item"]
-        if len(row) >= MANY and Elements.known(of):
+        if len({*row}) == len(row) >= MANY and Elements.known(of):
             found |= dict.fromkeys(row, "")
             found[row[0]] = f"*elements[{places.many([path[1] for path in row])}].read()"
             continue
@@ -77,13 +77,14 @@ class Places:
         self.sizes = [  # a meta tensor lies nowhere
             0 if t.is_meta else extent(t.shape, t.stride()) * t.element_size() for t in reals
         ]
+        self._sizes = np.array(self.sizes, np.int64)
         self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
         self.good: list[int] | None = None  # the latest addresses that were found to be right
         self.elements: list[Elements] = []  # at these addresses
         self._cells: list | None = None
         self._types = [host_memory.cell_type(t) for t in reals]
         self._with_cells: list[int] = []
-        self._many: list[Sequence[int]] = []
+        self._many: list[list[int]] = []
 
     def kind(self, index: int) -> type | None:
         """The type of the `index`-th tensor's cell, if it can have one: it tells its dtype."""
@@ -111,15 +112,17 @@ class Places:
         if len(kinds) > 1 or not Elements.known(kinds.pop()):
             return None
         if indices not in self._many:
-            self._many.append(indices)
+            self._many.append([*indices])
             self.good = None
-        return self._many.index(indices)
+        return self._many.index([*indices])
 
     def against(self, addresses: list[int]) -> str:
         """Why a replay is wrong for inputs at these addresses; empty if it is right."""
-        if [a % 16 == 0 for a in addresses] != self.aligned:
+        at = np.array(addresses, np.int64) if len(addresses) >= MANY else None
+        aligned = [a % 16 == 0 for a in addresses] if at is None else (at % 16 == 0).tolist()
+        if aligned != self.aligned:
             return "the alignment of an input changed"
-        if len(addresses) < MANY or not self._apart(addresses):
+        if at is None or not self._apart(at):
             end = owner = -1
             for start, size, group in sorted(zip(addresses, self.sizes, self.groups, strict=True)):
                 if size and start < end and group != owner:
@@ -128,17 +131,17 @@ class Places:
                     end, owner = start + size, group
         self._cells = None
         self.elements = [
-            Elements([addresses[i] for i in row], self._types[row[0]]) for row in self._many
+            Elements(np.array([addresses[i] for i in row]), self._types[row[0]])
+            for row in self._many
         ]
         self.good = addresses
         return ""
 
-    def _apart(self, addresses: list[int]) -> bool:
+    def _apart(self, starts: np.ndarray) -> bool:
         """Whether no two inputs share memory, of one group or not."""
-        starts = np.array(addresses, np.int64)
         order = np.argsort(starts)
-        starts, ends = starts[order], starts[order] + np.array(self.sizes, np.int64)[order]
-        return bool((ends[:-1] <= starts[1:]).all())
+        ends = starts + self._sizes
+        return bool((ends[order[:-1]] <= starts[order[1:]]).all())
 
 
 def _pattern(storages: Sequence[int]) -> tuple[int, ...]:

@@ -116,6 +116,7 @@ class Group:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Group | None:
         """Of tensors as they are now; None where their words cannot tell what they are."""
+        native()  # is loaded now, not in the middle of a call
         if not (known() and all(map(_plain, tensors))):
             return None
         group, items = cls(tensors), (*tensors,)
@@ -131,26 +132,23 @@ class Group:
         seen, last = objects.tobytes(), self._last
         if last is not None and seen == self._seen and last.holds():
             return last.addresses
-        of_own = _index(objects, (*_EQUAL, _IMPL, _DICT))
-        own = _words[of_own]
+        own = _at(objects, (*_EQUAL, _IMPL, _DICT))
         if own[: len(_EQUAL)].tobytes() != self._own:
             return None
         impls, dicts = own[len(_EQUAL) :]
-        used = _index(dicts[dicts != 0], (_USED,))
-        unused = _words[used]
+        with_dict = dicts[dicts != 0]
+        unused = _at(with_dict, (_USED,))
         if unused.any():
             return None
-        of_impl = _index(impls, (_STORAGE, _META, _OFFSET, *self._facts_at))
-        words = _words[of_impl]
+        words = _at(impls, (_STORAGE, _META, _OFFSET, *self._facts_at))
         storages, metas, offsets = words[:3]
         if _facts(words[3:]) != self._facts or (metas != 0).tobytes() != self._with_meta:
             return None
-        of_meta = _index(metas[self._where], (_KIND, _NODE, _REQUIRES))
-        of_metas = _words[of_meta]
+        with_meta = metas[self._where]
+        of_metas = _at(with_meta, (_KIND, _NODE, _REQUIRES))
         if _meta(of_metas) != self._metas:
             return None
-        of_storage = _index(storages, (_DATA, _DELETER))
-        data, deleters = _words[of_storage]
+        data, deleters = _at(storages, (_DATA, _DELETER))
         if deleters.tobytes() != self._deleters:
             return None
         found = (data + offsets * self._itemsizes).tolist()
@@ -158,28 +156,43 @@ class Group:
             found = self._found  # the same list says that nothing has moved
         self._found, self._last = found, None
         if seen == self._seen:  # for the second time: what is new in each call is not kept
-            stages = [([of_own], [own]), ([of_impl, used], [words, unused])]
-            stages.append(([of_storage, of_meta], [np.array([data, deleters]), of_metas]))
-            self._last = _Same(stages, found)
+            tables = [(objects, (*_EQUAL, _IMPL, _DICT), own), (with_dict, (_USED,), unused)]
+            tables.append((impls, (_STORAGE, _META, _OFFSET, *self._facts_at), words))
+            tables.append((storages, (_DATA, _DELETER), np.array([data, deleters])))
+            tables.append((with_meta, (_KIND, _NODE, _REQUIRES), of_metas))
+            self._last = _Same(tables, found)
         self._seen = seen
         return found
 
 
 class _Same:
-    """All words of some tensors, as they were compared, and where these lie, in stages: what the
+    """All words of some tensors, as they were compared, in tables of objects of one kind: what the
     words of one lead to is read when they are what they were."""
 
-    def __init__(self, stages: Sequence[tuple], addresses: list[int]):
+    def __init__(self, tables: Sequence[tuple], addresses: list[int]):
         self.addresses = addresses
-        self._stages = []
-        for at, words in stages:
-            where, what = (np.concatenate([x.ravel() for x in given]) for given in (at, words))
-            order = np.argsort(where)  # a tensor's words one after another
-            self._stages.append((where[order], what[order].tobytes()))
+        self._native = native()
+        if self._native is None:
+            self._tables = [
+                (_index(objects, offsets).ravel(), words.tobytes())
+                for objects, offsets, words in tables
+            ]
+            return
+        rows: list[int] = []
+        self._kept: list[np.ndarray] = []  # what the rows point to
+        for objects, offsets, words in tables:
+            kept = (objects.copy(), np.array(offsets), np.ascontiguousarray(words.T))
+            self._kept += kept
+            at, which, what = (x.ctypes.data for x in kept)
+            rows += [at, len(objects), which, len(offsets), what]
+        self._rows = np.array(rows)
+        self._given = self._rows.ctypes.data, len(tables)
 
     def holds(self) -> bool:
         """Whether they are all the same still."""
-        return all(_words.take(at).tobytes() == words for at, words in self._stages)
+        if self._native is not None:
+            return self._native[0](*self._given) == 1
+        return all(_words.take(at).tobytes() == words for at, words in self._tables)
 
 
 class Bump:
@@ -187,29 +200,36 @@ class Bump:
 
     def __init__(self, indices: Sequence[int]):
         self._at = np.array(indices)
+        self._given = self._at.ctypes.data, len(indices), _IMPL, _COUNTER, 4 * _WRITES
         self._get = itemgetter(*indices)
 
     def __call__(self, tensors: tuple) -> None:
-        if type(tensors) is tuple and counted():
-            objects = _objects(tensors).take(self._at)
-            impls = _words.take((objects >> 3) + (_IMPL - _BASE // 8))
-            counters = _words.take((impls >> 3) + (_COUNTER - _BASE // 8))
-            if counters.all():  # none is of inference mode
-                at = (counters >> 2) + (_WRITES - _BASE // 4)
-                _counts[at] = _counts.take(at) + _ONE
-                return
-        torch._C._increment_version(self._get(tensors))
+        if not (type(tensors) is tuple and counted() and self._counts(tensors)):
+            torch._C._increment_version(self._get(tensors))
+
+    def _counts(self, tensors: tuple) -> bool:
+        """Count in memory, if all have a counter: those of inference mode have none."""
+        if (functions := native()) is not None:
+            return functions[1](id(tensors) + 8 * _TUPLE, *self._given) == 1
+        objects = _objects(tensors).take(self._at)
+        impls = _words.take((objects >> 3) + (_IMPL - _BASE // 8))
+        counters = _words.take((impls >> 3) + (_COUNTER - _BASE // 8))
+        if not counters.all():
+            return False
+        at = (counters >> 2) + (_WRITES - _BASE // 4)
+        _counts[at] = _counts.take(at) + _ONE
+        return True
 
 
 class Elements:
     """The one element of each of some CPU tensors, which lie at these addresses."""
 
-    def __init__(self, addresses: Sequence[int], kind: type):
+    def __init__(self, addresses: np.ndarray, kind: type):
         self._memory, self._kind = _ELEMENTS[kind], kind
         size = self._memory.itemsize
-        self._at = np.array(addresses) // size - _BASE // size
-        aligned = not any(x % size for x in addresses)  # else numpy cannot take them
-        self._cells = [] if aligned else [kind.from_address(x) for x in addresses]
+        self._at = addresses // size - _BASE // size
+        aligned = not (addresses % size).any()  # else numpy cannot take them
+        self._cells = [] if aligned else [kind.from_address(x) for x in addresses.tolist()]
 
     @staticmethod
     def known(kind: type | None) -> bool:
@@ -279,6 +299,25 @@ def _plain(t: torch.Tensor) -> bool:
         and not t._backward_hooks
         and not getattr(t, "_post_accumulate_grad_hooks", None)
     )
+
+
+# ---- the same in C
+
+Functions = tuple[Callable[..., int], Callable[..., int]]  # of codegen/c_words.py
+
+_loader: list[Callable[[], Functions | None]] = []
+
+
+def load_with(loader: Callable[[], Functions | None]) -> None:
+    """Say what loads the C functions, when they are needed first; it gives None if it cannot."""
+    _loader[:] = [loader]
+    native.cache_clear()
+
+
+@functools.cache
+def native() -> Functions | None:
+    """The C functions; None where numpy has to do."""
+    return _loader[0]() if _loader else None
 
 
 # ---- is all of that so?
