@@ -5,7 +5,7 @@ GPU_PYTHON ?= $(PYTHON)
 VENV   := .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
-PYTEST := $(PY) -m pytest -n 2 --dist loadfile
+PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
 .PHONY: demo test test-all lint bench gpu accept clean
 

@@ -18,6 +18,9 @@ pytest.register_assert_rewrite("support")
 
 os.environ["TRACEJIT_VERIFY"] = "1"
 os.environ["TRACEJIT_ON_UNSUPPORTED"] = "raise"  # so that nothing hides; see test_fallback.py
+# One process for each core is at work, and a thread that spins takes time from the other one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 _caches = None
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers share the caches of the process they are of
     _caches = tempfile.TemporaryDirectory(prefix="tracejit-tests-")
@@ -62,19 +65,19 @@ def golden() -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilations():
-    """`make test` compiles C with -O1, but in test_c_executor.py; `make test-all` as users do."""
+    """`make test` compiles C with -O0, but in test_c_executor.py; `make test-all` as users do."""
     from support.c_flags import optimize
     from support.scope import WHOLE
 
     with pytest.MonkeyPatch.context() as patch:
         if not WHOLE:
-            optimize(patch, "-O1")
+            optimize(patch, "-O0")
         yield
 
 
 @pytest.fixture(params=["numpy", "c"])
 def executor(request, monkeypatch) -> Executor:
-    """Each executor of the CPU in turn, C kernels compiled with -O1; a module about one executor
+    """Each executor of the CPU in turn, C kernels compiled with -O0; a module about one executor
     has a fixture of its own under this name."""
     if request.param == "numpy":
         from tracejit.runtime.numpy_executor import NumpyExecutor
@@ -89,7 +92,7 @@ def executor(request, monkeypatch) -> Executor:
         c_compiler.find_compiler()
     except BackendUnavailable as error:
         pytest.skip(str(error))
-    optimize(monkeypatch, "-O1")
+    optimize(monkeypatch, "-O0")
     return CExecutor(2)
 
 
@@ -107,5 +110,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     which some of torch's eager functions import."""
     if len(session.items) > 200:
         import torch._dynamo  # noqa: F401
+    _settle()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def heap_of_one_module():
+    """What the tests of a module leave behind, kernels and plans in caches, is no part of the heap
+    of the next: gc would look at it again and again."""
+    yield
+    _settle()
+
+
+def _settle() -> None:
     gc.collect()
     gc.freeze()

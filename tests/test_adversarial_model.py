@@ -305,6 +305,6 @@ def weak_reference(w):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 def test_models(name):
     check(CASES[name])

@@ -1379,7 +1379,7 @@ def rows_in_an_order(w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(6)
 def test_case(name):
     check(CASES[name], restore, rel=1e-4)  # losses are sums in float32
 

@@ -585,7 +585,7 @@ def choice_in_numpy(w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(6)
 def test_values(name):
     check(CASES[name], rel=2e-5)
 

@@ -125,7 +125,7 @@ def test_small_matmul_with_update(shape, target):
     [("f32", "ieee", False), ("f32", "tf32", True), ("bf16", "tf32", True)],
 )
 @pytest.mark.parametrize("target", [90, 100])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_large_matmul(dtype, precision, wgmma, target):
     facts = compile_matmul(4096, 4096, 1024, dtype, precision, target=target)
     check_limits(facts, want_wgmma=wgmma)

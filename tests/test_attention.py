@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_programs_train_like_eager_and_replay(net):
     """With dropout on: eager's own numbers."""
     steps = [make_step(net) for _ in range(2)]
@@ -182,7 +182,7 @@ def compare(step: Callable, x: torch.Tensor, *, strides: bool) -> None:
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 def test_gradients_of_modules(name, mode):
     torch.manual_seed(0)
     make, use = MODULES[name]
@@ -203,7 +203,7 @@ NESTED = {"encoder, padding"}
 
 
 @pytest.mark.parametrize("name", MODULES)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_modules_in_evaluation_without_gradients(name):
     """Where eager takes native functions: NaN where a query sees no key, and their strides."""
     torch.manual_seed(0)
@@ -363,6 +363,7 @@ def attention_step(*qkv: torch.Tensor, **options: object) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.sweep(3)
 def test_steps_of_blocks(name, backend):
     shapes, options = BLOCKS[name]
     compiled = assert_equal_to_eager(
@@ -377,6 +378,7 @@ def test_steps_of_blocks(name, backend):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["causal", "a bool mask", "values of another width"])
+@pytest.mark.sweep(3)
 def test_steps_of_blocks_in_other_dtypes(name, dtype):
     shapes, options = BLOCKS[name]
     assert_equal_to_eager(

@@ -36,6 +36,7 @@ LARGE = {
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(2)
 def test_plans_compute_what_the_primitives_do(name, fuse, plans):
     graph = CASES[name].graph()
     verify(graph)
@@ -45,6 +46,7 @@ def test_plans_compute_what_the_primitives_do(name, fuse, plans):
 @pytest.mark.interpret
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(3)
 def test_interpreted(name, fuse):
     from support.interpret_checks import check
 

@@ -69,6 +69,7 @@ OF_CPU = [f for f in each_function() if some_samples(f)]
 
 
 @pytest.mark.parametrize("function", parameters(OF_CPU))
+@pytest.mark.sweep(3)
 def test_casts_on_the_cpu(function):
     """Dtypes and values of results, and of the gradients of functions that are listed."""
     cast = under(function, "cpu", BF16)
@@ -117,6 +118,7 @@ ON_GPUS = [f for f in each_function() if f in POLICIES["cuda"] or sampled(functi
 
 
 @pytest.mark.parametrize("function", parameters(ON_GPUS))
+@pytest.mark.sweep(3)
 def test_casts_on_a_gpu(function):
     """Dtypes of results: torch's own on tensors without memory, ours of a trace. Of functions that
     are not listed torch's own are the same without autocast."""

@@ -103,7 +103,7 @@ def pads_with_minus_zero(sample) -> bool:
 
 
 @pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.family != "host"])
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_every_op(name, quick, plans):
     """All samples of an op, a kernel each, in one unit."""
     b, inputs = Builder(), []

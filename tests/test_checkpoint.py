@@ -254,7 +254,7 @@ def other_contexts(w):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_checkpoint(name):
     check(CASES[name])
 

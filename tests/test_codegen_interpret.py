@@ -117,6 +117,7 @@ def test_programs_of_a_reduction_loop_in_a_fixed_order(monkeypatch):
 @pytest.mark.parametrize("dtype", EPS)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("max_tile", [64, 8192])
+@pytest.mark.sweep(3)
 def test_softmax(dtype, axis, max_tile):
     for r, c in ((1, 5), (33, 77)):
         check(softmax(r, c, axis, dtype), max_tile=max_tile, tolerance=EPS[dtype])
@@ -124,6 +125,7 @@ def test_softmax(dtype, axis, max_tile):
 
 @pytest.mark.parametrize("op", ["sum", "max", "min"])
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16", "i64", "i32", "i8", "u8", "b1"])
+@pytest.mark.sweep(3)
 def test_reductions(op, dtype):
     for axes, keep in (((0, 1), ""), ((0,), "29"), ((1,), "13")):
         text = f"""

@@ -90,6 +90,7 @@ def test_empty():
 
 
 @pytest.mark.parametrize("function", parameters(OTHERS))
+@pytest.mark.sweep(2)
 def test_values(function: Callable):
     """Result, layout, aliasing, and what is left of the arguments equal eager's."""
     on_each_sample(check_values, function, samples_of(function))
@@ -112,6 +113,6 @@ DIFFERENTIABLE = [f for f in OTHERS if not is_logic_in_place(f)]
 
 
 @pytest.mark.parametrize("function", parameters(DIFFERENTIABLE))
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_gradients(function: Callable):
     on_each_sample(check_gradients, function, samples_of(function))

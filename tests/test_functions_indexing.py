@@ -28,6 +28,7 @@ CHOSEN = [f for f in each_function() if is_indexing(f)]
 
 
 @pytest.mark.parametrize("function", parameters(CHOSEN))
+@pytest.mark.sweep(2)
 def test_values(function):
     on_each_sample(check_values, function, samples_of(function))
 
@@ -152,6 +153,7 @@ def test_whole_step(name: str, fuse: bool):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(3)
 def test_whole_step_on_triton(name: str):
     step, arguments = STEPS[name]
     assert_equal_to_eager(step, arguments, calls=2, backend="interpret")

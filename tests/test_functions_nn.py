@@ -41,6 +41,7 @@ SCALED = parameters(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.sweep(2)
 def test_values(function):
     on_each_sample(check_values, function, samples_of(function))
 
@@ -52,7 +53,7 @@ DIFFERENTIABLE = parameters(
 
 
 @pytest.mark.parametrize("function", DIFFERENTIABLE)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_gradients(function):
     on_each_sample(check_gradients, function, samples_of(function))
 

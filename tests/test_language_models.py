@@ -192,8 +192,7 @@ def run_of_nanogpt(of: NanoRun, step: Callable[..., Tensor]) -> tuple[list[float
     return losses, re.sub(r"(loss|mfu) (\d+\.\d)\d*", r"\1 \2", printed.getvalue())
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.sweep(2)
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_loop_of_nanogpt(bf16):
     """What is printed keeps those calls in rerun; all others replay."""
     context = partial(torch.amp.autocast, "cpu", torch.bfloat16) if bf16 else nullcontext

@@ -39,7 +39,7 @@ def listed(name: str) -> dict[str, str]:
 OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
 
 
-@pytest.mark.sweep(24)
+@pytest.mark.sweep(48)
 @pytest.mark.parametrize("name", OPERATORS)
 def test_operator(name: str):
     """The samples of an entry give what eager gives, with gradients, or are refused as listed."""
@@ -47,7 +47,7 @@ def test_operator(name: str):
     assert found.kind == OPERATORS[name], found.reason
 
 
-@pytest.mark.sweep(12)
+@pytest.mark.sweep(24)
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name: str):
     """So do those of a module, in training and not, with the gradients of its parameters."""

@@ -70,6 +70,7 @@ def test_programs_that_triton_compiles(name):
         for foreach in (True, False)
     ],
 )
+@pytest.mark.sweep(3)
 def test_optimizers(device, name, options, plans, foreach):
     make = training(lambda p: getattr(torch.optim, name)(p, foreach=foreach, **options))
     step = lockstep(make, compiles=plans, calls=11, backend=FAKE, mode="auto")

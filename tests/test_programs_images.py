@@ -35,13 +35,13 @@ def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) 
 
 
 @pytest.mark.parametrize("net", SWEPT)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_sgd(net):
     check_training(net, "c")
 
 
 @pytest.mark.parametrize("net", SWEPT)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(6)
 def test_sgd_numpy(net):
     check_training(net, "numpy", 5)
 

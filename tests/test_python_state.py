@@ -1145,7 +1145,7 @@ def a_counter_beside_an_error_that_is_caught(w):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 def test_state(name):
     check(CASES[name], restore)
 

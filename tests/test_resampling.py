@@ -39,6 +39,7 @@ def test_interpolate(name, backend):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic antialias"])
+@pytest.mark.sweep(2)
 def test_interpolate_interpreted(name):
     test_interpolate(name, "interpret")
 
@@ -113,6 +114,7 @@ def test_patches_and_shuffles(name, backend):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["fold", "windows", "unpool"])
+@pytest.mark.sweep(2)
 def test_patches_interpreted(name):
     test_patches_and_shuffles(name, "interpret")
 

@@ -132,7 +132,7 @@ def scheduled(kind: type, *, inside: bool, first: bool = False, alias: bool = Fa
 
 @pytest.mark.parametrize("place", ["inside", "inside, first", "by another name", "outside"])
 @pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
-@pytest.mark.sweep(5)
+@pytest.mark.sweep(3)
 def test_schedule(kind, place):
     first, alias = place == "inside, first", place == "by another name"
     make = scheduled(kind, inside=place != "outside", first=first, alias=alias)

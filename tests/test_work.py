@@ -165,7 +165,7 @@ DECIDED = ("indexing",)
 @pytest.mark.interpret
 @pytest.mark.parametrize("max_tile", [MAX_TILE, 64])
 @pytest.mark.parametrize("name", [n for n in PROGRAMS if n not in DECIDED])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_issued_bytes_are_what_the_interpreter_moves(name, max_tile, monkeypatch):
     for plan in plans_of(name, small=True):
         check(plan, max_tile, monkeypatch)
@@ -248,11 +248,13 @@ GRAPHS = {
 @pytest.mark.interpret
 @pytest.mark.parametrize("max_tile", [MAX_TILE, 64])
 @pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.sweep(3)
 def test_issued_bytes_of_graphs(name, max_tile, monkeypatch):
     check(schedule(parse(GRAPHS[name])), max_tile, monkeypatch)
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.sweep(3)
 def test_issued_bytes_of_attention(name, monkeypatch):
     check(schedule(ATTENTION[name].graph()), MAX_TILE, monkeypatch)

@@ -247,7 +247,8 @@ def torch_as_it_is() -> Iterator[None]:
     finally:
         for kind, call in zip(kinds, calls, strict=True):
             kind.__call__ = call
-        torch.backends.__allow_nonbracketed_mutation_flag = True
+        # the module's own variable: `torch.backends` stands for the module, and keeps what is set
+        torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 
 def operators() -> dict[str, object]:
