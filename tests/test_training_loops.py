@@ -428,3 +428,47 @@ def test_a_scheduler_and_a_counter_of_the_user():
         return Loop(step, (t.model, t.opt))
 
     assert alike(make).stats.compiles <= 2
+
+
+class Printing:
+    """A loop's body that prints in every fifth call, and keeps a checkpoint in every sixteenth."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Linear(4, 4)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1)
+        self.n, self.running, self.checkpoint = 0, -1.0, None
+
+    def step(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.model(x).pow(2).mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.n % 5 == 0:
+            now = loss.item()
+            self.running = now if self.running == -1.0 else 0.9 * self.running + 0.1 * now
+            print(f"iter {self.n}: loss {now:.3f}, {self.running:.3f}")
+        if self.n % 16 == 0 and self.n > 0:
+            state = {name: t.clone() for name, t in self.model.state_dict().items()}
+            self.checkpoint = {"model": state, "n": self.n}
+        self.n += 1
+        return loss.detach()
+
+
+def test_calls_that_print_do_not_keep_the_others_from_replay(capsys):
+    """For good: the checkpoint is another dict from time to time, which is learned late."""
+    compiled, plain, x = Printing(), Printing(), torch.randn(3, 4)
+    step = tracejit.compile(compiled.step, on_unsupported="raise")
+    losses, said = [], []
+    for run in (step, plain.step):
+        for i in range(140):
+            if i == 100 and run is step:
+                before = step.stats.replays
+            losses.append(run(x).item())
+        said.append(capsys.readouterr().out)
+    assert step.stats.replays - before >= 25, step.explain_retraces()
+    assert torch.allclose(torch.tensor(losses[:140]), torch.tensor(losses[140:]))
+    assert said[0] == said[1] and compiled.n == plain.n
+    assert compiled.checkpoint["n"] == plain.checkpoint["n"] == 128
+    for name, t in plain.checkpoint["model"].items():
+        assert torch.allclose(compiled.checkpoint["model"][name], t)

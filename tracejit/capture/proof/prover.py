@@ -31,7 +31,9 @@ from tracejit.errors import ReplayNotArmed
 
 PROOFS = 4  # traces of each new program that are watched, to arm a replay
 _SEARCHES = 8  # traces that may tell more about a step's state variables
-_REFUSALS = 3  # in a row for the same reasons, after which only new programs are watched, less long
+# In a row for the same reasons, after which only new programs are watched, less long; in a step of
+# which no path can be replayed, or where the reasons may pass.
+_REFUSALS = 3
 _LINE = re.compile(r"(^|\bat )\S+:\d+")  # of a file
 _FEW = 4  # numbers that a plan may be good for one of
 _WAIT = 8  # traces after that, until one is watched once more; each time four times as many
@@ -243,7 +245,8 @@ class Prover:
         why = "; ".join(reasons[:4]) + more
         alike = re.sub(r"\d+", "#", why) == re.sub(r"\d+", "#", self.why)
         self.why, self._refused = why, self._refused + 1 if alike else 1
-        if self._refused >= _REFUSALS:
+        # The traces of a path that prints in every tenth call say nothing of the other nine.
+        if self._refused >= _REFUSALS and not (lasting and self._replayable):
             self._left = 0
             if not lasting and not self._wait:
                 self._wait, self._waits = self._waits, 4 * self._waits
