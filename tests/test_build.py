@@ -22,6 +22,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import tracejit
 from support.build_steps import STEPS, network
+from support.command_line import status
 from tracejit.build import MOST_CALLS, Built
 from tracejit.capture.trace.posing import posing
 from tracejit.errors import SideEffectError, TargetError, UnsupportedOperation, ValueDependentError
@@ -389,15 +390,6 @@ def file(tmp_path):
     path = tmp_path / "steps.py"
     path.write_text(PROGRAM)
     return path
-
-
-def status(*arguments) -> int:
-    from tracejit.__main__ import main
-
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as exit:
-        return exit.code
 
 
 @pytest.mark.parametrize("name", ["compiled", "targeted", "make_step"])

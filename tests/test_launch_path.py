@@ -118,6 +118,35 @@ def test_launches_go_to_the_device_of_the_tensors(device):
         assert device.here() != device.number
 
 
+@pytest.mark.parametrize("graphs", ["0", "1"])
+def test_devices_of_one_process_stay_apart(monkeypatch, graphs):
+    """Each has launches, memory and numbers of its own, whichever is the current one."""
+    monkeypatch.setenv("TRACEJIT_GRAPHS", graphs)
+    first, second = (fake_device(target, compiled=False) for target in ("sm_90", "sm_80"))
+    with first as first, second as second:
+        devices = {first: second, second: first}
+        eager, *_, optimizer = trained(torch.optim.SGD, momentum=0.9)
+        optimizers, steps = [optimizer], {}
+        for device in devices:
+            step, *_, optimizer = trained(torch.optim.SGD, momentum=0.9)
+            optimizers.append(optimizer)
+            steps[device] = tracejit.compile(step, backend=device.name)
+        for call in range(10):
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = 0.05 * 0.9**call
+            loss = eager()
+            for device, other in devices.items():
+                device.log.clear()
+                other.log.clear()
+                with device.elsewhere() if call % 2 else other.elsewhere():
+                    torch.testing.assert_close(steps[device](), loss)
+                assert device.log and not other.log
+        for device, step in steps.items():
+            assert step.stats.replays >= 6, step.explain_mode()
+            tables = [s.table for s in step._last.program.loaded._states.values()]
+            assert {*tables} <= device._blocks.keys()
+
+
 def test_a_stream_that_is_new_has_its_own_counters_and_numbers(device):
     x = torch.randn(40_000)
 

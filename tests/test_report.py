@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 
 import tracejit
 from examples import fused_chain, two_layer_autograd
+from support.command_line import status
 from tracejit.aot import TARGETS, disassemble, parse_sass
 from tracejit.codegen.triton_forms import form_of
 from tracejit.errors import BackendUnavailable
@@ -391,16 +392,6 @@ def test_what_cannot_be_reported(file, step, said, capsys):
     assert status("report", step.format(**places)) == 2
     captured = capsys.readouterr()
     assert said.format(**places) in captured.err and captured.out == ""
-
-
-def status(*arguments) -> int:
-    """The exit status of the command line, run in this process."""
-    from tracejit.__main__ import main
-
-    try:
-        return main([str(a) for a in arguments])
-    except SystemExit as exit:
-        return exit.code
 
 
 @pytest.mark.parametrize("name", ["compiled", "plain", "make_step"])

@@ -6,20 +6,27 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 import tracejit
-from tracejit.capture.proof import many
+from tracejit.capture.effects import commit
+from tracejit.capture.proof import many, places
 from tracejit.capture.python import words
-from tracejit.capture.python.words import Dicts, Group
+from tracejit.capture.python.words import Bump, Dicts, Elements, Group
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch) -> None:
-    monkeypatch.setattr(many, "MANY", 4)
+@pytest.fixture(autouse=True, params=["C", "numpy"])
+def few(monkeypatch, request) -> None:
+    if request.param == "numpy":
+        monkeypatch.setattr(words, "native", lambda: None)
+    elif words.native() is None:
+        pytest.skip("needs a C compiler")
+    for module in (many, places, commit):
+        monkeypatch.setattr(module, "MANY", 4)
 
 
 class _Lazy(TorchFunctionMode):
@@ -31,7 +38,7 @@ class _Lazy(TorchFunctionMode):
 
 def test_this_python_and_torch_are_known():
     """Else replays are slower, and this says so."""
-    assert words.known() and words.numbered()
+    assert words.known() and words.numbered() and words.counted()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +55,7 @@ def test_this_python_and_torch_are_known():
 )
 def test_it_does_not_matter_when_that_is_found_out(under):
     with under():
-        assert words.known.__wrapped__()
+        assert words.known.__wrapped__() and words.counted.__wrapped__()
 
 
 def test_a_bit_that_says_nothing():
@@ -72,7 +79,7 @@ def _default_dtype(dtype: torch.dtype):
 
 
 class World:
-    """Five weights under Adam, and a step that updates them: 25 tensors."""
+    """Five weights under Adam, and a step that updates them: 25 tensors, 5 of them counters."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -168,6 +175,16 @@ CHANGES: dict[str, Callable[[World], object]] = {
 }
 
 
+CHANGES |= {
+    "a counter": lambda world: world.state["step"].add_(5),
+    "another counter": lambda world: world.state.update(step=torch.tensor(7.0)),
+    "a counter of doubles": lambda world: world.state.update(step=torch.tensor(7.0).double()),
+    "a counter that is not a number": lambda world: world.state["step"].fill_(float("nan")),
+    "another rate": lambda world: world.optimizer.param_groups[0].update(lr=0.5),
+    "no gradients": lambda world: world.optimizer.zero_grad(),
+}
+
+
 def told(change: Callable[[World], object], twice: bool) -> tuple:
     """What the guard of an armed step says after a change, and where it finds the tensors."""
     world = World()
@@ -198,7 +215,8 @@ def test_guards_say_the_same_with_words_and_without(monkeypatch, name, twice):
     monkeypatch.setattr(words, "numbered", lambda: False)
     plain = told(CHANGES[name], twice)
     assert (found[0] == "") == (plain[0] == ""), (found, plain)
-    assert found[1] == plain[1]
+    assert found[1] == plain[1] or name == "a counter that is not a number"
+    assert [*map(str, found[1] or ())] == [*map(str, plain[1] or ())]
 
 
 def test_words_are_what_guards_go_by(monkeypatch):
@@ -221,12 +239,13 @@ def test_words_are_what_guards_go_by(monkeypatch):
 def test_training_in_lockstep(monkeypatch, known):
     """With changes between the calls."""
     if not known:
-        monkeypatch.setattr(words, "known", lambda: False)
-        monkeypatch.setattr(words, "numbered", lambda: False)
+        for name in ("known", "numbered", "counted"):
+            monkeypatch.setattr(words, name, lambda: False)
     eager, ours = World(), World()
     step = tracejit.compile(ours.step, backend="numpy")
     names = ["nothing", "values", "new gradients", "other state", "data elsewhere", "no gradient"]
     names += ["state in other memory", "a gradient of another layout", "data turned in place"]
+    names += ["a counter", "another counter", "another rate"]
     for call in range(40):
         for world in (eager, ours):
             torch.manual_seed(call)
@@ -238,7 +257,8 @@ def test_training_in_lockstep(monkeypatch, known):
         step()
         for a, b in zip(ours.weights, eager.weights, strict=True):
             torch.testing.assert_close(a, b)
-        torch.testing.assert_close(ours.state["exp_avg"], eager.state["exp_avg"])
+        for name in ("exp_avg", "step"):
+            torch.testing.assert_close(ours.state[name], eager.state[name])
     assert step.stats.replays >= 12, step.explain_retraces()
 
 
@@ -296,3 +316,128 @@ def test_dicts_have_numbers():
     assert dicts.now() != before
     second["b"] = 2
     assert dicts.now() != before
+
+
+def test_a_schedule_does_not_ask_of_all_dicts():
+    """The group in which it sets the rate is asked each time, and alone."""
+    world = World()
+    step = tracejit.compile(world.step, backend="numpy")
+    for _ in range(5):
+        step()
+    dicts = step._replays[-1].guard.__globals__["dicts"]
+    step()
+    kept, replays = dicts.kept, step.stats.replays
+    for call in range(4):
+        world.optimizer.param_groups[0]["lr"] = 0.1 * 0.9**call
+        step()
+        assert dicts.kept is kept
+    assert step.stats.replays == replays + 4
+    world.state["note"] = 1
+    step()
+    assert dicts.kept is kept and step.stats.replays == replays + 4  # which is another key
+
+
+# ---- what is written
+
+
+def versions(tensors: tuple) -> list[int]:
+    return [t._version for t in tensors]
+
+
+def test_writes_are_counted(monkeypatch):
+    """In memory, as torch counts them, and not in tensors that are not written."""
+    monkeypatch.setattr(torch._C, "_increment_version", lambda tensors: pytest.fail("by torch"))
+    weight = torch.nn.Parameter(torch.zeros(3))
+    tensors = (torch.zeros(2), weight, torch.zeros(4)[1:], torch.zeros(1), torch.zeros(5) * 2)
+    before, bump = versions(tensors), Bump([0, 1, 2, 4])
+    for n in range(1, 4):
+        bump(tensors)
+        assert versions(tensors) == [v + n * (i != 3) for i, v in enumerate(before)]
+    saved = torch.zeros(3, requires_grad=True)
+    y = (weight * saved).sum()
+    Bump([0])((weight,))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_what_cannot_be_counted_in_memory_is_left_to_torch(monkeypatch):
+    x, y = torch.zeros(2), torch.zeros(3)
+    Bump([0, 1])([x, y])  # a list is no tuple
+    assert versions((x, y)) == [1, 1]
+    with monkeypatch.context() as patched:
+        patched.setattr(words, "counted", lambda: False)
+        Bump([0, 1])((x, y))
+    assert versions((x, y)) == [2, 2]
+    with torch.inference_mode():
+        z = torch.zeros(2)
+    Bump([0, 1])((x, z))  # which has no count
+    assert versions((x, y)) == [3, 2]
+
+
+def test_a_step_counts_what_it_writes():
+    eager, ours = World(), World()
+    step = tracejit.compile(ours.step, backend="numpy")
+    for call in range(8):
+        before = [versions((*w.weights, *w.state.values())) for w in (eager, ours)]
+        eager.step()
+        step()
+        after = [versions((*w.weights, *w.state.values())) for w in (eager, ours)]
+        if call:  # there was a state before
+            changed = [
+                [a < b for a, b in zip(*x, strict=True)] for x in zip(before, after, strict=True)
+            ]
+            assert changed[0] == changed[1] == [True] * 8
+    assert step.stats.replays >= 4
+
+
+def test_counters_of_several_groups():
+    """Which stand apart among the numbers of a step, and may part."""
+
+    def make() -> tuple:
+        torch.manual_seed(1)
+        weights = [torch.nn.Parameter(torch.randn(3, 2)) for _ in range(11)]
+        for w in weights:
+            w.grad = torch.randn(3, 2)
+        groups = [{"params": weights[:5]}, {"params": weights[5:], "lr": 0.3, "betas": (0.5, 0.6)}]
+        optimizer = torch.optim.Adam(groups, foreach=True)
+        return weights, optimizer, lambda: optimizer.step() and None
+
+    (theirs, their_optimizer, eager), (mine, optimizer, step) = make(), make()
+    ours = tracejit.compile(step, backend="numpy")
+    for call in range(12):
+        for o, weights in ((their_optimizer, theirs), (optimizer, mine)):
+            if call in (6, 8):  # one is ahead of the others, and they are all alike again
+                o.state[weights[7]]["step"] += 3 if call == 6 else -3
+        eager()
+        ours()
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a, b)
+            assert optimizer.state[a]["step"] == their_optimizer.state[b]["step"]
+    assert ours.stats.replays >= 8
+    assert ".read()" in ours.guards[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elements_are_read_and_set(dtype):
+    tensors = [torch.tensor(float(i), dtype=dtype) for i in range(5)]
+    kind = ctypes.c_float if dtype is torch.float32 else ctypes.c_double
+    found = Elements(np.array([t.data_ptr() for t in tensors]), kind)
+    assert found.read() == [0.0, 1.0, 2.0, 3.0, 4.0] and type(found.read()[0]) is float
+    for number in (0.1, -0.0, float("inf"), float("nan"), 1e300):
+        found.fill(number)
+        rounded = kind(number).value
+        assert {*map(repr, found.read())} == {repr(rounded)} == {repr(t.item()) for t in tensors}
+        assert len({*map(id, found.read())}) == 1  # one object for all
+    tensors[3].fill_(-0.0)
+    tensors[4].fill_(0.0)
+    assert [*map(repr, found.read()[3:])] == ["-0.0", "0.0"]
+
+
+def test_elements_that_are_not_aligned():
+    memory = torch.zeros(21, dtype=torch.uint8)
+    at = memory.data_ptr() + 1
+    found = Elements(np.array([at, at + 8]), ctypes.c_float)
+    found.fill(2.5)
+    ctypes.c_float.from_address(at + 8).value = -1.0
+    assert found.read() == [2.5, -1.0]
+    assert ctypes.c_float.from_address(at).value == 2.5 and memory[0] == 0

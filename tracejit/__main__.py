@@ -1,5 +1,6 @@
 """`python -m tracejit`: what can be asked from a shell, about a step and about tracejit.
 
+python -m tracejit explain examples/two_layer_autograd.py:make_step --html ledger.html
 python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
 python -m tracejit build examples/two_layer_autograd.py:make_step --target sm_80,sm_90,sm_100
 python -m tracejit ops cumsum
@@ -24,12 +25,22 @@ from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import TracejitError
-from tracejit.gpus import ARCHES
+from tracejit.gpus import ARCHES, GPUS
 from tracejit.report import report
 from tracejit.rows import limits
 from tracejit.support import markdown, operations
 
 CALLS = 3  # of the step before the report: enough to arm a replay
+
+EXPLAIN = """\
+Print the ledger of a step: what it costs, beside what it has to cost, and what holds it back. Where
+it runs, launches before and after fusion, bytes against the minimum, operations, the time that it
+should take on a GPU, what its kernels take here, what eager should take, the time that compiling
+took and after how many calls it is paid for, memory, and each launch with the lines it comes from.
+No GPU is needed. The step is called three times; `step.explain()` tells the same of your own calls,
+and docs/ledger.md what each figure is.
+
+exit status: 0, or 2 if there is nothing to explain."""
 
 REPORT = """\
 Compile every kernel of a step ahead of time and print what it became: registers, spills, shared
@@ -74,18 +85,40 @@ def main(arguments: list[str] | None = None) -> int:
     return 2
 
 
+def called(step: CompiledStep) -> CompiledStep:
+    """The step, after enough calls to tell what it is."""
+    for _ in range(CALLS):
+        step()
+    return step
+
+
 def print_report(options: argparse.Namespace) -> int:
     """What a step's kernels are; 1 if one breaks a limit."""
     with contextlib.redirect_stdout(sys.stderr):  # what the user's code prints
-        step = load_step(*options.step)
-        for _ in range(CALLS):
-            step()
+        step = called(load_step(*options.step))
     found = report(step, target=options.target)
     violations = limits(found)
     print(json.dumps(found.as_dict(), indent=2) if options.json else found)
     for violation in violations:
         print(f"limit broken: {violation}", file=sys.stderr)
     return 1 if violations else 0
+
+
+def print_ledger(options: argparse.Namespace) -> int:
+    """What a step costs: a table, JSON, or a page that is written to a file."""
+    asked = {"eager_seconds": options.eager_seconds, "machine_code": options.machine_code}
+    with contextlib.redirect_stdout(sys.stderr):
+        step = called(load_step(*options.step))
+        ledger = step.explain(options.gpu, **asked)
+    if options.html is not None:
+        try:
+            ledger.html(options.html)
+        except OSError as error:
+            raise Refused(f"the page cannot be written: {error}") from None
+        print(f"written to {options.html}")
+    else:
+        print(json.dumps(ledger.as_dict(), indent=2) if options.json else ledger)
+    return 0
 
 
 def print_build(options: argparse.Namespace) -> int:
@@ -125,18 +158,23 @@ def print_operations(name: str | None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
+    shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m tracejit", description="Ask about a compiled training step."
+        prog="python -m tracejit",
+        description="Ask about a compiled training step.",
+        epilog=examples(""),
+        formatter_class=shape,
     )
     parser.add_argument("--version", action="version", version=f"tracejit {version('tracejit')}")
     commands = parser.add_subparsers(metavar="COMMAND", dest="command", required=True)
 
-    def add_command(name: str, run: Callable, help: str, description: str, **of_target: object):
+    def add_command(name: str, run: Callable, help: str, description: str):
         added = commands.add_parser(
             name,
             help=help,
             description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=examples(name),
+            formatter_class=shape,
         )
         added.add_argument(
             "step",
@@ -145,23 +183,49 @@ def parser() -> argparse.ArgumentParser:
             help="a Python file, and the name in it of a compiled step, of a function without "
             "arguments, or of a factory that returns one of these, alone or first in a tuple",
         )
-        known = f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90"
-        added.add_argument("--target", help=known, **of_target)
         added.set_defaults(run=run)
         return added
 
+    costs = "print what a step costs, beside what it has to cost, and what holds it back"
+    added = add_command("explain", print_ledger, costs, EXPLAIN)
+    added.add_argument(
+        "--gpu", choices=GPUS, default="H200", help="whose time is predicted; default H200"
+    )
+    added.add_argument(
+        "--eager-seconds",
+        type=float,
+        metavar="S",
+        help="what a call takes without tracejit, as you have measured it; else it is predicted",
+    )
+    added.add_argument(
+        "--machine-code",
+        action="store_true",
+        help="compile the launches for the GPU, a second each, and predict by that",
+    )
+    form = added.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON, not text")
+    form.add_argument("--html", type=Path, metavar="PAGE", help="write a page that stands alone")
+    known = f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90"
     judge = "judge every kernel of a step by its machine code, without a GPU"
-    one = {"type": target, "default": 90, "metavar": "SM"}
-    added = add_command("report", print_report, judge, REPORT, **one)
+    added = add_command("report", print_report, judge, REPORT)
+    added.add_argument("--target", help=known, type=target, default=90, metavar="SM")
     added.add_argument("--json", action="store_true", help="print JSON, not a table")
     ahead = "compile a step for GPUs that need not be here, into the disk caches"
-    several = {"type": targets, "default": [90], "metavar": "SM,…"}
-    add_command("build", print_build, ahead, BUILD, **several)
+    added = add_command("build", print_build, ahead, BUILD)
+    added.add_argument("--target", help=known, type=targets, default=[90], metavar="SM,…")
+    listed = "list the torch functions that a step may call, and what is refused"
     ops_parser = commands.add_parser(
-        "ops", help="list the torch functions that a step may call, and what is refused"
+        "ops", help=listed, epilog=examples("ops"), formatter_class=shape
     )
     ops_parser.add_argument("function", nargs="?", help="only those with this in their names")
     return parser
+
+
+def examples(command: str) -> str:
+    """How a command is called, or all of them, from the head of this file."""
+    begin = f"python -m tracejit {command}"
+    found = [line for line in (__doc__ or "").splitlines() if line.startswith(begin)]
+    return "\n  ".join([f"example{'s' * (len(found) > 1)}:", *found])
 
 
 def file_and_name(text: str) -> tuple[Path, str]:

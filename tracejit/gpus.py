@@ -10,6 +10,10 @@ H200   NVIDIA H200 datasheet (SXM: 4.8 TB/s; the H100's TFLOPS and SMs).
 B200   NVIDIA Blackwell architecture brief, HGX B200 at 1,000 W (8 TB/s; 80, 1,100, 2,250, 40
        TFLOPS); 148 SMs and their clock: Chips and Cheese, "Nvidia's B200" (2025).
 
+The figures agree with what G. Lockwood quotes of these documents (glennklockwood.com, "A100",
+"H100", "B200"), and for the H200 with what is said of NVIDIA's announcement of 2023: the H100's GPU
+with 4.8 TB/s.
+
 For all of them:
 
 L2_WIDTH   32 bytes a clock and SM from the L2 cache: Chips and Cheese, "Nvidia's H100" (2023),

@@ -17,7 +17,8 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
-from tracejit.capture.proof.guards import Armed, Guard, Places, condition
+from tracejit.capture.proof.guards import Armed, Guard, condition
+from tracejit.capture.proof.places import Places
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.drawing import DrawLines
@@ -138,7 +139,10 @@ class _Alike:
     """Whether some of the scalars are one number, which is not 0: there are two of these."""
 
     def __init__(self, indices: Sequence[int]):
-        self._get, self._count = itemgetter(*indices), len(indices)
+        start, count = indices[0], len(indices)
+        in_a_row = [*indices] == [*range(start, start + count)]
+        self._get = itemgetter(*[slice(start, start + count)] if in_a_row else indices)
+        self._count = count
 
     def __call__(self, scalars: list) -> bool:
         found = self._get(scalars)
@@ -210,8 +214,6 @@ class _Writer:
         late = frozenset(() if self.armed is None else captured.late)
         host = self._host(lambda of: not of & late)
         run, outputs = self._plan("()" if reusable is None else "reusable")
-        if self.places is not None and captured.effects.host_writes:
-            before.append("cells = places.cells")
         inputs = [_input(*source) for source in captured.sources]
         before += [
             *self._code(),
@@ -220,16 +222,18 @@ class _Writer:
             "if seen is not None:",
             f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
         ]
+        commit = [*self._late_numbers(late, outputs, host), *self._commit(outputs, host)]
+        used = [x for x in ("cells", "elements") if any(f"{x}[" in line for line in commit)]
         lines = [
             *self.draws.begin(),
             "try:",
+            *(f"    {name} = places.{name}" for name in used),  # where the guard has seen them
             *_indented(before),
             "except BaseException:",
             *_indented(self.draws.undo()),
             "    call.undo()",
             "    raise",
         ]
-        commit = [*self._late_numbers(late, outputs, host), *self._commit(outputs, host)]
         work = [run.run, *commit]
         if run.ran is None or not may_repeat(captured.effects):
             lines += ["with uninterrupted():", *_indented(work)]
@@ -393,6 +397,7 @@ class _Writer:
             outputs,
             [host[i] for i in range(len(host))],
             cell=lambda i: _cell(self.places, i),
+            elements=lambda indices: _elements(self.places, indices),
             grad_on=self.armed is not None and torch.is_grad_enabled(),
             names=self.names,
         )
@@ -413,6 +418,11 @@ _LISTS = {"tensor": "reals", "scalar": "scalars"}
 def _cell(places: Places | None, index: int) -> str | None:
     cell = None if places is None else places.cell(index)
     return None if cell is None else f"cells[{cell}]"
+
+
+def _elements(places: Places | None, indices: Sequence[int]) -> str | None:
+    many = None if places is None else places.many(indices)
+    return None if many is None else f"elements[{many}]"
 
 
 def _indented(lines: list[str]) -> list[str]:

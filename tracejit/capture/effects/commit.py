@@ -26,6 +26,7 @@ from tracejit.capture.effects.effects import (
 )
 from tracejit.capture.effects.outside import attach
 from tracejit.capture.python.references import GRADIENT, count
+from tracejit.capture.python.words import MANY, Bump
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.errors import LeakedTracer
 from tracejit.ir import host_memory
@@ -109,6 +110,7 @@ def commit_lines(
     host: Sequence[str],
     *,
     cell: Callable[[int], str | None],
+    elements: Callable[[Sequence[int]], str | None],
     grad_on: bool,
     names: dict[str, object],
 ) -> list[str]:
@@ -117,10 +119,11 @@ def commit_lines(
     outputs, host: expressions of the plan's results and of the host results.
     cell:          an expression of the ctypes cell that is the element of an outside tensor, if the
         lines may use one. It is asked for what the host writes.
+    elements:      the same for the elements of many (`words.Elements`).
     grad_on:       every call is made in grad mode.
     names:         the namespace of the lines, which grows here. `backwards` is there already.
     """
-    return _Lines(captured, outputs, host, cell, grad_on, names).all()
+    return _Lines(captured, outputs, host, cell, elements, grad_on, names).all()
 
 
 class _Lines:
@@ -130,20 +133,36 @@ class _Lines:
         outputs: Sequence[str],
         host: Sequence[str],
         cell: Callable[[int], str | None],
+        elements: Callable[[Sequence[int]], str | None],
         grad_on: bool,
         names: dict[str, object],
     ):
         self.graph, self.effects = captured.graph, captured.effects
-        self.outputs, self.host, self.cell = outputs, host, cell
+        self.outputs, self.host, self.cell, self.elements = outputs, host, cell, elements
         self.grad_on, self.names = grad_on, names
         self.lines: list[str] = []
 
     def all(self) -> list[str]:
         effects, lines = self.effects, self.lines
-        if effects.written:
+        written = [*effects.written]
+        if len(written) >= MANY:
+            self.names["bump"] = Bump(written)
+            lines.append("bump(reals)")
+        elif written:
             self.names["bump"] = torch._C._increment_version
-            lines.append(f"bump([{', '.join(f'reals[{i}]' for i in effects.written)}])")
+            lines.append(f"bump([{', '.join(f'reals[{i}]' for i in written)}])")
+        together: dict[str, list[int]] = {}
         for index, source in effects.host_writes:
+            together.setdefault(self.host[source], []).append(index)
+        filled: set[int] = set()
+        for number, indices in together.items():
+            elements = self.elements(indices) if len(indices) >= MANY else None
+            if elements is not None:
+                lines.append(f"{elements}.fill({number})")
+                filled.update(indices)
+        for index, source in effects.host_writes:
+            if index in filled:
+                continue
             cell = self.cell(index)
             if cell is not None:
                 lines.append(f"{cell}.value = {self.host[source]}")

@@ -96,10 +96,14 @@ class GuardText:
 
     def local(self, expression: str) -> str:
         """A local of the guard that holds what an expression gives."""
-        self._locals += 1
-        name = f"x{self._locals}"
+        name = self.local_name()
         self.lines.append(f"{name} = {expression}")
         return name
+
+    def local_name(self) -> str:
+        """A name for a local."""
+        self._locals += 1
+        return f"x{self._locals}"
 
     def check(self, condition: str, reason: str) -> None:
         """Fail unless `condition`."""

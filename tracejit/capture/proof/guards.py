@@ -27,7 +27,8 @@ from tracejit.capture.effects.variables import Record, identity
 from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.many import guard_dicts, guard_metadata
+from tracejit.capture.proof.many import guard_dicts, guard_grads, guard_metadata
+from tracejit.capture.proof.places import Places, guard_places, read_elements
 from tracejit.capture.proof.records import numbers_of_records
 from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
@@ -35,8 +36,6 @@ from tracejit.capture.python.bytecode import line_of
 from tracejit.capture.python.doubts import template
 from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, Predicate
-from tracejit.capture.trace.tensor import extent
-from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg
 from tracejit.ir.hostcode import HostCode, host_names
 
@@ -212,7 +211,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     scalars, shown = _decide_numbers(walk, function, captured.paths, call)
     scalars |= numbers_of_records(walk, captured.paths, call)
     places = Places(call.reals)
-    reason = _guard_tensors(walk, captured, call, places)
+    reason, tensors = _guard_tensors(walk, captured, call, places)
     if reason:
         return reason
     reached = {id(variable.holder) for variable in walk.assigned}
@@ -220,21 +219,15 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     if any(id(call.holders[i]) not in reached for i, _, _ in captured.effects.stores):
         return "it assigns to a place that is not guarded"
     unread = _unread(captured)
+    scalars |= read_elements(walk, captured.paths, call, places)
     for path in captured.paths:
-        if path[0] == "item":
-            walk.names["item"] = host_memory.read
-            cell = places.cell(path[1])
-            at = walk.tensors[id(call.reals[path[1]])]
-            scalars[path] = f"item({at})" if cell is None else f"cells[{cell}].value"
-        elif path[0] == "held":
+        if path[0] == "held":
             scalars[path] = walk.constant(call.scalars[captured.paths.index(path)])
         elif path[0] in ("after", "cut") or (path not in scalars and path in unread):
             scalars[path] = "None"
         elif path not in scalars:
             return _unknown(path)
-    if any("cells[" in x for x in scalars.values()):
-        walk.lines.append("cells = places.cells")
-    walk.lines.append(f"scalars = [{', '.join(scalars[path] for path in captured.paths)}]")
+    walk.lines.append(f"scalars = [{', '.join(filter(None, map(scalars.get, captured.paths)))}]")
     _guard_predicates(walk, captured, shown)
     stored = {walk.owner(call.holders[i]) for i, _, _ in captured.effects.stores}
     if stored and walk.found:  # what it assigns in one it would read in the other
@@ -247,10 +240,9 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     if not (lie_apart and reals.keys() >= walk.tensors.keys()):
         apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
         walk.check(apart, "two tensors that the step can tell apart are one now")
-    tensors = ", ".join(walk.tensors[id(t)] for t in call.reals)
     walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
     holders = ", ".join(map(walk.holder, call.holders))
-    walk.lines.append(f"return [{tensors}], scalars, addresses, [{holders}]")
+    walk.lines.append(f"return {tensors}, scalars, addresses, [{holders}]")
     body = "\n".join(f"        {line}" for line in walk.lines)
     walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     text = (
@@ -361,24 +353,34 @@ def _scalar_places(walk: Walk, function: FunctionType, call: Call) -> Callable[[
     return place
 
 
-def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> str:
-    """Guard the metadata of every outside tensor; returns a reason if one cannot be reached."""
+def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> tuple[str, str]:
+    """Guard the metadata of every outside tensor; returns a reason if one cannot be reached, and an
+    expression of all of them."""
     grad_of = {g: i for i, g in captured.grads_read if g is not None}
     fetched: set[int] = set()  # what is looked up as the .grad of its owner
+    owners: dict[str, str] = {}  # of these
+    there: list[str] = []
     for i, tensor in enumerate(call.reals):
         at = w.tensors.get(id(tensor))
         if at is None and i in grad_of:
             owner = w.tensors.get(id(call.reals[grad_of[i]]))
             if owner is not None:
-                at = w.local(f"{owner}.grad")
-                w.check(f"{at} is not None", "a .grad that the step reads is None")
+                if owner in owners:  # a gradient's own
+                    there += guard_grads(w, owners)
+                    owners = {}
+                at = w.local_name()
+                owners[at] = owner
                 fetched.add(i)
                 w.tensors[id(tensor)] = at
                 w.paths[id(tensor)] = f"{w.path_of(call.reals[grad_of[i]])}.grad"
         if at is None:
-            return f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded"
-    guard_dicts(w)
-    guard_metadata(w, call.reals)
+            return (
+                f"a tensor of shape {list(tensor.shape)} comes from a place that is not guarded",
+                "",
+            )
+    there += guard_grads(w, owners)
+    guard_dicts(w, _assigned(w, captured, call))
+    tensors = guard_metadata(w, call.reals, there)
     for i, grad in captured.grads_read:
         at = w.tensors[id(call.reals[i])]
         if grad is None:
@@ -388,79 +390,15 @@ def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> s
         elif grad not in fetched or grad_of[grad] != i:
             own = w.tensors[id(call.reals[grad])]
             w.check(f"{at}.grad is {own}", "a .grad was replaced")
-    _guard_places(w, call, places)
-    return ""
+    guard_places(w, call, places)
+    return "", tensors
 
 
-def _guard_places(w: Walk, call: Call, places: Places) -> None:
-    """The inputs lie in memory as they did: aligned as before, and overlapping only as before."""
-    at = [w.tensors[id(t)] for t in call.reals]
-    if places.shared:
-        names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
-        w.names["pattern_of"] = _pattern
-        pattern = _pattern(places.storages)
-        w.check(f"pattern_of(({names},)) == {pattern}", "inputs share memory otherwise")
-    asked = w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided"))
-    if places.shared or asked:
-        offsets = ", ".join(f"{x}.storage_offset()" for x in at)
-        expected = [t.storage_offset() for t in call.reals]
-        w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
-    w.names["places"] = places
-    w.lines += [
-        "if addresses is places.good: pass",
-        "elif addresses == places.good: addresses = places.good",  # the same list: see launches.py
-        "elif why := places.against(addresses): return why",
-    ]
-
-
-class Places:
-    """Where the outside tensors lie: aligned as when traced and apart from each other; and the
-    cells, which read and write the one element of some of them."""
-
-    def __init__(self, reals: Sequence[torch.Tensor]):
-        self.storages = [t.untyped_storage()._cdata for t in reals]
-        self.shared = len({*self.storages}) < len(reals)  # which is checked apart
-        self.groups = _pattern(self.storages)  # of inputs that may overlap
-        self.sizes = [  # a meta tensor lies nowhere
-            0 if t.is_meta else extent(t.shape, t.stride()) * t.element_size() for t in reals
-        ]
-        self.aligned = [t.data_ptr() % 16 == 0 for t in reals]
-        self.good: list[int] | None = None  # the latest addresses that were found to be right
-        self.cells: list = []  # at these addresses
-        self._types = [host_memory.cell_type(t) for t in reals]
-        self._with_cells: list[int] = []
-
-    def kind(self, index: int) -> type | None:
-        """The type of the `index`-th tensor's cell, if it can have one: it tells its dtype."""
-        return self._types[index]
-
-    def cell(self, index: int) -> int | None:
-        """The position in `cells` of the `index`-th tensor's; None if it cannot have one."""
-        if self._types[index] is None:
-            return None
-        if index not in self._with_cells:
-            self._with_cells.append(index)
-            self.good = None
-        return self._with_cells.index(index)
-
-    def against(self, addresses: list[int]) -> str:
-        """Why a replay is wrong for inputs at these addresses; empty if it is right."""
-        if [a % 16 == 0 for a in addresses] != self.aligned:
-            return "the alignment of an input changed"
-        end = owner = -1
-        for start, size, group in sorted(zip(addresses, self.sizes, self.groups, strict=True)):
-            if size and start < end and group != owner:
-                return "two inputs share memory now"
-            if start + size > end:
-                end, owner = start + size, group
-        self.cells = [self._types[i].from_address(addresses[i]) for i in self._with_cells]
-        self.good = addresses
-        return ""
-
-
-def _pattern(storages: Sequence[int]) -> tuple[int, ...]:
-    first: dict[int, int] = {}
-    return tuple(first.setdefault(s, len(first)) for s in storages)
+def _assigned(w: Walk, captured: Captured, call: Call) -> set[int]:
+    """The dicts, by identity, in which a call may find other numbers than the last one did."""
+    holders = {i for i, _, _ in captured.effects.stores}
+    holders |= {path[1] for path in captured.paths if path[0] == "entry"}
+    return w.groups.union(id(call.holders[i]) for i in holders)
 
 
 def condition(predicate: Predicate, left: str, right: str) -> str:

@@ -7,20 +7,36 @@ run only if something has.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 import torch
 
 from tracejit.capture.proof.guard_text import differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
-from tracejit.capture.python.words import Dicts, Group
+from tracejit.capture.python.words import MANY, Dicts, Group
 
-MANY = 24  # from so many on they are looked at together
+_NONE = "a .grad that the step reads is None"
 
 
-def guard_dicts(w: Walk) -> None:
-    """Ask what dicts hold only where one of many was changed (`words.py`)."""
+def guard_grads(w: Walk, owners: dict[str, str]) -> list[str]:
+    """Fetch the gradients of tensors, by the names that they get: of many at once. Returns the
+    lines that ask whether they are there."""
+    there = [f"if not ({at} is not None): return {_NONE!r}" for at in owners]
+    if len(owners) < MANY:
+        for (at, owner), line in zip(owners.items(), there, strict=True):
+            w.lines += [f"{at} = {owner}.grad", line]
+        return []
+    w.names["grad_of"] = attrgetter("grad")
+    w.lines.append(f"{', '.join(owners)} = map(grad_of, ({', '.join(owners.values())}))")
+    return there
+
+
+def guard_dicts(w: Walk, assigned: Collection[int]) -> None:
+    """Ask what dicts hold only where one of many was changed (`words.py`). Those that the step or
+    a schedule assigns to, by identity, are asked each time."""
     lines = [line for line in w.lines if line in w.of_dicts]
+    lines = [line for line in lines if id(w.of_dicts[line]) not in assigned]
     dicts = {id(w.of_dicts[line]): w.of_dicts[line] for line in lines}
     known = Dicts.of([*dicts.values()]) if len(dicts) >= MANY else None
     if known is None:
@@ -43,23 +59,25 @@ def guard_dicts(w: Walk) -> None:
     ]
 
 
-def guard_metadata(w: Walk, reals: Sequence[torch.Tensor]) -> None:
+def guard_metadata(w: Walk, reals: Sequence[torch.Tensor], there: Sequence[str]) -> str:
     """Guard what each tensor is, and find where it lies: of many at once (`words.py`), and one by
-    one where these are not what they were."""
+    one where these are not what they were. `there` are lines that ask whether gradients are there.
+    Returns an expression of all tensors."""
     at = [w.tensors[id(t)] for t in reals]
     lines = [_metadata_line(w, x, t) for x, t in zip(at, reals, strict=True)]
     found = f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]"
     group = Group.of(reals) if len(reals) >= MANY else None
     if group is None:
-        w.lines += [*lines, found]
-        return
+        w.lines += [*there, *lines, found]
+        return f"[{', '.join(at)}]"
     bare = [line for t in reals for line in w.bare.get(id(t), ())]
     covered = set(bare)
     w.lines = [line for line in w.lines if line not in covered]
-    all_of = f"({', '.join(at)})"
     w.names["group"] = group
-    w.lines += [f"addresses = group.addresses({all_of})", "if addresses is None:"]
-    w.lines += [f"    {line}" for line in (*bare, *lines, found, f"group.learn({all_of})")]
+    w.lines += [f"reals = ({', '.join(at)})", "addresses = group.addresses(reals)"]
+    one_by_one = (*there, *bare, *lines, found, "group.learn(reals)")
+    w.lines += ["if addresses is None:", *(f"    {line}" for line in one_by_one)]
+    return "reals"
 
 
 def _metadata_line(w: Walk, at: str, tensor: torch.Tensor) -> str:

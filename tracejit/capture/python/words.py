@@ -25,16 +25,20 @@ import functools
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from ctypes import c_double, c_float
+from operator import itemgetter
 
 import numpy as np
 import torch
 
-_BASE = 8  # where the array of all memory starts: not at NULL
+MANY = 24  # tensors or dicts, from which on they are looked at together
+_BASE = 16  # where arrays of all memory start: not at NULL
 _TUPLE = 3  # words of a tuple before its items
 _CLASS, _IMPL, _HOOKS = 1, 2, (3, 4)  # of a tensor's object
 _VALUES, _DICT = -4, -3  # before it: its attributes, or a dict of them
 _USED, _STATE = 2, 3  # of a dict: how many items it has, the number of its state
 _STORAGE, _META, _EXTRA, _AXES, _SIZES, _STRIDES, _OFFSET, _FLAGS = 2, 3, 4, 7, 8, 13, 18, (20, 21)
+_COUNTER, _WRITES = 5, 4  # of a TensorImpl; and there the count of writes, 4 bytes a step
 _DATA, _DELETER = 2, 3  # of a StorageImpl
 _UNUSED = np.int64(-(1 << 63))  # the one bit of the flags that holds nothing, whatever it is
 _KIND, _NODE, _REQUIRES = 0, 6, 16  # of an AutogradMeta; the last in its lowest byte
@@ -42,17 +46,21 @@ _MAX_AXES = 5  # which a TensorImpl has room for
 _EQUAL = (_CLASS, _VALUES, *_HOOKS)  # what must be the same words
 _LEARNS = 4  # before a group is given up, whose tensors change all the time
 _NO_ITEMS = np.zeros(0, np.int64)
+_ONE = np.uint32(1)
 
 
 class _Memory:
-    """All memory of the process, as an array of words. Only what is alive may be read."""
+    """All memory of the process, as an array of some type. Only what is alive may be used."""
 
-    __array_interface__ = {
-        **{"data": (_BASE, True), "shape": (1 << 44,), "typestr": "<i8", "version": 3},
-    }
+    def __init__(self, kind: str, *, writable: bool = True):
+        shape = ((1 << 47) // np.dtype(kind).itemsize - _BASE,)
+        at = {"data": (_BASE, not writable), "shape": shape}
+        self.__array_interface__ = {**at, "typestr": kind, "version": 3}
 
 
-_words = np.asarray(_Memory())
+_words = np.asarray(_Memory("<i8", writable=False))
+_counts = np.asarray(_Memory("<u4"))
+_ELEMENTS = {c_float: np.asarray(_Memory("<f4")), c_double: np.asarray(_Memory("<f8"))}
 
 
 def _index(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
@@ -66,11 +74,11 @@ def _at(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
 
 
 def _objects(items: tuple) -> np.ndarray:
-    """The addresses of the items of a tuple."""
+    """The addresses of the items of a tuple, as long as it is alive."""
     if not items:
         return _NO_ITEMS
     first = (id(items) - _BASE) // 8 + _TUPLE
-    return _words[first : first + len(items)].copy()  # while the tuple is alive
+    return _words[first : first + len(items)]
 
 
 class Group:
@@ -79,6 +87,8 @@ class Group:
     def __init__(self, tensors: Sequence[torch.Tensor]):
         self._learns = _LEARNS
         self._last: _Same | None = None
+        self._seen = b""  # which objects there were
+        self._found: list[int] = []
         self._take((*tensors,))
 
     def _take(self, items: tuple) -> None:
@@ -106,6 +116,7 @@ class Group:
     @classmethod
     def of(cls, tensors: Sequence[torch.Tensor]) -> Group | None:
         """Of tensors as they are now; None where their words cannot tell what they are."""
+        native()  # is loaded now, not in the middle of a call
         if not (known() and all(map(_plain, tensors))):
             return None
         group, items = cls(tensors), (*tensors,)
@@ -118,52 +129,129 @@ class Group:
         if not self._learns:
             return None
         objects = _objects(tensors)
-        last = self._last
-        if last is not None and objects.tobytes() == last.objects and last.holds():
+        seen, last = objects.tobytes(), self._last
+        if last is not None and seen == self._seen and last.holds():
             return last.addresses
-        of_own = _index(objects, (*_EQUAL, _IMPL, _DICT))
-        own = _words[of_own]
+        own = _at(objects, (*_EQUAL, _IMPL, _DICT))
         if own[: len(_EQUAL)].tobytes() != self._own:
             return None
         impls, dicts = own[len(_EQUAL) :]
-        used = _index(dicts[dicts != 0], (_USED,))
-        unused = _words[used]
+        with_dict = dicts[dicts != 0]
+        unused = _at(with_dict, (_USED,))
         if unused.any():
             return None
-        of_impl = _index(impls, (_STORAGE, _META, _OFFSET, *self._facts_at))
-        words = _words[of_impl]
+        words = _at(impls, (_STORAGE, _META, _OFFSET, *self._facts_at))
         storages, metas, offsets = words[:3]
         if _facts(words[3:]) != self._facts or (metas != 0).tobytes() != self._with_meta:
             return None
-        of_meta = _index(metas[self._where], (_KIND, _NODE, _REQUIRES))
-        of_metas = _words[of_meta]
+        with_meta = metas[self._where]
+        of_metas = _at(with_meta, (_KIND, _NODE, _REQUIRES))
         if _meta(of_metas) != self._metas:
             return None
-        of_storage = _index(storages, (_DATA, _DELETER))
-        data, deleters = _words[of_storage]
+        data, deleters = _at(storages, (_DATA, _DELETER))
         if deleters.tobytes() != self._deleters:
             return None
         found = (data + offsets * self._itemsizes).tolist()
-        stages = [([of_own], [own]), ([of_impl, used], [words, unused])]
-        stages.append(([of_storage, of_meta], [np.array([data, deleters]), of_metas]))
-        self._last = _Same(objects.tobytes(), stages, found)
+        if found == self._found:
+            found = self._found  # the same list says that nothing has moved
+        self._found, self._last = found, None
+        if seen == self._seen:  # for the second time: what is new in each call is not kept
+            tables = [(objects, (*_EQUAL, _IMPL, _DICT), own), (with_dict, (_USED,), unused)]
+            tables.append((impls, (_STORAGE, _META, _OFFSET, *self._facts_at), words))
+            tables.append((storages, (_DATA, _DELETER), np.array([data, deleters])))
+            tables.append((with_meta, (_KIND, _NODE, _REQUIRES), of_metas))
+            self._last = _Same(tables, found)
+        self._seen = seen
         return found
 
 
 class _Same:
-    """All words of some tensors, as they were compared, and where these lie, in stages: what the
+    """All words of some tensors, as they were compared, in tables of objects of one kind: what the
     words of one lead to is read when they are what they were."""
 
-    def __init__(self, objects: bytes, stages: Sequence[tuple], addresses: list[int]):
-        self.objects, self.addresses = objects, addresses
-        self._stages = [
-            (np.concatenate([x.ravel() for x in at]), b"".join(x.tobytes() for x in words))
-            for at, words in stages
-        ]
+    def __init__(self, tables: Sequence[tuple], addresses: list[int]):
+        self.addresses = addresses
+        self._native = native()
+        if self._native is None:
+            self._tables = [
+                (_index(objects, offsets).ravel(), words.tobytes())
+                for objects, offsets, words in tables
+            ]
+            return
+        rows: list[int] = []
+        self._kept: list[np.ndarray] = []  # what the rows point to
+        for objects, offsets, words in tables:
+            kept = (objects.copy(), np.array(offsets), np.ascontiguousarray(words.T))
+            self._kept += kept
+            at, which, what = (x.ctypes.data for x in kept)
+            rows += [at, len(objects), which, len(offsets), what]
+        self._rows = np.array(rows)
+        self._given = self._rows.ctypes.data, len(tables)
 
     def holds(self) -> bool:
         """Whether they are all the same still."""
-        return all(_words.take(at).tobytes() == words for at, words in self._stages)
+        if self._native is not None:
+            return self._native[0](*self._given) == 1
+        return all(_words.take(at).tobytes() == words for at, words in self._tables)
+
+
+class Bump:
+    """Counts a write to some of the tensors of a tuple, as torch's `increment_version` does."""
+
+    def __init__(self, indices: Sequence[int]):
+        self._at = np.array(indices)
+        self._given = self._at.ctypes.data, len(indices), _IMPL, _COUNTER, 4 * _WRITES
+        self._get = itemgetter(*indices)
+
+    def __call__(self, tensors: tuple) -> None:
+        if not (type(tensors) is tuple and counted() and self._counts(tensors)):
+            torch._C._increment_version(self._get(tensors))
+
+    def _counts(self, tensors: tuple) -> bool:
+        """Count in memory, if all have a counter: those of inference mode have none."""
+        if (functions := native()) is not None:
+            return functions[1](id(tensors) + 8 * _TUPLE, *self._given) == 1
+        objects = _objects(tensors).take(self._at)
+        impls = _words.take((objects >> 3) + (_IMPL - _BASE // 8))
+        counters = _words.take((impls >> 3) + (_COUNTER - _BASE // 8))
+        if not counters.all():
+            return False
+        at = (counters >> 2) + (_WRITES - _BASE // 4)
+        _counts[at] = _counts.take(at) + _ONE
+        return True
+
+
+class Elements:
+    """The one element of each of some CPU tensors, which lie at these addresses."""
+
+    def __init__(self, addresses: np.ndarray, kind: type):
+        self._memory, self._kind = _ELEMENTS[kind], kind
+        size = self._memory.itemsize
+        self._at = addresses // size - _BASE // size
+        aligned = not (addresses % size).any()  # else numpy cannot take them
+        self._cells = [] if aligned else [kind.from_address(x) for x in addresses.tolist()]
+
+    @staticmethod
+    def known(kind: type | None) -> bool:
+        """Whether elements of a ctypes type can be read so."""
+        return kind in _ELEMENTS
+
+    def read(self) -> list[float]:
+        """The numbers; where they are all the same it is one object."""
+        if self._cells:
+            return [cell.value for cell in self._cells]
+        found = self._memory.take(self._at)
+        words, size = found.tobytes(), found.itemsize
+        if words == words[:size] * len(found):
+            return [found.item(0)] * len(found)
+        return found.tolist()
+
+    def fill(self, number: float) -> None:
+        """Set all of them to a number, which is rounded to their type."""
+        for cell in self._cells:
+            cell.value = number
+        if not self._cells:
+            self._memory[self._at] = self._kind(number).value
 
 
 class Dicts:
@@ -213,6 +301,25 @@ def _plain(t: torch.Tensor) -> bool:
     )
 
 
+# ---- the same in C
+
+Functions = tuple[Callable[..., int], Callable[..., int]]  # of codegen/c_words.py
+
+_loader: list[Callable[[], Functions | None]] = []
+
+
+def load_with(loader: Callable[[], Functions | None]) -> None:
+    """Say what loads the C functions, when they are needed first; it gives None if it cannot."""
+    _loader[:] = [loader]
+    native.cache_clear()
+
+
+@functools.cache
+def native() -> Functions | None:
+    """The C functions; None where numpy has to do."""
+    return _loader[0]() if _loader else None
+
+
 # ---- is all of that so?
 
 
@@ -257,7 +364,7 @@ def numbered() -> bool:
         lambda d: d.pop("a"),
         lambda d: d.clear(),
     ]
-    for d in ({"a": one}, defaultdict(list, a=one), vars(_Memory())):
+    for d in ({"a": one}, defaultdict(list, a=one), vars(_Memory("<i8"))):
         d["a"] = one
         asked = Dicts([d])
         for change in changes:
@@ -270,10 +377,40 @@ def numbered() -> bool:
     return True
 
 
+@functools.cache
+def counted() -> bool:
+    """Whether counts of writes are where they should be."""
+    if not known():
+        return False
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        with torch.inference_mode():
+            without = _zeros(2)
+        if _at(np.array([without._cdata]), (_COUNTER,)).any():
+            return False
+        with torch.inference_mode(False):
+            one, other = _zeros(3, 4), torch.nn.Parameter(_zeros(2))
+        for count in (0, 3):
+            while one._version < count:
+                torch._C._increment_version((one,))
+            impls = np.array([x._cdata for x in (one, one.view(12), other, other.detach())])
+            (counters,) = _at(impls, (_COUNTER,))
+            one_at, same_at, other_at, again_at = counters.tolist()
+            apart = one_at == same_at != other_at == again_at
+            if not (
+                apart and all(x % 8 == 0 and 1 << 16 < x < 1 << 47 for x in (one_at, other_at))
+            ):
+                return False  # no pointers
+            at = (counters >> 2) + (_WRITES - _BASE // 4)
+            if _counts.take(at).tolist() != [count, count, 0, 0]:
+                return False
+    return True
+
+
 def _pointers_are_there() -> bool:
     """What leads from one object to the next; each is only followed when it was found."""
     t, other = _behind(_zeros(3, 4)), {"a": 1}
-    if _objects((other, t)).tolist() != [id(other), id(t)]:
+    items = (other, t)
+    if _objects(items).tolist() != [id(other), id(t)]:
         return False
     attributes = t.__dict__
     of = np.array([id(t)])

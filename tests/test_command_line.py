@@ -1,0 +1,99 @@
+"""`python -m tracejit explain`, and what the help of each command shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import fields
+
+import pytest
+
+from support.command_line import status
+from tracejit.errors import TracejitWarning
+from tracejit.ledger import Ledger
+
+PROGRAM = """
+import torch
+import tracejit
+
+x = torch.randn(300, 200)
+print("noise")
+
+@tracejit.compile
+def compiled():
+    return x.exp().sum(0) * 2.0
+
+def make_step():
+    return compiled.__wrapped__, [x]
+
+@tracejit.compile(on_unsupported="eager")
+def eager():
+    return torch.histc(x)
+
+def fails():
+    raise RuntimeError("of its own")
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "steps.py"
+    path.write_text(PROGRAM)
+    return path
+
+
+@pytest.mark.parametrize("name", ["compiled", "make_step"])
+def test_the_command_prints_the_ledger(file, name, capsys):
+    assert status("explain", f"{file}:{name}", "--gpu", "B200", "--eager-seconds", "0.5") == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("step compiled\n") and "steps.py:10" in captured.out
+    assert "on B200" in captured.out and re.search(r"eager +500 ms, as given", captured.out)
+    assert "noise" in captured.err and "noise" not in captured.out
+
+
+def test_the_command_prints_json(file, capsys):
+    assert status("explain", f"{file}:compiled", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {f.name for f in fields(Ledger)} and found["gpu"] == "H200"
+    assert sum(x["bytes"] for x in found["launches"]) == found["bytes_moved"] > 4 * 300 * 200
+    assert not found["eager_given"] and found["mode"].startswith("replay: ")
+
+
+def test_the_command_writes_a_page(file, tmp_path, capsys):
+    path = tmp_path / "step.html"
+    assert status("explain", f"{file}:compiled", "--html", path) == 0
+    assert capsys.readouterr().out == f"written to {path}\n"
+    assert "<h1>step compiled</h1>" in path.read_text("utf-8")
+    assert status("explain", f"{file}:compiled", "--html", tmp_path / "none" / "step.html") == 2
+    said = capsys.readouterr().err
+    assert "the page cannot be written: " in said and "Traceback" not in said
+
+
+def test_the_command_tells_of_a_step_that_runs_eagerly(file, capsys):
+    with pytest.warns(TracejitWarning, match="histc"):
+        assert status("explain", f"{file}:eager") == 0
+    assert "histc is not supported" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["{file}:typo"], "has no typo; it defines compiled, make_step, eager, fails"),
+        (["{file}:fails"], "RuntimeError: of its own"),
+        (["{file}:compiled", "--gpu", "V100"], "invalid choice: 'V100'"),
+        (["{file}:compiled", "--json", "--html", "x.html"], "not allowed with argument"),
+    ],
+)
+def test_what_the_command_refuses(file, arguments, said, capsys):
+    assert status("explain", *(a.format(file=file) for a in arguments)) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and not captured.out
+
+
+@pytest.mark.parametrize("command", ["explain", "report", "build", "ops"])
+def test_help_shows_an_example(command, capsys):
+    assert status(command, "--help") == 0
+    example = capsys.readouterr().out.partition("example:\n  ")[2]
+    assert example.startswith(f"python -m tracejit {command} ") and example.count("\n") == 1
+    assert status("--help") == 0
+    assert example in capsys.readouterr().out
