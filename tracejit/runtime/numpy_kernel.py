@@ -17,6 +17,7 @@ import numpy as np
 
 from tracejit.ir.types import (
     bf16,
+    contiguous_strides,
     float_to_bits,
     round_to,
 )
@@ -92,6 +93,11 @@ class Run:
             self.scalars.append((self.scalar_slots[name], slot))
         self.reduced: dict[int, int] = {}  # slots of reduced values, by variable
         self.stages = [_StageSteps(self, stage) for stage in self.kernel.stages]
+        if self.kernel.call is not None:
+            for i, shape in enumerate(self.kernel.call.shapes):
+                dtype = stored(self.kernel.buffers[i].dtype)
+                strides = tuple(n * dtype.itemsize for n in contiguous_strides(shape))
+                self.views.append(_View(self.slot(), i, dtype, shape, strides, 0))
         axes = self.kernel.axes
         self.extent = axes[0].extent if axes else 1
         widest = max((math.prod(a.extent for a in s.axes) for s in self.kernel.stages), default=1)
@@ -113,6 +119,11 @@ class Run:
         slots = self.slots.copy()
         for slot, i in self.scalars:
             slots[slot] = float(scalars[i])
+        if self.kernel.call is not None:
+            *operands, result = (slots[v.slot] for v in self.views)
+            call = self.kernel.call
+            result[...] = call.op.eval(*operands, **dict(call.attrs))
+            return
         if self.stages and self.stages[0].step_by_step:
             (stage,) = self.stages
             for i in range(stage.dims[0].extent):

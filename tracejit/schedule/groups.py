@@ -22,7 +22,7 @@ from tracejit.schedule.index import (
     substitute,
     unflatten,
 )
-from tracejit.schedule.tasks import ATTENTION, IN_ORDER, Demand, Task
+from tracejit.schedule.tasks import APART, ATTENTION, IN_ORDER, Demand, Task
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
@@ -34,9 +34,9 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
-    a task in order, the only one but for the store that says where its values are put; `loop`: a
-    loop, just so. `attends`: attention with the same operands, and plain stores of theirs, each
-    over its own axes."""
+    a task in order, the only one but for the store that says where its values are put; `apart`: a
+    loop or a call of the host, just so. `attends`: attention with the same operands, and plain
+    stores of theirs, each over its own axes."""
 
     id: int
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Group:
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
     in_order: Task | None = None
-    loop: Task | None = None
+    apart: Task | None = None
     attends: bool = False
     reads: set[int] = field(default_factory=set)
     stores: int = 0
@@ -91,8 +91,8 @@ class Groups:
             group.dot = task
         elif task.kind in IN_ORDER:
             group.in_order = task
-        elif task.kind == "loop":
-            group.loop = task
+        elif task.kind in APART.values():
+            group.apart = task
         group.attends = task.kind == ATTENTION
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
@@ -401,7 +401,7 @@ def _reduced_axes(task: Task) -> tuple[int, ...]:
 
 def _compatible(base: Group, moved: Group) -> bool:
     """Whether the reductions and contractions of two groups can share a kernel."""
-    if base.loop is not None or moved.loop is not None:
+    if base.apart is not None or moved.apart is not None:
         return False
     if moved.dot is not None or (base.dot is not None and moved.again):
         return False

@@ -36,7 +36,7 @@ def beginning(node: Node) -> Graph:
 
 def lower_loop(group: Group, memory: Memory, begin: Plan, body: Plan) -> Loop:
     """The launches of a loop whose `body` and `begin` are scheduled."""
-    node = group.loop.node
+    node = group.apart.node
     (flat,) = (memory.located[t.value.id] for t in group.tasks if t.kind == "store")
     return _Lowering(node, flat, memory).run(begin, body)
 

@@ -15,13 +15,15 @@ from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Graph, Node, Value
+from tracejit.ir.graph import Graph, Node, Param, Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
+from tracejit.ir.types import contiguous_strides
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
 ATTENTION = "attend"  # the kind of a task of attention
+APART = {"loop": "loop", "matrices": "host"}  # kinds of tasks that are lowered as they are
 IN_ORDER = ("scatter", "cumsum")  # primitives whose kernels go along an axis step by step
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
@@ -60,7 +62,7 @@ class Demand:
 @dataclass(eq=False, slots=True)
 class Task:
     """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or "cumsum", which goes
-    in order too), "loop", or "store" (of `value` in a buffer).
+    in order too), "loop", "host" (a call), or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -150,9 +152,9 @@ class Analysis:
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
-        if family == "loop":
-            demands = [d for arg in node.inputs for d in self.scattered(arg)]
-            return Task(order, "loop", value, value.type.shape, tuple(demands), node)
+        if family in APART:
+            found = dict.fromkeys(d for arg in node.inputs for d in self.scattered(arg))
+            return Task(order, APART[family], value, value.type.shape, tuple(found), node)
         if family == "attention":
             found = dict.fromkeys(d for arg in _tensors(node) for d in self.scattered(arg))
             return Task(order, ATTENTION, value, value.type.shape, tuple(found), node)
@@ -191,7 +193,7 @@ class Analysis:
 
 def _stores_itself(node: Node) -> bool:
     """Whether a value must be stored as it is: it is stored step by step, or by a template."""
-    return node.op.name in IN_ORDER or node.op.family in ("attention", "loop")
+    return node.op.name in IN_ORDER or node.op.family in ("attention", *APART)
 
 
 def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
@@ -246,7 +248,7 @@ def _simplify(node: Node) -> Node:
 
 
 _FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "indexing")
-_FAMILIES += ("source", "host", "loop")
+_FAMILIES += ("source", "host", *APART)
 
 
 def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
@@ -259,7 +261,8 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     alias: dict[int, Value] = {}
     nodes: list[Node] = []
     producer: dict[int, Node] = {}
-    copied: set[int] = set()  # what loops read: values of their own, which lie row by row
+    copied: set[int] = set()  # what loops and hosts read: values of their own, which lie row by row
+    whole = {p.value.id for p in graph.params if _is_row_major(p)}  # and what does so anyway
     next_id = 1 + max(_ids(graph), default=0)
     for node in graph.nodes:
         if node.op.family not in _FAMILIES:
@@ -272,10 +275,13 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
         if any(isinstance(a, Value) and a.id in alias for a in node.args):
             args = tuple(alias.get(a.id, a) if isinstance(a, Value) else a for a in node.args)
             node = Node(node.op, args, node.attrs, node.outs, node.where)
-        if node.op.family == "loop":
+        if node.op.family in APART:
             args, offsets = [], []
             for arg in node.args:
-                found = _in_place(arg, producer)
+                if node.op.family == "loop":
+                    found = _in_place(arg, producer)
+                else:
+                    found = (arg, 0) if arg.id in whole else None
                 if found is None:
                     copy = Node(OPS["alias"], (arg,), (), (Value(next_id, arg.type),))
                     next_id += 1
@@ -284,8 +290,12 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
                     found = copy.out, 0
                 args.append(found[0])
                 offsets.append(found[1])
-            attrs = (*node.attrs, ("offsets", tuple(offsets)))
-            node = replace(node, args=tuple(args), attrs=attrs)
+            if node.op.family == "loop":
+                attrs = (*node.attrs, ("offsets", tuple(offsets)))
+                node = replace(node, args=tuple(args), attrs=attrs)
+            else:
+                node = replace(node, args=tuple(args))
+                whole.add(node.out.id)
         producer[node.out.id] = node
         nodes.append(node)
     live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
@@ -309,6 +319,11 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
             origin = Origin(node.out, node.out) if apart else _origin(node, analysis, fuse)
             analysis.origins[node.out.id] = origin
     return analysis
+
+
+def _is_row_major(param: Param) -> bool:
+    """Whether a tensor from outside lies row by row."""
+    return param.strides in (None, contiguous_strides(param.value.type.shape))
 
 
 def _computes(node: Node) -> bool:

@@ -1,6 +1,15 @@
 """All primitives, by name; importing a family registers it."""
 
-from tracejit.ir.ops import attention, elementwise, host, indexing, loop, movement, structured
+from tracejit.ir.ops import (
+    attention,
+    elementwise,
+    host,
+    indexing,
+    loop,
+    matrices,
+    movement,
+    structured,
+)
 from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, OPS, ULPS, Exact, Op
 
 __all__ = [
@@ -16,6 +25,7 @@ __all__ = [
     "host",
     "indexing",
     "loop",
+    "matrices",
     "movement",
     "structured",
 ]
