@@ -1,9 +1,11 @@
-"""torch's own databases of operators and modules through a compiled step: each entry passes as it
-did, none is wrong.
+"""torch's own databases of operators, modules and optimizers through a compiled step: each entry
+passes as it did, none is wrong.
 
 `tests/golden/op_db.tsv` says what becomes of each operator, `module_db.tsv` of each module: pass,
 refused (by an error of ours), or none (eager has no result for its samples that can be compared).
-TRACEJIT_ACCEPT=1 rewrites them.
+TRACEJIT_ACCEPT=1 rewrites them. `optimizer_db.tsv` says of each setting of an optimizer whether its
+trainings are replayed, or its Python is run in each call (rerun); SparseAdam, whose gradients are
+sparse, is none.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from support.op_db import (
     outcome_of,
     outcome_of_module,
 )
+from support.optimizer_db import optimizers, settings
+from support.optimizer_db import outcome_of as outcome_of_setting
 
 pytest.importorskip("expecttest", reason="torch's database of operators imports expecttest")
 
@@ -37,6 +41,7 @@ def listed(name: str) -> dict[str, str]:
 
 
 OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
+OPTIMIZERS = listed("optimizer_db.tsv")
 
 
 @pytest.mark.sweep(48)
@@ -53,6 +58,25 @@ def test_module(name: str):
     """So do those of a module, in training and not, with the gradients of its parameters."""
     found = outcome_of_module(modules()[name])
     assert found.kind == MODULES[name], found.reason
+
+
+@pytest.mark.sweep(8)
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind != "none"])
+def test_optimizer(name: str):
+    """A setting of an optimizer trains as eager does, in lockstep, without a fallback."""
+    optimizer, _, how = name.partition(": ")
+    found = outcome_of_setting(dict(settings(optimizers()[optimizer]))[how], "numpy")
+    assert found.kind == OPTIMIZERS[name], found.reason
+
+
+def test_golden_optimizers():
+    """The table lists each optimizer and setting that torch ships; all but sparse ones train, and
+    all are replayed whose steps do not branch on values."""
+    found = [f"{name}: {how}" for name, entry in optimizers().items() for how, _ in settings(entry)]
+    assert [name for name, kind in OPTIMIZERS.items() if kind != "none"] == found
+    assert {name for name, kind in OPTIMIZERS.items() if kind == "none"} == {"SparseAdam"}
+    assert {name.partition(":")[0] for name, k in OPTIMIZERS.items() if k == "rerun"} == {"LBFGS"}
+    assert set(OPTIMIZERS.values()) == {"replay", "rerun", "none"}
 
 
 @pytest.mark.parametrize(("table", "least"), [(OPERATORS, 555), (MODULES, 100)])
