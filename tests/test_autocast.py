@@ -114,6 +114,7 @@ WRITTEN |= {"linalg_vecdot", "combinations", "triplet_margin_with_distance_loss"
 WRITTEN |= {"multilabel_soft_margin_loss", "gaussian_nll_loss", "renorm", "renorm_"}
 REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru", "einsum"}
 REFUSED_ON_GPUS |= {"binary_cross_entropy", "triplet_margin_with_distance_loss"}
+REFUSED_ON_GPUS |= {"linalg_matrix_norm"}  # by singular values
 ON_GPUS = [f for f in each_function() if f in POLICIES["cuda"] or sampled(function_name(f), 12)]
 
 

@@ -88,6 +88,8 @@ def assert_close(name: str, dtype: DType, attrs: dict, arrays: list, ours, right
         step = EPS["f64" if dtype is f64 else "f32"]
         rounded = size if name == "scatter" else np.abs(right)  # that rounds at each addition
         assert_within(ours, right, 4 * step * size + EPS[dtype.name] * rounded)
+    elif OPS[name].family == "matrices":
+        assert_within(ours, right, 256 * EPS[dtype.name] * (1 + np.max(np.abs(right))))
     elif name in INEXACT and dtype.is_float:
         step = ULPS * EPS["f64" if dtype is f64 else "f32"]
         assert_within(

@@ -316,7 +316,7 @@ def failing_steps():
 
     def unsupported():
         w.data.mul_(2.0)
-        return torch.linalg.svd(x)
+        return torch.linalg.eig(x)
 
     def user_error():
         w.data.mul_(2.0)

@@ -1,10 +1,12 @@
-"""torch's own databases of operators and modules through a compiled step: each entry passes as it
-did, none is wrong.
+"""torch's own databases of operators, modules and optimizers through a compiled step: each entry
+passes as it did, none is wrong.
 
 `tests/golden/op_db.tsv` says what becomes of each operator, `op_db_dtypes.tsv` of its samples in
 float64, bfloat16, int64 and bool, `module_db.tsv` of each module: pass, refused (by an error of
-ours), or none (eager has no result for its samples that can be compared).
-TRACEJIT_ACCEPT=1 rewrites them.
+ours), or none (eager has no result for its samples that can be compared). TRACEJIT_ACCEPT=1
+rewrites them. `optimizer_db.tsv` says of each setting of an optimizer whether its trainings are
+replayed, or its Python is run in each call (rerun); SparseAdam, whose gradients are sparse, is
+none.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from support.op_db import (
     outcome_of,
     outcome_of_module,
 )
+from support.optimizer_db import optimizers, settings
+from support.optimizer_db import outcome_of as outcome_of_setting
 
 pytest.importorskip("expecttest", reason="torch's database of operators imports expecttest")
 
@@ -40,6 +44,7 @@ def listed(name: str) -> dict[str, str]:
 
 OPERATORS, MODULES = listed("op_db.tsv"), listed("module_db.tsv")
 FURTHER_OF = {name: kinds.split() for name, kinds in listed("op_db_dtypes.tsv").items()}
+OPTIMIZERS = listed("optimizer_db.tsv")
 
 
 @pytest.mark.sweep(48)
@@ -67,8 +72,27 @@ def test_operator_in_further_dtypes(name: str):
     assert [o.kind for o in found] == FURTHER_OF[name], [o.reason for o in found]
 
 
+@pytest.mark.sweep(8)
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind != "none"])
+def test_optimizer(name: str):
+    """A setting of an optimizer trains as eager does, in lockstep, without a fallback."""
+    optimizer, _, how = name.partition(": ")
+    found = outcome_of_setting(dict(settings(optimizers()[optimizer]))[how], "numpy")
+    assert found.kind == OPTIMIZERS[name], found.reason
+
+
+def test_golden_optimizers():
+    """The table lists each optimizer and setting that torch ships; all but sparse ones train, and
+    all are replayed whose steps do not branch on values."""
+    found = [f"{name}: {how}" for name, entry in optimizers().items() for how, _ in settings(entry)]
+    assert [name for name, kind in OPTIMIZERS.items() if kind != "none"] == found
+    assert {name for name, kind in OPTIMIZERS.items() if kind == "none"} == {"SparseAdam"}
+    assert {name.partition(":")[0] for name, k in OPTIMIZERS.items() if k == "rerun"} == {"LBFGS"}
+    assert set(OPTIMIZERS.values()) == {"replay", "rerun", "none"}
+
+
 @pytest.mark.parametrize(
-    ("table", "least"), [(OPERATORS, 540), (MODULES, 110), (listed("op_db_dtypes.tsv"), 1650)]
+    ("table", "least"), [(OPERATORS, 590), (MODULES, 110), (listed("op_db_dtypes.tsv"), 1650)]
 )
 def test_none_is_wrong(table: dict[str, str], least: int):
     """What is listed: `make accept` cannot make a wrong result or a foreign error a known one."""

@@ -37,9 +37,11 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Result, Value
 from tracejit.ir.interp import evaluate, runnable
 from tracejit.ir.ops import NO_GRAD, OPS, Exact, Op
+from tracejit.ir.ops.matrix_derivatives import parts
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import Type, b1, f32, f64, i64, round_to, u8
 
+MATRIX_ULPS = 256  # of the largest number in a decomposition or solution
 ULPS = 4  # of functions that IEEE does not fix to the bit
 
 
@@ -117,12 +119,26 @@ def test_eval_against_torch(name: str, sample: Sample):
             theirs,
             max(ULPS * EPS["f64" if kind.dtype is f64 else "f32"], eps) * np.abs(theirs) + 1e-30,
         )
+    elif OPS[name].family == "matrices":
+        if name in ("eigh", "svd"):  # eager's vectors may point the other way; see test_matrices
+            ours, theirs = (either_way(name, sample, x) for x in (ours, theirs))
+        assert_within(ours, theirs, MATRIX_ULPS * eps * (1 + np.max(np.abs(theirs))))
     elif name == "scan":  # each step has a product, of small numbers
         assert_within(ours, theirs, 8 * eps * (1 + np.abs(theirs)))
     elif name == "floordiv" and kind.dtype.narrow:  # eager rounds between its steps, or does not
         assert_within(ours, theirs, eps * np.abs(theirs))
     else:
         assert_same_numbers(ours, theirs, zero_sign=name not in ZERO_SIGN_OPEN)
+
+
+def either_way(name: str, sample: Sample, flat: np.ndarray) -> np.ndarray:
+    """What of a decomposition is the same whatever the signs of its vectors; of a full one that has
+    vectors without a value, the values."""
+    m, n = sample.tensors[0].shape[-2:]
+    if sample.attrs.get("full") and m != n:
+        shapes = parts(name, m, n, **sample.attrs)
+        return flat[..., math.prod(shapes[0]) : math.prod(shapes[0]) + shapes[1][0]]
+    return np.abs(flat)
 
 
 @pytest.mark.parametrize("name", ["floordiv", "mod", "fmod"])
@@ -140,12 +156,14 @@ def test_integers_to_negative_powers():
 
 # --- derivatives -------------------------------------------------------------------------------
 
-SMOOTH_AT = ("normal", "positive")
+SMOOTH_AT = ("normal", "positive", "triangle")
 DIFFERENTIABLE = {
     name
     for name, op in OPS.items()
     if any(rule is not NO_GRAD for rule in op.vjp) and op.family not in ("source", "loop")
 }
+# of symmetric matrices; and those that who emits them differentiates
+DIFFERENTIABLE -= {"cholesky", "eigh", "lu_solve", "geqrf"}
 
 
 def vjp_graph(name: str, sample: Sample, dtype=None) -> tuple[Graph, list[int]]:
@@ -210,6 +228,7 @@ def is_smooth(name: str, sample: Sample) -> bool:
         and all(t.dtype in (f32, b1) and t.fill in SMOOTH_AT for t in varied(name, sample))
         and sample.attrs.get("dtype", f32).is_float
         and not sample.host
+        and not sample.attrs.get("full")  # vectors without a value
         and math.isfinite(sample.attrs.get("value", 0.0))
         and all(x is not False and not (x == -2.0 and name == "pow") for x in sample.operands[:1])
     )
@@ -270,7 +289,8 @@ def test_second_derivatives_against_finite_differences(name: str, sample: Sample
 
 AUTOGRAD = each_sample(
     where=lambda name, sample: (
-        name in DIFFERENTIABLE
+        (name in DIFFERENTIABLE or name == "cholesky")
+        and name != "svd"  # of which eager's vectors may point the other way
         and any(t.dtype in (f32, f64) for t in sample.tensors)
         and all(t.dtype in (f32, f64, b1) for t in varied(name, sample))
         and sample.attrs.get("dtype", f32).is_float
@@ -297,6 +317,8 @@ def test_vjp_against_autograd(name: str, sample: Sample):
         allowed = 8 * eps * np.abs(want) + 1e-30
         if name in ("matmul", "expand") or OPS[name].family == "attention":
             allowed = allowed + 64 * eps * (1 + np.sum(np.abs(g)))
+        elif OPS[name].family == "matrices":
+            allowed = allowed + MATRIX_ULPS * eps * (1 + np.max(np.abs(want))) * len(want)
         elif name in ("tanh", "expm1"):  # 1 - y * y and y + 1 cancel
             allowed = allowed + 8 * eps * g
         assert_within(mine, want, allowed)

@@ -6,6 +6,8 @@ written for eager keeps working around a compiled step.
 
 from __future__ import annotations
 
+import torch
+
 
 class TracejitError(Exception):
     """Base of all errors of this package; subclasses carry their text as a template."""
@@ -41,6 +43,12 @@ class AxisError(TracejitError, IndexError):
 
 class ArgumentError(TracejitError, ValueError):
     """Arguments whose values eager rejects."""
+
+    message = "{where}: {function}: {reason}"
+
+
+class LinAlgError(TracejitError, torch.linalg.LinAlgError):
+    """A matrix that eager refuses for its values: not invertible, not positive definite, …"""
 
     message = "{where}: {function}: {reason}"
 
@@ -131,4 +139,10 @@ class InvalidGraph(TracejitError):
     message = "{reason}"
 
 
-OF_EAGER = (ShapeError, AxisError, ArgumentError, AutogradError)  # eager raises these too
+OF_EAGER = (
+    ShapeError,
+    AxisError,
+    ArgumentError,
+    LinAlgError,
+    AutogradError,
+)  # eager raises these too

@@ -32,7 +32,13 @@ from tracejit.runtime.trial import trial
 from tracejit.schedule import schedule
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, by_launch
-from tracejit.schedule.traffic import bytes_apart, bytes_moved, operations, products
+from tracejit.schedule.traffic import (
+    bytes_apart,
+    bytes_moved,
+    operations,
+    operations_of,
+    products,
+)
 from tracejit.tables import joined
 
 REGISTERS = 64  # that a thread is taken to use, where the machine code is not asked
@@ -131,6 +137,11 @@ class _Look:
         costs = []
         measured = None if seconds is None else by_launch(plan, seconds)
         for i, (launch, least) in enumerate(zip(plan.launches, bytes_moved(plan), strict=True)):
+            if launch.kernel.call is not None:
+                costs.append(
+                    self._of_host(launch, least, None if measured is None else measured[i])
+                )
+                continue
             source, shape, works = self._printed(launch)
             if not shape.grid[0]:
                 continue
@@ -154,6 +165,16 @@ class _Look:
                 )
             )
         return costs
+
+    def _of_host(self, launch: Launch, least: int, measured: float | None) -> LaunchCost:
+        """What a call of the host costs: no GPU makes it, so no time is predicted."""
+        call, name = launch.kernel.call, f"host_{launch.kernel.call.op.name}"
+        where = joined(launch.kernel.lines)
+        self.short.append(f"launch {self._count} ({name}): LAPACK runs on the CPU only; {where}")
+        self._count += 1
+        done = operations_of(call)
+        lines = launch.kernel.lines
+        return LaunchCost(name, lines, least, least, done, 0, 0.0, "the host", measured)
 
     def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:
         """A launch's source, geometry and work; once for all that differ in the user's lines."""

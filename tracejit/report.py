@@ -212,9 +212,12 @@ def _executor() -> TritonExecutor:
 
 
 def _loaded(plan: Plan, executor: TritonExecutor) -> Iterator[tuple[int, LoadedLaunch]]:
-    """The launches that have a grid, by position, as the CUDA executor prepares them."""
+    """The launches that have a grid, by position, as the CUDA executor prepares them. It has none
+    for calls of the host."""
     position, first_scalar = positions(plan), 0
     for i, launch in enumerate(plan.launches):
+        if launch.kernel.call is not None:
+            continue
         loaded = executor.load_launch(launch, position, first_scalar)
         first_scalar += len(launch.scalars)
         if loaded.geometry.grid[0] > 0:

@@ -362,7 +362,7 @@ class _Magnitudes:
         self._norms: dict[int, float] = {}
 
     def __call__(self, graph: Graph, inputs: Sequence, outputs: Sequence[torch.Tensor]) -> Callable:
-        arrays = [x if isinstance(x, float) else _array(x) for x in inputs]
+        arrays = [float(x) if isinstance(x, int | float) else _array(x) for x in inputs]
 
         def after() -> None:
             found, lower = magnitudes(graph, arrays), {}

@@ -20,6 +20,7 @@ from support.function_samples import (
     Sample,
     bare_name,
 )
+from support.function_samples_matrices import signless
 from support.oracle import call
 from support.scope import sampled
 from tracejit.capture.trace.table import function_name
@@ -117,6 +118,7 @@ def on_each_sample(check: Callable, function: Callable, samples: list[Sample]) -
 
 
 def check_values(function: Callable, sample: Sample) -> None:
+    function = signless(function)
     args, kwargs = sample.fresh()
     versions = [x._version for x in tensors_of(args)]
     expected, error = outcome(lambda: function(*args, **kwargs))
@@ -197,7 +199,7 @@ LOGIC |= {"logical_not"}
 
 def gradient_step(function: Callable, args: tuple, kwargs: dict, second: bool) -> Callable:
     """A step that differentiates the sum of the results times fixed cotangents, twice if asked."""
-    inplace = is_in_place(function)
+    inplace, function = is_in_place(function), signless(function)
 
     def step():
         leaves = [x for x in tensors_of(args) if x.requires_grad]

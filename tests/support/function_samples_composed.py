@@ -390,7 +390,8 @@ row(
         S(r(0, 3, 3), 2),
         S(r(3, 4), 2),
         S(r(3), 2),
-        no(r(3, 3), -1),
+        S(r(3, 3), -1),
+        S(torch.eye(3) + torch.ones(3, 3), -3),
     ],
     exact=False,
 )

@@ -26,7 +26,6 @@ from support.function_samples import (
     inf,
     layouts,
     nan,
-    no,
     r,
     restart,
     row,
@@ -40,6 +39,7 @@ from support import (  # noqa: E402, F401
     function_samples_attention,
     function_samples_composed,
     function_samples_images,
+    function_samples_matrices,
     function_samples_patches,
     function_samples_recurrent,
     function_samples_resampling,
@@ -322,13 +322,16 @@ row(
         S(r(5), 3),
         S(r(3, 4), None, 1),
         S(r(3, 4), 2, 1, True),
-        no(r(3, 3), 1),
+        S(r(3, 3), 1),
     ]
-    + [S(r(3, 4), dim=(0, 1))],
+    + [S(r(3, 4), dim=(0, 1))]
+    + [S(NORMED[-1].args[0], order) for order in ("fro", "nuc", 2, -2, inf)]
+    + [S(torch.ones(2, 3, 4), 1, (0, 2)), S(torch.ones(2, 3, 4), 2), S(torch.ones(3), -inf)],
     exact=False,
 )
 for _function in (torch.norm, torch.Tensor.norm):
     BY_FUNCTION[_function] = [*NORMED, S(r(3, 4), "fro", (0, 1)), S(r(3, 4), p=None)]
+    BY_FUNCTION[_function] += [S(NORMED[-1].args[0], "nuc"), S(torch.eye(3), "nuc", (1, 0), True)]
 row(
     "normalize",
     [

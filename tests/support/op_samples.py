@@ -57,6 +57,9 @@ class Tensor:
     ties      floats among -1, 0, 0.5, 1; integers among 0, 1
     edges     the dtype's extreme integers among small ones
     left, right   the two sides of every pair of SPECIAL values (as many as fit the shape)
+    spd       symmetric positive definite matrices
+    triangle  matrices whose triangles are far from singular
+    factors   what `lu` gives for square matrices
     """
 
     dtype: DType
@@ -66,6 +69,8 @@ class Tensor:
     def build(self, rng: np.random.Generator) -> np.ndarray:
         if self.fill in ("left", "right"):
             return self._pairs()
+        if self.fill in ("spd", "triangle", "factors"):
+            return round_to(self._matrices(rng), self.dtype)
         if self.dtype is b1:
             return rng.random(self.shape) < 0.5
         if self.dtype.is_float:
@@ -85,6 +90,16 @@ class Tensor:
         if self.fill == "ties":
             return rng.choice([-1.0, 0.0, 0.5, 1.0], self.shape)
         return rng.uniform(0.2, 2.0, self.shape) * rng.choice([-1.0, 1.0], self.shape)
+
+    def _matrices(self, rng: np.random.Generator) -> np.ndarray:
+        *batch, n = self.shape
+        if self.fill == "factors":
+            n = math.isqrt(n + 1) - 1
+            return OPS["lu"].eval(rng.standard_normal((*batch, n, n)) + np.eye(n))
+        x = rng.standard_normal(self.shape)
+        if self.fill == "triangle":
+            return 0.3 * x + 2.0 * np.eye(n)
+        return x @ x.swapaxes(-1, -2) / n + np.diag(1.0 + np.arange(n))
 
     def _pairs(self) -> np.ndarray:
         pool = SPECIAL if self.dtype.is_float else SMALL_INTS
@@ -475,6 +490,44 @@ def attentions(name: str) -> list[Sample]:
     return samples
 
 
+def square_matrices(fill: str, *dtypes: DType, **attrs: object) -> list[Sample]:
+    """Of several sizes and batches."""
+    shapes = ((1, 1), (5, 5), (2, 3, 3), (2, 1, 4, 4), (33, 33))
+    return [Sample((Tensor(d, shape, fill),), attrs) for d in dtypes for shape in shapes]
+
+
+def rectangles(*dtypes: DType, wide: bool = False, **attrs: object) -> list[Sample]:
+    """Matrices of either form, or those that are not tall."""
+    shapes = ((1, 1), (4, 4), (2, 3, 5), (1, 7), (23, 40))
+    shapes += () if wide else ((2, 5, 3), (7, 1), (40, 23))
+    return [Sample((Tensor(d, shape),), attrs) for d in dtypes for shape in shapes]
+
+
+def triangular_solutions() -> list[Sample]:
+    flags = itertools.product((False, True), repeat=3)
+    return [
+        Sample(
+            (Tensor(d, (*batch, n, n), "triangle"), Tensor(d, (*batch, n, k))),
+            {"upper": upper, "transposed": transposed, "unit": unit},
+        )
+        for upper, transposed, unit in flags
+        for batch, n, k in (((), 5, 2), ((2, 3), 3, 1), ((), 1, 4), ((2,), 17, 19))
+        for d in (f32, f64)
+    ]
+
+
+def lu_solutions() -> list[Sample]:
+    return [
+        Sample(
+            (Tensor(d, (*batch, n * n + 2 * n), "factors"), Tensor(d, (*batch, n, k))),
+            {"transposed": transposed},
+        )
+        for transposed in (False, True)
+        for batch, n, k in (((), 5, 2), ((2, 3), 3, 1), ((), 1, 4))
+        for d in (f32, f64)
+    ]
+
+
 def constants() -> list[Sample]:
     rows = [(0.1, f32), (0.1, bf16), (0.1, f16), (-0.0, f64), (math.nan, f32), (1e4, f16)]
     rows += [(-math.inf, bf16), (3, i64), (-1, i32), (255, u8), (True, b1), (2, f32)]
@@ -606,6 +659,24 @@ SAMPLES: dict[str, list[Sample]] = {
     "reduce_min": reductions(empty=False),
     "matmul": matmuls(),
     **{name: attentions(name) for name in ATTENTION},
+    "cholesky": square_matrices("spd", f32, f64),
+    "triangular_solve": triangular_solutions(),
+    "lu": rectangles(f32, f64),
+    "lu_solve": lu_solutions(),
+    "qr": [*rectangles(f32, f64, complete=False), *rectangles(f32, f64, wide=True, complete=True)],
+    "geqrf": rectangles(f32, f64),
+    # in float32 numpy computes in float64, which may turn vectors round
+    "eigh": [
+        *square_matrices("spd", f64, lower=True, vectors=True),
+        *square_matrices("spd", f64, lower=False, vectors=True),
+        *square_matrices("spd", f32, f64, lower=True, vectors=False),
+    ],
+    "svd": [
+        *rectangles(f64, full=False, vectors=True),
+        *rectangles(f64, full=True, vectors=True),
+        *rectangles(f32, f64, full=False, vectors=False),
+    ],
+    "expm": square_matrices("normal", f32, f64),
     "full": constants(),
     "iota": iotas(),
     "scan": scans(),
@@ -727,6 +798,38 @@ def _scan(
     return torch.cat([x.flatten() for xs in lists for x in xs])
 
 
+def _flat(a: torch.Tensor, *parts: torch.Tensor) -> torch.Tensor:
+    """Parts of each matrix of a batch one after another."""
+    batch = a.shape[:-2]
+    return torch.cat([x.reshape(*batch, -1).to(a.dtype) for x in parts], -1)
+
+
+def _triangular_solve(a, b, upper, transposed, unit) -> torch.Tensor:
+    a, upper = (a.mT, not upper) if transposed else (a, upper)
+    return torch.linalg.solve_triangular(a, b, upper=upper, unitriangular=unit)
+
+
+def _lu(a: torch.Tensor) -> torch.Tensor:
+    both, pivots = torch.linalg.lu_factor(a)
+    return _flat(a, both, pivots, torch.lu_unpack(both, pivots)[0].argmax(-2))
+
+
+def _lu_solve(factors: torch.Tensor, b: torch.Tensor, transposed: bool) -> torch.Tensor:
+    n = b.shape[-2]
+    both = factors[..., : n * n].reshape(*b.shape[:-1], n)
+    pivots = factors[..., n * n : n * n + n].to(torch.int32)
+    return torch.linalg.lu_solve(both, pivots, b, adjoint=transposed)
+
+
+def _eigh(a: torch.Tensor, lower: bool, vectors: bool) -> torch.Tensor:
+    half = "L" if lower else "U"
+    return _flat(a, *torch.linalg.eigh(a, half)) if vectors else torch.linalg.eigvalsh(a, half)
+
+
+def _svd(a: torch.Tensor, full: bool, vectors: bool) -> torch.Tensor:
+    return _flat(a, *torch.linalg.svd(a, full)) if vectors else torch.linalg.svdvals(a)
+
+
 def _widened(x: object) -> object:
     half = isinstance(x, torch.Tensor) and x.dtype.itemsize == 2
     return x.float() if half else x
@@ -815,6 +918,15 @@ REFERENCE: dict[str, Callable] = {
     "attention": _attention,
     "attention_lse": _log_sums,
     **{name: partial(_slopes, name) for name in GRADIENTS},
+    "cholesky": torch.linalg.cholesky,
+    "triangular_solve": _triangular_solve,
+    "lu": _lu,
+    "lu_solve": _lu_solve,
+    "qr": lambda a, complete: _flat(a, *torch.linalg.qr(a, "complete" if complete else "reduced")),
+    "geqrf": lambda a: _flat(a, *torch.geqrf(a)),
+    "eigh": _eigh,
+    "svd": _svd,
+    "expm": torch.linalg.matrix_exp,
     "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TO_TORCH[dtype]),
     "iota": _iota,
     **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},

@@ -20,9 +20,10 @@ from tracejit.codegen.c_body import pointers
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Part, full_stage
 from tracejit.codegen.c_matmul import contraction_parts
+from tracejit.codegen.c_matrices import PARTS, call_text
 from tracejit.codegen.c_micro import vector_types
 from tracejit.codegen.c_outer import parts_of
-from tracejit.codegen.c_prelude import prelude_for
+from tracejit.codegen.c_prelude import C_PARTS, prelude_for
 from tracejit.codegen.c_sort import sort_parts
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line, comment
@@ -64,6 +65,8 @@ class CFunction:
 def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
     """Print a kernel; `number` names it in a unit."""
     kernel = lowered.kernel
+    if kernel.call is not None:
+        return CFunction(f"kernel{number}", call_text(kernel, number))
     bound = [f".{b.name} = buffers[{i}]" for i, b in enumerate(lowered.bound)]
     bound += [f".{s} = scalars[{i}]" for i, s in enumerate(kernel.scalars)]
     entry = block(
@@ -81,7 +84,9 @@ def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
 def unit(functions: Sequence[CFunction], vector_bytes: int) -> str:
     """The C program of functions of different numbers."""
     body = "\n".join(function.text for function in functions)
-    return f"{prelude_for(body)}{_RUN}{vector_types(vector_bytes, body)}\n{body}"
+    return (
+        f"{prelude_for(body, (*C_PARTS, *PARTS))}{_RUN}{vector_types(vector_bytes, body)}\n{body}"
+    )
 
 
 def _kernel(lowered: CpuKernel, name: str) -> str:

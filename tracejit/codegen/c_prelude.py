@@ -470,15 +470,15 @@ C_PARTS = (
 )
 C_PRELUDE = C_HEADER + "".join(C_PARTS)
 
-_DEFINED = re.compile(r"^(?:static inline .*?|#define )(tj_\w+)", re.MULTILINE)
+_DEFINED = re.compile(r"^(?:static .*?|#define |void \*|int64_t )(tj_\w+)", re.MULTILINE)
 _USED = re.compile(r"\btj_\w+")
 
 
-def prelude_for(text: str) -> str:
+def prelude_for(text: str, parts: tuple[str, ...] = C_PARTS) -> str:
     """The parts of the prelude that a program text needs, and what these need."""
     kept: list[str] = []
     used = set(_USED.findall(text))
-    for part in reversed(C_PARTS):
+    for part in reversed(parts):
         if not used.isdisjoint(_DEFINED.findall(part)):
             kept.insert(0, part)
             used.update(_USED.findall(part))

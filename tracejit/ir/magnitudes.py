@@ -124,9 +124,18 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.abs(np.asarray(out, np.float64))
     if node.op.family == "indexing":
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
+    if node.op.family == "matrices":
+        return _matrix_size(out, m)
     if node.op.family == "attention":
         return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _matrix_size(out: np.ndarray, m: list) -> np.ndarray:
+    """Of decompositions or solutions: each element may have an error of the largest number among
+    operands and results, as often as there are rows."""
+    largest = np.max(np.abs(out)) + sum(float(np.max(x)) for x in m)
+    return np.full(out.shape, largest * m[-1].shape[-2], np.float64)
 
 
 def _near(x: np.ndarray, size: np.ndarray, extremum: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from tracejit.runtime.c_compiler import cached_library, load_libraries, toolchain, vector_bytes
 from tracejit.runtime.c_plans import Lowered
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
+from tracejit.runtime.lapack import provide
 from tracejit.schedule.cpu.plan import CpuKernel
 
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
@@ -79,6 +80,7 @@ def _cost(text: str) -> int:
 
 
 def _loaded(library: ctypes.CDLL, symbol: str) -> LoadedKernel:
+    provide(library)
     address = ctypes.cast(library[symbol], ctypes.c_void_p).value
     return LoadedKernel(address, library)
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from tracejit.runtime import interpreter
+from tracejit.runtime.numpy_kernel import Run
 from tracejit.runtime.triton_launch import (
     TRITON_NAME,
     LoadedLaunch,
@@ -69,6 +70,10 @@ class InterpretedPlan:
     ) -> None:
         kernel = launch.source.kernel
         places = [addresses[i] for i in launch.buffers]
+        if kernel.call is not None:
+            names = {buffer.name: buffer for buffer in launch.memory}
+            Run(launch.launch, names, range(len(places)))(places, ())
+            return
         sizes = [self._sizes[i] for i in launch.buffers]
         memory = list(zip(places, sizes, strict=True))
         pointers = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,6 +42,18 @@ CACHED = 1 << 20  # index arrays up to this many elements are kept; larger ones 
 At = Callable[[list, int, int], np.ndarray]  # (slots, first, last): an array of positions or bools
 Values = Mapping[Var, np.ndarray]  # of the variables that stand in indices
 Dims = tuple[Axis, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """A strided view of a buffer: how to make it from the buffer's memory."""
+
+    slot: int
+    buffer: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
 
 
 def block_of(extent: int, row: int) -> int:

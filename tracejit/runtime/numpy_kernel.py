@@ -11,13 +11,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
 from tracejit.ir.ops.indexing import argsorted
 from tracejit.ir.types import (
     bf16,
+    contiguous_strides,
     float_to_bits,
     round_to,
 )
@@ -25,6 +26,7 @@ from tracejit.runtime.numpy_arrays import (
     At,
     Dims,
     Values,
+    View,
     block_of,
     copied,
     decoder,
@@ -65,18 +67,6 @@ Step = Callable[[list, int, int], None]  # (slots, first, last) of one block of 
 FOLDED = {"": None, "add": np.add, "mul": np.multiply, "max": np.maximum, "min": np.minimum}
 
 
-@dataclass(frozen=True, slots=True)
-class _View:
-    """A strided view of a buffer: how to make it from the buffer's memory."""
-
-    slot: int
-    buffer: int
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    offset: int
-
-
 class Run:
     """One launch: slots hold constants, scalars, views of memory, and the values of variables."""
 
@@ -90,7 +80,7 @@ class Run:
         self.memory = [ctypes.c_char * span(b) for b in self.types]
         self.number = {b.name: i for i, b in enumerate(self.kernel.buffers)}
         self.template: list[object] = []
-        self.views: list[_View] = []
+        self.views: list[View] = []
         self.vars: dict[int, int] = {}
         self.scalars: list[tuple[int, int]] = []
         self.scalar_slots: dict[str, int] = {}
@@ -99,6 +89,11 @@ class Run:
             self.scalars.append((self.scalar_slots[name], slot))
         self.reduced: dict[int, int] = {}  # slots of reduced values, by variable
         self.stages = [_StageSteps(self, stage) for stage in self.kernel.stages]
+        if self.kernel.call is not None:
+            for i, shape in enumerate(self.kernel.call.shapes):
+                dtype = stored(self.kernel.buffers[i].dtype)
+                strides = tuple(n * dtype.itemsize for n in contiguous_strides(shape))
+                self.views.append(View(self.slot(), i, dtype, shape, strides, 0))
         axes = self.kernel.axes
         self.extent = axes[0].extent if axes else 1
         widest = max((math.prod(a.extent for a in s.axes) for s in self.kernel.stages), default=1)
@@ -120,6 +115,11 @@ class Run:
         slots = self.slots.copy()
         for slot, i in self.scalars:
             slots[slot] = float(scalars[i])
+        if self.kernel.call is not None:
+            *operands, result = (slots[v.slot] for v in self.views)
+            call = self.kernel.call
+            result[...] = call.op.eval(*operands, **dict(call.attrs))
+            return
         if self.stages and self.stages[0].step_by_step:
             (stage,) = self.stages
             for i in range(stage.dims[0].extent):
@@ -280,7 +280,7 @@ class _StageSteps:
         strides = tuple(step.get(a.name, 0) * size for a in dims)
         slot = self.run.slot()
         self.run.views.append(
-            _View(slot, number, stored(plain), shape, strides, index.offset * size)
+            View(slot, number, stored(plain), shape, strides, index.offset * size)
         )
         return slot
 
@@ -290,7 +290,7 @@ class _StageSteps:
         dtype = self.run.types[number].type.dtype
         slot = self.run.slot()
         count = span(self.run.types[number]) // dtype.itemsize
-        self.run.views.append(_View(slot, number, stored(dtype), (count,), (dtype.itemsize,), 0))
+        self.run.views.append(View(slot, number, stored(dtype), (count,), (dtype.itemsize,), 0))
         return slot
 
     def _load(self, s: Load, dims: Dims) -> Step:

@@ -15,15 +15,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
-from tracejit.codegen.geometry import MAX_TILE, variants
+from tracejit.codegen.geometry import MAX_TILE, Geometry, variants
 from tracejit.codegen.triton import Source, emit
+from tracejit.errors import UnsupportedOperation
 from tracejit.runtime import interpreter
 from tracejit.runtime.device import Device
 from tracejit.runtime.interpreted_plan import InterpretedPlan
 from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.triton_launch import LoadedLaunch, Positions, positions
 from tracejit.runtime.triton_source import import_source
+from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, unrolled
 
@@ -91,6 +94,8 @@ class TritonExecutor:
 
     def load_launch(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:
         """Make one launch ready; its scalars start at `first_scalar` of the loaded table."""
+        if launch.kernel.call is not None:
+            return self._host_call(launch, position, first_scalar)
         source, seen, function = load_kernel(self, launch)
         geometry = source.geometry(launch.sizes, self.max_tile)
         sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
@@ -106,6 +111,32 @@ class TritonExecutor:
             geometry,
             sizes | geometry.constants,
         )
+
+    def _host_call(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:
+        """A call of the host: numpy makes it between kernels that are interpreted."""
+        call = launch.kernel.call
+        if self.device_of is not None:
+            raise UnsupportedOperation(
+                where=call.where or "(no line)",
+                function=f"{call.op.name}, a decomposition or solution by LAPACK on the host,",
+                shapes=", ".join(str(list(shape)) for shape in call.shapes[:-1]),
+                remedy="It is compiled for the CPU only. Run the step eagerly there "
+                '(on_unsupported="eager"), or do this part outside the step.',
+            )
+        source = CallText(f"host_{call.op.name}", str(launch.kernel), launch.kernel)
+        buffers, memory = zip(*(position[name] for name in launch.buffers), strict=True)
+        shape = Geometry((1,), {}, 1)
+        return LoadedLaunch(launch, source, source, None, buffers, memory, first_scalar, shape, {})
+
+
+@dataclass(frozen=True)
+class CallText:
+    """A call of the host where others have a source."""
+
+    suffix: ClassVar[str] = ".txt"
+    name: str
+    text: str
+    kernel: Kernel
 
 
 def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, Source, object]:

@@ -11,6 +11,7 @@ from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.groups import Group
+from tracejit.schedule.host_calls import lower_call
 from tracejit.schedule.loops import Loop, beginning, lower_loop, repeated
 from tracejit.schedule.lower import Lowered, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
@@ -64,9 +65,11 @@ def _lowered(
     group: Group, analysis: Analysis, memory: Memory, fuse: bool, again: bool
 ) -> Lowered | Loop:
     """The kernel of a group, or the launches of a loop."""
-    if group.loop is None:
+    if group.apart is None:
         return lower(group, analysis, memory)
-    node = group.loop.node
+    if group.apart.kind == "host":
+        return lower_call(group, memory)
+    node = group.apart.node
     begin = schedule(beginning(node), fuse=fuse)
     body = schedule(repeated(node), fuse=fuse, again=again, body=True)
     return lower_loop(group, memory, begin, body)

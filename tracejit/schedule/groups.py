@@ -22,7 +22,7 @@ from tracejit.schedule.index import (
     substitute,
     unflatten,
 )
-from tracejit.schedule.tasks import ATTENTION, IN_ORDER, Demand, Task, sums_of
+from tracejit.schedule.tasks import APART, ATTENTION, IN_ORDER, Demand, Task, sums_of
 
 MAX_BUFFERS = 24
 MAX_TASKS = 400  # keeps one kernel's compile time bounded
@@ -34,9 +34,10 @@ SAVED_BYTES = 1 << 20  # of reads and writes that are worth a full reduction's w
 class Group:
     """Tasks of one kernel. `inner`: reduced axes of the domain (None: nothing is reduced);
     `again`: it goes over the elements of a full reduction once more, with the result. `in_order`:
-    a task in order, the only one but for the store that says where its values are put; `loop`: a
-    loop, with a task for each of its results, and their stores. `attends`: attention with the same
-    operands, and plain stores of theirs, each over its own axes."""
+    a task in order, the only one but for the store that says where its values are put; `apart`: a
+    loop, with a task for each of its results, and their stores, or a call of the host and its
+    store. `attends`: attention with the same operands, and plain stores of theirs, each over its
+    own axes."""
 
     id: int
     shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class Group:
     inner: tuple[int, ...] | None = None
     dot: Task | None = None
     in_order: Task | None = None
-    loop: Task | None = None
+    apart: Task | None = None
     attends: bool = False
     reads: set[int] = field(default_factory=set)
     stores: int = 0
@@ -92,8 +93,8 @@ class Groups:
             group.dot = task
         elif task.kind in IN_ORDER:
             group.in_order = task
-        elif task.kind == "loop":
-            group.loop = task
+        elif task.kind in APART.values():
+            group.apart = task
         group.attends = task.kind == ATTENTION
         if task.kind == "store":
             group.stores = task.value.id not in self.tasks
@@ -183,7 +184,7 @@ class Groups:
             return a
         if a.attends or b.attends:
             return self._attend_together(a, b)
-        if a.loop is not None or b.loop is not None:
+        if a.apart is not None or b.apart is not None:
             return self._loop_together(a, b)
         base, moved = (b, a) if _rank(b) > _rank(a) else (a, b)
         if not _compatible(base, moved) or self._apart(a, b) or not _stores_for(base, moved):
@@ -220,17 +221,17 @@ class Groups:
 
     def _loop_together(self, a: Group, b: Group) -> Group | None:
         """Merge with a loop another result of it, or the plain store of a sum of its."""
-        base, moved = (a, b) if a.loop is not None else (b, a)
-        if self._apart(a, b):
+        base, moved = (a, b) if a.apart is not None else (b, a)
+        if base.apart.kind == "host" or self._apart(a, b):
             return None
-        if moved.loop is None:
+        if moved.apart is None:
             task, *others = moved.tasks
             known = {t.demands[0].origin.id for t in base.tasks if t.kind == "store"}
             plain = task.kind == "store" and task.target is None
-            plain = plain and task.value in sums_of(base.loop.node)
+            plain = plain and task.value in sums_of(base.apart.node)
             if others or not plain or task.value.id in known or task.buffer in self.strided:
                 return None
-        elif moved.loop.node is not base.loop.node:
+        elif moved.apart.node is not base.apart.node:
             return None
         return self._join(base, moved, identity(moved.shape), False, False)
 
@@ -346,7 +347,7 @@ class Groups:
             full = moved.outer_numel == 1
             inner = tuple(range(len(base.shape))) if full else moved.inner
         kept.shape, kept.inner, kept.dot = base.shape, inner, base.dot or moved.dot
-        kept.in_order, kept.loop = base.in_order, base.loop
+        kept.in_order, kept.apart = base.in_order, base.apart
         kept.again = base.again or moved.again or again
         for task in gone.tasks:
             task.group = kept

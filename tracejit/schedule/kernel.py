@@ -26,7 +26,8 @@ many shapes; the number 1 as a coefficient and 0 as an offset stay literal, beca
 code is generated. During scheduling sizes are plain ints; `schedule.parametrize` names them.
 
 Kernels that need not wait for each other may share a launch: a Kernel is then nothing but its
-`parts`, each a kernel of its own, which run side by side in any order.
+`parts`, each a kernel of its own, which run side by side in any order. What a library of the host
+computes is a Kernel that is nothing but a `call`.
 """
 
 from __future__ import annotations
@@ -319,11 +320,22 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
+class HostCall:
+    """The last buffer = op(the others, **attrs), each of its shape, whole and row-major."""
+
+    op: Op
+    attrs: tuple[tuple[str, object], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """One launch. `index64`: some index, or the number of a point of a domain that is counted
     through, may exceed 2**31 - 1, so both are 64-bit.
 
-    With `parts` there are no axes and stages. What one part writes, no other reads or writes.
+    With `parts` there are no axes and stages. What one part writes, no other reads or writes. Nor
+    are there any with a `call`.
     """
 
     buffers: tuple[Buffer, ...]
@@ -333,6 +345,7 @@ class Kernel:
     stages: tuple[Stage, ...]
     index64: bool = False
     parts: tuple[Part, ...] = ()
+    call: HostCall | None = None
 
     @property
     def statements(self) -> Iterator[Statement | Dot | Attend]:
@@ -356,7 +369,8 @@ class Kernel:
     @property
     def lines(self) -> tuple[str, ...]:
         """The user's lines that it computes, as file:line, in order."""
-        return tuple(dict.fromkeys(s.where for s in self.statements if s.where))
+        places = [s.where for s in self.statements] if self.call is None else [self.call.where]
+        return tuple(dict.fromkeys(where for where in places if where))
 
     def __str__(self) -> str:
         """The user's lines as aligned comments; `kernel_text` says the grammar and reads it."""
@@ -379,6 +393,9 @@ class Kernel:
         buffers = [f"{b.name}: {b.dtype} {b.access}" for b in self.buffers]
         name = "kernel64" if self.index64 else "kernel"
         domain = "side by side" if self.parts else f"over {_axes(self.axes)}"
+        if self.call is not None:
+            domain = "by the host"
+            rows.append((f"  {_call(self.call)}", self.call.where))
         lines = [f"{name}({_lists(buffers, self.sizes, self.scalars)}) {domain} {{"]
         for part in self.parts:
             lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
@@ -386,6 +403,12 @@ class Kernel:
             lines.append("  }")
         lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
         return "\n".join([*lines, "}"])
+
+
+def _call(call: HostCall) -> str:
+    attrs = "".join(f" {key}={print_literal(value)}" for key, value in call.attrs)
+    *operands, result = map(str, call.shapes)
+    return f"call {call.op.name} {' '.join(operands)} -> {result}{attrs}"
 
 
 def _attend(attend: Attend) -> list[tuple[str, str]]:

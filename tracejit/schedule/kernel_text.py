@@ -40,6 +40,12 @@ with their parameters' names there:
       }
       part (b0, b2; n0_1) { … }
     }
+
+What the host computes is one line:
+
+    kernel(b0: f32 r, b1: f32 r, b2: f32 w) by the host {
+      call triangular_solve (2, 3, 3) (2, 3, 1) -> (2, 3, 1) upper=True transposed=False unit=False
+    }
 """
 
 from __future__ import annotations
@@ -62,6 +68,7 @@ from tracejit.schedule.kernel import (
     Compute,
     Dot,
     FloorDiv,
+    HostCall,
     InBounds,
     Index,
     Kernel,
@@ -138,12 +145,15 @@ def canonical(kernel: Kernel) -> Kernel:
             attend = replace(attend, results=results, sides=sides, where="")
         stages.append(replace(stage, body=body(stage.body), dot=dot, attend=attend))
     parts = tuple(replace(part, kernel=canonical(part.kernel)) for part in kernel.parts)
-    return replace(kernel, stages=tuple(stages), parts=parts)
+    call = kernel.call and replace(kernel.call, where="")
+    return replace(kernel, stages=tuple(stages), parts=parts, call=call)
 
 
 _LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
-_HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side) \{{\Z")
+_HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side|by the host) \{{\Z")
 _PART = re.compile(rf"part {_LISTS} \{{\Z")
+_HOST_CALL = re.compile(r"call (\w+) (.*?) -> (\([^)]*\))((?: \w+=\S+)*)\Z")
+_SHAPE = re.compile(r"\([^)]*\)")
 _END = re.compile(r"\}\Z")
 _STAGE = re.compile(r"stage \((.*)\)( in order)? \{\Z")
 _DOT = re.compile(r"dot v(\d+): (\w+) over \((.*)\) \{\Z")
@@ -202,9 +212,11 @@ class _Parser:
             buffers.append(Buffer(name, DTYPES[dtype], access))
         sizes = self.sizes = tuple(_items(head[3]))
         axes = self.axes(head[5] or "")
-        stages, parts = [], []
+        stages, parts, call = [], [], None
         while not self.peek().startswith("}"):
-            if head[5] is None:
+            if self.peek().startswith("call "):
+                call = self.host_call()
+            elif head[5] is None:
                 found, _ = self.next(_PART)
                 parts.append(Part(self.kernel(), *(tuple(_items(found[i])) for i in (1, 2, 3))))
                 self.next(_END)
@@ -220,7 +232,15 @@ class _Parser:
             tuple(stages),
             head[1] is not None,
             tuple(parts),
+            call,
         )
+
+    def host_call(self) -> HostCall:
+        found, where = self.next(_HOST_CALL)
+        shapes = [ast.literal_eval(x) for x in (*_SHAPE.findall(found[2]), found[3])]
+        attrs = [part.split("=") for part in found[4].split()]
+        values = [(k, parse_literal(ast.parse(v, mode="eval").body)) for k, v in attrs]
+        return HostCall(_op(found[1]), tuple(values), tuple(shapes), where)
 
     def stage(self, axes: tuple[Axis, ...], in_order: bool) -> Stage:
         dot = None

@@ -66,7 +66,7 @@ def lower_loop(group: Group, memory: Memory, begin: Plan, body: Plan) -> Loop:
 
 class _Lowering:
     def __init__(self, group: Group, memory: Memory):
-        node = group.loop.node
+        node = group.apart.node
         attrs = dict(node.attrs)
         self.offsets = attrs["offsets"]  # in elements, of the operands in their buffers
         body = attrs["body"]

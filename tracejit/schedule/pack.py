@@ -66,6 +66,8 @@ def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:
     if isinstance(one, Loop):
         return _Cost(frozenset(one.buffers), 0, 0, "stream")  # it stays alone
     kernel = one.kernel
+    if kernel.call is not None:
+        return _Cost(frozenset(one.buffers), 0, 0, "stream")  # nor does the host share a launch
     first = kernel.stages[0]
     if first.attend is not None:
         depth, size = 0, "stream"  # it fills the registers

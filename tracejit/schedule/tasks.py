@@ -26,6 +26,7 @@ from tracejit.schedule.kernel import Mask
 ATTENTION = "attend"  # the kind of a task of attention
 # Primitives with kernels of their own, that go along an axis: step by step, or to sort it.
 IN_ORDER = ("scatter", "cumsum", "argsort")
+APART = {"loop": "loop", "matrices": "host"}  # kinds of tasks that are lowered as they are
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -63,7 +64,7 @@ class Demand:
 @dataclass(eq=False, slots=True)
 class Task:
     """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or another that goes
-    in order: "cumsum", "argsort"), "loop", or "store" (of `value` in a buffer).
+    in order: "cumsum", "argsort"), "loop", "host" (a call), or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -153,9 +154,9 @@ class Analysis:
         if family == "contraction":
             shape = value.type.shape
             return Task(order, "dot", value, shape, tuple(self._dot_demands(node)), node)
-        if family == "loop":
-            demands = [d for arg in node.inputs for d in self.scattered(arg)]
-            return Task(order, "loop", value, value.type.shape, tuple(demands), node)
+        if family in APART:
+            found = dict.fromkeys(d for arg in node.inputs for d in self.scattered(arg))
+            return Task(order, APART[family], value, value.type.shape, tuple(found), node)
         if family == "attention":
             found = dict.fromkeys(d for arg in _tensors(node) for d in self.scattered(arg))
             return Task(order, ATTENTION, value, value.type.shape, tuple(found), node)
@@ -194,7 +195,7 @@ class Analysis:
 
 def _stores_itself(node: Node) -> bool:
     """Whether a value must be stored as it is: it is stored step by step, or by a template."""
-    return node.op.name in IN_ORDER or node.op.family in ("attention", "loop")
+    return node.op.name in IN_ORDER or node.op.family in ("attention", *APART)
 
 
 def dot_indices(node: Node) -> tuple[Indices, Indices, dict[str, int]]:
@@ -251,7 +252,7 @@ def _simplify(node: Node) -> Node:
 
 
 _FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "indexing")
-_FAMILIES += ("source", "host", "loop")
+_FAMILIES += ("source", "host", *APART)
 
 
 def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
@@ -264,8 +265,9 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     alias: dict[int, Value] = {}
     nodes: list[Node] = []
     producer: dict[int, Node] = {}
-    copied: set[int] = set()  # what loops read: values of their own, which lie row by row
+    copied: set[int] = set()  # what loops and hosts read: values of their own, which lie row by row
     plain = {p.value.id for p in graph.params if is_row_major(p)}
+    whole = set(plain)  # what a host reads where it is
     next_id = 1 + max(_ids(graph), default=0)
     apart = _apart(graph)
     sums: dict[int, Value] = {}  # of loops, by the slices that take them
@@ -280,12 +282,16 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
         if any(isinstance(a, Value) and a.id in alias for a in node.args):
             args = tuple(alias.get(a.id, a) if isinstance(a, Value) else a for a in node.args)
             node = Node(node.op, args, node.attrs, node.outs, node.where)
-        if node.op.family == "loop":
+        if node.op.family in APART:
             args, offsets = [], []
-            rows = node.attr("carried") + node.attr("sliced")
+            loop = node.op.family == "loop"
+            rows = node.attr("carried") + node.attr("sliced") if loop else 0
             for k, arg in enumerate(node.args):
-                whole = k >= rows and arg.id in plain
-                found = (arg, 0) if whole else _in_place(arg, producer)
+                if loop:
+                    in_place = k >= rows and arg.id in plain
+                    found = (arg, 0) if in_place else _in_place(arg, producer)
+                else:
+                    found = (arg, 0) if arg.id in whole else None
                 if found is None:
                     copy = Node(OPS["alias"], (arg,), (), (Value(next_id, arg.type),))
                     next_id += 1
@@ -294,9 +300,12 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
                     found = copy.out, 0
                 args.append(found[0])
                 offsets.append(found[1])
-            attrs = (*node.attrs, ("offsets", tuple(offsets)))
-            node = replace(node, args=tuple(args), attrs=attrs)
-            if node.out.id in apart:
+            node = replace(node, args=tuple(args))
+            if loop:
+                node = replace(node, attrs=(*node.attrs, ("offsets", tuple(offsets))))
+            else:
+                whole.add(node.out.id)
+            if loop and node.out.id in apart:
                 types = _types_apart(node)
                 outs = tuple(Value(next_id + k, kind) for k, kind in enumerate(types))
                 next_id += len(outs)

@@ -19,6 +19,7 @@ from tracejit.schedule.kernel import (
     Axis,
     Compute,
     FloorDiv,
+    HostCall,
     InBounds,
     Index,
     Kernel,
@@ -100,8 +101,30 @@ def products_of(attend: Attend, batches: int) -> int:
     return 2 * batches * m * n * depth
 
 
+_CUBES = {  # multiplications and additions of each primitive, of matrices with n³ elements cubed
+    "cholesky": 1 / 3,
+    "triangular_solve": 1.0,
+    "lu": 2 / 3,
+    "lu_solve": 2.0,
+    "qr": 8 / 3,
+    "geqrf": 4 / 3,
+    "eigh": 9.0,
+    "svd": 21.0,
+    "expm": 20.0,
+}
+
+
+def operations_of(call: HostCall) -> int:
+    """About what a call of the host computes: what textbooks count of square matrices."""
+    *batch, m, n = call.shapes[-2 if call.op.name == "lu_solve" else 0]
+    columns = call.shapes[-1][-1] if call.op.name in ("triangular_solve", "lu_solve") else min(m, n)
+    if call.op.name == "lu_solve":
+        n = m
+    return int(_CUBES[call.op.name] * math.prod(batch) * m * n * columns)
+
+
 def _operations(kernel: Kernel) -> int:
-    total = 0
+    total = 0 if kernel.call is None else operations_of(kernel.call)
     for stage in kernel.stages:
         points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))
         if stage.dot is not None:
@@ -139,6 +162,11 @@ def _accesses(kernel: Kernel) -> dict[tuple[str, type], dict[_Access, None]]:
     """The distinct accesses of each buffer, loads and stores apart."""
     found: dict[tuple[str, type], dict[_Access, None]] = {}
 
+    if kernel.call is not None:
+        for buffer, shape in zip(kernel.buffers, kernel.call.shapes, strict=True):
+            axis = Axis("i0", math.prod(shape))
+            access = Index((("i0", 1),)), (), (axis,)
+            found[buffer.name, Store if buffer.access == "w" else Load] = {access: None}
     varies: dict[int, set[str]] = {}  # the axes that a variable depends on
 
     def visit(body: tuple[Statement, ...], axes: tuple[Axis, ...]) -> None:

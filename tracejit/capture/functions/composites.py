@@ -140,6 +140,8 @@ _COMPOSITES: tuple[Callable, ...] = (
     torch.nn.init.kaiming_uniform_,
     torch.nn.init.normal_,
     torch.nn.init.uniform_,
+    torch.pca_lowrank,
+    torch.svd_lowrank,
 )
 for _function in _COMPOSITES:
     composite(_function)

@@ -214,12 +214,10 @@ def chain_matmul(t: Trace, matrices: Sequence[Tensor]) -> Tensor:
 
 @composed(torch.matrix_power, Tensor.matrix_power, torch.linalg.matrix_power)
 def matrix_power(t: Trace, input: Tensor, n: int) -> Tensor:
-    """By squaring; the inverse has no rule."""
+    """By squaring, as eager."""
     shape = t.lift(input).shape
     if len(shape) < 2 or shape[-1] != shape[-2]:
         raise t.shape_error(f"linalg.matrix_power: {list(shape)} is not a batch of square matrices")
-    if n < 0:
-        raise t.unsupported("The inverse of a matrix has no rule")
     if t.lift(input).dtype is b1:
         raise t.shape_error("linalg.matrix_power: not implemented for bools")
     if n == 0:
@@ -230,6 +228,8 @@ def matrix_power(t: Trace, input: Tensor, n: int) -> Tensor:
         return input.clone()
     if n == 3:
         return input.matmul(input).matmul(input)
+    if n < 0:
+        input, n = torch.linalg.inv(input), -n
     power, out = input, None
     while n:
         if n % 2:

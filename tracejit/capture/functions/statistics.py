@@ -21,9 +21,11 @@ from tracejit.capture.functions.common import (
     register,
     result_dtype,
 )
+from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.derived import derived, require_float, spread
 from tracejit.capture.functions.reduction import attains, keep
 from tracejit.capture.functions.selection import clamp_min
+from tracejit.capture.functions.spectra import matrix_norm_of
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -209,7 +211,7 @@ def _linalg_vector_norm(t: Trace, x: Tensor, *args: object, **kwargs: object) ->
     return vector_norm(t, x, *args, **kwargs)
 
 
-@rule(torch.linalg.norm)
+@composed(torch.linalg.norm)
 def linalg_norm(
     t: Trace,
     A: Tensor,
@@ -219,10 +221,17 @@ def linalg_norm(
     *,
     dtype: torch.dtype | None = None,
 ) -> TracedTensor:
-    """The vector norm; matrix norms have no rule."""
-    over = 2 if isinstance(dim, (tuple, list)) and len(dim) == 2 else 1
-    if ord is not None and (over == 2 or (dim is None and len(t.lift(A).shape) > 1)):
-        raise t.unsupported("Matrix norms have no rule; use torch.linalg.vector_norm")
+    """The vector norm, or that of matrices where an order is given for two axes."""
+    over = len(dim) if isinstance(dim, (tuple, list)) else 1
+    rank = len(t.lift(A).shape)
+    if ord is not None and (over == 2 or dim is None):
+        if dim is None and rank not in (1, 2):
+            raise t.shape_error(
+                f"linalg.norm: If dim is not specified but ord is, the input must be 1D or 2D. Got "
+                f"{rank}D."
+            )
+        if rank > 1 or dim is not None:
+            return matrix_norm_of(t, A, ord, dim or (0, 1), keepdim, dtype)
     return vector_norm(t, A, 2 if ord is None else ord, dim, keepdim, dtype=dtype)
 
 
@@ -237,10 +246,19 @@ def norm(
     dtype: torch.dtype | None = None,
 ) -> TracedTensor:
     """vector_norm, as torch.norm calls it."""
-    if p == "nuc" or out is not None:
+    if out is not None:
         raise t.unsupported("Use torch.linalg.vector_norm, without out=")
+    if p == "nuc":
+        return _nuclear(t, input, dim, keepdim, dtype)
     p = 2.0 if p in ("fro", None) else p
     return vector_norm(t, input, p, dim, keepdim, dtype=dtype)
+
+
+@in_torch
+def _nuclear(
+    t: Trace, input: Tensor, dim: object, keepdim: bool, dtype: torch.dtype | None
+) -> Tensor:
+    return matrix_norm_of(t, input, "nuc", (0, 1) if dim is None else dim, keepdim, dtype)
 
 
 @rule(functional.normalize)

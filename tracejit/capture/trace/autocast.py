@@ -221,6 +221,16 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             "grid_sampler_2d grid_sampler_3d",
         ),
         (
+            _float32,
+            "_lu_with_info cholesky cholesky_inverse cholesky_solve geqrf inverse lu_solve orgqr "
+            "ormqr pinverse qr svd triangular_solve linalg.linalg_cholesky "
+            "linalg.linalg_cholesky_ex linalg.linalg_cond linalg.linalg_eigh "
+            "linalg.linalg_eigvalsh linalg.linalg_householder_product linalg.linalg_inv "
+            "linalg.linalg_inv_ex linalg.linalg_lstsq linalg.linalg_matrix_rank linalg.linalg_qr "
+            "linalg.linalg_solve linalg.linalg_svd linalg.linalg_svdvals linalg.linalg_tensorinv "
+            "linalg.linalg_tensorsolve",
+        ),
+        (
             _widest,
             "cat concat concatenate stack hstack vstack dstack column_stack row_stack index_copy",
         ),

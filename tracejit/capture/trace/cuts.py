@@ -76,19 +76,30 @@ class Cut:
 def number_of(t: Trace, handle: Handle) -> float | bool:
     """The number in a tensor of one element: a runtime scalar, or a plain bool."""
     value = t.read(handle)
-    known = t.read_numbers.get(value)
-    if known is None:
-        known = t.read_numbers[value] = _number(t, value)
+    known = _known(t, value)
     if handle.dtype.kind == "b":
         return known != 0.0  # a decision
     return pinned(known) if t.scalars.pins_integers and handle.dtype.kind != "f" else known
+
+
+def is_true(t: Trace, value: Value) -> bool:
+    """Whether a value of one bool is true in this call: a decision."""
+    return _known(t, value) != 0.0
+
+
+def _known(t: Trace, value: Value) -> float:
+    if value not in t.read_numbers:
+        t.read_numbers[value] = _number(t, value)
+    return t.read_numbers[value]
 
 
 def _number(t: Trace, value: Value) -> float:
     cut = _cut(t, value)
     number = t.journal.known_number()
     if number is None:
-        number = host_memory.read(_run(t, cut))
+        found = _run(t, cut)
+        with torch._C.DisableTorchFunction():
+            number = host_memory.read(found)
     t.cuts.append(cut)
     path: Path = ("cut", len(t.cuts) - 1)
     return t.scalar(number, path)

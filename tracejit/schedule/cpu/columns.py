@@ -56,7 +56,7 @@ def fuse_columns(launches: Sequence[CpuLaunch]) -> list[CpuLaunch]:
 def _fused(rows: CpuLaunch, columns: CpuLaunch) -> CpuLaunch | None:
     """Both as one, where the second can be done along with the first."""
     first, second = rows.kernel.kernel, columns.kernel.kernel
-    if rows.loop != columns.loop:
+    if rows.loop != columns.loop or second.call is not None:
         return None
     if not (_is_rows(first) and _sums_columns(second)):
         return None

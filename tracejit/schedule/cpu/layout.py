@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from tracejit.ir.types import contiguous_strides
 from tracejit.schedule.cpu.attention import Attention
+from tracejit.schedule.cpu.host_calls import working_bytes
 from tracejit.schedule.cpu.plan import Call, CpuKernel, CpuLaunch, CpuPlan, Place
 from tracejit.schedule.cpu.sorting import chunk_bytes
 from tracejit.schedule.cpu.tiles import Contraction
@@ -62,7 +63,9 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
 
 def scratch_bytes(kernel: CpuKernel) -> int:
     """The bytes that a kernel works in: packed operands, blocks of scores, items that are sorted,
-    parts of column sums."""
+    parts of column sums, what LAPACK works in."""
+    if kernel.kernel.call is not None:
+        return working_bytes(kernel.kernel.call, kernel.kernel.buffers[-1].dtype.itemsize)
     if kernel.blocks is not None:
         return Attention(kernel.kernel, kernel.blocks).scratch_bytes
     if kernel.tiling is not None:

@@ -30,7 +30,9 @@ def lower(plan: Plan, vector_bytes: int) -> CpuPlan:
 
 
 def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
-    """The passes over one kernel."""
+    """The passes over one kernel; a call of the host is as it is."""
+    if kernel.kernel.call is not None:
+        return kernel
     passes: tuple[Callable[[CpuKernel], CpuKernel], ...] = (
         orient,
         choose_loops,  # first: caching a row is worth it only if loops go along it
