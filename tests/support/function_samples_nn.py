@@ -542,6 +542,63 @@ row(
     exact=False,
 )
 
+_spoken = r(7, 3, 5).log_softmax(-1)
+_words = v(1, 2, 2, 3, -1, -1, -1, -1, -1, dtype=i64).reshape(3, 3)  # what is behind them is anything
+_cannot = _spoken.masked_fill(torch.arange(5) == 2, -inf)
+
+
+def spoken(lasts: tuple[int, ...], counts: tuple[int, ...], **how: object) -> list[Sample]:
+    """The same lengths as numbers and as tensors, of labels in rows and one after another."""
+    rows = [v(*n, dtype=i64) for n in (lasts, counts)]
+    flat = torch.cat([row[:n] for row, n in zip(_words, counts, strict=True)])
+    return [
+        S(_spoken, _words, *rows, **how),
+        S(_spoken, _words, lasts, list(counts), **how),
+        S(_spoken, flat, *rows, **how),
+        S(_spoken, flat, lasts, counts, **how),
+    ]
+
+
+def alignments(none: object, mean: object, total: object) -> list[Sample]:
+    lengths = (v(7, 5, 4, dtype=i64), v(3, 1, 0, dtype=i64))
+    return [
+        S(_spoken, _words, *lengths),
+        S(_spoken, _words, (7, 5, 4), (3, 1, 0)),
+        *(s for how in (none, mean, total) for s in spoken((7, 5, 4), (3, 1, 0), reduction=how)),
+        # no path: too few steps, or none
+        *(
+            s
+            for how in (none, mean, total)
+            for zero in (False, True)
+            for s in spoken((3, 0, 0), (3, 1, 0), reduction=how, zero_infinity=zero)
+        ),
+        S(_spoken[:2], v(1, 2, 2, 3, dtype=i64), v(2, 2, 1, dtype=i64), lengths[1], reduction=none),
+        S(_spoken[:1], _words, (1, 1, 1), (1, 1, 0), reduction=none),
+        S(_spoken.double(), _words.int(), *lengths, blank=4, reduction=none),
+        S(_spoken[:, 0], v(1, 2, dtype=i64), v(7, dtype=i64), v(2, dtype=i64), reduction=none),
+        S(_spoken[:, 0], v(1, 2, dtype=i64), (6,), (2,), reduction=mean),
+        S(_spoken[:, 0], _words[:1], v(7, dtype=i64)[0], v(3, dtype=i64)[0], reduction=total),
+        S(_spoken, torch.zeros(3, 0, dtype=i64), (7, 5, 4), (0, 0, 0), reduction=none),
+        S(_spoken.permute(1, 0, 2).contiguous().permute(1, 0, 2), _words, *lengths),
+        S(r(7, 3, 5), _words, *lengths, reduction=none),  # no logarithms of probabilities
+        S(_cannot, _words, *lengths, reduction=none),
+        S(_cannot, _words.clamp(3), *lengths, reduction=none),
+        S(_spoken, _words.clamp(0), (7, 5, 4), (3, 2, 3), reduction=none),  # blanks as labels
+        S(_spoken, _words * 0, (7, 5, 4), (2, 1, 2), reduction=none),
+        S(_spoken.bfloat16(), _words, *lengths),
+        S(_spoken, _words, *lengths, blank=5),
+        S(_spoken, _words, lengths[0].float(), lengths[1]),
+        S(_spoken, _words, lengths[0][:2], lengths[1]),
+        S(_spoken, _words, (7, 5, 8), (3, 1, 0)),
+        S(_spoken, _words, (7, 5, 7), (3, 1, 4)),
+        S(_spoken, v(1, 2, 2, dtype=i64), (7, 5, 7), (3, 1, 0)),
+        S(_spoken[:0], _words, (0, 0, 0), (3, 1, 0)),
+    ]
+
+
+row("ctc_loss", alignments("none", "mean", "sum"), exact=False)
+BY_FUNCTION[torch.ctc_loss] = alignments(0, 1, 2)
+
 row(
     "linear_cross_entropy",
     [

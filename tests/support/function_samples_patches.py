@@ -77,6 +77,43 @@ row(
     ],
     exact=False,
 )
+_sheet = r(4, 6)
+STRIDED = [
+    S(r(16), (4, 6), (3, 1), smooth=True),  # frames that overlap
+    S(r(16), (2, 3), (1, 4), 2, smooth=True),
+    S(_sheet, (2, 2), (1, 2), 1, smooth=True),
+    S(_sheet, (3, 2, 2), (6, 0, 3), smooth=True),
+    S(_sheet, (24,), (1,), 0),
+    S(_sheet, (), (), 5),
+    S(_sheet, (0, 3), (1, 1)),
+    S(_sheet.t(), (2, 3), (6, 1)),
+    S(r(2, 3, 4).permute(2, 0, 1), (6, 2), (2, 1), 12),
+    S(_sheet.bfloat16(), (5, 6), (2, 2)),
+    S(_sheet.double(), [2, 2], [6, 3], storage_offset=3, smooth=True),
+    S(r(9, dtype=i64), (3, 3), (2, 1)),
+    S(r(9, dtype=b1), (3, 3), (2, 1)),
+    no(_sheet[:, ::2], (2, 2), (6, 2)),
+    no(_sheet[1:], (2, 2), (6, 1), 0),
+    S(_sheet, (5, 6), (6, 1)),
+    S(_sheet, (2, 2), (6,)),
+    S(_sheet, (2, 2), (-1, 1)),
+    S(_sheet, (2, -2), (1, 1)),
+    S(_sheet, (2, 2), (1, 1), -1),
+]
+row("as_strided as_strided_copy", STRIDED)
+row(
+    "as_strided_scatter",
+    [
+        S(_sheet, r(2, 2), (2, 2), (1, 2), 1),
+        S(_sheet, r(2, 3), (2, 3), (12, 1)),
+        S(_sheet, r(3), (3,), (7,), 2),
+        S(_sheet.double(), r(4, 6, dtype=f64), (4, 6), (6, 1)),
+        S(r(9, dtype=i64), r(2, dtype=i64), (2,), (4,), 3),
+        S(_sheet, r(2, 2), (2, 3), (12, 1)),
+        S(_sheet, r(2, 2), (2, 2), (24, 1)),
+        no(_sheet, r(3, 3), (3, 3), (2, 1)),
+    ],
+)
 _line = r(3, 7)
 BY_FUNCTION[torch.Tensor.unfold] = [
     S(_line, 1, 3, 1, smooth=True),

@@ -140,7 +140,7 @@ def dtype_of(entry: object) -> torch.dtype | None:
 
 
 def cases(entry: object, dtype: torch.dtype, function: Callable | None = None) -> Iterator[Case]:
-    """Some of an entry's samples, small ones, from all over its list."""
+    """Some of an entry's samples, small ones if it has any, from all over its list."""
     torch.manual_seed(5)
     grad = entry.supports_autograd and dtype.is_floating_point
     samples = islice(entry.sample_inputs("cpu", dtype, requires_grad=grad), SEEN)
@@ -154,7 +154,7 @@ def cases(entry: object, dtype: torch.dtype, function: Callable | None = None) -
         Case(function, (s.input, *s.args), s.kwargs, s.output_process_fn_grad, seen)
         for s in samples
     ]
-    found = [case for case in found if case.size <= LARGEST]
+    found = [case for case in found if case.size <= LARGEST] or found
     last, step = len(found) - 1, max(1, MOST - 1)
     chosen = sorted({round(k * last / step) for k in range(MOST)}) if found else []
     return (found[k] for k in chosen)

@@ -24,7 +24,7 @@ from tracejit.capture.trace.tensor import (
     broadcast_shape,
 )
 from tracejit.capture.trace.trace import Trace
-from tracejit.capture.trace.views import put_through
+from tracejit.capture.trace.views import put_through, repeats
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import contiguous_strides
@@ -213,7 +213,7 @@ def _with_history(t: Trace, out: Tensor, value: Value, is_input: bool, reason: s
     h = t.lift(out)
     if h.is_real and not is_input:
         raise t.unsupported("A custom Function returns a tensor from outside the step; clone it")
-    if any(name == "expand" for name, _ in h.steps):
+    if repeats(h.steps):
         storage, steps = Storage(value, contiguous_strides(h.shape)), ()
         family = Family(storage, value)
         h = Handle(family, (), h.shape, storage.strides, 0, h.dtype, h.device, Version())

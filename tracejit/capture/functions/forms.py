@@ -50,6 +50,7 @@ def _slice(
 
 _VIEWS: dict[str, Callable] = {
     "alias_copy": lambda input: input,
+    "as_strided_copy": torch.as_strided,
     "diagonal_copy": torch.diagonal,
     "expand_copy": lambda input, size: input.expand(size),
     "permute_copy": torch.permute,

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tracejit.capture.functions.common import normal_axis
+from tracejit.autodiff import zeros
+from tracejit.capture.functions.common import cast, normal_axis
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.trace.tensor import Ints, is_dense
 from tracejit.capture.trace.trace import Trace
+from tracejit.capture.trace.views import places
+from tracejit.ir.graph import Builder, Value
 
 Tensor = torch.Tensor
 _C = torch._C._VariableFunctions
@@ -85,6 +88,39 @@ def slice_scatter(
         raise t.shape_error("slice step must be positive")
     index = (*(slice(None),) * axis, slice(start, end, step))
     return _replaced(t, input, src, lambda x: x[index])
+
+
+@composed(torch.as_strided_scatter, Tensor.as_strided_scatter)
+def as_strided_scatter(
+    t: Trace,
+    input: Tensor,
+    src: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> Tensor:
+    """torch's derivative by `input` is that of the elements that are replaced, none of the rest."""
+    h, shape = t.lift(input), tuple(map(int, size))
+    if h.offset:
+        raise t.unsupported("as_strided_scatter into a part of a tensor has no rule; clone it")
+    if t.grad_on and t.requires_grad(h) and not h.is_contiguous:
+        raise t.shape_error("as_strided_scatter: a tensor that requires grad must be contiguous")
+    with torch.no_grad():
+        out = _replaced(t, input, src, lambda x: x.as_strided(shape, stride, storage_offset))
+    x, given, made = t.read(h), t.read(t.lift(src)), t.lift(out)
+    start, strides = int(storage_offset or 0), tuple(map(int, stride))
+
+    def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> list[Value | None]:
+        row = b.reshape(cts[0], shape=(h.numel,))
+        index = places(t, row, shape=shape, strides=strides, start=start)
+        part = b.gather(row, index, axis=0)
+        of_input = b.scatter(zeros(b, row), index, part, axis=0, combine="last")
+        of_src = cast(t, b.reshape(part, shape=shape), given.type.dtype)
+        return [b.reshape(of_input, shape=h.shape), of_src]
+
+    with t.untaped():
+        value = t.b.alias(t.read(made))
+    return t.fresh(t.derive("as_strided_scatter", (x, given), value, vjp), made.strides)
 
 
 @composed(Tensor.fill_diagonal_)

@@ -215,7 +215,7 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         *_BOTH,
         (
             _float32,
-            "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d "
+            "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d ctc_loss "
             "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
             "max_unpool2d max_unpool3d grid_sampler "
             "grid_sampler_2d grid_sampler_3d",

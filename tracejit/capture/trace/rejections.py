@@ -8,6 +8,7 @@ from __future__ import annotations
 from tracejit.autodiff import Entry
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.tensor import Handle
+from tracejit.capture.trace.views import repeats
 from tracejit.ir.graph import Node, Value
 
 
@@ -31,8 +32,8 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
             "x[int(i)], or x[i].clone()"
         )
-    if any(name == "expand" for name, _ in handle.steps):
-        raise t.unsupported("Write to the tensor that was expanded")
+    if repeats(handle.steps):
+        raise t.unsupported("Write to the tensor that was expanded, or that as_strided was given")
 
 
 def _check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> None:

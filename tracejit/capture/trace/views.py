@@ -1,19 +1,21 @@
 """View chains: how a tensor's value is read from its storage's, and written back to it.
 
 A step is a movement primitive and its attributes, or a *stretch*: the elements of an axis from a
-place on that is known only when the plan runs, as in `buffer[self.n]`. In: the storage's value and
-the steps. Out: the value of the view; or, once the view was written to, the storage's new value.
+place on that is known only when the plan runs, as in `buffer[self.n]`, or a *pick*: the elements of
+a row at fixed places, as `as_strided` has them. In: the storage's value and the steps. Out: the
+value of the view; or, once the view was written to, the storage's new value.
 """
 
 from __future__ import annotations
 
 from tracejit.capture.trace.state import TraceState
-from tracejit.capture.trace.tensor import Step
+from tracejit.capture.trace.tensor import Ints, Step
 from tracejit.ir import types
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import i64
 
 STRETCH = "stretch"
+PICK = "pick"
 
 
 def stretch(axis: int, size: int, at: Value) -> Step:
@@ -21,11 +23,37 @@ def stretch(axis: int, size: int, at: Value) -> Step:
     return STRETCH, (("axis", axis), ("size", size), ("at", at))
 
 
+def pick(shape: Ints, strides: Ints, start: int) -> Step:
+    """The elements start + Σ i·stride of a row, for all i below `shape`; all are inside."""
+    return PICK, (("shape", shape), ("strides", strides), ("start", start))
+
+
+def repeats(steps: tuple[Step, ...]) -> bool:
+    """Whether several elements of a view may be one in memory."""
+    picks = (dict(attrs) for name, attrs in steps if name == PICK)
+    expanded = any(name == "expand" for name, _ in steps)
+    return expanded or any(_meet(p["shape"], p["strides"]) for p in picks)
+
+
+def _meet(shape: Ints, strides: Ints) -> bool:
+    """Whether two places may be one: no axis goes past all that those of shorter strides reach."""
+    reach = 0
+    for stride, n in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
 def apply_steps(t: TraceState, value: Value, steps: tuple[Step, ...]) -> Value:
     """Follow a view chain from a storage's value."""
     for name, attrs in steps:
         if name == STRETCH:
             value = _read(t, value, **dict(attrs))
+        elif name == PICK:
+            index = places(t, value, **dict(attrs))
+            picked = t.b.gather(value, index, axis=0)
+            value = t.b.reshape(picked, shape=dict(attrs)["shape"])
         else:
             value = getattr(t.b, name)(value, **dict(attrs))
     return value
@@ -42,6 +70,9 @@ def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value)
     b, shape = t.b, base.type.shape
     if name == STRETCH:
         return _write(t, base, new, **attrs)
+    if name == PICK:
+        row = b.reshape(new, shape=(new.type.numel,))
+        return b.scatter(base, places(t, base, **attrs), row, axis=0, combine="last")
     if name == "reshape":
         return b.reshape(new, shape=shape)
     if name == "permute":
@@ -110,3 +141,14 @@ def _spread(b: Builder, x: Value, axis: int, extent: int, at: Value) -> tuple[Va
     place = b.sub(place, at)
     inside = b.and_(b.ge(place, 0), b.lt(place, size))
     return inside, b.gather(x, place, axis=axis)
+
+
+def places(t: TraceState, row: Value, *, shape: Ints, strides: Ints, start: int) -> Value:
+    """Where in a row the elements stand that are picked: a row as well."""
+    b, device = t.b, row.type.device
+    total = b.full(start, shape=shape, dtype=i64, device=device)
+    for axis, stride in enumerate(strides):
+        if shape[axis] > 1 and stride:
+            place = b.iota(axis=axis, shape=shape, dtype=i64, device=device)
+            total = b.add(total, b.mul(place, stride))
+    return b.reshape(total, shape=(total.type.numel,))
