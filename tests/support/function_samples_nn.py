@@ -543,7 +543,7 @@ row(
 )
 
 _spoken = r(7, 3, 5).log_softmax(-1)
-_words = v(1, 2, 2, 3, -1, -1, -1, -1, -1, dtype=i64).reshape(3, 3)  # what is behind them is anything
+_words = v(1, 2, 2, 3, -1, -1, -1, -1, -1, dtype=i64).reshape(3, 3)  # -1: behind the last one
 _cannot = _spoken.masked_fill(torch.arange(5) == 2, -inf)
 
 
