@@ -169,6 +169,7 @@ def primitives(graph: Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.sweep(2)
 def test_forms(name):
     """Equal to eager in replay, also where a row sees no key; nothing of the scores' size."""
     step = training(FORMS[name])
