@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tracejit.runtime.executor import Executor
 
 pytest.register_assert_rewrite("support")
+gc.set_threshold(20_000, 20, 20)  # tests make objects by the million, and gc takes its part of each
 
 os.environ["TRACEJIT_VERIFY"] = "1"
 os.environ["TRACEJIT_ON_UNSUPPORTED"] = "raise"  # so that nothing hides; see test_fallback.py

@@ -73,6 +73,7 @@ def test_float_helpers_compile(dtype, target):
 
 
 @each_target
+@pytest.mark.sweep(2)
 def test_int_helpers_compile(target):
     signature = pointers("i32", "x_ptr", "y_ptr", "out_ptr")
     facts = compile_for(every_int_helper, signature, {"N": 1024, "BLOCK": 128}, target=target)
@@ -81,12 +82,14 @@ def test_int_helpers_compile(target):
 
 @mostly_90
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "i64"])
+@pytest.mark.sweep(2)
 def test_block_reductions_compile(dtype, target):
     signature = pointers(dtype, "x_ptr", "out_ptr")
     check_limits(compile_for(block_reductions, signature, {"BLOCK": 1024}, target=target))
 
 
 @each_target
+@pytest.mark.sweep(2)
 def test_half_chain_compiles(target):
     signature = pointers("bf16", "x_ptr", "y_ptr", "out_ptr")
     constants = {"N": 4096, "BLOCK": 1024}

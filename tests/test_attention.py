@@ -47,7 +47,7 @@ def test_programs_train_like_eager_and_replay(net):
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_programs_in_lockstep(net):
     step, state = make_step(net)
     compiled = assert_equal_to_eager(step, calls=4, state=state, on_unsupported="raise")

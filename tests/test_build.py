@@ -220,7 +220,7 @@ def bits(t: torch.Tensor) -> bytes:
 
 
 @pytest.mark.parametrize("calls", [0, 3])
-@pytest.mark.sweep(2)
+@pytest.mark.slow
 def test_all_is_as_before(calls):
     """Of a step that has not run yet, and of one that has."""
     trainer = Trainer()

@@ -277,6 +277,7 @@ step(%0: f32[{m},{n}]) {{
 
 @pytest.mark.parametrize("m, n", [(5, 7), (300, 1001), (1001, 300), (3, 5000), (5000, 3)])
 @pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.sweep(2)
 def test_softmax_by_rows_and_columns(m, n, axis, plans):
     kept, one = (n, f"1,{n}") if axis == 0 else (m, f"{m},1")
     plans.both(SOFTMAX.format(m=m, n=n, axis=axis, kept=kept, one=one))
@@ -310,7 +311,7 @@ def test_full_reduction_is_as_accurate_as_torch(plans):
 
 
 @pytest.mark.parametrize("block", range(4))
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_random_programs(block, quick, plans):
     for seed in range(block * 10, block * 10 + 10):
         graph = RandomProgram(seed).graph()

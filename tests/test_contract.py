@@ -161,6 +161,7 @@ def test_a_step_that_keeps_making_plans_warns_once_with_the_cause():
     ],
 )
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(2)
 def test_a_number_of_elements_that_varies_is_told_once_with_a_remedy(find, remedy, mode):
     step = tracejit.compile(lambda x: find(x), mode=mode)
     with warnings.catch_warnings(record=True) as caught:

@@ -561,7 +561,7 @@ def test_an_observer_that_fails():
 
 
 @pytest.mark.parametrize("build", [build_mlp, build_block, build_noise, build_accumulation])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(4)
 def test_the_public_check_draws_the_same_in_float64(build):
     torch.manual_seed(2)
     assert_equal_to_eager(build(), calls=4)

@@ -193,6 +193,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 @pytest.mark.parametrize("when", ["at first", "in replay"])
+@pytest.mark.sweep(2)
 def test_refused_values_raise_before_anything_is_written(name, when):
     function, bad = VALUES[name]
     counter, weight = torch.zeros(3), torch.ones(3, requires_grad=True)
@@ -469,6 +470,7 @@ STEPS = {
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(2)
 def test_steps_train_like_eager_in_replay(name, backend):
     step, args = STEPS[name]()
     options = {"backend": backend, "on_unsupported": "raise"}

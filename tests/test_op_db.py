@@ -72,7 +72,7 @@ def test_operator_in_further_dtypes(name: str):
     assert [o.kind for o in found] == FURTHER_OF[name], [o.reason for o in found]
 
 
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 @pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if kind != "none"])
 def test_optimizer(name: str):
     """A setting of an optimizer trains as eager does, in lockstep, without a fallback."""

@@ -33,7 +33,7 @@ TABLE = [
 
 
 @pytest.mark.parametrize(("name", "options", "plans", "foreach"), TABLE)
-@pytest.mark.sweep(3)
+@pytest.mark.sweep(5)
 def test_fifty_steps(name, options, plans, foreach):
     """The Python runs on every call; where `foreach` is left open, it is replayed."""
     make = training(lambda p: getattr(torch.optim, name)(p, foreach=foreach, **options))

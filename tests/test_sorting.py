@@ -45,6 +45,7 @@ def rows(dtype: torch.dtype, n: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.sweep(2)
 def test_sorts_as_eager(dtype: torch.dtype, backend: str):
     """Values and places of all, and of the first few."""
 

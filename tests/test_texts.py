@@ -50,7 +50,7 @@ def check(graph: Graph) -> None:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.sweep(4)
+@pytest.mark.sweep(8)
 def test_programs(name):
     step, _ = PROGRAMS[name].make(**PROGRAMS[name].small)
     captured = captured_of(step)

@@ -173,6 +173,7 @@ def test_two_optimizers_of_a_gan():
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.99])
+@pytest.mark.sweep(2)
 def test_exponential_average_of_a_model(decay):
     """A copy that follows the model, read in eval between the calls."""
 
@@ -335,7 +336,7 @@ def loader(n: int = 22, batch: int = 5, *, shuffle: bool = True, as_dict: bool =
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("as_dict", [False, True])
 @pytest.mark.parametrize("backend", ["numpy", "c"])
-@pytest.mark.sweep(2)
+@pytest.mark.sweep(3)
 def test_epochs_of_a_data_loader(shuffle, as_dict, backend):
     """One plan for each shape; no trace after the first epoch in which each shape came twice."""
     runs = []
@@ -387,6 +388,7 @@ class DynamicNet(nn.Module):
 
 
 @pytest.mark.parametrize("backend", ["numpy", "c"])
+@pytest.mark.sweep(2)
 def test_dynamic_net(backend):
     def make():
         model = DynamicNet()

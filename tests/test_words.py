@@ -207,7 +207,7 @@ def told(change: Callable[[World], object], twice: bool) -> tuple:
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
 @pytest.mark.parametrize("name", CHANGES)
-@pytest.mark.sweep(8)
+@pytest.mark.sweep(16)
 def test_guards_say_the_same_with_words_and_without(monkeypatch, name, twice):
     """And so they do when they are asked again."""
     found = told(CHANGES[name], twice)

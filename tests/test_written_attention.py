@@ -169,6 +169,7 @@ def primitives(graph: Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.sweep(2)
 def test_forms(name):
     """Equal to eager in replay, also where a row sees no key; nothing of the scores' size."""
     step = training(FORMS[name])
@@ -241,6 +242,7 @@ STAYS: dict[str, Form] = {
     "a bias with a gradient": lambda q, k, v: weighed(scores(q, k) + k.sum(-1)[..., None], v),
     "a number that hides little": hidden(PADDED[:, None, None], -2.0),
     "a negative scale": lambda q, k, v: weighed(q @ k.mT * -0.5, v),
+    "one row of scores": lambda q, k, v: F.softmax(k[0, 0] @ q[0, 0, 0], -1) @ v[0, 0] + q + k + v,
     "a cap": lambda q, k, v: weighed(torch.tanh(scores(q, k)), v),
 }
 

@@ -402,6 +402,7 @@ row(
         S(0, -7, 5, dtype=i32),
         S(v(0.5)[0], 3, 5),
         S(0, v(2.5)[0], 8, dtype=f64),
+        S(v(0.5, 1, 2), 3, 5),
         S(v(1, dtype=i64)[0], v(2.5)[0], 7),
         S(r(2), 1, 3),
     ],
@@ -416,6 +417,7 @@ row(
         S(v(0.5)[0], 3, 5),
         S(0, 1, 1),
         S(0, 1, 0),
+        S(v(0.5, 1, 2), 3, 5),
         S(0, 1, 5, dtype=bf16),
         no(0, 4, 5, dtype=i64),
     ],
@@ -940,7 +942,8 @@ row(
 
 
 REDUCED = [
-    S(*s.args, reduce, include_self=own, smooth=s.smooth)
+    # eager's second derivative of a product is not exactly zero where it should be
+    S(*s.args, reduce, include_self=own, smooth=s.smooth and reduce != "prod")
     for s in SCATTERED
     if not s.refused and s.args[3].shape == s.args[2].shape
     for reduce in ("sum", "mean", "prod", "amax", "amin")

@@ -269,8 +269,8 @@ row(
     "linalg_matrix_norm",
     [
         *(S(wide(3, 4), order, smooth=order in ("fro", "nuc", 2)) for order in _orders),
-        *(S(wide(2, 3, 4), order, (0, 2), True) for order in _orders),
-        *(S(wide(2, 3, 4), order, (-1, 0)) for order in _orders),
+        *(S(wide(2, 3, 4, dtype=f64), order, (0, 2), True) for order in _orders),
+        *(S(wide(2, 3, 4, dtype=f64), order, (-1, 0)) for order in _orders),
         S(wide(3, 4, dtype=f64), "nuc"),
         S(wide(3, 4), dtype=f64),
         S(r(3, 4, dtype=bf16), 1),

@@ -130,6 +130,8 @@ class _Match:
         self.product = self._product(self.scores)
         q, k = self.product.args
         kind, batch = self.scores.type, self.scores.type.shape[:-2]
+        if len(kind.shape) < 2:
+            raise Unknown
         m, n = kind.shape[-2:]
         if self.product.out.type.shape[-2:] != (m, n) or kind.dtype not in (f32, f64):
             raise Unknown
