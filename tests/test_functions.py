@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 
 import pytest
 import torch
 
+import tracejit
 from support.function_checks import (
     check_gradients,
     check_runtime_scalars,
@@ -116,3 +118,62 @@ DIFFERENTIABLE = [f for f in OTHERS if not is_logic_in_place(f)]
 @pytest.mark.sweep(8)
 def test_gradients(function: Callable):
     on_each_sample(check_gradients, function, samples_of(function))
+
+
+SHARES = (0.5, 0.69, 0.71, 0.875, 0.96875, 1.0, 1.0078125, 1.125, 1.28125, 1.3125, 1.5, 2.0)
+
+
+def _poisson(a: int, x: float) -> float:
+    """Q(a, x) of a whole a: the chance of less than a events where x are expected."""
+    with localcontext() as context:
+        context.prec = 60
+        mean = Decimal(x)
+        term = total = (-mean).exp()
+        for k in range(1, a):
+            term = term * mean / k
+            total += term
+    return float(total)
+
+
+def test_incomplete_gamma_functions_of_large_arguments():
+    """Near x = a torch's own float64 is exact to nine digits only."""
+    places = [(a, a * share) for a in (21, 50, 199, 200, 201, 1000) for share in SHARES]
+    upper = torch.tensor([_poisson(a, x) for a, x in places], dtype=torch.float64)
+    a = torch.tensor([a for a, _ in places], dtype=torch.float64)
+    x = torch.tensor([x for _, x in places], dtype=torch.float64)
+    step = tracejit.compile(
+        lambda a, x: (torch.igammac(a, x), torch.igamma(a, x)), on_unsupported="raise"
+    )
+    ours, lower = step(a, x)
+    torch.testing.assert_close(ours, upper, rtol=2e-12, atol=1e-300)
+    torch.testing.assert_close(lower, 1 - upper, rtol=0, atol=1e-14)
+    ours, lower = step(a.float(), x.float())
+    torch.testing.assert_close(ours, upper.float(), rtol=0, atol=4e-6)
+    torch.testing.assert_close(lower, 1 - upper.float(), rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize("name", ["igamma", "igammac", "zeta"])
+def test_slopes_by_one_argument(name: str):
+    """Eager has a derivative by the second argument alone, here with a first that has its own."""
+    function = getattr(torch.special, name.replace("igamma", "gammainc"))
+    first = torch.tensor([1.25, 2.0, 3.5, 9.0, 40.0], dtype=torch.float64)
+
+    def step(x, first):
+        (slope,) = torch.autograd.grad(function(first.detach(), x).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad((slope * slope).sum(), x)
+        return slope.detach(), second
+
+    def x():
+        return torch.tensor([0.3, 2.5, 1.0, 12.0, 38.0], dtype=torch.float64, requires_grad=True)
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for ours, eager in zip(compiled(x(), first), step(x(), first), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
+
+    def by_first(first, x):
+        return torch.autograd.grad(function(first, x).sum(), first)
+
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        by_first(first.requires_grad_(), x())
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        tracejit.compile(by_first, on_unsupported="raise")(first, x())

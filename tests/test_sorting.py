@@ -91,3 +91,16 @@ def test_a_long_row_in_many_chunks():
         step(long, many), (long.sort(stable=True), many.sort(dim=0, stable=True)), strict=True
     ):
         assert torch.equal(ours.values, eager.values) and torch.equal(ours.indices, eager.indices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.uint8], ids=str)
+def test_the_mode_of_a_long_row(dtype: torch.dtype):
+    """The smallest of the most frequent values, and a place where it stands; in linear work after
+    the sort: comparing each with each would take 10¹⁰ elements."""
+    torch.manual_seed(2)
+    x = torch.randint(0, 200, (2, 100_001)).to(dtype)
+    x[1, 1::2] = 77
+    step = tracejit.compile(lambda x: x.mode(1), on_unsupported="raise")
+    values, places = step(x)
+    assert torch.equal(values, x.mode(1).values) and values[1] == 77
+    assert torch.equal(x.gather(1, places[:, None])[:, 0], values)

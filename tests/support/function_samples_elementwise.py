@@ -203,6 +203,58 @@ _wide = [S(v(-20.0, -8.0, -3.0, -0.0, 0.0, 1e-6, 5.0, 8.0, 8.1, 60.0)), S(r(9, d
 for _name in ("i0", "i0e", "i1", "i1e"):
     row(also(_name), [*_inner, *_wide], exact=False)
 
+# eager differentiates by x alone, so where a is of integers; its float64 is inexact near a large a
+_gammas = [
+    S(r(9, low=0.1, high=9.0), r(9, low=0.1, high=12.0)),
+    S(v(1, 1, 2, 3, 7, dtype=i64), r(5, low=0.1, high=9.0), smooth=True),
+    S(v(1, 30, 300, dtype=i64), v(50.0, 31.0, 290.0), smooth=True),
+    S(r(123, dtype=f64, low=0.001, high=19.0), r(123, dtype=f64, low=0.05, high=1.0)),
+    S(r(123, dtype=f64, low=0.001, high=19.0), r(123, dtype=f64, low=1.2, high=30.0)),
+    S(r(3, 1, low=0.1, high=9.0), r(1, 4, low=0.1, high=9.0)),
+    S(r(4, 3, low=0.5, high=2.0).t(), r(3, 4, low=0.1, high=2.0)),
+    S(r(0), r(1)),
+    S(r(123, low=0.001, high=2.0), r(low=0.5, high=0.9)),
+    S(r(123, low=20.0, high=400.0), r(123, low=10.0, high=500.0)),
+    S(r(123, low=20.0, high=40.0), r(123, low=15.0, high=50.0)),
+    S(
+        v(1e-3, 1e-3, 0.3, 20.5, 199.0, 201.0, 1e3, 1e3, 1e3),
+        v(1e-3, 30, 1.1, 20, 199, 205, 900, 1e3, 1300),
+    ),
+    S(r(9, dtype=bf16, low=0.1, high=9.0), r(9, dtype=bf16, low=0.1, high=9.0)),
+    S(r(9, dtype=f16, low=0.1, high=9.0), r(9, dtype=f16, low=0.1, high=9.0)),
+    S(r(3, low=0.1), r(3, dtype=f64, low=0.1)),
+    S(r(3, dtype=i64), r(3, dtype=i64)),
+    S(r(3, low=0.1), 2.0),
+]
+_EDGES = (0.0, -0.0, 1.0, -1.0, 0.5, 300.0, inf, -inf, nan)
+_edge_pairs = [(a, x) for a in _EDGES for x in _EDGES if not a == x == 300]
+_EDGE_A, _EDGE_X = (v(*column) for column in zip(*_edge_pairs, strict=True))
+_gammas += [S(_EDGE_A, _EDGE_X), S(_EDGE_A.double(), _EDGE_X.double())]
+row("igamma igamma_ igammac igammac_ special_gammainc special_gammaincc", _gammas, exact=False)
+_zetas = [
+    S(r(9, low=1.2, high=9.0), r(9, low=0.1, high=9.0)),
+    S(r(9, dtype=f64, low=1.01, high=9.0), r(9, dtype=f64, low=0.1, high=40.0)),
+    S(r(3, 1, low=1.1, high=9.0), r(1, 4, low=0.3, high=9.0)),
+    S(r(4, 3, low=1.5, high=9.0).t(), r(3, 4, low=0.5, high=9.0)),
+    S(2.0, r(5, low=0.3), smooth=True),
+    S(3, r(5, dtype=f64, low=0.3, high=9.0), smooth=True),
+    S(3, v(-0.3, -2.25, 0.01), smooth=True),
+    S(v(2, 5, 3, dtype=i64), r(3, low=0.3), smooth=True),
+    S(r(5, low=1.5, high=9.0), 1.5),
+    S(2, v(1, 2, 3, 50, dtype=i64)),
+    S(v(2, 3, 4, 9, dtype=i64), v(1, 2, -3, 0, dtype=i64)),
+    S(v(2, 3, 4, 7, 2, 3), v(-0.5, -2.25, -3.75, -0.3, -7.5, -10.2)),
+    S(v(2, 3, 4, 7, 2, 3, dtype=f64), v(-0.5, -2.25, -3.75, -0.3, -7.5, -10.2, dtype=f64)),
+    S(v(2.5, 2.5, 1.0, 0.5, 200, 200, 1e10, 40, 40), v(-0.5, -2, -0.5, 1, 1, 100, 10, 10, 2)),
+    S(_EDGE_A + 1, _EDGE_X),
+    S(_EDGE_A.double() + 1, _EDGE_X.double()),
+    S(r(0), r(1)),
+    S(r(3, dtype=b1), r(3, dtype=b1)),
+    S(r(3, dtype=bf16), r(3)),
+    S(2.0, r(3, dtype=f16)),
+]
+row("special_zeta", _zetas, exact=False)
+
 _undifferentiated = [
     *layouts(),
     v(0.0, -0.0, 0.3, 0.5, -2.0, 30.0, inf, -inf, nan),

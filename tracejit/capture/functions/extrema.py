@@ -39,7 +39,7 @@ def _arg(name: str):
         if h.dtype is b1:
             raise t.shape_error(f"\"arg{name}_cpu\" not implemented for 'Bool'")
         axis = 0 if dim is None else normal_axis(t, dim, len(h.shape))
-        _require_elements(t, h, None if dim is None else axis, f"arg{name}()")
+        require_elements(t, h, None if dim is None else axis, f"arg{name}()")
         with t.untaped():
             x = t.read(h)
             flat = dim is None or not h.shape
@@ -54,7 +54,8 @@ def _arg(name: str):
     return rule
 
 
-def _require_elements(t: Trace, h: Handle, axis: int | None, name: str) -> None:
+def require_elements(t: Trace, h: Handle, axis: int | None, name: str) -> None:
+    """Refuse a reduction without a value: of no elements."""
     if axis is None and not h.numel:
         raise AxisError(
             where=location.full(),
@@ -71,7 +72,7 @@ def _with_index(t: Trace, input: Tensor, dim: int, keepdim: bool, name: str) -> 
     """max and min along a dim: the gradient goes to the element that the index names."""
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
-    _require_elements(t, h, axis, f"{name}()")
+    require_elements(t, h, axis, f"{name}()")
     x = t.read(h)
     made = getattr(torch.return_types, name)
     if not h.shape:

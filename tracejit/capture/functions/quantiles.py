@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from tracejit.capture.functions.common import normal_axes, normal_axis
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import derived
+from tracejit.capture.functions.extrema import require_elements
 from tracejit.capture.functions.movement import preserved_strides
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace.bounds import between, require
@@ -156,16 +155,20 @@ def mode(t: Trace, input: Tensor, dim: int = -1, keepdim: bool = False) -> objec
     axis = normal_axis(t, dim, len(h.shape))
     if not h.shape:
         return torch.return_types.mode((input.clone(), torch.zeros((), dtype=torch.long)))
-    if not h.numel or h.dtype is b1:
-        raise t.unsupported("The mode of no elements, or of bools, has no rule")
     n = h.shape[axis]
-    times = (input.unsqueeze(axis) == input.unsqueeze(axis + 1)).sum(axis + 1)
-    often = times == times.amax(axis, keepdim=True)
-    most = math.inf if h.dtype.is_float else torch.iinfo(input.dtype).max
+    require_elements(t, h, axis, "mode()")
     with torch.no_grad():
-        least = torch.where(often, input, most).amin(axis, keepdim=True)
-    place = torch.arange(n, device=input.device).reshape([-1] + [1] * (len(h.shape) - 1 - axis))
-    index = torch.where(often & (input == least), place, 0).amax(axis, keepdim=True)
+        order = input.argsort(axis)
+        found = input.gather(axis, order)
+        changes = found.narrow(axis, 1, n - 1) != found.narrow(axis, 0, n - 1)
+        at = torch.arange(n, device=input.device).reshape([-1] + [1] * (len(h.shape) - 1 - axis))
+        # where the run of equal elements begins that an element stands in
+        starts = torch.where(changes, at[1:], 0)
+        first = torch.zeros_like(found.narrow(axis, 0, 1), dtype=torch.long)
+        starts = torch.cat([first, starts], axis).cummax(axis).values
+        last = (at - starts).argmax(axis, keepdim=True)  # the end of the first longest run
+        t.ranges[t.read(t.lift(last))] = 0, n - 1
+        index = order.gather(axis, last)
     t.ranges[t.read(t.lift(index))] = 0, n - 1
     values = input.gather(axis, index)
     if not keepdim:

@@ -1,4 +1,4 @@
-"""Special functions: log Γ and its derivatives, inverses of the error function, Bessel's I0 and I1.
+"""Special functions: log Γ, its derivatives, inverses of the error function, Bessel's I0, I1; zeta.
 
 Each is a range reduction by an identity of Abramowitz and Stegun (chapters 6, 7, 9 and 26), and a
 Chebyshev series in the rest (`series.py`). Slopes are torch's own derivatives.
@@ -13,9 +13,9 @@ from functools import wraps
 import torch
 
 from tracejit.capture.functions import series, zeta
-from tracejit.capture.functions.common import as_float, pointwise, register
+from tracejit.capture.functions.common import as_float, operand, pointwise, register, result_dtype
 from tracejit.capture.functions.composites import composed, in_torch
-from tracejit.capture.functions.rows import elementwise, emitted, function_of
+from tracejit.capture.functions.rows import elementwise, emitted, function_of, undefined
 from tracejit.capture.trace.table import Formula, Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -24,7 +24,7 @@ from tracejit.ir.graph import Value
 Tensor = torch.Tensor
 
 
-def _chebyshev(t: Trace, u: Value, coefficients: tuple[float, ...]) -> Value:
+def chebyshev(t: Trace, u: Value, coefficients: tuple[float, ...]) -> Value:
     """The sum of c[k]·T[k](u), u within -1 … 1, by Clenshaw's recurrence."""
     b, twice = t.b, t.b.add(u, u)
     last = b.add(b.mul(u, 0.0), coefficients[-1])
@@ -34,7 +34,7 @@ def _chebyshev(t: Trace, u: Value, coefficients: tuple[float, ...]) -> Value:
     return b.add(b.sub(b.mul(u, last), before), coefficients[0])
 
 
-def _polynomial(t: Trace, x: Value, *coefficients: float) -> Value:
+def polynomial(t: Trace, x: Value, *coefficients: float) -> Value:
     """c[0] + c[1]·x + c[2]·x² + …, by Horner's rule."""
     total = t.b.mul(x, coefficients[-1])
     for c in reversed(coefficients[1:-1]):
@@ -43,6 +43,14 @@ def _polynomial(t: Trace, x: Value, *coefficients: float) -> Value:
 
 
 # ---- gamma
+
+
+def stirling(t: Trace, x: Value) -> Value:
+    """What Stirling's formula leaves of log Γ(x), for x from 3."""
+    b = t.b
+    over = b.div(1.0, x)
+    rest = chebyshev(t, b.sub(b.mul(b.mul(over, over), 18.0), 1.0), series.LGAMMA_FAR)
+    return b.mul(over, rest)
 
 
 def _lgamma(t: Trace, x: Value) -> Value:
@@ -54,14 +62,12 @@ def _lgamma(t: Trace, x: Value) -> Value:
     small = b.lt(z, 1.0)
     near = b.where(small, b.add(z, 1.0), b.minimum(z, 3.0))
     zeros = b.mul(b.sub(near, 1.0), b.sub(near, 2.0))
-    inner = b.mul(zeros, _chebyshev(t, b.sub(near, 2.0), series.LGAMMA_NEAR))
+    inner = b.mul(zeros, chebyshev(t, b.sub(near, 2.0), series.LGAMMA_NEAR))
     inner = b.where(small, b.sub(inner, b.log(z)), inner)
     far = b.maximum(z, 3.0)
-    over = b.div(1.0, far)
-    rest = _chebyshev(t, b.sub(b.mul(b.mul(over, over), 18.0), 1.0), series.LGAMMA_FAR)
     # (x - 1/2)·log(x) - x as one product, as both may be infinite
     outer = b.mul(b.sub(far, 0.5), b.sub(b.log(far), 1.0))
-    outer = b.add(b.add(outer, b.mul(over, rest)), 0.5 * math.log(2 * math.pi) - 0.5)
+    outer = b.add(b.add(outer, stirling(t, far)), 0.5 * math.log(2 * math.pi) - 0.5)
     value = b.where(b.lt(z, 3.0), inner, outer)
     sine, _ = zeta.half_turns(t, x)
     mirrored = b.sub(b.sub(math.log(math.pi), b.log(b.abs(sine))), value)
@@ -86,7 +92,7 @@ def _digamma(t: Trace, x: Value) -> Value:
         z = b.where(small, b.add(z, 1.0), z)
     over = b.div(1.0, z)
     square = b.mul(over, over)
-    tail = _polynomial(t, square, *_DIGAMMA_TAIL)
+    tail = polynomial(t, square, *_DIGAMMA_TAIL)
     value = b.sub(b.sub(b.log(z), b.mul(over, 0.5)), b.mul(square, tail))
     value = b.where(b.eq(z, math.inf), z, b.sub(value, total))
     sine, cosine = zeta.half_turns(t, x)
@@ -108,7 +114,7 @@ def _trigamma(t: Trace, x: Value) -> Value:
         z = b.add(z, 1.0)
     over = b.div(1.0, z)
     square = b.mul(over, over)
-    tail = b.mul(square, _polynomial(t, square, 1 / 6, -1 / 30, 1 / 42))
+    tail = b.mul(square, polynomial(t, square, 1 / 6, -1 / 30, 1 / 42))
     total = b.add(total, b.mul(b.add(b.add(b.mul(over, 0.5), 1.0), tail), over))
     sine = b.sin(b.mul(x, math.pi))  # not the distance's: near poles as inexact as eager
     return b.where(below, b.sub(b.div(math.pi**2, b.mul(sine, sine)), total), total)
@@ -173,8 +179,8 @@ def _tail(t: Trace, q: Value) -> Value:
     Newton's steps on the logarithm of erfc, which is almost a parabola."""
     b = t.b
     root = b.sqrt(b.mul(b.log(b.mul(q, 0.5)), -2.0))
-    above = _polynomial(t, root, 2.515517, 0.802853, 0.010328)
-    below = _polynomial(t, root, 1.0, 1.432788, 0.189269, 0.001308)
+    above = polynomial(t, root, 2.515517, 0.802853, 0.010328)
+    below = polynomial(t, root, 1.0, 1.432788, 0.189269, 0.001308)
     x = b.mul(b.sub(root, b.div(above, below)), math.sqrt(0.5))
     for _ in range(3):
         here = b.erfc(x)
@@ -187,7 +193,7 @@ def _center(t: Trace, y: Value) -> Value:
     """x with erf(x) = y, for |y| up to 1/2: the power series, and Newton's steps."""
     b, pi = t.b, math.pi
     rise = (1.0, pi / 12, 7 * pi**2 / 480, 127 * pi**3 / 40320)
-    x = b.mul(b.mul(y, math.sqrt(pi) / 2), _polynomial(t, b.mul(y, y), *rise))
+    x = b.mul(b.mul(y, math.sqrt(pi) / 2), polynomial(t, b.mul(y, y), *rise))
     for _ in range(2):
         slope = b.mul(b.exp(b.mul(x, x)), math.sqrt(pi) / 2)
         x = b.sub(x, b.mul(b.sub(b.erf(x), y), slope))
@@ -217,7 +223,7 @@ def _erfcx(t: Trace, x: Value) -> Value:
     b = t.b
     size = b.abs(x)
     u = b.div(b.sub(size, 3.75), b.add(size, 3.75))
-    value = b.div(_chebyshev(t, u, series.ERFCX), b.add(b.add(size, size), 1.0))
+    value = b.div(chebyshev(t, u, series.ERFCX), b.add(b.add(size, size), 1.0))
     value = b.where(b.eq(x, math.inf), 0.0, value)
     mirrored = b.sub(b.mul(b.exp(b.mul(x, x)), 2.0), value)
     return b.where(b.lt(x, 0.0), mirrored, value)
@@ -272,11 +278,11 @@ def _bessel(
     """A series of x up to 8, and one of 1 / x beyond."""
     b = t.b
     close = b.minimum(size, 8.0)
-    inner = _chebyshev(t, b.sub(b.mul(close, 0.25), 1.0), near)
+    inner = chebyshev(t, b.sub(b.mul(close, 0.25), 1.0), near)
     inner = b.mul(inner, close) if odd else inner
     distant = b.maximum(size, 8.0)
     over = b.div(1.0, distant)
-    outer = b.div(_chebyshev(t, b.sub(b.mul(over, 16.0), 1.0), far), b.sqrt(distant))
+    outer = b.div(chebyshev(t, b.sub(b.mul(over, 16.0), 1.0), far), b.sqrt(distant))
     return b.where(b.le(size, 8.0), inner, outer)
 
 
@@ -334,6 +340,30 @@ for _row in (_unary("ndtri", _ndtri, _d_ndtri), _unary("log_ndtr", _log_ndtr, _d
     _wide_only(_row, gradient=False)
 for _row in (I1, I1E):
     _wide_only(_row, gradient=True)
+
+
+# ---- Hurwitz's zeta function
+
+
+def _d_zeta(t: Trace, g: Value, y: Value, s: Value, q: Value) -> Value:
+    b = t.b
+    return b.mul(b.mul(g, b.neg(s)), emitted(t, ZETA, (b.add(s, 1.0), q)))
+
+
+_slopes = undefined("zeta", "x"), _d_zeta
+ZETA = Row("zeta", zeta.hurwitz, _slopes, arity=2, dtypes="to_float")
+_of_pairs = function_of(ZETA, __name__)
+
+
+def _zeta(t: Trace, input: object, other: object) -> TracedTensor:
+    """The sum of (other + k)^-input; eager has it not for bf16 and f16."""
+    dtype = result_dtype([operand(t, x) for x in (input, other)])
+    if dtype.narrow:
+        raise t.shape_error(f'"zeta_cpu" not implemented for {TO_TORCH[dtype]}')
+    return _of_pairs(t, input, other)
+
+
+register(("zeta",), _zeta, row=ZETA)
 
 
 # ---- functions of which torch has no derivative
