@@ -276,7 +276,8 @@ row(
         *(S(x) for x in layouts()),
         S(_numbers),
         *(S(_numbers.to(d)) for d in (f64, f16, bf16)),
-        S(v(1.7e308, 5e-324, -2.3e-308, 1e200, 1e-200, dtype=f64)),
+        # beyond, eager's gradient takes the power of two in float32, and is 0 or inf
+        S(v(1.7e30, 5e-30, -2.3e-20, 1e20, 1e-20, dtype=f64)),
         S(r(5, dtype=i64)),
     ],
 )

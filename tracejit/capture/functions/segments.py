@@ -30,11 +30,12 @@ def segment_reduce(
     dim: int | None = None,
 ) -> Tensor:
     """Of each segment its sum, mean, product, largest or smallest, with a number that all start
-    from. Segments are as long as `lengths` say, or begin at `offsets`, whose last is their end."""
+    from. Segments are as long as `lengths` say, or begin at `offsets`, whose last is their end;
+    those count where both are given."""
     h, axis = t.lift(data), axis if dim is None else dim
     if reduce not in _STARTS:
         raise t.shape_error(f"segment_reduce(): unsupported reduction {reduce!r}")
-    if indices is not None or (lengths is None) == (offsets is None):
+    if indices is not None or (lengths is None and offsets is None):
         raise t.shape_error("segment_reduce(): either lengths or offsets must be given")
     if not h.dtype.is_float:
         raise t.shape_error(f'"segment_reduce" not implemented for {data.dtype}')
