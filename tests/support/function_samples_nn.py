@@ -746,8 +746,8 @@ def pair(**kinds: object) -> list[torch.Tensor]:
 
 
 _unary = """
-    abs cos erf exp expm1 floor log log10 log1p log2 neg reciprocal rsqrt sigmoid sign sin sqrt tanh
-    trunc
+    abs cos erf exp expm1 floor lgamma log log10 log1p log2 neg reciprocal rsqrt sigmoid sign sin
+    sqrt tanh trunc
 """
 for _name in _unary.split():
     row(f"_foreach_{_name} _foreach_{_name}_", [S(pair()), S(pair(dtype=bf16))], exact=False)
