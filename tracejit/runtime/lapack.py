@@ -36,7 +36,7 @@ def routines() -> tuple[tuple[int, ...], bool]:
     raise BackendUnavailable(
         backend="c",
         reason="the LAPACK that numpy is linked with does not export its routines",
-        remedy='Use backend="numpy", or a numpy from PyPI',
+        remedy='Use backend="numpy", or a numpy built with a LAPACK library of its own',
     )
 
 
