@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ import torch
 from support import sequences
 from support.sequence_parts import VALUES
 from support.sequence_parts_lists import LISTS
-from support.sequences import Change, Sequence, generate, run, shrink
+from support.sequences import Change, Outcome, Sequence, generate, run, shrink
 from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
 
@@ -42,14 +43,20 @@ def fails(sequence: Sequence) -> bool:
     return False
 
 
-def check_seeds(seeds: range) -> None:
-    found, why, replays = Counter(), Counter(), 0
+def outcomes(seeds: range, **how: object) -> Iterator[Outcome]:
+    """Of the sequences of some seeds. One that fails is shrunk, and told with its seed."""
     for seed in seeds:
         try:
-            outcome = run(generate(seed))
+            outcome = run(generate(seed, **how))
         except Exception as error:
-            small = shrink(generate(seed), fails)
+            small = shrink(generate(seed, **how), fails)
             raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
+        yield outcome
+
+
+def check_seeds(seeds: range) -> None:
+    found, why, replays = Counter(), Counter(), 0
+    for outcome in outcomes(seeds):
         found[outcome.kind] += 1
         why[outcome.why] += 1
         replays += outcome.replays
@@ -71,14 +78,7 @@ def test_many_sequences(first):
 
 def check_lists(seeds: range) -> None:
     """Sequences that look something up, of which some calls are replayed."""
-    replays = 0
-    for seed in seeds:
-        try:
-            outcome = run(generate(seed, of=LISTS, calls=14))
-        except Exception as error:
-            small = shrink(generate(seed, of=LISTS, calls=14), fails)
-            raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
-        replays += outcome.replays
+    replays = sum(outcome.replays for outcome in outcomes(seeds, of=LISTS, calls=14))
     assert replays >= len(seeds)
 
 

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from tracejit.errors import BackendUnavailable
+from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.passes import PIPELINE, dce
 from tracejit.passes.attention import find_attention
@@ -58,16 +59,13 @@ def rewritten(rules: dict) -> Callable[[str], Iterator[str]]:
     return run
 
 
-def dead_code(text: str) -> Iterator[str]:
-    yield str(dce(parse(text)))
+def on_graph(change: Callable[[Graph], Graph]) -> Callable[[str], Iterator[str]]:
+    """A pass over a whole graph."""
 
+    def run(text: str) -> Iterator[str]:
+        yield str(change(parse(text)))
 
-def written_attention(text: str) -> Iterator[str]:
-    yield str(find_attention(parse(text)))
-
-
-def by_rows(text: str) -> Iterator[str]:
-    yield str(split_rows(parse(text)))
+    return run
 
 
 def tasks(text: str) -> Iterator[str]:
@@ -206,9 +204,9 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "fold": rewritten(FOLD),
     "simplify": rewritten(IDENTITIES),
     "cse": rewritten({}),
-    "dce": dead_code,
-    "find_attention": written_attention,
-    "split_rows": by_rows,
+    "dce": on_graph(dce),
+    "find_attention": on_graph(find_attention),
+    "split_rows": on_graph(split_rows),
     "tasks": tasks,
     "fuse": fused,
     "recompute": recomputed,

@@ -27,7 +27,6 @@ state = replaying(case, 13, lambda i: (X + i * 0.1,))
 values = replaying(case, 13, lambda i: (X * math.cos(i) + i * 0.1,))  # that rise and fall
 
 RATES = [0.1 / (k + 1) for k in range(20)]
-STAGES = {0: "easy", 6: "hard"}
 
 
 # ---- tables

@@ -20,7 +20,6 @@ from support.optimizer_checks import (
     weights,
 )
 from support.oracle import call, captured_of
-from support.scope import sampled
 
 TABLE = [
     pytest.param(name, options, plans, foreach, id=f"{name}{i}-{foreach}")
@@ -28,7 +27,6 @@ TABLE = [
     for i, (options, plans) in enumerate(rows)
     for foreach in FOREACH
     if i == 0 or foreach is not None  # which is False on the CPU
-    if i == 0 or sampled(f"{name} {i} {foreach}", of=6)
 ]
 
 

@@ -17,7 +17,6 @@ from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, lo
 
 CALLS = 10
 SMALL = ("lenet", "residual", "vgg", "mobile", "unet")
-SWEPT = [pytest.param(n, marks=[pytest.mark.sweep(6)] * (n not in SMALL)) for n in NETS]
 
 
 def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) -> None:
@@ -34,19 +33,19 @@ def check_training(net: str, backend: str, calls: int = CALLS, **options: bool) 
     assert len(set(ours)) == calls
 
 
-@pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.sweep(8)
 def test_sgd(net):
     check_training(net, "c")
 
 
-@pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.sweep(6)
 def test_sgd_numpy(net):
     check_training(net, "numpy", 5)
 
 
-@pytest.mark.parametrize("net", SWEPT)
+@pytest.mark.parametrize("net", NETS)
 @pytest.mark.sweep(10)
 def test_adamw(net):
     plain, compiled = (make_step(net, "adamw")[0] for _ in range(2))

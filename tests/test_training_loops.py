@@ -387,8 +387,7 @@ class DynamicNet(nn.Module):
         return self.leave(h)
 
 
-@pytest.mark.parametrize("backend", ["numpy", "c"])
-@pytest.mark.sweep(2)
+@pytest.mark.parametrize("backend", ["numpy", pytest.param("c", marks=pytest.mark.slow)])
 def test_dynamic_net(backend):
     def make():
         model = DynamicNet()

@@ -1,8 +1,9 @@
 """torch's own databases of operators: an entry in, what becomes of it in a compiled step out.
 
 The samples are those that torch ships (`torch.testing._internal`), for float32 where an entry has
-it. Each runs in eager and in a compiled step that refuses rather than fall back: results, layout,
-what is left of the arguments, and the gradients of all of them are compared.
+it, or for another dtype that is asked for. Each runs in eager and in a compiled step that refuses
+rather than fall back: results, layout, what is left of the arguments, and the gradients of all of
+them are compared.
 """
 
 from __future__ import annotations

@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from support.op_db import Outcome, torch_as_it_is
-from support.optimizer_checks import Training, lockstep, loss_of, weights
+from support.optimizer_checks import Training, lockstep, loss_of, update_of, weights
 from tracejit.errors import TracejitError
 
 CALLS = 8  # with the first ones, which make state, enough to be replayed; LBFGS goes another way
 # in each, as its Python decides by values, and makes three
-IMPLEMENTATIONS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
-WORST = ("wrong", "refused", "rerun", "replay")
 
 
 def optimizers() -> dict[str, object]:
@@ -49,6 +47,8 @@ class Setting:
         w, v, x, y = weights(dtype)
         given = [w] if self.entry.optim_cls is torch.optim.Muon else [w, v]
         optimizer = self.entry.optim_cls(given, **copy.deepcopy(self.options))
+        if not self.entry.step_requires_closure:
+            return Training(update_of(optimizer, w, v, x, y), given, [optimizer])
 
         def gradients() -> torch.Tensor:
             optimizer.zero_grad()
@@ -57,14 +57,9 @@ class Setting:
             return loss
 
         def step() -> torch.Tensor:
-            if self.entry.step_requires_closure:
-                return optimizer.step(gradients).detach()
-            loss = gradients()
-            optimizer.step()
-            return loss.detach()
+            return optimizer.step(gradients).detach()
 
-        kind = _OfParameters if self.entry.step_requires_closure else Training
-        return kind(step, given, [optimizer])
+        return _OfParameters(step, given, [optimizer])
 
 
 def settings(entry: object) -> Iterator[tuple[str, Setting]]:
@@ -73,9 +68,8 @@ def settings(entry: object) -> Iterator[tuple[str, Setting]]:
         return  # there are no sparse gradients in a compiled step
     fixed = {"max_iter": 3} if entry.step_requires_closure else {}  # near a minimum all is rounding
     ways = {"plain": {"foreach": False} if "foreach" in entry.supported_impls else {}}
-    ways |= {
-        name: IMPLEMENTATIONS[name] for name in entry.supported_impls if name in IMPLEMENTATIONS
-    }
+    others = [name for name in entry.supported_impls if name in ("foreach", "fused")]
+    ways |= {name: {name: True} for name in others}
     for way, flags in ways.items():
         for given in entry.optim_inputs_func(device="cpu"):
             if way != "plain" and isinstance(given.kwargs.get("lr"), torch.Tensor):
