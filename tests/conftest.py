@@ -66,7 +66,8 @@ def golden() -> Golden:
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilations():
-    """`make test` compiles C with -O0, but where a test is of its code; `make test-all` as users do."""
+    """`make test` compiles C with -O0, but where a test is of that code; `make test-all` as users
+    do."""
     from support.c_flags import optimize
     from support.scope import WHOLE
 

@@ -43,6 +43,70 @@ def list_at_a_counter(w):
     return step
 
 
+@state("rerun", changes={8: lambda w: w.log["train"]["loss"].__setitem__(0, 50.0)})
+def list_in_a_dict_of_a_dict(w):
+    """It has no name by which it could be told that more is done with it than to append."""
+    w.log = {"train": {"loss": []}}
+
+    def step(x):
+        losses = w.log["train"]["loss"]
+        losses.append(x.sum().item())
+        if w.log["train"]["loss"][0] > 40:
+            return x * 2
+        if len(w.log["train"]["loss"]) > 6:
+            return x * 3
+        return x
+
+    return step
+
+
+@state("rerun", changes={8: lambda w: w.log["loss"].__setitem__(0, 50.0)})
+def list_in_a_dict_of_two_names(w):
+    w.log = w.same = {"loss": []}
+
+    def step(x):
+        w.log["loss"].append(1.0)
+        return x * 2 if w.same["loss"][0] > 40 else x
+
+    return step
+
+
+@state("rerun", changes={8: lambda w: w.log["loss"].__setitem__(0, 50.0)})
+def list_in_a_dict_that_is_in_another_one_too(w):
+    w.log = {"loss": []}
+    w.all = {"log": w.log}
+
+    def step(x):
+        w.log["loss"].append(1.0)
+        return x * 2 if w.all["log"]["loss"][0] > 40 else x
+
+    return step
+
+
+@state("rerun", changes={8: lambda w: w.logs[0]["loss"].__setitem__(0, 50.0)})
+def list_in_a_dict_of_a_tuple(w):
+    w.logs = ({"loss": []}, 1)
+
+    def step(x):
+        w.logs[0]["loss"].append(1.0)
+        return x * 2 if w.logs[0]["loss"][0] > 40 else x
+
+    return step
+
+
+@state("rerun", changes={8: lambda w: w.log["loss"].__setitem__(0, 50.0)})
+def list_in_a_dict_that_is_spelled(w):
+    w.log = {"loss": []}
+
+    def step(x):
+        w.log["loss"].append(x.sum().item())
+        if getattr(w, "log")["loss"][0] > 40:  # noqa: B009
+            return x * 2
+        return x
+
+    return step
+
+
 @state(changes={10: setting(rates=(3.0,) * 20)})
 def tuple_at_a_counter(w):
     w.rates, w.n = tuple(0.5**k for k in range(20)), 0

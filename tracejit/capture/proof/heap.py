@@ -89,7 +89,7 @@ class Walk(Functions):
         self.assigned: list[Variable] = []  # places that the step may assign, whatever they hold
         self.containers: list[tuple[Variable, object]] = []  # where lists and dicts are
         self.groups: set[int] = set()  # param groups, by identity: they have runtime scalars anyway
-        self.places: dict[int, Variable] = {}  # where dicts are, by identity
+        self.places: dict[int, Variable | None] = {}  # where dicts are, as `looks.Places`
         self._count = 0
         mine = [c for c in self.ran or () if origin(c) == "user"]
         self._compared = ran is None or any(map(compares, mine))
@@ -270,6 +270,8 @@ class Walk(Functions):
             place = self.constant(x)
             self.expect(f"{at} is {place}", path, x, at)
             if self._seen(x):
+                if isinstance(x, dict):
+                    self.places[id(x)] = None
                 if any(x is record.items for record in self.records):
                     self.refuse(f"it appends to {path}, and has it by another name too", path)
                 return
@@ -284,8 +286,7 @@ class Walk(Functions):
             at, first = place, len(self.lines)
             self._keys(x, place, path)
             self._of_dict(first, "if not (", x, place)
-            if found is not None:
-                self.places[id(x)] = found
+            self.places[id(x)] = found
             if isinstance(x, defaultdict):
                 factory = f"{place}.default_factory"
                 self.check(f"{factory} is {self.constant(x.default_factory)}", f"{path} changed")

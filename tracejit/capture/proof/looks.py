@@ -18,20 +18,25 @@ from tracejit.capture.python.tables import SHOWS_NOTHING
 from tracejit.capture.python.uses import Named, used_only
 
 APPENDED = frozenset({"append"})  # what may be done with a record
+# where dicts are, by identity; None: in more than one place, or where code has no name for it
+Places = Mapping[int, Variable | None]
 LOOKED_AT = APPENDED | LOOKS  # and with one that a history stands for
 
 
 def only_used_so(
     place: Variable,
-    places: Mapping[int, Variable],
+    places: Places,
     codes: Collection[CodeType],
     allowed: Collection[str],
 ) -> bool:
     """Whether code that is not torch's does nothing with what is in a place but what is `allowed`
-    (see `used_only`). `places` are where dicts are, by identity: an item is under their names."""
-    key, above = None, places.get(id(place.holder))
-    if above is not None:  # an item of a dict
-        place, key = above, place.key
+    (see `used_only`). An item of a dict is under the dict's name."""
+    key = None
+    if id(place.holder) in places:
+        above, key = places[id(place.holder)], place.key
+        if above is None or id(above.holder) in places:
+            return False
+        place = above
     name = place.path if place.is_cell else place.key
     if type(name) is not str or type(key) not in (str, int, type(None)):
         return False
@@ -40,9 +45,6 @@ def only_used_so(
     return not any(map(dynamic, mine)) and all(
         used_only(code, Named(kind, name, key), allowed) for code in mine for kind in kinds
     )
-
-
-Places = Mapping[int, Variable]
 
 
 def tables_among(

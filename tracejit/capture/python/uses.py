@@ -48,22 +48,20 @@ _Item = Named | _Constant | _Method | None  # on the stack
 Uses = dict[Named, set[str]]
 
 
-def used_only(
-    code: CodeType, named: Named, allowed: Collection[str], *, spelled: bool = True
-) -> bool:
+def used_only(code: CodeType, named: Named, allowed: Collection[str]) -> bool:
     """Whether code does nothing but what is `allowed` with what is under a name.
 
     What it may do: "append" (and any other method, by its name), "subscript", "contains",
     "len()" (and any other global function, called with nothing else), "test", "is None", "iterate".
     A variable of a function that it is put in is looked at too. An attribute may also be reached by
-    a constant that spells its name (`getattr(x, "rates")`), which is not allowed if `spelled`.
+    a constant that spells its name (`getattr(x, "rates")`), which is not allowed.
     """
     found = uses(code)
     if named.key is not None:
         whole = Named(named.kind, named.name)
         if not found.get(whole, set()) <= {"item", "item assigned"}:  # by a key that is computed
             return False
-    if spelled and named.kind == "attribute" and named.key is None and _spells(code, named.name):
+    if named.kind == "attribute" and _spells(code, named.name):
         return False
     return _allowed(found, named, frozenset(allowed), set())
 
