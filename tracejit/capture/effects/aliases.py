@@ -29,7 +29,7 @@ def aliased(places: Iterable[Variable]) -> Iterator[None]:
     taken = []
     with _lock:
         for place in places:
-            function = _held(place)
+            function = place.held()
             name = getattr(function, "__name__", "")
             if is_function(function) or (_users[place.id] and function is WRAPPERS.get(name)):
                 taken.append((place, name))
@@ -41,15 +41,8 @@ def aliased(places: Iterable[Variable]) -> Iterator[None]:
         with _lock:
             for place, name in taken:
                 _users[place.id] -= 1
-                if not _users[place.id] and _held(place) is WRAPPERS[name]:
+                if not _users[place.id] and place.held() is WRAPPERS[name]:
                     place.set(ORIGINALS[name])
-
-
-def _held(place: Variable) -> object:
-    try:
-        return place.get()
-    except (LookupError, ValueError):
-        return None
 
 
 @contextmanager
@@ -58,7 +51,7 @@ def looked_up(places: Sequence[Variable]) -> Iterator[None]:
     taken = []
     with _lock:
         for place in places:
-            table = _held(place)
+            table = place.held()
             if is_table(table):  # else another trace has a copy there
                 taken.append((place, table, copied(table)))
                 place.set(taken[-1][2])
@@ -68,7 +61,7 @@ def looked_up(places: Sequence[Variable]) -> Iterator[None]:
         with _lock:
             while taken:
                 place, table, copy = taken.pop()
-                if _held(place) is copy:
+                if place.held() is copy:
                     place.set(table)
                 if count(copy) > ALONE:
                     replace_object(copy, table)

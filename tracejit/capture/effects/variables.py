@@ -79,6 +79,13 @@ class Variable:
         """What it holds; LookupError or ValueError if it holds nothing."""
         return self.holder.cell_contents if self.is_cell else self.holder[self.key]
 
+    def held(self) -> object:
+        """What it holds; None if it holds nothing."""
+        try:
+            return self.get()
+        except (LookupError, ValueError):
+            return None
+
     def set(self, x: object) -> None:
         """Let it hold x."""
         if self.is_cell:
@@ -193,7 +200,7 @@ class Variables:
             def said(number: float, key: int | str, of: list = items) -> object:
                 return scalar(number, Variable(of, key, ""))
 
-            if _holds(place, items):
+            if place.held() is items:
                 self._histories.append((place, History(items, said, taken)))
                 place.set(self._histories[-1][1])
         for variable in self._known:
@@ -245,16 +252,9 @@ class Variables:
     def _end_histories(self) -> None:
         for place, history in self._histories:
             history.over()
-            if _holds(place, history):
+            if place.held() is history:
                 place.set(history.of)
         self._histories.clear()
-
-
-def _holds(place: Variable, x: object) -> bool:
-    try:
-        return place.get() is x
-    except (LookupError, ValueError):
-        return False
 
 
 def _count(holder: Holder) -> int:

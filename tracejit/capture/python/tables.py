@@ -44,9 +44,7 @@ SHOWS_NOTHING = frozenset(
 
 def is_table(x: object) -> bool:
     """Whether x is something that a number may be looked up in."""
-    if not isinstance(x, (list, tuple, dict, set, frozenset)) or type(x) not in _COPIES:
-        return False
-    if not 1 <= len(x) <= MOST:
+    if type(x) not in _COPIES or not 1 <= len(x) <= MOST:
         return False
     return _numbers([*x]) if type(x) is not dict else any(type(k) is int for k in x)
 

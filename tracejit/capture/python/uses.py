@@ -39,12 +39,7 @@ class _Constant:
     value: object
 
 
-@dataclass(frozen=True, slots=True)
-class _Method:
-    name: str
-
-
-_Item = Named | _Constant | _Method | None  # on the stack
+_Item = Named | _Constant | None  # on the stack
 Uses = dict[Named, set[str]]
 
 
@@ -182,7 +177,7 @@ class Reader:
             self._push(_Constant(x.argval))
         elif name == "LOAD_METHOD":
             self._take(1, x.argval)
-            self._push(_Method(x.argval), None)
+            self._push(None, None)
         elif name == "STORE_FAST":
             self._take(1, f"store {x.argval}")
         elif name == "BINARY_SUBSCR":

@@ -63,12 +63,17 @@ _counts = np.asarray(_Memory("<u4"))
 _ELEMENTS = {c_float: np.asarray(_Memory("<f4")), c_double: np.asarray(_Memory("<f8"))}
 
 
-def _index(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
+@functools.cache
+def _column(offsets: tuple[int, ...]) -> np.ndarray:
+    return (np.array(offsets) - (_BASE >> 3))[:, None]
+
+
+def _index(addresses: np.ndarray, offsets: tuple[int, ...]) -> np.ndarray:
     """Where the words at some offsets behind addresses are: a row for each offset."""
-    return (addresses >> 3) + (np.array(offsets) - (_BASE >> 3))[:, None]
+    return (addresses >> 3) + _column(offsets)
 
 
-def _at(addresses: np.ndarray, offsets: Sequence[int]) -> np.ndarray:
+def _at(addresses: np.ndarray, offsets: tuple[int, ...]) -> np.ndarray:
     """These words."""
     return _words[_index(addresses, offsets)]
 
@@ -202,23 +207,28 @@ class Bump:
         self._at = np.array(indices)
         self._given = self._at.ctypes.data, len(indices), _IMPL, _COUNTER, 4 * _WRITES
         self._get = itemgetter(*indices)
+        self._known, self._native = counted(), native()  # found out now, not in a replay
 
     def __call__(self, tensors: tuple) -> None:
-        if not (type(tensors) is tuple and counted() and self._counts(tensors)):
+        if not (type(tensors) is tuple and self._known and self._counts(tensors)):
             torch._C._increment_version(self._get(tensors))
 
     def _counts(self, tensors: tuple) -> bool:
         """Count in memory, if all have a counter: those of inference mode have none."""
-        if (functions := native()) is not None:
-            return functions[1](id(tensors) + 8 * _TUPLE, *self._given) == 1
-        objects = _objects(tensors).take(self._at)
-        impls = _words.take((objects >> 3) + (_IMPL - _BASE // 8))
-        counters = _words.take((impls >> 3) + (_COUNTER - _BASE // 8))
+        if self._native is not None:
+            return self._native[1](id(tensors) + 8 * _TUPLE, *self._given) == 1
+        (impls,) = _at(_objects(tensors).take(self._at), (_IMPL,))
+        (counters,) = _at(impls, (_COUNTER,))
         if not counters.all():
             return False
-        at = (counters >> 2) + (_WRITES - _BASE // 4)
+        at = _writes_at(counters)
         _counts[at] = _counts.take(at) + _ONE
         return True
+
+
+def _writes_at(counters: np.ndarray) -> np.ndarray:
+    """Where counters have their numbers."""
+    return (counters >> 2) + (_WRITES - _BASE // 4)
 
 
 class Elements:
@@ -400,7 +410,7 @@ def counted() -> bool:
                 apart and all(x % 8 == 0 and 1 << 16 < x < 1 << 47 for x in (one_at, other_at))
             ):
                 return False  # no pointers
-            at = (counters >> 2) + (_WRITES - _BASE // 4)
+            at = _writes_at(counters)
             if _counts.take(at).tolist() != [count, count, 0, 0]:
                 return False
     return True
