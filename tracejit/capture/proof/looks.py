@@ -15,7 +15,7 @@ from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.histories import LOOKS
 from tracejit.capture.python.origins import origin
 from tracejit.capture.python.tables import SHOWS_NOTHING
-from tracejit.capture.python.uses import Named, used_only
+from tracejit.capture.python.uses import Named, used_only, uses
 
 APPENDED = frozenset({"append"})  # what may be done with a record
 # where dicts are, by identity; None: in more than one place, or where code has no name for it
@@ -30,34 +30,54 @@ def only_used_so(
     allowed: Collection[str],
 ) -> bool:
     """Whether code that is not torch's does nothing with what is in a place but what is `allowed`
-    (see `used_only`). An item of a dict is under the dict's name."""
+    (see `used_only`)."""
+    mine = _of_the_user(codes)
+    return not any(map(dynamic, mine)) and _allow(mine, _names(place, places), allowed)
+
+
+def _of_the_user(codes: Iterable[CodeType]) -> list[CodeType]:
+    return [code for code in codes if origin(code) not in ("torch", "tracejit")]
+
+
+def _allow(codes: Iterable[CodeType], names: Sequence[Named], allowed: Collection[str]) -> bool:
+    """Whether there are names, and code does only what is allowed with what is under them."""
+    return bool(names) and all(used_only(c, name, allowed) for c in codes for name in names)
+
+
+def _names(place: Variable, places: Places) -> list[Named]:
+    """What code may call what is in a place; nothing if that cannot be told. An item of a dict is
+    under the dict's name."""
     key = None
     if id(place.holder) in places:
         above, key = places[id(place.holder)], place.key
         if above is None or id(above.holder) in places:
-            return False
+            return []
         place = above
     name = place.path if place.is_cell else place.key
     if type(name) is not str or type(key) not in (str, int, type(None)):
-        return False
+        return []
     kinds = ("global", "attribute") if place.kind == "global" else (place.kind,)
-    mine = [code for code in codes if origin(code) not in ("torch", "tracejit")]
-    return not any(map(dynamic, mine)) and all(
-        used_only(code, Named(kind, name, key), allowed) for code in mine for kind in kinds
-    )
+    return [Named(kind, name, key) for kind in kinds]
 
 
 def tables_among(
     tables: Iterable[Sequence[Variable | None]], of_dicts: Places, codes: Collection[CodeType]
 ) -> list[Variable]:
-    """Of the places of each table, those of tables that code only looks something up in, by all
-    names that they have."""
+    """Of the places of each table, those of tables that code looks something up in, and does
+    nothing else, by all names that they have."""
+    mine = _of_the_user(codes)
+    if any(map(dynamic, mine)):
+        return []
+    loaded = frozenset[Named]().union(*map(uses, mine))
 
-    def looked_up(place: Variable | None) -> bool:
-        may_stand = place is not None and type(place.holder) in ASSIGNED
-        return may_stand and only_used_so(place, of_dicts, codes, SHOWS_NOTHING)
+    def may_stand(places: Sequence[Variable | None]) -> bool:
+        if any(place is None or type(place.holder) not in ASSIGNED for place in places):
+            return False
+        names = [_names(place, of_dicts) for place in places]
+        used = any(not loaded.isdisjoint(some) for some in names)
+        return used and all(_allow(mine, some, SHOWS_NOTHING) for some in names)
 
-    return [place for places in tables if all(map(looked_up, places)) for place in places]
+    return [place for places in tables if may_stand(places) for place in places]
 
 
 def looked_at(
