@@ -176,6 +176,27 @@ def test_plans_of_sums(dtype, plans):
     ON_NUMPY.check(graph, unrolled(fused))
 
 
+def test_a_copy_of_a_write_is_no_sum_of_a_loop(plans):
+    """Two inputs are written with each other's values, one of which is kept in a value that the
+    schedule makes: its number is none that a loop's sums have."""
+    fused, _ = plans.both("""
+    step(%0: f32[5,2], %1: f32[2], %2: f32[2]) {
+      %3: f32[12] = scan(%0, body=body0, carried=0, sliced=1, steps=5, reverse=False, summed=1)
+      %4: f32[10] = slice(%3, starts=(0,), stops=(10,), steps=(1,))
+      %5: f32[2] = slice(%3, starts=(10,), stops=(12,), steps=(1,))
+      %6: f32[2] = neg(%1)
+      %7: f32[2] = neg(%2)
+      return %4, %5
+      write %1 <- %7
+      write %2 <- %6
+      body body0(%0: f32[2]) {
+        %1: f32[2] = exp(%0)
+        return %1, %1
+      }
+    }""")
+    assert fused.loops == (5,)
+
+
 def test_malformed_sums_are_refused():
     with pytest.raises(InvalidGraph, match="wide dtype"):
         verify(parse(sums("bf16")))

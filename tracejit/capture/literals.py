@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from tracejit.capture.effects.captured import Captured, graph_key
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Graph, Node, Param, Value
+from tracejit.ir.graph import Builder, Graph, Node, Param, Value, next_id
 from tracejit.ir.types import HOST_SCALAR
 
 _ENOUGH = 3  # plans of their own, before one is made for all values
@@ -107,9 +107,8 @@ def _with_scalars(captured: Captured, places: list[Place]) -> tuple[Graph, tuple
     """The graph with runtime scalars, as further inputs, in place of literals. They are none of the
     step's values: numbers that only results depend on are not in the graph."""
     graph = captured.graph
-    known = [*(p.value for p in graph.params), *captured.scalars]
-    known += [v for n in (*graph.nodes, *captured.host_nodes) for v in n.outs]
-    start = max((v.id for v in known), default=-1) + 1
-    values = tuple(Value(start + k, HOST_SCALAR) for k in range(len(places)))
+    made = (v for n in captured.host_nodes for v in n.outs)
+    new = Builder(next_id([*graph.values(), *captured.scalars, *made])).value
+    values = tuple(new(HOST_SCALAR) for _ in places)
     graph = _replaced(graph, dict(zip(places, values, strict=True)))
     return replace(graph, params=(*graph.params, *map(Param, values))), values

@@ -7,7 +7,7 @@ float64 runtime values computed on the host. Literals and host values broadcast;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.errors import InvalidGraph
@@ -136,6 +136,13 @@ class Graph:
             lines += [f"  body {first}", *(f"  {line}" for line in rest)]
         return "\n".join([*lines, "}"])
 
+    def values(self) -> Iterator[Value]:
+        """Every value, in order of definition."""
+        for param in self.params:
+            yield param.value
+        for node in self.nodes:
+            yield from node.outs
+
     def outputs(self) -> Iterator[Value]:
         """Every value that must exist when the step is over."""
         for result in self.results:
@@ -166,6 +173,11 @@ class Graph:
         results = tuple(Result(number[r.value], r.strides) for r in self.results)
         writes = tuple(Write(number[w.target], number[w.value]) for w in self.writes)
         return Graph(self.name, params, nodes, results, writes)
+
+
+def next_id(values: Iterable[Value]) -> int:
+    """The first id above those of all these values: for a value that is new among them."""
+    return 1 + max((v.id for v in values), default=-1)
 
 
 def print_arg(arg: Arg) -> str:

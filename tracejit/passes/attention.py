@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Value, Write
+from tracejit.ir.graph import Arg, Builder, Graph, Node, Value, Write, next_id
 from tracejit.ir.interp import evaluate
 from tracejit.ir.ops.attention import fits, row_products
 from tracejit.ir.types import f32, f64
@@ -65,8 +65,7 @@ class _Known(Readers):
     def __init__(self, graph: Graph):
         super().__init__(graph)
         self.masks: dict[Value, np.ndarray | None] = {}
-        ids = [v.id for v in self.made] + [p.value.id for p in graph.params]
-        self.b = Builder(1 + max(ids))
+        self.b = Builder(next_id(graph.values()))
 
     def mask(self, value: Value) -> np.ndarray | None:
         """A mask that is the same in each call; axes that it is expanded along have one element."""

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value, Write
+from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value, Write, next_id
 from tracejit.ir.ops.loop import sections
 from tracejit.ir.types import DType, Type, f32, f64
 from tracejit.passes.dce import dce
@@ -181,8 +181,7 @@ class _Split:
     def __init__(self, graph: Graph, region: _Region, count: int):
         self.graph, self.region, self.count = graph, region, count
         self.made = graph.producers()
-        ids = [v.id for v in self.made] + [p.value.id for p in graph.params]
-        self.outside = Builder(1 + max(ids))
+        self.outside = Builder(next_id(graph.values()))
         self.body = Builder()
         self.outside.line = self.body.line = region.seed.where
         self.inside: dict[tuple[Value, int | None], Value] = {}

@@ -41,11 +41,6 @@ class Fuser:
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
-        self.next_value = 1 + max(
-            [p.value.id for p in graph.params]
-            + [n.out.id for n in (*graph.nodes, *analysis.nodes)],
-            default=0,
-        )
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
         """Group everything. `outputs`: buffer per result; `inputs`: buffer per param id."""
@@ -96,8 +91,7 @@ class Fuser:
             for d in probe.demands
         ):
             return value
-        copy = Value(self.next_value, value.type)
-        self.next_value += 1
+        copy = self.analysis.new(value.type)
         node = Node(OPS["alias"], (value,), (), (copy,))
         self.analysis.producer[copy.id] = node
         self.analysis.origins[copy.id] = Origin(copy, copy)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Builder, Graph, Node, Result, Write
+from tracejit.ir.graph import Builder, Graph, Node, Result, Write, next_id
 from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
@@ -44,7 +44,7 @@ def repeated(node: Node) -> Graph:
     body, sums = node.attr("body"), _sums(node)
     if not sums:
         return body
-    b = Builder(len(body.params) + sum(len(n.outs) for n in body.nodes))
+    b = Builder(next_id(body.values()))
     b.params, b.nodes = list(body.params), list(body.nodes)
     writes = []
     for result in sums:

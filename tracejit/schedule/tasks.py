@@ -10,12 +10,12 @@ store of an output. A task's demands are the origins that it reads and at which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import isqrt
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.graph import Graph, Node, Param, Result, Value
+from tracejit.ir.graph import Builder, Graph, Node, Param, Result, Value, next_id
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
 from tracejit.ir.ops.loop import Section, sections
@@ -94,12 +94,14 @@ class Task:
 
 @dataclass(slots=True)
 class Analysis:
-    """Live nodes, aliases resolved; producers and origins by value id."""
+    """Live nodes, aliases resolved; producers and origins by value id. `new` makes a value that the
+    graph does not have."""
 
     nodes: list[Node]
     alias: dict[int, Value]
     params: set[int]
     producer: dict[int, Node]
+    new: Callable[[Type], Value]
     origins: dict[int, Origin] = field(default_factory=dict)
 
     def resolve(self, value: Value) -> Value:
@@ -268,7 +270,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     copied: set[int] = set()  # what loops and hosts read: values of their own, which lie row by row
     plain = {p.value.id for p in graph.params if is_row_major(p)}
     whole = set(plain)  # what a host reads where it is
-    next_id = 1 + max(_ids(graph), default=0)
+    new = Builder(next_id(graph.values())).value
     apart = _apart(graph)
     sums: dict[int, Value] = {}  # of loops, by the slices that take them
     for node in graph.nodes:
@@ -293,8 +295,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
                 else:
                     found = (arg, 0) if arg.id in whole else None
                 if found is None:
-                    copy = Node(OPS["alias"], (arg,), (), (Value(next_id, arg.type),))
-                    next_id += 1
+                    copy = Node(OPS["alias"], (arg,), (), (new(arg.type),))
                     nodes.append(copy)
                     copied.add(copy.out.id)
                     found = copy.out, 0
@@ -306,9 +307,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
             else:
                 whole.add(node.out.id)
             if loop and node.out.id in apart:
-                types = _types_apart(node)
-                outs = tuple(Value(next_id + k, kind) for k, kind in enumerate(types))
-                next_id += len(outs)
+                outs = tuple(map(new, _types_apart(node)))
                 parts = zip(apart[node.out.id], outs[-node.attr("summed") :], strict=True)
                 sums |= {slice: value for slices, value in parts for slice in slices}
                 alias[node.out.id] = outs[0]  # the slices of what is kept
@@ -336,6 +335,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
         alias=alias,
         params={p.value.id for p in graph.params},
         producer={out.id: n for n in kept for out in n.outs},
+        new=new,
     )
     for param in graph.params:
         analysis.origins[param.value.id] = Origin(param.value, param.value)
@@ -351,11 +351,6 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
 
 def _computes(node: Node) -> bool:
     return node.op.family == "elementwise"
-
-
-def _ids(graph: Graph) -> Iterator[int]:
-    yield from (p.value.id for p in graph.params)
-    yield from (out.id for node in graph.nodes for out in node.outs)
 
 
 def _apart(graph: Graph) -> dict[int, list[list[int]]]:
