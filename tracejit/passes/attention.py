@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Value, Write, next_id
+from tracejit.ir.graph import Arg, Builder, Graph, Node, Value, next_id
 from tracejit.ir.interp import evaluate
 from tracejit.ir.ops.attention import fits, row_products
+from tracejit.ir.ops.movement import transpose
 from tracejit.ir.types import f32, f64
 from tracejit.passes.cone import cone
 from tracejit.passes.dce import dce
 from tracejit.passes.readers import Readers, Unknown
+from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
 
 LARGE = 1 << 21  # scores, of all heads: fewer are faster to keep than to compute once more
@@ -298,17 +300,16 @@ def _is_number(arg: Arg) -> bool:
 class _Masks:
     """What steps add to scores: a bias, and which rows see no key (None: all rows see one).
 
-    alike: such rows weigh all keys alike; else they are NaN, and so are gradients of scores, if
-    `added`.
-    share: of each key in a row to whose scores so small a number is added that nothing else is left
-    of them; else 1. The log-sum of such a row is that number.
+    alike: such rows weigh all keys alike; else they are NaN, and so are gradients of scores if
+    something is added.
+    share: if something is added, of each key in a row to whose scores so small a number is added
+    that nothing else is left of them; else 1. The log-sum of such a row is that number.
     """
 
     bias: Value | float = 0.0
     causal: bool = False
     none: Value | None = None
     alike: bool = False
-    added: bool = False
     share: Value | None = None
 
 
@@ -333,11 +334,13 @@ class _Emission:
         with_d = (*rows, match.d)
         self._at(match.out)
         scale, q = 1.0, self._shaped(match.q, (*rows, match.c))
-        numbers = [s.what for s in match.steps if isinstance(s.what, Value) and s.what.type.is_host]
+        hosts = []
         for step in match.steps:
-            if step.kind in ("mul", "div") and not isinstance(step.what, Value):
-                scale = scale * step.what if step.kind == "mul" else scale / step.what
-        hosts = [s for s in match.steps if s.kind in ("mul", "div") and s.what in numbers]
+            if step.kind in ("mul", "div"):
+                if isinstance(step.what, Value):
+                    hosts.append(step)
+                else:
+                    scale = scale * step.what if step.kind == "mul" else scale / step.what
         q = self._times(q, hosts)
         masks = self._masks()
         if masks.alike:
@@ -365,12 +368,11 @@ class _Emission:
             elif node is match.dq:
                 x = self._times(b.attention_dq(*operands, **how), hosts)
                 x = self._rows(masks.none, 0.0, x) if masks.alike else x
-                x = self._rows(lost, math.nan, x) if masks.added else x
+                x = self._rows(lost, math.nan, x) if masks.share is not None else x
             else:
                 x = b.attention_dk(*operands, **how)
-                x = self._rows(every, math.nan, x) if masks.added else x
-                rank = len(x.type.shape)
-                x = b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
+                x = self._rows(every, math.nan, x) if masks.share is not None else x
+                x = transpose(b, x)
             self._instead(node, x)
         return self.placed
 
@@ -390,9 +392,7 @@ class _Emission:
         return x if x.type.shape == shape else self.b.reshape(x, shape=shape)
 
     def _turned(self, x: Value, shape: Sequence[int]) -> Value:
-        x = self._shaped(x, shape)
-        rank = len(shape)
-        return self.b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
+        return transpose(self.b, self._shaped(x, shape))
 
     def _times(self, x: Value, hosts: Sequence[_Step]) -> Value:
         for step in hosts:
@@ -459,7 +459,7 @@ class _Emission:
             ones = b.cast(b.eq(bias, self._along(top, common)), dtype=kind.dtype)
             share = b.div(common[-1] / match.n, b.reduce_sum(ones, axes=last))
             far = b.and_(b.le(top, HIDDEN), b.not_(none))
-            masks.added, masks.share = True, self._of_rows(b.where(far, share, 1.0))
+            masks.share = self._of_rows(b.where(far, share, 1.0))
         masks.bias = b.expand(bias, shape=kind.shape)
         return masks
 
@@ -482,15 +482,9 @@ class _Emission:
 
 def _replaced(graph: Graph, placed: dict[Value, _Placed]) -> Graph:
     instead = {v: p.instead for v, p in placed.items() if p.instead is not None}
-
-    def renamed(value: Arg) -> Arg:
-        return instead.get(value, value) if isinstance(value, Value) else value
-
     nodes = []
     for node in graph.nodes:
         found = placed.get(node.out, _Placed())
-        for one in (*found.nodes, *(() if found.instead else (node,))):
-            nodes.append(replace(one, args=tuple(map(renamed, one.args))))
-    results = (replace(r, value=renamed(r.value)) for r in graph.results)
-    writes = (Write(w.target, renamed(w.value)) for w in graph.writes)
-    return replace(graph, nodes=tuple(nodes), results=tuple(results), writes=tuple(writes))
+        these = (*found.nodes, *(() if found.instead else (node,)))
+        nodes += (substituted(one, instead) for one in these)
+    return with_nodes(graph, nodes, instead)

@@ -8,7 +8,7 @@ already when its rules see it, and they are tried until none applies: one sweep 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 
 from tracejit.ir.graph import Arg, Graph, Node, Result, Value, Write
@@ -33,7 +33,7 @@ def rewrite(graph: Graph, rules: Rules) -> Graph:
     nodes: list[Node] = []
     for node in graph.nodes:
         if instead:
-            node = _substitute(node, instead)
+            node = substituted(node, instead)
         form = normal_form(node, made, rules)
         if isinstance(form, Value):
             instead[node.out] = form
@@ -46,9 +46,7 @@ def rewrite(graph: Graph, rules: Rules) -> Graph:
         nodes.append(form)
         for out in form.outs:
             made[out] = form
-    results = tuple(Result(instead.get(r.value, r.value), r.strides) for r in graph.results)
-    writes = tuple(Write(w.target, instead.get(w.value, w.value)) for w in graph.writes)
-    return Graph(graph.name, graph.params, tuple(nodes), results, writes)
+    return with_nodes(graph, nodes, instead)
 
 
 def normal_form(node: Node, made: Made, rules: Rules) -> Node | Value:
@@ -77,7 +75,15 @@ def identity(node: Node) -> tuple:
     return node.op, args, attrs
 
 
-def _substitute(node: Node, instead: Mapping[Value, Value]) -> Node:
+def with_nodes(graph: Graph, nodes: Iterable[Node], instead: Mapping[Value, Value]) -> Graph:
+    """A graph with other nodes, whose outputs are these values instead of its own."""
+    results = tuple(Result(instead.get(r.value, r.value), r.strides) for r in graph.results)
+    writes = tuple(Write(w.target, instead.get(w.value, w.value)) for w in graph.writes)
+    return Graph(graph.name, graph.params, tuple(nodes), results, writes)
+
+
+def substituted(node: Node, instead: Mapping[Value, Value]) -> Node:
+    """A node that reads these values instead of its own."""
     for arg in node.args:
         if arg.__class__ is Value and arg in instead:
             args: tuple[Arg, ...] = tuple(

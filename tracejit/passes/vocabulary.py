@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value, Write, next_id
+from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value, next_id
 from tracejit.ir.ops.loop import sections
 from tracejit.ir.types import DType, Type, f32, f64
 from tracejit.passes.dce import dce
+from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
 
 LARGE = 1 << 25  # bytes of logits that are split
@@ -205,12 +206,9 @@ class _Split:
                 continue
             below.add(node.out)
             if node.out not in late:
-                args = (instead.get(a, a) if isinstance(a, Value) else a for a in node.args)
-                after.append(replace(node, args=tuple(args)))
-        results = (replace(r, value=instead.get(r.value, r.value)) for r in self.graph.results)
-        writes = (Write(w.target, instead.get(w.value, w.value)) for w in self.graph.writes)
+                after.append(substituted(node, instead))
         nodes = (*before, *self.outside.nodes, *after)
-        return dce(replace(self.graph, nodes=nodes, results=tuple(results), writes=tuple(writes)))
+        return dce(with_nodes(self.graph, nodes, instead))
 
     # -- into the body
 

@@ -28,6 +28,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.ops.attention import GRADIENTS, fits, row_products
+from tracejit.ir.ops.movement import transpose
 from tracejit.ir.types import DType, b1, f32, i64
 
 Tensor = torch.Tensor
@@ -108,8 +109,7 @@ def _weights(
     """What each query takes of each key: rows of numbers that sum to 1."""
     b, rank = t.b, len(q.type.shape)
     scale = _scale(q, scale)
-    turned = b.permute(k, axes=(*range(rank - 2), rank - 1, rank - 2))
-    scores = b.mul(b.matmul(q, turned), literal(scale, q.type.dtype))
+    scores = b.mul(b.matmul(q, transpose(b, k)), literal(scale, q.type.dtype))
     shape, dtype = scores.type.shape, scores.type.dtype
     if mask is not None:
         scores = b.add(scores, _bias(t, mask, shape, dtype))

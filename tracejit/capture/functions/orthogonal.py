@@ -23,7 +23,8 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
+from tracejit.ir.ops.matrix_derivatives import along, parts, split
+from tracejit.ir.ops.movement import transpose
 
 Tensor = torch.Tensor
 _types = torch.return_types

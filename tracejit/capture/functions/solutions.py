@@ -31,7 +31,7 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-from tracejit.ir.ops.matrix_derivatives import transpose
+from tracejit.ir.ops.movement import transpose
 from tracejit.ir.types import b1
 
 Tensor = torch.Tensor

@@ -21,6 +21,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from tracejit.ir.ops.movement import transpose
 from tracejit.ir.ops.record import NO_GRAD, ULPS, Op, require, require_tensor
 from tracejit.ir.types import DType, Type, f32, i64
 
@@ -120,11 +121,6 @@ def _wide(b, x):
     return x if dtype is x.type.dtype else b.cast(x, dtype=dtype)
 
 
-def _t(b, x):
-    rank = len(x.type.shape)
-    return b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
-
-
 def _per_row(b, x, like):
     """A number of each row, for each of its elements."""
     return b.expand(b.reshape(x, shape=(*x.type.shape, 1)), shape=like.type.shape)
@@ -132,7 +128,7 @@ def _per_row(b, x, like):
 
 def written_scores(b, q, k, bias, *, causal: bool, scale: float):
     """The scores, in primitives."""
-    scores = b.mul(b.matmul(_wide(b, q), _t(b, _wide(b, k))), scale)
+    scores = b.mul(b.matmul(_wide(b, q), transpose(b, _wide(b, k))), scale)
     if not isinstance(bias, int | float):
         scores = b.add(scores, bias)
     if causal:
@@ -163,7 +159,7 @@ def _weights(b, q, k, bias, lse, **attrs):
 def _slopes(b, q, k, v, bias, lse, delta, g, **attrs):
     """The cotangent of the scores."""
     p = _weights(b, q, k, bias, lse, **attrs)
-    mixed = b.matmul(_wide(b, g), _t(b, _wide(b, v)))
+    mixed = b.matmul(_wide(b, g), transpose(b, _wide(b, v)))
     return b.mul(p, b.sub(mixed, _per_row(b, delta, mixed)))
 
 
@@ -178,12 +174,12 @@ def _written_dq(b, q, k, v, bias, lse, delta, g, **attrs):
 
 def _written_dk(b, q, k, v, bias, lse, delta, g, **attrs):
     slopes = _slopes(b, q, k, v, bias, lse, delta, g, **attrs)
-    return _narrowed(b, b.mul(b.matmul(_t(b, slopes), _wide(b, q)), attrs["scale"]), k)
+    return _narrowed(b, b.mul(b.matmul(transpose(b, slopes), _wide(b, q)), attrs["scale"]), k)
 
 
 def _written_dv(b, q, k, v, bias, lse, delta, g, **attrs):
     p = _weights(b, q, k, bias, lse, **attrs)
-    return _narrowed(b, b.matmul(_t(b, p), _wide(b, g)), v)
+    return _narrowed(b, b.matmul(transpose(b, p), _wide(b, g)), v)
 
 
 def _through(write: Callable, position: int) -> Callable:

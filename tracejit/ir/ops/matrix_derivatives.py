@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 from tracejit.errors import InvalidGraph
+from tracejit.ir.ops.movement import transpose
 
 Ints = tuple[int, ...]
 
@@ -34,12 +35,6 @@ def parts(name: str, m: int, n: int, **attrs: object) -> tuple[Ints, ...]:
     if not attrs["vectors"]:
         return ((k,),)
     return ((m, m), (k,), (n, n)) if attrs["full"] else ((m, k), (k,), (k, n))
-
-
-def transpose(b, x):
-    """Matrices, rows for columns."""
-    rank = len(x.type.shape)
-    return b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
 
 
 def _places(b, x, axis: int):

@@ -177,6 +177,14 @@ permute = _movement(
     lambda b, g, y, x, *, axes: b.permute(g, axes=tuple(int(a) for a in np.argsort(axes))),
     host="{0}",
 )
+
+
+def transpose(b, x):
+    """Matrices, rows for columns."""
+    rank = len(x.type.shape)
+    return b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
+
+
 expand = _movement(
     "expand",
     _infer_expand,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from tracejit.ir.ops.movement import transpose
 from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, ULPS, Exact, Op, require, require_tensor
 from tracejit.ir.types import DType, Type, b1, round_to
 
@@ -86,19 +87,14 @@ def _infer_matmul(a: Type, b: Type) -> Type:
     return Type(a.dtype, (*a.shape[:-1], b.shape[-1]), a.device)
 
 
-def _t(b, x):
-    rank = len(x.type.shape)
-    return b.permute(x, axes=(*range(rank - 2), rank - 1, rank - 2))
-
-
 matmul = Op(
     "matmul",
     "contraction",
     _infer_matmul,
     np.matmul,
     (
-        lambda b, g, y, x, z: b.matmul(g, _t(b, z)),
-        lambda b, g, y, x, z: b.matmul(_t(b, x), g),
+        lambda b, g, y, x, z: b.matmul(g, transpose(b, z)),
+        lambda b, g, y, x, z: b.matmul(transpose(b, x), g),
     ),
     cost=1,
     exact=ULPS,
