@@ -18,7 +18,7 @@ from string import Template
 
 from tracejit.ir.ops.matrices import PADE, THETA
 from tracejit.ir.types import f64
-from tracejit.schedule.cpu.host_calls import integers, matrices, numbers
+from tracejit.schedule.cpu.host_calls import integers, numbers
 from tracejit.schedule.kernel import Kernel
 
 ROUTINES = ("potrf", "trsm", "getrf", "getrs", "geqrf", "orgqr", "syevd", "gesdd", "gemm")
@@ -285,7 +285,7 @@ PARTS = (
 def call_text(kernel: Kernel, number: int) -> str:
     """The exported function of a kernel that is a call."""
     call = kernel.call
-    *batch, m, n = matrices(call)
+    *batch, m, n = call.matrices
     double = kernel.buffers[-1].dtype is f64
     kind, s = ("double", "f64") if double else ("float", "f32")
     attrs = {name: _spelled(value) for name, value in call.attrs}

@@ -17,7 +17,7 @@ import secrets
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -122,6 +122,19 @@ def load_libraries(sources: Sequence[str]) -> list[ctypes.CDLL]:
         return [cached_library(sha256(s)) or _compiled(s) for s in sources]
     with ThreadPoolExecutor(len(sources)) as threads:
         return list(threads.map(lambda s: cached_library(sha256(s)) or _compiled(s), sources))
+
+
+def locked_function(library: ctypes.CDLL, name: str, result: type | None, *types: type) -> Callable:
+    """A function of a library that keeps Python's lock, so that no other thread of Python's changes
+    anything meanwhile."""
+    made = ctypes.PYFUNCTYPE(result, *types)(address_of(library, name))
+    made.library = library  # held
+    return made
+
+
+def address_of(library: ctypes.CDLL, name: str) -> int:
+    """Where a function of a library is."""
+    return ctypes.cast(library[name], ctypes.c_void_p).value
 
 
 def cached_library(digest: str) -> ctypes.CDLL | None:

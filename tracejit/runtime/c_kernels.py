@@ -13,10 +13,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tracejit.runtime.c_compiler import cached_library, load_libraries, toolchain, vector_bytes
+from tracejit.runtime.c_compiler import (
+    address_of,
+    cached_library,
+    load_libraries,
+    toolchain,
+    vector_bytes,
+)
 from tracejit.runtime.c_plans import Lowered
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
-from tracejit.runtime.lapack import provide
 from tracejit.schedule.cpu.plan import CpuKernel
 
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
@@ -45,7 +50,7 @@ def load_kernels(lowered: Lowered) -> dict[str, LoadedKernel]:
             continue
         digest, symbol = (cache.get("kernel", key) or "- -").split()
         if digest not in libraries:
-            libraries[digest] = None if digest == "-" else cached_library(digest)
+            libraries[digest] = None if digest == "-" else _provided(cached_library(digest))
         library = libraries[digest]
         if library is None:
             missing[key] = lowered.plan.kernels[name]
@@ -64,7 +69,8 @@ def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, L
     batches = _batches({key: _cost(function.text) for key, function in emitted.items()})
     sources = [unit([emitted[key] for key in batch], vector_bytes()) for batch in batches]
     loaded = {}
-    for batch, source, library in zip(batches, sources, load_libraries(sources), strict=True):
+    libraries = map(_provided, load_libraries(sources))
+    for batch, source, library in zip(batches, sources, libraries, strict=True):
         for key in batch:
             name = emitted[key].name
             cache.put("kernel", key, f"{sha256(source)} {name}")
@@ -79,10 +85,17 @@ def _cost(text: str) -> int:
     return len(code) - sum(map(len, _MICRO.findall(code))) * 3 // 4
 
 
+def _provided(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
+    """A library of kernels, with the routines of LAPACK if they call any."""
+    if hasattr(library, "tj_lapack"):
+        from tracejit.runtime.lapack import provide  # few plans have such kernels
+
+        provide(library)
+    return library
+
+
 def _loaded(library: ctypes.CDLL, symbol: str) -> LoadedKernel:
-    provide(library)
-    address = ctypes.cast(library[symbol], ctypes.c_void_p).value
-    return LoadedKernel(address, library)
+    return LoadedKernel(address_of(library, symbol), library)
 
 
 def _batches(costs: Mapping[str, int]) -> list[list[str]]:

@@ -34,6 +34,7 @@ class InterpretedPlan:
         self._slots = [slot for launch in plan.launches for slot in launch.scalars]
         self._workspace = np.zeros(workspace_bytes(launches), np.int8)
         self._sizes = [memory_bytes(buffer) for buffer in plan.buffers]
+        self._calls = [_of_host(launch) for launch in self._launches]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Run every launch in order."""
@@ -70,9 +71,8 @@ class InterpretedPlan:
     ) -> None:
         kernel = launch.source.kernel
         places = [addresses[i] for i in launch.buffers]
-        if kernel.call is not None:
-            names = {buffer.name: buffer for buffer in launch.memory}
-            Run(launch.launch, names, range(len(places)))(places, ())
+        if (call := self._calls[number]) is not None:
+            call(places, ())
             return
         sizes = [self._sizes[i] for i in launch.buffers]
         memory = list(zip(places, sizes, strict=True))
@@ -96,3 +96,11 @@ class InterpretedPlan:
             buffers=memory,
             seed=number,
         )
+
+
+def _of_host(launch: LoadedLaunch) -> Run | None:
+    """What makes a launch that is a call of the host."""
+    if launch.source.kernel.call is None:
+        return None
+    names = {buffer.name: buffer for buffer in launch.memory}
+    return Run(launch.launch, names, range(len(launch.buffers)))

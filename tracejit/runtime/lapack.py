@@ -14,6 +14,7 @@ import numpy as np
 
 from tracejit.codegen.c_matrices import ROUTINES
 from tracejit.errors import BackendUnavailable
+from tracejit.runtime.c_compiler import address_of
 
 # how a routine may be called, and whether its integers are 64-bit
 _SPELLINGS = (("scipy_{}_64_", True), ("{}_64_", True), ("scipy_{}_", False), ("{}_", False))
@@ -29,10 +30,9 @@ def routines() -> tuple[tuple[int, ...], bool]:
     library = ctypes.CDLL(np.linalg._umath_linalg.__file__)
     for spelling, wide in _SPELLINGS:
         try:
-            found = [library[spelling.format(name)] for name in names]
+            return tuple(address_of(library, spelling.format(name)) for name in names), wide
         except AttributeError:
             continue
-        return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in found), wide
     raise BackendUnavailable(
         backend="c",
         reason="the LAPACK that numpy is linked with does not export its routines",
@@ -41,11 +41,7 @@ def routines() -> tuple[tuple[int, ...], bool]:
 
 
 def provide(library: ctypes.CDLL) -> None:
-    """Fill the table of a library of kernels, if it has one."""
-    try:
-        table = (ctypes.c_void_p * (2 * len(ROUTINES))).in_dll(library, "tj_lapack")
-    except ValueError:
-        return
+    """Fill the table of a library of kernels."""
     addresses, wide = routines()
-    table[:] = addresses
+    (ctypes.c_void_p * len(addresses)).in_dll(library, "tj_lapack")[:] = addresses
     ctypes.c_int64.in_dll(library, "tj_wide").value = wide

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from tracejit.codegen.c_words import SOURCE
 from tracejit.errors import TracejitError
-from tracejit.runtime.c_compiler import load_library
+from tracejit.runtime.c_compiler import load_library, locked_function
 
 
 @functools.cache
@@ -19,11 +19,6 @@ def load_words() -> tuple[Callable[..., int], Callable[..., int]] | None:
         library = load_library(SOURCE)
     except (TracejitError, OSError):
         return None
-    return _function(library, "tj_same", 2), _function(library, "tj_count", 6)
-
-
-def _function(library: ctypes.CDLL, name: str, count: int) -> Callable[..., int]:
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-    made = ctypes.PYFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * count)(address)
-    made.library = library
-    return made
+    number = ctypes.c_int64
+    same = locked_function(library, "tj_same", ctypes.c_int, *[number] * 2)
+    return same, locked_function(library, "tj_count", ctypes.c_int, *[number] * 6)

@@ -17,7 +17,7 @@ import torch
 
 from tracejit.codegen.c_random import BELOW, DOUBLES, FLOATS, SOURCE
 from tracejit.errors import TracejitError
-from tracejit.runtime.c_compiler import load_library
+from tracejit.runtime.c_compiler import load_library, locked_function
 
 WORTH = 256  # numbers; fewer are drawn by torch as fast
 _UNIFORM = {torch.float32: FLOATS, torch.float64: DOUBLES}
@@ -77,11 +77,8 @@ def filler(streams: Sequence[Stream]) -> Callable[..., None]:
 @functools.cache
 def _function() -> Callable[[int, int, int], None]:
     """The C function. It keeps Python's lock, so that no other thread draws meanwhile."""
-    library = load_library(SOURCE)
-    address = ctypes.cast(library.tj_draw, ctypes.c_void_p).value
-    made = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(address)
-    made.library = library
-    return made
+    types = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+    return locked_function(load_library(SOURCE), "tj_draw", None, *types)
 
 
 @functools.cache

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from tracejit.schedule.groups import Group
 from tracejit.schedule.kernel import Buffer, HostCall, Kernel
-from tracejit.schedule.lower import Lowered, Memory
+from tracejit.schedule.lower import Lowered
+from tracejit.schedule.values import Memory
 
 
 def lower_call(group: Group, memory: Memory) -> Lowered:

@@ -328,6 +328,14 @@ class HostCall:
     shapes: tuple[tuple[int, ...], ...]
     where: str = ""
 
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """The shape of the matrices that the call is about."""
+        shape = self.shapes[0]
+        if self.op.name == "lu_solve":
+            shape = (*self.shapes[1][:-1], self.shapes[1][-2])
+        return shape
+
 
 @dataclass(frozen=True, slots=True)
 class Kernel:

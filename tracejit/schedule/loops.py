@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Result, Write, next_id
-from tracejit.ir.ops.loop import sections
 from tracejit.schedule.groups import Group
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
-from tracejit.schedule.tasks import sums_of
+from tracejit.schedule.tasks import sections_of, summed, sums_of
 from tracejit.schedule.values import Memory
 
 
@@ -56,7 +55,7 @@ def repeated(node: Node) -> Graph:
 def _sums(node: Node) -> tuple[Result, ...]:
     """The results of a loop's body of which it gives the sum."""
     results = node.attr("body").results
-    return results[len(results) - dict(node.attrs).get("summed", 0) :]
+    return results[len(results) - summed(node) :]
 
 
 def lower_loop(group: Group, memory: Memory, begin: Plan, body: Plan) -> Loop:
@@ -75,9 +74,8 @@ class _Lowering:
         self.steps, self.reverse = attrs["steps"], attrs["reverse"]
         self.carried, self.sliced = attrs["carried"], attrs["sliced"]
         self.results = [r.value.type for r in body.results]
-        shapes = [kind.shape for kind in self.results]
-        self.kept = len(self.results) - attrs.get("summed", 0)
-        self.sections = sections(shapes, self.carried, self.steps, attrs.get("summed", 0))
+        self.kept = len(self.results) - summed(node)
+        self.sections = sections_of(node)
         self.used: dict[str, None] = {}
         self.rows: dict[tuple, str] = {}
         stored = {t.demands[0].origin.id: t.buffer for t in group.tasks if t.kind == "store"}

@@ -308,7 +308,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
                 whole.add(node.out.id)
             if loop and node.out.id in apart:
                 outs = tuple(map(new, _types_apart(node)))
-                parts = zip(apart[node.out.id], outs[-node.attr("summed") :], strict=True)
+                parts = zip(apart[node.out.id], outs[-summed(node) :], strict=True)
                 sums |= {slice: value for slices, value in parts for slice in slices}
                 alias[node.out.id] = outs[0]  # the slices of what is kept
                 node = replace(node, outs=outs, attrs=(*node.attrs, ("apart", True)))
@@ -356,16 +356,15 @@ def _computes(node: Node) -> bool:
 def _apart(graph: Graph) -> dict[int, list[list[int]]]:
     """The loops whose sums may lie apart from the rest of the result, since it is only read by
     slices of one or the other; and the slices of each sum."""
-    loops = {n.out.id: n for n in graph.nodes if dict(n.attrs).get("summed")}
+    loops = {n.out.id: n for n in graph.nodes if summed(n)}
     if not loops:
         return {}
     for value in graph.outputs():
         loops.pop(value.id, None)
-    found = {id: [[] for _ in range(node.attr("summed"))] for id, node in loops.items()}
+    found = {id: [[] for _ in range(summed(node))] for id, node in loops.items()}
     for reader in graph.nodes:
         for id in {v.id for v in reader.inputs} & found.keys():
-            total = loops[id].attr("summed")
-            sums = _sections(loops[id])[-total:]
+            sums = sections_of(loops[id])[-summed(loops[id]) :]
             if reader.op.name != "slice" or reader.attr("steps") != (1,):
                 del found[id]
                 continue
@@ -380,19 +379,24 @@ def _apart(graph: Graph) -> dict[int, list[list[int]]]:
 
 def sums_of(loop: Node) -> tuple[Value, ...]:
     """The sums of a loop that lie apart from its other results."""
-    attrs = dict(loop.attrs)
-    return loop.outs[-attrs["summed"] :] if attrs.get("apart") else ()
+    return loop.outs[-summed(loop) :] if dict(loop.attrs).get("apart") else ()
 
 
-def _sections(node: Node) -> list[Section]:
-    shapes = [r.value.type.shape for r in node.attr("body").results]
-    return sections(shapes, node.attr("carried"), node.attr("steps"), node.attr("summed"))
+def summed(node: Node) -> int:
+    """Of how many results of its body a loop gives the sum; 0 for other nodes."""
+    return dict(node.attrs).get("summed", 0)
+
+
+def sections_of(loop: Node) -> list[Section]:
+    """Where in a loop's flat result those of its body lie."""
+    shapes = [r.value.type.shape for r in loop.attr("body").results]
+    return sections(shapes, loop.attr("carried"), loop.attr("steps"), summed(loop))
 
 
 def _types_apart(node: Node) -> list[Type]:
     """Of what a loop carries and keeps, if it is anything, and of each sum."""
-    total, kind = node.attr("summed"), node.out.type
-    kept = _sections(node)[-total].start
+    total, kind = summed(node), node.out.type
+    kept = sections_of(node)[-total].start
     results = node.attr("body").results
     types = [r.value.type for r in results[len(results) - total :]]
     return [replace(kind, shape=(kept,)), *types] if kept else types

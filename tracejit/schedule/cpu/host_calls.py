@@ -15,24 +15,16 @@ INTEGER = 8  # bytes, of LAPACK's integers at most
 DOUBLE = 8
 
 
-def matrices(call: HostCall) -> tuple[int, ...]:
-    """The shape of the matrices that a call is about."""
-    shape = call.shapes[0]
-    if call.op.name == "lu_solve":
-        shape = (*call.shapes[1][:-1], call.shapes[1][-2])
-    return shape
-
-
 def integers(call: HostCall) -> int:
     """How many integers a call needs."""
-    m, n = matrices(call)[-2:]
+    m, n = call.matrices[-2:]
     least = min(m, n)
     return {"lu": m + least, "eigh": 3 + 5 * n, "svd": 8 * least, "expm": n}.get(call.op.name, 0)
 
 
 def numbers(call: HostCall) -> tuple[int, int]:
     """How many floats the copies of a call need, and how many LAPACK itself."""
-    m, n = matrices(call)[-2:]
+    m, n = call.matrices[-2:]
     least, most = min(m, n), max(m, n)
     name, attrs = call.op.name, dict(call.attrs)
     if name == "lu":
