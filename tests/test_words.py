@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import sys
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -15,15 +18,16 @@ from torch.overrides import TorchFunctionMode
 import tracejit
 from tracejit.capture.effects import commit
 from tracejit.capture.proof import many, places
-from tracejit.capture.python import words
-from tracejit.capture.python.words import Bump, Dicts, Elements, Group
+from tracejit.capture.python import counters, memory, words
+from tracejit.capture.python.counters import Bump, Dicts, Elements
+from tracejit.capture.python.words import Group
 
 
 @pytest.fixture(autouse=True, params=["C", "numpy"])
 def few(monkeypatch, request) -> None:
     if request.param == "numpy":
-        monkeypatch.setattr(words, "native", lambda: None)
-    elif words.native() is None:
+        monkeypatch.setattr(memory, "native", lambda: None)
+    elif memory.native() is None:
         pytest.skip("needs a C compiler")
     for module in (many, places, commit):
         monkeypatch.setattr(module, "MANY", 4)
@@ -38,7 +42,7 @@ class _Lazy(TorchFunctionMode):
 
 def test_this_python_and_torch_are_known():
     """Else replays are slower, and this says so."""
-    assert words.known() and words.numbered() and words.counted()
+    assert words.known() and counters.numbered() and counters.counted()
 
 
 @pytest.mark.parametrize(
@@ -55,7 +59,7 @@ def test_this_python_and_torch_are_known():
 )
 def test_it_does_not_matter_when_that_is_found_out(under):
     with under():
-        assert words.known.__wrapped__() and words.counted.__wrapped__()
+        assert words.known.__wrapped__() and counters.counted.__wrapped__()
 
 
 def test_a_bit_that_says_nothing():
@@ -175,7 +179,37 @@ CHANGES: dict[str, Callable[[World], object]] = {
 }
 
 
+def new_gradient(change: Callable[[torch.Tensor], object]) -> Callable[[World], None]:
+    """Another gradient, most likely in the memory of the old one, which is let go."""
+
+    def act(world: World) -> None:
+        weight = world.weights[2]
+        weight.grad = None
+        weight.grad = torch.randn(4, 4)
+        change(weight.grad)
+
+    return act
+
+
+def exchanged(world: World) -> None:
+    one, other = world.weights[1:3]
+    one.grad, other.grad = other.grad, one.grad
+
+
 CHANGES |= {
+    "a gradient in another's memory": new_gradient(lambda g: None),
+    "such a gradient, turned": new_gradient(lambda g: g.t_()),
+    "such a gradient, smaller": new_gradient(lambda g: g.resize_(2, 4)),
+    "such a gradient with a name": new_gradient(lambda g: setattr(g, "note", 1)),
+    "such a gradient, of a class": new_gradient(lambda g: setattr(g, "__class__", Weight)),
+    "a gradient turned": lambda world: world.weights[2].grad.t_(),
+    "a gradient in other memory": lambda world: world.weights[2].grad.set_(torch.ones(4, 4)),
+    "a gradient with a name": lambda world: setattr(world.weights[2].grad, "note", 1),
+    "a gradient that requires grad": lambda world: world.weights[2].grad.requires_grad_(),
+    "two gradients exchanged": exchanged,
+    "a gradient of two weights": lambda world: setattr(
+        world.weights[1], "grad", world.weights[2].grad
+    ),
     "a counter": lambda world: world.state["step"].add_(5),
     "another counter": lambda world: world.state.update(step=torch.tensor(7.0)),
     "a counter of doubles": lambda world: world.state.update(step=torch.tensor(7.0).double()),
@@ -185,14 +219,22 @@ CHANGES |= {
 }
 
 
+def knows_again(replay: object) -> bool:
+    """Whether a guard fetches no tensor if all are as they were."""
+    last = replay.guard.__globals__["group"]._last
+    return last is not None and last.items is not None
+
+
 def told(change: Callable[[World], object], twice: bool) -> tuple:
     """What the guard of an armed step says after a change, and where it finds the tensors."""
     world = World()
     step = tracejit.compile(world.step, backend="numpy")
-    for _ in range(5):
+    for _ in range(8):
         step()
     replay = step._replays[-1]
-    assert step.stats.replays >= 2
+    assert step.stats.replays >= 5
+    if words.known():
+        assert knows_again(replay) == (memory.native() is not None)
     change(world)
     for _ in range(1 + twice):
         found = replay.guard((), {})
@@ -201,6 +243,7 @@ def told(change: Callable[[World], object], twice: bool) -> tuple:
     reals, numbers, addresses, _ = found
     assert addresses == [t.data_ptr() for t in reals]
     now = world.weights + [world.state[k] for k in ("exp_avg", "exp_avg_sq")]
+    now += [w.grad for w in world.weights]
     assert {id(t) for t in now} <= {id(t) for t in reals}
     return "", numbers
 
@@ -212,7 +255,7 @@ def test_guards_say_the_same_with_words_and_without(monkeypatch, name, twice):
     """And so they do when they are asked again."""
     found = told(CHANGES[name], twice)
     monkeypatch.setattr(words, "known", lambda: False)
-    monkeypatch.setattr(words, "numbered", lambda: False)
+    monkeypatch.setattr(counters, "numbered", lambda: False)
     plain = told(CHANGES[name], twice)
     assert (found[0] == "") == (plain[0] == ""), (found, plain)
     assert found[1] == plain[1] or name == "a counter that is not a number"
@@ -235,12 +278,49 @@ def test_words_are_what_guards_go_by(monkeypatch):
     monkeypatch.setattr(Group, "learn", learns)
 
 
+def test_what_stays_is_not_fetched(monkeypatch):
+    """Nor is what a call gets held when it is over: not the gradients, and no count goes wrong."""
+    world, seen = World(), []
+    step = tracejit.compile(world.step, backend="numpy")
+    for _ in range(8):
+        step()
+    replay = step._replays[-1]
+    if memory.native() is None:
+        assert not knows_again(replay)
+        return
+    tensors = [*world.weights, *(x for s in world.optimizer.state.values() for x in s.values())]
+    tensors += [w.grad for w in world.weights]
+    before = [*map(sys.getrefcount, tensors)]
+    with monkeypatch.context() as patched:
+        patched.setattr(Group, "addresses", lambda *given: pytest.fail("fetched"))
+        for _ in range(5):
+            step()
+            seen.append(replay.guard((), {})[0])
+    assert all(len(x) == 25 for x in seen) and {id(t) for t in tensors} == {*map(id, seen[0])} | {
+        id(s["step"]) for s in world.optimizer.state.values()
+    }
+    counts = [*map(sys.getrefcount, tensors)]
+    assert counts == [n + len(seen) for n in before]
+    seen.clear()
+    assert [*map(sys.getrefcount, tensors)] == before
+    del tensors
+    gc.collect()
+    gone = [weakref.ref(w.grad) for w in world.weights]
+    world.optimizer.zero_grad()
+    assert not any(ref() is not None for ref in gone)
+    world.gradients()
+    replays = step.stats.replays
+    step()
+    assert step.stats.replays == replays + 1 and knows_again(replay) is False
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_training_in_lockstep(monkeypatch, known):
     """With changes between the calls."""
     if not known:
-        for name in ("known", "numbered", "counted"):
-            monkeypatch.setattr(words, name, lambda: False)
+        monkeypatch.setattr(words, "known", lambda: False)
+        for name in ("numbered", "counted"):
+            monkeypatch.setattr(counters, name, lambda: False)
     eager, ours = World(), World()
     step = tracejit.compile(ours.step, backend="numpy")
     names = ["nothing", "values", "new gradients", "other state", "data elsewhere", "no gradient"]
@@ -365,7 +445,7 @@ def test_what_cannot_be_counted_in_memory_is_left_to_torch(monkeypatch):
     Bump([0, 1])([x, y])  # a list is no tuple
     assert versions((x, y)) == [1, 1]
     with monkeypatch.context() as patched:
-        patched.setattr(words, "counted", lambda: False)
+        patched.setattr(counters, "counted", lambda: False)
         Bump([0, 1])((x, y))
     assert versions((x, y)) == [2, 2]
     with torch.inference_mode():

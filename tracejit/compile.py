@@ -32,7 +32,7 @@ from tracejit.capture.names import names_of_inputs
 from tracejit.capture.proof.guards import Armed
 from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
-from tracejit.capture.python import words
+from tracejit.capture.python import memory
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
@@ -47,7 +47,7 @@ from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 
-words.load_with(load_words)
+memory.load_with(load_words)
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 

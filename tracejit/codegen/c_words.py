@@ -8,14 +8,22 @@ from __future__ import annotations
 SOURCE = """
 #include <stdint.h>
 
-/* Objects of one kind: where they are, which of their words are asked, and what these are to be,
-   one object after another. */
+#define AHEAD 8 /* objects, whose memory is fetched meanwhile */
+#define LINE 8  /* words that are fetched at once */
+
+/* Objects of one kind: where they are; the words that all of them have in common, from the first
+   one on, with masks of those that are asked; and at which words each has something of its own,
+   and what, one object after another. */
 struct rows {
     const int64_t *const *objects;
     int64_t count;
-    const int64_t *offsets;
+    int64_t first;
     int64_t width;
-    const int64_t *wanted;
+    const int64_t *masks;
+    const int64_t *common;
+    const int64_t *offsets;
+    int64_t owned;
+    const int64_t *own;
 };
 
 /* Whether all words are as wanted. The objects of a table are read once all before it are right:
@@ -23,17 +31,51 @@ struct rows {
 int tj_same(const struct rows *tables, int64_t count)
 {
     for (const struct rows *t = tables; t < tables + count; t++) {
-        const int64_t *wanted = t->wanted;
+        const int64_t *own = t->own;
         for (int64_t i = 0; i < t->count; i++) {
-            const int64_t *object = t->objects[i];
+            const int64_t *object = t->objects[i], *row = object + t->first;
             int64_t other = 0;
+            if (i + AHEAD < t->count)
+                for (int64_t k = 0; k < t->width; k += LINE)
+                    __builtin_prefetch(t->objects[i + AHEAD] + t->first + k);
+            for (int64_t k = 0; k < t->owned; k++)
+                other |= object[t->offsets[k]] ^ *own++;
             for (int64_t k = 0; k < t->width; k++)
-                other |= object[t->offsets[k]] ^ *wanted++;
+                other |= (row[k] ^ t->common[k]) & t->masks[k];
             if (other)
                 return 0;
         }
     }
     return 1;
+}
+
+/* Objects that are alive if all words of some tables are as wanted; and what Python makes a tuple
+   with, whose items begin at a word. */
+struct items {
+    const struct rows *tables;
+    int64_t count;
+    void *const *objects;
+    int64_t number;
+    void **(*new_tuple)(int64_t number);
+    void (*hold)(void *object);
+    int64_t first;
+    void *none;
+};
+
+/* A new tuple of these objects if all words are as wanted, else None. */
+void *tj_again(const struct items *given)
+{
+    if (!tj_same(given->tables, given->count)) {
+        given->hold(given->none);
+        return given->none;
+    }
+    void **made = given->new_tuple(given->number);
+    if (made)
+        for (int64_t i = 0; i < given->number; i++) {
+            given->hold(given->objects[i]);
+            made[given->first + i] = given->objects[i];
+        }
+    return made;
 }
 
 /* Add one to the counter of each of some items: at a word of a tensor is its implementation, at a

@@ -12,13 +12,16 @@ from tracejit.runtime.c_compiler import load_library, locked_function
 
 
 @functools.cache
-def load_words() -> tuple[Callable[..., int], Callable[..., int]] | None:
-    """`tj_same` and `tj_count`, of addresses and numbers; None where there is no C compiler. They
-    keep Python's lock, so that nothing changes meanwhile."""
+def load_words() -> tuple[Callable, ...] | None:
+    """`tj_same`, `tj_again` and `tj_count`; None where there is no C compiler. They keep Python's
+    lock, so that nothing changes meanwhile."""
     try:
         library = load_library(SOURCE)
     except (TracejitError, OSError):
         return None
-    number = ctypes.c_int64
-    same = locked_function(library, "tj_same", ctypes.c_int, *[number] * 2)
-    return same, locked_function(library, "tj_count", ctypes.c_int, *[number] * 6)
+    number, flag = ctypes.c_int64, ctypes.c_int
+    return (
+        locked_function(library, "tj_same", flag, *[number] * 2),
+        locked_function(library, "tj_again", ctypes.py_object, number),
+        locked_function(library, "tj_count", flag, *[number] * 6),
+    )

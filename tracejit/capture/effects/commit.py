@@ -25,8 +25,9 @@ from tracejit.capture.effects.effects import (
     tuple_of,
 )
 from tracejit.capture.effects.outside import attach
+from tracejit.capture.python.counters import Bump
+from tracejit.capture.python.memory import MANY
 from tracejit.capture.python.references import GRADIENT, count
-from tracejit.capture.python.words import MANY, Bump
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.errors import LeakedTracer
 from tracejit.ir import host_memory
@@ -119,7 +120,7 @@ def commit_lines(
     outputs, host: expressions of the plan's results and of the host results.
     cell:          an expression of the ctypes cell that is the element of an outside tensor, if the
         lines may use one. It is asked for what the host writes.
-    elements:      the same for the elements of many (`words.Elements`).
+    elements:      the same for the elements of many (`counters.Elements`).
     grad_on:       every call is made in grad mode.
     names:         the namespace of the lines, which grows here. `backwards` is there already.
     """

@@ -27,7 +27,13 @@ from tracejit.capture.effects.variables import Record, identity
 from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.many import guard_dicts, guard_grads, guard_metadata
+from tracejit.capture.proof.many import (
+    FOUND,
+    guard_dicts,
+    guard_grads,
+    guard_metadata,
+    written_out,
+)
 from tracejit.capture.proof.places import Places, guard_places, read_elements
 from tracejit.capture.proof.records import numbers_of_records
 from tracejit.capture.proof.settings import NUMPY_ERRORS
@@ -240,10 +246,10 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     if not (lie_apart and reals.keys() >= walk.tensors.keys()):
         apart = f"len({{*map(id, ({everything}))}}) == {len(walk.tensors)}"
         walk.check(apart, "two tensors that the step can tell apart are one now")
-    walk.lines.append(f"if found is not None: found += map(id, ({everything}))")
+    walk.lines.append(f"{FOUND}found += map(id, ({everything}))")
     holders = ", ".join(map(walk.holder, call.holders))
     walk.lines.append(f"return {tensors}, scalars, addresses, [{holders}]")
-    body = "\n".join(f"        {line}" for line in walk.lines)
+    body = "\n".join(f"        {line}" for line in written_out(walk))
     walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     text = (
         f"def guard(args, kwargs, found=None):\n    try:\n{body}\n"

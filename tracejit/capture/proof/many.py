@@ -7,16 +7,56 @@ run only if something has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
 
 from tracejit.capture.proof.guard_text import differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
-from tracejit.capture.python.words import MANY, Dicts, Group
+from tracejit.capture.python.counters import Dicts
+from tracejit.capture.python.memory import MANY
+from tracejit.capture.python.words import Group
 
 _NONE = "a .grad that the step reads is None"
+
+
+@dataclass(eq=False)
+class _Kept:
+    """Lines that ask what many dicts hold, and the locals that they set."""
+
+    lines: list[str]
+    locals: list[str]
+
+    def everything(self) -> str:
+        return f"({''.join(f'{name}, ' for name in self.locals)})"
+
+
+@dataclass(eq=False)
+class _Gradients:
+    """The gradients of many tensors: their locals, and those of their owners."""
+
+    owners: dict[str, str]
+
+    def line(self) -> str:
+        of = ", ".join(self.owners.values())
+        return f"{', '.join(self.owners)} = map(grad_of, ({of}))"
+
+
+@dataclass(eq=False)
+class _Tensors:
+    """All tensors, by their names, where they are many; lines that ask of each; and lines that ask
+    where they are in their memory."""
+
+    at: list[str]
+    one_by_one: list[str]
+    places: list[str]
+
+
+FOUND = "if found is not None: "  # how a line begins that only the first call comes to
+_LOCAL = re.compile(r"\bx\d+\b")
 
 
 def guard_grads(w: Walk, owners: dict[str, str]) -> list[str]:
@@ -28,13 +68,13 @@ def guard_grads(w: Walk, owners: dict[str, str]) -> list[str]:
             w.lines += [f"{at} = {owner}.grad", line]
         return []
     w.names["grad_of"] = attrgetter("grad")
-    w.lines.append(f"{', '.join(owners)} = map(grad_of, ({', '.join(owners.values())}))")
+    w.lines.append(_Gradients(owners))
     return there
 
 
 def guard_dicts(w: Walk, assigned: Collection[int]) -> None:
-    """Ask what dicts hold only where one of many was changed (`words.py`). Those that the step or
-    a schedule assigns to, by identity, are asked each time."""
+    """Ask what dicts hold only where one of many was changed (`counters.py`). Those that the step
+    or a schedule assigns to, by identity, are asked each time."""
     lines = [line for line in w.lines if line in w.of_dicts]
     lines = [line for line in lines if id(w.of_dicts[line]) not in assigned]
     dicts = {id(w.of_dicts[line]): w.of_dicts[line] for line in lines}
@@ -43,20 +83,10 @@ def guard_dicts(w: Walk, assigned: Collection[int]) -> None:
         return
     first, covered = w.lines.index(lines[0]), set(lines)
     names = [line.partition(" = ")[0] for line in lines if not line.startswith("if ")]
-    found = f"({''.join(f'{name}, ' for name in names)})"
     w.names["dicts"] = known
     before = [line for line in w.lines[:first] if line not in covered]
     after = [line for line in w.lines[first:] if line not in covered]
-    w.lines = [
-        *before,
-        "now, kept = dicts.now(), dicts.kept",
-        "if kept is not None and kept[0] == now:",
-        f"    {found} = kept[1]" if names else "    pass",
-        "else:",
-        *(f"    {line}" for line in lines),
-        f"    dicts.kept = now, {found}",
-        *after,
-    ]
+    w.lines = [*before, _Kept(lines, names), *after]
 
 
 def guard_metadata(w: Walk, reals: Sequence[torch.Tensor], there: Sequence[str]) -> str:
@@ -66,7 +96,7 @@ def guard_metadata(w: Walk, reals: Sequence[torch.Tensor], there: Sequence[str])
     at = [w.tensors[id(t)] for t in reals]
     lines = [_metadata_line(w, x, t) for x, t in zip(at, reals, strict=True)]
     found = f"addresses = [{', '.join(f'{x}.data_ptr()' for x in at)}]"
-    group = Group.of(reals) if len(reals) >= MANY else None
+    group = Group.of(reals, _owners(w, at)) if len(reals) >= MANY else None
     if group is None:
         w.lines += [*there, *lines, found]
         return f"[{', '.join(at)}]"
@@ -74,10 +104,86 @@ def guard_metadata(w: Walk, reals: Sequence[torch.Tensor], there: Sequence[str])
     covered = set(bare)
     w.lines = [line for line in w.lines if line not in covered]
     w.names["group"] = group
-    w.lines += [f"reals = ({', '.join(at)})", "addresses = group.addresses(reals)"]
-    one_by_one = (*there, *bare, *lines, found, "group.learn(reals)")
-    w.lines += ["if addresses is None:", *(f"    {line}" for line in one_by_one)]
+    w.lines.append(_Tensors(at, [*there, *bare, *lines, found, "group.learn(reals)"], []))
     return "reals"
+
+
+def guard_place(w: Walk, condition: str, reason: str) -> None:
+    """Fail unless a condition holds that is about nothing but where tensors are in which memory."""
+    places = next((x.places for x in w.lines if type(x) is _Tensors), w.lines)
+    places.append(f"if not ({condition}): return {reason!r}")
+
+
+def _owners(w: Walk, at: Sequence[str]) -> dict[int, int]:
+    """Where the owner of each gradient is among the tensors, if it is asked for that."""
+    places = {name: i for i, name in enumerate(at)}
+    of = [x for x in w.lines if type(x) is _Gradients]
+    pairs = of[0].owners.items() if len(of) == 1 else ()
+    return {places[gradient]: places[owner] for gradient, owner in pairs}
+
+
+def written_out(w: Walk) -> list[str]:
+    """The lines of a guard, which is complete, with those that ask of many at once.
+
+    Where all tensors are as they were in the last call, which one call of C tells, they need not be
+    fetched: not from dicts that are as they were, and not from their owners.
+    """
+    by_type = {type(x): x for x in w.lines if type(x) is not str}
+    kept, tensors = by_type.get(_Kept), by_type.get(_Tensors)
+    gradients = [x for x in w.lines if type(x) is _Gradients]
+    rest = "\n".join(x for x in w.lines if type(x) is str and not x.startswith(FOUND))
+    used = {*_LOCAL.findall(rest)}
+    fetched = tensors is not None and len(gradients) < 2
+    fetched = fetched and all(used.isdisjoint(x.owners) for x in gradients)
+    lines: list[str] = []
+    for x in w.lines:
+        if type(x) is str:
+            lines.append(x)
+        elif type(x) is _Kept:
+            lines += _of_dicts(x, used if fetched else None)
+        elif type(x) is _Gradients:
+            lines += [] if fetched else [x.line()]
+        else:
+            lines += _of_tensors(x, kept, gradients) if fetched else _asked(x)
+    return lines
+
+
+def _of_dicts(kept: _Kept, used: Collection[str] | None) -> list[str]:
+    """Lines that set those locals that are used, or all, from what the dicts held."""
+    lines = [
+        "now, kept = dicts.now(), dicts.kept",
+        "if kept is None or kept[0] != now:",
+        *(f"    {line}" for line in kept.lines),
+        f"    dicts.kept = kept = now, {kept.everything()}",
+    ]
+    if used is not None:
+        wanted = [(i, name) for i, name in enumerate(kept.locals) if name in used]
+        return lines + [f"{name} = kept[1][{i}]" for i, name in wanted]
+    return [*lines, f"{kept.everything()} = kept[1]"] if kept.locals else lines
+
+
+def _asked(tensors: _Tensors) -> list[str]:
+    """Lines that ask of tensors which were fetched."""
+    one_by_one = [f"    {line}" for line in tensors.one_by_one]
+    asked = [f"reals = ({', '.join(tensors.at)})", "addresses = group.addresses(reals)"]
+    return [*asked, "if addresses is None:", *one_by_one, *tensors.places]
+
+
+def _of_tensors(
+    tensors: _Tensors, kept: _Kept | None, gradients: Sequence[_Gradients]
+) -> list[str]:
+    """Lines that fetch tensors, and ask of them, if they are not all as they were."""
+    known = {*(kept.locals if kept else ()), *(name for x in gradients for name in x.owners)}
+    roots = [x for x in tensors.at if _LOCAL.fullmatch(x) and x not in known]
+    fetch = [f"{kept.everything()} = kept[1]"] if kept and kept.locals else []
+    fetch += [x.line() for x in gradients]
+    again = f"group.again({'now' if kept else b''}, ({''.join(f'{x}, ' for x in roots)}))"
+    return [
+        f"again = {again} if found is None else None",
+        "if again is not None: reals, addresses = again",
+        "else:",
+        *(f"    {line}" for line in (*fetch, *_asked(tensors))),
+    ]
 
 
 def _metadata_line(w: Walk, at: str, tensor: torch.Tensor) -> str:

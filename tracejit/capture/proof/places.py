@@ -14,7 +14,9 @@ import torch
 
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.python.words import MANY, Elements
+from tracejit.capture.proof.many import guard_place
+from tracejit.capture.python.counters import Elements
+from tracejit.capture.python.memory import MANY
 from tracejit.capture.trace.scalars import Path
 from tracejit.capture.trace.tensor import extent
 from tracejit.ir import host_memory
@@ -27,12 +29,13 @@ def guard_places(w: Walk, call: Call, places: Places) -> None:
         names = ", ".join(f"{x}.untyped_storage()._cdata" for x in at)
         w.names["pattern_of"] = _pattern
         pattern = _pattern(places.storages)
-        w.check(f"pattern_of(({names},)) == {pattern}", "inputs share memory otherwise")
+        guard_place(w, f"pattern_of(({names},)) == {pattern}", "inputs share memory otherwise")
     asked = w.wanted is None or not w.wanted.isdisjoint(("storage_offset", "as_strided"))
     if places.shared or asked:
         offsets = ", ".join(f"{x}.storage_offset()" for x in at)
         expected = [t.storage_offset() for t in call.reals]
-        w.check(f"[{offsets}] == {expected}", "an input starts elsewhere in its memory")
+        why = "an input starts elsewhere in its memory"
+        guard_place(w, f"[{offsets}] == {expected}", why)
     w.names["places"] = places
     w.lines += [
         "if addresses is places.good: pass",
