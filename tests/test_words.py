@@ -369,6 +369,21 @@ def test_attributes_that_are_set_later_are_seen():
         assert group.addresses((x,)) is None
 
 
+def test_tensors_without_attributes_get_no_dict_for_them():
+    """Each would be looked into in each call."""
+    world = World()
+    step = tracejit.compile(world.step, backend="numpy")  # a trace that is refused is undone
+    for _ in range(5):
+        step()
+    assert step.stats.replays >= 2
+    tensors = [*world.weights, *(w.grad for w in world.weights)]
+    of = np.array([*map(id, tensors)])
+    assert not memory.at(of, (words._DICT,)).any()
+    tensors[3].note = 1
+    assert memory.at(of, (words._DICT, words._VALUES)).any()
+    assert words.attributes(tensors[3]) == {"note": 1} and words.attributes(tensors[4]) == {}
+
+
 def test_data_that_is_shared_until_it_is_written_is_seen():
     x = torch.zeros(3, 4)
     group = Group.of([x])

@@ -54,6 +54,7 @@ from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.classes import is_heap_type, module_of, slots
 from tracejit.capture.python.doubts import template
 from tracejit.capture.python.tables import is_table
+from tracejit.capture.python.words import attributes
 from tracejit.capture.trace.scalars import Path, is_traced, plain
 
 HOOKS_OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
@@ -240,15 +241,16 @@ class Walk(Functions):
         self._attributes_of_tensor(x, known, path)
 
     def _attributes_of_tensor(self, x: torch.Tensor, at: str, path: str) -> None:
+        there = attributes(x)
         if self._asked:
-            names = [*x.__dict__]
-            attributes = f"[*{at}.__dict__] == {names!r}" if names else f"not {at}.__dict__"
-            self.check(attributes, f"{path} has other attributes now")
+            names = [*there]
+            same = f"[*{at}.__dict__] == {names!r}" if names else f"not {at}.__dict__"
+            self.check(same, f"{path} has other attributes now")
             if not names:
                 self.bare.setdefault(id(x), []).append(self.lines[-1])
-        if x.__dict__ and not self._seen(x.__dict__):
-            for name in self._named(x.__dict__):
-                self.visit(x.__dict__[name], f"{at}.__dict__[{name!r}]", f"{path}.{name}")
+        if there and not self._seen(there):
+            for name in self._named(there):
+                self.visit(there[name], f"{at}.__dict__[{name!r}]", f"{path}.{name}")
         for name in HOOKS_OF_TENSORS if x.requires_grad and x.is_leaf else ():
             if hooks := getattr(x, name):
                 self.visit(hooks, f"{at}.{name}", f"{path}.{name}", owned=False)

@@ -46,6 +46,7 @@ from tracejit.capture.python.copies import (
     saved_cache,
     slots_of,
 )
+from tracejit.capture.python.words import attributes
 
 MOST = 1_000_000  # objects looked at
 _MOST_AGAIN = 500  # on each rerun, besides what is known
@@ -90,7 +91,7 @@ class Snapshot:
         self._save: list[Callable[[], Callable[[], None]]] = []
         self._put_back: list[Callable[[], None]] = []
         self._empty: list[object] = []
-        self._bare: list[dict] = []  # attributes of tensors without any
+        self._bare: list[weakref.ref[torch.Tensor]] = []  # without attributes
         self._dicts: list[tuple[dict, dict]] = []
         self._ordered: list[tuple[OrderedDict, dict, list]] = []  # with their own order
         self._sequences: list[tuple[list | deque | bytearray | array, object]] = []
@@ -135,12 +136,17 @@ class Snapshot:
         self._progress = [iterators.Progress(x) for x in of["_progress"]]
         self._put_back = [save() for save in known.save]
         self._save = [*known.save]
-        if not any(map(len, self._empty)) and not any(self._bare):
-            return []
-        filled = [x for x in (*self._empty, *self._bare) if len(x)]
-        self._empty = [x for x in self._empty if not len(x)]
-        self._bare = [x for x in self._bare if not x]
+        filled = [x for x in (*self._empty, *self._of_bare()) if len(x)]
+        if filled:
+            self._empty = [x for x in self._empty if not len(x)]
+            self._bare = [
+                ref for ref in self._bare if (x := ref()) is not None and not attributes(x)
+            ]
         return filled
+
+    def _of_bare(self) -> list[dict]:
+        """The attributes, by now, of the tensors that had none."""
+        return [attributes(x) for ref in self._bare if (x := ref()) is not None]
 
     # ---- what there is
 
@@ -189,10 +195,10 @@ class Snapshot:
         if module_of(cls).startswith("tracejit"):
             return  # of the trace that is going on
         self.tensors.append(x)
-        if x.__dict__:
-            pending.append(x.__dict__)
+        if there := attributes(x):
+            pending.append(there)
         else:
-            self._bare.append(x.__dict__)
+            self._bare.append(weakref.ref(x))
 
     def _saved(self, save: Callable[[], Callable[[], None]]) -> None:
         self._save.append(save)
@@ -371,7 +377,7 @@ class Snapshot:
             if x != copy:
                 set.clear(x)
                 set.update(x, copy)
-        for x in (*self._empty, *self._bare):
+        for x in (*self._empty, *self._of_bare()):
             if len(x):
                 (OrderedDict if isinstance(x, OrderedDict) else base_of(x)).clear(x)
         for x, copy in self._dicts:
@@ -447,7 +453,7 @@ class Known:
 
     def __init__(self, found: Snapshot):
         self.of = found.of()
-        self.ids = frozenset(id(x) for held in self.of.values() for x in held)
+        self._note_ids()
         self.save, self.named = found._save, found.named
         self.foreign, self.modules = found.foreign, found.modules
         self._calls = 0
@@ -462,8 +468,15 @@ class Known:
     def _let_go(self) -> None:
         """Drop what nobody else holds any more."""
         for name, held in self.of.items():
-            self.of[name] = [x for x in held if sys.getrefcount(x) > 3]
-        self.ids = frozenset(id(x) for held in self.of.values() for x in held)
+            if name == "_bare":
+                self.of[name] = [ref for ref in held if ref() is not None]
+            else:
+                self.of[name] = [x for x in held if sys.getrefcount(x) > 3]
+        self._note_ids()
+
+    def _note_ids(self) -> None:
+        copied = (held for name, held in self.of.items() if name != "_bare")
+        self.ids = frozenset(id(x) for held in copied for x in held)
 
     def unknown(self, found: Snapshot, roots: Sequence[object]) -> bool:
         """Whether the step can reach something now that a snapshot of this has no copy of; for

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.python import memory
-from tracejit.capture.python.memory import TUPLE, at, index, objects, words
+from tracejit.capture.python.memory import BASE, TUPLE, at, index, objects, words
 
 _CLASS, IMPL, _HOOKS = 1, 2, (3, 4)  # of a tensor's object
 _VALUES, _DICT = -4, -3  # before it: its attributes, or a dict of them
@@ -47,6 +47,7 @@ _MAX_AXES = 5  # which a TensorImpl has room for
 _EQUAL = (_CLASS, _VALUES, *_HOOKS)  # what must be the same words
 _OWN = frozenset((IMPL, _DICT))  # what is another one for each tensor's object
 _OWN_OF_IMPL = frozenset((_STORAGE, _META, _OFFSET, _OBJECT))
+_PLAIN = torch.Tensor, torch.nn.Parameter
 _LEARNS = 4  # before a group is given up, whose tensors change all the time
 
 
@@ -302,16 +303,26 @@ def _plain(t: torch.Tensor) -> bool:
     """Whether the words of a tensor say all: it has data and few axes, and no attributes or hooks
     that would have to be looked into."""
     return (
-        type(t) in (torch.Tensor, torch.nn.Parameter)
+        type(t) in _PLAIN
         and t.layout is torch.strided
         and t.dim() <= _MAX_AXES
         and t.numel() > 0
         and t.is_leaf
         and not t._is_view()
-        and not t.__dict__
+        and not attributes(t)
         and not t._backward_hooks
         and not getattr(t, "_post_accumulate_grad_hooks", None)
     )
+
+
+def attributes(x: torch.Tensor) -> dict[str, object]:
+    """The attributes of a tensor. Most have none, and get no dict for them here: it would have to
+    be looked into in each call."""
+    if type(x) in _PLAIN and known():
+        place = (id(x) - BASE) // 8
+        if words.item(place + _VALUES) == words.item(place + _DICT) == 0:
+            return {}
+    return x.__dict__
 
 
 # ---- is all of that so?
