@@ -19,7 +19,7 @@ import tracejit
 from tracejit.capture.effects import commit
 from tracejit.capture.proof import many, places
 from tracejit.capture.python import counters, memory, words
-from tracejit.capture.python.counters import Bump, Dicts, Elements
+from tracejit.capture.python.counters import Bump, Containers, Elements
 from tracejit.capture.python.words import Group
 
 
@@ -404,7 +404,7 @@ def test_memory_that_moves_is_seen():
 
 def test_dicts_have_numbers():
     first, second = {"a": 1}, {"b": 2}
-    dicts = Dicts.of([first, second])
+    dicts = Containers.of([first, second])
     before = dicts.now()
     assert dicts.now() == before
     second["b"] = 3
@@ -413,13 +413,33 @@ def test_dicts_have_numbers():
     assert dicts.now() != before
 
 
+def test_what_lists_hold_is_seen():
+    first, second, items = [torch.zeros(2)], [], [object() for _ in range(9)]
+    lists = Containers.of([], [first, second])
+    changes = [
+        lambda: second.append(items[0]),
+        lambda: second.extend(items),
+        lambda: second.reverse(),
+        lambda: second.__setitem__(3, items[0]),
+        lambda: second.pop(),
+        lambda: first.clear(),
+        lambda: second.clear(),
+        lambda: first.append(items[1]),
+    ]
+    for change in changes:
+        before = lists.now()
+        assert lists.now() == before
+        change()
+        assert lists.now() != before
+
+
 def test_a_schedule_does_not_ask_of_all_dicts():
     """The group in which it sets the rate is asked each time, and alone."""
     world = World()
     step = tracejit.compile(world.step, backend="numpy")
     for _ in range(5):
         step()
-    dicts = step._replays[-1].guard.__globals__["dicts"]
+    dicts = step._replays[-1].guard.__globals__["containers"]
     step()
     kept, replays = dicts.kept, step.stats.replays
     for call in range(4):

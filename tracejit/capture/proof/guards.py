@@ -29,7 +29,7 @@ from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.many import (
     FOUND,
-    guard_dicts,
+    guard_containers,
     guard_grads,
     guard_metadata,
     written_out,
@@ -385,7 +385,7 @@ def _guard_tensors(w: Walk, captured: Captured, call: Call, places: Places) -> t
                 "",
             )
     there += guard_grads(w, owners)
-    guard_dicts(w, _assigned(w, captured, call))
+    guard_containers(w, _assigned(w, captured, call))
     tensors = guard_metadata(w, call.reals, there)
     for i, grad in captured.grads_read:
         at = w.tensors[id(call.reals[i])]

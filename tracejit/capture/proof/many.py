@@ -16,7 +16,7 @@ import torch
 
 from tracejit.capture.proof.guard_text import differs
 from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
-from tracejit.capture.python.counters import Dicts
+from tracejit.capture.python.counters import Containers
 from tracejit.capture.python.memory import MANY
 from tracejit.capture.python.words import Group
 
@@ -25,7 +25,7 @@ _NONE = "a .grad that the step reads is None"
 
 @dataclass(eq=False)
 class _Kept:
-    """Lines that ask what many dicts hold, and the locals that they set."""
+    """Lines that ask what many dicts, or long lists, hold, and the locals that they set."""
 
     lines: list[str]
     locals: list[str]
@@ -56,6 +56,9 @@ class _Tensors:
 
 
 FOUND = "if found is not None: "  # how a line begins that only the first call comes to
+_OF_LIST = re.compile(
+    r"if not \(len\((k\d+)\) == \d+\): |(?:x\d+ = |if not \()(k\d+)\[\d+\](?:$| is k\d+\): )"
+)
 _LOCAL = re.compile(r"\bx\d+\b")
 
 
@@ -72,21 +75,31 @@ def guard_grads(w: Walk, owners: dict[str, str]) -> list[str]:
     return there
 
 
-def guard_dicts(w: Walk, assigned: Collection[int]) -> None:
-    """Ask what dicts hold only where one of many was changed (`counters.py`). Those that the step
-    or a schedule assigns to, by identity, are asked each time."""
-    lines = [line for line in w.lines if line in w.of_dicts]
-    lines = [line for line in lines if id(w.of_dicts[line]) not in assigned]
-    dicts = {id(w.of_dicts[line]): w.of_dicts[line] for line in lines}
-    known = Dicts.of([*dicts.values()]) if len(dicts) >= MANY else None
+def guard_containers(w: Walk, assigned: Collection[int]) -> None:
+    """Ask what dicts and long lists hold only where one of many was changed (`counters.py`). Those
+    that the step or a schedule assigns to, by identity, are asked each time."""
+    of = {line: _container(w, line) for line in w.lines if type(line) is str}
+    lines = [line for line, x in of.items() if x is not None and id(x) not in assigned]
+    found = {id(of[line]): of[line] for line in lines}.values()
+    dicts, lists = ([x for x in found if isinstance(x, kind)] for kind in (dict, list))
+    known = Containers.of(dicts, lists) if len(dicts) >= MANY or lists else None
     if known is None:
         return
     first, covered = w.lines.index(lines[0]), set(lines)
     names = [line.partition(" = ")[0] for line in lines if not line.startswith("if ")]
-    w.names["dicts"] = known
+    w.names["containers"] = known
     before = [line for line in w.lines[:first] if line not in covered]
     after = [line for line in w.lines[first:] if line not in covered]
     w.lines = [*before, _Kept(lines, names), *after]
+
+
+def _container(w: Walk, line: str) -> dict | list | None:
+    """What a line asks about, if it holds as long as nobody changes that: a dict or a long list."""
+    if line in w.of_dicts:
+        return w.of_dicts[line]
+    of_list = _OF_LIST.match(line)
+    found = w.names[of_list[1] or of_list[2]] if of_list else None
+    return found if type(found) is list and len(found) >= MANY else None
 
 
 def guard_metadata(w: Walk, reals: Sequence[torch.Tensor], there: Sequence[str]) -> str:
@@ -140,7 +153,7 @@ def written_out(w: Walk) -> list[str]:
         if type(x) is str:
             lines.append(x)
         elif type(x) is _Kept:
-            lines += _of_dicts(x, used if fetched else None)
+            lines += _of_containers(x, used if fetched else None)
         elif type(x) is _Gradients:
             lines += [] if fetched else [x.line()]
         else:
@@ -148,13 +161,13 @@ def written_out(w: Walk) -> list[str]:
     return lines
 
 
-def _of_dicts(kept: _Kept, used: Collection[str] | None) -> list[str]:
-    """Lines that set those locals that are used, or all, from what the dicts held."""
+def _of_containers(kept: _Kept, used: Collection[str] | None) -> list[str]:
+    """Lines that set those locals that are used, or all, from what the containers held."""
     lines = [
-        "now, kept = dicts.now(), dicts.kept",
+        "now, kept = containers.now(), containers.kept",
         "if kept is None or kept[0] != now:",
         *(f"    {line}" for line in kept.lines),
-        f"    dicts.kept = kept = now, {kept.everything()}",
+        f"    containers.kept = kept = now, {kept.everything()}",
     ]
     if used is not None:
         wanted = [(i, name) for i, name in enumerate(kept.locals) if name in used]

@@ -1,4 +1,5 @@
-"""Counters in memory: of the writes to tensors, of the states of dicts, of optimizers' steps.
+"""Counters in memory: of the writes to tensors, of the states of dicts, of optimizers' steps; and
+what lists hold.
 
 Each of many is read or set where it stands, all in one loop of numpy or by one call of C. Where
 they are is found out first, as in `words.py`; what is not found is asked of torch and Python.
@@ -21,6 +22,7 @@ from tracejit.capture.python.words import IMPL, known, zeros
 
 _COUNTER, _WRITES = 5, 4  # of a TensorImpl; and there the count of writes, 4 bytes a step
 _STATE = 3  # of a dict: the number of its state
+_SIZE, _ITEMS = 2, 3  # of a list: how many items it has, and where they are
 _ONE = np.uint32(1)
 _COUNTS = np.asarray(Memory("<u4"))
 _ELEMENTS = {c_float: np.asarray(Memory("<f4")), c_double: np.asarray(Memory("<f8"))}
@@ -90,23 +92,29 @@ class Elements:
             self._memory[self._at] = self._kind(number).value
 
 
-class Dicts:
-    """Dicts, and whether they were changed: CPython numbers their states, and uses no number twice.
-    `kept` is for whoever asks: the numbers, and what was found in the dicts then."""
+class Containers:
+    """Dicts and lists, and whether they were changed. CPython numbers the states of dicts, and uses
+    no number twice; of lists, where the items are is asked. `kept` is for whoever asks: the states,
+    and what was found then, which stays alive, so that nothing else is where it was."""
 
-    def __init__(self, dicts: Sequence[dict]):
-        self._dicts = dicts  # which stay alive
-        self._at = (np.array([*map(id, dicts)]) >> 3) - (BASE >> 3) + _STATE
+    def __init__(self, dicts: Sequence[dict], lists: Sequence[list] = ()):
+        self._of = dicts, lists  # which stay alive
+        self._at = (np.array([*map(id, dicts)], np.int64) >> 3) - (BASE >> 3) + _STATE
+        self._lists = [(id(x) - BASE) // 8 for x in lists]
         self.kept: tuple[bytes, tuple] | None = None
 
     @classmethod
-    def of(cls, dicts: Sequence[dict]) -> Dicts | None:
-        """None where these numbers are not to be found."""
-        return cls(dicts) if numbered() else None
+    def of(cls, dicts: Sequence[dict], lists: Sequence[list] = ()) -> Containers | None:
+        """None where these words are not to be found."""
+        return cls(dicts, lists) if numbered() and listed() else None
 
     def now(self) -> bytes:
-        """The numbers of their states."""
-        return words.take(self._at).tobytes()
+        """Their states."""
+        found = words.take(self._at).tobytes()
+        for place in self._lists:
+            size, first = words.item(place + _SIZE), (words.item(place + _ITEMS) - BASE) // 8
+            found += words[first : first + size].tobytes() if size else b""
+        return found
 
 
 @functools.cache
@@ -129,7 +137,7 @@ def numbered() -> bool:
     ]
     for d in ({"a": one}, defaultdict(list, a=one), vars(Memory("<i8"))):
         d["a"] = one
-        asked = Dicts([d])
+        asked = Containers([d])
         for change in changes:
             before = asked.now()
             if asked.now() != before:  # nothing has changed yet
@@ -138,6 +146,25 @@ def numbered() -> bool:
             if asked.now() == before:
                 return False
     return True
+
+
+@functools.cache
+def listed() -> bool:
+    """Whether the items of lists are where they should be."""
+    if not known():
+        return False
+    x: list[object] = [1.5, "a"]
+    (size, first), asked = (
+        at(np.array([id(x)]), (_SIZE, _ITEMS))[:, 0].tolist(),
+        Containers([], [x]),
+    )
+    if size != 2 or first % 8 or not 1 << 16 < first < 1 << 47:
+        return False
+    for change in (lambda: x.append(2), lambda: x.extend(range(100)), x.pop, x.reverse, x.clear):
+        if asked.now() != np.array([*map(id, x)], np.int64).tobytes():
+            return False
+        change()
+    return asked.now() == b""
 
 
 @functools.cache
