@@ -83,11 +83,11 @@ def _default_dtype(dtype: torch.dtype):
 
 
 class World:
-    """Five weights under Adam, and a step that updates them: 25 tensors, 5 of them counters."""
+    """Weights under Adam, and a step that updates them: five are 25 tensors, 5 of them counters."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 5) -> None:
         torch.manual_seed(0)
-        self.weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(5)]
+        self.weights = [torch.nn.Parameter(torch.randn(4, 4)) for _ in range(count)]
         self.optimizer = torch.optim.Adam(self.weights, foreach=True)
         self.gradients()
         self.kept: list = []
@@ -312,6 +312,23 @@ def test_what_stays_is_not_fetched(monkeypatch):
     replays = step.stats.replays
     step()
     assert step.stats.replays == replays + 1 and knows_again(replay) is False
+
+
+def test_frames_do_not_grow_with_the_number_of_tensors():
+    """CPython asks the system for memory in each call of a function that has a thousand locals."""
+
+    def sizes(count: int) -> list[int]:
+        world = World(count)
+        step = tracejit.compile(world.step, backend="numpy")
+        for _ in range(5):
+            step()
+        replay = step._replays[-1]
+        run = replay.run.function
+        codes = [f.__code__ for f in (replay.guard, run, run.__globals__["together"])]
+        return [code.co_nlocals + code.co_stacksize for code in codes]
+
+    few, many_ = sizes(9), sizes(40)
+    assert all(b <= a + 2 for a, b in zip(few, many_, strict=True)), (few, many_)
 
 
 @pytest.mark.parametrize("known", [True, False])

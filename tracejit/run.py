@@ -113,15 +113,23 @@ def generate(
     """
     given = captured, program, final, backwards, hooks, armed, parts, checking
     text, names = _Writer(*given).all()
+    exec(compile(text, "<tracejit run>", "exec"), names)
     if armed is not None and (counters := _counters(captured, armed.places)):
-        start, _, rest = text.partition("\n")
-        alike = "    if alike(scalars): return together(reals, scalars, addresses, holders, call)"
         shorter, inner = _Writer(*given, alike=counters).all()
         exec(compile(shorter, "<tracejit run>", "exec"), inner)
-        names |= {"together": inner.pop("perform"), "alike": _Alike(counters)}
-        text = f"{start}\n{alike}\n{rest}"
-    exec(compile(text, "<tracejit run>", "exec"), names)
+        made = {"together": inner.pop("perform"), "apart": names.pop("perform")}
+        names = made | {"alike": _Alike(counters)}
+        exec(_EITHER, names)
+        text = f"{shorter}\n{text}\n{_EITHER}"
     return Run(names.pop("perform"), text, parts)
+
+
+# That many numbers, each with a local, are apart, must cost nothing where they are one.
+_EITHER = """\
+def perform(reals, scalars, addresses, holders, call):
+    perform = together if alike(scalars) else apart
+    return perform(reals, scalars, addresses, holders, call)
+"""
 
 
 def _counters(captured: Captured, places: Places) -> list[int]:

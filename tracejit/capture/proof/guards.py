@@ -249,10 +249,11 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     walk.lines.append(f"{FOUND}found += map(id, ({everything}))")
     holders = ", ".join(map(walk.holder, call.holders))
     walk.lines.append(f"return {tensors}, scalars, addresses, [{holders}]")
-    body = "\n".join(f"        {line}" for line in written_out(walk))
+    lines, functions = written_out(walk)
+    body = "\n".join(f"        {line}" for line in lines)
     walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     text = (
-        f"def guard(args, kwargs, found=None):\n    try:\n{body}\n"
+        f"{functions}def guard(args, kwargs, found=None):\n    try:\n{body}\n"
         "    except missing as error:\n"
         "        return f'something that the step reads is gone ({error!r})'\n"
     )

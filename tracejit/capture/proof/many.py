@@ -31,7 +31,7 @@ class _Kept:
     locals: list[str]
 
     def everything(self) -> str:
-        return f"({''.join(f'{name}, ' for name in self.locals)})"
+        return f"({', '.join(self.locals)},)" if self.locals else "()"
 
 
 @dataclass(eq=False)
@@ -59,6 +59,8 @@ FOUND = "if found is not None: "  # how a line begins that only the first call c
 _OF_LIST = re.compile(
     r"if not \(len\((k\d+)\) == \d+\): |(?:x\d+ = |if not \()(k\d+)\[\d+\](?:$| is k\d+\): )"
 )
+_TEXT = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_ASSIGNED = re.compile(r"\(?x\d+(?:, x\d+)*,?\)? = ")
 _LOCAL = re.compile(r"\bx\d+\b")
 
 
@@ -135,44 +137,73 @@ def _owners(w: Walk, at: Sequence[str]) -> dict[int, int]:
     return {places[gradient]: places[owner] for gradient, owner in pairs}
 
 
-def written_out(w: Walk) -> list[str]:
-    """The lines of a guard, which is complete, with those that ask of many at once.
+def written_out(w: Walk) -> tuple[list[str], str]:
+    """The lines of a guard, which is complete, with those that ask of many at once; and the text of
+    functions that these call.
 
     Where all tensors are as they were in the last call, which one call of C tells, they need not be
-    fetched: not from dicts that are as they were, and not from their owners.
+    fetched: not from dicts that are as they were, and not from their owners. What has a local for
+    each of many tensors stands in a function of its own: CPython makes room for all locals in each
+    call, by asking the system for memory where they are more than a thousand or so.
     """
     by_type = {type(x): x for x in w.lines if type(x) is not str}
     kept, tensors = by_type.get(_Kept), by_type.get(_Tensors)
     gradients = [x for x in w.lines if type(x) is _Gradients]
-    rest = "\n".join(x for x in w.lines if type(x) is str and not x.startswith(FOUND))
-    used = {*_LOCAL.findall(rest)}
-    fetched = tensors is not None and len(gradients) < 2
-    fetched = fetched and all(used.isdisjoint(x.owners) for x in gradients)
+    first = [x for x in w.lines if type(x) is str and x.startswith(FOUND)]
+    used = {*_locals_in([x for x in w.lines if type(x) is str and x not in first])}
+    apart = tensors is not None and len(gradients) < 2
+    apart = apart and all(used.isdisjoint(x.owners) for x in gradients)
     lines: list[str] = []
+    functions = ""
     for x in w.lines:
-        if type(x) is str:
-            lines.append(x)
-        elif type(x) is _Kept:
-            lines += _of_containers(x, used if fetched else None)
+        if type(x) is _Kept:
+            function, call = _function("contents", x.lines, x.everything())
+            functions += function
+            lines += _of_containers(x, call, used if apart else None)
         elif type(x) is _Gradients:
-            lines += [] if fetched else [x.line()]
-        else:
-            lines += _of_tensors(x, kept, gradients) if fetched else _asked(x)
-    return lines
+            lines += [] if apart else [x.line()]
+        elif type(x) is _Tensors and apart:
+            unpacked = [f"{kept.everything()} = kept"] if kept and kept.locals else []
+            fetch = [*unpacked, *(g.line() for g in gradients), *_asked(x), *first]
+            function, call = _function("fetched", fetch, "reals, addresses", "kept", "found")
+            functions += function
+            known = {*(kept.locals if kept else ()), *(at for g in gradients for at in g.owners)}
+            roots = [at for at in _locals_in(x.at) if at not in known]
+            lines += _of_tensors(roots, call, kept)
+        elif type(x) is _Tensors:
+            lines += _asked(x)
+        elif not (apart and x in first):
+            lines.append(x)
+    return lines, functions
 
 
-def _of_containers(kept: _Kept, used: Collection[str] | None) -> list[str]:
-    """Lines that set those locals that are used, or all, from what the containers held."""
+def _function(name: str, lines: Sequence[str], result: str, *given: str) -> tuple[str, str]:
+    """The text of a function of these lines, and a call of it: it returns a result, or a reason."""
+    made = {x for line in lines if (to := _ASSIGNED.match(line)) for x in _LOCAL.findall(to[0])}
+    asked = [x for x in _locals_in(lines) if x not in made]
+    parameters = ", ".join((*given, *asked))
+    body = "\n".join(f"    {line}" for line in (*lines, f"return {result}"))
+    return f"def {name}({parameters}):\n{body}\n", f"{name}({parameters})"
+
+
+def _locals_in(lines: Sequence[str]) -> list[str]:
+    """The locals that lines name, outside of texts."""
+    return [*dict.fromkeys(_LOCAL.findall(_TEXT.sub("", "\n".join(lines))))]
+
+
+def _of_containers(kept: _Kept, call: str, used: Collection[str] | None) -> list[str]:
+    """Lines that set `kept`, and those locals that are used, or all, to what containers hold."""
     lines = [
         "now, kept = containers.now(), containers.kept",
-        "if kept is None or kept[0] != now:",
-        *(f"    {line}" for line in kept.lines),
-        f"    containers.kept = kept = now, {kept.everything()}",
+        "if kept is not None and kept[0] == now: kept = kept[1]",
+        "else:",
+        f"    kept = {call}",
+        "    if type(kept) is str: return kept",
+        "    containers.kept = now, kept",
     ]
-    if used is not None:
-        wanted = [(i, name) for i, name in enumerate(kept.locals) if name in used]
-        return lines + [f"{name} = kept[1][{i}]" for i, name in wanted]
-    return [*lines, f"{kept.everything()} = kept[1]"] if kept.locals else lines
+    if used is None:
+        return [*lines, f"{kept.everything()} = kept"] if kept.locals else lines
+    return lines + [f"{x} = kept[{i}]" for i, x in enumerate(kept.locals) if x in used]
 
 
 def _asked(tensors: _Tensors) -> list[str]:
@@ -182,20 +213,15 @@ def _asked(tensors: _Tensors) -> list[str]:
     return [*asked, "if addresses is None:", *one_by_one, *tensors.places]
 
 
-def _of_tensors(
-    tensors: _Tensors, kept: _Kept | None, gradients: Sequence[_Gradients]
-) -> list[str]:
-    """Lines that fetch tensors, and ask of them, if they are not all as they were."""
-    known = {*(kept.locals if kept else ()), *(name for x in gradients for name in x.owners)}
-    roots = [x for x in tensors.at if _LOCAL.fullmatch(x) and x not in known]
-    fetch = [f"{kept.everything()} = kept[1]"] if kept and kept.locals else []
-    fetch += [x.line() for x in gradients]
-    again = f"group.again({'now' if kept else b''}, ({''.join(f'{x}, ' for x in roots)}))"
+def _of_tensors(roots: Sequence[str], call: str, kept: _Kept | None) -> list[str]:
+    """Lines that have tensors fetched, and asked of, if they are not all as they were."""
+    states = "now" if kept else "b''"
     return [
-        f"again = {again} if found is None else None",
-        "if again is not None: reals, addresses = again",
-        "else:",
-        *(f"    {line}" for line in (*fetch, *_asked(tensors))),
+        *([] if kept else ["kept = ()"]),
+        f"again = group.again({states}, ({''.join(f'{x}, ' for x in roots)}))",
+        f"if again is None or found is not None: again = {call}",
+        "if type(again) is str: return again",
+        "reals, addresses = again",
     ]
 
 
