@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 import tracejit
+from benchmarks.clock import microseconds
 from benchmarks.machine import machine, write
 from examples import classifier, fused_chain, transformer_block, two_layer_autograd
 from tracejit.runtime.device import LoadedKernel, Properties
@@ -131,16 +131,9 @@ CASES: dict[str, Callable[[], tuple]] = {
 }
 
 
-def microseconds(call: Callable, rounds: int, calls: int) -> float:
+def processor_us(call: Callable, rounds: int, calls: int) -> float:
     """The processor's time of a call: of MEDIANS medians the least."""
-
-    def spent() -> float:
-        start = time.thread_time()
-        for _ in range(calls):
-            call()
-        return (time.thread_time() - start) / calls * 1e6
-
-    return min(statistics.median(spent() for _ in range(rounds)) for _ in range(MEDIANS))
+    return min(microseconds(call, rounds, calls, time.thread_time) for _ in range(MEDIANS))
 
 
 def costs(make: Callable[[], tuple], rounds: int = 9, calls: int = 200) -> dict[str, float]:
@@ -164,22 +157,22 @@ def _costs(make: Callable[[], tuple], rounds: int, calls: int, graphs: str) -> d
         device.launches = 0
         step()
         count, name = device.launches, ""
-        run = microseconds(lambda: given[0](*given[1:]), rounds, calls)
+        run = processor_us(lambda: given[0](*given[1:]), rounds, calls)
         if graphs == "1":
             assert count == 1, "not one graph"
             found["graph"], name = run, " in a graph"
         else:
             guard = step._replays[0].guard
             found |= {"launches": count, "launch": run / count}
-            found["guard"] = microseconds(lambda: guard((), {}), rounds, calls)
-        found[f"call{name}"] = microseconds(step, rounds, calls)
+            found["guard"] = processor_us(lambda: guard((), {}), rounds, calls)
+        found[f"call{name}"] = processor_us(step, rounds, calls)
         if group is not None:
 
             def changed() -> None:
                 group["lr"] += 1e-9
                 step()
 
-            found[f"changed{name}"] = microseconds(changed, rounds, calls)
+            found[f"changed{name}"] = processor_us(changed, rounds, calls)
     os.environ["TRACEJIT_GRAPHS"] = before
     return found
 

@@ -11,8 +11,6 @@ replay, and what a step that cannot be compiled costs beyond eager. Medians, in 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
 import warnings
 from collections.abc import Callable
 
@@ -20,10 +18,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import tracejit
+from benchmarks.clock import microseconds
 from benchmarks.machine import machine, write
 from benchmarks.stages import deep_net
 
 COUNTS = (4, 50, 500)
+CALLS = 1000  # in a row
 EAGER_GOAL = 5.0
 GOALS = {4: 5.0, 50: 8.0, 500: 25.0}  # of the guard, in microseconds
 AROUND_GOAL = 3.0
@@ -45,17 +45,6 @@ def make_step(n: int) -> Callable:
     return namespace["step"]
 
 
-def microseconds(call: Callable, rounds: int = 15, calls: int = 1000) -> float:
-    """The median time of a call."""
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls * 1e6)
-    return statistics.median(times)
-
-
 def replay(n: int) -> dict[str, float]:
     """The guard and the whole call, for n guarded values."""
     step = tracejit.compile(make_step(n), on_unsupported="raise")
@@ -63,7 +52,10 @@ def replay(n: int) -> dict[str, float]:
         step()
     assert step.stats.replays >= 2, step.explain_mode()
     guard = step._replays[0].guard
-    found = {"guard": microseconds(lambda: guard((), {})), "call": microseconds(step)}
+    found = {
+        "guard": microseconds(lambda: guard((), {}), calls=CALLS),
+        "call": microseconds(step, calls=CALLS),
+    }
     names = step._replays[
         0
     ].run.function.__globals__  # of the C executor: the foreign call alone is timed
@@ -71,7 +63,7 @@ def replay(n: int) -> dict[str, float]:
     names["run"] = lambda *call: (calls.append(call), run(*call))
     step()
     names["run"] = run
-    bare = microseconds(lambda: run(*calls[0]))
+    bare = microseconds(lambda: run(*calls[0]), calls=CALLS)
     return found | {"around": found["call"] - found["guard"] - bare}
 
 

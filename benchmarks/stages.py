@@ -7,13 +7,12 @@ python -m benchmarks.stages
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
 import tracejit
+from benchmarks.clock import microseconds
 from examples import two_layer_autograd
 from tracejit.capture.bind import unwrap
 from tracejit.capture.capture import capture_call
@@ -52,15 +51,6 @@ def capture(step: Callable) -> Finished:
     return capture_call(function, bound_to, {})
 
 
-def median_us(call: Callable, repeats: int = 15) -> float:
-    times = []
-    for _ in range(repeats):
-        begun = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times) * 1e6
-
-
 def main() -> None:
     stages = ("capture", "passes", "schedule", "emit", "generate")
     print(f"{'step':12s} {'nodes':>6s} " + " ".join(f"{s:>9s}" for s in stages))
@@ -72,17 +62,17 @@ def main() -> None:
         plan = schedule(final)
         program = Program(plan, executor_for("auto", "cpu"))
         costs = (
-            median_us(lambda step=step: capture(step)),
-            median_us(lambda graph=graph: optimize(graph)),
-            median_us(lambda final=final: schedule(final)),
-            median_us(lambda plan=plan: [emit(launch.kernel) for launch in plan.launches]),
-            median_us(lambda what=(captured, program, final): generate(*what, [], Hooks())),
+            microseconds(lambda step=step: capture(step)),
+            microseconds(lambda graph=graph: optimize(graph)),
+            microseconds(lambda final=final: schedule(final)),
+            microseconds(lambda plan=plan: [emit(launch.kernel) for launch in plan.launches]),
+            microseconds(lambda what=(captured, program, final): generate(*what, [], Hooks())),
         )
         print(f"{name:12s} {nodes:6d} " + " ".join(f"{c / nodes:6.1f} µs" for c in costs))
     step = tracejit.compile(two_layer_autograd.make_step(n=1, d_in=1, h=1, d_out=1)[0])
     for _ in range(3):
         step()
-    print(f"replay of a step of 1 x 1 tensors: {median_us(step, 300):.1f} µs on the host")
+    print(f"replay of a step of 1 x 1 tensors: {microseconds(step, 300):.1f} µs on the host")
 
 
 if __name__ == "__main__":
