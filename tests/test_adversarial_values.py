@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tracejit
-import tracejit.programs
+import tracejit.pipeline
 from support.worlds import Case, Trainer, X, Y, check, table
 
 CASES: dict[str, Case] = {}
@@ -675,13 +675,13 @@ def test_what_ran_is_shown():
 
 def test_branches_share_what_they_begin_with(monkeypatch):
     made = []
-    first = tracejit.programs.Programs.build
+    first = tracejit.pipeline.Pipeline.build
 
     def build(self, graph, *args, **kwargs):
         made.append(str(graph))
         return first(self, graph, *args, **kwargs)
 
-    monkeypatch.setattr(tracejit.programs.Programs, "build", build)
+    monkeypatch.setattr(tracejit.pipeline.Pipeline, "build", build)
     w = torch.ones(3, requires_grad=True)
 
     def step(x):

@@ -40,7 +40,8 @@ from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import Inspected
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
-from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
+from tracejit.pipeline import Stats
+from tracejit.programs import MAX_PROGRAMS, Compiled, Programs
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
@@ -404,7 +405,7 @@ class CompiledStep(Inspected):
         """Keep why a call was not replayed."""
         if failed:
             text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
-            self._programs.report(f"not replayed: {text}")
+            self._programs.pipeline.report(f"not replayed: {text}")
             self._remarks.retraced(text)
         if built:
             self._prover.built()

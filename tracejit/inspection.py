@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
-from tracejit.programs import Compiled, Programs, Stats
+from tracejit.pipeline import Stats
+from tracejit.programs import Compiled, Programs
 from tracejit.remarks import Remarks
 from tracejit.run import Replay, Run
 from tracejit.runtime.program import Program
