@@ -32,6 +32,7 @@ FLOORS = {
     "report": 5,
     "roofline": 5,
     "rows": 5,
+    "saved": 5,
     "support": 5,
     "__main__": 5,
     "capture": 4,
@@ -97,6 +98,12 @@ SAME_FLOOR = {
     ("report", "rows"),
     ("rows", "roofline"),
     ("tracejit", "testing"),
+    ("tracejit", "saved"),
+    ("inspection", "options"),
+    ("inspection", "saved"),
+    ("saved", "options"),
+    ("saved", "pipeline"),
+    ("saved", "run"),
 }
 
 

@@ -34,6 +34,7 @@ from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
 from tracejit.capture.python import words
 from tracejit.capture.python.garbage import uncollected
+from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.fallback import Attempt, Fallback
@@ -319,13 +320,14 @@ class CompiledStep(Inspected):
         self.stats.add("capture", started)
         call = done.call if way is None else way.call
         names = functools.partial(names_of_inputs, self._function, args, kwargs)
-        armed = None
+        armed = signature = None
         try:
             if way is None:
                 compiled, what, captured = self._found(done.captured, call, failed, names)
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
+                signature = None if armed is None else signature_of(args, kwargs)
                 prover.over()
                 self._warn_of_rerun()
             else:
@@ -346,7 +348,7 @@ class CompiledStep(Inspected):
             tracer.rest()
             self._resting = tracer
         if armed is not None:
-            self._arm(armed, compiled, captured, call)
+            self._arm(armed, compiled, captured, call, signature)
         return result
 
     def _found(
@@ -387,15 +389,21 @@ class CompiledStep(Inspected):
             what = generate(captured, *given, None, parts, checking=compiled.checking)
         return compiled, what, parts, captured
 
-    def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
+    def _arm(
+        self,
+        armed: Armed,
+        compiled: Compiled,
+        captured: Captured,
+        call: Call,
+        signature: Signature,
+    ) -> None:
         """From now on calls that a guard accepts are replayed."""
         parts = self._programs.parts(compiled, captured, captured.early)
         given = compiled.program, compiled.final, compiled.backwards, self._hooks
         what = generate(captured, *given, armed, parts, checking=compiled.checking)
         if knobs.debug() >= 4:
             print(what.text)
-        read = captured.branches, len(captured.cuts)
-        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), *read)
+        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), captured, signature)
         self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]
         self.stats.branches = sum(r.decides for r in self._replays)

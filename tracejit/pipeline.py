@@ -66,8 +66,9 @@ class Pipeline:
         if knobs.debug() >= 1:
             print(f"tracejit: {self.name}: {what}")
 
-    def executor(self, graph: Graph) -> Executor:
-        """What runs a graph, by the device of its values."""
+    def executor(self, graph: Graph, precision: str | None = None) -> Executor:
+        """What runs a graph, by the device of its values. `precision` is that of products on a GPU,
+        by torch's name; else what the process has."""
         devices = {p.value.type.device for p in graph.params}
         devices = (devices | {n.out.type.device for n in graph.nodes}) - {"host"}
         if len(devices) > 1:
@@ -85,7 +86,9 @@ class Pipeline:
                 shapes=f"tensors on {device}",
                 remedy="Move them to one of these.",
             )
-        return executor_for(self.options.backend, device, torch.get_float32_matmul_precision())
+        return executor_for(
+            self.options.backend, device, precision or torch.get_float32_matmul_precision()
+        )
 
     def build(
         self,

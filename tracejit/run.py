@@ -19,6 +19,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
+from tracejit.capture.signature import Signature
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.drawing import DrawLines
@@ -62,8 +63,18 @@ class Replay:
     run: Run
     compiled: object
     call: Call
-    decides: bool  # whether by values of tensors
-    cuts: int  # how many values it reads
+    captured: Captured
+    signature: Signature  # of the call that it was armed in
+
+    @property
+    def decides(self) -> bool:
+        """Whether by values of tensors."""
+        return self.captured.branches
+
+    @property
+    def cuts(self) -> int:
+        """How many values it reads."""
+        return len(self.captured.cuts)
 
     @property
     def stages(self) -> tuple[Stage, ...]:

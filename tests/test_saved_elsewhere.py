@@ -1,0 +1,95 @@
+"""Steps saved in this process go on in another one, where the modules that define them are not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tracejit
+from support.saved_steps import STEPS
+from support.scope import WHOLE
+from tracejit.testing import losses_agree
+
+CALLS = 20
+
+ELSEWHERE = """
+import importlib.util, sys
+import torch, tracejit
+from tracejit.runtime import c_compiler
+
+for module in ("support", "examples", "benchmarks", "test_saved_elsewhere"):
+    assert importlib.util.find_spec(module) is None, module
+level, *paths = sys.argv[1:]
+c_compiler.FLAGS = (level, *c_compiler.FLAGS[1:])
+for path in paths:
+    given = torch.load(path + ".calls")
+    step = tracejit.load(path, backend=given["backend"])
+    torch.manual_seed(1)
+    returned = [step(*args) for args in given["calls"]]
+    torch.save({"returned": returned, "state": step.state_dict()}, path + ".done")
+    assert step.stats.traces == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory) -> dict[str, tuple]:
+    """By name: what went on here in eager, and what went on in the other process."""
+    folder = tmp_path_factory.mktemp("saved")
+    here, paths = {}, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRACEJIT_CACHE", str(folder / "cache"))
+        for name, make in STEPS.items():
+            case = make()
+            step = tracejit.compile(case.step, backend="numpy")
+            for i in range(4 * case.kinds):
+                step(*case.args(i))
+            path = str(folder / f"{name}.step")
+            step.save(path)
+            calls = [case.args(i) for i in range(CALLS)]
+            # the numpy executor takes no compilations, where these would take long
+            backend = "numpy" if name in ("gpt", "images") and not WHOLE else "auto"
+            torch.save({"backend": backend, "calls": calls}, f"{path}.calls")
+            torch.manual_seed(1)
+            here[name] = [case.step(*args) for args in calls], case.state()
+            paths.append(path)
+        environment = {k: x for k, x in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            [sys.executable, "-c", ELSEWHERE, "-O3" if WHOLE else "-O0", *paths],
+            cwd=folder,
+            env=environment | {"TRACEJIT_CACHE": str(folder / "other cache")},
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return {Path(p).stem: (*here[Path(p).stem], torch.load(f"{p}.done")) for p in paths}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_goes_on_elsewhere(name, elsewhere):
+    eager, state, done = elsewhere[name]
+    ours = done["returned"]
+    assert len(ours) == len(eager) == CALLS
+    exact = next(iter(state.values())).dtype is torch.float64
+    for mine, theirs in zip(map(flat, ours), map(flat, eager), strict=True):
+        assert [type(x) for x in mine] == [type(x) for x in theirs]
+        for a, b in zip(mine, theirs, strict=True):
+            assert abs(a - b) <= 1e-9 * abs(b) if exact else losses_agree(a, b, flat(eager[0])[0])
+    for key, expected in state.items():
+        found = done["state"][key]
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+        difference = (found.double() - expected.double()).norm()
+        assert difference <= (1e-9 if exact else 1e-4) * (1e-3 + expected.double().norm()), key
+
+
+def flat(x: object) -> list:
+    """The numbers in what a step returned."""
+    if isinstance(x, dict):
+        return [number for item in x.values() for number in flat(item)]
+    if isinstance(x, tuple):
+        return [number for item in x for number in flat(item)]
+    return [x.item() if isinstance(x, torch.Tensor) else x]

@@ -1,0 +1,165 @@
+"""The arguments of a call without its tensors, and a call like it.
+
+In: the arguments that a replay was armed for. Out: a `Signature`, which holds no memory of the
+user's tensors; it makes tensors that stand for them, in the same places. So a guard can be asked,
+long after the call, whether such a call would be replayed now, and from which tensors it would read
+its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from tracejit.capture.trace.tensor import extent
+
+_MANY = 1000  # items; more are data
+_LINE = 16  # elements: a tensor that starts so many further is aligned alike
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TensorLike:
+    """What a tensor was like; each object is one tensor, in whatever places it was given."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int  # in its memory, modulo a line
+    requires_grad: bool
+    is_parameter: bool
+    grad: TensorLike | None
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> TensorLike:
+        geometry = tuple(tensor.shape), tensor.stride(), tensor.storage_offset() % _LINE
+        grad = tensor.grad if tensor.is_leaf else None
+        kind = tensor.requires_grad, isinstance(tensor, torch.nn.Parameter)
+        grad = None if grad is None else cls.of(grad)
+        return cls(tensor.dtype, tensor.device, *geometry, *kind, grad)
+
+    def tensor(self) -> torch.Tensor:
+        """A tensor like it."""
+        count = self.offset + extent(self.shape, self.strides)
+        new = torch.zeros if count == self.offset + 1 else torch.empty
+        memory = new(count, dtype=self.dtype, device=self.device)
+        made = memory.as_strided(self.shape, self.strides, self.offset)
+        if self.is_parameter:
+            made = torch.nn.Parameter(made, requires_grad=self.requires_grad)
+        elif self.requires_grad:
+            made.requires_grad_()
+        if self.grad is not None:
+            made.grad = self.grad.tensor()
+        return made
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Thing:
+    """An argument that is neither a tensor, a container, nor a plain value: the object itself."""
+
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A list or tuple."""
+
+    kind: type
+    items: tuple
+
+
+@dataclass(frozen=True, slots=True)
+class Keyed:
+    """A dict."""
+
+    items: tuple[tuple[object, object], ...]
+
+
+PLAIN = (bool, int, float, str, type(None))
+Tree = TensorLike | Thing | Listed | Keyed | bool | int | float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The arguments of a call."""
+
+    args: tuple[Tree, ...]
+    kwargs: dict[str, Tree]
+
+
+@dataclass(slots=True)
+class Standing:
+    """A call like that of a signature: its arguments, and which tensor stands for what."""
+
+    args: tuple
+    kwargs: dict[str, object]
+    of: dict[int, TensorLike] = field(default_factory=dict)  # by the id of the tensor
+    tensors: dict[TensorLike, torch.Tensor] = field(default_factory=dict)
+
+
+def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
+    """The signature of a call, before it is made."""
+    known: dict[int, TensorLike] = {}
+    around: list[object] = []  # containers
+
+    def tree(x: object) -> Tree:
+        container = type(x) in (list, tuple, dict)
+        if container and (len(x) > _MANY or any(x is other for other in around)):
+            return Thing(x)
+        around.append(x)
+        try:
+            return parts(x)
+        finally:
+            around.pop()
+
+    def parts(x: object) -> Tree:
+        if isinstance(x, torch.Tensor):
+            if id(x) not in known:
+                known[id(x)] = TensorLike.of(x)
+            return known[id(x)]
+        if type(x) in (list, tuple):
+            return Listed(type(x), tuple(map(tree, x)))
+        if type(x) is dict:
+            return Keyed(tuple((key, tree(item)) for key, item in x.items()))
+        return x if type(x) in PLAIN else Thing(x)
+
+    return Signature(tuple(map(tree, args)), {name: tree(x) for name, x in kwargs.items()})
+
+
+def standing(signature: Signature) -> Standing:
+    """A call like that of a signature; the contents of its tensors are undefined."""
+    made = Standing((), {})
+
+    def build(x: Tree) -> object:
+        match x:
+            case TensorLike():
+                if x not in made.tensors:
+                    made.tensors[x] = x.tensor()
+                    made.of[id(made.tensors[x])] = x
+                return made.tensors[x]
+            case Thing(value):
+                return value
+            case Listed(kind, items):
+                return kind(map(build, items))
+            case Keyed(items):
+                return {key: build(item) for key, item in items}
+        return x
+
+    made.args = tuple(map(build, signature.args))
+    made.kwargs = {name: build(x) for name, x in signature.kwargs.items()}
+    return made
+
+
+def leaves(tree: Tree) -> Iterator[Tree]:
+    """What is in no container any more."""
+    match tree:
+        case Listed(_, items):
+            for item in items:
+                yield from leaves(item)
+        case Keyed(items):
+            for _, item in items:
+                yield from leaves(item)
+        case _:
+            yield tree
