@@ -194,3 +194,26 @@ STEPS = {
     make.__name__: make
     for make in (by_hand, two_layers, classifier, custom_function, dynamic, gpt, images)
 }
+
+
+def rich() -> Saved:
+    """What the others have not: draws of two generators, values that eager refuses, a backward
+    that is left to the caller, tensors that are replaced."""
+    torch.manual_seed(0)
+    own = torch.Generator().manual_seed(3)
+    w = torch.randn(5, 4).requires_grad_()
+    held = {"ema": torch.zeros(4), "calls": 0}
+
+    def step(x, labels, at, scale=2.0):
+        noise = torch.rand(4, generator=own) * F.dropout(torch.ones(4), 0.5)
+        held["ema"] = 0.9 * held["ema"] + 0.1 * noise
+        held["calls"] += 1
+        loss = F.cross_entropy(x @ w + noise, labels) * scale + x[:, at + 1].sum()
+        return [loss, (held["calls"], noise.sum().item(), x.shape)]
+
+    batches = _batches((3, 5), dtype=torch.float32)
+    labels, at = torch.tensor([0, 3, 1]), torch.tensor([0, 2])
+    return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
+
+
+FILES = (by_hand, two_layers, rich)

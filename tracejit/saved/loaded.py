@@ -29,6 +29,9 @@ from tracejit.saved.manifest import entries_of, step_of
 from tracejit.saved.record import SavedGenerator, SavedStep
 
 
+_LONGEST = 400  # of what an error quotes from a file
+
+
 def load(path: str | os.PathLike, *, backend: str = "auto") -> LoadedStep:
     """The step that `step.save(path)` has put in a file, with its parameters and its state.
 
@@ -45,7 +48,9 @@ def load(path: str | os.PathLike, *, backend: str = "auto") -> LoadedStep:
     except OSError:
         raise
     except Exception as error:  # whatever a reader comes by, the file is to blame
-        raise SavedFileError(path=path, reason=str(error) or type(error).__name__) from error
+        reason = str(error) or type(error).__name__
+        reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …"
+        raise SavedFileError(path=path, reason=reason) from error
     return LoadedStep(step, backend)
 
 
