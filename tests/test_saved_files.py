@@ -15,12 +15,13 @@ import torch
 
 import tracejit
 from support.saved_files import damaged, deeds, entries_of, file_of, hostile, zip_files
-from support.saved_steps import FILES
+from support.saved_steps import FILES, STEPS, rich
 from support.scope import WHOLE
 from tracejit.errors import SavedFileError, TracejitError
 from tracejit.saved import archive
 from tracejit.saved.tensors import pack, unpack
 
+OLD = Path(__file__).parent / "golden" / "saved"
 COUNT = 6000 if WHOLE else 150
 MOST_SECONDS = 10.0  # of the processor, for one file of at most a few hundred kilobytes
 MOST_MEMORY = 400 << 10  # KiB
@@ -115,6 +116,23 @@ def test_versions(files, tmp_path):
         (tmp_path / "a.step").write_bytes(file_of(changed, tmp_path))
         with pytest.raises(SavedFileError, match=why):
             tracejit.load(tmp_path / "a.step")
+
+
+@pytest.mark.parametrize("name", ["two_layers", "rich"])
+def test_old_files_load(name, tmp_path):
+    """What version 1.0 has written; such files are added with a version, and never written anew."""
+    case = STEPS[name]() if name in STEPS else rich()
+    loaded = tracejit.load(OLD / f"1.0_{name}.step", backend="numpy")
+    if name == "rich":  # draws, which machines make in their own ways
+        loss, (calls, *_) = loaded(*case.args(0))
+        assert loss.requires_grad and calls == 5
+        loss.backward()
+    else:
+        expected = json.loads((OLD / f"1.0_{name}.json").read_text())
+        found = [loaded(*case.args(i))["loss"].item() for i in range(len(expected))]
+        assert found == pytest.approx(expected, rel=1e-9)
+    loaded.save(tmp_path / "a.step")
+    assert tracejit.load(tmp_path / "a.step").numbers == loaded.numbers
 
 
 def test_the_records_of_a_file():

@@ -28,7 +28,6 @@ from tracejit.saved.loaded_plan import LoadedPlan, State
 from tracejit.saved.manifest import entries_of, step_of
 from tracejit.saved.record import SavedGenerator, SavedStep
 
-
 _LONGEST = 400  # of what an error quotes from a file
 
 

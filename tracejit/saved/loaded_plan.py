@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
+import numpy as np
 import torch
 
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guards import Armed, condition
 from tracejit.capture.proof.places import Places
+from tracejit.capture.python.words import MANY, Elements
 from tracejit.capture.signature import Keyed, Listed
 from tracejit.capture.trace.scalars import same_number
 from tracejit.ir import host_memory
@@ -71,10 +74,19 @@ class LoadedPlan:
         self._memory = memory
         self._names = [a.name for a in plan.arguments]
         self._by_place = [a.name for a in plan.arguments if a.positional]
-        self._numbers = [p.key for p in plan.scalars if p.kind == "number"]
+        by_kind = {kind: [] for kind in ("number", "constant", "item")}
+        for k, place in enumerate(plan.scalars):
+            by_kind.get(place.kind, []).append((k, place.key))
+        self._numbered, self._constants = by_kind["number"], by_kind["constant"]
+        self._numbers = [name for _, name in self._numbered]
+        self._counters, self._items = _counters(plan, by_kind["item"])
+        self._elements: Elements | None = None  # the counters, at `_at`
+        self._at: list[int] | None = None  # where the tensors of the last call lie
         self._decide = _decisions(plan)
         self._runs: dict[tuple, tuple[Callable, Places, Call]] = {}
-        self._owned = [k for k, (place, _) in enumerate(plan.tensors) if place.kind == "state"]
+        owned = [(k, p.key) for k, (p, _) in enumerate(plan.tensors) if p.kind == "state"]
+        self._owned = [k for k, _ in owned]
+        self._get_owned = _getter([name for _, name in owned])
         self._aliased = {m.index for m in plan.captured.effects.made if m.kind == "alias"}
 
     def call_text(self, name: str) -> str:
@@ -113,15 +125,17 @@ class LoadedPlan:
                 self._take(tree, x, name, found)
             self._fill(found)
             reals, scalars = found.tensors, found.scalars
+            addresses = [t.data_ptr() for t in reals]
+            if addresses != self._at:
+                self._moved(reals, addresses)
+            self._number(found)
             why = self._decide(scalars)
             if why:
                 return why
-            addresses = [t.data_ptr() for t in reals]
             function, places, call = self._run_for(reals, addresses)
             if addresses == places.good:
                 addresses = places.good
             else:
-                self._check_state(reals)
                 if places.shared:
                     return "two of its tensors share memory"
                 why = places.against(addresses)
@@ -194,9 +208,9 @@ class LoadedPlan:
 
     def _fill(self, found: _Inputs) -> None:
         """The inputs that are state."""
-        tensors, state = found.tensors, self.state
-        for k in self._owned:
-            tensors[k] = state.tensors[self.plan.tensors[k][0].key]
+        tensors = found.tensors
+        for k, tensor in zip(self._owned, self._get_owned(self.state.tensors), strict=True):
+            tensors[k] = tensor
         for owner, grad in self.captured.grads_read:
             now = tensors[owner].grad
             if (now is None) != (grad is None):
@@ -206,22 +220,32 @@ class LoadedPlan:
             if grad is not None and grad >= 0:
                 _check(now, self.plan.tensors[grad][1], "a gradient")
                 tensors[grad] = now
-        for k, place in enumerate(self.plan.scalars):
-            match place:
-                case Place("number", name):
-                    now = state.numbers[name]
-                    x = found.named.get(name, now)
-                    found.scalars[k] = _number(x, type(now) is int, name)
-                case Place("item", index):
-                    found.scalars[k] = host_memory.read(tensors[index])
-                case Place("constant", x):
-                    found.scalars[k] = x
 
-    def _check_state(self, reals: list[torch.Tensor]) -> None:
-        """The state lies elsewhere than in the last call: it may be of another layout."""
+    def _number(self, found: _Inputs) -> None:
+        """The runtime scalars that no argument gives."""
+        scalars, tensors, numbers = found.scalars, found.tensors, self.state.numbers
+        for k, name in self._numbered:
+            now = numbers[name]
+            scalars[k] = _number(found.named.get(name, now), type(now) is int, name)
+        for k, x in self._constants:
+            scalars[k] = x
+        for k, index in self._items:
+            scalars[k] = host_memory.read(tensors[index])
+        if self._elements is not None:
+            for (k, _), x in zip(self._counters, self._elements.read(), strict=True):
+                scalars[k] = x
+
+    def _moved(self, reals: list[torch.Tensor], addresses: list[int]) -> None:
+        """Tensors lie elsewhere than in the last call: the state may be of another layout."""
+        self._at = None
         for k in self._owned:
             place, spec = self.plan.tensors[k]
             _check(reals[k], spec, place.key)
+        if self._counters:
+            first = self._counters[0][1]
+            at = np.array([addresses[index] for _, index in self._counters], np.int64)
+            self._elements = Elements(at, host_memory.cell_type(reals[first]))
+        self._at = addresses
 
     # ---- compiled forms
 
@@ -239,7 +263,6 @@ class LoadedPlan:
 
     def _build(self, reals: list[torch.Tensor]) -> tuple[Callable, Places, Call]:
         pipeline, captured = self.pipeline, self.captured
-        self._check_state(reals)
         executor = pipeline.executor(captured.graph, self.precision)
         program, final = pipeline.build(captured.graph, executor, self._memory)
         nodes = captured.effects.outside
@@ -253,6 +276,26 @@ class LoadedPlan:
             run = generate(captured, program, final, backwards, Hooks(), armed, checking=checking)
         generators = [self.state.generators[k] for k in self.plan.generators]
         return run.function, places, Call([], [], given=captured.given, generators=generators)
+
+
+def _counters(
+    plan: SavedPlan, items: list[tuple[int, int]]
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Of the scalars that are elements of tensors those that are read together: the step counters
+    of an optimizer, if they are many. And the others."""
+    dtypes = {plan.tensors[index][1].dtype for _, index in items}
+    on_cpu = all(plan.tensors[index][1].device == "cpu" for _, index in items)
+    if len(items) < MANY or len(dtypes) > 1 or not on_cpu:
+        return [], items
+    cell = host_memory.cell_type(torch.empty(1, dtype=TO_TORCH[dtypes.pop()]))
+    return (items, []) if Elements.known(cell) else ([], items)
+
+
+def _getter(names: list[str]) -> Callable[[dict], tuple]:
+    """A function that takes some items of a dict."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda found: tuple([found[name] for name in names])
 
 
 def _path(place: Place) -> tuple:

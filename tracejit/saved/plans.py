@@ -9,6 +9,7 @@ host.txt in order.
 from __future__ import annotations
 
 import ast
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
@@ -132,6 +133,8 @@ def _checks(checks: Checks) -> Json:
 
 def _error(error: TracejitError) -> Json:
     fields = {name: str(x) for name, x in error.fields.items()}
+    if "where" in fields:  # the folders of who saved it are nobody's business
+        fields["where"] = os.path.basename(fields["where"])
     return {"class": type(error).__name__, "fields": fields}
 
 

@@ -49,7 +49,7 @@ def check_graph(graph: Graph, *, body: bool = False) -> None:
         for arg in node.args:
             plain = type(arg) in (bool, int, float) and (type(arg) is float or abs(arg) < 1 << 64)
             need(isinstance(arg, Value) or plain, f"{node.op.name} of {str(arg)[:50]!r}")
-        kinds = inspect.signature(node.op.infer).parameters
+        kinds = inspect.signature(node.op.infer).parameters if node.attrs else {}
         for name, value in node.attrs:
             kind = kinds.get(name)
             known = kind is not None and _KINDS.get(str(kind.annotation))
