@@ -14,15 +14,23 @@ import torch.nn.functional as F
 from torch import nn
 
 import tracejit
-from support.saved_steps import STEPS
+from support.fake import FAKE
+from support.saved_steps import STEPS, rich
 from tracejit.errors import (
     ArgumentError,
     AxisError,
     CallError,
     CannotSave,
+    SavedFileError,
     SideEffectError,
     TracejitError,
 )
+from tracejit.saved import archive
+from tracejit.saved.devices import devices_of_state, moved
+from tracejit.saved.manifest import entries_of, step_of
+from tracejit.saved.plans import plan_entries
+from tracejit.saved.soundness import check_step
+from tracejit.testing import fake_device
 
 Pair = namedtuple("Pair", "loss rate")
 
@@ -565,6 +573,14 @@ def test_what_cannot_be_saved_says_why(what, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_state_that_shares_memory_is_refused(tmp_path):
+    whole = torch.ones(4)
+    half = whole[:2]
+    step = compiled(lambda x: x + whole.sum() + half.sum(), (torch.ones(2),))
+    with pytest.raises(CannotSave, match="whole and half share memory|half and whole share"):
+        step.save(tmp_path / "a.step")
+
+
 def test_a_step_has_to_be_called(tmp_path):
     step = tracejit.compile(lambda x: x * 2)
     with pytest.raises(CannotSave, match="not been called.*Call it until it is replayed"):
@@ -601,3 +617,60 @@ def test_all_steps_of_the_table_are_small_files(tmp_path):
     step = compiled(case.step, case.args(0))
     step.save(tmp_path / "a.step")
     assert (tmp_path / "a.step").stat().st_size < 40_000
+
+
+# ---- other devices
+
+
+def test_a_step_moves_to_another_device(tmp_path):
+    """As data: there is no GPU to run it on. It comes back as it was, but for what only a CPU
+    looks at."""
+    case = STEPS["two_layers"]()
+    step = compiled(case.step, case.args(0), case.args(1))
+    step.save(tmp_path / "a.step")
+    with (tmp_path / "a.step").open("rb") as file:
+        saved = step_of(archive.read(file))
+    there = moved(saved, "cuda")
+    check_step(there)
+    devices = devices_of_state(there)
+    counters = {name for name in devices if name.endswith(".step")}
+    assert counters and all((devices[name] == "cpu") == (name in counters) for name in devices)
+    assert "@cuda:0" in str(there.plans[0].captured.graph)
+    back = moved(there, "cpu")
+    for old, new in zip(saved.plans, back.plans, strict=True):
+        assert plan_entries(old) == plan_entries(new)
+    assert str(moved(saved, "cuda:0").plans[0].captured.graph).count("@cpu") == 0
+    if not torch.cuda.is_available():
+        archive.write(tmp_path / "b.step", entries_of(there, "a test"))
+        with pytest.raises(SavedFileError, match="on a GPU.*device='cpu'"):
+            tracejit.load(tmp_path / "b.step")
+        loaded = tracejit.load(tmp_path / "b.step", backend="numpy", device="cpu")
+        alike(loaded, case.step, case.args(0), case.args(1))
+    with pytest.raises(SavedFileError, match="no plan is for meta"):
+        tracejit.load(tmp_path / "a.step", device="meta")
+
+
+def test_a_generator_of_ones_own_stays_where_it_is(tmp_path):
+    case = rich()
+    compiled(case.step, case.args(0)).save(tmp_path / "a.step")
+    with pytest.raises(SavedFileError, match="a generator of one's own on cpu"):
+        tracejit.load(tmp_path / "a.step", device="cuda:0")
+
+
+def test_a_file_of_the_fake_device(tmp_path):
+    """A step of a GPU that is not here, saved and loaded there, and loaded on the CPU."""
+    pytest.importorskip("triton")
+    step, batch, *_ = network()
+    with fake_device(compiled=False):
+        on_fake = tracejit.compile(step, backend=FAKE)
+        for _ in range(4):
+            on_fake(*batch)
+        on_fake.save(tmp_path / "a.step")
+        loaded = tracejit.load(tmp_path / "a.step", backend=FAKE)
+        other = tracejit.load(tmp_path / "a.step", backend="numpy")
+        for _ in range(3):
+            expected = step(*batch)
+            for each in (loaded, other):
+                torch.testing.assert_close(each(*batch), expected, rtol=1e-9, atol=1e-12)
+    with zipfile.ZipFile(tmp_path / "a.step") as file:
+        assert "triton.jit" in file.read("shown/plans/0/kernels/0.py").decode()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from tracejit.options import Options
 from tracejit.pipeline import Pipeline, Stats
 from tracejit.runtime.memory import Memory
 from tracejit.saved import archive
+from tracejit.saved.archive import Damaged
+from tracejit.saved.devices import devices_of_state, moved
 from tracejit.saved.loaded_plan import LoadedPlan, State
 from tracejit.saved.manifest import entries_of, step_of
 from tracejit.saved.record import SavedGenerator, SavedStep
@@ -31,10 +34,13 @@ from tracejit.saved.record import SavedGenerator, SavedStep
 _LONGEST = 400  # of what an error quotes from a file
 
 
-def load(path: str | os.PathLike, *, backend: str = "auto") -> LoadedStep:
+def load(
+    path: str | os.PathLike, *, backend: str = "auto", device: str | torch.device | None = None
+) -> LoadedStep:
     """The step that `step.save(path)` has put in a file, with its parameters and its state.
 
     backend: as of `tracejit.compile`.
+    device:  "cpu" or "cuda:0", for a step that was saved on another one.
 
     No code of the file is run: its graphs are parsed and checked, and kernels are compiled from
     them, when a call first needs them. Raises SavedFileError for a file that is damaged, is no
@@ -44,6 +50,7 @@ def load(path: str | os.PathLike, *, backend: str = "auto") -> LoadedStep:
     try:
         with path.open("rb") as file:
             step = step_of(archive.read(file))
+        step = _placed(step if device is None else moved(step, device))
     except OSError:
         raise
     except Exception as error:  # whatever a reader comes by, the file is to blame
@@ -196,6 +203,18 @@ class LoadedStep:
         ]
         fields = {name: getattr(self._saved, name) for name in SavedStep.__dataclass_fields__}
         return SavedStep(**{**fields, **kept, "generators": tuple(generators)})
+
+
+def _placed(step: SavedStep) -> SavedStep:
+    """The step with its tensors where its plans want them."""
+    places = devices_of_state(step)
+    if any(place != "cpu" for place in places.values()) and not torch.cuda.is_available():
+        raise Damaged("its tensors are on a GPU, and here is none that torch can use; device='cpu'")
+    tensors = {}
+    for name, tensor in step.tensors.items():
+        there = tensor.detach().to(places.get(name, "cpu"))
+        tensors[name] = there.requires_grad_(tensor.requires_grad)
+    return replace(step, tensors=tensors)
 
 
 def _state_of(step: SavedStep) -> State:

@@ -93,6 +93,7 @@ class Saving:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     generators: list[torch.Generator] = field(default_factory=list)
     _names: dict[int, str] = field(default_factory=dict)  # by the id of a tensor
+    _memories: dict[int, str] = field(default_factory=dict)  # by that of a storage
     _places: dict[tuple, str] = field(default_factory=dict)  # the names of places of numbers
 
     @property
@@ -113,17 +114,16 @@ class Saving:
             if problem:
                 shown = name or f"a tensor of shape {list(tensor.shape)}"
                 raise self.refuse((f"{shown} {problem}", "Make it an argument of the step"))
-            self._not_shared(tensor, name)
             known = _unique(name or f"state_{len(self.tensors)}", self.tensors)
+            self._not_shared(tensor, known)
             self._names[id(tensor)], self.tensors[known] = known, tensor
         return known
 
-    def _not_shared(self, tensor: torch.Tensor, name: str | None) -> None:
-        memory = tensor.untyped_storage()._cdata
-        for other, known in self.tensors.items():
-            if known.untyped_storage()._cdata == memory and tensor.numel() and known.numel():
-                why = f"{name} and {other} share memory, which two tensors of a file cannot"
-                raise self.refuse((why, "Make the view inside the step, or clone one"))
+    def _not_shared(self, tensor: torch.Tensor, name: str) -> None:
+        other = self._memories.setdefault(tensor.untyped_storage()._cdata, name)
+        if other is not name and tensor.numel():
+            why = f"{name} and {other} share memory, which two tensors of a file cannot"
+            raise self.refuse((why, "Make the view inside the step, or clone one"))
 
     def number(self, place: tuple, name: str | None, now: int | float) -> str:
         """The name of a place that holds a number."""
