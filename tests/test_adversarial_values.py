@@ -6,6 +6,7 @@ Each case is compared with eager after every call; see `support/worlds.py`.
 from __future__ import annotations
 
 import copy
+import math
 from collections import namedtuple
 
 import pytest
@@ -671,6 +672,24 @@ def test_what_ran_is_shown():
     first, rest = compiled.segments
     assert len(first.results) == 2 and len(rest.results) == 1  # the decision, the loss; the .grad
     assert len(compiled.kernels) == len(first.launches) + len(rest.launches)
+
+
+def test_what_a_stage_has_computed_is_forgotten_when_the_call_fails():
+    """Python raises on a value that it has read; then the same tensor holds another one."""
+
+    def step(x):
+        return x * 2 if math.sqrt(x.sum().item()) > 1 else x * 3
+
+    x = torch.ones(3)
+    compiled = tracejit.compile(step, backend="numpy")
+    for _ in range(4):
+        compiled(x)
+    assert compiled.stats.replays
+    x.fill_(-1)
+    with pytest.raises(ValueError):
+        compiled(x)
+    x.fill_(2)
+    assert torch.equal(compiled(x), x * 2)
 
 
 def test_branches_share_what_they_begin_with(monkeypatch):

@@ -241,6 +241,7 @@ class _Writer:
             *(f"    {name} = places.{name}" for name in used),  # where the guard has seen them
             *_indented(before),
             "except BaseException:",
+            *_indented(self._forgotten()),
             *_indented(self.draws.undo()),
             "    call.undo()",
             "    raise",
@@ -326,8 +327,14 @@ class _Writer:
                 other = f"len(found{found}) != {cut.count}"
                 self.before += self.draws.otherwise(other)
                 found += cut.found
-        if decides:
-            self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
+        self.before += self._forgotten()
+
+    def _forgotten(self) -> list[str]:
+        """Lines after which the stages keep nothing of this call for other plans: the same inputs
+        may hold something else in the next one."""
+        if self.armed is None or self.parts is None or not self.captured.branches:
+            return []
+        return [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
 
     def _result(self, stage: Stage, index: int) -> str:
         """An expression of a stage's result."""
