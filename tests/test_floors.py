@@ -102,6 +102,7 @@ SAME_FLOOR = {
     ("inspection", "options"),
     ("inspection", "saved"),
     ("saved", "options"),
+    ("saved", "parts"),
     ("saved", "pipeline"),
     ("saved", "run"),
 }

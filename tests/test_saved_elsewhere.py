@@ -16,7 +16,7 @@ from support.scope import WHOLE
 from tracejit.testing import losses_agree
 
 CALLS = 20
-QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic")
+QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic", "deciding")
 
 ELSEWHERE = """
 import importlib.util, sys

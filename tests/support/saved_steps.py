@@ -124,6 +124,28 @@ def custom_function() -> Saved:
     return Saved(step, _batches((8, 20), (8, 4)), lambda: {"w1": w1, "w2": w2})
 
 
+def deciding() -> Saved:
+    """It clips by a norm that Python reads, and decides by it."""
+    torch.manual_seed(0)
+    w = torch.randn(6).double().requires_grad_()
+    clipped = {"times": 0}
+
+    def step(x):
+        w.grad = None
+        loss = (x @ w).pow(2).mean()
+        loss.backward()
+        norm = w.grad.norm().item()
+        with torch.no_grad():
+            if norm > 40:
+                clipped["times"] += 1
+                w.grad.mul_(40 / norm)
+            w.sub_(w.grad, alpha=0.02 / (1 + norm))
+        return loss.detach(), norm, clipped["times"]
+
+    batches = _batches((4, 6))
+    return Saved(step, lambda i: (batches(i)[0] * (1 + 2 * (i % 2)),), lambda: {"w": w}, kinds=4)
+
+
 class DynamicNet(nn.Module):
     """A net of as many hidden layers as it is told, all with the same weights."""
 
@@ -192,7 +214,9 @@ def images() -> Saved:
 
 STEPS = {
     make.__name__: make
-    for make in (by_hand, two_layers, classifier, custom_function, dynamic, gpt, images)
+    for make in (
+        *(by_hand, two_layers, classifier, custom_function, dynamic, deciding, gpt, images),
+    )
 }
 
 
@@ -216,4 +240,4 @@ def rich() -> Saved:
     return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
 
 
-FILES = (by_hand, two_layers, rich)
+FILES = (by_hand, two_layers, deciding, rich)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from tracejit.capture.effects.captured import Captured
+from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.draws import Draw, Event
 from tracejit.ir.graph import Graph, Node, Param, Result, Value, Write
 from tracejit.ir.types import Type
@@ -60,8 +61,12 @@ def _plan(plan: SavedPlan, to: str) -> SavedPlan:
     )
     c = plan.captured
     outside = tuple(replace(node, graph=_graph(node.graph, to)) for node in c.effects.outside)
+    cuts = tuple(
+        Cut(_graph(cut.graph, to), cut.sources, cut.where, drawn=cut.drawn) for cut in c.cuts
+    )
     captured = replace(
         c,
+        cuts=cuts,
         graph=_graph(c.graph, to),
         effects=replace(c.effects, outside=outside),
         draws=tuple(_event(event, to) for event in c.draws),
@@ -75,7 +80,8 @@ def _of_the_host(plan: SavedPlan) -> set[int]:
     """The tensors that only the host reads and writes: step counters of an optimizer."""
     c = plan.captured
     checks = () if c.checks is None else c.checks.sources
-    in_graphs = {index for kind, index in (*c.sources, *checks) if kind == "tensor"}
+    cuts = [source for cut in c.cuts for source in cut.sources]
+    in_graphs = {index for kind, index in (*c.sources, *checks, *cuts) if kind == "tensor"}
     numbers = {place.key for place in plan.scalars if place.kind == "item"}
     numbers |= {index for index, _ in c.effects.host_writes}
     return {k for k in numbers - in_graphs if plan.tensors[k][1].device == "cpu"}

@@ -23,6 +23,7 @@ from tracejit.capture.trace.draws import default_generator
 from tracejit.errors import CallError, SavedFileError, SideEffectError
 from tracejit.options import Options
 from tracejit.pipeline import Pipeline, Stats
+from tracejit.run import OTHERWISE
 from tracejit.runtime.memory import Memory
 from tracejit.saved import archive
 from tracejit.saved.archive import Damaged
@@ -122,14 +123,19 @@ class LoadedStep:
             raise CallError(step=self.name, reason="it cannot run in inference mode: use no_grad")
         with self._lock:
             reasons = []
-            for plan in self._plans:
+            for plan in tuple(self._plans):
                 run = plan.bind(args, kwargs)
-                if type(run) is not str:
-                    if plan is not self._plans[0]:
-                        self._plans.remove(plan)
-                        self._plans.insert(0, plan)
-                    return run()
-                reasons.append(run)
+                if type(run) is str:
+                    reasons.append(run)
+                    continue
+                returned = run()
+                if returned is OTHERWISE:
+                    reasons.append(plan.otherwise())
+                    continue
+                if plan is not self._plans[0]:
+                    self._plans.remove(plan)
+                    self._plans.insert(0, plan)
+                return returned
             raise CallError(step=self.name, reason=_together(reasons))
 
     # ---- state

@@ -14,6 +14,7 @@ from operator import itemgetter
 import numpy as np
 import torch
 
+from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.proof.guards import Armed, condition
 from tracejit.capture.proof.places import Places
@@ -21,12 +22,14 @@ from tracejit.capture.python.words import MANY, Elements
 from tracejit.capture.signature import Keyed, Listed
 from tracejit.capture.trace.scalars import same_number
 from tracejit.ir import host_memory
-from tracejit.ir.graph import Value, print_arg
+from tracejit.ir.graph import Graph, Value, print_arg
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.ir.torch_types import TO_IR, TO_TORCH
+from tracejit.parts import Stage, Stages
 from tracejit.pipeline import Backward, Checking, Pipeline
 from tracejit.run import Hooks, generate
 from tracejit.runtime.memory import Memory
+from tracejit.runtime.program import Program
 from tracejit.saved.record import (
     GivenNumber,
     GivenTensor,
@@ -82,7 +85,8 @@ class LoadedPlan:
         self._counters, self._items = _counters(plan, by_kind["item"])
         self._elements: Elements | None = None  # the counters, at `_at`
         self._at: list[int] | None = None  # where the tensors of the last call lie
-        self._decide = _decisions(plan)
+        self._decide = _decisions(plan, self.captured)
+        self._stages: dict[int, Stage] = {}  # of all compiled forms
         self._runs: dict[tuple, tuple[Callable, Places, Call]] = {}
         owned = [(k, p.key) for k, (p, _) in enumerate(plan.tensors) if p.kind == "state"]
         self._owned = [k for k, _ in owned]
@@ -178,6 +182,15 @@ class LoadedPlan:
                 raise Mismatch(f"its argument {name} is missing")
         return [(a.tree, given[a.name], a.name) for a in self.plan.arguments]
 
+    def otherwise(self) -> str:
+        """What is to be said where a decision on a value has come out in another way than here.
+        What the stages have kept for other plans is let go."""
+        for stage in self._stages.values():
+            stage.kept = None
+        c = self.captured
+        where = ", ".join(dict.fromkeys(c.cuts[k].where for k in c.early))
+        return f"it decides by values that it reads at {where}, and this plan is for others"
+
     def _take(self, tree: object, x: object, name: str, found: _Inputs) -> None:
         """Look at what is given, and keep what the plan takes of it."""
         match tree:
@@ -264,7 +277,17 @@ class LoadedPlan:
     def _build(self, reals: list[torch.Tensor]) -> tuple[Callable, Places, Call]:
         pipeline, captured = self.pipeline, self.captured
         executor = pipeline.executor(captured.graph, self.precision)
-        program, final = pipeline.build(captured.graph, executor, self._memory)
+        if captured.early:
+
+            def part(graph: Graph, what: str) -> Program:
+                return pipeline.build(graph, executor, self._memory, what, counted=False)[0]
+
+            parts = Stages(part).parts_of(captured, captured.early)
+            self._stages |= {id(stage): stage for stage in parts.stages}
+            program, final = parts.program, captured.graph
+        else:
+            program, final = pipeline.build(captured.graph, executor, self._memory)
+            parts = None
         nodes = captured.effects.outside
         backwards = [Backward(pipeline, node.graph, executor) for node in nodes]
         checking = None
@@ -273,7 +296,9 @@ class LoadedPlan:
         places = Places(reals)
         armed = Armed(lambda *_: "", "", [], places, None)
         with torch.no_grad():  # its lines put themselves in grad mode
-            run = generate(captured, program, final, backwards, Hooks(), armed, checking=checking)
+            run = generate(
+                captured, program, final, backwards, Hooks(), armed, parts, checking=checking
+            )
         generators = [self.state.generators[k] for k in self.plan.generators]
         return run.function, places, Call([], [], given=captured.given, generators=generators)
 
@@ -353,16 +378,18 @@ def _short_names(names: dict[str, int | float]) -> dict[str, str]:
     return {ns[0]: way for way, ns in ways.items() if len(ns) == 1 and way.isidentifier()}
 
 
-def _decisions(plan: SavedPlan) -> Callable[[list], str]:
-    """A function of the runtime scalars: why a decision on them comes out otherwise, or nothing."""
-    c = plan.captured
-    wanted = [side for p in c.predicates for side in (p.left, p.right)]
+def _decisions(plan: SavedPlan, c: Captured) -> Callable[[list], str]:
+    """A function of the runtime scalars: why a decision on them comes out otherwise, or nothing.
+    Those on values that the step computes are taken in its run."""
+    later = c.decides
+    predicates = [p for p in c.predicates if p not in later]
+    wanted = [side for p in predicates for side in (p.left, p.right)]
     code = HostCode()
     at = {value: f"scalars[{k}]" for k, value in enumerate(c.scalars)}
     found = code.add(c.host_nodes, wanted, at)
     names = {value: place.key for value, place in zip(c.scalars, plan.scalars, strict=True)}
     lines = [*code.lines]
-    for i, p in enumerate(c.predicates):
+    for i, p in enumerate(predicates):
         test = condition(p, *found[2 * i : 2 * i + 2])
         sides = [
             names.get(x, "a number computed of such") if isinstance(x, Value) else print_arg(x)
@@ -382,4 +409,4 @@ def _decisions(plan: SavedPlan) -> Callable[[list], str]:
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             return f"its numbers do not go together ({error})"
 
-    return decisions if c.predicates else lambda scalars: ""
+    return decisions if predicates else lambda scalars: ""

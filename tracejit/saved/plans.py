@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,10 +24,12 @@ from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.draws import Draw, Event, Keep, Restore, Seed
 from tracejit.capture.trace.scalars import RELATIONS, Predicate
 from tracejit.errors import TracejitError
-from tracejit.ir.graph import Arg, Graph, Param, Value, print_arg
+from tracejit.ir.graph import Arg, Graph, Param, Result, Value, print_arg
 from tracejit.ir.literals import parse_literal
 from tracejit.ir.text import parse
 from tracejit.ir.types import DTYPES, HOST_SCALAR, parse_type
+from tracejit.passes.cone import cone
+from tracejit.passes.dce import dce
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import Item, number_text
 from tracejit.saved.record import (
@@ -46,6 +48,7 @@ _OF_TORCH = {
     str(x).removeprefix("torch."): x for x in vars(torch).values() if type(x) is torch.dtype
 }
 Json = dict[str, object]
+Sources = tuple[Source, ...]
 
 
 # ---- writing
@@ -62,7 +65,8 @@ def plan_entries(plan: SavedPlan) -> tuple[Json, dict[str, str]]:
 
     host = Graph("host", tuple(map(Param, c.scalars)), c.host_nodes, (), ())
     effects = replace(c.effects, host=tuple(map(arg, c.effects.host)))
-    texts = {"graph.txt": str(c.graph), "host.txt": str(host), "effects.txt": str(effects)}
+    graph, sources = _with_cuts(c)
+    texts = {"graph.txt": str(graph), "host.txt": str(host), "effects.txt": str(effects)}
     if c.checks is not None:
         texts["checks.txt"] = str(c.checks.graph)
     return {
@@ -73,7 +77,7 @@ def plan_entries(plan: SavedPlan) -> tuple[Json, dict[str, str]]:
         "tensors": [{"from": _place(place), **_spec(spec)} for place, spec in plan.tensors],
         "scalars": [_place(place) for place in plan.scalars],
         "generators": list(plan.generators),
-        "sources": [list(source) for source in c.sources],
+        "sources": [list(source) for source in sources],
         "decisions": [
             [p.relation, print_arg(arg(p.left)), print_arg(arg(p.right)), p.outcome]
             for p in c.predicates
@@ -82,10 +86,46 @@ def plan_entries(plan: SavedPlan) -> tuple[Json, dict[str, str]]:
         "checks": None if c.checks is None else _checks(c.checks),
         "grads_read": [list(pair) for pair in c.grads_read],
         "given": list(map(_given, c.given)),
-        "numbers_read": [cut.where for cut in c.cuts],
+        "numbers_read": [{"where": cut.where, "drawn": cut.drawn} for cut in c.cuts],
         "late": list(c.late),
         "draws": [_event(event, arg) for event in c.draws],
     }, texts
+
+
+def _with_cuts(c: Captured) -> tuple[Graph, Sources]:
+    """The graph of a step together with what computes the values that Python reads before the rest
+    of it: these are its last results."""
+    early = [c.cuts[k] for k in c.early]
+    params = dict(zip(c.graph.params, c.sources, strict=True))
+    nodes = {node.out: node for node in c.graph.nodes}
+    for cut in early:
+        params |= zip(cut.graph.params, cut.sources, strict=True)
+        nodes |= {node.out: node for node in cut.graph.nodes}
+    results = c.graph.results + tuple(Result(cut.value) for cut in early)
+    ordered = sorted(nodes.values(), key=lambda node: node.out.id)
+    graph = replace(c.graph, params=(*params,), nodes=tuple(ordered), results=results)
+    return graph, tuple(params.values())
+
+
+def _without_cuts(
+    graph: Graph, sources: Sources, cuts: Sequence[Cut], late: Collection[int]
+) -> tuple[Graph, Sources]:
+    """The graph of a step, of one together with cuts; these get theirs."""
+    early = [cut for k, cut in enumerate(cuts) if k not in late]
+    if not early:
+        return graph, sources
+    if len(sources) != len(graph.params) or len(early) > len(graph.results):
+        raise Damaged("a graph and its inputs, or the numbers that are read, do not match")
+    count = len(graph.results) - len(early)
+    for cut, result in zip(early, graph.results[count:], strict=True):
+        cut.graph, kept = cone(graph, [result.value], "value")
+        cut.sources = tuple(sources[i] for i in kept)
+    rest = dce(replace(graph, results=graph.results[:count]))
+    read = {x for node in rest.nodes for x in node.inputs} | {*rest.outputs()}
+    read |= {write.target for write in rest.writes}
+    kept = [i for i, p in enumerate(graph.params) if p.value in read]
+    params = tuple(graph.params[i] for i in kept)
+    return replace(rest, params=params), tuple(sources[i] for i in kept)
 
 
 def _tree(tree: object) -> object:
@@ -173,7 +213,10 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
     has_checks = said["checks"].value is not None
     if texts.keys() != {*(_TEXTS if has_checks else _TEXTS[:3])}:
         raise Damaged(f"{item.at} has the texts {sorted(texts)}")
-    graph, host = parse(texts["graph.txt"]), parse(texts["host.txt"])
+    cuts, late = tuple(map(_read_cut, said["numbers_read"].rows())), said["late"].wholes()
+    whole, host = parse(texts["graph.txt"]), parse(texts["host.txt"])
+    sources = tuple(map(_read_source, said["sources"].rows()))
+    graph, sources = _without_cuts(whole, sources, cuts, late)
     checks = None
     if has_checks:
         table = said["checks"].table("sources", "shown", "errors")
@@ -185,7 +228,7 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
         )
     captured = Captured(
         graph=graph,
-        sources=tuple(map(_read_source, said["sources"].rows())),
+        sources=sources,
         paths=(),
         scalars=tuple(p.value for p in host.params),
         host_nodes=host.nodes,
@@ -196,8 +239,8 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
         given=tuple(map(_read_given, said["given"].rows())),
         effects=parse_effects(texts["effects.txt"]),
         key=Key((), (), ()),
-        cuts=tuple(Cut(_NO_GRAPH, (), x.text()) for x in said["numbers_read"].rows()),
-        late=said["late"].wholes(),
+        cuts=cuts,
+        late=late,
         draws=tuple(map(_read_event, said["draws"].rows())),
     )
     return SavedPlan(
@@ -207,6 +250,11 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
         scalars=tuple(map(_read_place, said["scalars"].rows())),
         generators=said["generators"].wholes(),
     )
+
+
+def _read_cut(item: Item) -> Cut:
+    said = item.table("where", "drawn")
+    return Cut(_NO_GRAPH, (), said["where"].text(), drawn=said["drawn"].whole())
 
 
 def _read_argument(item: Item) -> Argument:

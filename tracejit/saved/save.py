@@ -32,7 +32,7 @@ from tracejit.capture.signature import (
     leaves,
     standing,
 )
-from tracejit.capture.trace.draws import Sampled, default_generator
+from tracejit.capture.trace.draws import default_generator
 from tracejit.capture.trace.scalars import Path
 from tracejit.errors import OF_EAGER, CannotSave, TracejitError
 from tracejit.ir.torch_types import TO_IR
@@ -54,14 +54,6 @@ from tracejit.saved.record import (
 from tracejit.saved.soundness import check_step
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
-_BRANCHES = (
-    "its Python decides by the values of tensors at {where}, and a file keeps no Python",
-    "Decide with torch.where, or save a step without that branch",
-)
-_READS = (
-    "its Python computes with a value that it reads of a tensor at {where}, in the middle of it",
-    "Keep the value a tensor, or return it and read it outside",
-)
 _SCHEDULER = (
     "it steps a learning-rate scheduler, which is Python: {what}",
     "Step the scheduler outside, and give the loaded step its rate, as loaded(…, lr=…)",
@@ -262,13 +254,11 @@ class _Planned:
         """Raise an error for what a file cannot keep."""
         c, effects = self.captured, self.captured.effects
         refuse = self.saving.refuse
-        if c.branches:
-            behind = [cut for k, cut in enumerate(c.cuts) if k not in c.late]
-            raise refuse(_BRANCHES, where=behind[0].where)
-        if c.early:
-            raise refuse(_READS, where=c.cuts[c.early[0]].where)
-        if any(isinstance(event, Sampled) for event in c.draws):
-            raise refuse(("it draws from the values of a tensor", "Draw outside of the step"))
+        for cut in c.cuts:
+            if cut.search is not None:
+                why = f"what it computes depends on which elements it finds at {cut.where}"
+                remedy = cut.search.remedy or "Draw outside of the step"
+                raise refuse((why, remedy))
         for callback in self.replay.call.callbacks:
             raise refuse(_SCHEDULER, what=type(callback.function.__self__).__name__)
         if effects.flags:

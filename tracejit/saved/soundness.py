@@ -8,16 +8,17 @@ is no more than a step: it reads and writes its own tensors and the arguments of
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 
 from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.signature import Keyed, Listed
 from tracejit.capture.trace.draws import Draw, Keep, Restore, Seed
 from tracejit.capture.trace.tensor import extent, is_dense
 from tracejit.errors import TracejitError
-from tracejit.ir.graph import Graph, Param, Value
+from tracejit.ir.graph import Arg, Graph, Param, Value
 from tracejit.ir.torch_types import TO_IR
 from tracejit.ir.types import Type
 from tracejit.saved.archive import Damaged
@@ -86,7 +87,7 @@ class _Plan:
         need(c.graph.name == self.step.name, "its graph has another name than the step")
         self._sources(c.sources, c.graph)
         self._bounds()
-        need(c.late == tuple(range(len(c.cuts))), "a number is read before the plan has run")
+        self._cuts()
         if c.checks is not None:
             self._checks()
         check_effects(self.step, self.plan)
@@ -192,7 +193,6 @@ class _Plan:
         for (kind, index), param in zip(sources, graph.params, strict=True):
             if kind == "scalar":
                 need(index < len(self.plan.scalars), "there is no such number")
-                need(self.plan.scalars[index].kind != "cut", "a plan takes what it computes")
                 need(param.value.type.is_host, "a number goes where a tensor is wanted")
                 continue
             if kind == "draw":
@@ -213,6 +213,41 @@ class _Plan:
                 need(_apart(spec.shape, spec.strides), "a written tensor overlaps itself")
         tensors = [index for kind, index in sources if kind == "tensor"]
         need(len({*tensors}) == len(tensors), "a tensor is two inputs")
+
+    def _cuts(self) -> None:
+        """What Python reads: before the rest, by graphs of their own; late, as the last results,
+        and then nothing depends on it but what is returned."""
+        c, results = self.captured, self.captured.graph.results
+        need([*c.late] == sorted({*c.late}), "an order of late numbers")
+        need(all(k < len(c.cuts) for k in c.late), "there is no such number")
+        need(len(c.late) <= len(results), "numbers that no result has")
+        for result in results[len(results) - len(c.late) :]:
+            need(result.value.type.numel == 1, "a number of several elements")
+        for k in c.early:
+            cut = c.cuts[k]
+            check_graph(cut.graph)
+            self._sources(cut.sources, cut.graph)
+            need(not cut.graph.writes and cut.value.type.numel == 1, "what is read is one number")
+            need(cut.drawn <= len(c.draws), "there are not so many draws")
+            draws = [index for kind, index in cut.sources if kind == "draw"]
+            need(all(index < cut.drawn for index in draws), "a number of a later draw")
+            behind = self._behind({i for kind, i in cut.sources if kind == "scalar"})
+            need(all(x < k for x in behind), "a number is read of a later one")
+        graphs = [*c.sources, *(c.checks.sources if c.checks else ())]
+        used = self._behind({i for kind, i in graphs if kind == "scalar"})
+        used |= self._behind_args(x for event in c.draws for x in event.numbers)
+        used |= self._behind_args(x for p in c.predicates for x in (p.left, p.right))
+        need(used.isdisjoint(c.late), "a late number is used by the plan")
+
+    def _behind(self, scalars: Collection[int]) -> set[int]:
+        """The cuts that runtime scalars are."""
+        places = (self.plan.scalars[i] for i in scalars)
+        return {place.key for place in places if place.kind == "cut"}
+
+    def _behind_args(self, args: Iterable[Arg]) -> set[int]:
+        c = self.captured
+        paths = [(place.kind, place.key) for place in self.plan.scalars]
+        return {*among(cuts_behind(c.scalars, paths, c.host_nodes), args)}
 
     def _bounds(self) -> None:
         for b in self.captured.bounds:
