@@ -17,6 +17,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tracejit.errors import TracejitError
+from tracejit.ir.graph import Graph, Node, Result, Value, Write
+from tracejit.ir.ops import OPS, Op
+from tracejit.ir.text import parse
 from tracejit.saved import archive, manifest
 
 Entries = dict[str, bytes]
@@ -84,7 +88,7 @@ def hostile(entries: Entries, rng: random.Random) -> Entries:
     """Entries of which some say something else."""
     made = dict(entries)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        change = rng.choice((_manifest, _manifest, _text, _text, _text, _tensors, _swap))
+        change = rng.choice((_manifest, _manifest, _text, _text, _graph, _graph, _tensors, _swap))
         change(made, rng)
     return made
 
@@ -153,6 +157,60 @@ def _text(entries: Entries, rng: random.Random) -> None:
             )
             lines[i] += odd
     entries[name] = b"\n".join(lines)
+
+
+def _graph(entries: Entries, rng: random.Random) -> None:
+    """Another operand, primitive or attribute somewhere in a graph, with types that follow."""
+    names = [name for name in entries if name.endswith(("graph.txt", "checks.txt"))]
+    if not names:
+        return
+    name = rng.choice(names)
+    try:
+        graph = parse(entries[name].decode())
+        entries[name] = str(_changed(graph, rng)).encode()
+    except (TracejitError, ValueError, KeyError, IndexError, AssertionError, SyntaxError):
+        return
+
+
+def _changed(graph: Graph, rng: random.Random) -> Graph:
+    """A graph with another node; the types of what comes after it are inferred anew."""
+    at = rng.randrange(len(graph.nodes))
+    known = {p.value: p.value for p in graph.params}
+    nodes = []
+    for i, node in enumerate(graph.nodes):
+        args = tuple(known[a] if isinstance(a, Value) else a for a in node.args)
+        op, attrs = node.op, node.attrs
+        if i == at:
+            op, args, attrs = _another(op, args, attrs, [*known.values()], rng)
+        types = tuple(a.type if isinstance(a, Value) else a for a in args)
+        known[node.out] = Value(node.out.id, op.result_type(types, dict(attrs)))
+        nodes.append(Node(op, args, attrs, (known[node.out],), node.where))
+    results = tuple(Result(known[r.value], r.strides) for r in graph.results)
+    writes = tuple(Write(w.target, known[w.value]) for w in graph.writes)
+    return Graph(graph.name, graph.params, tuple(nodes), results, writes)
+
+
+def _another(op: Op, args: tuple, attrs: tuple, values: list[Value], rng: random.Random) -> tuple:
+    match rng.randrange(3):
+        case 0 if args:
+            k = rng.randrange(len(args))
+            new = rng.choice([*values, 0, 3, -1, 1e30, True])
+            return op, (*args[:k], new, *args[k + 1 :]), attrs
+        case 1 if attrs:
+            k = rng.randrange(len(attrs))
+            name, value = attrs[k]
+            return op, args, (*attrs[:k], (name, _number_changed(value, rng)), *attrs[k + 1 :])
+    others = [o for o in OPS.values() if o.family == op.family and len(o.vjp) == len(op.vjp)]
+    return rng.choice(others), args, attrs
+
+
+def _number_changed(value: object, rng: random.Random) -> object:
+    if isinstance(value, tuple) and value:
+        k = rng.randrange(len(value))
+        return (*value[:k], _number_changed(value[k], rng), *value[k + 1 :])
+    if type(value) is int:
+        return rng.choice((value + 1, value - 1, 0, 2 * value, -value, 1 << 40))
+    return not value if type(value) is bool else value
 
 
 def _put(line: bytes, at: re.Match[bytes], new: bytes) -> bytes:
