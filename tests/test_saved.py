@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
+import weakref
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
@@ -280,6 +282,34 @@ def test_arguments_in_containers_and_objects(reload):
             loaded(batch, (x, 3.0), x, z=x)
     with pytest.raises(CallError, match=r"pair is a tuple of 2, not a tuple of 3"):
         loaded({"x": x, "n": 3}, (x, 3.0, 1), x, z=x)
+
+
+def test_places_of_arguments_are_those_of_the_step(reload):
+    """After one that is left to its default, arguments are given by name."""
+
+    def step(x, flag=True, y=None):
+        return x - y if flag else x + y
+
+    x, y = torch.ones(3), torch.arange(3.0)
+    step = tracejit.compile(step, backend="numpy")
+    for _ in range(4):
+        step(x, y=y)
+        step(x, False, y)
+    loaded = reload(step)
+    assert torch.equal(loaded(x, y=y), x - y) and torch.equal(loaded(x, False, y), x + y)
+    with pytest.raises(CallError, match=r"by place \(x\), and was given 2"):
+        loaded(x, y)
+
+
+def test_what_a_replay_keeps_of_its_arguments():
+    """No tensors: a batch that was given once is free again."""
+    x = torch.ones(1000)
+    seen = weakref.ref(x)
+    step = compiled(lambda pair, xs: pair[0] + xs["x"], (Pair(x, 1.0), {"x": torch.ones(1000)}))
+    assert step.stats.replays
+    del x
+    gc.collect()
+    assert seen() is None
 
 
 def test_a_tensor_that_is_two_arguments(reload, tmp_path):
@@ -607,6 +637,7 @@ REFUSED = {
     "mask": (selects, r"which elements it finds at test_saved.py:\d+.*torch.where"),
     "list": (grows(), "appends to a list"),
     "schedule": (steps_a_schedule(), r"scheduler.*ExponentialLR.*loaded\(…, lr=…\)"),
+    "items": (lambda pair: pair.loss * 2, "an argument of it is a Pair of 2 items.*Pass a tuple"),
     "class": (lambda x: Pair(x.sum(), 2.0), "a class of its own, Pair.*Return a tuple"),
 }
 
@@ -614,7 +645,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_saved_says_why(what, tmp_path):
     function, why = REFUSED[what]
-    step = compiled(function, (torch.ones(3),), times=8)
+    given = Pair(torch.ones(3), 1.0) if what == "items" else torch.ones(3)
+    step = compiled(function, (given,), times=8)
     with pytest.raises(CannotSave, match=why) as raised:
         step.save(tmp_path / "a.step")
     assert f"test_saved.py:{function.__code__.co_firstlineno}" in str(raised.value)

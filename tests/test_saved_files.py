@@ -59,7 +59,14 @@ def outcome(content: bytes, path: Path, args: tuple, backend: str = "numpy") -> 
         step(*args)
     except TracejitError:
         return "refused in a call"
-    except (RuntimeError, MemoryError, ArithmeticError, ValueError, LookupError, TypeError) as error:
+    except (
+        RuntimeError,
+        MemoryError,
+        ArithmeticError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:
         return f"raised by {type(error).__name__}"
     return "ran"
 

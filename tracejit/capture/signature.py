@@ -63,6 +63,15 @@ class Thing:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """A container of another kind, or too large, of which nothing is kept: it may hold tensors.
+    There is no call like this one."""
+
+    kind: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Listed:
     """A list or tuple."""
 
@@ -78,7 +87,8 @@ class Keyed:
 
 
 PLAIN = (bool, int, float, str, type(None))
-Tree = TensorLike | Thing | Listed | Keyed | bool | int | float | str | None
+CONTAINERS = (list, tuple, dict)
+Tree = TensorLike | Thing | Left | Listed | Keyed | bool | int | float | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +115,10 @@ def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
     around: list[object] = []  # containers
 
     def tree(x: object) -> Tree:
-        container = type(x) in (list, tuple, dict)
-        if container and (len(x) > _MANY or any(x is other for other in around)):
-            return Thing(x)
+        if isinstance(x, CONTAINERS):
+            known_kind = type(x) in CONTAINERS and len(x) <= _MANY
+            if not known_kind or any(x is other for other in around):
+                return Left(type(x).__name__, len(x))
         around.append(x)
         try:
             return parts(x)
@@ -119,9 +130,9 @@ def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
             if id(x) not in known:
                 known[id(x)] = TensorLike.of(x)
             return known[id(x)]
-        if type(x) in (list, tuple):
+        if isinstance(x, (list, tuple)):
             return Listed(type(x), tuple(map(tree, x)))
-        if type(x) is dict:
+        if isinstance(x, dict):
             return Keyed(tuple((key, tree(item)) for key, item in x.items()))
         return x if type(x) in PLAIN else Thing(x)
 
@@ -141,6 +152,8 @@ def standing(signature: Signature) -> Standing:
                 return made.tensors[x]
             case Thing(value):
                 return value
+            case Left():
+                return None
             case Listed(kind, items):
                 return kind(map(build, items))
             case Keyed(items):

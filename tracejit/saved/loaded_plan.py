@@ -39,9 +39,9 @@ from tracejit.saved.record import (
     Spec,
 )
 
-Bound = Callable[[], object]
+Ready = Callable[[], object]
 _MOST_RUNS = 8  # of one plan, by the alignment of its inputs
-_PATHS = {"cut": "cut", "item": "item"}
+_READ = ("cut", "item")  # places of numbers that a run asks for
 
 
 @dataclass(slots=True)
@@ -120,7 +120,7 @@ class LoadedPlan:
 
     # ---- a call
 
-    def bind(self, args: tuple, kwargs: dict[str, object]) -> Bound | str:
+    def bind(self, args: tuple, kwargs: dict[str, object]) -> Ready | str:
         """A function that does a call, or why this plan does not take it."""
         plan = self.plan
         found = _Inputs([None] * len(plan.tensors), [None] * len(plan.scalars), {})
@@ -132,7 +132,7 @@ class LoadedPlan:
             addresses = [t.data_ptr() for t in reals]
             if addresses != self._at:
                 self._moved(reals, addresses)
-            self._number(found)
+            self._fill_numbers(found)
             why = self._decide(scalars)
             if why:
                 return why
@@ -234,7 +234,7 @@ class LoadedPlan:
                 _check(now, self.plan.tensors[grad][1], "a gradient")
                 tensors[grad] = now
 
-    def _number(self, found: _Inputs) -> None:
+    def _fill_numbers(self, found: _Inputs) -> None:
         """The runtime scalars that no argument gives."""
         scalars, tensors, numbers = found.scalars, found.tensors, self.state.numbers
         for k, name in self._numbered:
@@ -325,7 +325,7 @@ def _getter(names: list[str]) -> Callable[[dict], tuple]:
 
 def _path(place: Place) -> tuple:
     """The path of a runtime scalar, as far as a run needs it."""
-    return (place.kind, place.key) if place.kind in _PATHS else ("given", place.key)
+    return (place.kind, place.key) if place.kind in _READ else ("given", place.key)
 
 
 def _check(tensor: torch.Tensor, spec: Spec, name: str) -> None:

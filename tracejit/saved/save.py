@@ -25,6 +25,7 @@ from tracejit.capture.effects.effects import (
 from tracejit.capture.names import Names, names_of_arguments
 from tracejit.capture.signature import (
     Keyed,
+    Left,
     Listed,
     Standing,
     TensorLike,
@@ -95,7 +96,7 @@ class Saving:
 
     def refuse(self, why: tuple[str, str], **fields: object) -> CannotSave:
         """The error that something cannot be kept; its line is the step's, unless it has one."""
-        reason = why[0].format(**fields)
+        reason = why[0].format(**fields) if fields else why[0]
         return CannotSave(step=f"{self.name} ({self.where})", reason=reason, remedy=why[1])
 
     def tensor(self, tensor: torch.Tensor, name: str | None) -> str:
@@ -168,6 +169,7 @@ def saved_step(
     texts: dict[str, str] = {}
     failed = ""
     for replay in replays:
+        _refuse_left(saving, replay)
         call, found = _asked(replay)
         if type(found) is str:
             failed = failed or found
@@ -209,6 +211,15 @@ def saved_step(
         why = f"what it does fits no file ({error})"
         raise saving.refuse((why, "Please report this")) from error
     return step
+
+
+def _refuse_left(saving: Saving, replay: Replay) -> None:
+    """Raise an error where an argument was a container of which nothing was kept."""
+    for tree in (*replay.signature.args, *replay.signature.kwargs.values()):
+        for left in leaves(tree):
+            if isinstance(left, Left):
+                why = f"an argument of it is a {left.kind} of {left.count} items"
+                raise saving.refuse((why, "Pass a tuple, list or dict of at most 1000 items"))
 
 
 def _saved_generator(generator: torch.Generator) -> SavedGenerator:
@@ -307,10 +318,14 @@ class _Planned:
             trees.append((("arg", i), names["arg", i], tree))
         for key, tree in signature.kwargs.items():
             trees.append((("kwarg", key), key, tree))
+        given = {name for _, name, _ in trees}  # what is left out ends those by place
         for path, name, tree in trees:
             if self._is_object(tree, name):
                 continue
             positional = path[0] == "arg" or order.get(name, -1) >= by_name
+            positional &= all(
+                other in given for other, k in order.items() if k < order.get(name, 0)
+            )
             where = order.get(name, len(order) + len(listed))
             argument = Argument(name, positional, self._tree(tree, path, scalars))
             listed.append(((not positional, where), argument))
@@ -321,11 +336,6 @@ class _Planned:
         """Whether an argument is an object of the user's, which a loaded step needs none of."""
         found = list(leaves(tree))
         things = [x for x in found if isinstance(x, Thing)]
-        for thing in things:
-            if isinstance(thing.value, (list, tuple, dict)):
-                kind = type(thing.value).__name__
-                remedy = "Pass a tuple, list or dict of at most 1000 items"
-                raise self.saving.refuse((f"its argument {name} is a {kind}", remedy))
         if things and len(things) < len(found):
             remedy = "Pass them as two arguments"
             raise self.saving.refuse(

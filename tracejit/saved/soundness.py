@@ -136,7 +136,7 @@ class _Plan:
             need(sorted(given) == wanted, "arguments and inputs do not match")
 
     def _scalars(self) -> None:
-        c, kinds = self.captured, []
+        c = self.captured
         need(len(c.scalars) == len(self.plan.scalars), "there are other runtime scalars")
         host = _host_graph(c)
         check_graph(host)
@@ -145,7 +145,6 @@ class _Plan:
         for x in operands(c):
             need(x in known if isinstance(x, Value) else type(x) in (bool, int, float), f"no {x}")
         for place in self.plan.scalars:
-            kinds.append(place.kind)
             if place.kind == "number":
                 need(place.key in self.step.numbers, f"there is no number {place.key!r}")
             elif place.kind == "item":
