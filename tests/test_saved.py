@@ -10,6 +10,7 @@ import weakref
 import zipfile
 from collections import namedtuple
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -36,6 +37,11 @@ from tracejit.saved.soundness import check_step
 from tracejit.testing import fake_device
 
 Pair = namedtuple("Pair", "loss rate")
+
+
+@dataclass
+class Batch:
+    x: torch.Tensor
 
 
 def compiled(step: Callable, *calls: tuple, times: int = 4, **options: object):
@@ -301,11 +307,26 @@ def test_places_of_arguments_are_those_of_the_step(reload):
         loaded(x, y)
 
 
+def test_modules_among_the_arguments_are_state(reload):
+    step, batch, model, optimizer = network()
+
+    def stepped(model, optimizer, x, y):
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    loaded = reload(compiled(stepped, (model, optimizer, *batch)))
+    assert {"model.0.weight", "model.2.bias"} <= loaded.state_dict().keys()
+    alike(loaded, step, batch, batch)
+
+
 def test_what_a_replay_keeps_of_its_arguments():
     """No tensors: a batch that was given once is free again."""
     x = torch.ones(1000)
     seen = weakref.ref(x)
-    step = compiled(lambda pair, xs: pair[0] + xs["x"], (Pair(x, 1.0), {"x": torch.ones(1000)}))
+    step = compiled(lambda pair, batch: pair[0] + batch.x, (Pair(x, 1.0), Batch(x)))
     assert step.stats.replays
     del x
     gc.collect()
@@ -637,7 +658,8 @@ REFUSED = {
     "mask": (selects, r"which elements it finds at test_saved.py:\d+.*torch.where"),
     "list": (grows(), "appends to a list"),
     "schedule": (steps_a_schedule(), r"scheduler.*ExponentialLR.*loaded\(…, lr=…\)"),
-    "items": (lambda pair: pair.loss * 2, "an argument of it is a Pair of 2 items.*Pass a tuple"),
+    "items": (lambda pair: pair.loss * 2, "an argument of it is a Pair of 2 items.*a tuple"),
+    "object": (lambda batch: batch.x * 2, "an argument of it is a Batch with tensors in it"),
     "class": (lambda x: Pair(x.sum(), 2.0), "a class of its own, Pair.*Return a tuple"),
 }
 
@@ -645,7 +667,8 @@ REFUSED = {
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_cannot_be_saved_says_why(what, tmp_path):
     function, why = REFUSED[what]
-    given = Pair(torch.ones(3), 1.0) if what == "items" else torch.ones(3)
+    x = torch.ones(3)
+    given = {"items": Pair(x, 1.0), "object": Batch(x)}.get(what, x)
     step = compiled(function, (given,), times=8)
     with pytest.raises(CannotSave, match=why) as raised:
         step.save(tmp_path / "a.step")

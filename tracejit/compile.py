@@ -327,7 +327,9 @@ class CompiledStep(Inspected):
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
-                signature = None if armed is None else signature_of(args, kwargs)
+                signature = (
+                    None if armed is None else signature_of(args, kwargs, len(self._bound_to))
+                )
                 prover.over()
                 self._warn_of_rerun()
             else:

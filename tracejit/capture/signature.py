@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 
 import torch
 
@@ -64,11 +65,10 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A container of another kind, or too large, of which nothing is kept: it may hold tensors.
-    There is no call like this one."""
+    """What nothing is kept of, since it may hold tensors: a container of another kind or too large,
+    an object with tensors in it. There is no call like this one."""
 
-    kind: str
-    count: int
+    what: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,7 @@ class Keyed:
     items: tuple[tuple[object, object], ...]
 
 
+_OWNERS = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType, FunctionType, str)
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict)
 Tree = TensorLike | Thing | Left | Listed | Keyed | bool | int | float | str | None
@@ -109,8 +110,9 @@ class Standing:
     tensors: dict[TensorLike, torch.Tensor] = field(default_factory=dict)
 
 
-def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
-    """The signature of a call, before it is made."""
+def signature_of(args: tuple, kwargs: dict[str, object], bound: int = 0) -> Signature:
+    """The signature of a call, before it is made. The first arguments, which a method is `bound`
+    to, are kept as they are."""
     known: dict[int, TensorLike] = {}
     around: list[object] = []  # containers
 
@@ -118,7 +120,7 @@ def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
         if isinstance(x, CONTAINERS):
             known_kind = type(x) in CONTAINERS and len(x) <= _MANY
             if not known_kind or any(x is other for other in around):
-                return Left(type(x).__name__, len(x))
+                return Left(f"{type(x).__name__} of {len(x)} items")
         around.append(x)
         try:
             return parts(x)
@@ -134,9 +136,35 @@ def signature_of(args: tuple, kwargs: dict[str, object]) -> Signature:
             return Listed(type(x), tuple(map(tree, x)))
         if isinstance(x, dict):
             return Keyed(tuple((key, tree(item)) for key, item in x.items()))
-        return x if type(x) in PLAIN else Thing(x)
+        if type(x) in PLAIN:
+            return x
+        return Left(f"{type(x).__name__} with tensors in it") if holds_tensors(x) else Thing(x)
 
-    return Signature(tuple(map(tree, args)), {name: tree(x) for name, x in kwargs.items()})
+    given = (*map(Thing, args[:bound]), *map(tree, args[bound:]))
+    return Signature(given, {name: tree(x) for name, x in kwargs.items()})
+
+
+def holds_tensors(x: object) -> bool:
+    """Whether an object has tensors in it, as a batch has; those of modules and optimizers are
+    theirs."""
+    pending, seen = [x], set()
+    while pending and len(seen) < _MANY:
+        x = pending.pop()
+        if isinstance(x, torch.Tensor):
+            return True
+        if id(x) in seen or isinstance(x, _OWNERS):
+            continue
+        seen.add(id(x))
+        if isinstance(x, dict):
+            pending += x.values()
+        elif isinstance(x, (list, tuple)):
+            pending += x
+        else:
+            pending += vars(x).values() if hasattr(x, "__dict__") else ()
+            slots = (getattr(kind, "__slots__", ()) for kind in type(x).__mro__)
+            names = {name for row in slots for name in ((row,) if type(row) is str else row)}
+            pending += (getattr(x, name, None) for name in names)
+    return False
 
 
 def standing(signature: Signature) -> Standing:

@@ -218,8 +218,8 @@ def _refuse_left(saving: Saving, replay: Replay) -> None:
     for tree in (*replay.signature.args, *replay.signature.kwargs.values()):
         for left in leaves(tree):
             if isinstance(left, Left):
-                why = f"an argument of it is a {left.kind} of {left.count} items"
-                raise saving.refuse((why, "Pass a tuple, list or dict of at most 1000 items"))
+                remedy = "Pass its tensors, or a tuple, list or dict of at most 1000 items"
+                raise saving.refuse((f"an argument of it is a {left.what}", remedy))
 
 
 def _saved_generator(generator: torch.Generator) -> SavedGenerator:
