@@ -327,9 +327,9 @@ class CompiledStep(Inspected):
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
-                signature = (
-                    None if armed is None else signature_of(args, kwargs, len(self._bound_to))
-                )
+                if armed is not None:
+                    owners = [call.reals[i] for i, _ in captured.grads_read]
+                    signature = signature_of(args, kwargs, len(self._bound_to), owners)
                 prover.over()
                 self._warn_of_rerun()
             else:

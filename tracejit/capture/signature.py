@@ -8,7 +8,9 @@ its inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
 
@@ -98,6 +100,22 @@ class Signature:
 
     args: tuple[Tree, ...]
     kwargs: dict[str, Tree]
+    # tensors whose .grad the step looks at, and what it was like
+    gradients: tuple[tuple[weakref.ref[torch.Tensor], TensorLike | None], ...] = ()
+
+    @contextmanager
+    def gradients_as_they_were(self) -> Iterator[None]:
+        """A context in which these tensors have gradients like those of the call, or none."""
+        now = [(owner, owner.grad) for of, _ in self.gradients if (owner := of()) is not None]
+        try:
+            for of, like in self.gradients:
+                owner = of()
+                if owner is not None and (owner.grad is None) != (like is None):
+                    owner.grad = None if like is None else like.tensor()
+            yield
+        finally:
+            for owner, grad in now:
+                owner.grad = grad
 
 
 @dataclass(slots=True)
@@ -110,9 +128,17 @@ class Standing:
     tensors: dict[TensorLike, torch.Tensor] = field(default_factory=dict)
 
 
-def signature_of(args: tuple, kwargs: dict[str, object], bound: int = 0) -> Signature:
-    """The signature of a call, before it is made. The first arguments, which a method is `bound`
-    to, are kept as they are."""
+def signature_of(
+    args: tuple,
+    kwargs: dict[str, object],
+    bound: int = 0,
+    owners: Sequence[torch.Tensor] = (),
+) -> Signature:
+    """The signature of a call, before it is made.
+
+    bound:   so many first arguments, which a method is bound to, are kept as they are.
+    owners:  the tensors whose .grad the step looks at.
+    """
     known: dict[int, TensorLike] = {}
     around: list[object] = []  # containers
 
@@ -141,7 +167,13 @@ def signature_of(args: tuple, kwargs: dict[str, object], bound: int = 0) -> Sign
         return Left(f"{type(x).__name__} with tensors in it") if holds_tensors(x) else Thing(x)
 
     given = (*map(Thing, args[:bound]), *map(tree, args[bound:]))
-    return Signature(given, {name: tree(x) for name, x in kwargs.items()})
+    named = {name: tree(x) for name, x in kwargs.items()}
+    gradients = [
+        (weakref.ref(x), None if x.grad is None else TensorLike.of(x.grad))
+        for x in owners
+        if id(x) not in known
+    ]
+    return Signature(given, named, tuple(gradients))
 
 
 def holds_tensors(x: object) -> bool:

@@ -229,15 +229,23 @@ def _saved_generator(generator: torch.Generator) -> SavedGenerator:
 
 
 def _asked(replay: Replay) -> tuple[Standing, tuple | str]:
-    """A call like the replay's, and what its guard says of it now, in either grad mode: loaded, a
-    step does the same in both."""
+    """A call like the replay's, and what its guard says of it, whatever the numbers are now that it
+    decides by: they are the loaded step's to look at. So are gradients that are there or not, and
+    it does the same in either grad mode."""
     call = standing(replay.signature)
-    found = replay.guard(call.args, call.kwargs)
-    if type(found) is str:
-        with torch.set_grad_enabled(not torch.is_grad_enabled()):
-            other = replay.guard(call.args, call.kwargs)
-        found = found if type(other) is str else other
-    return call, found
+    on = torch.is_grad_enabled()
+
+    def found() -> tuple | str:
+        return replay.guard(call.args, call.kwargs, deciding=False)
+
+    said = first = found()
+    if type(said) is str:
+        with replay.signature.gradients_as_they_were():
+            said = found()
+            if type(said) is str:
+                with torch.set_grad_enabled(not on):
+                    said = found()
+    return call, first if type(said) is str else said
 
 
 def _kind(plan: SavedPlan) -> tuple:
