@@ -155,6 +155,26 @@ def test_variables_of_the_step(reload):
     assert loaded.numbers["TIMES"] == TIMES
 
 
+def test_a_method_that_is_compiled_in_its_class(reload):
+    class Trainer:
+        def __init__(self):
+            self.w = torch.ones(3).double()
+            self.calls = 0
+
+        @tracejit.compile(backend="numpy")
+        def step(self, x):
+            self.calls += 1
+            self.w.mul_(0.5)
+            return x * self.w * self.calls
+
+    trainer, x = Trainer(), torch.ones(3).double()
+    for _ in range(8):
+        trainer.step(x)
+    loaded = reload(Trainer.step)
+    assert [*loaded.state_dict()] == ["self.w"] and [*loaded.numbers] == ["self.calls"]
+    alike(loaded, trainer.step, (x,), (x,))
+
+
 def test_a_decision_on_a_number_picks_a_plan(reload):
     def step(x, lr):
         return x * lr if lr > 0.5 else x - lr
@@ -483,8 +503,11 @@ def test_gradients_that_are_accumulated(reload, to_none):
     for _ in range(3):  # saved at each place of the cycle
         assert trained.explain_mode().startswith("replay"), trained.explain_mode()
         loaded = reload(trained)
-        ours = [loaded(x) for _ in range(7)]
-        theirs = [step(x) for _ in range(7)]
+        ours, theirs = [], []
+        for i in range(7):
+            rate = optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
+            ours.append(loaded(x, lr=rate))  # which only one of the plans reads
+            theirs.append(step(x))
         torch.testing.assert_close(ours, theirs)
         assert loaded.numbers["seen['batches']"] == seen["batches"]
 

@@ -329,7 +329,7 @@ class CompiledStep(Inspected):
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
                 if armed is not None:
                     owners = [call.reals[i] for i, _ in captured.grads_read]
-                    signature = signature_of(args, kwargs, len(self._bound_to), owners)
+                    signature = signature_of(args, kwargs, self._count_bound(args), owners)
                 prover.over()
                 self._warn_of_rerun()
             else:
@@ -352,6 +352,11 @@ class CompiledStep(Inspected):
         if armed is not None:
             self._arm(armed, compiled, captured, call, signature)
         return result
+
+    def _count_bound(self, args: tuple) -> int:
+        """How many first arguments the step is bound to, as a method, here or in its class."""
+        of_class = bool(args) and getattr(type(args[0]), self.__name__, None) is self
+        return len(self._bound_to) or int(of_class)
 
     def _found(
         self, captured: Captured, call: Call, failed: str, names: Callable

@@ -170,7 +170,7 @@ class LoadedPlan:
             if name in self._names:
                 given[name] = x
                 continue
-            short = _full_names(self._numbers) if short is None else short
+            short = _full_names([*self.state.numbers]) if short is None else short
             places = short.get(name, ())
             if not places:
                 raise Mismatch(f"it has no argument and no number {name}")
