@@ -148,7 +148,7 @@ def test_the_records_of_a_file():
     """Every flipped bit of a small file is noticed by the container itself."""
     path = io.BytesIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archive, "write_atomically", lambda _, content: path.write(content))
+        patch.setattr(archive, "write_atomically", lambda _, *parts: path.writelines(parts))
         archive.write(Path("a"), {"manifest.json": b"{}", "a/b.txt": b"abc"})
     content = path.getvalue()
     assert archive.read(io.BytesIO(content)) == {"manifest.json": b"{}", "a/b.txt": b"abc"}

@@ -93,7 +93,7 @@ def write(path: Path, entries: Mapping[str, bytes]) -> None:
         directory.append(_central(entry))
         at = entry.end
     listed = b"".join(directory)
-    write_atomically(path, b"".join([*parts, listed, _tail(len(entries), at, len(listed))]))
+    write_atomically(path, *parts, listed, _tail(len(entries), at, len(listed)))
 
 
 def read(file: BinaryIO) -> dict[str, bytes]:

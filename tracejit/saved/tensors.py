@@ -88,9 +88,10 @@ def _entry(entry: Item, at: int, room: int) -> tuple[torch.dtype, list[int], int
     return dtype, list(shape), stop
 
 
-def _raw(tensor: torch.Tensor) -> bytes:
+def _raw(tensor: torch.Tensor) -> bytes | memoryview:
+    """The elements row by row, without a copy where they lie so."""
     plain = tensor.detach().cpu().contiguous()
-    return plain.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+    return plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b""
 
 
 def _tensor(content: bytes, at: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
