@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import tracejit
+from support.fake import FAKE
 from support.saved_steps import STEPS
 from support.scope import WHOLE
-from tracejit.testing import losses_agree
+from tracejit.testing import fake_device, losses_agree
 
 CALLS = 20
 QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic", "deciding")
@@ -95,3 +96,26 @@ def flat(x: object) -> list:
     if isinstance(x, tuple):
         return [number for item in x for number in flat(item)]
     return [x.item() if isinstance(x, torch.Tensor) else x]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+def test_a_file_of_a_gpu_that_is_not_here(name, tmp_path):
+    """Saved on the fake sm_90, a step goes on there and on the CPU."""
+    pytest.importorskip("triton")
+    case = STEPS[name]()
+    with fake_device(compiled=False):
+        step = tracejit.compile(case.step, backend=FAKE)
+        for i in range(4 * case.kinds):
+            step(*case.args(i))
+        step.save(tmp_path / "a.step")
+        there = tracejit.load(tmp_path / "a.step", backend=FAKE)
+        here = tracejit.load(tmp_path / "a.step", backend="numpy")
+        for i in range(CALLS):
+            returned = []
+            for each in (there, here, case.step):
+                torch.manual_seed(i)
+                returned.append(flat(each(*case.args(i))))
+            *ours, eager = returned
+            for found in ours:
+                assert found == pytest.approx(eager, rel=1e-3)
