@@ -19,6 +19,7 @@ from torch import nn
 
 import tracejit
 from support.fake import FAKE
+from support.programs import PROGRAMS
 from support.saved_steps import STEPS, rich
 from tracejit.errors import (
     ArgumentError,
@@ -828,3 +829,48 @@ def test_a_file_of_the_fake_device(tmp_path):
                 torch.testing.assert_close(each(*batch), expected, rtol=1e-9, atol=1e-12)
     with zipfile.ZipFile(tmp_path / "a.step") as file:
         assert "triton.jit" in file.read("shown/plans/0/kernels/0.py").decode()
+
+
+# ---- programs and optimizers
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "Adadelta", "NAdam", "RAdam", "Adamax")
+OPTIMIZERS += ("ASGD", "Rprop", "Adafactor")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs(name, reload):
+    program = PROGRAMS[name]
+    step, _ = program.make(**program.small)
+    trained = tracejit.compile(step, backend="numpy")
+    for _ in range(5):
+        returned = trained()
+        if name.startswith("8"):
+            returned.backward()
+    loaded, near = reload(trained), 2e-2 if "16" in name else 1e-3
+    for _ in range(3):
+        ours, theirs = loaded(), step()
+        if name.startswith("8"):
+            ours.backward(), theirs.backward()
+        torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, reload):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    x = torch.randn(5, 4).double()
+    loaded = reload(compiled(step, (x,), times=8))
+    alike(loaded, step, *[(x,)] * 5, rel=1e-9)
+    for key, tensor in model.named_parameters():
+        torch.testing.assert_close(loaded.state_dict()[f"model.{key}"], tensor.detach())
