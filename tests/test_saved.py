@@ -712,6 +712,7 @@ REFUSED = {
     "schedule": (steps_a_schedule(), r"scheduler.*ExponentialLR.*loaded\(…, lr=…\)"),
     "items": (lambda pair: pair.loss * 2, "an argument of it is a Pair of 2 items.*a tuple"),
     "object": (lambda batch: batch.x * 2, "an argument of it is a Batch with tensors in it"),
+    "keys": (lambda batch: batch[0, 1] * 2, r"fits no file \(.*\[0, 1\].*report"),
     "class": (lambda x: Pair(x.sum(), 2.0), "a class of its own, Pair.*Return a tuple"),
 }
 
@@ -720,7 +721,7 @@ REFUSED = {
 def test_what_cannot_be_saved_says_why(what, tmp_path):
     function, why = REFUSED[what]
     x = torch.ones(3)
-    given = {"items": Pair(x, 1.0), "object": Batch(x)}.get(what, x)
+    given = {"items": Pair(x, 1.0), "object": Batch(x), "keys": {(0, 1): x}}.get(what, x)
     step = compiled(function, (given,), times=8)
     with pytest.raises(CannotSave, match=why) as raised:
         step.save(tmp_path / "a.step")

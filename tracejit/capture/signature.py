@@ -192,7 +192,8 @@ def holds_tensors(x: object) -> bool:
         elif isinstance(x, (list, tuple)):
             pending += x
         else:
-            pending += vars(x).values() if hasattr(x, "__dict__") else ()
+            attributes = x.__dict__ if type(x).__dictoffset__ else {}
+            pending += attributes.values() if isinstance(attributes, dict) else ()
             slots = (getattr(kind, "__slots__", ()) for kind in type(x).__mro__)
             names = {name for row in slots for name in ((row,) if type(row) is str else row)}
             pending += (getattr(x, name, None) for name in names)

@@ -9,6 +9,7 @@ host.txt in order.
 from __future__ import annotations
 
 import ast
+import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +32,7 @@ from tracejit.ir.types import DTYPES, HOST_SCALAR, parse_type
 from tracejit.passes.cone import cone
 from tracejit.passes.dce import dce
 from tracejit.saved.archive import Damaged
-from tracejit.saved.fields import Item, number_text
+from tracejit.saved.fields import Item, number_text, read_json
 from tracejit.saved.record import (
     Argument,
     GivenNumber,
@@ -92,18 +93,29 @@ def plan_entries(plan: SavedPlan) -> tuple[Json, dict[str, str]]:
     }, texts
 
 
+def check_text(plan: SavedPlan) -> None:
+    """Raise an error unless a plan is the same when it is read again."""
+    said, texts = plan_entries(plan)
+    written = json.dumps(said, allow_nan=False).encode()
+    if plan_entries(read_plan(read_json(written, "a plan"), texts)) != (said, texts):
+        raise Damaged("a plan is another one when it is read again")
+
+
 def _with_cuts(c: Captured) -> tuple[Graph, Sources]:
     """The graph of a step together with what computes the values that Python reads before the rest
     of it: these are its last results."""
     early = [c.cuts[k] for k in c.early]
-    params = dict(zip(c.graph.params, c.sources, strict=True))
-    nodes = {node.out: node for node in c.graph.nodes}
+    if not early:
+        return c.graph, c.sources
+    step, sources = _without_unread(dce(c.graph), c.sources)
+    params = dict(zip(step.params, sources, strict=True))
+    nodes = {node.out: node for node in step.nodes}
     for cut in early:
         params |= zip(cut.graph.params, cut.sources, strict=True)
         nodes |= {node.out: node for node in cut.graph.nodes}
     results = c.graph.results + tuple(Result(cut.value) for cut in early)
     ordered = sorted(nodes.values(), key=lambda node: node.out.id)
-    graph = replace(c.graph, params=(*params,), nodes=tuple(ordered), results=results)
+    graph = replace(step, params=(*params,), nodes=tuple(ordered), results=results)
     return graph, tuple(params.values())
 
 
@@ -120,12 +132,16 @@ def _without_cuts(
     for cut, result in zip(early, graph.results[count:], strict=True):
         cut.graph, kept = cone(graph, [result.value], "value")
         cut.sources = tuple(sources[i] for i in kept)
-    rest = dce(replace(graph, results=graph.results[:count]))
-    read = {x for node in rest.nodes for x in node.inputs} | {*rest.outputs()}
-    read |= {write.target for write in rest.writes}
+    return _without_unread(dce(replace(graph, results=graph.results[:count])), sources)
+
+
+def _without_unread(graph: Graph, sources: Sources) -> tuple[Graph, Sources]:
+    """The graph without the params that nothing reads or writes."""
+    read = {x for node in graph.nodes for x in node.inputs} | {*graph.outputs()}
+    read |= {write.target for write in graph.writes}
     kept = [i for i, p in enumerate(graph.params) if p.value in read]
     params = tuple(graph.params[i] for i in kept)
-    return replace(rest, params=params), tuple(sources[i] for i in kept)
+    return replace(graph, params=params), tuple(sources[i] for i in kept)
 
 
 def _tree(tree: object) -> object:

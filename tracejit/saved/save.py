@@ -39,6 +39,7 @@ from tracejit.errors import OF_EAGER, CannotSave, TracejitError
 from tracejit.ir.torch_types import TO_IR
 from tracejit.run import Replay
 from tracejit.saved.archive import Damaged
+from tracejit.saved.plans import check_text
 from tracejit.saved.record import (
     NUMBERS,
     TENSORS,
@@ -207,7 +208,9 @@ def saved_step(
     )
     try:
         check_step(step)
-    except (Damaged, TracejitError) as error:
+        for plan in step.plans:
+            check_text(plan)
+    except (Damaged, TracejitError, TypeError, ValueError) as error:
         why = f"what it does fits no file ({error})"
         raise saving.refuse((why, "Please report this")) from error
     return step
