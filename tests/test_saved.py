@@ -328,6 +328,15 @@ def test_places_of_arguments_are_those_of_the_step(reload):
         loaded(x, y)
 
 
+def test_arguments_of_any_kind_are_replayed(tmp_path):
+    """Those that a file cannot keep are no matter until one is asked for."""
+    x, odd = torch.ones(3), torch.eye(3).to_sparse()
+    step = compiled(lambda x, unused: x * 2, (x, odd))
+    assert step.stats.replays and torch.equal(step(x, odd), 2 * x)
+    with pytest.raises(CannotSave, match="an argument of it is a Tensor of layout torch.sparse"):
+        step.save(tmp_path / "a.step")
+
+
 def test_modules_among_the_arguments_are_state(reload):
     step, batch, model, optimizer = network()
 

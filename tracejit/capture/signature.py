@@ -88,6 +88,7 @@ class Keyed:
     items: tuple[tuple[object, object], ...]
 
 
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
 _OWNERS = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType, FunctionType, str)
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict)
@@ -155,6 +156,8 @@ def signature_of(
 
     def parts(x: object) -> Tree:
         if isinstance(x, torch.Tensor):
+            if type(x) not in _TENSORS or x.layout is not torch.strided:
+                return Left(f"{type(x).__name__} of layout {x.layout}")
             if id(x) not in known:
                 known[id(x)] = TensorLike.of(x)
             return known[id(x)]
@@ -171,7 +174,7 @@ def signature_of(
     gradients = [
         (weakref.ref(x), None if x.grad is None else TensorLike.of(x.grad))
         for x in owners
-        if id(x) not in known
+        if id(x) not in known and x.is_leaf
     ]
     return Signature(given, named, tuple(gradients))
 
