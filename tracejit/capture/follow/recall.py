@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ _LEFTOVERS = 4  # traces after which integers are searched for
 _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
 _PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
+_FEW = 4  # numbers that one place makes text of, each of which may have a path
 _PAUSE = 256  # traces until following is tried again
 
 
@@ -56,6 +58,7 @@ class Recall:
         self._searches = 2 * _LEFTOVERS
         self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
         self._roots: dict[tuple, Point] = {}
+        self._texts: defaultdict[tuple, set[float]] = defaultdict(set)  # numbers, by place
         self._ends = 0
         self._patience = _PATIENCE
         self._paused = 0
@@ -80,6 +83,14 @@ class Recall:
     def keeps_numbers(self) -> bool:
         """Whether user code keeps integers again and again."""
         return self._leftovers >= _LEFTOVERS
+
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether a place of the user's code makes text of more than a few numbers, this one
+        included."""
+        numbers = self._texts[place]
+        if len(numbers) <= _FEW:
+            numbers.add(number)
+        return len(numbers) > _FEW
 
     def begin(self) -> bool:
         """Whether a new trace is compared: if that is useful, or was not for a long time."""

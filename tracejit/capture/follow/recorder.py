@@ -155,6 +155,12 @@ class Recorder(Journal):
         except (KeyError, Incomparable):
             self.recording = False
 
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether the text that Python makes of a number is one of many that were made there."""
+        if self._call is not None or self.recall is None:
+            return False
+        return self.recall.many_texts(place, number)
+
     def found_scalar(self, path: Path, value: Value) -> None:
         """A runtime scalar has come in."""
         if not self.recording or self._over:

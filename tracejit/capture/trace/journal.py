@@ -29,6 +29,11 @@ class Journal:
         """Whether an earlier trace took this decision here."""
         return False
 
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether the text that Python makes of a number, at a place of its code, is one of many
+        that traces have made there: no plan is good for it."""
+        return False
+
     def known_number(self) -> float | None:
         """The number that Python has read here already, where rules run late."""
 
