@@ -16,6 +16,7 @@ from tracejit.capture.effects.effects import (
     Effects,
     Given,
     HostSlot,
+    Joined,
     Made,
     Mapped,
     Place,
@@ -262,6 +263,9 @@ class _Lines:
                 return f"m{index}"
             case HostSlot(index):
                 return self.host[index]
+            case Joined(items):
+                parts = (repr(x) if type(x) is str else self.host[x.index] for x in items)
+                return f"({' + '.join(parts)})"
             case Given(index):
                 return f"call.given[{index}]"
             case Sequenced(kind, items):

@@ -14,6 +14,7 @@ from tracejit.capture.effects.effects import (
     Effects,
     Given,
     HostSlot,
+    Joined,
     Made,
     Mapped,
     Outside,
@@ -140,6 +141,9 @@ def _structure(tree: ast.expr) -> Tree:
         case ast.List(items) | ast.Tuple(items):
             kind = "list" if isinstance(tree, ast.List) else "tuple"
             return Sequenced(kind, tuple(map(_structure, items)))
+        case ast.Call(ast.Name("text"), items):
+            parts = (x.value if isinstance(x, ast.Constant) else _structure(x) for x in items)
+            return Joined(tuple(parts))
         case ast.Call(function, items):
             return Sequenced(_structure(function), tuple(map(_structure, items)))
         case ast.Dict(keys, values):

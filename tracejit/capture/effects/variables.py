@@ -19,6 +19,7 @@ import torch
 
 from tracejit.capture.effects.effects import is_named
 from tracejit.capture.python.histories import History
+from tracejit.capture.python.kept import APPEND, RETURNED, Kept
 from tracejit.capture.python.leftovers import items_plain
 from tracejit.capture.trace.scalars import is_traced, plain
 
@@ -45,7 +46,6 @@ class Attributes:
 
 ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)  # kinds of holders
 Holder = dict | list | deque | CellType | Attributes
-APPEND = ...  # instead of a key
 
 
 def identity(holder: Holder, key: object) -> tuple[int, object]:
@@ -214,29 +214,47 @@ class Variables:
             if number:
                 variable.set(traced)
 
-    def finish(self) -> list[tuple[Holder, object, object]]:
+    def finish(
+        self, texts: Sequence[Kept] = ()
+    ) -> tuple[list[tuple[Holder, object, object]], list[Kept]]:
         """Put back what was there before; returns what the step has left in the place of that: the
-        holder, the key or APPEND, and the value."""
+        holder, the key or APPEND, and the value; and those of the texts of runtime scalars that
+        are not where they are said to be kept."""
         stores = []
+        kept: dict[object, list[Kept]] = {}
+        for text in texts:
+            if text.target != RETURNED:
+                kept.setdefault(text.target, []).append(text)
+        looked_at = {id(history.of) for _, history in self._histories}
         self._end_histories()
         for items, length in self._lengths:
-            stores += [(items, APPEND, x) for x in items[length:]]
+            added, made = items[length:], kept.get((id(items), APPEND), ())
+            if made and id(items) not in looked_at and (joints := _joints(added, made)):
+                added = joints
+                del kept[id(items), APPEND]
+            stores += [(items, APPEND, x) for x in added]
             del items[length:]
         for held in self._held:
             variable = held.variable
+            made = kept.get(variable.id, ())
             try:
                 now = variable.get()
             except (LookupError, ValueError):
                 continue
+            joint = next(filter(None, (text.joint(now) for text in reversed(made))), None)
             if _count(variable.holder) != held.count:  # its items have moved
                 items_plain(variable.holder)
+            elif joint is not None:
+                del kept[variable.id]
+                stores.append((variable.holder, variable.key, joint))
+                variable.set(held.before)
             elif now is held.traced:
                 variable.set(held.before)
             elif held.traced is not held.before or not same(now, held.before):
                 stores.append((variable.holder, variable.key, now))
                 variable.set(held.before)
             held.traced = None
-        return stores
+        return stores, [text for made in kept.values() for text in made]
 
     def undo(self) -> None:
         """Put back what was there before."""
@@ -255,6 +273,17 @@ class Variables:
             if place.held() is history:
                 place.set(history.of)
         self._histories.clear()
+
+
+def _joints(added: list, texts: Sequence[Kept]) -> list:
+    """What was appended to a list, with the texts of runtime scalars as their parts; nothing if
+    they cannot be told from others."""
+    strings = [i for i, x in enumerate(added) if type(x) is str]
+    joints = [text.joint(added[i]) for i, text in zip(strings, texts, strict=False)]
+    if len(strings) != len(texts) or None in joints:
+        return []
+    found = dict(zip(strings, joints, strict=True))
+    return [found.get(i, x) for i, x in enumerate(added)]
 
 
 def _count(holder: Holder) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
 _PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
 _FEW = 4  # numbers that one place makes text of, each of which may have a path
+_LOST = 6  # texts of one place that were not found, after which none is looked for
 _PAUSE = 256  # traces until following is tried again
 
 
@@ -59,6 +60,7 @@ class Recall:
         self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
         self._roots: dict[tuple, Point] = {}
         self._texts: defaultdict[tuple, set[float]] = defaultdict(set)  # numbers, by place
+        self.lost_texts: Counter[tuple] = Counter()  # by the place that made them
         self._ends = 0
         self._patience = _PATIENCE
         self._paused = 0
@@ -91,6 +93,10 @@ class Recall:
         if len(numbers) <= _FEW:
             numbers.add(number)
         return len(numbers) > _FEW
+
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether text that a place makes is looked for where it is kept."""
+        return self.lost_texts[place] < _LOST
 
     def begin(self) -> bool:
         """Whether a new trace is compared: if that is useful, or was not for a long time."""

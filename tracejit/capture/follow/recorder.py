@@ -161,6 +161,15 @@ class Recorder(Journal):
             return False
         return self.recall.many_texts(place, number)
 
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether the text that Python makes at a place may be followed to where it is kept."""
+        return self._call is None and self.recall is not None and self.recall.keeps_text(place)
+
+    def lost_text(self, place: tuple) -> None:
+        """The text that was made at a place was not found where it was to be kept."""
+        if self.recall is not None:
+            self.recall.lost_texts[place] += 1
+
     def found_scalar(self, path: Path, value: Value) -> None:
         """A runtime scalar has come in."""
         if not self.recording or self._over:

@@ -135,7 +135,9 @@ class Walk(Functions):
         variable = ("entry", id(place.holder), place.key) if place is not None else None
         if type(x) is float:
             self.lines.append(NumberLine(at, x, path, (key, variable)))
-        elif type(x) is int and variable is not None:
+        elif type(x) in (int, str) and variable is not None:
+            if template(x):
+                self.templates.append(path)
             self.lines.append(NumberLine(at, x, path, (None, variable)))
         elif type(x) is int and key is not None and key[0] in ("arg", "kwarg"):
             self.integers[key] = x

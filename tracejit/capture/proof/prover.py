@@ -24,6 +24,7 @@ from tracejit.capture.proof.guards import (
     survey,
 )
 from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.kept_texts import read_texts
 from tracejit.capture.proof.looks import APPENDED, LOOKED_AT, only_used_so
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
@@ -155,6 +156,7 @@ class Prover:
             self.why = _AGREE
             return None
         reasons, lines = reasons_against(walk, ran, captured), walk.lines
+        reasons += read_texts(walk, ran, captured, call)
         if self._learns(walk, ran, captured, call, refused=bool(reasons)):
             self.why = _AGREE
             return None

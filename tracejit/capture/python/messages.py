@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import FrameType
 
 from tracejit.capture.python.doubts import led_to
+from tracejit.capture.python.kept import keep
 from tracejit.capture.python.texts import Sink, sites
 from tracejit.capture.trace import location
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, plain
@@ -58,6 +59,10 @@ def _asking(kind: type, name: str) -> Callable:
         sink = site and site.sink
         if sink and sink.how == "log" and _is_dropped(frame, sink):
             return of_plain(plain(self), *args)
+        if site is not None:
+            text = keep(self, frame, site, name, *(args or ("",)))
+            if text is not None:
+                return plain(self) if name == "__int__" else text
         place = frame.f_code, frame.f_lasti
         shown = sink and sink.how == "print" and _is_shown(frame)
         if shown or live.journal.many_texts(place, plain(self)):

@@ -56,9 +56,10 @@ class Sink:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """The text that an instruction makes a part of, and what takes it; None where that is not
-    known."""
+    """The text that the instruction `at` an offset makes a part of, and what takes it; None where
+    that is not known."""
 
+    at: int
     text: Text
     sink: Sink | None
 
@@ -92,9 +93,18 @@ def sites(code: CodeType) -> dict[int, Site]:
     result = {}
     for at, taken in found.taken.items():
         site = next(iter(taken))
-        site = site if len(taken) == 1 else Site(site.text, None)
+        site = site if len(taken) == 1 else Site(at, site.text, None)
         result |= dict.fromkeys((at, found.started.get(at, at)), site)
     return result
+
+
+@functools.lru_cache(1000)
+def stores_otherwise(code: CodeType) -> frozenset[str | int]:
+    """The names of attributes, and the keys of items, to which code assigns something else than
+    text whose parts are known."""
+    found = _Texts(code)
+    found.all()
+    return frozenset(found.stores_otherwise)
 
 
 class _Texts(Reader):
@@ -103,6 +113,7 @@ class _Texts(Reader):
         self.instructions = [*dis.get_instructions(code)]
         self.taken: dict[int, set[Site]] = {}
         self.started: dict[int, int] = {}  # by the offset of a call, where it may run already
+        self.stores_otherwise: set[str | int] = set()
         self._position = {x.offset: i for i, x in enumerate(self.instructions)}
         self._at = 0  # the position of this instruction
 
@@ -113,7 +124,7 @@ class _Texts(Reader):
         it."""
         for text in item.texts if type(item) is _Holding else (item,):
             for piece in text.pieces if type(text) is Text else ():
-                self.taken.setdefault(piece.at, set()).add(Site(text, sink))
+                self.taken.setdefault(piece.at, set()).add(Site(piece.at, text, sink))
 
     def _use(self, item: object, how: str) -> None:
         self._give(item, None)
@@ -162,6 +173,8 @@ class _Texts(Reader):
             return True
         elif name == "STORE_ATTR" and len(stack) > 1 and type(stack[-2]) is Text:
             self._pop_to(Sink("attribute", x.argval, self._chain(1)), 2)
+        elif name == "STORE_ATTR":
+            self.stores_otherwise.add(x.argval)
         elif name == "RETURN_VALUE" and stack and type(stack[-1]) in (Text, _Holding):
             self._pop_to(Sink("return"))
         return super()._step(x)
@@ -228,6 +241,8 @@ class _Texts(Reader):
             plain = type(key) is _Constant and type(key.value) in (str, int)
             if plain and load.opname == "LOAD_CONST":
                 self._pop_to(Sink("item", key.value, self._chain(2)), 3)
+        elif len(stack) > 1 and type(stack[-1]) is _Constant:
+            self.stores_otherwise.add(stack[-1].value)
         super()._store_item()
 
     def _call(self, count: int) -> None:
@@ -242,7 +257,7 @@ class _Texts(Reader):
             for k in range(1, count + 1):
                 self._pop_to(Sink("print"), k)
             alone = Text((Piece(at, 0, "__str__"),))
-            self.taken.setdefault(at, set()).add(Site(alone, Sink("print")))
+            self.taken.setdefault(at, set()).add(Site(at, alone, Sink("print")))
         elif name in _FORMATS and count == 1:
             made = Text((Piece(at, 0, _FORMATS[name]),))
         elif name == "format" and count in (1, 2):

@@ -34,6 +34,13 @@ class Journal:
         that traces have made there: no plan is good for it."""
         return False
 
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether the text that Python makes at a place may be followed to where it is kept."""
+        return False
+
+    def lost_text(self, place: tuple) -> None:
+        """The text that was made at a place was not found where it was to be kept."""
+
     def known_number(self) -> float | None:
         """The number that Python has read here already, where rules run late."""
 
