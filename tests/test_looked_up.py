@@ -780,3 +780,25 @@ def test_uses_follow_variables_and_spelled_names():
     assert used_only(handled.__code__, Named("attribute", "a"), {"item", "subscript"})
     assert not used_only(handled.__code__, Named("attribute", "b"), {"item", "subscript"})
     assert used_only(handled.__code__, Named("attribute", "c"), {"append"})
+
+
+def test_two_histories_that_become_one():
+    """Each is appended to by the name of the other too."""
+    worlds = []
+    for compiled in (True, False):
+        w = SimpleNamespace(log={"loss": [], "count": []}, best=[], n=50.0)
+
+        def step(x, w=w):
+            w.n = w.n - 1.0
+            w.log["loss"].append(w.n)
+            w.log["count"].append(len(w.log["count"]))
+            w.best = min(w.log["loss"][-1], sum(w.log["loss"])), w.log["loss"][-2:]
+            return x * w.best[0]
+
+        run = tracejit.compile(step, backend="numpy") if compiled else step
+        for i in range(12):
+            if i == 8:
+                w.log["count"] = w.log["loss"]
+            run(X)
+            worlds.append((w.log["loss"][-1], len(w.log["loss"]), w.best))
+    assert worlds[:12] == worlds[12:]
