@@ -432,6 +432,148 @@ def as_one_of_a_few_keys(w):
     return step
 
 
+# ---- as keys
+
+
+def of_logs(w) -> Trainer:
+    t = trainer(w)
+    t.log = {}
+    return t
+
+
+@state(
+    changes={
+        8: lambda w: setattr(w.trainer, "n", 2),
+        9: lambda w: w.trainer.log.update({"loss/4": 0.5, "x": 1}),
+        10: lambda w: w.trainer.log.clear(),
+        11: lambda w: setattr(w.trainer, "log", {"y": 2}),
+    },
+    calls=16,
+)
+def as_new_keys(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        loss = (x * t.n).sum()
+        t.log[f"loss/{t.n}"] = loss
+        t.log["n/" + str(t.n)] = t.n * 2
+        return loss
+
+    return step
+
+
+@state(changes={9: lambda w: w.trainer.log.clear()})
+def as_the_same_key_twice(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.n}"] = x * 2
+        for k in range(2):
+            t.log[f"{t.n}"] = k
+        return x * t.n
+
+    return step
+
+
+@state("rerun")
+def as_keys_that_are_looked_for(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.n}"] = t.n
+        return x * (3 if "8" in t.log else 2)
+
+    return step
+
+
+@state("rerun")
+def as_keys_of_a_dict_that_is_read(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.n}"] = t.n
+        return x * len(t.log)
+
+    return step
+
+
+@state("rerun")
+def as_keys_of_a_dict_with_another_name(w):
+    t = of_logs(w)
+    w.alias = t.log
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.n}"] = t.n
+        return x * (3 if "8" in w.alias else 2)
+
+    return step
+
+
+@state("rerun")
+def as_keys_beside_a_plain_one(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.n}"] = t.n
+        t.log["last"] = f"{t.n}"
+        return x * 2
+
+    return step
+
+
+@state("rerun")
+def as_keys_in_a_variable(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[key := f"{t.n}"] = t.n
+        return x * len(key)
+
+    return step
+
+
+@state(changes={7: lambda w: w.trainer.log.clear()})
+def as_keys_that_cannot_be_followed(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n = 1 - t.n
+        t.log[f"{t.n:n}"] = 3
+        return x * 2
+
+    return step
+
+
+@state(changes={7: lambda w: w.trainer.log.clear(), 9: lambda w: setattr(w.trainer, "name", "z")})
+def as_a_key_that_stays(w):
+    t = of_logs(w)
+
+    def step(x):
+        t.n += 1
+        t.log[f"{t.name}"] = 3
+        return x * t.n
+
+    return step
+
+
+@state("rerun")
+def as_keys_of_what_is_returned(w):
+    t = trainer(w)
+
+    def step(x):
+        t.n += 1
+        return {f"loss/{t.n}": x * 2}
+
+    return step
+
+
 # ---- put by others
 
 

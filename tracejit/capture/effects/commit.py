@@ -282,8 +282,8 @@ class _Lines:
                 return f"{{{', '.join(parts)}}}"
         raise AssertionError(tree)
 
-    def _key(self, key: str | int | Given | Slot) -> str:
-        return self._tree(key) if isinstance(key, (Given, Slot)) else repr(key)
+    def _key(self, key: str | int | Given | Slot | Joined) -> str:
+        return self._tree(key) if isinstance(key, (Given, Slot, Joined)) else repr(key)
 
 
 # ---- what the lines call

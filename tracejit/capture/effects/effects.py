@@ -105,7 +105,7 @@ Tree = Slot | HostSlot | Joined | Given | Sequenced | Mapped
 
 # a value that goes into the n-th holder of the call: where; None into a variable of a closure, ...
 # at the end of a list
-Store = tuple[int, str | int | Slot | EllipsisType | None, Tree]
+Store = tuple[int, str | int | Slot | Joined | EllipsisType | None, Tree]
 
 
 def slots(tree: Tree) -> Iterator[int]:
@@ -190,7 +190,11 @@ class Effects:
         lines += [f"write real {i} <- host {k}" for i, k in self.host_writes]
         for i, key, tree in self.stores:
             where = (
-                _expression(key) if isinstance(key, Slot) else "..." if key is ... else repr(key)
+                _expression(key)
+                if isinstance(key, (Slot, Joined))
+                else "..."
+                if key is ...
+                else repr(key)
             )
             lines.append(f"store {i} {where} <- {_expression(tree)}")
         lines += [f"number {i} = {d.name} host {k}" for i, (d, k) in enumerate(self.hosts)]

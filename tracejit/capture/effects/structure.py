@@ -103,6 +103,8 @@ class Structure:
         self._in_stores = True
         if isinstance(key, torch.Tensor):
             key = Slot(self.tensor(key))
+        elif type(key) is Joint:
+            key = self.tree(key, IN_STORE)
         return holder, key, self.tree(x, IN_STORE)
 
     def _key(self, key: object) -> str | int | Given:

@@ -40,7 +40,7 @@ _PAIRS = {
     "grads": re.compile(r"grad (\d+) <- (?:none|made (\d+))"),
     "leaf_grads": re.compile(r"leaf grad (\d+) <- made (\d+)"),
 }
-_STORE = re.compile(r"store (\d+) ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+) <- (.*)")
+_STORE = re.compile(r"store (\d+) (text\(.*?\)|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+) <- (.*)")
 _NUMBER = re.compile(r"number \d+ = (\w+) host (\d+)")
 _REASON = re.compile(r"no node (\d+) because (.*)")
 _SLOTS = {"m": Slot, "h": HostSlot, "g": Given}
@@ -151,5 +151,5 @@ def _structure(tree: ast.expr) -> Tree:
     raise ValueError(ast.unparse(tree))
 
 
-def _key(key: ast.expr) -> str | int | Given | Slot | EllipsisType | None:
-    return _structure(key) if isinstance(key, ast.Name) else ast.literal_eval(key)
+def _key(key: ast.expr) -> str | int | Given | Slot | Joined | EllipsisType | None:
+    return _structure(key) if isinstance(key, (ast.Name, ast.Call)) else ast.literal_eval(key)

@@ -19,7 +19,7 @@ import torch
 
 from tracejit.capture.effects.effects import is_named
 from tracejit.capture.python.histories import History
-from tracejit.capture.python.kept import APPEND, RETURNED, Kept
+from tracejit.capture.python.kept import APPEND, KEYED, RETURNED, Kept, Keyed
 from tracejit.capture.python.leftovers import items_plain
 from tracejit.capture.trace.scalars import is_traced, plain
 
@@ -125,15 +125,18 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A list that the step appends to and does nothing else with, or only looks at."""
+    """A list that the step appends to and does nothing else with, or only looks at; or a dict that
+    it puts something into by keys that are texts of runtime scalars, and does nothing else with."""
 
-    items: list
+    items: list | dict
     place: Variable  # where it is found
     looked_at: bool = False
 
     def released(self) -> Record:
         """The same without a list that is this call's only."""
-        return self if self.place.lasting else replace(self, items=[], place=self.place.released())
+        if self.place.lasting:
+            return self
+        return replace(self, items=type(self.items)(), place=self.place.released())
 
 
 def may_vary(x: object) -> bool:
@@ -187,6 +190,8 @@ class Variables:
         self._known, self._records = known, records
         self._held: list[_Held] = []
         self._lengths: list[tuple[list, int]] = []
+        self._keyed: list[tuple[Variable, Keyed]] = []
+        self._taken: Callable[[str], None] = lambda why: None
         self._histories: list[tuple[Variable, History]] = []
 
     def start(
@@ -194,7 +199,13 @@ class Variables:
     ) -> None:
         """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes.
         `taken(why)`: what Python does cannot be followed."""
-        self._lengths = [(record.items, len(record.items)) for record in self._records]
+        records = [record.items for record in self._records]
+        self._lengths = [(items, len(items)) for items in records if type(items) is list]
+        self._taken = taken
+        for place, items in ((r.place, r.items) for r in self._records if type(r.items) is dict):
+            if place.held() is items:
+                self._keyed.append((place, Keyed(items)))
+                place.set(self._keyed[-1][1])
         for place, items in ((r.place, r.items) for r in self._records if r.looked_at):
 
             def said(number: float, key: int | str, of: list = items) -> object:
@@ -234,6 +245,17 @@ class Variables:
                 del kept[id(items), APPEND]
             stores += [(items, APPEND, x) for x in added]
             del items[length:]
+        self._end_keyed()
+        for _, keyed in self._keyed:
+            found = keyed.stores(kept.get((id(keyed.of), KEYED), ()))
+            if found:
+                stores += [(keyed.of, key, x) for key, x in found]
+                kept.pop((id(keyed.of), KEYED), None)
+                keyed.put_back()
+            elif keyed.assigned:
+                self._taken("it puts something into a dict by keys that are not known")
+            keyed.over()
+        found = None  # which holds intermediates
         for held in self._held:
             variable = held.variable
             made = kept.get(variable.id, ())
@@ -261,11 +283,19 @@ class Variables:
         self._end_histories()
         for items, length in self._lengths:
             del items[length:]
+        self._end_keyed()
+        for _, keyed in self._keyed:
+            keyed.put_back()
         for held in self._held:
             if _count(held.variable.holder) == held.count:
                 held.variable.set(held.before)
             else:
                 items_plain(held.variable.holder)
+
+    def _end_keyed(self) -> None:
+        for place, keyed in self._keyed:
+            if place.held() is keyed:
+                place.set(keyed.of)
 
     def _end_histories(self) -> None:
         for place, history in self._histories:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.effects.collect import undoing
-from tracejit.capture.effects.effects import Call, Slot, Store, Tree, rebuilt
+from tracejit.capture.effects.effects import Call, Joined, Slot, Store, Tree, rebuilt
 from tracejit.capture.effects.structure import Structure
 from tracejit.capture.follow.events import New
 from tracejit.capture.follow.recall import End
@@ -106,7 +106,7 @@ def _followed(
         made = objects, found.numbers, found.given
         returned.append(rebuilt(tree, *made))
         t.hyperparameters.stores = [
-            (i, rebuilt(key, *made) if isinstance(key, Slot) else key, rebuilt(x, *made))
+            (i, rebuilt(key, *made) if isinstance(key, (Slot, Joined)) else key, rebuilt(x, *made))
             for i, key, x in stores
         ]
         trail.leave()

@@ -14,7 +14,7 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call, Joined
 from tracejit.capture.effects.variables import Variable
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.looks import APPENDED, only_used_so
+from tracejit.capture.proof.looks import APPENDED, only_keyed_by_texts, only_used_so
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.texts import stores_otherwise
 
@@ -22,9 +22,10 @@ _ASSIGNED = frozenset({"assigned"})
 
 
 def kept_texts(captured: Captured, call: Call) -> list[Variable]:
-    """The places, but for ends of lists, where a step keeps text of runtime scalars."""
+    """The places, but for ends of lists and dicts, where a step keeps text of runtime scalars."""
     stores = captured.effects.stores
-    joined = [(i, key) for i, key, tree in stores if type(tree) is Joined and key is not ...]
+    joined = [(i, key) for i, key, tree in stores if type(tree) is Joined]
+    joined = [(i, key) for i, key in joined if key is not ... and type(key) is not Joined]
     return [Variable(call.holders[i], key, repr(key)) for i, key in joined]
 
 
@@ -41,14 +42,17 @@ def read_texts(walk: Walk, ran: Seen, captured: Captured, call: Call) -> list[st
         return only_used_so(place, walk.places, ran.codes, _ASSIGNED)
 
     def is_record(items: object) -> bool:
-        found = (record.place for record in walk.records if record.items is items)
+        found = [record.place for record in walk.records if record.items is items]
+        if type(items) is dict:
+            return any(only_keyed_by_texts(x, walk.places, ran.codes) for x in found)
         return any(only_used_so(x, walk.places, ran.codes, APPENDED) for x in found)
 
     places = [place for place in kept_texts(captured, call) if not is_alone(place)]
     stores = captured.effects.stores
-    lists = [call.holders[i] for i, key, tree in stores if type(tree) is Joined and key is ...]
-    if not all(map(is_record, lists)):
-        return ["it appends text of a number to a list that it also reads"]
+    ends = [i for i, key, tree in stores if type(tree) is Joined and key is ...]
+    ends += [i for i, key, _ in stores if type(key) is Joined]
+    if not all(is_record(call.holders[i]) for i in ends):
+        return ["it puts text of a number into a list or dict that it also reads"]
     return [
         f"it makes text of a number for {place.path}, and uses what is there" for place in places
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import CodeType, FrameType, MemberDescriptorType, ModuleType, SimpleNamespace
 
@@ -23,6 +23,7 @@ from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, p
 
 RETURNED = ("returned", None)
 APPEND = ...  # in place of a key
+KEYED = "by keys", None  # in place of a key: the text is one
 _BIND = "tracejit.capture.bind"  # whose frame calls the step
 # how a number comes out wherever the process is: not with "n", which asks the locale
 _SPEC = re.compile(r"[-+ 0-9<>=^.,_]*[bdoxXeEfFgG%]?")
@@ -37,6 +38,42 @@ class Joint(tuple):
     """A text as its parts: strings, and texts of runtime scalars."""
 
     __slots__ = ()
+
+
+class Keyed(dict):
+    """Stands for a dict that the step only puts something into, and notes what."""
+
+    __slots__ = ("assigned", "before", "of")
+
+    def __init__(self, of: dict):
+        super().__init__(of)
+        self.of, self.before = of, of.copy()
+        self.assigned: list[tuple[object, object]] = []
+
+    def __setitem__(self, key: object, x: object) -> None:
+        dict.__setitem__(self, key, x)
+        self.of[key] = x
+        self.assigned.append((key, x))
+
+    def over(self) -> None:
+        """The trace is over: it holds nothing any more."""
+        self.clear()
+        self.assigned.clear()
+
+    def put_back(self) -> None:
+        """The dict holds what it held before."""
+        self.of.clear()
+        self.of.update(self.before)
+
+    def stores(self, texts: Sequence[Kept]) -> list[tuple[object, object]]:
+        """The keys and what was put there; keys that are these texts as their parts. Nothing if
+        they cannot be told from others."""
+        if not texts or len(texts) != len(self.assigned):
+            plain_keys = not texts and all(type(key) is str for key, _ in self.assigned)
+            return [*self.assigned] if plain_keys else []
+        keys = [text.joint(key) for text, (key, _) in zip(texts, self.assigned, strict=True)]
+        found = zip(keys, (x for _, x in self.assigned), strict=True)
+        return [] if None in keys else [*found]
 
 
 @dataclass(slots=True)
@@ -134,11 +171,14 @@ def _target(frame: FrameType, sink: Sink) -> Target | None:
     if sink.how == "return":
         caller = frame.f_back
         return RETURNED if caller and caller.f_globals.get("__name__") == _BIND else None
-    if sink.how not in ("attribute", "item", "append"):
+    if sink.how not in ("attribute", "item", "append", "key"):
         return None
     x = led_to(frame, sink.chain) if sink.chain else None
     if sink.how == "append":
         return (id(x), APPEND) if type(x) is list else None
+    if sink.how == "key":
+        x = x.of if type(x) is Keyed else x
+        return (id(x), KEYED) if type(x) is dict else None
     if sink.how == "item":
         return (id(x), sink.name) if type(x) in (dict, list) else None
     return _of_attribute(x, sink.name)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import CodeType
 
-from tracejit.capture.python.doubts import chain_to
+from tracejit.capture.python.doubts import chain_to, left_of
 from tracejit.capture.python.uses import Named, Reader, _Constant
 
 
@@ -46,8 +46,9 @@ class Text:
 @dataclass(frozen=True, slots=True)
 class Sink:
     """What takes a text. how: "print"; "log", a method of that name of what the names `chain` lead
-    to; "append", to the list there; "attribute" or "item", of that name or key there; "return", as
-    what the code returns, or in a container that it returns."""
+    to; "append", to the list there; "attribute" or "item", of that name or key there; "key", by
+    which something is put into the dict there; "return", as what the code returns, or in a
+    container that it returns."""
 
     how: str
     name: str | int = ""
@@ -107,6 +108,14 @@ def stores_otherwise(code: CodeType) -> frozenset[str | int]:
     return frozenset(found.stores_otherwise)
 
 
+@functools.lru_cache(1000)
+def keyed_otherwise(code: CodeType) -> frozenset[Named]:
+    """What code assigns items of by keys that are no text whose parts are known."""
+    found = _Texts(code)
+    found.all()
+    return frozenset(found.keyed_otherwise)
+
+
 class _Texts(Reader):
     def __init__(self, code: CodeType):
         super().__init__(code)
@@ -114,6 +123,7 @@ class _Texts(Reader):
         self.taken: dict[int, set[Site]] = {}
         self.started: dict[int, int] = {}  # by the offset of a call, where it may run already
         self.stores_otherwise: set[str | int] = set()
+        self.keyed_otherwise: set[Named] = set()
         self._position = {x.offset: i for i, x in enumerate(self.instructions)}
         self._at = 0  # the position of this instruction
 
@@ -241,8 +251,13 @@ class _Texts(Reader):
             plain = type(key) is _Constant and type(key.value) in (str, int)
             if plain and load.opname == "LOAD_CONST":
                 self._pop_to(Sink("item", key.value, self._chain(2)), 3)
+        elif len(stack) > 1 and type(stack[-1]) is Text:
+            last = left_of(self.instructions, self._at)
+            self._pop_to(Sink("key", "", chain_to(self.instructions, last)))
         elif len(stack) > 1 and type(stack[-1]) is _Constant:
             self.stores_otherwise.add(stack[-1].value)
+        elif len(stack) > 1 and type(stack[-2]) is Named:
+            self.keyed_otherwise.add(stack[-2])
         super()._store_item()
 
     def _call(self, count: int) -> None:
