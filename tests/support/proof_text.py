@@ -210,8 +210,8 @@ def dtype_of(dtype: torch.dtype) -> str:
 def event_text(event: object) -> str:
     """One event of a trace."""
     match event:
-        case ScalarCame(path, value):
-            return f"{value} came in: {' '.join(map(str, path))}"
+        case ScalarCame(path, kind, value):
+            return f"{value} came in, {kind.__name__}: {' '.join(map(str, path))}"
         case Arithmetic(op, args, value):
             return f"{value} = {op}({', '.join(map(told, args))})"
         case Decision(p):

@@ -170,12 +170,12 @@ class Recorder(Journal):
         if self.recall is not None:
             self.recall.lost_texts[place] += 1
 
-    def found_scalar(self, path: Path, value: Value) -> None:
+    def found_scalar(self, path: Path, kind: type, value: Value) -> None:
         """A runtime scalar has come in."""
         if not self.recording or self._over:
             return
         if self._call is None:
-            self.events.append(ScalarCame(without_holder(path), value))
+            self.events.append(ScalarCame(without_holder(path), kind, value))
         elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
             self._note_found(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
         elif path[0] == "cut":

@@ -275,9 +275,9 @@ class Trail(Recorder):
         """The value of a runtime scalar that comes in; None where rules are run."""
         if not self.following:
             return None
-        place = without_holder(path)
+        came = without_holder(path), type(number)
         for event in self.point.events:
-            if type(event) is ScalarCame and event.path == place:
+            if type(event) is ScalarCame and (event.path, event.kind) == came:
                 self._go(event)
                 self.scalars.append(number)
                 return event.value

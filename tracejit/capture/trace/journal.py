@@ -58,7 +58,7 @@ class Journal:
         """Python gets a number that it has read as a plain float; returns that."""
         return number
 
-    def found_scalar(self, path: tuple, value: Value) -> None:
+    def found_scalar(self, path: tuple, kind: type, value: Value) -> None:
         """A runtime scalar has come in."""
 
     def found_arithmetic(self, node: Node) -> None:

@@ -94,7 +94,7 @@ class Scalars:
         if value is None:
             value = self.b.param(HOST_SCALAR)
             self.params.append((value, number))
-            self.journal.found_scalar(path, value)
+            self.journal.found_scalar(path, type(number), value)
         if path[0] == "cut":
             self.read.add(value)
         return self.traced(number, value)
