@@ -802,3 +802,21 @@ def test_two_histories_that_become_one():
             run(X)
             worlds.append((w.log["loss"][-1], len(w.log["loss"]), w.best))
     assert worlds[:12] == worlds[12:]
+
+
+def test_integers_that_are_kept_where_nobody_looks_are_plain():
+    """However late the first one comes; and soon nothing is searched for any more."""
+    w = SimpleNamespace(seen=[], last=())
+
+    @tracejit.compile(backend="numpy", on_unsupported="raise")
+    def step(x):
+        w.seen.append(float(len(w.seen)))
+        w.last = (1, w.seen[-3:])
+        return x * w.seen[-1]
+
+    for i in range(40):
+        if i > 12:
+            w.seen.append(3)
+        step(X)
+        assert i < 13 or type(w.last[1][1]) is int
+    assert step._recall.keeps_numbers

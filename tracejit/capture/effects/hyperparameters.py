@@ -24,7 +24,15 @@ from tracejit.capture.effects.variables import Holder, Record, Variable, Variabl
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
 from tracejit.capture.python.kept import Kept
-from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, is_traced, pinned, plain
+from tracejit.capture.trace.scalars import (
+    Path,
+    TracedFloat,
+    TracedInt,
+    is_runtime,
+    is_traced,
+    pinned,
+    plain,
+)
 from tracejit.capture.trace.trace import Trace
 
 _WALKED = 5000  # objects looked at in search of optimizers
@@ -102,7 +110,10 @@ class Hyperparameters:
                 self._remember_scheduler(x)
 
     def _scalar_of(self, number: float, variable: Variable) -> object:
-        return self.trace.scalar(number, ("entry", self._holder(variable.holder), variable.key))
+        path = "entry", self._holder(variable.holder), variable.key
+        made = self.trace.scalar(number, path)
+        inside = type(made) is TracedInt and made.live is not None  # an entry of a list
+        return made.pin() if inside and made.live.pins_integers else made
 
     def _entry(self, group: dict, key: str) -> Path:
         """Where the floats of an item of a param group come from."""

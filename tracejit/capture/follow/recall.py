@@ -71,12 +71,14 @@ class Recall:
         return self.left - self.kept < self._patience
 
     def make_plain(self, numbers: list) -> None:
-        """Take runtime scalars out of what user code has kept, after the first few traces."""
-        left = leftovers.kept(numbers) if self._searches else ()
-        if left:
+        """Take runtime scalars out of what user code has kept: floats, which are floats for
+        everybody, after the first few traces only."""
+        left = leftovers.kept(numbers)
+        integers = any(type(x) is TracedInt for x in left)
+        if integers or (left and self._searches):
             numbers.clear()
-            self._searches -= 1
-            self._leftovers += any(type(x) is TracedInt for x in left)
+            self._searches -= bool(self._searches)
+            self._leftovers += integers
             leftovers.make_plain(left)
             if self.keeps_numbers:
                 self._roots.clear()  # traces that gave it others
