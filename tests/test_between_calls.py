@@ -18,6 +18,7 @@ import torch
 from support import sequences
 from support.sequence_parts import VALUES
 from support.sequence_parts_lists import LISTS
+from support.sequence_parts_nested import NESTED
 from support.sequences import Change, Outcome, Sequence, generate, run, shrink
 from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
@@ -91,6 +92,22 @@ def test_what_is_looked_up(first):
 @pytest.mark.parametrize("first", range(5000, 5400, 50))
 def test_much_that_is_looked_up(first):
     check_lists(range(first, first + 50))
+
+
+def check_nested(seeds: range) -> None:
+    """Sequences that keep things in things, of which some calls are replayed."""
+    assert sum(o.replays for o in outcomes(seeds, of=NESTED, calls=14)) >= len(seeds)
+
+
+@pytest.mark.parametrize("first", [7000, pytest.param(7014, marks=pytest.mark.slow)])
+def test_what_is_nested(first):
+    check_nested(range(first, first + 14))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(8000, 8400, 50))
+def test_much_that_is_nested(first):
+    check_nested(range(first, first + 50))
 
 
 @pytest.mark.parametrize("first", range(0, 8, 4))

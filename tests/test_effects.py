@@ -9,7 +9,16 @@ import torch
 
 from support.oracle import captured_of, traced
 from support.programs import PROGRAMS
-from tracejit.capture.effects.effects import Effects, Given, HostSlot, Made, Sequenced, Slot
+from tracejit.capture.effects.effects import (
+    Effects,
+    Given,
+    HostSlot,
+    Joined,
+    Made,
+    Sequenced,
+    Slot,
+    rebuilt,
+)
 from tracejit.capture.effects.text import parse_effects
 from tracejit.errors import InvalidGraph
 
@@ -90,6 +99,14 @@ def test_escapes_and_stores():
     assert captured.effects.stores == ((0, "lr", HostSlot(0)),)
     assert call.holders[0] is optimizer.param_groups[0]
     assert len(call.escaped) == len(captured.effects.escaped) == 2  # kept, and the momentum
+
+
+def test_texts_of_numbers():
+    text = Joined(("it's \n\"", HostSlot(0), "{}", HostSlot(1)))
+    stores = ((0, "tag", text), (1, ..., Joined((HostSlot(1),))), (1, 3, Joined(("#",))))
+    effects = Effects(stores=stores, returned=Sequenced("tuple", (text, Given(0))))
+    check(effects)
+    assert rebuilt(text, [], ["a", "b"], []) == ("it's \n\"", "a", "{}", "b")
 
 
 def test_what_is_returned_is_told_by_position():

@@ -780,3 +780,43 @@ def test_uses_follow_variables_and_spelled_names():
     assert used_only(handled.__code__, Named("attribute", "a"), {"item", "subscript"})
     assert not used_only(handled.__code__, Named("attribute", "b"), {"item", "subscript"})
     assert used_only(handled.__code__, Named("attribute", "c"), {"append"})
+
+
+def test_two_histories_that_become_one():
+    """Each is appended to by the name of the other too."""
+    worlds = []
+    for compiled in (True, False):
+        w = SimpleNamespace(log={"loss": [], "count": []}, best=[], n=50.0)
+
+        def step(x, w=w):
+            w.n = w.n - 1.0
+            w.log["loss"].append(w.n)
+            w.log["count"].append(len(w.log["count"]))
+            w.best = min(w.log["loss"][-1], sum(w.log["loss"])), w.log["loss"][-2:]
+            return x * w.best[0]
+
+        run = tracejit.compile(step, backend="numpy") if compiled else step
+        for i in range(12):
+            if i == 8:
+                w.log["count"] = w.log["loss"]
+            run(X)
+            worlds.append((w.log["loss"][-1], len(w.log["loss"]), w.best))
+    assert worlds[:12] == worlds[12:]
+
+
+def test_integers_that_are_kept_where_nobody_looks_are_plain():
+    """However late the first one comes; and soon nothing is searched for any more."""
+    w = SimpleNamespace(seen=[], last=())
+
+    @tracejit.compile(backend="numpy", on_unsupported="raise")
+    def step(x):
+        w.seen.append(float(len(w.seen)))
+        w.last = (1, w.seen[-3:])
+        return x * w.seen[-1]
+
+    for i in range(40):
+        if i > 12:
+            w.seen.append(3)
+        step(X)
+        assert i < 13 or type(w.last[1][1]) is int
+    assert step._recall.keeps_numbers

@@ -15,6 +15,7 @@ import itertools
 import json
 import logging
 import math
+import random
 import re
 import statistics
 import struct
@@ -23,6 +24,7 @@ import textwrap
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from math import sqrt
 from types import SimpleNamespace
@@ -33,7 +35,9 @@ import torch
 
 import tracejit
 from support.worlds import Case, check, table
+from tracejit.capture.proof.watch import Seen
 from tracejit.capture.python import mathematics
+from tracejit.capture.python.origins import origin
 from tracejit.capture.python.patches import intercepted
 from tracejit.errors import TracejitWarning
 
@@ -452,3 +456,72 @@ def test_a_profile_in_c_goes_on():
             assert torch.equal(compiled(x), x * 2)
         assert sys.getprofile() is profile
     assert profile.getstats()
+
+
+# ---- what rules run
+
+
+def drawn() -> float:
+    return 2.0 + 0 * random.random()
+
+
+def hooked():
+    w = torch.ones(3, requires_grad=True)
+    w.register_hook(lambda grad: grad * drawn())
+
+    def step(x):
+        (w * x).sum().backward()
+
+    return step
+
+
+def of_a_function():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * drawn()
+
+    w = torch.ones(3, requires_grad=True)
+
+    def step(x):
+        Doubled.apply(w * x).sum().backward()
+
+    return step
+
+
+@pytest.mark.parametrize("build", [hooked, of_a_function])
+def test_code_of_the_user_is_watched_inside_a_rule(build):
+    step = tracejit.compile(build(), backend="numpy", on_unsupported="raise")
+    for _ in range(6):
+        step(torch.ones(3))
+    assert step.stats.replays == 0
+    assert "it calls random" in step.explain_mode(), step.explain_mode()
+
+
+def test_rules_are_not_watched(monkeypatch):
+    """Which is nearly all that runs in a trace."""
+    noted = Counter()
+    profile = Seen.profile
+
+    def counted(self, frame, event, arg):
+        noted[origin(frame.f_code)] += 1
+        profile(self, frame, event, arg)
+
+    monkeypatch.setattr(Seen, "profile", counted)
+    model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(20)))
+    optimizer = torch.optim.Adam(model.parameters())
+
+    @tracejit.compile(backend="numpy")
+    def step(x):
+        model(x).sum().backward()
+        optimizer.step()
+
+    for _ in range(2):
+        noted.clear()
+        step(torch.ones(2, 4))
+    assert noted["torch"] > 1000
+    assert noted["tracejit"] < 40 * noted["torch"]

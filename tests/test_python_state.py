@@ -250,7 +250,7 @@ def counter_as_an_index(w):
     return step
 
 
-@state("rerun")
+@state()
 def counter_in_a_text(w):
     w.n, w.text = 0, ""
 

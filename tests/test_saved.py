@@ -710,6 +710,17 @@ def steps_a_schedule():
     return step
 
 
+def returns_text():
+    count = 0
+
+    def step(x):
+        nonlocal count
+        count += 1
+        return x * 2, f"step {count}"
+
+    return step
+
+
 def selects(x):
     return x[x > 0].sum()
 
@@ -718,6 +729,7 @@ REFUSED = {
     "random": (lambda x: x * random.random(), "it is not replayed .*random"),
     "mask": (selects, r"which elements it finds at test_saved.py:\d+.*torch.where"),
     "list": (grows(), "appends to a list"),
+    "text": (returns_text(), "it makes text of a number.*after the call"),
     "schedule": (steps_a_schedule(), r"scheduler.*ExponentialLR.*loaded\(…, lr=…\)"),
     "items": (lambda pair: pair.loss * 2, "an argument of it is a Pair of 2 items.*a tuple"),
     "object": (lambda batch: batch.x * 2, "an argument of it is a Batch with tensors in it"),

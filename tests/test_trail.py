@@ -856,3 +856,24 @@ def test_a_weight_that_torch_hides_from_its_overrides_is_another_path():
     for weight in [None] * 6 + [w] * 6 + [None, w] * 3:
         torch.testing.assert_close(compiled(x, y, weight), step(x, y, weight))
     assert compiled.stats.compiles == 2
+
+
+def test_an_int_in_the_place_of_a_float_is_another_path(capsys):
+    """Next to integers it makes another dtype."""
+
+    def build() -> tuple:
+        w = SimpleNamespace(k=2.0)
+
+        def step(x):
+            w.k = w.k + 1
+            print("printed, and so rerun")
+            return x * w.k
+
+        return w, step
+
+    ours, theirs = build(), build()
+    step = tracejit.compile(ours[1], backend="numpy", on_unsupported="raise")
+    for i in range(30):
+        if i in (20, 25):
+            ours[0].k = theirs[0].k = 2 if i == 20 else 2.0
+        same(picture(step(torch.arange(3))), picture(theirs[1](torch.arange(3))), f"call {i}")

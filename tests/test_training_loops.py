@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import random
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import tracejit
 from support.worlds import Trainer, X, Y, picture, same
+from tracejit.capture.trace.trace import Trace
 from tracejit.compile import CompiledStep
 
 pytestmark = pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
@@ -429,6 +432,61 @@ def test_a_scheduler_and_a_counter_of_the_user():
         return Loop(step, (t.model, t.opt))
 
     assert alike(make).stats.compiles <= 2
+
+
+def rules_run(monkeypatch) -> list:
+    """The torch calls for which rules run from now on, as they come."""
+    called, apply = [], Trace.apply
+
+    def noted(self, func, args, kwargs):
+        called.append(func)
+        return apply(self, func, args, kwargs)
+
+    monkeypatch.setattr(Trace, "apply", noted)
+    return called
+
+
+SAYS = {
+    "an f-string": lambda n, loss: print(f"iter {n}: loss {loss:.3f}"),
+    "arguments": lambda n, loss: print("iter", n, "loss", loss),
+    "str": lambda n, loss: print("iter " + str(n) + ": " + repr(loss)),
+    "format": lambda n, loss: print("iter {:4d}: {:.2f}".format(n, loss)),  # noqa: UP032
+    "percent": lambda n, loss: print("iter %d" % n, flush=True),  # noqa: UP031
+    "a variable": lambda n, loss: print(text := f"iter {n}", len(text)),
+    "a file": lambda n, loss: sys.stdout.write(f"iter {n}\n"),
+}
+
+
+def saying(how: str) -> Callable:
+    """A step that shows something in every third call."""
+    torch.manual_seed(0)
+    model, x, w = torch.nn.Linear(4, 4), torch.randn(3, 4), SimpleNamespace(n=0)
+
+    def step():
+        loss = model(x).pow(2).mean()
+        w.n += 1
+        if w.n % 3 == 0:
+            SAYS[how](w.n, loss.item())
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize("how", SAYS)
+def test_a_call_that_prints_goes_as_the_last_one_that_did(how, capsys, monkeypatch):
+    """Its text is another one each time, and no rule runs for that."""
+    plain, step = saying(how), tracejit.compile(saying(how), backend="numpy")
+    for _ in range(75):
+        plain()
+    said = capsys.readouterr().out
+    for _ in range(60):
+        step()
+    called = rules_run(monkeypatch)
+    for _ in range(15):
+        step()
+    assert capsys.readouterr().out == said
+    assert called == []
+    assert how == "a file" or step.stats.replays > 30  # which a step can reach, and is not guarded
 
 
 class Printing:

@@ -79,7 +79,8 @@ def run(graph: Graph, *inputs) -> np.ndarray:
 
 def tensors_of(sample: Sample, arrays: list) -> list:
     """The arrays that are inputs of the sample's graph."""
-    keep_all = sample.host
-    return [
-        a for x, a in zip(sample.operands, arrays, strict=True) if isinstance(x, Tensor) or keep_all
-    ]
+
+    def is_input(x: object) -> bool:
+        return isinstance(x, Tensor) or (sample.host and type(x) is not str)
+
+    return [a for x, a in zip(sample.operands, arrays, strict=True) if is_input(x)]

@@ -117,9 +117,10 @@ PAIRS = len(SPECIAL) ** 2
 
 @dataclass(frozen=True)
 class Sample:
-    """One use of a primitive; `host` operands are Python floats declared as host scalars."""
+    """One use of a primitive; `host` operands are Python floats declared as host scalars. A string
+    is a literal."""
 
-    operands: tuple[Tensor | int | float | bool, ...]
+    operands: tuple[Tensor | int | float | bool | str, ...]
     attrs: dict[str, object] = field(default_factory=dict)
     host: bool = False
 
@@ -157,7 +158,7 @@ class Sample:
             if isinstance(x, Tensor):
                 kind = dtype if dtype is not None and x.dtype.is_float else x.dtype
                 args.append(b.param(Type(kind, x.shape)))
-            elif self.host:
+            elif self.host and type(x) is not str:
                 args.append(b.param(Type(f64, (), "host")))
             else:
                 args.append(x)
@@ -630,6 +631,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "host_math_pow": host((3.0, 2.0), (0.9, 100.0), (2.0, -0.5)),
     "host_round": host((0.5,), (-1.5,), (2.5,), (7,)),
     "host_float": host((3,), (-(2**60),), (0,)),
+    "host_format": host((7.0, "03.0f"), (0.5, ".3f"), (-0.0, "")),
     "host_pick": host((1, 0.5, 0.25), (-1, 0.5, 0.25, -0.0), (0, 7)),
     "host_find": host((4, 8, 4, 2), (5, 8, 4), (0.5, 1, 0.5)),
     **{f"host_np_{name}": host(*_rows_of_numpy(name)) for name in NUMPY},
@@ -936,6 +938,7 @@ REFERENCE: dict[str, Callable] = {
     "host_math_pow": math.pow,
     "host_round": round,
     "host_float": float,
+    "host_format": format,
     "host_pick": lambda i, *table: table[int(i)],
     "host_find": lambda x, *table: next((i for i, y in enumerate(table) if x == y), -1),
     **{f"host_np_{name}": getattr(np, name) for name in NUMPY},

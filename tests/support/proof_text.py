@@ -128,7 +128,8 @@ def guard_lines(step: Callable, *args: object) -> str:
     for line in walk.lines[first:]:
         if isinstance(line, NumberLine):
             roles = [key[0] for key in line.keys if key is not None]
-            role = f"or a runtime scalar, {', '.join(dict.fromkeys(roles))}" if roles else "fixed"
+            what = "text of runtime scalars" if type(line.value) is str else "a runtime scalar"
+            role = f"or {what}, {', '.join(dict.fromkeys(roles))}" if roles else "fixed"
             lines.append(f"{line.at} is {line.value!r} {role}: {line.path}")
         elif "was replaced: one of" not in line and "torch.Tensor was changed" not in line:
             lines.append(line)
@@ -209,8 +210,8 @@ def dtype_of(dtype: torch.dtype) -> str:
 def event_text(event: object) -> str:
     """One event of a trace."""
     match event:
-        case ScalarCame(path, value):
-            return f"{value} came in: {' '.join(map(str, path))}"
+        case ScalarCame(path, kind, value):
+            return f"{value} came in, {kind.__name__}: {' '.join(map(str, path))}"
         case Arithmetic(op, args, value):
             return f"{value} = {op}({', '.join(map(told, args))})"
         case Decision(p):

@@ -12,15 +12,18 @@ from collections.abc import Callable
 
 import torch
 
+from tracejit.capture.follow.events import CONSTANTS
 from tracejit.capture.follow.matchers import UNKNOWN, follow
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.trail import Trail
+from tracejit.capture.python import profiler
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import TraceMode
 from tracejit.capture.trace.draws import Draws
-from tracejit.capture.trace.scalars import Scalars
+from tracejit.capture.trace.scalars import Scalars, TracedFloat, TracedInt
 from tracejit.capture.trace.state import Casts
 from tracejit.capture.trace.table import BY_CALLER, RULES
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 
 # torch takes these names of numpy wherever it takes its own
@@ -38,6 +41,19 @@ _UNRECORDED = object()  # in place of a profiler's record, while no profiler is 
 _OF_PYTHON = frozenset({torch.Tensor.__hash__, torch._C._set_grad_enabled})
 
 
+_PLAIN = frozenset(
+    {*CONSTANTS, torch.Tensor, torch.nn.Parameter, TracedTensor, TracedFloat, TracedInt}
+)
+
+
+def _runs_nothing(x: object) -> bool:
+    """Whether an argument of a torch call is such that its rule runs no code of the user's for
+    it."""
+    if type(x) is slice:
+        x = (x.start, x.stop, x.step)
+    return all(map(_runs_nothing, x)) if type(x) in (list, tuple) else type(x) in _PLAIN
+
+
 class Tracer(TraceMode):
     """One trace of a step's Python. Enter it as a context manager around the user's function."""
 
@@ -45,7 +61,7 @@ class Tracer(TraceMode):
         """`recall`: what the step remembers of its traces; `follow`: answer calls from there."""
         super().__init__()
         self.trace = Trace()
-        self.trace.mode = self
+        self.trace.mode, self.trace.heard = self, profiler.heard
         self._start(recall, follow=follow)
 
     def _start(self, recall: Recall | None, *, follow: bool) -> None:
@@ -95,6 +111,16 @@ class Tracer(TraceMode):
             if answer is not UNKNOWN:
                 return answer
             trail.leave()
+        if profiler.is_watching() and all(map(_runs_nothing, (*args, *kwargs.values()))):
+            profiler.pause()
+            try:
+                return self._by_rule(func, args, kwargs)
+            finally:
+                profiler.go_on()
+        return self._by_rule(func, args, kwargs)
+
+    def _by_rule(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        trail = self.trail
         self.trace.b.line = location.short()
         call = trail.begin(func, args, kwargs)
         try:

@@ -36,6 +36,7 @@ from tracejit.capture.signature import (
 from tracejit.capture.trace.draws import default_generator
 from tracejit.capture.trace.scalars import Path
 from tracejit.errors import OF_EAGER, CannotSave, TracejitError
+from tracejit.ir.ops.host import host_format
 from tracejit.ir.torch_types import TO_IR
 from tracejit.run import Replay
 from tracejit.saved.archive import Damaged
@@ -283,6 +284,9 @@ class _Planned:
                 raise refuse((why, remedy))
         for callback in self.replay.call.callbacks:
             raise refuse(_SCHEDULER, what=type(callback.function.__self__).__name__)
+        if any(node.op is host_format for node in c.host_nodes):
+            remedy = "Return the number, and make text of it after the call"
+            raise refuse(("it makes text of a number", remedy))
         if effects.flags:
             index = effects.flags[0][0]
             raise refuse(_FLAGGED, name=self.names.tensors.get(id(self.reals[index])))

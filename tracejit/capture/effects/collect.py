@@ -29,7 +29,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Source, sources_of
 from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
-from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError
@@ -46,7 +46,7 @@ class Collector(Structure):
     """Numbers the tensors to make, the outputs they stand on, and the host results."""
 
     def __init__(self, t: Trace):
-        super().__init__()
+        super().__init__(t.scalars.texts)
         self.t = t
         self.made: list[Made] = []
         self.of_handle: dict[Handle, int] = {}
@@ -112,8 +112,8 @@ class Collector(Structure):
                 self.hosts[storage] = storage.value.type.dtype, self.host_result(number)
         return storage in self.hosts
 
-    def host_result(self, number: float) -> int:
-        if not is_traced(number):
+    def host_result(self, number: float | TracedText) -> int:
+        if not (is_traced(number) or type(number) is TracedText):
             self.host.append(number)
         elif number.value in self.host:
             return self.host.index(number.value)
@@ -160,6 +160,7 @@ def _finish(
     hyper = t.hyperparameters
     collect = Collector(t)
     tree = collect.returned(returned)
+    hyper.lose(collect.lost)
     stores = tuple(collect.store(*store) for store in hyper.stores)
     hyper.stores = []  # which held intermediates
     grads, grads_read, moved = [], [], []

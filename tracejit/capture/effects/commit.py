@@ -16,6 +16,7 @@ from tracejit.capture.effects.effects import (
     Effects,
     Given,
     HostSlot,
+    Joined,
     Made,
     Mapped,
     Place,
@@ -263,6 +264,9 @@ class _Lines:
                 return f"m{index}"
             case HostSlot(index):
                 return self.host[index]
+            case Joined(items):
+                parts = (repr(x) if type(x) is str else self.host[x.index] for x in items)
+                return f"({' + '.join(parts)})"
             case Given(index):
                 return f"call.given[{index}]"
             case Sequenced(kind, items):
@@ -279,8 +283,8 @@ class _Lines:
                 return f"{{{', '.join(parts)}}}"
         raise AssertionError(tree)
 
-    def _key(self, key: str | int | Given | Slot) -> str:
-        return self._tree(key) if isinstance(key, (Given, Slot)) else repr(key)
+    def _key(self, key: str | int | Given | Slot | Joined) -> str:
+        return self._tree(key) if isinstance(key, (Given, Slot, Joined)) else repr(key)
 
 
 # ---- what the lines call

@@ -13,6 +13,7 @@ from types import EllipsisType
 
 import torch
 
+from tracejit.capture.python.kept import Joint
 from tracejit.capture.trace.tensor import Ints, TracedTensor
 from tracejit.ir.graph import Arg, Graph, print_arg
 from tracejit.ir.types import DType
@@ -71,6 +72,13 @@ class HostSlot:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """A text, in parts: host results that are texts, and what stands between them."""
+
+    items: tuple[str | HostSlot, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Given:
     """The `index`-th object of the call: what the step returned or stored that is no tensor."""
 
@@ -92,12 +100,12 @@ class Mapped:
     items: tuple[tuple[str | int | Given, object], ...]
 
 
-Tree = Slot | HostSlot | Given | Sequenced | Mapped
+Tree = Slot | HostSlot | Joined | Given | Sequenced | Mapped
 
 
 # a value that goes into the n-th holder of the call: where; None into a variable of a closure, ...
 # at the end of a list
-Store = tuple[int, str | int | Slot | EllipsisType | None, Tree]
+Store = tuple[int, str | int | Slot | Joined | EllipsisType | None, Tree]
 
 
 def slots(tree: Tree) -> Iterator[int]:
@@ -132,6 +140,8 @@ def rebuilt(
             return made[index]
         case HostSlot(index):
             return host[index]
+        case Joined(items):
+            return Joint([x if type(x) is str else host[x.index] for x in items])
         case Given(index):
             return given[index]
         case Sequenced(kind, items):
@@ -180,7 +190,11 @@ class Effects:
         lines += [f"write real {i} <- host {k}" for i, k in self.host_writes]
         for i, key, tree in self.stores:
             where = (
-                _expression(key) if isinstance(key, Slot) else "..." if key is ... else repr(key)
+                _expression(key)
+                if isinstance(key, (Slot, Joined))
+                else "..."
+                if key is ...
+                else repr(key)
             )
             lines.append(f"store {i} {where} <- {_expression(tree)}")
         lines += [f"number {i} = {d.name} host {k}" for i, (d, k) in enumerate(self.hosts)]
@@ -216,6 +230,9 @@ def _expression(tree: Tree) -> str:
             return f"m{index}"
         case HostSlot(index):
             return f"h{index}"
+        case Joined(items):
+            parts = (repr(x) if type(x) is str else f"h{x.index}" for x in items)
+            return f"text({', '.join(parts)})"
         case Given(index):
             return f"g{index}"
         case Sequenced("list", items):

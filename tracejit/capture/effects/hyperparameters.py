@@ -10,7 +10,7 @@ itself stores there (`group["lr"] *= 0.9`) is kept, and listed in `stores`. An L
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
@@ -23,7 +23,16 @@ from tracejit.capture.effects.effects import Callback
 from tracejit.capture.effects.variables import Holder, Record, Variable, Variables
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
-from tracejit.capture.trace.scalars import Path, TracedFloat, is_runtime, is_traced, pinned, plain
+from tracejit.capture.python.kept import Kept
+from tracejit.capture.trace.scalars import (
+    Path,
+    TracedFloat,
+    TracedInt,
+    is_runtime,
+    is_traced,
+    pinned,
+    plain,
+)
 from tracejit.capture.trace.trace import Trace
 
 _WALKED = 5000  # objects looked at in search of optimizers
@@ -101,7 +110,10 @@ class Hyperparameters:
                 self._remember_scheduler(x)
 
     def _scalar_of(self, number: float, variable: Variable) -> object:
-        return self.trace.scalar(number, ("entry", self._holder(variable.holder), variable.key))
+        path = "entry", self._holder(variable.holder), variable.key
+        made = self.trace.scalar(number, path)
+        inside = type(made) is TracedInt and made.live is not None  # an entry of a list
+        return made.pin() if inside and made.live.pins_integers else made
 
     def _entry(self, group: dict, key: str) -> Path:
         """Where the floats of an item of a param group come from."""
@@ -172,7 +184,10 @@ class Hyperparameters:
         self.stores = self._restore()
         for known in self._groups.values():
             known.entries.clear()
-        for holder, key, value in self.variables.finish():
+        scalars = self.trace.scalars
+        stores, lost = self.variables.finish(scalars.texts)
+        self.lose(lost)
+        for holder, key, value in stores:
             self.stores.append((self._holder(holder), key, value))
         for scheduler, _ in self._schedulers.values():  # whose step was called by another name
             for name, value in vars(scheduler).items():
@@ -180,6 +195,14 @@ class Hyperparameters:
                     setattr(scheduler, name, plain(value))
                 elif type(value) is list:
                     value[:] = map(plain, value)
+
+    def lose(self, texts: Iterable[Kept]) -> None:
+        """Texts of runtime scalars are not where they were to be found."""
+        for kept in texts:
+            self.trace.journal.lost_text((kept.code, kept.site.at))
+            self.trace.scalars.taken(
+                f"it keeps text of a number, at {kept.where}, in a place that is not known"
+            )
 
     def computed(self) -> Path:
         """The path of one more float that Python computed in this call."""

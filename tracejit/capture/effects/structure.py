@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
+
 import torch
 
 from tracejit.capture.effects.effects import (
     Given,
     HostSlot,
+    Joined,
     Mapped,
     Sequenced,
     Slot,
@@ -14,25 +18,30 @@ from tracejit.capture.effects.effects import (
     Tree,
     is_named,
 )
+from tracejit.capture.python.kept import RETURNED, Joint, Kept
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_STORE, IN_VARIABLE, count
-from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced, plain
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced, plain
 
 
 class Structure:
     """Tells the structure of what a step returns or stores; tensors and numbers are a subclass's.
 
-    given: the objects of the call in it, by their position.
+    given: the objects of the call in it, by their position. texts: those of runtime scalars that
+    are to be found in what is returned.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, texts: Iterable[Kept] = ()) -> None:
         self.given: list[object] = []
+        self._texts = [kept for kept in texts if kept.target == RETURNED]
+        self._in_stores = False  # which come after what is returned
+        self._times: Counter[int] = Counter()  # how often each was found
 
     def tensor(self, tensor: torch.Tensor) -> int:
         """The position of a tensor among those that are made."""
         raise NotImplementedError
 
-    def host_result(self, number: float) -> int:
-        """The position of a number among the host results."""
+    def host_result(self, number: float | TracedText) -> int:
+        """The position of a number, or of a text, among the host results."""
         raise NotImplementedError
 
     def is_mine(self, number: TracedFloat | TracedInt) -> bool:
@@ -59,6 +68,11 @@ class Structure:
             return Slot(self.tensor(x))
         if is_traced(x):  # or kept from an earlier call
             return HostSlot(self.host_result(x)) if self.is_mine(x) else self.object(plain(x))
+        if type(x) is str and self._texts and not self._in_stores:
+            x = self._joint(x)
+        if type(x) is Joint:
+            parts = (p if type(p) is str else HostSlot(self.host_result(p)) for p in x)
+            return Joined(tuple(parts))
         if type(x) in (tuple, list):
             items = tuple([self.tree(item, IN_LOOP) for item in x])
             return Sequenced(type(x).__name__, items)
@@ -70,10 +84,27 @@ class Structure:
             return Mapped(tuple(pairs))
         return self.object(x)
 
+    def _joint(self, x: str) -> str | Joint:
+        """A text of runtime scalars, if it can be only one of those that are looked for."""
+        found = {i: joint for i, kept in enumerate(self._texts) if (joint := kept.joint(x))}
+        if len(found) != 1:
+            return x
+        ((i, joint),) = found.items()
+        self._times[i] += 1
+        return joint
+
+    @property
+    def lost(self) -> list[Kept]:
+        """The texts that were not found, or in more than one place."""
+        return [kept for i, kept in enumerate(self._texts) if self._times[i] != 1]
+
     def store(self, holder: int, key: object, x: object) -> Store:
         """What is stored in a holder of the call. The caller holds it in a container."""
+        self._in_stores = True
         if isinstance(key, torch.Tensor):
             key = Slot(self.tensor(key))
+        elif type(key) is Joint:
+            key = self.tree(key, IN_STORE)
         return holder, key, self.tree(x, IN_STORE)
 
     def _key(self, key: object) -> str | int | Given:

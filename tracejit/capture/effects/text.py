@@ -14,6 +14,7 @@ from tracejit.capture.effects.effects import (
     Effects,
     Given,
     HostSlot,
+    Joined,
     Made,
     Mapped,
     Outside,
@@ -39,7 +40,7 @@ _PAIRS = {
     "grads": re.compile(r"grad (\d+) <- (?:none|made (\d+))"),
     "leaf_grads": re.compile(r"leaf grad (\d+) <- made (\d+)"),
 }
-_STORE = re.compile(r"store (\d+) ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+) <- (.*)")
+_STORE = re.compile(r"store (\d+) (text\(.*?\)|'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|\S+) <- (.*)")
 _NUMBER = re.compile(r"number \d+ = (\w+) host (\d+)")
 _REASON = re.compile(r"no node (\d+) because (.*)")
 _SLOTS = {"m": Slot, "h": HostSlot, "g": Given}
@@ -140,6 +141,9 @@ def _structure(tree: ast.expr) -> Tree:
         case ast.List(items) | ast.Tuple(items):
             kind = "list" if isinstance(tree, ast.List) else "tuple"
             return Sequenced(kind, tuple(map(_structure, items)))
+        case ast.Call(ast.Name("text"), items):
+            parts = (x.value if isinstance(x, ast.Constant) else _structure(x) for x in items)
+            return Joined(tuple(parts))
         case ast.Call(function, items):
             return Sequenced(_structure(function), tuple(map(_structure, items)))
         case ast.Dict(keys, values):
@@ -147,5 +151,5 @@ def _structure(tree: ast.expr) -> Tree:
     raise ValueError(ast.unparse(tree))
 
 
-def _key(key: ast.expr) -> str | int | Given | Slot | EllipsisType | None:
-    return _structure(key) if isinstance(key, ast.Name) else ast.literal_eval(key)
+def _key(key: ast.expr) -> str | int | Given | Slot | Joined | EllipsisType | None:
+    return _structure(key) if isinstance(key, (ast.Name, ast.Call)) else ast.literal_eval(key)

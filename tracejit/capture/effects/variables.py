@@ -19,6 +19,7 @@ import torch
 
 from tracejit.capture.effects.effects import is_named
 from tracejit.capture.python.histories import History
+from tracejit.capture.python.kept import APPEND, KEYED, RETURNED, Kept, Keyed
 from tracejit.capture.python.leftovers import items_plain
 from tracejit.capture.trace.scalars import is_traced, plain
 
@@ -45,7 +46,6 @@ class Attributes:
 
 ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)  # kinds of holders
 Holder = dict | list | deque | CellType | Attributes
-APPEND = ...  # instead of a key
 
 
 def identity(holder: Holder, key: object) -> tuple[int, object]:
@@ -125,15 +125,18 @@ class Variable:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A list that the step appends to and does nothing else with, or only looks at."""
+    """A list that the step appends to and does nothing else with, or only looks at; or a dict that
+    it puts something into by keys that are texts of runtime scalars, and does nothing else with."""
 
-    items: list
+    items: list | dict
     place: Variable  # where it is found
     looked_at: bool = False
 
     def released(self) -> Record:
         """The same without a list that is this call's only."""
-        return self if self.place.lasting else replace(self, items=[], place=self.place.released())
+        if self.place.lasting:
+            return self
+        return replace(self, items=type(self.items)(), place=self.place.released())
 
 
 def may_vary(x: object) -> bool:
@@ -187,6 +190,8 @@ class Variables:
         self._known, self._records = known, records
         self._held: list[_Held] = []
         self._lengths: list[tuple[list, int]] = []
+        self._keyed: list[tuple[Variable, Keyed]] = []
+        self._taken: Callable[[str], None] = lambda why: None
         self._histories: list[tuple[Variable, History]] = []
 
     def start(
@@ -194,7 +199,13 @@ class Variables:
     ) -> None:
         """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes.
         `taken(why)`: what Python does cannot be followed."""
-        self._lengths = [(record.items, len(record.items)) for record in self._records]
+        records = [record.items for record in self._records]
+        self._lengths = [(items, len(items)) for items in records if type(items) is list]
+        self._taken = taken
+        for place, items in ((r.place, r.items) for r in self._records if type(r.items) is dict):
+            if place.held() is items:
+                self._keyed.append((place, Keyed(items)))
+                place.set(self._keyed[-1][1])
         for place, items in ((r.place, r.items) for r in self._records if r.looked_at):
 
             def said(number: float, key: int | str, of: list = items) -> object:
@@ -214,40 +225,77 @@ class Variables:
             if number:
                 variable.set(traced)
 
-    def finish(self) -> list[tuple[Holder, object, object]]:
+    def finish(
+        self, texts: Sequence[Kept] = ()
+    ) -> tuple[list[tuple[Holder, object, object]], list[Kept]]:
         """Put back what was there before; returns what the step has left in the place of that: the
-        holder, the key or APPEND, and the value."""
+        holder, the key or APPEND, and the value; and those of the texts of runtime scalars that
+        are not where they are said to be kept."""
         stores = []
+        kept: dict[object, list[Kept]] = {}
+        for text in texts:
+            if text.target != RETURNED:
+                kept.setdefault(text.target, []).append(text)
+        looked_at = {id(history.of) for _, history in self._histories}
         self._end_histories()
         for items, length in self._lengths:
-            stores += [(items, APPEND, x) for x in items[length:]]
+            added, made = items[length:], kept.get((id(items), APPEND), ())
+            if made and id(items) not in looked_at and (joints := _joints(added, made)):
+                added = joints
+                del kept[id(items), APPEND]
+            stores += [(items, APPEND, x) for x in added]
             del items[length:]
+        self._end_keyed()
+        for _, keyed in self._keyed:
+            found = keyed.stores(kept.get((id(keyed.of), KEYED), ()))
+            if found:
+                stores += [(keyed.of, key, x) for key, x in found]
+                kept.pop((id(keyed.of), KEYED), None)
+                keyed.put_back()
+            elif keyed.assigned:
+                self._taken("it puts something into a dict by keys that are not known")
+            keyed.over()
+        found = None  # which holds intermediates
         for held in self._held:
             variable = held.variable
+            made = kept.get(variable.id, ())
             try:
                 now = variable.get()
             except (LookupError, ValueError):
                 continue
+            joint = next(filter(None, (text.joint(now) for text in reversed(made))), None)
             if _count(variable.holder) != held.count:  # its items have moved
                 items_plain(variable.holder)
+            elif joint is not None:
+                del kept[variable.id]
+                stores.append((variable.holder, variable.key, joint))
+                variable.set(held.before)
             elif now is held.traced:
                 variable.set(held.before)
             elif held.traced is not held.before or not same(now, held.before):
                 stores.append((variable.holder, variable.key, now))
                 variable.set(held.before)
             held.traced = None
-        return stores
+        return stores, [text for made in kept.values() for text in made]
 
     def undo(self) -> None:
         """Put back what was there before."""
         self._end_histories()
         for items, length in self._lengths:
             del items[length:]
+        self._end_keyed()
+        for _, keyed in self._keyed:
+            keyed.put_back()
         for held in self._held:
             if _count(held.variable.holder) == held.count:
                 held.variable.set(held.before)
             else:
                 items_plain(held.variable.holder)
+
+    def _end_keyed(self) -> None:
+        for place, keyed in self._keyed:
+            if place.held() is keyed:
+                place.set(keyed.of)
 
     def _end_histories(self) -> None:
         for place, history in self._histories:
@@ -255,6 +303,17 @@ class Variables:
             if place.held() is history:
                 place.set(history.of)
         self._histories.clear()
+
+
+def _joints(added: list, texts: Sequence[Kept]) -> list:
+    """What was appended to a list, with the texts of runtime scalars as their parts; nothing if
+    they cannot be told from others."""
+    strings = [i for i, x in enumerate(added) if type(x) is str]
+    joints = [text.joint(added[i]) for i, text in zip(strings, texts, strict=False)]
+    if len(strings) != len(texts) or None in joints:
+        return []
+    found = dict(zip(strings, joints, strict=True))
+    return [found.get(i, x) for i, x in enumerate(added)]
 
 
 def _count(holder: Holder) -> int:

@@ -192,14 +192,15 @@ class Event:
 
 @dataclass(eq=False, slots=True)
 class ScalarCame(Event):
-    """A runtime scalar came in."""
+    """A runtime scalar came in, an int or a float."""
 
     path: Path
+    kind: type
     value: Value
 
     @property
     def key(self) -> tuple:
-        return "scalar", self.path, self.value
+        return "scalar", self.path, self.kind, self.value
 
 
 @dataclass(eq=False, slots=True)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.capture.effects.collect import undoing
-from tracejit.capture.effects.effects import Call, Slot, Store, Tree, rebuilt
+from tracejit.capture.effects.effects import Call, Joined, Slot, Store, Tree, rebuilt
 from tracejit.capture.effects.structure import Structure
 from tracejit.capture.follow.events import New
 from tracejit.capture.follow.recall import End
 from tracejit.capture.follow.trail import Trail
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import ALONE, IN_ITEM, count
-from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_traced
+from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir import host_memory
 
@@ -27,10 +27,10 @@ class _Positions(Structure):
     """Finds what the earlier trace made for the tensors and numbers of this one."""
 
     def __init__(self, trail: Trail, end: End):
-        super().__init__()
+        super().__init__(trail.t.scalars.texts)
         self.trail, self.end = trail, end
         self.numbers: dict[
-            int, TracedFloat | TracedInt
+            int, TracedFloat | TracedInt | TracedText
         ] = {}  # by their position among the host results
 
     def tensor(self, tensor: torch.Tensor) -> int:
@@ -39,9 +39,10 @@ class _Positions(Structure):
             raise _Unlike
         return index
 
-    def host_result(self, number: float) -> int:
+    def host_result(self, number: float | TracedText) -> int:
         results = self.end.captured.effects.host
-        if not is_traced(number) or number.value not in results:
+        made = is_traced(number) or type(number) is TracedText
+        if not made or number.value not in results:
             raise _Unlike
         index = results.index(number.value)
         self.numbers[index] = number
@@ -105,7 +106,7 @@ def _followed(
         made = objects, found.numbers, found.given
         returned.append(rebuilt(tree, *made))
         t.hyperparameters.stores = [
-            (i, rebuilt(key, *made) if isinstance(key, Slot) else key, rebuilt(x, *made))
+            (i, rebuilt(key, *made) if isinstance(key, (Slot, Joined)) else key, rebuilt(x, *made))
             for i, key, x in stores
         ]
         trail.leave()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,8 @@ _LEFTOVERS = 4  # traces after which integers are searched for
 _MAX_ENDS = 64  # paths remembered by one step
 _MAX_BRANCHES = 16  # calls remembered that follow one call
 _PATIENCE = 32  # once so many more traces left the tree than stayed on it, it is not followed
+_FEW = 4  # numbers that one place makes text of, each of which may have a path
+_LOST = 6  # texts of one place that were not found, after which none is looked for
 _PAUSE = 256  # traces until following is tried again
 
 
@@ -56,6 +59,8 @@ class Recall:
         self._searches = 2 * _LEFTOVERS
         self.kept = self.left = 0  # traces that stayed on a known path to its end, or left it
         self._roots: dict[tuple, Point] = {}
+        self._texts: defaultdict[tuple, set[float]] = defaultdict(set)  # numbers, by place
+        self.lost_texts: Counter[tuple] = Counter()  # by the place that made them
         self._ends = 0
         self._patience = _PATIENCE
         self._paused = 0
@@ -66,12 +71,14 @@ class Recall:
         return self.left - self.kept < self._patience
 
     def make_plain(self, numbers: list) -> None:
-        """Take runtime scalars out of what user code has kept, after the first few traces."""
-        left = leftovers.kept(numbers) if self._searches else ()
-        if left:
+        """Take runtime scalars out of what user code has kept: floats, which are floats for
+        everybody, after the first few traces only."""
+        left = leftovers.kept(numbers)
+        integers = any(type(x) is TracedInt for x in left)
+        if integers or (left and self._searches):
             numbers.clear()
-            self._searches -= 1
-            self._leftovers += any(type(x) is TracedInt for x in left)
+            self._searches -= bool(self._searches)
+            self._leftovers += integers
             leftovers.make_plain(left)
             if self.keeps_numbers:
                 self._roots.clear()  # traces that gave it others
@@ -80,6 +87,18 @@ class Recall:
     def keeps_numbers(self) -> bool:
         """Whether user code keeps integers again and again."""
         return self._leftovers >= _LEFTOVERS
+
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether a place of the user's code makes text of more than a few numbers, this one
+        included."""
+        numbers = self._texts[place]
+        if len(numbers) <= _FEW:
+            numbers.add(number)
+        return len(numbers) > _FEW
+
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether text that a place makes is looked for where it is kept."""
+        return self.lost_texts[place] < _LOST
 
     def begin(self) -> bool:
         """Whether a new trace is compared: if that is useful, or was not for a long time."""

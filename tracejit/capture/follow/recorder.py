@@ -155,12 +155,27 @@ class Recorder(Journal):
         except (KeyError, Incomparable):
             self.recording = False
 
-    def found_scalar(self, path: Path, value: Value) -> None:
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether the text that Python makes of a number is one of many that were made there."""
+        if self._call is not None or self.recall is None:
+            return False
+        return self.recall.many_texts(place, number)
+
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether the text that Python makes at a place may be followed to where it is kept."""
+        return self._call is None and self.recall is not None and self.recall.keeps_text(place)
+
+    def lost_text(self, place: tuple) -> None:
+        """The text that was made at a place was not found where it was to be kept."""
+        if self.recall is not None:
+            self.recall.lost_texts[place] += 1
+
+    def found_scalar(self, path: Path, kind: type, value: Value) -> None:
         """A runtime scalar has come in."""
         if not self.recording or self._over:
             return
         if self._call is None:
-            self.events.append(ScalarCame(without_holder(path), value))
+            self.events.append(ScalarCame(without_holder(path), kind, value))
         elif path[0] == "item" and id(self.t.inputs.tensors[path[1]]) in self.ids:
             self._note_found(("item", self.ids[id(self.t.inputs.tensors[path[1]])], value))
         elif path[0] == "cut":

@@ -48,7 +48,7 @@ from tracejit.capture.trace import autocast
 from tracejit.capture.trace.bounds import Bound, Check
 from tracejit.capture.trace.cuts import Cut, Stage
 from tracejit.capture.trace.draws import Sampled
-from tracejit.capture.trace.inputs import meet, span
+from tracejit.capture.trace.inputs import Regions
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, is_traced
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -76,7 +76,7 @@ class Trail(Recorder):
         self._known: deque[float] = deque()  # the numbers of cuts whose rule runs late
         self.numbers: dict[Value, float] = {}  # the runtime scalars, once the trace is over
         self._found_in: dict[Cut, tuple[torch.Tensor, ...]] = {}
-        self._borrowed: list[torch.Tensor] = []  # met, whose memory is not torch's own
+        self._regions: Regions | None = None  # of what was met, where memory is not torch's own
         self._answer: object = None  # what a call got for Python
 
     # ---- following
@@ -106,7 +106,7 @@ class Trail(Recorder):
             return False
         storage = x.untyped_storage()
         lent = not storage.resizable()  # as `borrowed` tells it
-        if (lent or self._borrowed) and self._overlaps(x, lent):
+        if (lent or self._regions is not None) and not self._lies_apart(x):
             return False
         if self._memory.setdefault(storage._cdata, at) != meta.memory:
             self._memory = {s: i for s, i in self._memory.items() if i < at}
@@ -115,15 +115,14 @@ class Trail(Recorder):
         self.objects.append(x)
         return True
 
-    def _overlaps(self, x: torch.Tensor, lent: bool) -> bool:
-        """Whether a tensor lies where another one does whose torch storage is another."""
-        others = (
-            [o for o in self.objects if type(o) is not TracedTensor] if lent else self._borrowed
-        )
-        if lent:
-            self._borrowed.append(x)
-        here, own = span(x), x.untyped_storage()._cdata
-        return any(meet(here, span(o)) and o.untyped_storage()._cdata != own for o in others)
+    def _lies_apart(self, x: torch.Tensor) -> bool:
+        """Whether a tensor lies nowhere that another one does whose torch storage is another."""
+        if self._regions is None:
+            self._regions = Regions()
+            for other in self.objects:
+                if type(other) is not TracedTensor:
+                    self._regions.add(other)
+        return self._regions.add(x)
 
     def back(self, objects: int, scalars: int) -> object:
         """A call is another one after all: forget what was noted. Returns UNKNOWN."""
@@ -276,9 +275,9 @@ class Trail(Recorder):
         """The value of a runtime scalar that comes in; None where rules are run."""
         if not self.following:
             return None
-        place = without_holder(path)
+        came = without_holder(path), type(number)
         for event in self.point.events:
-            if type(event) is ScalarCame and event.path == place:
+            if type(event) is ScalarCame and (event.path, event.kind) == came:
                 self._go(event)
                 self.scalars.append(number)
                 return event.value
@@ -405,7 +404,6 @@ class Trail(Recorder):
         self.given.clear()
         self._outputs.clear()
         self._found_in.clear()
-        self._borrowed.clear()
         super().release()
 
 

@@ -19,13 +19,14 @@ from tracejit.capture.trace.scalars import same_number
 
 @dataclass
 class NumberLine:
-    """The check of a number, to be decided when it is known which numbers are runtime scalars.
+    """The check of a number or string, to be decided when it is known which numbers are runtime
+    scalars, and which strings the step makes of such.
 
     keys: what the place is called as an argument or variable of the step, and as a state variable.
     """
 
     at: str
-    value: float
+    value: float | str
     path: str
     keys: tuple[tuple | None, tuple | None]
 
@@ -129,6 +130,10 @@ class GuardText:
         if why not in self.refusals:
             self.refusals.append(why)
             self.about[why] = path
+
+    def seen(self, kind: type) -> list:
+        """The objects of a class that were looked at."""
+        return [x for x in self._keep if type(x) is kind]
 
     def _was_seen(self, x: object) -> bool:
         return id(x) in self._visited

@@ -29,6 +29,7 @@ from tracejit.capture.effects.variables import Record, identity
 from tracejit.capture.proof import callbacks
 from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.heap import Walk
+from tracejit.capture.proof.kept_texts import kept_texts
 from tracejit.capture.proof.many import (
     FOUND,
     guard_containers,
@@ -216,7 +217,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     reason = callbacks.against(captured, call)
     if reason:
         return reason
-    scalars, shown = _decide_numbers(walk, function, captured.paths, call)
+    scalars, shown = _decide_numbers(walk, function, captured, call)
     scalars |= numbers_of_records(walk, captured.paths, call)
     places = Places(call.reals)
     reason, tensors = _guard_tensors(walk, captured, call, places)
@@ -321,20 +322,23 @@ def pinned_arguments(captured: Captured) -> set[Path]:
 
 
 def _decide_numbers(
-    walk: Walk, function: FunctionType, paths: Sequence[Path], call: Call
+    walk: Walk, function: FunctionType, captured: Captured, call: Call
 ) -> tuple[dict[Path, str], dict[Path, str]]:
     """Turn the lines of numbers into checks: of the type for a runtime scalar, else of the value.
     Returns the expressions of the runtime scalars among them, and what reasons call them."""
     place = _scalar_places(walk, function, call)
     inner = ("cell", "global", "default", "kwdefault")  # seen as they are where the step is called
-    wanted = {place(p): p for p in paths if not (walk.reentrant and p[0] in inner)}
+    wanted = {place(p): p for p in captured.paths if not (walk.reentrant and p[0] in inner)}
     scalars: dict[Path, str] = {}
     shown: dict[Path, str] = {}
     lines, walk.lines = walk.lines, []
+    made = {("entry", id(place.holder), place.key) for place in kept_texts(captured, call)}
     for line in lines:
         if not isinstance(line, NumberLine):
             walk.lines.append(line)
             continue
+        if not made.isdisjoint(line.keys):
+            continue  # which nobody reads
         paths = [wanted[key] for key in line.keys if key in wanted]
         if paths:
             at = walk.local(line.at)

@@ -83,8 +83,8 @@ class Walk(Functions):
         self.of_dicts: dict[str, dict] = {}  # lines that hold as long as nobody changes a dict
         self.bare: dict[int, list[str]] = {}  # id(tensor) -> lines: its class, no attributes
         self.held: list[tuple[Variable, object]] = []  # places that the step may assign, and what
-        self.records: list[Record] = []  # the lists that the step only appends to
-        self.lists: list[tuple[Record, list]] = []  # other lists, and what they held
+        self.records: list[Record] = []  # the lists and dicts that the step only adds to
+        self.lists: list[tuple[Record, list | dict]] = []  # others, and what they held
         self.integers: dict[Path, int] = {}  # among the arguments
         self.found: list[str] = []  # locals of containers and objects that are looked up
         self.assigned: list[Variable] = []  # places that the step may assign, whatever they hold
@@ -136,7 +136,9 @@ class Walk(Functions):
         variable = ("entry", id(place.holder), place.key) if place is not None else None
         if type(x) is float:
             self.lines.append(NumberLine(at, x, path, (key, variable)))
-        elif type(x) is int and variable is not None:
+        elif type(x) in (int, str) and variable is not None:
+            if template(x):
+                self.templates.append(path)
             self.lines.append(NumberLine(at, x, path, (None, variable)))
         elif type(x) is int and key is not None and key[0] in ("arg", "kwarg"):
             self.integers[key] = x
@@ -285,10 +287,14 @@ class Walk(Functions):
             self.containers.append((found, x))
             self.assigned.append(found)
         if isinstance(x, dict):
+            self.places[id(x)] = found
+        if found is not None and type(x) in (list, dict) and found.path in self._records:
+            self.records.append(Record(x, found))
+            return
+        if isinstance(x, dict):
             at, first = place, len(self.lines)
             self._keys(x, place, path)
             self._of_dict(first, "if not (", x, place)
-            self.places[id(x)] = found
             if isinstance(x, defaultdict):
                 factory = f"{place}.default_factory"
                 self.check(f"{factory} is {self.constant(x.default_factory)}", f"{path} changed")
@@ -304,15 +310,12 @@ class Walk(Functions):
                 elif type(item) in (dict, list):
                     self._of_dict(first, f"if not ({at} is {self.holder(item)})", x, place)
         elif isinstance(x, (set, frozenset)):
-            ids = [id(item) for item in x]
             if all(is_value(item) for item in x):
                 self.expect(f"{place} == {self.constant(type(x)(x))}", path, x, place)
             else:
-                self.expect(f"[*map(id, {place})] == {self.constant(ids)}", path, x, place)
+                self.expect(f"[*map(id, {place})] == {[*map(id, x)]}", path, x, place)
                 for item in x:
                     self.visit(item, self.constant(item), f"an element of {path}")
-        elif found is not None and type(x) is list and found.path in self._records:
-            self.records.append(Record(x, found))
         else:
             self.expect(f"len({place}) == {len(x)}", path, x, place)
             for i, item in enumerate(x):
@@ -320,8 +323,8 @@ class Walk(Functions):
                 at, shown = f"{place}[{i}]", f"{path}[{i}]"
                 mine = self._item(x, i, shown, owned)
                 self.visit(item, at, shown, inner, owned=owned, place=mine)
-            if type(x) is list and found is not None:
-                self.lists.append((Record(x, found), [*x]))
+        if type(x) in (list, dict) and found is not None:
+            self.lists.append((Record(x, found), x.copy()))
 
     def _of_dict(self, first: int, start: str, x: dict, place: str) -> None:
         """Take note of a line that asks nothing but what a dict holds which the guard knows."""

@@ -15,11 +15,13 @@ from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.histories import LOOKS
 from tracejit.capture.python.origins import origin
 from tracejit.capture.python.tables import SHOWS_NOTHING
+from tracejit.capture.python.texts import keyed_otherwise
 from tracejit.capture.python.uses import Named, used_only, uses
 
 APPENDED = frozenset({"append"})  # what may be done with a record
 # where dicts are, by identity; None: in more than one place, or where code has no name for it
 Places = Mapping[int, Variable | None]
+KEYED = frozenset({"key assigned"})  # with a dict that is one
 LOOKED_AT = APPENDED | LOOKS  # and with one that a history stands for
 
 
@@ -33,6 +35,14 @@ def only_used_so(
     (see `used_only`)."""
     mine = _of_the_user(codes)
     return not any(map(dynamic, mine)) and _allow(mine, _names(place, places), allowed)
+
+
+def only_keyed_by_texts(place: Variable, places: Places, codes: Collection[CodeType]) -> bool:
+    """Whether code does nothing with the dict in a place but to put something into it by keys that
+    are texts whose parts are known."""
+    names = {*_names(place, places)}
+    others = (keyed_otherwise(code) for code in _of_the_user(codes))
+    return only_used_so(place, places, codes, KEYED) and all(map(names.isdisjoint, others))
 
 
 def _of_the_user(codes: Iterable[CodeType]) -> list[CodeType]:

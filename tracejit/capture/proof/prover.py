@@ -25,7 +25,8 @@ from tracejit.capture.proof.guards import (
     survey,
 )
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.proof.looks import APPENDED, LOOKED_AT, only_used_so
+from tracejit.capture.proof.kept_texts import read_texts
+from tracejit.capture.proof.looks import APPENDED, LOOKED_AT, only_keyed_by_texts, only_used_so
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
 from tracejit.capture.trace.scalars import Path, Scalars
@@ -156,6 +157,7 @@ class Prover:
             self.why = _AGREE
             return None
         reasons, lines = reasons_against(walk, ran, captured), walk.lines
+        reasons += read_texts(walk, ran, captured, call)
         if self._learns(walk, ran, captured, call, refused=bool(reasons)):
             self.why = _AGREE
             return None
@@ -265,16 +267,24 @@ def _is_remade(place: Variable, before: object) -> bool:
         return False
 
 
-def _grown(record: Record, before: list, walk: Walk, ran: Seen) -> bool:
-    """Whether a trace has appended to a list, and does nothing else with it."""
-    now = record.items
-    if len(now) <= len(before) or any(a is not b for a, b in zip(before, now, strict=False)):
+def _grown(record: Record, before: list | dict, walk: Walk, ran: Seen) -> bool:
+    """Whether a trace has appended to a list, or put something new into a dict, and does nothing
+    else with it."""
+    now, was = (_flat(x) for x in (record.items, before))
+    if len(now) <= len(was) or any(a is not b for a, b in zip(was, now, strict=False)):
         return False
     return _is_record(record, walk, ran, looked_at=True)
 
 
+def _flat(x: list | dict) -> list:
+    return x if type(x) is list else [part for pair in x.items() for part in pair]
+
+
 def _is_record(record: Record, walk: Walk, ran: Seen, *, looked_at: bool) -> bool:
-    """Whether all code of the user's that ran does no more than append to a list, or look at it."""
+    """Whether all code of the user's that ran does no more than append to a list, or look at it; or
+    than put something into a dict."""
+    if type(record.items) is dict:
+        return only_keyed_by_texts(record.place, walk.places, ran.codes)
     allowed = LOOKED_AT if looked_at else APPENDED
     return only_used_so(record.place, walk.places, ran.codes, allowed)
 

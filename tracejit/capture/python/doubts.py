@@ -56,7 +56,7 @@ def doubts(code: CodeType) -> tuple[Doubt, ...]:
         if x.opname == "LOAD_CONST" and isinstance(x.argval, complex):
             found.append(Doubt(code, line, "it computes with complex numbers"))
         elif x.opname == "BINARY_OP" and x.argrepr in ("%", "%="):
-            left = _left(instructions, i)
+            left = left_of(instructions, i)
             sure = left is not None and left.opname == "LOAD_CONST"
             if not sure or (isinstance(left.argval, (str, bytes)) and may_read(left.argval)):
                 found.append(Doubt(code, line, "it may format a string with %", x.offset, sure))
@@ -81,7 +81,7 @@ def _text(template: str | bytes) -> str:
     return template.decode("latin1") if isinstance(template, bytes) else template
 
 
-def _left(instructions: list[dis.Instruction], i: int) -> dis.Instruction | None:
+def left_of(instructions: list[dis.Instruction], i: int) -> dis.Instruction | None:
     """The last instruction of the left operand of a binary operation; None where jumps hide it."""
     depth = 0
     for k in range(i - 1, 0, -1):
@@ -106,7 +106,7 @@ def _watched(code: CodeType) -> tuple[frozenset[int], dict[int, tuple[str, ...]]
         if x.opname in _IMPORTS:
             lines.add(line)
         if x.offset in own:
-            looked_at[x.offset] = chain_to(instructions, _left(instructions, i))
+            looked_at[x.offset] = chain_to(instructions, left_of(instructions, i))
     lines |= {d.line for d in doubts(code) if d.offset is None}
     return frozenset(lines), looked_at
 

@@ -2,7 +2,8 @@
 
 It is longer in each call, so what it holds is no part of a plan. While a step is traced, a
 `History` stands in its place: its length, its entries and its sum are runtime scalars, read when a
-call starts. What is appended goes into the list as well.
+call starts. What is appended goes into the list as well, which it looks at: that may have other
+names, by which the step appends to it too.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class History(list):
 
     def length(self) -> object:
         """`len` of it."""
-        return self._length_before() + (list.__len__(self) - self._before)
+        return self._length_before() + (len(self.of) - self._before)
 
     def total(self, start: object = 0) -> object:
         """`sum` of it."""
@@ -93,8 +94,7 @@ class History(list):
 
     def _parts(self) -> tuple[list, list]:
         """What it held before, and what was appended."""
-        items = [*list.__iter__(self)]
-        return items[: self._before], items[self._before :]
+        return self.of[: self._before], self.of[self._before :]
 
     def _read(self, key: int | str, number: float) -> object:
         if key not in self._known:
@@ -106,7 +106,7 @@ class History(list):
 
     def _entry(self, key: int) -> object:
         """An entry of what it held before; a negative key is from its end."""
-        x = plain(list.__getitem__(self, key if key >= 0 else self._before + key))
+        x = plain(self.of[key if key >= 0 else self._before + key])
         if type(x) in (int, float):
             return self._read(key, x)
         self._taken("it reads an entry of a list that it appends to, and that is no number")
@@ -116,21 +116,21 @@ class History(list):
         return pinned(self.length())
 
     def __bool__(self) -> bool:
-        return list.__len__(self) > self._before or bool(self._length_before() > 0)
+        return len(self.of) > self._before or bool(self._length_before() > 0)
 
     def __getitem__(self, i: object) -> object:
         if type(i) is slice:
             return self._slice(*map(pinned, (i.start, i.stop, i.step)))
         i = operator.index(pinned(i))
-        added = list.__len__(self) - self._before
+        added = len(self.of) - self._before
         if i < 0 and -i <= added:
-            return list.__getitem__(self, i)
+            return self.of[i]
         key = i if i >= 0 else i + added
         if self._length_before() >= (key + 1 if key >= 0 else -key):  # a decision
             return self._entry(key)
         if key >= 0:
             pinned(self._length_before())
-        return list.__getitem__(self, i)  # IndexError perhaps
+        return self.of[i]  # IndexError perhaps
 
     def _slice(self, start: int | None, stop: int | None, step: int | None) -> list:
         if stop is None and step in (None, 1) and type(start) is int and start < 0:
@@ -143,7 +143,7 @@ class History(list):
             length = pinned(self._length_before())
             return [*(self._entry(k) for k in range(-length, 0)), *added]
         self._taken(_WHOLE)
-        return list.__getitem__(self, slice(start, stop, step))
+        return self.of[start:stop:step]
 
     def __reduce_ex__(self, protocol: int) -> tuple:
         self._taken(_WHOLE)
@@ -151,7 +151,7 @@ class History(list):
 
     def __iter__(self) -> object:
         self._taken(_WHOLE)
-        return list.__iter__(self)
+        return iter(self.of)
 
 
 def _on_both(name: str) -> Callable:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from tracejit.capture.python import doubts
 
 Profile = Callable[[FrameType, str, object], object]
 
@@ -16,20 +19,70 @@ def is_free() -> bool:
     return before is None or callable(before)
 
 
+class _Watching(threading.local):
+    """What is in place on a thread."""
+
+    profile: Profile | None = None  # the profiler, if all of it is ours
+    paused: tuple[Profile, object] | None = None  # that and the tracing of lines, meanwhile
+
+
+_watching = _Watching()
+
+
 @contextmanager
 def profiled(profile: Profile) -> Iterator[None]:
     """Call `profile` at what runs inside on this thread, and after it a profiler that is active."""
-    before = sys.getprofile()
+    before, known = sys.getprofile(), _watching.profile
 
     def both(frame: FrameType, event: str, arg: object) -> None:
         profile(frame, event, arg)
         before(frame, event, arg)
 
-    sys.setprofile(profile if before is None else both)
+    ours = profile if before is None else both
+    if before is known:
+        _watching.profile = ours
+    sys.setprofile(ours)
     try:
         yield
     finally:
         sys.setprofile(before)
+        _watching.profile = known
+
+
+def is_watching() -> bool:
+    """Whether there is a profiler here that is ours, and no debugger."""
+    ours, trace = _watching.profile, sys.gettrace()
+    if ours is None or sys.getprofile() is not ours:
+        return False
+    return trace is None or getattr(trace, "__module__", "") == doubts.__name__
+
+
+def pause() -> None:
+    """Note nothing of what runs, where `is_watching`, until `go_on`. Nearly all that runs in a
+    trace is rules."""
+    _watching.paused = _watching.profile, sys.gettrace()
+    sys.setprofile(None)
+    sys.settrace(None)
+
+
+def go_on() -> None:
+    """Note what runs again."""
+    (profile, trace), _watching.paused = _watching.paused, None
+    sys.settrace(trace)
+    sys.setprofile(profile)
+
+
+@contextmanager
+def heard() -> Iterator[None]:
+    """Note what runs inside, after a `pause` too."""
+    if _watching.paused is None:
+        yield
+        return
+    go_on()
+    try:
+        yield
+    finally:
+        pause()
 
 
 @contextmanager

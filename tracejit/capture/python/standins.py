@@ -23,6 +23,7 @@ import torch
 
 from tracejit.capture.python import histories, profiler
 from tracejit.capture.python.bytecode import codes
+from tracejit.capture.python.kept import Keyed
 from tracejit.capture.python.numerics import TracedFloat64
 from tracejit.capture.python.tables import STAND_FOR
 from tracejit.capture.trace.active import current
@@ -35,6 +36,7 @@ _STANDS_FOR = {
     **{TracedTensor: torch.Tensor, TracedInt: int},
     **{TracedFloat: float, TracedFloat64: np.float64},
     **STAND_FOR,
+    Keyed: dict,
 }
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "triton"}) | sys.stdlib_module_names
 

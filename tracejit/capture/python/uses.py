@@ -47,7 +47,8 @@ def used_only(code: CodeType, named: Named, allowed: Collection[str]) -> bool:
     """Whether code does nothing but what is `allowed` with what is under a name.
 
     What it may do: "append" (and any other method, by its name), "subscript", "contains",
-    "len()" (and any other global function, called with nothing else), "test", "is None", "iterate".
+    "len()" (and any other global function, called with nothing else), "test", "is None", "iterate",
+    "assigned" (of an item), "key assigned" (by a key that is computed).
     A variable of a function that it is put in is looked at too. An attribute may also be reached by
     a constant that spells its name (`getattr(x, "rates")`), which is not allowed.
     """
@@ -251,8 +252,8 @@ class Reader:
         self._take(1)  # what is stored
         self._use(index, "index")
         item = _item(of, index)
-        self._use(of, "item assigned" if item else UNKNOWN)
-        self._use(item, UNKNOWN)
+        self._use(of, "item assigned" if item else "key assigned")
+        self._use(item, "assigned")
 
     def _call(self, count: int) -> None:
         """`count` arguments; below them a function and what it is bound to, or nothing."""

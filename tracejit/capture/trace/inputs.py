@@ -6,6 +6,8 @@ the trace's table of inputs grows by it. Nothing of the tensor is changed.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 import torch
 
 from tracejit.capture.trace import location
@@ -102,6 +104,33 @@ def span(tensor: torch.Tensor) -> range:
 def meet(a: range, b: range) -> bool:
     """Whether two ranges have something in common."""
     return max(a.start, b.start) < min(a.stop, b.stop)
+
+
+class Regions:
+    """Regions of memory in the order of their addresses, and to which torch storage each belongs.
+    Those of one storage that overlap are one."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, int, int]] = []  # start, end, storage
+
+    def add(self, tensor: torch.Tensor) -> bool:
+        """Take note of where a tensor lies; False if one of another storage lies there too."""
+        here, storage, found = span(tensor), tensor.untyped_storage()._cdata, self._found
+        start, end = here.start, here.stop
+        if start == end:
+            return True
+        first = last = bisect_left(found, (start,))
+        if first and found[first - 1][1] > start:
+            first -= 1
+        while last < len(found) and found[last][0] < end:
+            last += 1
+        overlapped = found[first:last]
+        if any(owner != storage for *_, owner in overlapped):
+            return False
+        for known_start, known_end, _ in overlapped:
+            start, end = min(start, known_start), max(end, known_end)
+        found[first:last] = [(start, end, storage)]
+        return True
 
 
 def borrowed(tensor: torch.Tensor) -> bool:

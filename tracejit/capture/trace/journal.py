@@ -29,6 +29,18 @@ class Journal:
         """Whether an earlier trace took this decision here."""
         return False
 
+    def many_texts(self, place: tuple, number: float) -> bool:
+        """Whether the text that Python makes of a number, at a place of its code, is one of many
+        that traces have made there: no plan is good for it."""
+        return False
+
+    def keeps_text(self, place: tuple) -> bool:
+        """Whether the text that Python makes at a place may be followed to where it is kept."""
+        return False
+
+    def lost_text(self, place: tuple) -> None:
+        """The text that was made at a place was not found where it was to be kept."""
+
     def known_number(self) -> float | None:
         """The number that Python has read here already, where rules run late."""
 
@@ -46,7 +58,7 @@ class Journal:
         """Python gets a number that it has read as a plain float; returns that."""
         return number
 
-    def found_scalar(self, path: tuple, value: Value) -> None:
+    def found_scalar(self, path: tuple, kind: type, value: Value) -> None:
         """A runtime scalar has come in."""
 
     def found_arithmetic(self, node: Node) -> None:

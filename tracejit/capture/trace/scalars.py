@@ -74,6 +74,7 @@ class Scalars:
         self.predicates: list[Predicate] = []
         self.read: set[Value] = set()  # cuts, and what was computed from them
         self.opaque: list[str] = []  # what Python did that no replay can follow
+        self.texts: list[object] = []  # that Python makes of them and keeps: `python/kept.py`
 
     def traced(self, number: float, value: Value) -> TracedFloat | TracedInt:
         """The number that user code gets for a host value."""
@@ -93,7 +94,7 @@ class Scalars:
         if value is None:
             value = self.b.param(HOST_SCALAR)
             self.params.append((value, number))
-            self.journal.found_scalar(path, value)
+            self.journal.found_scalar(path, type(number), value)
         if path[0] == "cut":
             self.read.add(value)
         return self.traced(number, value)
@@ -123,7 +124,7 @@ class Scalars:
         self.active = False
         self.b = self.journal = None
         self.params, self.paths, self.numbers, self.predicates = [], [], {}, []
-        self.read, self.opaque = set(), []
+        self.read, self.opaque, self.texts = set(), [], []
 
 
 class _Traced:
@@ -227,6 +228,15 @@ class TracedInt(_Traced, torch.SymInt):
 
     def __round__(self, *digits: object) -> object:
         return round(self.pin(), *map(pinned, digits)) if digits else self
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TracedText:
+    """A text that was made of a runtime scalar: a host value. Python has the plain text."""
+
+    text: str
+    scalars: Scalars
+    value: Value
 
 
 def is_traced(x: object) -> bool:

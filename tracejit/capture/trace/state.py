@@ -6,7 +6,7 @@ Rules take a `Trace` (trace.py), which adds to this what reads, writes and makes
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -114,6 +114,8 @@ class TraceState:
     def __init__(self, journal: Journal | None = None):
         self.journal = journal or Journal()
         self.mode: torch.overrides.TorchFunctionMode | None = None  # which intercepts for it
+        # for user code inside a rule: what it runs is noted
+        self.heard: Callable[[], AbstractContextManager] = nullcontext
         self.b = Builder()
         self.b.on_emit = self._on_emit
         self.scalars = Scalars(self.b, self.journal)

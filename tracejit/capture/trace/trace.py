@@ -104,7 +104,8 @@ class Trace(TraceState):
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self.mode)
         try:
-            yield
+            with self.heard():
+                yield
         finally:
             TorchFunctionMode.__exit__(self.mode, None, None, None)
             self.formula, self.taping, self.call, self.b.line, enabled = before

@@ -44,6 +44,9 @@ host_pow = _host("host_pow", operator.pow, "{0} ** {1}", ULPS)
 host_neg = _host("host_neg", operator.neg, "-{0}")
 host_abs = _host("host_abs", abs, "abs({0})")
 host_round = _host("host_round", round, "round({0})")  # to an int
+host_format = _host(
+    "host_format", format, "format({0}, {1})"
+)  # a text, by a spec, which is a literal
 host_float = _host("host_float", float, "float({0})")  # of an int
 
 
