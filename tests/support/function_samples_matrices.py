@@ -16,10 +16,12 @@ from support.function_samples import (
     S,
     bare_name,
     bf16,
+    f16,
     f32,
     f64,
     i64,
     inf,
+    no,
     r,
     restart,
     row,
@@ -60,6 +62,7 @@ def singular(n: int) -> torch.Tensor:
 
 
 NONE = [torch.zeros(0, 0), torch.zeros(0, 3, 3), torch.zeros(2, 0, 0)]
+NONE += [torch.zeros(0, 3, 3, dtype=bf16), torch.zeros(0, 0, dtype=i64)]  # some kernels ask late
 REFUSED = [S(r(3, 4)), S(r(3)), S(r(3, 3).to(bf16)), S(torch.eye(3, dtype=i64))]  # by eager too
 _nan = square(3)
 _nan[1, 2] = float("nan")
@@ -99,6 +102,7 @@ def factored(*shape: int, dtype: torch.dtype = f32) -> tuple[torch.Tensor, torch
     return torch.linalg.lu_factor(swapping(*shape, dtype=dtype))
 
 
+_fixed = torch.linalg.lu_factor(torch.tensor([[1.0, 2.0, 0.5], [4.0, 1.0, -1.0], [2.0, -3.0, 8.0]]))
 row(
     "lu_unpack",
     [
@@ -107,6 +111,8 @@ row(
         S(*torch.linalg.lu_factor(r(3, 5))),
         S(*torch.linalg.lu_factor(r(2, 5, 3))),
         S(*factored(3), unpack_pivots=False),
+        *(S(_fixed[0].to(dtype), _fixed[1]) for dtype in (bf16, f16, i64)),
+        S(torch.zeros(2, 0, 3, dtype=i64), torch.zeros(2, 0, dtype=torch.int32)),
     ],
     exact=False,
 )
@@ -122,6 +128,8 @@ row(
         S(*factored(3, dtype=f64), r(3, 2, dtype=f64)),
         S(*factored(3), r(4, 2)),
         S(*factored(3), r(3, 0)),
+        S(_fixed[0].to(bf16), _fixed[1], torch.zeros(3, 0, dtype=bf16)),
+        S(_fixed[0].to(bf16), _fixed[1], torch.ones(3, 2, dtype=bf16)),
     ],
     exact=False,
 )
@@ -190,6 +198,8 @@ _pairs = [
     S(square(3), r(3, 0)),
     S(torch.zeros(0, 0), r(0, 2)),
     S(torch.zeros(0, 3, 3), r(0, 3, 2)),
+    S(torch.zeros(0, 3, 3, dtype=bf16), torch.zeros(0, 3, 2, dtype=bf16)),
+    S(torch.zeros(0, 3, 3, dtype=f16), torch.ones(1, 3, 2, dtype=f16)),
     S(square(3), r(4, 2)),
     S(square(3), r(3, 2, dtype=f64)),
     S(r(3, 4), r(3, 2)),
@@ -258,7 +268,8 @@ row("linalg_det det", [*_det, S(singular(3)), S(singular(2))], exact=False)
 row("linalg_slogdet slogdet logdet", _det, exact=False)
 row(
     "linalg_matrix_exp matrix_exp",
-    [*of(square), S(r(3, 3, dtype=f64, low=-4.0, high=4.0)), S(torch.zeros(3, 3)), S(r(3, 4))],
+    [*of(square), S(r(3, 3, dtype=f64, low=-4.0, high=4.0)), S(torch.zeros(3, 3)), S(r(3, 4))]
+    + [no(torch.eye(3, dtype=bf16))],  # of which eager gives garbage
     exact=False,
 )
 
@@ -279,6 +290,7 @@ row(
         S(wide(3, 4), 3),
         S(wide(3, 4), 2, (0, 0)),
         S(torch.eye(3, dtype=i64)),
+        *(S(torch.eye(3, 4, dtype=bf16), order) for order in _orders),
     ],
     exact=False,
 )

@@ -19,7 +19,7 @@ import torch
 from tracejit.capture.functions.arithmetic import div
 from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.functions.composites import composite
-from tracejit.capture.functions.derived import require_float
+from tracejit.capture.functions.derived import require_float, underived
 from tracejit.capture.functions.loss import reduced
 from tracejit.capture.functions.patterns import along, constant, position
 from tracejit.capture.trace.bounds import require, within
@@ -254,16 +254,9 @@ def _loss(t: Trace, x: Value, s: _States, lasts: Value, zero_infinity: bool) -> 
     def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> list[Value]:
         with t.untaped():
             slope = _slope(t, x, s, alpha, loss, lasts, cts[0], zero_infinity)
-        return [t.derive("_ctc_loss_backward", (cts[0], x), slope, _no_second(t))]
+        return [underived(t, "_ctc_loss_backward", (cts[0], x), slope)]
 
     return t.derive("ctc_loss", (x,), loss, vjp)
-
-
-def _no_second(t: Trace) -> object:
-    def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> list[Value]:
-        raise t.autograd_error("derivative for aten::_ctc_loss_backward is not implemented")
-
-    return vjp
 
 
 def _slope(

@@ -9,11 +9,13 @@ decision of the trace: a failure raises before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-from tracejit.capture.functions.common import cast
+from tracejit.capture.functions.common import cast, literal
 from tracejit.capture.functions.composites import composed
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.trace import location
 from tracejit.capture.trace.cuts import is_true, plain_number_of
 from tracejit.capture.trace.table import function_name, rule
@@ -21,19 +23,29 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import LinAlgError
 from tracejit.ir.graph import Value
-from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose, triangle
+from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
 from tracejit.ir.types import contiguous_strides, f32, f64, i32, i64
 
 Tensor = torch.Tensor
 _types = torch.return_types
+Dtypes = Literal["lapack", "floats", "all"]
 MOST_SWAPS = 64  # one after another, of pivots that come from outside
 
 
 # --- what all of them need ---------------------------------------------------------------------
 
 
-def matrix(t: Trace, x: Tensor, name: str, *, square: bool = False) -> Handle:
-    """The handle of a batch of matrices that LAPACK takes."""
+def matrix(
+    t: Trace,
+    x: Tensor,
+    name: str,
+    *,
+    square: bool = False,
+    takes: Dtypes = "lapack",
+    empty: Dtypes = "lapack",
+) -> Handle:
+    """The handle of a batch of matrices, of the dtypes that eager takes. Where eager asks for the
+    dtype only when it calls LAPACK, it takes more of matrices without elements."""
     h = t.lift(x)
     if len(h.shape) < 2:
         raise t.shape_error(f"{name}: The input tensor A must have at least 2 dimensions.")
@@ -42,13 +54,15 @@ def matrix(t: Trace, x: Tensor, name: str, *, square: bool = False) -> Handle:
         raise t.shape_error(
             f"{name}: A must be batches of square matrices, but they are {m} by {n} matrices"
         )
-    if h.dtype not in (f32, f64):
-        raise t.shape_error(f"{name}: not implemented for {TO_TORCH[h.dtype]}")
     if h.device != "cpu":
         raise t.unsupported(
             "It is a call of LAPACK, which is made on the CPU only; do it outside the step, or "
             'leave the step to eager (on_unsupported="eager")'
         )
+    takes = takes if h.numel or takes != "lapack" else empty
+    known = h.dtype in (f32, f64) or takes == "all" or (takes == "floats" and h.dtype.is_float)
+    if not known:
+        raise t.shape_error(f"{name}: not implemented for {TO_TORCH[h.dtype]}")
     return h
 
 
@@ -67,8 +81,21 @@ def made(t: Trace, value: Value) -> TracedTensor:
 def empty(t: Trace, like: Value, shape: Ints, number: float = 0.0) -> Value:
     """What a function gives for matrices without elements: it depends on them all the same."""
     kind = like.type
+    number = literal(number, kind.dtype)
     new = t.b.full(number, shape=shape, dtype=kind.dtype, device=kind.device)
     return t.unread(new, like)
+
+
+def empty_solved(t: Trace, name: str, shape: Ints, *inputs: Value) -> Value:
+    """As `empty`, where the derivative solves triangles: eager asks for the dtype there."""
+    dtype = inputs[0].type.dtype
+    out = empty(t, inputs[0], shape)
+    if dtype not in (f32, f64):
+        reason = f'"triangular_solve_cpu" not implemented for {TO_TORCH[dtype]}'
+        return underived(t, name, inputs, out, reason)
+    for x in inputs[1:]:
+        out = t.unread(out, x)
+    return out
 
 
 def identity(t: Trace, like: Value, shape: Ints) -> Value:
@@ -141,12 +168,12 @@ def _lower(t: Trace, h: Handle, upper: bool) -> Value:
     """L of the lower or the upper triangle."""
     x = t.read(h)
     if not h.numel:
-        return empty(t, x, h.shape)
+        return empty_solved(t, "linalg_cholesky_ex", h.shape, x)
     return t.b.cholesky(transpose(t.b, x) if upper else x)
 
 
 def _cholesky(t: Trace, x: Tensor, upper: bool, name: str) -> TracedTensor:
-    low = _lower(t, matrix(t, x, name, square=True), upper)
+    low = _lower(t, matrix(t, x, name, square=True, empty="floats"), upper)
     _refuse_indefinite(t, low, name)
     return made(t, transpose(t.b, low) if upper else low)
 
@@ -173,15 +200,15 @@ def linalg_cholesky(t: Trace, A: Tensor, *, upper: bool = False) -> TracedTensor
 @rule(torch.cholesky, Tensor.cholesky)
 def cholesky(t: Trace, input: Tensor, upper: bool = False) -> TracedTensor:
     if not t.lift(input).numel:  # which eager lays out by rows
-        h = matrix(t, input, "cholesky", square=True)
-        return t.fresh(empty(t, t.read(h), h.shape))
+        h = matrix(t, input, "cholesky", square=True, empty="all")
+        return t.fresh(empty_solved(t, "cholesky", h.shape, t.read(h)))
     return _cholesky(t, input, upper, "cholesky")
 
 
 @rule(torch.linalg.cholesky_ex)
 def cholesky_ex(t: Trace, A: Tensor, *, upper: bool = False, check_errors: bool = False) -> object:
     """Where the matrix is not positive definite, what eager leaves undefined is NaN."""
-    low = _lower(t, matrix(t, A, "linalg.cholesky_ex", square=True), upper)
+    low = _lower(t, matrix(t, A, "linalg.cholesky_ex", square=True, empty="floats"), upper)
     if check_errors:
         _refuse_indefinite(t, low, "linalg.cholesky_ex")
     with t.untaped(), t.unchecked():
@@ -211,14 +238,14 @@ def zero_pivots(t: Trace, both: Value) -> Value:
 
 def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Value]:
     """L and U in one, and the swaps as integers."""
-    h = matrix(t, A, name)
+    h = matrix(t, A, name, empty="all")
     if not pivot:
         raise t.shape_error("linalg.lu_factor: LU without pivoting is not implemented on the CPU")
     x, (*batch, m, n) = t.read(h), h.shape
     if not h.numel:
         with t.untaped():
             swaps = t.b.full(0, shape=(*batch, min(m, n)), dtype=i32, device=h.device)
-        return empty(t, x, h.shape), swaps
+        return empty_solved(t, "linalg_lu_factor_ex", h.shape, x), swaps
     both, swaps, _ = lu_parts(t, factors(t, x), m, n)
     return both, cast(t, swaps, i32)
 
@@ -312,13 +339,12 @@ def permutation(t: Trace, order: Value, dtype: object) -> Value:
         return b.cast(b.eq(row, there), dtype=dtype)
 
 
-def _triangles(t: Trace, both: Value) -> tuple[Value, Value]:
-    """L and U of what holds both."""
-    *batch, m, n = both.type.shape
-    k, b = min(m, n), t.b
-    low = cut(t, both, -1, k)
-    eye = identity(t, both, low.type.shape)
-    return b.add(triangle(b, low, strict=True), eye), triangle(b, cut(t, both, -2, k), upper=True)
+def _triangles(t: Trace, both: Tensor) -> tuple[Tensor, Tensor]:
+    """L and U of what holds both, of any dtype; they lie by rows."""
+    k = min(both.shape[-2:])
+    low, up = both[..., :k].tril(-1), both[..., :k, :].triu()
+    low = low + torch.eye(*low.shape[-2:], dtype=both.dtype)
+    return t.fresh(t.read(t.lift(low))), t.fresh(t.read(t.lift(up)))
 
 
 def cut(t: Trace, x: Value, axis: int, stop: int) -> Value:
@@ -327,26 +353,31 @@ def cut(t: Trace, x: Value, axis: int, stop: int) -> Value:
     return t.b.slice(x, starts=(0,) * rank, stops=stops, steps=(1,) * rank)
 
 
-@rule(torch.linalg.lu)
+@composed(torch.linalg.lu, kernel=True)
 def linalg_lu(t: Trace, A: Tensor, *, pivot: bool = True) -> object:
-    h = matrix(t, A, "linalg.lu")
+    h = matrix(t, A, "linalg.lu", empty="all")
     if not pivot:
         raise t.shape_error("linalg.lu_factor: LU without pivoting is not implemented on the CPU")
     x, (*batch, m, n) = t.read(h), h.shape
-    k = min(m, n)
     if not h.numel:
-        eye = identity(t, x, (*batch, m, m))
-        low, up = (empty(t, x, (*batch, *s)) for s in ((m, k), (k, n)))
-        return _types.linalg_lu((t.fresh(eye), t.fresh(low), t.fresh(up)))
+        p = identity(t, x, (*batch, m, m))
+        x = empty_solved(t, "linalg_lu", h.shape, x)
+        return _types.linalg_lu((t.fresh(p), *_no_triangles(t, x)))
     both, _, order = lu_parts(t, factors(t, x), m, n)
     with t.untaped():
         order = cast(t, order, i64)
     p = permutation(t, order, h.dtype)
-    low, up = _triangles(t, both)
-    return _types.linalg_lu((t.fresh(p), t.fresh(low), t.fresh(up)))
+    return _types.linalg_lu((t.fresh(p), *_triangles(t, t.fresh(both))))
 
 
-@rule(torch.lu_unpack)
+def _no_triangles(t: Trace, x: Value) -> tuple[Tensor, Tensor]:
+    """L and U of matrices without elements."""
+    *batch, m, n = x.type.shape
+    k = min(m, n)
+    return tuple([t.fresh(empty(t, x, (*batch, *s))) for s in ((m, k), (k, n))])
+
+
+@composed(torch.lu_unpack, kernel=True)
 def lu_unpack(
     t: Trace,
     LU_data: Tensor,
@@ -355,22 +386,16 @@ def lu_unpack(
     unpack_pivots: bool = True,
 ) -> object:
     """P, L and U, those of them that are asked for."""
-    h = matrix(t, LU_data, "torch.lu_unpack")
-    x, (*batch, m, n) = t.read(h), h.shape
-    p = low = up = t.b.full(0.0, shape=(0,), dtype=h.dtype, device=h.device)
-    if unpack_pivots:
-        if h.numel:
-            order = order_of(t, t.read(t.lift(LU_pivots)), m)
-            p = permutation(t, order, h.dtype)
-        else:
-            p = identity(t, x, (*batch, m, m))
+    h = matrix(t, LU_data, "torch.lu_unpack", takes="all")
+    x, (*batch, m, _) = t.read(h), h.shape
+    p = low = up = torch.empty(0, dtype=LU_data.dtype)
+    if unpack_pivots and h.numel:
+        p = t.fresh(permutation(t, order_of(t, t.read(t.lift(LU_pivots)), m), h.dtype))
+    elif unpack_pivots:
+        p = t.fresh(identity(t, x, (*batch, m, m)))
     if unpack_data:
-        if h.numel:
-            low, up = _triangles(t, x)
-        else:
-            k = min(m, n)
-            low, up = (empty(t, x, (*batch, *s)) for s in ((m, k), (k, n)))
-    return _types.lu_unpack((t.fresh(p), t.fresh(low), t.fresh(up)))
+        low, up = _triangles(t, LU_data) if h.numel else _no_triangles(t, x)
+    return _types.lu_unpack((p, low, up))
 
 
 @composed(torch.functional.lu)

@@ -9,7 +9,7 @@ from tracejit.capture.functions.decompositions import diagonal, empty, identity,
 from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.solutions import factored, solved
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.matrix_derivatives import along
@@ -90,7 +90,7 @@ def _determinant(t: Trace, x: Value) -> Value:
 
 @rule(torch.linalg.det, torch.det, Tensor.det)
 def det(t: Trace, A: Tensor) -> TracedTensor:
-    h = matrix(t, A, "linalg.det", square=True)
+    h = matrix(t, A, "linalg.det", square=True, empty="floats")
     x = t.read(h)
     return t.fresh(_determinant(t, x) if h.numel else empty(t, x, h.shape[:-2], 1.0))
 
@@ -138,8 +138,12 @@ def logdet(t: Trace, input: Tensor) -> TracedTensor:
 
 @rule(torch.linalg.matrix_exp, torch.matrix_exp, Tensor.matrix_exp)
 def matrix_exp(t: Trace, A: Tensor) -> TracedTensor:
-    if t.lift(A).dtype.narrow:
-        raise t.unsupported("The exponential has a rule for float32 and float64")
-    h = matrix(t, A, "linalg.matrix_exp", square=True)
+    h = matrix(t, A, "linalg.matrix_exp", square=True, takes="floats")
     x = t.read(h)
-    return t.fresh(t.b.expm(x) if h.numel else empty(t, x, h.shape))
+    if not h.numel:
+        return t.fresh(empty(t, x, h.shape))
+    if h.dtype.narrow:
+        raise t.unsupported(
+            f"Eager's numbers in {TO_TORCH[h.dtype]} are not the exponential; cast to float32"
+        )
+    return t.fresh(t.b.expm(x))

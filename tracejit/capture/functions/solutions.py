@@ -16,6 +16,7 @@ from tracejit.capture.functions.decompositions import (
     by_columns,
     diagonal,
     empty,
+    empty_solved,
     factors,
     identity,
     info,
@@ -104,14 +105,14 @@ def _solve(
     t: Trace, A: Tensor, B: Tensor, left: bool, name: str, check: bool
 ) -> tuple[TracedTensor, Value]:
     """The solution, and which pivots are zero."""
-    a, z = matrix(t, A, name, square=True), t.lift(B)
+    a, z = matrix(t, A, name, square=True, empty="floats"), t.lift(B)
     vector = len(z.shape) == 1 or (len(a.shape) - 1 == len(z.shape) and z.shape == a.shape[:-1])
     if vector and not left:
         raise t.shape_error(f"{name}: Vector broadcasting of the left hand side is not supported")
     if vector:
         B = B.unsqueeze(-1)
         z = t.lift(B)
-    matrix(t, B, name)
+    matrix(t, B, name, takes="floats")
     n, x, y = a.shape[-1], t.read(a), t.read(z)
     y = y if left else transpose(t.b, y)
     if y.type.shape[-2] != n:
@@ -245,7 +246,7 @@ def tensorsolve(t: Trace, A: Tensor, B: Tensor, dims: Sequence[int] | None = Non
 # --- triangles ---------------------------------------------------------------------------------
 
 
-@composed(torch.linalg.solve_triangular)
+@composed(torch.linalg.solve_triangular, kernel=True)
 def solve_triangular(
     t: Trace,
     A: Tensor,
@@ -358,7 +359,8 @@ def cholesky_inverse(t: Trace, L: Tensor, upper: bool = False) -> Tensor:
 def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoint: bool) -> Tensor:
     """By the triangles, whose derivatives are those of LU."""
     name = "torch.linalg.lu_solve"
-    a, z = matrix(t, LU, name, square=True), matrix(t, B, name)
+    a = matrix(t, LU, name, square=True, takes="floats")
+    z = matrix(t, B, name, takes="floats")
     if not left:
         return _lu_solve(t, LU, pivots, B.mT, True, not adjoint).mT
     n = a.shape[-1]
@@ -370,7 +372,8 @@ def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoi
     batch = common_batch(t, a, z, name)
     shape = (*batch, n, z.shape[-1])
     if 0 in shape or not a.numel:
-        return made(t, t.unread(empty(t, t.read(a), shape), t.read(z)))
+        return made(t, empty_solved(t, "linalg_lu_solve", shape, t.read(a), t.read(z)))
+    matrix(t, LU, name)
     order = order_of(t, t.read(t.lift(pivots)), n)
     place = t.fresh(order)
     if adjoint:
@@ -385,7 +388,7 @@ def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoi
     return made(t, t.read(t.lift(x.gather(-2, wide))))
 
 
-@composed(torch.linalg.lu_solve)
+@composed(torch.linalg.lu_solve, kernel=True)
 def linalg_lu_solve(
     t: Trace,
     LU: Tensor,

@@ -372,7 +372,7 @@ register(("zeta",), _zeta, row=ZETA)
 def _detached(name: str, value: Callable[[Tensor], Tensor]) -> None:
     """Register a function whose result has no history; eager has it not for bf16 and f16."""
 
-    @composed(getattr(torch.special, name))
+    @composed(getattr(torch.special, name), kernel=True)
     def function(t: Trace, input: Tensor) -> Tensor:
         h = t.lift(input)
         if h.dtype.narrow:

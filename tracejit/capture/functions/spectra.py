@@ -10,8 +10,7 @@ import torch
 from tracejit.capture.functions.common import normal_axes
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.decompositions import empty, identity, made, matrix
-from tracejit.capture.functions.derived import derived
-from tracejit.capture.functions.orthogonal import underived
+from tracejit.capture.functions.derived import derived, underived
 from tracejit.capture.trace.cuts import is_true
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
@@ -26,33 +25,34 @@ NORMS = (1, -1, 2, -2, float("inf"), -float("inf"), "fro", "nuc")
 # --- norms -------------------------------------------------------------------------------------
 
 
-def matrix_norm_of(
+@composed(torch.linalg.matrix_norm)
+def matrix_norm(
     t: Trace,
     A: Tensor,
-    ord: object,
-    dim: tuple[int, int],
-    keepdim: bool,
-    dtype: torch.dtype | None,
-    name: str = "linalg.matrix_norm",
+    ord: object = "fro",
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The largest sum of a row or column, the sum or the extremum of singular values, or the root
     of the sum of squares."""
-    if dtype is not None:
-        A = A.to(dtype)
-    h = t.lift(A)
+    name, h = "linalg.matrix_norm", t.lift(A)
     if len(h.shape) < 2:
         raise t.shape_error(f"{name}: The input tensor A must have at least 2 dimensions.")
-    if not h.dtype.is_float:
+    spectral = ord in (2, -2, "nuc")
+    if not h.dtype.is_float or (spectral and h.dtype.narrow):
         raise t.shape_error(f"{name}: Expected a floating point, not {TO_TORCH[h.dtype]}")
     if ord not in NORMS:
-        raise t.shape_error(f"linalg.matrix_norm: Order {ord} not supported.")
+        raise t.shape_error(f"{name}: Order {ord} not supported.")
     if not isinstance(dim, (tuple, list)) or len(dim) != 2:
         raise t.shape_error(f"{name}: dim must be a 2-tuple. Got {dim}")
     normal_axes(t, tuple(dim), len(h.shape))  # raises where there are none such, or two alike
     rows, columns = (int(d) % len(h.shape) for d in dim)
+    A = A if dtype is None else A.to(dtype)
     if ord == "fro":
         return torch.linalg.vector_norm(A, 2, (rows, columns), keepdim)
-    if ord in (2, -2, "nuc"):
+    if spectral:
         rest = [k for k in range(len(h.shape)) if k not in (rows, columns)]
         s = torch.linalg.svdvals(A.permute(*rest, rows, columns))
         over = s.sum if ord == "nuc" else s.amax if ord == 2 else s.amin
@@ -70,23 +70,10 @@ def matrix_norm_of(
     return out if keepdim else out.squeeze((rows, columns))
 
 
-@composed(torch.linalg.matrix_norm)
-def matrix_norm(
-    t: Trace,
-    A: Tensor,
-    ord: object = "fro",
-    dim: tuple[int, int] = (-2, -1),
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return matrix_norm_of(t, A, ord, dim, keepdim, dtype)
-
-
 @composed(torch.linalg.cond)
 def cond(t: Trace, A: Tensor, p: object = None) -> Tensor:
     """The norm of a matrix times that of its inverse; of singular values for the 2-norm."""
-    h = matrix(t, A, "linalg.cond", square=p not in (None, 2, -2))
+    h = matrix(t, A, "linalg.cond", square=p not in (None, 2, -2), empty="all")
     if not h.numel:
         return t.fresh(empty(t, t.read(h), h.shape[:-2]))
     if p in (None, 2, -2):
@@ -102,8 +89,8 @@ def cond(t: Trace, A: Tensor, p: object = None) -> Tensor:
         inverse, failed = torch.linalg.inv_ex(A)
         inverse = torch.where((failed > 0)[..., None, None], float("inf"), inverse)
         out = torch.linalg.matrix_norm(A, p) * torch.linalg.matrix_norm(inverse, p)
-    vjp = underived(t, "linalg.cond: eager modifies the inverse in place, and has no gradient")
-    return t.fresh(t.derive("linalg_cond", (t.read(h),), t.read(t.lift(out)), vjp))
+    reason = "linalg.cond: eager modifies the inverse in place, and has no gradient"
+    return t.fresh(underived(t, "linalg_cond", (t.read(h),), t.read(t.lift(out)), reason))
 
 
 # --- ranks and pseudoinverses ------------------------------------------------------------------
@@ -156,7 +143,7 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
     h = matrix(t, A, name, square=hermitian)
     x = t.read(h)
     if not h.numel:
-        return t.fresh(empty(t, x, (*h.shape[:-2], h.shape[-1], h.shape[-2])))
+        return A.mT @ A.new_zeros((*h.shape[:-1], h.shape[-2]))
     with t.untaped():
         if hermitian:
             s, u = torch.linalg.eigh(A)
@@ -166,6 +153,9 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
             left, size = vt.mT, s
         kept = torch.where(_above(A, size, atol, rtol), s.reciprocal(), 0.0)
         value = t.read(t.lift((left * kept.unsqueeze(-2)).matmul(u.mT)))
+    if value.type.dtype is not h.dtype:  # by autocast, outside of which eager multiplies the two
+        reason = f"{name}: expected m1 and m2 to have the same dtype"
+        return t.fresh(underived(t, "linalg_pinv", (x,), value, reason))
     b = t.b
 
     def backward(g: Value, p: Value, a: Value) -> Value:
