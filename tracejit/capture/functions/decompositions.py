@@ -220,11 +220,6 @@ def cholesky_ex(t: Trace, A: Tensor, *, upper: bool = False, check_errors: bool 
 # --- lu ----------------------------------------------------------------------------------------
 
 
-def factors(t: Trace, x: Value) -> Value:
-    """The flat result of lu."""
-    return t.b.lu(x)
-
-
 def lu_parts(t: Trace, flat: Value, m: int, n: int) -> list[Value]:
     """L and U in one; the swaps; the order."""
     return split(t.b, flat, parts("lu", m, n))
@@ -236,8 +231,8 @@ def zero_pivots(t: Trace, both: Value) -> Value:
         return t.b.eq(diagonal(t, both), 0.0)
 
 
-def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Value]:
-    """L and U in one, and the swaps as integers."""
+def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Value, Value]:
+    """L and U in one, the swaps as integers, and which pivots are zero."""
     h = matrix(t, A, name, empty="all")
     if not pivot:
         raise t.shape_error("linalg.lu_factor: LU without pivoting is not implemented on the CPU")
@@ -245,39 +240,37 @@ def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Valu
     if not h.numel:
         with t.untaped():
             swaps = t.b.full(0, shape=(*batch, min(m, n)), dtype=i32, device=h.device)
-        return empty_solved(t, "linalg_lu_factor_ex", h.shape, x), swaps
-    both, swaps, _ = lu_parts(t, factors(t, x), m, n)
-    return both, cast(t, swaps, i32)
+            bad = t.b.eq(swaps, 1)
+        return empty_solved(t, "linalg_lu_factor_ex", h.shape, x), swaps, bad
+    both, swaps, _ = lu_parts(t, t.b.lu(x), m, n)
+    return both, cast(t, swaps, i32), zero_pivots(t, both)
 
 
 @rule(torch.linalg.lu_factor)
 def lu_factor(t: Trace, A: Tensor, *, pivot: bool = True) -> object:
-    both, swaps = _lu_factor(t, A, pivot, "linalg.lu_factor")
+    both, swaps, bad = _lu_factor(t, A, pivot, "linalg.lu_factor")
+    _refuse_zero(t, bad)
+    return _types.linalg_lu_factor((made(t, both), t.fresh(swaps)))
+
+
+def _refuse_zero(t: Trace, bad: Value) -> None:
     refuse_values(
         t,
-        zero_pivots(t, both),
+        bad,
         lambda batch, k: (
             f"torch.linalg.lu_factor: {batch}U[{k},{k}] is zero and using it on "
             "lu_solve would result in a division by zero. If you still want to perform the "
             "factorization, consider calling linalg.lu(A, pivot) or linalg.lu_factor_ex(A, pivot)"
         ),
     )
-    return _types.linalg_lu_factor((made(t, both), t.fresh(swaps)))
 
 
 @rule(torch.linalg.lu_factor_ex)
 def lu_factor_ex(t: Trace, A: Tensor, *, pivot: bool = True, check_errors: bool = False) -> object:
+    both, swaps, bad = _lu_factor(t, A, pivot, "linalg.lu_factor_ex")
     if check_errors:
-        found = lu_factor(t, A, pivot=pivot)
-        return _types.linalg_lu_factor_ex((*found, _no_info(t, A)))
-    both, swaps = _lu_factor(t, A, pivot, "linalg.lu_factor_ex")
-    failed = info(t, zero_pivots(t, both))
-    return _types.linalg_lu_factor_ex((made(t, both), t.fresh(swaps), failed))
-
-
-def _no_info(t: Trace, A: Tensor) -> TracedTensor:
-    h = t.lift(A)
-    return t.fresh(t.b.full(0, shape=h.shape[:-2], dtype=i32, device=h.device))
+        _refuse_zero(t, bad)
+    return _types.linalg_lu_factor_ex((made(t, both), t.fresh(swaps), info(t, bad)))
 
 
 @rule(torch._lu_with_info)
@@ -363,7 +356,7 @@ def linalg_lu(t: Trace, A: Tensor, *, pivot: bool = True) -> object:
         p = identity(t, x, (*batch, m, m))
         x = empty_solved(t, "linalg_lu", h.shape, x)
         return _types.linalg_lu((t.fresh(p), *_no_triangles(t, x)))
-    both, _, order = lu_parts(t, factors(t, x), m, n)
+    both, _, order = lu_parts(t, t.b.lu(x), m, n)
     with t.untaped():
         order = cast(t, order, i64)
     p = permutation(t, order, h.dtype)

@@ -7,6 +7,7 @@ import torch
 
 from tracejit.capture.functions.decompositions import diagonal, empty, identity, lu_parts, matrix
 from tracejit.capture.functions.derived import derived
+from tracejit.capture.functions.products import halved
 from tracejit.capture.functions.solutions import factored, solved
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
@@ -22,26 +23,9 @@ _types = torch.return_types
 
 
 def _product(t: Trace, x: Value) -> Value:
-    """Of the last axis, in halves."""
-    b, n = t.b, x.type.shape[-1]
+    """The product of the last axis."""
     rank = len(x.type.shape)
-
-    def part(start: int, stop: int) -> Value:
-        low = (*(0,) * (rank - 1), start)
-        return b.slice(x, starts=low, stops=(*x.type.shape[:-1], stop), steps=(1,) * rank)
-
-    nothing = (0,) * rank
-    while n > 1:
-        half = n // 2
-        both = b.mul(part(0, half), part(half, 2 * half))
-        if n % 2:  # the last one stands beside the products
-            last = b.pad(
-                part(n - 1, n), low=(*nothing[1:], half), high=nothing, interior=nothing, value=1.0
-            )
-            both = b.pad(both, low=nothing, high=(*nothing[1:], 1), interior=nothing, value=1.0)
-            both = b.mul(both, last)
-        x, n = both, both.type.shape[-1]
-    return b.reshape(x, shape=x.type.shape[:-1])
+    return t.b.reshape(halved(t, x, rank - 1), shape=x.type.shape[:-1])
 
 
 def _sign(t: Trace, swaps: Value) -> Value:

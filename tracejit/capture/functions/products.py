@@ -248,7 +248,7 @@ def prod(
     if not h.shape:
         value = t.b.alias(x)
     elif factors.type.shape[axis] > 1:
-        value = t.b.reshape(_halved(t, factors, axis), shape=kept)
+        value = t.b.reshape(halved(t, factors, axis), shape=kept)
     else:
         value = _of_one(t, factors, axis, kept)
     return t.fresh(t.saves(value, x, value))
@@ -257,7 +257,7 @@ def prod(
 def _of_one(t: Trace, x: Value, axis: int, kept: Ints) -> Value:
     """The product of one factor or none, whose constant derivative depends on it for torch."""
     with t.untaped():
-        value = t.b.alias(t.b.reshape(_halved(t, x, axis), shape=kept))
+        value = t.b.alias(t.b.reshape(halved(t, x, axis), shape=kept))
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         slope = b.reshape(cts[0], shape=x.type.shape) if x.type.shape[axis] else zeros(b, x)
@@ -266,7 +266,7 @@ def _of_one(t: Trace, x: Value, axis: int, kept: Ints) -> Value:
     return t.derive("prod", (x,), value, vjp)
 
 
-def _halved(t: Trace, x: Value, axis: int) -> Value:
+def halved(t: Trace, x: Value, axis: int) -> Value:
     """The product along an axis, of extent 1 in the end."""
     zeros = (0,) * len(x.type.shape)
     one = 1.0 if x.type.dtype.is_float else 1

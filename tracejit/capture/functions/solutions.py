@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tracejit.capture.functions.common import expand
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.decompositions import (
     by_columns,
     diagonal,
     empty,
     empty_solved,
-    factors,
     identity,
     info,
     lu_parts,
@@ -41,16 +41,16 @@ _types = torch.return_types
 
 def spread_to(t: Trace, x: Value, batch: Ints) -> Value:
     """Matrices for a larger batch."""
-    shape = (*batch, *x.type.shape[-2:])
-    if x.type.shape == shape:
-        return x
-    missing = len(shape) - len(x.type.shape)
-    kept = t.b.reshape(x, shape=(1,) * missing + x.type.shape) if missing else x
-    return t.b.expand(kept, shape=shape)
+    return expand(t, x, (*batch, *x.type.shape[-2:]))
 
 
-def common_batch(t: Trace, a: Handle, b: Handle, name: str) -> Ints:
-    """The batch of two lots of matrices together."""
+def common_batch(t: Trace, a: Handle, b: Handle, name: str, left: bool = True) -> Ints:
+    """The batch of two lots of matrices together, of A·X = B or X·A = B."""
+    if b.shape[-2 if left else -1] != a.shape[-1]:
+        raise t.shape_error(
+            f"{name}: Incompatible shapes of A and B for the equation "
+            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(b.shape)})"
+        )
     shape = broadcast_shape([a.shape[:-2], b.shape[:-2]])
     if shape is None:
         raise t.shape_error(f"{name}: the batches {a.shape[:-2]} and {b.shape[:-2]} do not fit")
@@ -85,7 +85,7 @@ def solved(t: Trace, a: Value, flat: Value, z: Value, transposed: bool = False) 
 def factored(t: Trace, a: Value) -> Value:
     """The flat factors of A, of which nothing is differentiated."""
     with t.untaped():
-        return factors(t, a)
+        return t.b.lu(a)
 
 
 def _pivots(t: Trace, flat: Value, n: int) -> Value:
@@ -115,12 +115,7 @@ def _solve(
     matrix(t, B, name, takes="floats")
     n, x, y = a.shape[-1], t.read(a), t.read(z)
     y = y if left else transpose(t.b, y)
-    if y.type.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation "
-            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    batch = common_batch(t, a, z, name, left)
     shape = (*batch, n, y.type.shape[-1])
     if not a.numel or 0 in shape:
         bad = t.b.full(False, shape=(*a.shape[:-2], 0), dtype=b1, device=a.device)
@@ -260,12 +255,7 @@ def solve_triangular(
     a, z = matrix(t, A, name, square=True), matrix(t, B, name)
     x, y, n = t.read(a), t.read(z), a.shape[-1]
     y = y if left else transpose(t.b, y)
-    if y.type.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation "
-            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    batch = common_batch(t, a, z, name, left)
     shape = (*batch, n, y.type.shape[-1])
     if 0 in shape:
         out = t.unread(empty(t, x, shape), y)
@@ -307,8 +297,6 @@ def triangular_solve(
 @composed(torch.cholesky_solve, Tensor.cholesky_solve)
 def cholesky_solve(t: Trace, B: Tensor, L: Tensor, upper: bool = False) -> Tensor:
     a, z = matrix(t, L, "cholesky_solve", square=True), matrix(t, B, "cholesky_solve")
-    if z.shape[-2] != a.shape[-1]:
-        raise t.shape_error(f"cholesky_solve: {list(a.shape)} and {list(z.shape)} do not fit")
     batch = common_batch(t, a, z, "cholesky_solve")
     x, y = spread_to(t, t.read(a), batch), spread_to(t, t.read(z), batch)
     if not a.numel or not z.numel:
@@ -363,13 +351,7 @@ def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoi
     z = matrix(t, B, name, takes="floats")
     if not left:
         return _lu_solve(t, LU, pivots, B.mT, True, not adjoint).mT
-    n = a.shape[-1]
-    if z.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation AX = B ({list(a.shape)} and "
-            f"{list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    n, batch = a.shape[-1], common_batch(t, a, z, name)
     shape = (*batch, n, z.shape[-1])
     if 0 in shape or not a.numel:
         return made(t, empty_solved(t, "linalg_lu_solve", shape, t.read(a), t.read(z)))

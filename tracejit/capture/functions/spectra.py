@@ -96,10 +96,6 @@ def cond(t: Trace, A: Tensor, p: object = None) -> Tensor:
 # --- ranks and pseudoinverses ------------------------------------------------------------------
 
 
-def _magnitudes(A: Tensor, hermitian: bool) -> Tensor:
-    return torch.linalg.eigvalsh(A).abs() if hermitian else torch.linalg.svdvals(A)
-
-
 def _above(A: Tensor, s: Tensor, atol: object, rtol: object) -> Tensor:
     """Which values count: those above atol, and above rtol times the largest."""
     if rtol is None:
@@ -133,17 +129,23 @@ def matrix_rank(
     with t.untaped():
         if not h.numel:
             return torch.zeros(h.shape[:-2], dtype=torch.int64)
-        s = _magnitudes(A, hermitian)
+        s = torch.linalg.eigvalsh(A).abs() if hermitian else torch.linalg.svdvals(A)
         return _above(A, s, atol, rtol).sum(-1)
 
 
-def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name: str) -> Tensor:
-    """V·S⁺·Uᵀ. The derivative is of Golub and Pereyra 1973, The differentiation of pseudo-inverses
-    and nonlinear least squares problems whose variables separate."""
+def _pinv(
+    t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V·S⁺·Uᵀ, the sizes of S, and which of them count.
+
+    The derivative is of Golub and Pereyra 1973, The differentiation of pseudo-inverses and
+    nonlinear least squares problems whose variables separate.
+    """
     h = matrix(t, A, name, square=hermitian)
     x = t.read(h)
     if not h.numel:
-        return A.mT @ A.new_zeros((*h.shape[:-1], h.shape[-2]))
+        none = A.new_zeros((*h.shape[:-2], 0))
+        return A.mT @ A.new_zeros((*h.shape[:-1], h.shape[-2])), none, none
     with t.untaped():
         if hermitian:
             s, u = torch.linalg.eigh(A)
@@ -151,11 +153,12 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
         else:
             u, s, vt = torch.linalg.svd(A, full_matrices=False)
             left, size = vt.mT, s
-        kept = torch.where(_above(A, size, atol, rtol), s.reciprocal(), 0.0)
+        counts = _above(A, size, atol, rtol)
+        kept = torch.where(counts, s.reciprocal(), 0.0)
         value = t.read(t.lift((left * kept.unsqueeze(-2)).matmul(u.mT)))
     if value.type.dtype is not h.dtype:  # by autocast, outside of which eager multiplies the two
         reason = f"{name}: expected m1 and m2 to have the same dtype"
-        return t.fresh(underived(t, "linalg_pinv", (x,), value, reason))
+        return t.fresh(underived(t, "linalg_pinv", (x,), value, reason)), size, counts
     b = t.b
 
     def backward(g: Value, p: Value, a: Value) -> Value:
@@ -168,7 +171,8 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
         right = b.sub(right, b.matmul(b.matmul(right, p), a))
         return b.sub(b.add(left, right), first)
 
-    return t.fresh(derived(t, "linalg_pinv", (x,), lambda x: value, (backward,)))
+    out = derived(t, "linalg_pinv", (x,), lambda x: value, (backward,))
+    return t.fresh(out), size, counts
 
 
 @composed(torch.linalg.pinv)
@@ -183,12 +187,12 @@ def pinv(
 ) -> Tensor:
     if rcond is not None:
         atol, rtol = 0.0, rcond
-    return _pinv(t, A, atol, rtol, hermitian, "linalg.pinv")
+    return _pinv(t, A, atol, rtol, hermitian, "linalg.pinv")[0]
 
 
 @composed(torch.pinverse, Tensor.pinverse)
 def pinverse(t: Trace, input: Tensor, rcond: float = 1e-15) -> Tensor:
-    return _pinv(t, input, 0.0, rcond, False, "pinverse")
+    return _pinv(t, input, 0.0, rcond, False, "pinverse")[0]
 
 
 @composed(torch.linalg.lstsq)
@@ -212,10 +216,10 @@ def lstsq(
     if m != B.shape[-2] or tuple(batch) != tuple(B.shape[:-2]):
         raise t.shape_error(f"{name}: the shapes {list(a.shape)} and {list(z.shape)} do not fit")
     rtol = torch.finfo(A.dtype).eps * max(m, n) if rcond is None else rcond
-    x = _pinv(t, A, 0.0, rtol, False, name).matmul(B)
+    inverse, values, counts = _pinv(t, A, 0.0, rtol, False, name)
+    x = inverse.matmul(B)
     with t.untaped():
-        values = torch.linalg.svdvals(A)
-        rank = _above(A, values, 0.0, rtol).sum(-1)
+        rank = counts.sum(-1)
     residuals = t.fresh(empty(t, t.read(a), (0,)))  # they require a gradient in eager
     if m > n and (driver == "gels" or (driver in ("gelsd", "gelss") and _is_full(t, rank, n))):
         residuals = (A.matmul(x) - B).square().sum(-2)

@@ -108,10 +108,6 @@ def vjp_triangular_a(b, g, y, a, z, *, upper: bool, transposed: bool, unit: bool
     return b.neg(triangle(b, outer, upper=upper, strict=unit))
 
 
-def vjp_lu_solve(b, g, y, factors, z, *, transposed: bool):
-    return b.lu_solve(factors, g, transposed=not transposed)
-
-
 def _cut(b, x, axis: int, start: int, stop: int):
     shape = x.type.shape
     axis += len(shape)
