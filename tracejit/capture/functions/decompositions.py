@@ -24,6 +24,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import LinAlgError
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import contiguous_strides, f32, f64, i32, i64
 
 Tensor = torch.Tensor
@@ -309,9 +310,7 @@ def _swapped(t: Trace, pivots: Value, m: int) -> Value:
     swaps = b.sub(cast(t, pivots, i64), 1)
     place = order = b.iota(axis=axis, shape=shape, dtype=i64, device=pivots.type.device)
     for i in range(k):
-        low, high = (*(0,) * axis, i), (*batch, i + 1)
-        other = b.slice(swaps, starts=low, stops=high, steps=(1,) * (axis + 1))
-        other = b.expand(other, shape=shape)
+        other = b.expand(part(b, swaps, axis, i, 1), shape=shape)
         mine, its = b.eq(place, i), b.eq(place, other)
 
         def at(hit: Value, order: Value) -> Value:
@@ -338,12 +337,6 @@ def _triangles(t: Trace, both: Tensor) -> tuple[Tensor, Tensor]:
     low, up = both[..., :k].tril(-1), both[..., :k, :].triu()
     low = low + torch.eye(*low.shape[-2:], dtype=both.dtype)
     return t.fresh(t.read(t.lift(low))), t.fresh(t.read(t.lift(up)))
-
-
-def cut(t: Trace, x: Value, axis: int, stop: int) -> Value:
-    rank = len(x.type.shape)
-    stops = tuple(stop if k == axis + rank else n for k, n in enumerate(x.type.shape))
-    return t.b.slice(x, starts=(0,) * rank, stops=stops, steps=(1,) * rank)
 
 
 @composed(torch.linalg.lu, kernel=True)

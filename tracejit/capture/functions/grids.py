@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tracejit.capture.functions.assembly import part
 from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.functions.derived import widen, widened
 from tracejit.capture.functions.patterns import position
@@ -23,6 +22,7 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import DType, i64
 
 Tensor = torch.Tensor

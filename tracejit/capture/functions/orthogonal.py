@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.functions.decompositions import (
-    cut,
     empty,
     identity,
     made,
@@ -22,6 +21,7 @@ from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
+from tracejit.ir.ops.movement import part
 
 Tensor = torch.Tensor
 _types = torch.return_types
@@ -108,8 +108,8 @@ def singular(t: Trace, x: Value, full: bool = False) -> tuple[Value, Value, Valu
     u, _, vt = split(b, flat, shapes)
 
     def slope(g: Value, y: Value, x: Value) -> Value:
-        left = cut(t, u, -1, k)
-        return b.matmul(b.mul(left, along(b, g, left.type.shape, -1)), cut(t, vt, -2, k))
+        left = part(b, u, -1, 0, k)
+        return b.matmul(b.mul(left, along(b, g, left.type.shape, -1)), part(b, vt, -2, 0, k))
 
     s = derived(t, "linalg_svd", (x,), lambda x: split(b, flat, shapes)[1], (slope,))
     return u, s, vt

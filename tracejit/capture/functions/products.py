@@ -19,6 +19,7 @@ from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
@@ -278,10 +279,7 @@ def halved(t: Trace, x: Value, axis: int) -> Value:
         if n % 2 or n == 0:
             x = t.b.pad(x, low=zeros, high=at(1), interior=zeros, value=one)
             continue
-        shape, steps = x.type.shape, (1,) * len(zeros)
-        middle = tuple(n // 2 if i == axis else m for i, m in enumerate(shape))
-        low = t.b.slice(x, starts=zeros, stops=middle, steps=steps)
-        x = t.b.mul(low, t.b.slice(x, starts=at(n // 2), stops=shape, steps=steps))
+        x = t.b.mul(part(t.b, x, axis, 0, n // 2), part(t.b, x, axis, n // 2, n // 2))
     return x
 
 

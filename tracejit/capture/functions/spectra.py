@@ -16,6 +16,7 @@ from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.matrix_derivatives import transpose, triangle
+from tracejit.ir.ops.movement import part
 
 Tensor = torch.Tensor
 _types = torch.return_types
@@ -278,9 +279,8 @@ def _without_gradient(t: Trace, new: Value, inputs: tuple[Value, ...], *of: Valu
 
 def _vectors(t: Trace, h: Value, k: int) -> Value:
     """Householder's vectors: what is below the diagonal, and ones on it."""
-    b, (*batch, m, _) = t.b, h.type.shape
-    rank = len(h.type.shape)
-    x = b.slice(h, starts=(0,) * rank, stops=(*batch, m, k), steps=(1,) * rank)
+    b = t.b
+    x = part(b, h, -1, 0, k)
     return b.add(triangle(b, x, strict=True), identity(t, x, x.type.shape))
 
 
