@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from benchmarks import image_steps, steps
+from benchmarks import image_steps, language_steps, steps
 from examples import fused_chain, transformer_block, two_layer_autograd, two_layer_manual
 
 Gemm = tuple[float, int, int, int]  # how often, m, k, n
@@ -67,6 +67,24 @@ def convolution(
 ) -> list[Gemm]:
     """Products of a convolution whose result has this side, as those of a linear layer."""
     return linear(batch * side * side, c * k * k, o, count, first)
+
+
+def transformer(
+    batch: int, length: int, width: int, heads: int, layers: int, vocabulary: int, seen: int = 0
+) -> tuple[Gemm, ...]:
+    """Products of a language model; a query sees `seen` keys (half of them: causal attention)."""
+    n, keys = batch * length, seen or length
+    attention = [(batch * heads, length, width // heads, keys)] * 3
+    attention += [(batch * heads, length, keys, width // heads)] * 3
+    per_layer = [
+        *linear(n, width, width, 4),
+        *linear(n, width, 4 * width),
+        *linear(n, 4 * width, width),
+        *attention,
+    ]
+    return tuple((layers * times, *sizes) for times, *sizes in per_layer) + tuple(
+        linear(n, width, vocabulary)
+    )
 
 
 _NET = {"n": 9, "d_in": 20, "h": 12, "d_out": 5}
@@ -141,6 +159,7 @@ _STEPS = {"steps": 7, "batch": 3, "width": 5}
 # Queries see half of the keys.
 _ATTENTION = (*((64, 512, 64, 256),) * 3, *((64, 512, 256, 64),) * 3)
 _IMAGES = {"batch": 2, "side": 9}
+_TOKENS = {"layers": 1, "width": 8, "heads": 2, "vocabulary": 11, "batch": 2, "length": 6}
 _ELEMENTS = 4096 * 1024
 
 
@@ -205,6 +224,19 @@ CASES: dict[str, Case] = {
         _GRU,
         optimizer="Adam",
         sizes={"kind": "GRU", "both": True},
+    ),
+    "gpt": Case(
+        language_steps.gpt, _TOKENS, transformer(4, 64, 128, 4, 4, 512, 32), optimizer="Adam"
+    ),
+    "gpt_384": Case(
+        language_steps.gpt,
+        _TOKENS,
+        transformer(4, 128, 384, 6, 6, 8192, 64),
+        optimizer="Adam",
+        sizes={"layers": 6, "width": 384, "heads": 6, "vocabulary": 8192, "length": 128},
+    ),
+    "bert_tiny": Case(
+        language_steps.bert, _TOKENS, transformer(8, 64, 128, 2, 2, 30522), optimizer="Adam"
     ),
     "dynamic_net": Case(
         steps.dynamic_net,

@@ -35,13 +35,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from support.scope import sampled
+    from support.scope import sample
 
-    sweeps = [(item, item.get_closest_marker("sweep")) for item in items]
-    left = [item for item, sweep in sweeps if sweep and not sampled(item.name, *sweep.args)]
+    sweeps: dict[object, list[pytest.Item]] = {}  # the cases of each test function
+    for item in items:
+        if item.get_closest_marker("sweep"):
+            sweeps.setdefault((item.path, item.originalname), []).append(item)
+    left: set[pytest.Item] = set()
+    for cases in sweeps.values():
+        left.update(cases)
+        left.difference_update(sample(cases, *cases[0].get_closest_marker("sweep").args))
     if left:
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+        config.hook.pytest_deselected(items=[item for item in items if item in left])
+        items[:] = [item for item in items if item not in left]
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     for item in items:
         if item.get_closest_marker("interpret") and not interpreting:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import tracejit
+from examples import gpt
 from support import encoder_nets, language_nets
 from support.language_nets import LENGTH, VOCABULARY
 from tracejit.testing import assert_equal_to_eager, losses_agree
@@ -125,6 +126,18 @@ def test_models_in_lockstep(name):
         step, lambda: batch, calls=4, state=state, on_unsupported="raise", backend="numpy"
     )
     assert compiled.stats.replays, compiled.explain_mode()
+
+
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_example_trains_like_eager(bf16, capsys):
+    """From one seed, with dropout, clipping and a schedule that cycles betas too."""
+    sizes = {"batch": 4, "layers": 2, "width": 16, "dropout": 0.1}
+    ours, eager = gpt.main(steps=100, bf16=bf16, eager=True, **sizes)
+    if bf16:  # one rounding another way is 2^-8 of a value
+        assert ours == pytest.approx(eager, rel=2**-8)
+    else:
+        check_losses(ours, eager)
+    assert "replay: 1 plan(s) armed" in capsys.readouterr().out
 
 
 # ---- nanoGPT's loop

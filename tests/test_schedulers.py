@@ -144,6 +144,22 @@ def test_schedule(kind, place):
         lockstep(make, compiles=SCHEDULERS[kind][2], calls=calls, mode=mode)
 
 
+@pytest.mark.parametrize("kind", SCHEDULERS.keys() - {ReduceLROnPlateau}, ids=lambda k: k.__name__)
+def test_a_schedule_in_the_step_is_replayed(kind):
+    """Betas that a scheduler cycles are a tuple that is another one in each call."""
+    make = scheduled(kind, inside=True)
+    ours, eager = make(torch.float32), make(torch.float32)
+    step = tracejit.compile(ours.step)
+    for _ in range(8):
+        torch.testing.assert_close(step(), eager.step())
+    numbers = [
+        [{k: v for k, v in g.items() if k != "params"} for g in t.optimizers[0].param_groups]
+        for t in (ours, eager)
+    ]
+    assert numbers[0] == numbers[1]
+    assert step.stats.replays >= 4, step.explain_mode()
+
+
 # ---- a learning rate that is a tensor
 
 

@@ -135,45 +135,41 @@ class _Look:
         """The costs of launches that have programs; `seconds` are of all, as they were measured."""
         rows = iter(report(plan, target=self.gpu.target).rows) if self.machine_code else None
         costs = []
-        measured = None if seconds is None else by_launch(plan, seconds)
-        for i, (launch, least) in enumerate(zip(plan.launches, bytes_moved(plan), strict=True)):
+        unmeasured = [None] * len(plan.launches)
+        times = unmeasured if seconds is None else by_launch(plan, seconds)
+        for launch, least, measured in zip(plan.launches, bytes_moved(plan), times, strict=True):
             if launch.kernel.call is not None:
-                costs.append(
-                    self._of_host(launch, least, None if measured is None else measured[i])
-                )
+                costs.append(self._of_host(launch, least, measured))
                 continue
             source, shape, works = self._printed(launch)
             if not shape.grid[0]:
                 continue
             row = None if rows is None else next(rows)
-            times = plan.times(launch)
-            filled, found = self._judged(works, shape, least // times, row)
-            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least // times,)
-            self._note(source.name, launch, fall_short(works, apart, filled))
+            calls = plan.times(launch)
+            filled, found = self._judged(works, shape, least // calls, row)
+            apart = bytes_apart(plan, launch) if launch.kernel.parts else (least // calls,)
+            self._note(source.name, launch, [said(*x) for x in fall_short(works, apart, filled)])
             costs.append(
                 LaunchCost(
                     kernel=source.name,
                     lines=launch.kernel.lines,
                     bytes=least,
-                    issued_bytes=sum(w.issued for w in works) * times,
-                    operations=sum(w.operations + w.products for w in works) * times,
+                    issued_bytes=sum(w.issued for w in works) * calls,
+                    operations=sum(w.operations + w.products for w in works) * calls,
                     steps=filled.steps,
-                    seconds=found.seconds * times,
+                    seconds=found.seconds * calls,
                     bound=found.bound,
-                    measured=None if measured is None else measured[i],
-                    times=times,
+                    measured=measured,
+                    times=calls,
                 )
             )
         return costs
 
     def _of_host(self, launch: Launch, least: int, measured: float | None) -> LaunchCost:
         """What a call of the host costs: no GPU makes it, so no time is predicted."""
-        call, name = launch.kernel.call, f"host_{launch.kernel.call.op.name}"
-        where = joined(launch.kernel.lines)
-        self.short.append(f"launch {self._count} ({name}): LAPACK runs on the CPU only; {where}")
-        self._count += 1
-        done = operations_of(call)
-        lines = launch.kernel.lines
+        call, lines = launch.kernel.call, launch.kernel.lines
+        name, done = f"host_{call.op.name}", operations_of(call)
+        self._note(name, launch, ["LAPACK runs on the CPU only"])
         return LaunchCost(name, lines, least, least, done, 0, 0.0, "the host", measured)
 
     def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:
@@ -198,10 +194,10 @@ class _Look:
             predict(works, self.gpu, per_sm, least, precision=self.precision, copies=copies),
         )
 
-    def _note(self, name: str, launch: Launch, found: list[tuple[str, float, float]]) -> None:
+    def _note(self, name: str, launch: Launch, short: list[str]) -> None:
+        """Keep what a launch falls short of, with its number and the user's lines."""
         where = joined(launch.kernel.lines)
-        for one in found:
-            self.short.append(f"launch {self._count} ({name}): {said(*one)}; {where}")
+        self.short += [f"launch {self._count} ({name}): {what}; {where}" for what in short]
         self._count += 1
 
 
@@ -227,10 +223,10 @@ def _kernels(
     found = []
     for program, seconds in zip(programs, times, strict=True):
         loaded = program.loaded
-        rows = zip(loaded.sources, loaded.lines(), loaded.bytes_moved(), strict=True)
-        for i, (source, lines, nbytes) in enumerate(rows):
-            measured = None if seconds is None else seconds[i]
-            found.append(KernelCost(source.name, tuple(lines), nbytes, measured))
+        measured = [None] * len(loaded.sources) if seconds is None else seconds
+        rows = zip(loaded.sources, loaded.lines(), loaded.bytes_moved(), measured, strict=True)
+        for source, lines, nbytes, took in rows:
+            found.append(KernelCost(source.name, tuple(lines), nbytes, took))
     return found
 
 

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
 
 WHOLE = os.environ.get("TRACEJIT_TEST_ALL") == "1"
 
@@ -11,3 +16,8 @@ WHOLE = os.environ.get("TRACEJIT_TEST_ALL") == "1"
 def sampled(name: str, of: int = 2) -> bool:
     """Whether a case is among those that `make test` runs too: one of so many."""
     return WHOLE or zlib.crc32(name.encode()) % of == 0
+
+
+def sample(cases: Sequence[pytest.Item], of: int = 2) -> list[pytest.Item]:
+    """The cases of a sweep that `make test` runs: one of so many, and at least one."""
+    return [case for case in cases if sampled(case.name, of)] or list(cases[:1])

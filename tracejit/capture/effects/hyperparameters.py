@@ -51,9 +51,10 @@ class _Group:
 _NO_FLOATS = frozenset({bool, type(None), list, int, str, torch.Tensor})
 
 
-def _has_floats(x: object) -> bool:
+def has_floats(x: object) -> bool:
+    """Whether an item of a param group is made of runtime scalars while a trace runs."""
     if type(x) is tuple:
-        return any(map(_has_floats, x))
+        return any(map(has_floats, x))
     return isinstance(x, float) and not isinstance(x, TracedFloat)  # numpy's float64 too
 
 
@@ -128,7 +129,7 @@ class Hyperparameters:
                     continue
                 if _holds_traced(value) and not _live(value):
                     value = group[key] = _plain(value)  # the user kept it from an earlier call
-                if not _has_floats(value):
+                if not has_floats(value):
                     continue
                 place = path(group, key)
                 group[key] = self._traced(value, place)
@@ -137,7 +138,7 @@ class Hyperparameters:
     def _traced(self, x: object, path: Path) -> object:
         if type(x) is tuple:
             return tuple(self._traced(item, (*path, i)) for i, item in enumerate(x))
-        return self.trace.scalar(float(x), path) if _has_floats(x) else x
+        return self.trace.scalar(float(x), path) if has_floats(x) else x
 
     def _restore(self) -> list[tuple[int, str, object]]:
         """Make all floats plain again; returns what the step stored of runtime scalars, and in

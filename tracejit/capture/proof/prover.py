@@ -13,6 +13,7 @@ from types import FunctionType
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
+from tracejit.capture.effects.hyperparameters import has_floats
 from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import (
     Armed,
@@ -206,7 +207,7 @@ class Prover:
             variable
             for variable, before in walk.held
             if variable.id not in known | self._plain
-            and not (type(before) is float and id(variable.holder) in walk.groups)
+            and not (id(variable.holder) in walk.groups and has_floats(before))
             and (variable.changed(before) or self._varies(variable, before))
         ]
         vary = {path for path, x in walk.integers.items() if self._numbers.get(path, x) != x}
