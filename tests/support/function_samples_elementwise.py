@@ -260,9 +260,14 @@ _undifferentiated = [
     v(0.0, -0.0, 0.3, 0.5, -2.0, 30.0, inf, -inf, nan),
     r(9, dtype=f64),
 ]
+_undifferentiated += [torch.linspace(-12, 12, 97), torch.linspace(0.1, 130, 60, dtype=f64)]
+_undifferentiated += [v(1e-6, 2.0, 2.09, -2.09, 5.1, 8.4, 103.0, 1e-30, dtype=f64)]
 _undifferentiated += [r(5, dtype=i64), r(5, dtype=b1), r(5, dtype=bf16), r(5, dtype=f16)]
 row(
-    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1",
+    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1 "
+    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_airy_ai "
+    "special_modified_bessel_k0 special_modified_bessel_k1 special_scaled_modified_bessel_k0 "
+    "special_scaled_modified_bessel_k1",
     [S(x) for x in _undifferentiated],
     exact=False,
 )

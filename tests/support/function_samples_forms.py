@@ -91,7 +91,15 @@ _exponents += [S(r(3, 1), r(5), smooth=True), S(r(3, dtype=f64), v(5))]
 row("ldexp ldexp_", _exponents, exact=False)
 row(
     "linalg_vander",
-    [S(r(5)), S(r(3, 5), N=3), S(r(5, dtype=i64), N=4), S(r(5), N=1), S(r()), S(v(1.3), N=5)]
+    [
+        S(r(5)),
+        S(r(3, 5), N=3),
+        S(r(5, dtype=i64), N=4),
+        S(r(5), N=1),
+        S(r()),
+        S(v(1.3), N=5),
+        S(v(1.3)[0], N=3),
+    ]
     + [S(v(1.5, -2.0).to(dtype)) for dtype in (bf16, torch.float16)],
     exact=False,
 )

@@ -210,8 +210,7 @@ register(("ldexp",), in_torch(_ldexp))
 @composed(torch._C._linalg.linalg_vander)
 def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
     """Powers 0 … N - 1 of each element, as running products."""
-    if not x.dim():
-        raise t.shape_error("linalg.vander: input must be at least 1-D")
+    x = x if x.dim() else x.unsqueeze(0)
     n = x.shape[-1] if N is None else N
     if n <= 1:
         raise t.shape_error("N must be greater than 1.")
@@ -320,5 +319,5 @@ def native_group_norm(
 ) -> tuple:
     out = torch.group_norm(input, group, weight, bias, eps)
     dtype = _dtype_of_moments(t, input, weight, wide=False)
-    moments = _moments(input.reshape(N, group, -1), [2], eps, dtype)
+    moments = _moments(input.reshape(N, group, C // group * HxW), [2], eps, dtype)
     return out, *(x.squeeze(-1) for x in moments)
