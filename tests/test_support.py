@@ -155,6 +155,11 @@ ONCE = {
     "torch.linalg.cross": "of its samples' second derivatives rounding is left",
     "Tensor.fill_diagonal_": "the old value has gradient zero",
     "torch.rrelu": "piecewise linear",
+    "torch.frexp": "piecewise linear",
+    "torch.as_strided_scatter": "linear",
+    "torch.ctc_loss": "eager has no second derivative",
+    "torch.nn.functional.ctc_loss": "eager has no second derivative",
+    "torch.segment_reduce": "eager has no second derivative",
     "torch.rrelu_": "piecewise linear",
     "torch.nn.functional.rrelu": "piecewise linear",
 }
