@@ -272,6 +272,27 @@ row(
     exact=False,
 )
 
+_x = torch.linspace(-1.5, 1.7, 23)
+_xs = [_x, _x.double(), _x[:20].reshape(4, 5).t(), torch.zeros(0), v(1, 2, 3).to(i64)]
+_points = [S(x, n) for x in _xs for n in (0, 1, 2.7, 5)] + [S(_x, n) for n in (-1, 7, 12, inf)]
+_points += [S(v(-1.0, -0.0, 0.0, 0.5, 1.0, inf, -inf), n) for n in (1, 3, 9)]
+_points += [S(_x, torch.arange(23) % 12 - 1), S(_x[:, None], v(0.0, 3.9, -0.5, 10.0, nan, inf))]
+_points += [
+    S(0.3, v(2.0, 5.0)),
+    S(_x[:1], torch.zeros(0, dtype=i64)),
+    S(_x.to(bf16), 2),
+    no(_x.double(), 400),
+]
+row(
+    "special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v "
+    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_t "
+    "special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v "
+    "special_shifted_chebyshev_polynomial_w special_hermite_polynomial_h "
+    "special_hermite_polynomial_he special_laguerre_polynomial_l special_legendre_polynomial_p",
+    _points,
+    exact=False,
+)
+
 # --- parts of numbers ----------------------------------------------------------------------------
 
 _numbers = v(0.0, -0.0, 1.0, -0.75, 3e38, -1e-40, 1e-45, inf, -inf, nan, 0.5, 1e-38)
