@@ -6,6 +6,7 @@ Each case is compared with eager after every call; see `support/worlds.py`.
 from __future__ import annotations
 
 import copy
+import math
 from collections import namedtuple
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import tracejit
-import tracejit.programs
+import tracejit.pipeline
 from support.worlds import Case, Trainer, X, Y, check, table
 
 CASES: dict[str, Case] = {}
@@ -673,15 +674,33 @@ def test_what_ran_is_shown():
     assert len(compiled.kernels) == len(first.launches) + len(rest.launches)
 
 
+def test_what_a_stage_has_computed_is_forgotten_when_the_call_fails():
+    """Python raises on a value that it has read; then the same tensor holds another one."""
+
+    def step(x):
+        return x * 2 if math.sqrt(x.sum().item()) > 1 else x * 3
+
+    x = torch.ones(3)
+    compiled = tracejit.compile(step, backend="numpy")
+    for _ in range(4):
+        compiled(x)
+    assert compiled.stats.replays
+    x.fill_(-1)
+    with pytest.raises(ValueError):
+        compiled(x)
+    x.fill_(2)
+    assert torch.equal(compiled(x), x * 2)
+
+
 def test_branches_share_what_they_begin_with(monkeypatch):
     made = []
-    first = tracejit.programs.Programs.build
+    first = tracejit.pipeline.Pipeline.build
 
     def build(self, graph, *args, **kwargs):
         made.append(str(graph))
         return first(self, graph, *args, **kwargs)
 
-    monkeypatch.setattr(tracejit.programs.Programs, "build", build)
+    monkeypatch.setattr(tracejit.pipeline.Pipeline, "build", build)
     w = torch.ones(3, requires_grad=True)
 
     def step(x):

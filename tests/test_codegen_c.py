@@ -64,7 +64,7 @@ def test_text_helpers():
 
 def test_a_unit_reads_like_the_plan():
     text = printed(CHAIN)
-    assert "const float v2 = (v0 > 0.0f) | (v0 != v0) ? v0 : 0.0f;" in text
+    assert "const float v2 = (0.0f > v0) | (0.0f != 0.0f) ? 0.0f : v0;" in text
     assert "// step.py:1" in text and "// step.py:2" in text
     assert "#pragma omp simd reduction(+:t5)" in text
     assert ".b0 = buffers[0]" in text

@@ -377,7 +377,7 @@ def test_a_failing_compilation_changes_nothing(monkeypatch):
         with torch.no_grad():
             w.sub_(w.grad)
 
-    driver = sys.modules["tracejit.programs"]
+    driver = sys.modules["tracejit.pipeline"]
     before = w.detach().clone()
     compiled = tracejit.compile(step)
     with monkeypatch.context() as patch:

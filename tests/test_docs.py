@@ -28,7 +28,9 @@ from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
+from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.sorting import deal_sorted
 from tracejit.schedule.cpu.text import parse_cpu_kernel
@@ -218,6 +220,8 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "unpack": unpacked,
     "fuse_columns": column_sums,
     "orient": on_kernel(orient),
+    "write_out_phases": on_kernel(write_out_phases),
+    "copy_planes": on_kernel(copy_planes),
     "choose_loops": on_kernel(choose_loops),
     "deal_sorted": on_kernel(deal_sorted),
     "cache_rows": on_kernel(cache_rows),

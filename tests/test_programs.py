@@ -144,6 +144,7 @@ def test_the_dispatch_check_sees_eager_compute():
         ("two_layer_autograd", {"steps": 6}),
         ("fused_chain", {"steps": 4, "n": 10_001}),
         ("demo", {"steps": 20}),
+        ("save_and_load", {"steps": 6}),
     ],
 )
 def test_examples_run(module, arguments, capsys):

@@ -54,7 +54,7 @@ def slow_step(monkeypatch) -> list[str]:
     seen = []
     monkeypatch.setattr(Line, "tick", lambda self: seen.append(self.name))
     monkeypatch.setattr(
-        "tracejit.programs.stage", lambda *x: (stage(*x), seen.append(progress._here.line.stage))
+        "tracejit.pipeline.stage", lambda *x: (stage(*x), seen.append(progress._here.line.stage))
     )
 
     def step(x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,9 @@ from tracejit.schedule.cpu.digits import extents_of, over_digits, taken_apart
 from tracejit.schedule.cpu.layout import place, scratch_bytes
 from tracejit.schedule.cpu.loops import choose_loops
 from tracejit.schedule.cpu.lower import lower, lower_kernel
+from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, CpuPlan
+from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.text import (
     identity,
@@ -34,7 +36,7 @@ from tracejit.schedule.cpu.tiles import (
 )
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.cpu.windows import windows_of
-from tracejit.schedule.kernel import Axis, FloorDiv, Index
+from tracejit.schedule.kernel import Axis, FloorDiv, Index, Load
 from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Plan
 
@@ -216,6 +218,173 @@ def test_taps_are_no_vector_loop():
     for n, first in ((32, "outer: i1 by 256 in 1 chunks"), (2, "outer: points in 1 chunks")):
         found = choose_loops(parse_cpu_kernel(dedent(taps.format(n=n))))
         assert str(found).splitlines()[0] == first
+
+
+DEPTHWISE = """
+kernel(b0: f32 r, b1: f32 r, b2: f32 w) over (i0: 8, i1: 6, i2: 5) {
+  stage (i3: 3, i4: 2) {
+    v1: f32 = load b0[i0 * 6 + i3 * 2 + i4]
+    v2: f32 = load b1[i0 * 130 + i1 * 20 + i2 * 2 + i3 * 10 + i4 + -11] if MASK
+    v3: f32 = mul(v1, v2)
+    v4: f32 = reduce_sum v3
+  }
+  stage () {
+    store b2[i0 * 30 + i1 * 5 + i2] <- v4
+  }
+}"""
+MASK = "0 <= i1 * 2 + i3 + -1 < 13 and 0 <= i2 * 2 + i4 + -1 < 10"
+
+
+def test_windows_with_strides_read_padded_planes():
+    """12 lines of a padded plane: from -1 to 10 + 3 - 1; and the columns from -1 to 8."""
+    found = copy_planes(parse_cpu_kernel(DEPTHWISE.replace("MASK", MASK)))
+    fill, results = found.kernel.stages
+    assert [a.extent for a in fill.axes] == [13, 10] and found.rows == ("plane0",)
+    assert [a.name for a in found.kernel.axes] == ["i0"]
+    assert [a.name for a in results.axes] == ["i1", "i2"]
+    loads = [s for s in results.body if isinstance(s, Load) and s.buffer == "plane0"]
+    assert [s.index.offset for s in loads] == [0, 1, 10, 11, 20, 21]
+    assert all(s.index.terms == (("i1", 20), ("i2", 2)) and not s.mask for s in loads)
+    assert parse_cpu_kernel(str(found)) == found
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (f" if {MASK}", ""),  # nothing stands outside
+        (MASK, MASK.partition(" and")[0]),  # one tap axis is no direction of a window
+        (MASK, MASK.replace("i3", "i3 * 2")),  # lines are not in step with the load
+        ("i2 * 2 + i3", "i2 * 3 + i3"),
+        ("f32", "bf16"),
+        ("i4: 2", "i4: 20"),  # too many to be written out
+        ("i2: 5", "i2: 3"),  # rows too short
+        ("over (i0: 8, ", "over ("),  # one plane
+        ("i1 * 20", "i1 * 20000"),
+        ("i1: 6", "i1: 6000"),  # more than a cache holds
+    ],
+)
+def test_other_windows_stay(old, new):
+    text = DEPTHWISE.replace("MASK", MASK)
+    if old.startswith("over"):
+        text = text.replace("i0 * 6 + ", "").replace("i0 * 130 + ", "").replace("i0 * 30 + ", "")
+    assert old in text
+    kernel = parse_cpu_kernel(text.replace(old, new))
+    assert copy_planes(kernel) is kernel
+
+
+def test_gradients_of_taps_read_planes_of_all_images():
+    check(
+        copy_planes,
+        """
+        kernel(b0: f32 r, b1: f32 r, b2: f32 rw; ; s0) over (i0: 8, i1: 2) {
+          stage (i2: 3, i3: 9) {
+            v1: f32 = load b0[i0 * 9 + i2 * 72 + i3]
+            v2: f32 = load b1[i0 * 9 + i1 + i2 * 72 + i3 + -1] if 0 <= i1 + i3 + -1 < 9
+            v3: f32 = mul(v1, v2)
+            v4: f32 = reduce_sum v3
+          }
+          stage () {
+            v5: f32 = load b2[i0 * 2 + i1]
+            v6: f32 = mul(v4, s0)
+            v7: f32 = sub(v5, v6)
+            store b2[i0 * 2 + i1] <- v7
+          }
+        }""",
+        """
+        rows plane0
+        kernel(b0: f32 r, b1: f32 r, b2: f32 rw, plane0: f32 rw; ; s0) over (i0: 8) {
+          stage (i2: 3, i500: 10) {
+            v2: f32 = load b1[i0 * 9 + i2 * 72 + i500 + -1] if 0 <= i500 + -1 < 9
+            store plane0[i2 * 10 + i500] <- v2
+          }
+          stage (i2: 3, i3: 9) {
+            v1: f32 = load b0[i0 * 9 + i2 * 72 + i3]
+            v8: f32 = load plane0[i2 * 10 + i3]
+            v9: f32 = mul(v1, v8)
+            v10: f32 = reduce_sum v9
+            v14: f32 = load plane0[i2 * 10 + i3 + 1]
+            v15: f32 = mul(v1, v14)
+            v16: f32 = reduce_sum v15
+          }
+          stage () {
+            v11: f32 = load b2[i0 * 2]
+            v12: f32 = mul(v10, s0)
+            v13: f32 = sub(v11, v12)
+            store b2[i0 * 2] <- v13
+            v17: f32 = load b2[i0 * 2 + 1]
+            v18: f32 = mul(v16, s0)
+            v19: f32 = sub(v17, v18)
+            store b2[i0 * 2 + 1] <- v19
+          }
+        }""",
+    )
+
+
+REMAINDERS = """
+kernel(b0: f32 r, b1: f32 w) over (i0: 6) {
+  stage (i1: 12) {
+    v1: f32 = load b0[i0 * 4 + i1 // 3] if 0 <= i1 % 3 + -1 < 2
+    v2: f32 = reduce_max v1
+  }
+  stage () {
+    store b1[i0] <- v2
+  }
+}"""
+
+
+def test_remainders_are_folded():
+    check(
+        write_out_phases,
+        REMAINDERS,
+        """
+        kernel(b0: f32 r, b1: f32 w) over (i0: 6) {
+          stage (i1: 4) {
+            v3: f32 = load b0[i0 * 4 + i1]
+            v4: f32 = load b0[i0 * 4 + i1]
+            v5: f32 = maximum(0.0, v3)
+            v6: f32 = maximum(v5, v4)
+            v2: f32 = reduce_max v6
+          }
+          stage () {
+            store b1[i0] <- v2
+          }
+        }""",
+    )
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("i1 % 3", "i1"),  # no remainder is asked for
+        ("i1: 12", "i1: 13"),  # the last one is not whole
+        ("// 3", "// 2"),
+        ("i1 % 3", "(i1 + 1) % 3"),
+        ("i1 // 3] if 0 <= i1 % 3", "i1 // 6] if 0 <= i1 % 6"),  # too many
+        ("f32", "bf16"),  # which rounds a sum once
+    ],
+)
+def test_other_remainders_stay(old, new):
+    kernel = parse_cpu_kernel(REMAINDERS.replace(old, new))
+    assert write_out_phases(kernel) == kernel
+
+
+def test_what_is_the_same_along_the_row_does_not_choose_the_loop():
+    """Means of channels are loaded once for each; images lie along the inner axes."""
+    text = """
+    kernel(b0: f32 r, b1: f32 r, b2: f32 r, b3: f32 w) over (i0: 1280) {
+      stage (i1: 32, i2: 16) {
+        v1: f32 = load b0[i0 * 512 + i1 * 16 + i2]
+        v2: f32 = load b1[i0]
+        v3: f32 = sub(v1, v2)
+        v4: f32 = load b2[i0]
+        v5: f32 = mul(v3, v4)
+        v6: f32 = reduce_sum v5
+      }
+      stage () {
+        store b3[i0] <- v6
+      }
+    }"""
+    assert "outer: points" in str(choose_loops(parse_cpu_kernel(text)))
 
 
 def test_a_kernel_without_outer_axes_is_a_loop_nest_per_stage():

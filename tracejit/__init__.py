@@ -5,13 +5,16 @@ __version__ = "0.1.0"
 from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
+from tracejit.saved.loaded import LoadedStep, load
 
 __all__ = [
     "CapturedStep",
     "CompiledStep",
+    "LoadedStep",
     "Stats",
     "__version__",
     "capture",
     "compile",
     "errors",
+    "load",
 ]

@@ -34,13 +34,15 @@ from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
 from tracejit.capture.python import words
 from tracejit.capture.python.garbage import uncollected
+from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
 from tracejit.capture.tracer import Tracer
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import Inspected
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
-from tracejit.programs import MAX_PROGRAMS, Compiled, Programs, Stats
+from tracejit.pipeline import Stats
+from tracejit.programs import MAX_PROGRAMS, Compiled, Programs
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
@@ -318,13 +320,16 @@ class CompiledStep(Inspected):
         self.stats.add("capture", started)
         call = done.call if way is None else way.call
         names = functools.partial(names_of_inputs, self._function, args, kwargs)
-        armed = None
+        armed = signature = None
         try:
             if way is None:
                 compiled, what, captured = self._found(done.captured, call, failed, names)
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
+                if armed is not None:
+                    owners = [call.reals[i] for i, _ in captured.grads_read]
+                    signature = signature_of(args, kwargs, self._count_bound(args), owners)
                 prover.over()
                 self._warn_of_rerun()
             else:
@@ -345,8 +350,13 @@ class CompiledStep(Inspected):
             tracer.rest()
             self._resting = tracer
         if armed is not None:
-            self._arm(armed, compiled, captured, call)
+            self._arm(armed, compiled, captured, call, signature)
         return result
+
+    def _count_bound(self, args: tuple) -> int:
+        """How many first arguments the step is bound to, as a method, here or in its class."""
+        of_class = bool(args) and getattr(type(args[0]), self.__name__, None) is self
+        return len(self._bound_to) or int(of_class)
 
     def _found(
         self, captured: Captured, call: Call, failed: str, names: Callable
@@ -386,15 +396,21 @@ class CompiledStep(Inspected):
             what = generate(captured, *given, None, parts, checking=compiled.checking)
         return compiled, what, parts, captured
 
-    def _arm(self, armed: Armed, compiled: Compiled, captured: Captured, call: Call) -> None:
+    def _arm(
+        self,
+        armed: Armed,
+        compiled: Compiled,
+        captured: Captured,
+        call: Call,
+        signature: Signature,
+    ) -> None:
         """From now on calls that a guard accepts are replayed."""
         parts = self._programs.parts(compiled, captured, captured.early)
         given = compiled.program, compiled.final, compiled.backwards, self._hooks
         what = generate(captured, *given, armed, parts, checking=compiled.checking)
         if knobs.debug() >= 4:
             print(what.text)
-        read = captured.branches, len(captured.cuts)
-        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), *read)
+        replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), captured, signature)
         self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]
         self.stats.branches = sum(r.decides for r in self._replays)
@@ -404,7 +420,7 @@ class CompiledStep(Inspected):
         """Keep why a call was not replayed."""
         if failed:
             text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
-            self._programs.report(f"not replayed: {text}")
+            self._programs.pipeline.report(f"not replayed: {text}")
             self._remarks.retraced(text)
         if built:
             self._prover.built()

@@ -133,6 +133,25 @@ class GraphError(TracejitError, RuntimeError):
     )
 
 
+class CannotSave(TracejitError, RuntimeError):
+    """A step has something that a file cannot keep: code of the user's that decides, or an object
+    of the user's that it changes."""
+
+    message = "{step} cannot be saved: {reason}. {remedy}"
+
+
+class SavedFileError(TracejitError, ValueError):
+    """A file that is no saved step, is damaged, or was written by a later version."""
+
+    message = "{path} cannot be loaded: {reason}"
+
+
+class CallError(TracejitError, ValueError):
+    """A loaded step was called with arguments that none of its plans takes."""
+
+    message = "{step}: {reason}"
+
+
 class InvalidGraph(TracejitError):
     """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from types import FunctionType
 from typing import TYPE_CHECKING
+
+import torch
 
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
-from tracejit.programs import Compiled, Programs, Stats
+from tracejit.options import Options
+from tracejit.pipeline import Stats
+from tracejit.programs import Compiled, Programs
 from tracejit.remarks import Remarks
 from tracejit.run import Replay, Run
 from tracejit.runtime.program import Program
@@ -25,6 +31,8 @@ class Inspected:
 
     __name__: str
     stats: Stats
+    options: Options
+    _function: FunctionType
     _lock: threading.RLock
     _last: Compiled | None
     _last_run: Run | None
@@ -33,6 +41,28 @@ class Inspected:
     _fallback: Fallback | None
     _prover: Prover
     _remarks: Remarks
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Put the step into a file, from which `tracejit.load(path)` runs it without its code.
+
+        The file has every plan that a call would replay now (one for each set of shapes), the
+        parameters, buffers, gradients and optimizer state as they are, and the numbers that the
+        step reads: learning rates, counters. See docs/saving.md.
+
+        Raises CannotSave for what a file cannot keep, such as a step that is not replayed: its
+        Python decides what it does; and OSError where the file cannot be written.
+        """
+        from tracejit.saved.loaded import save
+        from tracejit.saved.save import Saving, saved_step
+
+        with self._lock:
+            saving = Saving(self._programs.name, self._function)
+            options = {
+                "fuse": self.options.fuse,
+                "remat": self.options.remat,
+                "precision": torch.get_float32_matmul_precision(),
+            }
+            save(path, saved_step(saving, self._replays, options, self.explain_mode))
 
     @property
     def graph(self) -> Graph | None:

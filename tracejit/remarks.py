@@ -6,7 +6,7 @@ from collections import deque
 
 from tracejit.capture.trace import location
 from tracejit.errors import TracejitWarning
-from tracejit.programs import Stats
+from tracejit.pipeline import Stats
 
 _MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
 _MANY_RETRACES = 20  # or of failed guards, where these are more than the replays

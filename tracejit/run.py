@@ -19,6 +19,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
+from tracejit.capture.signature import Signature
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.drawing import DrawLines
@@ -62,8 +63,18 @@ class Replay:
     run: Run
     compiled: object
     call: Call
-    decides: bool  # whether by values of tensors
-    cuts: int  # how many values it reads
+    captured: Captured
+    signature: Signature  # of the call that it was armed in
+
+    @property
+    def decides(self) -> bool:
+        """Whether by values of tensors."""
+        return self.captured.branches
+
+    @property
+    def cuts(self) -> int:
+        """How many values it reads."""
+        return len(self.captured.cuts)
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -230,6 +241,7 @@ class _Writer:
             *(f"    {name} = places.{name}" for name in used),  # where the guard has seen them
             *_indented(before),
             "except BaseException:",
+            *_indented(self._forgotten()),
             *_indented(self.draws.undo()),
             "    call.undo()",
             "    raise",
@@ -315,8 +327,14 @@ class _Writer:
                 other = f"len(found{found}) != {cut.count}"
                 self.before += self.draws.otherwise(other)
                 found += cut.found
-        if decides:
-            self.before += [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
+        self.before += self._forgotten()
+
+    def _forgotten(self) -> list[str]:
+        """Lines after which the stages keep nothing of this call for other plans: the same inputs
+        may hold something else in the next one."""
+        if self.armed is None or self.parts is None or not self.captured.branches:
+            return []
+        return [f"stage{n}.kept = None" for n in range(len(self.parts.stages))]
 
     def _result(self, stage: Stage, index: int) -> str:
         """An expression of a stage's result."""

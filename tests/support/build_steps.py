@@ -181,7 +181,7 @@ def run(step: Callable) -> list:
         return schedule(graph, **options)
 
     with (
-        mock.patch("tracejit.programs.schedule", schedule_noted),
+        mock.patch("tracejit.pipeline.schedule", schedule_noted),
         fake_device(),
         compilations(compiled.append),
         posing(Posed(function, (), ())),

@@ -20,13 +20,14 @@ from __future__ import annotations
 from collections import deque
 from functools import partial
 from inspect import CO_VARARGS, CO_VARKEYWORDS
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
+from tracejit.capture.effects.variables import Attributes
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.trace.scalars import Path
 
@@ -41,7 +42,7 @@ def names_of_inputs(
     function: FunctionType, args: tuple, kwargs: dict, captured: Captured, call: Call
 ) -> tuple[str, ...]:
     """A unique name for each parameter of the captured graph."""
-    found = _Names(function, args, kwargs)
+    found = Names(function, args, kwargs)
     taken: set[str] = set()
     names = []
     for k, (kind, index) in enumerate(captured.sources):
@@ -64,7 +65,7 @@ def name_of_tensor(
     function: FunctionType, args: tuple, kwargs: dict, tensor: torch.Tensor
 ) -> str | None:
     """The name of a tensor that a call can reach."""
-    return _Names(function, args, kwargs).tensors.get(id(tensor))
+    return Names(function, args, kwargs).tensors.get(id(tensor))
 
 
 def names_of_arguments(function: FunctionType, args: tuple, kwargs: dict) -> dict[Path, str]:
@@ -93,7 +94,7 @@ def names_of_arguments(function: FunctionType, args: tuple, kwargs: dict) -> dic
     return names
 
 
-class _Names:
+class Names:
     """The names of all tensors and param groups that a call can reach, by identity."""
 
     def __init__(self, function: FunctionType, args: tuple, kwargs: dict):
@@ -102,6 +103,7 @@ class _Names:
         self.groups: dict[int, str] = {}
         self.arguments = names_of_arguments(function, args, kwargs)
         self._named: list[tuple[torch.Tensor, str]] = []
+        self._holders: dict[int, str] = {}  # containers, cells; dicts of attributes with a dot
         self._optimizers: list[tuple[Optimizer, str]] = []
         self._seen: dict[int, object] = {}  # kept, so that an id stays its object's
         self._pending: deque[tuple[object, str]] = deque()
@@ -124,8 +126,7 @@ class _Names:
             case "cell" | "global", name, *inner:
                 pass
             case "entry", n, key, *inner:
-                group = self.groups.get(id(call.holders[n]))
-                name = group and f"{group}.{key}"
+                name = self.entry(call.holders[n], key)
             case "item", k, *inner:
                 tensor = self.tensors.get(id(call.reals[k]))
                 name = tensor and f"{tensor}.item()"
@@ -136,6 +137,18 @@ class _Names:
                 name = f"{kind}_{n}"
         return name and name + "".join(f"[{i}]" for i in inner)
 
+    def entry(self, holder: object, key: object) -> str | None:
+        """The name of a place in a param group, a container, or what else a step assigns to."""
+        of = self.groups.get(id(holder))
+        if of is not None:
+            return f"{of}.{key}"
+        of = self._holders.get(id(holder.owner if isinstance(holder, Attributes) else holder))
+        if of is None or isinstance(holder, CellType):
+            return of
+        if isinstance(holder, Attributes) or of.endswith("."):
+            return f"{of.removesuffix('.')}.{key}".lstrip(".")
+        return f"{of}[{key!r}]"
+
     def _walk(self) -> None:
         while self._pending and len(self._seen) < _LOOKED_AT:
             x, place = self._pending.popleft()
@@ -143,6 +156,9 @@ class _Names:
                 self._give(x, place)
             elif not isinstance(x, _LEAVES) and id(x) not in self._seen:
                 self._seen[id(x)] = x
+                self._holders.setdefault(id(x), place)
+                if type(x).__dictoffset__:
+                    self._holders.setdefault(id(x.__dict__), f"{place}.")
                 self._parts(x, place)
 
     def _give(self, tensor: torch.Tensor, name: str) -> None:
@@ -185,8 +201,10 @@ class _Names:
         add = self._pending.append
         cells = function.__closure__ or ()
         for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
+            self._holders.setdefault(id(cell), f"{scope}{name}")
             add((contents(cell), f"{scope}{name}"))
         namespace = function.__globals__
+        self._holders.setdefault(id(namespace), ".")
         scope = "" if namespace is self.root.__globals__ else scope
         for name in names_in(function.__code__).globals:
             add((namespace.get(name), f"{scope}{name}"))

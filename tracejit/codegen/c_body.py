@@ -118,11 +118,14 @@ class Body(Printer):
 
 def is_independent(body: Sequence[Statement], vector_axis: str) -> bool:
     """Whether no two iterations of a loop over an axis can conflict in memory: each stores at
-    another element, and loads from a stored buffer only at its own element."""
+    other elements, which may lie between two of the next one's, and loads from a stored buffer
+    only at its own element."""
     stores = {s.buffer: s for s in body if isinstance(s, Store)}
     for s in body:
         if isinstance(s, Store):
-            if dict(s.index.terms).get(vector_axis, 0) == 0 or s.index != stores[s.buffer].index:
+            step, other = dict(s.index.terms).get(vector_axis, 0), stores[s.buffer].index
+            apart = abs(s.index.offset - other.offset)
+            if s.index.terms != other.terms or apart >= abs(step):
                 return False
             if not all(isinstance(atom, str) for atom, _ in s.index.terms):
                 return False

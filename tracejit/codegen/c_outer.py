@@ -114,12 +114,17 @@ class OverOuter:
         stages = list(zip(self.kernel.stages, self.lowered.inner, strict=True))
         if self.lowered.columns is not None:
             stages.pop()
-        size = max((a.extent for stage, _ in stages for a in stage.axes), default=0)
+        sizes = {b: self._size(b) for b in self.lowered.rows}
         lines = [
             Line(f"{memory_type(self.body.buffers[b])} {b}[{size}] __attribute__((aligned(64)));")
-            for b in self.lowered.rows
+            for b, size in sizes.items()
         ]
         return lines + [line for stage, nest in stages for line in self._row_stage(stage, nest)]
+
+    def _size(self, array: str) -> int:
+        """The elements of a local array: up to the last one that is stored."""
+        stores = (s for stage in self.kernel.stages for s in stage.body if isinstance(s, Store))
+        return 1 + max(self.body.bounds(s.index)[1] for s in stores if s.buffer == array)
 
     def _row_stage(self, stage: Stage, nest: Nest | None) -> list[Line]:
         """A stage for one outer point."""

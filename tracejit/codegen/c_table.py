@@ -35,8 +35,9 @@ TEMPLATES = {
     "copysign": "copysign{f}({0}, {1})",
     "atan2": "tj_atan2{f}({0}, {1})",
     "pow": {"f": "tj_pow{f}({0}, {1})", "i": "tj_pow_int({0}, {1})"},
-    "maximum": "(({0} > {1}) | ({0} != {0}) ? {0} : {1})",
-    "minimum": "(({0} < {1}) | ({0} != {0}) ? {0} : {1})",
+    # One instruction where the second operand is a constant, which is no NaN.
+    "maximum": "(({1} > {0}) | ({1} != {1}) ? {1} : {0})",
+    "minimum": "(({1} < {0}) | ({1} != {1}) ? {1} : {0})",
     "and": "({0} & {1})",
     "or": "({0} | {1})",
     "xor": "({0} ^ {1})",

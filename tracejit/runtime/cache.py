@@ -169,13 +169,14 @@ def unpack(content: bytes, key: str) -> str | None:
     return body if (version, digest, found) == expected else None
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Let `path` appear, or change, all at once; readable and writable by its owner only."""
+def write_atomically(path: Path, *parts: bytes) -> None:
+    """Let `path` appear, or change, all at once, with these parts one after another; readable and
+    writable by its owner only."""
     temporary = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with open(descriptor, "wb") as file:
-            file.write(content)
+            file.writelines(parts)
         os.replace(temporary, path)
     except BaseException:
         _remove(temporary)

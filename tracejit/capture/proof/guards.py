@@ -3,8 +3,10 @@
 `survey` walks what the step can read before a trace; `arm` completes that with what the trace
 turned out to need, as one function `guard(args, kwargs)`. It returns (outside tensors, runtime
 scalars, addresses, holders), or the text of the first condition that failed: about what, the old
-value, the new one. A guard keeps nothing from one run to the next, but for what it found out about
-a set of addresses (alignment, overlap): that is used again while the addresses stay the same.
+value, the new one. Asked with `deciding=False` it leaves out the decisions on numbers: whether the
+call may be replayed once they come out so. A guard keeps nothing from one run to the next, but for
+what it found out about a set of addresses (alignment, overlap): that is used again while the
+addresses stay the same.
 """
 
 from __future__ import annotations
@@ -228,7 +230,10 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
         elif path not in scalars:
             return _unknown(path)
     walk.lines.append(f"scalars = [{', '.join(filter(None, map(scalars.get, captured.paths)))}]")
+    before = len(walk.lines)
     _guard_predicates(walk, captured, shown)
+    if len(walk.lines) > before:
+        walk.lines[before:] = ["if deciding:", *(f"    {x}" for x in walk.lines[before:])]
     stored = {walk.owner(call.holders[i]) for i, _, _ in captured.effects.stores}
     if stored and walk.found:  # what it assigns in one it would read in the other
         names = sorted(stored.union(walk.found))
@@ -246,7 +251,7 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     body = "\n".join(f"        {line}" for line in walk.lines)
     walk.names["missing"] = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
     text = (
-        f"def guard(args, kwargs, found=None):\n    try:\n{body}\n"
+        f"def guard(args, kwargs, found=None, deciding=True):\n    try:\n{body}\n"
         "    except missing as error:\n"
         "        return f'something that the step reads is gone ({error!r})'\n"
     )

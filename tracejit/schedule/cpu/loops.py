@@ -11,10 +11,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tracejit.schedule.cpu.access import contiguity, vector_axis
+from tracejit.schedule.cpu.access import contiguity, stride, vector_axis
 from tracejit.schedule.cpu.cost import MAX_CHUNKS, chunks_of, weight
 from tracejit.schedule.cpu.plan import CpuKernel, Nest
-from tracejit.schedule.kernel import Axis, Kernel, Stage
+from tracejit.schedule.kernel import Axis, Kernel, Load, Stage, Store
 
 BLOCK = 1024  # elements of a vector loop
 SHORT = 8  # elements of an inner axis, fewer than which are not worth a vector loop
@@ -45,7 +45,7 @@ def choose_loops(kernel: CpuKernel) -> CpuKernel:
         inner = [None if stage.dot or stage.attend else _alone(stage) for stage in stages]
         return replace(kernel, inner=tuple(inner))
     if outer is None:
-        outer = _outer(kernel.kernel)
+        outer = _outer(kernel.kernel, points=bool(kernel.rows))
     inner = [_inside(stage) if not outer.vector else None for stage in stages]
     columns = kernel.columns and choose_loops(kernel.columns)
     return replace(kernel, outer=outer, inner=tuple(inner), columns=columns)
@@ -95,13 +95,13 @@ def _inside(stage: Stage) -> Nest | None:
     return Nest(vector_axis(stage.axes, stage.body).name, BLOCK, 1)
 
 
-def _outer(kernel: Kernel) -> Nest:
+def _outer(kernel: Kernel, *, points: bool) -> Nest:
     """The outer axes of a kernel: point by point, or in blocks of the contiguous one."""
     work = sum(
         math.prod(a.extent for a in (*kernel.axes, *stage.axes)) * weight(stage.body)
         for stage in kernel.stages
     )
-    vector = _outer_vector(kernel)
+    vector = None if points else _outer_vector(kernel)
     if vector is None:
         name, size, loops = "", 1, [Loop(a) for a in kernel.axes]
     else:
@@ -120,13 +120,20 @@ def _outer_vector(kernel: Kernel) -> Axis | None:
         return best
     if all(a.extent < min(SHORT, best.extent) for a in inner) and _walked(kernel, best) > 0:
         return best  # the taps of a window are no loop for vectors
+    longest = max(a.extent for a in inner)
+    if best.extent < SHORT <= longest:
+        return None
     most = max(_walked(kernel, a) for a in inner)
     return best if _walked(kernel, best) > most else None
 
 
 def _walked(kernel: Kernel, axis: Axis) -> int:
-    """How many accesses go along an axis in memory, each as often as it is done."""
-    return sum(
-        contiguity(axis, stage.body) * math.prod(a.extent for a in stage.axes)
-        for stage in kernel.stages
-    )
+    """How many accesses go along an axis in memory, each as often as it is done: what does not move
+    with an inner axis is done before the loop over it."""
+    walked = 0
+    for stage in kernel.stages:
+        for s in stage.body:
+            if isinstance(s, Load | Store):
+                moving = [a.extent for a in stage.axes if stride(s.index, a.name)]
+                walked += contiguity(axis, [s]) * math.prod(moving)
+    return walked

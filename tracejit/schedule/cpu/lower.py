@@ -10,7 +10,9 @@ from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
+from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.sorting import deal_sorted
 from tracejit.schedule.cpu.tiles import orient, tile
@@ -35,6 +37,8 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
         return kernel
     passes: tuple[Callable[[CpuKernel], CpuKernel], ...] = (
         orient,
+        write_out_phases,
+        copy_planes,
         choose_loops,  # first: caching a row is worth it only if loops go along it
         deal_sorted,
         cache_rows,

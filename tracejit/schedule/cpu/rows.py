@@ -42,7 +42,7 @@ _WORTH = 6  # the cost from which on a value is a candidate
 def cache_rows(kernel: CpuKernel) -> CpuKernel:
     """Keep the dear values that several stages of a row kernel compute in local arrays of a row."""
     kernel = replace(kernel, columns=kernel.columns and cache_rows(kernel.columns))
-    if kernel.outer is None or kernel.outer.vector:
+    if kernel.rows or kernel.outer is None or kernel.outer.vector:
         return kernel
     changed, local = keep_rows(kernel.kernel)
     return replace(kernel, kernel=changed, rows=tuple(b.name for b in local))

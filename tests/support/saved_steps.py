@@ -1,0 +1,243 @@
+"""Steps to save: what they are called with, and what they change by the names that a file has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from examples.custom_relu import MyReLU
+from support.image_nets import residual
+from support.language_nets import LENGTH, VOCABULARY, NanoGPT
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass
+class Saved:
+    """A step, the arguments of its n-th call, and the tensors that it changes."""
+
+    step: Callable
+    args: Callable[[int], tuple]
+    state: Callable[[], Named]
+    kinds: int = 1  # of calls, each with a plan of its own
+
+
+def _named(**modules: nn.Module) -> Named:
+    """Parameters and buffers; tied ones once."""
+    found: Named = {}
+    for name, module in modules.items():
+        for at, tensor in (*module.named_parameters(), *module.named_buffers()):
+            found[f"{name}.{at}"] = tensor
+    return found
+
+
+def _batches(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Callable:
+    generator = torch.Generator().manual_seed(7)
+    batches = [
+        tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+        for _ in range(3)
+    ]
+    return lambda i: batches[i % 3]
+
+
+def by_hand() -> Saved:
+    """The two-layer net with gradients by hand, and its rate as an argument."""
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(20, 16).double(), torch.randn(16, 4).double()
+
+    def step(x, y, lr):
+        nonlocal w1, w2
+        hidden = x.mm(w1)
+        relu = hidden.clamp(min=0)
+        y_pred = relu.mm(w2)
+        loss = (y_pred - y).pow(2).sum()
+        grad_pred = 2.0 * (y_pred - y)
+        grad_w2 = relu.t().mm(grad_pred)
+        grad_hidden = grad_pred.mm(w2.t()).clone()
+        grad_hidden[hidden < 0] = 0
+        w1 -= lr * x.t().mm(grad_hidden)
+        w2 -= lr * grad_w2
+        return loss.item()
+
+    batches = _batches((8, 20), (8, 4))
+    return Saved(step, lambda i: (*batches(i), 1e-4 / (1 + i)), lambda: {"w1": w1, "w2": w2})
+
+
+def two_layers() -> Saved:
+    """The same with modules and Adam, for batches of two sizes."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(x, y):
+        loss = F.mse_loss(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach(), "rate": optimizer.param_groups[0]["lr"]}
+
+    batches = _batches((8, 20), (8, 4))
+    few = lambda i: tuple(t[: 8 - 3 * (i % 2)] for t in batches(i))  # noqa: E731
+    return Saved(step, few, lambda: _named(model=model), kinds=2)
+
+
+def classifier() -> Saved:
+    """An MLP with momentum, which counts its calls."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    counts = {"calls": 0}
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch["x"]), batch["labels"])
+        loss.backward()
+        optimizer.step()
+        counts["calls"] += 1
+        return loss.detach(), counts["calls"]
+
+    batches = _batches((8, 20))
+    labels = torch.arange(8) % 10
+    given = lambda i: ({"x": batches(i)[0], "labels": labels},)  # noqa: E731
+    return Saved(step, given, lambda: _named(model=model))
+
+
+def custom_function() -> Saved:
+    """A function of the user's own, with its derivative."""
+    torch.manual_seed(0)
+    w1 = torch.randn(20, 16).double().requires_grad_()
+    w2 = torch.randn(16, 4).double().requires_grad_()
+
+    def step(x, y):
+        loss = (MyReLU.apply(x.mm(w1)).mm(w2) - y).pow(2).sum()
+        loss.backward()
+        with torch.no_grad():
+            for w in (w1, w2):
+                w -= 1e-4 * w.grad
+                w.grad = None
+        return loss.detach()
+
+    return Saved(step, _batches((8, 20), (8, 4)), lambda: {"w1": w1, "w2": w2})
+
+
+def deciding() -> Saved:
+    """It clips by a norm that Python reads, and decides by it."""
+    torch.manual_seed(0)
+    w = torch.randn(6).double().requires_grad_()
+    clipped = {"times": 0}
+
+    def step(x):
+        w.grad = None
+        loss = (x @ w).pow(2).mean()
+        loss.backward()
+        norm = w.grad.norm().item()
+        with torch.no_grad():
+            if norm > 40:
+                clipped["times"] += 1
+                w.grad.mul_(40 / norm)
+            w.sub_(w.grad, alpha=0.02 / (1 + norm))
+        return loss.detach(), norm, clipped["times"]
+
+    batches = _batches((4, 6))
+    return Saved(step, lambda i: (batches(i)[0] * (1 + 2 * (i % 2)),), lambda: {"w": w}, kinds=4)
+
+
+class DynamicNet(nn.Module):
+    """A net of as many hidden layers as it is told, all with the same weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.middle, self.leave = nn.Linear(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor, depth: int) -> torch.Tensor:
+        h = self.enter(x).clamp(min=0)
+        for _ in range(depth):
+            h = self.middle(h).clamp(min=0)
+        return self.leave(h)
+
+
+def dynamic() -> Saved:
+    """One plan for each depth."""
+    torch.manual_seed(0)
+    model = DynamicNet().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(x, y, depth):
+        loss = (model(x, depth) - y).pow(2).mean()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = _batches((8, 20), (8, 4))
+    return Saved(step, lambda i: (*batches(i), i % 3), lambda: _named(model=model), kinds=3)
+
+
+def gpt() -> Saved:
+    """A small GPT with dropout, AdamW in two groups, and tied weights."""
+    torch.manual_seed(0)
+    model = NanoGPT(dropout=0.1)
+    optimizer = model.configure_optimizers(0.1, 1e-3)
+
+    def step(idx, targets):
+        _, loss = model(idx, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    tokens = torch.randint(0, VOCABULARY, (3, 2, LENGTH + 1))
+    given = lambda i: (tokens[i % 3, :, :-1].clone(), tokens[i % 3, :, 1:].clone())  # noqa: E731
+    return Saved(step, given, lambda: _named(model=model))
+
+
+def images() -> Saved:
+    """Convolutions, batch norms with running statistics, and residuals, as in ResNet-18."""
+    torch.manual_seed(0)
+    model = residual(width=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+    def step(x, labels):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches, labels = _batches((4, 3, 8, 8), dtype=torch.float32), torch.arange(4)
+    return Saved(step, lambda i: (*batches(i), labels), lambda: _named(model=model))
+
+
+STEPS = {
+    make.__name__: make
+    for make in (
+        *(by_hand, two_layers, classifier, custom_function, dynamic, deciding, gpt, images),
+    )
+}
+
+
+def rich() -> Saved:
+    """What the others have not: draws of two generators, values that eager refuses, a backward
+    that is left to the caller, tensors that are replaced."""
+    torch.manual_seed(0)
+    own = torch.Generator().manual_seed(3)
+    w = torch.randn(5, 4).requires_grad_()
+    held = {"ema": torch.zeros(4), "calls": 0}
+
+    def step(x, labels, at, scale=2.0):
+        noise = torch.rand(4, generator=own) * F.dropout(torch.ones(4), 0.5)
+        held["ema"] = 0.9 * held["ema"] + 0.1 * noise
+        held["calls"] += 1
+        loss = F.cross_entropy(x @ w + noise, labels) * scale + x[:, at + 1].sum()
+        return [loss, (held["calls"], noise.sum().item(), x.shape)]
+
+    batches = _batches((3, 5), dtype=torch.float32)
+    labels, at = torch.tensor([0, 3, 1]), torch.tensor([0, 2])
+    return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
+
+
+FILES = (by_hand, two_layers, deciding, rich)
