@@ -135,6 +135,16 @@ def _poisson(a: int, x: float) -> float:
     return float(total)
 
 
+@pytest.mark.parametrize("wrap", [torch.tensor, float])
+def test_degrees_of_polynomials_are_those_of_the_call(wrap: Callable):
+    """How far a recurrence goes is decided by values, which another call has others of."""
+    x = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
+    function = torch.special.hermite_polynomial_h
+    step = tracejit.compile(lambda x, n: function(x, n), on_unsupported="raise")
+    for n in (2.0, 5.0, 1.0, 5.0, 7.0, 7.0, 7.0, 9.0, 3.0, 40.0):
+        torch.testing.assert_close(step(x, wrap(n)), function(x, wrap(n)))
+
+
 def test_incomplete_gamma_functions_of_large_arguments():
     """Near x = a torch's own float64 is exact to nine digits only."""
     places = [(a, a * share) for a in (21, 50, 199, 200, 201, 1000) for share in SHARES]

@@ -859,6 +859,7 @@ row(
         S(_BAGS, r(5, 3), mode="other"),
         S(_BAGS, r(5, 3), per_sample_weights=r(2, 3)),
         S(_BAGS, r(5, 3), max_norm=1.0),
+        S(_BAGS.int(), torch.linspace(-2, 3, 15).reshape(5, 3), max_norm=1.0),
         S(_BAGS, r(5, 3), scale_grad_by_freq=True, mode="sum"),
         S(_BAGS, r(5, 3), scale_grad_by_freq=True, mode="max"),
         S(_BAGS.flatten(), r(5, 3), torch.tensor([0, 2, 2]), scale_grad_by_freq=True),

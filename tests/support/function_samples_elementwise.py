@@ -260,10 +260,36 @@ _undifferentiated = [
     v(0.0, -0.0, 0.3, 0.5, -2.0, 30.0, inf, -inf, nan),
     r(9, dtype=f64),
 ]
+_undifferentiated += [torch.linspace(-12, 12, 97), torch.linspace(0.1, 130, 60, dtype=f64)]
+_undifferentiated += [v(1e-6, 2.0, 2.09, -2.09, 5.1, 8.4, 103.0, 1e-30, dtype=f64)]
 _undifferentiated += [r(5, dtype=i64), r(5, dtype=b1), r(5, dtype=bf16), r(5, dtype=f16)]
 row(
-    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1",
+    "special_spherical_bessel_j0 special_modified_bessel_i0 special_modified_bessel_i1 "
+    "special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1 special_airy_ai "
+    "special_modified_bessel_k0 special_modified_bessel_k1 special_scaled_modified_bessel_k0 "
+    "special_scaled_modified_bessel_k1",
     [S(x) for x in _undifferentiated],
+    exact=False,
+)
+
+_x = torch.linspace(-1.5, 1.7, 23)
+_xs = [_x, _x.double(), _x[:20].reshape(4, 5).t(), torch.zeros(0), v(1, 2, 3).to(i64)]
+_points = [S(x, n) for x in _xs for n in (0, 1, 2.7, 5)] + [S(_x, n) for n in (-1, 7, 12, inf)]
+_points += [S(v(-1.0, -0.0, 0.0, 0.5, 1.0, inf, -inf), n) for n in (1, 3, 9)]
+_points += [S(_x, torch.arange(23) % 12 - 1), S(_x[:, None], v(0.0, 3.9, -0.5, 10.0, nan, inf))]
+_points += [
+    S(0.3, v(2.0, 5.0)),
+    S(_x[:1], torch.zeros(0, dtype=i64)),
+    S(_x.to(bf16), 2),
+    no(_x.double(), 400),
+]
+row(
+    "special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v "
+    "special_chebyshev_polynomial_w special_shifted_chebyshev_polynomial_t "
+    "special_shifted_chebyshev_polynomial_u special_shifted_chebyshev_polynomial_v "
+    "special_shifted_chebyshev_polynomial_w special_hermite_polynomial_h "
+    "special_hermite_polynomial_he special_laguerre_polynomial_l special_legendre_polynomial_p",
+    _points,
     exact=False,
 )
 
@@ -328,6 +354,10 @@ row(
         S(r(30), v(-1.5, 0.0, 0.25, 1.0), weight=r(30), density=True),
         S(v(1, 1, 1), 4),
         S(v(nan, 0.5, inf, -inf, 2.0), 4, range=(0.0, 1.0)),
+        S(torch.linspace(-2, 2, 60).to(bf16), 4, range=(-1.0, 1.0)),
+        S(torch.linspace(-2, 2, 60).to(f16), v(-1.5, 0.25, 1.0).to(f16), density=True),
+        S(torch.ones(3, dtype=bf16), 4),
+        S(torch.ones(0, dtype=bf16), 4),
         S(v(nan, 0.5), 4),
         S(r(0), 4),
         S(r(5), 0),

@@ -91,7 +91,16 @@ _exponents += [S(r(3, 1), r(5), smooth=True), S(r(3, dtype=f64), v(5))]
 row("ldexp ldexp_", _exponents, exact=False)
 row(
     "linalg_vander",
-    [S(r(5)), S(r(3, 5), N=3), S(r(5, dtype=i64), N=4), S(r(5), N=1), S(r()), S(v(1.3), N=5)],
+    [
+        S(r(5)),
+        S(r(3, 5), N=3),
+        S(r(5, dtype=i64), N=4),
+        S(r(5), N=1),
+        S(r()),
+        S(v(1.3), N=5),
+        S(v(1.3)[0], N=3),
+    ]
+    + [S(v(1.5, -2.0).to(dtype)) for dtype in (bf16, torch.float16)],
     exact=False,
 )
 row(
@@ -101,10 +110,13 @@ row(
 
 # --- what torch's own decompositions call --------------------------------------------------------
 
+_KINDS = [(bf16, bf16, torch.float32), (torch.float16, torch.float16, torch.float16)]
+_KINDS += [(torch.float32, torch.float32, torch.float16), (bf16, torch.float32, bf16)]
 row(
     "_softmax_backward_data",
     [S(r(3, 5), r(3, 5), k, torch.float32) for k in (0, 1)]
-    + [S(r(5, dtype=f64), r(5, dtype=f64), 0, f64)],
+    + [S(r(5, dtype=f64), r(5, dtype=f64), 0, f64)]
+    + [S(v(0.5, -1.0).to(g), v(0.25, 0.75).to(y), 0, to) for g, y, to in _KINDS],
     exact=False,
 )
 _grid = [(r(2, 3, 4, 5), r(2, 3, 3, 2)), (r(1, 2, 3, 4, 3), r(1, 2, 3, 2, 3))]
@@ -124,12 +136,17 @@ row(
         S(r(3, 5), [5], r(5), r(5), 1e-5),
         S(r(2, 3, 5), [3, 5], r(3, 5), None, 0.1),
         S(r(3, 5), [5], None, None, 1e-5),
+        S(v(1.5, -2.0, 0.25).to(bf16), [3], torch.ones(3), torch.zeros(3), 1e-5),
+        S(v(1.5, -2.0, 0.25).to(bf16), [3], None, None, 1e-5),
     ],
     exact=False,
 )
+_groups = torch.linspace(-2, 3, 12).reshape(1, 4, 3)
 row(
     "native_group_norm",
-    [S(r(2, 6, 5), r(6), r(6), 2, 6, 5, 3, 1e-5), S(r(1, 4, 3), None, None, 1, 4, 3, 2, 0.1)],
+    [S(r(2, 6, 5), r(6), r(6), 2, 6, 5, 3, 1e-5), S(r(1, 4, 3), None, None, 1, 4, 3, 2, 0.1)]
+    + [S(_groups.to(bf16), torch.ones(4), torch.zeros(4), 1, 4, 3, 2, 0.1)]
+    + [S(_groups.to(bf16), None, None, 1, 4, 3, 2, 0.1)],
     exact=False,
 )
 

@@ -664,6 +664,7 @@ row(
         S(i(1, 3, 1), r(4, 3), padding_idx=-1),
         S(i(1, 3, 1), r(4, 3), max_norm=1.0),
         S(i(3, 3), r(4, 3), max_norm=0.5, norm_type=1.0),
+        S(i(1, 3, 1).int(), torch.linspace(-2, 3, 12).reshape(4, 3), max_norm=1.0),
         S(i(1, 3, 1), r(4, 3, dtype=f64), max_norm=1.0, scale_grad_by_freq=True, padding_idx=3),
         S(i(1, 3, 1, 1)[None], r(4, 3), scale_grad_by_freq=True, smooth=True),
         no(i(1, 3), r(4, 3), sparse=True),

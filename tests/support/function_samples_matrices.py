@@ -16,10 +16,12 @@ from support.function_samples import (
     S,
     bare_name,
     bf16,
+    f16,
     f32,
     f64,
     i64,
     inf,
+    no,
     r,
     restart,
     row,
@@ -60,6 +62,7 @@ def singular(n: int) -> torch.Tensor:
 
 
 NONE = [torch.zeros(0, 0), torch.zeros(0, 3, 3), torch.zeros(2, 0, 0)]
+NONE += [torch.zeros(0, 3, 3, dtype=bf16), torch.zeros(0, 0, dtype=i64)]  # some kernels ask late
 REFUSED = [S(r(3, 4)), S(r(3)), S(r(3, 3).to(bf16)), S(torch.eye(3, dtype=i64))]  # by eager too
 _nan = square(3)
 _nan[1, 2] = float("nan")
@@ -92,13 +95,14 @@ row("linalg_lu", _lu, exact=False)
 row("linalg_lu_factor", [*_lu, S(singular(3)), S(square(3).to(bf16))], exact=False)
 row("linalg_lu_factor_ex", [*_lu, S(singular(3)), S(singular(3), check_errors=True)], exact=False)
 row("_lu_with_info", [S(x) for x in (square(3), swapping(2, 4))], exact=False)
-row("lu", [S(square(3)), S(swapping(2, 4)), S(swapping(3), True, True)], exact=False)
+row("lu", [S(square(3), smooth=True), S(swapping(2, 4)), S(swapping(3), True, True)], exact=False)
 
 
 def factored(*shape: int, dtype: torch.dtype = f32) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.linalg.lu_factor(swapping(*shape, dtype=dtype))
 
 
+_fixed = torch.linalg.lu_factor(torch.tensor([[1.0, 2.0, 0.5], [4.0, 1.0, -1.0], [2.0, -3.0, 8.0]]))
 row(
     "lu_unpack",
     [
@@ -107,6 +111,8 @@ row(
         S(*torch.linalg.lu_factor(r(3, 5))),
         S(*torch.linalg.lu_factor(r(2, 5, 3))),
         S(*factored(3), unpack_pivots=False),
+        *(S(_fixed[0].to(dtype), _fixed[1]) for dtype in (bf16, f16, i64)),
+        S(torch.zeros(2, 0, 3, dtype=i64), torch.zeros(2, 0, dtype=torch.int32)),
     ],
     exact=False,
 )
@@ -122,6 +128,8 @@ row(
         S(*factored(3, dtype=f64), r(3, 2, dtype=f64)),
         S(*factored(3), r(4, 2)),
         S(*factored(3), r(3, 0)),
+        S(_fixed[0].to(bf16), _fixed[1], torch.zeros(3, 0, dtype=bf16)),
+        S(_fixed[0].to(bf16), _fixed[1], torch.ones(3, 2, dtype=bf16)),
     ],
     exact=False,
 )
@@ -175,7 +183,8 @@ row(
 for _name, _more in (("svd_lowrank", {}), ("pca_lowrank", {"center": False}), ("pca_lowrank", {})):
     _function = getattr(torch, _name)
     BY_FUNCTION.setdefault(_function, [])
-    BY_FUNCTION[_function] += [S(wide(5, 4), q=3, **_more), S(wide(2, 3, 6), q=2, **_more)]
+    _even = S(wide(5, 4), q=3, **_more)
+    BY_FUNCTION[_function] += [_even, S(wide(2, 3, 6), q=2, smooth=True, **_more)]
 
 # --- solutions ---------------------------------------------------------------------------------
 
@@ -190,6 +199,8 @@ _pairs = [
     S(square(3), r(3, 0)),
     S(torch.zeros(0, 0), r(0, 2)),
     S(torch.zeros(0, 3, 3), r(0, 3, 2)),
+    S(torch.zeros(0, 3, 3, dtype=bf16), torch.zeros(0, 3, 2, dtype=bf16)),
+    S(torch.zeros(0, 3, 3, dtype=f16), torch.ones(1, 3, 2, dtype=f16)),
     S(square(3), r(4, 2)),
     S(square(3), r(3, 2, dtype=f64)),
     S(r(3, 4), r(3, 2)),
@@ -239,7 +250,11 @@ _inverse = [*of(square), *of(swapping), *REFUSED, S(singular(3))]
 row("linalg_inv inverse", _inverse, exact=False)
 row("linalg_inv_ex", [*_inverse[:-1], S(singular(3), check_errors=True)], exact=False)
 _four = square(6).reshape(2, 3, 6)
-row("linalg_tensorinv", [S(_four), S(square(6).reshape(6, 3, 2), 1), S(_four, ind=1)], exact=False)
+row(
+    "linalg_tensorinv",
+    [S(_four, smooth=True), S(square(6).reshape(6, 3, 2), 1), S(_four, ind=1)],
+    exact=False,
+)
 row(
     "linalg_tensorsolve",
     [
@@ -258,7 +273,8 @@ row("linalg_det det", [*_det, S(singular(3)), S(singular(2))], exact=False)
 row("linalg_slogdet slogdet logdet", _det, exact=False)
 row(
     "linalg_matrix_exp matrix_exp",
-    [*of(square), S(r(3, 3, dtype=f64, low=-4.0, high=4.0)), S(torch.zeros(3, 3)), S(r(3, 4))],
+    [*of(square), S(r(3, 3, dtype=f64, low=-4.0, high=4.0)), S(torch.zeros(3, 3)), S(r(3, 4))]
+    + [no(torch.eye(3, dtype=bf16))],  # of which eager gives garbage
     exact=False,
 )
 
@@ -279,12 +295,13 @@ row(
         S(wide(3, 4), 3),
         S(wide(3, 4), 2, (0, 0)),
         S(torch.eye(3, dtype=i64)),
+        *(S(torch.eye(3, 4, dtype=bf16), order) for order in _orders),
     ],
     exact=False,
 )
 row(
     "linalg_cond",
-    [S(square(3), p) for p in (None, 1, -1, 2, -2, inf, "fro")]
+    [S(square(3), p, smooth=p == 2) for p in (None, 1, -1, 2, -2, inf, "fro")]
     + [S(wide(2, 3, 4)), S(wide(2, 3, 4), 1), S(singular(3), 1), S(square(2, 3), -inf), S(r(3))],
     exact=False,
 )
@@ -323,7 +340,7 @@ row(
     "linalg_lstsq",
     [
         S(wide(3, 3), r(3, 2)),
-        S(wide(5, 3), r(5, 2)),
+        S(wide(5, 3), r(5, 2), smooth=True),
         S(wide(3, 5), r(3, 2)),
         S(wide(2, 5, 3), r(2, 5, 2)),
         S(wide(2, 5, 3), r(2, 5)),

@@ -320,6 +320,7 @@ AFFINE = [
     S(_theta.double(), [2, 1, 3, 4], False, smooth=True),
     S(_theta.bfloat16(), (2, 1, 3, 4), False),
     S(_theta.half(), (2, 1, 3, 4), True),
+    S(_theta.half(), (2, 1, 1, 4), True),
     S(_theta, (3, 1, 3, 4), False),
     S(_volume, (2, 1, 3, 4), False),
 ]

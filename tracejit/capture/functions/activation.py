@@ -17,6 +17,7 @@ from tracejit.capture.trace.table import Formula, Row
 from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
+from tracejit.ir.ops.movement import part
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
@@ -347,14 +348,8 @@ def glu(t: Trace, input: Tensor, dim: int = -1) -> TracedTensor:
     size = x.shape[axis]
     if size % 2:
         raise t.shape_error(f"Halving dimension must be even, but dimension {axis} is size {size}")
-    value, ones = t.read(x), (1,) * len(x.shape)
-
-    def part(first: int, last: int) -> Value:
-        starts = tuple(first if i == axis else 0 for i in range(len(x.shape)))
-        stops = tuple(last if i == axis else n for i, n in enumerate(x.shape))
-        return t.b.slice(value, starts=starts, stops=stops, steps=ones)
-
-    out = emitted(t, _GLU, (part(0, size // 2), part(size // 2, size)))
+    halves = [part(t.b, t.read(x), axis, k * (size // 2), size // 2) for k in (0, 1)]
+    out = emitted(t, _GLU, halves)
     strides = elementwise_strides(out.type.shape, [(out.type.shape, x.strides)])
     return t.fresh(out, strides)
 

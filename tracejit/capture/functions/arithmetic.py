@@ -24,6 +24,7 @@ from tracejit.capture.functions.common import (
     result_dtype,
     rounded,
 )
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.rows import elementwise, emitted
 from tracejit.capture.trace.bounds import nonzero
 from tracejit.capture.trace.scalars import TracedFloat
@@ -171,11 +172,7 @@ def _no_derivative(t: Trace, name: str, emit):
     def wrapped(x: Arg, y: Arg) -> Value:
         with t.untaped():
             out = emit(x, y)
-
-        def vjp(b, cts, need):
-            raise t.autograd_error(f"derivative for {name} is not implemented")
-
-        return t.derive(name, tuple(v for v in (x, y) if isinstance(v, Value)), out, vjp)
+        return underived(t, name, [v for v in (x, y) if isinstance(v, Value)], out)
 
     return wrapped
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tracejit.capture.functions.assembly import joined, part
+from tracejit.capture.functions.assembly import joined
 from tracejit.capture.functions.common import (
     expand,
     normal_axes,
@@ -24,6 +24,7 @@ from tracejit.capture.functions.movement import (
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
+from tracejit.ir.ops.movement import part
 
 Tensor = torch.Tensor
 Tensors = Sequence[Tensor]

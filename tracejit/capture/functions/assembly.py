@@ -31,7 +31,8 @@ from tracejit.capture.functions.movement import (
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Builder, Value
+from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
@@ -75,14 +76,6 @@ def _joined(t: Trace, pieces: Sequence[Value], starts: list[int], axis: int, tot
         place = t.b.iota(axis=axis, shape=padded.type.shape, dtype=i64, device=kind.device)
         value = t.b.where(t.b.lt(place, start), value, padded)
     return value
-
-
-def part(b: Builder, x: Value, axis: int, start: int, length: int) -> Value:
-    """A stretch of a value along an axis."""
-    shape = x.type.shape
-    stops = tuple(start + length if k == axis else n for k, n in enumerate(shape))
-    starts = tuple(start if k == axis else 0 for k in range(len(shape)))
-    return b.slice(x, starts=starts, stops=stops, steps=(1,) * len(shape))
 
 
 def cat(t: Trace, tensors: Tensors, dim: int = 0) -> TracedTensor:

@@ -16,7 +16,7 @@ Tensor = torch.Tensor
 functional = torch.nn.functional
 
 
-@composed(functional.embedding_bag)
+@composed(functional.embedding_bag, kernel=True)
 def embedding_bag(
     t: Trace,
     input: Tensor,

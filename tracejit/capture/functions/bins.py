@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.functions.composites import composed
-from tracejit.capture.functions.derived import require_float
+from tracejit.capture.functions.derived import require_float, underived
 from tracejit.capture.trace.bounds import between
+from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Builder
 
 Tensor = torch.Tensor
 
@@ -43,7 +43,7 @@ def _counted(
     return x.new_zeros(bins + 1).index_add(0, place, each)[:bins]
 
 
-@composed(torch.histc, Tensor.histc)
+@composed(torch.histc, Tensor.histc, kernel=True)
 def histc(t: Trace, input: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
     h = t.lift(input)
     require_float(t, "histogram_cpu", t.read(h))
@@ -56,7 +56,7 @@ def histc(t: Trace, input: Tensor, bins: int = 100, min: float = 0, max: float =
         return _counted(t, x, bins, (first, last), place.long(), None)
 
 
-@composed(torch.histogram, Tensor.histogram)
+@composed(torch.histogram, Tensor.histogram, kernel=True)
 def histogram(
     t: Trace,
     input: Tensor,
@@ -67,8 +67,7 @@ def histogram(
     density: bool = False,
 ) -> object:
     h = t.lift(input)
-    if not h.dtype.is_float or h.dtype.narrow:
-        raise t.shape_error(f'"histogramdd" not implemented for {input.dtype}')
+    require_float(t, "histogramdd", t.read(h))
     with torch.no_grad():
         x = input.detach().reshape(-1)
         if isinstance(bins, Tensor):
@@ -77,9 +76,11 @@ def histogram(
             edges = bins.detach().clone()
             bins = t.lift(edges).shape[0] - 1
         else:
-            low, high = (0.0, 0.0) if range is None else map(float, range)
-            if range is None and not h.numel:
-                high = 1.0
+            if range is None and h.numel and h.dtype.narrow:  # eager finds no ends of such
+                raise t.shape_error(f'"histogramdd" not implemented for {TO_TORCH[h.dtype]}')
+            empty = range is None and not h.numel
+            low, high = range if range is not None else (0.0, 1.0) if empty else (0.0, 0.0)
+            low, high = float(low), float(high)
             edges = torch.linspace(*_ends(t, x, low, high, 0.5), bins + 1, dtype=x.dtype)
         if bins < 1:
             raise t.shape_error("torch.histogram(): bins must be > 0")
@@ -91,16 +92,7 @@ def histogram(
         found = _counted(t, x, bins, (edges[0], edges[-1]), place, weight)
         if density:
             found = found / (found.sum() * edges.diff())
-    made = (_underived(t, input, part) for part in (found, edges))
+    inputs = (t.read(h),)
+    values = (t.read(t.lift(x)) for x in (found, edges))
+    made = (t.fresh(underived(t, "histogram", inputs, value)) for value in values)
     return torch.return_types.histogram(tuple(made))
-
-
-def _underived(t: Trace, x: Tensor, found: Tensor) -> Tensor:
-    """What depends on a tensor, but eager does not know how."""
-    with t.untaped():
-        out = t.b.alias(t.read(t.lift(found)))
-
-    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
-        raise t.autograd_error("derivative for aten::histogram is not implemented")
-
-    return t.fresh(t.derive("histogram", (t.read(t.lift(x)),), out, vjp))

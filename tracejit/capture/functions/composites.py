@@ -51,36 +51,36 @@ def composite(function: FunctionType) -> None:
         return run_body(t, function, args, kwargs)
 
 
-def composed(*functions: Callable) -> Callable[[Callable], Callable]:
+def composed(*functions: Callable, kernel: bool = False) -> Callable[[Callable], Callable]:
     """Register a rule that is written in torch's functions: body(trace, *arguments).
 
-    It may call rules as well. Errors about arguments come first, while the trace stands at the call
-    of the user's.
+    It may call rules as well. Errors that it raises itself are of the call of the user's. What
+    torch composes too is cast inside by autocast; of a `kernel` torch has an own one, without.
     """
 
     def register(body: Callable) -> Callable:
-        rule(*functions)(in_torch(body))
+        rule(*functions)(in_torch(body, kernel=kernel))
         return body
 
     return register
 
 
-def in_torch(body: Callable) -> Callable:
+def in_torch(body: Callable, *, kernel: bool = False) -> Callable:
     """The rule that a function of torch's functions, body(trace, *arguments), makes."""
 
     @wraps(body)
     def run(t: Trace, *args: object, **kwargs: object) -> object:
-        with _inside(t):
+        with _inside(t, kernel=kernel):
             return body(t, *args, **kwargs)
 
     return run
 
 
 @contextmanager
-def _inside(t: Trace) -> Iterator[None]:
+def _inside(t: Trace, *, kernel: bool = False) -> Iterator[None]:
     """Calls of torch's functions arrive. Where autocast has cast the arguments of the one that is
-    running, it casts nothing inside."""
-    off = [d for d, listed in autocast.POLICIES.items() if t.calling in listed]
+    running, or in a kernel of torch's, it casts nothing inside."""
+    off = [d for d, listed in autocast.POLICIES.items() if kernel or t.calling in listed]
     off = [d for d in off if torch.is_autocast_enabled(d)]
     for device in off:
         torch.set_autocast_enabled(device, False)

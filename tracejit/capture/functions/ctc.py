@@ -19,7 +19,7 @@ import torch
 from tracejit.capture.functions.arithmetic import div
 from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.functions.composites import composite
-from tracejit.capture.functions.derived import require_float
+from tracejit.capture.functions.derived import require_float, underived
 from tracejit.capture.functions.loss import reduced
 from tracejit.capture.functions.patterns import along, constant, position
 from tracejit.capture.trace.bounds import require, within
@@ -27,6 +27,7 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Graph, Result, Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import Type, i64
 
 Tensor = torch.Tensor
@@ -185,8 +186,8 @@ def _moved(b: Builder, x: Value, by: int, fill: float) -> Value:
     n, width = x.type.shape
     by = max(min(by, width), -width)
     low, high = max(by, 0), max(-by, 0)
-    part = b.slice(x, starts=(0, high), stops=(n, width - low), steps=(1, 1))
-    return b.pad(part, low=(0, low), high=(0, high), interior=(0, 0), value=fill)
+    kept = part(b, x, 1, high, width - low - high)
+    return b.pad(kept, low=(0, low), high=(0, high), interior=(0, 0), value=fill)
 
 
 def _paths(b: Builder, x: Value, skips: Value, by: int) -> Value:
@@ -228,19 +229,13 @@ def _start(t: Trace, s: _States, at: Value | int) -> Value:
     return t.b.where(hit, 0.0, nothing)
 
 
-def _part(t: Trace, x: Value, first: int, count: int) -> Value:
-    """Some rows."""
-    starts, stops = (first, 0, 0), (first + count, *x.type.shape[1:])
-    return t.b.slice(x, starts=starts, stops=stops, steps=(1, 1, 1))
-
-
 def _loss(t: Trace, x: Value, s: _States, lasts: Value, zero_infinity: bool) -> Value:
     """-log of what all paths weigh that end with the last label or the blank behind it: [N]."""
     b, (batch, width) = t.b, s.label.type.shape
     steps = x.type.shape[0]
     with t.untaped():
         alpha = _rows(t, s, _start(t, s, 0), back=False)
-        end = b.reshape(_part(t, alpha, steps, 1), shape=(batch, width))
+        end = b.reshape(part(b, alpha, 0, steps, 1), shape=(batch, width))
         place = b.reshape(s.last, shape=(batch, 1))
         one = b.reshape(b.gather(end, place, axis=1), shape=(batch,))
         other = b.gather(end, b.maximum(b.sub(place, 1), 0), axis=1)
@@ -254,16 +249,9 @@ def _loss(t: Trace, x: Value, s: _States, lasts: Value, zero_infinity: bool) -> 
     def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> list[Value]:
         with t.untaped():
             slope = _slope(t, x, s, alpha, loss, lasts, cts[0], zero_infinity)
-        return [t.derive("_ctc_loss_backward", (cts[0], x), slope, _no_second(t))]
+        return [underived(t, "_ctc_loss_backward", (cts[0], x), slope)]
 
     return t.derive("ctc_loss", (x,), loss, vjp)
-
-
-def _no_second(t: Trace) -> object:
-    def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> list[Value]:
-        raise t.autograd_error("derivative for aten::_ctc_loss_backward is not implemented")
-
-    return vjp
 
 
 def _slope(
@@ -282,8 +270,8 @@ def _slope(
     b, shape, kind = t.b, x.type.shape, x.type
     steps = shape[0]
     states = s.scores.type.shape
-    beta = _part(t, _rows(t, s, _start(t, s, s.last), back=True), 0, steps)
-    both = b.add(_part(t, alpha, 1, steps), beta)
+    beta = part(b, _rows(t, s, _start(t, s, s.last), back=True), 0, 0, steps)
+    both = b.add(part(b, alpha, 0, 1, steps), beta)
     share = b.exp(b.sub(b.add(both, along(t, loss, states, 1)), s.scores))
     share = b.where(expand(t, s.known, states), share, 0.0)
     here = b.eq(position(t, 1, states[1:], kind.device), along(t, s.last, states[1:], 0))

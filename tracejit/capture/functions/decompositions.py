@@ -9,11 +9,13 @@ decision of the trace: a failure raises before anything is written.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
-from tracejit.capture.functions.common import cast
+from tracejit.capture.functions.common import cast, literal
 from tracejit.capture.functions.composites import composed
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.trace import location
 from tracejit.capture.trace.cuts import is_true, plain_number_of
 from tracejit.capture.trace.table import function_name, rule
@@ -21,20 +23,35 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import LinAlgError
 from tracejit.ir.graph import Value
+<<<<<<< HEAD
 from tracejit.ir.ops.matrix_derivatives import along, parts, split, triangle
 from tracejit.ir.ops.movement import transpose
+=======
+from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
+from tracejit.ir.ops.movement import part
+>>>>>>> autoc
 from tracejit.ir.types import contiguous_strides, f32, f64, i32, i64
 
 Tensor = torch.Tensor
 _types = torch.return_types
+Dtypes = Literal["lapack", "floats", "all"]
 MOST_SWAPS = 64  # one after another, of pivots that come from outside
 
 
 # --- what all of them need ---------------------------------------------------------------------
 
 
-def matrix(t: Trace, x: Tensor, name: str, *, square: bool = False) -> Handle:
-    """The handle of a batch of matrices that LAPACK takes."""
+def matrix(
+    t: Trace,
+    x: Tensor,
+    name: str,
+    *,
+    square: bool = False,
+    takes: Dtypes = "lapack",
+    empty: Dtypes = "lapack",
+) -> Handle:
+    """The handle of a batch of matrices, of the dtypes that eager takes. Where eager asks for the
+    dtype only when it calls LAPACK, it takes more of matrices without elements."""
     h = t.lift(x)
     if len(h.shape) < 2:
         raise t.shape_error(f"{name}: The input tensor A must have at least 2 dimensions.")
@@ -43,13 +60,15 @@ def matrix(t: Trace, x: Tensor, name: str, *, square: bool = False) -> Handle:
         raise t.shape_error(
             f"{name}: A must be batches of square matrices, but they are {m} by {n} matrices"
         )
-    if h.dtype not in (f32, f64):
-        raise t.shape_error(f"{name}: not implemented for {TO_TORCH[h.dtype]}")
     if h.device != "cpu":
         raise t.unsupported(
             "It is a call of LAPACK, which is made on the CPU only; do it outside the step, or "
             'leave the step to eager (on_unsupported="eager")'
         )
+    takes = takes if h.numel or takes != "lapack" else empty
+    known = h.dtype in (f32, f64) or takes == "all" or (takes == "floats" and h.dtype.is_float)
+    if not known:
+        raise t.shape_error(f"{name}: not implemented for {TO_TORCH[h.dtype]}")
     return h
 
 
@@ -68,8 +87,21 @@ def made(t: Trace, value: Value) -> TracedTensor:
 def empty(t: Trace, like: Value, shape: Ints, number: float = 0.0) -> Value:
     """What a function gives for matrices without elements: it depends on them all the same."""
     kind = like.type
+    number = literal(number, kind.dtype)
     new = t.b.full(number, shape=shape, dtype=kind.dtype, device=kind.device)
     return t.unread(new, like)
+
+
+def empty_solved(t: Trace, name: str, shape: Ints, *inputs: Value) -> Value:
+    """As `empty`, where the derivative solves triangles: eager asks for the dtype there."""
+    dtype = inputs[0].type.dtype
+    out = empty(t, inputs[0], shape)
+    if dtype not in (f32, f64):
+        reason = f'"triangular_solve_cpu" not implemented for {TO_TORCH[dtype]}'
+        return underived(t, name, inputs, out, reason)
+    for x in inputs[1:]:
+        out = t.unread(out, x)
+    return out
 
 
 def identity(t: Trace, like: Value, shape: Ints) -> Value:
@@ -142,12 +174,12 @@ def _lower(t: Trace, h: Handle, upper: bool) -> Value:
     """L of the lower or the upper triangle."""
     x = t.read(h)
     if not h.numel:
-        return empty(t, x, h.shape)
+        return empty_solved(t, "linalg_cholesky_ex", h.shape, x)
     return t.b.cholesky(transpose(t.b, x) if upper else x)
 
 
 def _cholesky(t: Trace, x: Tensor, upper: bool, name: str) -> TracedTensor:
-    low = _lower(t, matrix(t, x, name, square=True), upper)
+    low = _lower(t, matrix(t, x, name, square=True, empty="floats"), upper)
     _refuse_indefinite(t, low, name)
     return made(t, transpose(t.b, low) if upper else low)
 
@@ -174,15 +206,15 @@ def linalg_cholesky(t: Trace, A: Tensor, *, upper: bool = False) -> TracedTensor
 @rule(torch.cholesky, Tensor.cholesky)
 def cholesky(t: Trace, input: Tensor, upper: bool = False) -> TracedTensor:
     if not t.lift(input).numel:  # which eager lays out by rows
-        h = matrix(t, input, "cholesky", square=True)
-        return t.fresh(empty(t, t.read(h), h.shape))
+        h = matrix(t, input, "cholesky", square=True, empty="all")
+        return t.fresh(empty_solved(t, "cholesky", h.shape, t.read(h)))
     return _cholesky(t, input, upper, "cholesky")
 
 
 @rule(torch.linalg.cholesky_ex)
 def cholesky_ex(t: Trace, A: Tensor, *, upper: bool = False, check_errors: bool = False) -> object:
     """Where the matrix is not positive definite, what eager leaves undefined is NaN."""
-    low = _lower(t, matrix(t, A, "linalg.cholesky_ex", square=True), upper)
+    low = _lower(t, matrix(t, A, "linalg.cholesky_ex", square=True, empty="floats"), upper)
     if check_errors:
         _refuse_indefinite(t, low, "linalg.cholesky_ex")
     with t.untaped(), t.unchecked():
@@ -192,11 +224,6 @@ def cholesky_ex(t: Trace, A: Tensor, *, upper: bool = False, check_errors: bool 
 
 
 # --- lu ----------------------------------------------------------------------------------------
-
-
-def factors(t: Trace, x: Value) -> Value:
-    """The flat result of lu."""
-    return t.b.lu(x)
 
 
 def lu_parts(t: Trace, flat: Value, m: int, n: int) -> list[Value]:
@@ -210,48 +237,46 @@ def zero_pivots(t: Trace, both: Value) -> Value:
         return t.b.eq(diagonal(t, both), 0.0)
 
 
-def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Value]:
-    """L and U in one, and the swaps as integers."""
-    h = matrix(t, A, name)
+def _lu_factor(t: Trace, A: Tensor, pivot: bool, name: str) -> tuple[Value, Value, Value]:
+    """L and U in one, the swaps as integers, and which pivots are zero."""
+    h = matrix(t, A, name, empty="all")
     if not pivot:
         raise t.shape_error("linalg.lu_factor: LU without pivoting is not implemented on the CPU")
     x, (*batch, m, n) = t.read(h), h.shape
     if not h.numel:
         with t.untaped():
             swaps = t.b.full(0, shape=(*batch, min(m, n)), dtype=i32, device=h.device)
-        return empty(t, x, h.shape), swaps
-    both, swaps, _ = lu_parts(t, factors(t, x), m, n)
-    return both, cast(t, swaps, i32)
+            bad = t.b.eq(swaps, 1)
+        return empty_solved(t, "linalg_lu_factor_ex", h.shape, x), swaps, bad
+    both, swaps, _ = lu_parts(t, t.b.lu(x), m, n)
+    return both, cast(t, swaps, i32), zero_pivots(t, both)
 
 
 @rule(torch.linalg.lu_factor)
 def lu_factor(t: Trace, A: Tensor, *, pivot: bool = True) -> object:
-    both, swaps = _lu_factor(t, A, pivot, "linalg.lu_factor")
+    both, swaps, bad = _lu_factor(t, A, pivot, "linalg.lu_factor")
+    _refuse_zero(t, bad)
+    return _types.linalg_lu_factor((made(t, both), t.fresh(swaps)))
+
+
+def _refuse_zero(t: Trace, bad: Value) -> None:
     refuse_values(
         t,
-        zero_pivots(t, both),
+        bad,
         lambda batch, k: (
             f"torch.linalg.lu_factor: {batch}U[{k},{k}] is zero and using it on "
             "lu_solve would result in a division by zero. If you still want to perform the "
             "factorization, consider calling linalg.lu(A, pivot) or linalg.lu_factor_ex(A, pivot)"
         ),
     )
-    return _types.linalg_lu_factor((made(t, both), t.fresh(swaps)))
 
 
 @rule(torch.linalg.lu_factor_ex)
 def lu_factor_ex(t: Trace, A: Tensor, *, pivot: bool = True, check_errors: bool = False) -> object:
+    both, swaps, bad = _lu_factor(t, A, pivot, "linalg.lu_factor_ex")
     if check_errors:
-        found = lu_factor(t, A, pivot=pivot)
-        return _types.linalg_lu_factor_ex((*found, _no_info(t, A)))
-    both, swaps = _lu_factor(t, A, pivot, "linalg.lu_factor_ex")
-    failed = info(t, zero_pivots(t, both))
-    return _types.linalg_lu_factor_ex((made(t, both), t.fresh(swaps), failed))
-
-
-def _no_info(t: Trace, A: Tensor) -> TracedTensor:
-    h = t.lift(A)
-    return t.fresh(t.b.full(0, shape=h.shape[:-2], dtype=i32, device=h.device))
+        _refuse_zero(t, bad)
+    return _types.linalg_lu_factor_ex((made(t, both), t.fresh(swaps), info(t, bad)))
 
 
 @rule(torch._lu_with_info)
@@ -290,9 +315,7 @@ def _swapped(t: Trace, pivots: Value, m: int) -> Value:
     swaps = b.sub(cast(t, pivots, i64), 1)
     place = order = b.iota(axis=axis, shape=shape, dtype=i64, device=pivots.type.device)
     for i in range(k):
-        low, high = (*(0,) * axis, i), (*batch, i + 1)
-        other = b.slice(swaps, starts=low, stops=high, steps=(1,) * (axis + 1))
-        other = b.expand(other, shape=shape)
+        other = b.expand(part(b, swaps, axis, i, 1), shape=shape)
         mine, its = b.eq(place, i), b.eq(place, other)
 
         def at(hit: Value, order: Value) -> Value:
@@ -313,41 +336,39 @@ def permutation(t: Trace, order: Value, dtype: object) -> Value:
         return b.cast(b.eq(row, there), dtype=dtype)
 
 
-def _triangles(t: Trace, both: Value) -> tuple[Value, Value]:
-    """L and U of what holds both."""
-    *batch, m, n = both.type.shape
-    k, b = min(m, n), t.b
-    low = cut(t, both, -1, k)
-    eye = identity(t, both, low.type.shape)
-    return b.add(triangle(b, low, strict=True), eye), triangle(b, cut(t, both, -2, k), upper=True)
+def _triangles(t: Trace, both: Tensor) -> tuple[Tensor, Tensor]:
+    """L and U of what holds both, of any dtype; they lie by rows."""
+    k = min(both.shape[-2:])
+    low, up = both[..., :k].tril(-1), both[..., :k, :].triu()
+    low = low + torch.eye(*low.shape[-2:], dtype=both.dtype)
+    return t.fresh(t.read(t.lift(low))), t.fresh(t.read(t.lift(up)))
 
 
-def cut(t: Trace, x: Value, axis: int, stop: int) -> Value:
-    rank = len(x.type.shape)
-    stops = tuple(stop if k == axis + rank else n for k, n in enumerate(x.type.shape))
-    return t.b.slice(x, starts=(0,) * rank, stops=stops, steps=(1,) * rank)
-
-
-@rule(torch.linalg.lu)
+@composed(torch.linalg.lu, kernel=True)
 def linalg_lu(t: Trace, A: Tensor, *, pivot: bool = True) -> object:
-    h = matrix(t, A, "linalg.lu")
+    h = matrix(t, A, "linalg.lu", empty="all")
     if not pivot:
         raise t.shape_error("linalg.lu_factor: LU without pivoting is not implemented on the CPU")
     x, (*batch, m, n) = t.read(h), h.shape
-    k = min(m, n)
     if not h.numel:
-        eye = identity(t, x, (*batch, m, m))
-        low, up = (empty(t, x, (*batch, *s)) for s in ((m, k), (k, n)))
-        return _types.linalg_lu((t.fresh(eye), t.fresh(low), t.fresh(up)))
-    both, _, order = lu_parts(t, factors(t, x), m, n)
+        p = identity(t, x, (*batch, m, m))
+        x = empty_solved(t, "linalg_lu", h.shape, x)
+        return _types.linalg_lu((t.fresh(p), *_no_triangles(t, x)))
+    both, _, order = lu_parts(t, t.b.lu(x), m, n)
     with t.untaped():
         order = cast(t, order, i64)
     p = permutation(t, order, h.dtype)
-    low, up = _triangles(t, both)
-    return _types.linalg_lu((t.fresh(p), t.fresh(low), t.fresh(up)))
+    return _types.linalg_lu((t.fresh(p), *_triangles(t, t.fresh(both))))
 
 
-@rule(torch.lu_unpack)
+def _no_triangles(t: Trace, x: Value) -> tuple[Tensor, Tensor]:
+    """L and U of matrices without elements."""
+    *batch, m, n = x.type.shape
+    k = min(m, n)
+    return tuple([t.fresh(empty(t, x, (*batch, *s))) for s in ((m, k), (k, n))])
+
+
+@composed(torch.lu_unpack, kernel=True)
 def lu_unpack(
     t: Trace,
     LU_data: Tensor,
@@ -356,22 +377,16 @@ def lu_unpack(
     unpack_pivots: bool = True,
 ) -> object:
     """P, L and U, those of them that are asked for."""
-    h = matrix(t, LU_data, "torch.lu_unpack")
-    x, (*batch, m, n) = t.read(h), h.shape
-    p = low = up = t.b.full(0.0, shape=(0,), dtype=h.dtype, device=h.device)
-    if unpack_pivots:
-        if h.numel:
-            order = order_of(t, t.read(t.lift(LU_pivots)), m)
-            p = permutation(t, order, h.dtype)
-        else:
-            p = identity(t, x, (*batch, m, m))
+    h = matrix(t, LU_data, "torch.lu_unpack", takes="all")
+    x, (*batch, m, _) = t.read(h), h.shape
+    p = low = up = torch.empty(0, dtype=LU_data.dtype)
+    if unpack_pivots and h.numel:
+        p = t.fresh(permutation(t, order_of(t, t.read(t.lift(LU_pivots)), m), h.dtype))
+    elif unpack_pivots:
+        p = t.fresh(identity(t, x, (*batch, m, m)))
     if unpack_data:
-        if h.numel:
-            low, up = _triangles(t, x)
-        else:
-            k = min(m, n)
-            low, up = (empty(t, x, (*batch, *s)) for s in ((m, k), (k, n)))
-    return _types.lu_unpack((t.fresh(p), t.fresh(low), t.fresh(up)))
+        low, up = _triangles(t, LU_data) if h.numel else _no_triangles(t, x)
+    return _types.lu_unpack((p, low, up))
 
 
 @composed(torch.functional.lu)

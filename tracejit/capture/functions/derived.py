@@ -11,7 +11,7 @@ from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ArgumentError
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Builder, Value
 from tracejit.ir.types import DType, f32
 
 Forward = Callable[..., Value]  # (*inputs) -> result
@@ -90,6 +90,19 @@ def argument_error(t: Trace, reason: str) -> ArgumentError:
     """The error for argument values that the torch call in progress rejects."""
     where, function = location.full(), function_name(t.calling)
     return ArgumentError(where=where, function=function, reason=reason)
+
+
+def underived(
+    t: Trace, name: str, inputs: Sequence[Value], found: Value, reason: str | None = None
+) -> Value:
+    """What was found in some inputs by a function whose derivative eager does not know."""
+    with t.untaped():
+        out = t.b.alias(found)
+
+    def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> Sequence[Value]:
+        raise t.autograd_error(reason or f"the derivative for '{name}' is not implemented")
+
+    return t.derive(name, tuple(inputs), out, vjp)
 
 
 def no_derivative(t: Trace, name: str, argument: str) -> Cotangent:

@@ -7,9 +7,10 @@ import torch
 
 from tracejit.capture.functions.decompositions import diagonal, empty, identity, lu_parts, matrix
 from tracejit.capture.functions.derived import derived
+from tracejit.capture.functions.products import halved
 from tracejit.capture.functions.solutions import factored, solved
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.matrix_derivatives import along
@@ -22,26 +23,9 @@ _types = torch.return_types
 
 
 def _product(t: Trace, x: Value) -> Value:
-    """Of the last axis, in halves."""
-    b, n = t.b, x.type.shape[-1]
+    """The product of the last axis."""
     rank = len(x.type.shape)
-
-    def part(start: int, stop: int) -> Value:
-        low = (*(0,) * (rank - 1), start)
-        return b.slice(x, starts=low, stops=(*x.type.shape[:-1], stop), steps=(1,) * rank)
-
-    nothing = (0,) * rank
-    while n > 1:
-        half = n // 2
-        both = b.mul(part(0, half), part(half, 2 * half))
-        if n % 2:  # the last one stands beside the products
-            last = b.pad(
-                part(n - 1, n), low=(*nothing[1:], half), high=nothing, interior=nothing, value=1.0
-            )
-            both = b.pad(both, low=nothing, high=(*nothing[1:], 1), interior=nothing, value=1.0)
-            both = b.mul(both, last)
-        x, n = both, both.type.shape[-1]
-    return b.reshape(x, shape=x.type.shape[:-1])
+    return t.b.reshape(halved(t, x, rank - 1), shape=x.type.shape[:-1])
 
 
 def _sign(t: Trace, swaps: Value) -> Value:
@@ -90,7 +74,7 @@ def _determinant(t: Trace, x: Value) -> Value:
 
 @rule(torch.linalg.det, torch.det, Tensor.det)
 def det(t: Trace, A: Tensor) -> TracedTensor:
-    h = matrix(t, A, "linalg.det", square=True)
+    h = matrix(t, A, "linalg.det", square=True, empty="floats")
     x = t.read(h)
     return t.fresh(_determinant(t, x) if h.numel else empty(t, x, h.shape[:-2], 1.0))
 
@@ -138,8 +122,12 @@ def logdet(t: Trace, input: Tensor) -> TracedTensor:
 
 @rule(torch.linalg.matrix_exp, torch.matrix_exp, Tensor.matrix_exp)
 def matrix_exp(t: Trace, A: Tensor) -> TracedTensor:
-    if t.lift(A).dtype.narrow:
-        raise t.unsupported("The exponential has a rule for float32 and float64")
-    h = matrix(t, A, "linalg.matrix_exp", square=True)
+    h = matrix(t, A, "linalg.matrix_exp", square=True, takes="floats")
     x = t.read(h)
-    return t.fresh(t.b.expm(x) if h.numel else empty(t, x, h.shape))
+    if not h.numel:
+        return t.fresh(empty(t, x, h.shape))
+    if h.dtype.narrow:
+        raise t.unsupported(
+            f"Eager's numbers in {TO_TORCH[h.dtype]} are not the exponential; cast to float32"
+        )
+    return t.fresh(t.b.expm(x))

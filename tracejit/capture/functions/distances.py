@@ -97,6 +97,6 @@ def _renorm(t: Trace, input: Tensor, p: float, dim: int, maxnorm: float) -> Tens
     return (input * factor).to(input.dtype).contiguous()
 
 
-_run = in_torch(_renorm)
+_run = in_torch(_renorm, kernel=True)
 rule(torch.renorm, Tensor.renorm)(_run)
 rule(Tensor.renorm_)(in_place(_run))

@@ -14,6 +14,7 @@ import torch
 
 from tracejit.capture.functions.arrangement import each_as_often
 from tracejit.capture.functions.common import cast, expand, normal_axis, register
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.indexing import index_select
 from tracejit.capture.functions.movement import reshape
 from tracejit.capture.trace import location
@@ -22,7 +23,7 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
-from tracejit.ir.graph import Builder, Value
+from tracejit.ir.graph import Value
 from tracejit.ir.ops.indexing import gather as gather_op
 from tracejit.ir.types import f32, f64, i32, i64
 
@@ -70,21 +71,10 @@ def _distinct(
         first, *rest = searched(t, x, Distinct(name, tuple(options.items()), axis))
     if options["return_inverse"]:
         t.ranges[rest[0]] = 0, max(first.type.shape[0] - 1, 0)
-    values = _underived(t, name, x, first)
+    values = underived(t, name, (x,), first) if h.dtype.is_float else t.b.alias(first)
     made = [t.fresh(_back(t, values, axis or 0), _moved(values, axis or 0))]
     made += [t.fresh(t.b.alias(v)) for v in rest]
     return tuple(made) if len(made) > 1 else made[0]
-
-
-def _underived(t: Trace, name: str, x: Value, found: Value) -> Value:
-    """What was found in a tensor, which torch cannot differentiate."""
-    with t.untaped():
-        out = t.b.alias(found)
-
-    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
-        raise t.autograd_error(f"the derivative for '{name}' is not implemented")
-
-    return t.derive(name, (x,), out, vjp) if x.type.dtype.is_float else out
 
 
 def _without(shape: Ints, axis: int) -> Ints:
@@ -223,7 +213,7 @@ def bincount(
         bins = t.b.full(0.0, shape=counts.type.shape, dtype=dtype, device=h.device)
         terms, at = cast(t, t.read(w), dtype), cast(t, x, i64)
         out = gather_op.vjp[0](t.b, terms, terms, bins, at, axis=0)
-    return t.fresh(_underived(t, "bincount", t.read(w), out))
+    return t.fresh(underived(t, "bincount", (t.read(w),), out))
 
 
 register(("repeat_interleave",), repeat_interleave, inplace=False)

@@ -20,6 +20,7 @@ from tracejit.capture.functions.common import (
     register,
     size_args,
 )
+from tracejit.capture.functions.derived import argument_error
 from tracejit.capture.functions.layouts import is_channels_last, strides_in
 from tracejit.capture.functions.movement import clone, expand_, preserved_strides
 from tracejit.capture.trace.integers import held
@@ -184,12 +185,16 @@ def arange(
         raise t.unsupported("The bounds of arange decide a shape; a tensor's values do not")
     integral = not any(isinstance(x, float) for x in (start, end, step))
     chosen = o.dtype or (i64 if integral else default_dtype())
-    count = math.ceil((end - start) / step) if step else 0
+    if not step:
+        raise t.shape_error("step must be nonzero")
+    count, towards = math.ceil((end - start) / step), (end - start) * step
     if chosen.kind in "iu":
         start, end, step = int(start), int(end), int(step)
-        if chosen is i64 and step:  # which torch counts by the whole numbers
+        if chosen is i64:  # which torch counts by the whole numbers
+            if not step:
+                raise argument_error(t, "step must be nonzero")
             count = -((start - end) // step)
-    if step == 0 or (end - start) * step < 0:
+    if ((end - start) * step if step else towards) < 0:
         raise t.shape_error("upper bound and lower bound inconsistent with step sign")
     shape = (count,)
     inner = f64 if chosen.is_float and o.device == "cpu" else chosen  # where torch counts

@@ -13,9 +13,10 @@ from tracejit.capture.functions.common import normal_axis, register
 from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.rows import elementwise
 from tracejit.capture.trace.table import Row
+from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-from tracejit.ir.types import b1
+from tracejit.ir.types import b1, f32
 
 Tensor = torch.Tensor
 
@@ -209,11 +210,12 @@ register(("ldexp",), in_torch(_ldexp))
 @composed(torch._C._linalg.linalg_vander)
 def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
     """Powers 0 … N - 1 of each element, as running products."""
-    if not x.dim():
-        raise t.shape_error("linalg.vander: input must be at least 1-D")
+    x = x if x.dim() else x.unsqueeze(0)
     n = x.shape[-1] if N is None else N
     if n <= 1:
         raise t.shape_error("N must be greater than 1.")
+    if t.lift(x).dtype.narrow:
+        raise t.shape_error(f"linalg.vander is not implemented for {TO_TORCH[t.lift(x).dtype]}")
     if not x.is_floating_point():
         x = x.to(torch.int64)
     powers = x.unsqueeze(-1).expand(*x.shape, n - 1).cumprod(-1)
@@ -242,12 +244,22 @@ composed(torch.fft.ifftshift)(_shifted(-1))
 # --- what torch's own decompositions call --------------------------------------------------------
 
 
-@composed(torch._softmax_backward_data)
+@composed(torch._softmax_backward_data, kernel=True)
 def softmax_backward_data(
     t: Trace, grad_output: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype
 ) -> Tensor:
+    """In the dtype of the gradient; on a GPU of a float16 input, whose softmax was float32."""
+    g, y = t.lift(grad_output), t.lift(output)
+    cpu, mixed = g.device == "cpu", TO_TORCH[g.dtype] is not input_dtype
+    widened = g.dtype is f32 and input_dtype is torch.float16
+    if g.dtype is not y.dtype or (mixed and (widened if cpu else not widened)):
+        kinds = TO_TORCH[g.dtype], TO_TORCH[y.dtype], input_dtype
+        raise t.shape_error(
+            "_softmax_backward_data is not implemented for {}, {}, {}".format(*kinds)
+        )
     product = grad_output * output
-    return (product - output * product.sum(dim, keepdim=True)).to(input_dtype)
+    out = product - output * product.sum(dim, keepdim=True)
+    return out.half() if widened else out
 
 
 @composed(torch.grid_sampler_2d, torch.grid_sampler_3d)
@@ -262,7 +274,7 @@ def grid_sampler(
     return torch.grid_sampler(input, grid, interpolation_mode, padding_mode, align_corners)
 
 
-@composed(torch.native_layer_norm)
+@composed(torch.native_layer_norm, kernel=True)
 def native_layer_norm(
     t: Trace,
     input: Tensor,
@@ -274,14 +286,26 @@ def native_layer_norm(
     axes = list(range(input.dim() - len(normalized_shape), input.dim()))
     out = torch.layer_norm(input, normalized_shape, weight, bias, eps)
     seen = input.detach()  # eager has no gradient of the rest
-    return out, seen.mean(axes, keepdim=True), _rstd(seen, axes, eps)
+    dtype = _dtype_of_moments(t, input, weight, wide=t.lift(input).device != "cpu")
+    return out, *_moments(seen, axes, eps, dtype)
 
 
-def _rstd(x: Tensor, axes: list[int], eps: float) -> Tensor:
-    return (x.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+def _dtype_of_moments(t: Trace, x: Tensor, weight: Tensor | None, wide: bool) -> torch.dtype:
+    """float32 next to float32 parameters, or where it is `wide`; else as the input."""
+    mixed = weight is not None and t.lift(weight).dtype is not t.lift(x).dtype
+    return (
+        torch.float32 if t.lift(x).dtype.narrow and (mixed or wide) else TO_TORCH[t.lift(x).dtype]
+    )
 
 
-@composed(torch.native_group_norm)
+def _moments(x: Tensor, axes: list[int], eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The mean, and one over the deviation, rounded once."""
+    wide = x if x.dtype is torch.float64 else x.float()
+    deviation = (wide.var(axes, correction=0, keepdim=True) + eps).rsqrt()
+    return wide.mean(axes, keepdim=True).to(dtype), deviation.to(dtype)
+
+
+@composed(torch.native_group_norm, kernel=True)
 def native_group_norm(
     t: Trace,
     input: Tensor,
@@ -294,5 +318,6 @@ def native_group_norm(
     eps: float,
 ) -> tuple:
     out = torch.group_norm(input, group, weight, bias, eps)
-    rows = input.reshape(N, group, -1)
-    return out, rows.mean(-1), _rstd(rows, [2], eps).squeeze(-1)
+    dtype = _dtype_of_moments(t, input, weight, wide=False)
+    moments = _moments(input.reshape(N, group, C // group * HxW), [2], eps, dtype)
+    return out, *(x.squeeze(-1) for x in moments)

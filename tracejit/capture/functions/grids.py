@@ -13,15 +13,16 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tracejit.capture.functions.assembly import part
 from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.functions.derived import widen, widened
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.resampling import CUBIC, far_weight, near_weight
+from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import DType, i64
 
 Tensor = torch.Tensor
@@ -38,14 +39,16 @@ def affine_grid_generator(
     t: Trace, theta: Tensor, size: Sequence[int], align_corners: bool
 ) -> TracedTensor:
     """θ[N, d, d + 1] → grid[N, *size, d]: where the map takes the places of an image."""
-    h = t.lift(theta)
+    h, dtype = t.lift(theta), t.lift(theta).dtype
     length = tuple(int(n) for n in size)[2:]
     rank = len(length)
     if rank not in (2, 3) or h.shape != (int(size[0]), rank, rank + 1):
         raise t.shape_error(f"Expected a batch of affine matrices for size {list(size)}")
     if not h.dtype.is_float:
         raise t.shape_error(f"affine_grid_generator is not implemented for {TO_TORCH[h.dtype]}")
-    matrix = widen(t, t.read(h))
+    (theta,), _ = casted(t, torch.bmm, (theta,), {})  # a product with the places of the image
+    narrow = t.lift(theta).dtype
+    matrix = widen(t, t.read(t.lift(theta)))
     shape = (h.shape[0], *length, rank)
     total = None
     for k in range(rank + 1):
@@ -54,17 +57,20 @@ def affine_grid_generator(
         term = expand(t, column, shape)
         if k < rank:  # the coordinates count from the last axis
             axis = rank - 1 - k
-            at = _coordinates(t, length[axis], h.dtype, h.device, bool(align_corners))
+            at = _coordinates(t, length[axis], dtype, h.device, bool(align_corners))
+            at = cast(t, cast(t, at, narrow), matrix.type.dtype)
             thin = tuple(length[axis] if a == axis + 1 else 1 for a in range(rank + 2))
             term = t.b.mul(term, expand(t, t.b.reshape(at, shape=thin), shape))
         total = term if total is None else t.b.add(total, term)
-    return t.fresh(cast(t, total, h.dtype))
+    return t.fresh(cast(t, total, narrow))
 
 
 def _coordinates(t: Trace, n: int, dtype: DType, device: str, corners: bool) -> Value:
     """n places from -1 to 1, in the dtype of the map: the corners, or the middles of pixels."""
     wide = widened(dtype)
     if n <= 1:
+        if dtype.narrow:
+            raise t.shape_error(f'"tensor_cpu" not implemented for {TO_TORCH[dtype]}')
         return t.b.full(0.0, shape=(n,), dtype=wide, device=device)
     k = position(t, 0, (n,), device, wide)
     step = 2.0 / (n - 1)

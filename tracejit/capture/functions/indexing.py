@@ -185,8 +185,7 @@ def embedding(
     return t.fresh(t.b.reshape(out, shape=(*i.shape, w.shape[1])))
 
 
-@in_torch
-def renormalize(
+def _renormalize(
     t: Trace, weight: Tensor, indices: Tensor, max_norm: float, norm_type: float
 ) -> None:
     """Scale the rows of a table that are read, and are longer, to a length."""
@@ -195,10 +194,14 @@ def renormalize(
     within(t, indices, 0, rows, outside)
     with torch.no_grad():
         norms = torch.linalg.vector_norm(weight.detach(), norm_type, dim=1).double()
-        read = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, indices.flatten(), True)
+        places = indices.flatten().long()  # index_fill takes no int32, as an embedding does
+        read = torch.zeros_like(norms, dtype=torch.bool).index_fill(0, places, True)
         factors = max_norm / (norms + 1e-7)
         factors = torch.where(read & (norms > max_norm), factors, torch.ones_like(factors))
         weight.mul_(factors.to(weight.dtype).unsqueeze(1))
+
+
+renormalize = in_torch(_renormalize, kernel=True)
 
 
 @rule(torch.nn.functional.embedding)

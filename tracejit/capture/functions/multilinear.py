@@ -119,7 +119,7 @@ def _cross(t: Trace, x: Tensor, y: Tensor, axis: int, shape: Ints) -> Tensor:
     return x.roll(-1, axis) * y.roll(-2, axis) - x.roll(-2, axis) * y.roll(-1, axis)
 
 
-@composed(torch.linalg.cross)
+@composed(torch.linalg.cross, kernel=True)
 def linalg_cross(t: Trace, input: Tensor, other: Tensor, *, dim: int = -1) -> Tensor:
     a, b = t.lift(input).shape, t.lift(other).shape
     if len(a) != len(b):

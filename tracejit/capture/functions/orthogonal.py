@@ -5,12 +5,9 @@ The signs of the vectors are those of numpy's LAPACK: see `decompositions`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 
 from tracejit.capture.functions.decompositions import (
-    cut,
     empty,
     identity,
     made,
@@ -18,13 +15,18 @@ from tracejit.capture.functions.decompositions import (
     refuse_values,
     unknown,
 )
-from tracejit.capture.functions.derived import derived
+from tracejit.capture.functions.derived import derived, underived
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+<<<<<<< HEAD
 from tracejit.ir.ops.matrix_derivatives import along, parts, split
 from tracejit.ir.ops.movement import transpose
+=======
+from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
+from tracejit.ir.ops.movement import part
+>>>>>>> autoc
 
 Tensor = torch.Tensor
 _types = torch.return_types
@@ -54,20 +56,11 @@ def _qr(t: Trace, A: Tensor, mode: str, name: str) -> tuple[TracedTensor, Traced
         if mode == "r":
             why = "mode='r'. Please use torch.linalg.qr(..., mode='reduced')"
         why = f"qr is not differentiable when {why}"
-        flat = t.derive("linalg_qr", (x,), flat, underived(t, why))
+        flat = underived(t, "linalg_qr", (x,), flat, why)
     else:
         flat = t.b.qr(x, complete=complete)
     q, r = split(t.b, flat, parts("qr", m, n, complete=complete))
     return (t.fresh(nothing) if mode == "r" else made(t, q)), made(t, r)
-
-
-def underived(t: Trace, reason: str) -> Callable:
-    """The derivative of what eager cannot differentiate."""
-
-    def vjp(b: object, cts: object, need: object) -> Sequence[Value]:
-        raise t.autograd_error(reason)
-
-    return vjp
 
 
 @rule(torch.linalg.qr)
@@ -90,8 +83,7 @@ def geqrf(t: Trace, input: Tensor) -> object:
             found = split(t.b, t.b.geqrf(x), parts("geqrf", m, n))
         else:
             found = [empty(t, x, h.shape), empty(t, x, (*batch, min(m, n)))]
-    vjp = underived(t, "the derivative for 'geqrf' is not implemented")
-    found = [t.derive("geqrf", (x,), value, vjp) for value in found]
+    found = [underived(t, "geqrf", (x,), value) for value in found]
     return _types.geqrf((made(t, found[0]), t.fresh(found[1])))
 
 
@@ -121,8 +113,8 @@ def singular(t: Trace, x: Value, full: bool = False) -> tuple[Value, Value, Valu
     u, _, vt = split(b, flat, shapes)
 
     def slope(g: Value, y: Value, x: Value) -> Value:
-        left = cut(t, u, -1, k)
-        return b.matmul(b.mul(left, along(b, g, left.type.shape, -1)), cut(t, vt, -2, k))
+        left = part(b, u, -1, 0, k)
+        return b.matmul(b.mul(left, along(b, g, left.type.shape, -1)), part(b, vt, -2, 0, k))
 
     s = derived(t, "linalg_svd", (x,), lambda x: split(b, flat, shapes)[1], (slope,))
     return u, s, vt
@@ -149,7 +141,7 @@ def _is_lower(t: Trace, uplo: str) -> bool:
 
 @rule(torch.linalg.eigh)
 def eigh(t: Trace, A: Tensor, UPLO: str = "L") -> object:
-    h = matrix(t, A, "linalg.eigh", square=True)
+    h = matrix(t, A, "linalg.eigh", square=True, empty="all")
     lower, x = _is_lower(t, UPLO), t.read(h)
     if not h.numel:
         return _types.linalg_eigh(
@@ -162,7 +154,7 @@ def eigh(t: Trace, A: Tensor, UPLO: str = "L") -> object:
 
 @rule(torch.linalg.eigvalsh)
 def eigvalsh(t: Trace, A: Tensor, UPLO: str = "L") -> TracedTensor:
-    h = matrix(t, A, "linalg.eigvalsh", square=True)
+    h = matrix(t, A, "linalg.eigvalsh", square=True, empty="all")
     return t.fresh(eigenvalues(t, t.read(h), _is_lower(t, UPLO)))
 
 
@@ -200,14 +192,14 @@ def linalg_svd(
     t: Trace, A: Tensor, full_matrices: bool = True, *, driver: str | None = None
 ) -> object:
     _check_driver(t, driver)
-    u, s, vt = _svd(t, matrix(t, A, "linalg.svd"), full_matrices)
+    u, s, vt = _svd(t, matrix(t, A, "linalg.svd", empty="floats"), full_matrices)
     return _types.linalg_svd((made(t, u), t.fresh(s), made(t, vt)))
 
 
 @rule(torch.svd, Tensor.svd)
 def svd(t: Trace, input: Tensor, some: bool = True, compute_uv: bool = True) -> object:
     """V itself, which is a view of its transpose in eager."""
-    h = matrix(t, input, "svd")
+    h = matrix(t, input, "svd", empty="floats")
     if not compute_uv:
         s, (*batch, m, n) = t.fresh(singular_values(t, t.read(h))), h.shape
         of = {"dtype": h.dtype, "device": h.device}
@@ -232,4 +224,4 @@ def singular_values(t: Trace, x: Value) -> Value:
 @rule(torch.linalg.svdvals)
 def svdvals(t: Trace, A: Tensor, *, driver: str | None = None) -> TracedTensor:
     _check_driver(t, driver)
-    return t.fresh(singular_values(t, t.read(matrix(t, A, "linalg.svdvals"))))
+    return t.fresh(singular_values(t, t.read(matrix(t, A, "linalg.svdvals", empty="floats"))))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tracejit.capture.functions.assembly import joined, part
+from tracejit.capture.functions.assembly import joined
 from tracejit.capture.functions.common import expand, literal, register
 from tracejit.capture.functions.derived import derived
 from tracejit.capture.functions.layouts import like
@@ -14,6 +14,7 @@ from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import b1
 
 Tensor = torch.Tensor

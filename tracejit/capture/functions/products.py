@@ -19,6 +19,7 @@ from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
@@ -248,7 +249,7 @@ def prod(
     if not h.shape:
         value = t.b.alias(x)
     elif factors.type.shape[axis] > 1:
-        value = t.b.reshape(_halved(t, factors, axis), shape=kept)
+        value = t.b.reshape(halved(t, factors, axis), shape=kept)
     else:
         value = _of_one(t, factors, axis, kept)
     return t.fresh(t.saves(value, x, value))
@@ -257,7 +258,7 @@ def prod(
 def _of_one(t: Trace, x: Value, axis: int, kept: Ints) -> Value:
     """The product of one factor or none, whose constant derivative depends on it for torch."""
     with t.untaped():
-        value = t.b.alias(t.b.reshape(_halved(t, x, axis), shape=kept))
+        value = t.b.alias(t.b.reshape(halved(t, x, axis), shape=kept))
 
     def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
         slope = b.reshape(cts[0], shape=x.type.shape) if x.type.shape[axis] else zeros(b, x)
@@ -266,7 +267,7 @@ def _of_one(t: Trace, x: Value, axis: int, kept: Ints) -> Value:
     return t.derive("prod", (x,), value, vjp)
 
 
-def _halved(t: Trace, x: Value, axis: int) -> Value:
+def halved(t: Trace, x: Value, axis: int) -> Value:
     """The product along an axis, of extent 1 in the end."""
     zeros = (0,) * len(x.type.shape)
     one = 1.0 if x.type.dtype.is_float else 1
@@ -278,10 +279,7 @@ def _halved(t: Trace, x: Value, axis: int) -> Value:
         if n % 2 or n == 0:
             x = t.b.pad(x, low=zeros, high=at(1), interior=zeros, value=one)
             continue
-        shape, steps = x.type.shape, (1,) * len(zeros)
-        middle = tuple(n // 2 if i == axis else m for i, m in enumerate(shape))
-        low = t.b.slice(x, starts=zeros, stops=middle, steps=steps)
-        x = t.b.mul(low, t.b.slice(x, starts=at(n // 2), stops=shape, steps=steps))
+        x = t.b.mul(part(t.b, x, axis, 0, n // 2), part(t.b, x, axis, n // 2, n // 2))
     return x
 
 

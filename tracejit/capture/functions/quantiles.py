@@ -36,7 +36,7 @@ def _numbers(t: Trace, input: Tensor) -> Tensor:
     return t.fresh(value, preserved_strides(h))
 
 
-@composed(torch.nansum, Tensor.nansum)
+@composed(torch.nansum, Tensor.nansum, kernel=True)
 def nansum(
     t: Trace,
     input: Tensor,
@@ -148,7 +148,7 @@ for _name, _ignore in (("quantile", False), ("nanquantile", True)):
     composed(*_functions)(_quantile(_name, ignore=_ignore))
 
 
-@composed(torch.mode, Tensor.mode)
+@composed(torch.mode, Tensor.mode, kernel=True)
 def mode(t: Trace, input: Tensor, dim: int = -1, keepdim: bool = False) -> object:
     """The value that occurs most often along an axis, the smallest of several; its last place."""
     h = t.lift(input)
@@ -179,7 +179,7 @@ def mode(t: Trace, input: Tensor, dim: int = -1, keepdim: bool = False) -> objec
 # --- extrema and counts ------------------------------------------------------------------------
 
 
-@composed(torch.aminmax, Tensor.aminmax)
+@composed(torch.aminmax, Tensor.aminmax, kernel=True)
 def aminmax(t: Trace, input: Tensor, *, dim: int | None = None, keepdim: bool = False) -> object:
     shape = t.lift(input).shape
     if dim is None and 0 in shape:
@@ -191,7 +191,7 @@ def aminmax(t: Trace, input: Tensor, *, dim: int | None = None, keepdim: bool = 
     return torch.return_types.aminmax((input.amin(axes, keepdim), input.amax(axes, keepdim)))
 
 
-@composed(torch.count_nonzero, Tensor.count_nonzero)
+@composed(torch.count_nonzero, Tensor.count_nonzero, kernel=True)
 def count_nonzero(t: Trace, input: Tensor, dim: object = None) -> Tensor:
     normal_axes(t, dim, len(t.lift(input).shape))
     return (input != 0).sum(dim)

@@ -28,6 +28,7 @@ from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_stride
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import contiguous_strides
 
 Tensor = torch.Tensor
@@ -110,18 +111,9 @@ CELLS: dict[str, tuple[Cell, int]] = {  # and how many gates it has
 
 def _parts(t: Trace, x: Value, axis: int, count: int) -> State:
     """Equal parts along an axis; their derivatives, joined, are that of the whole."""
-    size, ones = x.type.shape[axis] // count, (1,) * len(x.type.shape)
-
-    def ends(k: int, others: Ints) -> Ints:
-        return tuple(k * size if i == axis else n for i, n in enumerate(others))
-
+    size = x.type.shape[axis] // count
     with t.untaped():
-        parts = tuple(
-            t.b.slice(
-                x, starts=ends(k, (0,) * len(ones)), stops=ends(k + 1, x.type.shape), steps=ones
-            )
-            for k in range(count)
-        )
+        parts = tuple(part(t.b, x, axis, k * size, size) for k in range(count))
     if t.grad_on:
         t.tape.add(Entry((x,), parts, lambda b, cts, need: (_joined(t, cts, axis),), "split"))
     return parts

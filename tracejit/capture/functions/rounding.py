@@ -177,14 +177,14 @@ def frexp(t: Trace, input: Tensor) -> object:
         return b.where(ordinary, m, x), b.where(ordinary, e, 0.0)
 
     with t.untaped():
-        e = parts(widen(t, x))[1]
+        m, e = parts(widen(t, x))
         exponent = t.b.cast(e, dtype=i32)
 
     def slope(g: Value, y: Value, x: Value) -> Value:
         two = b.full(2.0, shape=e.type.shape, dtype=e.type.dtype, device=e.type.device)
         return b.div(g, b.pow(two, e))
 
-    mantissa = derived(t, "frexp", (x,), lambda x: parts(x)[0], (slope,))
+    mantissa = derived(t, "frexp", (x,), lambda x: m, (slope,))
     strides = kept_strides(h)
     return torch.return_types.frexp((t.fresh(mantissa, strides), t.fresh(exponent, strides)))
 

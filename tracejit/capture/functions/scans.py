@@ -19,6 +19,7 @@ from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import TO_IR, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import b1, i64, u8
 
 Tensor = torch.Tensor
@@ -27,8 +28,7 @@ Tensor = torch.Tensor
 def _before(t: Trace, x: Value, axis: int, by: int, fill: float | int) -> Value:
     """What stands `by` places before each element along an axis, `fill` where there is nothing."""
     rank, n = len(x.type.shape), x.type.shape[axis]
-    stops = tuple(n - by if k == axis else m for k, m in enumerate(x.type.shape))
-    kept = t.b.slice(x, starts=(0,) * rank, stops=stops, steps=(1,) * rank)
+    kept = part(t.b, x, axis, 0, n - by)
     low = tuple(by if k == axis else 0 for k in range(rank))
     return t.b.pad(kept, low=low, high=(0,) * rank, interior=(0,) * rank, value=fill)
 

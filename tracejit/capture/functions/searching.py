@@ -75,7 +75,7 @@ def _searchsorted(
     return found.to(torch.int32) if out_int32 else found
 
 
-@composed(torch.bucketize)
+@composed(torch.bucketize, kernel=True)
 def bucketize(
     t: Trace, input: object, boundaries: Tensor, *, out_int32: bool = False, right: bool = False
 ) -> Tensor:
@@ -88,7 +88,7 @@ def bucketize(
 composed(torch.searchsorted)(_searchsorted)
 
 
-@composed(torch.isin)
+@composed(torch.isin, kernel=True)
 def isin(
     t: Trace,
     elements: object,
@@ -132,7 +132,7 @@ def _masked_scatter(t: Trace, input: Tensor, mask: Tensor, source: Tensor) -> Te
     return torch.where(mask, t.fresh(t.b.reshape(taken, shape=t.lift(mask).shape)), input)
 
 
-register(("masked_scatter",), in_torch(_masked_scatter))
+register(("masked_scatter",), in_torch(_masked_scatter, kernel=True))
 
 
 def _put(
@@ -155,7 +155,7 @@ def _put(
     return torch.empty_like(input).copy_(flat.reshape(input.shape))
 
 
-register(("put",), in_torch(_put))
+register(("put",), in_torch(_put, kernel=True))
 
 
 def _index_reduce(
@@ -193,4 +193,4 @@ def _index_reduce(
     return input.scatter_reduce(axis, wide, source, reduce, include_self=include_self)
 
 
-register(("index_reduce",), in_torch(_index_reduce))
+register(("index_reduce",), in_torch(_index_reduce, kernel=True))

@@ -15,7 +15,7 @@ _STARTS = {"sum": 0.0, "mean": 0.0, "prod": 1.0, "max": -math.inf, "min": math.i
 _SCATTERED = {"mean": "sum", "max": "amax", "min": "amin"}
 
 
-@composed(torch.segment_reduce)
+@composed(torch.segment_reduce, kernel=True)
 def segment_reduce(
     t: Trace,
     data: Tensor,

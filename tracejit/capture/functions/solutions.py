@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tracejit.capture.functions.common import expand
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.decompositions import (
     by_columns,
     diagonal,
     empty,
-    factors,
+    empty_solved,
     identity,
     info,
     lu_parts,
@@ -40,16 +41,16 @@ _types = torch.return_types
 
 def spread_to(t: Trace, x: Value, batch: Ints) -> Value:
     """Matrices for a larger batch."""
-    shape = (*batch, *x.type.shape[-2:])
-    if x.type.shape == shape:
-        return x
-    missing = len(shape) - len(x.type.shape)
-    kept = t.b.reshape(x, shape=(1,) * missing + x.type.shape) if missing else x
-    return t.b.expand(kept, shape=shape)
+    return expand(t, x, (*batch, *x.type.shape[-2:]))
 
 
-def common_batch(t: Trace, a: Handle, b: Handle, name: str) -> Ints:
-    """The batch of two lots of matrices together."""
+def common_batch(t: Trace, a: Handle, b: Handle, name: str, left: bool = True) -> Ints:
+    """The batch of two lots of matrices together, of A·X = B or X·A = B."""
+    if b.shape[-2 if left else -1] != a.shape[-1]:
+        raise t.shape_error(
+            f"{name}: Incompatible shapes of A and B for the equation "
+            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(b.shape)})"
+        )
     shape = broadcast_shape([a.shape[:-2], b.shape[:-2]])
     if shape is None:
         raise t.shape_error(f"{name}: the batches {a.shape[:-2]} and {b.shape[:-2]} do not fit")
@@ -84,7 +85,7 @@ def solved(t: Trace, a: Value, flat: Value, z: Value, transposed: bool = False) 
 def factored(t: Trace, a: Value) -> Value:
     """The flat factors of A, of which nothing is differentiated."""
     with t.untaped():
-        return factors(t, a)
+        return t.b.lu(a)
 
 
 def _pivots(t: Trace, flat: Value, n: int) -> Value:
@@ -104,22 +105,17 @@ def _solve(
     t: Trace, A: Tensor, B: Tensor, left: bool, name: str, check: bool
 ) -> tuple[TracedTensor, Value]:
     """The solution, and which pivots are zero."""
-    a, z = matrix(t, A, name, square=True), t.lift(B)
+    a, z = matrix(t, A, name, square=True, empty="floats"), t.lift(B)
     vector = len(z.shape) == 1 or (len(a.shape) - 1 == len(z.shape) and z.shape == a.shape[:-1])
     if vector and not left:
         raise t.shape_error(f"{name}: Vector broadcasting of the left hand side is not supported")
     if vector:
         B = B.unsqueeze(-1)
         z = t.lift(B)
-    matrix(t, B, name)
+    matrix(t, B, name, takes="floats")
     n, x, y = a.shape[-1], t.read(a), t.read(z)
     y = y if left else transpose(t.b, y)
-    if y.type.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation "
-            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    batch = common_batch(t, a, z, name, left)
     shape = (*batch, n, y.type.shape[-1])
     if not a.numel or 0 in shape:
         bad = t.b.full(False, shape=(*a.shape[:-2], 0), dtype=b1, device=a.device)
@@ -245,7 +241,7 @@ def tensorsolve(t: Trace, A: Tensor, B: Tensor, dims: Sequence[int] | None = Non
 # --- triangles ---------------------------------------------------------------------------------
 
 
-@composed(torch.linalg.solve_triangular)
+@composed(torch.linalg.solve_triangular, kernel=True)
 def solve_triangular(
     t: Trace,
     A: Tensor,
@@ -259,12 +255,7 @@ def solve_triangular(
     a, z = matrix(t, A, name, square=True), matrix(t, B, name)
     x, y, n = t.read(a), t.read(z), a.shape[-1]
     y = y if left else transpose(t.b, y)
-    if y.type.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation "
-            f"{'AX = B' if left else 'XA = B'} ({list(a.shape)} and {list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    batch = common_batch(t, a, z, name, left)
     shape = (*batch, n, y.type.shape[-1])
     if 0 in shape:
         out = t.unread(empty(t, x, shape), y)
@@ -306,8 +297,6 @@ def triangular_solve(
 @composed(torch.cholesky_solve, Tensor.cholesky_solve)
 def cholesky_solve(t: Trace, B: Tensor, L: Tensor, upper: bool = False) -> Tensor:
     a, z = matrix(t, L, "cholesky_solve", square=True), matrix(t, B, "cholesky_solve")
-    if z.shape[-2] != a.shape[-1]:
-        raise t.shape_error(f"cholesky_solve: {list(a.shape)} and {list(z.shape)} do not fit")
     batch = common_batch(t, a, z, "cholesky_solve")
     x, y = spread_to(t, t.read(a), batch), spread_to(t, t.read(z), batch)
     if not a.numel or not z.numel:
@@ -358,19 +347,15 @@ def cholesky_inverse(t: Trace, L: Tensor, upper: bool = False) -> Tensor:
 def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoint: bool) -> Tensor:
     """By the triangles, whose derivatives are those of LU."""
     name = "torch.linalg.lu_solve"
-    a, z = matrix(t, LU, name, square=True), matrix(t, B, name)
+    a = matrix(t, LU, name, square=True, takes="floats")
+    z = matrix(t, B, name, takes="floats")
     if not left:
         return _lu_solve(t, LU, pivots, B.mT, True, not adjoint).mT
-    n = a.shape[-1]
-    if z.shape[-2] != n:
-        raise t.shape_error(
-            f"{name}: Incompatible shapes of A and B for the equation AX = B ({list(a.shape)} and "
-            f"{list(z.shape)})"
-        )
-    batch = common_batch(t, a, z, name)
+    n, batch = a.shape[-1], common_batch(t, a, z, name)
     shape = (*batch, n, z.shape[-1])
     if 0 in shape or not a.numel:
-        return made(t, t.unread(empty(t, t.read(a), shape), t.read(z)))
+        return made(t, empty_solved(t, "linalg_lu_solve", shape, t.read(a), t.read(z)))
+    matrix(t, LU, name)
     order = order_of(t, t.read(t.lift(pivots)), n)
     place = t.fresh(order)
     if adjoint:
@@ -385,7 +370,7 @@ def _lu_solve(t: Trace, LU: Tensor, pivots: Tensor, B: Tensor, left: bool, adjoi
     return made(t, t.read(t.lift(x.gather(-2, wide))))
 
 
-@composed(torch.linalg.lu_solve)
+@composed(torch.linalg.lu_solve, kernel=True)
 def linalg_lu_solve(
     t: Trace,
     LU: Tensor,

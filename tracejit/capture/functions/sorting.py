@@ -15,6 +15,7 @@ from tracejit.capture.functions.reduction import keep
 from tracejit.capture.trace.tensor import Handle, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.movement import part
 from tracejit.ir.types import i64
 
 Tensor = torch.Tensor
@@ -102,8 +103,7 @@ def _one(t: Trace, input: Tensor, dim: int, keepdim: bool, k: int, name: str) ->
     found = []
     for v in (t.read(t.lift(y)) for y in (values, order)):
         if h.shape:
-            starts = tuple(k if a == axis else 0 for a in range(len(h.shape)))
-            v = t.b.slice(v, starts=starts, stops=v.type.shape, steps=(1,) * len(h.shape))
+            v = part(t.b, v, axis, k, v.type.shape[axis] - k)
         found.append(_kept(t, v, h, axis, keepdim))
     return getattr(torch.return_types, name)(found)
 

@@ -7,14 +7,13 @@ Chebyshev series in the rest (`series.py`). Slopes are torch's own derivatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import wraps
 
 import torch
 
 from tracejit.capture.functions import series, zeta
 from tracejit.capture.functions.common import as_float, operand, pointwise, register, result_dtype
-from tracejit.capture.functions.composites import composed, in_torch
+from tracejit.capture.functions.composites import in_torch
 from tracejit.capture.functions.rows import elementwise, emitted, function_of, undefined
 from tracejit.capture.trace.table import Formula, Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
@@ -364,34 +363,3 @@ def _zeta(t: Trace, input: object, other: object) -> TracedTensor:
 
 
 register(("zeta",), _zeta, row=ZETA)
-
-
-# ---- functions of which torch has no derivative
-
-
-def _detached(name: str, value: Callable[[Tensor], Tensor]) -> None:
-    """Register a function whose result has no history; eager has it not for bf16 and f16."""
-
-    @composed(getattr(torch.special, name))
-    def function(t: Trace, input: Tensor) -> Tensor:
-        h = t.lift(input)
-        if h.dtype.narrow:
-            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[h.dtype]}')
-        with torch.no_grad():
-            x = input.detach()
-            return value(x if h.dtype.is_float else x.to(torch.get_default_dtype()))
-
-
-def _modified(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """As torch computes it: NaN at infinities."""
-    return lambda x: function(x).masked_fill(x.isinf(), math.nan)
-
-
-def _spherical(x: Tensor) -> Tensor:
-    """sin(x) / x, with its limits."""
-    return (x.sin() / x).masked_fill(x == 0, 1.0).masked_fill(x.isinf(), 0.0)
-
-
-_detached("spherical_bessel_j0", _spherical)
-_detached("modified_bessel_i0", _modified(torch.special.i0))
-_detached("modified_bessel_i1", _modified(torch.special.i1))

@@ -10,14 +10,18 @@ import torch
 from tracejit.capture.functions.common import normal_axes
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.decompositions import empty, identity, made, matrix
-from tracejit.capture.functions.derived import derived
-from tracejit.capture.functions.orthogonal import underived
+from tracejit.capture.functions.derived import derived, underived
 from tracejit.capture.trace.cuts import is_true
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+<<<<<<< HEAD
 from tracejit.ir.ops.matrix_derivatives import triangle
 from tracejit.ir.ops.movement import transpose
+=======
+from tracejit.ir.ops.matrix_derivatives import transpose, triangle
+from tracejit.ir.ops.movement import part
+>>>>>>> autoc
 
 Tensor = torch.Tensor
 _types = torch.return_types
@@ -27,33 +31,34 @@ NORMS = (1, -1, 2, -2, float("inf"), -float("inf"), "fro", "nuc")
 # --- norms -------------------------------------------------------------------------------------
 
 
-def matrix_norm_of(
+@composed(torch.linalg.matrix_norm)
+def matrix_norm(
     t: Trace,
     A: Tensor,
-    ord: object,
-    dim: tuple[int, int],
-    keepdim: bool,
-    dtype: torch.dtype | None,
-    name: str = "linalg.matrix_norm",
+    ord: object = "fro",
+    dim: tuple[int, int] = (-2, -1),
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The largest sum of a row or column, the sum or the extremum of singular values, or the root
     of the sum of squares."""
-    if dtype is not None:
-        A = A.to(dtype)
-    h = t.lift(A)
+    name, h = "linalg.matrix_norm", t.lift(A)
     if len(h.shape) < 2:
         raise t.shape_error(f"{name}: The input tensor A must have at least 2 dimensions.")
-    if not h.dtype.is_float:
+    spectral = ord in (2, -2, "nuc")
+    if not h.dtype.is_float or (spectral and h.dtype.narrow):
         raise t.shape_error(f"{name}: Expected a floating point, not {TO_TORCH[h.dtype]}")
     if ord not in NORMS:
-        raise t.shape_error(f"linalg.matrix_norm: Order {ord} not supported.")
+        raise t.shape_error(f"{name}: Order {ord} not supported.")
     if not isinstance(dim, (tuple, list)) or len(dim) != 2:
         raise t.shape_error(f"{name}: dim must be a 2-tuple. Got {dim}")
     normal_axes(t, tuple(dim), len(h.shape))  # raises where there are none such, or two alike
     rows, columns = (int(d) % len(h.shape) for d in dim)
+    A = A if dtype is None else A.to(dtype)
     if ord == "fro":
         return torch.linalg.vector_norm(A, 2, (rows, columns), keepdim)
-    if ord in (2, -2, "nuc"):
+    if spectral:
         rest = [k for k in range(len(h.shape)) if k not in (rows, columns)]
         s = torch.linalg.svdvals(A.permute(*rest, rows, columns))
         over = s.sum if ord == "nuc" else s.amax if ord == 2 else s.amin
@@ -71,23 +76,10 @@ def matrix_norm_of(
     return out if keepdim else out.squeeze((rows, columns))
 
 
-@composed(torch.linalg.matrix_norm)
-def matrix_norm(
-    t: Trace,
-    A: Tensor,
-    ord: object = "fro",
-    dim: tuple[int, int] = (-2, -1),
-    keepdim: bool = False,
-    *,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return matrix_norm_of(t, A, ord, dim, keepdim, dtype)
-
-
 @composed(torch.linalg.cond)
 def cond(t: Trace, A: Tensor, p: object = None) -> Tensor:
     """The norm of a matrix times that of its inverse; of singular values for the 2-norm."""
-    h = matrix(t, A, "linalg.cond", square=p not in (None, 2, -2))
+    h = matrix(t, A, "linalg.cond", square=p not in (None, 2, -2), empty="all")
     if not h.numel:
         return t.fresh(empty(t, t.read(h), h.shape[:-2]))
     if p in (None, 2, -2):
@@ -103,15 +95,11 @@ def cond(t: Trace, A: Tensor, p: object = None) -> Tensor:
         inverse, failed = torch.linalg.inv_ex(A)
         inverse = torch.where((failed > 0)[..., None, None], float("inf"), inverse)
         out = torch.linalg.matrix_norm(A, p) * torch.linalg.matrix_norm(inverse, p)
-    vjp = underived(t, "linalg.cond: eager modifies the inverse in place, and has no gradient")
-    return t.fresh(t.derive("linalg_cond", (t.read(h),), t.read(t.lift(out)), vjp))
+    reason = "linalg.cond: eager modifies the inverse in place, and has no gradient"
+    return t.fresh(underived(t, "linalg_cond", (t.read(h),), t.read(t.lift(out)), reason))
 
 
 # --- ranks and pseudoinverses ------------------------------------------------------------------
-
-
-def _magnitudes(A: Tensor, hermitian: bool) -> Tensor:
-    return torch.linalg.eigvalsh(A).abs() if hermitian else torch.linalg.svdvals(A)
 
 
 def _above(A: Tensor, s: Tensor, atol: object, rtol: object) -> Tensor:
@@ -147,17 +135,23 @@ def matrix_rank(
     with t.untaped():
         if not h.numel:
             return torch.zeros(h.shape[:-2], dtype=torch.int64)
-        s = _magnitudes(A, hermitian)
+        s = torch.linalg.eigvalsh(A).abs() if hermitian else torch.linalg.svdvals(A)
         return _above(A, s, atol, rtol).sum(-1)
 
 
-def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name: str) -> Tensor:
-    """V·S⁺·Uᵀ. The derivative is of Golub and Pereyra 1973, The differentiation of pseudo-inverses
-    and nonlinear least squares problems whose variables separate."""
+def _pinv(
+    t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V·S⁺·Uᵀ, the sizes of S, and which of them count.
+
+    The derivative is of Golub and Pereyra 1973, The differentiation of pseudo-inverses and
+    nonlinear least squares problems whose variables separate.
+    """
     h = matrix(t, A, name, square=hermitian)
     x = t.read(h)
     if not h.numel:
-        return t.fresh(empty(t, x, (*h.shape[:-2], h.shape[-1], h.shape[-2])))
+        none = A.new_zeros((*h.shape[:-2], 0))
+        return A.mT @ A.new_zeros((*h.shape[:-1], h.shape[-2])), none, none
     with t.untaped():
         if hermitian:
             s, u = torch.linalg.eigh(A)
@@ -165,8 +159,12 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
         else:
             u, s, vt = torch.linalg.svd(A, full_matrices=False)
             left, size = vt.mT, s
-        kept = torch.where(_above(A, size, atol, rtol), s.reciprocal(), 0.0)
+        counts = _above(A, size, atol, rtol)
+        kept = torch.where(counts, s.reciprocal(), 0.0)
         value = t.read(t.lift((left * kept.unsqueeze(-2)).matmul(u.mT)))
+    if value.type.dtype is not h.dtype:  # by autocast, outside of which eager multiplies the two
+        reason = f"{name}: expected m1 and m2 to have the same dtype"
+        return t.fresh(underived(t, "linalg_pinv", (x,), value, reason)), size, counts
     b = t.b
 
     def backward(g: Value, p: Value, a: Value) -> Value:
@@ -179,7 +177,8 @@ def _pinv(t: Trace, A: Tensor, atol: object, rtol: object, hermitian: bool, name
         right = b.sub(right, b.matmul(b.matmul(right, p), a))
         return b.sub(b.add(left, right), first)
 
-    return t.fresh(derived(t, "linalg_pinv", (x,), lambda x: value, (backward,)))
+    out = derived(t, "linalg_pinv", (x,), lambda x: value, (backward,))
+    return t.fresh(out), size, counts
 
 
 @composed(torch.linalg.pinv)
@@ -194,12 +193,12 @@ def pinv(
 ) -> Tensor:
     if rcond is not None:
         atol, rtol = 0.0, rcond
-    return _pinv(t, A, atol, rtol, hermitian, "linalg.pinv")
+    return _pinv(t, A, atol, rtol, hermitian, "linalg.pinv")[0]
 
 
 @composed(torch.pinverse, Tensor.pinverse)
 def pinverse(t: Trace, input: Tensor, rcond: float = 1e-15) -> Tensor:
-    return _pinv(t, input, 0.0, rcond, False, "pinverse")
+    return _pinv(t, input, 0.0, rcond, False, "pinverse")[0]
 
 
 @composed(torch.linalg.lstsq)
@@ -223,10 +222,10 @@ def lstsq(
     if m != B.shape[-2] or tuple(batch) != tuple(B.shape[:-2]):
         raise t.shape_error(f"{name}: the shapes {list(a.shape)} and {list(z.shape)} do not fit")
     rtol = torch.finfo(A.dtype).eps * max(m, n) if rcond is None else rcond
-    x = _pinv(t, A, 0.0, rtol, False, name).matmul(B)
+    inverse, values, counts = _pinv(t, A, 0.0, rtol, False, name)
+    x = inverse.matmul(B)
     with t.untaped():
-        values = torch.linalg.svdvals(A)
-        rank = _above(A, values, 0.0, rtol).sum(-1)
+        rank = counts.sum(-1)
     residuals = t.fresh(empty(t, t.read(a), (0,)))  # they require a gradient in eager
     if m > n and (driver == "gels" or (driver in ("gelsd", "gelss") and _is_full(t, rank, n))):
         residuals = (A.matmul(x) - B).square().sum(-2)
@@ -285,9 +284,8 @@ def _without_gradient(t: Trace, new: Value, inputs: tuple[Value, ...], *of: Valu
 
 def _vectors(t: Trace, h: Value, k: int) -> Value:
     """Householder's vectors: what is below the diagonal, and ones on it."""
-    b, (*batch, m, _) = t.b, h.type.shape
-    rank = len(h.type.shape)
-    x = b.slice(h, starts=(0,) * rank, stops=(*batch, m, k), steps=(1,) * rank)
+    b = t.b
+    x = part(b, h, -1, 0, k)
     return b.add(triangle(b, x, strict=True), identity(t, x, x.type.shape))
 
 

@@ -25,7 +25,7 @@ from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.derived import derived, require_float, spread
 from tracejit.capture.functions.reduction import attains, keep
 from tracejit.capture.functions.selection import clamp_min
-from tracejit.capture.functions.spectra import matrix_norm_of
+from tracejit.capture.functions.spectra import matrix_norm
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
@@ -231,7 +231,7 @@ def linalg_norm(
                 f"{rank}D."
             )
         if rank > 1 or dim is not None:
-            return matrix_norm_of(t, A, ord, dim or (0, 1), keepdim, dtype)
+            return matrix_norm(t, A, ord, dim or (0, 1), keepdim, dtype=dtype)
     return vector_norm(t, A, 2 if ord is None else ord, dim, keepdim, dtype=dtype)
 
 
@@ -258,7 +258,7 @@ def norm(
 def _nuclear(
     t: Trace, input: Tensor, dim: object, keepdim: bool, dtype: torch.dtype | None
 ) -> Tensor:
-    return matrix_norm_of(t, input, "nuc", (0, 1) if dim is None else dim, keepdim, dtype)
+    return matrix_norm(t, input, "nuc", (0, 1) if dim is None else dim, keepdim, dtype=dtype)
 
 
 @rule(functional.normalize)

@@ -45,7 +45,7 @@ def _asin(t: Trace, x: Value) -> Value:
     return t.b.atan2(x, _quarter(t, x))
 
 
-def _acos(t: Trace, x: Value) -> Value:
+def acos(t: Trace, x: Value) -> Value:
     return t.b.atan2(_quarter(t, x), x)
 
 
@@ -275,7 +275,7 @@ def _unary(names: str, value: Formula, slope: Formula) -> Row:
 ROWS = (
     _unary("tan", _tan, _d_tan),
     _unary("asin arcsin", _asin, _d_asin),
-    _unary("acos arccos", _acos, _d_acos),
+    _unary("acos arccos", acos, _d_acos),
     _unary("atan arctan", _atan, _d_atan),
     _unary("sinh", _sinh, lambda t, g, y, x: t.b.mul(g, _cosh(t, x))),
     _unary("cosh", _cosh, lambda t, g, y, x: t.b.mul(g, _sinh(t, x))),

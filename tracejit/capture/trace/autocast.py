@@ -250,6 +250,7 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             _float32,
             "__rdiv__ exp expm1 log log10 log2 log1p reciprocal rsqrt tan acos asin arccos arcsin "
             "cosh sinh erfinv pow __pow__ __rpow__ square softplus layer_norm group_norm rms_norm "
+            "native_layer_norm "
             "cosine_similarity dist pdist renorm logsumexp normalize "
             "upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_linear1d "
             "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d "

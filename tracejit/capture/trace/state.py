@@ -125,6 +125,7 @@ class TraceState:
         self.ranges: dict[Value, tuple[float, float]] = {}  # what is known of values: `ranges.py`
         self.hyperparameters: object | None = None  # of the optimizers in reach
         self.call: tuple[Callable, tuple, dict] | None = None  # whose rule is running
+        self.outer: tuple[Callable, tuple, dict] | None = None  # the one that runs user code
         self.name_of: Callable[[torch.Tensor], str | None] = lambda tensor: None  # in user code
         self.refused: TracejitError | None = None  # what eager would not have raised
         # autograd

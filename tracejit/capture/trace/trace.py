@@ -58,9 +58,11 @@ class Trace(TraceState):
         try:
             if torch._C._is_any_autocast_enabled():
                 args, kwargs = casted(self, func, args, kwargs)
-            if kwargs.get("out") is not None:
-                return self._into(kwargs.pop("out"), rule.run(self, *args, **kwargs))
-            return rule.run(self, *args, **kwargs)
+            into = kwargs.pop("out") if kwargs.get("out") is not None else None
+            result = rule.run(self, *args, **kwargs)
+            result = result if into is None else self._into(into, result)
+            self.call = self.outer or self.call
+            return result
         except TypeError as error:
             if error.__traceback__ is not None and error.__traceback__.tb_next is None:
                 raise self.unsupported(
@@ -99,8 +101,9 @@ class Trace(TraceState):
     @contextmanager
     def user_code(self, *, grad: bool) -> Iterator[None]:
         """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
-        before = self.formula, self.taping, self.call, self.b.line, torch.is_grad_enabled()
-        self.formula, self.taping = None, True
+        before = self.formula, self.taping, self.call, self.outer, self.b.line
+        enabled = torch.is_grad_enabled()
+        self.formula, self.taping, self.outer = None, True, self.call
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self.mode)
         try:
@@ -108,7 +111,7 @@ class Trace(TraceState):
                 yield
         finally:
             TorchFunctionMode.__exit__(self.mode, None, None, None)
-            self.formula, self.taping, self.call, self.b.line, enabled = before
+            self.formula, self.taping, self.call, self.outer, self.b.line = before
             torch._C._set_grad_enabled(enabled)
 
     # ---- recording

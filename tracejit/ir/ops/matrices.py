@@ -8,7 +8,7 @@ has several parts lies flat, matrix by matrix; `parts` says where, and a slice c
     triangular_solve   X of A·X = B, or Aᵀ·X = B, of one triangle of A
     lu                 L and U in one matrix; the rows that LAPACK swapped, counted from 1; and the
                        rows of A in their new order: A[order] = L·U
-    lu_solve           X of A·X = B, or Aᵀ·X = B, by lu(A): who emits it knows the derivative by A
+    lu_solve           X of A·X = B, or Aᵀ·X = B, by lu(A): who emits it knows the derivatives
     qr                 Q and R
     geqrf              R and below it the vectors of Householder's reflections; their factors
     eigh               eigenvalues, ascending; and eigenvectors, as columns. Of one triangle
@@ -34,7 +34,6 @@ from tracejit.ir.ops.matrix_derivatives import (
     vjp_eigh,
     vjp_expm,
     vjp_lu,
-    vjp_lu_solve,
     vjp_qr,
     vjp_svd,
     vjp_triangular_a,
@@ -255,7 +254,7 @@ triangular_solve = _op(
     "triangular_solve", _infer_triangular, _eval_triangular, vjp_triangular_a, vjp_triangular_b
 )
 lu = _op("lu", _flat("lu"), _eval_lu, vjp_lu)
-lu_solve = _op("lu_solve", _infer_lu_solve, _eval_lu_solve, underived, vjp_lu_solve)
+lu_solve = _op("lu_solve", _infer_lu_solve, _eval_lu_solve, underived, underived)
 qr = _op("qr", _infer_qr, _eval_qr, vjp_qr)
 geqrf = _op("geqrf", _flat("geqrf"), _eval_geqrf, underived)
 eigh = _op("eigh", _infer_eigh, _eval_eigh, vjp_eigh)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 
 from tracejit.errors import InvalidGraph
-from tracejit.ir.ops.movement import transpose
+from tracejit.ir.ops.movement import part, transpose
 
 Ints = tuple[int, ...]
 
@@ -67,12 +67,9 @@ def split(b, flat, shapes: tuple[Ints, ...]) -> list:
     *batch, _ = flat.type.shape
     found, start = [], 0
     for shape in shapes:
-        stop = start + math.prod(shape)
-        low, high = (0,) * len(batch), tuple(batch)
-        ones = (1,) * (len(batch) + 1)
-        part = b.slice(flat, starts=(*low, start), stops=(*high, stop), steps=ones)
-        found.append(b.reshape(part, shape=(*batch, *shape)))
-        start = stop
+        length = math.prod(shape)
+        found.append(b.reshape(part(b, flat, -1, start, length), shape=(*batch, *shape)))
+        start += length
     return found
 
 
@@ -103,18 +100,6 @@ def vjp_triangular_a(b, g, y, a, z, *, upper: bool, transposed: bool, unit: bool
     return b.neg(triangle(b, outer, upper=upper, strict=unit))
 
 
-def vjp_lu_solve(b, g, y, factors, z, *, transposed: bool):
-    return b.lu_solve(factors, g, transposed=not transposed)
-
-
-def _cut(b, x, axis: int, start: int, stop: int):
-    shape = x.type.shape
-    axis += len(shape)
-    starts = tuple(start if k == axis else 0 for k in range(len(shape)))
-    stops = tuple(stop if k == axis else n for k, n in enumerate(shape))
-    return b.slice(x, starts=starts, stops=stops, steps=(1,) * len(shape))
-
-
 def _beside(b, x, y, axis: int):
     """Two matrices one after another along an axis."""
     rank = len(x.type.shape)
@@ -138,16 +123,16 @@ def vjp_lu(b, g, y, a):
     shapes = parts("lu", m, n)
     both, _, order = split(b, y, shapes)
     of_both, _, _ = split(b, g, shapes)
-    first, of_first = (_cut(b, _cut(b, x, -1, 0, k), -2, 0, k) for x in (both, of_both))
+    first, of_first = (part(b, part(b, x, -1, 0, k), -2, 0, k) for x in (both, of_both))
     lower = b.where(on_diagonal(b, first), 1.0, triangle(b, first, strict=True))
     upper = triangle(b, first, upper=True)
     low = b.matmul(transpose(b, lower), triangle(b, of_first, strict=True))
     up = b.matmul(triangle(b, of_first, upper=True), transpose(b, upper))
     if m > n:  # A₂ = L₂·U
-        rest, of_rest = (_cut(b, x, -2, k, m) for x in (both, of_both))
+        rest, of_rest = (part(b, x, -2, k, m - k) for x in (both, of_both))
         up = b.sub(up, b.matmul(transpose(b, rest), of_rest))
     if n > m:  # A₂ = L·U₂
-        rest, of_rest = (_cut(b, x, -1, k, n) for x in (both, of_both))
+        rest, of_rest = (part(b, x, -1, k, n - k) for x in (both, of_both))
         low = b.sub(low, b.matmul(of_rest, transpose(b, rest)))
     inner = b.add(triangle(b, low, strict=True), triangle(b, up, upper=True))
     unit = {"unit": True, "transposed": True}
@@ -179,9 +164,9 @@ def vjp_qr(b, g, y, a, *, complete: bool):
     if q.type.shape[-1] > n:
         raise InvalidGraph(reason="the complete QR of a tall matrix has no derivative")
     if n > m:
-        rest, of_rest = _cut(b, a, -1, m, n), _cut(b, of_r, -1, m, n)
+        rest, of_rest = part(b, a, -1, m, n - m), part(b, of_r, -1, m, n - m)
         of_q = b.add(of_q, b.matmul(rest, transpose(b, of_rest)))
-        r, of_r = _cut(b, r, -1, 0, m), _cut(b, of_r, -1, 0, m)
+        r, of_r = part(b, r, -1, 0, m), part(b, of_r, -1, 0, m)
     inner = b.matmul(of_r, transpose(b, r))
     inner = triangle(b, b.sub(inner, b.matmul(transpose(b, q), of_q)), upper=True)
     inner = b.add(inner, transpose(b, triangle(b, inner, upper=True, strict=True)))
@@ -220,8 +205,8 @@ def vjp_svd(b, g, y, a, *, full: bool, vectors: bool):
         return b.matmul(b.mul(u, along(b, g, u.type.shape, -1)), vt)
     shapes = parts("svd", m, n, full=full, vectors=True)
     (u, s, vt), (of_u, of_s, of_vt) = split(b, y, shapes), split(b, g, shapes)
-    u, of_u = (_cut(b, x, -1, 0, k) for x in (u, of_u))
-    vt, of_vt = (_cut(b, x, -2, 0, k) for x in (vt, of_vt))
+    u, of_u = (part(b, x, -1, 0, k) for x in (u, of_u))
+    vt, of_vt = (part(b, x, -2, 0, k) for x in (vt, of_vt))
     v, of_v, square = transpose(b, vt), transpose(b, of_vt), (*batch, k, k)
     rows, columns = along(b, s, square, -2), along(b, s, square, -1)
     apart = b.mul(b.sub(columns, rows), b.add(columns, rows))
@@ -252,7 +237,7 @@ def vjp_expm(b, g, y, a):
     n, at, kind = a.type.shape[-1], transpose(b, a), a.type
     nothing = b.full(0.0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
     whole = _beside(b, _beside(b, at, g, -1), _beside(b, nothing, at, -1), -2)
-    return _cut(b, _cut(b, b.expm(whole), -2, 0, n), -1, n, 2 * n)
+    return part(b, part(b, b.expm(whole), -2, 0, n), -1, n, n)
 
 
 def underived(b, g, y, *operands, **attrs):

@@ -12,6 +12,15 @@ from tracejit.ir.types import Type
 Ints = tuple[int, ...]
 
 
+def part(b, x, axis: int, start: int, length: int):
+    """A stretch of a value along an axis, which may be counted from the last one."""
+    shape = x.type.shape
+    axis %= len(shape)
+    starts = tuple(start if k == axis else 0 for k in range(len(shape)))
+    stops = tuple(start + length if k == axis else n for k, n in enumerate(shape))
+    return b.slice(x, starts=starts, stops=stops, steps=(1,) * len(shape))
+
+
 def _movement(name: str, infer, eval, vjp, host: str | None) -> Op:
     return Op(name, "movement", infer, eval, (vjp,), cost=0, exact=BITS, rounds=False, host=host)
 
