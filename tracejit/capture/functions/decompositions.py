@@ -23,13 +23,8 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import LinAlgError
 from tracejit.ir.graph import Value
-<<<<<<< HEAD
-from tracejit.ir.ops.matrix_derivatives import along, parts, split, triangle
-from tracejit.ir.ops.movement import transpose
-=======
-from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
-from tracejit.ir.ops.movement import part
->>>>>>> autoc
+from tracejit.ir.ops.matrix_derivatives import along, parts, split
+from tracejit.ir.ops.movement import part, transpose
 from tracejit.ir.types import contiguous_strides, f32, f64, i32, i64
 
 Tensor = torch.Tensor

@@ -20,13 +20,8 @@ from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-<<<<<<< HEAD
 from tracejit.ir.ops.matrix_derivatives import along, parts, split
-from tracejit.ir.ops.movement import transpose
-=======
-from tracejit.ir.ops.matrix_derivatives import along, parts, split, transpose
-from tracejit.ir.ops.movement import part
->>>>>>> autoc
+from tracejit.ir.ops.movement import part, transpose
 
 Tensor = torch.Tensor
 _types = torch.return_types

@@ -15,13 +15,8 @@ from tracejit.capture.trace.cuts import is_true
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-<<<<<<< HEAD
 from tracejit.ir.ops.matrix_derivatives import triangle
-from tracejit.ir.ops.movement import transpose
-=======
-from tracejit.ir.ops.matrix_derivatives import transpose, triangle
-from tracejit.ir.ops.movement import part
->>>>>>> autoc
+from tracejit.ir.ops.movement import part, transpose
 
 Tensor = torch.Tensor
 _types = torch.return_types

@@ -484,10 +484,8 @@ class Walk(Functions):
             keys = [*dict.keys(x)]
             self.expect(f"[*dict.keys({at})] == {self.constant(keys)}", path, x, at)
             if not all(is_value(k) for k in keys):
-                self.refuse(
-                    f"{path}, a {type(x).__name__}, has keys that are no plain values", path
-                )
-                return
+                what = f"{path}, a {type(x).__name__}, has keys that are no plain values"
+                return self.refuse(what, path)
             items = [(repr(k), dict.__getitem__(x, k)) for k in keys]
         elif issubclass(base, (set, frozenset)):
             self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
