@@ -134,7 +134,7 @@ def test_there_is_no_second_derivative():
 
     for run in (step, tracejit.compile(step)):
         with pytest.raises(
-            RuntimeError, match="the derivative for '_ctc_loss_backward' is not implemented"
+            RuntimeError, match="_ctc_loss_backward'? is not implemented"
         ):
             run(X.clone().requires_grad_())
 
