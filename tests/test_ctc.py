@@ -133,9 +133,7 @@ def test_there_is_no_second_derivative():
         g.square().sum().backward()
 
     for run in (step, tracejit.compile(step)):
-        with pytest.raises(
-            RuntimeError, match="_ctc_loss_backward'? is not implemented"
-        ):
+        with pytest.raises(RuntimeError, match="_ctc_loss_backward'? is not implemented"):
             run(X.clone().requires_grad_())
 
 
