@@ -77,37 +77,32 @@ def test_many_sequences(first):
     check_seeds(range(first, first + 50))
 
 
-def check_lists(seeds: range) -> None:
-    """Sequences that look something up, of which some calls are replayed."""
-    replays = sum(outcome.replays for outcome in outcomes(seeds, of=LISTS, calls=14))
+def check_replayed(seeds: range, of: tuple) -> None:
+    """Sequences made of some parts, of which some calls are replayed."""
+    replays = sum(outcome.replays for outcome in outcomes(seeds, of=of, calls=14))
     assert replays >= len(seeds)
 
 
 @pytest.mark.parametrize("first", [0, pytest.param(8, marks=pytest.mark.slow)])
 def test_what_is_looked_up(first):
-    check_lists(range(first, first + 8))
+    check_replayed(range(first, first + 8), LISTS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(5000, 5400, 50))
 def test_much_that_is_looked_up(first):
-    check_lists(range(first, first + 50))
-
-
-def check_nested(seeds: range) -> None:
-    """Sequences that keep things in things, of which some calls are replayed."""
-    assert sum(o.replays for o in outcomes(seeds, of=NESTED, calls=14)) >= len(seeds)
+    check_replayed(range(first, first + 50), LISTS)
 
 
 @pytest.mark.parametrize("first", [7000, pytest.param(7014, marks=pytest.mark.slow)])
 def test_what_is_nested(first):
-    check_nested(range(first, first + 14))
+    check_replayed(range(first, first + 14), NESTED)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(8000, 8400, 50))
 def test_much_that_is_nested(first):
-    check_nested(range(first, first + 50))
+    check_replayed(range(first, first + 50), NESTED)
 
 
 @pytest.mark.parametrize("first", range(0, 8, 4))

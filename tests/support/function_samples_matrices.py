@@ -396,7 +396,7 @@ def signless(function: Callable) -> Callable:
     """A function that gives vectors of any sign, so turned that the largest component of each is
     positive; any other as it is. Of a full decomposition's vectors without a value nothing."""
     lots = SIGNED.get(bare_name(function))
-    if lots is None or not isinstance(lots, tuple):
+    if lots is None:
         return function
 
     @wraps(function, updated=())

@@ -8,13 +8,13 @@ is no more than a step: it reads and writes its own tensors and the arguments of
 from __future__ import annotations
 
 import string
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
-from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.signature import leaves
 from tracejit.capture.trace.draws import Draw, Keep, Restore, Seed
 from tracejit.capture.trace.tensor import extent, is_dense
 from tracejit.errors import TracejitError
@@ -26,7 +26,6 @@ from tracejit.saved.plans import operands
 from tracejit.saved.record import (
     GivenNumber,
     GivenTensor,
-    GivenValue,
     SavedPlan,
     SavedStep,
     Spec,
@@ -123,7 +122,7 @@ class _Plan:
         firsts = [a.positional for a in self.plan.arguments]
         need(firsts == sorted(firsts, reverse=True), "an argument by place comes after one by name")
         tensors, numbers = [], []
-        for leaf in (x for a in self.plan.arguments for x in _leaves(a.tree)):
+        for leaf in (x for a in self.plan.arguments for x in leaves(a.tree)):
             if isinstance(leaf, GivenTensor) and leaf.index is not None:
                 tensors.append(leaf.index)
             elif isinstance(leaf, GivenNumber):
@@ -267,18 +266,6 @@ class _Plan:
         need(all(t.shape == () for t in results), "a check is one number")
         for error in checks.errors:
             _check_error(error)
-
-
-def _leaves(tree: object) -> Iterator[GivenTensor | GivenNumber | GivenValue]:
-    match tree:
-        case Listed(_, items):
-            for item in items:
-                yield from _leaves(item)
-        case Keyed(items):
-            for _, item in items:
-                yield from _leaves(item)
-        case _:
-            yield tree
 
 
 def _host_graph(c: Captured) -> Graph:

@@ -28,7 +28,6 @@ from tracejit.schedule.cpu.rows import KEPT_BYTES
 from tracejit.schedule.index import add, bounds, scale
 from tracejit.schedule.kernel import (
     Axis,
-    Bound,
     Buffer,
     Compute,
     InBounds,
@@ -91,7 +90,17 @@ class _Slide:
     @property
     def sliding(self) -> set[str]:
         """The axes that say where the window is, and the tap."""
-        return {a for d in self.directions for a in axes_of(d.position)}
+        return _sliding(self.directions)
+
+    @property
+    def outer(self) -> tuple[Axis, ...]:
+        """The axes of the kernel over planes."""
+        return tuple(a for a in self.kernel.axes if a.name not in self.sliding)
+
+    @property
+    def within(self) -> tuple[Axis, ...]:
+        """The outer axes that move within a plane: those of results, or the taps."""
+        return tuple(a for a in self.kernel.axes if a.name in self.sliding)
 
     @property
     def copied(self) -> tuple[Axis, ...]:
@@ -108,10 +117,8 @@ class _Slide:
 
     def over_results(self) -> Kernel:
         """The kernel over planes, where it reduces over the taps."""
-        kernel, (taps, last) = self.kernel, self.kernel.stages
-        outer = tuple(a for a in kernel.axes if a.name not in self.sliding)
-        across = tuple(a for a in kernel.axes if a.name in self.sliding)
-        fresh = fresh_numbers(kernel)
+        taps, last = self.kernel.stages
+        fresh = fresh_numbers(self.kernel)
         fold, where = OPS[FOLDS[self.reduce.op.name]], self.reduce.where
         body: list[Statement] = []
         total: Operand | None = None
@@ -124,15 +131,13 @@ class _Slide:
                 body.append(Compute(out, fold, (total, value), (), where))
                 value = out
             total = value
-        return self._kernel(outer, Stage(across, (*body, *last.body)))
+        return self._kernel(Stage(self.within, (*body, *last.body)))
 
     def over_taps(self) -> Kernel:
         """The kernel over planes, where the taps are outer axes."""
-        kernel, (stage, last) = self.kernel, self.kernel.stages
-        taps = tuple(a for a in kernel.axes if a.name in self.sliding)
-        outer = tuple(a for a in kernel.axes if a.name not in self.sliding)
-        names_of_taps = {a.name for a in taps}
-        fresh = fresh_numbers(kernel)
+        stage, last = self.kernel.stages
+        names_of_taps = {a.name for a in self.within}
+        fresh = fresh_numbers(self.kernel)
         depends: set[int] = {self.value.id}  # values that differ from tap to tap
         for s in self.each:
             moves = any(axes_of(index) & names_of_taps for index in places(s))
@@ -141,41 +146,30 @@ class _Slide:
         body = [s for s in self.each if s.out.id not in depends]
         each = tuple(s for s in self.each if s.out.id in depends)
         after: list[Statement] = []
-        for at in _points(taps):
+        for at in _points(self.within):
             names = self._tap(at, body, each, fresh)
             out = Var(next(fresh), self.reduce.out.dtype)
             value = names.get(self.reduce.value, self.reduce.value)
             body.append(replace(self.reduce, out=out, value=value))
-            _copy(
-                map_statements(last.body, partial(_fixed, at=at)),
-                after,
-                fresh,
-                {self.reduce.out: out},
-            )
-        return self._kernel(outer, Stage(stage.axes, tuple(body)), Stage((), tuple(after)))
+            _copy(last.body, at, after, fresh, {self.reduce.out: out})
+        return self._kernel(Stage(stage.axes, tuple(body)), Stage((), tuple(after)))
 
-    def _kernel(self, outer: tuple[Axis, ...], *stages: Stage) -> Kernel:
+    def _kernel(self, *stages: Stage) -> Kernel:
         """The kernel of a stage that fills the array, and others."""
         here = add([Index(((a.name, s),)) for a, s in self._strides()])
-        fill = (*map(self._on_plane, self.once), Store(PLANE, here, self.value, self.load.where))
+        at = {d.position: Index(((d.axis.name, 1),), d.low) for d in self.directions}
+        parts = [scale(at[d.position], d.step) for d in self.directions]
+        at[self.load.index] = add([self.rest, *parts])
+        once = map_statements(self.once, lambda index: at.get(index, index))
+        fill = (*once, Store(PLANE, here, self.value, self.load.where))
         buffers = (*self.kernel.buffers, Buffer(PLANE, self.value.dtype, "rw"))
         stages = (Stage(self.copied, fill), *stages)
-        return replace(self.kernel, axes=outer, stages=stages, buffers=buffers)
+        return replace(self.kernel, axes=self.outer, stages=stages, buffers=buffers)
 
     def _strides(self) -> list[tuple[Axis, int]]:
         """The axes of the copy, and how it lies in memory."""
         axes = self.copied
         return list(zip(axes, contiguous_strides(tuple(a.extent for a in axes)), strict=True))
-
-    def _on_plane(self, s: Statement) -> Statement:
-        """A statement over the window's position as one over the plane's axes."""
-        at = {d.position: Index(((d.axis.name, 1),), d.low) for d in self.directions}
-        if isinstance(s, InBounds):
-            return replace(s, mask=tuple(Bound(at[b.index], b.high) for b in s.mask))
-        if s is self.load:
-            index = add([self.rest, *(scale(at[d.position], d.step) for d in self.directions)])
-            return replace(s, index=index, mask=tuple(Bound(at[b.index], b.high) for b in s.mask))
-        return s
 
     def _tap(
         self,
@@ -193,18 +187,19 @@ class _Slide:
         ]
         body.append(Load(seen, PLANE, add(parts), (), self.load.where))
         names = {self.value: seen}
-        _copy(map_statements(each, partial(_fixed, at=at)), body, fresh, names)
+        _copy(each, at, body, fresh, names)
         return names
 
 
 def _copy(
     statements: Sequence[Statement],
+    at: Mapping[str, int],
     body: list[Statement],
     fresh: Iterator[int],
     names: dict[Var, Var],
 ) -> None:
-    """Append statements with new names for their results."""
-    for s in statements:
+    """Append statements at one point of some axes, with new names for their results."""
+    for s in map_statements(statements, partial(_fixed, at=at)):
         if not isinstance(s, Store):
             names[s.out] = Var(next(fresh), s.out.dtype)
         body.append(renamed(s, names))
@@ -235,22 +230,25 @@ def copied_planes(kernel: Kernel) -> Kernel | None:
     if found is None:
         return None
     directions, rest = found
-    sliding = {a for d in directions for a in axes_of(d.position)}
+    sliding = _sliding(directions)
     parted = _parted(first.body, load, reduce, sliding)
     if parted is None or parted[1].dtype not in (f32, f64):
         return None
     slide = _Slide(kernel, directions, load, rest, *parted, reduce)
     inner = [a for a in first.axes if a.name in sliding]
-    outer = [a for a in kernel.axes if a.name in sliding]
-    if len(outer) == len(kernel.axes):  # one plane is all there is
+    if not slide.outer:  # one plane is all there is
         return None
     row = axes_of(directions[-1].position)
-    if _are_taps(inner, outer, row) and len(inner) == len(first.axes):
+    if _are_taps(inner, slide.within, row) and len(inner) == len(first.axes):
         plain = reduce.op.name in FOLDS and reduce.out.dtype in (f32, f64)
         return slide.over_results() if plain and slide.nbytes <= KEPT_BYTES else None
-    if _are_taps(outer, inner, row) and slide.nbytes <= COPIED_BYTES:
+    if _are_taps(slide.within, inner, row) and slide.nbytes <= COPIED_BYTES:
         return slide.over_taps()
     return None
+
+
+def _sliding(directions: Sequence[_Direction]) -> set[str]:
+    return {a for d in directions for a in axes_of(d.position)}
 
 
 def _are_taps(taps: Sequence[Axis], across: Sequence[Axis], row: set[str]) -> bool:
