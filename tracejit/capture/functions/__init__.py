@@ -116,6 +116,7 @@ __all__ = [
     "normalization",
     "optimizer",
     "orthogonal",
+    "packed",
     "padding",
     "patterns",
     "polynomials",
