@@ -167,6 +167,8 @@ class TraceState:
         self.firsts: dict[Value, int] = {}  # integers that values are known to begin with
         # packed sequences by their batch sizes, see functions/packed.py
         self.packed: dict[Value, object] = {}
+        # leaves of torch.func, with the memory of what they stand for and its writes before
+        self.entered: dict[Handle, tuple[Storage, int]] = {}
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py

@@ -271,7 +271,7 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
 
 # why a tensor from outside cannot take part in a trace
 PROBLEMS = {
-    "transform": "torch.func.grad and its like, and forward-mode differentiation, have no rules",
+    "transform": "tensors of functionalize and of forward-mode differentiation have no rules",
     "subclass": "a tensor subclass ({kind}) is not supported",
     "layout": "only dense strided tensors are supported",
     "dtype": "{dtype} is not supported",
