@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from support.capture_checks import randn
 from support.fake import warm
 from tracejit.ir.graph import Graph
 from tracejit.passes import attention, optimize
+from tracejit.report import limits, report
 from tracejit.schedule import schedule
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, fake_device
 
@@ -332,6 +334,30 @@ def test_dropout_whose_mask_is_computed():
     assert all(x.isfinite().all() for x in found)
     plan = compiled.plans[-1]
     assert all(b.type.numel < B * H * T * T for b in plan.buffers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("randomness", ["eager", "fast"])
+def test_kernels_keep_the_limits(target, randomness):
+    """Half types with dropout on tensor cores, forward and backward, without spills."""
+    pytest.importorskip("triton")
+    q, k, v = (randn(2, 4, 128, 64).bfloat16().requires_grad_() for _ in range(3))
+
+    def step():
+        a = (q @ k.mT * 0.125).masked_fill(torch.ones(128, 128).tril() == 0, -math.inf)
+        y = F.dropout(a.softmax(-1), 0.1) @ v
+        return y.detach(), *torch.autograd.grad(y.float().square().sum(), (q, k, v))
+
+    compiled = tracejit.compile(step, randomness=randomness)
+    compiled()
+    found = report(compiled, target=target)
+    assert not list(limits(found))
+    rows = [row for row in found.rows if row.form == "attention"]
+    tensor = {80: "mma", 90: "wgmma", 100: "wgmma"}[target]
+    assert len(rows) == 4 and all(getattr(row.facts, tensor) for row in rows)
+    assert not sum(row.facts.spills for row in rows)
 
 
 def test_few_scores_that_are_dropped_stay(monkeypatch):
