@@ -311,7 +311,17 @@ def counted_late(packed: rnn.PackedSequence, words: nn.Module, model: nn.Module)
     return out.data.sum() / number
 
 
-@pytest.mark.parametrize("compute", [embedded, sized, written, counted_late])
+def with_labels(packed: rnn.PackedSequence, words: nn.Module, model: nn.Module) -> torch.Tensor:
+    """What is packed twice by the same lengths."""
+    tokens, lengths = rnn.pad_packed_sequence(packed, batch_first=True)
+    again = rnn.pack_padded_sequence(tokens, lengths, True, enforce_sorted=False)
+    labels = rnn.pack_padded_sequence(tokens % WIDTH, lengths, True, enforce_sorted=False)
+    inputs = rnn.pack_padded_sequence(words(tokens), lengths, True, enforce_sorted=False)
+    out, _ = model(inputs)
+    return nn.functional.cross_entropy(out.data, labels.data) + (again.data % 2).float().mean()
+
+
+@pytest.mark.parametrize("compute", [embedded, sized, written, counted_late, with_labels])
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
 def test_rows_can_be_used_by_themselves(compute, mode):
     """Then their number is part of the step."""

@@ -40,7 +40,7 @@ class BatchSizes:
     """The search of `pack_padded_sequence`: how many of the sequences each step has."""
 
     steps: int  # of the padded sequences
-    where: str
+    where: str = field(compare=False)  # of the first call that has asked
     function: str
     remedy: ClassVar[str] = "The longest length is a shape: make batches of few different ones"
 
@@ -76,6 +76,7 @@ class Batches:
     sizes: Value
     mask: Value
     total: int | None = None  # of the call that is traced
+    first: Handle | None = None  # what was packed first by these sizes
     counted: dict[Handle, tuple[int, Value]] = field(default_factory=dict)
 
     @property
@@ -127,9 +128,8 @@ def batches(t: Trace, batch_sizes: Tensor, sequences: int | None = None) -> Batc
     return known
 
 
-def rows_of(t: Trace, of: Batches, padded: Value, like: Tensor | None) -> TracedTensor:
-    """The packed rows of [steps, sequences, …]; `like` has as many rows, if any tensor has."""
-    same = None if like is None else t.peek(like)
+def rows_of(t: Trace, of: Batches, padded: Value, same: Handle | None) -> TracedTensor:
+    """The packed rows of [steps, sequences, …]; `same` has as many rows, if any tensor has."""
     count = of.total if same is None else same.shape[0]
     shape = (count, *padded.type.shape[2:])
     value = t.b.value(Type(padded.type.dtype, shape, padded.type.device))
@@ -223,18 +223,22 @@ def pack(
     search = BatchSizes(steps, location.full(), "torch.nn.utils.rnn.pack_padded_sequence")
     with t.untaped():
         (sizes,) = searched(t, t.read(n), search)
-    total = int(next(x for v, x in t.found if v is sizes).sum())
+    of = t.packed.get(sizes)
     made = t.fresh(sizes)
-    sizes = t.read(t.lift(made))
-    t.firsts[sizes] = sequences
-    t.ranges[sizes] = 1, sequences
-    of = batches(t, made, sequences)
-    of.total = total
+    mine = t.read(made.handle)  # another value, if something was packed by these before
+    t.firsts[mine] = sequences
+    t.ranges[mine] = 1, sequences
+    if of is None:
+        of = batches(t, made, sequences)
+        of.total = int(next(x for v, x in t.found if v is sizes).sum())
+    t.packed[sizes] = t.packed[mine] = of
     padded = t.read(t.lift(x))
     if of.steps < steps:
         low, high = (0,) * len(padded.type.shape), (of.steps, *padded.type.shape[1:])
         padded = t.b.slice(padded, starts=low, stops=high, steps=(1,) * len(high))
-    return rows_of(t, of, of.where(t, padded, literal(0, h.dtype)), None), made
+    data = rows_of(t, of, of.where(t, padded, literal(0, h.dtype)), of.first)
+    of.first = of.first or data.handle
+    return data, made
 
 
 @rule(torch._pad_packed_sequence)

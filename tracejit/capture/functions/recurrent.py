@@ -331,7 +331,7 @@ def _sequence(name: str) -> Callable:
         of = batches(t, batch_sizes, states[0].shape[1] if len(states[0].shape) == 3 else None)
         x = t.fresh(padded_of(t, of, data))
         x, ends = run(t, x, states, params, *more, **named, of=of)
-        return rows_of(t, of, t.read(t.lift(x)), data), *ends
+        return rows_of(t, of, t.read(t.lift(x)), t.peek(data)), *ends
 
     def either(t: Trace, *args: object, **kwargs: object) -> tuple[TracedTensor, ...]:
         packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (tuple, list)))
