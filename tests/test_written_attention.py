@@ -284,6 +284,13 @@ DROPPED: dict[str, Form] = {
     "by torch's function": lambda q, k, v: F.scaled_dot_product_attention(
         q, k, v, dropout_p=0.3, is_causal=True
     ),
+    "by torch's function, masked": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, SOME, dropout_p=0.3
+    ),
+    "added infinity": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.zeros(T, T).masked_fill(~SOME, -math.inf)).softmax(-1), 0.3)
+        @ v
+    ),
     "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
 }
 ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}

@@ -81,8 +81,10 @@ class _Masks:
 
     alike: such rows weigh all keys alike; else they are NaN, and so are gradients of scores if
     something is added.
-    share: if something is added, of each key in a row to whose scores so small a number is added
-    that nothing else is left of them; else 1. The log-sum of such a row is that number.
+    added: whether something is.
+    share: if other numbers than -inf are added, of each key in a row to whose scores so small a
+    number is added that nothing else is left of them; else 1. The log-sum of such a row is that
+    number.
     seen:  where nothing is added, if all that is added elsewhere is -inf.
     """
 
@@ -90,6 +92,7 @@ class _Masks:
     causal: bool = False
     none: Value | None = None
     alike: bool = False
+    added: bool = False
     share: Value | None = None
     seen: Value | None = None
 
@@ -152,10 +155,10 @@ class _Emission:
             elif node is match.dq:
                 x = self._times(attend.dq(), hosts)
                 x = self._rows(masks.none, 0.0, x) if masks.alike else x
-                x = self._rows(lost, math.nan, x) if masks.share is not None else x
+                x = self._rows(lost, math.nan, x) if masks.added else x
             else:
                 x = attend.dk()
-                x = self._rows(every, math.nan, x) if masks.share is not None else x
+                x = self._rows(every, math.nan, x) if masks.added else x
                 x = transpose(b, x)
             self._instead(node, x)
         return self.placed
@@ -235,7 +238,8 @@ class _Emission:
         finite = [s for s in steps if s.kind == "hide" and s.number != -math.inf]
         if finite and len(steps) > 1:
             raise Unknown  # which one hides a row is not known
-        if match.finite and (finite or any(s.kind == "add" for s in steps)):
+        soft = any(s.kind == "add" and not s.hard for s in steps)
+        if match.finite and (finite or soft):
             raise Unknown
         kind, dtype = match.scores.type, wide(match.dtype)
         bases = [self._base(s.what) for s in steps]
@@ -263,9 +267,10 @@ class _Emission:
         masks = _Masks(none=self._of_rows(none), alike=bool(finite))
         if finite:
             bias = self._rows(none, 0.0, bias)
-        if len(steps) == 1 and steps[0].kind == "hide":
+        if len(steps) == 1 and (steps[0].kind == "hide" or steps[0].hard):
             masks.seen = b.eq(bias, 0.0)
-        if any(s.kind == "add" for s in steps):
+        masks.added = any(s.kind == "add" for s in steps)
+        if soft:
             ones = b.cast(b.eq(bias, self._along(top, common)), dtype=dtype)
             share = b.div(common[-1] / match.n, b.reduce_sum(ones, axes=last))
             far = b.and_(b.le(top, HIDDEN), b.not_(none))

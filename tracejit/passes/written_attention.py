@@ -62,12 +62,13 @@ class Dropout:
 @dataclass(frozen=True, slots=True)
 class Step:
     """What is done to scores: "mul" by a number, "add" of a bias, or "hide" where `what` is true
-    (or false, if `inverted`), with `number` as the score."""
+    (or false, if `inverted`), with `number` as the score. `hard`: a bias of 0 and -inf only."""
 
     kind: str
     what: Arg
     number: float = 0.0
     inverted: bool = False
+    hard: bool = False
 
 
 class Match:
@@ -206,7 +207,7 @@ class Match:
                     except Unknown:
                         self.inner, self.nodes, self.steps = before
                         continue
-                    self.steps.append(Step("add", bias))
+                    self.steps.append(Step("add", bias, hard=self._is_hard(bias)))
                     return product
         if node.op.name == "where":
             hidden, x, number = node.args
@@ -221,6 +222,25 @@ class Match:
             self.steps.append(Step("hide", hidden, float(number), not inverted))
             return product
         raise Unknown
+
+    def _is_hard(self, bias: Value) -> bool:
+        """Whether a bias is 0 where a mask says so, and -inf elsewhere."""
+        made = self.known.made.get(self.known.root(bias))
+        if made is not None and made.op.name == "expand":
+            made = self.known.made.get(self.known.root(made.args[0]))
+        if made is None or made.op.name != "where":
+            return False
+        numbers = [self._literal(x) for x in made.args[1:]]
+        return None not in numbers and {*numbers} == {0.0, -math.inf}
+
+    def _literal(self, arg: Arg) -> float | None:
+        """The number that a value is everywhere."""
+        made = self.known.made.get(self.known.root(arg)) if isinstance(arg, Value) else None
+        if made is not None and made.op.name == "expand":
+            return self._literal(made.args[0])
+        if made is not None and made.op.name == "full":
+            arg = made.args[0]
+        return None if isinstance(arg, Value) else float(arg)
 
     # -- backward
 
