@@ -28,7 +28,7 @@ from tracejit.runtime.cache import DiskCache, private_folder, sha256
 FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")
 # For gcc: the pass gains nothing on loops that are written out already, and takes it most of its
 # time on some of them.
-GCC_FLAGS = ("-fno-loop-unroll-and-jam", "-fno-tree-pre", "-fno-thread-jumps")
+GCC_FLAGS = ("-fno-loop-unroll-and-jam",)
 CANDIDATES = ("cc", "gcc", "clang")
 
 
