@@ -59,9 +59,9 @@ class Inspected:
             save(path, self._saved(self._replays))
 
     def eject(self, path: str | os.PathLike) -> None:
-        """Write the plan that ran last as one Python file that needs torch and a C compiler only:
-        its kernels, the order of their calls, and what a call checks and changes. See
-        docs/ejecting.md.
+        """Write the plan that ran last as one Python file that needs torch, and a C compiler on the
+        CPU, Triton on a GPU: its kernels, the order of their launches, and what a call checks and
+        changes. See docs/ejecting.md.
 
         Raises CannotEject for what such a file cannot do, CannotSave for a step that is not
         replayed, and OSError where the file cannot be written.
@@ -69,7 +69,7 @@ class Inspected:
         from tracejit.export.eject import eject
 
         with self._lock:
-            eject(self._saved(self._replays[:1]), path)
+            eject(self._saved(self._replays[:1]), path, self.options.backend)
 
     def _saved(self, replays: list[Replay]) -> SavedStep:
         """What a file keeps of the step."""

@@ -1,4 +1,4 @@
-"""The text of an ejected file around what is particular to a step: C, launches, the frame."""
+"""The text of an ejected file around what is particular to a step, and helpers for lines."""
 
 from __future__ import annotations
 
@@ -6,34 +6,7 @@ import keyword
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from tracejit.codegen.c import emit_kernel, unit
-from tracejit.runtime.c_compiler import find_compiler, flags_for
-from tracejit.schedule.cpu.plan import CpuPlan
-
 WIDE = 88  # columns of a line of Python
-
-_THREADS = """
-/* Chunks of a task on all threads; results do not depend on their number. */
-static void on_all(void (*task)(void *, int64_t), void *arguments, int64_t chunks,
-                   int64_t threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-  for (int64_t chunk = 0; chunk < chunks; chunk++) task(arguments, chunk);
-}
-
-struct tj_run run = {on_all, 1};
-"""
-
-
-def kernel_text(plan: CpuPlan, vector_bytes: int) -> str:
-    """The C program of a plan's kernels, and how they run on threads."""
-    functions = [emit_kernel(kernel, k) for k, kernel in enumerate(plan.kernels.values())]
-    text = unit(functions, vector_bytes) + _THREADS
-    return "\n".join(line.rstrip() for line in text.splitlines())
-
-
-def flags() -> list[str]:
-    """What the C compiler is given."""
-    return [f for f in flags_for(find_compiler()) if f != "-fopenmp-simd"] + ["-fopenmp"]
 
 
 def quoted(text: str) -> str:
@@ -48,11 +21,16 @@ def local_name(name: str) -> str:
     return f"{of[1]}_{of[2]}" if of else name
 
 
+def is_reserved(name: str) -> bool:
+    """Whether the lines of a call may use a name for something of their own."""
+    return re.fullmatch(r"(out|h|read|result|kernel)\d+|i|f32|work|space|table", name) is not None
+
+
 def identifier(name: str, taken: set[str]) -> str:
     """A name as an identifier that is not taken; it is then."""
     text = re.sub(r"\W+", "_", name).strip("_") or "x"
     text = f"_{text}" if text[0].isdigit() or keyword.iskeyword(text) else text
-    while text in taken:
+    while text in taken or is_reserved(text):
         text += "_"
     taken.add(text)
     return text
@@ -71,27 +49,7 @@ def listed(head: str, rows: Sequence[str], tail: str, by: int = 4) -> str:
     return "\n".join([head, *(f"{' ' * by}{row}" for row in rows), tail])
 
 
-def call_of(number: int, places: Sequence[str], scalars: Sequence[str], working: str) -> list[str]:
-    """The launch of a kernel: on one line where it fits."""
-    parts = [f"kernel{number}", f"[{', '.join(places)}]"]
-    if scalars:
-        parts.append(f"[{', '.join(scalars)}]")
-    if working:
-        parts.append(f"scratch={working}")
-    line = f"launch({', '.join(parts)})"
-    if len(line) + 8 <= WIDE:
-        return [line]
-    rows = ["launch("]
-    for part in parts:
-        if len(part) + 13 <= WIDE or not part.startswith("["):
-            rows.append(f"    {part},")
-        else:
-            items = part[1:-1].split(", ")
-            rows += ["    [", *(f"        {item}," for item in items), "    ],"]
-    return [*rows, ")"]
-
-
-SCRIPT = '''"""<<name>>, as tracejit compiled it: its kernels in C, and the order of their calls.
+SCRIPT = '''"""<<name>>, as tracejit compiled it: its kernels, and the order of their launches.
 
     python <<module>>.py              # three calls on numbers made up here
 
@@ -99,15 +57,13 @@ SCRIPT = '''"""<<name>>, as tracejit compiled it: its kernels in C, and the orde
     step = Step(state)                # tensors by name, as STATE lists them; calls change them
     result = step(<<arguments>>)
 
-It needs torch, and a C compiler ($CC, or cc). It is for the shapes that are asserted in the call.
-What a call returns has no history.
+It needs torch<<needs>>.
+It is for the shapes that are asserted in the call. What a call returns has no history.
 """
 
 <<imports>>
-from os import environ
-from pathlib import Path
 
-import torch
+<<others>>
 
 # name: (shape, dtype, whether it requires grad)
 <<state>>
@@ -116,38 +72,7 @@ import torch
 # what calls read besides, and may change; those with a keyword can be given for one call
 <<numbers>>
 
-SOURCE = r"""
-<<source>>
-"""
-
-
-<<flags>>
-
-
-def compiled(source):
-    """The kernels as a library that is loaded."""
-    with tempfile.TemporaryDirectory() as folder:
-        text, library = Path(folder, "kernels.c"), Path(folder, "kernels.so")
-        text.write_text(source)
-        command = [environ.get("CC", "cc"), *FLAGS, str(text), "-o", str(library), "-lm"]
-        subprocess.run(command, check=True)
-        return ctypes.CDLL(str(library))
-
-
-LIBRARY = compiled(SOURCE)
-RUN = (ctypes.c_int64 * 2).in_dll(LIBRARY, "run")  # what runs tasks; the number of threads
 <<kernels>>
-
-
-def launch(kernel, buffers, scalars=(), scratch=0):
-    """Run a kernel on tensors and addresses, and numbers."""
-    places = [b.data_ptr() if isinstance(b, torch.Tensor) else b for b in buffers]
-    kernel(
-        ctypes.byref(RUN),
-        ctypes.c_void_p(scratch),
-        (ctypes.c_void_p * len(places))(*places),
-        (ctypes.c_double * len(scalars))(*scalars),
-    )
 
 
 def check(tensor, name, shape, dtype, strides=None):
@@ -185,17 +110,16 @@ class Step:
             if state[name].grad is None:
                 state[name].grad = torch.zeros_like(state[name])
         self.numbers = dict(NUMBERS)
-        self.work = torch.empty(<<work>>, dtype=torch.uint8)  # intermediates
+<<fields>>
 
     @torch.no_grad()
 <<signature>>
-        RUN[1] = torch.get_num_threads()
 <<call>>
 
 
 def made_up():
     """Arguments of a call."""
-<<random>>
+<<made_up>>
 
 
 def main():
@@ -203,7 +127,7 @@ def main():
     torch.manual_seed(0)
     state = {}
     for name, (shape, dtype, *grad) in STATE.items():
-        state[name] = torch.zeros(shape, dtype=dtype)
+        state[name] = torch.zeros(shape, dtype=dtype<<device>>)
         if dtype.is_floating_point and grad:
             state[name].normal_(0, 0.1).requires_grad_()
     step = Step(state)
