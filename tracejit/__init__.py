@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
+from tracejit.export.onnx.export import to_onnx
 from tracejit.saved.loaded import LoadedStep, load
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "compile",
     "errors",
     "load",
+    "to_onnx",
 ]

@@ -140,6 +140,12 @@ class CannotSave(TracejitError, RuntimeError):
     message = "{step} cannot be saved: {reason}. {remedy}"
 
 
+class CannotExport(TracejitError, RuntimeError):
+    """A step has something that a file of another format cannot say."""
+
+    message = "{where}: {what} cannot be exported to ONNX: {reason}. {remedy}"
+
+
 class SavedFileError(TracejitError, ValueError):
     """A file that is no saved step, is damaged, or was written by a later version."""
 

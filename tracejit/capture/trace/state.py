@@ -116,6 +116,9 @@ class TraceState:
         self.mode: torch.overrides.TorchFunctionMode | None = None  # which intercepts for it
         # for user code inside a rule: what it runs is noted
         self.heard: Callable[[], AbstractContextManager] = nullcontext
+        # is told of each torch call before its rule runs, and by what it returns, of the result
+        self.on_call: Callable[[Callable, tuple, dict], Callable[[object], None] | None] | None
+        self.on_call = None
         self.b = Builder()
         self.b.on_emit = self._on_emit
         self.scalars = Scalars(self.b, self.journal)

@@ -59,8 +59,11 @@ class Trace(TraceState):
             if torch._C._is_any_autocast_enabled():
                 args, kwargs = casted(self, func, args, kwargs)
             into = kwargs.pop("out") if kwargs.get("out") is not None else None
+            told = None if self.on_call is None else self.on_call(func, args, kwargs)
             result = rule.run(self, *args, **kwargs)
             result = result if into is None else self._into(into, result)
+            if told is not None:
+                told(result)
             self.call = self.outer or self.call
             return result
         except TypeError as error:

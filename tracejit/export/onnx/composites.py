@@ -1,0 +1,231 @@
+"""Torch functions that ONNX has an operator of: what a trace knows of them, how they are written.
+
+The IR has primitives only. So the trace is heard: of each call of such a function, a `Composite`
+keeps the values that went in and the one that came out. Where a model needs that value, it is
+written as the operator, and its primitives are left out unless something else reads them, as a
+derivative may.
+
+Only float32 and float64 are, and only what onnxruntime computes as eager does: the rest stays in
+primitives, whose meaning is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from inspect import signature
+
+import torch
+import torch.nn.functional as F
+
+from tracejit.capture.trace.trace import Trace
+from tracejit.export.onnx.writer import Writer, held
+from tracejit.ir.graph import Value
+from tracejit.ir.types import f32, f64
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Composite:
+    """A call of a torch function: the operator, its operands in ONNX's order, and attributes."""
+
+    kind: str
+    out: Value
+    operands: tuple[Value | None, ...]
+    attrs: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(x for x in self.operands if x is not None)
+
+
+Found = tuple[str, tuple[Tensor | None, ...], dict[str, object]]
+
+
+# ---- which calls are operators
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Found | None:
+    return ("Gemm", (input, weight, bias), {}) if weight.dim() == 2 <= input.dim() else None
+
+
+def _of_axis(kind: str) -> Callable:
+    def found(input: Tensor, dim=None, _stacklevel=3, dtype=None) -> Found | None:
+        if not isinstance(dim, int) or not input.dim() or dtype not in (None, input.dtype):
+            return None
+        return kind, (input,), {"axis": dim % input.dim()}
+
+    return found
+
+
+def _layer_norm(
+    input: Tensor, normalized_shape, weight=None, bias=None, eps: float = 1e-5, cudnn_enable=True
+) -> Found | None:
+    if input.dtype is not torch.float32:  # the operator computes in float32
+        return None
+    return "LayerNormalization", (input, weight, bias), _norm(len(normalized_shape), eps)
+
+
+def _norm(axes: int, eps: float) -> dict[str, object]:
+    return {"axis": -axes, "epsilon": float(eps)}
+
+
+def _gelu(input: Tensor, *, approximate: str = "none") -> Found | None:
+    return (
+        ("Gelu", (input,), {"approximate": approximate}) if input.dtype is torch.float32 else None
+    )
+
+
+def _unary(kind: str) -> Callable:
+    def found(input: Tensor, inplace: bool = False) -> Found | None:
+        return kind, (input,), {}
+
+    return found
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx=None,
+    max_norm=None,
+    norm_type=2.0,
+    scale_grad_by_freq=False,
+    sparse=False,
+) -> Found | None:
+    return ("Gather", (weight, input), {"axis": 0}) if max_norm is None else None
+
+
+def _several(x: object, rank: int) -> list[int]:
+    return [*x] if isinstance(x, (tuple, list)) else [x] * rank
+
+
+def _convolution(rank: int) -> Callable:
+    def found(
+        input: Tensor, weight: Tensor, bias=None, stride=1, padding=0, dilation=1, groups=1
+    ) -> Found | None:
+        if input.dim() != rank + 2 or input.dtype is not torch.float32 or not input.numel():
+            return None
+        dilation = _several(dilation, rank)
+        size = weight.shape[2:]
+        if padding == "valid":
+            pads = [0] * (2 * rank)
+        elif padding == "same":
+            total = [d * (k - 1) for d, k in zip(dilation, size, strict=True)]
+            pads = [n // 2 for n in total] + [n - n // 2 for n in total]
+        else:
+            pads = _several(padding, rank) * 2
+        attrs = {"strides": _several(stride, rank), "pads": pads, "dilations": dilation}
+        attrs |= {"group": groups, "kernel_shape": [*size]}
+        return "Conv", (input, weight, bias), attrs
+
+    return found
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean,
+    running_var,
+    weight=None,
+    bias=None,
+    training=False,
+    momentum=0.1,
+    eps=1e-5,
+    cudnn_enabled=True,
+) -> Found | None:
+    if training or running_mean is None or running_var is None or input.dim() < 2:
+        return None
+    operands = input, weight, bias, running_mean, running_var
+    return "BatchNormalization", operands, {"epsilon": float(eps)}
+
+
+COMPOSITES: dict[Callable, Callable[..., Found | None]] = {
+    **{F.linear: _linear, F.softmax: _of_axis("Softmax"), F.gelu: _gelu},
+    **{torch.softmax: _of_axis("Softmax"), Tensor.softmax: _of_axis("Softmax")},
+    **{F.log_softmax: _of_axis("LogSoftmax"), torch.log_softmax: _of_axis("LogSoftmax")},
+    Tensor.log_softmax: _of_axis("LogSoftmax"),
+    **{F.layer_norm: _layer_norm, torch.layer_norm: _layer_norm},
+    **dict.fromkeys((F.relu, torch.relu, Tensor.relu, Tensor.relu_, F.relu_), _unary("Relu")),
+    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid, F.sigmoid), _unary("Sigmoid")),
+    **{F.embedding: _embedding, F.batch_norm: _batch_norm, torch.batch_norm: _batch_norm},
+    **{torch.conv1d: _convolution(1), torch.conv2d: _convolution(2)},
+    torch.conv3d: _convolution(3),
+}
+
+
+# ---- hearing them
+
+
+class Listener:
+    """Hears the torch calls of one trace."""
+
+    def __init__(self) -> None:
+        self.found: dict[Value, Composite] = {}
+
+    def of(self, t: Trace) -> Callable:
+        """What the trace tells of its calls."""
+
+        def on_call(func: Callable, args: tuple, kwargs: dict) -> Callable | None:
+            rule = COMPOSITES.get(func)
+            if rule is None:
+                return None
+            try:
+                signature(rule).bind(*args, **kwargs)
+            except TypeError:
+                return None
+            known = rule(*args, **kwargs)
+            if known is None:
+                return None
+            kind, operands, attrs = known
+            given = (*args, *kwargs.values())
+            if not all(x is None or any(x is y for y in given) for x in operands):
+                return None
+            values = tuple(None if x is None else t.read(t.lift(x)) for x in operands)
+            return lambda result: self._note(t, kind, values, attrs, result)
+
+        return on_call
+
+    def _note(
+        self,
+        t: Trace,
+        kind: str,
+        operands: tuple[Value | None, ...],
+        attrs: dict[str, object],
+        result: object,
+    ) -> None:
+        out = t.read(t.lift(result))
+        floats = (x.type.dtype for x in (out, *operands) if x is not None and x.type.dtype.is_float)
+        if {*floats} in ({f32}, {f64}) and out.type.numel and out not in operands:
+            self.found[out] = Composite(kind, out, operands, attrs)
+
+
+# ---- writing them
+
+
+def written(w: Writer, composite: Composite, names: Sequence[str | None]) -> str:
+    """The operator of a composite, of these operands."""
+    kind, attrs = composite.kind, composite.attrs
+    x, *rest = composite.operands
+    if kind == "Gemm":
+        return _written_linear(w, composite, names)
+    given = [*names]
+    if kind in ("LayerNormalization", "BatchNormalization"):
+        axes = x.type.shape[attrs["axis"] :] if "axis" in attrs else x.type.shape[1:2]
+        for k, value in ((1, 1), (2, 0)):  # the scale and the shift
+            if given[k] is None and (k == 1 or kind == "BatchNormalization"):
+                given[k] = w.constant([value] * math.prod(axes), held(x.type.dtype))
+                given[k] = w.reshape(given[k], axes)
+    while given[-1] is None:
+        given.pop()
+    return getattr(w, kind)(*given, **attrs)
+
+
+def _written_linear(w: Writer, composite: Composite, names: Sequence[str | None]) -> str:
+    """Gemm of a matrix; MatMul of what has more axes."""
+    x, weight, bias = names
+    shape = composite.out.type.shape
+    if len(shape) == 2:
+        return w.Gemm(x, weight, *([] if bias is None else [bias]), transB=1)
+    found = w.MatMul(x, w.Transpose(weight, perm=[1, 0]))
+    return found if bias is None else w.Add(found, bias)
