@@ -30,6 +30,7 @@ from tracejit.export.onnx.placing import Layout, viewed
 from tracejit.export.onnx.refusals import (
     FIRST,
     frozen_numbers,
+    refuse_operations,
     refuse_what_no_file_keeps,
     stored_numbers,
 )
@@ -55,7 +56,11 @@ def to_onnx(step: Callable, path: str | PathLike, /, *args: object, **kwargs: ob
     CannotExport, with the user's line, for what ONNX has no counterpart of, ImportError where the
     package onnx is missing, and what a compiled step raises.
     """
-    import onnx
+    try:
+        import onnx
+    except ImportError as error:
+        missing = "tracejit.to_onnx needs the package onnx: pip install 'tracejit[onnx]'"
+        raise ImportError(missing) from error
 
     model = _Export(traced(step, args, kwargs)).model(version("tracejit"))
     onnx.checker.check_model(model, full_check=True)
@@ -86,6 +91,8 @@ class _Export:
         refuse_what_no_file_keeps(t)
         self.written = self._written()
         self.grads = self._grads()
+        self.live = self._live(self._wanted())
+        refuse_operations(node for node, _ in self.live)
         frozen = frozen_numbers(t, self.changed)
         self.w = Writer()
         self.inputs = Inputs(t, self.w, frozen, self.changed)
@@ -146,8 +153,7 @@ class _Export:
 
     def model(self, version: str):
         """The model."""
-        wanted = self._wanted()
-        for node, composite in self._live(wanted):
+        for node, composite in self.live:
             self.w.line = node.where
             if composite is None:
                 self.names.node(node)
@@ -166,6 +172,7 @@ class _Export:
             "state": self.state,
             "result": result,
             "draws": inputs.draws,
+            "constants": inputs.constants(),
         }
         metadata = {"tracejit": json.dumps(data)}
         order = {name: k for k, name in enumerate(data["arguments"])}

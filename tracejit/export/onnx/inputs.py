@@ -137,10 +137,19 @@ class Inputs:
             )
         if index in self.frozen:
             return "", w.constant(now, held(f64))
-        name = w.name(t.shown(t.names.scalar(path, t.call), f"number_{index}"))
+        name = w.name(self._number_name(index))
         self.inputs.append((name, HOST_SCALAR))
         self.weights.append(helper.make_tensor(name, element(f64), (), [float(now)]))
         return name, name
+
+    def _number_name(self, index: int) -> str:
+        t = self.traced
+        return t.shown(t.names.scalar(t.captured.paths[index], t.call), f"number_{index}")
+
+    def constants(self) -> dict[str, float]:
+        """The numbers that are no inputs, since decisions depend on them."""
+        paths, now = self.traced.captured.paths, self.traced.call.scalars
+        return {self._number_name(k): now[k] for k in sorted(self.frozen) if paths[k][0] in _FREE}
 
     # ---- random numbers
 

@@ -2,7 +2,7 @@
 
 In: the name of a value that lies in memory somehow, and how a tensor views that memory. Out: the
 name of the view. ONNX has no strides, so a view that is neither a reshape nor a transpose is a
-Gather.
+Gather, or a Slice of all elements in a row.
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def viewed(w: Writer, x: str, of: Layout, view: Layout) -> str:
             np.transpose(np.arange(math.prod(of.shape)).reshape(of.shape), axes), index
         ):
             return w.Transpose(x, perm=axes)
-    return w.Gather(w.reshape(x, (-1,)), w.constant(index, np.int64), axis=0)
+    flat, row = w.reshape(x, (-1,)), index.reshape(-1)
+    first = int(row[0]) if row.size else 0
+    if np.array_equal(row, np.arange(first, first + row.size)):
+        return w.reshape(w.part(flat, 0, first, first + row.size), view.shape)
+    return w.Gather(flat, w.constant(index, np.int64), axis=0)
 
 
 def _swaps(rank: int) -> list[list[int]]:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from types import CellType
 
 from tracejit.capture.effects.effects import Given, HostSlot
 from tracejit.capture.trace.draws import Draw
+from tracejit.errors import CannotExport
 from tracejit.export.onnx.step import Traced
-from tracejit.ir.graph import Value
-from tracejit.ir.ops import OPS
+from tracejit.export.onnx.translate import REFUSED
+from tracejit.ir.graph import Node, Value
 from tracejit.saved.save import entry_of
 
 FIRST = "Call the step once or twice before you export it"
+
+
+def refuse_operations(nodes: Iterable[Node]) -> None:
+    """Raise CannotExport for the first primitive without a counterpart."""
+    for node in nodes:
+        if node.op.name in REFUSED:
+            reason, remedy = REFUSED[node.op.name]
+            where = node.where or "<unknown>"
+            raise CannotExport(where=where, what=node.op.name, reason=reason, remedy=remedy)
 
 
 def refuse_what_no_file_keeps(t: Traced) -> None:
@@ -43,9 +53,6 @@ def refuse_what_no_file_keeps(t: Traced) -> None:
     for event in c.draws:
         if not isinstance(event, Draw):
             raise t.refuse("it sets the state of a random generator", "Do that outside")
-    for node in c.host_nodes:
-        if node.op is OPS["host_format"] and node.out in c.effects.host:
-            raise t.refuse("it makes text of a number", "Return the number", node.where)
     stored_numbers(t)
 
 
@@ -55,8 +62,9 @@ def stored_numbers(t: Traced) -> list[tuple[int, int]]:
     for holder, key, tree in c.effects.stores:
         path = "entry", holder, key
         now = None if key is ... else entry_of(t.call.holders[holder], key)
-        if isinstance(tree, HostSlot) and path in c.paths:
-            found.append((c.paths.index(path), tree.index))
+        if isinstance(tree, HostSlot) and type(now) in (int, float):
+            if path in c.paths:  # else the step reads it nowhere
+                found.append((c.paths.index(path), tree.index))
         elif not isinstance(tree, Given) or key is ... or c.given[tree.index] != now:
             at = "a variable" if isinstance(t.call.holders[holder], CellType) else repr(key)
             raise t.refuse(
