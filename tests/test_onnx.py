@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import tracejit
 from support.onnx_checks import assert_near, flat
 from support.onnx_steps import STEPS
+from support.random_check import loaded
+from support.random_programs import generate
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
 
 CALLS = 20
+RANDOM = 60  # programs
 
 
 @pytest.mark.parametrize("name", STEPS)
@@ -38,3 +42,29 @@ def test_a_step_trains_in_onnxruntime(name, tmp_path):
     assert theirs.state
     for state, found in theirs.state.items():
         assert_near(found.numpy(), weights[state], 10 * made.near)
+
+
+@pytest.mark.sweep(6)
+@pytest.mark.parametrize("seed", range(RANDOM))
+@pytest.mark.filterwarnings("ignore")
+def test_a_random_program_in_onnxruntime(seed, tmp_path):
+    from tracejit.export.onnx.run import OnnxStep
+
+    program = generate(seed)
+    if program.dtype is torch.bfloat16:
+        pytest.skip("numpy has no bfloat16 for the arguments")
+    make_args, step = loaded(str(program), "program")
+    args = make_args(torch.Tensor.to)
+    for _ in range(2):
+        step(*args)
+    tracejit.to_onnx(step, tmp_path / "program.onnx", *args)
+    model = OnnxStep(tmp_path / "program.onnx")
+    leaves = [x for x in args if isinstance(x, (torch.Tensor, float))]
+    given = [x.detach().numpy().copy() if isinstance(x, torch.Tensor) else x for x in leaves]
+    for _ in range(3):
+        fed = [model.state.get(n, x) for n, x in zip(model.arguments, given, strict=True)]
+        returned = model(*fed)
+        assert_near(step(*args), returned, 1e-3)
+        for name, tensor in zip(model.arguments, leaves, strict=True):
+            if name in model.state:
+                assert_near(tensor, model.state[name].numpy(), 1e-3)

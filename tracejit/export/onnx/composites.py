@@ -195,8 +195,9 @@ class Listener:
         result: object,
     ) -> None:
         out = t.read(t.lift(result))
-        floats = (x.type.dtype for x in (out, *operands) if x is not None and x.type.dtype.is_float)
-        if {*floats} in ({f32}, {f64}) and out.type.numel and out not in operands:
+        index = operands[1] if kind == "Gather" else None
+        kinds = {x.type.dtype for x in (out, *operands) if x is not None and x is not index}
+        if kinds in ({f32}, {f64}) and out.type.numel and out not in operands:
             self.found[out] = Composite(kind, out, operands, attrs)
 
 

@@ -35,6 +35,8 @@ def _permute(w: Writer, node: Node, x: str) -> str:
 
 def _expand(w: Writer, node: Node, x: str) -> str:
     shape = node.out.type.shape
+    if not node.out.type.numel:  # onnxruntime may leave an axis of one as it is
+        return _empty(w, node)
     return x if shape == _of(node).shape else w.full(x, shape)
 
 

@@ -54,7 +54,7 @@ def viewed(w: Writer, x: str, of: Layout, view: Layout) -> str:
             np.transpose(np.arange(math.prod(of.shape)).reshape(of.shape), axes), index
         ):
             return w.Transpose(x, perm=axes)
-    flat, row = w.reshape(x, (-1,)), index.reshape(-1)
+    flat, row = w.reshape(x, (places.size,)), index.reshape(-1)
     first = int(row[0]) if row.size else 0
     if np.array_equal(row, np.arange(first, first + row.size)):
         return w.reshape(w.part(flat, 0, first, first + row.size), view.shape)

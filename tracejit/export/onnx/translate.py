@@ -159,13 +159,14 @@ def _scan(t: Translator, node: Node) -> str:
     made = w.several(
         "Scan", given, len(results), body=graph, num_scan_inputs=len(read), **directions
     )
-    flat: list[str] = []
-    for k, rows_of in enumerate(made[len(states) :]):
-        first = [operands[k]] if k < carried else []
-        flat += [rows_of, *first] if backward else [*first, rows_of]
-    flat += made[carried : len(states)]
-    flat = [w.reshape(x, (-1,)) for x in flat]
-    return w.Concat(*flat, axis=0) if len(flat) > 1 else flat[0]
+    flat: list[tuple[str, int]] = []
+    for k, (rows_of, kind) in enumerate(zip(made[len(states) :], kept, strict=True)):
+        first = [(operands[k], kind.numel)] if k < carried else []
+        row = rows_of, steps * kind.numel
+        flat += [row, *first] if backward else [*first, row]
+    flat += zip(made[carried : len(states)], (kind.numel for kind in sums), strict=True)
+    parts = [w.reshape(x, (size,)) for x, size in flat]
+    return w.Concat(*parts, axis=0) if len(parts) > 1 else parts[0]
 
 
 TABLE: dict[str, Callable[[Translator, Node], str]] = {
