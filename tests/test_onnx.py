@@ -36,7 +36,8 @@ def test_a_step_trains_in_onnxruntime(name, tmp_path):
     theirs = OnnxStep(path)
     for i in range(CALLS):
         args = made.args(i)
-        assert_near(step(*args), theirs(*flat(args)), made.near)
+        given = [x for x in flat(args) if type(x) is not int]
+        assert_near(step(*args), theirs(*given), made.near)
     now = tracejit.to_onnx(step, tmp_path / "now.onnx", *made.args(0))
     weights = {x.name: onnx.numpy_helper.to_array(x) for x in now.graph.initializer}
     assert theirs.state

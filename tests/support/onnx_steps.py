@@ -13,6 +13,7 @@ from examples.alexnet import alexnet
 from examples.custom_relu import MyReLU
 from examples.gpt import GPT, LENGTH, adamw
 from support.image_nets import residual
+from support.saved_steps import DynamicNet
 
 Named = dict[str, torch.Tensor]
 
@@ -162,6 +163,23 @@ def custom_function() -> Exported:
     return Exported(step, _batches((8, 20), (8, 4)))
 
 
+def dynamic() -> Exported:
+    """A net of as many layers as it is told, all with the same weights; a model has one depth."""
+    torch.manual_seed(0)
+    model = DynamicNet().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(x, y, depth):
+        loss = (model(x, depth) - y).pow(2).mean()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = _batches((8, 20), (8, 4))
+    return Exported(step, lambda i: (*batches(i), 3))
+
+
 def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
     def step(x, labels):
         loss = F.cross_entropy(model(x), labels)
@@ -239,6 +257,6 @@ STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, autograd, accumulating, modules_sgd, modules_adam, classifier),
-        *(custom_function, alex, resnet, gpt, lstm),
+        *(custom_function, dynamic, alex, resnet, gpt, lstm),
     )
 }

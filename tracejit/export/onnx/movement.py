@@ -89,7 +89,7 @@ def _rows(w: Writer, node: Node, x: str, rows: np.ndarray, empty: bool) -> str:
     count = math.prod(kind.shape[a] for a in axes)
     x = w.reshape(x, (count, math.prod(shape)))
     if empty:
-        x = w.Concat(x, w.constant(np.zeros((1, math.prod(shape))), held(kind.dtype)), axis=0)
+        x = w.Concat(x, w.filled(0, (1, math.prod(shape)), held(kind.dtype)), axis=0)
     x = w.Gather(x, w.constant(rows, np.int64), axis=0)
     x = w.reshape(x, (*rows.shape, *shape))
     order = (*axes, *rest)
@@ -117,7 +117,7 @@ def _unwindow(w: Writer, node: Node, x: str) -> str:
 
 
 def _zeros(w: Writer, node: Node) -> str:
-    return w.full(w.constant(0, held(node.out.type.dtype)), node.out.type.shape)
+    return w.filled(0, node.out.type.shape, held(node.out.type.dtype))
 
 
 def _empty(w: Writer, node: Node) -> str:
@@ -156,14 +156,14 @@ def _scatter(w: Writer, node: Node, x: str, index: str, source: str) -> str:
     dtype, outside = held(kind.dtype), w.constant(size, np.int64)
     index = w.Where(_inside(w, index, size), index, outside)
     row = (*kind.shape[:axis], 1, *kind.shape[axis + 1 :])
-    more = w.Concat(x, w.constant(np.zeros(row), dtype), axis=axis)
+    more = w.Concat(x, w.filled(0, row, dtype), axis=axis)
     attrs = {"axis": axis}
     if combine in _REDUCTIONS:
         attrs["reduction"] = _REDUCTIONS[combine]
     else:
         steps = w.row(np.arange(places.shape[axis]), axis, len(places.shape))
         order = w.full(steps, places.shape)
-        none = w.constant(np.full((*row[:axis], size + 1, *row[axis + 1 :]), -1), np.int64)
+        none = w.filled(-1, (*row[:axis], size + 1, *row[axis + 1 :]), np.int64)
         last = w.ScatterElements(none, index, order, axis=axis, reduction="max")
         is_last = w.Equal(w.GatherElements(last, index, axis=axis), order)
         index = w.Where(is_last, index, outside)

@@ -29,9 +29,9 @@ def _reduce_sum(w: Writer, node: Node, x: str) -> str:
     kept = [k for k in range(len(shape)) if k not in axes]
     count = math.prod(shape[a] for a in axes)
     if not count:
-        return w.full(w.constant(0, held(kind.dtype)), kind.shape)
+        return w.filled(0, kind.shape, held(kind.dtype))
     x = w.Transpose(x, perm=[*kept, *axes])
-    ones = w.constant(np.ones((count, 1)), held(kind.dtype))
+    ones = w.filled(1, (count, 1), held(kind.dtype))
     return w.reshape(w.MatMul(w.reshape(x, (kind.numel, count)), ones), kind.shape)
 
 

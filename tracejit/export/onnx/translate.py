@@ -128,7 +128,7 @@ def _scan(t: Translator, node: Node) -> str:
     read = [p.value.type for p in body.params[carried : carried + sliced]]
     given = [
         *operands[:carried],
-        *(w.full(w.constant(0, held(kind.dtype)), kind.shape) for kind in sums),
+        *(w.filled(0, kind.shape, held(kind.dtype)) for kind in sums),
         *operands[carried : carried + sliced],
     ]
     if not read:  # ONNX counts the steps by what is read row by row

@@ -133,6 +133,10 @@ class Writer:
         """A tensor of one element, everywhere."""
         return self.Expand(x, self.ints(*shape)) if shape else x
 
+    def filled(self, value: float, shape: Sequence[int], dtype: np.dtype | type) -> str:
+        """A number, everywhere."""
+        return self.full(self.constant(value, dtype), shape)
+
     def row(self, values: np.ndarray, axis: int, rank: int) -> str:
         """A constant row along one of so many axes."""
         shape = [1] * rank
