@@ -23,14 +23,15 @@ def capture_call(
     kwargs: dict,
     *,
     keep_grads: bool = True,
-    listener: Callable[[Trace], Callable] | None = None,
+    listener: Callable[[Trace], None] | None = None,
 ) -> Finished:
     """Trace `function(*args, **kwargs)`, once and without a memory of earlier traces.
 
-    listener: gives, for the trace, what is told of its torch calls (`on_call` of a trace).
+    listener: is given the trace, before it begins, to be told of what happens in it.
     """
     tracer = Tracer()
-    tracer.trace.on_call = listener and listener(tracer.trace)
+    if listener is not None:
+        listener(tracer.trace)
     bound = bind(tracer.trace, function, args, kwargs)
     with uncollected() as young:
         returned = [run(tracer, bound, function)]

@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 
 import torch
 import torch.nn.functional as F
 
+from tracejit.capture.functions.convolution import Convolution
 from tracejit.capture.trace.trace import Trace
 from tracejit.export.onnx.writer import Writer, held
 from tracejit.ir.graph import Value
@@ -123,6 +125,45 @@ def _convolution(rank: int) -> Callable:
     return found
 
 
+def _images(c: Convolution) -> dict[str, object] | None:
+    """The attributes of Conv for the product of images and weights."""
+    w, pads = c.windows, _reach(c)
+    rows = zip(w.length, w.low, pads, w.dilation, w.size, w.stride, w.count, strict=True)
+    fits = all((n + p + h - d * (k - 1) - 1) // s + 1 == o for n, p, h, d, k, s, o in rows)
+    attrs = {"strides": w.stride, "dilations": w.dilation, "pads": (*w.low, *pads)}
+    return attrs | {"group": c.groups, "kernel_shape": w.size} if fits else None
+
+
+def _of_images(c: Convolution) -> dict[str, object] | None:
+    """The attributes of ConvTranspose for the gradient of images, where there are such."""
+    w, pads = c.windows, _reach(c)
+    rows = zip(w.length, w.low, w.span, strict=True)
+    beyond = [max(n + p - span, 0) for n, p, span in rows]
+    attrs = {"strides": w.stride, "dilations": w.dilation, "pads": (*w.low, *pads)}
+    attrs |= {"group": c.groups, "kernel_shape": w.size, "output_padding": beyond}
+    return attrs if all(n < s for n, s in zip(beyond, w.stride, strict=True)) else None
+
+
+def _of_weights(c: Convolution) -> dict[str, object] | None:
+    """The attributes of Conv for the gradient of weights: what was the step from window to window
+    is now that from tap to tap."""
+    w = c.windows
+    attrs = {"strides": w.dilation, "dilations": w.stride, "pads": (*w.low, *_reach(c))}
+    return attrs | {"group": c.groups, "kernel_shape": w.count}
+
+
+def _reach(c: Convolution) -> tuple[int, ...]:
+    """How far windows reach beyond the last element."""
+    rows = zip(c.windows.span, c.windows.low, c.windows.length, strict=True)
+    return tuple(max(span - low - n, 0) for span, low, n in rows)
+
+
+_PRODUCTS = {
+    **{"images": _images, "gradient of images": _of_images},
+    "gradient of weights": _of_weights,
+}
+
+
 def _batch_norm(
     input: Tensor,
     running_mean,
@@ -158,43 +199,41 @@ COMPOSITES: dict[Callable, Callable[..., Found | None]] = {
 
 
 class Listener:
-    """Hears the torch calls of one trace."""
+    """Hears the torch calls of one trace, and the products of its convolutions."""
 
     def __init__(self) -> None:
         self.found: dict[Value, Composite] = {}
 
-    def of(self, t: Trace) -> Callable:
-        """What the trace tells of its calls."""
+    def of(self, t: Trace) -> None:
+        """Have the trace tell of its calls."""
+        t.on_call, t.on_product = partial(self._called, t), self._multiplied
 
-        def on_call(func: Callable, args: tuple, kwargs: dict) -> Callable | None:
-            rule = COMPOSITES.get(func)
-            if rule is None:
-                return None
-            try:
-                signature(rule).bind(*args, **kwargs)
-            except TypeError:
-                return None
-            known = rule(*args, **kwargs)
-            if known is None:
-                return None
-            kind, operands, attrs = known
-            given = (*args, *kwargs.values())
-            if not all(x is None or any(x is y for y in given) for x in operands):
-                return None
-            values = tuple(None if x is None else t.read(t.lift(x)) for x in operands)
-            return lambda result: self._note(t, kind, values, attrs, result)
+    def _called(self, t: Trace, func: Callable, args: tuple, kwargs: dict) -> Callable | None:
+        rule = COMPOSITES.get(func)
+        if rule is None:
+            return None
+        try:
+            signature(rule).bind(*args, **kwargs)
+        except TypeError:
+            return None
+        known = rule(*args, **kwargs)
+        if known is None:
+            return None
+        kind, operands, attrs = known
+        given = (*args, *kwargs.values())
+        if not all(x is None or any(x is y for y in given) for x in operands):
+            return None
+        values = tuple(None if x is None else t.read(t.lift(x)) for x in operands)
+        return lambda result: self._note(kind, t.read(t.lift(result)), values, attrs)
 
-        return on_call
+    def _multiplied(self, name: str, out: Value, operands: tuple, convolution: Convolution) -> None:
+        attrs = _PRODUCTS[name](convolution)
+        if attrs is not None and out.type.dtype is f32:
+            self._note(name, out, operands, attrs)
 
     def _note(
-        self,
-        t: Trace,
-        kind: str,
-        operands: tuple[Value | None, ...],
-        attrs: dict[str, object],
-        result: object,
+        self, kind: str, out: Value, operands: tuple[Value | None, ...], attrs: dict[str, object]
     ) -> None:
-        out = t.read(t.lift(result))
         index = operands[1] if kind == "Gather" else None
         kinds = {x.type.dtype for x in (out, *operands) if x is not None and x is not index}
         if kinds in ({f32}, {f64}) and out.type.numel and out not in operands:
@@ -210,6 +249,8 @@ def written(w: Writer, composite: Composite, names: Sequence[str | None]) -> str
     x, *rest = composite.operands
     if kind == "Gemm":
         return _written_linear(w, composite, names)
+    if kind in _PRODUCTS:
+        return _written_product(w, composite, names)
     given = [*names]
     if kind in ("LayerNormalization", "BatchNormalization"):
         axes = x.type.shape[attrs["axis"] :] if "axis" in attrs else x.type.shape[1:2]
@@ -230,3 +271,24 @@ def _written_linear(w: Writer, composite: Composite, names: Sequence[str | None]
         return w.Gemm(x, weight, *([] if bias is None else [bias]), transB=1)
     found = w.MatMul(x, w.Transpose(weight, perm=[1, 0]))
     return found if bias is None else w.Add(found, bias)
+
+
+def _written_product(w: Writer, composite: Composite, names: Sequence[str]) -> str:
+    """Conv and ConvTranspose. The gradient of weights is a Conv of images whose channels are those
+    of the batch, with the gradient as weights."""
+    attrs = composite.attrs
+    if composite.kind != "gradient of weights":
+        operator = w.Conv if composite.kind == "images" else w.ConvTranspose
+        return operator(*names, **attrs)
+    g, x = names
+    images, groups = composite.operands[1].type.shape, attrs["group"]
+    batch, channels, *length = images
+    rank = len(length)
+    rest, of_group = range(3, 3 + rank), channels // groups
+    x = w.reshape(x, (batch, groups, of_group, *length))
+    x = w.reshape(w.Transpose(x, perm=(2, 1, 0, *rest)), (of_group, groups * batch, *length))
+    g = w.Transpose(g, perm=(1, 0, *range(2, 2 + rank)))
+    found = w.Transpose(w.Conv(x, g, **attrs), perm=(1, 0, *range(2, 2 + rank)))
+    size = composite.out.type.shape[2:]
+    axes = w.ints(*range(2, 2 + rank))
+    return w.Slice(found, w.ints(*(0,) * rank), w.ints(*size), axes)
