@@ -76,9 +76,9 @@ class _Names(Translator):
         self.export = export
 
     def name(self, value: Value) -> str:
-        if value not in self.env:
+        if value not in self.env and value not in self.small:
             self.env[value] = self.export.input(value)
-        return self.env[value]
+        return super().name(value)
 
 
 class _Export:
@@ -200,7 +200,7 @@ class _Export:
 
     def host(self, k: int) -> str:
         """A host result."""
-        return self.names.operand(self.effects.host[k], HOST_SCALAR.dtype)
+        return self.names.operand(self.effects.host[k], HOST_SCALAR.dtype)[0]
 
     def after(self, index: int) -> str:
         """What an outside tensor holds after the call."""

@@ -28,18 +28,6 @@ def _reshape(w: Writer, node: Node, x: str) -> str:
     return w.reshape(x, node.out.type.shape)
 
 
-def _permute(w: Writer, node: Node, x: str) -> str:
-    axes = node.attr("axes")
-    return x if axes == (*range(len(axes)),) else w.Transpose(x, perm=axes)
-
-
-def _expand(w: Writer, node: Node, x: str) -> str:
-    shape = node.out.type.shape
-    if not node.out.type.numel:  # onnxruntime may leave an axis of one as it is
-        return _empty(w, node)
-    return x if shape == _of(node).shape else w.full(x, shape)
-
-
 def _slice(w: Writer, node: Node, x: str) -> str:
     rows = [node.attr(name) for name in ("starts", "stops", "steps")]
     kept = [(0, n, 1) for n in _of(node).shape]
@@ -102,6 +90,23 @@ def _window(w: Writer, node: Node, x: str) -> str:
     if not node.out.type.numel:
         return _empty(w, node)
     return _rows(w, node, x, (starts + taps * node.attr("dilation")) * len(taps) + taps, False)
+
+
+def window_of_all(w: Writer, node: Node, x: str, shape: tuple) -> tuple[str, tuple]:
+    """A window of what is the same for every tap: x has an axis of 1 there, and may have others.
+    The result, and its shape."""
+    axis, taps = node.attr("axes")
+    size = _of(node).shape[taps]
+    starts = np.arange(node.attr("count"))[:, None] * node.attr("stride")
+    places = starts + np.arange(size) * node.attr("dilation")
+    rest = [k for k in range(len(shape)) if k != taps]
+    x = w.reshape(x, [shape[k] for k in rest])
+    x = w.Gather(x, w.constant(places, np.int64), axis=rest.index(axis))
+    order = [m for k in rest for m in ((axis, taps) if k == axis else (k,))]
+    perm = [order.index(k) for k in range(len(order))]
+    found = {axis: node.attr("count"), taps: size}
+    shape = tuple(found.get(k, n) for k, n in enumerate(shape))
+    return (x if perm == sorted(perm) else w.Transpose(x, perm=perm)), shape
 
 
 def _unwindow(w: Writer, node: Node, x: str) -> str:
@@ -194,7 +199,7 @@ def _argsort(w: Writer, node: Node, x: str) -> str:
 
 
 MOVEMENT: dict[str, Callable[..., str]] = {
-    **{"reshape": _reshape, "permute": _permute, "expand": _expand, "slice": _slice},
-    **{"flip": _flip, "pad": _pad, "window": _window, "unwindow": _unwindow},
+    **{"reshape": _reshape, "slice": _slice, "flip": _flip, "pad": _pad},
+    **{"window": _window, "unwindow": _unwindow},
     **{"gather": _gather, "scatter": _scatter, "cumsum": _cumsum, "argsort": _argsort},
 }

@@ -1,4 +1,4 @@
-"""Reductions, products and sources as ONNX operators.
+"""Reductions and products as ONNX operators.
 
 Entries of `STRUCTURED` are functions `(w, node, *operands) -> name`, as those of `movement`.
 """
@@ -63,13 +63,7 @@ def _matmul(w: Writer, node: Node, x: str, z: str) -> str:
     return w.MatMul(x, z)
 
 
-def _iota(w: Writer, node: Node) -> str:
-    kind, axis = node.out.type, node.attr("axis")
-    row = np.arange(kind.shape[axis]).astype(held(kind.dtype))
-    return w.rounded(w.full(w.row(row, axis, len(kind.shape)), kind.shape), kind.dtype)
-
-
 STRUCTURED: dict[str, Callable[..., str]] = {
-    **{"reduce_sum": _reduce_sum, "matmul": _matmul, "iota": _iota},
+    **{"reduce_sum": _reduce_sum, "matmul": _matmul},
     **{"reduce_max": _extremum("ReduceMax"), "reduce_min": _extremum("ReduceMin")},
 }

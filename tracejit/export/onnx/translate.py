@@ -12,7 +12,7 @@ import numpy as np
 
 from tracejit.export.onnx.elementwise import ELEMENTWISE, cast
 from tracejit.export.onnx.host import HOST
-from tracejit.export.onnx.movement import MOVEMENT
+from tracejit.export.onnx.movement import MOVEMENT, window_of_all
 from tracejit.export.onnx.structured import STRUCTURED
 from tracejit.export.onnx.writer import Writer, body_of, held, is_narrower
 from tracejit.ir.graph import Arg, Builder, Node, Value
@@ -31,12 +31,18 @@ REFUSED = {  # what ONNX has no counterpart of, and what to do
 _FIRST = 1 << 40  # numbers of values that no graph has
 
 
+Small = tuple[str, tuple[int, ...]]  # a name, and its shape, which broadcasts to a value's
+
+
 class Translator:
-    """Writes nodes; `env` has the names of values, and grows."""
+    """Writes nodes. A value that is spread over axes is written small, and spread out where it is
+    read by something that does not broadcast."""
 
     def __init__(self, w: Writer, env: Mapping[Value, str]):
+        """`env` has the names of values, and grows."""
         self.w = w
         self.env = dict(env)
+        self.small: dict[Value, Small] = {}
         self._next = _FIRST
 
     def run(self, nodes: Iterable[Node]) -> None:
@@ -47,18 +53,32 @@ class Translator:
     def node(self, node: Node) -> None:
         """Translate one node."""
         self.w.line = node.where or self.w.line
-        self.env[node.out] = TABLE[node.op.name](self, node)
+        found = TABLE[node.op.name](self, node)
+        if isinstance(found, tuple) and found[1] != node.out.type.shape:
+            self.small[node.out] = found
+        else:
+            self.env[node.out] = found[0] if isinstance(found, tuple) else found
 
     def name(self, value: Value) -> str:
         """The name of a value."""
+        if value not in self.env:
+            self.env[value] = self.w.full(self.small[value][0], value.type.shape)
         return self.env[value]
 
-    def operand(self, arg: Arg, dtype: DType) -> str:
+    def spread(self, value: Value) -> Small:
+        """A value as it is written; its shape broadcasts to the value's."""
+        if value in self.small and value.type.numel:
+            return self.small[value]
+        return self.name(value), value.type.shape
+
+    def operand(self, arg: Arg, dtype: DType) -> Small:
         """A tensor, or a literal or host value beside tensors of a dtype."""
         if not isinstance(arg, Value):
-            return self.w.constant(arg, held(dtype))
-        name = self.name(arg)
-        return self.w.cast(name, held(dtype)) if arg.type.is_host and dtype is not f64 else name
+            return self.w.constant(arg, held(dtype)), ()
+        if arg.type.is_host:
+            name = self.name(arg)
+            return (name if dtype is f64 else self.w.cast(name, held(dtype))), ()
+        return self.spread(arg)
 
 
 def _operand_dtype(node: Node) -> DType:
@@ -68,18 +88,50 @@ def _operand_dtype(node: Node) -> DType:
     return next(a.type.dtype for a in node.inputs if not a.type.is_host)
 
 
-def _elementwise(t: Translator, node: Node) -> str:
+def _elementwise(t: Translator, node: Node) -> Small:
     kind, to = _operand_dtype(node), node.out.type.dtype
     operands = [t.operand(a, kind) for a in node.args]
-    found = ELEMENTWISE[node.op.name](t.w, kind, *operands)
+    found = ELEMENTWISE[node.op.name](t.w, kind, *(name for name, _ in operands))
+    shape = np.broadcast_shapes(*(shape for _, shape in operands))
     if is_narrower(to) and (node.op.rounds or not to.is_float) and node.op.name != "alias":
-        return t.w.rounded(found, to)
-    return found
+        found = t.w.rounded(found, to)
+    return found, shape
 
 
-def _cast(t: Translator, node: Node) -> str:
+def _cast(t: Translator, node: Node) -> Small:
     (x,) = node.inputs
-    return cast(t.w, t.name(x), x.type.dtype, node.out.type.dtype)
+    name, shape = t.spread(x)
+    return cast(t.w, name, x.type.dtype, node.out.type.dtype), shape
+
+
+def _expand(t: Translator, node: Node) -> Small | str:
+    if not node.out.type.numel:
+        return t.w.constant(np.zeros(node.out.type.shape), held(node.out.type.dtype))
+    return t.spread(node.args[0])
+
+
+def _permute(t: Translator, node: Node) -> Small | str:
+    name, shape = t.spread(node.args[0])
+    axes = node.attr("axes")
+    if axes == (*range(len(axes)),) or not shape:
+        return name, shape
+    return t.w.Transpose(name, perm=axes), tuple(shape[a] for a in axes)
+
+
+def _window(t: Translator, node: Node) -> Small | str:
+    """Of what is spread over the taps, without spreading it."""
+    (x,), (axis, taps) = node.args, node.attr("axes")
+    name, shape = t.spread(x)
+    if len(shape) != len(x.type.shape) or shape[taps] != 1 or shape[axis] != x.type.shape[axis]:
+        return MOVEMENT["window"](t.w, node, t.name(x))
+    return window_of_all(t.w, node, name, shape)
+
+
+def _iota(t: Translator, node: Node) -> Small:
+    kind, axis = node.out.type, node.attr("axis")
+    row = t.w.row(np.arange(kind.shape[axis]).astype(held(kind.dtype)), axis, len(kind.shape))
+    shape = tuple(n if k == axis else 1 for k, n in enumerate(kind.shape))
+    return t.w.rounded(row, kind.dtype), shape
 
 
 def _on_tensors(table: Mapping[str, Callable[..., str]]) -> Callable[[Translator, Node], str]:
@@ -93,17 +145,17 @@ def _on_tensors(table: Mapping[str, Callable[..., str]]) -> Callable[[Translator
     return translated
 
 
-def _full(t: Translator, node: Node) -> str:
+def _full(t: Translator, node: Node) -> Small | str:
     (value,), kind = node.args, node.out.type
     if isinstance(value, Value):
         x = cast(t.w, t.name(value), f64, kind.dtype)
     else:
         x = t.w.constant(round_to(np.asarray(value), kind.dtype), held(kind.dtype))
-    return t.w.full(x, kind.shape)
+    return (x, ()) if kind.numel else t.w.full(x, kind.shape)
 
 
 def _host(t: Translator, node: Node) -> str:
-    return HOST[node.op.name](t.w, *(t.operand(a, f64) for a in node.args))
+    return HOST[node.op.name](t.w, *(t.operand(a, f64)[0] for a in node.args))
 
 
 def _written_out(t: Translator, node: Node) -> str:
@@ -175,5 +227,6 @@ TABLE: dict[str, Callable[[Translator, Node], str]] = {
     **dict.fromkeys(STRUCTURED, _on_tensors(STRUCTURED)),
     **{name: _host for name in HOST if name in OPS},
     **dict.fromkeys(WRITTEN, _written_out),
-    **{"cast": _cast, "full": _full, "scan": _scan},
+    **{"cast": _cast, "full": _full, "scan": _scan, "expand": _expand, "permute": _permute},
+    **{"window": _window, "iota": _iota},
 }
