@@ -181,6 +181,8 @@ def test_structures_and_plain_values(path):
     assert names_of(model.graph.output) == ["result['y']", "result['rest'][3][0]"] + [
         "result['rest'][3][1]"
     ]
+    with pytest.raises(TypeError, match="the model takes .* not 4 arguments"):
+        runner(path)(given["x"].numpy(), given["unread"].numpy(), 0.25, True)
     found = runner(path)(given["x"].numpy(), given["unread"].numpy(), 0.25)
     assert found["k"] == 2 and found["rest"][:3] == [3, None, "text"]
     assert_near(step(given, 0.25, True)["y"], found["y"], 1e-6)

@@ -25,6 +25,8 @@ class OnnxStep:
         self.state = {}  # what has changed: onnxruntime's values, by the names of inputs
 
     def __call__(self, *args, **named):
+        if len(args) > len(self.arguments):
+            raise TypeError(f"the model takes {self.arguments}, not {len(args)} arguments")
         given = dict(zip(self.arguments, args, strict=False)) | named
         feeds = self.state | {name: self._value(name, x) for name, x in given.items()}
         results = self.session.run_with_ort_values(self.outputs, feeds)
