@@ -419,6 +419,10 @@ def test_what_is_no_step_is_refused(path):
     with pytest.raises(TypeError, match="tracejit.to_onnx takes a Python function or method"):
         tracejit.to_onnx(math.sin, path, torch.eye(3))
 
+    targeted = tracejit.compile(decides, target="sm_90")
+    with pytest.raises(TypeError, match="not TargetedStep"):
+        tracejit.to_onnx(targeted, path, torch.eye(3))
+
     @tracejit.compile(on_unsupported="raise")
     def inside(x):
         tracejit.to_onnx(F.relu, path, x)

@@ -64,7 +64,7 @@ def to_onnx(step: Callable, path: str | PathLike, /, *args: object, **kwargs: ob
 
     model = _Export(traced(step, args, kwargs)).model(version("tracejit"))
     onnx.checker.check_model(model, full_check=True)
-    onnx.save_model(model, path)
+    onnx.save_model(model, path, format="protobuf")
     return model
 
 
