@@ -70,6 +70,14 @@ MODELS = {
     "tanh gelu": (lambda: nn.GELU("tanh"), (3, 5), {"Gelu": 1}),
     "relu": (nn.ReLU, (3, 5), {"Relu": 1}),
     "sigmoid": (nn.Sigmoid, (3, 5), {"Sigmoid": 1}),
+    "max pool": (lambda: nn.MaxPool2d(3, 2, 1), (2, 3, 8, 9), {"MaxPool": 3}),
+    "max pool of taps": (lambda: nn.MaxPool1d(3, 1, 0, 2), (2, 3, 9), {"MaxPool": 3}),
+    "mean pool": (lambda: nn.AvgPool2d((2, 3), padding=1), (2, 3, 8, 9), {"AveragePool": 1}),
+    "mean pool of what is there": (
+        lambda: nn.AvgPool3d(2, 1, 1, count_include_pad=False),
+        (1, 2, 3, 4, 5),
+        {"AveragePool": 1},
+    ),
     "residual": (residual, (2, 3, 16, 16), {"Conv": 8, "BatchNormalization": 8, "Relu": 7}),
     "mobile": (mobile, (2, 3, 16, 16), {"Conv": 7}),
     "alexnet": (alexnet, (2, 3, 31, 31), {"Conv": 3, "Gemm": 2, "Relu": 4}),
@@ -187,6 +195,16 @@ def test_structures_and_plain_values(path):
     assert found["k"] == 2 and found["rest"][:3] == [3, None, "text"]
     assert_near(step(given, 0.25, True)["y"], found["y"], 1e-6)
     assert found["rest"][3][1] == 0.5
+
+
+def test_extremes_of_windows(path):
+    """onnxruntime's MaxPool alone drops NaN, and makes a large number of -inf."""
+    x = torch.randn(1, 1, 6, 6)
+    x[0, 0, 0, 0], x[0, 0, 2, 2], x[0, 0, 5, 5] = math.nan, math.inf, -math.inf
+    x[0, 0, 3:, :3] = -math.inf
+    pool = nn.MaxPool2d(3, 1, 1)
+    tracejit.to_onnx(pool, path, x)
+    np.testing.assert_array_equal(runner(path)(x.numpy()), pool(x).numpy())
 
 
 # ---- state

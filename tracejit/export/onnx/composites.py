@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -100,7 +101,8 @@ def _embedding(
 
 
 def _several(x: object, rank: int) -> list[int]:
-    return [*x] if isinstance(x, (tuple, list)) else [x] * rank
+    found = [*x] if isinstance(x, (tuple, list)) else [x]
+    return found * rank if len(found) == 1 else found
 
 
 def _convolution(rank: int) -> Callable:
@@ -181,6 +183,50 @@ def _batch_norm(
     return "BatchNormalization", operands, {"epsilon": float(eps)}
 
 
+def _max_pool(rank: int) -> Callable:
+    def found(
+        input: Tensor,
+        kernel_size,
+        stride=None,
+        padding=0,
+        dilation=1,
+        ceil_mode=False,
+        return_indices=False,
+    ) -> Found | None:
+        if input.dim() != rank + 2 or ceil_mode or return_indices:
+            return None
+        attrs = _pooled(rank, kernel_size, stride, padding)
+        return "MaxPool", (input,), attrs | {"dilations": _several(dilation, rank)}
+
+    return found
+
+
+def _avg_pool(rank: int) -> Callable:
+    def found(
+        input: Tensor,
+        kernel_size,
+        stride=None,
+        padding=0,
+        ceil_mode=False,
+        count_include_pad=True,
+        divisor_override=None,
+    ) -> Found | None:
+        if input.dim() != rank + 2 or ceil_mode or divisor_override is not None:
+            return None
+        if input.dtype is not torch.float32:
+            return None
+        attrs = _pooled(rank, kernel_size, stride, padding)
+        return "AveragePool", (input,), attrs | {"count_include_pad": int(count_include_pad)}
+
+    return found
+
+
+def _pooled(rank: int, size: object, stride: object, padding: object) -> dict[str, object]:
+    sizes = _several(size, rank)
+    steps = sizes if stride is None or stride in ((), []) else _several(stride, rank)
+    return {"kernel_shape": sizes, "strides": steps, "pads": _several(padding, rank) * 2}
+
+
 COMPOSITES: dict[Callable, Callable[..., Found | None]] = {
     **{F.linear: _linear, F.softmax: _of_axis("Softmax"), F.gelu: _gelu},
     **{torch.softmax: _of_axis("Softmax"), Tensor.softmax: _of_axis("Softmax")},
@@ -192,6 +238,10 @@ COMPOSITES: dict[Callable, Callable[..., Found | None]] = {
     **{F.embedding: _embedding, F.batch_norm: _batch_norm, torch.batch_norm: _batch_norm},
     **{torch.conv1d: _convolution(1), torch.conv2d: _convolution(2)},
     torch.conv3d: _convolution(3),
+    **{F.max_pool1d: _max_pool(1), F.max_pool2d: _max_pool(2), F.max_pool3d: _max_pool(3)},
+    **{torch.max_pool1d: _max_pool(1), torch.max_pool2d: _max_pool(2)},
+    **{torch.max_pool3d: _max_pool(3), F.avg_pool1d: _avg_pool(1)},
+    **{F.avg_pool2d: _avg_pool(2), F.avg_pool3d: _avg_pool(3)},
 }
 
 
@@ -251,6 +301,8 @@ def written(w: Writer, composite: Composite, names: Sequence[str | None]) -> str
         return _written_linear(w, composite, names)
     if kind in _PRODUCTS:
         return _written_product(w, composite, names)
+    if kind == "MaxPool":
+        return _written_max_pool(w, names[0], held(x.type.dtype), attrs)
     given = [*names]
     if kind in ("LayerNormalization", "BatchNormalization"):
         axes = x.type.shape[attrs["axis"] :] if "axis" in attrs else x.type.shape[1:2]
@@ -271,6 +323,19 @@ def _written_linear(w: Writer, composite: Composite, names: Sequence[str | None]
         return w.Gemm(x, weight, *([] if bias is None else [bias]), transB=1)
     found = w.MatMul(x, w.Transpose(weight, perm=[1, 0]))
     return found if bias is None else w.Add(found, bias)
+
+
+def _written_max_pool(w: Writer, x: str, dtype: np.dtype, attrs: dict[str, object]) -> str:
+    """MaxPool, and what onnxruntime's drops: NaN, and -inf where there is nothing else."""
+
+    def any_of(flags: str) -> str:
+        pooled = w.MaxPool(w.cast(flags, dtype), **attrs)
+        return w.Greater(pooled, w.constant(0, dtype))
+
+    missing = w.IsNaN(x)
+    finite = any_of(w.Not(w.Or(missing, w.IsInf(x, detect_positive=0))))
+    found = w.Where(finite, w.MaxPool(x, **attrs), w.constant(-np.inf, dtype))
+    return w.Where(any_of(missing), w.constant(np.nan, dtype), found)
 
 
 def _written_product(w: Writer, composite: Composite, names: Sequence[str]) -> str:
