@@ -178,6 +178,18 @@ def test_views_are_returned(name, path):
     assert_near(VIEWS[name](x), runner(path)(x.numpy()), 1e-6)
 
 
+def test_weights_in_any_layout(path):
+    """As the columns of others, of one element, of none."""
+    whole = torch.arange(12.0).view(3, 4)
+    parts = whole[:, :3].T, whole[0, ::3][:1], torch.zeros(0, 3), torch.tensor(2.0)
+
+    def step(x):
+        return [x * part.sum() + part.numel() for part in parts], parts[0] * x
+
+    tracejit.to_onnx(step, path, x := torch.randn(3))
+    assert_near(step(x), runner(path)(x.numpy()), 1e-6)
+
+
 def test_structures_and_plain_values(path):
     def step(batch, scale: float, twice: bool):
         y = batch["x"] * scale

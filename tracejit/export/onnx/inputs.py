@@ -18,6 +18,7 @@ from tracejit.export.onnx.writer import Writer, element, held, is_narrower
 from tracejit.ir.graph import Value
 from tracejit.ir.torch_types import TO_IR
 from tracejit.ir.types import HOST_SCALAR, DType, Type, f64
+from tracejit.saved.tensors import raw
 
 LIMIT = (1 << 31) - (1 << 20)  # bytes of a file that protobuf writes and reads
 _FREE = ("arg", "kwarg", "cell", "global", "default", "kwdefault", "entry")
@@ -95,16 +96,14 @@ class Inputs:
 
         if real.is_meta:
             raise self.traced.refuse(f"{name} has no values (it is on the device meta)", "Load it")
-        x = real.detach().cpu().contiguous()
-        self._bytes += x.numel() * x.element_size()
+        self._bytes += real.numel() * real.element_size()
         if self._bytes > LIMIT:
             raise self.traced.refuse(
                 "its weights have more than 2 GB, which one file of ONNX cannot hold",
                 "Export a part of it",
             )
-        raw = x.reshape(-1).view(torch.uint8).numpy().tobytes()
-        to = element(TO_IR[real.dtype])
-        self.weights.append(helper.make_tensor(name, to, tuple(real.shape), raw, raw=True))
+        to, content = element(TO_IR[real.dtype]), bytes(raw(real))
+        self.weights.append(helper.make_tensor(name, to, tuple(real.shape), content, raw=True))
 
     # ---- numbers
 
