@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -43,6 +50,36 @@ def test_a_step_trains_in_onnxruntime(name, tmp_path):
     assert theirs.state
     for state, found in theirs.state.items():
         assert_near(found.numpy(), weights[state], 10 * made.near)
+
+
+ELSEWHERE = """
+import sys
+sys.modules["torch"] = sys.modules["tracejit"] = None  # not there
+import numpy as np
+from onnx_step import OnnxStep
+step = OnnxStep("step.onnx")
+x, y = np.load("x.npy"), np.load("y.npy")
+print([step(x, y)["loss"].item() for _ in range(20)])
+"""
+
+
+def test_a_model_runs_where_nothing_of_ours_is(tmp_path):
+    """The runner's file alone, in another process, without torch."""
+    made = STEPS["modules_adam"]()
+    step, args = tracejit.compile(made.step), made.args(0)
+    for _ in range(3):
+        step(*args)
+    tracejit.to_onnx(step, tmp_path / "step.onnx", *args)
+    shutil.copy(Path(tracejit.__file__).parent / "export/onnx/run.py", tmp_path / "onnx_step.py")
+    for name, x in zip("xy", args, strict=True):
+        np.save(tmp_path / f"{name}.npy", x.numpy())
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [step(*args)["loss"].item() for _ in range(20)]
+    assert_near(losses, json.loads(done.stdout), made.near)
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.sweep(6)

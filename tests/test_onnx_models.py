@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections import Counter
 
 import numpy as np
@@ -254,6 +255,53 @@ def weight_in(model, name: str) -> np.ndarray:
     return onnx.numpy_helper.to_array(found[name])
 
 
+OPTIMIZERS = {
+    "Adadelta": (torch.optim.Adadelta, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "Adamax": (torch.optim.Adamax, {"weight_decay": 0.1}),
+    "AMSGrad": (torch.optim.Adam, {"amsgrad": True, "foreach": True}),
+    "a rate in a tensor": (torch.optim.Adam, {"lr": torch.tensor(0.01)}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "RMSprop": (torch.optim.RMSprop, {"centered": True, "momentum": 0.9}),
+    "Rprop": (torch.optim.Rprop, {}),
+}
+
+
+def trained_by(kind: type, options: dict):
+    """A step of an optimizer that has its state, and its argument."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    optimizer = kind(model.parameters(), **options)
+
+    def step(x):
+        optimizer.zero_grad()
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    x = torch.randn(4, 6)
+    for _ in range(2):
+        step(x)
+    return step, x
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name, path):
+    step, x = trained_by(*OPTIMIZERS[name])
+    tracejit.to_onnx(step, path, x)
+    theirs = runner(path)
+    for _ in range(8):
+        assert_near(step(x), theirs(x.numpy()), 1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.RAdam, torch.optim.Adafactor, torch.optim.ASGD])
+def test_an_optimizer_that_decides_by_its_state_is_refused(kind, path):
+    step, x = trained_by(kind, {})
+    with pytest.raises(CannotExport, match=r"decides by optimizer\.state\[model\.0\.weight\]"):
+        tracejit.to_onnx(step, path, x)
+
+
 def test_a_number_that_decides_is_a_constant(path):
     def step(x, rate, power):
         return x * rate if rate > 0.5 else x**power
@@ -459,6 +507,18 @@ def test_what_is_no_step_is_refused(path):
 
     with pytest.raises(tracejit.errors.SideEffectError, match="inside a step that is being traced"):
         inside(torch.eye(3))
+
+
+def test_what_is_too_large_is_refused(path, monkeypatch):
+    monkeypatch.setattr("tracejit.export.onnx.inputs.LIMIT", 100)
+    with pytest.raises(CannotExport, match="more than 2 GB"):
+        tracejit.to_onnx(nn.Linear(5, 5), path, torch.randn(2, 5))
+
+
+def test_without_the_package_its_name_is_said(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ImportError, match=r"pip install 'tracejit\[onnx\]'"):
+        tracejit.to_onnx(nn.ReLU(), path, torch.randn(3))
 
 
 # ---- from a shell

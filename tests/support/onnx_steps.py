@@ -12,7 +12,7 @@ from torch import nn
 from examples.alexnet import alexnet
 from examples.custom_relu import MyReLU
 from examples.gpt import GPT, LENGTH, adamw
-from support.image_nets import residual
+from support.image_nets import Block
 from support.saved_steps import DynamicNet
 
 Named = dict[str, torch.Tensor]
@@ -200,24 +200,37 @@ def alex() -> Exported:
             module.eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     batches, labels = _batches((2, 3, 64, 64), dtype=torch.float32), torch.arange(2)
+    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
     given = lambda i: (*batches(i), labels)  # noqa: E731
-    return Exported(_trained(model, optimizer), given, frozenset({"Conv", "Relu", "Gemm"}), 1e-4)
+    return Exported(_trained(model, optimizer), given, operators, 1e-4)
 
 
-def resnet() -> Exported:
-    """Convolutions, batch norms with running statistics, and residuals, as in ResNet-18."""
+def resnet18() -> Exported:
+    """ResNet-18, narrow, on small images: its running statistics are state too."""
     torch.manual_seed(0)
-    model = residual(width=4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    batches, labels = _batches((4, 3, 8, 8), dtype=torch.float32), torch.arange(4)
+    widths = (4, 4, 8, 16, 32)
+    stages = [
+        block
+        for k in range(4)
+        for block in (
+            Block(widths[k], widths[k + 1], 1 + (k > 0)),
+            Block(widths[k + 1], widths[k + 1], 1),
+        )
+    ]
+    stem = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *stages, *head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    batches, labels = _batches((4, 3, 64, 64), dtype=torch.float32), torch.arange(4)
     given = lambda i: (*batches(i), labels)  # noqa: E731
-    return Exported(_trained(model, optimizer), given, frozenset({"Conv", "Relu"}), 1e-3)
+    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
+    return Exported(_trained(model, optimizer), given, operators, 1e-3)
 
 
 def gpt() -> Exported:
     """The GPT of the examples, without dropout; embedding and head are tied."""
     torch.manual_seed(0)
-    model = GPT(layers=2, width=16, heads=2)
+    model = GPT(layers=1, width=16, heads=2)
     optimizer = adamw(model, 1e-3)
 
     def step(x, y):
@@ -238,7 +251,7 @@ def gpt() -> Exported:
 def lstm() -> Exported:
     """A network of two directions over time, its last states, and Adam."""
     torch.manual_seed(0)
-    model = nn.LSTM(5, 6, num_layers=2, bidirectional=True).double()
+    model = nn.LSTM(5, 6, bidirectional=True).double()
     head = nn.Linear(12, 3).double()
     optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=0.01)
 
@@ -257,6 +270,6 @@ STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, autograd, accumulating, modules_sgd, modules_adam, classifier),
-        *(custom_function, dynamic, alex, resnet, gpt, lstm),
+        *(custom_function, dynamic, alex, resnet18, gpt, lstm),
     )
 }
