@@ -19,7 +19,7 @@ from examples.gpt import GPT
 from support.command_line import status
 from support.image_nets import UNet, alexnet, mobile, residual
 from support.onnx_checks import assert_near, flat
-from tracejit.errors import CannotExport
+from tracejit.errors import CannotExport, MissingPackage
 
 onnx = pytest.importorskip("onnx", reason="the extra onnx is not installed")
 pytest.importorskip("onnxruntime", reason="the extra onnx is not installed")
@@ -517,7 +517,7 @@ def test_what_is_too_large_is_refused(path, monkeypatch):
 
 def test_without_the_package_its_name_is_said(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ImportError, match=r"pip install 'tracejit\[onnx\]'"):
+    with pytest.raises(MissingPackage, match=r"pip install 'tracejit\[onnx\]'"):
         tracejit.to_onnx(nn.ReLU(), path, torch.randn(3))
 
 
@@ -558,7 +558,7 @@ def test_the_command_writes_a_model(tmp_path, capsys):
     losses = [float(step()) for _ in range(5)]
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
     assert status("onnx", f"{file}:make_step", "-o", tmp_path / "none" / "step.onnx") == 2
-    assert "the model cannot be written: " in capsys.readouterr().err
+    assert "the file cannot be written: " in capsys.readouterr().err
     assert status("onnx", f"{file}:decides", "-o", tmp_path / "no.onnx") == 2
     captured = capsys.readouterr()
     assert "steps.py:20: decides cannot be exported to ONNX" in captured.err

@@ -3,7 +3,10 @@
 python -m tracejit explain examples/two_layer_autograd.py:make_step --html ledger.html
 python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
 python -m tracejit build examples/two_layer_autograd.py:make_step --target sm_80,sm_90,sm_100
-python -m tracejit onnx examples/two_layer_autograd.py:make_step -o step.onnx
+python -m tracejit save examples/two_layer_autograd.py:make_step -o two_layer.step
+python -m tracejit eject examples/two_layer_autograd.py:make_step -o two_layer_step.py
+python -m tracejit onnx examples/two_layer_autograd.py:make_step -o two_layer.onnx
+python -m tracejit cache --prune 100M
 python -m tracejit ops cumsum
 """
 
@@ -21,13 +24,12 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from tracejit import commands as commands_of_files
 from tracejit import knobs
 from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import TracejitError
-from tracejit.export.onnx.export import to_onnx
-from tracejit.export.onnx.writer import OPSET
 from tracejit.gpus import ARCHES, GPUS
 from tracejit.report import report
 from tracejit.rows import limits
@@ -57,14 +59,6 @@ exit status: 0, or 1 if a kernel breaks a limit (it spills, it uses more shared 
 is, or a large contiguous fp32 stream moves less than 90% of its accesses in 128 bits), or 2 if
 there is nothing to report."""
 
-ONNX = """\
-Write a step to a file as an ONNX model: forward, backward and optimizer, with weights and state as
-inputs that have their values as defaults, and as outputs. The step is called three times before, so
-that optimizers have their state. tracejit/export/onnx/run.py, which needs onnxruntime and numpy
-alone, runs the file and feeds the state back; docs/export.md says what can be exported.
-
-exit status: 0, or 2 if the step cannot be exported."""
-
 BUILD = """\
 Compile a step for GPUs that need not be here, and store what a run on such a GPU then loads from
 the disk caches: plans and sources under $TRACEJIT_CACHE, machine code under $TRITON_CACHE_DIR,
@@ -89,6 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except (Refused, TracejitError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"{prog}: error: the file cannot be written: {error}", file=sys.stderr)
     except Exception:
         traceback.print_exc()
         file, name = options.step
@@ -129,23 +125,6 @@ def print_ledger(options: argparse.Namespace) -> int:
         print(f"written to {options.html}")
     else:
         print(json.dumps(ledger.as_dict(), indent=2) if options.json else ledger)
-    return 0
-
-
-def print_onnx(options: argparse.Namespace) -> int:
-    """What an ONNX model that is written to a file reads and gives."""
-    with contextlib.redirect_stdout(sys.stderr):
-        step = called(load_step(*options.step))
-        try:
-            model = to_onnx(step, options.output)
-        except ImportError as error:
-            raise Refused(str(error)) from None
-        except OSError as error:
-            raise Refused(f"the model cannot be written: {error}") from None
-    graph = model.graph
-    print(f"written to {options.output}: {len(graph.node)} nodes, opset {OPSET}")
-    for kind, named in (("inputs", graph.input), ("outputs", graph.output)):
-        print(f"{kind}: {', '.join(x.name for x in named) or 'none'}")
     return 0
 
 
@@ -239,13 +218,11 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--target", help=known, type=target, default=90, metavar="SM")
     added.add_argument("--json", action="store_true", help="print JSON, not a table")
     ahead = "compile a step for GPUs that need not be here, into the disk caches"
-    model = "write a step, forward, backward and optimizer, to a file as an ONNX model"
-    added = add_command("onnx", print_onnx, model, ONNX)
-    added.add_argument(
-        "-o", "--output", type=Path, default=Path("step.onnx"), metavar="PATH", help="the file"
-    )
     added = add_command("build", print_build, ahead, BUILD)
     added.add_argument("--target", help=known, type=targets, default=[90], metavar="SM,…")
+    commands_of_files.add_to(
+        add_command, commands, examples, lambda options: called(load_step(*options.step))
+    )
     listed = "list the torch functions that a step may call, and what is refused"
     ops_parser = commands.add_parser(
         "ops", help=listed, epilog=examples("ops"), formatter_class=shape

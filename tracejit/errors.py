@@ -140,6 +140,12 @@ class CannotSave(TracejitError, RuntimeError):
     message = "{step} cannot be saved: {reason}. {remedy}"
 
 
+class MissingPackage(TracejitError, ImportError):
+    """A package that one of the extras brings is not installed."""
+
+    message = "{what} needs the package {package}: pip install 'tracejit[{extra}]'"
+
+
 class CannotExport(TracejitError, RuntimeError):
     """A step has something that a file of another format cannot say."""
 
@@ -150,6 +156,12 @@ class CannotEject(TracejitError, RuntimeError):
     """A step does something that a file without tracejit cannot."""
 
     message = "{step} cannot be ejected: {reason}. {remedy}"
+
+
+class StaticGraphError(TracejitError, ValueError):
+    """A static graph was built, or fed, with what does not go together."""
+
+    message = "static graph: {reason}"
 
 
 class SavedFileError(TracejitError, ValueError):

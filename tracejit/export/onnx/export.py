@@ -23,6 +23,7 @@ from tracejit.capture.effects.effects import (
     Tree,
     slots,
 )
+from tracejit.errors import MissingPackage
 from tracejit.export.onnx.composites import Composite, written
 from tracejit.export.onnx.inputs import Inputs
 from tracejit.export.onnx.model import model_of
@@ -53,14 +54,14 @@ def to_onnx(step: Callable, path: str | PathLike, /, *args: object, **kwargs: ob
         named `result…`. `tracejit.export.onnx.run.OnnxStep` runs it and feeds the state back.
 
     Its Python runs twice or more; no tensor, optimizer or scheduler is changed. Raises
-    CannotExport, with the user's line, for what ONNX has no counterpart of, ImportError where the
-    package onnx is missing, and what a compiled step raises.
+    CannotExport, with the user's line, for what ONNX has no counterpart of, MissingPackage where
+    onnx is not installed, and what a compiled step raises.
     """
     try:
         import onnx
     except ImportError as error:
-        missing = "tracejit.to_onnx needs the package onnx: pip install 'tracejit[onnx]'"
-        raise ImportError(missing) from error
+        needed = {"package": "onnx", "extra": "onnx"}
+        raise MissingPackage(what="tracejit.to_onnx", **needed) from error
 
     model = _Export(traced(step, args, kwargs)).model(version("tracejit"))
     onnx.checker.check_model(model, full_check=True)
