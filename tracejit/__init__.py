@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
-from tracejit.export.onnx.export import to_onnx
+from tracejit.export.onnx.api import to_onnx
 from tracejit.saved.loaded import LoadedStep, load
 from tracejit.static import Graph
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracejit.compile import CompiledStep
-from tracejit.export.onnx.export import to_onnx
+from tracejit.export.onnx.api import to_onnx
 from tracejit.export.onnx.writer import OPSET
 from tracejit.runtime.cache import DiskCache
 

@@ -1,7 +1,7 @@
-"""`tracejit.to_onnx`: a step, or a part of one, as an ONNX model.
+"""A traced call as an ONNX model.
 
-    step(*args) → step.py → Traced → its nodes, translated (translate.py), or written as operators
-    of ONNX (composites.py); its effects as outputs → a model, checked, in a file
+In: a `Traced` step. Out: a model: its nodes translated (translate.py), or written as operators of
+ONNX (composites.py), and its effects as outputs.
 
 What the step changes is an input and an output: `run.py` has the runner that feeds it back.
 """
@@ -9,9 +9,7 @@ What the step changes is an input and an output: `run.py` has the runner that fe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from importlib.metadata import version
-from os import PathLike
+from collections.abc import Iterable
 
 from tracejit.capture.effects.effects import (
     Given,
@@ -23,7 +21,6 @@ from tracejit.capture.effects.effects import (
     Tree,
     slots,
 )
-from tracejit.errors import MissingPackage
 from tracejit.export.onnx.composites import Composite, written
 from tracejit.export.onnx.inputs import Inputs
 from tracejit.export.onnx.model import model_of
@@ -35,7 +32,7 @@ from tracejit.export.onnx.refusals import (
     refuse_what_no_file_keeps,
     stored_numbers,
 )
-from tracejit.export.onnx.step import Traced, traced
+from tracejit.export.onnx.step import Traced
 from tracejit.export.onnx.translate import Translator
 from tracejit.export.onnx.writer import Writer, held
 from tracejit.ir.graph import Arg, Node, Value
@@ -43,30 +40,9 @@ from tracejit.ir.torch_types import TO_IR
 from tracejit.ir.types import HOST_SCALAR, Type, contiguous_strides
 
 
-def to_onnx(step: Callable, path: str | PathLike, /, *args: object, **kwargs: object):
-    """Write `step(*args, **kwargs)` to a file as an ONNX model, which is also returned.
-
-    step: a compiled step, a function or a module. What it computes for arguments of these shapes
-        and dtypes, in the state that it is in now, is written: forward, backward and optimizer, in
-        operators of opset 20 of the default domain. Weights, optimizer state and whatever else it
-        changes are inputs, with their values of now as defaults, and outputs, named `….next`;
-        floats such as a learning rate are inputs with defaults; what it returns are outputs
-        named `result…`. `tracejit.export.onnx.run.OnnxStep` runs it and feeds the state back.
-
-    Its Python runs twice or more; no tensor, optimizer or scheduler is changed. Raises
-    CannotExport, with the user's line, for what ONNX has no counterpart of, MissingPackage where
-    onnx is not installed, and what a compiled step raises.
-    """
-    try:
-        import onnx
-    except ImportError as error:
-        needed = {"package": "onnx", "extra": "onnx"}
-        raise MissingPackage(what="tracejit.to_onnx", **needed) from error
-
-    model = _Export(traced(step, args, kwargs)).model(version("tracejit"))
-    onnx.checker.check_model(model, full_check=True)
-    onnx.save_model(model, path, format="protobuf")
-    return model
+def exported(t: Traced, version: str):
+    """The model of a traced call."""
+    return _Export(t).model(version)
 
 
 class _Names(Translator):
