@@ -52,6 +52,27 @@ def test_a_step_trains_in_onnxruntime(name, tmp_path):
         assert_near(found.numpy(), weights[state], 10 * made.near)
 
 
+@pytest.mark.parametrize("name", ["by_hand", "classifier", "alex"])
+def test_the_reference_evaluator_of_onnx_agrees(name, tmp_path):
+    """What a model says does not hang on how onnxruntime takes it."""
+    from onnx.reference import ReferenceEvaluator
+
+    from tracejit.export.onnx.run import OnnxStep
+
+    made = STEPS[name]()
+    for i in range(2):
+        made.step(*made.args(i))
+    model = tracejit.to_onnx(made.step, tmp_path / "step.onnx", *made.args(0))
+    theirs, given = OnnxStep(tmp_path / "step.onnx"), flat(made.args(0))
+    theirs(*given)
+    defaults = {x.name: onnx.numpy_helper.to_array(x) for x in model.graph.initializer}
+    feeds = {x.name: defaults.get(x.name) for x in model.graph.input}
+    feeds |= {name: np.asarray(x) for name, x in zip(theirs.arguments, given, strict=True)}
+    found = dict(zip(theirs.outputs, ReferenceEvaluator(model).run(None, feeds), strict=True))
+    for state, output in theirs.pairs.items():
+        assert_near(found[output], theirs.state[state].numpy(), 1e-4)
+
+
 ELSEWHERE = """
 import sys
 sys.modules["torch"] = sys.modules["tracejit"] = None  # not there
