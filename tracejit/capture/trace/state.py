@@ -117,6 +117,7 @@ class TraceState:
         # for user code inside a rule: what it runs is noted
         self.heard: Callable[[], AbstractContextManager] = nullcontext
         self.b = Builder()
+        self.lines = location.Lines()  # of the user's code
         self.b.on_emit = self._on_emit
         self.scalars = Scalars(self.b, self.journal)
         self.inputs = Inputs()
