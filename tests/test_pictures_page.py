@@ -1,0 +1,256 @@
+"""The page of a step in a browser: nothing overlaps, no script fails, all that it offers works."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from pathlib import Path
+
+import pytest
+
+import tracejit
+from examples import two_layer_autograd
+from support.browser import Element, chromium, opened, screenshot
+from support.command_line import status
+from support.pictures import made_up, net_step, overlapping
+from tracejit.pictures.page import OPEN, SCRIPTS, page, shows_views
+from tracejit.pictures.picture import Picture
+from tracejit.pictures.scene import scene
+
+PACKAGE = Path(tracejit.__file__).parent / "pictures"
+
+
+def of_class(elements: list[Element], *names: str) -> list[Element]:
+    return [e for e in elements if "data-box" in e.attributes and {*names} & {*e.classes}]
+
+
+def check_drawing(elements: list[Element]) -> list[Element]:
+    """Boxes and labels lie apart, boxes in one another's frames or apart from them."""
+    boxes, frames = of_class(elements, "node", "folded"), of_class(elements, "frame")
+    assert boxes and not overlapping([e.box for e in boxes])
+    for frame in frames:
+        x, y, w, h = frame.box
+        for other in (*boxes, *frames):
+            a, b, c, d = other.box
+            inside = x <= a and y <= b and a + c <= x + w + 0.2 and b + d <= y + h + 0.2
+            around = a <= x and b <= y and x + w <= a + c + 0.2 and y + h <= b + d + 0.2
+            assert inside or around or not overlapping([frame.box, other.box])
+    labels = [e for e in of_class(elements, "edge") if "more" not in e.classes]
+    found = overlapping([*(e.box for e in boxes), *(e.box for e in labels)])
+    assert not found, found[:3]
+    return boxes
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory) -> tuple[Path, Picture]:
+    """The page of the two-layer step, which was called."""
+    chromium()
+    compiled = tracejit.compile(two_layer_autograd.make_step()[0])
+    for _ in range(4):
+        compiled()
+    path = tmp_path_factory.mktemp("pictures") / "two_layers.html"
+    compiled.draw(path)
+    return path, compiled._picture("H200", measure=False)
+
+
+def test_the_two_layer_step(two_layers):
+    path, picture = two_layers
+    elements = opened(path)
+    boxes = check_drawing(elements)
+    drawn = {int(e.attributes["data-node"]) for e in boxes}
+    assert drawn == {*range(len(picture.nodes))}
+    for e in boxes:
+        node = picture.nodes[int(e.attributes["data-node"])]
+        title = node.name if node.is_input else node.op
+        assert (
+            title in e.text and node.lane in e.classes and e.text.count("k") >= bool(node.kernels)
+        )
+    labels = [e.text for e in elements if "edge" in e.classes]
+    assert "f32[64,100] · 25 KiB" in labels and "f32[1000,100] · 390.6 KiB" in labels
+    lanes = {e.attributes.get("class", "") for e in of_class(elements, "lane")}
+    assert lanes == {f"frame lane {x}" for x in ("forward", "backward", "update")}
+    cards = [e for e in elements if "kernel" in e.classes and e.tag == "details"]
+    assert len(cards) == len(picture.kernels)
+    used = [e for e in elements if e.tag == "li" and "used" in e.classes]
+    source = [line.strip() for line in Path(two_layer_autograd.__file__).read_text().splitlines()]
+    assert {source[int(re.match(r"\d+", e.text)[0]) - 1] for e in used} == {
+        "y_pred = x.mm(w1).clamp(min=0).mm(w2)",
+        "return (y_pred - y).pow(2).sum()",
+        "loss.backward()",
+        "w -= lr * w.grad",
+        "w.grad.zero_()",
+    }
+
+
+def test_the_page_and_the_static_drawing_are_the_same(two_layers):
+    path, picture = two_layers
+    boxes = sorted(e.box for e in of_class(opened(path), "node", "folded"))
+    drawn = scene(picture, OPEN, views=shows_views(picture))
+    head = 26  # the page's lanes begin so far below
+    static = sorted(
+        (r.x, r.y + head, r.w)
+        for r in drawn.rects
+        if r.style in ("node", "input", "free", "folded")
+    )
+    assert len(boxes) == len(static)
+    for a, b in zip(boxes, static, strict=True):
+        assert all(abs(u - v) < 0.2 for u, v in zip(a[:3], b, strict=True))
+
+
+def test_a_screenshot(two_layers, tmp_path):
+    path, _ = two_layers
+    screenshot(path, tmp_path / "page.png")
+    data = (tmp_path / "page.png").read_bytes()
+    assert struct.unpack(">2I", data[16:24]) == (1600, 1000) and len(data) > 40_000
+
+
+CLICK = """
+const press = (key, on) => on.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const find = (text) => {
+  const box = document.getElementById("search");
+  box.value = text;
+  box.dispatchEvent(new Event("input"));
+  press("Enter", box);
+};
+const over = (selector) => {
+  const e = document.querySelector(selector);
+  const kind = selector.startsWith("[") ? "pointerover" : "pointerenter";
+  e.dispatchEvent(new PointerEvent(kind, {bubbles: true}));
+};
+"""
+
+
+def test_pointing_at_a_node_lights_up_its_line_and_kernels_and_back(two_layers):
+    path, picture = two_layers
+    number = next(i for i, n in enumerate(picture.nodes) if n.op == "reduce_sum")
+    node = picture.nodes[number]
+    elements = opened(path, f"{CLICK} over('[data-node=\"{number}\"]');")
+    hot = [e for e in elements if "hot" in e.classes]
+    (line,) = (e for e in hot if e.tag == "li")
+    assert line.text.startswith(f"{node.line.number} ") or line.text.startswith(
+        str(node.line.number)
+    )
+    cards = [e for e in elements if "kernel" in e.classes and e.tag == "details"]
+    assert [i for i, e in enumerate(cards) if "hot" in e.classes] == [*node.kernels]
+    elements = opened(path, f"{CLICK} over('li.used');")
+    lit = {int(e.attributes["data-node"]) for e in of_class(elements, "node") if "hot" in e.classes}
+    first = min(n.line.number for n in picture.nodes)
+    assert lit == {i for i, n in enumerate(picture.nodes) if n.line.number == first}
+    elements = opened(path, f"{CLICK} over('details.kernel');")
+    lit = {int(e.attributes["data-node"]) for e in of_class(elements, "node") if "hot" in e.classes}
+    assert lit == {i for i, n in enumerate(picture.nodes) if 0 in n.kernels}
+
+
+def test_a_kernel_shows_its_source_and_cost(two_layers):
+    path, picture = two_layers
+    script = "document.querySelectorAll('details.kernel').forEach((e) => { e.open = true; });"
+    elements = opened(path, f"{script} setTimeout(() => 0, 100);")
+    shown = [e.text for e in elements if e.tag == "pre"]
+    assert shown == [k.text for k in picture.kernels]
+    costs = " ".join(e.text for e in elements if e.tag == "dd")
+    assert "GB/s" in costs or "at least" in costs
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> tuple[Path, Picture]:
+    chromium()
+    picture = made_up(2000)
+    path = tmp_path_factory.mktemp("pictures") / "large.html"
+    path.write_text(page(picture), "utf-8")
+    return path, picture
+
+
+def test_two_thousand_nodes_are_folded_then_found_then_unfolded(large):
+    path, picture = large
+    boxes = check_drawing(opened(path))
+    assert 10 <= len(boxes) <= OPEN
+    elements = opened(path, f"{CLICK} find('op_1234');")
+    chosen = [e for e in check_drawing(elements) if "hot" in e.classes]
+    assert [e.attributes.get("data-node") for e in chosen] == ["1234"] or picture.nodes[1234].free
+    (detail,) = (e for e in elements if e.attributes.get("id") == "detail")
+    assert "hidden" not in detail.attributes
+    timed = (
+        "const then = performance.now(); document.getElementById('open').click();"
+        "document.body.dataset.took = performance.now() - then;"
+    )
+    elements = opened(path, timed)
+    boxes = check_drawing(elements)
+    shown = {int(e.attributes["data-node"]) for e in boxes if "data-node" in e.attributes}
+    assert shown >= {i for i, n in enumerate(picture.nodes) if not n.free} and len(boxes) > 1000
+    (body,) = (e for e in elements if e.tag == "body")
+    assert float(body.attributes["data-took"]) < 10_000  # of a busy machine; 300 on an idle one
+
+
+@pytest.mark.parametrize("view", ["line", "kernel"])
+def test_other_views(large, view):
+    path, picture = large
+    elements = opened(path, fragment=f"#view={view}")
+    boxes = check_drawing(elements)
+    assert len(boxes) <= 2 * OPEN
+    text = " ".join(e.text for e in of_class(elements, "folded", "frame"))
+    assert ("made_up.py:" if view == "line" else "k0") in text
+
+
+def test_keys(two_layers):
+    path, _ = two_layers
+    script = f"""{CLICK}
+    const graph = document.getElementById("graph");
+    const keys = ["ArrowDown", "ArrowDown", "ArrowRight", "ArrowUp", "Enter", "+", "-", "0"];
+    for (const key of keys) press(key, graph);"""
+    elements = opened(path, script)
+    assert len([e for e in elements if "focus" in e.classes]) == 1
+    (said,) = (e for e in elements if e.attributes.get("id") == "said")
+    assert said.text
+    script = f"{CLICK} const graph = document.getElementById('graph');"
+    before = len(of_class(opened(path), "node"))
+    fold = "press('ArrowDown', graph); " * 2
+    elements = opened(path, f"{script} {fold} press('Enter', graph);")
+    assert len(of_class(elements, "node")) <= before
+
+
+def test_a_step_by_modules(tmp_path):
+    chromium()
+    step, _ = net_step()
+    step.draw(tmp_path / "net.html", measure=False)
+    elements = opened(tmp_path / "net.html", "document.getElementById('open').click();")
+    check_drawing(elements)
+    text = {e.text for e in elements if "title" in e.classes}
+    assert {"blocks", "head", "matmul"} <= text
+
+
+def test_what_a_page_says_of_itself():
+    """No address, no library, no way out of the element that holds the data."""
+    made = page(made_up(40))
+    inside = re.search(r'<script id="data" type="application/json">(.*?)</script>', made, re.S)
+    data = json.loads(inside[1])
+    assert len(data["nodes"]) == 40 and "void kernel0() { a < b; }" in data["kernels"][0]["text"]
+    rest = made.replace(inside[0], "").replace("http://www.w3.org/2000/svg", "")
+    assert "http" not in rest.replace("http-equiv", "") and "import " not in rest
+    assert made.count("</script>") == 2 and "default-src 'none'" in made
+
+
+def test_scripts_and_styles_are_packaged():
+    assert {*SCRIPTS, "page.css"} == {
+        p.name for p in PACKAGE.iterdir() if p.suffix in (".js", ".css")
+    }
+    assert all(len((PACKAGE / s).read_text().splitlines()) <= 500 for s in SCRIPTS)
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_the_command_draws(tmp_path, capsys):
+    file = tmp_path / "steps.py"
+    file.write_text("import torch\nx = torch.ones(3)\ndef step():\n    return (x * 2).exp()\n")
+    for end in ("html", "svg"):
+        out = tmp_path / f"step.{end}"
+        assert status("draw", f"{file}:step", "-o", out) == 0
+        assert capsys.readouterr().out == f"written to {out}\n"
+        assert "exp" in out.read_text()
+    assert status("draw", f"{file}:step", "-o", tmp_path / "step.gif") == 2
+    assert "ends with .html, .svg, .png" in capsys.readouterr().err
+    assert status("draw", f"{file}:step") == 2
+    assert "say where to draw to" in capsys.readouterr().err
+    assert status("draw", "--help") == 0
+    assert "python -m tracejit draw" in capsys.readouterr().out
