@@ -160,19 +160,13 @@ def test_gradients_and_numbers_that_are_read():
 @pytest.mark.sweep(8)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_every_computed_node_has_its_kernels(name):
-    """What costs anything is computed by some kernel, and each kernel computes something."""
+    """What costs anything is computed by some kernel; what costs nothing needs none."""
     step, _ = PROGRAMS[name].make()
     picture = picture_of(step)
     host = [n for n in picture.nodes if n.type.endswith("@host")]
     for node in picture.nodes:
         free = node.free or node.is_input or node in host
         assert free == (not node.kernels), node
-    if any(not n.free and not n.is_input for n in picture.nodes):
-        used = {k for n in picture.nodes for k in n.kernels}
-        stores_only = {
-            i for i, k in enumerate(picture.kernels) if i not in used and "store" not in k.text
-        }
-        assert len(stores_only) <= len(picture.kernels) - len(used)
 
 
 def test_kernels_stand_at_their_lines_with_source_and_cost():

@@ -7,7 +7,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracejit.ir.graph import Graph, Node, Value
@@ -26,7 +26,7 @@ from tracejit.schedule.kernel import (
     Store,
     Var,
 )
-from tracejit.schedule.plan import Launch, PlanBuffer
+from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.traffic import bound
 
 FREE = ("movement", "source")  # families of primitives that no kernel is needed for
@@ -73,17 +73,19 @@ def _of_launch(launch: Launch, *, whole: bool) -> Running:
 def computed_by(graph: Graph, program: Program) -> dict[Value, list[int]]:
     """For each value that kernels compute, the numbers of the sources that do."""
     plan, made = program.plan, {node.out.id: node for node in graph.nodes}
-    buffers = {b.name: b for b in plan.buffers}
-    parts = [
-        (_writes(one.kernel, one.buffers), _values(graph, made, one, buffers))
-        for launch in plan.launches
-        for one in launch.alone()
-    ]
+    launches = [one for launch in plan.launches for one in launch.alone()]
+    parts = [set(_numbered(made, one.kernel)) for one in launches]
+    _add_placed(graph, plan, launches, parts)
+    loops = _loops(graph, plan)
+    for one, values in zip(launches, parts, strict=True):
+        if one.loop in loops:
+            values.add(loops[one.loop])
+    writes = [_writes(one.kernel, one.buffers) for one in launches]
     found: dict[Value, list[int]] = {}
     for number, source in enumerate(running(program)):
         values = {v for kernel in source.kernels for v in _numbered(made, kernel)}
-        for writes, some in parts:
-            if writes & source.writes:
+        for written, some in zip(writes, parts, strict=True):
+            if written & source.writes:
                 values |= some
         for value in values:
             found.setdefault(value, []).append(number)
@@ -97,35 +99,57 @@ def _writes(kernel: Kernel, buffers: tuple[str, ...]) -> frozenset[str]:
     return frozenset(name for b, name in pairs if "w" in b.access)
 
 
-def _values(
-    graph: Graph, made: Mapping[int, Node], launch: Launch, buffers: Mapping[str, PlanBuffer]
-) -> set[Value]:
-    """The values that a launch computes."""
-    kernel = launch.kernel
-    found = set(_numbered(made, kernel))
-    if kernel.call is not None:
-        name, where = kernel.call.op.name, kernel.call.where
-        return {n.out for n in graph.nodes if n.op.name == name and n.where == where}
-    shapes = {
-        b.name: buffers[name].type.shape
-        for b, name in zip(kernel.buffers, launch.buffers, strict=True)
-    }
-    lines = set(kernel.lines)
-    looked_up = {
-        shapes[s.buffer] for s in kernel.statements if isinstance(s, Load) and _computed(s.index)
-    }
-    stored = {
-        shapes[s.buffer]
-        for s in kernel.statements
-        if isinstance(s, Store) and (s.fold or _computed(s.index))
-    }
+def _add_placed(
+    graph: Graph, plan: Plan, launches: Sequence[Launch], parts: Sequence[set[Value]]
+) -> None:
+    """Add what has no variable of its own: loads and stores at places that are computed, sums in
+    order, calls of the host. They are known by line and by the shape of the memory; by the line
+    alone where only a part of that is read."""
+    places = [_places(plan, one) for one in launches]
     for node in graph.nodes:
-        if node.where not in lines:
-            continue
-        gathers = node.op.name == "gather" and node.inputs[0].type.shape in looked_up
-        scatters = node.op.name == "scatter" and node.out.type.shape in stored
-        if gathers or scatters or (node.op.name == "scan" and launch.loop is not None):
-            found.add(node.out)
+        name, shape = node.op.name, node.out.type.shape
+        if name == "gather":
+            shape = node.inputs[0].type.shape
+        here = [k for k, (lines, of) in enumerate(places) if node.where in lines and name in of]
+        exact = [k for k in here if shape in places[k][1][name]]
+        for k in exact or here:
+            parts[k].add(node.out)
+
+
+def _places(plan: Plan, launch: Launch) -> tuple[set[str], dict[str, set[tuple[int, ...]]]]:
+    """The lines of a launch, and the shapes of the memory that it gathers from, scatters to, sums
+    up in; of what the host computes."""
+    kernel = launch.kernel
+    shapes = {b.name: b.type.shape for b in plan.buffers}
+    if kernel.call is not None:
+        return {kernel.call.where}, {kernel.call.op.name: {shapes[launch.buffers[-1]]}}
+    of = {b.name: shapes[n] for b, n in zip(kernel.buffers, launch.buffers, strict=True)}
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for stage in kernel.stages:
+        for s in stage.body:
+            if stage.in_order and isinstance(s, Store):
+                found.setdefault("cumsum", set()).add(of[s.buffer])
+    for s in kernel.statements:
+        if isinstance(s, Load) and _computed(s.index):
+            found.setdefault("gather", set()).add(of[s.buffer])
+        elif isinstance(s, Store) and (s.fold or _computed(s.index)):
+            found.setdefault("scatter", set()).add(of[s.buffer])
+    return set(kernel.lines), found
+
+
+def _loops(graph: Graph, plan: Plan) -> dict[int, Value]:
+    """The loop that each scan of a graph became. Those at one line are in the same order."""
+    lines: dict[int, set[str]] = {}
+    for launch in plan.launches:
+        if launch.loop is not None:
+            lines.setdefault(launch.loop, set()).update(launch.kernel.lines)
+    found: dict[int, Value] = {}
+    for node in graph.nodes:
+        if node.op.name == "scan":
+            free = (n for n in lines if n not in found and node.where in lines[n])
+            number = next(free, None)
+            if number is not None:
+                found[number] = node.out
     return found
 
 
@@ -145,7 +169,9 @@ def _numbered(made: Mapping[int, Node], kernel: Kernel) -> Iterator[Value]:
                 continue
         for name, out in results:
             node = made.get(out.id)
-            if node is not None and (node.op.name, node.where) == (name, s.where):
+            if node is None or node.op.family in FREE:
+                continue
+            if (node.op.name, node.where) == (name, s.where):
                 yield node.out
 
 

@@ -85,7 +85,7 @@ function makeKernels(model, go) {
     for (const lane of [...new Set([...nodes].map((id) => model.nodes[id].lane))].sort()) lanes.append(html("i", { className: LANES[lane] }));
     const time = kernel.cost.find(([name]) => name.startsWith("time"));
     const head = html("summary", {}, lanes, html("b", { textContent: kernel.name }),
-      html("span", { className: "what", textContent: whatOf(model, nodes) }),
+      html("span", { className: "what", textContent: whatOf(model, nodes) || kernel.lines.join(" ") }),
       html("span", { className: "time", textContent: time ? time[1].split(" predicted")[0] : "" }));
     if (most) head.style.setProperty("--share", `${(100 * (kernel.seconds || 0)) / most}%`);
     box.append(head);
