@@ -5,6 +5,7 @@ __version__ = "0.1.0"
 from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
+from tracejit.runtime.prefetch import prefetch
 from tracejit.saved.loaded import LoadedStep, load
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "compile",
     "errors",
     "load",
+    "prefetch",
 ]
