@@ -82,6 +82,8 @@ SAME_FLOOR = {
     ("inspection", "run"),
     ("inspection", "pictures"),
     ("pictures", "ledger"),
+    ("pictures", "parts"),
+    ("pictures", "pipeline"),
     ("explain", "ledger"),
     ("explain", "report"),
     ("explain", "roofline"),

@@ -151,7 +151,45 @@ def test_gradients_and_numbers_that_are_read():
 
     picture = picture_of(step, torch.randn(4, 3))
     leaves = {leaf for n in picture.nodes for leaf in n.leaves}
-    assert leaves == {"read as a number", "gradient of model.weight", "gradient of model.bias"}
+    assert leaves == {"read by Python", "gradient of model.weight", "gradient of model.bias"}
+
+
+def test_segments_are_drawn_as_they_run():
+    """What is read in the middle is a segment of its own, whose results the rest reads."""
+    w = torch.randn(6, requires_grad=True)
+
+    def step(x):
+        loss = (x * w).pow(2).sum()
+        if loss > 1e9:
+            loss = loss * 2
+        chosen = x[x > 0]
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(0.1 * w.grad)
+            w.grad = None
+        return loss, chosen.exp().sum()
+
+    compiled, x = tracejit.compile(step), torch.randn(6)
+    for _ in range(4):
+        compiled(x)
+    assert len(compiled.segments) == 3
+    picture = compiled._picture("H200", measure=False)
+    assert [k.text for k in picture.kernels] == compiled.kernels
+    assert "it runs in 3 segments" in picture.notes[0]
+    read = [n for n in picture.nodes if "read by Python" in n.leaves]
+    assert len(read) == 2 and read[0].dtype == "b1"
+    names = Counter(n.name for n in picture.nodes if n.is_input)
+    assert names["x"] == names["w"] == 1  # one node, whichever segments read it
+    late = [n for n in picture.nodes if n.lane == BACKWARD]
+    behind = {picture.nodes[k].kernels for n in late for k in n.operands}
+    assert behind > {n.kernels for n in late}  # what the first segment has computed
+    assert [n.leaves for n in picture.nodes if n.op == "sub"] == [("writes w",)]
+
+
+def test_checks_are_noted():
+    table = torch.randn(10, 3)
+    picture = picture_of(lambda i: table[(i * 2).long()].sum(), torch.tensor([1, 2]))
+    assert picture.notes == ("values are checked before anything is written, which is not drawn",)
 
 
 # --- kernels ------------------------------------------------------------------------------------

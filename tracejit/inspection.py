@@ -220,8 +220,8 @@ class Inspected:
     def _picture(self, gpu: str, measure: bool) -> Picture:
         """The picture of the plan that ran last."""
         from tracejit.explain import explain
-        from tracejit.passes import optimize
         from tracejit.pictures.collect import Drawn, picture
+        from tracejit.pictures.sections import Sections
 
         with self._lock:
             last, run = self._last, self._last_run
@@ -230,23 +230,16 @@ class Inspected:
                     why = self.explain_mode()
                     raise ValueError(f"{self.__name__} has no plan that could be drawn: {why}")
                 raise ValueError(f"{self.__name__} has no plan yet: call it before it is drawn")
-            outside, notes = self._outside(), []
+            backwards = [(i, b) for i, b in enumerate(last.backwards) if b.program is not None]
+            made = Sections(run.captured, last.names, last.program, run.parts, backwards).found
+            notes = []
             if run.parts is not None:
                 notes.append(
-                    f"Python reads values in the middle of the step, so it runs in "
-                    f"{len(run.parts.stages) + 1} segments; drawn is its plan in one piece"
+                    "Python reads values in the middle of the step, so it runs in "
+                    f"{len(run.parts.stages) + 1} segments"
                 )
-            programs = [last.program, *(b.program for b in outside)]
-            return picture(
-                Drawn(
-                    name=self.__name__,
-                    captured=run.captured,
-                    graphs=[last.final, *(optimize(b.graph) for b in outside)],
-                    outside=[last.backwards.index(b) for b in outside],
-                    programs=programs,
-                    names=last.names,
-                    code=self._function.__code__,
-                    ledger=explain(self._subject(programs), gpu, measure=measure),
-                    notes=notes,
-                )
-            )
+            if last.checking is not None:
+                notes.append("values are checked before anything is written, which is not drawn")
+            ledger = explain(self._subject([x.program for x in made]), gpu, measure=measure)
+            code = self._function.__code__
+            return picture(Drawn(self.__name__, made, code, ledger, notes))

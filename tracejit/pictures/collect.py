@@ -1,6 +1,6 @@
 """From what a step has compiled to a `Picture`.
 
-In: a `Drawn`, the graphs and programs of a step that was called, and its ledger. Out: pure data.
+In: a `Drawn`, the sections of a step that was called, and their ledger. Out: pure data.
 Kernels are found at the nodes that they compute by the values' numbers, which the schedule keeps.
 """
 
@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import CodeType
 
-from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.effects import slots
 from tracejit.ir.graph import Graph, Node, Value, print_arg
 from tracejit.ir.literals import print_literal
 from tracejit.ledger import KernelCost, LaunchCost, Ledger
@@ -26,7 +24,7 @@ from tracejit.pictures.picture import (
     PictureKernel,
     PictureNode,
 )
-from tracejit.runtime.program import Program
+from tracejit.pictures.sections import Section
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.traffic import operations_in
 from tracejit.tables import duration, size
@@ -36,23 +34,10 @@ LANGUAGES = {".c": "C", ".py": "Triton"}
 
 @dataclass(frozen=True)
 class Drawn:
-    """A step to be drawn.
-
-    captured: of the call that ran last.
-    graphs:   final graphs, that of the step first, then those of backwards outside.
-    outside:  which of the captured effects' `outside` these others are.
-    programs: what runs each of the graphs.
-    names:    of the inputs of the first graph.
-    code:     of the step's function.
-    ledger:   of these programs, in this order.
-    """
+    """A step to be drawn. `code`: of its function. `ledger`: of the sections' programs."""
 
     name: str
-    captured: Captured
-    graphs: Sequence[Graph]
-    outside: Sequence[int]
-    programs: Sequence[Program]
-    names: Sequence[str]
+    sections: Sequence[Section]
     code: CodeType
     ledger: Ledger
     notes: Sequence[str] = ()
@@ -60,21 +45,18 @@ class Drawn:
 
 def picture(subject: Drawn) -> Picture:
     """The picture of a step."""
-    costs, drawn = _Costs(subject.ledger), _Collector(subject)
+    costs, drawn = _Costs(subject.ledger), _Collector(subject.code)
     kernels: list[PictureKernel] = []
-    for number, (graph, program) in enumerate(zip(subject.graphs, subject.programs, strict=True)):
-        first = len(kernels)
-        by = computed_by(graph, program).items()
+    for section in subject.sections:
+        first, program = len(kernels), section.program
+        by = computed_by(section.graph, program).items()
         computed = {value: tuple(first + n for n in numbers) for value, numbers in by}
         sources, lines = program.loaded.sources, program.loaded.lines()
         for source, where, runs in zip(sources, lines, running(program), strict=True):
             language = LANGUAGES.get(getattr(source, "suffix", ""), "IR")
             name, (cost, seconds) = f"k{len(kernels)}", costs.of(runs)
             kernels.append(PictureKernel(name, tuple(where), source.text, language, cost, seconds))
-        if number:
-            drawn.add_outside(graph, subject.outside[number - 1], computed)
-        else:
-            drawn.add(graph, computed)
+        drawn.add(section, computed)
     code, ledger = subject.code, subject.ledger
     said = ("mode", "launches", "bytes", "flops", "here", "memory", f"on {ledger.gpu}")
     return Picture(
@@ -158,86 +140,33 @@ def _flops(operations: int, seconds: float) -> str:
 
 
 class _Collector:
-    """Collects the nodes of several graphs."""
+    """Collects the nodes of several sections."""
 
-    def __init__(self, subject: Drawn):
+    def __init__(self, code: CodeType):
         self.nodes: list[PictureNode] = []
-        self._files = _Files(subject.code)
-        self._names, self._captured = subject.names, subject.captured
-        self._results: list[int] = []  # of the step: the node of each
-        self._real: dict[int, int] = {}  # outside tensor -> its input's node
+        self._files = _Files(code)
+        self._inputs: dict[str, int] = {}  # name -> node
+        self._results: list[list[int]] = []  # of each section: the node of each result
 
-    def add(self, graph: Graph, computed: Mapping[Value, Sequence[int]]) -> None:
-        """The graph of the step itself."""
-        names = self._names or [f"input_{i}" for i in range(len(graph.params))]
-        called = dict(zip((p.value for p in graph.params), names, strict=True))
-        leaves: dict[Value, list[str]] = {}
-        for i, result in enumerate(graph.results):
-            leaves.setdefault(result.value, []).append(self._fate(i))
-        for write in graph.writes:
-            leaves.setdefault(write.value, []).append(f"writes {called[write.target]}")
-        at = self._walk(graph, called, phases(graph), owners_of(graph, called), leaves, computed)
-        self._results = [at.get(r.value, -1) for r in graph.results]
-        for param, (kind, index) in zip(graph.params, self._captured.sources, strict=True):
-            if kind == "tensor" and param.value in at:
-                self._real[index] = at[param.value]
-
-    def add_outside(
-        self, graph: Graph, number: int, computed: Mapping[Value, Sequence[int]]
-    ) -> None:
-        """A backward outside the step: what it reads of the step are nodes already."""
-        node = self._captured.effects.outside[number]
-        given: dict[Value, int] = {}
-        called = {graph.params[0].value: "gradient"}
-        for param, (kind, index) in zip(graph.params[1:], node.saved, strict=False):
-            there = self._real.get(index, -1) if kind == "real" else self._results[index]
-            if there >= 0:
-                given[param.value] = there
-            called[param.value] = self._name_of((kind, index))
-        leaves: dict[Value, list[str]] = {}
-        for result, place in zip(graph.results, node.inputs, strict=True):
-            leaves.setdefault(result.value, []).append(f"gradient of {self._name_of(place)}")
-        lanes = dict.fromkeys((n.out for n in graph.nodes), BACKWARD)
-        self._walk(graph, called, lanes, {}, leaves, computed, given)
-
-    def _name_of(self, place: tuple[str, int]) -> str:
-        """What a tensor is called: an outside one, or one that the step made."""
-        if place[0] != "real":
-            return f"result {place[1]}"
-        sources = self._captured.sources
-        known = [n for n, s in zip(self._names, sources, strict=True) if s == ("tensor", place[1])]
-        return known[0] if known else f"tensor {place[1]}"
-
-    def _fate(self, result: int) -> str:
-        """What becomes of a result of the step."""
-        effects = self._captured.effects
-        made = [i for i, m in enumerate(effects.made) if (m.kind, m.index) == ("output", result)]
-        for of, one in effects.grads:
-            if one in made:
-                return f"gradient of {self._name_of(('real', of))}"
-        if result >= len(self._captured.graph.results) - len(self._captured.late):
-            return "read as a number"
-        return "returned" if {*made}.intersection(slots(effects.returned)) else "kept"
-
-    def _walk(
-        self,
-        graph: Graph,
-        called: Mapping[Value, str],
-        lanes: Mapping[Value, str],
-        owners: Mapping[Value, tuple[str, ...]],
-        leaves: Mapping[Value, Sequence[str]],
-        computed: Mapping[Value, Sequence[int]],
-        given: Mapping[Value, int] | None = None,
-    ) -> dict[Value, int]:
-        """Add the nodes of a graph: an input stands right before what reads it first. Returns the
-        node of each value."""
-        roots, at = roots_of(graph, called), dict(given or {})
+    def add(self, section: Section, computed: Mapping[Value, Sequence[int]]) -> None:
+        """The graph of a section: an input stands right before what reads it first."""
+        graph, at = section.graph, self._given(section)
+        lanes = phases(graph)
+        if section.outside:
+            lanes = dict.fromkeys(lanes, BACKWARD)
+        called = {
+            p.value: x if isinstance(x, str) else self.nodes[at[p.value]].name
+            for p, x in zip(graph.params, section.inputs, strict=True)
+        }
+        roots, owners = roots_of(graph, called), owners_of(graph, called)
+        leaves = _leaves(section, called)
 
         def add(value: Value, node: PictureNode) -> None:
             at[value] = len(self.nodes)
-            self.nodes.append(replace(node, leaves=tuple(dict.fromkeys(leaves.get(value, ())))))
+            self.nodes.append(replace(node, leaves=leaves.get(value, ())))
 
-        for number, node in enumerate(graph.nodes):
+        first = len(self.nodes)
+        for node in graph.nodes:
             lane, out = lanes[node.out], node.out
             way, kind = module_of(node, roots)
             if not way and lane == UPDATE:
@@ -247,10 +176,10 @@ class _Collector:
             operands = tuple(dict.fromkeys(node.inputs))
             for value in operands:
                 if value not in at:
-                    text = called.get(value) or f"input_{value.id}"
                     own = {"module": owners.get(value, ())} if lane == UPDATE else {}
-                    add(value, _shown(value, text, "input", **fields | own))
-            one = _shown(out, f"{node.op.name}_{number}", node.op.name, **fields)
+                    add(value, _shown(value, called[value], "input", **fields | own))
+                    self._inputs[called[value]] = at[value]
+            one = _shown(out, f"{node.op.name}_{len(self.nodes)}", node.op.name, **fields)
             one = replace(
                 one,
                 attrs=_attributes(node),
@@ -259,7 +188,35 @@ class _Collector:
                 free=node.op.family in FREE,
             )
             add(out, one)
-        return at
+        for value, fates in leaves.items():  # of what was there before
+            if value in at and at[value] < first:
+                node = self.nodes[at[value]]
+                more = dict.fromkeys((*node.leaves, *fates))
+                self.nodes[at[value]] = replace(node, leaves=tuple(more))
+        self._results.append([at.get(r.value, -1) for r in graph.results])
+
+    def _given(self, section: Section) -> dict[Value, int]:
+        """The inputs of a section that are nodes already."""
+        found: dict[Value, int] = {}
+        for param, source in zip(section.graph.params, section.inputs, strict=True):
+            if isinstance(source, str):
+                there = self._inputs.get(source, -1)
+            else:
+                there = self._results[source[0]][source[1]]
+            if there >= 0:
+                found[param.value] = there
+        return found
+
+
+def _leaves(section: Section, called: Mapping[Value, str]) -> dict[Value, tuple[str, ...]]:
+    """What becomes of values when a section is over."""
+    found: dict[Value, list[str]] = {}
+    for result, fate in zip(section.graph.results, section.results, strict=True):
+        if fate:
+            found.setdefault(result.value, []).append(fate)
+    for write in section.graph.writes:
+        found.setdefault(write.value, []).append(f"writes {called[write.target]}")
+    return {value: tuple(dict.fromkeys(texts)) for value, texts in found.items()}
 
 
 def _shown(value: Value, name: str, op: str, **fields: object) -> PictureNode:
