@@ -140,6 +140,12 @@ class CannotSave(TracejitError, RuntimeError):
     message = "{step} cannot be saved: {reason}. {remedy}"
 
 
+class CannotEject(TracejitError, RuntimeError):
+    """A step does something that a file without tracejit cannot."""
+
+    message = "{step} cannot be ejected: {reason}. {remedy}"
+
+
 class SavedFileError(TracejitError, ValueError):
     """A file that is no saved step, is damaged, or was written by a later version."""
 
