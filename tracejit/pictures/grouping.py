@@ -7,6 +7,8 @@ nothing comes before its operands, except where a kernel or a parameter collects
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
@@ -258,22 +260,29 @@ def without(groups: Sequence[Group], gone: Sequence[bool]) -> list[Group]:
 
 def unfold(groups: Sequence[Group], most: int, gone: Sequence[bool]) -> None:
     """Open lanes, then groups, as long as no more than `most` boxes are shown without nodes that
-    are `gone`: outer groups before inner ones, those of updates last, modules and small ones
-    first."""
+    are `gone`: modules before lines and stretches, those of updates last, outer groups before
+    inner ones, and small ones first."""
 
     def width(group: Group) -> int:
         return sum(isinstance(c, Group) or not gone[c] for c in group.children)
 
+    waiting: list[tuple] = []
+    count = itertools.count()  # among equals, the first one
+
+    def open_up(group: Group, depth: int) -> None:
+        group.open = True
+        for child in group.children:
+            if isinstance(child, Group):
+                last, update = child.kind in LAST, child.lane == UPDATE
+                key = last, update, depth, width(child), next(count)
+                heapq.heappush(waiting, (*key, child))
+
     shown = 0
     for group in groups:
-        group.open = True
         shown += width(group)
-    level = list(groups)
-    while level:
-        inner = [c for g in level for c in g.children if isinstance(c, Group)]
-        level = []
-        for group in sorted(inner, key=lambda g: (g.lane == UPDATE, g.kind in LAST, width(g))):
-            if shown + width(group) - 1 <= most:
-                shown += width(group) - 1
-                group.open = True
-                level.append(group)
+        open_up(group, 1)
+    while waiting:
+        *_, depth, more, _, group = heapq.heappop(waiting)
+        if shown + more - 1 <= most:
+            shown += more - 1
+            open_up(group, depth + 1)
