@@ -118,7 +118,7 @@ function start(data) {
     // Light up the boxes, lines and kernels of some nodes.
     const nodes = state.hot || state.pinned;
     document.body.classList.toggle("lit", !!nodes);
-    for (const e of document.querySelectorAll(".hot")) e.classList.remove("hot");
+    for (const e of document.querySelectorAll(".hot,.near")) e.classList.remove("hot", "near");
     stage.querySelector(".overlay")?.remove();
     if (!nodes) return;
     const pairs = [];
@@ -128,6 +128,7 @@ function start(data) {
       for (const a of state.view.operands[id]) pairs.push([a, id]);
       for (const b of model.nodes[id].readers) if (state.view.operands[b].includes(id)) pairs.push([id, b]);
     }
+    for (const id of pairs.flat()) rep(id)?.element.classList.add("near");
     for (const l of state.found.links) {
       if (nodes.size <= 60 && [...l.values].some((v) => nodes.has(v))) lightLink(l, true);
     }
