@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import tracejit
 from examples import two_layer_autograd
@@ -236,6 +238,20 @@ def test_a_step_by_modules(tmp_path):
     check_drawing(elements)
     text = {e.text for e in elements if "title" in e.classes}
     assert {"blocks", "head", "matmul"} <= text
+
+
+def test_a_step_that_computes_nothing(tmp_path):
+    """There may be no node at all, or none but views."""
+    chromium()
+    compiled = tracejit.compile(lambda x: x)
+    compiled(torch.randn(5, 4))
+    for end in ("html", "svg"):
+        compiled.draw(tmp_path / f"step.{end}", measure=False)
+    assert not of_class(opened(tmp_path / "step.html"), "node", "folded")
+    made = made_up(70)
+    views = tuple(replace(n, op="permute", free=True, leaves=()) for n in made.nodes)
+    (tmp_path / "views.html").write_text(page(replace(made, nodes=views)), "utf-8")
+    assert check_drawing(opened(tmp_path / "views.html"))
 
 
 def test_what_a_page_says_of_itself():

@@ -189,6 +189,7 @@ function shiftBy(point, dx) {
 
 function besideEachOther(lanes) {
   // The first lane, and to the right of it the others, one above the other.
+  if (!lanes.length) return { places: [], routes: [], w: 1, h: 1 };
   const [first, ...others] = lanes;
   const places = [{ x: 0, y: 0 }], x = first.w + LANE_GAP;
   let y = 0;

@@ -26,7 +26,10 @@ function start(data) {
     // Draw what is open now; a group stays where it is on the screen if it is to be kept.
     const before = keep && boxOfGroup(keep);
     state.view = makeView(model, state.name, !$("views").checked);
-    if (model.nodes.length && !state.view.groups.length) return;
+    if (model.nodes.length && !state.view.root.children.length) {  // there is nothing but views
+      $("views").checked = true;
+      state.view = makeView(model, state.name, false);
+    }
     state.found = drawView(model, state.view);
     stage.replaceChildren(state.found.element);
     state.reps = new Map();
