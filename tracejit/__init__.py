@@ -7,10 +7,12 @@ from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
 from tracejit.runtime.prefetch import prefetch
 from tracejit.saved.loaded import LoadedStep, load
+from tracejit.static import Graph
 
 __all__ = [
     "CapturedStep",
     "CompiledStep",
+    "Graph",
     "LoadedStep",
     "Stats",
     "__version__",

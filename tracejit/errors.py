@@ -146,6 +146,12 @@ class CannotEject(TracejitError, RuntimeError):
     message = "{step} cannot be ejected: {reason}. {remedy}"
 
 
+class StaticGraphError(TracejitError, ValueError):
+    """A static graph was built, or fed, with what does not go together."""
+
+    message = "static graph: {reason}"
+
+
 class SavedFileError(TracejitError, ValueError):
     """A file that is no saved step, is damaged, or was written by a later version."""
 
