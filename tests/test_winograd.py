@@ -27,6 +27,7 @@ CONVOLUTIONS = {
     "more padding": ((8, 32, 6, 7), (34, 32, 3, 3), {"padding": 2}),
     "several strips": ((6, 32, 8, 8), (150, 32, 3, 3), {"padding": 1}),
     "several passes": ((5, 300, 8, 8), (32, 300, 3, 3), {"padding": 1}),
+    "cropped": ((4, 32, 9, 10), (34, 32, 3, 3), {"padding": 3}),
     "small images": ((70, 32, 2, 2), (32, 32, 3, 3), {"padding": 1}),
     "long lines": ((1, 32, 5, 131), (32, 32, 3, 3), {"padding": (0, 1)}),
 }
@@ -87,6 +88,47 @@ def test_channels_last(name):
 
     assert {kernel.tiling.way for kernel in kernels(stepped(name), *arguments())} == {"winograd"}
     assert_equal_to_eager(stepped(name), arguments)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda x: x[:, :, 1:-2, 2:-1],
+        lambda x: x[:, :, ::2, 1:],
+        lambda x: x[..., ::2],
+        lambda x: x[:, ::2, 3:],
+        lambda x: x[1::2, :, :-1],
+        lambda x: x.transpose(2, 3),
+        lambda x: x.flip(3),
+        lambda x: x[:1].expand(8, 64, 20, 24),
+    ],
+)
+def test_images_that_are_parts_of_others(part):
+    """Unpadded ones are read where they lie, line by line of the larger image."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 64, 20, 24).requires_grad_()
+    w = (0.1 * torch.randn(34, part(x).shape[1], 3, 3)).requires_grad_()
+
+    def step(x, w):
+        y = F.conv2d(part(x), w)
+        loss = (y * y.detach().cos()).sum()
+        loss.backward()
+        return y.detach()
+
+    assert_equal_to_eager(step, lambda: [x, w])
+
+
+@pytest.mark.parametrize("padding", [3, (4, 1), (1, 4)])
+def test_gradients_of_padding_beyond_the_taps(padding):
+    """The image's gradient reads a part of the results' only, where they lie."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 32, 10, 12), 0.1 * torch.randn(34, 32, 3, 3)
+    g = torch.randn_like(F.conv2d(x, w, padding=padding))
+
+    def step(x, w, g):
+        return torch.autograd.grad(F.conv2d(x, w, padding=padding), (x, w), g)
+
+    assert_equal_to_eager(step, lambda: [x.requires_grad_(), w.requires_grad_(), g])
 
 
 @pytest.mark.parametrize("name", OTHERS)

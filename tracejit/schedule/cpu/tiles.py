@@ -265,7 +265,8 @@ def _for_winograd(kernel: Kernel, w: Winograd, vector_bytes: int) -> Tiling:
     stage = kernel.stages[0]
     lanes = vector_bytes // 4
     rows, vectors, *_ = blocking(w.products[0], w.columns, lanes, accumulators(vector_bytes), 4)
-    a = "copied" if _plain_image(by_windows(kernel), stage.dot) is None else "direct"
+    image = _plain_image(by_windows(kernel), stage.dot)
+    a = "direct" if image is not None and w.steps_as_in(image.index) else "copied"
     tiling = Tiling(
         vector_bytes, "winograd", rows, vectors, w.rows, vectors * lanes, 1, a, 0, True, 1, 1, 1
     )

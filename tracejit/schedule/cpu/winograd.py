@@ -22,7 +22,7 @@ from tracejit.ir.types import f32
 from tracejit.schedule.cpu.digits import Digits
 from tracejit.schedule.cpu.plan import LINE
 from tracejit.schedule.cpu.windows import Windows
-from tracejit.schedule.kernel import Dot
+from tracejit.schedule.kernel import Dot, Index
 
 LEAST = 32  # channels on both sides, for which transforms pay
 LEAST_PIECES = 64  # of images, likewise
@@ -53,6 +53,11 @@ class Winograd:
     flipped: tuple[bool, bool]
     channels: int
     columns: int
+
+    def steps_as_in(self, index: Index) -> bool:
+        """Whether windows that read at an index, not in a copy, step as they do in the copy: an
+        image that is part of a larger one has longer lines in memory."""
+        return _steps(self.image, self.taps, index) == (self.steps, self.flipped)
 
     @property
     def width(self) -> int:
@@ -177,14 +182,24 @@ def _convolution(
 ) -> Winograd | None:
     if len(image.digits) < 2 or [(d.unit, d.extent) for d in taps.digits[:2]] != [(1, 3), (3, 3)]:
         return None
-    moves = dict(windows.place.terms)
-    steps = [moves.get(d.name, 0) for d in image.digits[:2]]
-    of_taps = [moves.get(d.name, 0) for d in taps.digits[:2]]
+    found = _steps(image, taps, windows.place)
+    if found is None:
+        return None
+    channels = math.prod(d.extent for d in taps.digits[2:])
+    return Winograd(in_k, taps, image, *found, channels, columns)
+
+
+def _steps(
+    image: Digits, taps: Digits, place: Index
+) -> tuple[tuple[int, int], tuple[bool, bool]] | None:
+    """The steps from one column, and one line, to the next, and whether taps go against them; None
+    where taps have other steps."""
+    moves = dict(place.terms)
+    steps = tuple(moves.get(d.name, 0) for d in image.digits[:2])
+    of_taps = tuple(moves.get(d.name, 0) for d in taps.digits[:2])
     if not all(s > 0 and abs(t) == s for s, t in zip(steps, of_taps, strict=True)):
         return None
-    flipped = tuple(t < 0 for t in of_taps)
-    channels = math.prod(d.extent for d in taps.digits[2:])
-    return Winograd(in_k, taps, image, tuple(steps), flipped, channels, columns)
+    return steps, tuple(t < 0 for t in of_taps)
 
 
 def _pays(w: Winograd) -> bool:
