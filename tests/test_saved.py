@@ -574,6 +574,39 @@ def test_layouts_and_dtypes(reload):
     assert torch.equal(found["low"], low) and torch.equal(found["count"], count)
 
 
+def test_state_with_gaps(reload):
+    """Parts of larger tensors, and expanded ones."""
+    torch.manual_seed(0)
+    part = torch.randn(8, 6)[::2, :3].t().requires_grad_()
+    row, column = torch.randn(1, 4).expand(3, 4), torch.randn(4, 9)[:, 2]
+    empty = torch.empty(0, 4).t()
+
+    def step(x):
+        loss = ((x @ part) * row * column).square().mean() + empty.sum()
+        loss.backward()
+        with torch.no_grad():
+            part.sub_(0.1 * part.grad)
+            part.grad = None
+            column.mul_(0.9)
+        return loss.detach()
+
+    x = torch.randn(3, 3)
+    loaded = reload(compiled(step, (x,)))
+    alike(loaded, step, (x,), (x,), (x,), rel=1e-5)
+    for name, tensor in {"part": part, "row": row, "column": column}.items():
+        assert loaded.state_dict()[name].stride() == tensor.stride()
+    loaded.load_state_dict({name: t + 1 for name, t in loaded.state_dict().items()})
+    for name, tensor in {"part": part, "row": row}.items():
+        torch.testing.assert_close(loaded.state_dict()[name], tensor.detach() + 1)
+
+
+@pytest.mark.parametrize("state", [torch.ones(9).unfold(0, 3, 1), torch.ones(2, 500)[:, 3]])
+def test_state_of_overlaps_and_large_gaps_is_refused(state, tmp_path):
+    step = compiled(lambda x: (x * state).sum(), (torch.ones(()),))
+    with pytest.raises(CannotSave, match=r"state has strides .*overlaps or large gaps"):
+        step.save(tmp_path / "a.step")
+
+
 # ---- what is returned, drawn and checked
 
 

@@ -31,6 +31,7 @@ from tracejit.saved.devices import devices_of_state, moved
 from tracejit.saved.loaded_plan import LoadedPlan, State
 from tracejit.saved.manifest import entries_of, step_of
 from tracejit.saved.record import SavedGenerator, SavedStep
+from tracejit.saved.tensors import copy_once
 
 _LONGEST = 400  # of what an error quotes from a file
 
@@ -183,7 +184,7 @@ class LoadedStep:
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     if name in given:
-                        tensor.copy_(given[name])
+                        copy_once(tensor, given[name])
                     gradient = given.get(f"{name}.grad")
                     if strict or gradient is not None:
                         tensor.grad = _like(gradient, tensor)

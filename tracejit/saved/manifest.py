@@ -27,7 +27,7 @@ from tracejit.saved.fields import Item, number_text, read_json
 from tracejit.saved.plans import plan_entries, read_plan
 from tracejit.saved.record import VERSION, SavedGenerator, SavedStep
 from tracejit.saved.soundness import check_step
-from tracejit.saved.tensors import pack, unpack
+from tracejit.saved.tensors import can_lie, laid_out, pack, unpack
 
 FORMAT = "tracejit saved step"
 MANIFEST, STATE, GENERATORS, SHOWN = (
@@ -183,25 +183,13 @@ def _laid_out(tensor: torch.Tensor, entry: Item) -> torch.Tensor:
     said = entry.table("strides", "requires_grad", "grad")
     strides = said["strides"].wholes()
     if strides != tensor.stride():
-        if sorted(strides) != sorted(_of_some_order(tensor, strides)):
+        if len(strides) != tensor.dim() or not can_lie(tensor.shape, strides):
             raise entry.wrong(f"the strides of a tensor of shape {list(tensor.shape)}")
-        tensor = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor)
+        tensor = laid_out(tensor, strides)
     wants = said["requires_grad"].flag()
     if wants and not tensor.is_floating_point():
         raise entry.wrong("a tensor of floats, if it requires grad")
     return tensor.requires_grad_(wants)
-
-
-def _of_some_order(tensor: torch.Tensor, strides: tuple[int, ...]) -> list[int]:
-    """The strides of dense memory in which axes are in the order that these strides say; those of
-    axes of one element are free."""
-    if len(strides) != tensor.dim():
-        return []
-    found, step = [], 1
-    for stride, size in sorted(zip(strides, tensor.shape, strict=True)):
-        found.append(stride if size == 1 else step)
-        step *= max(size, 1)
-    return found
 
 
 def _generators(listed: Item, states: Mapping[str, torch.Tensor]) -> tuple[SavedGenerator, ...]:

@@ -55,6 +55,7 @@ from tracejit.saved.record import (
     Spec,
 )
 from tracejit.saved.soundness import check_step
+from tracejit.saved.tensors import can_lie
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
 _SCHEDULER = (
@@ -149,6 +150,8 @@ def _problem(tensor: torch.Tensor) -> str:
         return f"is of dtype {tensor.dtype}"
     if tensor.grad_fn is not None:
         return "was computed outside the step, with history"
+    if not can_lie(tensor.shape, tensor.stride()):
+        return f"has strides {tensor.stride()}, with overlaps or large gaps"
     return ""
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,7 +36,36 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LENGTH = struct.Struct("<Q")
 _LONGEST_HEADER = 100 << 20  # as in the safetensors package
 MOST_AXES = 64
+_GAPS = 64  # of a tensor: so many times its elements, at most, does its memory span
 assert sys.byteorder == "little"
+
+
+def can_lie(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor is made from a file with these strides: it may be expanded, or part of a
+    larger tensor, but not of one that is much larger, and no elements overlap otherwise."""
+    if 0 in shape:
+        return True
+    reach = numel = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride:
+            if stride < reach:
+                return False
+            reach += stride * (size - 1)
+            numel *= size
+    return reach <= _GAPS * numel
+
+
+def laid_out(tensor: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """The tensor with other strides, with which it can lie."""
+    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype)
+    copy_once(made, tensor)
+    return made
+
+
+def copy_once(to: torch.Tensor, tensor: torch.Tensor) -> None:
+    """Copy what `to` has of its own: of an expanded one, the first along those axes."""
+    once = tuple(slice(None) if stride else slice(1) for stride in to.stride())
+    to[once].copy_(tensor[once])
 
 
 def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
