@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -240,3 +242,68 @@ def test_golden_ejected(golden, name, tmp_path):
     text = re.sub(r'SOURCE = r""".*?\n"""', 'SOURCE = r"""…"""', path.read_text(), flags=re.DOTALL)
     text = re.sub(r"FLAGS = \[.*?\]", "FLAGS = […]", text, flags=re.DOTALL)
     golden(f"ejected_{name}", text)
+
+
+def of_any_name(self, torch, state, numbers, h0, out0, i, launch, work, check, float, *xs, **more):
+    """Arguments of names that an ejected file has uses for."""
+    first = self * h0 + state.mm(numbers) - out0 * i + launch / work + torch + check * float
+    return first * xs[0] + xs[1] * more["class"] + more["a b"] + more["result0"], float
+
+
+def test_arguments_of_any_name(tmp_path):
+    def arguments(n):
+        torch.manual_seed(n)
+        given = [torch.randn(4, 4) for _ in range(9)]
+        named = {"class": torch.randn(4), "a b": torch.randn(4), "result0": 2.0 + n}
+        return [*given, 1.5, 0.5 * n, torch.randn(4), torch.randn(4)], named
+
+    step = tracejit.compile(of_any_name, on_unsupported="raise")
+    for n in range(4):
+        args, named = arguments(n)
+        step(*args, **named)
+    step.eject(tmp_path / "a.py")
+    other = imported(tmp_path / "a.py").Step({})
+    for n in range(4, 6):
+        args, named = arguments(n)
+        ours, number = step(*args, **named)
+        found = other(*args, _class=named["class"], a_b=named["a b"], result0=named["result0"])
+        assert torch.equal(found[0], ours) and found[1] == number
+    runpy.run_path(str(tmp_path / "a.py"), run_name="__main__")
+
+
+def test_state_and_numbers_of_any_name(tmp_path):
+    """Tensors and numbers of a closure, called like each other and like parts of the file."""
+    torch.manual_seed(0)
+    state, launch, check, h0, lr = (torch.randn(3).requires_grad_() for _ in range(5))
+    numbers, torch_, low = 0.5, torch, -math.inf
+    settings = {"lr": 0.1, "check": 2.0}
+
+    def step(x):
+        loss = (x * state + launch * check - h0 * lr * numbers).clamp(min=low).square().sum()
+        loss.backward()
+        with torch_.no_grad():
+            for w in (state, launch, check, h0, lr):
+                w -= settings["lr"] * settings["check"] * w.grad
+                w.grad = None
+        return loss.detach()
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(3):
+        compiled(torch.ones(3))
+    compiled.eject(tmp_path / "a.py")
+    compiled.save(tmp_path / "a.step")
+    other = imported(tmp_path / "a.py").Step(tracejit.load(tmp_path / "a.step").state_dict())
+    for n in range(3):
+        x = torch.full((3,), 0.1 * n)
+        assert torch.equal(other(x), compiled(x))
+
+
+def test_the_state_of_a_saved_step_is_a_state(tmp_path):
+    """With gradients, which accumulate here."""
+    step, arguments, path = ejected("accumulated", tmp_path)
+    step.save(tmp_path / "a.step")
+    other = imported(path).Step(tracejit.load(tmp_path / "a.step").state_dict())
+    for n in range(4, 7):
+        args = arguments(n)
+        ours, found = leaves(step(*args)), leaves(other(*args))
+        assert torch.equal(ours[0], found[0]) and ours[1] == found[1]

@@ -19,6 +19,7 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.errors import CannotEject
 from tracejit.export.eject_c import CKernels
 from tracejit.export.eject_call import CallText, Kernels
+from tracejit.export.eject_commit import plain_text
 from tracejit.export.eject_text import SCRIPT, identifier, indented, listed, quoted
 from tracejit.export.eject_triton import TritonKernels
 from tracejit.ir.types import contiguous_strides
@@ -94,7 +95,7 @@ class Ejected:
         """The whole file."""
         call = CallText(self.plan, self.captured, self.program, self.kernels, self.refused)
         lines = call.lines()
-        numbers = [f"{quoted(k)}: {v!r}," for k, v in self.step.numbers.items()]
+        numbers = [f"{quoted(k)}: {plain_text(v)}," for k, v in self.step.numbers.items()]
         imports = [*self.kernels.imports]
         for module in ("ctypes", "math"):
             if any(f"{module}." in line for line in lines):
@@ -105,7 +106,7 @@ class Ejected:
             "name": self.step.name,
             "module": self.module,
             "needs": self.kernels.needs,
-            "arguments": ", ".join(a.name for a in self.plan.arguments),
+            "arguments": ", ".join(call.names.values()),
             "imports": "\n".join(own),
             "others": "\n".join(["import torch", *self.kernels.others]),
             "state": self._state(),

@@ -7,6 +7,7 @@ arguments, fetch the state, compute the step's numbers, take memory, launch, and
 from __future__ import annotations
 
 import builtins
+import keyword
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,18 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import condition
 from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.trace.tensor import extent
 from tracejit.errors import CannotEject, TracejitError
-from tracejit.export.eject_commit import Commit
+from tracejit.export.eject_commit import Commit, plain_text
 from tracejit.export.eject_text import (
+    NAMED,
     WIDE,
     identifier,
     indented,
     is_reserved,
     listed,
     local_name,
+    names_of,
     quoted,
 )
 from tracejit.ir.graph import Value
@@ -79,16 +83,40 @@ class CallText:
     ):
         self.plan, self.captured, self.program = plan, captured, program
         self.kernels, self.refused = kernels, refused
-        self.taken: set[str] = {"self", "state", "numbers", "launch", "torch", "ctypes", "math"}
+        of_file = NAMED | names_of(kernels.text)
+        arguments = [a.name for a in plan.arguments]
+        kept = {
+            name
+            for name in arguments
+            if name.isidentifier() and not keyword.iskeyword(name) and name not in of_file
+        } | ({"state", "numbers"} & {*arguments})
+        self.taken: set[str] = of_file | kept
+        #: what the arguments are called: another name where the file has a use for theirs, or
+        #: where they are parts of `*args`
+        self.names = {
+            name: name if name in kept else identifier(name, self.taken) for name in arguments
+        }
+        #: what they are called in the body, where calls have a use for their names
+        self.local = {
+            name: identifier(name, self.taken)
+            if is_reserved(name) or name in ("state", "numbers")
+            else name
+            for name in self.names.values()
+        }
+        used = [place.key for place in plan.scalars if place.kind == "number"]
+        #: what a number may be called in a call, by its name
+        self.short = {
+            name: identifier(name.rpartition(".")[2], self.taken) for name in dict.fromkeys(used)
+        }
         self.inputs: list[_Input] = []
         self.code = HostCode()
         self.scalars: dict[Value, str] = {}
         self._said = 0  # lines of `code` that stand somewhere
 
     def signature(self) -> str:
-        by_place = [a.name for a in self.plan.arguments if a.positional]
-        by_name = [a.name for a in self.plan.arguments if not a.positional]
-        more = [f"{short}=None" for short in self._short().values()]
+        by_place = [self.names[a.name] for a in self.plan.arguments if a.positional]
+        by_name = [self.names[a.name] for a in self.plan.arguments if not a.positional]
+        more = [f"{short}=None" for short in self.short.values()]
         parts = ["self", *by_place]
         if by_name or more:
             parts += ["*", *by_name, *more]
@@ -96,12 +124,6 @@ class CallText:
         if len(line) <= WIDE:
             return line
         return listed("    def __call__(", [f"{p}," for p in parts], "    ):", 8)
-
-    def _short(self) -> dict[str, str]:
-        """What a number may be called in a call, by its name."""
-        used = [place.key for place in self.plan.scalars if place.kind == "number"]
-        taken = {a.name for a in self.plan.arguments} | {"self"}
-        return {name: identifier(name.rpartition(".")[2], taken) for name in dict.fromkeys(used)}
 
     def lines(self) -> list[str]:
         """The body of a call."""
@@ -139,7 +161,9 @@ class CallText:
         if any("f32." in line for line in lines):
             lines.insert(0, "f32 = ctypes.c_float()  # rounds what is stored in it")
         used = [x for x in ("state", "numbers") if any(f"{x}[" in line for line in lines)]
-        return [*self.kernels.begin, *(f"{x} = self.{x}" for x in used), *lines]
+        renamed = [f"{local} = {name}" for name, local in self.local.items() if local != name]
+        fetched = [f"{x} = self.{x}" for x in used]
+        return [*self.kernels.begin, *renamed, *fetched, *lines]
 
     def _param(self, index: int) -> str:
         kind, i = self.captured.sources[index]
@@ -149,12 +173,7 @@ class CallText:
         """Lines that look at the arguments; `self._found` says what of them is what."""
         self._found: dict[tuple[str, int], str] = {}
         for a in self.plan.arguments:
-            name = a.name
-            if is_reserved(name):
-                name = identifier(name, self.taken)
-                yield f"{name} = {a.name}"
-            self.taken.add(name)
-            yield from self._tree(a.tree, name)
+            yield from self._tree(a.tree, self.local[self.names[a.name]])
 
     def _tree(self, tree: object, text: str) -> Iterator[str]:
         match tree:
@@ -169,7 +188,9 @@ class CallText:
             case GivenNumber(index, whole):
                 self._found["number", index] = text if whole else f"float({text})"
             case GivenValue(value):
-                yield f"assert {text} == {value!r}, {quoted(f'this file is for {text}={value!r}')}"
+                wanted = plain_text(value)
+                test = f"same({text}, {wanted})" if value != value else f"{text} == {wanted}"
+                yield f"assert {test}, {quoted(f'this file is for {text}={value!r}')}"
             case Listed(_, items):
                 said = quoted(f"{text} has {len(items)} items")
                 yield f"assert len({text}) == {len(items)}, {said}"
@@ -205,7 +226,6 @@ class CallText:
                 yield f'assert {name}.grad {is_} None, "{name}.grad {is_} None in this file"'
 
     def _read_numbers(self) -> Iterator[str]:
-        short = self._short()
         read: set[str] = set()
         for k, (value, place) in enumerate(
             zip(self.captured.scalars, self.plan.scalars, strict=True)
@@ -214,8 +234,7 @@ class CallText:
                 case "argument":
                     text = self._found["number", k]
                 case "number":
-                    text = short[place.key]
-                    self.taken.add(text)
+                    text = self.short[place.key]
                     if text not in read:
                         read.add(text)
                         yield f"if {text} is None:"
@@ -284,7 +303,9 @@ class CallText:
 
     def made_up(self) -> str:
         """Arguments made up, a line each."""
-        rows = [f"{quoted(a.name)}: {self._made_up(a.tree)}," for a in self.plan.arguments]
+        rows = [
+            f"{quoted(self.names[a.name])}: {self._made_up(a.tree)}," for a in self.plan.arguments
+        ]
         return "\n".join(indented(listed("return {", rows, "}").splitlines(), 4))
 
     def _made_up(self, tree: object) -> str:
@@ -295,17 +316,19 @@ class CallText:
                 spec = self.plan.tensors[index][1]
                 dtype = TO_TORCH[spec.dtype]
                 made = "randn" if dtype.is_floating_point else "zeros"
-                text = f"torch.{made}({spec.shape}, dtype={dtype})"
-                if spec.strides != contiguous_strides(spec.shape):
-                    text += f".as_strided({spec.shape}, {spec.strides})"
-                return text
+                if spec.strides == contiguous_strides(spec.shape):
+                    return f"torch.{made}({spec.shape}, dtype={dtype})"
+                whole = f"torch.{made}({extent(spec.shape, spec.strides)}, dtype={dtype})"
+                return f"{whole}.as_strided({spec.shape}, {spec.strides})"
             case GivenNumber(_, whole):
                 return "1" if whole else "1.0"
             case GivenValue(value):
-                return repr(value)
+                return plain_text(value)
             case Listed(kind, items):
                 inner = ", ".join(map(self._made_up, items))
-                return f"[{inner}]" if kind is list else f"({inner},)"
+                if kind is list:
+                    return f"[{inner}]"
+                return f"({inner},)" if items else "()"
             case Keyed(items):
                 return "{" + ", ".join(f"{k!r}: {self._made_up(v)}" for k, v in items) + "}"
         raise AssertionError(tree)

@@ -115,7 +115,7 @@ class Commit:
                     quoted(x) if type(x) is str else self.host[x.index] for x in items
                 )
             case Given(index):
-                return _plain(self.captured.given[index])
+                return plain_text(self.captured.given[index])
             case Sequenced(kind, items):
                 inner = ", ".join(map(self._tree, items))
                 return f"[{inner}]" if kind == "list" else f"({inner}{',' * (len(items) == 1)})"
@@ -128,7 +128,7 @@ class Commit:
         return self._tree(key) if isinstance(key, Given) else repr(key)
 
 
-def _plain(x: object) -> str:
+def plain_text(x: object) -> str:
     """A plain value as an expression."""
     match x:
         case torch.device():

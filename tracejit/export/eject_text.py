@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import keyword
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +28,20 @@ def is_reserved(name: str) -> bool:
     return re.fullmatch(r"(out|h|read|result|kernel)\d+|i|f32|work|space|table", name) is not None
 
 
+def names_of(source: str) -> set[str]:
+    """What a module defines and imports at its top."""
+    found: set[str] = set()
+    for node in ast.parse(source).body:
+        match node:
+            case ast.FunctionDef() | ast.ClassDef():
+                found.add(node.name)
+            case ast.Assign():
+                found |= {t.id for t in node.targets if isinstance(t, ast.Name)}
+            case ast.Import() | ast.ImportFrom():
+                found |= {(a.asname or a.name).partition(".")[0] for a in node.names}
+    return found
+
+
 def identifier(name: str, taken: set[str]) -> str:
     """A name as an identifier that is not taken; it is then."""
     text = re.sub(r"\W+", "_", name).strip("_") or "x"
@@ -34,6 +50,14 @@ def identifier(name: str, taken: set[str]) -> str:
         text += "_"
     taken.add(text)
     return text
+
+
+#: what the lines of a call name, besides what the kernels' part of the file defines
+NAMED = {
+    *("self", "state", "numbers", "torch", "ctypes", "math", "check", "within", "same"),
+    *("abs", "float", "len", "range"),
+    *(name for name in dir(builtins) if name[0].isupper()),
+}
 
 
 def indented(lines: Iterable[str], by: int) -> Iterator[str]:
@@ -101,11 +125,15 @@ class Step:
     """The step and its state: `state`, tensors by name, and `numbers`."""
 
     def __init__(self, state):
-        assert state.keys() == STATE.keys(), sorted(state.keys() ^ STATE.keys())
+        grads = {f"{name}.grad": name for name in STATE}
+        given = {name: state[name] for name in state if name in STATE or name not in grads}
+        assert given.keys() == STATE.keys(), sorted(given.keys() ^ STATE.keys())
         for name, (shape, dtype, *grad) in STATE.items():
-            check(state[name], name, shape, dtype)
-            assert state[name].requires_grad == bool(grad), f"{name}.requires_grad"
-        self.state = dict(state)
+            check(given[name], name, shape, dtype)
+            given[name].requires_grad_(bool(grad))
+        for name in state.keys() - given.keys():
+            given[grads[name]].grad = state[name]
+        self.state = state = given
         for name in WITH_GRADIENT:
             if state[name].grad is None:
                 state[name].grad = torch.zeros_like(state[name])
