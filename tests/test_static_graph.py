@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,6 +94,7 @@ def test_nothing_is_computed_while_it_is_written():
     [
         ({"x": torch.zeros(3, 3)}, r"x is torch.float32 of shape \(3, 3\), and was declared"),
         ({"x": torch.zeros(2, 3).double()}, "x is torch.float64"),
+        ({"x": [1.0, 2.0]}, "x is a list"),
     ],
 )
 def test_other_feeds_are_refused(feeds, said):
@@ -100,13 +103,17 @@ def test_other_feeds_are_refused(feeds, said):
     run = graph.compile(total)
     for _ in range(4):
         assert run(torch.ones(2, 3)) == 6
-    with pytest.raises(StaticGraphError, match=said):
-        run(**feeds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is run eagerly
+        for _ in range(2):
+            with pytest.raises(StaticGraphError, match=said):
+                run(**feeds)
     with pytest.raises(TypeError, match="missing"):
         run()
 
 
 def test_what_cannot_be_written_is_refused():
+    meta = torch.empty(3, device="meta")
     with Graph() as graph:
         x = graph.placeholder("x", (2, 3))
         with pytest.raises(StaticGraphError, match="'x' is taken"):
@@ -115,12 +122,90 @@ def test_what_cannot_be_written_is_refused():
             graph.placeholder("1x", (2,))
         with pytest.raises(StaticGraphError, match="no variable to train"):
             graph.minimize(x.sum())
+        with pytest.raises(StaticGraphError, match="'class' is taken, or no name"):
+            graph.placeholder("class", (2,))
         with pytest.raises(StaticGraphError, match="not of this graph"):
-            _ = x + torch.empty(3, device="meta")
+            _ = x + meta
+        with torch.autocast("cpu"), pytest.raises(StaticGraphError, match="autocast is on"):
+            _ = x @ x.t()
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             x.sum().item()
     with pytest.raises(StaticGraphError, match="not of this graph"):
         graph.compile(torch.zeros(3))
+
+
+def test_calls_without_gradients_are_written_so():
+    torch.manual_seed(0)
+    w, mean = torch.randn(3), torch.zeros(3)
+    ours, eager = w.clone(), w.clone().requires_grad_()
+    with Graph() as graph:
+        x = graph.placeholder("x", (3,))
+        v, m = graph.variable("w", ours), graph.variable("mean", mean, trainable=False)
+        with torch.no_grad():
+            m.lerp_(v * x, 0.5)
+            v.mul_(0.9)
+            size = (v * x).norm()
+        loss = (v * x / size).sum()
+        graph.minimize(loss, lr=0.1)
+    run = graph.compile(loss, m)
+    expected, optimizer = torch.zeros(3), torch.optim.SGD([eager], lr=0.1)
+    for n in range(5):
+        given = torch.full((3,), 1.0 + n)
+        found, found_mean = run(given)
+        with torch.no_grad():
+            expected.lerp_(eager * given, 0.5)
+            eager.mul_(0.9)
+            length = (eager * given).norm()
+        value = (eager * given / length).sum()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        torch.testing.assert_close((found, found_mean), (value.detach(), expected))
+        torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_modules_are_initialized_once_and_may_make_tensors(inside):
+    """A module may be made within `with`; an LSTM makes its first state beside its input."""
+
+    def modules():
+        torch.manual_seed(0)
+        return nn.LSTM(3, 4, batch_first=True), nn.Sequential(
+            nn.Embedding(7, 3, 0), nn.LayerNorm(3)
+        )
+
+    lstm, embed = modules()
+    with Graph() as graph:
+        x = graph.placeholder("x", (2, 5), torch.int64)
+        if inside:
+            lstm, embed = modules()
+        _, (h, _) = lstm(embed(x))
+        loss = h.square().mean()
+        graph.minimize(loss, torch.optim.Adam, lr=0.1)
+    run = graph.compile(loss)
+    lstm, embed = modules()
+    optimizer = torch.optim.Adam([*lstm.parameters(), *embed.parameters()], lr=0.1)
+    for n in range(5):
+        ids = (torch.arange(10).reshape(2, 5) + n) % 7
+        value = lstm(embed(ids))[1][0].square().mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        torch.testing.assert_close(run(ids), value.detach())
+
+
+@pytest.mark.parametrize("name", ["self", "v9", "print", "h0", "lr"])
+def test_names_of_any_kind(name):
+    with Graph() as graph:
+        x = graph.placeholder("x", (3,))
+        y = x * 2
+        z = graph.placeholder(name, (3,)) + y
+        with pytest.raises(StaticGraphError, match="'v1' is taken"):
+            graph.variable("v1", torch.ones(3))
+    run = graph.compile(z)
+    for n in range(4):
+        given = {"x": torch.full((3,), 1.0 * n), name: torch.ones(3)}
+        assert torch.equal(run(**given), given["x"] * 2 + 1)
 
 
 def test_the_example(tmp_path):

@@ -183,7 +183,7 @@ class CompiledStep(Inspected):
 
     # ---- calls
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         if _tracing() and current() is not None:  # inside another compiled step: part of its trace
             return self._step(*args, **kwargs)
         with self._lock:

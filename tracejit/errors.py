@@ -188,4 +188,5 @@ OF_EAGER = (
     ArgumentError,
     LinAlgError,
     AutogradError,
+    StaticGraphError,
 )  # eager raises these too

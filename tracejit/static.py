@@ -15,6 +15,7 @@ a Python function of these calls (`graph.code`), compiled like any step: replaye
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +42,8 @@ class Graph:
     module(name, module):            a module whose parameters and buffers are variables.
 
     Tensors from outside take part as variables too. What is made of nothing (`torch.randn(3) / 2`)
-    is made at once, and once. Values cannot be read, since there are none:
+    is made at once, and once, and so are a module's first weights. `torch.no_grad()` is written
+    down with the calls within; autocast is not. Values cannot be read, since there are none:
     `.item()` and `if loss > 1:` raise what torch raises for meta tensors.
     """
 
@@ -50,9 +52,10 @@ class Graph:
         self._feeds: dict[str, torch.Tensor] = {}  # placeholders, without values
         self._lines: list[str] = []
         self._names: dict[int, str] = {}  # by the id of a tensor without values
+        self._locals: set[str] = set()  # of the function
         self._kept: list[object] = []  # what has an id in use
         self._twins: dict[int, torch.Tensor] = {}  # without values, by the id of a real tensor
-        self._made: set[int] = set()  # the ids of tensors with values that were made within `with`
+        self._made: set[int] = set()  # the memories of tensors that were made within `with`
         self._space: dict[str, object] = {"torch": torch}
         self._functions: dict[object, str] = {}
         self._mode = _Recorder(self)
@@ -130,8 +133,8 @@ class Graph:
 
     def compile(self, *fetches: torch.Tensor, **options: object) -> CompiledStep:
         """The step: a function of the placeholders, in their order or by name, that returns what is
-        fetched, one tensor or a tuple, without history. `options` are those of
-        `tracejit.compile`."""
+        fetched, one tensor or a tuple, without history: a variable is returned itself, and goes on
+        changing. `options` are those of `tracejit.compile`."""
         text = self._text([self._name(x) for x in fetches])
         space = dict(self._space)
         space["check"] = self._checked(space)
@@ -151,7 +154,8 @@ class Graph:
         lines = []
         for name, t in self._feeds.items():
             space[f"refuse_{name}"] = _refusal(name, t)
-            right = f"{name}.shape == {tuple(t.shape)} and {name}.dtype is {t.dtype}"
+            right = f"isinstance({name}, torch.Tensor) and {name}.shape == {tuple(t.shape)}"
+            right += f" and {name}.dtype is {t.dtype}"
             lines.append(f"    if not ({right}): refuse_{name}({name})")
         text = f"def check({', '.join(self._feeds)}):\n" + "\n".join(lines or ["    pass"])
         exec(compile(text, "<static graph>", "exec"), space)
@@ -160,14 +164,14 @@ class Graph:
     # ---- names
 
     def _free(self, name: str) -> None:
-        known = {*self._space, *self._feeds, "step", "check"}
-        if not _NAME.fullmatch(name) or name in known:
+        known = {*self._space, *self._feeds, *self._locals, "step", "check"}
+        if not _NAME.fullmatch(name) or keyword.iskeyword(name) or name in known:
             raise StaticGraphError(reason=f"{name!r} is taken, or no name for a tensor")
 
     def _fresh(self, stem: str) -> str:
         """A name that nothing has."""
         stem, number = (stem if _NAME.fullmatch(stem) else "value"), 0
-        taken = {*self._space, *self._feeds, *self._names.values(), "step", "check"}
+        taken = {*self._space, *self._feeds, *self._locals, "step", "check"}
         name = stem
         while name in taken:
             number += 1
@@ -203,37 +207,46 @@ class Graph:
 
     # ---- calls
 
-    def is_made_here(self, x: torch.Tensor) -> bool:
-        """Whether a tensor has values that were made within `with`."""
-        return id(x) in self._made and id(x) not in self._twins
+    def at_once(self, function: Callable, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether a call works on nothing but what was made within `with`. Parameters that were are
+        variables, unless this call initializes them."""
+        first = (
+            getattr(function, "__module__", "") == "torch.nn.init" or not torch.is_grad_enabled()
+        )
+        return all(
+            _memory(x) in self._made and id(x) not in self._twins and (first or not x.requires_grad)
+            for x in tensors
+        )
 
     def made_here(self, found: object) -> object:
         """Remember what was made of nothing, or of what was."""
         for x in _tensors(found):
-            self._made.add(id(x))
+            self._made.add(_memory(x))
             self._kept.append(x)
         return found
 
     def record(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Write a torch call down; returns its results, without values."""
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            reason = "autocast is on while it is written down; have it on around its calls instead"
+            raise StaticGraphError(reason=reason)
         texts = [self._argument(x) for x in args]
         texts += [f"{k}={self._argument(x)}" for k, x in kwargs.items()]
         args, kwargs = self._without_values(args), self._without_values(kwargs)
         found = function(*args, **kwargs)
-        call = f"{self._function(function)}({', '.join(texts)})"
+        line = f"{self._function(function)}({', '.join(texts)})"
         results = [x for x in _tensors(found) if id(x) not in self._names]
-        if isinstance(found, torch.Tensor) and results:
+        if results:
             name = self._fresh(f"v{len(self._names)}")
-            self._named(found, name)
-            self._lines.append(f"{name} = {call}")
-        elif results:
-            name = self._fresh(f"v{len(self._names)}")
-            self._lines.append(f"{name} = {call}")
+            self._locals.add(name)
+            line = f"{name} = {line}"
             for x, path in _paths(found, name):
                 if id(x) not in self._names:
                     self._named(x, path)
-        elif _tensors(found) or found is None:  # in place
-            self._lines.append(call)
+        elif not _tensors(found) and found is not None:
+            return found
+        # else it may be in place
+        self._lines.append(line if torch.is_grad_enabled() else f"with torch.no_grad(): {line}")
         return found
 
     def _function(self, function: Callable) -> str:
@@ -255,10 +268,19 @@ class Graph:
         plain = type(x) in (bool, int, str) or (type(x) is float and math.isfinite(x))
         if x is None or x is ... or plain:
             return "..." if x is ... else repr(x)
+        if isinstance(x, torch.device) and x.type == "meta":
+            return f"{self._anchor()}.device"
         if type(x) is slice:
             return f"slice({', '.join(map(self._argument, (x.start, x.stop, x.step)))})"
         name = self._fresh(type(x).__name__)
         self._space[name] = x
+        return name
+
+    def _anchor(self) -> str:
+        """A tensor that lies where tensors without values, and what is made beside them, will."""
+        name = next(iter((*self._feeds, *self.variables)), None)
+        if name is None:
+            raise StaticGraphError(reason="a meta tensor is not of this graph")
         return name
 
     def _of_tensor(self, x: torch.Tensor) -> str:
@@ -297,7 +319,11 @@ class _Recorder(TorchFunctionMode):
         owner = getattr(function, "__self__", None)
         if getter and getattr(owner, "__name__", "") not in ("T", "mT", "H", "mH", "real"):
             return function(*args, **kwargs)  # shape, dtype, requires_grad
-        if all(self.graph.is_made_here(x) for x in _tensors((*args, *kwargs.values()))):
+        beside = any(
+            isinstance(x, torch.device) and x.type == "meta" for x in (*args, *kwargs.values())
+        )  # `torch.zeros(3, device=x.device)`
+        tensors = _tensors((*args, *kwargs.values()))
+        if not beside and self.graph.at_once(function, tensors):
             return self.graph.made_here(function(*args, **kwargs))
         return self.graph.record(function, args, kwargs)
 
@@ -305,11 +331,18 @@ class _Recorder(TorchFunctionMode):
 def _refusal(name: str, tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
     wanted = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
 
-    def refuse(given: torch.Tensor) -> None:
-        found = f"{given.dtype} of shape {tuple(given.shape)}"
+    def refuse(given: object) -> None:
+        found = f"a {type(given).__name__}"
+        if isinstance(given, torch.Tensor):
+            found = f"{given.dtype} of shape {tuple(given.shape)}"
         raise StaticGraphError(reason=f"{name} is {found}, and was declared {wanted}")
 
     return refuse
+
+
+def _memory(x: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunction():
+        return x.untyped_storage()._cdata
 
 
 def _tensors(x: object) -> list[torch.Tensor]:

@@ -111,7 +111,7 @@ class LoadedStep:
 
     # ---- calls
 
-    def __call__(self, *args: object, **kwargs: object) -> object:
+    def __call__(self, /, *args: object, **kwargs: object) -> object:
         """Do the step. Raises CallError where no plan takes such a call: nothing is changed then;
         and what the step raised for values that eager refuses."""
         if current() is not None:
