@@ -103,6 +103,40 @@ def test_a_model_runs_where_nothing_of_ours_is(tmp_path):
     assert losses[-1] < losses[0]
 
 
+def test_bfloat16_goes_in_and_comes_out(tmp_path):
+    """numpy has none: it is float32 on both sides, rounded as torch rounds."""
+    from tracejit.export.onnx.run import OnnxStep, array
+
+    torch.manual_seed(0)
+    w = torch.randn(5, 3, dtype=torch.bfloat16, requires_grad=True)
+
+    @tracejit.compile
+    def step(x):
+        loss = (x @ w).float().square().mean()
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(0.1 * w.grad)
+            w.grad = None
+        return x * 1, loss.detach()
+
+    x = torch.randn(4, 5)
+    x[0, :2] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8])  # in the middle between two
+    step(x.bfloat16())
+    tracejit.to_onnx(step, tmp_path / "a.onnx", x.bfloat16())
+    model = OnnxStep(tmp_path / "a.onnx")
+    for given in (x.bfloat16(), x.numpy(), x):
+        copied, loss = model(given)
+        expected, expected_loss = step(x.bfloat16())
+        assert np.array_equal(copied, expected.float().numpy())
+        assert loss == pytest.approx(expected_loss.item(), rel=1e-2)
+        assert np.allclose(
+            array(model.state["w"]), w.detach().float().numpy(), rtol=0.02, atol=0.02
+        )
+    special = np.float32([[np.nan, np.inf, -np.inf, 3.4e38, 1e-40]] * 4)
+    copied, _ = model(special)
+    assert np.array_equal(copied, torch.tensor(special).bfloat16().float().numpy(), equal_nan=True)
+
+
 @pytest.mark.sweep(6)
 @pytest.mark.parametrize("seed", range(RANDOM))
 @pytest.mark.filterwarnings("ignore")

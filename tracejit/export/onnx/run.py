@@ -1,15 +1,29 @@
 """Runs an exported model. Needs onnxruntime and numpy: copy this file to where the model goes."""
 
+import ctypes
 import json
 
 import numpy as np
 import onnxruntime
+
+BFLOAT16 = 16  # of onnx.TensorProto
+
+
+def array(value):
+    """A value of onnxruntime in numpy."""
+    if value.data_type() != "tensor(bfloat16)":
+        return value.numpy()
+    shape = value.shape()
+    bits = np.empty(shape, np.uint16)
+    ctypes.memmove(bits.ctypes.data, value.data_ptr(), bits.nbytes)
+    return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 class OnnxStep:
     """`step = OnnxStep("step.onnx")`, then `loss = step(x, y)`: what the step changes is fed back.
 
     Arguments by place or by name; any other input by name: `step(x, y, **{"lr": 0.01})`.
+    Of bfloat16, which numpy lacks, results are float32, and what is given is rounded.
     """
 
     def __init__(self, path, **options):
@@ -21,7 +35,7 @@ class OnnxStep:
         self.arguments, self.pairs, self.tree = (about[k] for k in ("arguments", "state", "result"))
         self.outputs = [o.name for o in self.session.get_outputs()]
         inputs = (*self.session.get_inputs(), *self.session.get_overridable_initializers())
-        self.doubles = {i.name for i in inputs if i.type == "tensor(double)"}
+        self.types = {i.name: i.type for i in inputs}
         self.state = {}  # what has changed: onnxruntime's values, by the names of inputs
 
     def __call__(self, *args, **named):
@@ -37,14 +51,20 @@ class OnnxStep:
     def _value(self, name, x):
         if isinstance(x, onnxruntime.OrtValue):
             return x
-        x = np.asarray(x, np.float64 if name in self.doubles else None)
+        if self.types.get(name) == "tensor(bfloat16)":
+            x = np.asarray(x.float() if hasattr(x, "float") else x, np.float32)
+            bits = x.view(np.uint32)
+            rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            x = np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16, order="C")
+            return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(x, BFLOAT16)
+        x = np.asarray(x, np.float64 if self.types.get(name) == "tensor(double)" else None)
         return onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(x).reshape(x.shape))
 
     def _result(self, tree, found):
         ((kind, x),) = tree.items()
         match kind:
             case "output":
-                return found[x].numpy()
+                return array(found[x])
             case "value":
                 return x
             case "dict":
