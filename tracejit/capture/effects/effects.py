@@ -178,7 +178,9 @@ class Effects:
     leaf_grads: tuple[tuple[int, int], ...] = ()  # (made: a new leaf, made: its .grad)
     escaped: tuple[int, ...] = ()  # made tensors that user objects hold already, as proxies
     returned: Tree = Given(0)
-    callbacks: int = 0  # calls that a replay makes again, on the real objects
+    # calls that a replay makes again, on the real objects: which of their arguments, by position or
+    # name, are which host results
+    callbacks: tuple[tuple[tuple[int | str, int], ...], ...] = ()
 
     def __str__(self) -> str:
         """One line per effect, in the order of the commit; `text.py` reads it back."""
@@ -209,8 +211,10 @@ class Effects:
         lines += [f"leaf grad {i} <- made {k}" for i, k in self.leaf_grads]
         if self.escaped:
             lines.append(f"escaped {', '.join(map(str, self.escaped))}")
-        if self.callbacks:
-            lines.append(f"callbacks {self.callbacks}")
+        for places in self.callbacks:
+            lines.append(
+                f"callback {', '.join(f'{at!r} <- host {k}' for at, k in places)}".rstrip()
+            )
         lines.append(f"return {_expression(self.returned)}")
         return "\n".join(["effects {", *(f"  {line}" for line in lines), "}"])
 
@@ -252,11 +256,13 @@ def _expression(tree: Tree) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A call that the trace ran as it is: a scheduler's step."""
+    """A call that the trace ran as it is: a scheduler's step. A replay puts other numbers in the
+    place of arguments that are runtime scalars."""
 
     function: Callable
     args: tuple
     kwargs: dict
+    of_torch_alone: bool = True  # it runs no code of the user's
 
 
 def nothing() -> None:

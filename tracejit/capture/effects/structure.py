@@ -107,5 +107,9 @@ class Structure:
             key = self.tree(key, IN_STORE)
         return holder, key, self.tree(x, IN_STORE)
 
+    def operands(self, numbers: dict[int | str, object]) -> tuple[tuple[int | str, int], ...]:
+        """Which host results are arguments of a call, by position or name."""
+        return tuple((at, self.host_result(x)) for at, x in numbers.items())
+
     def _key(self, key: object) -> str | int | Given:
         return key if type(key) in (str, int) else self.object(key)

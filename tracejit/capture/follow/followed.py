@@ -141,10 +141,11 @@ def _fitting(t: Trace, trail: Trail, returned: list[object]) -> list[_Fit]:
         try:
             tree = found.tree(returned[0], IN_ITEM)  # which `returned` holds
             stores = tuple(found.store(*store) for store in hyper.stores)
+            callbacks = tuple(map(found.operands, hyper.operands))
         except _Unlike:
             continue
         made = tree == effects.returned and stores == effects.stores
-        if made and len(hyper.callbacks) == effects.callbacks:
+        if made and callbacks == effects.callbacks:
             fits.append(_Fit(end, tree, stores, found))
     return fits
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.python.origins import origin
+from tracejit.capture.trace.active import current
 
 _lock = threading.Lock()
 _notes: dict[int, Callable[[str], None]] = {}  # by thread
@@ -22,9 +23,17 @@ _notes: dict[int, Callable[[str], None]] = {}  # by thread
 
 def _getattribute(self: LRScheduler, name: str) -> object:
     note = _notes.get(threading.get_ident())
-    if note is not None and origin(sys._getframe(1).f_code) != "tracejit":
+    asked = note is not None and origin(sys._getframe(1).f_code) != "tracejit"
+    # the rates of a scheduler that was stepped are those of the groups, as they are now
+    if asked and not (name == "_last_lr" and _was_stepped(self)):
         note(name)
     return object.__getattribute__(self, name)
+
+
+def _was_stepped(scheduler: LRScheduler) -> bool:
+    """Whether the step has stepped a scheduler, which tells the rates of its groups then."""
+    t = current()
+    return t is not None and t.hyperparameters is not None and t.hyperparameters.stepped(scheduler)
 
 
 @contextmanager
