@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -161,6 +162,12 @@ def _numbers(t: Trace, trail: Trail, end: End) -> list[float] | None:
 
 
 def _held(trail: Trail, news: tuple[New, ...]) -> set[int]:
-    """The positions of proxies that somebody holds besides the trail's `objects`."""
+    """The positions of proxies that somebody holds besides the trail's `objects`, and contexts of
+    custom functions."""
     objects = trail.objects
-    return {new.at for new in news if count(objects[new.at]) > ALONE}
+    held = {new.at for new in news if count(objects[new.at]) > ALONE}
+    contexts = trail.t.applied
+    if held and contexts:
+        inside = Counter(id(x) for context in contexts for x in context.references())
+        held = {at for at in held if count(objects[at]) > ALONE + inside[id(objects[at])]}
+    return held

@@ -78,7 +78,7 @@ class Recorder(Journal):
 
     def begin(self, func: Callable, args: tuple, kwargs: dict) -> Call | None:
         """A rule is about to run; None if that is not recorded."""
-        if not self.recording or self._call is not None:
+        if not self.recording or self._call is not None or self._over:
             return None
         try:
             arguments = tuple([self._encode(x) for x in (*args, *kwargs.values())])
@@ -207,9 +207,9 @@ class Recorder(Journal):
 
     def found_draw(self, event: Drawing, generator: torch.Generator) -> None:
         """The step has done something with a random generator."""
-        if not self.recording or self._over:
+        if not self.recording:
             return
-        if self._call is None:
+        if self._call is None or self._over:
             self.recording = False
         else:
             self._call.found.append(("draw", event, generator))
