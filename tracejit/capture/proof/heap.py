@@ -45,6 +45,7 @@ from tracejit.capture.proof.kinds import (
     logs,
     plain_object,
     pure_type,
+    shows_only,
 )
 from tracejit.capture.proof.looks import looked_at, tables_among
 from tracejit.capture.proof.pure import pure_numpy
@@ -370,16 +371,15 @@ class Walk(Functions):
             self.unasked.append(why)
             self.about[why] = path
         self.asks_numpy |= pure_numpy(x)
-        if known_callable(x) or constant(x) or self._was_seen(x):
+        if known_callable(x) or constant(x) or shows_only(x, self.wanted) or self._was_seen(x):
             return
         if isinstance(x, FunctionType):
             self.reentrant |= x is self.root
             if origin(x.__code__) == "user" or x.__closure__:
                 self.function(x, path)
+        elif self._seen(x):
             return
-        if self._seen(x):
-            return
-        if isinstance(x, type):
+        elif isinstance(x, type):
             self._class(x)
             if not is_heap_type(x) and not pure_type(x):
                 self.refuse(f"it uses {path}, a type that is not known to be pure", path)

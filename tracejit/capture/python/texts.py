@@ -45,10 +45,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """What takes a text. how: "print"; "log", a method of that name of what the names `chain` lead
-    to; "append", to the list there; "attribute" or "item", of that name or key there; "key", by
-    which something is put into the dict there; "return", as what the code returns, or in a
-    container that it returns."""
+    """What takes a text. how: "print"; "write", the method of what the names `chain` lead to;
+    "log", a method of that name there; "append", to the list there; "attribute" or "item", of that
+    name or key there; "key", by which something is put into the dict there; "return", as what the
+    code returns, or in a container that it returns."""
 
     how: str
     name: str | int = ""
@@ -176,7 +176,7 @@ class _Texts(Reader):
             bound = None
             if type(of) is _Constant and type(of.value) is str and x.argval == "format":
                 bound = _Bound("format", of.value)
-            elif x.argval in LOGS or x.argval == "append":
+            elif x.argval in LOGS or x.argval in ("append", "write"):
                 bound = _Bound(x.argval, self._chain(1))
             super()._step(x)
             stack[-2:] = [bound, bound] if bound is not None else stack[-2:]
@@ -280,8 +280,8 @@ class _Texts(Reader):
         elif type(bound) is _Bound and bound.name in LOGS:
             for k in range(1, count + 1):
                 self._pop_to(Sink("log", bound.name, bound.of), k)
-        elif type(bound) is _Bound and bound.name == "append" and count == 1:
-            self._pop_to(Sink("append", "", bound.of))
+        elif type(bound) is _Bound and bound.name in ("append", "write") and count == 1:
+            self._pop_to(Sink(bound.name, "", bound.of))
         elif type(bound) is _Bound and bound.name == "format":
             made = _of_template(bound.of, at, count)
         if name == "str" and count == 1 and type(stack[-1]) is Text:
