@@ -563,7 +563,7 @@ def as_a_key_that_stays(w):
     return step
 
 
-@state("rerun")
+@state()
 def as_keys_of_what_is_returned(w):
     t = trainer(w)
 
@@ -710,7 +710,7 @@ def of_containers(w):
     return step
 
 
-@state("rerun")
+@state()
 def by_a_function(w):
     t = trainer(w)
 

@@ -95,9 +95,9 @@ class Sequenced:
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A dict, as pairs of keys (each a string or int, or given) and items."""
+    """A dict, as pairs of keys (each a string or int, given, or a text in parts) and items."""
 
-    items: tuple[tuple[str | int | Given, object], ...]
+    items: tuple[tuple[str | int | Given | Joined, object], ...]
 
 
 Tree = Slot | HostSlot | Joined | Given | Sequenced | Mapped
@@ -151,7 +151,9 @@ def rebuilt(
             return parts if kind == "list" else tuple(parts)
         case Mapped(items):
             return {
-                given[k.index] if isinstance(k, Given) else k: rebuilt(v, made, host, given)
+                rebuilt(k, made, host, given) if isinstance(k, (Given, Joined)) else k: rebuilt(
+                    v, made, host, given
+                )
                 for k, v in items
             }
     raise AssertionError(tree)
@@ -247,7 +249,7 @@ def _expression(tree: Tree) -> str:
             return f"{_expression(kind)}({', '.join(map(_expression, items))})"
         case Mapped(items):
             pairs = (
-                f"{_expression(k) if isinstance(k, Given) else repr(k)}: {_expression(v)}"
+                f"{_expression(k) if isinstance(k, (Given, Joined)) else repr(k)}: {_expression(v)}"
                 for k, v in items
             )
             return f"{{{', '.join(pairs)}}}"
