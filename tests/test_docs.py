@@ -33,6 +33,7 @@ from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
 from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.sorting import deal_sorted
+from tracejit.schedule.cpu.taps import write_out_taps
 from tracejit.schedule.cpu.text import parse_cpu_kernel
 from tracejit.schedule.cpu.tiles import orient, tile
 from tracejit.schedule.cpu.unpack import unpack
@@ -222,6 +223,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "orient": on_kernel(orient),
     "write_out_phases": on_kernel(write_out_phases),
     "copy_planes": on_kernel(copy_planes),
+    "write_out_taps": on_kernel(write_out_taps),
     "choose_loops": on_kernel(choose_loops),
     "deal_sorted": on_kernel(deal_sorted),
     "cache_rows": on_kernel(cache_rows),

@@ -186,5 +186,5 @@ def test_plans_of_one_step_share_the_memory_of_a_gradient():
     step = tracejit.compile(branching())
     peak = allocated_peak(step, calls)
     assert len(step.plans) == 3 and step.explain_mode().startswith("rerun")
-    works = max(c.program._arena_bytes for c in step._programs.kept)
+    works = max(c.program.arena_bytes for c in step._programs.kept)
     assert gradient <= peak <= gradient + works + 4096

@@ -21,6 +21,7 @@ from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, CpuPlan
 from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
+from tracejit.schedule.cpu.taps import write_out_taps
 from tracejit.schedule.cpu.text import (
     identity,
     parse_cpu_kernel,
@@ -36,7 +37,7 @@ from tracejit.schedule.cpu.tiles import (
 )
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.cpu.windows import windows_of
-from tracejit.schedule.kernel import Axis, FloorDiv, Index, Load
+from tracejit.schedule.kernel import Axis, Compute, FloorDiv, Index, Load, Reduce, Store
 from tracejit.schedule.kernel_text import parse_kernel
 from tracejit.schedule.plan import Plan
 
@@ -330,6 +331,59 @@ kernel(b0: f32 r, b1: f32 w) over (i0: 6) {
     store b1[i0] <- v2
   }
 }"""
+
+
+POOLED = """
+    kernel(b0: f32 r, b1: f32 w, b2: i64 w) over (i0: 3, i1: 4) {
+      stage (i2: 2, i3: 2) {
+        v1: f32 = load b0[i0 * 16 + i1 * 2 + i2 * 8 + i3]
+        v2: f32 = reduce_max v1
+      }
+      stage (i2: 2, i3: 2) {
+        v3: f32 = load b0[i0 * 16 + i1 * 2 + i2 * 8 + i3]
+        v4: b1 = eq(v3, v2)
+        v5: i64 = position i2 * 8 + i3
+        v6: i64 = where(v4, v5, 64)
+        v7: i64 = reduce_min v6
+      }
+      stage () {
+        store b1[i0 * 4 + i1] <- v2
+        store b2[i0 * 4 + i1] <- v7
+      }
+    }"""
+
+
+def test_taps_of_several_stages_are_loaded_once():
+    found = write_out_taps(parse_cpu_kernel(dedent(POOLED))).kernel
+    (stage,) = found.stages
+    assert not found.axes and [a.name for a in stage.axes] == ["i0", "i1"]
+    loads = [s for s in stage.body if isinstance(s, Load)]
+    assert [s.index.offset for s in loads] == [0, 1, 8, 9]
+    folds = [s.op.name for s in stage.body if isinstance(s, Compute) and s.op.name != "where"]
+    assert folds.count("maximum") == folds.count("minimum") == 3 and folds.count("eq") == 4
+    assert not any(isinstance(s, Reduce) for s in stage.body)
+    stores = {s.buffer: s.value.id for s in stage.body if isinstance(s, Store)}
+    assert stores == {"b1": 2, "b2": 7}
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("i3: 2", "i3: 9"),  # a loop for vectors
+        ("i3: 2", "i3: 5"),  # ten taps
+        ("f32", "bf16"),
+        ("i2 * 8 + i3]", "(i2 // 2) * 8 + i3]"),
+        ("        store b1", "        v8: f32 = load b1[i0 * 4]\n        store b1"),
+        ("over (i0: 3, i1: 4)", "over ()"),
+    ],
+)
+def test_other_reductions_stay(old, new):
+    assert old in POOLED
+    text = POOLED.replace(old, new)
+    if new == "over ()":
+        text = text.replace("i0 * 16 + i1 * 2 + ", "").replace("[i0 * 4 + i1]", "[0]")
+    kernel = parse_cpu_kernel(dedent(text))
+    assert write_out_taps(kernel) is kernel
 
 
 def test_remainders_are_folded():

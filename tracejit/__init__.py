@@ -6,10 +6,12 @@ from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
 from tracejit.saved.loaded import LoadedStep, load
+from tracejit.static import Graph
 
 __all__ = [
     "CapturedStep",
     "CompiledStep",
+    "Graph",
     "LoadedStep",
     "Stats",
     "__version__",

@@ -140,6 +140,18 @@ class CannotSave(TracejitError, RuntimeError):
     message = "{step} cannot be saved: {reason}. {remedy}"
 
 
+class CannotEject(TracejitError, RuntimeError):
+    """A step does something that a file without tracejit cannot."""
+
+    message = "{step} cannot be ejected: {reason}. {remedy}"
+
+
+class StaticGraphError(TracejitError, ValueError):
+    """A static graph was built, or fed, with what does not go together."""
+
+    message = "static graph: {reason}"
+
+
 class SavedFileError(TracejitError, ValueError):
     """A file that is no saved step, is damaged, or was written by a later version."""
 

@@ -23,6 +23,7 @@ from tracejit.schedule.plan import Plan
 if TYPE_CHECKING:
     from tracejit.capture.proof.prover import Prover
     from tracejit.ledger import Ledger
+    from tracejit.saved.record import SavedStep
 
 
 class Inspected:
@@ -53,16 +54,34 @@ class Inspected:
         Python decides what it does; and OSError where the file cannot be written.
         """
         from tracejit.saved.loaded import save
-        from tracejit.saved.save import Saving, saved_step
 
         with self._lock:
-            saving = Saving(self._programs.name, self._function)
-            options = {
-                "fuse": self.options.fuse,
-                "remat": self.options.remat,
-                "precision": torch.get_float32_matmul_precision(),
-            }
-            save(path, saved_step(saving, self._replays, options, self.explain_mode))
+            save(path, self._saved(self._replays))
+
+    def eject(self, path: str | os.PathLike) -> None:
+        """Write the plan that ran last as one Python file that needs torch, and a C compiler on the
+        CPU, Triton on a GPU: its kernels, the order of their launches, and what a call checks and
+        changes. See docs/ejecting.md.
+
+        Raises CannotEject for what such a file cannot do, CannotSave for a step that is not
+        replayed, and OSError where the file cannot be written.
+        """
+        from tracejit.export.eject import eject
+
+        with self._lock:
+            eject(self._saved(self._replays[:1]), path, self.options.backend)
+
+    def _saved(self, replays: list[Replay]) -> SavedStep:
+        """What a file keeps of the step."""
+        from tracejit.saved.save import Saving, saved_step
+
+        saving = Saving(self._programs.name, self._function)
+        options = {
+            "fuse": self.options.fuse,
+            "remat": self.options.remat,
+            "precision": torch.get_float32_matmul_precision(),
+        }
+        return saved_step(saving, replays, options, self.explain_mode)
 
     @property
     def graph(self) -> Graph | None:

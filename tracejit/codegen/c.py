@@ -46,6 +46,12 @@ static inline void tj_launch(const struct tj_run *run, void (*task)(void *, int6
 
 /* Not inlined: gcc 12 forgets the vector reductions of a function that it inlines. */
 #define TJ_TASK __attribute__((noinline)) static void
+#ifdef __clang__
+#define TJ_STRAIGHT TJ_TASK
+#else
+#define TJ_STRAIGHT \\
+  __attribute__((noinline, optimize("no-thread-jumps", "no-tree-pre"))) static void
+#endif
 
 static inline int64_t tj_least(int64_t a, int64_t b) {
   return a < b ? a : b;
@@ -120,7 +126,8 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
     blocks = [[*_described(lowered), *struct], *micros]
     for part in (*parts, *rest):
         if part.task is not None:
-            head = f"TJ_TASK {part.task.name}(void *arguments, int64_t chunk)"
+            kind = "TJ_STRAIGHT" if part.task.straight else "TJ_TASK"
+            head = f"{kind} {part.task.name}(void *arguments, int64_t chunk)"
             blocks.append(block(head, [Line("(void)chunk;"), *part.task.lines]))
     main += _sequence(parts, rounds) + _sequence(rest, 1)
     blocks.append(

@@ -16,18 +16,20 @@ from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import extents_of, has_value, stride, variables
 from tracejit.schedule.cpu.loops import Loop, dealt, split
 from tracejit.schedule.cpu.plan import Nest
-from tracejit.schedule.kernel import Axis, Kernel, Load, Reduce, Stage, Statement, Store
+from tracejit.schedule.kernel import Axis, Compute, Kernel, Load, Reduce, Stage, Statement, Store
 
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
 
 
 @dataclass
 class Task:
-    """A function that computes one chunk of a stage or kernel; `lines` is its body."""
+    """A function that computes one chunk of a stage or kernel; `lines` is its body. `straight`: the
+    compiler must not make branches of its selects."""
 
     name: str
     chunks: int
     lines: list[Line]
+    straight: bool = False
 
 
 @dataclass
@@ -60,12 +62,26 @@ def full_stage(
     head = [*opened(kernel, stage.body, name), *reduced_values(kernel, stage.body)]
     totals = [Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds]
     saved = [Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds]
-    task = Task(task_name, chunks, [*head, *units, *totals, *lines, *saved, *finished(lines)])
+    lines = [*head, *units, *totals, *lines, *saved, *finished(lines)]
+    task = Task(task_name, chunks, lines, _compares_extrema(stage.body))
     fields, after = [], []
     for f in folds:
         fields += partial_fields(f, chunks)
         after += combined(f, chunks)
     return Part(task, after), fields
+
+
+def _compares_extrema(body: Sequence[Statement]) -> bool:
+    """Whether values are compared that an extremum selected, as where a pooling looks for the place
+    of its maximum: gcc knows both outcomes then, and goes from one branch to the next."""
+    selected: set[int] = set()
+    for s in body:
+        if isinstance(s, Compute):
+            if s.op.name in ("maximum", "minimum"):
+                selected.add(s.out.id)
+            elif s.op.name in ("eq", "ne") and any(v.id in selected for v in variables(s)):
+                return True
+    return False
 
 
 def finished(lines: Sequence[Line]) -> list[Line]:

@@ -1,9 +1,9 @@
 """A contraction as C: tiles of the result, and the rest of the stage's body over each while hot.
 
-Five ways: tiles dealt to threads, after a task that packs the operands where that is needed; tiles
-that pack their own part of B; tiles that read A through windows; slices of k dealt to threads, for
-results much smaller than the operands; and one loop along k per result, for products with a vector.
-The reductions of the body go along.
+Six ways: tiles dealt to threads, after a task that packs the operands where that is needed; tiles
+that pack their own part of B; tiles that read A through windows; convolutions by transforms; slices
+of k dealt to threads, for results much smaller than the operands; and one loop along k per result,
+for products with a vector. The reductions of the body go along.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_runs import all_digits, in_runs
 from tracejit.codegen.c_text import block, rounded, value_type
 from tracejit.codegen.c_windows import source, table_task, tables, turn_tile
+from tracejit.codegen.c_winograd import winograd_tasks
 from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
@@ -53,6 +54,12 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     if way == "dots":
         fields.append(Line(f"{c.type} *packed;"))
         return _dots(c, folds, after), fields, []
+    if way == "winograd":
+        fields.append(Line(f"{c.type} *packed;"))
+        tasks, micros = winograd_tasks(c, folds, _epilogue(c, folds))
+        parts = [Part(task, []) for task in (pack_task(c), *tasks)]
+        parts[-1].after += after
+        return parts, fields, micros
     micros, tile_lines = tile(c)
     if way == "slices":
         fields.append(Line(f"{c.type} *packed;"))

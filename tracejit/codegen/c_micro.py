@@ -30,7 +30,7 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class _Strips:
+class Strips:
     """Strips of one kind: which ones (a C condition), the lanes of their vectors, and their B."""
 
     condition: str
@@ -72,13 +72,13 @@ def _a(c: Contraction) -> Operand:
     return Operand(f"{c.a_load.buffer} + {fixed}", step.get(m.name, 0), step.get(k.name, 0))
 
 
-def _strips(c: Contraction) -> list[_Strips]:
+def _strips(c: Contraction) -> list[Strips]:
     """Whole strips read directly, whole strips from packed memory (all, or the ragged last one),
     and a last strip of fewer vectors."""
     place = "column + strip"
     if c.panels:
         from_panel = Operand(f"panel + strip * {PANEL_DEPTH}", 1, c.strip)
-        return _kinds(c, place, from_panel, from_panel)
+        return strip_kinds(c, place, from_panel, from_panel)
     number = f"(({place}) / {c.strip} - {c.tiling.packed_from})"
     address = f"packed + {c.a_elements}{c.slot} + {number} * {c.strip * c.k.extent}"
     packed = direct = Operand(address, 1, c.strip)
@@ -86,10 +86,14 @@ def _strips(c: Contraction) -> list[_Strips]:
         fixed = c.body.index(c.b_load.index, {c.n.name: "0", c.k.name: "0"})
         k_step = dict(c.b_load.index.terms).get(c.k.name, 0)
         direct = Operand(f"{c.b_load.buffer} + {fixed} + {place}", 1, k_step)
-    return _kinds(c, place, packed, direct)
+    return strip_kinds(c, place, packed, direct)
 
 
-def _kinds(c: Contraction, place: str, packed: Operand, direct: Operand) -> list[_Strips]:
+def strip_kinds(
+    c: Contraction, place: str, packed: Operand, direct: Operand | None = None
+) -> list[Strips]:
+    """The strips whose first column is `place`, by kind: those of B where it lies, packed ones, the
+    last one."""
     vectors = (c.lanes,) * c.tiling.vectors
     whole, rest = divmod(c.n.extent, c.strip)
     last_vectors = vectors_of(rest, c.lanes, c.size)
@@ -98,16 +102,16 @@ def _kinds(c: Contraction, place: str, packed: Operand, direct: Operand) -> list
     unpacked = min(c.tiling.packed_from, whole)
     kinds = []
     if unpacked:
-        kinds.append(_Strips(f"{place} < {unpacked * c.strip}", vectors, direct))
+        kinds.append(Strips(f"{place} < {unpacked * c.strip}", vectors, direct))
     if whole > unpacked:
-        kinds.append(_Strips(f"{place} < {whole * c.strip}", vectors, packed))
+        kinds.append(Strips(f"{place} < {whole * c.strip}", vectors, packed))
     if rest:
         last = packed if c.tiling.packed_from < c.strips else direct
-        kinds.append(_Strips(f"{place} == {whole * c.strip}", last_vectors, last))
+        kinds.append(Strips(f"{place} == {whole * c.strip}", last_vectors, last))
     return kinds
 
 
-def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: _Strips) -> list[Line]:
+def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Strips) -> list[Line]:
     """All rows of a tile under one strip."""
     rows, extent = c.tiling.rows, c.m.extent
     partial = c.tiling.deep or c.tiling.way == "slices"  # of k
@@ -121,7 +125,7 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: _St
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
 
     def call(count: int) -> str:
-        name = _micro(c, micros, count, kind.vectors, a, kind.b)
+        name = micro_of(c, micros, count, kind.vectors, a, kind.b)
         to = f"tile + r * {c.tiling.tile_columns} + strip"
         return f"{name}({depth}, {a_from}, b, {to}, {add});"
 
@@ -132,7 +136,7 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: _St
     return lines
 
 
-def _micro(
+def micro_of(
     c: Contraction,
     micros: dict[str, list[Line]],
     rows: int,

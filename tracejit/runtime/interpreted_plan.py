@@ -30,11 +30,11 @@ class InterpretedPlan:
         self.layout = layout_of(plan)
         self.sources = tuple(launch.source for launch in launches)
         self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
-        self._launches = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
+        self.launched = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
         self._slots = [slot for launch in plan.launches for slot in launch.scalars]
         self._workspace = np.zeros(workspace_bytes(launches), np.int8)
         self._sizes = [memory_bytes(buffer) for buffer in plan.buffers]
-        self._calls = [_of_host(launch) for launch in self._launches]
+        self._calls = [_of_host(launch) for launch in self.launched]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         """Run every launch in order."""
@@ -58,7 +58,7 @@ class InterpretedPlan:
     def _run(self, addresses: Sequence[int], scalars: Sequence[float], mark: Callable) -> None:
         table = np.array([scalars[slot] for slot in self._slots], np.float64)
         mark()
-        for number, launch in enumerate(self._launches):
+        for number, launch in enumerate(self.launched):
             try:
                 self._run_launch(launch, addresses, table, number)
             except BaseException:

@@ -72,11 +72,11 @@ class LaunchedPlan:
             )
         self.sources = tuple(launch.source for launch in launches)
         self._ran = [launch.geometry.grid[0] > 0 for launch in launches]
-        self._launches = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
+        self.launched = [one for one, ran in zip(launches, self._ran, strict=True) if ran]
         self._slots = [slot for launch in plan.launches for slot in launch.scalars]
         self._pack = Struct(f"{len(self._slots)}d").pack
         self._states: OrderedDict[int, StreamState] = OrderedDict()
-        self._work_bytes = workspace_bytes(self._launches)
+        self._work_bytes = workspace_bytes(self.launched)
         self._ring = Ring(device, 8 * len(self._slots)) if self._slots else None
         self._zeros: torch.Tensor | None = None
         if self._work_bytes:
@@ -87,7 +87,7 @@ class LaunchedPlan:
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
         self._graphs = MIN_LAUNCHES if knobs.graphs() else 0  # launches of the least that is one
         self._required, self._why_not = False, ""
-        for number in range(len(self._launches)):
+        for number in range(len(self.launched)):
             self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
 
     # ---- running
@@ -232,7 +232,7 @@ class LaunchedPlan:
 
     def maker(self, places: Sequence[Place], residues: Sequence[int]) -> Maker | None:
         """What makes graphs of the launches; None where they stay launches."""
-        if not 0 < self._graphs <= len(self._launches):
+        if not 0 < self._graphs <= len(self.launched):
             return None
         written: dict[int, int] = {}
         fresh, inputs = set(), set()
@@ -262,7 +262,7 @@ class LaunchedPlan:
     ) -> LoadedKernel:
         """The kernel of a launch, for buffers that lie so many bytes behind a multiple of 16; it
         loads the addresses of the buffers `through` from a table."""
-        launch = self._launches[number]
+        launch = self.launched[number]
         kernel = launch.launch.kernel
         aligned = [residues[i] % _ALIGNED == 0 for i in launch.buffers]
         pointers = [
@@ -313,11 +313,11 @@ class LaunchedPlan:
         runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 2)]
         throughs = [
             frozenset([k for k, i in enumerate(launch.buffers) if places[i][0] in moved])
-            for launch in self._launches
+            for launch in self.launched
         ]
         words = sum(len(through) + len(through) % 2 for through in throughs)
         listed: list[Place] = []
-        for number, (launch, through) in enumerate(zip(self._launches, throughs, strict=True)):
+        for number, (launch, through) in enumerate(zip(self.launched, throughs, strict=True)):
             loaded = self._loaded(number, of_buffers, through)
             kernel = launch.launch.kernel
             pointers = [places[i] for k, i in enumerate(launch.buffers) if k not in through]
@@ -348,8 +348,8 @@ class LaunchedPlan:
     def _error(self, number: int, what: str, error: Exception) -> LaunchError:
         name, lines = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph"}.get(number), []
         if name is None:
-            launch = self._launches[number]
-            name = f"launch {number + 1} of {len(self._launches)} ({launch.source.name})"
+            launch = self.launched[number]
+            name = f"launch {number + 1} of {len(self.launched)} ({launch.source.name})"
             lines = launch.launch.kernel.lines
         shown = ", ".join(lines[:3]) + (", …" if len(lines) > 3 else "")
         return LaunchError(
@@ -373,12 +373,12 @@ class Launcher:
         failed: WeakMethod,  # of the plan, whose streams hold launchers
         mark: Callable[[], None] | None,
     ):
-        self._launches, self._maker, self._failed, self._mark = launches, maker, failed, mark
+        self.launched, self._maker, self._failed, self._mark = launches, maker, failed, mark
 
     def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> Give:
         found = state.calls.get(self)
         if found is None:
-            calls = Calls(self._launches, state, self._failed, self._mark)
+            calls = Calls(self.launched, state, self._failed, self._mark)
             graphed = state.kept and self._maker is not None
             found = state.calls[self] = calls, Replays(self._maker) if graphed else None
             if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew

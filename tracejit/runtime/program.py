@@ -67,7 +67,7 @@ class Program:
             for i, place in layout.places.items()
         ]
         some = any(place.room is None for place in layout.places.values())
-        self._arena_bytes = max(layout.arena_bytes, int(some))
+        self.arena_bytes = max(layout.arena_bytes, int(some))
         self._arena = memory.arena(device)
         # the one element of a result, of any dtype
         self.read = getattr(self.loaded, "read", host_memory.read)
@@ -97,8 +97,8 @@ class Program:
             f"fresh{k}, place{k} = output{k}.take({reusable})" for k in range(len(self._outputs))
         ]
         names = {f"output{k}": output for k, output in enumerate(self._outputs)}
-        if self._arena_bytes:
-            gather += [f"held = take({self._arena_bytes})", "arena = held[0]"]
+        if self.arena_bytes:
+            gather += [f"held = take({self.arena_bytes})", "arena = held[0]"]
             names |= {"take": self._arena.take, "give": self._arena.give}
             run = replace(run, run=f"{run.run}; give(held)")
         whole = replace(run, gather=[*gather, *run.gather], names=run.names | names)

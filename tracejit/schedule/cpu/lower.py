@@ -15,6 +15,7 @@ from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.planes import copy_planes
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.sorting import deal_sorted
+from tracejit.schedule.cpu.taps import write_out_taps
 from tracejit.schedule.cpu.tiles import orient, tile
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.plan import Plan
@@ -39,6 +40,7 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
         orient,
         write_out_phases,
         copy_planes,
+        write_out_taps,
         choose_loops,  # first: caching a row is worth it only if loops go along it
         deal_sorted,
         cache_rows,

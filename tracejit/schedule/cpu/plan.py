@@ -37,9 +37,9 @@ class Tiling:
     """How a contraction is cut, for vectors of `vector_bytes`.
 
     way: "tiles" of the result are dealt to threads; or "panels", tiles that pack their own part of
-        B; or "windows", tiles that read A through tables of places; or "slices" of k, for results
-        much smaller than the operands; or "dots", one loop along k per result, for products with a
-        vector.
+        B; or "windows", tiles that read A through tables of places; or "winograd", convolutions by
+        transforms (winograd.py); or "slices" of k, for results much smaller than the operands; or
+        "dots", one loop along k per result, for products with a vector.
     rows, vectors: the block of the result that a micro-kernel keeps in registers.
     tile_rows, tile_columns: the block that stays in the first cache.
     a: "direct" where A is read as it lies; else it is packed with k contiguous ("rows"), or in

@@ -12,19 +12,18 @@ without masks: it loads all taps from the array.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import contiguous_strides, f32, f64
 from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, places, variables
-from tracejit.schedule.cpu.phases import FOLDS, fresh_numbers, renamed
+from tracejit.schedule.cpu.phases import FOLDS, fresh_numbers
 from tracejit.schedule.cpu.plan import CpuKernel
 from tracejit.schedule.cpu.rows import KEPT_BYTES
+from tracejit.schedule.cpu.taps import copy_at, fixed_at, points_of
 from tracejit.schedule.index import add, bounds, scale
 from tracejit.schedule.kernel import (
     Axis,
@@ -122,7 +121,7 @@ class _Slide:
         fold, where = OPS[FOLDS[self.reduce.op.name]], self.reduce.where
         body: list[Statement] = []
         total: Operand | None = None
-        points = _points(taps.axes)
+        points = points_of(taps.axes)
         for at in points:
             names = self._tap(at, body, self.each, fresh)
             value = names[self.reduce.value]
@@ -146,12 +145,12 @@ class _Slide:
         body = [s for s in self.each if s.out.id not in depends]
         each = tuple(s for s in self.each if s.out.id in depends)
         after: list[Statement] = []
-        for at in _points(self.within):
+        for at in points_of(self.within):
             names = self._tap(at, body, each, fresh)
             out = Var(next(fresh), self.reduce.out.dtype)
             value = names.get(self.reduce.value, self.reduce.value)
             body.append(replace(self.reduce, out=out, value=value))
-            _copy(last.body, at, after, fresh, {self.reduce.out: out})
+            copy_at(last.body, at, after, fresh, {self.reduce.out: out})
         return self._kernel(Stage(stage.axes, tuple(body)), Stage((), tuple(after)))
 
     def _kernel(self, *stages: Stage) -> Kernel:
@@ -180,36 +179,15 @@ class _Slide:
     ) -> dict[Var, Var]:
         """Append the statements of one tap; returns what its values are called."""
         seen = Var(next(fresh), self.value.dtype)
-        position = {d.axis: add([_fixed(d.position, at)], -d.low) for d in self.directions}
+        position = {d.axis: add([fixed_at(d.position, at)], -d.low) for d in self.directions}
         parts = [
             scale(position.get(axis, Index(((axis.name, 1),))), stride)
             for axis, stride in self._strides()
         ]
         body.append(Load(seen, PLANE, add(parts), (), self.load.where))
         names = {self.value: seen}
-        _copy(each, at, body, fresh, names)
+        copy_at(each, at, body, fresh, names)
         return names
-
-
-def _copy(
-    statements: Sequence[Statement],
-    at: Mapping[str, int],
-    body: list[Statement],
-    fresh: Iterator[int],
-    names: dict[Var, Var],
-) -> None:
-    """Append statements at one point of some axes, with new names for their results."""
-    for s in map_statements(statements, partial(_fixed, at=at)):
-        if not isinstance(s, Store):
-            names[s.out] = Var(next(fresh), s.out.dtype)
-        body.append(renamed(s, names))
-
-
-def _points(axes: Sequence[Axis]) -> list[dict[str, int]]:
-    """All points of some axes."""
-    names = [a.name for a in axes]
-    ranges = itertools.product(*(range(a.extent) for a in axes))
-    return [dict(zip(names, point, strict=True)) for point in ranges]
 
 
 def copied_planes(kernel: Kernel) -> Kernel | None:
@@ -321,9 +299,3 @@ def _live(statements: tuple[Statement, ...], value: Var) -> tuple[Statement, ...
             needed |= {v.id for v in variables(s)}
             found.append(s)
     return tuple(reversed(found))
-
-
-def _fixed(index: Index, at: Mapping[str, int]) -> Index:
-    """An index at one point of some axes."""
-    kept = tuple((atom, c) for atom, c in index.terms if atom not in at)
-    return Index(kept, index.offset + sum(at[atom] * c for atom, c in index.terms if atom in at))

@@ -18,6 +18,7 @@ from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
 from tracejit.schedule.cpu.digits import is_split
 from tracejit.schedule.cpu.plan import LINE, CpuKernel, Tiling
 from tracejit.schedule.cpu.windows import Windows, windows_of
+from tracejit.schedule.cpu.winograd import Winograd, winograd_of
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
 TILE_BYTES = 32 << 10  # of a tile of the result
@@ -55,6 +56,9 @@ def orient(kernel: CpuKernel) -> CpuKernel:
     dot = replace(dot, a=dot.b, a_value=dot.b_value, b=dot.a, b_value=dot.a_value)
     turned = replace(stage, axes=(*batch, n, m), dot=dot)
     other = replace(kernel, kernel=replace(kernel.kernel, stages=(turned, *rest)))
+    for either in (kernel, other):
+        if by_winograd(either.kernel) is not None:
+            return either
     here, there = by_windows(kernel.kernel), by_windows(other.kernel)
     if here is not None or there is not None:  # the side that is read more often
         return other if here is None or (there is not None and there.share < here.share) else kernel
@@ -72,6 +76,12 @@ def by_windows(kernel: Kernel) -> Windows | None:
         return None
     found = windows_of(m, stage.dot.k, stage.dot.a)
     return found if found is not None and found.is_worth_a_copy(acc.itemsize) else None
+
+
+def by_winograd(kernel: Kernel) -> Winograd | None:
+    """The convolution that a contraction computes by transforms, if it is to do so."""
+    windows, stage = by_windows(kernel), kernel.stages[0]
+    return None if windows is None else winograd_of(windows, stage.dot, stage.axes[-1].extent)
 
 
 def tile(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
@@ -145,6 +155,9 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     windows = by_windows(kernel)
     most_rows = 14 if windows is None else WINDOWS_ROWS
     sums = accumulators(vector_bytes)
+    winograd = by_winograd(kernel)
+    if winograd is not None:
+        return _for_winograd(kernel, winograd, vector_bytes)
     cut = blocking(max(m, 1), max(n, 1), lanes, sums, size, most_rows)
     work = batches * m * n * k * 2 // lanes
     way, slices = "tiles", 1
@@ -167,9 +180,7 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     if way == "panels":
         packed_from = -(-n // (cut[1] * lanes))
     elif way == "windows":
-        a, packed_from = "copied", 0
-        if plain(windows.apart, stage.dot.a_value, acc) is not None:
-            a = "direct"
+        a, packed_from = "copied" if _plain_image(windows, stage.dot) is None else "direct", 0
     tiling = Tiling(vector_bytes, way, *cut, slices, a, packed_from, deep, batches, 1, 1)
     whole = Contraction(kernel, tiling)
     round_ = max(1, batches)
@@ -198,6 +209,11 @@ def plain(body: Sequence[Statement], value: Operand, acc: DType, unit: str = "")
     if load.mask or not by_axes or load.out.dtype is not acc:
         return None
     return load if not unit or stride(load.index, unit) == 1 else None
+
+
+def _plain_image(windows: Windows, dot: Dot) -> Load | None:
+    """The load that windows can read where it lies."""
+    return plain(windows.apart, dot.a_value, accumulator(dot))
 
 
 def _by_dots(axes: Sequence[Axis], dot: Dot, batches: int) -> bool:
@@ -242,6 +258,21 @@ def _for_windows(
     tall = max(1, WINDOWS_TILE // columns // rows) * rows
     cut = rows, vectors, min(tall, -(-m // rows) * rows), columns
     return _for_threads(cut, 1, m, n, work)
+
+
+def _for_winograd(kernel: Kernel, w: Winograd, vector_bytes: int) -> Tiling:
+    """The tiling of a convolution by transforms: a tile is a unit under one strip."""
+    stage = kernel.stages[0]
+    lanes = vector_bytes // 4
+    rows, vectors, *_ = blocking(w.products[0], w.columns, lanes, accumulators(vector_bytes), 4)
+    a = "copied" if _plain_image(by_windows(kernel), stage.dot) is None else "direct"
+    tiling = Tiling(
+        vector_bytes, "winograd", rows, vectors, w.rows, vectors * lanes, 1, a, 0, True, 1, 1, 1
+    )
+    c = Contraction(kernel, tiling)
+    cost = c.per_batch * (weight((*stage.dot.a, *stage.dot.b)) + 2)
+    packs = max(1, min(c.a_units + c.b_units, cost // GRAIN, MAX_CHUNKS))
+    return replace(tiling, chunks=w.chunks, pack_chunks=packs)
 
 
 def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
@@ -339,7 +370,8 @@ class Contraction:
         self.strips = -(-self.n.extent // self.strip)
         self.round = tiling.round
         self.rounds = -(-self.batches // self.round) if self.batches else 0
-        self.windows = by_windows(kernel) if tiling.way == "windows" else None
+        self.windows = by_windows(kernel) if tiling.way in ("windows", "winograd") else None
+        self.winograd = by_winograd(kernel) if tiling.way == "winograd" else None
 
     # --- units of packing, per batch
 
@@ -404,7 +436,7 @@ class Contraction:
     @property
     def table_elements(self) -> int:
         """Two tables of places, of the rows and of k, of 32 bits each."""
-        if self.windows is None:
+        if self.tiling.way != "windows":
             return 0
         return -(-(self.m.extent + self.k.extent) * 4 // self.size // self.lanes) * self.lanes
 
@@ -426,4 +458,9 @@ class Contraction:
             return 0
         if self.tiling.way == "dots":
             return self.m.extent * self.n.extent * self.size
-        return (self.round * self.per_batch + self.slices_elements) * self.size
+        more = self.slices_elements
+        if self.winograd is not None:
+            strips = self.strips, self.strip
+            more = self.winograd.shared_elements(*strips)
+            more += self.tiling.chunks * self.winograd.chunk_elements(*strips)
+        return (self.round * self.per_batch + more) * self.size

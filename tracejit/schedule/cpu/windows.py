@@ -11,7 +11,7 @@ its place is a sum over digits: a table for the rows and one for k.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -115,10 +115,11 @@ def _planes(
             step = -step
         groups.setdefault(tuple(c // step for c in moves), []).append((name, step))
     found = []
-    for direction, members in groups.items():
-        common = math.gcd(*(step for _, step in members))
-        steps = tuple((name, step // common) for name, step in members)
-        found.append((tuple(c * common for c in direction), steps))
+    for direction, whole in groups.items():
+        for members in _close(whole, extents):
+            common = math.gcd(*(step for _, step in members))
+            steps = tuple((name, step // common) for name, step in members)
+            found.append((tuple(c * common for c in direction), steps))
     at = next((i for i, index in enumerate(indices) if index == order), 0)
     found.sort(key=lambda one: -abs(one[0][at]))
     planes = []
@@ -127,3 +128,18 @@ def _planes(
         low, high = sum(min(e, 0) for e in ends), sum(max(e, 0) for e in ends)
         planes.append(Plane(f"i{FIRST + number}", high - low + 1, low, steps))
     return tuple(planes), tuple(direction for direction, _ in found)
+
+
+def _close(
+    members: Sequence[tuple[str, int]], extents: Mapping[str, int]
+) -> list[list[tuple[str, int]]]:
+    """Digits that move in one ratio, parted where their positions lie apart, such as an image and a
+    channel with pixels between them. A plane of both would be mostly gaps."""
+    parts: list[list[tuple[str, int]]] = []
+    span = 0  # of the digits so far
+    for name, step in sorted(members, key=lambda member: abs(member[1])):
+        if not parts or abs(step) > span + abs(parts[-1][0][1]):
+            parts.append([])
+        parts[-1].append((name, step))
+        span += abs(step) * (extents[name] - 1)
+    return parts

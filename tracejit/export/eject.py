@@ -1,0 +1,152 @@
+"""`step.eject(path)`: a step as one Python file that runs without tracejit.
+
+In: a SavedStep (`saved/save.py`). Out: the text of a file: the kernels of its first plan in C or
+Triton, the class `Step` whose calls check their arguments, compute the step's numbers, launch the
+kernels in their order and commit what the step changes, and a `main` that tries it. Running it
+gives the bits that the step gives.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from tracejit.capture.effects.captured import Captured
+from tracejit.errors import CannotEject
+from tracejit.export.eject_c import CKernels
+from tracejit.export.eject_call import CallText, Kernels
+from tracejit.export.eject_text import SCRIPT, identifier, indented, listed, quoted
+from tracejit.export.eject_triton import TritonKernels
+from tracejit.ir.types import contiguous_strides
+from tracejit.options import Options
+from tracejit.pipeline import Pipeline, Stats
+from tracejit.runtime.memory import Memory
+from tracejit.runtime.program import Program
+from tracejit.saved.record import SavedPlan, SavedStep
+
+
+def eject(step: SavedStep, path: str | os.PathLike, backend: str = "auto") -> None:
+    """Write the file of a step's first plan, for a backend of `tracejit.compile`. Raises
+    CannotEject for what it cannot say, and OSError where the file cannot be written."""
+    text = Ejected(step, Path(path).stem, backend).text()
+    Path(path).write_text(text, encoding="utf-8")
+
+
+class Ejected:
+    """The file of one plan; `module` is how it will be imported."""
+
+    def __init__(self, step: SavedStep, module: str, backend: str):
+        self.step, self.module, self.backend = step, module, backend
+        self.plan: SavedPlan = step.plans[0]
+        paths = tuple((place.kind, place.key) for place in self.plan.scalars)
+        self.captured: Captured = replace(self.plan.captured, paths=paths)
+        self.device = next((spec.device for _, spec in self.plan.tensors), "cpu")
+        self._refuse()
+        self.program = self._program()
+        self.kernels = self._kernels()
+
+    # ---- what there is
+
+    def _refuse(self) -> None:
+        c = self.captured
+        if c.draws:
+            raise self.refused("it draws random numbers", "Pass them to it as arguments")
+        if c.early:
+            where = c.cuts[c.early[0]].where
+            remedy = "Return the value, and decide outside"
+            raise self.refused(f"it computes with a value that Python reads at {where}", remedy)
+        if c.checks is not None:
+            reason = "it looks at values that it computes, which eager refuses out of range"
+            raise self.refused(reason, "Check them before the step")
+        if c.effects.escaped:
+            raise self.refused("it keeps an intermediate in an object", "Return it")
+
+    def refused(self, reason: str, remedy: str) -> CannotEject:
+        return CannotEject(step=self.step.name, reason=reason, remedy=remedy)
+
+    def _program(self) -> Program:
+        chosen = {name: self.step.options[name] for name in ("fuse", "remat")}
+        options = Options(backend=self.backend, **chosen)
+        name = identifier(self.step.name, set())
+        pipeline = Pipeline(name, f"the step {self.step.name}", Stats(), options)
+        executor = pipeline.executor(self.captured.graph, self.step.options["precision"])
+        program, _ = pipeline.build(self.captured.graph, executor, Memory())
+        for launch in program.plan.launches:
+            if launch.kernel.call is not None:
+                reason = f"it calls {launch.kernel.call.op.name} of LAPACK"
+                raise self.refused(reason, "Call that outside of the step")
+        return program
+
+    def _kernels(self) -> Kernels:
+        if self.program.executor == "c":
+            return CKernels(self.program)
+        if hasattr(self.program.loaded, "launched"):
+            return TritonKernels(self.program, self.device)
+        raise self.refused("it runs on numpy", 'Compile it with backend="c"')
+
+    # ---- the file
+
+    def text(self) -> str:
+        """The whole file."""
+        call = CallText(self.plan, self.captured, self.program, self.kernels, self.refused)
+        lines = call.lines()
+        numbers = [f"{quoted(k)}: {v!r}," for k, v in self.step.numbers.items()]
+        imports = [*self.kernels.imports]
+        for module in ("ctypes", "math"):
+            if any(f"{module}." in line for line in lines):
+                imports.append(f"import {module}")
+        own = [x for x in sorted(set(imports)) if x.startswith("import ")]
+        own += [x for x in sorted(set(imports)) if x.startswith("from ")]
+        fields = {
+            "name": self.step.name,
+            "module": self.module,
+            "needs": self.kernels.needs,
+            "arguments": ", ".join(a.name for a in self.plan.arguments),
+            "imports": "\n".join(own),
+            "others": "\n".join(["import torch", *self.kernels.others]),
+            "state": self._state(),
+            "graded": listed("WITH_GRADIENT = [", [f"{quoted(x)}," for x in self._graded()], "]"),
+            "numbers": listed("NUMBERS = {", numbers, "}"),
+            "kernels": self.kernels.text,
+            "fields": "\n".join(indented(self.kernels.fields, 8)),
+            "signature": call.signature(),
+            "call": "\n".join(indented(lines, 8)),
+            "made_up": call.made_up(),
+            "device": "" if self.device == "cpu" else f", device={quoted(self.device)}",
+        }
+        text = SCRIPT
+        for name, value in fields.items():
+            text = text.replace(f"<<{name}>>", value)
+        return text
+
+    def _state(self) -> str:
+        rows = []
+        for name, tensor in self._own():
+            shape = tuple(tensor.shape)
+            grad = ", True" if tensor.requires_grad else ""
+            rows.append(f"{quoted(name)}: ({shape}, {tensor.dtype}{grad}),")
+        return listed("STATE = {", rows, "}")
+
+    def _own(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of the step, without gradients."""
+        gradients = set(self.step.gradients.values())
+        for name, tensor in self.step.tensors.items():
+            if name not in gradients:
+                if tensor.stride() != contiguous_strides(tuple(tensor.shape)):
+                    reason = f"{name} has strides {tensor.stride()}"
+                    raise self.refused(reason, "Make it contiguous")
+                yield name, tensor
+
+    def _numbers(self) -> list[tuple[str, int | float]]:
+        return list(self.step.numbers.items())
+
+    def _graded(self) -> Iterator[str]:
+        """The tensors whose gradients are there."""
+        for owner, grad in self.captured.grads_read:
+            place = self.plan.tensors[owner][0]
+            if grad is not None and place.kind == "state":
+                yield place.key

@@ -1,0 +1,317 @@
+"""A call of an ejected step, as the lines of `__call__`: whatever language its kernels are in.
+
+In: a SavedPlan, and its kernels (`eject_c.py`, `eject_triton.py`). Out: lines that look at the
+arguments, fetch the state, compute the step's numbers, take memory, launch, and commit.
+"""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from tracejit.capture.effects.captured import Captured
+from tracejit.capture.effects.late import among, cuts_behind
+from tracejit.capture.proof.guards import condition
+from tracejit.capture.signature import Keyed, Listed
+from tracejit.errors import CannotEject, TracejitError
+from tracejit.export.eject_commit import Commit
+from tracejit.export.eject_text import (
+    WIDE,
+    identifier,
+    indented,
+    is_reserved,
+    listed,
+    local_name,
+    quoted,
+)
+from tracejit.ir.graph import Value
+from tracejit.ir.hostcode import HostCode
+from tracejit.ir.torch_types import TO_TORCH
+from tracejit.ir.types import contiguous_strides
+from tracejit.runtime.program import Program
+from tracejit.saved.record import GivenNumber, GivenTensor, GivenValue, SavedPlan, Spec
+
+PASTED = re.compile(r"\b(math|np)_(\w+)\(")
+BARE = re.compile(r"(?<![\w)])\((\d[\w.]*)\)")  # a number in parentheses
+
+
+class Kernels(Protocol):
+    """The kernels of a program in a language, as parts of the file.
+
+    needs:   what the file needs besides torch, as text. imports: lines.
+    text:    what stands before the class: sources, how they are compiled and launched.
+    fields:  lines of `__init__`, which takes the memory of intermediates. begin: first lines of a
+        call.
+    """
+
+    needs: str
+    imports: Sequence[str]
+    text: str
+    fields: Sequence[str]
+    begin: Sequence[str]
+
+    def launches(self, at: dict[str, str], scalars: Sequence[str]) -> Iterator[str]:
+        """The lines that run the plan; `at` has an expression of a tensor for each buffer that is
+        an input or an output."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An outside tensor: what it is called in a call, and what it has to be."""
+
+    name: str
+    spec: Spec
+
+
+class CallText:
+    """The call of one plan. `refused(reason, remedy)` makes an error."""
+
+    def __init__(
+        self,
+        plan: SavedPlan,
+        captured: Captured,
+        program: Program,
+        kernels: Kernels,
+        refused: Callable[[str, str], CannotEject],
+    ):
+        self.plan, self.captured, self.program = plan, captured, program
+        self.kernels, self.refused = kernels, refused
+        self.taken: set[str] = {"self", "state", "numbers", "launch", "torch", "ctypes", "math"}
+        self.inputs: list[_Input] = []
+        self.code = HostCode()
+        self.scalars: dict[Value, str] = {}
+        self._said = 0  # lines of `code` that stand somewhere
+
+    def signature(self) -> str:
+        by_place = [a.name for a in self.plan.arguments if a.positional]
+        by_name = [a.name for a in self.plan.arguments if not a.positional]
+        more = [f"{short}=None" for short in self._short().values()]
+        parts = ["self", *by_place]
+        if by_name or more:
+            parts += ["*", *by_name, *more]
+        line = f"    def __call__({', '.join(parts)}):"
+        if len(line) <= WIDE:
+            return line
+        return listed("    def __call__(", [f"{p}," for p in parts], "    ):", 8)
+
+    def _short(self) -> dict[str, str]:
+        """What a number may be called in a call, by its name."""
+        used = [place.key for place in self.plan.scalars if place.kind == "number"]
+        taken = {a.name for a in self.plan.arguments} | {"self"}
+        return {name: identifier(name.rpartition(".")[2], taken) for name in dict.fromkeys(used)}
+
+    def lines(self) -> list[str]:
+        """The body of a call."""
+        lines = [*self._given(), *self._tensors(), *self._read_numbers()]
+        lines += self._assertions()
+        program, plan = self.program, self.program.plan
+        at: dict[str, str] = {}
+        outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
+        for k, b in enumerate(outputs):
+            shape, strides = tuple(b.type.shape), b.strides
+            kind = f"dtype={TO_TORCH[b.type.dtype]}"
+            if b.type.device != "cpu":
+                kind += f", device={quoted(b.type.device)}"
+            if strides is None or strides == contiguous_strides(shape):
+                lines.append(f"out{k} = torch.empty({shape}, {kind})")
+            else:
+                lines.append(f"out{k} = torch.empty_strided({shape}, {tuple(strides)}, {kind})")
+            at[b.name] = f"out{k}"
+        for b in plan.buffers:
+            if b.kind == "input":
+                at[b.name] = self.inputs[self.captured.sources[b.index][1]].name
+        given = {v: self._param(i) for v, i in plan.host_params}
+        scalars = self.code.add(plan.host, plan.scalars, given)
+        late = frozenset(self.captured.late)
+        host = self._host(lambda of: not of & late)
+        lines += self._new_code()
+        lines += self.kernels.launches(at, [self._pasted(x) for x in scalars])
+        results = [f"out{program._results[i]}" for i in range(len(program._results))]
+        lines += self._late(results)
+        host |= self._host(lambda of: bool(of & late))
+        lines += self._new_code()
+        numbers = [host[i] for i in range(len(host))]
+        commit = Commit(self.captured, [x.name for x in self.inputs], results, numbers)
+        lines += commit.lines()
+        if any("f32." in line for line in lines):
+            lines.insert(0, "f32 = ctypes.c_float()  # rounds what is stored in it")
+        used = [x for x in ("state", "numbers") if any(f"{x}[" in line for line in lines)]
+        return [*self.kernels.begin, *(f"{x} = self.{x}" for x in used), *lines]
+
+    def _param(self, index: int) -> str:
+        kind, i = self.captured.sources[index]
+        return self.scalars[self.captured.scalars[i]] if kind == "scalar" else self.inputs[i].name
+
+    def _given(self) -> Iterator[str]:
+        """Lines that look at the arguments; `self._found` says what of them is what."""
+        self._found: dict[tuple[str, int], str] = {}
+        for a in self.plan.arguments:
+            name = a.name
+            if is_reserved(name):
+                name = identifier(name, self.taken)
+                yield f"{name} = {a.name}"
+            self.taken.add(name)
+            yield from self._tree(a.tree, name)
+
+    def _tree(self, tree: object, text: str) -> Iterator[str]:
+        match tree:
+            case GivenTensor(index):
+                if index is not None:
+                    self._found["tensor", index] = text
+                    spec = self.plan.tensors[index][1]
+                    strides = spec.strides != contiguous_strides(spec.shape)
+                    more = f", {spec.strides}" if strides else ""
+                    kind = f"{spec.shape}, {TO_TORCH[spec.dtype]}{more}"
+                    yield f"check({text}, {quoted(text)}, {kind})"
+            case GivenNumber(index, whole):
+                self._found["number", index] = text if whole else f"float({text})"
+            case GivenValue(value):
+                yield f"assert {text} == {value!r}, {quoted(f'this file is for {text}={value!r}')}"
+            case Listed(_, items):
+                said = quoted(f"{text} has {len(items)} items")
+                yield f"assert len({text}) == {len(items)}, {said}"
+                for i, item in enumerate(items):
+                    yield from self._tree(item, f"{text}[{i}]")
+            case Keyed(items):
+                for key, item in items:
+                    of = quoted(key) if isinstance(key, str) else repr(key)
+                    yield from self._tree(item, f"{text}[{of}]")
+
+    def _tensors(self) -> Iterator[str]:
+        """A local for each outside tensor."""
+        grads = {grad: owner for owner, grad in self.captured.grads_read if grad not in (None, -1)}
+        for k, (place, spec) in enumerate(self.plan.tensors):
+            if place.kind == "argument":
+                text = self._found["tensor", k]
+                name = text if text.isidentifier() else identifier(place.key, self.taken)
+                if name != text:
+                    yield f"{name} = {text}"
+            elif place.kind == "state":
+                name = identifier(local_name(place.key), self.taken)
+                yield f"{name} = state[{quoted(place.key)}]"
+            else:
+                owner = self.inputs[grads[k]].name
+                name = identifier(f"{owner}_grad", self.taken)
+                yield f"{name} = {owner}.grad"
+                yield f'check({name}, "{owner}.grad", {spec.shape}, {TO_TORCH[spec.dtype]})'
+            self.inputs.append(_Input(name, spec))
+        for owner, grad in self.captured.grads_read:
+            if grad in (None, -1):
+                is_ = "is" if grad is None else "is not"
+                name = self.inputs[owner].name
+                yield f'assert {name}.grad {is_} None, "{name}.grad {is_} None in this file"'
+
+    def _read_numbers(self) -> Iterator[str]:
+        short = self._short()
+        read: set[str] = set()
+        for k, (value, place) in enumerate(
+            zip(self.captured.scalars, self.plan.scalars, strict=True)
+        ):
+            match place.kind:
+                case "argument":
+                    text = self._found["number", k]
+                case "number":
+                    text = short[place.key]
+                    self.taken.add(text)
+                    if text not in read:
+                        read.add(text)
+                        yield f"if {text} is None:"
+                        yield f"    {text} = numbers[{quoted(place.key)}]"
+                case "item":
+                    text = identifier(f"{self.inputs[place.key].name}_now", self.taken)
+                    yield f"{text} = {self.inputs[place.key].name}.item()"
+                case "cut":
+                    text = f"read{place.key}"
+                case _:
+                    text = f"({place.key!r})"
+            self.scalars[value] = text
+
+    def _assertions(self) -> Iterator[str]:
+        """What the plan is for: the decisions on numbers, and the ranges of indices."""
+        c = self.captured
+        later, said = c.decides, set()
+        for p in c.predicates:
+            if p in later:
+                continue
+            sides = self.code.add(c.host_nodes, [p.left, p.right], self.scalars)
+            test = self._pasted(condition(p, *sides)).replace("same_number(", "same(")
+            yield from self._new_code()
+            if test not in said:
+                said.add(test)
+                yield f"assert {test}, {quoted(f'this file is for {test}')}"
+        for b in c.bounds:
+            tensor = self.inputs[b.index].name
+            spec = self.plan.tensors[b.index][1]
+            if (b.shape, b.strides, b.offset) != (spec.shape, spec.strides, 0):
+                tensor = f"{tensor}.as_strided({b.shape}, {b.strides}, {b.offset})"
+            kind = _builtin(b.error)
+            message = quoted(str(b.error.fields["reason"]))
+            yield f"within({tensor}, {b.low}, {b.high}, {b.ignore}, {kind}, {message})"
+
+    def _new_code(self) -> Iterator[str]:
+        """The lines of host arithmetic that do not stand anywhere yet."""
+        for line in self.code.lines[self._said :]:
+            yield self._pasted(line)
+        self._said = len(self.code.lines)
+
+    def _pasted(self, line: str) -> str:
+        """A line of host arithmetic with functions by their own names."""
+        if "np_" in line or "round_" in line:
+            reason = f"it computes {line.strip()} on the host"
+            raise self.refused(reason, "Do this arithmetic outside")
+        return BARE.sub(r"\1", PASTED.sub(r"\1.\2(", line))
+
+    def _host(self, wanted: Callable[[frozenset[int]], bool]) -> dict[int, str]:
+        """The expressions of host results, by position: of those where what they depend on, the
+        values that Python reads, is `wanted`."""
+        c = self.captured
+        behind = cuts_behind(c.scalars, c.paths, c.host_nodes)
+        results = c.effects.host
+        chosen = [i for i, x in enumerate(results) if wanted(among(behind, (x,)))]
+        found = self.code.add(c.host_nodes, [results[i] for i in chosen], self.scalars)
+        return {i: self._pasted(x) for i, x in zip(chosen, found, strict=True)}
+
+    def _late(self, results: list[str]) -> Iterator[str]:
+        """Values that Python reads from the results."""
+        late = sorted(self.captured.late)
+        for k, value in zip(late, results[len(results) - len(late) :], strict=True):
+            yield f"read{k} = {value}.item()"
+
+    # ---- a try
+
+    def made_up(self) -> str:
+        """Arguments made up, a line each."""
+        rows = [f"{quoted(a.name)}: {self._made_up(a.tree)}," for a in self.plan.arguments]
+        return "\n".join(indented(listed("return {", rows, "}").splitlines(), 4))
+
+    def _made_up(self, tree: object) -> str:
+        match tree:
+            case GivenTensor(None):
+                return "torch.zeros(())"
+            case GivenTensor(index):
+                spec = self.plan.tensors[index][1]
+                dtype = TO_TORCH[spec.dtype]
+                made = "randn" if dtype.is_floating_point else "zeros"
+                text = f"torch.{made}({spec.shape}, dtype={dtype})"
+                if spec.strides != contiguous_strides(spec.shape):
+                    text += f".as_strided({spec.shape}, {spec.strides})"
+                return text
+            case GivenNumber(_, whole):
+                return "1" if whole else "1.0"
+            case GivenValue(value):
+                return repr(value)
+            case Listed(kind, items):
+                inner = ", ".join(map(self._made_up, items))
+                return f"[{inner}]" if kind is list else f"({inner},)"
+            case Keyed(items):
+                return "{" + ", ".join(f"{k!r}: {self._made_up(v)}" for k, v in items) + "}"
+        raise AssertionError(tree)
+
+
+def _builtin(error: TracejitError) -> str:
+    """The first class of Python's own that an error belongs to."""
+    names = (kind.__name__ for kind in type(error).__mro__ if kind.__module__ == "builtins")
+    return next(name for name in names if getattr(builtins, name, None) is not None)
