@@ -75,6 +75,13 @@ class Keyed(dict):
         self.clear()
         self.assigned.clear()
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the dict holds what was put in by way of this, and nothing else: it may have
+        another name."""
+        same = len(self) == len(self.of) and [*self] == [*self.of]
+        return same and all(self[key] is x for key, x in self.of.items())
+
     def put_back(self) -> None:
         """The dict holds what it held before."""
         self.of.clear()
