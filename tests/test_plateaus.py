@@ -339,9 +339,10 @@ def test_rates_that_a_scheduler_tells(make_scheduler):
         return w
 
     def step(w: World, level: torch.Tensor) -> object:
+        before = 3 * w.scheduler.get_last_lr()[1]
         loss = w.train(level)
         w.scheduler.step()
-        return loss, w.scheduler.get_last_lr()[0], sum(w.scheduler.get_last_lr())
+        return loss, before, w.scheduler.get_last_lr()[0], sum(w.scheduler.get_last_lr())
 
     ours, right = make(), make()
     compiled = tracejit.compile(lambda level: step(ours, level))
@@ -354,6 +355,50 @@ def test_rates_that_a_scheduler_tells(make_scheduler):
             assert ours.scheduler.get_last_lr() == right.scheduler.get_last_lr()
             assert all(type(x) is float for x in ours.scheduler.get_last_lr())
     assert compiled.stats.replays >= 10, compiled.explain_mode()
+
+
+def test_rates_that_are_told_in_the_step_and_set_outside():
+    """Also where somebody sets those of the groups, and the scheduler does not know."""
+    ours, right = World(), World()
+    for w in (ours, right):
+        w.scheduler = StepLR(w.optimizer, 1, 0.9)
+
+    def step(w: World, level: torch.Tensor) -> object:
+        rate = w.scheduler.get_last_lr()[0]
+        return w.train(level) * rate, 2 * w.scheduler.get_last_lr()[1]
+
+    compiled = tracejit.compile(lambda level: step(ours, level))
+    for i in range(16):
+        for w in (ours, right):
+            if i % 2:
+                w.scheduler.step()
+            if i == 8:
+                w.optimizer.param_groups[0]["lr"] = 0.3
+            if i == 12:
+                w.scheduler._last_lr = [0.7, 0.1]
+        level = torch.tensor(1.0)
+        torch.testing.assert_close(compiled(level), step(right, level))
+        assert ours.scheduler.get_last_lr() == right.scheduler.get_last_lr()
+        assert all(type(x) is float for x in ours.scheduler.get_last_lr())
+    assert compiled.stats.replays >= 8, compiled.explain_retraces()
+
+
+def test_a_call_that_fails_leaves_plain_rates():
+    w = World()
+    w.scheduler = StepLR(w.optimizer, 1, 0.9)
+
+    def step(level: torch.Tensor) -> object:
+        rate = w.scheduler.get_last_lr()[0]
+        w.scheduler.step()
+        w.train(level)
+        raise Stop(rate)
+
+    compiled = tracejit.compile(step)
+    before = w.scheduler.get_last_lr()
+    with pytest.raises(Stop):
+        compiled(torch.tensor(1.0))
+    assert all(type(x) is float for x in (*before, *w.scheduler.get_last_lr()))
+    assert before == [0.1, 0.02]
 
 
 def test_a_decision_by_the_rate_is_rerun():

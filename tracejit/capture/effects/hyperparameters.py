@@ -98,6 +98,7 @@ class Hyperparameters:
         self._groups: dict[int, _Group] = {}
         self._optimizers: dict[int, tuple[Optimizer, list, dict]] = {}
         self._schedulers: dict[int, tuple[LRScheduler, dict]] = {}
+        self._shown: list[list] = []  # rates of schedulers, as runtime scalars
         self._stepped: set[int] = set()  # the ids of those of them that a callback has stepped
 
     # ---- runtime scalars in place of floats, and back
@@ -113,6 +114,8 @@ class Hyperparameters:
                 self._substitute(x, self._entry)
             elif isinstance(x, LRScheduler):
                 self._remember_scheduler(x)
+        for scheduler, _ in self._schedulers.values():
+            self._show_rates(scheduler)
 
     def _scalar_of(self, number: float, variable: Variable) -> object:
         path = "entry", self._holder(variable.holder), variable.key
@@ -268,15 +271,18 @@ class Hyperparameters:
         return id(scheduler) in self._stepped and not self.inside
 
     def _show_rates(self, scheduler: LRScheduler) -> None:
-        """A scheduler that has been stepped tells the rates of its groups: `get_last_lr()`."""
+        """A scheduler tells the rates of its groups: `get_last_lr()`."""
         rates = getattr(scheduler, "_last_lr", None)
         groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
         if type(rates) is not list or len(rates) != len(groups):
             return
-        entries = [self._groups[id(group)].entries.get("lr") for group in groups]
-        if all(e is not None and e.original is x for e, x in zip(entries, rates, strict=True)):
+        known = [self._groups.get(id(group)) for group in groups]
+        entries = [None if group is None else group.entries.get("lr") for group in known]
+        if all(e is not None and e.original == x for e, x in zip(entries, rates, strict=True)):
+            self._shown.append(rates)
             rates[:] = [entry.traced for entry in entries]
-            self._stepped.add(id(scheduler))
+            if self.callbacks:
+                self._stepped.add(id(scheduler))
 
     def _make_schedulers_plain(self) -> None:
         for scheduler, _ in self._schedulers.values():  # also of one stepped by another name
@@ -285,6 +291,9 @@ class Hyperparameters:
                     setattr(scheduler, name, plain(value))
                 elif type(value) is list and any(map(is_traced, value)):
                     value[:] = map(plain, value)
+        for rates in self._shown:
+            rates[:] = map(plain, rates)
+        self._shown.clear()
 
     def _after(self, n: int, rates: bool, group: dict, key: str) -> Path | None:
         if rates and key != "lr":
@@ -307,6 +316,7 @@ class Hyperparameters:
         intermediates of the trace out of all that held them."""
         for handle in self.trace.registered:
             handle.remove()
+        self._make_schedulers_plain()
         self.variables.undo()
         for known in self._groups.values():
             known.group.clear()
@@ -338,6 +348,15 @@ class Touched(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.by = self.by or function_name(func)
         return func(*args, **(kwargs or {}))
+
+
+def tells_rates(scheduler: LRScheduler) -> bool:
+    """Whether what `get_last_lr()` tells are the rates of the scheduler's groups."""
+    rates = getattr(scheduler, "_last_lr", None)
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    if type(rates) is not list or not all(type(x) is float for x in rates):
+        return False
+    return rates == [group["lr"] for group in groups]
 
 
 def of_torch_alone(scheduler: LRScheduler) -> bool:

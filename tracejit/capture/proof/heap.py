@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.effects.variables import ASSIGNED, Attributes, Record, Variable, may_vary
+from tracejit.capture.proof.asked import asked_of
 from tracejit.capture.proof.functions import Functions
 from tracejit.capture.proof.guard_text import NumberLine, short
 from tracejit.capture.proof.kinds import (
@@ -449,7 +450,7 @@ class Walk(Functions):
             if self._compared and isinstance(x, SimpleNamespace):
                 named = [*attributes]
             elif isinstance(x, LRScheduler) and self._of_schedulers is not None:
-                named = [name for name in attributes if name in self._of_schedulers]
+                named = asked_of(self, x, place, path, self._of_schedulers)
             for name in named:
                 self.visit(
                     attributes[name],
@@ -488,8 +489,7 @@ class Walk(Functions):
                 return self.refuse(what, path)
             items = [(repr(k), dict.__getitem__(x, k)) for k in keys]
         elif issubclass(base, (set, frozenset)):
-            self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
-            return
+            return self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
         else:
             length = base.__len__(x)
             same = f"{self.constant(base.__len__)}({at}) == {length}"
