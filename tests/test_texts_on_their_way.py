@@ -165,6 +165,21 @@ def by_a_helper_and_a_variable(w):
     return step
 
 
+@state(changes=JUMP)
+def returned_by_what_the_step_calls(w):
+    t = trainer(w)
+
+    def training_step(x):
+        t.n += 1
+        metrics = {"lr": 0.5, f"loss/{t.n}": x.sum()}
+        return x * t.n, metrics, [f"{t.n}"]
+
+    def step(x):
+        return training_step(x)
+
+    return step
+
+
 # ---- traps
 
 
@@ -508,6 +523,40 @@ def kept_in_two_places(w):
         t.tag = name
         w.seen.tag = name
         return x * t.n
+
+    return step
+
+
+@trap
+def returned_by_what_the_step_calls_and_read(w):
+    t = trainer(w)
+
+    def training_step(x):
+        t.n += 1
+        return {f"loss/{t.n}": x * 2}
+
+    def step(x):
+        found = training_step(x)
+        if "loss/7" in found:
+            return {"loss/7": x * 3}
+        return found
+
+    return step
+
+
+@trap
+def returned_by_one_of_two(w):
+    t = trainer(w)
+
+    def training_step(x):
+        t.n += 1
+        return {f"{t.n}": x * 2}
+
+    def step(x):
+        found = training_step(x)
+        if t.m:
+            return found
+        return {"5": x}
 
     return step
 

@@ -202,17 +202,19 @@ def _taken_by_caller(frame: FrameType, site: Site) -> tuple[Site | None, FrameTy
     """What takes the text that a frame's function returns, in the code that calls it, and the frame
     of that; None where that is not known."""
     caller = frame.f_back
-    if caller is None or site.sink.name:  # it returns the text in a container
+    outer = None if caller is None else sites_of_calls(caller.f_code).get(caller.f_lasti)
+    if outer is None or outer.sink is None:
         return None, frame
-    outer = sites_of_calls(caller.f_code).get(caller.f_lasti)
-    if outer is None or outer.sink is None or not returns_text(frame.f_code):
+    inside = site.sink.name == "in"  # a container, which the caller has to return as it is
+    if outer.sink != Sink("return") if inside else not returns_text(frame.f_code):
         return None, frame
     if _called(caller, outer.text.callee) is not frame.f_code:  # but something that calls it
         return None, frame
     parts = [x for x in outer.text.parts if type(x) is not Piece or x.by != CALL]
     stored = site.text.stored + outer.text.stored
     text = None if parts else replace(site.text, stored=stored, callee=outer.text.callee)
-    return (None if text is None else Site(site.at, text, outer.sink)), caller
+    sink = site.sink if inside else outer.sink
+    return (None if text is None else Site(site.at, text, sink)), caller
 
 
 def _called(frame: FrameType, names: tuple[str, ...]) -> CodeType | None:
