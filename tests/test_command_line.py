@@ -8,6 +8,7 @@ from dataclasses import fields
 
 import pytest
 
+import tracejit
 from support.command_line import status
 from tracejit.errors import TracejitWarning
 from tracejit.ledger import Ledger
@@ -97,3 +98,34 @@ def test_help_shows_an_example(command, capsys):
     assert example.startswith(f"python -m tracejit {command} ") and example.count("\n") == 1
     assert status("--help") == 0
     assert example in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command, name", [("save", "a.step"), ("eject", "a.py")])
+def test_steps_are_written_to_files(file, tmp_path, capsys, command, name):
+    assert status(command, f"{file}:make_step", "-o", tmp_path / name) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"written to {tmp_path / name}: ") and "noise" in captured.err
+    assert (tmp_path / name).stat().st_size > 1000
+    if command == "save":
+        assert tracejit.load(tmp_path / name)().shape == (200,)
+    assert status(command, f"{file}:eager", "-o", tmp_path / "other") == 2
+    assert "cannot be saved" in capsys.readouterr().err and not (tmp_path / "other").exists()
+    assert status(command, f"{file}:make_step", "-o", tmp_path / "none" / name) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_cache_is_listed_and_pruned(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / "cache"))
+    assert status("cache") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("0 entries")
+    assert status("explain", f"{file}:make_step") == 0
+    capsys.readouterr()
+    assert status("cache") == 0
+    found = capsys.readouterr().out
+    assert "scheduled plans                 1 entries" in found and "compiled C" in found
+    assert status("cache", "--prune", "100M") == 0
+    assert "removed 0.00 MiB" in capsys.readouterr().out
+    assert status("cache", "--prune", "0") == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("0 entries")
+    assert status("cache", "--prune", "some") == 2
+    assert "'some' is no size" in capsys.readouterr().err

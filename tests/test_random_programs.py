@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from support.random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
-from support.random_images import generate_images
+from support.random_images import generate_images, generate_plain
 from support.random_programs import generate
 from support.random_text import Program
 from support.scope import WHOLE
+from tracejit.schedule.cpu import tiles, winograd
 
+kind = winograd.Winograd
 FUSED = {"backend": "numpy"}
 UNFUSED = {"backend": "numpy", "fuse": False, "mode": "rerun"}  # later calls follow the first
 C = {"backend": "c"}
@@ -85,6 +87,19 @@ def test_programs_of_images_agree(first):
 @pytest.mark.parametrize("first", range(500, 530 if WHOLE else 502, 2))
 def test_programs_of_images_agree_in_c(first):
     check_seeds(range(first, first + 2), C, generate=generate_images)
+
+
+@pytest.mark.parametrize("first", range(600, 680 if WHOLE else 608, 8))
+def test_programs_of_images_agree_by_transforms(first, monkeypatch, tmp_path):
+    """However small their convolutions are."""
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))  # plans of other thresholds
+    monkeypatch.setattr(tiles, "NARROW", 1)
+    for name, value in {"LEAST": 1, "LEAST_PIECES": 1, "WASTED": 9.0}.items():
+        monkeypatch.setattr(winograd, name, value)
+    found = []
+    monkeypatch.setattr(winograd, "Winograd", lambda *args: found.append(kind(*args)) or found[-1])
+    check_seeds(range(first, first + 8), C, generate=generate_plain)
+    assert len(found) > 3
 
 
 @pytest.mark.slow

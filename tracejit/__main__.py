@@ -3,6 +3,9 @@
 python -m tracejit explain examples/two_layer_autograd.py:make_step --html ledger.html
 python -m tracejit report examples/two_layer_autograd.py:make_step --target sm_90
 python -m tracejit build examples/two_layer_autograd.py:make_step --target sm_80,sm_90,sm_100
+python -m tracejit save examples/two_layer_autograd.py:make_step -o two_layer.step
+python -m tracejit eject examples/two_layer_autograd.py:make_step -o two_layer_step.py
+python -m tracejit cache --prune 100M
 python -m tracejit ops cumsum
 """
 
@@ -20,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+from tracejit import commands as commands_of_files
 from tracejit import knobs
 from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
@@ -78,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
         return options.run(options)
     except (Refused, TracejitError) as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"{prog}: error: the file cannot be written: {error}", file=sys.stderr)
     except Exception:
         traceback.print_exc()
         file, name = options.step
@@ -213,6 +219,9 @@ def parser() -> argparse.ArgumentParser:
     ahead = "compile a step for GPUs that need not be here, into the disk caches"
     added = add_command("build", print_build, ahead, BUILD)
     added.add_argument("--target", help=known, type=targets, default=[90], metavar="SM,…")
+    commands_of_files.add_to(
+        add_command, commands, examples, lambda options: called(load_step(*options.step))
+    )
     listed = "list the torch functions that a step may call, and what is refused"
     ops_parser = commands.add_parser(
         "ops", help=listed, epilog=examples("ops"), formatter_class=shape

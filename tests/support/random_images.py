@@ -13,8 +13,15 @@ def generate_images(seed: int) -> Program:
     return ImageWriter(seed).program()
 
 
+def generate_plain(seed: int) -> Program:
+    """One whose convolutions have 3 × 3 taps, no stride and no groups."""
+    return PlainWriter(seed).program()
+
+
 class ImageWriter(Writer):
     """Writes programs whose arguments are images [N, C, H, W], and their weights."""
+
+    plain = False  # whether convolutions have 3 × 3 taps, no stride and no groups
 
     def __init__(self, seed: int):
         super().__init__(seed)
@@ -43,8 +50,11 @@ class ImageWriter(Writer):
         channels, choice = self.shape_of(x)[1], self.rng.choice
         size = (choice((1, 2, 3, 3)), choice((1, 3, 3)))
         groups = choice([g for g in (1, 1, 1, 2, 3, channels) if channels % g == 0])
+        if self.plain:
+            size, groups = (3, 3), 1
         out = groups * choice((1, 2, 3))
         options = [f"stride={choice((1, 1, 2))}"] * self.maybe(0.5)
+        options = [] if self.plain else options
         options += [f"padding={choice((0, 1, '(1, 0)'))}"] * self.maybe(0.7)
         if self.maybe(0.25):
             w = self.weight(channels, out // groups, *size)
@@ -147,3 +157,7 @@ class ImageWriter(Writer):
         *["rearrange"] * 4 + ["residual"] * 3 + ["unary", "binary", "reduce", "view", "inplace"],
         *["contraction", "leaf", "backward", "update"],
     )
+
+
+class PlainWriter(ImageWriter):
+    plain = True

@@ -14,7 +14,18 @@ from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persi
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.kernels.tiles import attention_tiles, tiles
-from tracejit.schedule.kernel import Axis, Index, Kernel, Load, Reduce, Store, Var
+from tracejit.schedule.kernel import (
+    Axis,
+    FloorDiv,
+    Index,
+    Kernel,
+    Load,
+    Mod,
+    Reduce,
+    Statement,
+    Store,
+    Var,
+)
 
 BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 128-bit accesses
 SMALL = 1 << 17  # domains below this many elements take smaller tiles, to fill more of the GPU
@@ -174,11 +185,20 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)
-    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight))
+    windows = any(map(_is_taken_apart, (*c.dot.a, *c.dot.b)))
+    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight, windows))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     programs = _numel(c.batch, bound) * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
     workspace = _workspace(c.stage.body, programs)
     return Geometry((programs,), chosen, workspace=workspace, **options)
+
+
+def _is_taken_apart(s: Statement) -> bool:
+    """Whether a statement loads at quotients or remainders of axes, and masked by them."""
+    if not isinstance(s, Load) or not s.mask:
+        return False
+    atoms = [atom for b in (s.index, *(bound.index for bound in s.mask)) for atom, _ in b.terms]
+    return any(isinstance(atom, FloorDiv | Mod) for atom in atoms)
 
 
 def _attention(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:

@@ -24,6 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tracejit import knobs
@@ -58,6 +59,14 @@ def _digest_of(folder: str) -> str:
         digest.update(path.relative_to(package).as_posix().encode() + b"\0")
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file of the cache."""
+
+    kind: str
+    nbytes: int
 
 
 class DiskCache:
@@ -116,6 +125,14 @@ class DiskCache:
         if _puts[self.root] % SWEEP_EVERY == 1:
             self.sweep()
         return path
+
+    def entries(self) -> list[Entry]:
+        """What is stored, by kind."""
+        found = []
+        for path, status in _files(self.root):
+            if not path.endswith(".tmp"):
+                found.append(Entry(Path(path).parent.name, status.st_size))
+        return found
 
     def sweep(self) -> None:
         """Remove what crashes left behind, and the least recently used beyond `max_bytes`."""

@@ -1,0 +1,121 @@
+"""Commands of `python -m tracejit` that write a step to a file, and the one about the disk cache.
+
+`add_to(…)` puts them on the command line, which `__main__.py` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tracejit.compile import CompiledStep
+from tracejit.runtime.cache import DiskCache
+
+SAVE = """\
+Save a step: its plans, parameters and optimizer state in one file, from which tracejit.load runs it
+without its code (docs/saving.md). The step is called three times before, so that it is replayed:
+what is saved is the state after these calls.
+
+exit status: 0, or 2 if the step cannot be saved."""
+
+EJECT = """\
+Write a step as one Python file that needs torch, and a C compiler or Triton, but no tracejit: its
+kernels, the order of their launches, and what a call checks and changes (docs/ejecting.md). The
+step is called three times before.
+
+exit status: 0, or 2 if the step cannot be ejected."""
+
+CACHE = """\
+Say what is in tracejit's disk cache, $TRACEJIT_CACHE: how many entries of each kind, and how large
+they are. --prune removes the least recently used entries beyond a size, and what crashes left
+behind; a plan or kernel that is missing is made again when a step needs it. Triton's own cache of
+machine code is not touched."""
+
+KINDS = {
+    "plan": "scheduled plans",
+    "cpu": "plans lowered for the CPU",
+    "kernel": "digests of C kernels",
+    "c": "compiled C",
+    "triton": "generated Triton",
+}
+_UNITS = {"k": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+def add_to(
+    add_step_command: Callable[..., argparse.ArgumentParser],
+    commands: argparse._SubParsersAction,
+    examples: Callable[[str], str],
+    called: Callable[[argparse.Namespace], CompiledStep],
+) -> None:
+    """Put the commands on the command line. `called` gives the step that options name, after its
+    first calls."""
+
+    def write(method: str) -> Callable[[argparse.Namespace], int]:
+        def run(options: argparse.Namespace) -> int:
+            with contextlib.redirect_stdout(sys.stderr):
+                getattr(called(options), method)(options.output)
+            print(f"written to {options.output}: {options.output.stat().st_size} bytes")
+            return 0
+
+        return run
+
+    for name, help, text, default in (
+        ("save", "put a step into a file that runs without its code", SAVE, "saved.step"),
+        ("eject", "write a step as one file of Python that runs alone", EJECT, "ejected.py"),
+    ):
+        added = add_step_command(name, write(name), help, text)
+        added.add_argument(
+            *("-o", "--output"),
+            **{"type": Path, "default": Path(default), "metavar": "PATH"},
+            help=f"the file; default {default}",
+        )
+    cache = commands.add_parser(
+        "cache",
+        help="list the disk cache, or prune it",
+        description=CACHE,
+        epilog=examples("cache"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    cache.add_argument(
+        "--prune",
+        type=size,
+        metavar="SIZE",
+        help="keep at most so many bytes, such as 0, 500k, 100M or 1G",
+    )
+    cache.set_defaults(run=print_cache)
+
+
+def size(text: str) -> int:
+    """A number of bytes, as people write it."""
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "")
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 0, 500k, 100M or 1G")
+    return int(number) * _UNITS.get(unit, 1)
+
+
+def print_cache(options: argparse.Namespace) -> int:
+    """What there is in the cache, after it was pruned."""
+    cache = DiskCache()
+    removed = None
+    if options.prune is not None:
+        before = sum(found.nbytes for found in cache.entries())
+        DiskCache(max_bytes=options.prune).sweep()
+        removed = before - sum(found.nbytes for found in cache.entries())
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for entry in cache.entries():
+        counts[entry.kind] += 1
+        sizes[entry.kind] += entry.nbytes
+    print(f"{cache.root}")
+    for kind in sorted(counts):
+        said = KINDS.get(kind, kind)
+        print(f"  {said:26s} {counts[kind]:6d} entries  {sizes[kind] / (1 << 20):9.2f} MiB")
+    total = f"{sum(counts.values())} entries, {sum(sizes.values()) / (1 << 20):.2f} MiB"
+    print(f"{total}, of {cache.max_bytes / (1 << 20):.0f} MiB at most")
+    if removed is not None:
+        print(f"removed {removed / (1 << 20):.2f} MiB")
+    return 0
