@@ -174,3 +174,16 @@ def test_tensors_of_all_kinds():
         assert found.keys() == tensors.keys()
         assert all(torch.equal(found[name], x) for name, x in tensors.items())
     assert unpack(safetensors.save({"x": torch.ones(2)}))["x"].tolist() == [1, 1]
+
+
+def test_tensors_of_any_layout_are_packed():
+    """As the columns of others, of one element with a stride, of none."""
+    whole = torch.arange(12.0).view(3, 4)
+    tensors = {"columns": whole[:, 1:3].T, "one": whole[:1, ::2][:, :1].squeeze(0)}
+    tensors |= {
+        "none": torch.zeros(0, 3),
+        "scalar": torch.tensor(2.0),
+        "strided": whole[0, ::3][:1],
+    }
+    found = unpack(pack(tensors))
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())

@@ -5,6 +5,8 @@ __version__ = "0.1.0"
 from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
+from tracejit.export.onnx.api import to_onnx
+from tracejit.runtime.prefetch import prefetch
 from tracejit.saved.loaded import LoadedStep, load
 from tracejit.static import Graph
 
@@ -19,4 +21,6 @@ __all__ = [
     "compile",
     "errors",
     "load",
+    "to_onnx",
+    "prefetch",
 ]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import FunctionType
 
 from tracejit.capture.bind import unwrap
 from tracejit.capture.capture import capture_call
@@ -56,24 +57,35 @@ def capture(step: Callable, /, *args: object, **kwargs: object) -> CapturedStep:
     their state, schedulers, gradients and parameters are as before. Raises what a compiled step
     raises, and SideEffectError inside of one.
     """
+    refuse_inside("tracejit.capture")
+    function, args, kwargs, keep_grads = plain_step(step, args, kwargs, "tracejit.capture")
+    done = capture_call(function, args, kwargs, keep_grads=keep_grads)
+    done.call.undo()
+    names = names_of_inputs(function, args, kwargs, done.captured, done.call)
+    return CapturedStep(done.captured.graph, done.captured.effects, names)
+
+
+def refuse_inside(caller: str) -> None:
+    """Raise SideEffectError inside of a step that is being traced."""
     if current() is not None:
         raise SideEffectError(
             where=location.full(),
-            reason="tracejit.capture is called inside a step that is being traced",
+            reason=f"{caller} is called inside a step that is being traced",
             remedy="Call it outside the compiled step",
         )
+
+
+def plain_step(
+    step: Callable, args: tuple, kwargs: dict, caller: str
+) -> tuple[FunctionType, tuple, dict, bool]:
+    """The Python function of a step, the arguments that it takes, and whether it keeps gradients.
+    Raises TypeError where there is no such function."""
     if isinstance(step, partial) and isinstance(step.func, CompiledStep):  # a compiled method
         step, args, kwargs = step.func, step.args + args, step.keywords | kwargs
     keep_grads = True
     if isinstance(step, CompiledStep):
         keep_grads, step = step.options.keep_grads, step.__wrapped__
     function, bound_to = unwrap(step)
-    if function is None:
-        raise TypeError(
-            f"tracejit.capture takes a Python function or method, not {type(step).__name__}"
-        )
-    args = bound_to + args
-    done = capture_call(function, args, kwargs, keep_grads=keep_grads)
-    done.call.undo()
-    names = names_of_inputs(function, args, kwargs, done.captured, done.call)
-    return CapturedStep(done.captured.graph, done.captured.effects, names)
+    if function is None or function.__module__.partition(".")[0] == "tracejit":
+        raise TypeError(f"{caller} takes a Python function or method, not {type(step).__name__}")
+    return function, bound_to + args, kwargs, keep_grads

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tracejit.compile import CompiledStep
+from tracejit.export.onnx.api import to_onnx
+from tracejit.export.onnx.writer import OPSET
 from tracejit.runtime.cache import DiskCache
 
 SAVE = """\
@@ -28,6 +30,14 @@ kernels, the order of their launches, and what a call checks and changes (docs/e
 step is called three times before.
 
 exit status: 0, or 2 if the step cannot be ejected."""
+
+ONNX = """\
+Write a step as an ONNX model: forward, backward and optimizer, with weights and state as inputs
+that have their values as defaults, and as outputs. The step is called three times before, so that
+optimizers have their state. tracejit/export/onnx/run.py, which needs onnxruntime and numpy alone,
+runs the model and feeds the state back (docs/export.md).
+
+exit status: 0, or 2 if the step cannot be exported."""
 
 CACHE = """\
 Say what is in tracejit's disk cache, $TRACEJIT_CACHE: how many entries of each kind, and how large
@@ -63,11 +73,26 @@ def add_to(
 
         return run
 
-    for name, help, text, default in (
-        ("save", "put a step into a file that runs without its code", SAVE, "saved.step"),
-        ("eject", "write a step as one file of Python that runs alone", EJECT, "ejected.py"),
+    def write_onnx(options: argparse.Namespace) -> int:
+        with contextlib.redirect_stdout(sys.stderr):
+            graph = to_onnx(called(options), options.output).graph
+        print(f"written to {options.output}: {len(graph.node)} nodes of opset {OPSET}")
+        for kind, named in (("inputs", graph.input), ("outputs", graph.output)):
+            print(f"{kind}: {', '.join(x.name for x in named) or 'none'}")
+        return 0
+
+    for name, run, help, text, default in (
+        (
+            *("save", write("save"), "put a step into a file that runs without its code"),
+            *(SAVE, "saved.step"),
+        ),
+        (
+            *("eject", write("eject"), "write a step as one file of Python that runs alone"),
+            *(EJECT, "ejected.py"),
+        ),
+        ("onnx", write_onnx, "write a step as an ONNX model", ONNX, "step.onnx"),
     ):
-        added = add_step_command(name, write(name), help, text)
+        added = add_step_command(name, run, help, text)
         added.add_argument(
             *("-o", "--output"),
             **{"type": Path, "default": Path(default), "metavar": "PATH"},

@@ -140,6 +140,18 @@ class CannotSave(TracejitError, RuntimeError):
     message = "{step} cannot be saved: {reason}. {remedy}"
 
 
+class MissingPackage(TracejitError, ImportError):
+    """A package that one of the extras brings is not installed."""
+
+    message = "{what} needs the package {package}: pip install 'tracejit[{extra}]'"
+
+
+class CannotExport(TracejitError, RuntimeError):
+    """A step has something that a file of another format cannot say."""
+
+    message = "{where}: {what} cannot be exported to ONNX: {reason}. {remedy}"
+
+
 class CannotEject(TracejitError, RuntimeError):
     """A step does something that a file without tracejit cannot."""
 

@@ -413,7 +413,7 @@ class _Planned:
         holder, key, tree = store
         if key is ...:
             raise self.saving.refuse(_GROWS)
-        now = _held(self.holders[holder], key)
+        now = entry_of(self.holders[holder], key)
         path = ("entry", holder, key)
         name = self.names.scalar(path, self.call)
         match tree:
@@ -444,7 +444,7 @@ class _Planned:
         return SavedPlan(captured, self.arguments, self.places, scalars, generators)
 
 
-def _held(holder: object, key: object) -> object:
+def entry_of(holder: object, key: object) -> object:
     """What a place holds; None where there is none."""
     if isinstance(holder, CellType):
         return holder.cell_contents

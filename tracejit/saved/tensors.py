@@ -43,7 +43,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """The bytes of some tensors, wherever they are and however they are strided."""
     header, parts, at = {}, [], 0
     for name, tensor in tensors.items():
-        part = _raw(tensor)
+        part = raw(tensor)
         header[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -88,10 +88,13 @@ def _entry(entry: Item, at: int, room: int) -> tuple[torch.dtype, list[int], int
     return dtype, list(shape), stop
 
 
-def _raw(tensor: torch.Tensor) -> bytes | memoryview:
+def raw(tensor: torch.Tensor) -> bytes | memoryview:
     """The elements row by row, without a copy where they lie so."""
     plain = tensor.detach().cpu().contiguous()
-    return plain.view(-1).view(torch.uint8).numpy().data if plain.numel() else b""
+    if not plain.numel():
+        return b""
+    row = plain.as_strided((plain.numel(),), (1,))  # one element may have any stride
+    return row.view(torch.uint8).numpy().data
 
 
 def _tensor(content: bytes, at: int, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:

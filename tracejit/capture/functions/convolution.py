@@ -55,6 +55,7 @@ class Convolution:
             rank = self.windows.rank
             found = _contract(t, a, _taps_first(t, b, rank), 1 + rank)
             y = self._images(t, found)
+        t.product("images", (x, w), y, self)
         return t.derive("convolution", (x, w), y, vjp)
 
     def of_images(self, t: Trace, g: Value, w: Value) -> Value:
@@ -67,6 +68,7 @@ class Convolution:
 
         with t.untaped():
             x = self._of_apart(t, g, w) if self.windows.apart else self._of_images(t, g, w)
+        t.product("gradient of images", (g, w), x, self)
         return t.derive("convolution_backward", (g, w), x, vjp)
 
     def of_weights(self, t: Trace, g: Value, x: Value) -> Value:
@@ -85,6 +87,7 @@ class Convolution:
             w = _contract(t, a, b, 1 + rank)
             shape = w.type.shape
             w = t.b.reshape(w, shape=(shape[0] * shape[1], *shape[2:]))
+        t.product("gradient of weights", (g, x), w, self)
         return t.derive("convolution_backward", (g, x), w, vjp)
 
     def _weights(self, t: Trace, w: Value) -> Value:

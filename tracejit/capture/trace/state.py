@@ -116,7 +116,13 @@ class TraceState:
         self.mode: torch.overrides.TorchFunctionMode | None = None  # which intercepts for it
         # for user code inside a rule: what it runs is noted
         self.heard: Callable[[], AbstractContextManager] = nullcontext
+        # is told of each torch call before its rule runs, and by what it returns, of the result
+        self.on_call: Callable[[Callable, tuple, dict], Callable[[object], None] | None] | None
+        self.on_call = None
+        # is told of each product over windows: which it is, the result, operands, and geometry
+        self.on_product: Callable[[str, Value, tuple[Value, ...], object], None] | None = None
         self.b = Builder()
+        self.lines = location.Lines()  # of the user's code
         self.b.on_emit = self._on_emit
         self.scalars = Scalars(self.b, self.journal)
         self.inputs = Inputs()
@@ -213,6 +219,11 @@ class TraceState:
         if self.grad_on:
             self.tape.add(Entry(inputs, (output,), vjp, name))
         return output
+
+    def product(self, name: str, operands: tuple[Value, ...], out: Value, geometry: object) -> None:
+        """Tell of a product over windows, to whom that concerns."""
+        if self.on_product is not None:
+            self.on_product(name, out, operands, geometry)
 
     @contextmanager
     def resumed(self) -> Iterator[None]:

@@ -61,8 +61,11 @@ class Trace(TraceState):
             if torch._C._is_any_autocast_enabled():
                 args, kwargs = casted(self, func, args, kwargs)
             into = kwargs.pop("out") if kwargs.get("out") is not None else None
+            told = None if self.on_call is None else self.on_call(func, args, kwargs)
             result = rule.run(self, *args, **kwargs)
             result = result if into is None else self._into(into, result)
+            if told is not None:
+                told(result)
             self.call = self.outer or self.call
             return result
         except TypeError as error:
@@ -102,13 +105,14 @@ class Trace(TraceState):
         """What errors name from now on."""
         self.call = (function, args, {})
         self.groups += 1
-        self.b.line = location.short()
+        self.b.line = self.lines.here()
 
     @contextmanager
     def user_code(self, *, grad: bool) -> Iterator[None]:
         """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
         before = self.formula, self.taping, self.call, self.outer, self.b.line
-        enabled = torch.is_grad_enabled()
+        enabled, phase = torch.is_grad_enabled(), self.lines.phase
+        self.lines.phase = phase if self.formula is None else "backward"
         self.formula, self.taping, self.outer = None, True, self.call
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self.mode)
@@ -118,6 +122,7 @@ class Trace(TraceState):
         finally:
             TorchFunctionMode.__exit__(self.mode, None, None, None)
             self.formula, self.taping, self.call, self.outer, self.b.line = before
+            self.lines.phase = phase
             torch._C._set_grad_enabled(enabled)
 
     # ---- recording
@@ -139,10 +144,14 @@ class Trace(TraceState):
         """Emit the derivative formulas of one backward; gives a function to call before each, with
         its entry and the cotangents that have arrived there."""
 
+        at = self.b.line
+
         def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
             start = self.formula.start if self.formula else self.b.next_id
             self.formula = Formula(start, entry, cotangents)
             self.groups += 1
+            made = self.producers.get(entry.outputs[0])
+            self.b.line = self.lines.backward(at, "" if made is None else made.where)
             if entry.saved is not None:
                 check_held(self, entry)
 
@@ -150,6 +159,7 @@ class Trace(TraceState):
             yield enter
         finally:
             self.formula = None
+            self.b.line = self.lines.backward(at, "")  # gradients are added up
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:

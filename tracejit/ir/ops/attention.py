@@ -182,6 +182,17 @@ def _written_dv(b, q, k, v, bias, lse, delta, g, **attrs):
     return _narrowed(b, b.matmul(transpose(b, p), _wide(b, g)), v)
 
 
+def _written(b, q, k, v, bias, **attrs):
+    p = _weights(b, q, k, bias, written_lse(b, q, k, bias, **attrs), **attrs)
+    return _narrowed(b, b.matmul(p, _wide(b, v)), q)
+
+
+WRITTEN = {  # each of these primitives in others
+    **{"attention": _written, "attention_lse": written_lse, "attention_dq": _written_dq},
+    **{"attention_dk": _written_dk, "attention_dv": _written_dv},
+}
+
+
 def _through(write: Callable, position: int) -> Callable:
     """The derivative of a written-out formula by one operand: reverse mode over its primitives."""
 
@@ -242,7 +253,7 @@ attention_lse = _primitive(
     "attention_lse", _infer_lse, _eval_lse, tuple(_through(written_lse, i) for i in range(3))
 )
 for _position, (_name, _write) in enumerate(
-    zip(GRADIENTS, (_written_dq, _written_dk, _written_dv), strict=True)
+    zip(GRADIENTS, map(WRITTEN.get, GRADIENTS), strict=True)
 ):
     _primitive(
         _name,

@@ -1,0 +1,275 @@
+"""Steps to export to ONNX, and what they are called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from examples.alexnet import alexnet
+from examples.custom_relu import MyReLU
+from examples.gpt import GPT, LENGTH, adamw
+from support.image_nets import Block
+from support.saved_steps import DynamicNet
+
+Named = dict[str, torch.Tensor]
+
+
+@dataclass
+class Exported:
+    """A step, the arguments of its n-th call, the operators that its model has to have, and how
+    near its numbers have to be, after 20 calls."""
+
+    step: Callable
+    args: Callable[[int], tuple]
+    operators: frozenset[str] = frozenset()
+    near: float = 1e-9
+
+
+def _batches(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Callable:
+    generator = torch.Generator().manual_seed(7)
+    batches = [
+        tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
+        for _ in range(3)
+    ]
+    return lambda i: batches[i % 3]
+
+
+def by_hand() -> Exported:
+    """The two-layer net with gradients by hand, and its rate as an argument."""
+    torch.manual_seed(0)
+    w1, w2 = torch.randn(20, 16).double(), torch.randn(16, 4).double()
+
+    def step(x, y, lr):
+        nonlocal w1, w2
+        hidden = x.mm(w1)
+        relu = hidden.clamp(min=0)
+        y_pred = relu.mm(w2)
+        loss = (y_pred - y).pow(2).sum()
+        grad_pred = 2.0 * (y_pred - y)
+        grad_w2 = relu.t().mm(grad_pred)
+        grad_hidden = grad_pred.mm(w2.t()).clone()
+        grad_hidden[hidden < 0] = 0
+        w1 -= lr * x.t().mm(grad_hidden)
+        w2 -= lr * grad_w2
+        return loss.item()
+
+    batches = _batches((8, 20), (8, 4))
+    return Exported(step, lambda i: (*batches(i), 1e-4 / (1 + i)), frozenset({"MatMul"}))
+
+
+def autograd() -> Exported:
+    """The same with autograd, whose gradients are set to zero after the update."""
+    torch.manual_seed(0)
+    w1 = torch.randn(20, 16).double().requires_grad_()
+    w2 = torch.randn(16, 4).double().requires_grad_()
+
+    def step(x, y):
+        loss = (x.mm(w1).clamp(min=0).mm(w2) - y).pow(2).sum()
+        loss.backward()
+        with torch.no_grad():
+            for w in (w1, w2):
+                w -= 1e-4 * w.grad
+                w.grad.zero_()
+        return loss
+
+    return Exported(step, _batches((8, 20), (8, 4)), frozenset({"MatMul"}))
+
+
+def accumulating() -> Exported:
+    """Gradients that two calls add up, and a third one applies."""
+    torch.manual_seed(0)
+    w = torch.randn(6, 2).double().requires_grad_()
+
+    def step(x, keep, rate):
+        loss = (x @ w).pow(2).mean()
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(w.grad * rate)
+            w.grad.mul_(keep)
+        return loss
+
+    batches = _batches((4, 6))
+
+    def args(i: int) -> tuple:
+        return (*batches(i), float(i % 3 != 2), 0.1 * (i % 3 == 2))
+
+    return Exported(step, args)
+
+
+def _modules(make: Callable) -> Exported:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 4)).double()
+    optimizer = make(model.parameters())
+
+    def step(x, y):
+        loss = F.mse_loss(model(x), y, reduction="sum")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return {"loss": loss.detach(), "rate": optimizer.param_groups[0]["lr"]}
+
+    return Exported(step, _batches((8, 20), (8, 4)), frozenset({"Gemm", "Relu"}))
+
+
+def modules_sgd() -> Exported:
+    """Modules and SGD with momentum."""
+    return _modules(lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, nesterov=True))
+
+
+def modules_adam() -> Exported:
+    """Modules and Adam."""
+    return _modules(lambda p: torch.optim.Adam(p, lr=0.01))
+
+
+def classifier() -> Exported:
+    """Cross entropy, gradients clipped by their norm, AdamW; the accuracy besides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.GELU(approximate="tanh"), nn.Linear(16, 10))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        logits = model(batch["x"])
+        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=0.1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        return loss.detach(), (logits.argmax(1) == batch["labels"]).float().mean()
+
+    batches, labels = _batches((8, 20), dtype=torch.float32), torch.arange(8) % 10
+    given = lambda i: ({"x": batches(i)[0], "labels": labels},)  # noqa: E731
+    return Exported(step, given, frozenset({"Gemm", "Gelu"}), 1e-4)
+
+
+def custom_function() -> Exported:
+    """A function of the user's own, with its derivative."""
+    torch.manual_seed(0)
+    w1 = torch.randn(20, 16).double().requires_grad_()
+    w2 = torch.randn(16, 4).double().requires_grad_()
+
+    def step(x, y):
+        loss = (MyReLU.apply(x.mm(w1)).mm(w2) - y).pow(2).sum()
+        loss.backward()
+        with torch.no_grad():
+            for w in (w1, w2):
+                w -= 1e-4 * w.grad
+                w.grad = None
+        return loss.detach()
+
+    return Exported(step, _batches((8, 20), (8, 4)))
+
+
+def dynamic() -> Exported:
+    """A net of as many layers as it is told, all with the same weights; a model has one depth."""
+    torch.manual_seed(0)
+    model = DynamicNet().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+
+    def step(x, y, depth):
+        loss = (model(x, depth) - y).pow(2).mean()
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = _batches((8, 20), (8, 4))
+    return Exported(step, lambda i: (*batches(i), 3))
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
+    def step(x, labels):
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def alex() -> Exported:
+    """AlexNet, narrow, on small images, without its dropout."""
+    torch.manual_seed(0)
+    model = alexnet(width=2)
+    for module in model:
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    batches, labels = _batches((2, 3, 64, 64), dtype=torch.float32), torch.arange(2)
+    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
+    given = lambda i: (*batches(i), labels)  # noqa: E731
+    return Exported(_trained(model, optimizer), given, operators, 1e-4)
+
+
+def resnet18() -> Exported:
+    """ResNet-18, narrow, on small images: its running statistics are state too."""
+    torch.manual_seed(0)
+    widths = (4, 4, 8, 16, 32)
+    stages = [
+        block
+        for k in range(4)
+        for block in (
+            Block(widths[k], widths[k + 1], 1 + (k > 0)),
+            Block(widths[k + 1], widths[k + 1], 1),
+        )
+    ]
+    stem = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *stages, *head)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    batches, labels = _batches((4, 3, 64, 64), dtype=torch.float32), torch.arange(4)
+    given = lambda i: (*batches(i), labels)  # noqa: E731
+    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
+    return Exported(_trained(model, optimizer), given, operators, 1e-3)
+
+
+def gpt() -> Exported:
+    """The GPT of the examples, without dropout; embedding and head are tied."""
+    torch.manual_seed(0)
+    model = GPT(layers=1, width=16, heads=2)
+    optimizer = adamw(model, 1e-3)
+
+    def step(x, y):
+        optimizer.zero_grad()
+        logits = model(x)
+        loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1), ignore_index=-1)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.item()
+
+    tokens = torch.randint(0, 14, (3, 2, LENGTH + 1))
+    given = lambda i: (tokens[i % 3, :, :-1].clone(), tokens[i % 3, :, 1:].clone())  # noqa: E731
+    operators = frozenset({"LayerNormalization", "Gelu", "MatMul", "Gather"})
+    return Exported(step, given, operators, 1e-4)
+
+
+def lstm() -> Exported:
+    """A network of two directions over time, its last states, and Adam."""
+    torch.manual_seed(0)
+    model = nn.LSTM(5, 6, bidirectional=True).double()
+    head = nn.Linear(12, 3).double()
+    optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=0.01)
+
+    def step(x, y):
+        out, (h, c) = model(x)
+        loss = F.mse_loss(head(out[-1]), y) + 0.1 * h.pow(2).mean() + c.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Exported(step, _batches((7, 4, 5), (4, 3)), frozenset({"Scan"}))
+
+
+STEPS = {
+    make.__name__: make
+    for make in (
+        *(by_hand, autograd, accumulating, modules_sgd, modules_adam, classifier),
+        *(custom_function, dynamic, alex, resnet18, gpt, lstm),
+    )
+}
