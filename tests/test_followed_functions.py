@@ -161,6 +161,19 @@ class OfAttribute(Function):
         return g * ctx.by, None
 
 
+class InATuple(Function):
+    """An intermediate is in a tuple on the context, as an object that holds it would be."""
+
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.kept = (x * 2, 3)
+        return x * p
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.kept[0] * ctx.kept[1], None
+
+
 class World:
     def __init__(self):
         torch.manual_seed(0)
@@ -323,6 +336,25 @@ def test_a_function_of_torch_that_was_replaced_is_noticed(monkeypatch):
         monkeypatch.setattr(torch, "exp", torch.sin if 4 <= i < 8 else exp)
 
     run(lambda w, x: w.update(Exp.apply(x @ w.w).mean()), 12, change)
+
+
+def test_an_intermediate_in_a_tuple_of_the_context():
+    """It becomes real after a followed call, and is not handed out again: where rules run late, the
+    next call's backward would find the last one's."""
+    torch.manual_seed(0)
+    w, v = torch.randn(5, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        h = InATuple.apply(torch.tanh(x @ w), 0.5)
+        h = OfAttribute.apply(torch.tanh(h @ v), 0.5)
+        return torch.autograd.grad(h.square().mean(), [w])[0]
+
+    compiled = tracejit.compile(step, mode="rerun", on_unsupported="raise")
+    for i in range(8):
+        v.requires_grad_(i < 4)
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(i))
+        torch.testing.assert_close(compiled(x), step(x))
+    assert compiled._recall.kept >= 4 and compiled._recall.left >= 1
 
 
 def test_a_backward_outside_that_draws_is_refused():

@@ -116,7 +116,7 @@ def _followed(
     trail.recall.kept += 1
     trail.keep_numbers()
     t.forget()
-    trail.keep_spares(end.news)
+    trail.keep_spares(end.news, end.holding)
     objects = trail.objects
     escaped = [objects[at] for at, _ in end.escaped]
     call = Call(

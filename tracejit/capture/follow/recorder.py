@@ -7,7 +7,7 @@ traces (`recall.py`), with what was captured at its end.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -304,11 +304,12 @@ class Recorder(Journal):
         """Those that user code has got so far."""
         return [x for x in self.objects if type(x) is TracedTensor]
 
-    def keep_spares(self, created: Iterable[New]) -> None:
-        """Keep the proxies that nobody has any more, to hand them out again."""
+    def keep_spares(self, created: Iterable[New], escaped: Collection[int]) -> None:
+        """Keep the proxies that nobody has any more, to hand them out again. Those at the positions
+        `escaped` become real, also where only a context of a custom function has held them."""
         objects = self.objects
         for new in created:
-            if count(objects[new.at]) == ALONE:
+            if count(objects[new.at]) == ALONE and new.at not in escaped:
                 proxy = objects[new.at]
                 # not real now, and nothing on it that the user put there
                 unused = type(proxy) is TracedTensor and not proxy.__dict__
