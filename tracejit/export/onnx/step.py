@@ -7,6 +7,7 @@ scheduler is changed.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -140,6 +141,8 @@ def _refuse_held(held: Compared, arguments: list, refuse: Callable[..., CannotEx
 def _refuse_kept(held: Compared, listener: Listener, refuse: Callable[..., CannotExport]) -> None:
     """Refuse what a trace has left in objects of the user's for the next call to find."""
     numbers = listener.trace.scalars.given
+    if kept(numbers):
+        gc.collect()  # what the trace itself has left in circles
     left = kept(numbers)
     others = held.replaced(torch.Tensor)
     if left:
