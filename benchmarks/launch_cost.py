@@ -63,7 +63,7 @@ class StillDevice:
 
     def duplicate(self, target: torch.Tensor, address: int) -> None: ...
 
-    aside = entered
+    aside = beside = entered
 
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         give()
@@ -75,6 +75,8 @@ class StillDevice:
     def record(self) -> None: ...
 
     def wait(self) -> None: ...
+
+    def hold(self) -> None: ...
 
     def load(self, launch: object, pointers: Sequence) -> LoadedKernel:
         return LoadedKernel(self._launch, launch.source.name, None)

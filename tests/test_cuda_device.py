@@ -106,6 +106,9 @@ class Stream:
     def wait_stream(self, other: Stream) -> None:
         self.runtime.log.append(f"{self.handle} waits for {other.handle}")
 
+    def wait_event(self, event: Event) -> None:
+        self.runtime.log.append(f"{self.handle} waits for an event")
+
 
 class Recorded:
     """Stands for torch's CUDAGraph."""
@@ -166,6 +169,23 @@ def test_events_stand_on_the_current_stream_of_their_device(runtime):
     for _ in range(3):
         clock.mark()
     assert clock.seconds() == [0.002, 0.002]
+
+
+def test_a_stream_beside_is_in_order_with_others_by_events_alone(runtime, monkeypatch):
+    device = CudaDevice(0)
+    current = lambda device: Stream(runtime, runtime.streams[0])  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr(Event, "record", lambda self, stream: None)
+    before, behind = device.event(), device.event()
+    behind.hold()  # was never recorded
+    before.record()
+    for _ in range(2):
+        with device.beside():
+            assert device.current_stream() == 90
+            before.hold()
+            behind.record()
+        behind.hold()
+    assert runtime.log == ["90 waits for an event", "70 waits for an event"] * 2
 
 
 @pytest.fixture

@@ -136,3 +136,32 @@ def test_values_are_read_when_they_are_there():
     compiled = tracejit.compile(lambda scale: (x * scale).sum().item(), on_unsupported="raise")
     for call in range(20):
         assert compiled(float(call)) == pytest.approx((x.double() * call).sum().item(), rel=1e-4)
+
+
+def test_prefetched_batches_are_the_loaders():
+    batches = [(torch.randn(1000, 1001), torch.full((7,), k)) for k in range(30)]
+    w = torch.randn(1001, 1000, device="cuda")
+    sums = []
+    for k, (x, y) in enumerate(tracejit.prefetch(batches, "cuda")):
+        assert x.is_cuda and y.is_cuda
+        for _ in range(20):  # work that is still under way when the next batch is copied
+            x = (x @ w)[:, :1000] @ w.T * 1e-3
+        sums.append((y.sum(), x.isfinite().all()))
+        assert len(sums) == k + 1
+    assert all(y.item() == 7 * k and fine.item() for k, (y, fine) in enumerate(sums))
+    given = [x for x, _ in batches]
+    found = [x for x, _ in tracejit.prefetch(batches, "cuda", depth=3)]
+    for x, y in zip(found, given, strict=True):
+        assert torch.equal(x.cpu(), y)
+
+
+def test_a_step_is_drawn_with_its_kernels(tmp_path):
+    step, _ = two_layer_autograd.make_step(device="cuda")
+    compiled = tracejit.compile(step)
+    for _ in range(4):
+        compiled()
+    compiled.draw(tmp_path / "step.html")
+    picture = compiled._picture("H200", measure=True)
+    assert picture.device.startswith("cuda")
+    assert all("time here" in dict(k.cost) and k.language == "Triton" for k in picture.kernels)
+    assert {k for n in picture.nodes for k in n.kernels} == {*range(len(picture.kernels))}

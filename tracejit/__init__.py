@@ -6,6 +6,7 @@ from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
 from tracejit.export.onnx.api import to_onnx
+from tracejit.runtime.prefetch import prefetch
 from tracejit.saved.loaded import LoadedStep, load
 from tracejit.static import Graph
 
@@ -21,4 +22,5 @@ __all__ = [
     "errors",
     "load",
     "to_onnx",
+    "prefetch",
 ]

@@ -6,6 +6,7 @@ python -m tracejit build examples/two_layer_autograd.py:make_step --target sm_80
 python -m tracejit save examples/two_layer_autograd.py:make_step -o two_layer.step
 python -m tracejit eject examples/two_layer_autograd.py:make_step -o two_layer_step.py
 python -m tracejit onnx examples/two_layer_autograd.py:make_step -o two_layer.onnx
+python -m tracejit draw examples/two_layer_autograd.py:make_step -o page.html
 python -m tracejit cache --prune 100M
 python -m tracejit ops cumsum
 """
@@ -69,6 +70,16 @@ and what the calls change is put back.
 exit status: 0, or 2 if the step cannot be built."""
 
 
+DRAW = """\
+Draw a step: its graph by modules, lines or kernels, forward, backward and update in three colours,
+beside the code that it comes from and the kernels that it became, with what these cost. The end of
+the file's name says what is written: .html a page that needs nothing else, .svg and .png the graph
+with its groups folded, for a paper. With --tensorboard the graph is written where TensorBoard's
+graph tab finds it. The step is called three times; `step.draw(path)` draws your own calls.
+
+exit status: 0, or 2 if there is nothing to draw."""
+
+
 class Refused(Exception):
     """What the user has to correct, in one sentence."""
 
@@ -125,6 +136,24 @@ def print_ledger(options: argparse.Namespace) -> int:
         print(f"written to {options.html}")
     else:
         print(json.dumps(ledger.as_dict(), indent=2) if options.json else ledger)
+    return 0
+
+
+def draw(options: argparse.Namespace) -> int:
+    """A picture of a step, in a file or for TensorBoard."""
+    if options.output is None and options.tensorboard is None:
+        raise Refused("say where to draw to: -o page.html, or --tensorboard LOGDIR")
+    with contextlib.redirect_stdout(sys.stderr):
+        step = called(load_step(*options.step))
+    try:
+        if options.output is not None:
+            step.draw(options.output, gpu=options.gpu)
+        if options.tensorboard is not None:
+            step.to_tensorboard(options.tensorboard)
+    except (ImportError, OSError, ValueError) as error:
+        raise Refused(f"the picture cannot be drawn: {error}") from None
+    for path in filter(None, (options.output, options.tensorboard)):
+        print(f"written to {path}")
     return 0
 
 
@@ -212,6 +241,14 @@ def parser() -> argparse.ArgumentParser:
     form = added.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON, not text")
     form.add_argument("--html", type=Path, metavar="PAGE", help="write a page that stands alone")
+    shown = "draw the graph of a step: a page, a picture for a paper, or for TensorBoard"
+    added = add_command("draw", draw, shown, DRAW)
+    ends = "the file to write: .html, .svg or .png"
+    added.add_argument("-o", "--output", type=Path, metavar="PAGE", help=ends)
+    added.add_argument("--tensorboard", type=Path, metavar="LOGDIR", help="a folder of its logs")
+    added.add_argument(
+        "--gpu", choices=GPUS, default="H200", help="whose time is predicted; default H200"
+    )
     known = f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90"
     judge = "judge every kernel of a step by its machine code, without a GPU"
     added = add_command("report", print_report, judge, REPORT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from types import FunctionType
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from tracejit.capture.effects.eager import EagerCost
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
-from tracejit.pipeline import Stats
+from tracejit.pipeline import Backward, Stats
 from tracejit.programs import Compiled, Programs
 from tracejit.remarks import Remarks
 from tracejit.run import Replay, Run
@@ -22,7 +23,9 @@ from tracejit.schedule.plan import Plan
 
 if TYPE_CHECKING:
     from tracejit.capture.proof.prover import Prover
+    from tracejit.explain import Subject
     from tracejit.ledger import Ledger
+    from tracejit.pictures.picture import Picture
     from tracejit.saved.record import SavedStep
 
 
@@ -168,22 +171,94 @@ class Inspected:
 
         Raises ValueError for a step that was not called.
         """
-        from tracejit.explain import Subject, explain
+        from tracejit.explain import explain
 
         options = {"eager_seconds": eager_seconds, "machine_code": machine_code, "measure": measure}
         with self._lock:
-            stats, last = self.stats, self._last
-            if last is None and not stats.eager:
+            last = self._last
+            if last is None and not self.stats.eager:
                 raise ValueError(f"{self.__name__} has no plan yet: call it before it is explained")
-            graphs, programs, backend, eager = [], [], "eager", EagerCost()
+            programs = []
             if last is not None:
-                ran = [b for b in last.backwards if b.program is not None]
                 checks = [] if last.checking is None else [last.checking.program]
-                programs = [*checks, *self._ran_programs(), *(b.program for b in ran)]
-                graphs = [last.final, *(b.graph for b in ran)]
-                backend, eager = last.backend, last.eager
-            subject = Subject(
-                *(self.__name__, self.explain_mode(), self.explain_retraces()),
-                *(graphs, programs, backend, stats.seconds, eager),
-            )
-            return explain(subject, gpu, **options)
+                programs = [*checks, *self._ran_programs(), *(b.program for b in self._outside())]
+            return explain(self._subject(programs), gpu, **options)
+
+    def _outside(self) -> list[Backward]:
+        """The backwards outside the step that have run, of the plan that ran last."""
+        return [b for b in self._last.backwards if b.program is not None]
+
+    def _subject(self, programs: Sequence[Program]) -> Subject:
+        """What a ledger tells of, for these programs."""
+        from tracejit.explain import Subject
+
+        last, graphs, backend, eager = self._last, [], "eager", EagerCost()
+        if last is not None:
+            graphs = [last.final, *(b.graph for b in self._outside())]
+            backend, eager = last.backend, last.eager
+        return Subject(
+            *(self.__name__, self.explain_mode(), self.explain_retraces()),
+            *(graphs, programs, backend, self.stats.seconds, eager),
+        )
+
+    def draw(
+        self,
+        path: str | os.PathLike,
+        *,
+        gpu: str = "H200",
+        measure: bool = True,
+    ) -> None:
+        """Draw the plan that ran last into a file, as the end of its name says.
+
+        .html: a page that needs nothing else: the graph by modules, lines or kernels, beside the
+               code that it comes from and the kernels that it became, with what these cost.
+        .svg:  the graph with its groups folded, for a paper; `.png` the same, by matplotlib, which
+               is in the extra `pictures`.
+
+        gpu:     whose time is predicted, one of `gpus.GPUS`.
+        measure: time kernels that run natively, on memory of their own, if there is enough.
+
+        Raises ValueError for a step that was not called, or that runs eagerly, and for other ends;
+        ImportError where matplotlib is missing, OSError where the file cannot be written.
+        """
+        from tracejit.pictures.files import write
+
+        write(lambda: self._picture(gpu, measure), path)
+
+    def to_tensorboard(self, logdir: str | os.PathLike) -> None:
+        """Write the graph of the plan that ran last where TensorBoard finds it: its graph tab shows
+        it by modules, with shapes and devices. Needs the extra `tensorboard`.
+
+        Raises ValueError for a step that was not called, or that runs eagerly; ImportError where
+        TensorBoard is missing, OSError where the files cannot be written.
+        """
+        from tracejit.pictures.tensorboard import write
+
+        write(lambda: self._picture("H200", measure=False), logdir)
+
+    def _picture(self, gpu: str, measure: bool) -> Picture:
+        """The picture of the plan that ran last."""
+        from tracejit.explain import explain
+        from tracejit.pictures.collect import Drawn, picture
+        from tracejit.pictures.sections import Sections
+
+        with self._lock:
+            last, run = self._last, self._last_run
+            if last is None:
+                if self.stats.eager:
+                    why = self.explain_mode()
+                    raise ValueError(f"{self.__name__} has no plan that could be drawn: {why}")
+                raise ValueError(f"{self.__name__} has no plan yet: call it before it is drawn")
+            backwards = [(i, b) for i, b in enumerate(last.backwards) if b.program is not None]
+            made = Sections(run.captured, last.names, last.program, run.parts, backwards).found
+            notes = []
+            if run.parts is not None:
+                notes.append(
+                    "Python reads values in the middle of the step, so it runs in "
+                    f"{len(run.parts.stages) + 1} segments"
+                )
+            if last.checking is not None:
+                notes.append("values are checked before anything is written, which is not drawn")
+            ledger = explain(self._subject([x.program for x in made]), gpu, measure=measure)
+            code = self._function.__code__
+            return picture(Drawn(self.__name__, made, code, ledger, notes))

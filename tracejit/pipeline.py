@@ -110,6 +110,7 @@ class Pipeline:
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             program = Program(plan, executor, memory, require_graph=self.options.require_graph)
+        program.graph = final
         self.stats.add("load", started)
         self.stats.compiles += counted
         self.report(f"compiled {len(plan.launches)} launch(es){what} for {executor.name}")

@@ -50,6 +50,7 @@ class Run:
 
     function: Function
     text: str
+    captured: Captured
     parts: Parts | None = None  # the segments that it runs, where there are several
 
 
@@ -132,7 +133,7 @@ def generate(
         names = made | {"alike": _Alike(counters)}
         exec(_EITHER, names)
         text = f"{shorter}\n{text}\n{_EITHER}"
-    return Run(names.pop("perform"), text, parts)
+    return Run(names.pop("perform"), text, captured, parts)
 
 
 # That many numbers, each with a local, are apart, must cost nothing where they are one.

@@ -25,7 +25,7 @@ from tracejit.capture.python import messages  # noqa: F401  what asks for text
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins
-from tracejit.capture.trace import autocast
+from tracejit.capture.trace import autocast, location
 from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
@@ -257,6 +257,9 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
             remedy="Pass the number as an argument, or rebind it outside the step",
         )
     return returned
+
+
+location.traced_from(_run.__code__)
 
 
 def _default_device() -> object:

@@ -17,7 +17,6 @@ from tracejit.capture.follow.matchers import UNKNOWN, follow
 from tracejit.capture.follow.recall import Recall
 from tracejit.capture.follow.trail import Trail
 from tracejit.capture.python import profiler
-from tracejit.capture.trace import location
 from tracejit.capture.trace.active import TraceMode
 from tracejit.capture.trace.draws import Draws
 from tracejit.capture.trace.scalars import Scalars, TracedFloat, TracedInt
@@ -121,7 +120,7 @@ class Tracer(TraceMode):
 
     def _by_rule(self, func: Callable, args: tuple, kwargs: dict) -> object:
         trail = self.trail
-        self.trace.b.line = location.short()
+        self.trace.b.line = self.trace.lines.here()
         call = trail.begin(func, args, kwargs)
         try:
             result = self.trace.apply(func, args, kwargs)

@@ -48,6 +48,7 @@ class CudaDevice:
         self.current_stream = functools.partial(torch._C._cuda_getCurrentRawStream, number)
         self._device = torch.device("cuda", number)
         self._aside: torch.cuda.Stream | None = None
+        self._beside: torch.cuda.Stream | None = None
 
     @functools.cache  # noqa: B019  there is one device of a number, which lasts
     def properties(self) -> Properties:
@@ -108,6 +109,12 @@ class CudaDevice:
         finally:
             before.wait_stream(self._aside)
 
+    def beside(self) -> AbstractContextManager:
+        """A stream of our own."""
+        if self._beside is None:
+            self._beside = torch.cuda.Stream(self._device)
+        return torch.cuda.stream(self._beside)
+
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         """A graph of torch's with a pool of its own. Other threads may go on meanwhile: a pinned
         allocation of a data loader's would end a capture that is global."""
@@ -161,6 +168,10 @@ class _Event:
     def wait(self) -> None:
         if self._recorded:
             self._event.synchronize()
+
+    def hold(self) -> None:
+        if self._recorded:
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
 
 class _Clock:

@@ -46,6 +46,10 @@ class Event(Protocol):
     def wait(self) -> None:
         """Hold the host until that is done; at once if the event was never recorded."""
 
+    def hold(self) -> None:
+        """Hold what is given to the current stream from now on until that is done; not if the
+        event was never recorded."""
+
 
 class Clock(Protocol):
     """Times between marks on the current stream."""
@@ -104,6 +108,9 @@ class Device(Protocol):
     def aside(self) -> AbstractContextManager:
         """Another stream is the current one: behind all that was given to the present one, which
         in turn waits for it at the end."""
+
+    def beside(self) -> AbstractContextManager:
+        """Another stream is the current one, in no order with the present one but by events."""
 
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         """Capture what a function gives to the current stream, which is not the default one. What

@@ -76,6 +76,7 @@ class FakeDevice:
         self._stream, self._streams = 0, 1
         self._graph: Graph | None = None
         self._aside: int | None = None
+        self._beside: int | None = None
         self._blocks: dict[int, _Block] = {}
         self._free: dict[tuple, list[np.ndarray]] = {}
         self._parked: list[
@@ -205,6 +206,14 @@ class FakeDevice:
             with self.on(self._aside):
                 event.record()
             event.hold()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """A stream of its own."""
+        if self._beside is None:
+            self._beside = self.stream()
+        with self.on(self._beside), self.entered():
+            yield
 
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         """What is given is captured, not run."""
@@ -355,7 +364,7 @@ class FakeDevice:
 
     def _is_pinned(self, tensor: torch.Tensor) -> bool:
         start, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        return any(at <= start and end <= at + x.nbytes for at, x in self._pinned.items())
+        return any(at <= start and end <= at + x.nbytes for at, x in [*self._pinned.items()])
 
     # ---- memory
 

@@ -14,6 +14,7 @@ import torch
 from tracejit import knobs
 from tracejit.errors import GraphError
 from tracejit.ir import host_memory
+from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
@@ -36,6 +37,7 @@ class Program:
         require_graph: bool = False,
     ):
         self.plan, self.executor = plan, executor.name
+        self.graph: Graph | None = None  # that it was scheduled from, if somebody may ask for it
         self.computes = getattr(executor, "computes", True)  # not for a GPU that is not here
         loaded = executor.load(plan)
         if require_graph:

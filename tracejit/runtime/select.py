@@ -90,6 +90,23 @@ def registered(device: Device, *, computes: bool = True) -> Iterator[str]:
             FAKES[device.name] = before
 
 
+def gpu(name: str) -> Device:
+    """The device of a name: "cuda", "cuda:1", or one that is registered."""
+    if name in FAKES:
+        return FAKES[name](_PRECISION["highest"]).device_of(name)
+    kind = torch.device(name).type
+    if kind != "cuda":
+        raise BackendUnavailable(
+            backend=name,
+            reason=f"it is of type {kind}",
+            remedy='Use device="cuda", or "cpu"',
+        )
+    from tracejit.runtime.cuda_device import cuda_device
+
+    number = torch.device(name).index
+    return cuda_device(f"cuda:{torch.cuda.current_device()}" if number is None else name)
+
+
 def start_early(backend: str) -> None:
     """Begin what the executor of CPU steps needs, beside the first trace, where the step's device
     is known already."""

@@ -87,6 +87,10 @@ class TargetDevice:
         """There is one stream."""
         return contextlib.nullcontext()
 
+    def beside(self) -> contextlib.AbstractContextManager:
+        """There is one stream."""
+        return contextlib.nullcontext()
+
     def graph_of(self, give: Callable[[], None]) -> Callable[[], None]:
         """A graph of nothing."""
         give()
@@ -110,6 +114,8 @@ class _Event:
     def record(self) -> None: ...
 
     def wait(self) -> None: ...
+
+    def hold(self) -> None: ...
 
 
 def _launch(*given: object) -> None:

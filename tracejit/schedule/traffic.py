@@ -45,17 +45,17 @@ _Access = tuple[Index, Mask, tuple[Axis, ...]]
 def bytes_moved(plan: Plan) -> tuple[int, ...]:
     """Per launch, the bytes of unique addresses loaded and of those stored, in all steps."""
     return tuple(
-        bytes_of([_bound(one) for one in launch.alone()], plan.buffers) * plan.times(launch)
+        bytes_of([bound(one) for one in launch.alone()], plan.buffers) * plan.times(launch)
         for launch in plan.launches
     )
 
 
 def bytes_apart(plan: Plan, launch: Launch) -> tuple[int, ...]:
     """The same for each kernel that runs side by side in a launch, as if it was alone."""
-    return tuple(bytes_of([_bound(one)], plan.buffers) for one in launch.alone())
+    return tuple(bytes_of([bound(one)], plan.buffers) for one in launch.alone())
 
 
-def _bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
+def bound(launch: Launch) -> tuple[Kernel, dict[str, str]]:
     """A launch's kernel with plain sizes, and what the plan calls its buffers."""
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
     memory = dict(zip((b.name for b in launch.kernel.buffers), launch.buffers, strict=True))
@@ -66,7 +66,7 @@ def operations(plan: Plan) -> int:
     """Arithmetic on floats in all launches: 2 for each product of a contraction, 1 for each result
     of another operation, and for each element that is reduced."""
     return sum(
-        _operations(_bound(one)[0]) * plan.times(launch)
+        operations_in(bound(one)[0]) * plan.times(launch)
         for launch in plan.launches
         for one in launch.alone()
     )
@@ -76,7 +76,7 @@ def products(plan: Plan) -> Counter[str]:
     """Those of contractions alone, by the dtype of their operands."""
     found: Counter[str] = Counter()
     for launch in (one for together in plan.launches for one in together.alone()):
-        kernel = _bound(launch)[0]
+        kernel = bound(launch)[0]
         for dot in (stage.dot for stage in kernel.stages if stage.dot is not None):
             points = math.prod(a.extent for a in (*kernel.stages[0].axes, dot.k))
             values = (dot.a_value, dot.b_value, dot.out)
@@ -123,7 +123,8 @@ def operations_of(call: HostCall) -> int:
     return int(_CUBES[call.op.name] * math.prod(batch) * m * n * columns)
 
 
-def _operations(kernel: Kernel) -> int:
+def operations_in(kernel: Kernel) -> int:
+    """Arithmetic on floats of one kernel with plain sizes."""
     total = 0 if kernel.call is None else operations_of(kernel.call)
     for stage in kernel.stages:
         points = math.prod(a.extent for a in (*kernel.axes, *stage.axes))

@@ -1,4 +1,4 @@
-"""Where in the user's code a call comes from."""
+"""Where in the user's code a call comes from: the line, the function, the module that is called."""
 
 from __future__ import annotations
 
@@ -8,34 +8,136 @@ import warnings
 from types import CodeType
 
 import torch
+from torch.nn import Module
 
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_OPTIMIZERS = os.path.join(_TORCH, "optim", "")
+_CALL = Module._call_impl.__code__  # its frame has the module that is called
 _is_user: dict[CodeType, bool] = {}
+_outermost: set[CodeType] = set()
 
 
 def user_frame():
     """The innermost frame that belongs neither to tracejit nor to torch, or None."""
     frame = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
-        known = _is_user.get(code)
-        if known is None:
-            name = code.co_filename
-            known = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
-            _is_user[code] = known
-        if known:
+        if _belongs_to_user(frame.f_code):
             return frame
         frame = frame.f_back
     return None
 
 
+def _belongs_to_user(code: CodeType) -> bool:
+    known = _is_user.get(code)
+    if known is None:
+        name = code.co_filename
+        known = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
+        _is_user[code] = known
+    return known
+
+
 def short() -> str:
     """The user's line as the IR prints it: `two_layer_net.py:12`."""
     frame = user_frame()
-    if frame is None:
-        return ""
+    return "" if frame is None else _text(frame)
+
+
+def _text(frame) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
+class Line(str):
+    """The user's line as the IR prints it, which knows more of itself: equal if the text is.
+
+    file, function: of the line. phase: "backward" of what derivative formulas emit, "update" of
+    what an optimizer of torch's calls, else "".
+    module: what is called there: how many of the step's outermost modules were called first before
+        this one's, that one's class, the way from there (`blocks.0.norm1`), and its own class.
+    """
+
+    file: str = ""
+    function: str = ""
+    phase: str = ""
+    module: tuple[int, str, str, str] | None = None
+
+    def changed(self, **fields: object) -> Line:
+        """The same text, otherwise with other fields."""
+        line = Line(self)
+        line.__dict__ = self.__dict__ | fields
+        return line
+
+
+class Lines:
+    """The lines of one trace, and the modules that it calls."""
+
+    def __init__(self):
+        self.phase = ""  # of the user's code that runs inside of a derivative formula
+        self._known: dict[tuple, Line] = {}
+        self._roots: list[tuple[Module, dict[int, tuple[str, str]]]] = []  # ids are theirs
+
+    def here(self) -> Line:
+        """The line of the innermost user frame."""
+        frame = sys._getframe(1)
+        user, inner, calls = None, "", []
+        while frame is not None and frame.f_code not in _outermost:
+            code = frame.f_code
+            if code is _CALL:
+                calls.append(frame.f_locals["self"])
+            if user is None and _belongs_to_user(code):
+                user = frame
+            elif user is None:
+                inner = code.co_filename
+            frame = frame.f_back
+        if user is None:
+            return _NOWHERE
+        phase = self.phase or ("update" if inner.startswith(_OPTIMIZERS) else "")
+        module = self._module(calls) if calls else None
+        key = user.f_code, user.f_lineno, module, phase
+        line = self._known.get(key)
+        if line is None:
+            line = self._known[key] = Line(_text(user))
+            line.file, line.function = user.f_code.co_filename, user.f_code.co_qualname
+            line.phase, line.module = phase, module
+        return line
+
+    def backward(self, at: str, forward: str) -> Line:
+        """The line of the derivative of something, in a backward that is called `at` a line."""
+        module = getattr(forward, "module", None)
+        key = at, getattr(at, "file", ""), module
+        line = self._known.get(key)
+        if line is None:
+            at = at if isinstance(at, Line) else Line(at)
+            line = self._known[key] = at.changed(module=module, phase="backward")
+        return line
+
+    def _module(self, calls: list[Module]) -> tuple[int, str, str, str]:
+        """The innermost of the modules that are called, seen from the outermost one in whose tree
+        it stands; the first in the list is the innermost."""
+        for outer in reversed(calls):
+            number, names = self._root(outer)
+            found = names.get(id(calls[0]))
+            if found is not None:
+                return number, type(outer).__name__, *found
+        raise AssertionError("a module is in its own tree")
+
+    def _root(self, module: Module) -> tuple[int, dict[int, tuple[str, str]]]:
+        """The number of an outermost module, and the modules of its tree: their names in it, and
+        their classes."""
+        for number, (root, names) in enumerate(self._roots):
+            if root is module:
+                return number, names
+        names = {id(m): (name, type(m).__name__) for name, m in module.named_modules()}
+        self._roots.append((module, names))
+        return len(self._roots) - 1, names
+
+
+_NOWHERE = Line()
+
+
+def traced_from(code: CodeType) -> None:
+    """Frames from that of this function outward call no modules of a step."""
+    _outermost.add(code)
 
 
 def warn(text: str, category: type[Warning]) -> None:

@@ -122,6 +122,7 @@ class TraceState:
         # is told of each product over windows: which it is, the result, operands, and geometry
         self.on_product: Callable[[str, Value, tuple[Value, ...], object], None] | None = None
         self.b = Builder()
+        self.lines = location.Lines()  # of the user's code
         self.b.on_emit = self._on_emit
         self.scalars = Scalars(self.b, self.journal)
         self.inputs = Inputs()

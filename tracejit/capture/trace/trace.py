@@ -99,13 +99,14 @@ class Trace(TraceState):
         self.journal.forget()
         self.call = (function, args, {})
         self.groups += 1
-        self.b.line = location.short()
+        self.b.line = self.lines.here()
 
     @contextmanager
     def user_code(self, *, grad: bool) -> Iterator[None]:
         """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
         before = self.formula, self.taping, self.call, self.outer, self.b.line
-        enabled = torch.is_grad_enabled()
+        enabled, phase = torch.is_grad_enabled(), self.lines.phase
+        self.lines.phase = phase if self.formula is None else "backward"
         self.formula, self.taping, self.outer = None, True, self.call
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self.mode)
@@ -115,6 +116,7 @@ class Trace(TraceState):
         finally:
             TorchFunctionMode.__exit__(self.mode, None, None, None)
             self.formula, self.taping, self.call, self.outer, self.b.line = before
+            self.lines.phase = phase
             torch._C._set_grad_enabled(enabled)
 
     # ---- recording
@@ -136,10 +138,14 @@ class Trace(TraceState):
         """Emit the derivative formulas of one backward; gives a function to call before each, with
         its entry and the cotangents that have arrived there."""
 
+        at = self.b.line
+
         def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
             start = self.formula.start if self.formula else self.b.next_id
             self.formula = Formula(start, entry, cotangents)
             self.groups += 1
+            made = self.producers.get(entry.outputs[0])
+            self.b.line = self.lines.backward(at, "" if made is None else made.where)
             if entry.saved is not None:
                 check_held(self, entry)
 
@@ -147,6 +153,7 @@ class Trace(TraceState):
             yield enter
         finally:
             self.formula = None
+            self.b.line = self.lines.backward(at, "")  # gradients are added up
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
