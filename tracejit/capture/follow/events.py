@@ -107,12 +107,16 @@ class Outside:
 
 @dataclass(eq=False, slots=True)
 class New:
-    """A new proxy. `spare` is the one of an earlier trace, which nobody has any more."""
+    """A new proxy. `spare` is the one of an earlier trace, which nobody has any more.
+
+    `rows` is for one that has as many rows as values say: the tensor that has as many, or the cut
+    that has found in this call how many each step has."""
 
     at: int
     number: int  # among the proxies of the trace
     geometry: Geometry
     spare: TracedTensor | None = None
+    rows: Known | Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -170,6 +170,11 @@ class TraceState:
         self.read_numbers: dict[Value, float] = {}
         self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
+        self.firsts: dict[Value, int] = {}  # integers that values are known to begin with
+        # packed sequences by their batch sizes, see functions/packed.py
+        self.packed: dict[Value, object] = {}
+        # leaves of torch.func, with the memory of what they stand for and its writes before
+        self.entered: dict[Handle, tuple[Storage, int]] = {}
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py

@@ -193,6 +193,14 @@ class Trace(TraceState):
 
     def lift(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
+        handle = self.peek(tensor)
+        if handle.ragged is not None:
+            handle.ragged.count(handle)
+        return handle
+
+    def peek(self, tensor: torch.Tensor) -> Handle:
+        """The handle of a tensor object, which is not asked how many rows it has: it may have no
+        value yet."""
         if type(tensor) is TracedTensor:
             if tensor.trace is not self:
                 called = function_name(self.calling) if self.calling else "a torch function"
