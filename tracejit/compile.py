@@ -173,7 +173,9 @@ class CompiledStep(Inspected):
             self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
             self._fallback = (
-                Fallback(self._function, self._bound_to) if options.falls_back else None
+                Fallback(self._function, self._bound_to, asked=options.mode == "rerun")
+                if options.falls_back
+                else None
             )
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
@@ -244,7 +246,7 @@ class CompiledStep(Inspected):
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
-        settled = self.options.mode == "auto" and not self._replays and not self._prover.watching
+        settled = not self._replays and not self._prover.watching
         return settled and self.observer is None and self._last.program.on_cpu
 
     def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:

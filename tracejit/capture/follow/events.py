@@ -24,6 +24,7 @@ from tracejit.ir.graph import Arg, Value
 CONSTANTS = frozenset(
     {bool, int, float, str, type(None), type(...), type(NotImplemented), torch.Size, torch.dtype}
     | {torch.device, torch.layout, torch.memory_format, torch.Generator}
+    | {type(torch.autograd.Function)}  # whose instances are classes
 )
 TUPLE_ITERATOR = type(iter(()))
 Match = Callable[..., object]  # see matchers.py

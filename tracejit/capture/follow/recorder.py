@@ -7,7 +7,7 @@ traces (`recall.py`), with what was captured at its end.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -79,7 +79,7 @@ class Recorder(Journal):
 
     def begin(self, func: Callable, args: tuple, kwargs: dict) -> Call | None:
         """A rule is about to run; None if that is not recorded."""
-        if not self.recording or self._call is not None:
+        if not self.recording or self._call is not None or self._over:
             return None
         try:
             arguments = tuple([self._encode(x) for x in (*args, *kwargs.values())])
@@ -217,9 +217,9 @@ class Recorder(Journal):
 
     def found_draw(self, event: Drawing, generator: torch.Generator) -> None:
         """The step has done something with a random generator."""
-        if not self.recording or self._over:
+        if not self.recording:
             return
-        if self._call is None:
+        if self._call is None or self._over:
             self.recording = False
         else:
             self._call.found.append(("draw", event, generator))
@@ -314,11 +314,12 @@ class Recorder(Journal):
         """Those that user code has got so far."""
         return [x for x in self.objects if type(x) is TracedTensor]
 
-    def keep_spares(self, created: Iterable[New]) -> None:
-        """Keep the proxies that nobody has any more, to hand them out again."""
+    def keep_spares(self, created: Iterable[New], escaped: Collection[int]) -> None:
+        """Keep the proxies that nobody has any more, to hand them out again. Those at the positions
+        `escaped` become real, also where only a context of a custom function has held them."""
         objects = self.objects
         for new in created:
-            if count(objects[new.at]) == ALONE:
+            if count(objects[new.at]) == ALONE and new.at not in escaped:
                 proxy = objects[new.at]
                 # not real now, and nothing on it that the user put there
                 unused = type(proxy) is TracedTensor and not proxy.__dict__ and new.rows is None

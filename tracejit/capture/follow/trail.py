@@ -179,6 +179,8 @@ class Trail(Recorder):
     @property
     def found(self) -> list[torch.Tensor]:
         """What the cuts of this way have found."""
+        if not self._found_in:
+            return []
         return [x for _, cut, *_ in self._cuts() for x in self._found_in.get(cut, ())]
 
     def _cuts(self) -> Iterator[tuple]:

@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import checkpoints, mathematics, transforms, vmaps
+from tracejit.capture.python.plain_code import reads_of
 from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
@@ -191,7 +192,7 @@ def _apply(cls: type[Function], *args: object) -> object:
         return checkpoints.reentrant(t, *args)
     if (cls.__module__, cls.__name__) == _MOD_INDEX:  # x[i, j] under TransformGetItemToIndex
         return args[0][tuple(args[1])]
-    return call(t, cls, args)
+    return call(t, cls, args, reads_of(cls))
 
 
 _MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op", "ModIndex"

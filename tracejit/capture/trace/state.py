@@ -144,6 +144,7 @@ class TraceState:
         self.flagged: list[Handle] = []  # from outside, whose requires_grad has changed
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        self.applied: list[object] = []  # all of them, also where no rule has run yet
         # copies that stand for views whose place depends on a value, and what they are views of
         self.copied: dict[Storage, set[Storage]] = {}
         self.inference: set[Storage] = set()  # made in inference mode
@@ -359,8 +360,9 @@ class TraceState:
         self.casts.known.clear()
         self.read_numbers.clear()
         self.evaluate = on_numpy  # not the step's own: a trace lies in cycles
-        for context in self.contexts:
+        for context in self.applied:
             vars(context).clear()
+        self.applied.clear()
 
     def release(self) -> None:
         """Let go of outside tensors."""
