@@ -145,8 +145,9 @@ class Fallback:
     Calls that are only ever rerun are weighed against eager ones (`weighing.py`).
     """
 
-    def __init__(self, function: FunctionType, bound_to: tuple):
+    def __init__(self, function: FunctionType, bound_to: tuple, plain: Callable):
         self.function, self.lasting = function, (function, bound_to)
+        self._plain = plain  # runs a call eagerly
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
         self.known: Known | None = None  # what the latest trace could reach
@@ -171,9 +172,9 @@ class Fallback:
         """Run a call that is run eagerly at once. `warn` is told of a step that is faster so."""
         rest, self._timed = self._timed, None
         if rest is None:
-            return self.function(*args, **kwargs)
+            return self._plain(*args, **kwargs)
         started = time.perf_counter()
-        returned = self.function(*args, **kwargs)
+        returned = self._plain(*args, **kwargs)
         rest.weighing.ran_eagerly(time.perf_counter() - started)
         self._settle(rest, warn)
         return returned
