@@ -394,6 +394,11 @@ REFUSED = {
     "no method": (lambda x: x.byteswap(), "ndarray.byteswap"),
     "random": (lambda x: x + np.random.standard_normal(3), "np.random"),
     "kept": (lambda x: KEPT.append(x * 2), "keeping an array"),
+    "list kept": (lambda x: CALLED.append(PAIR), "keeping an array"),
+    "view returned": (lambda x: x[::-1], "returning what is a view in numpy"),
+    "views returned": (lambda x: (y := x * 1, y[::-1]), "returning what is a view in numpy"),
+    "list returned": (lambda x: (x, PAIR), "returning a list"),
+    "function kept": (lambda x: CALLED.append(lambda: WEIGHT), "keeping an array, or a function"),
     "object": (lambda x: x * HOLDER.small, "an array in an object"),
     "helper": (lambda x: reads_hidden(x), "an array in an object"),
     "rebound": (rebinds, "binding the global WEIGHT"),
@@ -406,41 +411,48 @@ REFUSED = {
     "array": (lambda x: np.bincount(np.asarray(x, int)), "np.bincount"),
 }
 PAIR = [np.ones(3), np.ones(3)]
+CALLED: list = []
+
+
+@pytest.fixture
+def anew() -> Callable:
+    """Puts the variables of this module back as they were."""
+
+    def put_back() -> None:
+        globals()["WEIGHT"] = np.ones(3)
+        PAIR[:] = [np.ones(3), np.ones(3)]
+        KEPT.clear()
+        CALLED.clear()
+        np.random.seed(3)
+
+    put_back()
+    yield put_back
+    put_back()
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refusals_name_the_line_and_run_as_the_plain_function(name: str):
+def test_refusals_name_the_line_and_run_as_the_plain_function(name: str, anew: Callable):
     step, text = REFUSED[name]
-    KEPT.clear()
-    weight = globals()["WEIGHT"] = np.ones(3)
     x = np.array([3.0, 1.0, 2.0])
-    if name == "random":
-        np.random.seed(3)
     theirs = step(x.copy())
-    theirs = (theirs, WEIGHT, [np.copy(k) for k in KEPT], [*map(np.copy, PAIR)])
-    KEPT.clear()
-    PAIR[:] = [np.ones(3), np.ones(3)]
-    globals()["WEIGHT"] = weight
+    theirs = (theirs, WEIGHT, [*map(np.copy, KEPT)], [*map(np.copy, PAIR)], len(CALLED))
+    anew()
+    weight = WEIGHT
     with pytest.raises(UnsupportedOperation, match=text) as caught:
         compiled(step)(x.copy())
     assert re.search(rf"{re.escape(__file__)}:\d+", str(caught.value))
-    assert not KEPT
+    assert not KEPT and not CALLED
     assert WEIGHT is weight
-    if name == "random":
-        np.random.seed(3)
+    anew()
     fast = compiled(step, on_unsupported="eager")
-    PAIR[:] = [np.ones(3), np.ones(3)]
     with pytest.warns(TracejitWarning) as told:
         found = fast(x.copy())
     assert len(told) == 1
-    same((found, WEIGHT, KEPT, PAIR), theirs)
+    same((found, WEIGHT, KEPT, PAIR, len(CALLED)), theirs)
     assert fast.stats.eager == 1
     with warnings.catch_warnings():  # said once
         warnings.simplefilter("error")
         fast(x.copy())
-    globals()["WEIGHT"] = np.ones(3)
-    PAIR[:] = [np.ones(3), np.ones(3)]
-    KEPT.clear()
 
 
 @pytest.mark.parametrize(
@@ -481,6 +493,11 @@ def test_arrays_for_reading():
 
 
 def test_errors_are_those_of_numpy():
+    def assigns(x: np.ndarray, y: np.ndarray) -> None:
+        x[::2, ::2] = y
+
+    with pytest.raises(ValueError, match="could not broadcast"):
+        compiled(assigns)(np.ones((4, 4)), np.ones(4))
     fast = compiled(lambda x, y: x + y, on_unsupported="eager")
     with pytest.raises(ValueError, match="could not be broadcast"):
         fast(np.ones(3), np.ones(4))

@@ -43,13 +43,14 @@ BORN = _Born()
 class Root:
     """The memory of an Array and of its views.
 
-    locked:   why it must not be written to. copied: it was copied where numpy makes a view.
+    locked:  why it must not be written to. copied: it was copied where numpy makes a view.
+    of:      that of the array of which numpy would have a view here. outside: it is the user's.
     """
 
-    __slots__ = ("locked", "copied")
+    __slots__ = ("locked", "copied", "of", "outside")
 
-    def __init__(self, locked: str = ""):
-        self.locked, self.copied = locked, False
+    def __init__(self, locked: str = "", of: Root | None = None, *, outside: bool = False):
+        self.locked, self.copied, self.of, self.outside = locked, False, of, outside
 
 
 class ArrayData:
@@ -96,7 +97,7 @@ def view(of: ArrayData, t: torch.Tensor) -> ArrayData:
 def copy_for_view(of: ArrayData, t: torch.Tensor, why: str) -> ArrayData:
     """A copy where numpy may have a view: so neither may be written to from now on."""
     of.root.copied = True
-    return ArrayData.made(t, Root(why), sure=False)
+    return ArrayData.made(t, Root(why, of.root), sure=False)
 
 
 def refuse(function: str, reason: str, *operands: object) -> UnsupportedOperation:

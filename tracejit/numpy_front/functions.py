@@ -144,7 +144,7 @@ def broadcast_to(a: object, shape: object) -> ArrayData:
         raise ValueError(f"cannot broadcast {a.shape} to {shape}")
     found = view(a, a.t.broadcast_to(shape))
     a.root.copied = True  # the view is for reading, and what is written later would show in it
-    found.root = Root("read-only")
+    found.root = Root("read-only", a.root)
     return found
 
 
@@ -153,7 +153,7 @@ def diagonal(a: object, offset: int = 0, axis1: int = 0, axis2: int = 1) -> Arra
     a = array(a)
     t = torch.diagonal(a.t, offset, axis1, axis2).clone()
     a.root.copied = True
-    return ArrayData.made(t, Root("read-only"), sure=False)
+    return ArrayData.made(t, Root("read-only", a.root), sure=False)
 
 
 @rule(np.diag)

@@ -115,7 +115,14 @@ def put(x: ArrayData, key: object, value: object) -> None:
         write(x, t, parts if len(parts) > 1 else parts[0])
         return
     forward, reverse = _forward(x, parts)
+    target, given = tuple(x.t[forward].shape), tuple(t.shape)
+    while len(given) > len(target) and given[0] == 1:
+        given = given[1:]
+    if len(given) > len(target) or any(
+        n not in (1, m) for n, m in zip(given[::-1], target[::-1], strict=False)
+    ):
+        raise ValueError(f"could not broadcast input array from shape {given} into shape {target}")
+    t = t.reshape(given)
     if reverse:
-        target = tuple(x.t[forward].shape)
         t = torch.flip(t.broadcast_to(target), reverse)
     write(x, t, forward)

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import builtins
 import types
+import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import CellType, FunctionType
 
 import numpy as np
 import torch
 
 from tracejit.capture.bind import BoundCall, bind, unwrap
+from tracejit.capture.names import name_of_tensor
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.snapshot import Snapshot
 from tracejit.capture.trace.active import current
@@ -265,33 +268,13 @@ class NumpyStep(CompiledStep):
         function.__defaults__ = twin.__defaults__
         function.__kwdefaults__ = twin.__kwdefaults__
         stored = names_in(twin.__code__).stored
-        watched = _Watched(seen, cells, twin.__closure__ or (), space, instead, stored)
+        stored = {x: dict.get(space, x) for x in names_in(twin.__code__).stored}
+        pairs = zip(cells, twin.__closure__ or (), strict=True)
+        before = [(mine, mine.cell_contents) for mine, other in pairs if mine is not other]
         bound = bind(trace, function, args, kwargs, self._prover.integers)
-        bound.function = self._traced(bound.function, seen, watched)
+        trace.name_of = partial(name_of_tensor, twin, args, kwargs)
+        bound.function = _Traced(self, bound.function, seen, before, stored, space)
         return bound
-
-    def _traced(self, inner: Callable, seen: _Seen, watched: _Watched) -> Callable:
-        def call(*args: object, **kwargs: object) -> tuple:
-            inner.__defaults__ = seen.of(inner.__defaults__)
-            inner.__kwdefaults__ = seen.of(inner.__kwdefaults__)
-            result = self._run(inner, seen.of(args), seen.of(kwargs))
-            leaves: list[object] = []
-            layout = told(result, _is_array, leaves)
-            watched.check(result)
-            del result
-            inner.__defaults__ = inner.__kwdefaults__ = None
-            watched.clear()
-            seen.clear()
-            if any(ref() is not None for ref in BORN.arrays):
-                raise refuse(
-                    "keeping an array in a list, an attribute or a variable outside the step",
-                    "return the array, or write into one that is there: kept[...] = x",
-                )
-            if layout not in self._layouts:
-                self._layouts.append(layout)
-            return (self._layouts.index(layout), *leaves)
-
-        return call
 
     def _run(self, function: Callable, args: tuple, kwargs: dict) -> object:
         """Run the user's code on Arrays."""
@@ -329,6 +312,7 @@ class _Seen:
         self._given = given
         self._arrays: dict[int, Array] = {}
         self.containers: list[tuple[object, object]] = []  # and copies of them
+        self._copies: dict[int, object] = {}  # by the identity of a list or dict of tensors
 
     def of(self, x: object) -> object:
         """The same with Arrays in place of tensors."""
@@ -338,6 +322,8 @@ class _Seen:
             if found is None:
                 found = self._arrays[id(x)] = self._array(x)
             return found
+        if id(x) in self._copies:
+            return self._copies[id(x)]
         if kind in (tuple, list, dict) and x:
             items = [*x.values()] if kind is dict else x
             found = [self.of(item) for item in items]
@@ -345,6 +331,7 @@ class _Seen:
                 made = dict(zip(x, found, strict=True)) if kind is dict else kind(found)
                 if kind is not tuple:
                     self.containers.append((made, made.copy()))
+                    self._copies[id(x)] = made
                 return made
         return x
 
@@ -354,14 +341,7 @@ class _Seen:
             raise refuse("a tensor of torch's", "pass numpy arrays alone")
         if kind is SCALAR:
             return Array(x, scalar=True)
-        return Array(x, Root(READ_ONLY) if kind is READ_ONLY else None)
-
-    def clear(self) -> None:
-        """Let go of all Arrays."""
-        self._arrays.clear()
-        for made, copy in self.containers:
-            made.clear()
-            copy.clear()
+        return Array(x, Root(READ_ONLY if kind is READ_ONLY else "", outside=True))
 
 
 def _same_or_new(seen: _Seen, cell: CellType) -> CellType:
@@ -370,45 +350,79 @@ def _same_or_new(seen: _Seen, cell: CellType) -> CellType:
     return cell if found is value else CellType(found)
 
 
-class _Watched:
-    """The variables and containers with Arrays: the step must leave in them what was there."""
+class _Traced:
+    """The user's function in a trace: takes tensors, and returns a layout and leaves.
+
+    variables, stored: closure variables and globals that must hold afterwards what they hold.
+    """
 
     def __init__(
         self,
+        step: NumpyStep,
+        inner: FunctionType,
         seen: _Seen,
-        cells: tuple[CellType, ...],
-        theirs: tuple[CellType, ...],
+        variables: list[tuple[CellType, object]],
+        stored: dict[str, object],
         space: Namespace,
-        instead: dict[str, object],
-        stored: frozenset[str],
     ):
-        self._seen, self._space, self._instead = seen, space, instead
-        self._cells = [
-            (mine, mine.cell_contents)
-            for mine, other in zip(cells, theirs, strict=True)
-            if mine is not other
-        ]
-        self._stored = stored
+        self._step, self._inner, self._seen = step, inner, seen
+        self._variables, self._stored, self._space = variables, stored, space
 
-    def check(self, result: object) -> None:
-        """Refuse what has put another array in a variable or container, or returns one of these."""
-        for cell, before in self._cells:
+    def __call__(self, *args: object, **kwargs: object) -> tuple:
+        inner, seen = self._inner, self._seen
+        inner.__defaults__ = seen.of(inner.__defaults__)
+        inner.__kwdefaults__ = seen.of(inner.__kwdefaults__)
+        result = self._step._run(inner, seen.of(args), seen.of(kwargs))
+        self._check()
+        leaves: list[object] = []
+        arrays: list[ArrayData] = []
+        layout = told(result, _is_array, self._refuse_returned, arrays, leaves)
+        _refuse_copies(arrays)
+        step, space = self._step, weakref.ref(self._space)
+        del result, inner, seen, arrays
+        self.__dict__.clear()
+        # functions that were made in the trace have its globals
+        if space() is not None or any(ref() is not None for ref in BORN.arrays):
+            raise refuse(
+                "keeping an array, or a function, in an object or variable outside the step",
+                "return the array, or write into one that is there: kept[...] = x",
+            )
+        if layout not in step._layouts:
+            step._layouts.append(layout)
+        return (step._layouts.index(layout), *leaves)
+
+    def _check(self) -> None:
+        """Refuse what has put another array in a variable or container."""
+        for cell, before in self._variables:
             if contents(cell) is not before:
                 raise _rebound("a closure variable")
-        for name in self._stored:
-            if dict.get(self._space, name) is not self._instead.get(name):
+        for name, before in self._stored.items():
+            if dict.get(self._space, name) is not before:
                 raise _rebound(f"the global {name}")
         for made, copy in self._seen.containers:
-            if made is result or not _alike(made, copy):
+            if not _alike(made, copy):
                 raise _rebound("an item of a list or dict")
 
-    def clear(self) -> None:
-        """Let go of all Arrays."""
-        for cell, _ in self._cells:
-            cell.cell_contents = None
-        self._cells.clear()
-        self._instead.clear()
-        dict.clear(self._space)
+    def _refuse_returned(self, x: object) -> None:
+        if any(x is made for made, _ in self._seen.containers):
+            raise refuse(
+                "returning a list or dict of arrays that the step was given", "return the arrays"
+            )
+
+
+def _refuse_copies(arrays: list[ArrayData]) -> None:
+    """Refuse to return a copy, where numpy has a view of what the caller has too."""
+    roots = {id(x.root) for x in arrays}
+    for x in arrays:
+        of = x.root.of
+        while of is not None:
+            if of.outside or id(of) in roots:
+                raise refuse(
+                    "returning what is a view in numpy and a copy here (reversed, reshaped, …)",
+                    "return a copy of it: x[::-1].copy()",
+                    x,
+                )
+            of = of.of
 
 
 def _alike(x: object, y: object) -> bool:

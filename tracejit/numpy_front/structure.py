@@ -27,6 +27,7 @@ class Given:
         self.tensors: dict[int, torch.Tensor] = {}  # by the identity of the array
         self.arrays: dict[int, tuple[object, str]] = {}  # by the identity of the tensor
         self.form: list[object] = []
+        self._copies: dict[int, object] = {}  # by the identity of a list or dict of arrays
         self.problem: tuple[str, np.ndarray] | None = None  # what no tensor can stand for
 
     def convert(self, x: object, depth: int = 0) -> object:
@@ -37,10 +38,15 @@ class Given:
         if kind in _FLOATS:
             return self._tensor(x, torch.tensor(x.item(), dtype=TO_TORCH[x.dtype]), SCALAR)
         if kind in (tuple, list, dict) and depth < _DEEP:
+            if id(x) in self._copies:
+                return self._copies[id(x)]
             items = [*x.values()] if kind is dict else x
             found = [self.convert(item, depth + 1) for item in items]
             if any(a is not b for a, b in zip(found, items, strict=True)):
-                return dict(zip(x, found, strict=True)) if kind is dict else kind(found)
+                made = dict(zip(x, found, strict=True)) if kind is dict else kind(found)
+                if kind is not tuple:
+                    self._copies[id(x)] = made  # x is held by the call
+                return made
         return x
 
     def _array(self, x: np.ndarray) -> object:
@@ -96,14 +102,16 @@ class Layout:
     keys: tuple = ()
 
 
-def told(x: object, is_array: Callable, leaves: list) -> Layout:
-    """The layout of a result; its leaves go into a list."""
+def told(x: object, is_array: Callable, look: Callable, arrays: list, leaves: list) -> Layout:
+    """The layout of a result; its arrays and leaves go into lists. `look` sees each container."""
     if is_array(x):
+        arrays.append(x)
         leaves.append(x.t)
         return Layout(SCALAR if x.scalar else ARRAY)
     if type(x) in (tuple, list, dict) and _has(x, is_array, 0):
+        look(x)
         items = x.values() if type(x) is dict else x
-        parts = tuple([told(item, is_array, leaves) for item in items])
+        parts = tuple([told(item, is_array, look, arrays, leaves) for item in items])
         return Layout(type(x).__name__, parts, tuple(x) if type(x) is dict else ())
     leaves.append(x)
     return Layout("other")
