@@ -142,7 +142,8 @@ def test_text_in_text_out():
   grad 1 <- none
   leaf grad 0 <- made 3
   escaped 0
-  callbacks 2
+  callback
+  callback 0 <- host 1, 'epoch' <- host 0
   return {'a': (m0, ), g0: [h0, g1(m1, m2)], 3: ()}
 }"""
     assert str(parse_effects(text)) == text

@@ -514,6 +514,22 @@ def as_keys_of_a_dict_with_another_name(w):
     return step
 
 
+@state(changes={5: lambda w: setattr(w.trainer, "shown", w.trainer.log)})
+def as_keys_of_two_dicts_that_become_one(w):
+    """What is put there by the other name was taken back with the rest of a trace."""
+    t = of_logs(w)
+    t.m, t.shown = 1, {}
+
+    def step(x):
+        t.n += 1
+        t.m = t.n * t.m % 7
+        t.log[f"loss/{t.n}"] = x * t.n
+        t.shown[f"{t.m}"] = t.n
+        return x * 2
+
+    return step
+
+
 @state("rerun")
 def as_keys_beside_a_plain_one(w):
     t = of_logs(w)
@@ -563,7 +579,7 @@ def as_a_key_that_stays(w):
     return step
 
 
-@state("rerun")
+@state()
 def as_keys_of_what_is_returned(w):
     t = trainer(w)
 
@@ -710,7 +726,7 @@ def of_containers(w):
     return step
 
 
-@state("rerun")
+@state()
 def by_a_function(w):
     t = trainer(w)
 

@@ -469,7 +469,50 @@ def branches_on_state():
     return step
 
 
+class Held:
+    """What a step may find, and leave."""
+
+    def __init__(self) -> None:
+        self.last, self.calls, self.log = 1.0, 0, []
+        self.before, self.a, self.b = torch.zeros(3, 3), torch.zeros(3, 3), torch.ones(3, 3)
+
+
+held = Held()
+
+
+def keeps_a_number(x):
+    y = x * held.last
+    held.last = x.sum().item()
+    return y
+
+
+def keeps_its_argument(x):
+    y = x - held.before
+    held.before = x
+    return y
+
+
+def swaps(x):
+    held.a, held.b = held.b, held.a
+    return x * held.b
+
+
+def keeps_in_a_variable():
+    kept = torch.zeros(3, 3)
+
+    def step(x):
+        nonlocal kept
+        y, kept = x * kept, x
+        return y
+
+    return step
+
+
 REFUSED = {
+    "a number that is kept": (keeps_a_number, "a number that it has read or computed into an obj"),
+    "a tensor that is kept": (keeps_its_argument, r"another tensor \(before\) into an object of y"),
+    "tensors that are swapped": (swaps, r"puts another tensor \(a, b\) into an object of yours"),
+    "a variable": (keeps_in_a_variable(), r"puts another tensor \(a variable\) into an object"),
     "a decision": (decides, "its Python decides by a value that it reads"),
     "elements": (selects, "depend on which elements it finds there. Compute with all elements"),
     "a solution": (solves, "lu(_solve)? cannot be exported to ONNX: it is a decomposition of"),
@@ -491,6 +534,23 @@ def test_what_no_model_says_is_refused_with_the_line(name, path):
     with pytest.raises(CannotExport, match=said) as caught:
         tracejit.to_onnx(step, path, torch.eye(3))
     assert "test_onnx_models.py:" in str(caught.value) and not path.exists()
+
+
+def test_an_argument_that_the_step_holds_already_is_refused(path):
+    """Its model would have one tensor for two: here x - x."""
+    x = torch.ones(3, 3)
+    keeps_its_argument(x)
+    with pytest.raises(CannotExport, match="an argument of it is also in its variables or objects"):
+        tracejit.to_onnx(keeps_its_argument, path, x)
+
+
+def test_a_counter_that_nothing_reads_is_left_out(path):
+    def step(x):
+        held.calls += 1
+        return x * 2
+
+    tracejit.to_onnx(step, path, x := torch.ones(3))
+    assert_near(step(x), runner(path)(x.numpy()), 0)
 
 
 def test_what_is_no_step_is_refused(path):

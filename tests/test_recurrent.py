@@ -12,7 +12,6 @@ import tracejit
 from support.capture_checks import randn, same
 from support.oracle import call
 from support.scope import sampled
-from tracejit.errors import UnsupportedOperation, ValueDependentError
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")  # eager's
@@ -233,29 +232,6 @@ def test_second_derivatives():
 
     params = [randn(9, 4), randn(9, 3), randn(9), randn(9)]
     same(step, *(p.double().requires_grad_() for p in (randn(4, 2, 4), *params)))
-
-
-# ---- refused
-
-
-def test_packed_sequences_are_refused():
-    model, x = nn.GRU(FEATURES, HIDDEN), randn(STEPS, ROWS, FEATURES)
-    lengths, h, weights = (
-        torch.tensor([5, 4, 2]),
-        torch.zeros(1, ROWS, HIDDEN),
-        [*model.parameters()],
-    )
-    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
-    for step in (
-        lambda: torch.gru(*packed[:2], h, weights, True, 1, 0.0, True, False),
-        lambda: nn.utils.rnn.pack_padded_sequence(x, lengths),
-        lambda: nn.utils.rnn.pad_packed_sequence(packed),
-    ):
-        with pytest.raises(UnsupportedOperation, match="Pass the padded batch"):
-            call(step)
-    for step in (lambda: model(packed), lambda: model(packed, h)):  # they need a size first
-        with pytest.raises((UnsupportedOperation, ValueDependentError), match="value"):
-            call(step)
 
 
 # ---- launches

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import tracejit
 from support.oracle import call
@@ -128,12 +129,15 @@ def test_collectives(one_process):
     refusal(lambda x: torch.distributed.all_reduce(x), X)
 
 
+def pushed(x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(forward_ad.make_dual(x, x).sin()).tangent
+
+
 TRANSFORMS = {
-    "grad": lambda x: torch.func.grad(lambda y: y.sum())(x),
-    "vjp": lambda x: torch.func.vjp(lambda y: y * 2, x),
-    "jvp": lambda x: torch.func.jvp(torch.sin, (x,), (x,)),
-    "jacrev": lambda x: torch.func.jacrev(lambda y: y * 2)(x),
-    "hessian": lambda x: torch.func.hessian(lambda y: (y * y).sum())(x),
+    "linearize": lambda x: torch.func.linearize(torch.sin, x)[0],
+    "functionalize": lambda x: torch.func.functionalize(torch.sin)(x),
+    "forward mode": pushed,
 }
 
 

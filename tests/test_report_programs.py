@@ -273,3 +273,11 @@ def plan_of_sample(function, sample) -> Plan | None:
     step = tracejit.compile(step_of(function, sample))
     _, error = outcome(step)
     return None if error or not step.plans or not step.plans[-1].launches else step.plans[-1]
+
+
+def test_the_gradient_of_an_embedding_visits_few_elements():
+    """Of the ids and the table: not each row of the one with each of the other."""
+    n, words, width = 1024, 32000, 512
+    found = report(plan_of("embedding 32000x512, 1024 ids"), target=90)
+    visited = sum(row.issued_bytes for row in found.rows) / 4
+    assert visited <= 4 * (n + words) * width

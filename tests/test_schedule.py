@@ -449,3 +449,14 @@ def test_a_convolution_is_one_launch_that_reads_the_image_where_it_lies():
         "add",
         "maximum",
     ]
+
+
+def test_reshapes_of_permuted_values_do_not_pile_up():
+    """Each splits the index of an element in two: after some, the value is stored."""
+    lines = ["f(%0: f32[5,7]) {"]
+    for k in range(0, 32, 2):
+        lines.append(f"  %{k + 1}: f32[7,5] = permute(%{k}, axes=(1, 0))")
+        lines.append(f"  %{k + 2}: f32[5,7] = reshape(%{k + 1}, shape=(5, 7))")
+    plan = schedule(parse("\n".join([*lines, "  return %32", "}"])))
+    assert 3 <= len(plan.launches) <= 4
+    assert max(len(str(launch.kernel)) for launch in plan.launches) < 5000

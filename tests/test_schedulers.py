@@ -146,7 +146,7 @@ def test_schedule(kind, place):
 
 @pytest.mark.parametrize(
     "kind", [k for k in SCHEDULERS if k is not ReduceLROnPlateau], ids=lambda kind: kind.__name__
-)
+)  # ReduceLROnPlateau is given a value: test_plateaus.py
 def test_a_schedule_in_the_step_is_replayed(kind):
     """Betas that a scheduler cycles are a tuple that is another one in each call."""
     make = scheduled(kind, inside=True)
@@ -451,4 +451,7 @@ def test_a_hyperparameter_set_before_the_scheduler_steps_is_set_by_every_call(ke
         compiled(torch.ones(3), number), eager(torch.ones(3), number)
         torch.testing.assert_close(w, v)
         assert opt.param_groups[0][key] == right.param_groups[0][key]
-    assert "after it has set a hyperparameter" in compiled.explain_mode()
+    if key == "lr":  # which the scheduler reads
+        assert "after it has set a hyperparameter" in compiled.explain_mode()
+    else:
+        assert compiled.stats.replays >= 4, compiled.explain_mode()

@@ -120,14 +120,29 @@ def test_a_step_whose_kernels_win_stays_in_rerun(clock):
     assert compiled.explain_mode().startswith("rerun: ")
 
 
-@pytest.mark.parametrize("options", [{"on_unsupported": "raise"}, {"mode": "rerun"}])
-def test_reruns_that_were_asked_for_are_not_weighed(clock, options):
+def test_what_may_not_be_eager_is_not_weighed(clock):
     clock["ran_eagerly"] = 0.1
     step, _ = draws()
-    compiled = tracejit.compile(step, **({"on_unsupported": "eager"} | options))
+    compiled = tracejit.compile(step, on_unsupported="raise")
     for _ in range(40):
         compiled(torch.ones(3, 5))
     assert compiled.stats.eager == 0 and compiled.stats.traces == 40
+
+
+@pytest.mark.parametrize("slower", [True, False])
+def test_reruns_that_were_asked_for_stay_and_it_is_said_what_they_cost(clock, slower):
+    clock["ran_eagerly"] = 0.1 if slower else 1.5
+    step, _ = draws()
+    compiled = tracejit.compile(step, mode="rerun", on_unsupported="eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(100):
+            compiled(torch.ones(3, 5))
+    assert compiled.stats.eager == 8 and compiled.stats.traces == 92  # eight were timed
+    assert compiled.explain_mode().startswith("rerun: ")
+    about = [str(w.message) for w in said if issubclass(w.category, TracejitWarning)]
+    text = "as was asked for, which is slower: an eager call takes 100000 µs"
+    assert len(about) == slower and all(text in x for x in about)
 
 
 def test_an_eager_call_that_raises_is_not_timed(clock):

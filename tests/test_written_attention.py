@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from support.capture_checks import randn
 from support.fake import warm
 from tracejit.ir.graph import Graph
 from tracejit.passes import attention, optimize
+from tracejit.report import limits, report
 from tracejit.schedule import schedule
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, fake_device
 
@@ -29,6 +31,7 @@ PRIMITIVES = ["attention", "attention_dk", "attention_dq", "attention_dv", "atte
 def small(monkeypatch):
     """Few scores are left out as well."""
     monkeypatch.setattr(attention, "LARGE", 1)
+    monkeypatch.setattr(attention, "DROPPED", 1)
 
 
 def scores(q: Tensor, k: Tensor) -> Tensor:
@@ -190,6 +193,188 @@ def test_forms(name):
         assert node.attr("causal") and node.args[3] == 0.0
 
 
+# ---- half types
+
+HALF = [n for n in FORMS if n not in ("double", "a number that may change")]
+HALF = [n for n in HALF if n not in ("divided by such a number", "both scaled", "scaled before")]
+# what is added is float32, which eager takes under autocast only
+WIDE = [n for n in HALF if n.startswith("added") or n in ("a bias of heads", "two masks")]
+WIDE.append("scaled after the mask")
+# numbers that are not of these types
+TOO_LARGE = {
+    torch.bfloat16: ("padded, lowest",),
+    torch.float16: ("padded, lowest", "padded, finite", "compared positions")
+    + ("a query of no keys, finite", "a sequence of no keys, finite"),
+}
+
+
+def exact(form: Form, q: Tensor, k: Tensor, v: Tensor, other: Tensor) -> list[Tensor]:
+    """The result and the gradients in float64."""
+    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out = form(*wide)
+    return [out.detach(), *torch.autograd.grad((out * other).sum(), wide)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+@pytest.mark.parametrize("auto", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.sweep(6)
+def test_half_types(name, auto, dtype):
+    """No less exact than eager, and still the primitives; they round results only."""
+    if name in TOO_LARGE[dtype] or (name in WIDE and not auto):
+        pytest.skip("eager does not take it")
+    kind = torch.float32 if auto else dtype
+    q, k, v = (randn(B, H, T, D, i + 1)[..., i].to(kind).requires_grad_() for i in range(3))
+    other = randn(B, H, T, D)
+
+    def step():
+        with torch.autocast("cpu", dtype, enabled=auto):
+            out = FORMS[name](q, k, v)
+        return out.detach(), *torch.autograd.grad((out.float() * other).sum(), [q, k, v])
+
+    assert primitives(graph_of(step)) == PRIMITIVES
+    eager, compiled = step(), tracejit.compile(step, on_unsupported="raise")
+    for _ in range(3):
+        found = compiled()
+    assert compiled.stats.replays
+    eps = torch.finfo(dtype).eps
+    for ours, his, right in zip(found, eager, exact(FORMS[name], q, k, v, other), strict=True):
+        assert ours.dtype is his.dtype
+        assert torch.equal(ours.isnan(), his.isnan())
+        ours, his, right = (x.double().nan_to_num() for x in (ours, his, right))
+        wrong, allowed = (ours - right).norm(), (his - right).norm()
+        assert wrong <= 1.5 * allowed + 4 * eps * right.norm()
+
+
+def test_a_half_product_of_wide_scores_stays():
+    """Weights are rounded where the user says so."""
+
+    def step(q, k, v):
+        return scores(q, k).softmax(-1).bfloat16() @ v.bfloat16()
+
+    assert not primitives(graph_of(step, *(randn(B, H, T, D) for _ in range(3))))
+
+
+# ---- dropout
+
+
+class Rate:
+    of = 0.3
+
+
+RATES = Rate()
+DROPPED: dict[str, Form] = {
+    "dropout": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 0.5) @ v,
+    "a rate that may change": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), RATES.of) @ v,
+    "causal": lambda q, k, v: (
+        F.dropout(
+            scores(q, k).masked_fill(torch.ones(T, T).tril() == 0, -math.inf).softmax(-1), 0.3
+        )
+        @ v
+    ),
+    "padded": lambda q, k, v: (
+        F.dropout(scores(q, k).masked_fill(~PADDED[:, None, None], -math.inf).softmax(-1), 0.3) @ v
+    ),
+    "a query of no keys": lambda q, k, v: (
+        F.dropout(scores(q, k).masked_fill(~SOME, -math.inf).softmax(-1), 0.3) @ v
+    ),
+    "a query of no keys, finite": lambda q, k, v: (
+        F.dropout(scores(q, k).masked_fill(~SOME, -1e9).softmax(-1), 0.3) @ v
+    ),
+    "by torch's function": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, dropout_p=0.3, is_causal=True
+    ),
+    "by torch's function, masked": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, SOME, dropout_p=0.3
+    ),
+    "added infinity": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.zeros(T, T).masked_fill(~SOME, -math.inf)).softmax(-1), 0.3)
+        @ v
+    ),
+    "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
+}
+ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_dropout(name):
+    """With eager's numbers, also where nothing is left of a row; no scores but the masks."""
+    step = training(DROPPED[name])
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for call in range(4):
+        torch.manual_seed(call)
+        eager = [x.clone() for x in step()]
+        torch.manual_seed(call)
+        found = compiled()
+        torch.testing.assert_close([*found], eager, equal_nan=True, rtol=1e-4, atol=1e-5)
+    assert compiled.stats.replays
+    assert {*primitives(graph_of(step))} == ATTENDED
+    arena = [b for b in compiled.plans[-1].buffers if b.kind == "arena"]
+    large = [b.type.dtype.name for b in arena if b.type.numel >= B * H * T * T]
+    assert set(large) <= {"b1"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_dropout_of_half_types(dtype):
+    q, k, v = (randn(B, H, T, D, i + 1)[..., i].requires_grad_() for i in range(3))
+
+    def step():
+        with torch.autocast("cpu", dtype):
+            out = F.dropout(scores(q, k).softmax(-1), 0.3) @ v
+        return out.detach(), *torch.autograd.grad(out.float().square().sum(), [q, k, v])
+
+    assert {*primitives(graph_of(step))} == ATTENDED
+    torch.manual_seed(0)
+    eager = step()
+    torch.manual_seed(0)
+    found = tracejit.compile(step)()
+    eps = torch.finfo(dtype).eps
+    for ours, his in zip(found, eager, strict=True):
+        assert (ours - his).norm() <= 4 * eps * his.norm()
+
+
+def test_dropout_whose_mask_is_computed():
+    """In mode fast nothing of the scores' size is stored."""
+    step = training(DROPPED["dropout"])
+    compiled = tracejit.compile(step, randomness="fast")
+    found = compiled()
+    assert all(x.isfinite().all() for x in found)
+    plan = compiled.plans[-1]
+    assert all(b.type.numel < B * H * T * T for b in plan.buffers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("target", [80, 90, 100])
+@pytest.mark.parametrize("randomness", ["eager", "fast"])
+def test_kernels_keep_the_limits(target, randomness):
+    """Half types with dropout on tensor cores, forward and backward, without spills."""
+    pytest.importorskip("triton")
+    q, k, v = (randn(2, 4, 128, 64).bfloat16().requires_grad_() for _ in range(3))
+
+    def step():
+        a = (q @ k.mT * 0.125).masked_fill(torch.ones(128, 128).tril() == 0, -math.inf)
+        y = F.dropout(a.softmax(-1), 0.1) @ v
+        return y.detach(), *torch.autograd.grad(y.float().square().sum(), (q, k, v))
+
+    compiled = tracejit.compile(step, randomness=randomness)
+    compiled()
+    found = report(compiled, target=target)
+    assert not list(limits(found))
+    rows = [row for row in found.rows if row.form == "attention"]
+    tensor = {80: "mma", 90: "wgmma", 100: "wgmma"}[target]
+    assert len(rows) == 4 and all(getattr(row.facts, tensor) for row in rows)
+    assert not sum(row.facts.spills for row in rows)
+
+
+def test_few_scores_that_are_dropped_stay(monkeypatch):
+    monkeypatch.setattr(attention, "DROPPED", B * H * T * T + 1)
+    assert not primitives(graph_of(training(DROPPED["dropout"])))
+
+
+# ---- in lockstep, and some gradients
+
+
 @pytest.mark.parametrize("name", ["nano", "einsum", "padded, finite", "added", "bmm"])
 def test_forms_in_lockstep(name):
     def step(q, k, v):
@@ -237,7 +422,6 @@ def returned_weights(q, k, v):
 STAYS: dict[str, Form] = {
     "weights that are used": returned_weights,
     "scores that are used": lambda q, k, v: (lambda a: weighed(a, v) + a.mean())(scores(q, k)),
-    "dropout": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 0.5) @ v,
     "a softmax of columns": lambda q, k, v: scores(q, k).softmax(-2) @ v,
     "a bias with a gradient": lambda q, k, v: weighed(scores(q, k) + k.sum(-1)[..., None], v),
     "a number that hides little": hidden(PADDED[:, None, None], -2.0),

@@ -179,7 +179,12 @@ class CompiledStep(Inspected):
             self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
             self._fallback = (
-                Fallback(self._function, self._bound_to, lambda *x, **k: plain()(*x, **k))
+                Fallback(
+                    self._function,
+                    self._bound_to,
+                    lambda *args, **kwargs: plain()(*args, **kwargs),
+                    asked=options.mode == "rerun",
+                )
                 if options.falls_back
                 else None
             )
@@ -262,7 +267,7 @@ class CompiledStep(Inspected):
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
-        settled = self.options.mode == "auto" and not self._replays and not self._prover.watching
+        settled = not self._replays and not self._prover.watching
         return settled and self.observer is None and self._last.program.on_cpu
 
     def _otherwise(self, replay: Replay, args: tuple, kwargs: dict) -> object:

@@ -142,12 +142,16 @@ class Fallback:
     Calls are of a kind if their arguments agree in types, shapes and dtypes, and grad mode and the
     modules' training flags are the same. After a refusal 1, 2, 4, … and at last 1024 calls of the
     kind run eagerly before one is traced again; a trace that is not refused halves that number.
-    Calls that are only ever rerun are weighed against eager ones (`weighing.py`).
+    Calls that are only ever rerun are weighed against eager ones (`weighing.py`); where reruns were
+    asked for, it is only said which are slower.
     """
 
-    def __init__(self, function: FunctionType, bound_to: tuple, plain: Callable):
+    def __init__(
+        self, function: FunctionType, bound_to: tuple, plain: Callable, *, asked: bool = False
+    ):
+        """`plain` runs a call eagerly. `asked`: reruns were asked for, whatever they cost."""
+        self.asked, self._plain = asked, plain
         self.function, self.lasting = function, (function, bound_to)
-        self._plain = plain  # runs a call eagerly
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
         self.known: Known | None = None  # what the latest trace could reach
@@ -195,7 +199,12 @@ class Fallback:
     def _settle(self, rest: _Rest, warn: Callable[[str, str], None]) -> None:
         """Let calls of a kind run eagerly, to be timed or because they are faster so."""
         rest.left = rest.weighing.eager_calls()
-        if rest.weighing.verdict:
+        if rest.weighing.verdict and self.asked:
+            rest.left = 0
+            rest.weighing.close()
+            why = f"is rerun, as was asked for, which is slower: {rest.weighing.verdict}"
+            warn("slow trace", why)
+        elif rest.weighing.verdict:
             self.why = self.ever = rest.weighing.verdict
             warn("slow trace", f"runs eagerly: {self.why}")
 

@@ -16,7 +16,12 @@ import torch
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.late import among, cuts_behind
+from tracejit.capture.effects.late import (
+    among,
+    cuts_behind,
+    cuts_of_callbacks,
+    left_by_callbacks,
+)
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
 from tracejit.capture.signature import Signature
@@ -190,7 +195,7 @@ class _Writer:
         self.names = host_names() | {
             "OTHERWISE": OTHERWISE,
             **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
-            **{"uninterrupted": uninterrupted, "after": armed and armed.after},
+            **{"uninterrupted": uninterrupted},
             **{"checking": checking},
         }
         self.code = HostCode()
@@ -202,7 +207,9 @@ class _Writer:
         self._written = 0  # lines of `code` that stand in `before`
         self.one = dict.fromkeys(alike, next(iter(alike), None))
         self.scalars = {v: self._scalar(i) for i, v in enumerate(captured.scalars)}
-        self.behind = cuts_behind(captured.scalars, captured.paths, captured.host_nodes)
+        given = captured.scalars, captured.paths, captured.host_nodes
+        self.behind = cuts_behind(*given, captured.operands)
+        self.left = left_by_callbacks(*given, self.behind)
         self.cut_scalars = {p[1]: i for i, p in enumerate(captured.paths) if p[0] == "cut"}
 
     def all(self) -> tuple[str, dict[str, object]]:
@@ -215,24 +222,23 @@ class _Writer:
             self._stages()  # first: what is checked may stand behind a decision
             self._draw()
             self._checks(range(1))
-            if names["after"] is not None:
-                before.append("after(scalars)")
+            before += [*self._callbacks(1), *self._callbacks(2)]
             self._checks(range(1, 3))
         else:
             self._checks(range(1))
-            if names["after"] is not None:
-                before.append("after(scalars)")  # once indices are known to be right
+            before += self._callbacks(1)  # once indices are known to be right
             self._checks(range(1, 2))
             if self.parts is not None:
                 self._stages()
             self._draw()
+            before += self._callbacks(2)
             self._checks(range(2, 3))
         reusable = reusable_gradients(captured)
         if reusable is not None:
             names["reusable_gradients"] = reusable
             before.append("reusable = reusable_gradients(reals)")
         late = frozenset(() if self.armed is None else captured.late)
-        host = self._host(lambda of: not of & late)
+        host = self._host(lambda x: not among(self.behind, (x,)) & late)
         run, outputs = self._plan("()" if reusable is None else "reusable")
         inputs = [_input(*source) for source in captured.sources]
         before += [
@@ -242,7 +248,10 @@ class _Writer:
             "if seen is not None:",
             f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
         ]
-        commit = [*self._late_numbers(late, outputs, host), *self._commit(outputs, host)]
+        commit = self._late_numbers(late, outputs, host)
+        calls = self._callbacks(3)
+        host |= self._host(lambda x: x in self.left and bool(among(self.behind, (x,)) & late))
+        commit += self._commit(outputs, host, [*calls, *self._code()])
         used = [x for x in ("cells", "elements") if any(f"{x}[" in line for line in commit)]
         lines = [
             *self.draws.begin(),
@@ -256,7 +265,7 @@ class _Writer:
             "    raise",
         ]
         work = [run.run, *commit]
-        if run.ran is None or not may_repeat(captured.effects):
+        if run.ran is None or calls or not may_repeat(captured.effects):
             lines += ["with uninterrupted():", *_indented(work)]
         else:
             again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
@@ -285,9 +294,37 @@ class _Writer:
         """When inputs are there: see `_checks`."""
         paths = self.captured.paths
         kinds = {of if of != "scalar" else paths[i][0] for of, i in sources}
-        if not kinds.isdisjoint(("cut", "found", "draw")):
+        left = any(of == "scalar" and self.captured.scalars[i] in self.left for of, i in sources)
+        if left or not kinds.isdisjoint(("cut", "found", "draw")):
             return 2
         return 1 if "after" in kinds else 0
+
+    def _callbacks(self, when: int) -> list[str]:
+        """Make the calls again that a replay makes, and read what they leave: those that are given
+        no value of a tensor (1), those whose values the stages have computed (2), or the plan (3).
+        """
+        lines = []
+        operands = self.captured.operands if self.armed is not None else ()
+        if operands:
+            self.names["again"] = again = self.armed.callbacks
+        if when == 1 and operands and again.may_fail:
+            lines.append("remembered = again.remember()")
+        for n, of in enumerate(cuts_of_callbacks(self.behind, operands)):
+            if when == (3 if not of.isdisjoint(self.captured.late) else 1 + bool(of)):
+                nodes = self.captured.host_nodes
+                arguments = self.code.add(nodes, operands[n], self.scalars)
+                made = f"again({', '.join([str(n), 'scalars', *arguments])})"
+                lines += self._code()
+                if again.may_fail and when < 3:
+                    lines.append(f"if {made}:")
+                    lines += ["    again.put_back(remembered)", *self._leave()]
+                else:
+                    lines.append(made)
+        return lines
+
+    def _leave(self) -> list[str]:
+        """Leave with nothing changed, in a block."""
+        return _indented(self.draws.otherwise("True"))
 
     def _code(self) -> list[str]:
         """The lines of host arithmetic that do not stand anywhere yet."""
@@ -295,11 +332,10 @@ class _Writer:
         self._written = len(self.code.lines)
         return lines
 
-    def _host(self, wanted: Callable[[frozenset[int]], bool]) -> dict[int, str]:
-        """The expressions of host results, by position: of those where what they depend on, the
-        cuts, is `wanted`."""
+    def _host(self, wanted: Callable[[Arg], bool]) -> dict[int, str]:
+        """The expressions of those host results that are `wanted`, by position."""
         results = self.captured.effects.host
-        chosen = [i for i, x in enumerate(results) if wanted(among(self.behind, (x,)))]
+        chosen = [i for i, x in enumerate(results) if wanted(x)]
         found = self.code.add(self.captured.host_nodes, [results[i] for i in chosen], self.scalars)
         return dict(zip(chosen, found, strict=True))
 
@@ -415,14 +451,16 @@ class _Writer:
         values = outputs[len(outputs) - len(late) :]
         for k, value in zip(sorted(late), values, strict=True):
             lines.append(f"scalars[{self.cut_scalars[k]}] = read({value})")
-        host |= self._host(lambda of: bool(of & late))
+        behind, left = self.behind, self.left
+        host |= self._host(lambda x: x not in left and bool(among(behind, (x,)) & late))
         return [*lines, *self._code()]
 
-    def _commit(self, outputs: list[str], host: dict[int, str]) -> list[str]:
+    def _commit(self, outputs: list[str], host: dict[int, str], last: list[str]) -> list[str]:
         return commit_lines(
             self.captured,
             outputs,
             [host[i] for i in range(len(host))],
+            last,
             cell=lambda i: _cell(self.places, i),
             elements=lambda indices: _elements(self.places, indices),
             grad_on=self.armed is not None and torch.is_grad_enabled(),

@@ -39,6 +39,10 @@ class Weighing:
             self._reruns.append(seconds)
             self._why = why
 
+    def close(self) -> None:
+        """No more calls are timed."""
+        self._over = True
+
     def ran_eagerly(self, seconds: float) -> None:
         """A call ran eagerly."""
         self._eagers.append(seconds)

@@ -147,7 +147,8 @@ def sequences(gates: int, **narrow: float) -> list[Sample]:
         S(*sequence(gates, dtype=i64)),
         S(*sequence(gates, dropout=0.5, **deep)),
         S(*sequence(gates, dropout=1.0, layers=2)),
-        no(r(5, 5, dtype=f64), batches, hx, params, *rest[:-1]),
+        S(r(5, 5, dtype=f64), batches, hx, params, *rest[:-1], smooth=True),
+        S(r(4, 5, dtype=f64), batches, hx, params, *rest[:-1]),
     ]
     for k, wrong in ((0, (3, 5)), (1, (4 * gates, 3)), (1, (3, 4)), (2, (3,)), (3, (3,))):
         found.append(S(input, hx, [*params[:k], w(*wrong, dtype=f64), *params[k + 1 :]], *rest))
@@ -169,4 +170,29 @@ for _name, _gates in GATES.items():
     _narrow = {"low": 0.1} if _name == "rnn_relu" else {}  # rounding decides at the kink
     row(_name, sequences(_gates, **_narrow), exact=False)
 row("_pack_padded_sequence", [no(r(3, 2, 5), torch.tensor([3, 1]), False)])
-row("_pad_packed_sequence", [no(r(4, 5), torch.tensor([2, 1, 1]), False, 0.0, 3)])
+_sizes = torch.tensor([3, 2, 1, 1])
+row(
+    "_pad_packed_sequence",
+    [
+        S(r(7, 5), _sizes, False, 0.0, 4, smooth=True),
+        S(r(7, 2, 3), _sizes, True, -1.5, 6),
+        S(r(7, dtype=i64), _sizes, False, 2, -1),
+        S(r(7, 1, dtype=bf16), _sizes, True, inf, 4),
+        S(r(1, 5), torch.tensor([1]), False, 0.0, 1),
+        S(r(7, 5), _sizes, False, 0.0, 3),
+        S(r(6, 5), _sizes, False, 0.0, 4),
+    ],
+)
+row(
+    "pad_sequence",
+    [
+        S([r(2, 5), r(4, 5), r(1, 5)], smooth=True),
+        S([r(2, 5), r(0, 5)], True, 1.5),
+        S([r(3), r(1), r(2)], padding_side="left", padding_value=nan),
+        S([r(2, 3, dtype=bf16), r(1, 3)], True),
+        S([r(3, dtype=i64), r(2)], False, 7),
+        S([r(3, 2), r(2, 1)]),
+        S([r(3, 2), r(2, 4)]),
+        S([]),
+    ],
+)

@@ -12,8 +12,9 @@ from torch import nn
 from examples.alexnet import alexnet
 from examples.custom_relu import MyReLU
 from examples.gpt import GPT, LENGTH, adamw
+from support import saved_steps
 from support.image_nets import Block
-from support.saved_steps import DynamicNet
+from support.saved_steps import DynamicNet, batches_of
 
 Named = dict[str, torch.Tensor]
 
@@ -29,36 +30,10 @@ class Exported:
     near: float = 1e-9
 
 
-def _batches(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Callable:
-    generator = torch.Generator().manual_seed(7)
-    batches = [
-        tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
-        for _ in range(3)
-    ]
-    return lambda i: batches[i % 3]
-
-
 def by_hand() -> Exported:
     """The two-layer net with gradients by hand, and its rate as an argument."""
-    torch.manual_seed(0)
-    w1, w2 = torch.randn(20, 16).double(), torch.randn(16, 4).double()
-
-    def step(x, y, lr):
-        nonlocal w1, w2
-        hidden = x.mm(w1)
-        relu = hidden.clamp(min=0)
-        y_pred = relu.mm(w2)
-        loss = (y_pred - y).pow(2).sum()
-        grad_pred = 2.0 * (y_pred - y)
-        grad_w2 = relu.t().mm(grad_pred)
-        grad_hidden = grad_pred.mm(w2.t()).clone()
-        grad_hidden[hidden < 0] = 0
-        w1 -= lr * x.t().mm(grad_hidden)
-        w2 -= lr * grad_w2
-        return loss.item()
-
-    batches = _batches((8, 20), (8, 4))
-    return Exported(step, lambda i: (*batches(i), 1e-4 / (1 + i)), frozenset({"MatMul"}))
+    found = saved_steps.by_hand()
+    return Exported(found.step, found.args, frozenset({"MatMul"}))
 
 
 def autograd() -> Exported:
@@ -76,7 +51,7 @@ def autograd() -> Exported:
                 w.grad.zero_()
         return loss
 
-    return Exported(step, _batches((8, 20), (8, 4)), frozenset({"MatMul"}))
+    return Exported(step, batches_of((8, 20), (8, 4)), frozenset({"MatMul"}))
 
 
 def accumulating() -> Exported:
@@ -92,7 +67,7 @@ def accumulating() -> Exported:
             w.grad.mul_(keep)
         return loss
 
-    batches = _batches((4, 6))
+    batches = batches_of((4, 6))
 
     def args(i: int) -> tuple:
         return (*batches(i), float(i % 3 != 2), 0.1 * (i % 3 == 2))
@@ -112,7 +87,7 @@ def _modules(make: Callable) -> Exported:
         optimizer.step()
         return {"loss": loss.detach(), "rate": optimizer.param_groups[0]["lr"]}
 
-    return Exported(step, _batches((8, 20), (8, 4)), frozenset({"Gemm", "Relu"}))
+    return Exported(step, batches_of((8, 20), (8, 4)), frozenset({"Gemm", "Relu"}))
 
 
 def modules_sgd() -> Exported:
@@ -140,7 +115,7 @@ def classifier() -> Exported:
         optimizer.step()
         return loss.detach(), (logits.argmax(1) == batch["labels"]).float().mean()
 
-    batches, labels = _batches((8, 20), dtype=torch.float32), torch.arange(8) % 10
+    batches, labels = batches_of((8, 20), dtype=torch.float32), torch.arange(8) % 10
     given = lambda i: ({"x": batches(i)[0], "labels": labels},)  # noqa: E731
     return Exported(step, given, frozenset({"Gemm", "Gelu"}), 1e-4)
 
@@ -160,7 +135,7 @@ def custom_function() -> Exported:
                 w.grad = None
         return loss.detach()
 
-    return Exported(step, _batches((8, 20), (8, 4)))
+    return Exported(step, batches_of((8, 20), (8, 4)))
 
 
 def dynamic() -> Exported:
@@ -176,7 +151,7 @@ def dynamic() -> Exported:
         optimizer.step()
         return loss.detach()
 
-    batches = _batches((8, 20), (8, 4))
+    batches = batches_of((8, 20), (8, 4))
     return Exported(step, lambda i: (*batches(i), 3))
 
 
@@ -199,7 +174,7 @@ def alex() -> Exported:
         if isinstance(module, nn.Dropout):
             module.eval()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    batches, labels = _batches((2, 3, 64, 64), dtype=torch.float32), torch.arange(2)
+    batches, labels = batches_of((2, 3, 64, 64), dtype=torch.float32), torch.arange(2)
     operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
     given = lambda i: (*batches(i), labels)  # noqa: E731
     return Exported(_trained(model, optimizer), given, operators, 1e-4)
@@ -221,7 +196,7 @@ def resnet18() -> Exported:
     head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
     model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *stages, *head)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    batches, labels = _batches((4, 3, 64, 64), dtype=torch.float32), torch.arange(4)
+    batches, labels = batches_of((4, 3, 64, 64), dtype=torch.float32), torch.arange(4)
     given = lambda i: (*batches(i), labels)  # noqa: E731
     operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
     return Exported(_trained(model, optimizer), given, operators, 1e-3)
@@ -263,7 +238,7 @@ def lstm() -> Exported:
         optimizer.step()
         return loss.detach()
 
-    return Exported(step, _batches((7, 4, 5), (4, 3)), frozenset({"Scan"}))
+    return Exported(step, batches_of((7, 4, 5), (4, 3)), frozenset({"Scan"}))
 
 
 STEPS = {

@@ -35,7 +35,8 @@ def _named(**modules: nn.Module) -> Named:
     return found
 
 
-def _batches(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Callable:
+def batches_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Callable:
+    """Three batches of tensors of these shapes, in turn."""
     generator = torch.Generator().manual_seed(7)
     batches = [
         tuple(torch.randn(shape, generator=generator, dtype=dtype) for shape in shapes)
@@ -63,7 +64,7 @@ def by_hand() -> Saved:
         w2 -= lr * grad_w2
         return loss.item()
 
-    batches = _batches((8, 20), (8, 4))
+    batches = batches_of((8, 20), (8, 4))
     return Saved(step, lambda i: (*batches(i), 1e-4 / (1 + i)), lambda: {"w1": w1, "w2": w2})
 
 
@@ -80,7 +81,7 @@ def two_layers() -> Saved:
         optimizer.step()
         return {"loss": loss.detach(), "rate": optimizer.param_groups[0]["lr"]}
 
-    batches = _batches((8, 20), (8, 4))
+    batches = batches_of((8, 20), (8, 4))
     few = lambda i: tuple(t[: 8 - 3 * (i % 2)] for t in batches(i))  # noqa: E731
     return Saved(step, few, lambda: _named(model=model), kinds=2)
 
@@ -100,7 +101,7 @@ def classifier() -> Saved:
         counts["calls"] += 1
         return loss.detach(), counts["calls"]
 
-    batches = _batches((8, 20))
+    batches = batches_of((8, 20))
     labels = torch.arange(8) % 10
     given = lambda i: ({"x": batches(i)[0], "labels": labels},)  # noqa: E731
     return Saved(step, given, lambda: _named(model=model))
@@ -121,7 +122,7 @@ def custom_function() -> Saved:
                 w.grad = None
         return loss.detach()
 
-    return Saved(step, _batches((8, 20), (8, 4)), lambda: {"w1": w1, "w2": w2})
+    return Saved(step, batches_of((8, 20), (8, 4)), lambda: {"w1": w1, "w2": w2})
 
 
 def deciding() -> Saved:
@@ -142,7 +143,7 @@ def deciding() -> Saved:
             w.sub_(w.grad, alpha=0.02 / (1 + norm))
         return loss.detach(), norm, clipped["times"]
 
-    batches = _batches((4, 6))
+    batches = batches_of((4, 6))
     return Saved(step, lambda i: (batches(i)[0] * (1 + 2 * (i % 2)),), lambda: {"w": w}, kinds=4)
 
 
@@ -173,7 +174,7 @@ def dynamic() -> Saved:
         optimizer.step()
         return loss.detach()
 
-    batches = _batches((8, 20), (8, 4))
+    batches = batches_of((8, 20), (8, 4))
     return Saved(step, lambda i: (*batches(i), i % 3), lambda: _named(model=model), kinds=3)
 
 
@@ -208,7 +209,7 @@ def images() -> Saved:
         optimizer.step()
         return loss.detach()
 
-    batches, labels = _batches((4, 3, 8, 8), dtype=torch.float32), torch.arange(4)
+    batches, labels = batches_of((4, 3, 8, 8), dtype=torch.float32), torch.arange(4)
     return Saved(step, lambda i: (*batches(i), labels), lambda: _named(model=model))
 
 
@@ -235,7 +236,7 @@ def rich() -> Saved:
         loss = F.cross_entropy(x @ w + noise, labels) * scale + x[:, at + 1].sum()
         return [loss, (held["calls"], noise.sum().item(), x.shape)]
 
-    batches = _batches((3, 5), dtype=torch.float32)
+    batches = batches_of((3, 5), dtype=torch.float32)
     labels, at = torch.tensor([0, 3, 1]), torch.tensor([0, 2])
     return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
 

@@ -364,6 +364,12 @@ PARTS = (
         changes=("w.sched.gamma = 0.5", "w.sched.step()", "w.sched.last_epoch = 3"),
     ),
     Part(
+        "plateau",
+        ("w.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(w.opt, patience=1)",),
+        after=("w.plateau.step(loss.item())",),
+        changes=("w.plateau.best = $f", "w.plateau.factor = 0.5", "w.plateau.mode = 'max'"),
+    ),
+    Part(
         "scheduler outside",
         ("w.sched2 = torch.optim.lr_scheduler.StepLR(w.opt, 1, 0.5)",),
         changes=("w.sched2.step()", "w.sched2.gamma = 0.9"),

@@ -35,4 +35,5 @@ def capture_call(
     bound = bind(tracer.trace, function, args, kwargs)
     with uncollected() as young:
         returned = [run(tracer, bound, function)]
+        del bound  # which holds runtime scalars
         return finish(tracer.trace, function.__name__, returned, young, keep_grads=keep_grads)

@@ -2,12 +2,17 @@
 
 In: a graph in normal form. Out: the same graph where a softmax of scores, and what is computed of
 its weights, became primitives of attention, which keep no scores (`ir/ops/attention.py`); also in
-the backward pass, whose formulas are those of the primitives that stood here. It is left alone
-where scores or weights have another reader: they are returned, or dropped out, or a mask has a
-gradient, or are half types. Rounding differs, as between eager's own implementations of attention.
+the backward pass, whose formulas are those of the primitives that stood here
+(`written_attention.py` finds them). Rounding differs, as between eager's own implementations of
+attention: of half types, the primitives round results only.
 
 A row that sees no key is NaN in eager, and makes its gradients NaN; or it weighs all keys alike, if
 scores are set to a finite number instead of -inf. Both are kept, by what the masks say of rows.
+
+Dropout multiplies weights p by a mask m, and adds log m to scores s: what is left of a row weighs
+exp(s + log m - lse), with the log-sum of all of the row. So it is attention with that bias, times
+the quotient of the two sums. A gradient of scores is p·m·(g·vᵀ) - p·delta: that of the biased ones,
+and one that is attention once more, to keys: p·k, and pᵀ·q.
 """
 
 from __future__ import annotations
@@ -18,20 +23,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Value, next_id
-from tracejit.ir.interp import evaluate
-from tracejit.ir.ops.attention import fits, row_products
+from tracejit.ir.graph import Arg, Builder, Graph, Node, Value
+from tracejit.ir.ops.attention import row_products, wide
 from tracejit.ir.ops.movement import transpose
-from tracejit.ir.types import f32, f64
-from tracejit.passes.cone import cone
+from tracejit.ir.types import DType, f32
 from tracejit.passes.dce import dce
-from tracejit.passes.readers import Readers, Unknown
+from tracejit.passes.readers import Unknown
 from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
+from tracejit.passes.written_attention import HIDDEN, Known, Match, Step
 
 LARGE = 1 << 21  # scores, of all heads: fewer are faster to keep than to compute once more
-HIDDEN = -1e9  # scores that are set to this, or less, weigh nothing beside others
-KNOWN = 1 << 22  # elements of a constant mask that is looked at
+DROPPED = 1 << 24  # with dropout, on a CPU: there it takes 1.4 times as long, at half of the memory
 
 
 def find_attention(graph: Graph) -> Graph:
@@ -39,14 +42,22 @@ def find_attention(graph: Graph) -> Graph:
     softmaxes = _softmaxes(graph)
     if not softmaxes:
         return graph
-    known = _Known(graph)
+    known = Known(graph)
     placed: dict[Value, _Placed] = {}
     for softmax in softmaxes:
         try:
-            placed |= _Emission(known, _Match(known, softmax)).run()
+            match = Match(known, softmax)
+            if match.scores.type.numel >= _least(match):
+                placed |= _Emission(known, match).run()
         except Unknown:
             continue
     return dce(simplify(_replaced(graph, placed))) if placed else graph
+
+
+def _least(match: Match) -> int:
+    """How many scores are many: what is dropped out of them is computed twice."""
+    dropped = match.dropout is not None and match.scores.type.device == "cpu"
+    return DROPPED if dropped else LARGE
 
 
 def _softmaxes(graph: Graph) -> list[Node]:
@@ -61,238 +72,6 @@ def _softmaxes(graph: Graph) -> list[Node]:
     return found
 
 
-class _Known(Readers):
-    """What is known of a graph, and what is emitted beside it."""
-
-    def __init__(self, graph: Graph):
-        super().__init__(graph)
-        self.masks: dict[Value, np.ndarray | None] = {}
-        self.b = Builder(next_id(graph.values()))
-
-    def mask(self, value: Value) -> np.ndarray | None:
-        """A mask that is the same in each call; axes that it is expanded along have one element."""
-        found = self.made.get(self.root(value))
-        base = found.args[0] if found is not None and found.op.name == "expand" else value
-        if base not in self.masks:
-            self.masks[base] = None
-            if base.type.numel <= KNOWN:
-                alone, params = cone(self.graph, [base], "mask")
-                if not params:
-                    self.masks[base] = evaluate(alone, [])[0][0].astype(bool)
-        return self.masks[base]
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What is done to scores: "mul" by a number, "add" of a bias, or "hide" where `what` is true
-    (or false, if `inverted`), with `number` as the score."""
-
-    kind: str
-    what: Arg
-    number: float = 0.0
-    inverted: bool = False
-
-
-class _Match:
-    """The nodes of one attention.
-
-    inner: values that no other nodes may read.
-    """
-
-    def __init__(self, known: _Known, softmax: Node):
-        self.known, self.weights = known, softmax.out
-        self.inner: list[Value] = []
-        self.nodes: set[Value] = set()
-        self.g: Value | None = None  # the cotangent of the result
-        self.dq = self.turned_dk = self.dv = None
-        self._forward(softmax)
-        self._backward()
-        for value in self.inner:
-            read = {node.out for node, *_ in known.readers.get(value, ())}
-            if value in known.outputs or not read <= self.nodes:
-                raise Unknown
-
-    def _inside(self, *nodes: Node) -> None:
-        self.nodes.update(node.out for node in nodes)
-        self.inner += (self.known.root(node.out) for node in nodes)
-
-    # -- forward
-
-    def _forward(self, softmax: Node) -> None:
-        power = self.known.producer(softmax.args[0], "exp")
-        total = self._spread(softmax.args[1], "reduce_sum")
-        less = self.known.producer(power.args[0], "sub")
-        top = self._spread(less.args[1], "reduce_max")
-        self.scores = less.args[0]
-        if total.args[0] != power.out or top.args[0] != self.scores:
-            raise Unknown
-        self._inside(softmax, power, total, less, top)
-        self.steps: list[_Step] = []  # from the product on
-        self.product = self._product(self.scores)
-        q, k = self.product.args
-        kind, batch = self.scores.type, self.scores.type.shape[:-2]
-        if len(kind.shape) < 2:
-            raise Unknown
-        m, n = kind.shape[-2:]
-        if self.product.out.type.shape[-2:] != (m, n) or kind.dtype not in (f32, f64):
-            raise Unknown
-        self.q, self.turned_k = q, k
-        read = self.known.readers.get(self.known.root(self.weights), ())
-        outs = [n for n, at, axes in read if n.op.name == "matmul" and at == 0 and not axes]
-        if len(outs) != 1 or kind.numel < LARGE:
-            raise Unknown
-        (self.out,) = outs
-        self.nodes.add(self.out.out)
-        self.v = self.out.args[1]
-        if self.out.args[0].type.shape[-2:] != (m, n):
-            raise Unknown
-        self.batch, self.m, self.n = batch, m, n
-        self.c, self.d = q.type.shape[-1], self.v.type.shape[-1]
-        if not fits(kind.device, kind.dtype, max(self.c, self.d)):
-            raise Unknown
-
-    def _spread(self, value: Arg, name: str) -> Node:
-        """The reduction of rows that is expanded to a value."""
-        node = self.known.producer(value, "expand")
-        if node.args[0].type.shape != (*value.type.shape[:-1], 1) or node.out != value:
-            raise Unknown
-        self._inside(node)
-        node = self.known.producer(node.args[0], name)
-        shape = value.type.shape
-        if node.attr("axes") != (len(shape) - 1,) or node.args[0].type.shape != shape:
-            raise Unknown
-        return node
-
-    def _product(self, scores: Value) -> Node:
-        """The product that scores begin with, and the steps to them."""
-        node = self.known.producer(scores)
-        self._inside(node)
-        if node.op.name == "matmul":
-            return node
-        if node.op.name in ("mul", "div"):
-            x, number = node.args
-            if node.op.name == "mul" and not _is_number(number):
-                x, number = number, x
-            if not _is_number(number) or not isinstance(x, Value) or x.type.is_host:
-                raise Unknown
-            if not isinstance(number, Value) and number <= 0:
-                raise Unknown
-            product = self._product(x)
-            self.steps.append(_Step(node.op.name, number))
-            return product
-        if node.op.name == "add":
-            for x, bias in (node.args, node.args[::-1]):
-                if isinstance(x, Value) and isinstance(bias, Value) and not bias.type.is_host:
-                    before = list(self.inner), set(self.nodes), list(self.steps)
-                    try:
-                        product = self._product(x)
-                    except Unknown:
-                        self.inner, self.nodes, self.steps = before
-                        continue
-                    self.steps.append(_Step("add", bias))
-                    return product
-        if node.op.name == "where":
-            hidden, x, number = node.args
-            inverted = not isinstance(x, Value)
-            if inverted:
-                x, number = number, x
-            if isinstance(number, Value) or not isinstance(x, Value) or number > HIDDEN:
-                raise Unknown
-            product = self._product(x)
-            self.steps.append(_Step("hide", hidden, float(number), not inverted))
-            return product
-        raise Unknown
-
-    # -- backward
-
-    def _backward(self) -> None:
-        """The gradients that there are."""
-        products = []
-        for node, at, axes in self.known.readers[self.known.root(self.weights)]:
-            if node is self.out:
-                continue
-            if axes:
-                turned = node.op.name == "matmul" and at == 0 and self.dv is None
-                if not turned or not self.known.is_turned(node.args[0], self.out.args[0]):
-                    raise Unknown
-                self.dv = node
-                self.nodes.add(node.out)
-                self._cotangent(node.args[1])
-            elif node.op.name == "mul":
-                products.append(node)
-            else:
-                raise Unknown
-        if products:
-            self._gradients(self._slopes(products))
-
-    def _cotangent(self, value: Value) -> None:
-        if self.g is not None and not self.known.same(self.g, value):
-            raise Unknown
-        self.g = self.g or value
-
-    def _slopes(self, products: Sequence[Node]) -> Value:
-        """The cotangent of the scores, w·dw - w·sum(w·dw), of products of the weights w."""
-        known = self.known
-        for node in products:
-            x, y = node.args
-            slope = y if known.same(x, self.weights) else x
-            made = known.made.get(known.root(slope)) if isinstance(slope, Value) else None
-            differences = [n for n, at in known.read(node.out) if n.op.name == "sub" and at == 0]
-            if made is None or made.op.name != "matmul" or len(differences) != 1:
-                continue
-            if made.out.type.shape[-2:] != (self.m, self.n):
-                raise Unknown
-            self._cotangent(made.args[0])
-            if not known.is_turned(made.args[1], self.v):
-                raise Unknown
-            again = known.producer(differences[0].args[1], "mul")
-            total = self._spread(again.args[1], "reduce_sum")
-            if not known.same(again.args[0], self.weights) or not known.same(
-                total.args[0], node.out
-            ):
-                raise Unknown
-            self._inside(made, node, differences[0], again, total)
-            return differences[0].out
-        raise Unknown
-
-    def _gradients(self, slopes: Value) -> None:
-        known = self.known
-        for step in reversed(self.steps):
-            if step.kind == "add":
-                continue
-            if len(known.read(slopes)) != 1:
-                raise Unknown
-            ((node, at),) = known.read(slopes)
-            if step.kind == "hide":
-                number, place = (node.args[2], 1) if step.inverted else (node.args[1], 2)
-                if (
-                    node.op.name != "where"
-                    or at != place
-                    or not known.same(node.args[0], step.what)
-                ):
-                    raise Unknown
-                if isinstance(number, Value) or number != 0:
-                    raise Unknown
-            elif node.op.name != step.kind or at != 0 or node.args[1] != step.what:
-                raise Unknown
-            self._inside(node)
-            slopes = node.out
-        for node, at in known.read(slopes):
-            if node.op.name != "matmul" or node.args[at].type.shape[-2:] != (self.m, self.n):
-                raise Unknown
-            if at == 0 and self.dq is None and known.is_turned(node.args[1], self.turned_k):
-                self.dq = node
-            elif at == 1 and self.turned_dk is None and known.is_turned(node.args[0], self.q):
-                self.turned_dk = node
-            else:
-                raise Unknown
-            self.nodes.add(node.out)
-
-
-def _is_number(arg: Arg) -> bool:
-    return not isinstance(arg, Value) or arg.type.is_host
-
-
 # ---- what stands instead
 
 
@@ -302,15 +81,20 @@ class _Masks:
 
     alike: such rows weigh all keys alike; else they are NaN, and so are gradients of scores if
     something is added.
-    share: if something is added, of each key in a row to whose scores so small a number is added
-    that nothing else is left of them; else 1. The log-sum of such a row is that number.
+    added: whether something is.
+    share: if other numbers than -inf are added, of each key in a row to whose scores so small a
+    number is added that nothing else is left of them; else 1. The log-sum of such a row is that
+    number.
+    seen:  where nothing is added, if all that is added elsewhere is -inf.
     """
 
     bias: Value | float = 0.0
     causal: bool = False
     none: Value | None = None
     alike: bool = False
+    added: bool = False
     share: Value | None = None
+    seen: Value | None = None
 
 
 @dataclass(slots=True)
@@ -324,7 +108,7 @@ class _Placed:
 class _Emission:
     """The nodes that stand for a match, by the nodes that they come before."""
 
-    def __init__(self, known: _Known, match: _Match):
+    def __init__(self, known: Known, match: Match):
         self.known, self.match, self.b = known, match, known.b
         self.placed: dict[Value, _Placed] = {}
 
@@ -341,6 +125,8 @@ class _Emission:
                     hosts.append(step)
                 else:
                     scale = scale * step.what if step.kind == "mul" else scale / step.what
+        if hosts and match.dtype.narrow:  # they are rounded in other places
+            raise Unknown
         q = self._times(q, hosts)
         masks = self._masks()
         if masks.alike:
@@ -348,30 +134,31 @@ class _Emission:
         k = self._turned(match.turned_k, (*match.batch, match.c, match.n))
         v = self._shaped(match.v, (*keys, match.d))
         how = {"causal": masks.causal, "scale": scale}
-        out = b.attention(q, k, v, masks.bias, **how)
         lost = None if masks.alike else masks.none
-        self._instead(match.out, self._rows(lost, math.nan, out))
+        attend = _Attend(b, (q, k, v), masks.bias, how, self._dropped(masks))
+        self._instead(match.out, self._rows(lost, math.nan, attend.result()))
         gradients = [n for n in (match.dv, match.dq, match.turned_dk) if n is not None]
         if gradients:
             gradients.sort(key=lambda n: n.out.id)  # as they stand in the graph
-            lse = b.attention_lse(q, k, masks.bias, **how)
+            attend.keep()
             self._at(gradients[0])
             g = self._shaped(match.g, with_d)
             if masks.share is not None:
-                g = b.mul(g, self._along(masks.share, g.type.shape))
-            operands = q, k, v, masks.bias, lse, row_products(b, g, out), g
+                share = self._along(masks.share, g.type.shape)
+                g = _cast(b, b.mul(_cast(b, g, share.type.dtype), share), match.dtype)
+            attend.come(g)
             every = None if lost is None else self._any(lost)
         for node in gradients:
             self._at(node)
             if node is match.dv:
-                x = self._rows(every, math.nan, b.attention_dv(*operands, **how))
+                x = self._rows(every, math.nan, attend.dv())
             elif node is match.dq:
-                x = self._times(b.attention_dq(*operands, **how), hosts)
+                x = self._times(attend.dq(), hosts)
                 x = self._rows(masks.none, 0.0, x) if masks.alike else x
-                x = self._rows(lost, math.nan, x) if masks.share is not None else x
+                x = self._rows(lost, math.nan, x) if masks.added else x
             else:
-                x = b.attention_dk(*operands, **how)
-                x = self._rows(every, math.nan, x) if masks.share is not None else x
+                x = attend.dk()
+                x = self._rows(every, math.nan, x) if masks.added else x
                 x = transpose(b, x)
             self._instead(node, x)
         return self.placed
@@ -394,7 +181,7 @@ class _Emission:
     def _turned(self, x: Value, shape: Sequence[int]) -> Value:
         return transpose(self.b, self._shaped(x, shape))
 
-    def _times(self, x: Value, hosts: Sequence[_Step]) -> Value:
+    def _times(self, x: Value, hosts: Sequence[Step]) -> Value:
         for step in hosts:
             x = getattr(self.b, step.kind)(x, step.what)
         return x
@@ -415,6 +202,27 @@ class _Emission:
 
     # -- masks
 
+    def _log(self, number: Arg) -> Arg:
+        return self.b.host_log(number) if isinstance(number, Value) else math.log(number)
+
+    def _dropped(self, masks: _Masks) -> tuple[Value, Arg] | None:
+        """What dropout adds to scores, the bias included, and the log of what it multiplies by."""
+        match, b, found = self.match, self.b, self.match.dropout
+        if found is None:
+            return None
+        if masks.share is not None:  # their rows are not normalized by the sum that is kept
+            raise Unknown
+        kind = match.scores.type
+        mask, most = self._shaped(found.mask, kind.shape), self._log(found.number)
+        if found.inverse:
+            most = b.host_neg(most) if isinstance(most, Value) else -most
+        nothing = b.full(-math.inf, shape=kind.shape, dtype=wide(match.dtype), device=kind.device)
+        if masks.seen is not None:  # both masks in a byte
+            mask = b.and_(mask, b.expand(masks.seen, shape=kind.shape))
+        bias = b.where(mask, most, nothing)
+        alone = masks.seen is not None or not isinstance(masks.bias, Value)
+        return (bias if alone else b.add(masks.bias, bias)), most
+
     def _masks(self) -> _Masks:
         """What all steps add to scores. It is computed before it is expanded to their shape."""
         match, b = self.match, self.b
@@ -430,7 +238,10 @@ class _Emission:
         finite = [s for s in steps if s.kind == "hide" and s.number != -math.inf]
         if finite and len(steps) > 1:
             raise Unknown  # which one hides a row is not known
-        kind = match.scores.type
+        soft = any(s.kind == "add" and not s.hard for s in steps)
+        if match.finite and (finite or soft):
+            raise Unknown
+        kind, dtype = match.scores.type, wide(match.dtype)
         bases = [self._base(s.what) for s in steps]
         common = (
             tuple(map(max, *(x.type.shape for x in bases))) if bases[1:] else bases[0].type.shape
@@ -443,10 +254,11 @@ class _Emission:
                 continue
             other = b.expand(next(rest), shape=common)
             if step.kind == "add":
+                other = _cast(b, other, dtype)
                 bias = b.add(bias, other) if isinstance(bias, Value) else other
             else:
                 if not isinstance(bias, Value):
-                    bias = b.full(0.0, shape=common, dtype=kind.dtype, device=kind.device)
+                    bias = b.full(0.0, shape=common, dtype=dtype, device=kind.device)
                 args = (bias, -math.inf) if step.inverted else (-math.inf, bias)
                 bias = b.where(other, *args)
         last = (len(common) - 1,)
@@ -455,12 +267,17 @@ class _Emission:
         masks = _Masks(none=self._of_rows(none), alike=bool(finite))
         if finite:
             bias = self._rows(none, 0.0, bias)
-        if any(s.kind == "add" for s in steps):
-            ones = b.cast(b.eq(bias, self._along(top, common)), dtype=kind.dtype)
+        if len(steps) == 1 and (steps[0].kind == "hide" or steps[0].hard):
+            masks.seen = b.eq(bias, 0.0)
+        masks.added = any(s.kind == "add" for s in steps)
+        if soft:
+            ones = b.cast(b.eq(bias, self._along(top, common)), dtype=dtype)
             share = b.div(common[-1] / match.n, b.reduce_sum(ones, axes=last))
             far = b.and_(b.le(top, HIDDEN), b.not_(none))
             masks.share = self._of_rows(b.where(far, share, 1.0))
         masks.bias = b.expand(bias, shape=kind.shape)
+        if match.finite:  # such rows are 0, as those of the primitives
+            masks.none = None
         return masks
 
     def _base(self, mask: Value) -> Value:
@@ -478,6 +295,86 @@ class _Emission:
     def _of_rows(self, x: Value) -> Value:
         """What is known of rows of a mask, for each row of scores."""
         return self.b.expand(x, shape=self.match.scores.type.shape[:-1])
+
+
+class _Attend:
+    """The primitives of one attention, with dropout or without."""
+
+    def __init__(
+        self,
+        b: Builder,
+        operands: tuple[Value, Value, Value],
+        bias: Value | float,
+        how: dict[str, object],
+        dropped: tuple[Value, Arg] | None,
+    ):
+        self.b, self.operands, self.bias, self.how = b, operands, bias, how
+        self.dropped = dropped
+
+    def result(self) -> Value:
+        """The result, before what masks make of rows."""
+        b, (q, k, v) = self.b, self.operands
+        if self.dropped is None:
+            self.out = b.attention(q, k, v, self.bias, **self.how)
+            return self.out
+        bias, most = self.dropped
+        left = b.attention(q, k, v, bias, **self.how)
+        self.keep()
+        # 0 where nothing is left of a row, whose log-sum is 0
+        less = b.sub(b.attention_lse(q, k, bias, **self.how), self.lse)
+        share = self._along(b.exp(b.minimum(less, most)), left)
+        self.out = _cast(b, b.mul(_cast(b, left, share.type.dtype), share), left.type.dtype)
+        return self.out
+
+    def keep(self) -> None:
+        """Compute what the gradients need of the forward pass."""
+        q, k, _ = self.operands
+        self.lse = self.b.attention_lse(q, k, self.bias, **self.how)
+
+    def come(self, g: Value) -> None:
+        """The cotangent of the result is there."""
+        b, (q, k, v) = self.b, self.operands
+        self.g, self.delta, bias, before = g, row_products(b, g, self.out), self.bias, None
+        if self.dropped is not None:
+            bias, before = self.dropped[0], self.delta
+            kind = before.type
+            self.delta = b.full(0.0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
+        self.given = q, k, v, bias, self.lse, self.delta, g
+        self.less = None if before is None else b.mul(before, -self.how["scale"])
+
+    def dv(self) -> Value:
+        return self.b.attention_dv(*self.given, **self.how)
+
+    def dq(self) -> Value:
+        b, (q, k, _) = self.b, self.operands
+        x = b.attention_dq(*self.given, **self.how)
+        if self.less is None:
+            return x
+        return b.add(x, self._times(b.attention(q, k, k, self.bias, **self.how)))
+
+    def dk(self) -> Value:
+        b, (q, k, _) = self.b, self.operands
+        x = b.attention_dk(*self.given, **self.how)
+        if self.less is None:
+            return x
+        operands = q, k, k, self.bias, self.lse, self.delta, self._times(q)
+        return b.add(x, b.attention_dv(*operands, **self.how))
+
+    def _times(self, x: Value) -> Value:
+        """Rows times what is taken from each weight of a row."""
+        return _cast(
+            self.b,
+            self.b.mul(_cast(self.b, x, self.less.type.dtype), self._along(self.less, x)),
+            x.type.dtype,
+        )
+
+    def _along(self, rows: Value, like: Value) -> Value:
+        b = self.b
+        return b.expand(b.reshape(rows, shape=(*rows.type.shape, 1)), shape=like.type.shape)
+
+
+def _cast(b: Builder, x: Value, dtype: DType) -> Value:
+    return x if x.type.dtype is dtype else b.cast(x, dtype=dtype)
 
 
 def _replaced(graph: Graph, placed: dict[Value, _Placed]) -> Graph:

@@ -19,11 +19,11 @@ class Readers:
 
     Values are told apart by their roots: what is reshaped is the same, as long as its elements stay
     in order. What has its axes in another order is a view of its root: the order of axes, those of
-    extent 1 left out; () if they are in order.
+    extent 1 left out; () if they are in order. With `casts`, a float of another width is the same.
     """
 
-    def __init__(self, graph: Graph):
-        self.graph, self.made = graph, graph.producers()
+    def __init__(self, graph: Graph, *, casts: bool = False):
+        self.graph, self.made, self.casts = graph, graph.producers(), casts
         self.roots: dict[Value, Value] = {}
         self.views: dict[Value, tuple[Value, Axes]] = {}
         self.readers: dict[Value, list[Reader]] = {}
@@ -36,7 +36,17 @@ class Readers:
         self.outputs = {self.view(v)[0] for v in graph.outputs()}
 
     def _moves(self, node: Node) -> bool:
-        """Note the root of a reshape's result, or of a permute's."""
+        """Note the root of a reshape's result, of a permute's, or of a cast's."""
+        if node.op.name == "cast":
+            (x,) = node.args
+            same = self.casts and isinstance(x, Value) and not x.type.is_host
+            if not (same and x.type.dtype.is_float and node.out.type.dtype.is_float):
+                return False
+            if x in self.views:
+                self.views[node.out] = self.views[x]
+            else:
+                self.roots[node.out] = self.root(x)
+            return True
         if node.op.name == "reshape":
             (x,), shape = node.args, node.out.type.shape
             if x not in self.views:

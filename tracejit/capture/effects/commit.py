@@ -110,6 +110,7 @@ def commit_lines(
     captured: Captured,
     outputs: Sequence[str],
     host: Sequence[str],
+    calls: Sequence[str] = (),
     *,
     cell: Callable[[int], str | None],
     elements: Callable[[Sequence[int]], str | None],
@@ -119,13 +120,14 @@ def commit_lines(
     """Lines that apply the effects.
 
     outputs, host: expressions of the plan's results and of the host results.
+    calls:         lines that come before what is stored in Python's objects.
     cell:          an expression of the ctypes cell that is the element of an outside tensor, if the
         lines may use one. It is asked for what the host writes.
     elements:      the same for the elements of many (`counters.Elements`).
     grad_on:       every call is made in grad mode.
     names:         the namespace of the lines, which grows here. `backwards` is there already.
     """
-    return _Lines(captured, outputs, host, cell, elements, grad_on, names).all()
+    return _Lines(captured, outputs, host, calls, cell, elements, grad_on, names).all()
 
 
 class _Lines:
@@ -134,6 +136,7 @@ class _Lines:
         captured: Captured,
         outputs: Sequence[str],
         host: Sequence[str],
+        calls: Sequence[str],
         cell: Callable[[int], str | None],
         elements: Callable[[Sequence[int]], str | None],
         grad_on: bool,
@@ -141,6 +144,7 @@ class _Lines:
     ):
         self.graph, self.effects = captured.graph, captured.effects
         self.outputs, self.host, self.cell, self.elements = outputs, host, cell, elements
+        self.calls = calls
         self.grad_on, self.names = grad_on, names
         self.lines: list[str] = []
 
@@ -184,6 +188,7 @@ class _Lines:
         for k, index in enumerate(effects.escaped):
             self.names["made_real"] = made_real
             lines.append(f"m{index} = made_real(call.escaped[{k}], m{index})")
+        lines += self.calls
         for holder, key, tree in effects.stores:
             at, value = f"holders[{holder}]", self._tree(tree)
             if key is ...:

@@ -95,9 +95,9 @@ class Sequenced:
 
 @dataclass(frozen=True, slots=True)
 class Mapped:
-    """A dict, as pairs of keys (each a string or int, or given) and items."""
+    """A dict, as pairs of keys (each a string or int, given, or a text in parts) and items."""
 
-    items: tuple[tuple[str | int | Given, object], ...]
+    items: tuple[tuple[str | int | Given | Joined, object], ...]
 
 
 Tree = Slot | HostSlot | Joined | Given | Sequenced | Mapped
@@ -151,7 +151,9 @@ def rebuilt(
             return parts if kind == "list" else tuple(parts)
         case Mapped(items):
             return {
-                given[k.index] if isinstance(k, Given) else k: rebuilt(v, made, host, given)
+                rebuilt(k, made, host, given) if isinstance(k, (Given, Joined)) else k: rebuilt(
+                    v, made, host, given
+                )
                 for k, v in items
             }
     raise AssertionError(tree)
@@ -178,7 +180,9 @@ class Effects:
     leaf_grads: tuple[tuple[int, int], ...] = ()  # (made: a new leaf, made: its .grad)
     escaped: tuple[int, ...] = ()  # made tensors that user objects hold already, as proxies
     returned: Tree = Given(0)
-    callbacks: int = 0  # calls that a replay makes again, on the real objects
+    # calls that a replay makes again, on the real objects: which of their arguments, by position or
+    # name, are which host results
+    callbacks: tuple[tuple[tuple[int | str, int], ...], ...] = ()
 
     def __str__(self) -> str:
         """One line per effect, in the order of the commit; `text.py` reads it back."""
@@ -209,8 +213,10 @@ class Effects:
         lines += [f"leaf grad {i} <- made {k}" for i, k in self.leaf_grads]
         if self.escaped:
             lines.append(f"escaped {', '.join(map(str, self.escaped))}")
-        if self.callbacks:
-            lines.append(f"callbacks {self.callbacks}")
+        for places in self.callbacks:
+            lines.append(
+                f"callback {', '.join(f'{at!r} <- host {k}' for at, k in places)}".rstrip()
+            )
         lines.append(f"return {_expression(self.returned)}")
         return "\n".join(["effects {", *(f"  {line}" for line in lines), "}"])
 
@@ -243,7 +249,7 @@ def _expression(tree: Tree) -> str:
             return f"{_expression(kind)}({', '.join(map(_expression, items))})"
         case Mapped(items):
             pairs = (
-                f"{_expression(k) if isinstance(k, Given) else repr(k)}: {_expression(v)}"
+                f"{_expression(k) if isinstance(k, (Given, Joined)) else repr(k)}: {_expression(v)}"
                 for k, v in items
             )
             return f"{{{', '.join(pairs)}}}"
@@ -252,11 +258,13 @@ def _expression(tree: Tree) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Callback:
-    """A call that the trace ran as it is: a scheduler's step."""
+    """A call that the trace ran as it is: a scheduler's step. A replay puts other numbers in the
+    place of arguments that are runtime scalars."""
 
     function: Callable
     args: tuple
     kwargs: dict
+    of_torch_alone: bool = True  # it runs no code of the user's
 
 
 def nothing() -> None:

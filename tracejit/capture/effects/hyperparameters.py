@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+from torch.overrides import TorchFunctionMode
 
 from tracejit.capture.effects.effects import Callback
 from tracejit.capture.effects.variables import Holder, Record, Variable, Variables
@@ -30,9 +32,9 @@ from tracejit.capture.trace.scalars import (
     TracedInt,
     is_runtime,
     is_traced,
-    pinned,
     plain,
 )
+from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.trace import Trace
 
 _WALKED = 5000  # objects looked at in search of optimizers
@@ -88,12 +90,16 @@ class Hyperparameters:
         self.holders: list[Holder] = []  # which numbers come from, and values go to
         self.stores: list[tuple[int, object, object]] = []  # holder, key, what the step stored
         self.callbacks: list[Callback] = []
+        # per callback the runtime scalars among its arguments, by position or name
+        self.operands: list[dict[int | str, object]] = []
         self.inside = False  # a callback is running
         self._memory = Memory()
         self._computed = 0
         self._groups: dict[int, _Group] = {}
         self._optimizers: dict[int, tuple[Optimizer, list, dict]] = {}
         self._schedulers: dict[int, tuple[LRScheduler, dict]] = {}
+        self._shown: list[list] = []  # rates of schedulers, as runtime scalars
+        self._stepped: set[int] = set()  # the ids of those of them that a callback has stepped
 
     # ---- runtime scalars in place of floats, and back
 
@@ -108,6 +114,8 @@ class Hyperparameters:
                 self._substitute(x, self._entry)
             elif isinstance(x, LRScheduler):
                 self._remember_scheduler(x)
+        for scheduler, _ in self._schedulers.values():
+            self._show_rates(scheduler)
 
     def _scalar_of(self, number: float, variable: Variable) -> object:
         path = "entry", self._holder(variable.holder), variable.key
@@ -131,7 +139,9 @@ class Hyperparameters:
             inner = {p: dict(s) for p, s in optimizer.state.items() if isinstance(s, dict)}
             self._optimizers[id(optimizer)] = optimizer, list(optimizer.param_groups), inner
 
-    def _substitute(self, optimizer: Optimizer, path: Callable[[dict, str], Path]) -> None:
+    def _substitute(self, optimizer: Optimizer, path: Callable[[dict, str], Path | None]) -> None:
+        """Make runtime scalars of the floats of an optimizer, of these paths; where there is none,
+        it is the one that was there."""
         for group in optimizer.param_groups:
             known = self._groups.get(id(group))
             if known is None:
@@ -143,7 +153,11 @@ class Hyperparameters:
                     value = group[key] = _plain(value)  # the user kept it from an earlier call
                 if not has_floats(value):
                     continue
-                place = path(group, key)
+                place, entry = path(group, key), known.entries.get(key)
+                if place is None and entry is not None and entry.original is value:
+                    group[key] = entry.traced
+                    continue
+                place = place or self.computed()
                 group[key] = self._traced(value, place)
                 known.entries[key] = _Entry(value, group[key], stored=place[0] == "held")
 
@@ -189,12 +203,7 @@ class Hyperparameters:
         self.lose(lost)
         for holder, key, value in stores:
             self.stores.append((self._holder(holder), key, value))
-        for scheduler, _ in self._schedulers.values():  # whose step was called by another name
-            for name, value in vars(scheduler).items():
-                if is_traced(value):
-                    setattr(scheduler, name, plain(value))
-                elif type(value) is list:
-                    value[:] = map(plain, value)
+        self._make_schedulers_plain()
 
     def lose(self, texts: Iterable[Kept]) -> None:
         """Texts of runtime scalars are not where they were to be found."""
@@ -230,20 +239,65 @@ class Hyperparameters:
         if isinstance(getattr(scheduler, "optimizer", None), Optimizer):
             self._remember(scheduler.optimizer)
         self._remember_scheduler(scheduler)
+        given = dict(enumerate(args)) | kwargs
+        if step is _ON_PLATEAU:  # which asks its metric for `float` first of all
+            given = {at: _number_in(x) for at, x in given.items()}
         self._restore()
-        args = tuple(pinned(x) for x in args)
-        kwargs = {name: pinned(x) for name, x in kwargs.items()}
+        self._make_schedulers_plain()
+        args = tuple(plain(given[i]) for i in range(len(args)))
+        kwargs = {name: plain(given[name]) for name in kwargs}
         n = len(self.callbacks)
-        self.callbacks.append(Callback(MethodType(step, scheduler), args, kwargs))
+        self.operands.append({at: x for at, x in given.items() if is_runtime(x)})
+        alone = of_torch_alone(scheduler)
+        self.callbacks.append(Callback(MethodType(step, scheduler), args, kwargs, alone))
         self.inside = True
+        touched = Touched()
         try:
-            step(scheduler, *args, **kwargs)
+            with nullcontext() if alone else touched:
+                step(scheduler, *args, **kwargs)
         finally:
             self.inside = False
+            if touched.by:
+                self.trace.scalars.taken(
+                    f"{type(scheduler).__name__} computes with tensors when it steps "
+                    f"({touched.by}); step it outside the step"
+                )
             for optimizer, *_ in tuple(self._optimizers.values()):
-                self._substitute(optimizer, partial(self._after, n))
+                self._substitute(optimizer, partial(self._after, n, only_rates(scheduler)))
+            self._show_rates(scheduler)
 
-    def _after(self, n: int, group: dict, key: str) -> Path:
+    def stepped(self, scheduler: LRScheduler) -> bool:
+        """Whether the trace has stepped a scheduler, and no callback is running."""
+        return id(scheduler) in self._stepped and not self.inside
+
+    def _show_rates(self, scheduler: LRScheduler) -> None:
+        """A scheduler tells the rates of its groups: `get_last_lr()`."""
+        rates = getattr(scheduler, "_last_lr", None)
+        groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+        if type(rates) is not list or len(rates) != len(groups):
+            return
+        known = [self._groups.get(id(group)) for group in groups]
+        entries = [None if group is None else group.entries.get("lr") for group in known]
+        if all(e is not None and e.original == x for e, x in zip(entries, rates, strict=True)):
+            self._shown.append(rates)
+            rates[:] = [entry.traced for entry in entries]
+            if self.callbacks:
+                self._stepped.add(id(scheduler))
+
+    def _make_schedulers_plain(self) -> None:
+        for scheduler, _ in self._schedulers.values():  # also of one stepped by another name
+            for name, value in vars(scheduler).items():
+                if is_traced(value):
+                    setattr(scheduler, name, plain(value))
+                elif type(value) is list and any(map(is_traced, value)):
+                    value[:] = map(plain, value)
+        for rates in self._shown:
+            rates[:] = map(plain, rates)
+        self._shown.clear()
+
+    def _after(self, n: int, rates: bool, group: dict, key: str) -> Path | None:
+        if rates and key != "lr":
+            return None
         known = self._groups[id(group)].entries.get(key)
         if known is not None and known.stored:  # the callback built on what the step had stored
             return "stored", self.computed()[1]
@@ -262,6 +316,7 @@ class Hyperparameters:
         intermediates of the trace out of all that held them."""
         for handle in self.trace.registered:
             handle.remove()
+        self._make_schedulers_plain()
         self.variables.undo()
         for known in self._groups.values():
             known.group.clear()
@@ -285,6 +340,45 @@ class Hyperparameters:
         self.trace.journal.release()
 
 
+class Touched(TorchFunctionMode):
+    """Notes which function of torch is called inside."""
+
+    by = ""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.by = self.by or function_name(func)
+        return func(*args, **(kwargs or {}))
+
+
+def tells_rates(scheduler: LRScheduler) -> bool:
+    """Whether what `get_last_lr()` tells are the rates of the scheduler's groups."""
+    rates = getattr(scheduler, "_last_lr", None)
+    groups = getattr(getattr(scheduler, "optimizer", None), "param_groups", ())
+    if type(rates) is not list or not all(type(x) is float for x in rates):
+        return False
+    return rates == [group["lr"] for group in groups]
+
+
+def of_torch_alone(scheduler: LRScheduler) -> bool:
+    """Whether a scheduler runs no code of the user's."""
+    mine = type(scheduler).__module__ == LRScheduler.__module__
+    inner = getattr(scheduler, "_schedulers", ())
+    theirs = hasattr(scheduler, "lr_lambdas") or getattr(scheduler, "_scale_fn_custom", None)
+    return mine and not theirs and all(map(of_torch_alone, inner))
+
+
+def only_rates(scheduler: LRScheduler) -> bool:
+    """Whether a scheduler's step sets learning rates and no other hyperparameters."""
+    if isinstance(scheduler, (CyclicLR, OneCycleLR)) or not of_torch_alone(scheduler):
+        return False
+    return all(map(only_rates, getattr(scheduler, "_schedulers", ())))
+
+
+def _number_in(x: object) -> object:
+    """The number in a tensor of one element; anything else as it is."""
+    return x.item() if isinstance(x, torch.Tensor) and x.numel() == 1 else x
+
+
 def _live(x: object) -> bool:
     return any(map(_live, x)) if type(x) is tuple else is_runtime(x)
 
@@ -302,6 +396,7 @@ def _running_optimizer() -> Optimizer | None:
 
 
 _OPTIMIZERS = Optimizer.profile_hook_step.__code__.co_filename
+_ON_PLATEAU = ReduceLROnPlateau.step
 
 
 # ---- the search for optimizers

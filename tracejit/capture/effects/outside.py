@@ -146,7 +146,7 @@ def _gradients(
                 )
             targets.append((("made", made_of[leaf]), leaf, stands_for))
     targets += [(("made", i), handles[i], [v]) for i, v in values.items()]
-    drafts = []
+    drafts, drawn = [], len(t.draws.events)
     held = [(s, s.value, s.writes) for s in {*t.inputs.storages, *(h.storage for h in made_of)}]
     refusals = [Arrival((v,), _refuse_hooks, leaf=False) for v, x in t.hooked.items() if x]
     t.begin(torch.autograd.backward, ())
@@ -183,6 +183,13 @@ def _gradients(
             finally:
                 for s, value_then, writes in held:  # back to the end of the forward
                     s.value, s.writes = value_then, writes
+            if len(t.draws.events) > drawn:
+                raise SideEffectError(
+                    where=location.full(),
+                    reason="the backward of a custom Function draws random numbers, and would be "
+                    "called after the step, which cannot draw them before",
+                    remedy="Call backward inside the step, or return the loss detached",
+                )
             inputs = tuple(x for x in totals if x[2] is not None and x[0] != ("made", i))
             if inputs:
                 drafts.append(_Draft(i, cotangent, inputs))

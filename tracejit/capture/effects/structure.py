@@ -80,7 +80,7 @@ class Structure:
             kind = self.object(type(x))
             return Sequenced(kind, tuple([self.tree(item, IN_LOOP) for item in x]))
         if type(x) is dict:
-            pairs = [(self._key(k), self.tree(x[k], IN_ITEM)) for k in x]
+            pairs = [(self._key_of_dict(k), self.tree(x[k], IN_ITEM)) for k in x]
             return Mapped(tuple(pairs))
         return self.object(x)
 
@@ -106,6 +106,15 @@ class Structure:
         elif type(key) is Joint:
             key = self.tree(key, IN_STORE)
         return holder, key, self.tree(x, IN_STORE)
+
+    def _key_of_dict(self, key: object) -> str | int | Given | Joined:
+        if type(key) is str and self._texts and not self._in_stores:
+            key = self._joint(key)
+        return self.tree(key, IN_LOOP) if type(key) is Joint else self._key(key)
+
+    def operands(self, numbers: dict[int | str, object]) -> tuple[tuple[int | str, int], ...]:
+        """Which host results are arguments of a call, by position or name."""
+        return tuple((at, self.host_result(x)) for at, x in numbers.items())
 
     def _key(self, key: object) -> str | int | Given:
         return key if type(key) in (str, int) else self.object(key)

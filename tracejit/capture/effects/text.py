@@ -64,8 +64,8 @@ def parse_effects(text: str) -> Effects:
         raise InvalidGraph(reason="the closing brace of effects is missing")
     if len(found["returned"]) != 1 or next(lines, "").strip():
         raise InvalidGraph(reason="effects end with one `return` and a brace of their own")
-    single = {"returned": found.pop("returned")[0], "callbacks": sum(found.pop("callbacks"))}
-    return Effects(**{name: tuple(items) for name, items in found.items()}, **single)
+    returned = found.pop("returned")[0]
+    return Effects(**{name: tuple(items) for name, items in found.items()}, returned=returned)
 
 
 def _line(code: str, lines: Iterator[str], found: dict[str, list]) -> None:
@@ -95,12 +95,17 @@ def _line(code: str, lines: Iterator[str], found: dict[str, list]) -> None:
             found["outside"].append(Outside(int(m[1]), *places, _graph(lines)))
         case "no" if m := _REASON.fullmatch(code):
             found["reasons"].append((int(m[1]), ast.literal_eval(m[2])))
-        case "callbacks":
-            found[word].append(int(rest))
+        case "callback":
+            found["callbacks"].append(tuple(map(_operand, filter(None, rest.split(", ")))))
         case "return":
             found["returned"].append(_tree(rest))
         case _:
             raise ValueError("no such effect")
+
+
+def _operand(text: str) -> tuple[int | str, int]:
+    at, host = text.split(" <- host ")
+    return ast.literal_eval(at), int(host)
 
 
 def _graph(lines: Iterator[str]):

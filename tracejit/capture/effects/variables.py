@@ -247,12 +247,12 @@ class Variables:
             del items[length:]
         self._end_keyed()
         for _, keyed in self._keyed:
-            found = keyed.stores(kept.get((id(keyed.of), KEYED), ()))
+            found = keyed.stores(kept.get((id(keyed.of), KEYED), ())) if keyed.is_alone else []
             if found:
                 stores += [(keyed.of, key, x) for key, x in found]
                 kept.pop((id(keyed.of), KEYED), None)
                 keyed.put_back()
-            elif keyed.assigned:
+            elif keyed.assigned or not keyed.is_alone:
                 self._taken("it puts something into a dict by keys that are not known")
             keyed.over()
         found = None  # which holds intermediates

@@ -24,6 +24,7 @@ from tracejit.ir.graph import Arg, Value
 CONSTANTS = frozenset(
     {bool, int, float, str, type(None), type(...), type(NotImplemented), torch.Size, torch.dtype}
     | {torch.device, torch.layout, torch.memory_format, torch.Generator}
+    | {type(torch.autograd.Function)}  # whose instances are classes
 )
 TUPLE_ITERATOR = type(iter(()))
 Match = Callable[..., object]  # see matchers.py
@@ -107,12 +108,16 @@ class Outside:
 
 @dataclass(eq=False, slots=True)
 class New:
-    """A new proxy. `spare` is the one of an earlier trace, which nobody has any more."""
+    """A new proxy. `spare` is the one of an earlier trace, which nobody has any more.
+
+    `rows` is for one that has as many rows as values say: the tensor that has as many, or the cut
+    that has found in this call how many each step has."""
 
     at: int
     number: int  # among the proxies of the trace
     geometry: Geometry
     spare: TracedTensor | None = None
+    rows: Known | Cut | None = None
 
 
 @dataclass(frozen=True, slots=True)

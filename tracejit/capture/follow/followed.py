@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -115,7 +116,7 @@ def _followed(
     trail.recall.kept += 1
     trail.keep_numbers()
     t.forget()
-    trail.keep_spares(end.news)
+    trail.keep_spares(end.news, end.holding)
     objects = trail.objects
     escaped = [objects[at] for at, _ in end.escaped]
     call = Call(
@@ -141,10 +142,11 @@ def _fitting(t: Trace, trail: Trail, returned: list[object]) -> list[_Fit]:
         try:
             tree = found.tree(returned[0], IN_ITEM)  # which `returned` holds
             stores = tuple(found.store(*store) for store in hyper.stores)
+            callbacks = tuple(map(found.operands, hyper.operands))
         except _Unlike:
             continue
         made = tree == effects.returned and stores == effects.stores
-        if made and len(hyper.callbacks) == effects.callbacks:
+        if made and callbacks == effects.callbacks:
             fits.append(_Fit(end, tree, stores, found))
     return fits
 
@@ -160,6 +162,12 @@ def _numbers(t: Trace, trail: Trail, end: End) -> list[float] | None:
 
 
 def _held(trail: Trail, news: tuple[New, ...]) -> set[int]:
-    """The positions of proxies that somebody holds besides the trail's `objects`."""
+    """The positions of proxies that somebody holds besides the trail's `objects`, and contexts of
+    custom functions."""
     objects = trail.objects
-    return {new.at for new in news if count(objects[new.at]) > ALONE}
+    held = {new.at for new in news if count(objects[new.at]) > ALONE}
+    contexts = trail.t.applied
+    if held and contexts:
+        inside = Counter(id(x) for context in contexts for x in context.references())
+        held = {at for at in held if count(objects[at]) > ALONE + inside[id(objects[at])]}
+    return held

@@ -144,7 +144,7 @@ class _Lines:
         if kind is Number:
             v = self._value(recorded.value)
             return f"trail.t.scalars.traced(trail.t.scalars.numbers[{v}], {v})"
-        if kind is New:
+        if kind is New and recorded.rows is None:
             new, at = self._value(recorded), self._value(recorded.at)
             self.lines += [
                 f"proxy = {new}.spare",

@@ -48,7 +48,8 @@ class End:
         trees = (effects.returned, *(tree for *_, tree in effects.stores))
         wanted = {index for tree in trees for index in slots(tree)}
         returned = frozenset(at for at, index in self.made.items() if index in wanted)
-        return returned, self.holding, effects.host, effects.returned, effects.stores
+        done = effects.host, effects.returned, effects.stores, effects.callbacks
+        return returned, self.holding, *done
 
 
 class Recall:

@@ -7,7 +7,7 @@ traces (`recall.py`), with what was captured at its end.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -45,7 +45,7 @@ from tracejit.capture.trace.draws import Event as Drawing
 from tracejit.capture.trace.draws import Sampled
 from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.scalars import Path, Predicate, is_traced
-from tracejit.capture.trace.tensor import Handle, TracedTensor
+from tracejit.capture.trace.tensor import Handle, Ragged, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Node, Value
 
@@ -65,6 +65,7 @@ class Recorder(Journal):
         self._memory: dict[int, int] = {}  # torch storage -> the first tensor of it
         self.events: list[Event] = []  # of this trace so far
         self._call: Call | None = None  # whose rule is running
+        self._call_found: list[tuple] = []  # what the latest call has found
         self._found_before = 0  # inputs that cuts had found before it
         self._bounds = 0  # how many the trace had before
         self._values: object = _NOTHING  # what the latest call got for Python
@@ -78,7 +79,7 @@ class Recorder(Journal):
 
     def begin(self, func: Callable, args: tuple, kwargs: dict) -> Call | None:
         """A rule is about to run; None if that is not recorded."""
-        if not self.recording or self._call is not None:
+        if not self.recording or self._call is not None or self._over:
             return None
         try:
             arguments = tuple([self._encode(x) for x in (*args, *kwargs.values())])
@@ -95,7 +96,7 @@ class Recorder(Journal):
 
     def end(self, call: Call, result: object) -> None:
         """The rule has returned."""
-        self._call = None
+        self._call, self._call_found = None, call.found
         call.errors = [bound.error for bound in self.t.bounds[self._bounds :]]
         if self.recording:
             try:
@@ -121,7 +122,8 @@ class Recorder(Journal):
             number = next(
                 i for i in range(len(self.t.proxies) - 1, -1, -1) if self.t.proxies[i] is x
             )
-            return New(self._note(x), number, x.handle.geometry)
+            rows = self._rows(x.handle.ragged)
+            return New(self._note(x), number, x.handle.geometry, rows=rows)
         if isinstance(x, torch.Tensor):
             if id(x) not in self.ids:
                 raise Incomparable
@@ -132,6 +134,14 @@ class Recorder(Journal):
         if type(x) is TUPLE_ITERATOR:
             return Many(type(x), tuple([self._encode_result(item) for item in items_of(x)]))
         return self._encode_plain(x, self._encode_result)
+
+    def _rows(self, ragged: Ragged | None) -> Known | Cut | None:
+        """What says how many rows a new proxy has, if that depends on values."""
+        if ragged is None:
+            return None
+        if ragged.like is not None:
+            return self._encode(ragged.like.tensor)
+        return next(cut for kind, cut, *_ in self._call_found if kind == "tensors")
 
     def _encode_plain(self, x: object, encode: Callable) -> object:
         if is_traced(x):
@@ -207,9 +217,9 @@ class Recorder(Journal):
 
     def found_draw(self, event: Drawing, generator: torch.Generator) -> None:
         """The step has done something with a random generator."""
-        if not self.recording or self._over:
+        if not self.recording:
             return
-        if self._call is None:
+        if self._call is None or self._over:
             self.recording = False
         else:
             self._call.found.append(("draw", event, generator))
@@ -304,14 +314,15 @@ class Recorder(Journal):
         """Those that user code has got so far."""
         return [x for x in self.objects if type(x) is TracedTensor]
 
-    def keep_spares(self, created: Iterable[New]) -> None:
-        """Keep the proxies that nobody has any more, to hand them out again."""
+    def keep_spares(self, created: Iterable[New], escaped: Collection[int]) -> None:
+        """Keep the proxies that nobody has any more, to hand them out again. Those at the positions
+        `escaped` become real, also where only a context of a custom function has held them."""
         objects = self.objects
         for new in created:
-            if count(objects[new.at]) == ALONE:
+            if count(objects[new.at]) == ALONE and new.at not in escaped:
                 proxy = objects[new.at]
                 # not real now, and nothing on it that the user put there
-                unused = type(proxy) is TracedTensor and not proxy.__dict__
+                unused = type(proxy) is TracedTensor and not proxy.__dict__ and new.rows is None
                 if unused and not weakref.getweakrefcount(proxy):
                     new.spare = proxy
 

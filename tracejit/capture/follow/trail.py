@@ -50,7 +50,7 @@ from tracejit.capture.trace.cuts import Cut, Stage
 from tracejit.capture.trace.draws import Sampled
 from tracejit.capture.trace.inputs import Regions
 from tracejit.capture.trace.scalars import RELATIONS, Path, Predicate, is_traced
-from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.tensor import Geometry, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
 from tracejit.ir import host_memory
@@ -179,6 +179,8 @@ class Trail(Recorder):
     @property
     def found(self) -> list[torch.Tensor]:
         """What the cuts of this way have found."""
+        if not self._found_in:
+            return []
         return [x for _, cut, *_ in self._cuts() for x in self._found_in.get(cut, ())]
 
     def _cuts(self) -> Iterator[tuple]:
@@ -258,7 +260,7 @@ class Trail(Recorder):
         if kind is New:
             proxy, recorded.spare = recorded.spare, None
             if proxy is None:
-                proxy = TracedTensor.blank(recorded.geometry)
+                proxy = TracedTensor.blank(self._geometry(recorded))
             self._note(proxy)
             return proxy
         if kind is Known:
@@ -270,6 +272,18 @@ class Trail(Recorder):
         if kind is Read:
             return self._answer
         return container(recorded.kind, [self.give(x) for x in recorded.items])
+
+    def _geometry(self, new: New) -> Geometry:
+        """How a new proxy looks: it has as many rows as there are in this call."""
+        if new.rows is None:
+            return new.geometry
+        if type(new.rows) is Known:
+            with torch._C.DisableTorchFunction():
+                rows = len(self.objects[new.rows.at])
+        else:
+            rows = int(self._found_in[new.rows][0].sum())
+        shape, *rest = new.geometry
+        return ((rows, *shape[1:]), *rest)
 
     def scalar(self, path: Path, number: float) -> Value | None:
         """The value of a runtime scalar that comes in; None where rules are run."""

@@ -327,9 +327,17 @@ def size_args(t: Trace, sizes: tuple) -> Ints:
     """Sizes given as f(2, 3) or f((2, 3))."""
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
-    if any(isinstance(s, torch.Tensor) for s in sizes):
-        raise t.unsupported("A size that is a tensor depends on values")
-    return tuple(int(s) for s in sizes)
+    return tuple(_size(t, s) for s in sizes)
+
+
+def _size(t: Trace, size: object) -> int:
+    """A size; that in a tensor is part of the step."""
+    if not isinstance(size, torch.Tensor):
+        return int(size)
+    h = t.lift(size)
+    if h.shape or h.dtype.is_float:
+        raise TypeError("only integer tensors of a single element can be converted to an index")
+    return int(RULES[torch.Tensor.item].run(t, size))
 
 
 def can_cast(source: DType, target: DType) -> bool:

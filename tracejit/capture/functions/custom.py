@@ -16,6 +16,7 @@ from torch.autograd.function import Function, FunctionCtx, _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
 from tracejit.autodiff import Entry
+from tracejit.capture.trace.table import COMPARED
 from tracejit.capture.trace.tensor import (
     Family,
     Handle,
@@ -50,16 +51,21 @@ _TWICE = "trying to differentiate twice a function that was marked with @once_di
 class Context(FunctionCtx):
     """What `forward` and `backward` get as `ctx`. Any attribute may be set on it."""
 
-    def __init__(self, trace: Trace, name: str, needs: tuple[bool, ...]):
+    def __init__(self, trace: Trace, name: str):
         self._trace = trace
         self._name = name
         self._entry: Entry | None = None
         self._saved: tuple[tuple[Tensor | None, int], ...] = ()  # and the version when saved
-        self.needs_input_grad = needs
+        self.needs_input_grad: tuple[bool, ...] = ()
         self.materialize_grads = True
+        self.inputs: tuple[Value, ...] | None = None  # None: nothing is differentiated
+        self.given: set[int] = set()  # the ids of the tensors among the arguments
+        # per argument: None, or the shape, dtype and device of a tensor
+        self.kinds: list[tuple | None] = []
         self.families: tuple[Family, ...] = ()  # of outputs whose `grad_fn` this is
         self.hooks: list[Callable] = []
         self.over = False  # the step has returned
+        self._mine = frozenset(vars(self)) - {"materialize_grads"} | {"_mine"}
 
     def name(self) -> str:
         return self._name
@@ -67,6 +73,11 @@ class Context(FunctionCtx):
     def register_hook(self, hook: Callable) -> None:
         """Call `hook(grad_inputs, grad_outputs)` after backward; it may return other gradients."""
         self.hooks.append(hook)
+
+    def left(self) -> tuple[tuple[str, ...], tuple]:
+        """What the user's forward has set: names, and values."""
+        there = {name: x for name, x in vars(self).items() if name not in self._mine}
+        return tuple(there), tuple(there.values())
 
     @property
     def saved_tensors(self) -> tuple[Tensor | None, ...]:
@@ -110,24 +121,57 @@ class Context(FunctionCtx):
         )
 
 
-def call(t: Trace, cls: type[Function], args: tuple) -> object:
-    """`cls.apply(*args)` in a trace."""
-    t.begin(cls, args)
+def call(t: Trace, cls: type[Function], args: tuple, reads: tuple | None) -> object:
+    """`cls.apply(*args)` in a trace: the user's forward between two calls of ours, which later
+    traces compare.
+
+    reads: what the user's backward reads of Python, if it does no more than compute with tensors:
+        a trace that goes as an earlier one need not run it. None: it may do anything.
+    """
+    if reads is None:
+        t.journal.forget()
     if issubclass(cls, (torch_function.InplaceFunction, torch_function.NestedIOFunction)):
+        t.begin(cls, args)
         raise t.unsupported("Derive it from torch.autograd.Function itself")
-    handles = [t.lift(a) if isinstance(a, Tensor) else None for a in args]
-    needs = tuple(h is not None and t.requires_grad(h) for h in handles)
-    executable = t.grad_on and any(needs)
-    inputs = tuple(t.read(h) for h, n in zip(handles, needs, strict=True) if n and executable)
-    ctx = Context(t, f"{cls.__name__}Backward", needs)
-    t.contexts.append(ctx)
+    ctx, k = Context(t, f"{cls.__name__}Backward"), len(t.applied)
+    t.applied.append(ctx)
+    places = tuple(isinstance(a, Tensor) for a in args)
+    tensors = tuple(a for a, is_tensor in zip(args, places, strict=True) if is_tensor)
+    ctx.needs_input_grad = t.mode.compared(_begin, (cls, k, reads, places, tensors))
     output = _forward(t, cls, ctx, args)
-    t.begin(cls, args)
     raw = output if isinstance(output, tuple) else (output,)
-    wrapped = _wrap(t, cls, ctx, args, inputs if executable else None, raw)
+    names, left = ctx.left()
+    wrapped = t.mode.compared(_end, (cls, k, names, left, raw))
+    return wrapped if isinstance(output, tuple) else wrapped[0]
+
+
+def _begin(
+    t: Trace, cls: type, k: int, reads: tuple, places: tuple[bool, ...], tensors: tuple
+) -> tuple[bool, ...]:
+    """The k-th custom function of a trace begins: which of its arguments require grad."""
+    t.called(cls, tensors)
+    ctx, found = t.applied[k], iter(tensors)
+    handles = [t.lift(next(found)) if is_tensor else None for is_tensor in places]
+    needs = tuple(h is not None and t.requires_grad(h) for h in handles)
+    if t.grad_on and any(needs):
+        ctx.inputs = tuple(t.read(h) for h, n in zip(handles, needs, strict=True) if n)
+    ctx.needs_input_grad, ctx.given = needs, _among(tensors)
+    ctx.kinds = [None if h is None else (h.shape, h.dtype, h.device) for h in handles]
+    t.contexts.append(ctx)
+    return needs
+
+
+def _end(t: Trace, cls: type, k: int, names: tuple[str, ...], left: tuple, raw: tuple) -> tuple:
+    """Its forward has run, left this on the context, and returned this."""
+    t.called(cls, raw)
+    ctx = t.applied[k]
+    wrapped = _wrap(t, cls, ctx, raw)
     if cls is BackwardHookFunction:
         ctx.families = tuple(t.lift(x).family for x in wrapped)
-    return wrapped if isinstance(output, tuple) else wrapped[0]
+    return wrapped
+
+
+COMPARED.update((_begin, _end))
 
 
 def _forward(t: Trace, cls: type[Function], ctx: Context, args: tuple) -> object:
@@ -147,14 +191,12 @@ def _wrap(
     t: Trace,
     cls: type[Function],
     ctx: Context,
-    args: tuple,
-    inputs: tuple[Value, ...] | None,
     raw: tuple,
 ) -> tuple:
-    """The outputs with their history; `inputs` is None where nothing is differentiated."""
+    """The outputs with their history."""
     dirty = _among(getattr(ctx, "dirty_tensors", None))
     constant = _among(getattr(ctx, "non_differentiable", None))
-    given = _among(args)
+    given, inputs = ctx.given, ctx.inputs
     dirty &= given
     _check_dirty(t, dirty, raw)
     values: list[Value | None] = []
@@ -169,7 +211,7 @@ def _wrap(
     outputs = tuple(v for v in values if v is not None)
     if outputs:
         infos = tuple(t.lift(x) if isinstance(x, Tensor) else None for x in raw)
-        vjp = _Formula(t, cls, ctx, args, infos, tuple(v is not None for v in values))
+        vjp = _Formula(t, cls, ctx, infos, tuple(v is not None for v in values))
         ctx._entry = Entry(inputs, outputs, vjp, ctx.name())
         t.tape.add(ctx._entry)
     wrapped = []
@@ -240,17 +282,11 @@ class _Formula:
         t: Trace,
         cls: type[Function],
         ctx: Context,
-        args: tuple,
         outputs: tuple[Handle | None, ...],
         differentiable: tuple[bool, ...],
     ):
         self.t, self.cls, self.ctx = t, cls, ctx
-        self.kinds = [  # per argument: None, or the shape, dtype and device of a tensor
-            (h.shape, h.dtype, h.device)
-            if isinstance(a, Tensor) and (h := t.lift(a)) is not None
-            else None
-            for a in args
-        ]
+        self.kinds = ctx.kinds
         self.outputs = [None if h is None else (h.shape, h.dtype, h.device) for h in outputs]
         self.differentiable = differentiable
 

@@ -38,7 +38,7 @@ def _mask(t: Trace, h: Handle, p: float, *, feature: bool) -> Tensor:
     return t.fresh(cast(t, drawn(t, "bernoulli_", Type(b1, shape, h.device), p=p), h.dtype))
 
 
-def _scaled(t: Trace, mask: Tensor, keep: float) -> Tensor:
+def scaled(t: Trace, mask: Tensor, keep: float) -> Tensor:
     """The mask divided by the probability that an element is kept."""
     h = t.lift(mask)
     if is_runtime(keep) or h.dtype not in (f32, f64):
@@ -72,7 +72,7 @@ def dropout(
     with t.untaped():
         mask = _mask(t, h, 1 - p, feature=feature)
         if not alpha:
-            noise = _scaled(t, mask, 1 - p)
+            noise = scaled(t, mask, 1 - p)
         else:
             a = 1.0 / math.sqrt((_ALPHA * _ALPHA * p + 1) * (1 - p))
             add, mul = RULES[Tensor.add].run, RULES[Tensor.mul].run

@@ -59,7 +59,7 @@ def columns(t: Trace, condition: Handle) -> list[Value]:
 # ---- the rows of x that a mask of its leading axes selects
 
 
-def _rows(t: Trace, x: Value, selected: Selected) -> Value:
+def rows(t: Trace, x: Value, selected: Selected) -> Value:
     """The selected rows of a matrix; each gives its gradient back to its place."""
     width = x.type.shape[1]
     n = selected.positions.type.shape[0]
@@ -87,7 +87,7 @@ def _placed(t: Trace, rows: Value, ranks: Value, otherwise: object) -> Value:
     return t.b.where(t.b.ge(at, 0), t.b.gather(rows, at, axis=0), otherwise)
 
 
-def _replaced(t: Trace, x: Value, rows: Value, selected: Selected) -> Value:
+def replaced(t: Trace, x: Value, rows: Value, selected: Selected) -> Value:
     """x, a matrix, with its selected rows replaced by `rows`."""
     n, width = rows.type.shape
     none = not n or not width
@@ -105,7 +105,7 @@ def _replaced(t: Trace, x: Value, rows: Value, selected: Selected) -> Value:
     return t.derive("index_put_", (x, rows), out, vjp)
 
 
-def _matrix(t: Trace, x: Value, axes: int) -> Value:
+def matrix(t: Trace, x: Value, axes: int) -> Value:
     """A value with its first axes as rows, and the rest as columns."""
     shape = x.type.shape
     return t.b.reshape(x, shape=(math.prod(shape[:axes]), math.prod(shape[axes:])))
@@ -116,9 +116,9 @@ def masked(t: Trace, input: Tensor, mask: Tensor) -> TracedTensor:
     x, m = t.lift(input), t.lift(mask)
     check_mask(t, x, 0, m)
     selected = _selected(t, m)
-    rows = _rows(t, _matrix(t, t.read(x), len(m.shape)), selected)
-    shape = (rows.type.shape[0], *x.shape[len(m.shape) :])
-    return t.fresh(t.b.reshape(rows, shape=shape))
+    found = rows(t, matrix(t, t.read(x), len(m.shape)), selected)
+    shape = (found.type.shape[0], *x.shape[len(m.shape) :])
+    return t.fresh(t.b.reshape(found, shape=shape))
 
 
 def assign_masked(t: Trace, input: Tensor, mask: Tensor, value: Tensor) -> None:
@@ -143,9 +143,9 @@ def assign_masked(t: Trace, input: Tensor, mask: Tensor, value: Tensor) -> None:
             f"indexing result of shape {list(target)}"
         )
     new = new if shape == new.type.shape else t.b.reshape(new, shape=shape)
-    rows = _matrix(t, expand(t, new, target), 1)
-    old = _matrix(t, t.read(x), len(m.shape))
-    t.write(x, t.b.reshape(_replaced(t, old, rows, selected), shape=x.shape))
+    given = matrix(t, expand(t, new, target), 1)
+    old = matrix(t, t.read(x), len(m.shape))
+    t.write(x, t.b.reshape(replaced(t, old, given, selected), shape=x.shape))
 
 
 # ---- torch functions
@@ -160,8 +160,8 @@ def masked_select(t: Trace, input: Tensor, mask: Tensor) -> TracedTensor:
     wide = expand(t, t.read(x.handle), shape)
     with t.untaped():
         selected = selected_by(t, expand(t, t.read(m.handle), shape))
-    rows = _rows(t, _matrix(t, wide, len(shape)), selected)
-    return t.fresh(t.b.reshape(rows, shape=rows.type.shape[:1]))
+    found = rows(t, matrix(t, wide, len(shape)), selected)
+    return t.fresh(t.b.reshape(found, shape=found.type.shape[:1]))
 
 
 @rule(Tensor.nonzero, torch.nonzero)

@@ -23,8 +23,11 @@ def shape(t: Trace, self: Tensor) -> torch.Size:
 
 @rule(Tensor.size)
 def size(t: Trace, self: Tensor, dim: int | None = None) -> object:
-    h = t.lift(self)
-    return torch.Size(h.shape) if dim is None else h.shape[normal_axis(t, dim, len(h.shape))]
+    h = t.peek(self)
+    axis = None if dim is None else normal_axis(t, dim, len(h.shape))
+    if not axis:
+        h = t.lift(self)
+    return torch.Size(h.shape) if axis is None else h.shape[axis]
 
 
 @rule(Tensor.stride)
@@ -43,7 +46,7 @@ def storage_offset(t: Trace, self: Tensor) -> int:
 
 @rule(Tensor.dim, Tensor.ndimension, Tensor.ndim.__get__)
 def dim(t: Trace, self: Tensor) -> int:
-    return len(t.lift(self).shape)
+    return len(t.peek(self).shape)
 
 
 @rule(Tensor.numel, torch.numel, Tensor.nelement)
@@ -61,12 +64,12 @@ def length(t: Trace, self: Tensor) -> int:
 
 @rule(Tensor.dtype.__get__)
 def dtype(t: Trace, self: Tensor) -> torch.dtype:
-    return TO_TORCH[t.lift(self).dtype]
+    return TO_TORCH[t.peek(self).dtype]
 
 
 @rule(Tensor.device.__get__)
 def device(t: Trace, self: Tensor) -> torch.device:
-    return torch.device(t.lift(self).device)
+    return torch.device(t.peek(self).device)
 
 
 @rule(Tensor.layout.__get__)
@@ -76,12 +79,12 @@ def layout(t: Trace, self: Tensor) -> torch.layout:
 
 @rule(Tensor.is_cpu.__get__)
 def is_cpu(t: Trace, self: Tensor) -> bool:
-    return t.lift(self).device == "cpu"
+    return t.peek(self).device == "cpu"
 
 
 @rule(Tensor.is_cuda.__get__)
 def is_cuda(t: Trace, self: Tensor) -> bool:
-    return t.lift(self).device.startswith("cuda")
+    return t.peek(self).device.startswith("cuda")
 
 
 @rule(Tensor.is_contiguous)
@@ -93,7 +96,7 @@ def is_contiguous(
 
 @rule(Tensor.is_floating_point, torch.is_floating_point)
 def is_floating_point(t: Trace, input: Tensor) -> bool:
-    return t.lift(input).dtype.is_float
+    return t.peek(input).dtype.is_float
 
 
 @rule(Tensor.element_size)

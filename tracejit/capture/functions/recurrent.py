@@ -18,16 +18,17 @@ from tracejit.capture.functions.common import cast, expand, promote_two
 from tracejit.capture.functions.contraction import linear
 from tracejit.capture.functions.dropout import dropout as drop
 from tracejit.capture.functions.movement import select, transpose
+from tracejit.capture.functions.packed import Batches, batches, dropped, padded_of, rows_of
 from tracejit.capture.functions.rolling import Product, Weight, roll
 from tracejit.capture.functions.rows import emitted
 from tracejit.capture.functions.unary import FUNCTIONS
 from tracejit.capture.trace import location
 from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.table import RULES, rule
-from tracejit.capture.trace.tensor import Ints, TracedTensor, elementwise_strides
+from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.ops.movement import part
 from tracejit.ir.types import contiguous_strides
 
@@ -188,33 +189,66 @@ class _Product:
 
 
 def _layer(
-    t: Trace, cell: Cell, x: Tensor, state: State, params: Params, back: bool
+    t: Trace,
+    cell: Cell,
+    x: Tensor,
+    state: State,
+    params: Params,
+    back: bool,
+    of: Batches | None,
 ) -> tuple[Value, State]:
-    """One layer in one direction over x [steps, rows, features]: its outputs and last state."""
+    """One layer in one direction over x [steps, rows, features]: its outputs and last state. Of
+    packed sequences, a row that a step does not have keeps its state."""
     w_input, w_state, b_input, b_state, w_out = params
     of_input = _gates(t, x, w_input, b_input)
     pairs = (w_state, b_state), *(() if w_out is None else [(w_out, None)])
     weights = [_weights(t, w, bias) for w, bias in pairs]
 
-    def step(t: Trace, of_input: Value, products: Sequence[Product], state: State) -> State:
-        state = cell(t, of_input, products[0](state[0]), state)
+    def step(
+        t: Trace, of_input: Value, products: Sequence[Product], before: State, *marks: Value
+    ) -> State:
+        state = cell(t, of_input, products[0](before[0]), before)
         for projected in products[1:]:
             state = projected(state[0]), *state[1:]
+        for marked in marks:
+            state = tuple(
+                _marked(t, marked, *_alike(t, *pair)) for pair in zip(state, before, strict=True)
+            )
         return state
+
+    marks = () if of is None else (of.marks(t, of_input),)
 
     def unrolled(of_input: Value, state: State, weights: Sequence[Weight]) -> tuple[Value, State]:
         steps, rows = of_input.type.shape[:2]
         products = [_Product(t, *pair, steps, rows) for pair in weights]
         gates, outputs = _unbound(t, of_input), {}
+        marked = [_unbound(t, m) for m in marks]
         for k in reversed(range(steps)) if back else range(steps):
-            state = step(t, gates[k], [partial(product, k) for product in products], state)
+            of_step = [partial(product, k) for product in products]
+            state = step(t, gates[k], of_step, state, *(m[k] for m in marked))
             outputs[k] = state[0]
         return _stacked(t, [outputs[k] for k in range(steps)]), state
 
     rolled = None
     if of_input.type.shape[0] >= ROLLED:
-        rolled = roll(t, step, unrolled, of_input, state, weights, back)
+        rolled = roll(t, step, unrolled, of_input, state, weights, back, marks)
     return rolled or unrolled(of_input, state, weights)
+
+
+def _marked(t: Trace, marks: Value, new: Value, old: Value) -> Value:
+    """Rows of one value where their mark is 1, and of another where it is 0."""
+
+    def chosen(b: Builder, x: Arg, y: Arg) -> Value:
+        return b.where(b.gt(expand(t, marks, new.type.shape), 0.5), x, y)
+
+    def derivative(b, cts, need):
+        (g,) = cts
+        yield chosen(b, g, 0.0) if need[0] else None
+        yield chosen(b, 0.0, g) if need[1] else None
+
+    with t.untaped():
+        out = chosen(t.b, new, old)
+    return t.derive("where", (new, old), out, derivative)
 
 
 def _value(t: Trace, x: Tensor | None) -> Value | None:
@@ -224,6 +258,47 @@ def _value(t: Trace, x: Tensor | None) -> Value | None:
 def _sequence(name: str) -> Callable:
     """The rule of torch.rnn_tanh, rnn_relu, lstm or gru."""
     cell, gates = CELLS[name]
+
+    def states_of(t: Trace, hx: Tensor | Sequence[Tensor]) -> list[Handle]:
+        states = [t.lift(x) for x in (hx if name == "lstm" else (hx,))]
+        if name == "lstm" and len(states) != 2:
+            raise t.shape_error("lstm expects two hidden states")
+        return states
+
+    def run(
+        t: Trace,
+        x: Tensor,
+        states: Sequence[Handle],
+        params: Sequence[Tensor],
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+        of: Batches | None = None,
+    ) -> tuple[Tensor, list[TracedTensor]]:
+        """The outputs [steps, rows, features] of x like that, and the last states."""
+        directions = 2 if bidirectional else 1
+        layers = _by_layer(t, params, has_biases, projected=states[0].shape != states[-1].shape)
+        _check(t, t.lift(x).shape, [s.shape for s in states], len(layers), num_layers * directions)
+        for layer in layers:
+            _check_params(t, layer, gates, states[0].shape[-1], states[-1].shape[-1])
+        begins = [
+            tuple(_value(t, select(t, s.tensor, 0, k)) for s in states) for k in range(len(layers))
+        ]
+        ends: list[State] = []
+        for first in range(0, len(layers), directions):
+            if first and of is not None:
+                x = dropped(t, of, x, dropout, train)
+            elif first:
+                x = drop(t, x, dropout, train)
+            outputs = []
+            for k in range(first, first + directions):
+                found, end = _layer(t, cell, x, begins[k], layers[k], k > first, of)
+                outputs.append(found)
+                ends.append(end)
+            x = t.fresh(joined(t, outputs, 2) if bidirectional else outputs[0])
+        return x, [t.fresh(_stacked(t, of_layers)) for of_layers in zip(*ends, strict=True)]
 
     def sequence(
         t: Trace,
@@ -237,45 +312,32 @@ def _sequence(name: str) -> Callable:
         bidirectional: bool,
         batch_first: bool,
     ) -> tuple[TracedTensor, ...]:
-        states = [t.lift(x) for x in (hx if name == "lstm" else (hx,))]
-        if name == "lstm" and len(states) != 2:
-            raise t.shape_error("lstm expects two hidden states")
+        states = states_of(t, hx)
         x = transpose(t, input, 0, 1) if batch_first else input
-        directions = 2 if bidirectional else 1
-        layers = _by_layer(t, params, has_biases, projected=states[0].shape != states[-1].shape)
-        _check(t, t.lift(x).shape, [s.shape for s in states], len(layers), num_layers * directions)
-        for layer in layers:
-            _check_params(t, layer, gates, states[0].shape[-1], states[-1].shape[-1])
-        begins = [
-            tuple(_value(t, select(t, s.tensor, 0, k)) for s in states) for k in range(len(layers))
-        ]
-        ends: list[State] = []
-        for first in range(0, len(layers), directions):
-            if first:
-                x = drop(t, x, dropout, train)
-            outputs = []
-            for k in range(first, first + directions):
-                found, end = _layer(t, cell, x, begins[k], layers[k], k > first)
-                outputs.append(found)
-                ends.append(end)
-            x = t.fresh(joined(t, outputs, 2) if bidirectional else outputs[0])
-        out = transpose(t, x, 0, 1) if batch_first else x
-        return out, *(t.fresh(_stacked(t, of_layers)) for of_layers in zip(*ends, strict=True))
+        more = has_biases, num_layers, dropout, train, bidirectional
+        x, ends = run(t, x, states, params, *more)
+        return transpose(t, x, 0, 1) if batch_first else x, *ends
+
+    def of_packed(
+        t: Trace,
+        data: Tensor,
+        batch_sizes: Tensor,
+        hx: Tensor | Sequence[Tensor],
+        params: Sequence[Tensor],
+        *more: object,
+        **named: object,
+    ) -> tuple[TracedTensor, ...]:
+        states = states_of(t, hx)
+        of = batches(t, batch_sizes, states[0].shape[1] if len(states[0].shape) == 3 else None)
+        x = t.fresh(padded_of(t, of, data))
+        x, ends = run(t, x, states, params, *more, **named, of=of)
+        return rows_of(t, of, t.read(t.lift(x)), t.peek(data)), *ends
 
     def either(t: Trace, *args: object, **kwargs: object) -> tuple[TracedTensor, ...]:
-        if "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (tuple, list))):
-            packed(t)
-        return sequence(t, *args, **kwargs)
+        packed = "batch_sizes" in kwargs or (len(args) > 3 and isinstance(args[3], (tuple, list)))
+        return (of_packed if packed else sequence)(t, *args, **kwargs)
 
     return either
-
-
-@rule(torch._pack_padded_sequence, torch._pad_packed_sequence)
-def packed(t: Trace, *args: object, **kwargs: object) -> None:
-    raise t.unsupported(
-        "Packed sequences have no rule: how many rows a step has depends on values. Pass the "
-        "padded batch, and take no loss where it is padding"
-    )
 
 
 def _by_layer(

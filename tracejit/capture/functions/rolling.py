@@ -22,7 +22,7 @@ from tracejit.passes.dce import live
 State = tuple[Value, ...]
 Weight = tuple[Value, Value | None]  # of a linear function, and its bias
 Product = Callable[[Value], Value]  # x·weightᵀ + bias
-Step = Callable[[Trace, Value, Sequence[Product], State], State]
+Step = Callable[..., State]  # of the trace, the input's row, the products, the state, other rows
 Whole = Callable[[Value, State, Sequence[Weight]], tuple[Value, State]]
 
 
@@ -67,22 +67,25 @@ def roll(
     state: State,
     weights: Sequence[Weight],
     back: bool,
+    others: Sequence[Value] = (),
 ) -> tuple[Value, State] | None:
     """`step` over the rows of x, as a loop: the states after each step, stacked, and the last one.
-    None where its values are of several dtypes. Second derivatives go through `unrolled`."""
+    It reads the rows of `others` too, which have no derivative. None where its values are of
+    several dtypes. Second derivatives go through `unrolled`."""
     inputs = (x, *state, *(v for pair in weights for v in pair if v is not None))
     wanted = t.grad_on and any(v in t.tape.tracked for v in inputs)
-    if len({v.type.dtype for v in inputs}) > 1:
+    if len({v.type.dtype for v in (*inputs, *others)}) > 1:
         return None
-    body = _emitted(t, step, x, state, weights, wanted)
+    body = _emitted(t, step, (x, *others), state, weights, wanted)
     if body is None:
         return None
     steps, count = x.type.shape[0], len(state)
     with t.untaped():
         turned = [(t.b.permute(w, axes=(1, 0)), bias) for w, bias in weights]
-        operands = (*state, x, *(v for pair in turned for v in pair if v is not None))
+        operands = (*state, x, *others, *(v for pair in turned for v in pair if v is not None))
+        sliced = 1 + len(others)
         flat = t.b.scan(
-            *operands, body=body.body, carried=count, sliced=1, steps=steps, reverse=back
+            *operands, body=body.body, carried=count, sliced=sliced, steps=steps, reverse=back
         )
         after = 0 if back else 1
         rows = [_rows(t, flat, s, after, steps) for s in body.sections[:count]]
@@ -114,15 +117,15 @@ def _rows(t: Trace, flat: Value, section: Section, first: int, count: int) -> Va
 
 
 def _emitted(
-    t: Trace, step: Step, x: Value, state: State, weights: Sequence[Weight], wanted: bool
+    t: Trace, step: Step, xs: State, state: State, weights: Sequence[Weight], wanted: bool
 ) -> _Body | None:
-    """The body of the loop."""
+    """The body of the loop over the rows of `xs`, of which the first is the input."""
     b, tape = Builder(t.b.next_id), Tape()
     b.line = t.b.line
     b.on_emit = lambda node: tape.record(node) if t.grad_on else None
     with t.inside(b, tape):
         now = tuple(b.param(v.type) for v in state)
-        row = b.param(Type(x.type.dtype, x.type.shape[1:], x.type.device))
+        row, *others = [b.param(Type(x.type.dtype, x.type.shape[1:], x.type.device)) for x in xs]
         products, stand_ins, of_weights = [], [], {}
         for k, pair in enumerate(weights):
             made = _Product(t, *pair, row.type.shape[0])
@@ -131,7 +134,7 @@ def _emitted(
             of_weights[made.weight] = k
         for value in (*now, row, *stand_ins):
             tape.watch(value)
-        after = step(t, row, products, now)
+        after = step(t, row, products, now, *others)
         end = len(b.nodes)
         backwards = (
             _reversed(t, b, tape, now, row, stand_ins, after, of_weights) if wanted else None
@@ -150,7 +153,7 @@ def _emitted(
     if len(kinds) > 1 or len(results) < len(after):
         return None
     body = _graph(b.params, b.nodes[:end], tuple(results))
-    places = sections([v.type.shape for v in results], len(state), x.type.shape[0])
+    places = sections([v.type.shape for v in results], len(state), xs[0].type.shape[0])
     return _Body(body, tuple(places), operands, results, of_weights, multiplied, backwards)
 
 

@@ -9,22 +9,55 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
 from torch.optim.lr_scheduler import LRScheduler
 
+from tracejit.capture.effects.hyperparameters import tells_rates
 from tracejit.capture.python.origins import origin
+from tracejit.capture.trace.active import current
 
+_RATES = "_last_lr"  # what get_last_lr() returns
 _lock = threading.Lock()
 _notes: dict[int, Callable[[str], None]] = {}  # by thread
 
 
+class Guarded(Protocol):
+    """What lines of a guard are added to: a `Walk`."""
+
+    def check(self, condition: str, why: str) -> None:
+        """One more line."""
+
+
 def _getattribute(self: LRScheduler, name: str) -> object:
     note = _notes.get(threading.get_ident())
-    if note is not None and origin(sys._getframe(1).f_code) != "tracejit":
+    asked = note is not None and origin(sys._getframe(1).f_code) != "tracejit"
+    # the rates of a scheduler that was stepped are those of the groups, as they are now
+    if asked and not (name == _RATES and _was_stepped(self)):
         note(name)
     return object.__getattribute__(self, name)
+
+
+def _was_stepped(scheduler: LRScheduler) -> bool:
+    """Whether the step has stepped a scheduler, which tells the rates of its groups then."""
+    t = current()
+    return t is not None and t.hyperparameters is not None and t.hyperparameters.stepped(scheduler)
+
+
+def asked_of(
+    w: Guarded, scheduler: LRScheduler, place: str, path: str, names: Collection[str]
+) -> list[str]:
+    """The attributes of a scheduler that a step asks for and a guard has to look at. The rates that
+    it tells are those of its groups, as long as they are equal."""
+    named = [name for name in vars(scheduler) if name in names]
+    if _RATES in named and tells_rates(scheduler):
+        named.remove(_RATES)
+        groups = f"{place}['optimizer'].param_groups"
+        same = f"{place}[{_RATES!r}] == [group['lr'] for group in {groups}]"
+        w.check(same, f"{path}.{_RATES} are not the rates of its groups now")
+    return named
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
-from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
+from tracejit.capture.effects.hyperparameters import Touched, of_torch_alone
+from tracejit.capture.effects.late import cuts_behind, left_by_callbacks
+from tracejit.capture.trace.scalars import Path
 
 
 def against(captured: Captured, call: Call) -> str:
@@ -23,7 +23,7 @@ def against(captured: Captured, call: Call) -> str:
     }
     if any(id(call.holders[i]) not in mine for i, _, _ in captured.effects.stores):
         for callback in call.callbacks:
-            if not _of_torch_alone(callback.function.__self__):
+            if not of_torch_alone(callback.function.__self__):
                 return (
                     "it assigns to what a scheduler may read; step the scheduler outside the step"
                 )
@@ -39,7 +39,11 @@ def against(captured: Captured, call: Call) -> str:
             late.update(node.outs)
     if any(late.intersection((p.left, p.right)) for p in captured.predicates):
         return "it decides by a value that a scheduler has just computed"
-    if captured.branches and _is_asked_first(captured, late):
+    given = captured.scalars, captured.paths, captured.host_nodes
+    read = cuts_behind(*given, captured.operands)
+    if not captured.branches:  # else callbacks come after all values are read
+        late = {*left_by_callbacks(*given, read)}
+    if _is_asked_first(captured, late):
         return (
             "it decides by a value of a tensor that depends on what a scheduler has just computed; "
             "step the scheduler outside the step"
@@ -54,30 +58,58 @@ def _is_asked_first(captured: Captured, late: set) -> bool:
     return not late.isdisjoint({captured.scalars[i] for i in inputs} | numbers)
 
 
-def _of_torch_alone(scheduler: LRScheduler) -> bool:
-    """Whether a scheduler runs no code of the user's."""
-    mine = type(scheduler).__module__ == LRScheduler.__module__
-    inner = getattr(scheduler, "_schedulers", ())
-    theirs = hasattr(scheduler, "lr_lambdas") or getattr(scheduler, "_scale_fn_custom", None)
-    return mine and not theirs and all(map(_of_torch_alone, inner))
+class Repeated:
+    """The calls that a replay makes again, on the real schedulers."""
 
+    def __init__(self, captured: Captured, call: Call):
+        self._callbacks = call.callbacks
+        self._holders = call.holders
+        self._places = [[at for at, _ in places] for places in captured.effects.callbacks]
+        # which scalars each leaves
+        self._left: list[list[tuple[int, Path]]] = [[] for _ in call.callbacks]
+        for i, path in enumerate(captured.paths):
+            if path[0] == "after":
+                self._left[path[1]].append((i, path[2] + path[3:]))
+        self.may_fail = not all(callback.of_torch_alone for callback in call.callbacks)
 
-def repeated(captured: Captured, call: Call) -> Callable[[list], None] | None:
-    """A function that calls what a replay calls again, and fills in the scalars that this makes."""
-    callbacks, holders = call.callbacks, call.holders
-    if not callbacks:
-        return None
-    late = [(i, path) for i, path in enumerate(captured.paths) if path[0] == "after"]
+    def __call__(self, n: int, scalars: list, *numbers: float) -> bool:
+        """Make the n-th call, with these numbers among its arguments, and fill in the scalars that
+        it leaves. Whether it has computed with tensors, which are not yet as Python would find
+        them; then it must be undone."""
+        callback = self._callbacks[n]
+        args, kwargs = [*callback.args], {**callback.kwargs}
+        for at, number in zip(self._places[n], numbers, strict=True):
+            if type(at) is int:
+                args[at] = number
+            else:
+                kwargs[at] = number
+        if callback.of_torch_alone:
+            callback.function(*args, **kwargs)
+        else:
+            touched = Touched()
+            with touched:
+                callback.function(*args, **kwargs)
+            if touched.by:
+                return True
+        for i, (_, holder, *indices) in self._left[n]:
+            x = self._holders[holder]
+            for k in indices:
+                x = x[k]
+            scalars[i] = float(x)
+        return False
 
-    def after(scalars: list) -> None:
-        for n, callback in enumerate(callbacks):
-            callback.function(*callback.args, **callback.kwargs)
-            for i, path in late:
-                if path[1] == n:
-                    _, holder, key, *indices = path[2]
-                    x = holders[holder][key]
-                    for k in (*indices, *path[3:]):
-                        x = x[k]
-                    scalars[i] = float(x)
+    def remember(self) -> list[tuple[dict, dict]]:
+        """What the schedulers and their groups hold: `put_back` sets that again."""
+        found: list[dict] = []
+        pending = [callback.function.__self__ for callback in self._callbacks]
+        for scheduler in pending:  # which grows
+            pending += getattr(scheduler, "_schedulers", ())
+            found += [vars(scheduler), *scheduler.optimizer.param_groups]
+        return [(x, dict(x)) for x in found]
 
-    return after
+    @staticmethod
+    def put_back(remembered: list[tuple[dict, dict]]) -> None:
+        """The calls have not been made."""
+        for x, before in remembered:
+            x.clear()
+            x.update(before)

@@ -209,7 +209,7 @@ class Armed:
     text: str  # of the guard
     found: list[int]  # the ids of the tensors that the walk found
     places: Places  # of the outside tensors, as the guard saw them last
-    after: Callable[[list], None] | None  # runs the callbacks, completes the scalars
+    callbacks: callbacks.Repeated  # what it calls again, which completes the scalars
 
 
 def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> Armed | str:
@@ -265,8 +265,8 @@ def arm(walk: Walk, function: FunctionType, captured: Captured, call: Call) -> A
     )
     namespace = dict(walk.names)
     exec(compile(text, "<tracejit guard>", "exec"), namespace)
-    after = callbacks.repeated(captured, call)
-    return Armed(namespace["guard"], text, [*walk.tensors], places, after)
+    again = callbacks.Repeated(captured, call)
+    return Armed(namespace["guard"], text, [*walk.tensors], places, again)
 
 
 def _unknown(path: Path) -> str:

@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tracejit.capture.effects.variables import ASSIGNED, Attributes, Record, Variable, may_vary
+from tracejit.capture.proof.asked import asked_of
 from tracejit.capture.proof.functions import Functions
 from tracejit.capture.proof.guard_text import NumberLine, short
 from tracejit.capture.proof.kinds import (
@@ -45,6 +46,7 @@ from tracejit.capture.proof.kinds import (
     logs,
     plain_object,
     pure_type,
+    shows_only,
 )
 from tracejit.capture.proof.looks import looked_at, tables_among
 from tracejit.capture.proof.pure import pure_numpy
@@ -370,16 +372,15 @@ class Walk(Functions):
             self.unasked.append(why)
             self.about[why] = path
         self.asks_numpy |= pure_numpy(x)
-        if known_callable(x) or constant(x) or self._was_seen(x):
+        if known_callable(x) or constant(x) or shows_only(x, self.wanted) or self._was_seen(x):
             return
         if isinstance(x, FunctionType):
             self.reentrant |= x is self.root
             if origin(x.__code__) == "user" or x.__closure__:
                 self.function(x, path)
+        elif self._seen(x):
             return
-        if self._seen(x):
-            return
-        if isinstance(x, type):
+        elif isinstance(x, type):
             self._class(x)
             if not is_heap_type(x) and not pure_type(x):
                 self.refuse(f"it uses {path}, a type that is not known to be pure", path)
@@ -449,7 +450,7 @@ class Walk(Functions):
             if self._compared and isinstance(x, SimpleNamespace):
                 named = [*attributes]
             elif isinstance(x, LRScheduler) and self._of_schedulers is not None:
-                named = [name for name in attributes if name in self._of_schedulers]
+                named = asked_of(self, x, place, path, self._of_schedulers)
             for name in named:
                 self.visit(
                     attributes[name],
@@ -488,8 +489,7 @@ class Walk(Functions):
                 return self.refuse(what, path)
             items = [(repr(k), dict.__getitem__(x, k)) for k in keys]
         elif issubclass(base, (set, frozenset)):
-            self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
-            return
+            return self.refuse(f"it reads {path}, an object of type {type(x).__name__}", path)
         else:
             length = base.__len__(x)
             same = f"{self.constant(base.__len__)}({at}) == {length}"

@@ -16,7 +16,7 @@ from tracejit.capture.effects.variables import Variable
 from tracejit.capture.proof.heap import Walk
 from tracejit.capture.proof.looks import APPENDED, only_keyed_by_texts, only_used_so
 from tracejit.capture.proof.watch import Seen, origin
-from tracejit.capture.python.texts import stores_otherwise
+from tracejit.capture.python.texts import returns_text, stored_of_calls, stores_otherwise
 
 _ASSIGNED = frozenset({"assigned"})
 
@@ -36,6 +36,10 @@ def read_texts(walk: Walk, ran: Seen, captured: Captured, call: Call) -> list[st
 
     def is_alone(place: Variable) -> bool:
         if any(place.key in stores_otherwise(code) for code in mine):
+            return False
+        called = {name for code in mine for name in stored_of_calls(code, place.key)}
+        made_by = [code for code in mine if code.co_name in called]
+        if {code.co_name for code in made_by} != called or not all(map(returns_text, made_by)):
             return False
         if any(place.holder is x for x in spaces) and any(map(_compares, mine)):
             return False  # which reads all of it

@@ -33,7 +33,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from tracejit.capture.proof.pure import PURE_BUILTINS, pure_numpy
-from tracejit.capture.python.classes import is_heap_type, module_of
+from tracejit.capture.python.classes import is_heap_type, is_stream, module_of
 from tracejit.capture.trace.scalars import plain
 from tracejit.capture.trace.table import RULES
 
@@ -57,6 +57,17 @@ _LIBRARIES = frozenset(
         "numpy",
     }
 )
+
+
+_STREAMS_TELL = ("closed", "encoding", "errors", "newlines", "line_buffering", "write_through")
+
+
+def shows_only(x: object, names: frozenset[str] | None) -> bool:
+    """Whether something is a standard stream, of which code that may read attributes of these names
+    (None: any) reads nothing: it calls its methods, which is seen as `print` is."""
+    if not is_stream(x) or names is None:
+        return False
+    return names.isdisjoint((*_STREAMS_TELL, *getattr(x, "__dict__", ())))
 
 
 def is_data(x: object) -> bool:

@@ -106,6 +106,7 @@ _PURE_TORCH_MODULES = (
     *("torch._functorch.autograd_function", "torch._functorch.pyfunctorch"),
     *("torch._functorch.utils", "torch._higher_order_ops", "torch._jit_internal"),
     *("torch._functorch.functional_call", "torch._functorch.apis", "torch._functorch.vmap"),
+    *("torch._functorch.eager_transforms",),
     *("torch._linalg_utils", "torch._lowrank", "torch._namedtensor_internals", "torch._ops"),
     *("torch._tensor", "torch._utils", "torch._vendor", "torch.accelerator", "torch.amp"),
     *("torch.autograd", "torch.backends", "torch.compiler", "torch.cuda", "torch.functional"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 _HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
@@ -25,3 +28,9 @@ def slots(cls: type) -> list[str]:
             private = name.startswith("__") and not name.endswith("__")
             found.append(f"_{base.__name__.lstrip('_')}{name}" if private else name)
     return [name for name in found if name not in ("__dict__", "__weakref__")]
+
+
+def is_stream(x: object) -> bool:
+    """Whether something is where `print` shows what it is given, or may be."""
+    streams = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return isinstance(x, io.TextIOBase) and any(x is stream for stream in streams)

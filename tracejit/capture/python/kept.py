@@ -11,13 +11,27 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from types import CodeType, FrameType, MemberDescriptorType, ModuleType, SimpleNamespace
+from dataclasses import dataclass, field, replace
+from types import (
+    CodeType,
+    FrameType,
+    FunctionType,
+    MemberDescriptorType,
+    ModuleType,
+    SimpleNamespace,
+)
 
 import torch
 
 from tracejit.capture.python.doubts import led_to
-from tracejit.capture.python.texts import Piece, Sink, Site
+from tracejit.capture.python.texts import (
+    CALL,
+    Piece,
+    Sink,
+    Site,
+    returns_text,
+    sites_of_calls,
+)
 from tracejit.capture.trace import location
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, plain
 
@@ -30,6 +44,7 @@ _SPEC = re.compile(r"[-+ 0-9<>=^.,_]*[bdoxXeEfFgG%]?")
 _PLAIN_SETTERS = tuple(
     kind.__setattr__ for kind in (object, torch.nn.Module, SimpleNamespace, ModuleType)
 )
+_PLAIN_GETTERS = tuple(kind.__getattribute__ for kind in (object, torch.nn.Module, SimpleNamespace))
 
 Target = tuple[object, object]  # what tells a place apart: see `variables.identity`
 
@@ -59,6 +74,13 @@ class Keyed(dict):
         """The trace is over: it holds nothing any more."""
         self.clear()
         self.assigned.clear()
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether the dict holds what was put in by way of this, and nothing else: it may have
+        another name."""
+        same = len(self) == len(self.of) and [*self] == [*self.of]
+        return same and all(self[key] is x for key, x in self.of.items())
 
     def put_back(self) -> None:
         """The dict holds what it held before."""
@@ -138,8 +160,13 @@ def keep(
     pieces = [x for x in site.text.pieces if x.at == site.at and x.by == by]
     if site.sink is None or not pieces or not live.journal.keeps_text((frame.f_code, site.at)):
         return None
-    target = _target(frame, site.sink)
-    if target is None:
+    maker = frame
+    while site.sink.how == "return" and not _is_step(maker):
+        site, maker = _taken_by_caller(maker, site)
+        if site is None:
+            return None
+    target = _target(maker, site.sink)
+    if target is None or not _in_order(live.texts, site, target):
         return None
 
     def goes_on(kept: Kept) -> bool:
@@ -166,11 +193,58 @@ def keep(
     return text
 
 
+def _is_step(frame: FrameType) -> bool:
+    """Whether a frame is that of the step."""
+    return bool(frame.f_back) and frame.f_back.f_globals.get("__name__") == _BIND
+
+
+def _taken_by_caller(frame: FrameType, site: Site) -> tuple[Site | None, FrameType]:
+    """What takes the text that a frame's function returns, in the code that calls it, and the frame
+    of that; None where that is not known."""
+    caller = frame.f_back
+    outer = None if caller is None else sites_of_calls(caller.f_code).get(caller.f_lasti)
+    if outer is None or outer.sink is None:
+        return None, frame
+    inside = site.sink.name == "in"  # a container, which the caller has to return as it is
+    if outer.sink != Sink("return") if inside else not returns_text(frame.f_code):
+        return None, frame
+    if _called(caller, outer.text.callee) is not frame.f_code:  # but something that calls it
+        return None, frame
+    parts = [x for x in outer.text.parts if type(x) is not Piece or x.by != CALL]
+    stored = site.text.stored + outer.text.stored
+    text = None if parts else replace(site.text, stored=stored, callee=outer.text.callee)
+    sink = site.sink if inside else outer.sink
+    return (None if text is None else Site(site.at, text, sink)), caller
+
+
+def _called(frame: FrameType, names: tuple[str, ...]) -> CodeType | None:
+    """The code of the user's function that names lead to in a frame, also one of a class."""
+    x = led_to(frame, names)
+    if type(x) is FunctionType:
+        return x.__code__
+    if len(names) < 2:
+        return None
+    of, name = led_to(frame, names[:-1]), names[-1]
+    if type(of).__getattribute__ not in _PLAIN_GETTERS or name in getattr(of, "__dict__", ()):
+        return None
+    found = next((vars(c)[name] for c in type(of).__mro__ if name in vars(c)), None)
+    found = found.__func__ if type(found) is staticmethod else found
+    return found.__code__ if type(found) is FunctionType else None
+
+
+def _in_order(texts: Sequence[Kept], site: Site, target: Target) -> bool:
+    """Whether texts are made in the order in which they are put at the end of a list, or into a
+    dict: not where one of several waits in a variable."""
+    if target[1] not in (APPEND, KEYED):
+        return True
+    others = [kept for kept in texts if kept.target == target and kept.site.text != site.text]
+    return not others or not (site.text.stored or any(k.site.text.stored for k in others))
+
+
 def _target(frame: FrameType, sink: Sink) -> Target | None:
     """The place that a text goes to, if storing it there runs no code of the user's."""
     if sink.how == "return":
-        caller = frame.f_back
-        return RETURNED if caller and caller.f_globals.get("__name__") == _BIND else None
+        return RETURNED if _is_step(frame) else None
     if sink.how not in ("attribute", "item", "append", "key"):
         return None
     x = led_to(frame, sink.chain) if sink.chain else None

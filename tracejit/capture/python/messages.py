@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
+from tracejit.capture.python.classes import is_stream
 from tracejit.capture.python.doubts import led_to
 from tracejit.capture.python.kept import keep
 from tracejit.capture.python.texts import Sink, sites
@@ -38,8 +39,13 @@ def _is_dropped(frame: FrameType, sink: Sink) -> bool:
     return own and not logger.isEnabledFor(_LEVELS[sink.name])
 
 
-def _is_shown(frame: FrameType) -> bool:
-    """Whether `print` means Python's own in a frame."""
+def _is_shown(frame: FrameType, sink: Sink) -> bool:
+    """Whether text that a frame formats now is printed: `print` means Python's own in it, or what
+    it writes to is a standard stream."""
+    if sink.how == "write":
+        return is_stream(led_to(frame, sink.chain))
+    if sink.how != "print":
+        return False
     return "print" not in frame.f_globals and frame.f_builtins.get("print") is print
 
 
@@ -64,8 +70,7 @@ def _asking(kind: type, name: str) -> Callable:
             if text is not None:
                 return plain(self) if name == "__int__" else text
         place = frame.f_code, frame.f_lasti
-        shown = sink and sink.how == "print" and _is_shown(frame)
-        if shown or live.journal.many_texts(place, plain(self)):
+        if (sink and _is_shown(frame, sink)) or live.journal.many_texts(place, plain(self)):
             live.taken(
                 f"it makes text of a number that is another one in each call, at "
                 f"{location.short()}; return the number, and make text of it after the call"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import wraps
 
 import torch
+from torch._functorch import eager_transforms as torch_transforms
 from torch.amp import GradScaler
 from torch.autograd import function as torch_function
 from torch.autograd.function import Function, _SingleLevelFunction
@@ -25,7 +26,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
-from tracejit.capture.python import checkpoints, mathematics, vmaps
+from tracejit.capture.python import checkpoints, mathematics, transforms, vmaps
+from tracejit.capture.python.plain_code import reads_of
 from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
@@ -190,7 +192,7 @@ def _apply(cls: type[Function], *args: object) -> object:
         return checkpoints.reentrant(t, *args)
     if (cls.__module__, cls.__name__) == _MOD_INDEX:  # x[i, j] under TransformGetItemToIndex
         return args[0][tuple(args[1])]
-    return call(t, cls, args)
+    return call(t, cls, args, reads_of(cls))
 
 
 _MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op", "ModIndex"
@@ -343,6 +345,9 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch, "clear_autocast_cache", _cleared),
         (*_CHECKPOINT, checkpoints.without_reentrant),
         (torch._functorch.apis, "vmap_impl", vmaps.vmap),
+        (torch_transforms, "grad_and_value_impl", transforms.grad_and_value),
+        (torch_transforms, "_vjp_with_argnums", transforms.vjp),
+        (torch_transforms, "_jvp_with_argnums", transforms.jvp),
         (torch._C._autograd, "_push_saved_tensors_default_hooks", _push_saved),
         (torch._C._autograd, "_pop_saved_tensors_default_hooks", _pop_saved),
         (torch.autograd.graph, "_get_grad_fn_or_grad_acc", _node),

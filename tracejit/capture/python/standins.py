@@ -10,6 +10,7 @@ is left alone in modules that do more with it than to call it or to ask `isinsta
 from __future__ import annotations
 
 import dis
+import functools
 import sys
 import threading
 from collections import Counter
@@ -194,6 +195,7 @@ def _uses_in(namespace: dict) -> frozenset[str]:
     return frozenset().union(*map(_uses, _codes_in(namespace)))
 
 
+@functools.lru_cache(1000)
 def _uses(code: CodeType) -> frozenset[str]:
     """Which of the names code uses: "float" where it is called, "all of float" where it may be
     passed on, or compared with a class."""

@@ -8,16 +8,20 @@ else, or to two things, is not known.
 
 from __future__ import annotations
 
+import builtins
 import dis
 import functools
+import inspect
 import re
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from types import CodeType
 
 from tracejit.capture.python.doubts import chain_to, left_of
+from tracejit.capture.python.patterns import apart
 from tracejit.capture.python.uses import Named, Reader, _Constant
+from tracejit.capture.python.ways import always
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,9 @@ class Text:
     """A text in parts; None is one that the code does not tell."""
 
     parts: tuple[str | Piece | None, ...]
+    # the offsets at which it was put into variables and dicts of the function, on its way
+    stored: tuple[int, ...] = ()
+    callee: tuple[str, ...] = ()  # the names of the function that made it, which is called there
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -45,10 +52,10 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Sink:
-    """What takes a text. how: "print"; "log", a method of that name of what the names `chain` lead
-    to; "append", to the list there; "attribute" or "item", of that name or key there; "key", by
-    which something is put into the dict there; "return", as what the code returns, or in a
-    container that it returns."""
+    """What takes a text. how: "print"; "write", the method of what the names `chain` lead to;
+    "log", a method of that name there; "append", to the list there; "attribute" or "item", of that
+    name or key there; "key", by which something is put into the dict there; "return", as what the
+    code returns, or ("in", …) in a container that it returns."""
 
     how: str
     name: str | int = ""
@@ -80,40 +87,80 @@ class _Holding:
     texts: tuple[Text, ...]
 
 
+@dataclass(eq=False, slots=True)
+class _Dict:
+    """A new dict: its keys, and the texts among these and its values."""
+
+    texts: list[Text] = field(default_factory=list)
+    keys: list[object] = field(default_factory=list)
+    closed: bool = False  # nothing more may be put into it
+    lost: bool = False  # it is used otherwise
+
+
+_BUILDS = frozenset({"BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_CONST_KEY_MAP"})
+CALL = "call"  # in place of a method's name: a function makes the text, which is called there
+_OF_PYTHON = frozenset(vars(builtins))
 LOGS = frozenset({"debug", "info", "warning", "error"})
+_NOT_AT_ONCE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _FORMATS = {"str": "__str__", "repr": "__repr__", "ascii": "__repr__"}
 _CONVERSIONS = ("__format__", "__str__", "__repr__", "__repr__")
 _PERCENT = re.compile(r"%(?:%|(0?)(\d*)([dis]))")
 
 
 @functools.lru_cache(1000)
-def sites(code: CodeType) -> dict[int, Site]:
-    """What becomes of the text that instructions make, by their offsets."""
+def _read(code: CodeType) -> _Texts:
     found = _Texts(code)
     found.all()
+    return found
+
+
+@functools.lru_cache(1000)
+def sites(code: CodeType) -> dict[int, Site]:
+    """What becomes of the text that instructions make, by their offsets."""
+    return _sites(_read(code), _read(code).taken)
+
+
+@functools.lru_cache(1000)
+def sites_of_calls(code: CodeType) -> dict[int, Site]:
+    """What becomes of what functions return that code calls, if these are texts, by the offsets of
+    the calls, and of the caches behind these: there a frame stands that waits."""
+    found = _sites(_read(code), _read(code).called)
+    caches = 2 * dis._inline_cache_entries[dis.opmap["CALL"]]
+    waiting = {at + k: found[at] for at in _read(code).called for k in range(2, caches + 2, 2)}
+    return found | waiting
+
+
+def _sites(read: _Texts, found: dict[int, set[Site]]) -> dict[int, Site]:
     result = {}
-    for at, taken in found.taken.items():
+    for at, taken in found.items():
         site = next(iter(taken))
-        site = site if len(taken) == 1 else Site(at, site.text, None)
-        result |= dict.fromkeys((at, found.started.get(at, at)), site)
+        stored, ends = site.text.stored, read.ends.get(at, set())
+        once = len(taken) == 1 and all(always(read.code, start, ends) for start in stored)
+        site = site if once else Site(at, site.text, None)
+        result |= dict.fromkeys((at, read.started.get(at, at)), site)
     return result
 
 
-@functools.lru_cache(1000)
 def stores_otherwise(code: CodeType) -> frozenset[str | int]:
     """The names of attributes, and the keys of items, to which code assigns something else than
-    text whose parts are known."""
-    found = _Texts(code)
-    found.all()
-    return frozenset(found.stores_otherwise)
+    text whose parts are known, or than what a function returns."""
+    return frozenset(_read(code).stores_otherwise)
 
 
-@functools.lru_cache(1000)
+def stored_of_calls(code: CodeType, key: str | int) -> frozenset[str]:
+    """The functions, by their names, whose results code assigns to attributes of a name, or to
+    items under a key."""
+    return frozenset(_read(code).stores_called.get(key, ()))
+
+
 def keyed_otherwise(code: CodeType) -> frozenset[Named]:
     """What code assigns items of by keys that are no text whose parts are known."""
-    found = _Texts(code)
-    found.all()
-    return frozenset(found.keyed_otherwise)
+    return frozenset(_read(code).keyed_otherwise)
+
+
+def returns_text(code: CodeType) -> bool:
+    """Whether a function returns nothing but text whose parts are known."""
+    return not code.co_flags & _NOT_AT_ONCE and _read(code).returned == {True}
 
 
 class _Texts(Reader):
@@ -124,6 +171,12 @@ class _Texts(Reader):
         self.started: dict[int, int] = {}  # by the offset of a call, where it may run already
         self.stores_otherwise: set[str | int] = set()
         self.keyed_otherwise: set[Named] = set()
+        self.called: dict[int, set[Site]] = {}
+        self.stores_called: dict[str | int, set[str]] = {}
+        self.returned: set[bool] = set()  # whether what is returned is text
+        self.ends: dict[int, set[int]] = {}  # where text of an instruction is taken
+        self._locals: dict[str, Text | _Holding | _Dict] = {}
+        self._once = _assigned_once(code, self.instructions)
         self._position = {x.offset: i for i, x in enumerate(self.instructions)}
         self._at = 0  # the position of this instruction
 
@@ -132,9 +185,16 @@ class _Texts(Reader):
     def _give(self, item: object, sink: Sink | None) -> None:
         """A sink takes an item from the stack, if it is text; None: nobody knows what becomes of
         it."""
-        for text in item.texts if type(item) is _Holding else (item,):
+        inside = type(item) in (_Holding, _Dict)
+        if inside and sink is not None:
+            sink = Sink(sink.how, "in", sink.chain)
+        for text in item.texts if inside else (item,):
             for piece in text.pieces if type(text) is Text else ():
-                self.taken.setdefault(piece.at, set()).add(Site(piece.at, text, sink))
+                found = self.called if piece.by == CALL else self.taken
+                found.setdefault(piece.at, set()).add(Site(piece.at, text, sink))
+                self.ends.setdefault(piece.at, set()).add(self.instructions[self._at].offset)
+        if type(item) is _Dict and sink is None:
+            item.lost = True
 
     def _use(self, item: object, how: str) -> None:
         self._give(item, None)
@@ -150,6 +210,12 @@ class _Texts(Reader):
     def _step(self, x: dis.Instruction) -> bool:
         self._at = self._position[x.offset]
         name, stack = x.opname, self.stack
+        if name == "STORE_FAST" and x.argval in self._once and stack and _is_held(stack[-1]):
+            self._locals[x.argval] = _stored(stack.pop(), x.offset)
+            return True
+        if name == "LOAD_FAST" and x.argval in self._locals:
+            self._push(self._locals[x.argval])
+            return True
         if name == "FORMAT_VALUE":
             self._format(x)
             return True
@@ -161,7 +227,7 @@ class _Texts(Reader):
         if name == "PRECALL":
             self.started[self.instructions[self._at + 1].offset] = x.offset
         elif name == "BINARY_OP" and x.argrepr in ("+", "+=") and len(stack) > 1:
-            if any(type(part) is Text for part in stack[-2:]) and all(map(_is_text, stack[-2:])):
+            if any(map(_is_made, stack[-2:])) and all(map(_is_text, stack[-2:])):
                 stack[-2:] = [_joined(stack[-2:])]
                 return True
         elif name == "BINARY_OP" and x.argrepr == "%" and len(stack) > 1:
@@ -169,24 +235,28 @@ class _Texts(Reader):
                 self._take(2)
                 self._push(text)
                 return True
-        elif name in ("BUILD_TUPLE", "BUILD_LIST", "BUILD_MAP", "BUILD_CONST_KEY_MAP") and x.arg:
+        elif name in _BUILDS and (x.arg or name == "BUILD_MAP"):
             return self._build(x)
         elif name == "LOAD_METHOD" and stack:
             of = stack[-1]
-            bound = None
+            bound = _Bound("", (*self._chain(1), x.argval)) if self._chain(1) else None
             if type(of) is _Constant and type(of.value) is str and x.argval == "format":
                 bound = _Bound("format", of.value)
-            elif x.argval in LOGS or x.argval == "append":
+            elif x.argval in LOGS or x.argval in ("append", "write"):
                 bound = _Bound(x.argval, self._chain(1))
             super()._step(x)
             stack[-2:] = [bound, bound] if bound is not None else stack[-2:]
             return True
         elif name == "STORE_ATTR" and len(stack) > 1 and type(stack[-2]) is Text:
+            if stack[-2].callee:
+                self.stores_called.setdefault(x.argval, set()).add(stack[-2].callee[-1])
             self._pop_to(Sink("attribute", x.argval, self._chain(1)), 2)
         elif name == "STORE_ATTR":
             self.stores_otherwise.add(x.argval)
-        elif name == "RETURN_VALUE" and stack and type(stack[-1]) in (Text, _Holding):
-            self._pop_to(Sink("return"))
+        elif name == "RETURN_VALUE" and stack:
+            self.returned.add(type(stack[-1]) is Text and not stack[-1].callee)
+            if type(stack[-1]) in (Text, _Holding, _Dict):
+                self._pop_to(Sink("return"))
         return super()._step(x)
 
     def _chain(self, back: int) -> tuple[str, ...]:
@@ -196,7 +266,7 @@ class _Texts(Reader):
     def _format(self, x: dis.Instruction) -> None:
         conversion, with_spec = x.arg & 3, bool(x.arg & 4)
         inner = self.stack[-1] if self.stack else None
-        if type(inner) is Text and not with_spec and conversion < 2:
+        if type(inner) is Text and not inner.callee and not with_spec and conversion < 2:
             return  # text as it is
         self._take(1 + with_spec)
         plain = not (conversion and with_spec)
@@ -227,31 +297,70 @@ class _Texts(Reader):
         return Text(tuple(parts))
 
     def _build(self, x: dis.Instruction) -> bool:
-        n = x.arg
+        n = x.arg or 0
         pops = 2 * n if x.opname == "BUILD_MAP" else n + (x.opname == "BUILD_CONST_KEY_MAP")
         if len(self.stack) < pops:
             return super()._step(x)
-        items = self.stack[-pops:]
-        values = items[1::2] if x.opname == "BUILD_MAP" else items[:n]
-        texts = [t for t in values if type(t) is Text]
-        texts += [t for v in values if type(v) is _Holding for t in v.texts]
-        for i, item in enumerate(items):
-            is_value = i % 2 == 1 if x.opname == "BUILD_MAP" else i < n
-            if is_value and type(item) in (Text, _Holding):
-                self.stack[i - pops] = None
+        start = len(self.stack) - pops
+        items = self.stack[start:]
+        if x.opname == "BUILD_MAP":
+            made, keys, values = _Dict(), items[::2], items[1::2]
+        elif x.opname == "BUILD_CONST_KEY_MAP":
+            keys = (
+                [_Constant(key) for key in items[-1].value] if _is_tuple(items[-1]) else items[:n]
+            )
+            made, values = _Dict(), items[:n]
+        else:
+            made, keys, values = _Dict(), [None] * n, items
+        for key, value in zip(keys, values, strict=True):
+            self._put(made, key, value, of_dict=x.opname not in ("BUILD_TUPLE", "BUILD_LIST"))
+        self.stack[start:] = [None if _is_held(item) else item for item in items]
         super()._step(x)
-        if texts:
-            self.stack[-1] = _Holding(tuple(texts))
+        self.stack[-1] = made if x.opname.endswith("MAP") else _Holding(tuple(made.texts))
+        if made.lost:
+            self.stack[-1] = None
         return True
+
+    def _put(
+        self,
+        into: _Dict,
+        key: object,
+        value: object,
+        at: int | None = None,
+        *,
+        of_dict: bool = True,
+    ) -> None:
+        """Something is put into a new container. Keys that may be equal would hide one another."""
+        if of_dict:
+            known = _is_made(key) or (type(key) is _Constant and type(key.value) is str)
+            alone = type(key) is Text and not into.keys
+            differs = known and all(_apart(key, other) for other in into.keys)
+            into.lost |= into.closed or not (alone or differs)
+            into.closed |= type(key) is Text and bool(key.callee)
+            into.keys.append(key)
+        for item in (key, value):
+            inner = item.texts if type(item) in (_Holding, _Dict) else (item,)
+            found = [text for text in inner if type(text) is Text]
+            into.texts += found if at is None else [_stored(text, at) for text in found]
+            if type(item) is _Dict:
+                item.closed = True
+                into.lost |= item.lost
+        if into.lost:
+            self._give(into, None)
 
     def _store_item(self) -> None:
         stack = self.stack
-        if len(stack) > 2 and type(stack[-3]) is Text:
+        if len(stack) > 2 and type(stack[-2]) is _Dict:
+            self._put(stack[-2], stack[-1], stack[-3], self.instructions[self._at].offset)
+            stack[-3:] = [None, None, None]
+        elif len(stack) > 2 and type(stack[-3]) is Text:
             key, load = stack[-1], self.instructions[self._at - 1]
             plain = type(key) is _Constant and type(key.value) in (str, int)
             if plain and load.opname == "LOAD_CONST":
+                if stack[-3].callee:
+                    self.stores_called.setdefault(key.value, set()).add(stack[-3].callee[-1])
                 self._pop_to(Sink("item", key.value, self._chain(2)), 3)
-        elif len(stack) > 1 and type(stack[-1]) is Text:
+        elif len(stack) > 1 and type(stack[-1]) is Text and not stack[-1].callee:
             last = left_of(self.instructions, self._at)
             self._pop_to(Sink("key", "", chain_to(self.instructions, last)))
         elif len(stack) > 1 and type(stack[-1]) is _Constant:
@@ -280,10 +389,15 @@ class _Texts(Reader):
         elif type(bound) is _Bound and bound.name in LOGS:
             for k in range(1, count + 1):
                 self._pop_to(Sink("log", bound.name, bound.of), k)
-        elif type(bound) is _Bound and bound.name == "append" and count == 1:
-            self._pop_to(Sink("append", "", bound.of))
+        elif type(bound) is _Bound and bound.name in ("append", "write") and count == 1:
+            self._pop_to(Sink(bound.name, "", bound.of))
         elif type(bound) is _Bound and bound.name == "format":
             made = _of_template(bound.of, at, count)
+        callee = bound.of if type(bound) is _Bound and not bound.name else ()
+        if made is None and type(function) is Named and function.kind in ("global", "cell"):
+            callee = (function.name,) if function.key is None and name not in _OF_PYTHON else ()
+        if made is None and callee:
+            made = Text((Piece(at, 0, CALL),), (), callee)
         if name == "str" and count == 1 and type(stack[-1]) is Text:
             made, stack[-1] = stack[-1], None  # text as it is
         super()._call(count)
@@ -291,18 +405,64 @@ class _Texts(Reader):
             self.stack[-1] = made
 
 
+def _assigned_once(code: CodeType, instructions: list[dis.Instruction]) -> frozenset[str]:
+    """The variables of a function that it assigns to in one place, before all others where it is
+    named."""
+    if not {"locals", "eval", "exec", "vars"}.isdisjoint(code.co_names):
+        return frozenset()
+    named: dict[str, list[str]] = {}
+    for x in instructions:
+        if x.opname.endswith("_FAST"):
+            named.setdefault(x.argval, []).append(x.opname)
+    once = (n for n, of in named.items() if of[0] == "STORE_FAST" and set(of[1:]) <= {"LOAD_FAST"})
+    return frozenset(once)
+
+
+def _is_held(item: object) -> bool:
+    """Whether a variable may hold an item that is followed."""
+    return type(item) in (Text, _Holding, _Dict)
+
+
+def _stored(item: Text | _Holding | _Dict, at: int) -> Text | _Holding | _Dict:
+    """An item that is put into a variable."""
+    if type(item) is Text:
+        return replace(item, stored=(*item.stored, at))
+    texts = [replace(text, stored=(*text.stored, at)) for text in item.texts]
+    if type(item) is _Holding:
+        return _Holding(tuple(texts))
+    item.texts = texts
+    return item
+
+
+def _is_tuple(item: object) -> bool:
+    return type(item) is _Constant and type(item.value) is tuple
+
+
+def _apart(a: Text | _Constant, b: object) -> bool:
+    """Whether two keys are never equal."""
+    if type(b) not in (Text, _Constant):
+        return False
+    return apart(*(x.parts if type(x) is Text else (x.value,) for x in (a, b)))
+
+
+def _is_made(item: object) -> bool:
+    return type(item) is Text and not item.callee
+
+
 def _is_text(item: object) -> bool:
-    return type(item) is Text or (type(item) is _Constant and type(item.value) is str)
+    return _is_made(item) or (type(item) is _Constant and type(item.value) is str)
 
 
 def _joined(items: list) -> Text:
     parts: list[str | Piece | None] = []
+    stored: tuple[int, ...] = ()
     for item in items:
-        if type(item) is Text:
+        if _is_made(item):
             parts += item.parts
+            stored += item.stored
         else:
             parts.append(item.value if _is_text(item) else None)
-    return Text(tuple(parts))
+    return Text(tuple(parts), stored)
 
 
 def _of_template(template: str, at: int, count: int) -> Text | None:
@@ -312,11 +472,11 @@ def _of_template(template: str, at: int, count: int) -> Text | None:
         fields = [*string.Formatter().parse(template)]
     except ValueError:
         return None
-    for literal, field, spec, conversion in fields:
+    for literal, named, spec, conversion in fields:
         parts.append(literal)
-        if field is None:
+        if named is None:
             continue
-        if field or "{" in spec or (conversion and spec):
+        if named or "{" in spec or (conversion and spec):
             return None
         by = {"s": "__str__", "r": "__repr__", "a": "__repr__"}.get(conversion, "__format__")
         parts.append(Piece(at, sum(type(x) is Piece for x in parts), by))

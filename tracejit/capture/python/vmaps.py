@@ -8,14 +8,16 @@ any others. So rules and traces know nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import EllipsisType
 
 import torch
 from torch._functorch import vmap as torch_vmap
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from tracejit.capture.python import batched_axes as batched_axes  # its rules
+from tracejit.capture.python.batching import BATCHED, NoRule, aligned, behind
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.table import RULES
 from tracejit.capture.trace.tensor import TracedTensor
@@ -43,22 +45,13 @@ _OF_HELD = frozenset({Tensor.requires_grad.__get__})
 _NEVER = frozenset(
     {"values", "autograd", "hooks", "sampling", "dropout", "distinct", "masks", "custom", "writes"}
 )
+_FILLED = frozenset({Tensor.fill_, Tensor.zero_})
 _ASSIGNED = frozenset({Tensor.__setitem__, Tensor.__delitem__})
 
 
 def _sizes(sizes: tuple) -> tuple:
     """Sizes or axes given as f(2, 3) or f((2, 3))."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes
-
-
-def _behind(rank: int, axis: int) -> int:
-    """An axis that the function sees, of the tensor behind it."""
-    if not -rank <= axis < rank:
-        raise IndexError(
-            f"Dimension out of range (expected to be in range of [{-rank}, {rank - 1}], but got "
-            f"{axis})"
-        )
-    return axis % rank + 1
 
 
 def _expanded(x: Tensor, *sizes: object) -> Tensor:
@@ -85,13 +78,11 @@ _SHAPES: dict[str, Callable[..., Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "t": lambda x: x.transpose(1, 2) if x.dim() == 3 else x,
     "transpose": lambda x, dim0, dim1: x.transpose(
-        _behind(x.dim() - 1, dim0), _behind(x.dim() - 1, dim1)
+        behind(x.dim() - 1, dim0), behind(x.dim() - 1, dim1)
     ),
-    "unsqueeze": lambda x, dim: x.unsqueeze(_behind(x.dim(), dim)),
-    "select": lambda x, dim, index: x.select(_behind(x.dim() - 1, dim), index),
-    "permute": lambda x, *axes: x.permute(
-        0, *(_behind(x.dim() - 1, axis) for axis in _sizes(axes))
-    ),
+    "unsqueeze": lambda x, dim: x.unsqueeze(behind(x.dim(), dim)),
+    "select": lambda x, dim, index: x.select(behind(x.dim() - 1, dim), index),
+    "permute": lambda x, *axes: x.permute(0, *(behind(x.dim() - 1, axis) for axis in _sizes(axes))),
     "new_full": lambda x, size, fill, **options: x.new_full((x.shape[0], *size), fill, **options),
     **{name: _new(name) for name in ("new_ones", "new_zeros", "new_empty")},
 }
@@ -102,6 +93,7 @@ _SHAPED = {
     if f in RULES
 }
 _SHAPED[Tensor.T.__get__] = _SHAPES["t"]
+_SHAPED[Tensor.mT.__get__] = lambda x: x.mT
 
 
 class Batched(Tensor):
@@ -157,21 +149,67 @@ class Batching(TorchFunctionMode):
         if func in _TOLD:
             with torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
+        if func is torch.func.grad:  # only by its rule
+            return self._level(*args)
         if not own:
             return self._alone(func, args, kwargs)
         rule = RULES.get(func)
         if func in _OF_HELD:
             return func(args[0].held)
+        if func is torch.autograd.grad:
+            return self._gradients(*args, **kwargs)
         if func is Tensor.__getitem__:
             return self._item(*args)
         if func in _SHAPED and args and self.is_own(args[0]):
             return self._shaped(func, args[0].held, args[1:], kwargs)
+        if func in BATCHED:
+            try:
+                return tree_map(self._wrapped, BATCHED[func](self, *args, **kwargs))
+            except NoRule:
+                pass
         if rule is not None and (rule.own.family in _ELEMENTWISE or func in _ALIKE):
             return self._elementwise(func, args, kwargs, in_place=rule.form == "in place")
+        if func in _FILLED:
+            return self._elementwise(func, args, kwargs, in_place=True)
         never = rule is None or rule.own.family in _NEVER or func in _ASSIGNED
         if never or rule.form == "in place":
             raise self._refused(func, "has no rule under vmap")
         return self._one_by_one(func, args, kwargs)
+
+    def _level(self, which: str, x: Tensor, *leaves: Tensor) -> object:
+        """The border of a transform within: each element of the batch is differentiated by what is
+        its own."""
+        alike = which == "along" and any(map(self.is_own, leaves))
+        held = self.spread(x) if which == "enter" or alike else self.behind(x)
+        given = held, *map(self.spread if alike else self.behind, leaves)
+        found = handle_torch_function(torch.func.grad, given, which, *given)
+        own = which == "enter" or alike or (which in ("leave", "along") and self.is_own(x))
+        return self.wrap(found) if own else found
+
+    def _gradients(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        inputs: Tensor | Sequence[Tensor],
+        grad_outputs: Tensor | Sequence[Tensor] | None = None,
+        **options: object,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of all elements of the batch at once, as each depends on what is its own."""
+        outputs, inputs, given = map(tuple_of, (outputs, inputs, grad_outputs))
+        if not any(map(self.is_own, (*outputs, *inputs))):
+            options["retain_graph"] = True
+            return self._one_by_one(torch.autograd.grad, (outputs, inputs, given), options)
+        if not all(map(self.is_own, inputs)):
+            reason = "differentiates by a tensor that is not of the batch"
+            raise self._refused(torch.autograd.grad, reason)
+        if not given and any(self.rank(x) for x in outputs):
+            raise RuntimeError("grad can be implicitly created only for scalar outputs")
+        given = given or tuple(torch.ones_like(self.behind(x)) for x in outputs)
+        pairs = zip(outputs, map(self.spread, given), strict=True)
+        pairs = [(x.held, g) for x, g in pairs if self.is_own(x)]
+        found = torch.autograd.grad(
+            [x for x, _ in pairs], [x.held for x in inputs], [g for _, g in pairs], **options
+        )
+        return tuple(None if x is None else self.wrap(x) for x in found)
 
     def _shaped(self, func: Callable, held: Tensor, args: tuple, kwargs: dict) -> Tensor:
         try:
@@ -198,17 +236,11 @@ class Batching(TorchFunctionMode):
         if in_place and not (self.is_own(args[0]) and self.rank(args[0]) == rank):
             raise self._refused(func, "writes elements of a batch to a tensor that has none")
 
-        def aligned(x: object) -> object:
-            return self._aligned(x, rank) if self.is_own(x) else x
+        def of_all(x: object) -> object:
+            return aligned(self, x, rank) if isinstance(x, Tensor) else x
 
-        out = func(*tree_map(aligned, args), **tree_map(aligned, kwargs))
+        out = func(*tree_map(of_all, args), **tree_map(of_all, kwargs))
         return args[0] if in_place else tree_map(self._wrapped, out)
-
-    def _aligned(self, x: Batched, rank: int) -> Tensor:
-        """The tensor behind x, of some axes after that of the batch."""
-        shape = x.held.shape[1:]
-        missing = rank - len(shape)
-        return x.held.reshape(self.size, *(1,) * missing, *shape) if missing else x.held
 
     def _wrapped(self, x: object) -> object:
         return self.wrap(x) if isinstance(x, Tensor) else x
@@ -225,7 +257,7 @@ class Batching(TorchFunctionMode):
                 return self.wrap(x.held[(slice(None), *index)])
         elif all(isinstance(i, (int, Tensor)) for i in index):
             rank = max(map(self.rank, tensors))
-            places = [self._aligned(i, rank) if self.is_own(i) else i for i in index]
+            places = [aligned(self, i, rank) if isinstance(i, Tensor) else i for i in index]
             if not self.is_own(x):
                 return self.wrap(x[tuple(places)])
             rows = torch.arange(self.size, device=x.held.device).reshape(self.size, *(1,) * rank)
@@ -269,6 +301,11 @@ class Batching(TorchFunctionMode):
             )
         held = self.spread(x)
         return held if out_dim == 0 else held.movedim(0, out_dim)
+
+
+def tuple_of(x: Tensor | Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+    """One tensor, several or none."""
+    return (x,) if isinstance(x, Tensor) else tuple(x or ())
 
 
 def _memory(x: object) -> object | None:

@@ -151,7 +151,19 @@ def _slopes_of_rrelu(
     return slopes
 
 
-FROM_VALUES = {"rrelu": _slopes_of_rrelu}
+def _packed_mask(
+    sizes: Tensor, keep: float, sequences: int, width: int, generator: Generator | None = None
+) -> Tensor:
+    """The mask of dropout for the rows of a packed sequence with so many sequences in each step, at
+    their places in [steps, sequences, width]."""
+    rows = torch.empty(int(sizes.sum()), width, dtype=torch.bool)
+    rows.bernoulli_(keep, generator=generator)
+    mask = torch.zeros(len(sizes), sequences, width, dtype=torch.bool)
+    mask[torch.arange(sequences) < sizes[:, None]] = rows
+    return mask
+
+
+FROM_VALUES = {"rrelu": _slopes_of_rrelu, "packed_mask": _packed_mask}
 
 
 class Draws:

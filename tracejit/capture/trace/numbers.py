@@ -65,8 +65,15 @@ def host_value(t: Trace, value: Value) -> float | None:
 
 
 def _integer(t: Trace, value: Value) -> float | None:
-    """The number of an integer constant: `torch.tensor(1)`."""
+    """The number of an integer constant, `torch.tensor(1)`, or one that is known besides."""
     node = t.producers.get(value)
+    while node is not None and node.op.name in ("reshape", "alias", "slice"):
+        if any(dict(node.attrs).get("starts", ())):
+            return None
+        (of,) = node.inputs
+        if value.type.numel == 1 and of in t.firsts:
+            return float(t.firsts[of])
+        node = t.producers.get(of)
     constant = node is not None and node.op is OPS["full"] and not isinstance(node.args[0], Value)
     return float(node.args[0]) if constant and value.type.shape == () else None
 

@@ -144,6 +144,7 @@ class TraceState:
         self.flagged: list[Handle] = []  # from outside, whose requires_grad has changed
         self.retained: list[Handle] = []  # intermediates whose .grad a backward fills
         self.contexts: list[object] = []  # of custom autograd functions
+        self.applied: list[object] = []  # all of them, also where no rule has run yet
         # copies that stand for views whose place depends on a value, and what they are views of
         self.copied: dict[Storage, set[Storage]] = {}
         self.inference: set[Storage] = set()  # made in inference mode
@@ -170,6 +171,11 @@ class TraceState:
         self.read_numbers: dict[Value, float] = {}
         self.searched: dict[tuple, tuple[Value, ...]] = {}  # by value and search
         self.found: list[tuple[Value, torch.Tensor]] = []  # inputs that cuts have found
+        self.firsts: dict[Value, int] = {}  # integers that values are known to begin with
+        # packed sequences by their batch sizes, see functions/packed.py
+        self.packed: dict[Value, object] = {}
+        # leaves of torch.func, with the memory of what they stand for and its writes before
+        self.entered: dict[Handle, tuple[Storage, int]] = {}
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
@@ -354,8 +360,9 @@ class TraceState:
         self.casts.known.clear()
         self.read_numbers.clear()
         self.evaluate = on_numpy  # not the step's own: a trace lies in cycles
-        for context in self.contexts:
+        for context in self.applied:
             vars(context).clear()
+        self.applied.clear()
 
     def release(self) -> None:
         """Let go of outside tensors."""

@@ -84,6 +84,10 @@ class Rules(dict[Callable, Rule]):
 
 RULES = Rules()
 
+# functions of a trace and further arguments, for what reaches it by another way than a torch call:
+# later traces compare these as they compare torch calls
+COMPARED: set[Callable] = set()
+
 # functions whose call does not say all: from the caller's frame to further keyword arguments
 BY_CALLER: dict[Callable, Callable[[FrameType], dict[str, object]]] = {}
 

@@ -9,6 +9,7 @@ same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +63,22 @@ class Family:
 
 
 @dataclass(eq=False, slots=True)
+class Ragged:
+    """Rows of a packed sequence, of which it depends on values how many there are.
+
+    padded: the same rows as [steps, sequences, …]; what lies past a sequence's end is unknown.
+    sizes:  how many sequences each step has, i64[steps].
+    count:  makes them the value of the handle; from then on their number is part of the step.
+    like:   a tensor that has as many rows; None if the call that made these found out how many.
+    """
+
+    padded: Value
+    sizes: Value
+    count: Callable[[Handle], None]
+    like: Handle | None = None
+
+
+@dataclass(eq=False, slots=True)
 class Handle:
     """One torch tensor of a trace."""
 
@@ -81,6 +98,7 @@ class Handle:
     grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
     fixed: int | None = None  # the version at which its history was fixed: one of several views
     memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
+    ragged: Ragged | None = None  # until somebody asks for more than what its rows are
 
     @property
     def storage(self) -> Storage:
@@ -253,7 +271,7 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
 
 # why a tensor from outside cannot take part in a trace
 PROBLEMS = {
-    "transform": "torch.func.grad and its like, and forward-mode differentiation, have no rules",
+    "transform": "tensors of functionalize and of forward-mode differentiation have no rules",
     "subclass": "a tensor subclass ({kind}) is not supported",
     "layout": "only dense strided tensors are supported",
     "dtype": "{dtype} is not supported",

@@ -21,7 +21,7 @@ from tracejit.capture.trace.integers import settled
 from tracejit.capture.trace.rejections import check_held, check_read, check_saved, check_write
 from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.state import Formula, TraceState
-from tracejit.capture.trace.table import RULES, function_name
+from tracejit.capture.trace.table import COMPARED, RULES, function_name
 from tracejit.capture.trace.tensor import (
     TO_TORCH,
     Family,
@@ -48,6 +48,8 @@ class Trace(TraceState):
 
     def apply(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """What a torch function returns, by its rule."""
+        if func in COMPARED:
+            return func(self, *args)
         rule = RULES.get(func)
         self.call = (func, args, kwargs)
         self.groups += 1
@@ -97,6 +99,10 @@ class Trace(TraceState):
     def begin(self, function: Callable, args: tuple) -> None:
         """Start a call that reaches the trace by another way than a torch function."""
         self.journal.forget()
+        self.called(function, args)
+
+    def called(self, function: Callable, args: tuple) -> None:
+        """What errors name from now on."""
         self.call = (function, args, {})
         self.groups += 1
         self.b.line = self.lines.here()
@@ -193,6 +199,14 @@ class Trace(TraceState):
 
     def lift(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
+        handle = self.peek(tensor)
+        if handle.ragged is not None:
+            handle.ragged.count(handle)
+        return handle
+
+    def peek(self, tensor: torch.Tensor) -> Handle:
+        """The handle of a tensor object, which is not asked how many rows it has: it may have no
+        value yet."""
         if type(tensor) is TracedTensor:
             if tensor.trace is not self:
                 called = function_name(self.calling) if self.calling else "a torch function"

@@ -256,6 +256,7 @@ class Listener:
 
     def of(self, t: Trace) -> None:
         """Have the trace tell of its calls."""
+        self.trace = t
         t.on_call, t.on_product = partial(self._called, t), self._multiplied
 
     def _called(self, t: Trace, func: Callable, args: tuple, kwargs: dict) -> Callable | None:

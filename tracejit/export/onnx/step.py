@@ -7,9 +7,11 @@ scheduler is changed.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 
 import torch
@@ -18,6 +20,8 @@ from tracejit.capture.capture import capture_call
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.names import Names
+from tracejit.capture.python.changes import Compared
+from tracejit.capture.python.leftovers import kept, make_plain
 from tracejit.capture.trace.scalars import Path
 from tracejit.captured import plain_step, refuse_inside
 from tracejit.errors import CannotExport
@@ -89,23 +93,27 @@ def traced(step: Callable, args: tuple, kwargs: dict) -> Traced:
     function, args, kwargs, keep_grads = plain_step(step, args, kwargs, "tracejit.to_onnx")
     name = type(step).__name__ if of_module else function.__name__
     where = _where(type(step).forward if of_module else function)
+    refuse = partial(CannotExport, where=where, what=name)
+    objects = [*_objects((args, kwargs))]
+    held = Compared((function, *objects))
+    places = [(("arg", i), x) for i, x in enumerate(args) if i or not of_module]
+    places += [(("kwarg", key), x) for key, x in kwargs.items()]
+    arguments = [leaf for path, x in places for leaf in _leaves(x, path)]
+    _refuse_held(held, arguments, refuse)
     before = None
     for _ in range(TRACES):
         listener = Listener()
         done = capture_call(function, args, kwargs, keep_grads=keep_grads, listener=listener.of)
         done.call.undo()
+        _refuse_kept(held, listener, refuse)
         if before is not None and before == done.captured.key:
             break
         before = done.captured.key
     else:
-        raise CannotExport(
-            where=where,
-            what=name,
+        raise refuse(
             reason="its Python computes something else in each call, and a file keeps no Python",
             remedy="Pass what varies as an argument, a float or a tensor",
         )
-    places = [(("arg", i), x) for i, x in enumerate(args) if i or not of_module]
-    places += [(("kwarg", key), x) for key, x in kwargs.items()]
     return Traced(
         name=name,
         where=where,
@@ -113,9 +121,53 @@ def traced(step: Callable, args: tuple, kwargs: dict) -> Traced:
         call=done.call,
         names=Names(function, args, kwargs),
         composites=listener.found,
-        arguments=[leaf for path, x in places for leaf in _leaves(x, path)],
+        arguments=arguments,
         of_module=of_module,
     )
+
+
+def _refuse_held(held: Compared, arguments: list, refuse: Callable[..., CannotExport]) -> None:
+    """Refuse an argument that the step's own objects hold, as they do where a step remembers what
+    it was given last: an input it would be, and a weight."""
+    known = {id(x) for x in held.tensors}
+    if any(id(x) in known for _, x in arguments if isinstance(x, torch.Tensor)):
+        raise refuse(
+            reason="an argument of it is also in its variables or objects, which another call need "
+            "not have",
+            remedy="Pass another tensor, such as a clone",
+        )
+
+
+def _refuse_kept(held: Compared, listener: Listener, refuse: Callable[..., CannotExport]) -> None:
+    """Refuse what a trace has left in objects of the user's for the next call to find."""
+    numbers = listener.trace.scalars.given
+    if kept(numbers):
+        gc.collect()  # what the trace itself has left in circles
+    left = kept(numbers)
+    others = held.replaced(torch.Tensor)
+    if left:
+        make_plain(left)
+        what = "a number that it has read or computed"
+    elif others:
+        what = f"another tensor ({', '.join(others)})"
+    else:
+        return
+    raise refuse(
+        reason=f"it puts {what} into an object of yours, where its next call may find it",
+        remedy="Return it, and pass it as an argument; or write to the tensor that is there",
+    )
+
+
+def _objects(x: object) -> Iterator[object]:
+    """What is in arguments and their containers besides tensors and plain values."""
+    if isinstance(x, (list, tuple)):
+        for item in x:
+            yield from _objects(item)
+    elif isinstance(x, dict):
+        for item in x.values():
+            yield from _objects(item)
+    elif not isinstance(x, (torch.Tensor, int, float, str, bytes, type(None))):
+        yield x
 
 
 def _where(function: FunctionType) -> str:
