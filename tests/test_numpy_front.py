@@ -189,6 +189,13 @@ def test_variables_of_the_step_are_written_in_place():
     assert fast.stats.replays == 3
 
 
+SHARED = np.ones(3)
+
+
+def total() -> np.float64:
+    return SHARED.sum()
+
+
 WEIGHT = np.array([1.0, 2.0, 3.0])
 RATE = 0.5
 
@@ -235,6 +242,68 @@ def test_calls_are_never_stale():
         mine, theirs = x.copy("K"), x.copy("K")
         same(fast(mine, lr), step(theirs, lr))
         same(mine, theirs)
+
+
+class Counts:
+    def __init__(self) -> None:
+        self.calls, self.rate = 0, 0.5
+
+    def step(self, x: np.ndarray) -> np.float32:
+        self.calls += 1
+        x *= self.rate
+        return x.sum() * self.calls
+
+
+def test_numbers_that_the_step_keeps():
+    """Counters are runtime integers."""
+    mine, theirs = Counts(), Counts()
+    fast = compiled(mine.step)
+    for k in range(10):
+        if k == 8:
+            mine.rate = theirs.rate = 0.25
+        x = np.full(3, 1.0 + k, np.float32)
+        y = x.copy()
+        same(fast(x), theirs.step(y))
+        same(x, y)
+        assert mine.calls == theirs.calls
+    assert fast.stats.replays
+
+
+def test_numbers_that_numpy_has_made_are_not_weak():
+    def step(x: np.ndarray, lr: float) -> tuple:
+        return np.sqrt(lr) * x, x * lr, x + np.exp(lr), np.maximum(x, np.sqrt(lr)), x // lr
+
+    x, fast = np.ones(3, np.float32), compiled(step)
+    for lr in (0.5, 0.5, 0.5, 0.75):
+        same(fast(x, lr), step(x, lr))
+    assert fast.stats.replays == 2
+
+
+def test_variables_that_others_bind_anew():
+    w = np.ones(3)
+
+    def step(x: np.ndarray) -> np.ndarray:
+        return x * w
+
+    fast, x = compiled(step), np.arange(3.0)
+    for k in range(8):
+        if k > 3:
+            w = np.full(3, float(k)) if k != 6 else 2.0
+        same(fast(x), step(x))
+    assert fast.stats.replays
+
+
+def test_an_array_that_a_helper_reads_is_never_read_too_early():
+    """The step's write is in it when the helper reads it: so that runs as the plain function."""
+
+    def step(x: np.ndarray) -> np.float64:
+        x += 1
+        return total()
+
+    fast, shared = compiled(step, on_unsupported="eager"), SHARED
+    shared[...] = 1
+    with pytest.warns(TracejitWarning, match="of a function that the step calls"):
+        assert [fast(shared) for _ in range(4)] == [6.0, 9.0, 12.0, 15.0]
 
 
 def test_an_array_that_is_given_another_shape_in_place():

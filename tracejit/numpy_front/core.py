@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from tracejit.capture.python.numerics import TracedFloat64
 from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
+from tracejit.capture.trace.scalars import TracedInt
 from tracejit.errors import UnsupportedOperation
 
 TO_TORCH = {
@@ -142,10 +144,20 @@ def cast(t: torch.Tensor, dtype: np.dtype) -> torch.Tensor:
     return t if t.dtype == wanted else t.to(wanted)
 
 
-def is_weak(x: object) -> bool:
-    """Whether x is a Python number, which takes the dtype of what it meets; runtime scalars too."""
+def weak(x: object) -> type | None:
+    """int or float for a Python number, which takes the dtype of what it meets; runtime scalars
+    too, but for those that stand for numpy's. None for anything else."""
     kind = type(x)
-    return issubclass(kind, (int, float)) and not issubclass(kind, (bool, np.generic))
+    if kind is bool or kind is TracedFloat64 or issubclass(kind, np.generic):
+        return None
+    if kind is TracedInt or issubclass(kind, int):
+        return int
+    return float if issubclass(kind, float) else None
+
+
+def is_weak(x: object) -> bool:
+    """Whether x is a Python number."""
+    return weak(x) is not None
 
 
 def array(x: object) -> ArrayData:
@@ -153,8 +165,10 @@ def array(x: object) -> ArrayData:
     if isinstance(x, ArrayData):
         return x
     if is_weak(x):
-        dtype = np.dtype(np.int64 if issubclass(type(x), int) else np.float64)
+        dtype = np.dtype(np.int64 if weak(x) is int else np.float64)
         return ArrayData.made(number(x, dtype), scalar=True)
+    if type(x) is TracedFloat64:  # np.float64 of a runtime scalar
+        return ArrayData.made(number(x, np.dtype(np.float64)), scalar=True)
     if type(x) is bool or isinstance(x, np.generic):
         dtype = np.dtype(type(x))
         return ArrayData.made(number(bool(x) if type(x) is bool else x.item(), dtype), scalar=True)
@@ -207,10 +221,10 @@ def common(*operands: object) -> np.dtype:
     """The dtype that numpy would give several operands together."""
     kinds = []
     for x in operands:
-        if isinstance(x, (ArrayData, np.ndarray, np.generic)):
+        if isinstance(x, (ArrayData, np.ndarray, np.generic, TracedFloat64)):
             kinds.append(x.dtype)
         elif is_weak(x):
-            kinds.append(0 if issubclass(type(x), int) else 0.0)
+            kinds.append(0 if weak(x) is int else 0.0)
         elif type(x) is bool:
             kinds.append(np.dtype(bool))
         else:

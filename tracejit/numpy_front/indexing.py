@@ -14,6 +14,7 @@ from tracejit.numpy_front.core import (
     number,
     refuse,
     view,
+    weak,
     write,
 )
 
@@ -106,7 +107,7 @@ def put(x: ArrayData, key: object, value: object) -> None:
     """x[key] = value; the value is cast to the dtype of x, whatever it is."""
     parts = _parts(x, key)
     if is_weak(value):
-        if x.dtype.kind in "iu" and not issubclass(type(value), int):
+        if x.dtype.kind in "iu" and weak(value) is not int:
             value = int(value)
         t = number(value, x.dtype)
     else:

@@ -23,6 +23,7 @@ from tracejit.numpy_front.core import (
     refuse,
     store,
     unknown,
+    weak,
 )
 
 
@@ -153,9 +154,7 @@ def elementwise(ufunc: np.ufunc, *inputs: object, out: object = None, dtype: obj
     if rule is None:
         raise unknown(f"np.{ufunc.__name__}", *inputs)
     operands = [x if is_weak(x) else array(x) for x in inputs]
-    kinds = [
-        (int if issubclass(type(x), int) else float) if is_weak(x) else x.dtype for x in operands
-    ]
+    kinds = [weak(x) or x.dtype for x in operands]
     if all(map(is_weak, operands)):
         kinds = [np.dtype(kind) for kind in kinds]
     options = {}
