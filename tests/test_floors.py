@@ -26,6 +26,7 @@ FLOORS = {
     "options": 5,
     "inspection": 5,
     "ledger": 5,
+    "numpy_front": 5,
     "parts": 5,
     "pipeline": 5,
     "programs": 5,
@@ -112,6 +113,9 @@ SAME_FLOOR = {
     ("tracejit", "static"),
     ("static", "compile"),
     ("inspection", "options"),
+    ("numpy_front", "compile"),  # its step is a compiled step
+    ("numpy_front", "options"),
+    ("tracejit", "numpy_front"),
     ("inspection", "saved"),
     ("inspection", "export"),
     ("export", "options"),

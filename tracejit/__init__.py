@@ -6,6 +6,7 @@ from tracejit import errors
 from tracejit.captured import CapturedStep, capture
 from tracejit.compile import CompiledStep, Stats, compile
 from tracejit.export.onnx.api import to_onnx
+from tracejit.numpy_front.gradient import grad
 from tracejit.runtime.prefetch import prefetch
 from tracejit.saved.loaded import LoadedStep, load
 from tracejit.static import Graph
@@ -20,6 +21,7 @@ __all__ = [
     "capture",
     "compile",
     "errors",
+    "grad",
     "load",
     "to_onnx",
     "prefetch",

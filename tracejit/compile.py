@@ -21,7 +21,7 @@ import torch
 from tracejit import knobs
 from tracejit.build import TargetedStep
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
-from tracejit.capture.bind import bind, run, unwrap
+from tracejit.capture.bind import BoundCall, bind, run, unwrap
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.collect import finish
 from tracejit.capture.effects.effects import Call
@@ -36,6 +36,7 @@ from tracejit.capture.python import memory
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
+from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import Inspected
@@ -109,6 +110,10 @@ def compile(
     return functools.partial(of, options) if step is None else of(options, step)
 
 
+# asked before the first trace of a step whether they make it one of another kind (`numpy_front/`)
+FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
+
+
 class CompiledStep(Inspected):
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
@@ -161,6 +166,7 @@ class CompiledStep(Inspected):
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
+            plain = weakref.WeakMethod(self._plain)
             options = self.options
             self._programs = Programs(self._function, self.stats, options, lambda x: forget()(x))
             by_numpy = options.backend in ("auto", "c", "numpy")
@@ -173,7 +179,12 @@ class CompiledStep(Inspected):
             self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
             self._fallback = (
-                Fallback(self._function, self._bound_to, asked=options.mode == "rerun")
+                Fallback(
+                    self._function,
+                    self._bound_to,
+                    lambda *args, **kwargs: plain()(*args, **kwargs),
+                    asked=options.mode == "rerun",
+                )
                 if options.falls_back
                 else None
             )
@@ -212,6 +223,8 @@ class CompiledStep(Inspected):
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
+            if any(front(self, args, kwargs) for front in FRONTS):
+                return self(*args[len(self._bound_to) :], **kwargs)
             with telling(self.__name__):
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
 
@@ -238,11 +251,19 @@ class CompiledStep(Inspected):
             self._remarks.warn(refusal.key, said)
         self.stats.eager += 1
         stage("run")
-        returned = self._function(*args, **kwargs)
+        returned = self._plain(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it
             fallback.disagreed(refusal, args, kwargs)
             self._remarks.warn(refusal.key, said)
         return returned
+
+    def _bind(self, trace: Trace, args: tuple, kwargs: dict) -> BoundCall:
+        """A call ready to be traced."""
+        return bind(trace, self._function, args, kwargs, self._prover.integers)
+
+    def _plain(self, *args: object, **kwargs: object) -> object:
+        """Run the step itself, in eager."""
+        return self._function(*args, **kwargs)
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
@@ -305,7 +326,7 @@ class CompiledStep(Inspected):
             prover.leave_integers(trace.scalars)
         if attempt is not None:
             suspect = attempt.begin(trace, following=trail.following)
-        bound = bind(trace, self._function, args, kwargs, prover.integers)
+        bound = self._bind(trace, args, kwargs)
         self.stats.traces += 1
         with uncollected() as young:
             with watch(watched or suspect) as ran:

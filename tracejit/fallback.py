@@ -146,9 +146,11 @@ class Fallback:
     asked for, it is only said which are slower.
     """
 
-    def __init__(self, function: FunctionType, bound_to: tuple, *, asked: bool = False):
-        """`asked`: reruns were asked for, whatever they cost."""
-        self.asked = asked
+    def __init__(
+        self, function: FunctionType, bound_to: tuple, plain: Callable, *, asked: bool = False
+    ):
+        """`plain` runs a call eagerly. `asked`: reruns were asked for, whatever they cost."""
+        self.asked, self._plain = asked, plain
         self.function, self.lasting = function, (function, bound_to)
         self.why = ""  # the latest call ran eagerly because of this
         self.ever = ""  # some call did
@@ -174,9 +176,9 @@ class Fallback:
         """Run a call that is run eagerly at once. `warn` is told of a step that is faster so."""
         rest, self._timed = self._timed, None
         if rest is None:
-            return self.function(*args, **kwargs)
+            return self._plain(*args, **kwargs)
         started = time.perf_counter()
-        returned = self.function(*args, **kwargs)
+        returned = self._plain(*args, **kwargs)
         rest.weighing.ran_eagerly(time.perf_counter() - started)
         self._settle(rest, warn)
         return returned

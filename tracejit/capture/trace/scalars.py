@@ -283,6 +283,7 @@ def _of_python(x: object) -> object:
 
 
 _READING = (complex, np.generic, np.ndarray)
+ANSWERING: set[type] = set()  # of objects that take part in arithmetic with runtime scalars
 
 
 def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
@@ -292,6 +293,8 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
             return python(pinned(self), pinned(other), *map(pinned, modulo))
         if live is None and is_runtime(other):  # self was kept from an earlier trace
             return python(other, plain(self)) if reflected else python(plain(self), other)
+        if type(other) in ANSWERING:
+            return NotImplemented
         operand = _operand(other, live)
         if isinstance(other, _READING):  # they would read the value without asking
             return python(other, self.pin()) if reflected else python(self.pin(), other)
@@ -330,6 +333,8 @@ def _comparison(relation: str) -> Callable:
         live, other = self.live, _of_python(other)
         if live is None and is_runtime(other):
             return RELATIONS[relation](plain(self), other)
+        if type(other) in ANSWERING:
+            return NotImplemented
         if isinstance(other, (np.generic, np.ndarray)):
             return RELATIONS[relation](self.pin(), other)
         operand = _operand(other, live)

@@ -1,0 +1,40 @@
+"""Whether a step is one over numpy arrays: asked once, before its first trace. No rule is loaded
+for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from tracejit.capture.python.bytecode import contents, names_in
+
+_DEEP = 4  # containers in each other
+_WIDE = 200  # items of a container
+
+
+def reads_arrays(function: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a step has numpy arrays among its arguments, closure variables and the globals that
+    it names, and nothing of torch's."""
+    names = names_in(function.__code__).globals
+    roots = [*args, *kwargs.values(), *map(contents, function.__closure__ or ())]
+    roots += [*map(function.__globals__.get, names), *(function.__defaults__ or ())]
+    roots += (function.__kwdefaults__ or {}).values()
+    found = False
+    for x in _leaves(roots, 0):
+        if isinstance(x, (torch.Tensor, torch.nn.Module, torch.optim.Optimizer)):
+            return False
+        if type(x) is ModuleType and x.__name__.partition(".")[0] == "torch":
+            return False
+        found = found or type(x) is np.ndarray
+    return found
+
+
+def _leaves(items: list | tuple, depth: int) -> Iterator[object]:
+    for x in items[:_WIDE]:
+        if type(x) in (list, tuple, dict) and depth < _DEEP:
+            yield from _leaves([*x.values()] if type(x) is dict else x, depth + 1)
+        else:
+            yield x
