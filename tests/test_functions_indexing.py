@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import tracejit
 from support.function_checks import (
     check_gradients,
     check_runtime_scalars,
@@ -167,3 +168,34 @@ def test_what_is_refused():
     ):
         with pytest.raises(UnsupportedOperation):
             call(function)
+
+
+@pytest.mark.parametrize(
+    "index, shape, fits",
+    [
+        ((slice(None, None, 2), slice(None, None, 2)), (4,), False),
+        ((0,), (2, 2), False),
+        ((slice(0, 2),), (8,), False),
+        ((slice(0, 2),), (4, 2), False),
+        ((slice(0, 2),), (1, 1, 2, 4), True),
+        ((slice(0, 1),), (4,), True),
+        ((slice(0, 2),), (2, 1), True),
+        ((0, 0), (1, 1), True),
+    ],
+)
+def test_what_is_assigned_fits_as_in_eager(index, shape, fits):
+    """As many elements are not enough."""
+
+    def step(x, v):
+        x[index] = v
+        return x + 1
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    x, v = torch.zeros(4, 4), torch.arange(1.0, 1 + math.prod(shape)).view(shape)
+    if fits:
+        assert torch.equal(compiled(x.clone(), v), step(x.clone(), v))
+        return
+    for either in (step, compiled):
+        with pytest.raises(RuntimeError, match="size"):
+            either(x, v)
+    assert not x.any()

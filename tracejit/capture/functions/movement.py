@@ -445,10 +445,13 @@ def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
         return
     source, into = t.lift(value), t.lift(target)
     extra = len(source.shape) - len(into.shape)
-    if extra > 0 and all(n == 1 for n in source.shape[:extra]):
-        value = reshape(t, value, source.shape[extra:])
-    if source.shape != into.shape and source.numel == into.numel:
-        value = reshape(t, value, into.shape)  # torch expands it first; the tensor itself may come
+    shape = source.shape
+    if extra > 0 and all(n == 1 for n in shape[:extra]):
+        shape = shape[extra:]
+    if extra < 0 and into.shape == (1,) * -extra + shape:
+        shape = into.shape  # torch expands it first; the tensor itself may come
+    if shape != source.shape:
+        value = reshape(t, value, shape)
     copy_(t, target, value)
 
 
