@@ -444,15 +444,12 @@ def setitem(t: Trace, input: Tensor, index: object, value: object) -> None:
         fill_(t, target, value)
         return
     source, into = t.lift(value), t.lift(target)
-    extra = len(source.shape) - len(into.shape)
-    shape = source.shape
+    shape, extra = source.shape, len(source.shape) - len(into.shape)
     if extra > 0 and all(n == 1 for n in shape[:extra]):
         shape = shape[extra:]
     if extra < 0 and into.shape == (1,) * -extra + shape:
         shape = into.shape  # torch expands it first; the tensor itself may come
-    if shape != source.shape:
-        value = reshape(t, value, shape)
-    copy_(t, target, value)
+    copy_(t, target, value if shape == source.shape else reshape(t, value, shape))
 
 
 def _assign_masked(t: Trace, input: Tensor, mask: Tensor, value: object) -> None:
