@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import tracejit
+from benchmarks.numpy_front import SHAPES, two_layer
 from support.numpy_samples import OPERANDS, PROGRAMS
 from tracejit.errors import CannotSave, TracejitWarning, UnsupportedOperation
 from tracejit.numpy_front.array import METHODS
@@ -126,24 +127,7 @@ def test_an_integer_out_of_range_is_refused_as_numpy_refuses_it():
 
 def data(seed: int = 0, dtype: type = np.float64) -> list[np.ndarray]:
     r = np.random.default_rng(seed)
-    shapes = ((64, 1000), (64, 10), (1000, 100), (100, 10))
-    return [r.standard_normal(shape).astype(dtype) for shape in shapes]
-
-
-def two_layer(x, y, w1, w2, learning_rate):
-    h = x.dot(w1)
-    h_relu = np.maximum(h, 0)
-    y_pred = h_relu.dot(w2)
-    loss = np.square(y_pred - y).sum()
-    grad_y_pred = 2.0 * (y_pred - y)
-    grad_w2 = h_relu.T.dot(grad_y_pred)
-    grad_h_relu = grad_y_pred.dot(w2.T)
-    grad_h = grad_h_relu.copy()
-    grad_h[h < 0] = 0
-    grad_w1 = x.T.dot(grad_h)
-    w1 -= learning_rate * grad_w1
-    w2 -= learning_rate * grad_w2
-    return loss
+    return [r.standard_normal(shape).astype(dtype) for shape in SHAPES]
 
 
 def test_the_two_layer_program_for_500_steps():

@@ -23,6 +23,6 @@ __all__ = [
     "errors",
     "grad",
     "load",
-    "to_onnx",
     "prefetch",
+    "to_onnx",
 ]

@@ -142,7 +142,7 @@ def _results(c: Contraction, micros: dict[str, list[Line]], epilogue: list[Line]
     of_strip = [
         *_strip_range(c),
         Line(f"{c.type} *const products = {products};"),
-        *_multiplied(c, micros, "column / " + str(strip), False),
+        *_multiplied(c, micros),
         *_back_to_pixels(c),
         *epilogue,
     ]
@@ -167,7 +167,7 @@ def _gradients(c: Contraction, micros: dict[str, list[Line]], epilogue: list[Lin
     of_strip = [
         Line(f"{c.type} *const products = {products} + column / {strip} * {step};"),
         *_result_pieces(c),
-        *_multiplied(c, micros, "", True),
+        *_multiplied(c, micros),
     ]
     of_pairs = [
         Line(f"const int64_t pairs = tj_least({w.pairs_at_once}, {w.pairs} - pair);"),
@@ -203,6 +203,15 @@ def _line_at(c: Contraction, pair: str) -> str:
         return f"{pair} * {2 * w.width}"
     down, size = w.down, w.width * w.height
     return f"({pair} / {down} * {size} + {pair} % {down} * {2 * w.width})"
+
+
+def _each_piece(c: Contraction, of_piece: Callable[[bool], list[Line]]) -> list[Line]:
+    """The lines of each piece `x` of a pair of lines; of the last one of an odd width apart."""
+    whole, odd = divmod(c.winograd.width, 2)
+    lines = block(f"for (int64_t x = 0; x < {whole}; x++)", of_piece(False))
+    if odd:
+        lines += block("", [Line(f"const int64_t x = {whole};"), *of_piece(True)])
+    return lines
 
 
 # --- pieces of images
@@ -267,9 +276,7 @@ def _pieces(c: Contraction) -> list[Line]:
             *block(each, [*of_channel, *corner, *transformed("channel", last)]),
         ]
 
-    inner = [*of_line, *block(f"for (int64_t x = 0; x < {whole}; x++)", over_channels(False))]
-    if odd:
-        inner += block("", [Line(f"const int64_t x = {whole};"), *over_channels(True)])
+    inner = [*of_line, *_each_piece(c, over_channels)]
     return block("for (int64_t p = 0; p < pairs; p++)", inner)
 
 
@@ -301,7 +308,7 @@ def _result_pieces(c: Contraction) -> list[Line]:
     strip of B at `column`."""
     w, strip = c.winograd, c.strip
     plane = w.result_plane(strip)
-    bottom, right = w.height % 2 == 1, w.width % 2 == 1
+    bottom = w.height % 2 == 1
     lines = [
         Line(f"const int64_t y = (pair + p) % {w.down};"),
         Line(f"const {c.type} *const line = from + {_line_at(c, '(pair + p)')} * {strip};"),
@@ -327,9 +334,7 @@ def _result_pieces(c: Contraction) -> list[Line]:
 
     if bottom:
         lines.append(Line(f"const bool below = y < {w.down - 1};"))
-    lines += block(f"for (int64_t x = 0; x < {w.width // 2}; x++)", of_piece(False))
-    if right:
-        lines += block("", [Line(f"const int64_t x = {w.width // 2};"), *of_piece(True)])
+    lines += _each_piece(c, of_piece)
     start = f"packed + {c.a_elements} + column * {c.k.extent}"
     return [
         Line(f"const {c.type} *const from = {start};"),
@@ -340,19 +345,16 @@ def _result_pieces(c: Contraction) -> list[Line]:
 # --- products, and back
 
 
-def _multiplied(
-    c: Contraction, micros: dict[str, list[Line]], number: str, gradients: bool
-) -> list[Line]:
+def _multiplied(c: Contraction, micros: dict[str, list[Line]]) -> list[Line]:
     """`products`, [16][rows][strip], of the pieces and the transformed B of a strip. Those of
     weight gradients are added up over the pieces."""
     w, strip = c.winograd, c.strip
-    channels_inside = _channels_inside(c)
+    gradients = not w.in_k
     # a: one step from a row to the next, one along the depth
-    of_pieces = (w.channels_at_once, 1) if channels_inside else (1, w.pieces)
+    of_pieces = (w.channels_at_once, 1) if _channels_inside(c) else (1, w.pieces)
     steps = of_pieces[::-1] if gradients else of_pieces
     a = Operand("pieces", *steps)
     b = Operand("", 1, strip)
-    lines: list[Line] = []
     if gradients:
         b_from = f"results + part * {w.result_plane(strip)}"
         deep, first, add = "count", "0", "pair > 0"
@@ -360,7 +362,7 @@ def _multiplied(
         there = "channels"
     else:
         plane = w.kernel_plane(c.strips * strip)
-        place = f"part * {plane} + ({number} * {w.channels} + depth) * {strip}"
+        place = f"part * {plane} + (column / {strip} * {w.channels} + depth) * {strip}"
         b_from = f"packed + {c.per_batch} + {place}"
         deep, first, add = "deep", "depth", "depth > 0"
         extents = {w.pieces, w.pairs % w.pairs_at_once * w.across}
@@ -393,13 +395,11 @@ def _multiplied(
     lines = block("for (int64_t part = 0; part < 16; part++)", inner)
     if gradients:
         return lines
-    deep_lines = [Line(f"const int64_t deep = tj_least({PANEL_DEPTH}, {w.channels} - depth);")]
     if w.channels <= PANEL_DEPTH:
         return [Line(f"const int64_t depth = 0, deep = {w.channels};"), *lines]
-    return block(
-        f"for (int64_t depth = 0; depth < {w.channels}; depth += {PANEL_DEPTH})",
-        [*deep_lines, *lines],
-    )
+    deep = Line(f"const int64_t deep = tj_least({PANEL_DEPTH}, {w.channels} - depth);")
+    head = f"for (int64_t depth = 0; depth < {w.channels}; depth += {PANEL_DEPTH})"
+    return block(head, [deep, *lines])
 
 
 def _back_to_pixels(c: Contraction) -> list[Line]:
@@ -431,9 +431,7 @@ def _back_to_pixels(c: Contraction) -> list[Line]:
     inner = [Line(f"{c.type} *const line = tile + ({_line_at(c, '(pair + p)')} - row) * {step};")]
     if w.height % 2:
         inner.append(Line(f"const bool below = (pair + p) % {w.down} < {w.down - 1};"))
-    inner += block(f"for (int64_t x = 0; x < {w.width // 2}; x++)", of_piece(False))
-    if w.width % 2:
-        inner += block("", [Line(f"const int64_t x = {w.width // 2};"), *of_piece(True)])
+    inner += _each_piece(c, of_piece)
     return block("for (int64_t p = 0; p < pairs; p++)", inner)
 
 

@@ -96,12 +96,11 @@ class Ejected:
         call = CallText(self.plan, self.captured, self.program, self.kernels, self.refused)
         lines = call.lines()
         numbers = [f"{quoted(k)}: {plain_text(v)}," for k, v in self.step.numbers.items()]
-        imports = [*self.kernels.imports]
+        imports = {*self.kernels.imports}
         for module in ("ctypes", "math"):
             if any(f"{module}." in line for line in lines):
-                imports.append(f"import {module}")
-        own = [x for x in sorted(set(imports)) if x.startswith("import ")]
-        own += [x for x in sorted(set(imports)) if x.startswith("from ")]
+                imports.add(f"import {module}")
+        own = sorted(imports, key=lambda x: (x.startswith("from "), x))
         fields = {
             "name": self.step.name,
             "module": self.module,
@@ -141,9 +140,6 @@ class Ejected:
                     reason = f"{name} has strides {tensor.stride()}"
                     raise self.refused(reason, "Make it contiguous")
                 yield name, tensor
-
-    def _numbers(self) -> list[tuple[str, int | float]]:
-        return list(self.step.numbers.items())
 
     def _graded(self) -> Iterator[str]:
         """The tensors whose gradients are there."""
