@@ -9,6 +9,9 @@ from support import rank_cases
 from support.ranks import Ranks
 from tracejit.ir.text import parse
 from tracejit.passes import optimize
+from tracejit.passes.buckets import put_in_buckets
+from tracejit.passes.dce import dce
+from tracejit.passes.simplify import simplify
 from tracejit.schedule import schedule
 from tracejit.schedule.plan_text import parse_plan
 
@@ -142,7 +145,7 @@ def test_they_are_neither_dropped_nor_merged():
       %3: f32[4] = add(%0, %0)
       return %3
     }""")
-    assert [n.op.name for n in optimize(graph).nodes] == ["all_reduce", "all_reduce", "add"]
+    assert [n.op.name for n in dce(simplify(graph)).nodes] == ["all_reduce", "all_reduce", "add"]
     assert str(parse(str(graph))) == str(graph)
 
 
@@ -160,3 +163,52 @@ def test_a_learning_rate_is_in_common_and_a_weight_of_the_loss_is_not():
       write %4 <- %9
     }""")
     assert numbers_in_common(graph) == (2,)
+
+
+AVERAGED = """
+f(%0: f32[4], %1: f32[6]) {
+  %2: f32[6] = exp(%1)
+  %3: f32[4] = exp(%0)
+  %4: f32[4] = all_reduce(%3, by='SUM', group='0', ranks=2, number=0)
+  %5: f32[4] = mul(%4, 0.5)
+  %6: f32[6] = all_reduce(%2, by='SUM', group='0', ranks=2, number=1)
+  %7: f32[6] = mul(%6, 0.5)
+  write %0 <- %5
+  write %1 <- %7
+}"""
+TOGETHER = """
+f(%0: f32[4], %1: f32[6]) {
+  %2: f32[6] = exp(%1)
+  %3: f32[4] = exp(%0)
+  %4: f32[10] = all_reduce(%2, %3, by='SUM', group='0', ranks=2, number=0)
+  %5: f32[6] = slice(%4, starts=(0,), stops=(6,), steps=(1,))
+  %6: f32[4] = slice(%4, starts=(6,), stops=(10,), steps=(1,))
+  %7: f32[4] = mul(%6, 0.5)
+  %8: f32[6] = mul(%5, 0.5)
+  write %0 <- %7
+  write %1 <- %8
+}"""
+
+
+def test_reductions_by_hand_are_put_together():
+    """In the order in which their operands are computed."""
+    assert str(put_in_buckets(parse(AVERAGED)).canonical()) == str(parse(TOGETHER))
+
+
+@pytest.mark.parametrize("change", ["by='MAX'", "group='1'", "ranks=2, number=1, of='3'"])
+def test_reductions_that_stay_apart(change: str):
+    old = {"b": "by='SUM'", "g": "group='0'", "r": "ranks=2, number=1"}[change[0]]
+    first, second = AVERAGED.split("%6: f32[6]")
+    graph = parse(f"{first}%6: f32[6]{second.replace(old, change, 1)}")
+    assert str(put_in_buckets(graph).canonical()) == str(graph)
+
+
+def test_a_reduction_of_what_is_reduced_stays_apart():
+    chained = parse("""
+    f(%0: f32[4]) {
+      %1: f32[4] = all_reduce(%0, by='SUM', group='0', ranks=2, number=0)
+      %2: f32[4] = exp(%1)
+      %3: f32[4] = all_reduce(%2, by='SUM', group='0', ranks=2, number=1)
+      write %0 <- %3
+    }""")
+    assert str(put_in_buckets(chained).canonical()) == str(chained)

@@ -36,7 +36,7 @@ class Ranks:
         # the server that processes are forked from finds what it loads in this way
         os.environ["PYTHONPATH"] = os.pathsep.join(x for x in sys.path if x)
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["support.rank_cases"])
+        context.set_forkserver_preload(["support.rank_cases", "support.rank_models"])
         self._pipes: list[Connection] = []
         self.processes = []
         for rank in range(count):

@@ -64,7 +64,9 @@ class Agreement:
         self.step, self.positions = plan.name, tuple(positions)
         self.names = [names[i] if i < len(names) else f"number {i}" for i in self.positions]
         self.sequences: dict[str, list[str]] = {}
-        for group, what, where in collectives_of(plan):
+        self.ranks: dict[str, int] = {}
+        for group, ranks, what, where in collectives_of(plan):
+            self.ranks[group] = ranks
             self.sequences.setdefault(group, []).append(f"{what} ({where})" if where else what)
         self._digests = {
             group: _digest("\n".join([self.step, *map(_bare, sequence)]).encode())
@@ -81,8 +83,9 @@ class Agreement:
         before.clear()
         exchanges = []
         for group, digest in self._digests.items():
-            exchange = _Exchange(self._group(group), _digest(digest + packed))
-            exchanges.append((group, exchange))
+            found = self._group(group)
+            if found.size() > 1:
+                exchanges.append((group, _Exchange(found, _digest(digest + packed))))
         before.append(lambda: self._compare(exchanges, numbers))
 
     def otherwise(self, what: str, *, fails: bool = False) -> None:
@@ -99,8 +102,14 @@ class Agreement:
                 raise
 
     def _group(self, name: str) -> object:
-        """A group that is still the one of the first run."""
+        """A group that is still the one of the first run, with as many ranks as the plan is for."""
         group = process_groups.group_named(name)
+        if group.size() != self.ranks[name]:
+            raise CollectiveError(
+                what=f"{self.step} on process group {name!r}",
+                reason=f"it was compiled for {self.ranks[name]} ranks, and the group has "
+                f"{group.size()}; compile the step in this world",
+            )
         if self._groups.setdefault(name, group) is not group:
             raise CollectiveError(
                 what=f"{self.step} on process group {name!r}",

@@ -122,8 +122,9 @@ def in_place(task: Task, located: dict[int, str], groups: Groups) -> str:
     return located.get(demand.origin.id, "") if demand.origin.id in groups.tasks else ""
 
 
-def collectives_of(plan: Plan) -> list[tuple[str, ...]]:
-    """What the ranks must agree on: the group of each collective, what it is, and its line."""
+def collectives_of(plan: Plan) -> list[tuple[str, int, str, str]]:
+    """What the ranks must agree on: of each collective the group, how many ranks that has, what is
+    done, and the user's line."""
     types = {b.name: b.type for b in plan.buffers}
     found = []
     for launch in plan.launches:
@@ -140,7 +141,6 @@ def collectives_of(plan: Plan) -> list[tuple[str, ...]]:
             for name in launch.buffers[:-1]:
                 size += types[name].numel
             shapes = "" if attrs.get("here") is not None else f" of {size}"
-            found.append(
-                (attrs["group"], f"{call.op.name} {kind}{shapes} {' '.join(said)}", call.where)
-            )
+            what = f"{call.op.name} {kind}{shapes} {' '.join(said)}"
+            found.append((attrs["group"], attrs["ranks"], what, call.where))
     return found
