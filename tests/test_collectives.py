@@ -79,7 +79,7 @@ def ends(found: list, *words: str) -> None:
 
 def test_another_branch_on_one_rank(ranks: Ranks):
     found = ranks(rank_cases.another_branch)
-    ends(found, "RanksDiffer", "rank 0 has 2 collectives and rank 1 has 3", "rank_cases.py:")
+    ends(found, "RanksDiffer", "of 8+64 by=SUM", "of 8+64+1 by=SUM", "rank_cases.py:")
 
 
 def test_another_learning_rate_on_one_rank(ranks: Ranks):
@@ -180,7 +180,7 @@ TOGETHER = """
 f(%0: f32[4], %1: f32[6]) {
   %2: f32[6] = exp(%1)
   %3: f32[4] = exp(%0)
-  %4: f32[10] = all_reduce(%2, %3, by='SUM', group='0', ranks=2, number=0)
+  %4: f32[10] = all_reduce(%2, %3, by='SUM', group='0', ranks=2, number=0, of='1,0')
   %5: f32[6] = slice(%4, starts=(0,), stops=(6,), steps=(1,))
   %6: f32[4] = slice(%4, starts=(6,), stops=(10,), steps=(1,))
   %7: f32[4] = mul(%6, 0.5)

@@ -57,6 +57,12 @@ def test_between_eager_steps(ranks: Ranks):
     assert max(ranks(rank_models.then_eagerly)) < rank_models.RELATIVE
 
 
+def test_no_step_with_collectives_is_saved(ranks: Ranks, tmp_path):
+    """It would be run in another world."""
+    for said in ranks(rank_models.saved, str(tmp_path)):
+        assert "2 ranks" in said and "Compile it in each world" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp with adamw and clipping", "language", "by hand"])
 def test_four_ranks(name: str):

@@ -187,6 +187,7 @@ CASES = {
     "unused": Case(make=Unused, options={"find_unused_parameters": True}),
     "an odd last batch": Case(batch=_odd),
     "by hand": Case(step=_by_hand, wrapped=False),
+    "zero": Case(optimizer=_sharded),
 }
 
 
@@ -258,6 +259,19 @@ def other_parameters() -> str:
         except RuntimeError as error:
             assert all(p.grad is None for p in model.parameters())
             return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def saved(path: str) -> str:
+    """Why a step with collectives is not put in a file."""
+    model = DistributedDataParallel(nn.Linear(3, 2))
+    step = tracejit.compile(lambda x: model(x).sum().backward(), on_unsupported="raise")
+    for _ in range(4):
+        step(torch.ones(2, 3))
+    try:
+        step.save(f"{path}/{distributed.get_rank()}")
+    except tracejit.errors.CannotSave as error:
+        return str(error)
     return ""
 
 

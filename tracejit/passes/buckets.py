@@ -6,7 +6,8 @@ is one message for each parameter, in an order in which the last gradient to com
 Reductions that follow each other and do not depend on each other are one run: no rank can tell in
 which order they are made. They are put in buckets in the order in which their operands are
 computed, the first bucket small, so that each starts while others are still computed. All ranks do
-this alike, as their runs are alike; where they are not, they raise before anything is sent.
+this alike, as their runs are alike; where they are not, they raise before anything is sent: `of`
+says which reductions of the step a bucket holds, and in which order.
 """
 
 from __future__ import annotations
@@ -89,6 +90,9 @@ class _Buckets:
     def _emit(self, bucket: Sequence[Node], number: int) -> None:
         first = bucket[0]
         attrs = {**dict(first.attrs), "number": number}
+        numbers = [node.attr("number") for node in bucket]
+        if numbers != [number]:  # which they are is compared by the ranks: their order is no other
+            attrs["of"] = ",".join(map(str, numbers))
         if len(bucket) == 1:
             self.nodes.append(replace(self._now(first), attrs=tuple(attrs.items())))
             return

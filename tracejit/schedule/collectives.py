@@ -137,10 +137,8 @@ def collectives_of(plan: Plan) -> list[tuple[str, int, str, str]]:
                 if k not in ("group", "number", "here", "sent", "received")
             ]
             kind = types[launch.buffers[-1]].dtype
-            size = 0
-            for name in launch.buffers[:-1]:
-                size += types[name].numel
-            shapes = "" if attrs.get("here") is not None else f" of {size}"
+            sizes = "+".join(str(types[name].numel) for name in launch.buffers[:-1])
+            shapes = "" if attrs.get("here") is not None else f" of {sizes}"
             what = f"{call.op.name} {kind}{shapes} {' '.join(said)}"
             found.append((attrs["group"], attrs["ranks"], what, call.where))
     return found

@@ -132,6 +132,16 @@ _PURE_DISTRIBUTED = {
         }
     ),
     "torch.distributed.c10d_logger": frozenset({"wrapper"}),
+    "torch.distributed.optim.zero_redundancy_optimizer": frozenset(
+        {
+            *("step", "_local_step", "_sync_params", "_sync_param_groups", "zero_grad"),
+            *("_broadcast_params_from_rank", "_get_broadcast_work", "_device_to_params_per_rank"),
+            *("_partition_parameters", "_param_to_rank", "_param_to_index", "_index_to_param"),
+            *("_bucket_assignments_per_rank", "_check_overlap_initialized", "_is_trainable"),
+            *("_get_is_trainable_mask", "_get_min_index", "_get_assigned_rank"),
+            *("<genexpr>", "<listcomp>", "<dictcomp>", "<lambda>"),
+        }
+    ),
     "torch.distributed.distributed_c10d": frozenset(
         {
             *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_single", "barrier"),
