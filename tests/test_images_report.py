@@ -93,7 +93,7 @@ def test_products_on_tensor_cores(name, target):
         return
     assert len(products) == 5 and all(r.facts.copies > 0 for r in products)  # a pipeline
     assert target < 90 or all(r.facts.wgmma > 0 for r in products)
-    if name == "bf16":  # a transposed operand of another dtype goes through registers
+    if name == "bf16" and target >= 90:  # others are turned in registers
         assert all(r.facts.wide_share >= 0.9 for r in products)
 
 
