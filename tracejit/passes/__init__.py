@@ -18,6 +18,7 @@ from tracejit import knobs
 from tracejit.ir.graph import Graph, Node, verify
 from tracejit.passes.attention import find_attention
 from tracejit.passes.dce import dce
+from tracejit.passes.roll import roll_up
 from tracejit.passes.simplify import simplify
 from tracejit.passes.vocabulary import split_rows
 
@@ -34,6 +35,13 @@ def optimize(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) 
     `on_pass(name, graph)` sees each pass's result, verified when knobs.verify() says so. The bodies
     of loops come first.
     """
+    graph = roll_up(graph)
+    if on_pass is not None:
+        on_pass(roll_up.__name__, graph)
+    return _optimized(graph, on_pass)
+
+
+def _optimized(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) -> Graph:
     graph = _with_bodies(graph)
     for run in PIPELINE:
         graph = run(graph)
@@ -48,7 +56,7 @@ def _with_bodies(graph: Graph) -> Graph:
     """The graph with the bodies of its loops optimized."""
 
     def changed(node: Node) -> Node:
-        attrs = ((k, optimize(v) if isinstance(v, Graph) else v) for k, v in node.attrs)
+        attrs = ((k, _optimized(v) if isinstance(v, Graph) else v) for k, v in node.attrs)
         return replace(node, attrs=tuple(attrs))
 
     if not any(node.op.family == "loop" for node in graph.nodes):
