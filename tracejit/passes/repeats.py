@@ -84,27 +84,29 @@ def signatures(nodes: Sequence[Node]) -> np.ndarray:
     by_identity: dict[int, int] = {}  # types are shared objects, mostly
     found = np.empty(len(nodes), np.int32)
 
-    def kind(value: Value) -> int:
-        number = by_identity.get(id(value.type))
-        if number is None:
-            number = by_identity[id(value.type)] = types.setdefault(value.type, len(types))
-        return number
-
+    for node in nodes:
+        kind = node.outs[0].type
+        if id(kind) not in by_identity:
+            by_identity[id(kind)] = types.setdefault(kind, len(types))
+    of_values: dict[int, int] = {}
     for i, node in enumerate(nodes):
-        name = node.op.name
-        args = tuple([kind(a) if a.__class__ is Value else (repr(a),) for a in node.args])
-        if name in _PLACED:
-            attrs: object = tuple([(k, repr(v)) for k, v in node.attrs if k in _PLACED[name]])
-        elif node.op.family == "loop":
+        op = node.op
+        attrs: object = node.attrs
+        if op.name in _PLACED:
+            attrs = tuple([repr(v) for k, v in attrs if k in _PLACED[op.name]])
+        elif op.family == "loop":
             attrs = i  # like no other
         else:
-            attrs = node.attrs
-            for _, v in attrs:
+            for _, v in node.attrs:
                 if v.__class__ is float:
-                    attrs = tuple([(k, repr(v)) for k, v in attrs])
+                    attrs = repr(attrs)
                     break
-        key = (name, attrs, args, kind(node.outs[0]))
-        found[i] = numbers.setdefault(key, len(numbers))
+        args = [
+            of_values.get(a.id, -1) if a.__class__ is Value else (repr(a),) for a in node.args
+        ]
+        out = node.outs[0]
+        number = of_values[out.id] = by_identity[id(out.type)]
+        found[i] = numbers.setdefault((op.name, attrs, number, *args), len(numbers))
     return found
 
 

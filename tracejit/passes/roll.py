@@ -29,11 +29,11 @@ LARGE = 1 << 26  # bytes that what is only carried may take for all repetitions
 
 def roll_up(graph: Graph) -> Graph:
     """Make loops of what is repeated."""
-    runs = find_runs(graph.nodes)
-    if not runs:
+    if len(graph.nodes) < FEW:
         return graph
-    graph = dce(graph)
-    return _Rolling(graph).run(find_runs(graph.nodes))
+    live = dce(graph)
+    runs = find_runs(live.nodes)
+    return _Rolling(live).run(runs) if runs else graph
 
 
 @dataclass
