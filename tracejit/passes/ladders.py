@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 
 from tracejit.ir.graph import Builder, Node, Value
-from tracejit.ir.types import i64
+from tracejit.ir.types import Type, i64
 from tracejit.passes.columns import World
 from tracejit.passes.repeats import LEAST
 from tracejit.passes.rows import Rows, all_moved
+
+TURNS = 4  # values of a body whose rows may be put together in turn
 
 Piece = tuple[Value, int]  # and where it begins
 
@@ -102,30 +104,48 @@ def _piece(made, x: object, axis: int, at: int) -> Value | None:
     return node.args[0] if low[axis] == at and not others else None
 
 
-def _together(
-    b: Builder, pieces: Sequence[Piece], axis: int, like: Value, world: World
-) -> bool:
-    """Emit the pieces as one value, if most of them are rows."""
+def _together(b: Builder, pieces: Sequence[Piece], axis: int, like: Value, world: World) -> bool:
+    """Emit the pieces as one value, if most of them are rows: of one value of a body, or of several
+    in turn."""
     values = [world.sources.same.get(x.id, x) for x, _ in pieces]
     if len({v.type for v in values[1:-1]}) > 1:
         return False
-    rows = world.sources.rows(values)
-    if rows is None:
-        return False
-    low, high = _longest(rows.valid)
-    if high - low < LEAST or len(pieces) - (high - low) > LEAST:
-        return False
-    cut: Rows = rows.cut(low, high)
-    x = cut.stacked(b, reverse=False)
-    for op, attrs in cut.moves:
+    for turns in range(1, TURNS + 1):
+        found = [world.sources.rows(values[k::turns]) for k in range(turns)]
+        if None in found:
+            continue
+        low, high = _longest([all(ok) for ok in zip(*(rows.valid for rows in found))])
+        if high - low < LEAST or len(pieces) - turns * (high - low) > LEAST:
+            continue
+        parts = [_stack(b, rows.cut(low, high), axis) for rows in found]
+        x = parts[0] if turns == 1 else _in_turn(b, parts, axis)
+        shape = x.type.shape
+        merged = (*shape[:axis], shape[axis] * shape[axis + 1], *shape[axis + 2 :])
+        x = b.reshape(x, shape=merged)
+        low, high = low * turns, high * turns
+        _joined(b, [*pieces[:low], (x, pieces[low][1]), *pieces[high:]], axis, like)
+        return True
+    return False
+
+
+def _stack(b: Builder, rows: Rows, axis: int) -> Value:
+    """Rows along an axis before that of the pieces."""
+    x = rows.stacked(b, reverse=False)
+    for op, attrs in rows.moves:
         x = all_moved(b, x, op, dict(attrs))
-    count, *rest = x.type.shape
-    axes = (*range(1, axis + 1), 0, *range(axis + 1, len(rest) + 1))
-    x = b.permute(x, axes=axes)
-    x = b.reshape(x, shape=(*rest[:axis], count * rest[axis], *rest[axis + 1 :]))
-    parts = [*((v, at) for (v, at) in pieces[:low]), (x, pieces[low][1]), *pieces[high:]]
-    _joined(b, parts, axis, like)
-    return True
+    rank = len(x.type.shape)
+    return b.permute(x, axes=(*range(1, axis + 1), 0, *range(axis + 1, rank)))
+
+
+def _in_turn(b: Builder, parts: Sequence[Value], axis: int) -> Value:
+    """The first one's first row, the second one's, …: rows along an axis."""
+    count = len(parts)
+    shape = parts[0].type.shape
+    each = [b.reshape(x, shape=(*shape[: axis + 1], 1, *shape[axis + 1 :])) for x in parts]
+    wide = (*shape[: axis + 1], count, *shape[axis + 1 :])
+    like = b.value(Type(parts[0].type.dtype, wide, parts[0].type.device))
+    x = _joined(b, [(x, k) for k, x in enumerate(each)], axis + 1, like)
+    return b.reshape(x, shape=(*shape[:axis], shape[axis] * count, *shape[axis + 1 :]))
 
 
 def _longest(valid: Sequence[bool]) -> tuple[int, int]:

@@ -303,20 +303,23 @@ class _Loop:
                 self.values.append(None if node.out.type.is_host else self._whole(node.out))
             else:
                 args = self._args(place, node)
-                self.values.append(self.inside.emit(node.op, *args, **dict(node.attrs)))
+                known = None not in args  # else it is a view of what is added to a total
+                found = self.inside.emit(node.op, *args, **dict(node.attrs)) if known else None
+                self.values.append(found)
 
     def _is_made_inside(self, node: Node) -> bool:
         """Whether a body computes what is the same in all repetitions, since it costs nothing."""
         host = any(a.type.is_host for a in node.inputs)
         return not host and node.op.name in ("reshape", "expand", "alias", *SOURCES)
 
-    def _args(self, place: int, node: Node) -> list[Arg]:
+    def _args(self, place: int, node: Node) -> list[Arg | None]:
         columns = self.body.columns[place]
         like = node.out.type
         return [self._inside(c, self.world.args(node)[k], like) for k, c in enumerate(columns)]
 
-    def _inside(self, column: Column, first: Arg, like: Type) -> Arg:
-        """An operand of a node in the body. `first` is that of the first repetition."""
+    def _inside(self, column: Column, first: Arg, like: Type) -> Arg | None:
+        """An operand of a node in the body, None if that is not computed there. `first` is that of
+        the first repetition."""
         if column.kind == "literal":
             return column.literal
         if column.kind == "same" or column.kind == "inside" and column.place in self.body.fixed:
@@ -328,10 +331,7 @@ class _Loop:
             return self._rows_inside(column.rows)
         if column.kind == "carried":
             return self._carried(column.place, first)
-        found = self.values[column.place]
-        if found is None:
-            raise NoLoop
-        return found
+        return self.values[column.place]
 
     def _number(self, number: Value, like: Type) -> Value:
         """A number of the host, which a body cannot read, as a tensor."""
