@@ -7,7 +7,7 @@ repetitions (a `Column`), in which of them that holds, and who reads what outsid
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -25,11 +25,25 @@ class NoLoop(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """A pad that stands at another place along an axis in each repetition."""
+
+    axis: int
+    first: int
+    step: int
+    shape: tuple[int, ...]  # of what is padded
+
+    def cut(self, low: int) -> Placed:
+        """Without the first repetitions."""
+        return replace(self, first=self.first + low * self.step)
+
+
+@dataclass(frozen=True, slots=True)
 class Column:
     """An operand in all repetitions.
 
     kind:  "literal"; "inside", a value of the same repetition; "carried", of the one before;
-           "same", a value from outside; "rows" of one.
+           "same", a value from outside; "rows" of one; "mask", true where a pad stands.
     place: of the node in the body.
     """
 
@@ -38,15 +52,7 @@ class Column:
     literal: Arg = 0
     value: Value | None = None
     rows: Rows | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A pad that stands at another place along an axis in each repetition."""
-
-    axis: int
-    first: int
-    step: int
+    placed: Placed | None = None
 
 
 @dataclass
@@ -61,9 +67,7 @@ class World:
 
     def args(self, node: Node) -> tuple[Arg, ...]:
         same = self.sources.same
-        return tuple(
-            [same.get(a.id, a) if a.__class__ is Value else a for a in node.args]
-        )
+        return tuple([same.get(a.id, a) if a.__class__ is Value else a for a in node.args])
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Body:
     fixed: set[int] = field(default_factory=set)  # the same in all repetitions
     sliced: dict[int, Rows] = field(default_factory=dict)
     placed: dict[int, Placed] = field(default_factory=dict)
+    taken: dict[int, Rows] = field(default_factory=dict)  # slices of what is carried, moving
     outside: dict[int, set[int]] = field(default_factory=dict)  # by place, whose values are read
     low: int = 0
     high: int = 0
@@ -156,9 +161,31 @@ class Body:
             return self._same(one)
         rows = self.world.sources.rows(values)
         if rows is None:
-            raise NoLoop
+            return self._mask(values)
         self.holds &= np.array(rows.valid)
         return Column("rows", rows=rows)
+
+    def _mask(self, values: list[Value]) -> Column:
+        nodes = [self.world.sources.made.get(v.id) for v in values]
+        pads = all(n is not None and n.op.name == "pad" for n in nodes)
+        if not pads or not all(_is_full(self.world, n.args[0], True) for n in nodes):
+            raise NoLoop
+        return Column("mask", placed=self._pads(nodes))
+
+    def mask(self, column: Column) -> Placed | None:
+        """Where an operand is true, if it is a mask of a pad."""
+        if column.kind == "mask":
+            return column.placed
+        if column.kind != "inside" or column.place not in self.placed:
+            return None
+        true = _is_full(self.world, self.node(column.place).args[0], True)
+        return self.placed[column.place] if true else None
+
+    def is_zero(self, column: Column) -> bool:
+        """Whether an operand is a pad of zeros."""
+        if column.kind != "inside" or column.place not in self.placed:
+            return False
+        return _is_full(self.world, self.node(column.place).args[0], 0)
 
     def _same(self, value: Value) -> Column:
         made = self.world.index.get(value.id, -1)
@@ -169,17 +196,22 @@ class Body:
     def _moving(self, place: int, nodes: Sequence[Node], column: Column, fixed: bool) -> None:
         """A slice or a pad that stands at another place in each repetition."""
         middle = (len(nodes) - 1) // 2
-        if nodes[0].op.name == "slice":
-            if not fixed:
-                raise NoLoop
-            base = nodes[middle].args[0]
-            alike = [Node(n.op, (base,), n.attrs, n.outs, n.where) for n in nodes]
-            rows = self.world.sources.slices(alike, middle)
-            if rows is None:
-                raise NoLoop
-            self.holds &= np.array(rows.valid)
-            self.sliced[place] = rows
+        if nodes[0].op.name == "pad":
+            self.placed[place] = self._pads(nodes)
             return
+        base = nodes[middle].args[0]
+        alike = [Node(n.op, (base,), n.attrs, n.outs, n.where) for n in nodes]
+        rows = self.world.sources.slices(alike, middle)
+        if rows is None or not (fixed or column.kind == "inside"):
+            raise NoLoop
+        self.holds &= np.array(rows.valid)
+        if fixed:
+            self.sliced[place] = rows
+        else:
+            self.taken[place] = rows
+
+    def _pads(self, nodes: Sequence[Node]) -> Placed:
+        middle = (len(nodes) - 1) // 2
         lows = np.array([n.attr("low") for n in nodes])
         axes = np.flatnonzero(lows[middle + 1] != lows[middle])
         if len(axes) != 1:
@@ -188,11 +220,12 @@ class Body:
         step = lows[middle + 1] - lows[middle]
         expected = lows[middle] + (np.arange(len(nodes)) - middle)[:, None] * step
         self.holds &= (lows == expected).all(1)
-        extent = nodes[middle].args[0].type.shape[axis]
+        shape = nodes[middle].args[0].type.shape
+        extent = shape[axis]
         alone = any(nodes[middle].attr("interior")) or nodes[middle].attr("value") != 0
         if alone or abs(step[axis]) < extent or extent > 1 and abs(step[axis]) != extent:
             raise NoLoop
-        self.placed[place] = Placed(int(axis), int(expected[0][axis]), int(step[axis]))
+        return Placed(int(axis), int(expected[0][axis]), int(step[axis]), shape)
 
     # ---- repetitions
 
@@ -216,10 +249,11 @@ class Body:
             for k, column in enumerate(columns):
                 if column.kind == "rows":
                     columns[k] = Column("rows", rows=column.rows.cut(low, high))
+                elif column.kind == "mask":
+                    columns[k] = Column("mask", placed=column.placed.cut(low))
         self.sliced = {q: rows.cut(low, high) for q, rows in self.sliced.items()}
-        self.placed = {
-            q: Placed(p.axis, p.first + low * p.step, p.step) for q, p in self.placed.items()
-        }
+        self.taken = {q: rows.cut(low, high) for q, rows in self.taken.items()}
+        self.placed = {q: p.cut(low) for q, p in self.placed.items()}
 
     def _read_outside(self) -> None:
         """Which values of the body others read, or are outputs."""
@@ -241,10 +275,23 @@ class Body:
 
     def is_view(self, place: int) -> bool:
         """Whether a value of the body only shows another one, or is rows of one from outside."""
-        if place in self.fixed or place in self.placed:
+        if place in self.placed:
+            return self.columns[place][0].place in self.fixed
+        if place in self.fixed or place in self.taken:
             return False
         if place in self.sliced:
             return True
         column = self.columns[place][0] if self.columns[place] else None
         one = self.node(place)
         return one.op.name in VIEWS and column.kind in ("inside", "carried", "rows")
+
+
+def _is_full(world: World, value: Value, of: object) -> bool:
+    """Whether all elements of a value are a literal."""
+    while (node := world.sources.made.get(value.id)) is not None:
+        if node.op.name == "full":
+            return type(node.args[0]) in (type(of), float) and node.args[0] == of
+        if node.op.name not in VIEWS:
+            return False
+        value = node.args[0]
+    return False

@@ -114,7 +114,7 @@ def _together(b: Builder, pieces: Sequence[Piece], axis: int, like: Value, world
         found = [world.sources.rows(values[k::turns]) for k in range(turns)]
         if None in found:
             continue
-        low, high = _longest([all(ok) for ok in zip(*(rows.valid for rows in found))])
+        low, high = _longest([all(ok) for ok in zip(*(rows.valid for rows in found), strict=False)])
         if high - low < LEAST or len(pieces) - turns * (high - low) > LEAST:
             continue
         parts = [_stack(b, rows.cut(low, high), axis) for rows in found]
@@ -163,9 +163,7 @@ def _joined(b: Builder, parts: Sequence[Piece], axis: int, like: Value) -> Value
     shape, found = like.type.shape, None
     for x, at in parts:
         low = tuple(at if k == axis else 0 for k in range(len(shape)))
-        high = tuple(
-            shape[k] - at - n if k == axis else 0 for k, n in enumerate(x.type.shape)
-        )
+        high = tuple(shape[k] - at - n if k == axis else 0 for k, n in enumerate(x.type.shape))
         padded = b.pad(x, low=low, high=high, interior=(0,) * len(shape), value=0)
         if found is None:
             found = padded

@@ -35,7 +35,7 @@ class Run:
 
 def find_runs(nodes: Sequence[Node]) -> list[Run]:
     """The runs of at least LEAST repetitions, the longest first. They may overlap."""
-    if len(nodes) < LEAST * WINDOW:
+    if len(nodes) < max(2 * LEAST, WINDOW):
         return []
     signs = signatures(nodes)
     seen: dict[bytes, int] = {}
@@ -84,11 +84,14 @@ def signatures(nodes: Sequence[Node]) -> np.ndarray:
     by_identity: dict[int, int] = {}  # types are shared objects, mostly
     found = np.empty(len(nodes), np.int32)
 
-    for node in nodes:
-        kind = node.outs[0].type
-        if id(kind) not in by_identity:
-            by_identity[id(kind)] = types.setdefault(kind, len(types))
     of_values: dict[int, int] = {}
+    for node in nodes:
+        for value in (*node.inputs, *node.outs):
+            if value.id not in of_values:
+                kind = value.type
+                if id(kind) not in by_identity:
+                    by_identity[id(kind)] = types.setdefault(kind, len(types))
+                of_values[value.id] = by_identity[id(kind)]
     for i, node in enumerate(nodes):
         op = node.op
         attrs: object = node.attrs
@@ -101,12 +104,9 @@ def signatures(nodes: Sequence[Node]) -> np.ndarray:
                 if v.__class__ is float:
                     attrs = repr(attrs)
                     break
-        args = [
-            of_values.get(a.id, -1) if a.__class__ is Value else (repr(a),) for a in node.args
-        ]
-        out = node.outs[0]
-        number = of_values[out.id] = by_identity[id(out.type)]
-        found[i] = numbers.setdefault((op.name, attrs, number, *args), len(numbers))
+        args = [of_values[a.id] if a.__class__ is Value else (repr(a),) for a in node.args]
+        out = of_values[node.outs[0].id]
+        found[i] = numbers.setdefault((op.name, attrs, out, *args), len(numbers))
     return found
 
 

@@ -193,9 +193,7 @@ class Sources:
 
     def _of_family(self, values: Sequence[Value], middle: int) -> Rows | None:
         ones = self.members.get(values[middle].id, ())
-        twos = dict(
-            (id(family), at) for family, at in self.members.get(values[middle + 1].id, ())
-        )
+        twos = {id(f): at for f, at in self.members.get(values[middle + 1].id, ())}
         for family, at in ones:
             step = twos.get(id(family), at) - at
             if step == 0:
