@@ -291,6 +291,20 @@ DROPPED: dict[str, Form] = {
         F.dropout((scores(q, k) + torch.zeros(T, T).masked_fill(~SOME, -math.inf)).softmax(-1), 0.3)
         @ v
     ),
+    "a bias of heads": lambda q, k, v: F.dropout((scores(q, k) + OF_HEADS).softmax(-1), 0.3) @ v,
+    "a mask of numbers": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, lowest(PADDED), dropout_p=0.3
+    ),
+    "numbers that leave nothing of a sequence": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, lowest(EMPTY), dropout_p=0.3
+    ),
+    "such numbers, written out": lambda q, k, v: (
+        F.dropout((scores(q, k) + lowest(EMPTY)).softmax(-1), RATES.of) @ v
+    ),
+    "such numbers for some keys": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.where(SOME, 0.3, -1e9) + lowest(PADDED)).softmax(-1), 0.3)
+        @ v
+    ),
     "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
 }
 ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}
