@@ -305,8 +305,15 @@ DROPPED: dict[str, Form] = {
         F.dropout((scores(q, k) + torch.where(SOME, 0.3, -1e9) + lowest(PADDED)).softmax(-1), 0.3)
         @ v
     ),
+    "numbers, and a query of no keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.where(SOME, OF_HEADS, -math.inf), dropout_p=0.3
+    ),
+    "numbers, and a query of no keys, written out": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.where(SOME, OF_HEADS, -math.inf)).softmax(-1), 0.3) @ v
+    ),
     "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
 }
+OF_NUMBERS = [name for name in DROPPED if "number" in name or "bias" in name]
 ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}
 
 
@@ -325,7 +332,9 @@ def test_dropout(name):
     assert {*primitives(graph_of(step))} == ATTENDED
     arena = [b for b in compiled.plans[-1].buffers if b.kind == "arena"]
     large = [b.type.dtype.name for b in arena if b.type.numel >= B * H * T * T]
-    assert set(large) <= {"b1"}
+    assert set(large) <= {"b1", "f32"}
+    # an operand is computed where it is read from one tensor; numbers and what is dropped are two
+    assert large.count("f32") == (name in OF_NUMBERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])

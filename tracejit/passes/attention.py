@@ -248,7 +248,7 @@ class _Emission:
         if finite and len(steps) > 1:
             raise Unknown  # which one hides a row is not known
         soft = any(s.kind == "add" and not s.hard for s in steps)
-        if match.finite and (finite or soft):
+        if match.finite and finite:
             raise Unknown
         kind, dtype = match.scores.type, wide(match.dtype)
         bases = [self._base(s.what) for s in steps]
