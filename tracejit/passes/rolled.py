@@ -47,6 +47,7 @@ class Loop:
         self.read: dict[tuple, tuple[Rows, Value]] = {}
         self.carried: dict[tuple[int, int], tuple[Value, Value, Value]] = {}
         self.values: list[Value | None] = []
+        self.constant: set[int] = set()  # places of what is computed of literals alone
         self.stacks: dict[tuple, Value] = {}
         self.at = body.start + body.run.period
 
@@ -143,7 +144,7 @@ class Loop:
                 self.values.append(None)
             elif place in body.sliced:
                 self.values.append(self._rows_inside(body.sliced[place]))
-            elif place in body.fixed and not self._is_made_inside(node):
+            elif place in body.fixed and not self._is_made_inside(node, place):
                 self.values.append(None if node.out.type.is_host else self._whole(node.out))
             else:
                 args = self._args(place, node)
@@ -151,10 +152,19 @@ class Loop:
                 found = self.inside.emit(node.op, *args, **dict(node.attrs)) if known else None
                 self.values.append(found)
 
-    def _is_made_inside(self, node: Node) -> bool:
-        """Whether a body computes what is the same in all repetitions, since it costs nothing."""
-        host = any(a.type.is_host for a in node.inputs)
-        return not host and node.op.name in ("reshape", "expand", "alias", *SOURCES)
+    def _is_made_inside(self, node: Node, place: int = -1) -> bool:
+        """Whether a body computes what is the same in all repetitions, since it costs nothing: it
+        moves nothing, or is computed of constants. `place` is that of a node of the body."""
+        if any(a.type.is_host for a in node.inputs):
+            return False
+        if place >= 0 and node.op.family in ("elementwise", "movement", "source"):
+            known = (
+                c.kind == "literal" or c.place in self.constant for c in self.body.columns[place]
+            )
+            if all(known):
+                self.constant.add(place)
+                return True
+        return node.op.name in ("reshape", "expand", "alias", *SOURCES)
 
     def _args(self, place: int, node: Node) -> list[Arg | None]:
         columns = self.body.columns[place]
