@@ -390,6 +390,23 @@ def test_kernels_keep_the_limits(target, randomness):
     assert not sum(row.facts.spills for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_kernels_in_float32_spill_nothing(target):
+    pytest.importorskip("triton")
+    q, k, v = (randn(2, 4, 128, 64).requires_grad_() for _ in range(3))
+
+    def step():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))
+
+    compiled = tracejit.compile(step)
+    compiled()
+    rows = [row for row in report(compiled, target=target).rows if row.form == "attention"]
+    assert len(rows) == 4 and not sum(row.facts.spills for row in rows)
+
+
 def test_few_scores_that_are_dropped_stay(monkeypatch):
     monkeypatch.setattr(attention, "DROPPED", B * H * T * T + 1)
     assert not primitives(graph_of(training(DROPPED["dropout"])))
