@@ -20,6 +20,7 @@ from tracejit.passes import PIPELINE, dce
 from tracejit.passes.attention import find_attention
 from tracejit.passes.fold import FOLD
 from tracejit.passes.rewrite import rewrite, table
+from tracejit.passes.roll import roll_up
 from tracejit.passes.simplify import IDENTITIES
 from tracejit.passes.vocabulary import split_rows
 from tracejit.runtime.c_compiler import find_compiler
@@ -204,6 +205,7 @@ def placed(text: str) -> Iterator[str]:
 
 # Each takes a section's first text and gives the others in their order.
 EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
+    "roll_up": on_graph(lambda graph: roll_up(graph, few=1, many=1)),
     "fold": rewritten(FOLD),
     "simplify": rewritten(IDENTITIES),
     "cse": rewritten({}),

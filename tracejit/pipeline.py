@@ -17,6 +17,7 @@ import torch
 
 from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
+from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
@@ -103,10 +104,11 @@ class Pipeline:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
         with telling(self.name):
-            stage("passes")
-            final = self._optimized(graph)
-            stage("schedule")
-            plan = self._plan(final, executor)
+            with uncollected():  # graphs have no cycles, and many nodes
+                stage("passes")
+                final = self._optimized(graph)
+                stage("schedule")
+                plan = self._plan(final, executor)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             program = Program(plan, executor, memory, require_graph=self.options.require_graph)

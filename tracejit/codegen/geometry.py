@@ -15,6 +15,7 @@ from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.kernels.tiles import attention_tiles, tiles
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     FloorDiv,
     Index,
@@ -219,12 +220,21 @@ def _is_wide(s: Load, bound: Mapping) -> bool:
     )
 
 
+def _keys_twice(attend: Attend) -> bool:
+    """Whether the values are the keys: a gradient of scores that are dropped."""
+    _, k, v, *_ = attend.sides
+    read = [{s.buffer for s in side.body if isinstance(s, Load)} for side in (k, v)]
+    return read[0] == read[1]
+
+
 def _attention(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     a = attention_of(kernel)
     attend = a.attend
     m, n, c, d = (_numel([axis], bound) for axis in attend.axes)
     chosen = dict(attention_tiles(m, n, c, d, a.dtype.name, precision, attend.is_forward))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    if attend.is_forward and precision == "ieee" and a.dtype.name == "f32" and _keys_twice(attend):
+        options["num_stages"] = 1  # there is little to load ahead, and with two stages it spills
     blocks, names = 0, {op.name for op, _ in attend.results}
     if attend.is_forward or "attention_dq" in names:
         blocks += cdiv(m, chosen["BLOCK_M"])
