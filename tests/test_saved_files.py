@@ -113,7 +113,7 @@ def test_versions(files, tmp_path):
     entries = entries_of(content)
     said = json.loads(entries["manifest.json"])
     for version, why in (
-        ([1, 1], "version 1.1 of the format, and this tracejit reads up to 1.0"),
+        ([1, 2], "version 1.2 of the format, and this tracejit reads up to 1.1"),
         ([2, 0], "version 2.0"),
         ([0, 9], "no version 0.9"),
         ([1], "a list of 2"),

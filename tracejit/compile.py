@@ -10,6 +10,7 @@ runs the plan and commits the effects.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -114,6 +115,22 @@ def compile(
 FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
 
 
+class BoundStep(functools.partial):
+    """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and
+    `eject` keep what it does for this object."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.func, name)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """As `CompiledStep.save`, of the plans for this object."""
+        self.func.save(path, of=self.args[0])
+
+    def eject(self, path: str | os.PathLike) -> None:
+        """As `CompiledStep.eject`, of the plan for this object that ran last."""
+        self.func.eject(path, of=self.args[0])
+
+
 class CompiledStep(Inspected):
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
@@ -192,7 +209,7 @@ class CompiledStep(Inspected):
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
             return self
-        return functools.partial(self, instance)
+        return BoundStep(self, instance)
 
     # ---- calls
 

@@ -60,6 +60,9 @@ class Ejected:
             where = c.cuts[c.early[0]].where
             remedy = "Return the value, and decide outside"
             raise self.refused(f"it computes with a value that Python reads at {where}", remedy)
+        if c.effects.callbacks:
+            remedy = "Step it outside, and give calls its rate: lr=…"
+            raise self.refused("it steps a learning-rate scheduler", remedy)
         if c.checks is not None:
             reason = "it looks at values that it computes, which eager refuses out of range"
             raise self.refused(reason, "Check them before the step")

@@ -16,7 +16,7 @@ from typing import Protocol
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import condition
-from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.signature import Fielded, Keyed, Listed
 from tracejit.capture.trace.tensor import extent
 from tracejit.errors import CannotEject, TracejitError
 from tracejit.export.eject_commit import Commit, plain_text
@@ -200,6 +200,9 @@ class CallText:
                 for key, item in items:
                     of = quoted(key) if isinstance(key, str) else repr(key)
                     yield from self._tree(item, f"{text}[{of}]")
+            case Fielded(_, items, listed):
+                for i, (name, item) in enumerate(items):
+                    yield from self._tree(item, f"{text}[{i}]" if listed else f"{text}.{name}")
 
     def _tensors(self) -> Iterator[str]:
         """A local for each outside tensor."""
@@ -331,6 +334,11 @@ class CallText:
                 return f"({inner},)" if items else "()"
             case Keyed(items):
                 return "{" + ", ".join(f"{k!r}: {self._made_up(v)}" for k, v in items) + "}"
+            case Fielded(_, items, True):
+                return self._made_up(Listed(tuple, tuple(item for _, item in items)))
+            case Fielded(_, items, False):
+                inner = ", ".join(f"{name}={self._made_up(item)}" for name, item in items)
+                return f"SimpleNamespace({inner})"
         raise AssertionError(tree)
 
 

@@ -31,6 +31,7 @@ from tracejit.saved.devices import devices_of_state, moved
 from tracejit.saved.loaded_plan import LoadedPlan, State
 from tracejit.saved.manifest import entries_of, step_of
 from tracejit.saved.record import SavedGenerator, SavedStep
+from tracejit.saved.schedules import Schedules
 from tracejit.saved.tensors import copy_once
 
 _LONGEST = 400  # of what an error quotes from a file
@@ -204,6 +205,7 @@ class LoadedStep:
         named = self._named()
         gradients = {name: f"{name}.grad" for name in named if f"{name}.grad" in named}
         kept = {"tensors": named, "gradients": gradients, "numbers": dict(self.numbers)}
+        kept["schedules"] = self._state.schedules.now()
         generators = [
             SavedGenerator(old.device, None if old.state is None else g.get_state())
             for old, g in zip(self._saved.generators, self._state.generators, strict=True)
@@ -237,7 +239,8 @@ def _state_of(step: SavedStep) -> State:
         else:
             generators.append(torch.Generator(saved.device))
             generators[-1].set_state(saved.state)
-    return State(tensors, dict(step.numbers), generators)
+    numbers = dict(step.numbers)
+    return State(tensors, numbers, generators, Schedules(step.schedules, numbers))
 
 
 def _like(gradient: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -26,6 +26,7 @@ from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import Item, number_text, read_json
 from tracejit.saved.plans import plan_entries, read_plan
 from tracejit.saved.record import VERSION, SavedGenerator, SavedStep
+from tracejit.saved.schedules import SavedSchedules, read_schedules, schedules_json
 from tracejit.saved.soundness import check_step
 from tracejit.saved.tensors import can_lie, laid_out, pack, unpack
 
@@ -65,6 +66,7 @@ def entries_of(step: SavedStep, made_by: str) -> dict[str, bytes]:
             for name, t in step.tensors.items()
         },
         "generators": generators,
+        **({"schedules": schedules_json(step.schedules)} if step.schedules.schedulers else {}),
         "plans": plans,
         "entries": {name: _digest(content) for name, content in entries.items()},
     }
@@ -95,6 +97,7 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
     said = item.table(
         *("format", "version", "made_by", "name", "options", "numbers", "state"),
         *("generators", "plans", "entries"),
+        more=("schedules",),
     )
     _check_entries(said["entries"], entries)
     state = unpack(entries[STATE])
@@ -103,6 +106,10 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
         raise Damaged(f"{STATE} has other tensors than the manifest")
     tensors = {name: _laid_out(state[name], entry) for name, entry in listed.items()}
     options = said["options"].table("fuse", "remat", "precision")
+    numbers = {name: x.number() for name, x in said["numbers"].items().items()}
+    schedules = SavedSchedules()
+    if "schedules" in said:
+        schedules = read_schedules(said["schedules"], numbers)
     step = SavedStep(
         name=said["name"].text(),
         options={
@@ -110,7 +117,8 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
             "remat": options["remat"].text("auto", "none"),
             "precision": options["precision"].text("highest", "high", "medium"),
         },
-        numbers={name: x.number() for name, x in said["numbers"].items().items()},
+        numbers=numbers,
+        schedules=schedules,
         tensors=tensors,
         gradients={
             name: entry["grad"].text(*tensors)
