@@ -122,9 +122,9 @@ class BoundStep(functools.partial):
     def __getattr__(self, name: str) -> object:
         return getattr(self.func, name)
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
         """As `CompiledStep.save`, of the plans for this object."""
-        self.func.save(path, of=self.args[0])
+        self.func.save(path, objects=objects, of=self.args[0])
 
     def eject(self, path: str | os.PathLike) -> None:
         """As `CompiledStep.eject`, of the plan for this object that ran last."""

@@ -48,13 +48,15 @@ class Inspected:
     _prover: Prover
     _remarks: Remarks
 
-    def save(self, path: str | os.PathLike, *, of: object = None) -> None:
+    def save(self, path: str | os.PathLike, *, objects: bool = False, of: object = None) -> None:
         """Put the step into a file, from which `tracejit.load(path)` runs it without its code.
 
         The file has every plan that a call would replay now (one for each set of shapes), the
         parameters, buffers, gradients and optimizer state as they are, and the numbers that the
         step reads: learning rates, counters. See docs/saving.md.
 
+        objects: whether to put compiled kernels into it too, for this kind of machine. A load uses
+            them if the file is signed by the key in the user's cache directory, as it is now.
         of: the object whose method the step is, where there are several; `trainer.step.save(path)`
             gives it.
 
@@ -64,7 +66,8 @@ class Inspected:
         from tracejit.saved.loaded import save
 
         with self._lock:
-            save(path, self._saved(self._replays_of(of)))
+            saved = self._saved(self._replays_of(of))
+            save(path, saved, objects=objects, backend=self.options.backend)
 
     def eject(self, path: str | os.PathLike, *, of: object = None) -> None:
         """Write the plan that ran last as one Python file that needs torch, and a C compiler on the

@@ -280,6 +280,11 @@ class LoadedPlan:
             self._elements = Elements(at, host_memory.cell_type(reals[first]))
         self._at = addresses
 
+    def prepared(self, like: list[torch.Tensor]) -> list[Stage]:
+        """Compile it for inputs like some tensors; the stages compile themselves when asked."""
+        self._build(like)
+        return [*self._stages.values()]
+
     def _stepping(self) -> Stepping:
         """The calls of schedulers."""
         plan = self.plan
