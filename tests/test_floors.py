@@ -119,6 +119,7 @@ SAME_FLOOR = {
     ("inspection", "saved"),
     ("inspection", "export"),
     ("export", "options"),
+    ("export", "parts"),
     ("export", "pipeline"),
     ("tracejit", "export"),
     ("export", "captured"),
