@@ -68,6 +68,7 @@ def compile(
     randomness: str = "eager",
     remat: str = "auto",
     target: str | None = None,
+    device: str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -101,9 +102,11 @@ def compile(
               a large vocabulary keep no scores either way.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
+    device:   "cuda" or "cuda:1", for a step over numpy arrays: each call copies them there, and
+              back what it has written to. Tensors say themselves where they are.
     """
     options = Options(
-        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat
+        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat, device
     )
     of = CompiledStep.of
     if target is not None:
