@@ -129,6 +129,34 @@ def test_a_call_that_fails_leaves_the_schedule(reload):
         assert all(torch.equal(t, state[n]) for n, t in loaded.state_dict().items())
 
 
+def test_decisions_by_a_rate_that_a_schedule_has_set(reload):
+    """Where they come out otherwise, another plan is taken, and the schedule has not been stepped
+    twice."""
+    step, batch, own, _ = scheduled("exponential")
+    seen = {"small": 0}
+
+    def deciding(x, y):
+        loss, rate = step(x, y)
+        if own.param_groups[0]["lr"] < 0.025:
+            seen["small"] += 1
+            return loss, rate, "small"
+        return loss, rate, "large"
+
+    fast = tracejit.compile(deciding, backend="numpy")
+    for _ in range(12):
+        fast(*batch)
+    own.param_groups[0]["lr"] = 0.05
+    for _ in range(4):
+        fast(*batch)
+    loaded, said = reload(fast), set()
+    for k in range(6):
+        ours, theirs = loaded(*batch), deciding(*batch)
+        assert ours[:2] == pytest.approx(theirs[:2], rel=1e-12), k
+        assert ours[2] == theirs[2]
+        said.add(ours[2])
+    assert said == {"small", "large"} and loaded.numbers["seen['small']"] == seen["small"]
+
+
 class Mine(rates.ExponentialLR):
     """A schedule of the user's."""
 

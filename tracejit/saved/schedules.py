@@ -402,6 +402,15 @@ class Stepping:
         self._places = [[at for at, _ in places] for places in operands]
         self._left = left
 
+    def remember(self) -> Callable[[], None]:
+        """What `put_back` takes."""
+        return self._schedules.remembered()
+
+    @staticmethod
+    def put_back(remembered: Callable[[], None]) -> None:
+        """The calls have not been made."""
+        remembered()
+
     def __call__(self, n: int, scalars: list, *numbers: float) -> bool:
         """Make the n-th call, with these numbers among its arguments; fill in what it leaves."""
         callback = self._callbacks[n]
