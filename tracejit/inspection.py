@@ -21,6 +21,7 @@ from tracejit.programs import Compiled, Programs
 from tracejit.remarks import Remarks
 from tracejit.run import Replay, Run
 from tracejit.runtime.program import Program
+from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 if TYPE_CHECKING:
@@ -120,6 +121,14 @@ class Inspected:
     def plans(self) -> list[Plan]:
         """Every plan, the one that ran last at the end."""
         return [c.program.plan for c in self._programs.kept]
+
+    @property
+    def plan_on_gpu(self) -> Plan | None:
+        """The plan that ran last, as a GPU would get it."""
+        if not self._programs.kept:
+            return None
+        program, fuse = self._programs.kept[-1].program, self.options.fuse
+        return schedule(program.graph, fuse=fuse, again=self.options.remat == "auto", gpu=True)
 
     @property
     def segments(self) -> list[Plan]:

@@ -56,6 +56,8 @@ class TritonExecutor:
     device that is not here.
     """
 
+    gpu = True
+
     def __init__(
         self,
         backend: str,

@@ -319,6 +319,7 @@ def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
 
 _SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
 REFUSED = (
+    (torch, "save", "It would write tensors that are not computed yet; call it outside"),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
     (
