@@ -121,6 +121,7 @@ SAME_FLOOR = {
     ("inspection", "saved"),
     ("inspection", "export"),
     ("export", "options"),
+    ("export", "parts"),
     ("export", "pipeline"),
     ("tracejit", "export"),
     ("export", "captured"),

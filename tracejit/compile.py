@@ -10,6 +10,7 @@ runs the plan and commits the effects.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -67,6 +68,7 @@ def compile(
     randomness: str = "eager",
     remat: str = "auto",
     target: str | None = None,
+    device: str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -100,9 +102,11 @@ def compile(
               a large vocabulary keep no scores either way.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
+    device:   "cuda" or "cuda:1", for a step over numpy arrays: each call copies them there, and
+              back what it has written to. Tensors say themselves where they are.
     """
     options = Options(
-        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat
+        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat, device
     )
     of = CompiledStep.of
     if target is not None:
@@ -112,6 +116,22 @@ def compile(
 
 # asked before the first trace of a step whether they make it one of another kind (`numpy_front/`)
 FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
+
+
+class BoundStep(functools.partial):
+    """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and
+    `eject` keep what it does for this object."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.func, name)
+
+    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
+        """As `CompiledStep.save`, of the plans for this object."""
+        self.func.save(path, objects=objects, of=self.args[0])
+
+    def eject(self, path: str | os.PathLike) -> None:
+        """As `CompiledStep.eject`, of the plan for this object that ran last."""
+        self.func.eject(path, of=self.args[0])
 
 
 class CompiledStep(Inspected):
@@ -192,7 +212,7 @@ class CompiledStep(Inspected):
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
             return self
-        return functools.partial(self, instance)
+        return BoundStep(self, instance)
 
     # ---- calls
 
