@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
     ExponentialLR,
     LinearLR,
+    LRScheduler,
     ReduceLROnPlateau,
     SequentialLR,
     StepLR,
@@ -52,9 +53,10 @@ class World:
 
     def told(self) -> Numbers:
         """All that Python holds of it."""
-        known = {
-            key: x for key, x in vars(self.scheduler).items() if type(x) in (int, float, list, str)
-        }
+        told = vars(self.scheduler) | {"_schedulers": 0}
+        for inner in getattr(self.scheduler, "_schedulers", ()):
+            told["_schedulers"] += 10 * told["_schedulers"] + inner.last_epoch
+        known = {key: x for key, x in told.items() if type(x) in (int, float, list, str)}
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return [known, rates, self.calls, self.stopped]
 
@@ -401,15 +403,76 @@ def test_a_call_that_fails_leaves_plain_rates():
     assert before == [0.1, 0.02]
 
 
-def test_a_decision_by_the_rate_is_rerun():
-    """What Python decides by what a scheduler has just computed is right, and not replayed."""
+def scheduled(make_scheduler: Callable) -> Callable[[], World]:
+    """Makes the training with a scheduler of another kind."""
+
+    def make() -> World:
+        w = World()
+        w.scheduler = make_scheduler(w.optimizer)
+        return w
+
+    return make
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_decision_by_the_rate_is_taken_by_replays(when):
+    """The optimizer steps before it or after it. A replay steps the scheduler, and back where the
+    rate leads elsewhere."""
 
     def step(w: World, level: torch.Tensor) -> object:
-        loss = w.train(level)
+        loss = w.loss(level)
+        loss.backward()
+        if when == "before":
+            w.optimizer.step()
         w.scheduler.step(loss.item())
         if w.optimizer.param_groups[0]["lr"] < 0.03:
             w.stopped = True
-        return loss
+            loss = loss * 2
+        if w.scheduler.get_last_lr()[1] < 0.004:
+            w.calls += 1
+        if when == "after":
+            w.optimizer.step()
+        return loss.detach()
 
     compiled = lockstep(step)
-    assert "decides by a value that a scheduler has just computed" in compiled.explain_mode()
+    assert compiled.stats.replays and compiled.stats.branches
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        lambda o: StepLR(o, 3, 0.2),
+        lambda o: CosineAnnealingLR(o, 7),
+        lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, 3), ExponentialLR(o, 0.7)], [3]),
+    ],
+)
+def test_a_decision_by_the_rate_of_a_schedule(make_scheduler):
+    """Early stopping, and freezing, by the rate that has just been set."""
+
+    def step(w: World, level: torch.Tensor) -> object:
+        loss = w.train(level)
+        w.scheduler.step()
+        rate = w.scheduler.get_last_lr()[0]
+        if rate < 0.05:
+            w.stopped = True
+            loss = loss + w.model.weight.detach().sum()
+        return loss, rate
+
+    compiled = lockstep(step, scheduled(make_scheduler))
+    assert compiled.stats.replays and compiled.stats.branches
+
+
+def test_a_decision_by_the_rate_of_ones_own_scheduler_is_rerun():
+    class Halving(LRScheduler):
+        def get_lr(self):
+            return [group["lr"] / 2 for group in self.optimizer.param_groups]
+
+    def step(w: World, level: torch.Tensor) -> object:
+        loss = w.train(level)
+        w.scheduler.step()
+        if w.optimizer.param_groups[0]["lr"] < 0.01:
+            w.stopped = True
+        return loss
+
+    compiled = lockstep(step, scheduled(Halving))
+    assert "a scheduler of your own has just computed" in compiled.explain_mode()

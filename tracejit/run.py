@@ -223,6 +223,7 @@ class _Writer:
             self._draw()
             self._checks(range(1))
             before += [*self._callbacks(1), *self._callbacks(2)]
+            self._decide_by_callbacks()
             self._checks(range(1, 3))
         else:
             self._checks(range(1))
@@ -307,7 +308,7 @@ class _Writer:
         operands = self.captured.operands if self.armed is not None else ()
         if operands:
             self.names["again"] = again = self.armed.callbacks
-        if when == 1 and operands and again.may_fail:
+        if when == 1 and operands and (again.may_fail or self.captured.decides_by_callbacks):
             lines.append("remembered = again.remember()")
         for n, of in enumerate(cuts_of_callbacks(self.behind, operands)):
             if when == (3 if not of.isdisjoint(self.captured.late) else 1 + bool(of)):
@@ -344,6 +345,8 @@ class _Writer:
     def _stages(self) -> None:
         """The results of the stages, which a rerun has at hand; a replay runs them, and takes the
         decisions on their values."""
+        if self.parts is None:  # all decisions are on what callbacks leave
+            return None
         if self.armed is None:
             parts = range(len(self.parts.stages))
             return self.before.extend(f"part{n} = call.parts[{n}]" for n in parts)
@@ -387,12 +390,24 @@ class _Writer:
 
     def _decide(self, cut: int) -> None:
         """Take the decisions that wait for no cut but this one and earlier ones."""
+        later = self.captured.decides_by_callbacks
         for p in self.captured.predicates:
             of = among(self.behind, (p.left, p.right))
-            if of and max(of) == cut:
+            if of and max(of) == cut and p not in later:
                 sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
                 self.before += self._code()
                 self.before += self.draws.otherwise(f"not ({condition(p, *sides)})")
+
+    def _decide_by_callbacks(self) -> None:
+        """Take the decisions on what callbacks have left, which are taken back otherwise."""
+        for p in self.captured.decides_by_callbacks:
+            sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
+            self.before += [
+                *self._code(),
+                f"if not ({condition(p, *sides)}):",
+                "    again.put_back(remembered)",
+                *self._leave(),
+            ]
 
     def _draw(self, count: int | None = None) -> None:
         """Make the draws up to a number of them, or all, that a replay has not made yet."""

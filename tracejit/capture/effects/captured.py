@@ -9,7 +9,7 @@ import torch
 
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Effects
-from tracejit.capture.effects.late import among, cuts_behind
+from tracejit.capture.effects.late import among, behind_callbacks, cuts_behind
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.draws import Event
@@ -90,9 +90,18 @@ class Captured:
 
     @property
     def decides(self) -> tuple[Predicate, ...]:
-        """The decisions that depend on cuts."""
+        """The decisions that depend on cuts, or on what callbacks leave."""
         behind = cuts_behind(self.scalars, self.paths, self.host_nodes)
-        return tuple(p for p in self.predicates if among(behind, (p.left, p.right)))
+        on_callbacks = self.decides_by_callbacks
+        return tuple(
+            p for p in self.predicates if p in on_callbacks or among(behind, (p.left, p.right))
+        )
+
+    @property
+    def decides_by_callbacks(self) -> tuple[Predicate, ...]:
+        """The decisions that depend on what callbacks leave."""
+        behind = behind_callbacks(self.scalars, self.paths, self.host_nodes)
+        return tuple(p for p in self.predicates if not behind.isdisjoint((p.left, p.right)))
 
     @property
     def branches(self) -> bool:

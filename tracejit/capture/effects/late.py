@@ -104,6 +104,19 @@ def left_by_callbacks(
     return found
 
 
+def behind_callbacks(
+    scalars: Sequence[Value], paths: Sequence[Path], nodes: Sequence[Node]
+) -> set[object]:
+    """What callbacks leave, and all host values that depend on it."""
+    found: set[object] = {
+        value for value, path in zip(scalars, paths, strict=True) if path[0] == "after"
+    }
+    for node in nodes if found else ():
+        if node.op.family == "host" and not found.isdisjoint(node.args):
+            found.update(node.outs)
+    return found
+
+
 def _made(effects: Effects) -> list[Arg]:
     """The host results that tensors are made of or written with."""
     used = {i for _, i in (*effects.host_writes, *effects.hosts)}

@@ -7,7 +7,7 @@ import torch
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.effects.hyperparameters import Touched, of_torch_alone
-from tracejit.capture.effects.late import cuts_behind, left_by_callbacks
+from tracejit.capture.effects.late import behind_callbacks, cuts_behind, left_by_callbacks
 from tracejit.capture.trace.scalars import Path
 
 
@@ -29,17 +29,15 @@ def against(captured: Captured, call: Call) -> str:
                 )
     if any(path[0] == "stored" for path in captured.paths):
         return "a scheduler steps after it has set a hyperparameter"
-    late = {
-        value
-        for value, path in zip(captured.scalars, captured.paths, strict=True)
-        if path[0] == "after"
-    }
-    for node in captured.host_nodes:
-        if late.intersection(node.args):
-            late.update(node.outs)
-    if any(late.intersection((p.left, p.right)) for p in captured.predicates):
-        return "it decides by a value that a scheduler has just computed"
+    if captured.decides_by_callbacks:
+        for callback in call.callbacks:
+            if not callback.of_torch_alone:  # its step may not be taken back
+                return (
+                    "it decides by a value that a scheduler of your own has just computed; step "
+                    "the scheduler outside the step"
+                )
     given = captured.scalars, captured.paths, captured.host_nodes
+    late = behind_callbacks(*given)
     read = cuts_behind(*given, captured.operands)
     if not captured.branches:  # else callbacks come after all values are read
         late = {*left_by_callbacks(*given, read)}
