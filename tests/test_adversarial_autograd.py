@@ -222,7 +222,7 @@ case("refused: gradients would go to its old history", says="detach", args=carri
 # ---- hooks on saved tensors
 
 
-@case("refused: hooks see each tensor that is saved", says="save_on_cpu may stay", args=fresh)
+@case("replay", args=fresh)
 def saved_tensors_counted(w):
     w.t = t = Trainer()
     w.seen = seen = {"packed": 0, "unpacked": 0}

@@ -249,7 +249,7 @@ def forked_generators_and_profilers(w):
     return step
 
 
-@case("refused: hooks on saved tensors see what eager saves", says="saved tensors")
+@case("replay")
 def saved_tensors_packed(w):
     w.x = x = torch.ones(3, requires_grad=True)
 

@@ -723,3 +723,29 @@ def test_a_second_order_optimizer_runs_eagerly(mode):
     torch.testing.assert_close(net.weight, twin.weight)
     assert step.stats.eager == 15 and step.stats.compiles == 0
     assert "The closure is compiled by itself" in step.explain_mode()
+
+
+def test_a_call_that_saves_a_checkpoint_runs_eagerly(tmp_path):
+    """The file is not opened before it is known that the call cannot be traced."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train(x, path):
+        optimizer.zero_grad()
+        loss = model(x).pow(2).mean()
+        loss.backward()
+        optimizer.step()
+        if path is not None:
+            torch.save(model.state_dict(), path)
+        return loss.detach()
+
+    step = tracejit.compile(train, on_unsupported="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(8):
+            path = tmp_path / f"{i}.pt" if i in (0, 6) else None
+            step(torch.ones(4, 3), path)
+            if path is not None:
+                saved = torch.load(path)
+                torch.testing.assert_close(saved["weight"], model.weight.detach())
+    assert step.stats.eager == 2, step.stats

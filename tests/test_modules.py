@@ -10,7 +10,7 @@ import tracejit
 from examples import modules, recurrence
 from support.capture_checks import leaf, same
 from support.oracle import call
-from tracejit.errors import SideEffectError, UnsupportedOperation
+from tracejit.errors import SideEffectError
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 
 SMALL = {"n": 16, "d_in": 20, "h": 10, "d_out": 5}
@@ -170,17 +170,6 @@ def test_optimizer_hooks_run():
 
     step, parameters = make()
     assert_equal_to_eager(step, calls=3, state=parameters)
-
-
-def test_hooks_on_saved_tensors_are_refused():
-    w = torch.ones(3, requires_grad=True)
-
-    def step():
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-            (w * w).sum().backward()
-
-    with pytest.raises(UnsupportedOperation):
-        call(step)
 
 
 def test_hooks_on_saved_tensors_around_a_step_are_refused():

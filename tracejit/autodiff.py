@@ -22,7 +22,8 @@ Vjp = Callable[[Builder, tuple[Value | None, ...], tuple[bool, ...]], Sequence[V
 class Entry:
     """One differentiable step. `freed` once a backward without retain_graph went through it.
 
-    `saved`: what torch keeps for the formula that ours does not read (a number: no values)."""
+    `saved`: what torch keeps for the formula that ours does not read (a number: no values).
+    `held`: what hooks hold of what torch saves for it (`capture/python/saved_hooks.py`)."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
@@ -30,6 +31,7 @@ class Entry:
     name: str
     freed: bool = False
     saved: tuple[Value, ...] | None = None
+    held: object | None = None
 
 
 @dataclass(eq=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import torch
 
@@ -27,6 +26,7 @@ from tracejit.capture.proof.places import Places
 from tracejit.capture.signature import Signature
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
+from tracejit.counters import Alike, counters_of
 from tracejit.drawing import DrawLines
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg, Graph
@@ -104,7 +104,6 @@ class _Otherwise:
 
 
 OTHERWISE = _Otherwise()
-_MANY = 8  # step counters, from which on it pays to ask whether they are one number
 
 
 def generate(
@@ -131,11 +130,11 @@ def generate(
     given = captured, program, final, backwards, hooks, armed, parts, checking
     text, names = _Writer(*given).all()
     exec(compile(text, "<tracejit run>", "exec"), names)
-    if armed is not None and (counters := _counters(captured, armed.places)):
-        shorter, inner = _Writer(*given, alike=counters).all()
+    if armed is not None and (alike := counters_of(captured, armed.places)):
+        shorter, inner = _Writer(*given, alike=alike).all()
         exec(compile(shorter, "<tracejit run>", "exec"), inner)
         made = {"together": inner.pop("perform"), "apart": names.pop("perform")}
-        names = made | {"alike": _Alike(counters)}
+        names = made | {"alike": Alike(alike)}
         exec(_EITHER, names)
         text = f"{shorter}\n{text}\n{_EITHER}"
     return Run(names.pop("perform"), text, captured, parts)
@@ -147,31 +146,6 @@ def perform(reals, scalars, addresses, holders, call):
     perform = together if alike(scalars) else apart
     return perform(reals, scalars, addresses, holders, call)
 """
-
-
-def _counters(captured: Captured, places: Places) -> list[int]:
-    """The runtime scalars that are read from tensors of one dtype, where these are many: the step
-    counters of an optimizer, which are all the same as a rule."""
-    kinds: dict[object, list[int]] = {}
-    for i, path in enumerate(captured.paths):
-        if path[0] == "item" and (kind := places.kind(path[1])) is not None:
-            kinds.setdefault(kind, []).append(i)
-    found = max(kinds.values(), key=len, default=[])
-    return found if len(found) >= _MANY else []
-
-
-class _Alike:
-    """Whether some of the scalars are one number, which is not 0: there are two of these."""
-
-    def __init__(self, indices: Sequence[int]):
-        start, count = indices[0], len(indices)
-        in_a_row = [*indices] == [*range(start, start + count)]
-        self._get = itemgetter(*[slice(start, start + count)] if in_a_row else indices)
-        self._count = count
-
-    def __call__(self, scalars: list) -> bool:
-        found = self._get(scalars)
-        return found.count(found[0]) == self._count and bool(found[0])
 
 
 class _Writer:
@@ -481,9 +455,6 @@ class _Writer:
             grad_on=self.armed is not None and torch.is_grad_enabled(),
             names=self.names,
         )
-
-
-_UNDO = ("    call.undo()", "    raise")
 
 
 def _input(kind: str, index: int) -> str:

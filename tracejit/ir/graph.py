@@ -192,7 +192,8 @@ def _layout(place: Param | Result) -> str:
 class Builder:
     """Appends nodes to a graph under construction; `b.mul(x, 2.0)` emits one primitive.
 
-    `line` is stamped on each node; `on_emit`, when set, sees every node as it is appended.
+    `line` is stamped on each node; `on_emit`, when set, sees every node as it is appended, and
+    `instead`, when set, says for each operand which value is taken in its place.
     """
 
     def __init__(self, first_id: int = 0):
@@ -200,6 +201,7 @@ class Builder:
         self.nodes: list[Node] = []
         self.line = ""  # stamped on each node: the user's file:line
         self.on_emit: Callable[[Node], None] | None = None
+        self.instead: Callable[[Value], Value] | None = None
         self.next_id = first_id
 
     def value(self, type: Type) -> Value:
@@ -218,6 +220,8 @@ class Builder:
 
     def emit(self, op: Op, *args: Arg, **attrs: object) -> Value:
         """Append `op(*args, **attrs)` and return its (single) result."""
+        if self.instead is not None:
+            args = tuple([self.instead(a) if type(a) is Value else a for a in args])
         items = tuple(attrs.items())
         out = self.value(_inferred(op, args, attrs, items))
         node = Node(op, args, items, (out,), self.line)

@@ -437,7 +437,7 @@ def _escapes(t: Trace, collect: Collector, young: uncollected) -> list[TracedTen
 
     def suspects() -> list[TracedTensor]:
         contexts = t.contexts  # of custom autograd functions; they go with the trace
-        held = Counter(id(x) for context in contexts for x in context.references())
+        held = Counter(id(x) for one in (*contexts, *t.held) for x in one.references())
         for h in (*t.inputs.handles, *(p.handle for p in t.proxies)):
             for grad in (h.grad, h.grad_at_start):
                 if grad is not None:

@@ -69,8 +69,8 @@ def nodes(
     """Nodes for the `roots` among the made tensors; `host` grows by the scalars they read."""
     found = Nodes([], {}, {}, [])
     values: dict[int, Value] = {}
-    for context in t.contexts:
-        context.over = True
+    for one in (*t.contexts, *t.held):
+        one.over = True
     with torch.enable_grad():
         for i in _one_per_storage(t, handles, roots, found):
             if t.retained:

@@ -73,6 +73,11 @@ def _gradients(
     if arrivals:
         values = [value for value, _ in roots]
         asked = hooks.running(t, values, wanted, accumulates=complete is None)
+    if create_graph and t.saving and t.saving[-1] is not None:
+        raise t.unsupported(
+            "Hooks on saved tensors are active, and would see what eager saves for second "
+            "derivatives; call it outside of the hooks"
+        )
     first = len(t.b.nodes)
     with t.taped(create_graph), t.formulas() as enter, asked:
         found = reverse(

@@ -16,6 +16,7 @@ from torch.autograd.function import Function, FunctionCtx, _SingleLevelFunction
 from torch.nn.modules._functions import BackwardHookFunction
 
 from tracejit.autodiff import Entry
+from tracejit.capture.functions.hooks import packed_by, unpacked_by
 from tracejit.capture.trace.table import COMPARED
 from tracejit.capture.trace.tensor import (
     Family,
@@ -56,6 +57,9 @@ class Context(FunctionCtx):
         self._name = name
         self._entry: Entry | None = None
         self._saved: tuple[tuple[Tensor | None, int], ...] = ()  # and the version when saved
+        # where hooks on saved tensors are active: what they have packed, and how to unpack that
+        self._packed: tuple[object, ...] = ()
+        self._unpack: Callable | None = None
         self.needs_input_grad: tuple[bool, ...] = ()
         self.materialize_grads = True
         self.inputs: tuple[Value, ...] | None = None  # None: nothing is differentiated
@@ -85,6 +89,10 @@ class Context(FunctionCtx):
         t = self._trace
         if self._entry is not None and self._entry.freed:
             raise t.autograd_error(_FREED)
+        if self._unpack is not None:
+            return tuple(
+                None if x is None else unpacked_by(t, self._unpack, x[0]) for x in self._packed
+            )
         for tensor, count in self._saved:
             if tensor is None:
                 continue
@@ -104,6 +112,7 @@ class Context(FunctionCtx):
         """What this context alone holds, each as often as it does."""
         yield from vars(self).values()
         yield from (tensor for tensor, _ in self._saved)
+        yield from (x[0] for x in self._packed if x is not None)
         for name in ("to_save", "dirty_tensors", "non_differentiable", "saved_for_forward"):
             yield from getattr(self, name, None) or ()
 
@@ -115,10 +124,14 @@ class Context(FunctionCtx):
                     "save_for_backward can only save variables, but argument "
                     f"{i} is of type {type(x).__name__}"
                 )
-        self._saved = tuple(
-            (x, 0 if x is None else self._trace.lift(x).version.count)
-            for x in getattr(self, "to_save", None) or ()
-        )
+        saved = getattr(self, "to_save", None) or ()
+        t = self._trace
+        if t.saving and t.saving[-1] is not None:
+            pack, self._unpack = t.saving[-1].pack, t.saving[-1].unpack
+            self._packed = tuple(None if x is None else (packed_by(t, pack, x),) for x in saved)
+            self.to_save = ()
+        else:
+            self._saved = tuple((x, 0 if x is None else t.lift(x).version.count) for x in saved)
 
 
 def call(t: Trace, cls: type[Function], args: tuple, reads: tuple | None) -> object:

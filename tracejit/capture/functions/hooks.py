@@ -205,6 +205,38 @@ def accumulated(t: Trace, leaf: Handle) -> None:
                 raise t.autograd_error("Tensor post accumulate grad hooks should return None.")
 
 
+def packed_by(t: Trace, pack: Callable, x: Tensor) -> object:
+    """What a hook on saved tensors makes of one."""
+    storage = t.lift(x).storage
+    before = storage.writes
+    with t.user_code(grad=False):
+        t.begin(pack, (x,))
+        packed = pack(x)
+        t.begin(pack, (x,))
+    if storage.writes != before:
+        raise RuntimeError(
+            "A saved tensor pack hook is modifying its input in place. Tensors provided as input "
+            "to pack hook can not be modified by in-place operations as this can lead to "
+            "unexpected side-effects. Please open an issue if you need to perform in-place "
+            "operations on the input to a pack hook."
+        )
+    return packed
+
+
+def unpacked_by(t: Trace, unpack: Callable, packed: object) -> Tensor:
+    """What a hook on saved tensors gives back."""
+    with t.user_code(grad=t.grad_on):
+        t.begin(unpack, ())
+        got = unpack(packed)
+        t.begin(unpack, ())
+    if not isinstance(got, Tensor):
+        raise TypeError(
+            "Output of saved tensor unpack_hook expected to be a Tensor but got result of type "
+            f"{type(got)}"
+        )
+    return got
+
+
 def _run(t: Trace, hooks: Dict, gradient: Value) -> Value:
     for hook in (*hooks.values(),):
         with t.user_code(grad=t.grad_on):

@@ -28,6 +28,7 @@ from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import checkpoints, mathematics, transforms, vmaps
 from tracejit.capture.python.plain_code import reads_of
+from tracejit.capture.python.saved_hooks import Hooks as SavedHooks
 from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
@@ -257,16 +258,19 @@ def _push_saved(original: Callable) -> Callable:
             return original(pack, unpack)
         if not _saves(pack):
             t.begin(torch.autograd.graph.saved_tensors_hooks, ())
-            raise t.unsupported(
-                "A compiled step decides itself what it keeps for its backward, and would ignore "
-                "hooks on saved tensors; leave them out (save_on_cpu may stay)"
-            )
+        t.saving.append(None if _saves(pack) else SavedHooks(pack, unpack))
 
     return push
 
 
 def _pop_saved(original: Callable) -> Callable:
-    return lambda: original() if current() is None else None
+    def pop() -> None:
+        t = current()
+        if t is None:
+            return original()
+        t.saving.pop()
+
+    return pop
 
 
 def _anomaly(original: Callable) -> Callable:
@@ -332,6 +336,7 @@ def _deciding(original: Callable) -> Callable:
 
 _SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
 REFUSED = (
+    (torch, "save", "It would write tensors that are not computed yet; call it outside"),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
     (

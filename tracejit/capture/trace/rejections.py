@@ -79,20 +79,22 @@ def check_saved(t: TraceState, node: Node) -> None:
     for value in node.inputs:
         if value.id >= formula.start or value in formula.cotangents or value.type.is_host:
             continue  # a host value is no saved tensor: `Trace.saves` speaks for it
-        _check_freed(t, formula.entry)
-        _check_unwritten(t, formula.entry, value)
+        check_freed(t, formula.entry)
+        if formula.entry.held is None:  # hooks may hold what is written to
+            _check_unwritten(t, formula.entry, value)
         t.saved[value] = None
 
 
 def check_held(t: TraceState, entry: Entry) -> None:
     """Raise as eager does where a formula would not get what torch saved for it."""
-    _check_freed(t, entry)
+    check_freed(t, entry)
     for value in entry.saved:
         _check_unwritten(t, entry, value)
         t.saved[value] = None
 
 
-def _check_freed(t: TraceState, entry: Entry) -> None:
+def check_freed(t: TraceState, entry: Entry) -> None:
+    """Raise where a second backward comes to an entry that the first has freed."""
     if entry.freed:
         raise t.autograd_error(
             "Trying to backward through the graph a second time (or directly access saved tensors "

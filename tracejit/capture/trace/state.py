@@ -17,6 +17,7 @@ from tracejit.autodiff import Entry, Tape, Vjp
 from tracejit.capture.trace import location
 from tracejit.capture.trace.draws import Draws
 from tracejit.capture.trace.journal import Journal
+from tracejit.capture.trace.keys import Keys
 from tracejit.capture.trace.scalars import Scalars, plain
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import Family, Handle, Storage, TracedTensor, Version
@@ -153,6 +154,10 @@ class TraceState:
         self.hooks_of_leaf: dict[Handle, tuple[dict[int, Callable], dict[int, Callable]]] = {}
         self.registered: list[RemovableHandle] = []  # on tensors from outside
         self.backward: Backward | None = None  # in progress
+        # hooks on saved tensors: those of each `with`, innermost last (None: they change nothing),
+        # and what they hold; see python/saved_hooks.py
+        self.saving: list[object | None] = []
+        self.held: list[object] = []
         # where a value was read: the version counter, its count, the storage, its writes
         self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
         self.saved: dict[Value, None] = {}  # forward values that formulas have read
@@ -163,6 +168,7 @@ class TraceState:
         self.group_of: dict[Value, int] = {}  # in which of them a value was made
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
+        self.keys = Keys(self.producers)
         self.hosted: dict[Value, float | None] = {}
         self.asked: set[Storage] = set()  # whose number Python asked for
         # values that Python read, see cuts.py
@@ -364,6 +370,7 @@ class TraceState:
         for context in self.applied:
             vars(context).clear()
         self.applied.clear()
+        self.held.clear()
 
     def release(self) -> None:
         """Let go of outside tensors."""

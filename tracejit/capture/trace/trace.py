@@ -18,7 +18,13 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.inputs import lift_input
 from tracejit.capture.trace.integers import settled
-from tracejit.capture.trace.rejections import check_held, check_read, check_saved, check_write
+from tracejit.capture.trace.rejections import (
+    check_freed,
+    check_held,
+    check_read,
+    check_saved,
+    check_write,
+)
 from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.state import Formula, TraceState
 from tracejit.capture.trace.table import COMPARED, RULES, function_name
@@ -62,7 +68,11 @@ class Trace(TraceState):
                 args, kwargs = casted(self, func, args, kwargs)
             into = kwargs.pop("out") if kwargs.get("out") is not None else None
             told = None if self.on_call is None else self.on_call(func, args, kwargs)
-            result = rule.run(self, *args, **kwargs)
+            hooks = self.saving[-1] if self.saving and self.grad_on else None
+            if hooks is None:
+                result = rule.run(self, *args, **kwargs)
+            else:
+                result = hooks.around(self, func, args, kwargs)
             result = result if into is None else self._into(into, result)
             if told is not None:
                 told(result)
@@ -110,10 +120,10 @@ class Trace(TraceState):
     @contextmanager
     def user_code(self, *, grad: bool) -> Iterator[None]:
         """Run user code from inside a rule: intercepted, in this grad mode, no formula checked."""
-        before = self.formula, self.taping, self.call, self.outer, self.b.line
+        before = self.formula, self.taping, self.call, self.outer, self.b.line, self.b.instead
         enabled, phase = torch.is_grad_enabled(), self.lines.phase
         self.lines.phase = phase if self.formula is None else "backward"
-        self.formula, self.taping, self.outer = None, True, self.call
+        self.formula, self.taping, self.outer, self.b.instead = None, True, self.call, None
         torch._C._set_grad_enabled(grad)
         TorchFunctionMode.__enter__(self.mode)
         try:
@@ -121,7 +131,8 @@ class Trace(TraceState):
                 yield
         finally:
             TorchFunctionMode.__exit__(self.mode, None, None, None)
-            self.formula, self.taping, self.call, self.outer, self.b.line = before
+            self.formula, self.taping, self.call, self.outer = before[:4]
+            self.b.line, self.b.instead = before[4:]
             self.lines.phase = phase
             torch._C._set_grad_enabled(enabled)
 
@@ -145,21 +156,39 @@ class Trace(TraceState):
         its entry and the cotangents that have arrived there."""
 
         at = self.b.line
+        opened: list[object] = []  # what hooks hold of saved tensors
 
         def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
+            held, self.b.instead = entry.held, None
+            if held is not None:
+                check_freed(self, entry)
+                if held not in opened:
+                    opened.append(held)
+                    with self.unchecked():
+                        held.open()
+                self.b.instead = self._instead
             start = self.formula.start if self.formula else self.b.next_id
             self.formula = Formula(start, entry, cotangents)
             self.groups += 1
             made = self.producers.get(entry.outputs[0])
             self.b.line = self.lines.backward(at, "" if made is None else made.where)
-            if entry.saved is not None:
+            if entry.saved is not None and held is None:
                 check_held(self, entry)
 
         try:
             yield enter
+            for held in opened:
+                held.close()
         finally:
-            self.formula = None
+            self.formula = self.b.instead = None
             self.b.line = self.lines.backward(at, "")  # gradients are added up
+
+    def _instead(self, value: Value) -> Value:
+        """What the formula in progress reads in the place of a value that hooks hold."""
+        formula = self.formula
+        if formula is None or value in formula.cotangents:
+            return value
+        return formula.entry.held.read(value, is_new=value.id >= formula.start)
 
     @contextmanager
     def unchecked(self) -> Iterator[None]:
