@@ -29,6 +29,7 @@ from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.parts import deal_scattered
 from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
 from tracejit.schedule.cpu.planes import copy_planes
@@ -228,6 +229,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "write_out_taps": on_kernel(write_out_taps),
     "choose_loops": on_kernel(choose_loops),
     "deal_sorted": on_kernel(deal_sorted),
+    "deal_scattered": on_kernel(deal_scattered),
     "cache_rows": on_kernel(cache_rows),
     "tile": tiled,
     "cut_attention": attention,

@@ -39,6 +39,7 @@ from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
+from tracejit.closures import Closures
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import Inspected
 from tracejit.options import Options
@@ -198,6 +199,7 @@ class CompiledStep(Inspected):
             self._resting: Tracer | None = None  # of the latest trace, to be used again
             self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
+            self._closures = Closures(self._function, lambda f: CompiledStep(f, options))
             self._fallback = (
                 Fallback(
                     self._function,
@@ -282,8 +284,9 @@ class CompiledStep(Inspected):
         return bind(trace, self._function, args, kwargs, self._prover.integers)
 
     def _plain(self, *args: object, **kwargs: object) -> object:
-        """Run the step itself, in eager."""
-        return self._function(*args, **kwargs)
+        """Run the step itself, in eager, but for the closures that an optimizer asks many times."""
+        with self._closures:
+            return self._function(*args, **kwargs)
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
@@ -344,6 +347,7 @@ class CompiledStep(Inspected):
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)
+        trace.falls_back = attempt is not None
         if attempt is not None:
             suspect = attempt.begin(trace, following=trail.following)
         bound = self._bind(trace, args, kwargs)

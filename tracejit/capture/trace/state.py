@@ -186,6 +186,7 @@ class TraceState:
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
         self.fast_random = False  # see functions/counted.py
+        self.falls_back = False  # what is refused runs eagerly
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""
