@@ -225,6 +225,12 @@ CASES: dict[str, Case] = {
         optimizer="Adam",
         sizes={"kind": "GRU", "both": True},
     ),
+    "lstm_cells_256": Case(
+        language_steps.cells,
+        {"steps": 12, "batch": 3, "features": 5, "hidden": 4},
+        (*linear(8, 64, 256, 256, first=True), *linear(8, 64, 256, 256)),
+        optimizer="Adam",
+    ),
     "gpt": Case(
         language_steps.gpt, _TOKENS, transformer(4, 64, 128, 4, 4, 512, 32), optimizer="Adam"
     ),

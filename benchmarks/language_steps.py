@@ -87,3 +87,34 @@ def bert(
 
     step = trained(loss_of, model, adamw(model, lr=1e-5, **options))
     return step, _compared(model)
+
+
+class Cells(nn.Module):
+    """LSTM cells in a loop over time that Python runs."""
+
+    def __init__(self, features: int, hidden: int):
+        super().__init__()
+        self.cell, self.out = nn.LSTMCell(features, hidden), nn.Linear(hidden, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state, outputs = None, []
+        for t in range(x.shape[1]):
+            state = self.cell(x[:, t], state)
+            outputs.append(state[0])
+        return self.out(torch.stack(outputs, 1))
+
+
+def cells(
+    steps: int = 256,
+    batch: int = 8,
+    features: int = 64,
+    hidden: int = 64,
+    device: str = "cpu",
+    **options: bool,
+) -> Made:
+    """A recurrent network whose loop over time is written out."""
+    torch.manual_seed(0)
+    model = Cells(features, hidden).to(device)
+    x, y = (torch.randn(batch, steps, n).to(device) for n in (features, 1))
+    optimizer = adamw(model, lr=1e-5, **options)
+    return trained(lambda: F.mse_loss(model(x), y), model, optimizer), [*model.parameters()]

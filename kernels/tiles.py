@@ -15,21 +15,26 @@ def tiles(
     dtype: str,
     precision: str = "ieee",
     epilogue_weight: int = 0,
-    windows: bool = False,
+    windows: str = "",
+    batch: int = 1,
 ) -> dict[str, int]:
     """Keyword arguments of a matmul launch: tile sizes, GROUP_M, num_warps, num_stages.
 
     `dtype` is the operands' (IR names: f32, f64, bf16, f16, i32, …), `precision` the
     input_precision of fp32 operands, `epilogue_weight` the number of [M, N] tensors that the
     epilogue reads (each costs registers), `windows` whether an operand is read at quotients and
-    remainders of its axes, as a convolution's is: its addresses take registers too. The largest
-    tile that still gives FEW_TILES programs wins; else the smallest.
+    remainders of its axes, as a convolution's is, so that its addresses take registers too: "last"
+    where what a tile reads lies side by side, "apart" where it does not, "" for other products. The
+    largest tile that still gives FEW_TILES programs wins; else the smallest. Of windows `batch`
+    products count.
     """
     family = _family(dtype, precision)
     candidates = _CANDIDATES.get(family, _SUM)
-    candidates = _OF_WINDOWS.get(family, candidates) if windows else candidates
+    of_windows = _OF_WINDOWS.get(windows, {})
+    candidates = of_windows.get(family, candidates)
+    count = batch if windows else 1
     allowed = [c for c in candidates if epilogue_weight <= c[5]] or candidates[-1:]
-    fitting = [c for c in allowed if -(-M // c[0]) * -(-N // c[1]) >= FEW_TILES]
+    fitting = [c for c in allowed if count * -(-M // c[0]) * -(-N // c[1]) >= FEW_TILES]
     block_m, block_n, block_k, warps, stages, _ = fitting[0] if fitting else allowed[-1]
     return {
         "BLOCK_M": block_m,
@@ -92,15 +97,35 @@ _CANDIDATES = {
 }
 # The same where an operand is read through windows.
 _OF_WINDOWS = {
-    "half": (
-        (128, 128, 32, 8, 3, 1),
-        (64, 64, 32, 4, 4, 8),
-        (32, 32, 64, 4, 4, 8),
-    ),
-    "ieee": (
-        (64, 64, 16, 8, 3, 8),
-        (32, 32, 16, 4, 3, 8),
-    ),
+    "apart": {
+        "half": (
+            (128, 128, 32, 8, 3, 1),
+            (64, 64, 32, 4, 4, 8),
+            (32, 32, 64, 4, 4, 8),
+        ),
+        "ieee": (
+            (64, 64, 16, 8, 3, 8),
+            (32, 32, 16, 4, 3, 8),
+        ),
+    },
+    "last": {
+        "half": (
+            (128, 128, 64, 8, 3, 1),
+            (64, 128, 64, 4, 4, 1),
+            (64, 64, 64, 4, 4, 8),
+            (32, 32, 64, 4, 4, 8),
+        ),
+        "tf32": (
+            (128, 128, 32, 8, 3, 1),
+            (64, 128, 32, 8, 3, 1),
+            (64, 64, 32, 4, 3, 8),
+            (32, 32, 32, 4, 3, 8),
+        ),
+        "ieee": (
+            (64, 64, 16, 8, 3, 8),
+            (32, 32, 16, 4, 3, 8),
+        ),
+    },
 }
 # Of attention, for gradients and for the forward pass, by the widest C or D:
 # (it, BLOCK_M, BLOCK_N, num_warps, num_stages).

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import tracejit
 from support.capture_checks import same
 from support.function_checks import (
     assert_close,
@@ -108,8 +109,8 @@ def says_so(function: Callable) -> bool:
     return bare_name(function) in REFUSED
 
 
-REFUSED = {"lstm", "einsum", "rrelu", "rrelu_", "_foreach_mm", "matrix_exp", "linalg_matrix_exp"}
-REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru", "einsum"}
+REFUSED = {"lstm", "rrelu", "rrelu_", "_foreach_mm", "matrix_exp", "linalg_matrix_exp"}
+REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru"}
 REFUSED_ON_GPUS |= {"binary_cross_entropy", "triplet_margin_with_distance_loss"}
 REFUSED_ON_GPUS |= {"linalg_matrix_norm", "pca_lowrank", "svd_lowrank"}  # by singular values
 # what these are composed of gives; torch's fake tensors do not run it
@@ -196,6 +197,78 @@ def test_the_lists_are_whole(device):
         if f in RULES and f not in POLICIES[device]
     ]
     assert missing == []
+
+
+EQUATIONS = {
+    "ij,jk->ik": ((4, 5), (5, 6)),
+    "ij,jk,kl->il": ((4, 5), (5, 6), (6, 3)),
+    "...ij,...jk->...ik": ((2, 4, 5), (2, 5, 6)),
+    "...d,de->...e": ((2, 3, 5), (5, 4)),
+    "b...,b...->b": ((3, 4), (3, 4)),
+    "...,...->...": ((3,), (3,)),
+    "i,i,i->i": ((3,), (3,), (3,)),
+    "ab,cd,ef->acf": ((4, 5), (5, 6), (6, 3)),
+    "bn,anm,bm->ba": ((2, 3), (4, 3, 5), (2, 5)),
+    "ij,jk->ik ": ((4, 1), (1, 6)),
+    "ijk,jl->il": ((2, 3, 4), (3, 5)),
+    "ii": ((4, 4),),
+}
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("equation", EQUATIONS)
+def test_einsum_casts_what_it_multiplies_as_matrices(equation, dtype):
+    """Pairs with a common index that is summed are; others keep the dtypes of their operands."""
+    operands = weights(*EQUATIONS[equation])
+    last = operands[-1].detach().to(dtype).requires_grad_()
+
+    def step(*operands):
+        with auto():
+            out = torch.einsum(equation, *operands)
+        return out, *torch.autograd.grad(out.float().square().sum(), operands)
+
+    compiled = tracejit.compile(step, on_unsupported="raise", backend="numpy")
+    for factor in (1, 2):
+        given = [(x.detach() * factor).requires_grad_() for x in (*operands[:-1], last)]
+        ours, right = compiled(*given), step(*given)
+        assert ours[0].stride() == right[0].stride()
+        for mine, his in zip(ours, right, strict=True):
+            assert mine.dtype == his.dtype
+            assert_close(mine, his, exact=False, what=equation, eps=2**-8, ulps=32)
+
+
+@pytest.mark.parametrize("options", [{"proj_size": 2}, {"proj_size": 2, "bias": False}, {}])
+@pytest.mark.parametrize("both", [False, True])
+def test_an_lstm_that_onednn_does_not_compute(options, both):
+    """With projections, and of a packed sequence, torch casts the products; else it is refused."""
+    torch.manual_seed(0)
+    net = torch.nn.LSTM(6, 4, bidirectional=both, **options)
+    x, lengths = torch.randn(5, 3, 6), torch.tensor([5, 3, 2])
+
+    def step(x):
+        net.zero_grad()
+        with auto():
+            if options:
+                y, states = net(x)
+            else:
+                y, states = net(torch.nn.utils.rnn.pack_padded_sequence(x, lengths))
+                y, _ = torch.nn.utils.rnn.pad_packed_sequence(y)
+        y.float().square().sum().backward()
+        return y, *states, *(p.grad for p in net.parameters())
+
+    compiled = tracejit.compile(step, on_unsupported="raise", backend="numpy")
+    for factor in (1, 2):
+        found = [tensor.clone() for tensor in compiled(x * factor)]
+        for mine, his in zip(found, step(x * factor), strict=True):
+            assert mine.dtype == his.dtype
+            torch.testing.assert_close(mine, his, rtol=0.05, atol=0.02 * float(his.abs().max()))
+
+    def whole(x):
+        with auto():
+            return torch.nn.LSTM(6, 4)(x)
+
+    with pytest.raises(UnsupportedOperation, match="oneDNN"):
+        tracejit.compile(whole, on_unsupported="raise", backend="numpy")(x)
 
 
 # ---- the cache of casts

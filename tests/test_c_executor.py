@@ -43,7 +43,7 @@ from tracejit.runtime import c_compiler, c_kernels
 from tracejit.runtime.c_executor import CExecutor, LoadedCPlan
 from tracejit.schedule import schedule
 from tracejit.schedule.cpu import tiles
-from tracejit.schedule.cpu.lower import lower_kernel
+from tracejit.schedule.cpu.lower import lower, lower_kernel
 from tracejit.schedule.cpu.tiles import orient
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.memory import Layout, Place, layout_of
@@ -365,6 +365,51 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2, 3, 3):
         for ours, right in zip(results_on(threads), first, strict=True):
             np.testing.assert_array_equal(ours, right)
+
+
+SCATTERED = """
+step(%0: {0}[{2}], %1: i64[{1}], %2: {0}[{1}]) {{
+  %3: {0}[{2}] = scatter(%0, %1, %2, axis=0, combine='{3}')
+  return %3
+}}"""
+
+
+@pytest.mark.parametrize("combine", ["add", "max", "min", "mul"])
+@pytest.mark.parametrize("dtype", ["f32", "f64", "i64", "i8"])
+@pytest.mark.parametrize(("indices", "places"), [(65536, 5), (70001, 9), (1 << 18, 30000)])
+def test_parts_of_indices_do_not_depend_on_threads(combine, dtype, indices, places):
+    """Many indices for few places are dealt to threads; the parts are combined in their order."""
+    graph = parse(SCATTERED.format(dtype, indices, places, combine))
+    (kernel,) = lower(schedule(graph), 32).kernels.values()
+    assert kernel.partials
+    rng = np.random.default_rng(0)
+    x, values = (rng.uniform(0.5, 1.5, n) for n in (places, indices))
+    if combine == "mul":
+        values = values**0.01
+    if dtype[0] == "i":
+        x, values = np.round(x * 9), np.round(values * 9)
+    kind = graph.params[0].value.type.dtype.compute
+    inputs = [x.astype(kind), rng.integers(0, places, indices), values.astype(kind)]
+    results = [
+        PlanChecks(CExecutor(n)).run(schedule(graph), graph, inputs)[0][0] for n in (1, 2, 3)
+    ]
+    right = inputs[0].astype(np.float64 if dtype[0] == "f" else kind)
+    of = {"add": np.add, "max": np.maximum, "min": np.minimum, "mul": np.multiply}[combine]
+    of.at(right, inputs[1], inputs[2])
+    np.testing.assert_allclose(results[0], right, rtol=2e-5 if dtype == "f32" else 1e-11)
+    for other in results[1:]:
+        np.testing.assert_array_equal(results[0], other)
+
+
+def test_parts_of_indices_keep_negative_zeros_and_nan():
+    """Places that no index names stay as they are; a NaN stays where it is."""
+    graph = parse(SCATTERED.format("f32", 65536, 3, "add"))
+    x = np.array([-0.0, -0.0, 1.0], np.float32)
+    index = np.full(65536, 2)
+    index[7], values = 1, np.zeros(65536, np.float32)
+    values[7], values[9] = -0.0, np.nan
+    found = PlanChecks(CExecutor(2)).run(schedule(graph), graph, [x, index, values])[0][0]
+    assert np.signbit(found[:2]).all() and np.isnan(found[2])
 
 
 def in_child(action) -> int:

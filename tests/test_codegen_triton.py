@@ -12,9 +12,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("compiles, so it needs a process without the interpreter", allow_module_level=True)
 
 import torch
-from torch import nn
 
-import tracejit
 from support.graph_texts import SIDE_BY_SIDE, convolution
 from support.machine_code import each_target, facts, mostly_90, only_launch
 from tracejit.aot import check_limits
@@ -25,8 +23,6 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.text import parse
 from tracejit.ir.types import f32, f64
 from tracejit.passes import dce
-from tracejit.report import report
-from tracejit.rows import limits
 from tracejit.runtime import triton_executor
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
@@ -233,7 +229,6 @@ def test_grid_of_a_reduction_is_bounded():
 
 
 def test_backends_that_cannot_run_say_so(monkeypatch):
-    import torch
 
     plan = schedule(parse(AXPY.format(n=5)))
     with pytest.raises(BackendUnavailable, match="TRITON_INTERPRET"):
@@ -322,38 +317,6 @@ def test_convolution_is_a_matmul_without_spills(dtype, target):
     assert (found.ffma > 50) == (dtype == "f32") and (found.mma + found.wgmma > 0) == (
         dtype == "bf16"
     )
-
-
-def images(dtype: torch.dtype, last: bool):
-    """Two convolutions with batch norm between: values, and gradients of weights and images."""
-    layers = [nn.Conv2d(64, 128, 3, 1, 1, bias=False), nn.BatchNorm2d(128), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Conv2d(128, 128, 3, 1, 1)).to(dtype)
-    x = torch.zeros(16, 64, 28, 28, dtype=dtype)
-    if last:
-        x = x.to(memory_format=torch.channels_last)
-        model = model.to(memory_format=torch.channels_last)
-
-    def step():
-        model.zero_grad()
-        loss = model(x).float().pow(2).mean()
-        loss.backward()
-        return loss.detach()
-
-    return step
-
-
-@mostly_90
-@pytest.mark.parametrize(
-    "dtype, last", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)]
-)
-def test_a_step_of_convolutions_keeps_the_limits(dtype, last, target):
-    graph = tracejit.capture(images(dtype, last)).optimized().graph
-    found = report(schedule(graph), target=target)
-    assert limits(found) == [] and all(row.facts.spills == 0 for row in found.rows)
-    if dtype is torch.bfloat16:
-        products = [row.facts for row in found.rows if row.facts.wgmma or row.facts.mma]
-        assert len(products) == 4
-        assert target < 90 or sum(facts.wgmma > 0 for facts in products) == 3
 
 
 @pytest.mark.parametrize("precision, wgmma", [("ieee", False), ("tf32", True)])

@@ -108,6 +108,9 @@ def test_steps_are_written_to_files(file, tmp_path, capsys, command, name):
     assert (tmp_path / name).stat().st_size > 1000
     if command == "save":
         assert tracejit.load(tmp_path / name)().shape == (200,)
+        assert status(command, f"{file}:make_step", "--objects", "-o", tmp_path / name) == 0
+        assert "may be used" in tracejit.load(tmp_path / name).objects
+        capsys.readouterr()
     assert status(command, f"{file}:eager", "-o", tmp_path / "other") == 2
     assert "cannot be saved" in capsys.readouterr().err and not (tmp_path / "other").exists()
     assert status(command, f"{file}:make_step", "-o", tmp_path / "none" / name) == 2

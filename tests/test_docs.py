@@ -21,6 +21,7 @@ from tracejit.passes.attention import find_attention
 from tracejit.passes.buckets import put_in_buckets
 from tracejit.passes.fold import FOLD
 from tracejit.passes.rewrite import rewrite, table
+from tracejit.passes.roll import roll_up
 from tracejit.passes.simplify import IDENTITIES
 from tracejit.passes.vocabulary import split_rows
 from tracejit.runtime.c_compiler import find_compiler
@@ -29,6 +30,7 @@ from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.parts import deal_scattered
 from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
 from tracejit.schedule.cpu.planes import copy_planes
@@ -205,6 +207,7 @@ def placed(text: str) -> Iterator[str]:
 
 # Each takes a section's first text and gives the others in their order.
 EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
+    "roll_up": on_graph(lambda graph: roll_up(graph, few=1, many=1)),
     "fold": rewritten(FOLD),
     "simplify": rewritten(IDENTITIES),
     "cse": rewritten({}),
@@ -228,6 +231,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "write_out_taps": on_kernel(write_out_taps),
     "choose_loops": on_kernel(choose_loops),
     "deal_sorted": on_kernel(deal_sorted),
+    "deal_scattered": on_kernel(deal_scattered),
     "cache_rows": on_kernel(cache_rows),
     "tile": tiled,
     "cut_attention": attention,

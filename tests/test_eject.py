@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import tracejit
 from examples import transformer_block, two_layer_autograd
@@ -97,7 +99,61 @@ def transformer() -> tuple[Callable, Calls]:
     return step, lambda n: ()
 
 
+class Batch(NamedTuple):
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+class Outcome(NamedTuple):
+    loss: float
+    best: object
+
+
+def noisy() -> tuple[Callable, Calls]:
+    """Dropout, once more as it was in a checkpoint, and noise of other kinds."""
+    model = nn.Sequential(nn.Linear(20, 32), nn.Dropout(0.2), nn.ReLU(), nn.Linear(32, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(batch, scale):
+        optimizer.zero_grad()
+        order = torch.randperm(8)
+        h = batch.x[order] + torch.randn(8, 20) * scale
+        logits = checkpoint(model, h, use_reentrant=False) + torch.empty(8, 5).uniform_(-0.1, scale)
+        loss = F.cross_entropy(logits, batch.labels[order])
+        loss.backward()
+        optimizer.step()
+        return Outcome(loss.item(), logits.max(1))
+
+    give = lambda n: (Batch(torch.randn(8, 20), torch.randint(0, 5, (8,))), 0.1 + n)  # noqa: E731
+    return step, give
+
+
+def skipping() -> tuple[Callable, Calls]:
+    """It computes with a norm that Python reads, draws after it, and skips what is not finite."""
+    w = nn.Parameter(torch.randn(6, 3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = torch.optim.Adam([w], lr=0.1)
+
+    def step(x, labels):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ w, labels + 1)
+        if not torch.isfinite(loss):
+            return None
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        norm = w.grad.norm().item()
+        noise = torch.rand(6, 3)
+        w.grad.add_(noise, alpha=0.01 / (1 + norm))
+        scaler.step(optimizer)
+        scaler.update()
+        return loss.item(), norm, scaler.get_scale()
+
+    return step, lambda n: (torch.randn(5, 6), torch.randint(0, 2, (5,)))
+
+
 PROGRAMS: Programs = {
+    "noisy": noisy,
+    "skipping": skipping,
     "classifier": classifier,
     "images": images,
     "recurrent": recurrent,
@@ -107,11 +163,13 @@ PROGRAMS: Programs = {
 }
 
 
-def ejected(name: str, folder: Path, calls: int = 4) -> tuple[Callable, Calls, Path]:
+def ejected(
+    name: str, folder: Path, calls: int = 4, **options: str
+) -> tuple[Callable, Calls, Path]:
     """A program in replay, and its file."""
     torch.manual_seed(0)
     step, arguments = PROGRAMS[name]()
-    step = tracejit.compile(step, on_unsupported="raise")
+    step = tracejit.compile(step, on_unsupported="raise", **options)
     for n in range(calls):
         step(*arguments(n))
     step.eject(folder / f"{name}_step.py")
@@ -133,9 +191,11 @@ def leaves(x: object) -> list[object]:
     return [x]
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_the_bits_are_the_step_s(name, tmp_path):
-    step, arguments, path = ejected(name, tmp_path)
+@pytest.mark.parametrize(
+    "name, options", [*((name, {}) for name in PROGRAMS), ("noisy", {"randomness": "fast"})]
+)
+def test_the_bits_are_the_step_s(name, options, tmp_path):
+    step, arguments, path = ejected(name, tmp_path, **options)
     step.save(tmp_path / "a.step")
     saved = tracejit.load(tmp_path / "a.step").state_dict()
     module = imported(path)
@@ -147,7 +207,10 @@ def test_the_bits_are_the_step_s(name, tmp_path):
     other = module.Step(state)
     for n in range(4, 10):
         args = arguments(n)
-        ours, found = leaves(step(*args)), leaves(other(*args))
+        torch.manual_seed(n)
+        ours = leaves(step(*args))
+        torch.manual_seed(n)
+        found = leaves(other(*args))
         assert len(ours) == len(found)
         for a, b in zip(ours, found, strict=True):
             same = (
@@ -161,7 +224,10 @@ def test_the_bits_are_the_step_s(name, tmp_path):
         assert torch.equal(mine, tensor), key
 
 
-@pytest.mark.parametrize("name", ["classifier", "recurrent", "two_layers", "accumulated"])
+ALONE = ["classifier", "recurrent", "two_layers", "accumulated", "noisy", "skipping"]
+
+
+@pytest.mark.parametrize("name", ALONE)
 def test_the_file_runs_alone_and_is_clean(name, tmp_path):
     _, _, path = ejected(name, tmp_path)
     hidden = "import sys; sys.modules['tracejit'] = None; sys.argv = ['x']\n"
@@ -170,10 +236,47 @@ def test_the_file_runs_alone_and_is_clean(name, tmp_path):
         [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=tmp_path
     )
     assert found.returncode == 0 and len(found.stdout.splitlines()) >= 3, found.stderr
+    numbers = [float(x) for x in re.findall(r"\d+\.\d+", found.stdout)]
+    assert any(x > 0 for x in numbers) and "nan" not in found.stdout
     clean = [sys.executable, "-m", "ruff", "check", "--isolated", str(path)]
     if importlib.util.find_spec("ruff") is not None:
         found = subprocess.run(clean, capture_output=True, text=True)
         assert found.returncode == 0, found.stdout
+
+
+def test_values_that_are_read_and_refused(tmp_path):
+    """The file goes the way that the step went; nothing is changed where it would not."""
+    step, arguments, path = ejected("skipping", tmp_path)
+    module = imported(path)
+    other = module.Step(module.made_up_state())
+    x, labels = arguments(0)
+    other(x, labels)
+    before = {key: tensor.clone() for key, tensor in other.state.items()}
+    with pytest.raises(AssertionError, match="this file is for read0"):
+        other(x * torch.nan, labels)
+    assert all(torch.equal(before[key], tensor) for key, tensor in other.state.items())
+    step, arguments, path = ejected("noisy", tmp_path)
+    module = imported(path)
+    other = module.Step(module.made_up_state())
+    before = {key: tensor.clone() for key, tensor in other.state.items()}
+    batch, scale = arguments(0)
+    with pytest.raises(IndexError, match="Target 7 is out of bounds"):
+        other(batch._replace(labels=torch.full((8,), 7)), scale)
+    assert all(torch.equal(before[key], tensor) for key, tensor in other.state.items())
+
+
+def test_it_runs_on_a_state_in_a_file(tmp_path):
+    step, arguments, path = ejected("classifier", tmp_path)
+    step.save(tmp_path / "a.step")
+    state = tracejit.load(tmp_path / "a.step").state_dict()
+    torch.save(state, tmp_path / "state.pt")
+    command = [sys.executable, str(path), str(tmp_path / "state.pt")]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    module = imported(path)
+    torch.manual_seed(0)
+    other = module.Step(torch.load(tmp_path / "state.pt"))
+    assert found.stdout.splitlines()[0] == str(other(**module.made_up()))
 
 
 def test_what_it_is_not_for_is_refused(tmp_path):
@@ -202,12 +305,23 @@ def test_what_it_is_not_for_is_refused(tmp_path):
     assert all(torch.equal(before[key], state[key]) for key in unchanged)
 
 
+OWN = torch.Generator()
+RATE = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)
+SCHEDULE = torch.optim.lr_scheduler.StepLR(RATE, 2)
+
+
 def drawn(x):
-    return F.dropout(x, 0.5)
+    return x + torch.rand(4, 4, generator=OWN)
 
 
-def decided(x):
-    return x * 2 if x.sum() > 0 else x
+def selected(x):
+    return x[x > 0].sum()
+
+
+def scheduled(x):
+    x = x * RATE.param_groups[0]["lr"]
+    SCHEDULE.step()
+    return x
 
 
 def factored(x):
@@ -217,8 +331,9 @@ def factored(x):
 @pytest.mark.parametrize(
     "step, error, said",
     [
-        (drawn, CannotEject, "draws random numbers"),
-        (decided, CannotEject, r"a value that Python reads at .*test_eject.py"),
+        (drawn, CannotEject, "a generator of yours"),
+        (selected, CannotEject, r"how many elements it finds at .*test_eject.py"),
+        (scheduled, CannotEject, "learning-rate scheduler.*lr=…"),
         (factored, CannotEject, "LAPACK"),
         (lambda x: print(x.sum()), CannotSave, "is not replayed"),
     ],
@@ -250,7 +365,7 @@ def of_any_name(self, torch, state, numbers, h0, out0, i, launch, work, check, f
     return first * xs[0] + xs[1] * more["class"] + more["a b"] + more["result0"], float
 
 
-def test_arguments_of_any_name(tmp_path):
+def test_arguments_of_any_name(tmp_path, monkeypatch):
     def arguments(n):
         torch.manual_seed(n)
         given = [torch.randn(4, 4) for _ in range(9)]
@@ -268,6 +383,7 @@ def test_arguments_of_any_name(tmp_path):
         ours, number = step(*args, **named)
         found = other(*args, _class=named["class"], a_b=named["a b"], result0=named["result0"])
         assert torch.equal(found[0], ours) and found[1] == number
+    monkeypatch.setattr(sys, "argv", ["a.py"])
     runpy.run_path(str(tmp_path / "a.py"), run_name="__main__")
 
 

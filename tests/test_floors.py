@@ -16,6 +16,7 @@ FLOORS = {
     "tracejit": 5,
     "build": 5,
     "captured": 5,
+    "closures": 5,
     "commands": 5,
     "compile": 5,
     "counters": 5,
@@ -65,6 +66,7 @@ SAME_FLOOR = {
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
     ("compile", "tracejit"),  # the version
     ("compile", "build"),
+    ("compile", "closures"),
     ("compile", "fallback"),
     ("compile", "programs"),
     ("compile", "remarks"),
@@ -121,6 +123,7 @@ SAME_FLOOR = {
     ("inspection", "saved"),
     ("inspection", "export"),
     ("export", "options"),
+    ("export", "parts"),
     ("export", "pipeline"),
     ("tracejit", "export"),
     ("export", "captured"),

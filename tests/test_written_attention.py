@@ -291,8 +291,29 @@ DROPPED: dict[str, Form] = {
         F.dropout((scores(q, k) + torch.zeros(T, T).masked_fill(~SOME, -math.inf)).softmax(-1), 0.3)
         @ v
     ),
+    "a bias of heads": lambda q, k, v: F.dropout((scores(q, k) + OF_HEADS).softmax(-1), 0.3) @ v,
+    "a mask of numbers": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, lowest(PADDED), dropout_p=0.3
+    ),
+    "numbers that leave nothing of a sequence": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, lowest(EMPTY), dropout_p=0.3
+    ),
+    "such numbers, written out": lambda q, k, v: (
+        F.dropout((scores(q, k) + lowest(EMPTY)).softmax(-1), RATES.of) @ v
+    ),
+    "such numbers for some keys": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.where(SOME, 0.3, -1e9) + lowest(PADDED)).softmax(-1), 0.3)
+        @ v
+    ),
+    "numbers, and a query of no keys": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k, v, torch.where(SOME, OF_HEADS, -math.inf), dropout_p=0.3
+    ),
+    "numbers, and a query of no keys, written out": lambda q, k, v: (
+        F.dropout((scores(q, k) + torch.where(SOME, OF_HEADS, -math.inf)).softmax(-1), 0.3) @ v
+    ),
     "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
 }
+OF_NUMBERS = [name for name in DROPPED if "number" in name or "bias" in name]
 ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}
 
 
@@ -311,7 +332,9 @@ def test_dropout(name):
     assert {*primitives(graph_of(step))} == ATTENDED
     arena = [b for b in compiled.plans[-1].buffers if b.kind == "arena"]
     large = [b.type.dtype.name for b in arena if b.type.numel >= B * H * T * T]
-    assert set(large) <= {"b1"}
+    assert set(large) <= {"b1", "f32"}
+    # an operand is computed where it is read from one tensor; numbers and what is dropped are two
+    assert large.count("f32") == (name in OF_NUMBERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
@@ -365,6 +388,23 @@ def test_kernels_keep_the_limits(target, randomness):
     tensor = {80: "mma", 90: "wgmma", 100: "wgmma"}[target]
     assert len(rows) == 4 and all(getattr(row.facts, tensor) for row in rows)
     assert not sum(row.facts.spills for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_kernels_in_float32_spill_nothing(target):
+    pytest.importorskip("triton")
+    q, k, v = (randn(2, 4, 128, 64).requires_grad_() for _ in range(3))
+
+    def step():
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))
+
+    compiled = tracejit.compile(step)
+    compiled()
+    rows = [row for row in report(compiled, target=target).rows if row.form == "attention"]
+    assert len(rows) == 4 and not sum(row.facts.spills for row in rows)
 
 
 def test_few_scores_that_are_dropped_stay(monkeypatch):

@@ -66,8 +66,9 @@ def add_to(
 
     def write(method: str) -> Callable[[argparse.Namespace], int]:
         def run(options: argparse.Namespace) -> int:
+            more = {"objects": True} if getattr(options, "objects", False) else {}
             with contextlib.redirect_stdout(sys.stderr):
-                getattr(called(options), method)(options.output)
+                getattr(called(options), method)(options.output, **more)
             print(f"written to {options.output}: {options.output.stat().st_size} bytes")
             return 0
 
@@ -98,6 +99,9 @@ def add_to(
             **{"type": Path, "default": Path(default), "metavar": "PATH"},
             help=f"the file; default {default}",
         )
+        if name == "save":
+            text = "put compiled kernels into the file too, signed for this user (docs/saving.md)"
+            added.add_argument("--objects", action="store_true", help=text)
     cache = commands.add_parser(
         "cache",
         help="list the disk cache, or prune it",

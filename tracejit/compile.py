@@ -10,6 +10,7 @@ runs the plan and commits the effects.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import threading
 import time
@@ -38,6 +39,7 @@ from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
+from tracejit.closures import Closures
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import Inspected
 from tracejit.options import Options
@@ -68,6 +70,7 @@ def compile(
     randomness: str = "eager",
     remat: str = "auto",
     target: str | None = None,
+    device: str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -101,9 +104,11 @@ def compile(
               a large vocabulary keep no scores either way.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
+    device:   "cuda" or "cuda:1", for a step over numpy arrays: each call copies them there, and
+              back what it has written to. Tensors say themselves where they are.
     """
     options = Options(
-        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat
+        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat, device
     )
     of = CompiledStep.of
     if target is not None:
@@ -113,6 +118,22 @@ def compile(
 
 # asked before the first trace of a step whether they make it one of another kind (`numpy_front/`)
 FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
+
+
+class BoundStep(functools.partial):
+    """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and
+    `eject` keep what it does for this object."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.func, name)
+
+    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
+        """As `CompiledStep.save`, of the plans for this object."""
+        self.func.save(path, objects=objects, of=self.args[0])
+
+    def eject(self, path: str | os.PathLike) -> None:
+        """As `CompiledStep.eject`, of the plan for this object that ran last."""
+        self.func.eject(path, of=self.args[0])
 
 
 class CompiledStep(Inspected):
@@ -179,6 +200,7 @@ class CompiledStep(Inspected):
             self._resting: Tracer | None = None  # of the latest trace, to be used again
             self._prover = Prover(self._function, options.mode, MAX_PROGRAMS)
             self._remarks = Remarks(self.__name__, self.stats)
+            self._closures = Closures(self._function, lambda f: CompiledStep(f, options))
             self._fallback = (
                 Fallback(
                     self._function,
@@ -193,7 +215,7 @@ class CompiledStep(Inspected):
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
             return self
-        return functools.partial(self, instance)
+        return BoundStep(self, instance)
 
     # ---- calls
 
@@ -283,8 +305,9 @@ class CompiledStep(Inspected):
         return bind(trace, self._function, args, kwargs, self._prover.integers)
 
     def _plain(self, *args: object, **kwargs: object) -> object:
-        """Run the step itself, in eager."""
-        return self._function(*args, **kwargs)
+        """Run the step itself, in eager, but for the closures that an optimizer asks many times."""
+        with self._closures:
+            return self._function(*args, **kwargs)
 
     def _only_reruns(self) -> bool:
         """Whether calls are rerun for good, and could as well run eagerly."""
@@ -345,6 +368,7 @@ class CompiledStep(Inspected):
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)
+        trace.falls_back = attempt is not None
         if attempt is not None:
             suspect = attempt.begin(trace, following=trail.following)
         bound = self._bind(trace, args, kwargs)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING
 
 import torch
 
 from tracejit.capture.effects.eager import EagerCost
+from tracejit.capture.signature import Thing
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
@@ -19,6 +21,7 @@ from tracejit.programs import Compiled, Programs
 from tracejit.remarks import Remarks
 from tracejit.run import Replay, Run
 from tracejit.runtime.program import Program
+from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 if TYPE_CHECKING:
@@ -46,12 +49,17 @@ class Inspected:
     _prover: Prover
     _remarks: Remarks
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, *, objects: bool = False, of: object = None) -> None:
         """Put the step into a file, from which `tracejit.load(path)` runs it without its code.
 
         The file has every plan that a call would replay now (one for each set of shapes), the
         parameters, buffers, gradients and optimizer state as they are, and the numbers that the
         step reads: learning rates, counters. See docs/saving.md.
+
+        objects: whether to put compiled kernels into it too, for this kind of machine. A load uses
+            them if the file is signed by the key in the user's cache directory, as it is now.
+        of: the object whose method the step is, where there are several; `trainer.step.save(path)`
+            gives it.
 
         Raises CannotSave for what a file cannot keep, such as a step that is not replayed: its
         Python decides what it does; and OSError where the file cannot be written.
@@ -59,9 +67,10 @@ class Inspected:
         from tracejit.saved.loaded import save
 
         with self._lock:
-            save(path, self._saved(self._replays))
+            saved = self._saved(self._replays_of(of))
+            save(path, saved, objects=objects, backend=self.options.backend)
 
-    def eject(self, path: str | os.PathLike) -> None:
+    def eject(self, path: str | os.PathLike, *, of: object = None) -> None:
         """Write the plan that ran last as one Python file that needs torch, and a C compiler on the
         CPU, Triton on a GPU: its kernels, the order of their launches, and what a call checks and
         changes. See docs/ejecting.md.
@@ -72,7 +81,19 @@ class Inspected:
         from tracejit.export.eject import eject
 
         with self._lock:
-            eject(self._saved(self._replays[:1]), path, self.options.backend)
+            eject(self._saved(self._replays_of(of)[:1]), path, self.options.backend)
+
+    def _replays_of(self, instance: object) -> list[Replay]:
+        """The replays as they would be made of calls for an object; as they are for None."""
+        if instance is None:
+            return self._replays
+        return [
+            replace(
+                r, signature=replace(r.signature, args=(Thing(instance), *r.signature.args[1:]))
+            )
+            for r in self._replays
+            if r.signature.args and isinstance(r.signature.args[0], Thing)
+        ]
 
     def _saved(self, replays: list[Replay]) -> SavedStep:
         """What a file keeps of the step."""
@@ -100,6 +121,14 @@ class Inspected:
     def plans(self) -> list[Plan]:
         """Every plan, the one that ran last at the end."""
         return [c.program.plan for c in self._programs.kept]
+
+    @property
+    def plan_on_gpu(self) -> Plan | None:
+        """The plan that ran last, as a GPU would get it."""
+        if not self._programs.kept:
+            return None
+        program, fuse = self._programs.kept[-1].program, self.options.fuse
+        return schedule(program.graph, fuse=fuse, again=self.options.remat == "auto", gpu=True)
 
     @property
     def segments(self) -> list[Plan]:

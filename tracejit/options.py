@@ -29,6 +29,7 @@ class Options:
     require_graph: bool = False
     randomness: str = "eager"
     remat: str = "auto"
+    device: str | None = None  # of the tensors that stand for numpy arrays
 
     def __post_init__(self) -> None:
         if self.on_unsupported is None:

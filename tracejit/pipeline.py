@@ -17,6 +17,7 @@ import torch
 
 from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
+from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
@@ -104,10 +105,11 @@ class Pipeline:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
         with telling(self.name):
-            stage("passes")
-            final = self._optimized(graph)
-            stage("schedule")
-            plan = self._plan(final)
+            with uncollected():  # graphs have no cycles, and many nodes
+                stage("passes")
+                final = self._optimized(graph)
+                stage("schedule")
+                plan = self._plan(final, executor)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             agreement = None
@@ -145,15 +147,15 @@ class Pipeline:
             print(final)
         return final
 
-    def _plan(self, graph: Graph) -> Plan:
-        """The schedule of a graph, from the disk cache when it is there."""
+    def _plan(self, graph: Graph, executor: Executor) -> Plan:
+        """The schedule of a graph for an executor, from the disk cache when it is there."""
         from tracejit.schedule.plan_text import parse_plan
 
         started = time.perf_counter()
         cache = DiskCache()
         made_by = digest_of("ir", "passes", "schedule")
-        fuse, again = self.options.fuse, self.options.remat == "auto"
-        key = f"{made_by} fuse={fuse} again={again}\n{graph}"
+        fuse, again, gpu = self.options.fuse, self.options.remat == "auto", executor.gpu
+        key = f"{made_by} fuse={fuse} again={again} gpu={gpu}\n{graph}"
         text = cache.get("plan", key)
         plan = None
         if text is not None:
@@ -163,7 +165,7 @@ class Pipeline:
             except TracejitError:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
-            plan = schedule(graph, fuse=fuse, again=again)
+            plan = schedule(graph, fuse=fuse, again=again, gpu=gpu)
             cache.put("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan

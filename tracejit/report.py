@@ -116,9 +116,11 @@ def columns_of(target: int) -> Columns:
 
 
 class HasPlans(Protocol):
-    """A compiled step: its plans, the one that ran last at the end, and the names of its inputs."""
+    """A compiled step: its plans, the one that ran last at the end, and the names of its inputs.
+    `plan_on_gpu`: that one as it would be scheduled for a GPU."""
 
     plans: Sequence[Plan]
+    plan_on_gpu: Plan | None
     input_names: Sequence[str]
 
 
@@ -187,7 +189,8 @@ def _last_plan(step: HasPlans) -> Plan:
         raise TypeError(f"report takes a compiled step or a Plan, not {type(step).__name__}")
     if not step.plans:
         raise ValueError(f"{step.__name__} has no plan yet: call it before asking for a report")
-    return step.plans[-1]
+    plan = step.plans[-1]
+    return plan if plan.device != "cpu" else step.plan_on_gpu or plan
 
 
 def _triton_version() -> str:

@@ -21,7 +21,7 @@ from tracejit.errors import TracejitError
 from tracejit.ir.graph import Graph, Node, Result, Value, Write
 from tracejit.ir.ops import OPS, Op
 from tracejit.ir.text import parse
-from tracejit.saved import archive, manifest
+from tracejit.saved import archive, manifest, objects
 
 Entries = dict[str, bytes]
 _NUMBER = re.compile(rb"\d+")
@@ -43,7 +43,8 @@ def file_of(entries: Entries, folder: Path, *, digests: bool = True) -> bytes:
         try:
             said = json.loads(entries[manifest.MANIFEST])
             others = {name: x for name, x in entries.items() if name != manifest.MANIFEST}
-            said["entries"] = {name: manifest._digest(x) for name, x in others.items()}
+            listed = {name: x for name, x in others.items() if name != objects.SIGNATURE}
+            said["entries"] = {name: manifest._digest(x) for name, x in listed.items()}
             entries = {manifest.MANIFEST: json.dumps(said).encode(), **others}
         except (ValueError, TypeError, KeyError):
             pass

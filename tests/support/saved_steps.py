@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -213,10 +214,73 @@ def images() -> Saved:
     return Saved(step, lambda i: (*batches(i), labels), lambda: _named(model=model))
 
 
+class Pair(NamedTuple):
+    """A batch."""
+
+    x: torch.Tensor
+    labels: torch.Tensor
+
+
+class Result(NamedTuple):
+    """What a step returns."""
+
+    loss: float
+    rate: float
+
+
+def scheduled() -> Saved:
+    """Its rate and momentum are those of a schedule, which it steps; a batch is a tuple with names,
+    and so is what it returns."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 10)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    warm = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=6)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=60)
+    schedule = torch.optim.lr_scheduler.ChainedScheduler([warm, cycle])
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", 0.9, patience=1)
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch.x), batch.labels)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        plateau.step(loss.item())
+        return Result(loss.item(), optimizer.param_groups[0]["lr"])
+
+    batches = batches_of((8, 20))
+    labels = torch.arange(8) % 10
+    given = lambda i: (Pair(batches(i)[0], labels),)  # noqa: E731
+    return Saved(step, given, lambda: _named(model=model))
+
+
+def selecting() -> Saved:
+    """It leaves out what a mask does not select: as many elements as there are in the batch; and
+    counts labels."""
+    torch.manual_seed(0)
+    model = nn.Linear(20, 10).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(x, labels):
+        keep = labels != 9
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x)[keep], labels[keep])
+        loss.backward()
+        optimizer.step()
+        kinds, counts = torch.unique(labels[keep], return_counts=True)
+        return loss.detach(), kinds.sum() + counts.max(), torch.bincount(labels).sum()
+
+    batches = batches_of((8, 20))
+    labels = [torch.arange(8) + k for k in range(3)]  # 8, 8 and 7 elements
+    given = lambda i: (*batches(i), labels[i % 3])  # noqa: E731
+    return Saved(step, given, lambda: _named(model=model), kinds=3)
+
+
 STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, two_layers, classifier, custom_function, dynamic, deciding, gpt, images),
+        *(scheduled, selecting),
     )
 }
 
@@ -241,4 +305,4 @@ def rich() -> Saved:
     return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
 
 
-FILES = (by_hand, two_layers, deciding, rich)
+FILES = (by_hand, two_layers, deciding, rich, scheduled, selecting)

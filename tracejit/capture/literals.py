@@ -35,16 +35,22 @@ class Literals:
 
     def __init__(self) -> None:
         self._families: OrderedDict[tuple, _Family] = OrderedDict()
+        self._first: Graph | None = None  # a step's first graph, as long as it is the only one
 
     def generalize(self, captured: Captured) -> tuple[Captured, list[float]] | None:
         """Called for a graph without a plan: the same step with the literals that vary as runtime
         scalars, and the values of these in this call; None if they are to stay literals."""
         if captured.effects.outside or captured.checks:  # their graphs repeat the literals
             return None
+        if not self._families:  # most steps have one graph, of which nothing need be known
+            if self._first is None:
+                self._first = captured.graph
+                return None
+            self._noted(self._first, _float_literals(self._first))
+            self._first = None
         literals = _float_literals(captured.graph)
-        family = self._family(captured.graph, literals)
+        family = self._noted(captured.graph, literals)
         family.varying |= {p for p, x in literals.items() if family.first[p] != repr(x)}
-        family.count += 1
         if family.count <= _ENOUGH or not family.varying:
             return None
         chosen = [p for p in literals if p in family.varying]
@@ -62,7 +68,7 @@ class Literals:
         )
         return general, [literals[p] for p in chosen]
 
-    def _family(self, graph: Graph, literals: dict[Place, float]) -> _Family:
+    def _noted(self, graph: Graph, literals: dict[Place, float]) -> _Family:
         blank = graph_key(_replaced(graph, dict.fromkeys(literals, 0.0)))
         family = self._families.setdefault(
             blank, _Family({p: repr(x) for p, x in literals.items()})
@@ -70,6 +76,7 @@ class Literals:
         self._families.move_to_end(blank)
         if len(self._families) > _REMEMBERED:
             self._families.popitem(last=False)
+        family.count += 1
         return family
 
 

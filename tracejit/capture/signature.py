@@ -88,11 +88,21 @@ class Keyed:
     items: tuple[tuple[object, object], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Fielded:
+    """A tuple with names, or an object that is no more than its attributes, as a batch is: what
+    each of them is."""
+
+    kind: type | str  # the class; in a file its name
+    items: tuple[tuple[str, object], ...]
+    listed: bool  # a tuple
+
+
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
 _OWNERS = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType, FunctionType, str)
 PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict)
-Tree = TensorLike | Thing | Left | Listed | Keyed | bool | int | float | str | None
+Tree = TensorLike | Thing | Left | Listed | Keyed | Fielded | bool | int | float | str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,8 +155,8 @@ def signature_of(
 
     def tree(x: object) -> Tree:
         if isinstance(x, CONTAINERS):
-            known_kind = type(x) in CONTAINERS and len(x) <= _MANY
-            if not known_kind or any(x is other for other in around):
+            known_kind = type(x) in CONTAINERS or is_named_tuple(type(x))
+            if not known_kind or len(x) > _MANY or any(x is other for other in around):
                 return Left(f"{type(x).__name__} of {len(x)} items")
         around.append(x)
         try:
@@ -161,13 +171,22 @@ def signature_of(
             if id(x) not in known:
                 known[id(x)] = TensorLike.of(x)
             return known[id(x)]
+        if isinstance(x, tuple) and type(x) is not tuple:
+            names = type(x)._fields
+            fields = tuple((name, tree(item)) for name, item in zip(names, x, strict=True))
+            return Fielded(type(x), fields, listed=True)
         if isinstance(x, (list, tuple)):
             return Listed(type(x), tuple(map(tree, x)))
         if isinstance(x, dict):
             return Keyed(tuple((key, tree(item)) for key, item in x.items()))
         if type(x) in PLAIN:
             return x
-        return Left(f"{type(x).__name__} with tensors in it") if holds_tensors(x) else Thing(x)
+        if not holds_tensors(x):
+            return Thing(x)
+        if not _is_its_attributes(x) or any(x is other for other in around[:-1]):
+            return Left(f"{type(x).__name__} with tensors in it")
+        fields = tuple((name, tree(item)) for name, item in vars(x).items())
+        return Fielded(type(x), fields, listed=False)
 
     given = (*map(Thing, args[:bound]), *map(tree, args[bound:]))
     named = {name: tree(x) for name, x in kwargs.items()}
@@ -177,6 +196,27 @@ def signature_of(
         if id(x) not in known and x.is_leaf
     ]
     return Signature(given, named, tuple(gradients))
+
+
+def is_named_tuple(kind: type) -> bool:
+    """Whether a class is one that `collections.namedtuple` or `typing.NamedTuple` makes."""
+    names = kind.__dict__.get("_fields")
+    return (
+        kind.__bases__ == (tuple,)
+        and type(names) is tuple
+        and all(type(name) is str for name in names)
+        and hasattr(kind, "_make")
+    )
+
+
+def _is_its_attributes(x: object) -> bool:
+    """Whether an object of the user's has all that it has in its `__dict__`, so that another one
+    with the same attributes is like it."""
+    kind = type(x)
+    if isinstance(x, _OWNERS) or kind.__new__ is not object.__new__ or not kind.__dictoffset__:
+        return False
+    slots = any(k.__dict__.get("__slots__") for k in kind.__mro__)
+    return not slots and type(vars(x)) is dict and len(vars(x)) <= _MANY
 
 
 def holds_tensors(x: object) -> bool:
@@ -222,6 +262,13 @@ def standing(signature: Signature) -> Standing:
                 return kind(map(build, items))
             case Keyed(items):
                 return {key: build(item) for key, item in items}
+            case Fielded(kind, items, listed):
+                fields = {name: build(item) for name, item in items}
+                if listed:
+                    return kind._make(fields.values())
+                like = object.__new__(kind)
+                vars(like).update(fields)
+                return like
         return x
 
     made.args = tuple(map(build, signature.args))
@@ -235,7 +282,7 @@ def leaves(tree: Tree) -> Iterator[Tree]:
         case Listed(_, items):
             for item in items:
                 yield from leaves(item)
-        case Keyed(items):
+        case Keyed(items) | Fielded(_, items, _):
             for _, item in items:
                 yield from leaves(item)
         case _:

@@ -56,6 +56,9 @@ static inline void tj_launch(const struct tj_run *run, void (*task)(void *, int6
 static inline int64_t tj_least(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
+
+/* Asks for memory that is written to soon; any address will do. */
+#define tj_fetch(base, bytes) __builtin_prefetch((void *)((uintptr_t)(base) + (bytes)), 1)
 """
 
 

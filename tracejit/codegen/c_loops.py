@@ -7,18 +7,29 @@ that results do not depend on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
-from tracejit.codegen.c_text import C, block, memory_type, product, value_type
+from tracejit.codegen.c_text import C, block, loaded, memory_type, product, value_type
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import extents_of, has_value, stride, variables
 from tracejit.schedule.cpu.loops import Loop, dealt, split
 from tracejit.schedule.cpu.plan import Nest
-from tracejit.schedule.kernel import Axis, Compute, Kernel, Load, Reduce, Stage, Statement, Store
+from tracejit.schedule.kernel import (
+    Axis,
+    Compute,
+    Kernel,
+    Load,
+    Reduce,
+    Stage,
+    Statement,
+    Store,
+    Var,
+)
 
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
+AHEAD = 16  # steps before a value says where to store, its place is asked for
 
 
 @dataclass
@@ -157,7 +168,7 @@ def vector_loop(
     head = f"for (int64_t {vector.name} = {first}; {vector.name} < {last}; {vector.name}++)"
     # a reduction follows what it reduces: stores stand after all values
     running = running_load(statements)
-    inner = []
+    inner = fetched(body, statements, vector)
     for s in (s for s in statements if not isinstance(s, Store)):
         if s is running:
             before.append(_carried(body, s, vector, first))
@@ -186,6 +197,26 @@ def vector_loop(
             if running is not None and s.buffer == running.buffer:
                 inner.append(Line(f"carry = {body.operand(s.value, running.out.dtype)};"))
     return [*before, *pragma, *block(head, inner), *after]
+
+
+def fetched(body: Body, statements: Sequence[Statement], vector: Axis) -> list[Line]:
+    """Lines that ask for the memory of coming steps' stores, where loaded values say their places,
+    so that these steps need not wait for it."""
+    lines = []
+    loads = {s.out.id: s for s in statements if isinstance(s, Load) and not s.mask}
+    for s in (s for s in statements if isinstance(s, Store) and s.buffer not in body.local):
+        values = [(loads.get(a.id), step) for a, step in s.index.terms if isinstance(a, Var)]
+        if len(values) != 1 or values[0][0] is None:
+            continue
+        ((load, step),) = values
+        if stride(load.index, vector.name) == 0 or stride(s.index, vector.name) != 0:
+            continue
+        later = {vector.name: f"tj_least({vector.name} + {AHEAD}, {vector.extent - 1})"}
+        rest = replace(s.index, terms=tuple(t for t in s.index.terms if not isinstance(t[0], Var)))
+        value = loaded(f"{load.buffer}[{body.index(load.index, later)}]", body.buffers[load.buffer])
+        place = f"(uint64_t)({value}) * {step} + {body.index(rest, later)}"
+        lines.append(Line(f"tj_fetch({s.buffer}, ({place}) * {body.buffers[s.buffer].itemsize});"))
+    return lines
 
 
 def running_load(statements: Sequence[Statement]) -> Load | None:

@@ -57,7 +57,8 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     if way == "winograd":
         fields.append(Line(f"{c.type} *packed;"))
         tasks, micros = winograd_tasks(c, folds, _epilogue(c, folds))
-        parts = [Part(task, []) for task in (pack_task(c), *tasks)]
+        packs = [pack_task(c)] if c.a_units + c.b_units else []
+        parts = [Part(task, []) for task in (*packs, *tasks)]
         parts[-1].after += after
         return parts, fields, micros
     micros, tile_lines = tile(c)

@@ -61,9 +61,14 @@ class OverOuter:
         self.kernel, self.outer = kernel.kernel, kernel.outer
         self.body = Body(self.kernel, extents_of(self.kernel), frozenset(kernel.rows))
 
+    @property
+    def _reduces_columns(self) -> bool:
+        """Whether the last stage begins column sums."""
+        return self.lowered.columns is not None and not self.kernel.stages[-1].in_order
+
     def task(self) -> Task:
         """The task over all outer points."""
-        if self.lowered.columns is not None:
+        if self._reduces_columns:
             return self._with_columns()
         axes, size = self.kernel.axes, self.outer.block
         if not self.outer.vector:
@@ -112,7 +117,7 @@ class OverOuter:
         """The stages for one outer point, without the one that begins column sums; and the arrays
         of cached rows."""
         stages = list(zip(self.kernel.stages, self.lowered.inner, strict=True))
-        if self.lowered.columns is not None:
+        if self._reduces_columns:
             stages.pop()
         sizes = {b: self._size(b) for b in self.lowered.rows}
         lines = [

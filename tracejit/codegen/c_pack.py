@@ -210,26 +210,25 @@ def _packed_part(c: Contraction, k_parts: int) -> list[Line]:
     ]
 
 
-def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
-    """The rows `low` … `high` of the strip of B of a number, counted from the first packed."""
+def pack_b(c: Contraction, number: str, low: str, high: str, to: str = "") -> list[Line]:
+    """The rows `low` … `high` of the strip of B of a number, counted from the first packed: in its
+    place among the packed operands, or from `to` on."""
     k, n, width = c.k.name, c.n.name, c.strip
+    of_strip = to or f"packed + {c.a_elements}{c.slot} + {number} * {width * c.k.extent}"
+    first = low if to else "0"  # the row that lies there
     apart = c.apart((c.n, c.k), c.dot.b)
     if apart is not None:
         across = run_score(apart.axes[0], apart.statements) >= run_score(
             apart.axes[1], apart.statements
         )
-        to = f"packed + {c.a_elements}{c.slot} + {number} * {width * c.k.extent}"
         return [
-            Line(f"{c.type} *const to = {to} + ({low}) * {width};"),
+            Line(f"{c.type} *const to = {of_strip} + ({low} - {first}) * {width};"),
             Line(f"const int64_t start = ({number} + {c.tiling.packed_from}) * {width};"),
             Line(f"const int64_t count = tj_least({width}, {c.n.extent} - start);"),
             *(_along_n if across else _along_k)(c, apart, low, high),
         ]
     lines = [
-        Line(
-            f"{c.type} *const strip = packed + {c.a_elements}{c.slot}"
-            f" + {number} * {width * c.k.extent};"
-        ),
+        Line(f"{c.type} *const strip = {of_strip};"),
         Line(f"const int64_t start = ({number} + {c.tiling.packed_from}) * {width};"),
         Line(f"const int64_t columns = tj_least({width}, {c.n.extent} - start);"),
     ]
@@ -238,11 +237,14 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
     inner = [*c.body.lines(c.dot.b)]
     if contiguity(c.n, c.dot.b) >= contiguity(c.k, c.dot.b):
         inner = [Line(f"const int64_t {n} = start + j;"), *inner]
-        inner.append(Line(f"strip[{k} * {width} + j] = {value};"))
+        inner.append(Line(f"strip[({k} - {first}) * {width} + j] = {value};"))
         loop = [
             Line("#pragma omp simd"),
             *block("for (int64_t j = 0; j < columns; j++)", inner),
-            Line(f"for (int64_t j = columns; j < {width}; j++) strip[{k} * {width} + j] = 0;"),
+            Line(
+                f"for (int64_t j = columns; j < {width}; j++)"
+                f" strip[({k} - {first}) * {width} + j] = 0;"
+            ),
         ]
         return lines + block(along_k, loop)
     # B lies along k: small squares are transposed, straight from memory if B is a plain load
@@ -264,6 +266,6 @@ def pack_b(c: Contraction, number: str, low: str, high: str) -> list[Line]:
         Line(f"const int64_t deep = tj_least({ACROSS}, {high} - from);"),
         *lines_of,
         Line(f"const {c.type} *const source = {source};"),
-        *_turned(c, f"strip + from * {width}", "source", str(step), "columns"),
+        *_turned(c, f"strip + (from - {first}) * {width}", "source", str(step), "columns"),
     ]
     return lines + block(f"for (int64_t from = {low}; from < {high}; from += {ACROSS})", body)

@@ -1,7 +1,8 @@
 """Convolutions of 3 × 3 taps by transforms, as tasks: 16 products of matrices between them.
 
 The operands are packed as for any contraction that reads through windows: planes of the image with
-its edges, and strips of B. Forward, a task transforms the kernels; each unit, some pairs of lines
+its edges, and strips of B. Forward, a task packs and transforms the kernels, and nothing else reads
+them; each unit, some pairs of lines
 of the images, transforms its pieces, multiplies, and transforms back into a tile of pixels by
 channels, over which the rest of the stage's body goes. For weight gradients a unit is some
 channels: it transforms pieces of the image and of the results' gradients, adds up their products,
@@ -16,6 +17,7 @@ from tracejit.codegen.c_body import opened
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Task, chunk_range
 from tracejit.codegen.c_micro import Operand, micro_of, strip_kinds
+from tracejit.codegen.c_pack import pack_b
 from tracejit.codegen.c_runs import digit_lines
 from tracejit.codegen.c_text import block
 from tracejit.codegen.c_windows import source
@@ -24,6 +26,7 @@ from tracejit.schedule.cpu.digits import Digit
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH
 from tracejit.schedule.kernel import Load
 
+PACKED = 16  # channels of kernels that are packed at a time
 FOUR, THREE, TWO = range(4), range(3), range(2)
 Texts = Callable[[int, int], str]  # of a row and a column
 
@@ -89,25 +92,38 @@ def _to_taps(m: Sequence[str]) -> list[str]:
 
 
 def _kernels(c: Contraction) -> Task:
-    """The task that transforms the kernels, out of the packed strips of B."""
+    """The task that transforms the kernels: some channels of a strip of B at a time, which are
+    packed for that and stay in the cache."""
     w, strip = c.winograd, c.strip
     lines, value = _both_ways(
         "u", lambda y, x: f"g[{_tap(c, y, x)} * {strip} + j]", 3, 3, _of_kernels
     )
     step = w.kernel_plane(c.strips * strip)
     stores = [Line(f"to[{(a * 4 + b) * step} + j] = {value(a, b)};") for a in FOUR for b in FOUR]
-    units = c.strips * w.channels
-    inner = [
-        Line(f"const {c.type} *const g = packed + {c.a_elements} + unit * {9 * strip};"),
-        Line(f"{c.type} *const to = packed + {c.per_batch} + unit * {strip};"),
+    blocks = -(-w.channels // PACKED)
+    of_channel = [
+        Line(f"const {c.type} *const g = kernels + (channel - low) * {9 * strip};"),
+        Line(f"{c.type} *const to = transformed + channel * {strip};"),
         Line("#pragma omp simd"),
         *block(f"for (int64_t j = 0; j < {strip}; j++)", [*lines, *stores]),
     ]
-    chunks = min(units, w.chunks)
+    inner = [
+        Line(f"const int64_t number = unit / {blocks}, low = unit % {blocks} * {PACKED};"),
+        Line(f"const int64_t high = tj_least(low + {PACKED}, {w.channels});"),
+        Line("const int64_t first_tap = low * 9, last_tap = high * 9;"),
+        *block("", pack_b(c, "number", "first_tap", "last_tap", "kernels")),
+        Line(
+            f"{c.type} *const transformed = packed + {c.per_batch} + number * {w.channels * strip};"
+        ),
+        *block("for (int64_t channel = low; channel < high; channel++)", of_channel),
+    ]
+    chunks = min(c.strips * blocks, w.chunks)
+    aligned = f"__attribute__((aligned({c.tiling.vector_bytes})))"
     task = [
-        Line(f"struct {c.name} *const at = arguments;"),
+        *opened(c.kernel, c.dot.b, c.name),
         Line(f"{c.type} *const packed = at->packed;"),
-        *chunk_range(units, chunks),
+        Line(f"{c.type} kernels[{PACKED * 9 * strip}] {aligned};"),
+        *chunk_range(c.strips * blocks, chunks),
         *block("for (int64_t unit = first; unit < last; unit++)", inner),
     ]
     return Task(f"{c.name}_kernels", chunks, task)

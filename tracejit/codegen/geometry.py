@@ -15,6 +15,7 @@ from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.kernels.tiles import attention_tiles, tiles
 from tracejit.schedule.kernel import (
+    Attend,
     Axis,
     FloorDiv,
     Index,
@@ -35,6 +36,7 @@ WIDE = 128  # outer points of a scatter that one index serves
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 RANKED = 128  # elements of a row whose places a program finds
 COMPARED = 32  # elements that they are compared with at a time
+WIDE_RUN = 16  # channels of an image that are loaded together
 FILLED = 256  # programs that keep a GPU busy
 
 
@@ -185,10 +187,13 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)
-    windows = any(map(_is_taken_apart, (*c.dot.a, *c.dot.b)))
-    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight, windows))
+    batch = _numel(c.batch, bound)
+    windows = [s for s in (*c.dot.a, *c.dot.b) if _is_taken_apart(s)]
+    last = all(_is_wide(s, bound) for s in windows)
+    how = ("last" if last else "apart") if windows else ""
+    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight, how, batch))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
-    programs = _numel(c.batch, bound) * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
+    programs = batch * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
     workspace = _workspace(c.stage.body, programs)
     return Geometry((programs,), chosen, workspace=workspace, **options)
 
@@ -201,12 +206,35 @@ def _is_taken_apart(s: Statement) -> bool:
     return any(isinstance(atom, FloorDiv | Mod) for atom in atoms)
 
 
+def _is_wide(s: Load, bound: Mapping) -> bool:
+    """Whether what a load reads lies side by side along an axis of the tile, WIDE_RUN elements at
+    least."""
+    units = [atom for atom, c in s.index.terms if c == 1 and not isinstance(atom, Var)]
+    if len(units) != 1:
+        return False
+    (unit,) = units
+    return isinstance(unit, str) or (
+        isinstance(unit, Mod)
+        and isinstance(unit.index.terms[0][0], str)
+        and bound.get(unit.by, unit.by) >= WIDE_RUN
+    )
+
+
+def _keys_twice(attend: Attend) -> bool:
+    """Whether the values are the keys: a gradient of scores that are dropped."""
+    _, k, v, *_ = attend.sides
+    read = [{s.buffer for s in side.body if isinstance(s, Load)} for side in (k, v)]
+    return read[0] == read[1]
+
+
 def _attention(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     a = attention_of(kernel)
     attend = a.attend
     m, n, c, d = (_numel([axis], bound) for axis in attend.axes)
     chosen = dict(attention_tiles(m, n, c, d, a.dtype.name, precision, attend.is_forward))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    if attend.is_forward and precision == "ieee" and a.dtype.name == "f32" and _keys_twice(attend):
+        options["num_stages"] = 1  # there is little to load ahead, and with two stages it spills
     blocks, names = 0, {op.name for op, _ in attend.results}
     if attend.is_forward or "attention_dq" in names:
         blocks += cdiv(m, chosen["BLOCK_M"])

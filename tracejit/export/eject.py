@@ -20,13 +20,12 @@ from tracejit.errors import CannotEject
 from tracejit.export.eject_c import CKernels
 from tracejit.export.eject_call import CallText, Kernels
 from tracejit.export.eject_commit import plain_text
+from tracejit.export.eject_parts import EjectedParts, parts_of
 from tracejit.export.eject_text import SCRIPT, identifier, indented, listed, quoted
 from tracejit.export.eject_triton import TritonKernels
 from tracejit.ir.types import contiguous_strides
 from tracejit.options import Options
 from tracejit.pipeline import Pipeline, Stats
-from tracejit.runtime.memory import Memory
-from tracejit.runtime.program import Program
 from tracejit.saved.record import SavedPlan, SavedStep
 
 
@@ -47,59 +46,70 @@ class Ejected:
         self.captured: Captured = replace(self.plan.captured, paths=paths)
         self.device = next((spec.device for _, spec in self.plan.tensors), "cpu")
         self._refuse()
-        self.program = self._program()
+        self.parts = self._parts()
         self.kernels = self._kernels()
 
     # ---- what there is
 
     def _refuse(self) -> None:
         c = self.captured
-        if c.draws:
-            raise self.refused("it draws random numbers", "Pass them to it as arguments")
-        if c.early:
-            where = c.cuts[c.early[0]].where
-            remedy = "Return the value, and decide outside"
-            raise self.refused(f"it computes with a value that Python reads at {where}", remedy)
-        if c.checks is not None:
-            reason = "it looks at values that it computes, which eager refuses out of range"
-            raise self.refused(reason, "Check them before the step")
+        for event in c.draws:
+            if self.step.generators[self.plan.generators[event.generator]].state is not None:
+                remedy = "Draw from torch's own, which torch.manual_seed rules"
+                raise self.refused("it draws from a generator of yours", remedy)
+        for cut in c.cuts:
+            if cut.search is not None:
+                remedy = "Compute with all elements, as torch.where does"
+                raise self.refused(
+                    f"it depends on how many elements it finds at {cut.where}", remedy
+                )
+        if c.effects.callbacks:
+            remedy = "Step it outside, and give calls its rate: lr=…"
+            raise self.refused("it steps a learning-rate scheduler", remedy)
         if c.effects.escaped:
             raise self.refused("it keeps an intermediate in an object", "Return it")
 
     def refused(self, reason: str, remedy: str) -> CannotEject:
         return CannotEject(step=self.step.name, reason=reason, remedy=remedy)
 
-    def _program(self) -> Program:
+    def _parts(self) -> EjectedParts:
+        """The programs of a call."""
         chosen = {name: self.step.options[name] for name in ("fuse", "remat")}
         options = Options(backend=self.backend, **chosen)
         name = identifier(self.step.name, set())
         pipeline = Pipeline(name, f"the step {self.step.name}", Stats(), options)
         executor = pipeline.executor(self.captured.graph, self.step.options["precision"])
-        program, _ = pipeline.build(self.captured.graph, executor, Memory())
-        for launch in program.plan.launches:
-            if launch.kernel.call is not None:
-                reason = f"it calls {launch.kernel.call.op.name} of LAPACK"
-                raise self.refused(reason, "Call that outside of the step")
-        return program
+        parts = parts_of(self.captured, pipeline, executor)
+        for program in parts.programs:
+            for launch in program.plan.launches:
+                if launch.kernel.call is not None:
+                    reason = f"it calls {launch.kernel.call.op.name} of LAPACK"
+                    raise self.refused(reason, "Call that outside of the step")
+        return parts
 
     def _kernels(self) -> Kernels:
-        if self.program.executor == "c":
-            return CKernels(self.program)
-        if hasattr(self.program.loaded, "launched"):
-            return TritonKernels(self.program, self.device)
+        if self.parts.rest.executor == "c":
+            return CKernels(self.parts.programs)
+        if hasattr(self.parts.rest.loaded, "launched"):
+            return TritonKernels(self.parts.programs, self.device)
         raise self.refused("it runs on numpy", 'Compile it with backend="c"')
 
     # ---- the file
 
     def text(self) -> str:
         """The whole file."""
-        call = CallText(self.plan, self.captured, self.program, self.kernels, self.refused)
+        call = CallText(self.plan, self.captured, self.parts, self.kernels, self.refused)
         lines = call.lines()
         numbers = [f"{quoted(k)}: {plain_text(v)}," for k, v in self.step.numbers.items()]
-        imports = {*self.kernels.imports}
+        imports = {*self.kernels.imports, "from sys import argv"}
         for module in ("ctypes", "math"):
             if any(f"{module}." in line for line in lines):
                 imports.add(f"import {module}")
+        made_up = call.made_up()
+        if "SimpleNamespace(" in made_up:
+            imports.add("from types import SimpleNamespace")
+        if call.kinds:
+            imports.add("from collections import namedtuple")
         own = sorted(imports, key=lambda x: (x.startswith("from "), x))
         fields = {
             "name": self.step.name,
@@ -111,11 +121,12 @@ class Ejected:
             "state": self._state(),
             "graded": listed("WITH_GRADIENT = [", [f"{quoted(x)}," for x in self._graded()], "]"),
             "numbers": listed("NUMBERS = {", numbers, "}"),
+            "kinds": "".join(f"\n{line}" for line in call.kind_lines()),
             "kernels": self.kernels.text,
             "fields": "\n".join(indented(self.kernels.fields, 8)),
             "signature": call.signature(),
             "call": "\n".join(indented(lines, 8)),
-            "made_up": call.made_up(),
+            "made_up": made_up,
             "device": "" if self.device == "cpu" else f", device={quoted(self.device)}",
         }
         text = SCRIPT

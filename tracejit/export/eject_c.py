@@ -25,9 +25,10 @@ struct tj_run run = {on_all, 1};
 """
 
 
-def kernel_text(plan: CpuPlan, vector_bytes: int) -> str:
-    """The C program of a plan's kernels, and how they run on threads."""
-    functions = [emit_kernel(kernel, k) for k, kernel in enumerate(plan.kernels.values())]
+def kernel_text(plans: Sequence[CpuPlan], vector_bytes: int) -> str:
+    """The C program of the kernels of plans, and how they run on threads."""
+    kernels = (kernel for plan in plans for kernel in plan.kernels.values())
+    functions = [emit_kernel(kernel, k) for k, kernel in enumerate(kernels)]
     text = unit(functions, vector_bytes) + _THREADS
     return "\n".join(line.rstrip() for line in text.splitlines())
 
@@ -72,7 +73,7 @@ def launch(kernel, buffers, scalars=(), scratch=0):
 
 
 class CKernels:
-    """The kernels of a program of the C executor; see `eject_call.Kernels`."""
+    """The kernels of programs of the C executor; see `eject_call.Kernels`."""
 
     needs = ", and a C compiler ($CC, or cc)"
     imports = (
@@ -85,10 +86,15 @@ class CKernels:
     others = ()
     begin = ("RUN[1] = torch.get_num_threads()",)
 
-    def __init__(self, program: Program):
-        self.program, self.loaded = program, program.loaded
-        self.plan: CpuPlan = self.loaded.plan
-        self.nbytes = max(program.arena_bytes, 1)
+    def __init__(self, programs: Sequence[Program]):
+        self.programs = programs
+        self.plans: list[CpuPlan] = [program.loaded.plan for program in programs]
+        self.nbytes = max(1, *(program.arena_bytes for program in programs))
+        self._first: dict[int, int] = {}  # the number of a program's first kernel
+        count = 0
+        for program, plan in zip(programs, self.plans, strict=True):
+            self._first[id(program)] = count
+            count += len(plan.kernels)
         self.fields = (
             f"self.work = torch.empty({self.nbytes}, dtype=torch.uint8)  # intermediates",
         )
@@ -96,7 +102,7 @@ class CKernels:
     @property
     def text(self) -> str:
         parts = {
-            "<<source>>": kernel_text(self.plan, vector_bytes()),
+            "<<source>>": kernel_text(self.plans, vector_bytes()),
             "<<flags>>": listed("FLAGS = [", [f'"{flag}",' for flag in flags()], "]"),
             "<<kernels>>": "\n".join(self._named()),
         }
@@ -107,27 +113,30 @@ class CKernels:
 
     def _named(self) -> Iterator[str]:
         """A line for each kernel, with the user's lines that it computes."""
-        lines: dict[str, list[str]] = {}
-        for call, where in zip(self.plan.calls, self.loaded.lines(), strict=True):
-            lines.setdefault(call.kernel, []).extend(where)
-        for number, name in enumerate(self.plan.kernels):
-            where = list(dict.fromkeys(lines.get(name, [])))
-            said = ", ".join(where[:MOST_LINES]) + ", …" * (len(where) > MOST_LINES)
-            yield f"kernel{number} = LIBRARY.kernel{number}{f'  # {said}' if said else ''}"
+        for program, plan in zip(self.programs, self.plans, strict=True):
+            lines: dict[str, list[str]] = {}
+            for call, where in zip(plan.calls, program.loaded.lines(), strict=True):
+                lines.setdefault(call.kernel, []).extend(where)
+            for number, name in enumerate(plan.kernels, self._first[id(program)]):
+                where = list(dict.fromkeys(lines.get(name, [])))
+                said = ", ".join(where[:MOST_LINES]) + ", …" * (len(where) > MOST_LINES)
+                yield f"kernel{number} = LIBRARY.kernel{number}{f'  # {said}' if said else ''}"
 
-    def launches(self, at: dict[str, str], scalars: Sequence[str]) -> Iterator[str]:
-        """The calls, in their order."""
-        buffers = self.program.plan.buffers
-        names, at = self.plan.addresses(buffers), dict(at)
-        for i, place in self.loaded.layout.places.items():
+    def launches(
+        self, program: Program, at: dict[str, str], scalars: Sequence[str]
+    ) -> Iterator[str]:
+        """The calls of a program, in their order."""
+        buffers, plan = program.plan.buffers, program.loaded.plan
+        names, at = plan.addresses(buffers), dict(at)
+        for i, place in program.loaded.layout.places.items():
             room = "work" if place.room is None else f"{at[names[place.room]]}.data_ptr()"
             at[names[i]] = f"{room} + {place.offset}" if place.offset else room
         if any(text.startswith("work") for text in at.values()):
             yield "work = self.work.data_ptr()"
-        number = {name: k for k, name in enumerate(self.plan.kernels)}
+        number = {name: k for k, name in enumerate(plan.kernels, self._first[id(program)])}
         steps = {b.name: b.step for b in buffers}
-        for together in runs(self.plan.calls, lambda call: call.loop):
-            times = self.plan.times(together[0])
+        for together in runs(plan.calls, lambda call: call.loop):
+            times = plan.times(together[0])
             lines = []
             for call in together:
                 places = [_moved(at[b], steps.get(b, 0) if times > 1 else 0) for b in call.buffers]

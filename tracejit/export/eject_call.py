@@ -10,16 +10,18 @@ import builtins
 import keyword
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import condition
-from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.signature import Fielded, Keyed, Listed
 from tracejit.capture.trace.tensor import extent
 from tracejit.errors import CannotEject, TracejitError
 from tracejit.export.eject_commit import Commit, plain_text
+from tracejit.export.eject_draws import draw_line
+from tracejit.export.eject_parts import EjectedParts
 from tracejit.export.eject_text import (
     NAMED,
     WIDE,
@@ -35,6 +37,7 @@ from tracejit.ir.graph import Value
 from tracejit.ir.hostcode import HostCode
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
+from tracejit.parts import Stage
 from tracejit.runtime.program import Program
 from tracejit.saved.record import GivenNumber, GivenTensor, GivenValue, SavedPlan, Spec
 
@@ -42,8 +45,11 @@ PASTED = re.compile(r"\b(math|np)_(\w+)\(")
 BARE = re.compile(r"(?<![\w)])\((\d[\w.]*)\)")  # a number in parentheses
 
 
+_OTHERWISE = {"eq": "ne", "ne": "eq"}  # of relations that do not hold
+
+
 class Kernels(Protocol):
-    """The kernels of a program in a language, as parts of the file.
+    """The kernels of programs in a language, as parts of the file.
 
     needs:   what the file needs besides torch, as text. imports: lines.
     text:    what stands before the class: sources, how they are compiled and launched.
@@ -57,8 +63,10 @@ class Kernels(Protocol):
     fields: Sequence[str]
     begin: Sequence[str]
 
-    def launches(self, at: dict[str, str], scalars: Sequence[str]) -> Iterator[str]:
-        """The lines that run the plan; `at` has an expression of a tensor for each buffer that is
+    def launches(
+        self, program: Program, at: dict[str, str], scalars: Sequence[str]
+    ) -> Iterator[str]:
+        """The lines that run a program; `at` has an expression of a tensor for each buffer that is
         an input or an output."""
 
 
@@ -77,11 +85,11 @@ class CallText:
         self,
         plan: SavedPlan,
         captured: Captured,
-        program: Program,
+        parts: EjectedParts,
         kernels: Kernels,
         refused: Callable[[str, str], CannotEject],
     ):
-        self.plan, self.captured, self.program = plan, captured, program
+        self.plan, self.captured, self.parts = plan, captured, parts
         self.kernels, self.refused = kernels, refused
         of_file = NAMED | names_of(kernels.text)
         arguments = [a.name for a in plan.arguments]
@@ -103,6 +111,12 @@ class CallText:
             else name
             for name in self.names.values()
         }
+        #: the classes of tuples with names that it returns, by their position among what is given
+        self.kinds = {
+            i: identifier(x.__name__, self.taken)
+            for i, x in enumerate(captured.given)
+            if isinstance(x, type) and hasattr(x, "_fields")
+        }
         used = [place.key for place in plan.scalars if place.kind == "number"]
         #: what a number may be called in a call, by its name
         self.short = {
@@ -112,6 +126,8 @@ class CallText:
         self.code = HostCode()
         self.scalars: dict[Value, str] = {}
         self._said = 0  # lines of `code` that stand somewhere
+        self._count = 0  # of outputs so far
+        self._drawn = 0  # events of draws so far
 
     def signature(self) -> str:
         by_place = [self.names[a.name] for a in self.plan.arguments if a.positional]
@@ -127,36 +143,35 @@ class CallText:
 
     def lines(self) -> list[str]:
         """The body of a call."""
+        c = self.captured
         lines = [*self._given(), *self._tensors(), *self._read_numbers()]
         lines += self._assertions()
-        program, plan = self.program, self.program.plan
-        at: dict[str, str] = {}
-        outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
-        for k, b in enumerate(outputs):
-            shape, strides = tuple(b.type.shape), b.strides
-            kind = f"dtype={TO_TORCH[b.type.dtype]}"
-            if b.type.device != "cpu":
-                kind += f", device={quoted(b.type.device)}"
-            if strides is None or strides == contiguous_strides(shape):
-                lines.append(f"out{k} = torch.empty({shape}, {kind})")
-            else:
-                lines.append(f"out{k} = torch.empty_strided({shape}, {tuple(strides)}, {kind})")
-            at[b.name] = f"out{k}"
-        for b in plan.buffers:
-            if b.kind == "input":
-                at[b.name] = self.inputs[self.captured.sources[b.index][1]].name
-        given = {v: self._param(i) for v, i in plan.host_params}
-        scalars = self.code.add(plan.host, plan.scalars, given)
-        late = frozenset(self.captured.late)
+        results: dict[object, list[str]] = {}
+        for k, stage in self._stages():
+            lines += self._draws(c.cuts[k].drawn)
+            of = c.cuts[k].sources
+            inputs = [
+                self._source(*of[i]) if at == "cone" else results[at][i] for at, i in stage.inputs
+            ]
+            more, results[stage] = self._run(stage.program, inputs)
+            value = f"{results[stage][0]}.item()"
+            truth = c.cuts[k].value.type.dtype.kind == "b"
+            lines += [*more, f"read{k} = {f'float({value})' if truth else value}"]
+            lines += self._decisions(lambda of, k=k: bool(of) and max(of) == k)
+        lines += self._draws(len(c.draws))
+        lines += self._checks()
+        inputs = self.parts.inputs(c, self._source, results)
+        late = frozenset(c.late)
+        before = self._outputs(self.parts.rest)
         host = self._host(lambda of: not of & late)
-        lines += self._new_code()
-        lines += self.kernels.launches(at, [self._pasted(x) for x in scalars])
-        results = [f"out{program._results[i]}" for i in range(len(program._results))]
-        lines += self._late(results)
+        run, outputs = self._run(self.parts.rest, inputs, before)
+        lines += run
+        outputs = self.parts.results(outputs, results)
+        lines += self._late(outputs)
         host |= self._host(lambda of: bool(of & late))
         lines += self._new_code()
         numbers = [host[i] for i in range(len(host))]
-        commit = Commit(self.captured, [x.name for x in self.inputs], results, numbers)
+        commit = Commit(c, [x.name for x in self.inputs], outputs, numbers, self.kinds)
         lines += commit.lines()
         if any("f32." in line for line in lines):
             lines.insert(0, "f32 = ctypes.c_float()  # rounds what is stored in it")
@@ -165,9 +180,89 @@ class CallText:
         fetched = [f"{x} = self.{x}" for x in used]
         return [*self.kernels.begin, *renamed, *fetched, *lines]
 
-    def _param(self, index: int) -> str:
-        kind, i = self.captured.sources[index]
-        return self.scalars[self.captured.scalars[i]] if kind == "scalar" else self.inputs[i].name
+    def kind_lines(self) -> Iterator[str]:
+        """Lines that define the classes of what it returns."""
+        for i, name in self.kinds.items():
+            kind = self.captured.given[i]
+            fields = f"[{', '.join(map(quoted, kind._fields))}],"
+            yield listed(f"{name} = namedtuple(", [f"{quoted(kind.__name__)},", fields], ")")
+
+    def _stages(self) -> Iterator[tuple[int, Stage]]:
+        """What comes before the rest: the cut that each ends with."""
+        parts = self.parts.parts
+        return iter(()) if parts is None else zip(parts.cuts, parts.stages, strict=True)
+
+    def _outputs(self, program: Program) -> tuple[list[str], dict[str, str]]:
+        """Lines that make the tensors of a program's outputs, and these by their buffers."""
+        lines: list[str] = []
+        at: dict[str, str] = {}
+        outputs = (b for b in program.plan.buffers if b.kind == "output")
+        for b in sorted(outputs, key=lambda b: b.index):
+            at[b.name] = f"out{self._count}"
+            self._count += 1
+            shape, strides = tuple(b.type.shape), b.strides
+            kind = f"dtype={TO_TORCH[b.type.dtype]}"
+            if b.type.device != "cpu":
+                kind += f", device={quoted(b.type.device)}"
+            if strides is None or strides == contiguous_strides(shape):
+                lines.append(f"{at[b.name]} = torch.empty({shape}, {kind})")
+            else:
+                made = f"torch.empty_strided({shape}, {tuple(strides)}, {kind})"
+                lines.append(f"{at[b.name]} = {made}")
+        return lines, at
+
+    def _run(
+        self,
+        program: Program,
+        inputs: Sequence[str],
+        outputs: tuple[list[str], dict[str, str]] | None = None,
+    ) -> tuple[list[str], list[str]]:
+        """Lines that run a program, and its results; `inputs` has an expression per param."""
+        lines, at = self._outputs(program) if outputs is None else outputs
+        made, at = [*at.values()], dict(at)
+        for b in program.plan.buffers:
+            if b.kind == "input":
+                at[b.name] = inputs[b.index]
+        given = {v: inputs[i] for v, i in program.plan.host_params}
+        scalars = self.code.add(program.plan.host, program.plan.scalars, given)
+        lines = [*lines, *self._new_code()]
+        lines += self.kernels.launches(program, at, [self._pasted(x) for x in scalars])
+        return lines, [made[i] for i in program._results]
+
+    def _source(self, kind: str, index: int) -> str:
+        """An expression of an input of a graph."""
+        if kind == "scalar":
+            return self.scalars[self.captured.scalars[index]]
+        return f"draw{index}" if kind == "draw" else self.inputs[index].name
+
+    # ---- random numbers, and what eager refuses
+
+    def _draws(self, count: int) -> Iterator[str]:
+        """Lines that draw, up to so many of the step's events."""
+        c = self.captured
+        while self._drawn < count:
+            k, event = self._drawn, c.draws[self._drawn]
+            self._drawn += 1
+            given = self.code.add(c.host_nodes, event.numbers, self.scalars)
+            numbers = [self._pasted(x) for x in given]
+            yield from self._new_code()
+            yield draw_line(k, event, numbers)
+
+    def _checks(self) -> Iterator[str]:
+        """Lines that raise what eager raises for values that the step computes."""
+        checks = self.captured.checks
+        if checks is None:
+            return
+        run, results = self._run(self.parts.checks, [self._source(*x) for x in checks.sources])
+        yield from run
+        _, *found = results
+        for shown, error in zip(checks.shown, checks.errors, strict=True):
+            bad, value = found.pop(0), found.pop(0) if shown else None
+            text = quoted(str(error.fields["reason"]))
+            if value is not None:
+                text += f'.replace("{{value}}", str({value}.item()))'
+            yield f"if {bad}:"
+            yield f"    raise {_builtin(error)}({text})"
 
     def _given(self) -> Iterator[str]:
         """Lines that look at the arguments; `self._found` says what of them is what."""
@@ -200,6 +295,9 @@ class CallText:
                 for key, item in items:
                     of = quoted(key) if isinstance(key, str) else repr(key)
                     yield from self._tree(item, f"{text}[{of}]")
+            case Fielded(_, items, listed):
+                for i, (name, item) in enumerate(items):
+                    yield from self._tree(item, f"{text}[{i}]" if listed else f"{text}.{name}")
 
     def _tensors(self) -> Iterator[str]:
         """A local for each outside tensor."""
@@ -251,16 +349,7 @@ class CallText:
     def _assertions(self) -> Iterator[str]:
         """What the plan is for: the decisions on numbers, and the ranges of indices."""
         c = self.captured
-        later, said = c.decides, set()
-        for p in c.predicates:
-            if p in later:
-                continue
-            sides = self.code.add(c.host_nodes, [p.left, p.right], self.scalars)
-            test = self._pasted(condition(p, *sides)).replace("same_number(", "same(")
-            yield from self._new_code()
-            if test not in said:
-                said.add(test)
-                yield f"assert {test}, {quoted(f'this file is for {test}')}"
+        yield from self._decisions(lambda of: not of)
         for b in c.bounds:
             tensor = self.inputs[b.index].name
             spec = self.plan.tensors[b.index][1]
@@ -269,6 +358,22 @@ class CallText:
             kind = _builtin(b.error)
             message = quoted(str(b.error.fields["reason"]))
             yield f"within({tensor}, {b.low}, {b.high}, {b.ignore}, {kind}, {message})"
+
+    def _decisions(self, wanted: Callable[[frozenset[int]], bool]) -> Iterator[str]:
+        """Assertions of the decisions that depend on `wanted` values that Python reads."""
+        c = self.captured
+        behind, said = cuts_behind(c.scalars, c.paths, c.host_nodes), set()
+        for p in c.predicates:
+            if not wanted(among(behind, (p.left, p.right))):
+                continue
+            sides = self.code.add(c.host_nodes, [p.left, p.right], self.scalars)
+            if p.relation in _OTHERWISE and not p.outcome:
+                p = replace(p, relation=_OTHERWISE[p.relation], outcome=True)
+            test = self._pasted(condition(p, *sides)).replace("same_number(", "same(")
+            yield from self._new_code()
+            if test not in said:
+                said.add(test)
+                yield f"assert {test}, {quoted(f'this file is for {test}')}"
 
     def _new_code(self) -> Iterator[str]:
         """The lines of host arithmetic that do not stand anywhere yet."""
@@ -331,6 +436,11 @@ class CallText:
                 return f"({inner},)" if items else "()"
             case Keyed(items):
                 return "{" + ", ".join(f"{k!r}: {self._made_up(v)}" for k, v in items) + "}"
+            case Fielded(_, items, True):
+                return self._made_up(Listed(tuple, tuple(item for _, item in items)))
+            case Fielded(_, items, False):
+                inner = ", ".join(f"{name}={self._made_up(item)}" for name, item in items)
+                return f"SimpleNamespace({inner})"
         raise AssertionError(tree)
 
 

@@ -5,7 +5,7 @@ They do what `capture/effects/commit.py` does, for tensors without history.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -42,9 +42,11 @@ class Commit:
         inputs: Sequence[str],
         outputs: Sequence[str],
         host: Sequence[str],
+        kinds: Mapping[int, str],
     ):
         self.captured = captured
         self.inputs, self.outputs, self.host = inputs, outputs, host
+        self.kinds = kinds  # of tuples with names: what each is called
         self.made: dict[int, str] = {}
 
     def lines(self) -> Iterator[str]:
@@ -116,6 +118,12 @@ class Commit:
                 )
             case Given(index):
                 return plain_text(self.captured.given[index])
+            case Sequenced(Given(index), items):
+                inner = ", ".join(map(self._tree, items))
+                if index in self.kinds:
+                    return f"{self.kinds[index]}({inner})"
+                name = self.captured.given[index].__name__
+                return f"torch.return_types.{name}(({inner},))"
             case Sequenced(kind, items):
                 inner = ", ".join(map(self._tree, items))
                 return f"[{inner}]" if kind == "list" else f"({inner}{',' * (len(items) == 1)})"

@@ -25,7 +25,9 @@ def local_name(name: str) -> str:
 
 def is_reserved(name: str) -> bool:
     """Whether the lines of a call may use a name for something of their own."""
-    return re.fullmatch(r"(out|h|read|result|kernel)\d+|i|f32|work|space|table", name) is not None
+    return (
+        re.fullmatch(r"(out|h|read|draw|result|kernel)\d+|i|f32|work|space|table", name) is not None
+    )
 
 
 def names_of(source: str) -> set[str]:
@@ -75,7 +77,8 @@ def listed(head: str, rows: Sequence[str], tail: str, by: int = 4) -> str:
 
 SCRIPT = '''"""<<name>>, as tracejit compiled it: its kernels, and the order of their launches.
 
-    python <<module>>.py              # three calls on numbers made up here
+    python <<module>>.py              # three calls on numbers made up here; or on a state of
+    python <<module>>.py state.pt     # yours: torch.save({name: tensor, …}, "state.pt")
 
     from <<module>> import Step
     step = Step(state)                # tensors by name, as STATE lists them; calls change them
@@ -94,7 +97,7 @@ It is for the shapes that are asserted in the call. What a call returns has no h
 # those that have a gradient before a call: one of zeros where there is none
 <<graded>>
 # what calls read besides, and may change; those with a keyword can be given for one call
-<<numbers>>
+<<numbers>><<kinds>>
 
 <<kernels>>
 
@@ -150,19 +153,28 @@ def made_up():
 <<made_up>>
 
 
-def main():
-    """Three calls on numbers made up here."""
-    torch.manual_seed(0)
+def made_up_state():
+    """Weights by chance; what has no gradient is positive, as variances and data may be."""
     state = {}
     for name, (shape, dtype, *grad) in STATE.items():
         state[name] = torch.zeros(shape, dtype=dtype<<device>>)
-        if dtype.is_floating_point and grad:
-            state[name].normal_(0, 0.1).requires_grad_()
-    step = Step(state)
+        if dtype.is_floating_point and shape == ():
+            state[name].fill_(1)  # a count of steps, a scale
+        elif dtype.is_floating_point:
+            state[name].normal_(0, 0.1)
+            if not grad:
+                state[name].abs_()
+    return state
+
+
+def main(path=None):
+    """Three calls, on a state that is saved in a file, or on numbers made up here."""
+    torch.manual_seed(0)
+    step = Step(torch.load(path, weights_only=True) if path else made_up_state())
     for _ in range(3):
         print(step(**made_up()))
 
 
 if __name__ == "__main__":
-    main()
+    main(*argv[1:])
 '''

@@ -45,15 +45,16 @@ def part(tensor, offset, dtype):
 
 
 class TritonKernels:
-    """The kernels of a program of a Triton executor; see `eject_call.Kernels`."""
+    """The kernels of programs of a Triton executor; see `eject_call.Kernels`."""
 
     needs = " and Triton, and a GPU (on the CPU: TRITON_INTERPRET=1)"
     imports = ("from os import environ",)
     begin = ()
 
-    def __init__(self, program: Program, device: str):
-        self.program, self.loaded = program, program.loaded
-        self.launched: list[LoadedLaunch] = self.loaded.launched
+    def __init__(self, programs: Sequence[Program], device: str):
+        self.launched: list[LoadedLaunch] = [
+            launch for program in programs for launch in program.loaded.launched
+        ]
         self.sources: dict[str, str] = {}  # the name of each kernel's function, by its text
         for launch in self.launched:
             self.sources.setdefault(launch.source.text, f"kernel{len(self.sources)}")
@@ -65,9 +66,8 @@ class TritonKernels:
         self.space = max(
             (one.workspace + one.geometry.workspace for one in self.launched), default=0
         )
-        self.fields = (
-            f"self.work = torch.empty({max(program.arena_bytes, 8)}, dtype=torch.uint8{on})",
-        )
+        arena = max(8, *(program.arena_bytes for program in programs))
+        self.fields = (f"self.work = torch.empty({arena}, dtype=torch.uint8{on})",)
         if self.space:
             zeros = f"self.space = torch.zeros({self.space}, dtype=torch.int8{on})"
             self.fields += (f"{zeros}  # partial sums and counters",)
@@ -95,10 +95,12 @@ class TritonKernels:
 
     # ---- launches
 
-    def launches(self, at: dict[str, str], scalars: Sequence[str]) -> Iterator[str]:
-        """The launches, in their order."""
-        plan = self.loaded.plan
-        buffers, places = plan.buffers, self.loaded.layout.places
+    def launches(
+        self, program: Program, at: dict[str, str], scalars: Sequence[str]
+    ) -> Iterator[str]:
+        """The launches of a program, in their order."""
+        plan = program.loaded.plan
+        buffers, places = plan.buffers, program.loaded.layout.places
         slots = [slot for launch in plan.launches for slot in launch.scalars]
         if slots:
             numbers = ", ".join(scalars[slot] for slot in slots)
@@ -112,7 +114,7 @@ class TritonKernels:
             room = "self.work" if place.room is None else at[buffers[place.room].name]
             return f"part({room}, {place.offset}, {TO_TORCH[b.type.dtype]})"
 
-        for launch in self.launched:
+        for launch in program.loaded.launched:
             given = [pointer(i) for i in launch.buffers]
             if launch.source.kernel.scalars:
                 first = launch.first_scalar

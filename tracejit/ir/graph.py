@@ -63,7 +63,7 @@ class Node:
     @property
     def inputs(self) -> tuple[Value, ...]:
         """The arguments that are Values."""
-        return tuple(a for a in self.args if isinstance(a, Value))
+        return tuple([a for a in self.args if a.__class__ is Value])
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +269,8 @@ def _inferred(op: Op, args: tuple[Arg, ...], attrs: dict[str, object], items: tu
         return op.result_type(tuple(a.type if type(a) is Value else a for a in args), attrs)
     if known is None:
         types = tuple(a.type if type(a) is Value else a for a in args)
-        known = op.result_type(types, attrs), types
+        found = op.result_type(types, attrs)
+        known = _TYPES.setdefault(found, found), types  # one object, so that readers are known too
         if len(_INFERRED) >= _MAX_INFERRED:
             _INFERRED.clear()
         _INFERRED[key] = known

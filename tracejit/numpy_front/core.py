@@ -32,6 +32,15 @@ CONSTANT = 4096  # elements of an array that the step makes by itself
 _REWRITE = "Write it in other functions of numpy, or call it outside the step"
 
 
+class _On(threading.local):
+    """Where the tensors of the trace that is going on in this thread are."""
+
+    device: str | None = None
+
+
+ON = _On()
+
+
 class _Born(threading.local):
     """Weak references to the Arrays of the trace that is going on in this thread."""
 
@@ -183,7 +192,7 @@ def number(x: float, dtype: np.dtype) -> torch.Tensor:
     """A tensor without axes that holds a number."""
     if dtype.kind in "iu" and not np.iinfo(dtype).min <= x <= np.iinfo(dtype).max:
         raise refuse(f"the integer {x} with {dtype}", "it is out of range for that dtype")
-    return torch.full((), x, dtype=torch_dtype(dtype))
+    return torch.full((), x, dtype=torch_dtype(dtype), device=ON.device)
 
 
 def constant(x: np.ndarray) -> ArrayData:
@@ -196,8 +205,8 @@ def constant(x: np.ndarray) -> ArrayData:
         )
     dtype = torch_dtype(x.dtype)
     if not x.size:
-        return ArrayData.made(torch.zeros(x.shape, dtype=dtype))
-    return ArrayData.made(torch.tensor(x.tolist(), dtype=dtype))
+        return ArrayData.made(torch.zeros(x.shape, dtype=dtype, device=ON.device))
+    return ArrayData.made(torch.tensor(x.tolist(), dtype=dtype, device=ON.device))
 
 
 def stacked(items: Sequence) -> ArrayData:

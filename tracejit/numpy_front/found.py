@@ -29,7 +29,27 @@ def reads_arrays(function: Callable, args: tuple, kwargs: dict) -> bool:
         if type(x) is ModuleType and x.__name__.partition(".")[0] == "torch":
             return False
         found = found or type(x) is np.ndarray
-    return found
+    if found or np not in _modules(function):
+        return found
+    return _through_objects(roots)
+
+
+def _modules(function: Callable) -> list[object]:
+    """The modules that the step's own module names: one that has no numpy computes with none."""
+    return [x for x in [*function.__globals__.values()] if type(x) is ModuleType]
+
+
+def _through_objects(roots: list) -> bool:
+    """Whether there are arrays in attributes of objects, or in variables of helpers, and nothing of
+    torch's anywhere."""
+    from tracejit.numpy_front.places import Reached
+
+    reached = Reached(roots)
+    if reached.of_torch:
+        return False
+    held = [x for at in reached.holders for x in (at.values() if isinstance(at, dict) else at)]
+    held += [contents(at) if key is None else at[key] for at, key in reached.variables]
+    return any(type(x) is np.ndarray for x in _leaves(held, 0))
 
 
 def _leaves(items: list | tuple, depth: int) -> Iterator[object]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from tracejit.numpy_front.core import (
+    ON,
     ArrayData,
     array,
     axes_of,
@@ -268,7 +269,9 @@ def _like(value: float) -> Callable:
     def make(a: object, dtype: object = None) -> ArrayData:
         a = array(a)
         to = torch_dtype(a.dtype if dtype is None else dtype)
-        return ArrayData.made(torch.full(a.shape, value, dtype=to), sure=a.contiguous)
+        return ArrayData.made(
+            torch.full(a.shape, value, dtype=to, device=ON.device), sure=a.contiguous
+        )
 
     return make
 
@@ -299,12 +302,14 @@ def _filled(shape: object, value: object, dtype: np.dtype, *, sure: bool = True)
 
 def zeros(shape: object, dtype: object = float, order: str = "C") -> ArrayData:
     row_major("zeros", order)
-    return ArrayData.made(torch.zeros(_shape(shape), dtype=torch_dtype(dtype)))
+    return ArrayData.made(torch.zeros(_shape(shape), dtype=torch_dtype(dtype), device=ON.device))
 
 
 def ones(shape: object, dtype: object = None, order: str = "C") -> ArrayData:
     row_major("ones", order)
-    return ArrayData.made(torch.ones(_shape(shape), dtype=torch_dtype(dtype or float)))
+    return ArrayData.made(
+        torch.ones(_shape(shape), dtype=torch_dtype(dtype or float), device=ON.device)
+    )
 
 
 def full(shape: object, fill_value: object, dtype: object = None, order: str = "C") -> ArrayData:
@@ -316,7 +321,9 @@ def full(shape: object, fill_value: object, dtype: object = None, order: str = "
 def eye(N: int, M: int | None = None, k: int = 0, dtype: object = float) -> ArrayData:
     if k:
         raise unknown("np.eye with k")
-    return ArrayData.made(torch.eye(N, N if M is None else M, dtype=torch_dtype(dtype)))
+    return ArrayData.made(
+        torch.eye(N, N if M is None else M, dtype=torch_dtype(dtype), device=ON.device)
+    )
 
 
 def identity(n: int, dtype: object = None) -> ArrayData:

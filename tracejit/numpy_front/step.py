@@ -28,12 +28,14 @@ from tracejit.capture.python.snapshot import Snapshot
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.compile import FRONTS, CompiledStep
-from tracejit.errors import CannotSave, UnsupportedOperation
+from tracejit.errors import BackendUnavailable, CannotSave, UnsupportedOperation
 from tracejit.numpy_front.array import Array
-from tracejit.numpy_front.core import BORN, ArrayData, Root, refuse
+from tracejit.numpy_front.core import BORN, ON, ArrayData, Root, refuse
 from tracejit.numpy_front.found import reads_arrays
+from tracejit.numpy_front.places import Places, Reached
 from tracejit.numpy_front.reductions import INSTEAD
 from tracejit.numpy_front.structure import READ_ONLY, SCALAR, Given, Layout, rebuilt, told
+from tracejit.runtime.select import FAKES
 
 _CHANGES = 8  # of what arguments are, after which calls run as the plain function
 _RAISING = {"raise", "call", "print", "log"}
@@ -121,7 +123,7 @@ class NumpyStep(CompiledStep):
             self._function = self._twin()
             super().reset()
             self._own |= {"_users", "_layouts", "_form", "_given", "_changes", "_names", "_cells"}
-            self._own |= {"_space", "_reach"}
+            self._own |= {"_space", "_reach", "_places"}
 
     def _twin(self) -> FunctionType:
         users = self._users
@@ -139,6 +141,25 @@ class NumpyStep(CompiledStep):
         twin.__qualname__, twin.__module__ = users.__qualname__, users.__module__
         twin.__dict__.update(users.__dict__)
         return twin
+
+    @property
+    def _place(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """What copies a tensor to the device that the step was asked to run on."""
+        device = self.options.device
+        if device is None or device == "cpu":
+            return None
+        there = "cpu" if self.options.backend in FAKES else device  # whose memory stands for it
+        if there != "cpu" and not torch.cuda.is_available():
+            raise BackendUnavailable(
+                backend=device,
+                reason="torch finds no GPU",
+                remedy="Leave out device=, to run on the CPU",
+            )
+
+        def copied(x: torch.Tensor) -> torch.Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=there).copy_(x)
+
+        return copied
 
     # ---- calls
 
@@ -159,12 +180,15 @@ class NumpyStep(CompiledStep):
                 if why is not None:
                     returned = self._refused(why)
                 else:
+                    self._places.put()
                     returned = super().__call__(*taken[0], **taken[1])
+                    given.brought_back()
             except BaseException:
                 if self._reach is not None and not self.options.falls_back:
                     self._reach.restore()  # else Arrays of a trace stay in objects of the user's
                 raise
             finally:
+                self._places.take_back(_array_of)
                 self._given = self._reach = None
             if type(returned) is _Plain:
                 return returned.result
@@ -178,7 +202,7 @@ class NumpyStep(CompiledStep):
 
     def _take(self, args: tuple, kwargs: dict) -> tuple[Given, tuple[tuple, dict]]:
         """This call's arrays as tensors, in its arguments and in the twin's variables."""
-        given, users, twin = Given(), self._users, self._function
+        given, users, twin = Given(self._place), self._users, self._function
         taken = tuple([given.convert(x) for x in args])
         named = {name: given.convert(x) for name, x in kwargs.items()} if kwargs else kwargs
         for cell, mine in self._cells:
@@ -199,6 +223,9 @@ class NumpyStep(CompiledStep):
         twin.__code__ = users.__code__
         twin.__defaults__ = given.convert(users.__defaults__)
         twin.__kwdefaults__ = given.convert(users.__kwdefaults__)
+        values = [*map(contents, users.__closure__ or ()), *map(users.__globals__.get, self._names)]
+        roots = [*self._bound_to, *args, *kwargs.values(), *values]
+        self._places = Places(Reached(roots, users), given.convert)
         return given, (taken, named)
 
     def _unfit(self, given: Given) -> tuple[str, str, object] | None:
@@ -234,6 +261,7 @@ class NumpyStep(CompiledStep):
 
     def _plain(self, *args: object, **kwargs: object) -> object:
         _, args, kwargs = self._given
+        self._places.restore()
         return _Plain(self._users(*self._bound_to, *args, **kwargs))
 
     def _saved(self, replays: list) -> None:
@@ -284,6 +312,8 @@ class NumpyStep(CompiledStep):
 def _takes(step: CompiledStep, args: tuple, kwargs: dict) -> bool:
     """Make a step one over numpy arrays, from now on, if it is."""
     if type(step) is not CompiledStep or not reads_arrays(step._function, args, kwargs):
+        if step.options.device is not None and type(step) is CompiledStep:
+            raise ValueError("device= is for steps over numpy arrays: tensors are where they are")
         return False
     step.__class__ = NumpyStep
     step.reset()
@@ -291,6 +321,12 @@ def _takes(step: CompiledStep, args: tuple, kwargs: dict) -> bool:
 
 
 FRONTS.append(_takes)
+
+
+def _array_of(tensor: torch.Tensor) -> object:
+    """What numpy has in place of a tensor that a call has made."""
+    found = tensor.detach().cpu().numpy()
+    return found if tensor.ndim else found[()]
 
 
 def _is_array(x: object) -> bool:
@@ -372,7 +408,16 @@ class _Traced:
         inner, seen = self._inner, self._seen
         inner.__defaults__ = seen.of(inner.__defaults__)
         inner.__kwdefaults__ = seen.of(inner.__kwdefaults__)
-        result = self._step._run(inner, seen.of(args), seen.of(kwargs))
+        step = self._step
+        ON.device = None if step.options.backend in FAKES else step.options.device
+        try:
+            step._places.put(seen.of)
+            result = step._run(inner, seen.of(args), seen.of(kwargs))
+        finally:
+            ON.device = None
+            rebound = step._places.traced(seen.of)
+        if rebound:
+            raise _rebound(rebound)
         self._check()
         leaves: list[object] = []
         arrays: list[ArrayData] = []

@@ -23,7 +23,10 @@ _DEEP = 20
 class Given:
     """The arrays of one call: the tensors that stand for them, and the other way round."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[torch.Tensor], torch.Tensor] | None = None) -> None:
+        """place: copies a tensor to the device of the step, if that is not where arrays are."""
+        self._place = place
+        self._there: list[tuple[np.ndarray, torch.Tensor, int]] = []  # and versions
         self.tensors: dict[int, torch.Tensor] = {}  # by the identity of the array
         self.arrays: dict[int, tuple[object, str]] = {}  # by the identity of the tensor
         self.form: list[object] = []
@@ -57,15 +60,30 @@ class Given:
             return self._no(f"an array of dtype {x.dtype}", x)
         if any(stride < 0 or stride % x.itemsize for stride in x.strides):
             return self._no("an array that lies backwards in memory, or between its elements", x)
+        if self._place is not None:
+            if any(np.may_share_memory(x, other) for other, _, _ in self._there):
+                return self._no("an array that may share memory with another, on a device", x)
+            if 0 in x.strides:
+                return self._no("an array whose elements share memory, on a device", x)
         if x.flags.writeable:
             return self._tensor(x, torch.from_numpy(x), ARRAY)
         return self._tensor(x, torch.from_numpy(_writeable(x)), READ_ONLY)
+
+    def brought_back(self) -> None:
+        """Copy what the step has written from its device to the arrays."""
+        for x, tensor, version in self._there:
+            if tensor._version != version:
+                np.copyto(x, tensor.detach().cpu().numpy())
 
     def _no(self, what: str, x: np.ndarray) -> np.ndarray:
         self.problem = self.problem or (what, x)
         return x
 
     def _tensor(self, x: object, tensor: torch.Tensor, kind: str) -> torch.Tensor:
+        if self._place is not None:
+            tensor = self._place(tensor)
+            if kind is not SCALAR:
+                self._there.append((x, tensor, tensor._version))
         if kind is not SCALAR:
             self.tensors[id(x)] = tensor
         if kind is not ARRAY:
@@ -129,14 +147,14 @@ def rebuilt(layout: Layout, leaves: list, given: Given, made: dict[int, np.ndarr
     if kind == "other":
         return leaves.pop()
     if kind == SCALAR:
-        return leaves.pop().numpy()[()]
+        return leaves.pop().cpu().numpy()[()]
     if kind == ARRAY:
         tensor = leaves.pop()
         if id(tensor) in given.arrays:
             return given.arrays[id(tensor)][0]
         found = made.get(id(tensor))
         if found is None:
-            found = made[id(tensor)] = tensor.numpy()
+            found = made[id(tensor)] = tensor.cpu().numpy()
         return found
     parts = [rebuilt(part, leaves, given, made) for part in layout.parts]
     if kind == "dict":

@@ -85,6 +85,7 @@ class _Masks:
     share: if other numbers than -inf are added, of each key in a row to whose scores so small a
     number is added that nothing else is left of them; else 1. The log-sum of such a row is that
     number.
+    far:   which rows these are, and `tops` which keys of a row have its largest number.
     seen:  where nothing is added, if all that is added elsewhere is -inf.
     """
 
@@ -94,6 +95,8 @@ class _Masks:
     alike: bool = False
     added: bool = False
     share: Value | None = None
+    far: Value | None = None
+    tops: Value | None = None
     seen: Value | None = None
 
 
@@ -143,10 +146,7 @@ class _Emission:
             attend.keep()
             self._at(gradients[0])
             g = self._shaped(match.g, with_d)
-            if masks.share is not None:
-                share = self._along(masks.share, g.type.shape)
-                g = _cast(b, b.mul(_cast(b, g, share.type.dtype), share), match.dtype)
-            attend.come(g)
+            attend.come(g, masks.share)
             every = None if lost is None else self._any(lost)
         for node in gradients:
             self._at(node)
@@ -205,13 +205,11 @@ class _Emission:
     def _log(self, number: Arg) -> Arg:
         return self.b.host_log(number) if isinstance(number, Value) else math.log(number)
 
-    def _dropped(self, masks: _Masks) -> tuple[Value, Arg] | None:
-        """What dropout adds to scores, the bias included, and the log of what it multiplies by."""
+    def _dropped(self, masks: _Masks) -> _Dropped | None:
+        """What dropout does to scores and rows."""
         match, b, found = self.match, self.b, self.match.dropout
         if found is None:
             return None
-        if masks.share is not None:  # their rows are not normalized by the sum that is kept
-            raise Unknown
         kind = match.scores.type
         mask, most = self._shaped(found.mask, kind.shape), self._log(found.number)
         if found.inverse:
@@ -221,7 +219,18 @@ class _Emission:
             mask = b.and_(mask, b.expand(masks.seen, shape=kind.shape))
         bias = b.where(mask, most, nothing)
         alone = masks.seen is not None or not isinstance(masks.bias, Value)
-        return (bias if alone else b.add(masks.bias, bias)), most
+        dropped = _Dropped(bias if alone else b.add(masks.bias, bias), most)
+        if masks.share is None:
+            return dropped
+        number = found.number
+        if found.inverse:
+            number = b.host_div(1.0, number) if isinstance(number, Value) else 1.0 / number
+        tops = b.and_(mask, b.expand(masks.tops, shape=kind.shape))
+        left = b.reduce_sum(b.cast(tops, dtype=f32), axes=(len(kind.shape) - 1,))
+        one = _cast(b, b.mul(masks.share, number), f32)
+        dropped.far, dropped.left = masks.far, b.mul(left, one)
+        dropped.share = _cast(b, b.where(masks.far, one, 1.0), masks.share.type.dtype)
+        return dropped
 
     def _masks(self) -> _Masks:
         """What all steps add to scores. It is computed before it is expanded to their shape."""
@@ -239,7 +248,7 @@ class _Emission:
         if finite and len(steps) > 1:
             raise Unknown  # which one hides a row is not known
         soft = any(s.kind == "add" and not s.hard for s in steps)
-        if match.finite and (finite or soft):
+        if match.finite and finite:
             raise Unknown
         kind, dtype = match.scores.type, wide(match.dtype)
         bases = [self._base(s.what) for s in steps]
@@ -275,6 +284,7 @@ class _Emission:
             share = b.div(common[-1] / match.n, b.reduce_sum(ones, axes=last))
             far = b.and_(b.le(top, HIDDEN), b.not_(none))
             masks.share = self._of_rows(b.where(far, share, 1.0))
+            masks.far, masks.tops = self._of_rows(far), b.eq(bias, self._along(top, common))
         masks.bias = b.expand(bias, shape=kind.shape)
         if match.finite:  # such rows are 0, as those of the primitives
             masks.none = None
@@ -297,6 +307,19 @@ class _Emission:
         return self.b.expand(x, shape=self.match.scores.type.shape[:-1])
 
 
+@dataclass(slots=True)
+class _Dropped:
+    """What dropout does: what it adds to scores, their bias included, and the log of what it
+    multiplies by. In far rows, whose log-sums say nothing of them, what is left of all weights, and
+    what stands for 1 in a weight that is left (1 in other rows)."""
+
+    bias: Value
+    most: Arg
+    far: Value | None = None
+    left: Value | None = None
+    share: Value | None = None
+
+
 class _Attend:
     """The primitives of one attention, with dropout or without."""
 
@@ -306,10 +329,9 @@ class _Attend:
         operands: tuple[Value, Value, Value],
         bias: Value | float,
         how: dict[str, object],
-        dropped: tuple[Value, Arg] | None,
+        dropped: _Dropped | None,
     ):
-        self.b, self.operands, self.bias, self.how = b, operands, bias, how
-        self.dropped = dropped
+        self.b, self.operands, self.bias, self.how, self.dropped = b, operands, bias, how, dropped
 
     def result(self) -> Value:
         """The result, before what masks make of rows."""
@@ -317,12 +339,15 @@ class _Attend:
         if self.dropped is None:
             self.out = b.attention(q, k, v, self.bias, **self.how)
             return self.out
-        bias, most = self.dropped
+        bias, most, far = self.dropped.bias, self.dropped.most, self.dropped.far
         left = b.attention(q, k, v, bias, **self.how)
         self.keep()
         # 0 where nothing is left of a row, whose log-sum is 0
         less = b.sub(b.attention_lse(q, k, bias, **self.how), self.lse)
-        share = self._along(b.exp(b.minimum(less, most)), left)
+        share = b.exp(b.minimum(less, most))
+        if far is not None:
+            share = b.where(far, _cast(b, self.dropped.left, share.type.dtype), share)
+        share = self._along(share, left)
         self.out = _cast(b, b.mul(_cast(b, left, share.type.dtype), share), left.type.dtype)
         return self.out
 
@@ -331,16 +356,28 @@ class _Attend:
         q, k, _ = self.operands
         self.lse = self.b.attention_lse(q, k, self.bias, **self.how)
 
-    def come(self, g: Value) -> None:
-        """The cotangent of the result is there."""
+    def come(self, g: Value, share: Value | None) -> None:
+        """The cotangent of the result is there. `share` is what weights are multiplied by that
+        the log-sums give, if they do not say all of each row."""
         b, (q, k, v) = self.b, self.operands
-        self.g, self.delta, bias, before = g, row_products(b, g, self.out), self.bias, None
-        if self.dropped is not None:
-            bias, before = self.dropped[0], self.delta
-            kind = before.type
+        if self.dropped is None:
+            self.less = self.less_of_keys = None
+            self.g = self._shared(g, share)
+            self.delta, bias = row_products(b, self.g, self.out), self.bias
+        else:
+            bias, delta = self.dropped.bias, row_products(b, g, self.out)
+            self.less = self.less_of_keys = b.mul(delta, -self.how["scale"])
+            if share is not None:
+                self.less_of_keys = b.mul(self.less, _cast(b, share, delta.type.dtype))
+            self.g, kind = self._shared(g, self.dropped.share), delta.type
             self.delta = b.full(0.0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
-        self.given = q, k, v, bias, self.lse, self.delta, g
-        self.less = None if before is None else b.mul(before, -self.how["scale"])
+        self.given = q, k, v, bias, self.lse, self.delta, self.g
+
+    def _shared(self, g: Value, share: Value | None) -> Value:
+        if share is None:
+            return g
+        wider = self._along(share, g)
+        return _cast(self.b, self.b.mul(_cast(self.b, g, wider.type.dtype), wider), g.type.dtype)
 
     def dv(self) -> Value:
         return self.b.attention_dv(*self.given, **self.how)
@@ -350,23 +387,21 @@ class _Attend:
         x = b.attention_dq(*self.given, **self.how)
         if self.less is None:
             return x
-        return b.add(x, self._times(b.attention(q, k, k, self.bias, **self.how)))
+        rows = b.attention(q, k, k, self.bias, **self.how)
+        return b.add(x, self._times(rows, self.less))
 
     def dk(self) -> Value:
         b, (q, k, _) = self.b, self.operands
         x = b.attention_dk(*self.given, **self.how)
         if self.less is None:
             return x
-        operands = q, k, k, self.bias, self.lse, self.delta, self._times(q)
+        operands = q, k, k, self.bias, self.lse, self.delta, self._times(q, self.less_of_keys)
         return b.add(x, b.attention_dv(*operands, **self.how))
 
-    def _times(self, x: Value) -> Value:
+    def _times(self, x: Value, less: Value) -> Value:
         """Rows times what is taken from each weight of a row."""
-        return _cast(
-            self.b,
-            self.b.mul(_cast(self.b, x, self.less.type.dtype), self._along(self.less, x)),
-            x.type.dtype,
-        )
+        b = self.b
+        return _cast(b, b.mul(_cast(b, x, less.type.dtype), self._along(less, x)), x.type.dtype)
 
     def _along(self, rows: Value, like: Value) -> Value:
         b = self.b

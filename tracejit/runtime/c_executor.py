@@ -66,6 +66,7 @@ class CExecutor:
     """
 
     name = "c"
+    gpu = False
 
     def __init__(self, threads: int | Callable[[], int] | None = None):
         if threads is None:

@@ -96,9 +96,10 @@ def inlined(
 
 class Executor(Protocol):
     """Turns plans into loaded plans. One for a GPU that is not here says so (`computes` is False):
-    its plans come as far as their launches, which are nothing."""
+    its plans come as far as their launches, which are nothing. `gpu`: plans are those of a GPU."""
 
     name: str
+    gpu: bool
 
     def load(self, plan: Plan) -> LoadedPlan:
         """Prepare a plan's kernels; they may be shared with plans loaded earlier."""

@@ -18,6 +18,7 @@ class NumpyExecutor:
     """Executes plans on the CPU with numpy."""
 
     name = "numpy"
+    gpu = False
 
     def load(self, plan: Plan) -> LoadedNumpyPlan:
         """Prepare all launches of a plan."""

@@ -55,6 +55,8 @@ class TritonExecutor:
     device that is not here.
     """
 
+    gpu = True
+
     def __init__(
         self,
         backend: str,

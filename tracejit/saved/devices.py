@@ -12,7 +12,6 @@ from dataclasses import replace
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.draws import Draw, Event
 from tracejit.ir.graph import Graph, Node, Param, Result, Value, Write
 from tracejit.ir.types import Type
@@ -61,9 +60,7 @@ def _plan(plan: SavedPlan, to: str) -> SavedPlan:
     )
     c = plan.captured
     outside = tuple(replace(node, graph=_graph(node.graph, to)) for node in c.effects.outside)
-    cuts = tuple(
-        Cut(_graph(cut.graph, to), cut.sources, cut.where, drawn=cut.drawn) for cut in c.cuts
-    )
+    cuts = tuple(replace(cut, graph=_graph(cut.graph, to)) for cut in c.cuts)
     captured = replace(
         c,
         cuts=cuts,

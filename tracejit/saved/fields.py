@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracejit.saved.archive import Damaged
@@ -29,11 +30,12 @@ class Item:
         shown = shown if len(shown) < 60 else f"{shown[:57]}…"
         return Damaged(f"{self.at} is {what}, not {shown}")
 
-    def table(self, *names: str) -> dict[str, Item]:
-        """A table of exactly these names."""
-        if type(self.value) is not dict or self.value.keys() != {*names}:
+    def table(self, *names: str, more: Sequence[str] = ()) -> dict[str, Item]:
+        """A table of exactly these names, of which there may be some `more`."""
+        known = type(self.value) is dict and {*names} <= self.value.keys() <= {*names, *more}
+        if not known:
             raise self.wrong(f"a table of {', '.join(names)}")
-        return {name: self[name] for name in names}
+        return {name: self[name] for name in (*names, *more) if name in self.value}
 
     def items(self) -> dict[str, Item]:
         """A table of any names."""

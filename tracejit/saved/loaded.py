@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -24,34 +25,45 @@ from tracejit.errors import CallError, SavedFileError, SideEffectError
 from tracejit.options import Options
 from tracejit.pipeline import Pipeline, Stats
 from tracejit.run import OTHERWISE
+from tracejit.runtime.cache import Bodies, provide
 from tracejit.runtime.memory import Memory
 from tracejit.saved import archive
 from tracejit.saved.archive import Damaged
 from tracejit.saved.devices import devices_of_state, moved
 from tracejit.saved.loaded_plan import LoadedPlan, State
-from tracejit.saved.manifest import entries_of, step_of
+from tracejit.saved.manifest import entries_of, objects_of, step_of
+from tracejit.saved.objects import gathered
 from tracejit.saved.record import SavedGenerator, SavedStep
+from tracejit.saved.schedules import Schedules
 from tracejit.saved.tensors import copy_once
 
 _LONGEST = 400  # of what an error quotes from a file
 
 
 def load(
-    path: str | os.PathLike, *, backend: str = "auto", device: str | torch.device | None = None
+    path: str | os.PathLike,
+    *,
+    backend: str = "auto",
+    device: str | torch.device | None = None,
+    trust: bool = False,
 ) -> LoadedStep:
     """The step that `step.save(path)` has put in a file, with its parameters and its state.
 
     backend: as of `tracejit.compile`.
     device:  "cpu" or "cuda:0", for a step that was saved on another one.
+    trust:   use the compiled objects of a file (`step.save(path, objects=True)`) even if it is not
+        signed by this user's key: they are code, and whoever wrote the file can do what you can.
 
-    No code of the file is run: its graphs are parsed and checked, and kernels are compiled from
-    them, when a call first needs them. Raises SavedFileError for a file that is damaged, is no
+    Else no code of the file is run: its graphs are parsed and checked, and kernels are compiled
+    from them, when a call first needs them. Raises SavedFileError for a file that is damaged, is no
     saved step, or was written by a later version; OSError where it cannot be read.
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            step = step_of(archive.read(file))
+            entries = archive.read(file)
+        step = step_of(entries)
+        objects, why = objects_of(entries, trust=trust)
         step = _placed(step if device is None else moved(step, device))
     except OSError:
         raise
@@ -59,12 +71,22 @@ def load(
         reason = str(error) or type(error).__name__
         reason = reason if len(reason) <= _LONGEST else f"{reason[:_LONGEST]} …"
         raise SavedFileError(path=path, reason=reason) from error
-    return LoadedStep(step, backend)
+    loaded = LoadedStep(step, backend)
+    if objects:
+        weakref.finalize(loaded, provide(objects))
+    if objects or why:
+        counts = f"{len(objects)} of its compiled objects may be used"
+        loaded.objects = f"its compiled objects are not used: {why}" if why else counts
+    return loaded
 
 
-def save(path: str | os.PathLike, step: SavedStep) -> None:
-    """Write a file, which appears as a whole or not at all. Raises OSError."""
-    archive.write(Path(path), entries_of(step, f"tracejit {_version()}"))
+def save(
+    path: str | os.PathLike, step: SavedStep, *, objects: bool = False, backend: str = "auto"
+) -> None:
+    """Write a file, which appears as a whole or not at all; with compiled objects for a backend of
+    this machine, if they are asked for. Raises OSError."""
+    compiled = LoadedStep(step, backend).compiled() if objects else None
+    archive.write(Path(path), entries_of(step, f"tracejit {_version()}", compiled))
 
 
 def _version() -> str:
@@ -86,8 +108,12 @@ class LoadedStep:
     Random numbers are drawn as by the running step: from torch's default generators of this
     process, or from generators of its own, whose states are in the file.
 
+    `objects` says what became of the compiled objects of its file, if there are some.
+
     Safe to call from several threads; calls run one after another.
     """
+
+    objects = "its file has no compiled objects"
 
     def __init__(self, step: SavedStep, backend: str = "auto"):
         options = Options(
@@ -98,10 +124,11 @@ class LoadedStep:
         )
         self.name = self.__name__ = step.name
         self.stats = Stats()
-        self._saved, self._lock = step, threading.RLock()
+        self._saved, self._lock, self._backend = step, threading.RLock(), backend
         self._state = _state_of(step)
         name = step.name if step.name.isidentifier() else "step"
         pipeline = Pipeline(name, f"the loaded step {step.name}", self.stats, options)
+        self._pipeline = pipeline
         precision, memory = step.options["precision"], Memory()
         self._plans = [LoadedPlan(p, self._state, pipeline, precision, memory) for p in step.plans]
 
@@ -195,15 +222,23 @@ class LoadedStep:
             for tensor in self._state.tensors.values():
                 tensor.grad = None
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Put the step into a file again, as it is now. Raises OSError."""
+    def compiled(self) -> Bodies:
+        """What a file has of it besides, as entries of the disk cache: all of it is compiled."""
         with self._lock:
-            save(path, self._now())
+            precision = self._saved.options["precision"]
+            return gathered(self._plans, self._pipeline, precision)
+
+    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
+        """Put the step into a file again, as it is now; with compiled `objects`, if so. Raises
+        OSError."""
+        with self._lock:
+            save(path, self._now(), objects=objects, backend=self._backend)
 
     def _now(self) -> SavedStep:
         named = self._named()
         gradients = {name: f"{name}.grad" for name in named if f"{name}.grad" in named}
         kept = {"tensors": named, "gradients": gradients, "numbers": dict(self.numbers)}
+        kept["schedules"] = self._state.schedules.now()
         generators = [
             SavedGenerator(old.device, None if old.state is None else g.get_state())
             for old, g in zip(self._saved.generators, self._state.generators, strict=True)
@@ -237,7 +272,8 @@ def _state_of(step: SavedStep) -> State:
         else:
             generators.append(torch.Generator(saved.device))
             generators[-1].set_state(saved.state)
-    return State(tensors, dict(step.numbers), generators)
+    numbers = dict(step.numbers)
+    return State(tensors, numbers, generators, Schedules(step.schedules, numbers))
 
 
 def _like(gradient: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ replays do (`run.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import itemgetter
 
@@ -20,7 +20,7 @@ from tracejit.capture.proof.guards import Armed, condition
 from tracejit.capture.proof.places import Places
 from tracejit.capture.python.counters import Elements
 from tracejit.capture.python.memory import MANY
-from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.signature import Fielded, Keyed, Listed
 from tracejit.capture.trace.scalars import same_number
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph, Value, print_arg
@@ -39,6 +39,8 @@ from tracejit.saved.record import (
     SavedPlan,
     Spec,
 )
+from tracejit.saved.schedules import Schedules, Stepping
+from tracejit.saved.searches import with_checks
 
 Ready = Callable[[], object]
 _MOST_RUNS = 8  # of one plan, by the alignment of its inputs
@@ -52,6 +54,7 @@ class State:
     tensors: dict[str, torch.Tensor]
     numbers: dict[str, int | float]
     generators: list[torch.Generator]
+    schedules: Schedules
 
 
 @dataclass(slots=True)
@@ -74,7 +77,8 @@ class LoadedPlan:
         self, plan: SavedPlan, state: State, pipeline: Pipeline, precision: str, memory: Memory
     ):
         self.plan, self.state, self.pipeline, self.precision = plan, state, pipeline, precision
-        self.captured = replace(plan.captured, paths=tuple(map(_path, plan.scalars)))
+        captured = replace(plan.captured, paths=tuple(map(_path, plan.scalars)))
+        self.captured = with_checks(captured, pipeline.name)
         self._memory = memory
         self._names = [a.name for a in plan.arguments]
         self._by_place = [a.name for a in plan.arguments if a.positional]
@@ -117,6 +121,8 @@ class LoadedPlan:
             case Keyed(items):
                 pairs = (f"{k!r}: {self._tree_text(x)}" for k, x in items)
                 return f"{{{', '.join(pairs)}}}"
+            case Fielded(kind, items, _):
+                return f"{kind}({', '.join(f'{k}={self._tree_text(x)}' for k, x in items)})"
         raise AssertionError(tree)
 
     # ---- a call
@@ -152,6 +158,8 @@ class LoadedPlan:
 
         def run() -> object:
             numbers, tensors = self.state.numbers, self.state.tensors
+            if self.plan.callbacks:
+                call.undo = self.state.schedules.remembered()
             return function(reals, scalars, addresses, [numbers, tensors], call)
 
         return run
@@ -190,7 +198,9 @@ class LoadedPlan:
             stage.kept = None
         c = self.captured
         where = ", ".join(dict.fromkeys(c.cuts[k].where for k in c.early))
-        return f"it decides by values that it reads at {where}, and this plan is for others"
+        counts = ", ".join(str(cut.count) for cut in c.cuts if cut.search is not None)
+        more = f"; it is for {counts} elements that are found" if counts else ""
+        return f"it decides by values that it reads at {where}, and this plan is for others{more}"
 
     def _take(self, tree: object, x: object, name: str, found: _Inputs) -> None:
         """Look at what is given, and keep what the plan takes of it."""
@@ -219,6 +229,15 @@ class LoadedPlan:
                     raise Mismatch(f"{name} is a dict of {keys} in this order, not {_shown(x)}")
                 for key, item in items:
                     self._take(item, x[key], f"{name}[{key!r}]", found)
+            case Fielded(kind, items, listed):
+                parts = _fields_of(x, [key for key, _ in items], listed)
+                if parts is None:
+                    keys = ", ".join(key for key, _ in items)
+                    raise Mismatch(
+                        f"{name} is a {kind} with {keys}, or a dict of these, not {_shown(x)}"
+                    )
+                for (key, item), part in zip(items, parts, strict=True):
+                    self._take(item, part, f"{name}.{key}", found)
 
     def _fill(self, found: _Inputs) -> None:
         """The inputs that are state."""
@@ -261,6 +280,18 @@ class LoadedPlan:
             self._elements = Elements(at, host_memory.cell_type(reals[first]))
         self._at = addresses
 
+    def prepared(self, like: list[torch.Tensor]) -> list[Stage]:
+        """Compile it for inputs like some tensors; the stages compile themselves when asked."""
+        self._build(like)
+        return [*self._stages.values()]
+
+    def _stepping(self) -> Stepping:
+        """The calls of schedulers."""
+        plan = self.plan
+        left = [(k, *p.key) for k, p in enumerate(plan.scalars) if p.kind == "after"]
+        operands = plan.captured.effects.callbacks
+        return Stepping(self.state.schedules, plan.callbacks, operands, left)
+
     # ---- compiled forms
 
     def _run_for(
@@ -295,7 +326,7 @@ class LoadedPlan:
         if captured.checks is not None:
             checking = Checking(pipeline, captured.checks, executor)
         places = Places(reals)
-        armed = Armed(lambda *_: "", "", [], places, None)
+        armed = Armed(lambda *_: "", "", [], places, self._stepping())
         with torch.no_grad():  # its lines put themselves in grad mode
             run = generate(
                 captured, program, final, backwards, Hooks(), armed, parts, checking=checking
@@ -326,6 +357,9 @@ def _getter(names: list[str]) -> Callable[[dict], tuple]:
 
 def _path(place: Place) -> tuple:
     """The path of a runtime scalar, as far as a run needs it."""
+    if place.kind == "after":
+        n, name = place.key
+        return "after", n, ("number", name)
     return (place.kind, place.key) if place.kind in _READ else ("given", place.key)
 
 
@@ -345,6 +379,18 @@ def _check(tensor: torch.Tensor, spec: Spec, name: str) -> None:
         raise Mismatch(f"{name} is {tensor.dtype}, {tensor.layout}, and the plan takes {spec}")
     kind = TO_IR[tensor.dtype], tuple(tensor.shape), tensor.stride(), str(tensor.device)
     raise Mismatch(f"{name} is {Spec(*kind, tensor.requires_grad)}, and the plan takes {spec}")
+
+
+def _fields_of(x: object, names: list[str], listed: bool) -> list[object] | None:
+    """The fields of an object that may be of any class, of a dict, or of a tuple where the step was
+    given one; None if it has others."""
+    if isinstance(x, (list, tuple)):
+        return [*x] if listed and len(x) == len(names) else None
+    if isinstance(x, Mapping):
+        return [x[name] for name in names] if x.keys() == {*names} else None
+    missing = object()
+    found = [getattr(x, name, missing) for name in names]
+    return None if any(part is missing for part in found) else found
 
 
 def _number(x: object, whole: bool, name: str) -> int | float:

@@ -7,6 +7,8 @@
     plans/0/checks.txt        what must not hold of computed values, as a graph, if there is such
     state.safetensors         parameters, buffers, gradients, optimizer state
     generators.safetensors    the states of the user's own random generators
+    objects/…                 what was compiled of it, if that was asked for (`objects.py`)
+    signature.txt             an HMAC of the manifest, where there are objects
     shown/…                   plans and kernels as they were, for people: nothing of it is read
 
 `read` believes nothing: it parses, and `soundness.py` looks at what it makes of it.
@@ -22,10 +24,13 @@ from functools import partial
 import torch
 
 from tracejit.errors import TracejitError
+from tracejit.runtime.cache import Bodies
+from tracejit.saved import objects
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import Item, number_text, read_json
 from tracejit.saved.plans import plan_entries, read_plan
 from tracejit.saved.record import VERSION, SavedGenerator, SavedStep
+from tracejit.saved.schedules import SavedSchedules, read_schedules, schedules_json
 from tracejit.saved.soundness import check_step
 from tracejit.saved.tensors import can_lie, laid_out, pack, unpack
 
@@ -36,8 +41,8 @@ MANIFEST, STATE, GENERATORS, SHOWN = (
 )
 
 
-def entries_of(step: SavedStep, made_by: str) -> dict[str, bytes]:
-    """The entries of a file."""
+def entries_of(step: SavedStep, made_by: str, compiled: Bodies | None = None) -> dict[str, bytes]:
+    """The entries of a file; with what was `compiled` of it, and then with a signature."""
     entries: dict[str, bytes] = {}
     plans = []
     for i, plan in enumerate(step.plans):
@@ -48,6 +53,8 @@ def entries_of(step: SavedStep, made_by: str) -> dict[str, bytes]:
     own = {f"{k}": g.state for k, g in enumerate(step.generators) if g.state is not None}
     entries[GENERATORS] = pack(own)
     entries |= {SHOWN + name: text.encode() for name, text in step.texts.items()}
+    listed, more = objects.entries_of(compiled or {})
+    entries |= more
     generators = [{"device": g.device, "own": g.state is not None} for g in step.generators]
     manifest = {
         "format": FORMAT,
@@ -65,10 +72,15 @@ def entries_of(step: SavedStep, made_by: str) -> dict[str, bytes]:
             for name, t in step.tensors.items()
         },
         "generators": generators,
+        **({"schedules": schedules_json(step.schedules)} if step.schedules.schedulers else {}),
         "plans": plans,
+        **({"objects": listed} if listed else {}),
         "entries": {name: _digest(content) for name, content in entries.items()},
     }
-    return {MANIFEST: _lines(manifest).encode(), **entries}
+    content = _lines(manifest).encode()
+    signed = objects.signature(content, create=True) if listed else None
+    with_signature = {} if signed is None else {objects.SIGNATURE: signed}
+    return {MANIFEST: content, **entries, **with_signature}
 
 
 def _lines(manifest: dict[str, object]) -> str:
@@ -86,8 +98,23 @@ def _lines(manifest: dict[str, object]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
+def objects_of(entries: Mapping[str, bytes], *, trust: bool) -> tuple[Bodies, str]:
+    """What was compiled of the step of a file that `step_of` has read, if it is to be used; else
+    why not, where there is such."""
+    said = read_json(entries[MANIFEST], MANIFEST).items()
+    if "objects" not in said:
+        return {}, ""
+    names = objects.names_of(said["objects"])
+    why = objects.why_not_trusted(entries[MANIFEST], entries.get(objects.SIGNATURE))
+    if why and not trust:
+        return {}, why
+    return objects.bodies_of(names, entries), ""
+
+
 def step_of(entries: Mapping[str, bytes]) -> SavedStep:
     """The step that a file keeps. Raises Damaged, or InvalidGraph where a text is no graph."""
+    signed = objects.SIGNATURE
+    entries = {name: content for name, content in entries.items() if name != signed}
     if MANIFEST not in entries:
         raise Damaged(f"it has no {MANIFEST}: it is no saved step")
     item = read_json(entries[MANIFEST], MANIFEST)
@@ -95,14 +122,22 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
     said = item.table(
         *("format", "version", "made_by", "name", "options", "numbers", "state"),
         *("generators", "plans", "entries"),
+        more=("schedules", "objects"),
     )
     _check_entries(said["entries"], entries)
+    names = [x for _, _, x in objects.names_of(said["objects"])] if "objects" in said else []
+    if names != objects.only_objects(entries):
+        raise Damaged("it has other objects than the manifest")
     state = unpack(entries[STATE])
     listed = said["state"].items()
     if listed.keys() != state.keys():
         raise Damaged(f"{STATE} has other tensors than the manifest")
     tensors = {name: _laid_out(state[name], entry) for name, entry in listed.items()}
     options = said["options"].table("fuse", "remat", "precision")
+    numbers = {name: x.number() for name, x in said["numbers"].items().items()}
+    schedules = SavedSchedules()
+    if "schedules" in said:
+        schedules = read_schedules(said["schedules"], numbers)
     step = SavedStep(
         name=said["name"].text(),
         options={
@@ -110,7 +145,8 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
             "remat": options["remat"].text("auto", "none"),
             "precision": options["precision"].text("highest", "high", "medium"),
         },
-        numbers={name: x.number() for name, x in said["numbers"].items().items()},
+        numbers=numbers,
+        schedules=schedules,
         tensors=tensors,
         gradients={
             name: entry["grad"].text(*tensors)

@@ -19,7 +19,7 @@ import torch
 from tracejit import errors
 from tracejit.capture.effects.captured import Captured, Checks, Key
 from tracejit.capture.effects.text import parse_effects
-from tracejit.capture.signature import Keyed, Listed
+from tracejit.capture.signature import Fielded, Keyed, Listed
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut, Source
 from tracejit.capture.trace.draws import Draw, Event, Keep, Restore, Seed
@@ -33,6 +33,7 @@ from tracejit.passes.cone import cone
 from tracejit.passes.dce import dce
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import Item, number_text, read_json
+from tracejit.saved.named import kind_json, read_kind
 from tracejit.saved.record import (
     Argument,
     GivenNumber,
@@ -42,6 +43,8 @@ from tracejit.saved.record import (
     SavedPlan,
     Spec,
 )
+from tracejit.saved.schedules import SavedCallback
+from tracejit.saved.searches import read_search, search_json
 
 _TEXTS = ("graph.txt", "effects.txt", "host.txt", "checks.txt")
 _NO_GRAPH = Graph("value", (), (), (), ())
@@ -87,9 +90,10 @@ def plan_entries(plan: SavedPlan) -> tuple[Json, dict[str, str]]:
         "checks": None if c.checks is None else _checks(c.checks),
         "grads_read": [list(pair) for pair in c.grads_read],
         "given": list(map(_given, c.given)),
-        "numbers_read": [{"where": cut.where, "drawn": cut.drawn} for cut in c.cuts],
+        "numbers_read": list(map(_cut, c.cuts)),
         "late": list(c.late),
         "draws": [_event(event, arg) for event in c.draws],
+        **({"callbacks": list(map(_callback, plan.callbacks))} if plan.callbacks else {}),
     }, texts
 
 
@@ -156,6 +160,9 @@ def _tree(tree: object) -> object:
             return {kind.__name__: list(map(_tree, items))}
         case Keyed(items):
             return {"dict": [[_value(key), _tree(item)] for key, item in items]}
+        case Fielded(kind, items, listed):
+            fields = [[name, _tree(item)] for name, item in items]
+            return {"fields": fields, "of": kind, "listed": listed}
     raise AssertionError(tree)
 
 
@@ -165,8 +172,22 @@ def _value(x: object) -> object:
 
 
 def _place(place: Place) -> list:
-    key = place.key
-    return [place.kind, number_text(key) if place.kind == "constant" else key]
+    if place.kind == "after":
+        return [place.kind, *place.key]
+    return [place.kind, number_text(place.key) if place.kind == "constant" else place.key]
+
+
+def _cut(cut: Cut) -> Json:
+    said = {"where": cut.where, "drawn": cut.drawn}
+    if cut.search is None:
+        return said
+    return said | {"search": search_json(cut.search), "found": cut.found, "count": cut.count}
+
+
+def _callback(callback: SavedCallback) -> Json:
+    kwargs = {name: _value(x) for name, x in callback.kwargs.items()}
+    args = list(map(_value, callback.args))
+    return {"scheduler": callback.scheduler, "args": args, "kwargs": kwargs}
 
 
 def _spec(spec: Spec) -> Json:
@@ -202,6 +223,8 @@ def _given(x: object) -> object:
             return {"size": list(x)}
         case torch.device():
             return {"device": str(x)}
+        case type():
+            return kind_json(x)
     return _value(x)
 
 
@@ -225,6 +248,7 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
     said = item.table(
         *("arguments", "tensors", "scalars", "generators", "sources", "decisions", "bounds"),
         *("checks", "grads_read", "given", "numbers_read", "late", "draws"),
+        more=("callbacks",),
     )
     has_checks = said["checks"].value is not None
     if texts.keys() != {*(_TEXTS if has_checks else _TEXTS[:3])}:
@@ -265,12 +289,27 @@ def read_plan(item: Item, texts: Mapping[str, str]) -> SavedPlan:
         tensors=tuple(map(_read_tensor, said["tensors"].rows())),
         scalars=tuple(map(_read_place, said["scalars"].rows())),
         generators=said["generators"].wholes(),
+        callbacks=tuple(
+            map(_read_callback, said["callbacks"].rows() if "callbacks" in said else ())
+        ),
     )
 
 
 def _read_cut(item: Item) -> Cut:
-    said = item.table("where", "drawn")
-    return Cut(_NO_GRAPH, (), said["where"].text(), drawn=said["drawn"].whole())
+    said = item.table("where", "drawn", more=("search", "found", "count"))
+    cut = Cut(_NO_GRAPH, (), said["where"].text(), drawn=said["drawn"].whole())
+    if len(said) > 2:
+        said = item.table("where", "drawn", "search", "found", "count")
+        cut.search, cut.found = read_search(said["search"]), said["found"].whole(5, 1)
+        cut.count = said["count"].whole()
+    return cut
+
+
+def _read_callback(item: Item) -> SavedCallback:
+    said = item.table("scheduler", "args", "kwargs")
+    args = tuple(map(_read_value, said["args"].rows()))
+    kwargs = {name: _read_value(x) for name, x in said["kwargs"].items().items()}
+    return SavedCallback(said["scheduler"].whole(), args, kwargs)
 
 
 def _read_argument(item: Item) -> Argument:
@@ -297,6 +336,10 @@ def _read_tree(item: Item, depth: int = 0) -> object:
         case ["dict"]:
             pairs = [pair.rows(2) for pair in table["dict"].rows()]
             return Keyed(tuple((_read_value(k), _read_tree(v, depth + 1)) for k, v in pairs))
+        case ["fields", "listed", "of"]:
+            pairs = [pair.rows(2) for pair in table["fields"].rows()]
+            fields = tuple((k.text(), _read_tree(v, depth + 1)) for k, v in pairs)
+            return Fielded(table["of"].text(), fields, table["listed"].flag())
     raise item.wrong("a tensor, a number, a value, or a container")
 
 
@@ -307,6 +350,9 @@ def _read_value(item: Item) -> bool | int | float | str | None:
 
 
 def _read_place(item: Item) -> Place:
+    if type(item.value) is list and item.value[:1] == ["after"]:
+        _, n, name = item.rows(3)
+        return Place("after", (n.whole(), name.text()))
     kind, key = item.rows(2)
     match kind.text("argument", "state", "grad", "number", "item", "cut", "constant"):
         case "argument" | "state" | "number" as name:
@@ -327,7 +373,7 @@ def _read_tensor(item: Item) -> tuple[Place, Spec]:
 
 def _read_source(item: Item) -> Source:
     kind, index = item.rows(2)
-    return kind.text("tensor", "scalar", "draw"), index.whole()
+    return kind.text("tensor", "scalar", "draw", "found"), index.whole()
 
 
 def _read_grad(item: Item) -> tuple[int, int | None]:
@@ -388,6 +434,8 @@ def _read_given(item: Item) -> object:
         return torch.Size(item["size"].wholes())
     if type(table) is dict and table.keys() == {"device"}:
         return torch.device(item["device"].text())
+    if type(table) is dict and table.keys() != {"float"}:
+        return read_kind(item)
     return _read_value(item)
 
 

@@ -14,8 +14,9 @@ import torch
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.ir.types import DType, contiguous_strides
+from tracejit.saved.schedules import SavedCallback, SavedSchedules
 
-VERSION = (1, 0)
+VERSION = (1, 1)
 NUMBERS, TENSORS = 0, 1  # what a loaded step's call has as holders: by name, what stores go to
 
 
@@ -44,11 +45,12 @@ class Place:
 
     A tensor: ("argument", name), for messages; ("state", name); ("grad", k): the .grad of the k-th.
     A number: ("argument", name); ("number", name); ("item", k): the element of the k-th tensor;
-    ("cut", k): the plan computes it; ("constant", x).
+    ("cut", k): the plan computes it; ("constant", x); ("after", (n, name)): a number as the n-th
+    call of a scheduler leaves it.
     """
 
     kind: str
-    key: str | int | float
+    key: str | int | float | tuple[int, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class GivenValue:
 
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """An argument of a call: a tree of the above, in `Listed` and `Keyed`.
+    """An argument of a call: a tree of the above, in `Listed`, `Keyed` and `Fielded`.
 
     positional: whether it may be given by its place; else only by name.
     """
@@ -94,6 +96,7 @@ class SavedPlan:
     tensors: tuple[tuple[Place, Spec], ...]
     scalars: tuple[Place, ...]
     generators: tuple[int, ...]  # of the step's
+    callbacks: tuple[SavedCallback, ...] = ()  # the calls of schedulers
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,3 +122,4 @@ class SavedStep:
     generators: tuple[SavedGenerator, ...]
     plans: tuple[SavedPlan, ...]
     texts: Mapping[str, str]
+    schedules: SavedSchedules = SavedSchedules()

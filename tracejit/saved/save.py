@@ -9,8 +9,8 @@ the saved step, all others its state, by the names that the user's code has for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from types import CellType, FunctionType
+from dataclasses import replace
+from types import CellType
 
 import torch
 
@@ -21,9 +21,11 @@ from tracejit.capture.effects.effects import (
     HostSlot,
     Slot,
     Store,
+    is_named,
 )
 from tracejit.capture.names import Names, names_of_arguments
 from tracejit.capture.signature import (
+    Fielded,
     Keyed,
     Left,
     Listed,
@@ -35,7 +37,7 @@ from tracejit.capture.signature import (
 )
 from tracejit.capture.trace.draws import default_generator
 from tracejit.capture.trace.scalars import Path
-from tracejit.errors import OF_EAGER, CannotSave, TracejitError
+from tracejit.errors import OF_EAGER, TracejitError
 from tracejit.ir.ops.host import host_format
 from tracejit.ir.torch_types import TO_IR
 from tracejit.run import Replay
@@ -54,12 +56,14 @@ from tracejit.saved.record import (
     SavedStep,
     Spec,
 )
+from tracejit.saved.saving import Saving
+from tracejit.saved.schedules import SavedCallback, Taken, Unknown
+from tracejit.saved.searches import search_json
 from tracejit.saved.soundness import check_step
-from tracejit.saved.tensors import can_lie
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device)
 _SCHEDULER = (
-    "it steps a learning-rate scheduler, which is Python: {what}",
+    "it steps a learning-rate scheduler that no file can keep: {what}",
     "Step the scheduler outside, and give the loaded step its rate, as loaded(…, lr=…)",
 )
 _GROWS = (
@@ -78,85 +82,6 @@ _FLAGGED = (
     "it changes the requires_grad of a tensor from outside ({name})",
     "Do that outside of the step",
 )
-
-
-@dataclass
-class Saving:
-    """What several plans of one step share, as it is found.
-
-    function, where: the step's, and its line.
-    """
-
-    name: str
-    function: FunctionType
-    numbers: dict[str, int | float] = field(default_factory=dict)
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    generators: list[torch.Generator] = field(default_factory=list)
-    _names: dict[int, str] = field(default_factory=dict)  # by the id of a tensor
-    _memories: dict[int, str] = field(default_factory=dict)  # by that of a storage
-    _places: dict[tuple, str] = field(default_factory=dict)  # the names of places of numbers
-
-    @property
-    def where(self) -> str:
-        code = self.function.__code__
-        return f"{code.co_filename}:{code.co_firstlineno}"
-
-    def refuse(self, why: tuple[str, str], **fields: object) -> CannotSave:
-        """The error that something cannot be kept; its line is the step's, unless it has one."""
-        reason = why[0].format(**fields) if fields else why[0]
-        return CannotSave(step=f"{self.name} ({self.where})", reason=reason, remedy=why[1])
-
-    def tensor(self, tensor: torch.Tensor, name: str | None) -> str:
-        """The name of a tensor of the state."""
-        known = self._names.get(id(tensor))
-        if known is None:
-            problem = _problem(tensor)
-            if problem:
-                shown = name or f"a tensor of shape {list(tensor.shape)}"
-                raise self.refuse((f"{shown} {problem}", "Make it an argument of the step"))
-            known = _unique(name or f"state_{len(self.tensors)}", self.tensors)
-            self._not_shared(tensor, known)
-            self._names[id(tensor)], self.tensors[known] = known, tensor
-        return known
-
-    def _not_shared(self, tensor: torch.Tensor, name: str) -> None:
-        other = self._memories.setdefault(tensor.untyped_storage()._cdata, name)
-        if other is not name and tensor.numel():
-            why = f"{name} and {other} share memory, which two tensors of a file cannot"
-            raise self.refuse((why, "Make the view inside the step, or clone one"))
-
-    def number(self, place: tuple, name: str | None, now: int | float) -> str:
-        """The name of a place that holds a number."""
-        known = self._places.get(place)
-        if known is None:
-            known = _unique(name or f"number_{len(self.numbers)}", self.numbers)
-            self._places[place], self.numbers[known] = known, now
-        return known
-
-    def generator(self, generator: torch.Generator) -> int:
-        """The position of a generator."""
-        for i, known in enumerate(self.generators):
-            if known is generator:
-                return i
-        self.generators.append(generator)
-        return len(self.generators) - 1
-
-
-def _unique(name: str, taken: dict) -> str:
-    while name in taken:
-        name += "_"
-    return name
-
-
-def _problem(tensor: torch.Tensor) -> str:
-    """What keeps a tensor from being state, if anything does."""
-    if tensor.dtype not in TO_IR:
-        return f"is of dtype {tensor.dtype}"
-    if tensor.grad_fn is not None:
-        return "was computed outside the step, with history"
-    if not can_lie(tensor.shape, tensor.stride()):
-        return f"has strides {tensor.stride()}, with overlaps or large gaps"
-    return ""
 
 
 def saved_step(
@@ -213,6 +138,7 @@ def saved_step(
         generators=tuple(map(_saved_generator, saving.generators)),
         plans=tuple(plans.values()),
         texts=texts,
+        **({} if saving.schedules is None else {"schedules": saving.schedules.schedules()}),
     )
     try:
         check_step(step)
@@ -262,7 +188,9 @@ def _asked(replay: Replay) -> tuple[Standing, tuple | str]:
 def _kind(plan: SavedPlan) -> tuple:
     """What calls a plan takes; two alike could not be told apart."""
     given = tuple(spec for place, spec in plan.tensors if place.kind == "argument")
-    return repr(plan.arguments), given, repr(plan.captured.predicates), plan.captured.grads_read
+    c = plan.captured
+    counts = tuple(cut.count for cut in c.cuts)
+    return repr(plan.arguments), given, repr(c.predicates), c.grads_read, counts
 
 
 class _Planned:
@@ -285,12 +213,10 @@ class _Planned:
         c, effects = self.captured, self.captured.effects
         refuse = self.saving.refuse
         for cut in c.cuts:
-            if cut.search is not None:
+            if cut.search is not None and search_json(cut.search) is None:
                 why = f"what it computes depends on which elements it finds at {cut.where}"
                 remedy = cut.search.remedy or "Draw outside of the step"
                 raise refuse((why, remedy))
-        for callback in self.replay.call.callbacks:
-            raise refuse(_SCHEDULER, what=type(callback.function.__self__).__name__)
         if any(node.op is host_format for node in c.host_nodes):
             remedy = "Return the number, and make text of it after the call"
             raise refuse(("it makes text of a number", remedy))
@@ -301,9 +227,13 @@ class _Planned:
             if type(error) not in OF_EAGER:
                 raise refuse((f"it may raise {type(error).__name__}", "Check that outside"))
         for x in c.given:
+            if isinstance(x, type) and is_named(x):
+                continue
             if x is OPAQUE or type(x) not in _PLAIN:
                 what = x.__name__ if isinstance(x, type) else type(x).__name__
-                remedy = "Return a tuple, a list or a dict of tensors and plain values"
+                remedy = (
+                    "Return tensors and plain values in tuples (with names or not), lists, dicts"
+                )
                 raise refuse((f"it returns an object of a class of its own, {what}", remedy))
 
     # ---- tensors
@@ -382,6 +312,13 @@ class _Planned:
                 )
             case Keyed(items):
                 return Keyed(tuple((k, self._tree(x, (*path, k), scalars)) for k, x in items))
+            case Fielded(kind, items, listed):
+                keys = range(len(items)) if listed else [f".{name}" for name, _ in items]
+                fields = tuple(
+                    (name, self._tree(x, (*path, key), scalars))
+                    for key, (name, x) in zip(keys, items, strict=True)
+                )
+                return Fielded(kind.__name__, fields, listed)
         if path in scalars:
             self.of_arguments.add(scalars[path])
             return GivenNumber(scalars[path], type(tree) is int)
@@ -399,12 +336,14 @@ class _Planned:
                 return Place("item", index)
             case "cut", index:
                 return Place("cut", index)
+            case "after", n, ("entry", holder, *key):
+                return Place("after", (n, self._number_of(holder, key, path[2], now)))
             case _ if now is None:  # nothing is computed of it
                 return Place("constant", 0.0)
             case "held", _:
                 return Place("constant", now)
             case "entry", holder, *key:
-                place = id(self.holders[holder]), *key
+                return Place("number", self._number_of(holder, key, path, now))
             case (("cell" | "global" | "default" | "kwdefault"), *_):
                 place = path
             case _:
@@ -412,6 +351,38 @@ class _Planned:
                 raise self.saving.refuse((why, "Pass the number as an argument"))
         name = self.names.scalar(path, self.call)
         return Place("number", self.saving.number(place, name, now))
+
+    def _number_of(self, holder: int, key: list, path: Path, now: float) -> str:
+        """The name of a number that one of the step's holders has."""
+        place = id(self.holders[holder]), *key
+        return self.saving.number(place, self.names.scalar(path, self.call), now)
+
+    # ---- schedulers
+
+    def _callbacks(self) -> tuple[SavedCallback, ...]:
+        """The calls of schedulers."""
+        found = []
+        for callback in self.replay.call.callbacks:
+            if self.saving.schedules is None:
+                self.saving.schedules = Taken(self._of_group)
+            scheduler = callback.function.__self__
+            if callback.function.__func__ is not type(scheduler).step:
+                raise self.saving.refuse(_SCHEDULER, what=f"{type(scheduler).__name__}.step")
+            try:
+                at = self.saving.schedules.scheduler(scheduler)
+            except Unknown as unknown:
+                raise self.saving.refuse(_SCHEDULER, what=unknown) from unknown
+            given = (*callback.args, *callback.kwargs.values())
+            if any(type(x) not in (int, float, bool, type(None)) for x in given):
+                raise self.saving.refuse(_SCHEDULER, what=f"{given} are arguments of its step")
+            found.append(SavedCallback(at, tuple(callback.args), dict(callback.kwargs)))
+        return tuple(found)
+
+    def _of_group(self, group: dict, key: tuple, now: int | float) -> str:
+        """The name of a number of a param group."""
+        name = self.names.entry(group, key[0])
+        name = name and name + "".join(f"[{k}]" for k in key[1:])
+        return self.saving.number((id(group), *key), name, now)
 
     # ---- effects
 
@@ -451,7 +422,8 @@ class _Planned:
         stores = tuple(filter(None, map(self._store, c.effects.stores)))
         generators = tuple(map(self.saving.generator, self.replay.call.generators))
         captured = replace(c, effects=replace(c.effects, stores=stores), paths=())
-        return SavedPlan(captured, self.arguments, self.places, scalars, generators)
+        given = self.arguments, self.places, scalars, generators
+        return SavedPlan(captured, *given, self._callbacks())
 
 
 def entry_of(holder: object, key: object) -> object:

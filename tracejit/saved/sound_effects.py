@@ -22,6 +22,7 @@ from tracejit.ir.torch_types import TO_IR
 from tracejit.ir.types import Type, contiguous_strides
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import LIMIT
+from tracejit.saved.named import width
 from tracejit.saved.record import NUMBERS, TENSORS, SavedPlan, SavedStep
 from tracejit.saved.sound_graphs import check_graph, check_view, layout, need
 
@@ -41,7 +42,7 @@ class _Effects:
     def check(self) -> None:
         e = self.effects
         reals, hosts = len(self.specs), len(e.host)
-        need(not e.escaped and not e.callbacks and not e.flags, "effects that no file can keep")
+        need(not e.escaped and not e.flags, "effects that no file can keep")
         self._all_below(reals, e.written, [i for i, _ in e.host_writes], [i for i, _ in e.datas])
         self._all_below(reals, [i for i, _ in e.grads])
         self._all_below(hosts, [k for _, k in e.host_writes], [k for _, k in e.hosts])
@@ -193,8 +194,14 @@ class _Effects:
                 self._all_below(len(self.effects.host), [index])
             case Given(index):
                 self._all_below(len(self.captured.given), [index])
+                need(not isinstance(self.captured.given[index], type), "a class is returned")
             case Sequenced(kind, items):
-                need(kind in ("list", "tuple"), "a tuple of some class")
+                if isinstance(kind, Given):
+                    self._all_below(len(self.captured.given), [kind.index])
+                    of = self.captured.given[kind.index]
+                    need(isinstance(of, type) and width(of) == len(items), "a tuple of some class")
+                else:
+                    need(kind in ("list", "tuple"), "a tuple of some class")
                 for item in items:
                     self._tree(item)
             case Mapped(items):

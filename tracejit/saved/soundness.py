@@ -20,7 +20,7 @@ from tracejit.capture.trace.tensor import extent, is_dense
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Graph, Param, Value
 from tracejit.ir.torch_types import TO_IR
-from tracejit.ir.types import Type
+from tracejit.ir.types import Type, contiguous_strides
 from tracejit.saved.archive import Damaged
 from tracejit.saved.plans import operands
 from tracejit.saved.record import (
@@ -75,6 +75,7 @@ class _Plan:
     def __init__(self, step: SavedStep, plan: SavedPlan):
         self.step, self.plan, self.captured = step, plan, plan.captured
         self.specs = [spec for _, spec in plan.tensors]
+        self.found: dict[int, tuple] = {}  # what graphs take of what is found by value
 
     def check(self) -> None:
         c = self.captured
@@ -83,6 +84,7 @@ class _Plan:
         self._arguments()
         self._scalars()
         self._draws()
+        self._callbacks()
         need(c.graph.name == self.step.name, "its graph has another name than the step")
         self._sources(c.sources, c.graph)
         self._bounds()
@@ -146,6 +148,10 @@ class _Plan:
         for place in self.plan.scalars:
             if place.kind == "number":
                 need(place.key in self.step.numbers, f"there is no number {place.key!r}")
+            elif place.kind == "after":
+                n, name = place.key
+                need(n < len(self.plan.callbacks), "there is no such call of a scheduler")
+                need(name in self.step.numbers, f"there is no number {name!r}")
             elif place.kind == "item":
                 need(place.key < len(self.specs), "there is no such tensor")
                 one = self.specs[place.key]
@@ -153,7 +159,21 @@ class _Plan:
             else:
                 need(place.kind in ("argument", "cut", "constant"), f"no number of a {place.kind}")
         cuts = [place.key for place in self.plan.scalars if place.kind == "cut"]
-        need(sorted(cuts) == [*range(len(c.cuts))], "the numbers that are read do not match")
+        read = [k for k, cut in enumerate(c.cuts) if cut.search is None]
+        need(sorted(cuts) == read, "the numbers that are read do not match")
+
+    def _callbacks(self) -> None:
+        """The calls of schedulers: with no numbers but those that the effects name."""
+        callbacks, operands = self.plan.callbacks, self.captured.effects.callbacks
+        need(len(callbacks) == len(operands), "calls of schedulers do not match")
+        for callback, places in zip(callbacks, operands, strict=True):
+            need(callback.scheduler < len(self.step.schedules.schedulers), "there is no scheduler")
+            need(len(callback.args) + len(callback.kwargs) <= 2, "arguments of a scheduler")
+            for at, k in places:
+                known = (
+                    at in callback.kwargs if type(at) is str else at in range(len(callback.args))
+                )
+                need(known and 0 <= k < len(self.captured.effects.host), "numbers of a scheduler")
 
     def _draws(self) -> None:
         events = self.captured.draws
@@ -198,6 +218,10 @@ class _Plan:
                 drawn = index < len(draws) and draws[index]
                 need(isinstance(drawn, Draw), "there is no such draw")
                 found = drawn.type, drawn.strides
+            elif kind == "found":
+                need(index < sum(cut.found for cut in self.captured.cuts), "nothing is found so")
+                found = self.found.setdefault(index, layout(param))
+                need(found[1] == contiguous_strides(found[0].shape), "what is found has gaps")
             else:
                 need(kind == "tensor" and index < len(self.specs), "there is no such tensor")
                 spec = self.specs[index]
@@ -218,6 +242,7 @@ class _Plan:
         c, results = self.captured, self.captured.graph.results
         need([*c.late] == sorted({*c.late}), "an order of late numbers")
         need(all(k < len(c.cuts) for k in c.late), "there is no such number")
+        need(all(c.cuts[k].search is None for k in c.late), "no element is found so late")
         need(len(c.late) <= len(results), "numbers that no result has")
         for result in results[len(results) - len(c.late) :]:
             need(result.value.type.numel == 1, "a number of several elements")
@@ -225,7 +250,11 @@ class _Plan:
             cut = c.cuts[k]
             check_graph(cut.graph)
             self._sources(cut.sources, cut.graph)
-            need(not cut.graph.writes and cut.value.type.numel == 1, "what is read is one number")
+            one = cut.search is not None or cut.value.type.numel == 1
+            need(not cut.graph.writes and one, "what is read is one number")
+            found = [index for kind, index in cut.sources if kind == "found"]
+            before = sum(other.found for other in c.cuts[:k])
+            need(all(index < before for index in found), "an element is found before it is sought")
             need(cut.drawn <= len(c.draws), "there are not so many draws")
             draws = [index for kind, index in cut.sources if kind == "draw"]
             need(all(index < cut.drawn for index in draws), "a number of a later draw")

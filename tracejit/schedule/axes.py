@@ -7,6 +7,7 @@ the coefficient of p is that of q times q's extent.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from tracejit.schedule.kernel import (
     Mod,
     Position,
     Side,
+    Sort,
     Statement,
     Store,
     Var,
@@ -88,6 +90,37 @@ def _nested(index: Index) -> Iterator[Index]:
     for atom, _ in index.terms:
         if not isinstance(atom, str | Var):
             yield from _nested(atom.index)
+
+
+def along_memory(kernel: Kernel) -> Kernel:
+    """The axes of a run in another order, where most accesses then go along memory: the axis on
+    which neighbours lie side by side is the last one. Products, attention and what goes in order
+    keep theirs."""
+    fixed = any(s.dot is not None or s.attend is not None or s.in_order for s in kernel.stages)
+    if fixed or any(isinstance(s, Sort) for s in kernel.statements):
+        return kernel
+    accesses = [s.index for s in kernel.statements if isinstance(s, Load | Store)]
+
+    def ordered(run: tuple[Axis, ...]) -> tuple[Axis, ...]:
+        names = {a.name for a in run if a.extent != 1}
+        votes: Counter[str] = Counter()
+        for index in accesses:
+            units = [atom for atom, c in index.terms if c == 1 and atom in names]
+            if units and names <= _axis_names(index):
+                votes.update(units)
+        if not votes:
+            return run
+        best = max(votes.values())
+        last = [a for a in run if votes[a.name] == best][-1]
+        return (*(a for a in run if a is not last), last)
+
+    stages = tuple(replace(stage, axes=ordered(stage.axes)) for stage in kernel.stages)
+    return replace(kernel, axes=ordered(kernel.axes), stages=stages)
+
+
+def _axis_names(index: Index) -> set[str]:
+    """All axes that an index depends on."""
+    return {atom for part in _nested(index) for atom, _ in part.terms if isinstance(atom, str)}
 
 
 def tidy(kernel: Kernel) -> Kernel:

@@ -12,32 +12,47 @@ from tracejit.schedule.collectives import Turn, half, in_place, is_collective, t
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.host_calls import lower_call
+from tracejit.schedule.images import Arranged, arranged
+from tracejit.schedule.layouts import Layouts
 from tracejit.schedule.loops import Loop, beginning, lower_loop, repeated
 from tracejit.schedule.lower import Lowered, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
+from tracejit.schedule.parts import parted
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.tasks import Analysis, analyse
 from tracejit.schedule.values import Memory
 
 
-def schedule(graph: Graph, *, fuse: bool = True, again: bool = True, body: bool = False) -> Plan:
+def schedule(
+    graph: Graph,
+    *,
+    fuse: bool = True,
+    again: bool = True,
+    body: bool = False,
+    gpu: bool | None = None,
+) -> Plan:
     """The launches that compute a graph, or the `body` of a loop; without `fuse`, one kernel per
-    computing node. `again`: what costs fewer bytes to compute again is not stored."""
+    computing node. `again`: what costs fewer bytes to compute again is not stored. `gpu`: as a GPU
+    wants it, by default where the graph is on one."""
     for write in graph.writes:
         if write.target.type.is_host:
             raise InvalidGraph(reason=f"write to the host scalar {write.target}: it has no memory")
     buffers = _outer_buffers(graph)
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")
-    analysis = analyse(graph, fuse, body=body)
+    gpu = _device(graph) != "cpu" if gpu is None else gpu
+    images = arranged(graph) if gpu else Arranged(graph, frozenset(), {})
+    graph = parted(images.graph, Layouts(images.graph.nodes, images.last).last)
+    analysis = analyse(graph, fuse, body=body, copies=images.copies)
+    layouts = Layouts(analysis.nodes, images.last)
     fuser = Fuser(graph, analysis, fuse, again)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     order = turns(fusion.groups, fuser.groups)
-    _locate(fusion, memory, fuser)
-    lowered = [_lowered(turn, analysis, memory, fuse, again) for turn in order]
+    _locate(fusion, memory, fuser, layouts)
+    lowered = [_lowered(turn, analysis, memory, fuse, again, gpu) for turn in order]
     launches = _packed(lowered, order, memory) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
@@ -63,18 +78,18 @@ def schedule(graph: Graph, *, fuse: bool = True, again: bool = True, body: bool 
 
 
 def _lowered(
-    turn: Turn, analysis: Analysis, memory: Memory, fuse: bool, again: bool
+    turn: Turn, analysis: Analysis, memory: Memory, fuse: bool, again: bool, gpu: bool
 ) -> Lowered | Loop:
     """The kernel of a group, or the launches of a loop."""
     group = turn.group
     if group.apart is None:
-        return lower(group, analysis, memory)
+        return lower(group, analysis, memory, gpu=gpu)
     if group.apart.kind == "host":
         call = lower_call(group, memory)
         return half(call, turn.phase) if turn.phase else call
     node = group.apart.node
-    begin = schedule(beginning(node), fuse=fuse)
-    body = schedule(repeated(node), fuse=fuse, again=again, body=True)
+    begin = schedule(beginning(node), fuse=fuse, gpu=gpu)
+    body = schedule(repeated(node), fuse=fuse, again=again, body=True, gpu=gpu)
     return lower_loop(group, memory, begin, body)
 
 
@@ -93,7 +108,7 @@ def _outer_buffers(graph: Graph) -> list[PlanBuffer]:
     return buffers
 
 
-def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
+def _locate(fusion: Fusion, memory: Memory, fuser: Fuser, layouts: Layouts) -> None:
     """Give every realized value a buffer. A value without one gets a store: in a new buffer of the
     arena, or in that of a value which ends in the same kernel (`donate.py`)."""
     position = {group.id: i for i, group in enumerate(fusion.groups)}
@@ -119,7 +134,8 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser) -> None:
                 donors.buffers.pop(producer.demands[0].origin.id, None)
             if not buffer:
                 buffer = f"t{len(memory.buffers)}"
-                memory.buffers[buffer] = PlanBuffer(buffer, "arena", value.type)
+                strides = layouts.strides_of(value)
+                memory.buffers[buffer] = PlanBuffer(buffer, "arena", value.type, strides)
             store.buffer = buffer
             producer.group.tasks.append(store)
             if often[origin.id] == 1:
@@ -145,7 +161,7 @@ def _lay_out(launches: list[list[Lowered | Loop]], memory: Memory) -> int:
     arena = [b for b in memory.buffers.values() if b.kind == "arena"]
     offsets, total = plan_arena([Lifetime(b.type.nbytes, *spans[b.name]) for b in arena])
     for buffer, offset in zip(arena, offsets, strict=True):
-        memory.buffers[buffer.name] = PlanBuffer(buffer.name, "arena", buffer.type, offset=offset)
+        memory.buffers[buffer.name] = replace(buffer, offset=offset)
     return total
 
 

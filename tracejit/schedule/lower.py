@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tracejit.ir.graph import Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType
-from tracejit.schedule.axes import tidy
+from tracejit.schedule.axes import along_memory, tidy
 from tracejit.schedule.groups import Group
 from tracejit.schedule.index import (
     ZERO,
@@ -54,9 +54,11 @@ class Lowered:
     scalars: tuple[Value, ...]
 
 
-def lower(group: Group, analysis: Analysis, memory: Memory) -> Lowered:
-    """The kernel of a group."""
-    return _Lowering(group, analysis, memory).run()
+def lower(group: Group, analysis: Analysis, memory: Memory, *, gpu: bool = False) -> Lowered:
+    """The kernel of a group; for a `gpu` it goes along memory."""
+    lowered = _Lowering(group, analysis, memory).run()
+    kernel = along_memory(lowered.kernel) if gpu else lowered.kernel
+    return replace(lowered, kernel=tidy(kernel))
 
 
 class _Lowering(Values):
@@ -65,7 +67,7 @@ class _Lowering(Values):
         self.group = group
 
     def run(self) -> Lowered:
-        """All stages, then the tidying of axes."""
+        """All stages."""
         shape = self.group.shape
         inner = self.group.inner or ()
         one = self.group.in_order
@@ -96,7 +98,7 @@ class _Lowering(Values):
             index64=self.big or _counted(axes, stages) > LARGEST - PADDING,
         )
         scalars = tuple(value for _, value in self.scalars.values())
-        return Lowered(tidy(kernel), tuple(self.buffers), scalars)
+        return Lowered(kernel, tuple(self.buffers), scalars)
 
     def _times(self) -> dict[int, int]:
         """The stage number of each reduction and store: even over all axes, odd over outer ones.

@@ -10,7 +10,7 @@ store of an output. A task's demands are the origins that it reads and at which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass, field, replace
 from math import isqrt
 
@@ -258,17 +258,20 @@ _FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "i
 _FAMILIES += ("source", "host", *APART)
 
 
-def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
+def analyse(
+    graph: Graph, fuse: bool, *, body: bool = False, copies: Set[int] = frozenset()
+) -> Analysis:
     """Resolve aliases, drop dead and empty nodes, and find every value's origin.
 
     Without `fuse` no computed value is cheap: each element-wise node becomes a task. In the `body`
     of a loop no result is: it is stored by the kernel of the others that are computed with it.
+    `copies` are aliases that are to be values of their own.
     """
     own = {result.value.id for result in graph.results} if body else set()
     alias: dict[int, Value] = {}
     nodes: list[Node] = []
     producer: dict[int, Node] = {}
-    copied: set[int] = set()  # what loops and hosts read: values of their own, which lie row by row
+    copied = set(copies)  # what loops and hosts read: values of their own, which lie row by row
     plain = {p.value.id for p in graph.params if is_row_major(p)}
     whole = set(plain)  # what a host reads where it is
     new = Builder(next_id(graph.values())).value
@@ -278,7 +281,7 @@ def analyse(graph: Graph, fuse: bool, *, body: bool = False) -> Analysis:
     for node in graph.nodes:
         if node.op.family not in _FAMILIES:
             raise InvalidGraph(reason=f"cannot schedule {node.op.name} ({node.where or 'no line'})")
-        if node.op.name == "alias":
+        if node.op.name == "alias" and node.out.id not in copies:
             first = node.args[0]
             alias[node.out.id] = alias.get(first.id, first)
             continue

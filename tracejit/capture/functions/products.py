@@ -16,6 +16,7 @@ from tracejit.capture.functions.derived import derived, spread, widened
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
+from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
@@ -175,6 +176,7 @@ def _pair(t: Trace, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
     two = _grouped(t, b, (both, summed, right, left))
     axes = [*both, *left, *right, *summed]
     sizes = [*(x[k] for k in (*both, *left)), *(y[k] for k in right), *(1 for _ in summed)]
+    (one, two), _ = casted(t, torch.bmm, (one, two), {})
     product = reshape(t, bmm(t, one, two), tuple(sizes))
     return permute(t, product, *(axes.index(k) for k in range(len(axes))))
 

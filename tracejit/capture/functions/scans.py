@@ -12,7 +12,7 @@ import torch
 
 from tracejit.capture.functions.common import cast, in_place, normal_axis, register
 from tracejit.capture.functions.composites import composed
-from tracejit.capture.functions.derived import derived, require_float, spread, widen
+from tracejit.capture.functions.derived import derived, require_float, widen
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.unary import is_infinite
 from tracejit.capture.trace.table import RULES, rule
@@ -23,6 +23,7 @@ from tracejit.ir.ops.movement import part
 from tracejit.ir.types import b1, i64, u8
 
 Tensor = torch.Tensor
+Values = tuple[Value, ...]
 
 
 def _before(t: Trace, x: Value, axis: int, by: int, fill: float | int) -> Value:
@@ -38,6 +39,15 @@ def _steps(n: int) -> list[int]:
     return [1 << k for k in range(max(n - 1, 0).bit_length())]
 
 
+def _scanned(t: Trace, xs: Values, axis: int, both: Callable, fill: Sequence) -> Values:
+    """All results of `both`, an associative function of what is earlier and what is later, along an
+    axis. `fill` changes nothing as the earlier of the two."""
+    for by in _steps(xs[0].type.shape[axis]):
+        earlier = tuple(_before(t, x, axis, by, f) for x, f in zip(xs, fill, strict=True))
+        xs = both(earlier, xs)
+    return xs
+
+
 def cumprod(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> TracedTensor:
     """Products of products, whose gradients know about zeros."""
     h = t.lift(input)
@@ -47,8 +57,8 @@ def cumprod(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = No
     if not h.shape or h.shape[axis] < 2 or not h.numel:
         return t.fresh(t.b.alias(x))
     y = widen(t, x) if into.narrow else x
-    for by in _steps(h.shape[axis]):
-        y = t.b.mul(y, _before(t, y, axis, by, 1.0 if into.is_float else 1))
+    one = 1.0 if into.is_float else 1
+    (y,) = _scanned(t, (y,), axis, lambda x, y: (t.b.mul(x[0], y[0]),), (one,))
     y = cast(t, y, into)
     return t.fresh(t.saves(y, x, y))
 
@@ -78,15 +88,18 @@ def _running(name: str) -> Callable:
         with t.untaped():
             best = t.read(h)
             best = cast(t, best, u8) if h.dtype is b1 else best
-            place = here = position(t, axis, h.shape, h.device)
-            fill = 0.0 if h.dtype.is_float else 0
-            for by in _steps(n):
-                earlier, at = _before(t, best, axis, by, fill), _before(t, place, axis, by, 0)
-                own = getattr(b, related)(best, earlier)
+            place = position(t, axis, h.shape, h.device)
+
+            def both(earlier: Values, later: Values) -> Values:
+                (one, at), (other, place) = earlier, later
+                own = getattr(b, related)(other, one)
                 if h.dtype.is_float:
-                    own = b.or_(b.and_(own, b.eq(earlier, earlier)), b.ne(best, best))
-                own = b.or_(own, b.lt(here, by))
-                best, place = b.where(own, best, earlier), b.where(own, place, at)
+                    own = b.or_(b.and_(own, b.eq(one, one)), b.ne(other, other))
+                own = b.or_(own, b.lt(at, 0))  # there is nothing earlier
+                return b.where(own, other, one), b.where(own, place, at)
+
+            nothing = (0.0 if h.dtype.is_float else 0, -1)
+            best, place = _scanned(t, (best, place), axis, both, nothing)
         t.ranges[place] = 0, n - 1
         index = t.fresh(place)
         return made((RULES[torch.gather].run(t, input, axis, index), index))
@@ -100,9 +113,9 @@ def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
     axis = normal_axis(t, dim, len(h.shape))
     x = t.read(h)
     require_float(t, "logcumsumexp", x)
-    if not h.shape or not h.numel:
+    if not h.shape or not h.numel or h.shape[axis] == 1:
         return t.fresh(t.b.alias(x))
-    b, n = t.b, h.shape[axis]
+    b = t.b
 
     def both(x: Value, y: Value) -> Value:
         most, least = b.maximum(x, y), b.minimum(x, y)
@@ -110,21 +123,21 @@ def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
         return b.where(b.eq(least, most), b.where(is_infinite(t, most), most, sum_), sum_)
 
     def forward(x: Value) -> Value:
-        for by in _steps(n):
-            x = both(x, _before(t, x, axis, by, float("-inf")))
-        return x
+        return _scanned(t, (x,), axis, lambda x, y: (both(y[0], x[0]),), (float("-inf"),))[0]
 
     def backward(g: Value, y: Value, x: Value) -> Value:
-        """The sum over i >= j of g_i·exp(x_j - y_i)."""
-        shape = x.type.shape
-        wide = (*shape[: axis + 1], n, *shape[axis + 1 :])
+        """The sum over i >= j of g_i·exp(x_j - y_i): with s_j = g_j + exp(y_j - y_j+1)·s_j+1 it is
+        s_j·exp(x_j - y_j), where no exponential is of a positive number."""
+        g, last = (b.flip(v, axes=(axis,)) for v in (g, y))
+        later = _before(t, last, axis, 1, 0.0)
+        alike = b.or_(is_infinite(t, last), b.lt(position(t, axis, h.shape, h.device), 1))
+        factor = b.where(alike, 1.0, b.exp(b.where(alike, 0.0, b.sub(last, later))))
 
-        def at(place: int, v: Value) -> Value:
-            return spread(t, v, wide, (place,))
+        def step(x: Values, y: Values) -> Values:
+            return b.mul(x[0], y[0]), b.add(b.mul(y[0], x[1]), y[1])
 
-        j, i = (position(t, k, wide, h.device) for k in (axis, axis + 1))
-        part = b.mul(at(axis, g), b.exp(b.sub(at(axis + 1, x), at(axis, y))))
-        return b.reduce_sum(b.where(b.ge(i, j), part, 0.0), axes=(axis + 1,))
+        _, total = _scanned(t, (factor, g), axis, step, (1.0, 0.0))
+        return b.mul(b.flip(total, axes=(axis,)), b.exp(b.sub(x, y)))
 
     return t.fresh(derived(t, "logcumsumexp", (x,), forward, (backward,)))
 

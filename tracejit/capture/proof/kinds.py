@@ -15,7 +15,7 @@ import struct
 import sys
 import typing
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from types import (
     BuiltinFunctionType,
     FunctionType,
@@ -34,6 +34,7 @@ from torch.torch_version import TorchVersion
 
 from tracejit.capture.functions.collectives import ENGINE
 from tracejit.capture.proof.pure import PURE_BUILTINS, pure_numpy
+from tracejit.capture.python.bytecode import is_value
 from tracejit.capture.python.classes import is_heap_type, is_stream, module_of
 from tracejit.capture.trace.scalars import plain
 from tracejit.capture.trace.table import RULES
@@ -75,7 +76,19 @@ def is_data(x: object) -> bool:
     """Whether an object is what it holds: its identity matters no more than a dict's."""
     if isinstance(x, type) or not plain_object(x):
         return False
-    return dataclasses.is_dataclass(x) or isinstance(x, (*CONTAINERS, SimpleNamespace))
+    if dataclasses.is_dataclass(x) or isinstance(x, (*CONTAINERS, SimpleNamespace)):
+        return True
+    attributes = vars(x) if type(x).__dictoffset__ else {}
+    held = [i for part in attributes.values() for i in _items(part)]
+    simple = all(isinstance(i, torch.Tensor) or is_value(i) for i in held)
+    return simple and any(isinstance(i, torch.Tensor) for i in held)
+
+
+def _items(x: object) -> Iterable[object]:
+    """The items of a container, or x alone."""
+    if type(x) in (list, tuple):
+        return x
+    return x.values() if type(x) is dict else (x,)
 
 
 def library_module(name: str) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.modules import batchnorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel.distributed import _DDPSink
 from torch.nn.utils import clip_grad
-from torch.optim import _adafactor
+from torch.optim import LBFGS, _adafactor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.overrides import handle_torch_function
 from torch.utils.checkpoint import CheckpointFunction
@@ -321,8 +321,26 @@ def _refuse(owner: object, remedy: str) -> Callable[[Callable], Callable]:
     return wrap
 
 
+def _deciding(original: Callable) -> Callable:
+    """What LBFGS calls in each step, no two of which go one way (see `tracejit/closures.py`)."""
+
+    @wraps(original)
+    def wrapper(self: LBFGS, *args: object) -> object:
+        t = current()
+        if t is not None and t.falls_back:
+            t.begin(LBFGS.step, ())
+            raise t.unsupported(
+                "It decides by values how often it calls its closure, so each step would be a plan "
+                'of its own. The closure is compiled by itself; on_unsupported="raise" makes plans'
+            )
+        return original(self, *args)
+
+    return wrapper
+
+
 _SCRIPT = "TorchScript would run outside the trace; call the Python function that was scripted"
 REFUSED = (
+    (torch, "save", "It would write tensors that are not computed yet; call it outside"),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
 )
@@ -392,6 +410,8 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (torch._C, "_will_engine_execute_node", _will_reach),
         (GradScaler, "update", _updated),
         (torch.random, "default_generator", TracedGenerator),
+        (LBFGS, "step", _deciding),
+        (LBFGS, "_gather_flat_grad", _deciding),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
         *_of_process_groups(),
         *data_parallel.replacements(),

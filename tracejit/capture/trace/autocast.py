@@ -150,30 +150,25 @@ def _normed(call: _Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return _float32(call, args, kwargs)
 
 
-def _contracted(call: _Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """torch.einsum, where torch computes it by products of matrices: one operand is summed, and
-    two without a common index that is summed are multiplied."""
-    operands = args[1] if len(args) == 2 and isinstance(args[1], (list, tuple)) else args[1:]
-    if len(operands) < 2:
-        return args, kwargs
-    if len(operands) > 2 or not isinstance(args[0], str):
-        raise call.t.unsupported("einsum under autocast has a rule for two operands and a text")
-    inputs, _, result = args[0].replace(" ", "").partition("->")
-    a, _, b = inputs.partition(",")
-    if "->" not in args[0]:
-        result = "".join(sorted(x for x in {*a, *b} if inputs.count(x) == 1))
-    if "." in inputs:
-        raise call.t.unsupported("einsum with an ellipsis has no rule under autocast")
-    if ({*a} & {*b}) - {*result}:
-        return _lower(call, args, kwargs)
-    return args, kwargs
-
-
 def _refused(what: str) -> Policy:
     def policy(call: _Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         raise call.t.unsupported(f"{what}; call it within torch.autocast({call.device!r}, False)")
 
     return policy
+
+
+_of_onednn = _refused("An lstm has no rule under autocast where torch leaves it to oneDNN")
+
+
+def _of_products(call: _Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """torch.lstm, which casts within its products where oneDNN does not compute it: of a packed
+    sequence, and with projections."""
+    if len(args) > 1 and isinstance(args[1], torch.Tensor):  # the sizes of the steps' batches
+        return args, kwargs
+    states = args[1] if len(args) > 1 else kwargs.get("hx")
+    if isinstance(states, (list, tuple)) and len({x.shape[-1] for x in states}) == 2:
+        return args, kwargs
+    return _of_onednn(call, args, kwargs)
 
 
 _SPACES = {
@@ -236,8 +231,7 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         ),
         (_padded, "pad"),
         (_refused("_foreach_mm has no rule under autocast"), "_foreach_mm"),
-        (_refused("An lstm has no rule under autocast, where torch leaves it to oneDNN"), "lstm"),
-        (_contracted, "functional.einsum"),
+        (_of_products, "lstm"),
     ),
     "cuda": _table(
         *_BOTH,

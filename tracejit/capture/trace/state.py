@@ -189,6 +189,7 @@ class TraceState:
         self.armed: list[object] = []  # see functions/data_parallel.py
         self.wrapping = False  # torch's own Python looks at what a wrapped module returns
         self.fast_random = False  # see functions/counted.py
+        self.falls_back = False  # what is refused runs eagerly
 
     def _on_emit(self, node: Node) -> None:
         """A node was emitted."""

@@ -10,6 +10,7 @@ from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
 from tracejit.schedule.cpu.loops import choose_loops
+from tracejit.schedule.cpu.parts import deal_scattered
 from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.planes import copy_planes
@@ -41,6 +42,7 @@ def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:
         write_out_phases,
         copy_planes,
         write_out_taps,
+        deal_scattered,
         choose_loops,  # first: caching a row is worth it only if loops go along it
         deal_sorted,
         cache_rows,

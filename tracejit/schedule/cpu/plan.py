@@ -88,7 +88,8 @@ class CpuKernel:
 
     columns:  the second half of column sums, as a kernel of its own. The first half is the last
         stage: it goes over each row while it is in the cache, and each chunk of rows adds up its
-        own part of each column in `partials`. `columns` adds up these parts in their order.
+        own part of each column in `partials`. `columns` adds up these parts in their order. Or the
+        second half of a scatter whose indices are dealt in parts (parts.py).
     outer:    how the outer axes are walked, vector "" where an inner axis is the vector loop.
     inner:    how each stage's axes are walked, None for those that have none or a contraction.
     tiling:   of the contraction that the first stage starts with.
@@ -142,7 +143,8 @@ class CpuKernel:
         """Where each of the partials starts, in bytes, and where the last one ends."""
         offsets = [0]
         for name in self.partials:
-            (width,) = self.kernel.stages[-1].axes
+            *_, before, last = self.kernel.stages
+            (width,) = before.axes if last.in_order else last.axes
             size = next(b.dtype.itemsize for b in self.kernel.buffers if b.name == name)
             nbytes = self.outer.chunks * width.extent * size
             offsets.append(offsets[-1] + -(-nbytes // LINE) * LINE)

@@ -399,7 +399,14 @@ class Contraction:
         return max(1, -(-self.k.extent // PACKED_DEPTH))
 
     @property
+    def transforms_b(self) -> bool:
+        """Whether B is transformed block by block while it is packed, and lies nowhere as it is."""
+        return self.winograd is not None and self.winograd.in_k
+
+    @property
     def b_units(self) -> int:
+        if self.transforms_b:
+            return 0
         return (self.strips - self.tiling.packed_from) * self.k_parts
 
     # --- scratch memory, in elements: A first, then the strips of B, per batch of a round
@@ -432,6 +439,8 @@ class Contraction:
 
     @property
     def b_elements(self) -> int:
+        if self.transforms_b:
+            return 0
         return (self.strips - self.tiling.packed_from) * self.strip * self.k.extent
 
     @property

@@ -1,0 +1,233 @@
+"""Convolutions as GPUs want them: products over windows take the channels of one tap in turn.
+
+In: a Graph, in which a convolution and its gradients are products over windows (`matmul` of values
+that `window` nodes made). Out: an `Arranged` graph that computes the same.
+
+- k goes over (tap, channel) instead of (channel, tap). So where a tap has a multiple of a tile's
+  depth of channels, a tile lies within one tap, and what it reads lies side by side in images whose
+  channels are last. The weights that such products read are copied into that order, once for all.
+- The gradient of weights has its columns in that order. Where it has few tiles and many places to
+  sum over, the places are cut into parts, whose sums are added up in order.
+- `last` has the axis of channels of the values that products read and make: `layouts.py` goes on
+  from there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tracejit.ir.graph import Builder, Graph, Node, Value, next_id
+from tracejit.ir.ops import OPS
+from tracejit.ir.types import f32
+from tracejit.schedule.index import Indices, operand_indices
+from tracejit.schedule.kernel import FloorDiv, Index, Mod, Var
+from tracejit.schedule.tasks import dot_indices
+
+LEAST = 16  # channels from which on they lie last
+TILE = (64, 128)  # rows and columns of the tiles that are counted
+BUSY = 128  # tiles that keep a GPU busy
+DEEP = 256  # places that a part of a weight's gradient has at least
+
+
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """`copies`: aliases that are values of their own in memory; `last`: by value, the axis of the
+    channels."""
+
+    graph: Graph
+    copies: frozenset[int]
+    last: Mapping[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What an operand of a product reads: the first value that no movement made, where, and the
+    movement from there to the operand."""
+
+    base: Value
+    at: Indices
+    chain: tuple[Node, ...]
+
+
+def arranged(graph: Graph) -> Arranged:
+    """The graph with its products over windows in the order of channels."""
+    if not any(node.op.name == "matmul" for node in graph.nodes):
+        return Arranged(graph, frozenset(), {})
+    return _Arranging(graph).run()
+
+
+class _Arranging:
+    def __init__(self, graph: Graph):
+        self.graph = graph
+        self.b = Builder(next_id(graph.values()))
+        self.producer = {node.out.id: node for node in graph.nodes}
+        self.strides = {p.value.id: p.strides for p in graph.params}
+        self.copies: dict[int, Value] = {}  # by weight, its copy in the weight's own order of axes
+        self.copied: set[int] = set()
+        self.last: dict[int, int] = {}
+
+    def run(self) -> Arranged:
+        for node in self.graph.nodes:
+            if node.op.name != "matmul" or not self._product(node):
+                self.b.nodes.append(node)
+        graph = replace(self.graph, nodes=tuple(self.b.nodes))
+        return Arranged(graph, frozenset(self.copied), self.last)
+
+    def _product(self, node: Node) -> bool:
+        """Emit a product over windows in another order; False where it stays as it is."""
+        a, b, extents = dot_indices(node)
+        if 0 in extents.values():
+            return False
+        rank = len(node.out.type.shape)
+        m, n, k = (f"i{rank - 2 + j}" for j in range(3))
+        left, right = (
+            self._read(arg, at, extents) for arg, at in zip(node.args, (a, b), strict=True)
+        )
+        self.b.line = node.where
+        if taps := channels_of(right, k, n):
+            self._noted(right.base, 1)
+            self._noted(node.out, rank - 2)
+            return self._forward(node, left, taps)
+        if channels_of(left, m, k) == 1 and (taps := channels_of(right, n, k)):
+            self._noted(left.base, 1)
+            self._noted(right.base, 1)
+            return self._of_weights(node, taps)
+        return False
+
+    def _noted(self, value: Value, axis: int) -> None:
+        self.last.setdefault(value.id, axis)
+
+    def _read(self, value: Value, at: Indices, extents: Mapping[str, int]) -> Read:
+        chain = []
+        while (node := self.producer.get(value.id)) and node.op.family == "movement":
+            at, _ = operand_indices(node, at, extents)
+            chain.append(node)
+            value = node.args[0]
+        return Read(value, at, tuple(reversed(chain)))
+
+    def _forward(self, node: Node, left: Read, taps: int) -> bool:
+        """Images through weights, or gradients of results through the same weights."""
+        a, b = node.args
+        depth = a.type.shape[-1]
+        channels = depth // taps
+        if taps == 1 or channels < LEAST:
+            return False
+        a = self._taps_first(self._of_copy(left, a), -1, channels, taps)
+        b = self._taps_first(b, -2, channels, taps)
+        self.b.nodes.append(replace(node, args=(a, b)))
+        return True
+
+    def _of_weights(self, node: Node, taps: int) -> bool:
+        """The gradient of weights: columns of (tap, channel), and the sum in parts."""
+        a, b = node.args
+        *batch, rows, columns = node.out.type.shape
+        channels = columns // taps
+        turned = taps > 1 and channels >= LEAST
+        parts = parts_of(math.prod(batch), rows, columns, a.type.shape[-1])
+        if not turned and parts == 1:
+            return False
+        if turned:
+            b = self._taps_first(b, -1, channels, taps)
+        if parts > 1:
+            a, b = self._parted(a, -1, parts), self._parted(b, -2, parts)
+        w = self._wide(a, b) if parts > 1 else self.b.matmul(a, b)
+        if parts > 1:
+            w = self.b.reduce_sum(w, axes=(0,))
+        if w.type.dtype is not a.type.dtype:
+            w = self.b.cast(w, dtype=a.type.dtype)
+        if turned:
+            w = self._taps_first(w, -1, taps, channels)  # back again
+        self.b.nodes.append(Node(OPS["reshape"], (w,), (("shape", w.type.shape),), node.outs))
+        return True
+
+    def _wide(self, a: Value, b: Value) -> Value:
+        """A product whose values are not rounded to half types: it is added to others."""
+        w = self.b.matmul(a, b)
+        if not w.type.dtype.narrow:
+            return w
+        out = self.b.value(replace(w.type, dtype=f32))
+        self.b.nodes[-1] = replace(self.b.nodes[-1], outs=(out,))
+        return out
+
+    def _taps_first(self, x: Value, axis: int, channels: int, taps: int) -> Value:
+        """An axis of (channel, tap) as one of (tap, channel)."""
+        shape = x.type.shape
+        axis %= len(shape)
+        before, after = shape[:axis], shape[axis + 1 :]
+        x = self.b.reshape(x, shape=(*before, channels, taps, *after))
+        order = (*range(axis), axis + 1, axis, *range(axis + 2, len(shape) + 1))
+        return self.b.reshape(self.b.permute(x, axes=order), shape=shape)
+
+    def _parted(self, x: Value, axis: int, parts: int) -> Value:
+        """An axis cut into parts, which become the first axis."""
+        shape = x.type.shape
+        axis %= len(shape)
+        before, after = shape[:axis], shape[axis + 1 :]
+        x = self.b.reshape(x, shape=(*before, parts, shape[axis] // parts, *after))
+        order = (axis, *range(axis), *range(axis + 1, len(shape) + 1))
+        return self.b.permute(x, axes=order)
+
+    def _of_copy(self, read: Read, operand: Value) -> Value:
+        """The operand, read from a copy of the weights whose input channels are last."""
+        w = read.base
+        shape, strides = w.type.shape, self.strides.get(w.id)
+        if len(shape) < 3 or shape[1] < LEAST or math.prod(shape[2:]) == 1:
+            return operand
+        if strides is not None and strides[1] == 1:
+            return operand
+        if w.id not in self.copies:
+            there = (0, *range(2, len(shape)), 1)
+            back = (0, len(shape) - 1, *range(1, len(shape) - 1))
+            copy = self.b.alias(self.b.permute(w, axes=there))
+            self.copied.add(copy.id)
+            self.copies[w.id] = self.b.permute(copy, axes=back)
+        found = self.copies[w.id]
+        for node in read.chain:
+            found = self.b.emit(node.op, found, **dict(node.attrs))
+        return found
+
+
+def channels_of(read: Read, channel: str, place: str) -> int:
+    """How many taps an image is read with whose channels are those of an axis, and whose places
+    are those of another; 0 if the operand reads no image so."""
+    if len(read.at) not in (3, 4, 5):
+        return 0
+    images, channels, *places = read.at
+    if not axes_of(images) <= {place} or not any(place in axes_of(x) for x in read.at):
+        return 0
+    if any(not axes_of(x) <= {place, channel} for x in places):
+        return 0
+    taps = 0
+    for atom, c in channels.terms:
+        if atom == channel and c == 1:
+            taps = 1
+        elif c == 1 and isinstance(atom, FloorDiv) and atom.index == Index(((channel, 1),)):
+            taps = atom.by
+        elif isinstance(atom, str) and atom != place and atom != channel:
+            continue  # the group
+        else:
+            return 0
+    return taps
+
+
+def axes_of(index: Index) -> set[str]:
+    """The axes that an index depends on."""
+    found: set[str] = set()
+    for atom, _ in index.terms:
+        if isinstance(atom, str):
+            found.add(atom)
+        elif isinstance(atom, FloorDiv | Mod):
+            found |= axes_of(atom.index)
+        elif isinstance(atom, Var):
+            found.add(repr(atom))
+    return found
+
+
+def parts_of(batch: int, rows: int, columns: int, places: int) -> int:
+    """Into how many parts the places of a weight's gradient are cut: a power of two."""
+    tiles, parts = batch * -(-rows // TILE[0]) * -(-columns // TILE[1]), 1
+    while tiles * parts < BUSY and places % (2 * parts) == 0 and places // (2 * parts) >= DEEP:
+        parts *= 2
+    return parts
