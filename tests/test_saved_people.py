@@ -481,3 +481,12 @@ def test_a_checkpoint_by_torch_save_is_no_change(tmp_path):
     """The first one of a process has pickle note something on the class of tensors."""
     script = CHECKPOINTS.format(path=tmp_path / "a.step")
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    step = tracejit.compile(lambda x: x * 2, backend="numpy")
+    for _ in range(4):
+        step(torch.ones(2))
+    path = tmp_path / "none" / "a.step"
+    with pytest.raises(FileNotFoundError, match=r"none/a\.step'$"):
+        step.save(path)

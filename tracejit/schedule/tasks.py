@@ -26,7 +26,8 @@ from tracejit.schedule.kernel import Mask
 ATTENTION = "attend"  # the kind of a task of attention
 # Primitives with kernels of their own, that go along an axis: step by step, or to sort it.
 IN_ORDER = ("scatter", "cumsum", "argsort")
-APART = {"loop": "loop", "matrices": "host"}  # kinds of tasks that are lowered as they are
+# kinds of tasks that are lowered as they are
+APART = {"loop": "loop", "matrices": "host", "collective": "host"}
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -334,6 +335,7 @@ def analyse(
         producer.update((out.id, node) for out in node.outs)
         nodes.append(node)
     live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
+    live |= {node.out.id for node in nodes if node.is_ordered}
     kept: list[Node] = []
     for node in reversed(nodes):
         if any(out.id in live for out in node.outs):
