@@ -9,6 +9,7 @@ from tracejit.ir.ops import (
     matrices,
     movement,
     rare,
+    running,
     structured,
 )
 from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, OPS, ULPS, Exact, Op
@@ -29,5 +30,6 @@ __all__ = [
     "matrices",
     "movement",
     "rare",
+    "running",
     "structured",
 ]
