@@ -18,6 +18,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.passes import PIPELINE, dce
 from tracejit.passes.attention import find_attention
+from tracejit.passes.buckets import put_in_buckets
 from tracejit.passes.fold import FOLD
 from tracejit.passes.rewrite import rewrite, table
 from tracejit.passes.roll import roll_up
@@ -213,6 +214,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "dce": on_graph(dce),
     "find_attention": on_graph(find_attention),
     "split_rows": on_graph(split_rows),
+    "put_in_buckets": on_graph(put_in_buckets),
     "tasks": tasks,
     "fuse": fused,
     "recompute": recomputed,

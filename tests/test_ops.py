@@ -28,7 +28,7 @@ from support.op_checks import (
     summed_magnitude,
     tensors_of,
 )
-from support.op_samples import REFERENCE, SAMPLES, Sample, Tensor, each_sample
+from support.op_samples import COLLECTIVES, REFERENCE, SAMPLES, Sample, Tensor, each_sample
 from tracejit.codegen import c_text
 from tracejit.codegen.c_prelude import C_FLAGS, C_PRELUDE, C_TYPES
 from tracejit.codegen.language import PRINTED, Language
@@ -163,7 +163,7 @@ DIFFERENTIABLE = {
     if any(rule is not NO_GRAD for rule in op.vjp) and op.family not in ("source", "loop")
 }
 # of symmetric matrices; and those that who emits them differentiates
-DIFFERENTIABLE -= {"cholesky", "eigh", "lu_solve", "geqrf"}
+DIFFERENTIABLE -= {"cholesky", "eigh", "lu_solve", "geqrf", *COLLECTIVES}
 
 
 def vjp_graph(name: str, sample: Sample, dtype=None) -> tuple[Graph, list[int]]:

@@ -401,7 +401,7 @@ def test_optimize_shows_each_pass_and_returns_a_canonical_graph():
     seen = []
     graph = small("%9: f32[4] = exp(%0)\n%10: f32[4] = neg(%1)")
     result = optimize(graph, on_pass=lambda name, after: seen.append((name, len(after.nodes))))
-    names = ("dce", "find_attention", "split_rows")
+    names = ("dce", "find_attention", "split_rows", "put_in_buckets")
     assert seen == [("roll_up", 2), ("simplify", 2), *((name, 1) for name in names)]
     assert [name for name, _ in seen] == [run.__name__ for run in PIPELINE]
     assert result == result.canonical()

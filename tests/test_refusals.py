@@ -117,16 +117,39 @@ def one_process():
 
 
 def test_distributed_data_parallel(one_process):
-    """Its hooks average the gradients; ours would stay those of one process, silently."""
+    """What it would average after the step; see test_data_parallel for what has a rule."""
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
-    for step in (lambda x: model(x), lambda x: model(x + 1).sum().backward()):
-        assert "compile a step on its `.module`" in refusal(step, X)
-    tracejit.compile(lambda x: model.module(x).sum().backward())(X)
+    assert "call backward inside the step" in refusal(lambda x: model(x), X)
+    tracejit.compile(lambda x: model(x).sum().backward())(X)
     assert model.module.weight.grad is not None
+    model.register_comm_hook(None, lambda state, bucket: None)
+    assert "a communication hook" in refusal(lambda x: model(x + 1).sum().backward(), X)
+
+
+def reads_what_is_reduced(x):
+    y = x * 2
+    torch.distributed.all_reduce(y)
+    return y if y.sum() > 0 else -y
+
+
+def differentiates_what_is_reduced(x):
+    w = x.clone().requires_grad_()
+    y = w * 2
+    torch.distributed.all_reduce(y)
+    y.sum().backward()
 
 
 def test_collectives(one_process):
-    refusal(lambda x: torch.distributed.all_reduce(x), X)
+    """What has no rule, and what no plan could do again."""
+    distributed = torch.distributed
+    for step, remedy in (
+        (lambda x: distributed.send(x, 0), "move it out of the step"),
+        (lambda x: distributed.group.WORLD.allreduce([x]), "one tensor at a time"),
+        (reads_what_is_reduced, "read it after the call"),
+        (differentiates_what_is_reduced, "torch.distributed.nn.functional"),
+        (lambda x: distributed.all_reduce(x, async_op=True).get_future(), "call wait()"),
+    ):
+        assert remedy in refusal(step, X)
 
 
 def pushed(x):

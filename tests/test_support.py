@@ -30,6 +30,7 @@ from support.function_samples import (
     i16,
     i32,
     i64,
+    of_ranks,
     samples_of,
     u8,
 )
@@ -72,6 +73,7 @@ def operations_measured() -> list[Operation]:
         if not o.name.startswith("torch._")
         and not o.reads_values
         and bare_name(o.functions[0]) not in ELSEWHERE
+        and not of_ranks(o.functions[0])
         and getattr(o.functions[0], "__name__", "") not in ("__set__", "__delete__")
     ]
 

@@ -49,6 +49,7 @@ from tracejit.programs import MAX_PROGRAMS, Compiled, Programs
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
+from tracejit.runtime import agreement
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 
@@ -242,6 +243,7 @@ class CompiledStep(Inspected):
             fallback = self._fallback
             if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
+                self._say_to_ranks("runs the step eagerly")
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
@@ -254,6 +256,24 @@ class CompiledStep(Inspected):
         self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
     ) -> object:
         """Trace a call; run it eagerly if the trace is refused."""
+        told = agreement.told()
+        try:
+            return self._traced_or_plain(fallback, args, kwargs, failed)
+        except Exception as error:
+            if agreement.told() == told:  # the other ranks wait for this one
+                what = f"has left the step with {type(error).__name__}: {error}"
+                self._say_to_ranks(what, fails=True)
+            raise
+
+    def _say_to_ranks(self, what: str, *, fails: bool = False) -> None:
+        """Say that this rank runs no plan in this call, if plans of the step have collectives: to
+        wait for it would be in vain."""
+        if self._programs.agreement is not None:
+            self._programs.agreement.otherwise(what, fails=fails)
+
+    def _traced_or_plain(
+        self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
+    ) -> object:
         if fallback is None:
             return self._trace(args, kwargs, failed)
         attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
@@ -272,6 +292,7 @@ class CompiledStep(Inspected):
         if refusal.sure:
             self._remarks.warn(refusal.key, said)
         self.stats.eager += 1
+        self._say_to_ranks("runs the step eagerly")
         stage("run")
         returned = self._plain(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it

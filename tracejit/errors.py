@@ -133,6 +133,20 @@ class GraphError(TracejitError, RuntimeError):
     )
 
 
+class CollectiveError(TracejitError, RuntimeError):
+    """A collective that torch.distributed could not bring to its end, such as where a rank is gone.
+    Nothing of the step was committed."""
+
+    message = "{what} failed: {reason}"
+
+
+class RanksDiffer(TracejitError, RuntimeError):
+    """Ranks of a process group that came to a compiled step with different collectives. Nothing was
+    communicated, and nothing of the step was committed, on any rank."""
+
+    message = "{step}: the ranks of process group {group!r} do not agree: {reason}"
+
+
 class CannotSave(TracejitError, RuntimeError):
     """A step has something that a file cannot keep: code of the user's that decides, or an object
     of the user's that it changes."""

@@ -169,7 +169,12 @@ class _Look:
         """What a call of the host costs: no GPU makes it, so no time is predicted."""
         call, lines = launch.kernel.call, launch.kernel.lines
         name, done = f"host_{call.op.name}", operations_of(call)
-        self._note(name, launch, ["LAPACK runs on the CPU only"])
+        short = "collectives are made on the CPU only"
+        if call.is_collective:
+            name = f"{name}_{call.phase}"
+        else:
+            short = "LAPACK runs on the CPU only"
+        self._note(name, launch, [short])
         return LaunchCost(name, lines, least, least, done, 0, 0.0, "the host", measured)
 
     def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:

@@ -23,6 +23,7 @@ from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
 from tracejit.progress import stage, telling
+from tracejit.runtime.agreement import Agreement, numbers_in_common
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.memory import Memory
@@ -111,7 +112,16 @@ class Pipeline:
                 plan = self._plan(final, executor)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
-            program = Program(plan, executor, memory, require_graph=self.options.require_graph)
+            agreement = None
+            if any(node.is_ordered for node in final.nodes):
+                agreement = Agreement(plan, numbers_in_common(final), names)
+            program = Program(
+                plan,
+                executor,
+                memory,
+                require_graph=self.options.require_graph,
+                agreement=agreement,
+            )
         program.graph = final
         self.stats.add("load", started)
         self.stats.compiles += counted

@@ -21,6 +21,7 @@ from tracejit.options import Options
 from tracejit.parts import Parts, Stages
 from tracejit.pipeline import Backward, Checking, Pipeline, Stats
 from tracejit.run import Hooks, Run, generate
+from tracejit.runtime.agreement import Agreement
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program
 
@@ -89,6 +90,7 @@ class Programs:
         where = f"{function.__code__.co_filename}:{function.__code__.co_firstlineno}"
         self.pipeline = Pipeline(self.name, where, stats, options)
         self.stats, self.dropped = stats, dropped
+        self.agreement: Agreement | None = None  # of the ranks, where a plan has collectives
         self._literals = Literals()
         self._memory = Memory()  # of all programs that run in calls of the step
         self._counts: dict[tuple, set[int]] = {}  # by place and search: how much was found there
@@ -137,6 +139,7 @@ class Programs:
         built = self.pipeline.build(captured.graph, executor, self._memory, names=named)
         made = executor.name, captured.eager
         compiled = Compiled(key, *built, backwards, named, *made)
+        self.agreement = compiled.program.agreement or self.agreement
         if not compiled.program.computes:  # nobody will call them
             for backward in backwards:
                 backward.build()

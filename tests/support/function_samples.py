@@ -936,7 +936,14 @@ def samples_of(function: Callable) -> list[Sample]:
 
 def each_function() -> list[Callable]:
     """The functions of the table that compute or make views."""
-    return [f for f in RULES if bare_name(f) not in ELSEWHERE and not _is_setter(f)]
+    return [
+        f for f in RULES if bare_name(f) not in ELSEWHERE and not _is_setter(f) and not of_ranks(f)
+    ]
+
+
+def of_ranks(function: Callable) -> bool:
+    """Whether the ranks of a process group call it together: see test_collectives."""
+    return RULES[function].family in ("collectives", "data_parallel")
 
 
 def _is_setter(function: Callable) -> bool:

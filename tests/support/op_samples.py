@@ -600,6 +600,31 @@ def _rows_of_numpy(name: str) -> tuple[tuple[float, ...], ...]:
 
 HOST_PAIRS = ((3.0, 2.0), (-3.5, 2.0), (7.25, -0.5), (0.1, 3.0))
 
+
+def collectives() -> dict[str, list[Sample]]:
+    """Of a group of one rank, where nothing is communicated; test_collectives has several."""
+    numbers = itertools.count()
+
+    def alone() -> dict[str, object]:
+        return {"group": "0", "ranks": 1, "number": next(numbers)}
+
+    def of(*types: DType, count: int = 1, **attrs: object) -> list[Sample]:
+        shapes = [(3, 5), (4,), ()][:count]
+        return [Sample(tuple(Tensor(t, s) for s in shapes), attrs | alone()) for t in types]
+
+    return {
+        "all_reduce": [*of(f32, f64, i64, by="SUM"), *of(f32, count=3, by="MAX")],
+        "broadcast": [*of(f32, u8, root=0), *of(f64, count=2, root=0)],
+        "reduce_to": of(f32, i32, by="SUM", root=0),
+        "all_gather": of(f32, i64),
+        "reduce_scatter": of(f32, f64, by="SUM"),
+        "all_to_all": of(f32, i64, sent="15", received="15"),
+        "gather_ranks": of(f32, root=0, here=True),
+        "scatter_ranks": of(f32, root=0, here=True),
+        "barrier": [Sample((), alone())],
+    }
+
+
 SAMPLES: dict[str, list[Sample]] = {
     "neg": unary(*FLOATS, *INTS),
     "abs": unary(*FLOATS, *INTS),
@@ -717,7 +742,11 @@ SAMPLES: dict[str, list[Sample]] = {
     "full": constants(),
     "iota": iotas(),
     "scan": scans(),
+    **collectives(),
 }
+
+
+COLLECTIVES = [name for name, op in OPS.items() if op.family == "collective"]
 
 
 def each_sample(*names: str, where=lambda name, sample: True) -> list[tuple[str, Sample]]:
@@ -728,6 +757,13 @@ def each_sample(*names: str, where=lambda name, sample: True) -> list[tuple[str,
         for sample in SAMPLES[name]
         if where(name, sample)
     ]
+
+
+def _collective(*xs: torch.Tensor, **attrs: object) -> torch.Tensor:
+    """Of one rank alone: what it sends."""
+    if not xs:
+        return torch.zeros(1, dtype=torch.uint8)
+    return torch.cat([x.reshape(-1) for x in xs])
 
 
 def _axes(function: Callable) -> Callable:
@@ -979,6 +1015,9 @@ REFERENCE: dict[str, Callable] = {
     "eigh": _eigh,
     "svd": _svd,
     "expm": torch.linalg.matrix_exp,
+    **dict.fromkeys(("all_reduce", "broadcast", "reduce_to", "all_gather"), _collective),
+    **dict.fromkeys(("reduce_scatter", "all_to_all", "gather_ranks"), _collective),
+    **{"scatter_ranks": _collective, "barrier": _collective},
     "full": lambda x, shape, dtype, device: torch.full(shape, x, dtype=TO_TORCH[dtype]),
     "iota": _iota,
     **{f"host_{name}": getattr(operator, name) for name in ("add", "sub", "mul", "pow")},

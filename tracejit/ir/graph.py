@@ -48,6 +48,12 @@ class Node:
         """The result of a node that has one."""
         return self.outs[0]
 
+    @property
+    def is_ordered(self) -> bool:
+        """Whether it does something besides its results: it is never dropped, merged or repeated,
+        and runs in its order with others like it."""
+        return self.op.family == "collective"
+
     def attr(self, name: str) -> object:
         for key, value in self.attrs:
             if key == name:

@@ -8,6 +8,7 @@ simplify.py  exact identities; the pass that applies both and merges equal nodes
 rewrite.py   the engine: one forward sweep that reaches the normal form
 dce.py       the pass that drops what nobody reads
 attention.py the pass that makes primitives of attention that is written out
+buckets.py   the pass that puts reductions over ranks together
 vocabulary.py  the pass that computes logits of a large vocabulary part by part
 cone.py      not in the pipeline: the part of a graph that some of its values need
 """
@@ -20,6 +21,7 @@ from dataclasses import replace
 from tracejit import knobs
 from tracejit.ir.graph import Graph, Node, verify
 from tracejit.passes.attention import find_attention
+from tracejit.passes.buckets import put_in_buckets
 from tracejit.passes.dce import dce
 from tracejit.passes.roll import roll_up
 from tracejit.passes.simplify import simplify
@@ -30,7 +32,7 @@ from tracejit.passes.vocabulary import split_rows
 # run apart, they would need repeating until nothing changes. Only then is it known who is unread,
 # and only of what is left whether a row leaves the place where it is computed.
 # What is repeated becomes a loop before all that, so that no other pass meets it more than once.
-PIPELINE = (roll_up, simplify, dce, find_attention, split_rows)
+PIPELINE = (roll_up, simplify, dce, find_attention, split_rows, put_in_buckets)
 
 
 def optimize(graph: Graph, on_pass: Callable[[str, Graph], None] | None = None) -> Graph:

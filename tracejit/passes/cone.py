@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tracejit.ir.graph import Graph, Result, Value
-from tracejit.passes.dce import dce
+from tracejit.passes.dce import live
 
 
 def cone(graph: Graph, values: Sequence[Value], name: str) -> tuple[Graph, tuple[int, ...]]:
@@ -15,7 +15,8 @@ def cone(graph: Graph, values: Sequence[Value], name: str) -> tuple[Graph, tuple
     Its results are the values, in fresh memory, and it writes nothing. What it reads of a param is
     what the param holds before the step, as everywhere in a graph.
     """
-    alone = dce(replace(graph, name=name, results=tuple(map(Result, values)), writes=()))
+    nodes = tuple(live(graph.nodes, values))
+    alone = replace(graph, name=name, nodes=nodes, results=tuple(map(Result, values)), writes=())
     read = {a for node in alone.nodes for a in node.inputs}.union(values)
     kept = tuple(i for i, p in enumerate(graph.params) if p.value in read)
     return replace(alone, params=tuple(graph.params[i] for i in kept)), kept

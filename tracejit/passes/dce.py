@@ -9,8 +9,9 @@ from tracejit.ir.graph import Graph, Node, Value
 
 
 def dce(graph: Graph) -> Graph:
-    """Drop nodes whose results nobody reads."""
-    return replace(graph, nodes=tuple(live(graph.nodes, graph.outputs())))
+    """Drop nodes whose results nobody reads, but for collectives, which do something besides."""
+    ordered = (node.out for node in graph.nodes if node.is_ordered)
+    return replace(graph, nodes=tuple(live(graph.nodes, (*graph.outputs(), *ordered))))
 
 
 def live(nodes: Sequence[Node], wanted: Iterable[Value]) -> list[Node]:

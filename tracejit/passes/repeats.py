@@ -97,7 +97,7 @@ def signatures(nodes: Sequence[Node]) -> np.ndarray:
         attrs: object = node.attrs
         if op.name in _PLACED:
             attrs = tuple([repr(v) for k, v in attrs if k in _PLACED[op.name]])
-        elif op.family == "loop":
+        elif op.family == "loop" or node.is_ordered:
             attrs = i  # like no other
         else:
             for _, v in node.attrs:

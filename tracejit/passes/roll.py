@@ -117,7 +117,7 @@ class _Rolling:
 
         def keep(nodes: Sequence[Node]) -> None:
             for node in reversed(nodes):
-                if node.outs[0].id in wanted:
+                if node.outs[0].id in wanted or node.is_ordered:
                     wanted.update(now(a) for a in node.args if a.__class__ is Value)
                     kept.append(node)
 

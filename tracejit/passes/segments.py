@@ -33,7 +33,8 @@ def segments(whole: Graph, cones: Sequence[Graph]) -> list[Segment]:
     found = []
     for k, graph in enumerate((*cones, whole)):
         outputs = set(graph.outputs())
-        nodes, carried = _needed(graph, outputs, owner)
+        ordered = {node.out for node in graph.nodes if node.is_ordered}
+        nodes, carried = _needed(graph, outputs | ordered, owner)
         for node in nodes:
             if not _is_free(node):
                 owner[node.out] = k

@@ -11,17 +11,20 @@ import ctypes
 import os
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
+from tracejit.ir.process_groups import Started
 from tracejit.runtime.c_compiler import find_compiler, vector_bytes, version
 from tracejit.runtime.c_kernels import load_kernels
 from tracejit.runtime.c_plans import lowered, lowered_anew
-from tracejit.runtime.executor import Inlined, Source
+from tracejit.runtime.collectives import Collective, Pieces
+from tracejit.runtime.executor import CallText, Inlined, Source
 from tracejit.runtime.pool import load_pool
-from tracejit.schedule.cpu.plan import Call
+from tracejit.schedule.collectives import START
+from tracejit.schedule.cpu.plan import Call, CpuPlan
 from tracejit.schedule.plan import Plan, runs
 from tracejit.schedule.traffic import bytes_of
 
@@ -84,10 +87,12 @@ class LoadedCPlan:
             beside.submit(load_pool)
             found = lowered(plan, vector_bytes())
             try:
-                self._kernels = load_kernels(found)
+                self._collectives = _collectives(plan, found.plan)
+                self._kernels = load_kernels(found, self._collectives)
             except InvalidGraph:  # a kernel's text in the cache
                 found = lowered_anew(plan, vector_bytes())
-                self._kernels = load_kernels(found)
+                self._collectives = _collectives(plan, found.plan)
+                self._kernels = load_kernels(found, self._collectives)
         self.plan = found.plan
         self.layout = self.plan.layout(plan.buffers)
         self._threads, self._scalars = threads, len(plan.scalars)
@@ -105,7 +110,9 @@ class LoadedCPlan:
         from tracejit.codegen.c import emit_kernel  # a warm start prints nothing
 
         functions = {
-            name: emit_kernel(kernel, number)
+            name: CallText(kernel.kernel)
+            if name in self._collectives
+            else emit_kernel(kernel, number)
             for number, (name, kernel) in enumerate(self.plan.kernels.items())
         }
         return [functions[call.kernel] for call in self.plan.calls]
@@ -132,7 +139,11 @@ class LoadedCPlan:
         as_given = [(i, 0) for i in range(self.layout.count)]
         moves = [self._steps.get(name, 0) for name in self._position]
         seconds: list[float] = []
+        under_way: dict[int, Started] = {}
         for together in runs(self.plan.calls, lambda call: call.loop):
+            if together[0].kernel in self._collectives:
+                seconds.append(self._communicate(together[0], addresses, under_way))
+                continue
             tables = [self._table([replace(call, loop=None)], as_given) for call in together]
             spent = [0.0] * len(together)
             for step in range(self.plan.times(together[0])):
@@ -145,9 +156,11 @@ class LoadedCPlan:
             seconds += spent
         return seconds
 
-    def _table(self, calls: Sequence[Call], places: Sequence[tuple[int, int]]) -> _Table:
-        """What a run of some calls does, for words with addresses of which each of the layout's is
-        one, and bytes from there."""
+    def _table(
+        self, calls: Sequence[Call], places: Sequence[tuple[int, int]], count: int | None = None
+    ) -> _Table:
+        """What a run of some calls does, for words with `count` addresses, of which each of the
+        layout's is one, and bytes from there."""
         slots: list[int] = []
         for call in calls:
             slots += (*places[self._position[call.working or call.buffers[0]]], 0)
@@ -160,7 +173,9 @@ class LoadedCPlan:
             for call, (steps, span) in zip(together, turns, strict=True):
                 address = self._kernels[call.kernel].address
                 launches.append((address, len(call.buffers), len(call.scalars), steps, span))
-        return _Table(max((n for n, _ in places), default=-1) + 1, self._scalars, launches, slots)
+        if count is None:
+            count = max((n for n, _ in places), default=-1) + 1
+        return _Table(count, self._scalars, launches, slots)
 
     def expect(self) -> None:
         """A call will come soon: wake the threads that share it."""
@@ -172,6 +187,8 @@ class LoadedCPlan:
         Each call has words of its own: a signal handler may call the step before they are used."""
         bases = {base: n for n, base in enumerate(dict.fromkeys(base for base, _ in addresses))}
         places = [(bases[base], offset) for base, offset in addresses]
+        if self._collectives:
+            return self._in_pieces(bases, places, scalars)
         table = self._table(self.plan.calls, places)
         given = "".join(f", {x}" for x in (*bases, *scalars))
         names = {
@@ -182,6 +199,62 @@ class LoadedCPlan:
             "loaded": (self, table),  # whose memory is used
         }
         return Inlined([f"words = pack(0, threads(){given})"], "run(at, words)", "words[0]", names)
+
+    # ---- collectives
+
+    def _in_pieces(
+        self, bases: Mapping[str, int], places: Sequence[tuple[int, int]], scalars: Sequence[str]
+    ) -> Inlined:
+        """The lines of a call whose launches are not all C: between them ranks communicate."""
+        steps: list[tuple] = []
+        calls: list[Call] = []
+        for call in (*self.plan.calls, None):
+            collective = None if call is None else self._collectives.get(call.kernel)
+            if call is not None and collective is None:
+                calls.append(call)
+                continue
+            if calls:
+                steps.append((None, self._table(calls, places, len(bases))))
+                calls = []
+            if collective is not None:
+                steps.append((collective, [places[self._position[x]] for x in call.buffers]))
+        pieces = Pieces(steps, len(bases), self._run)
+        given = "".join(f", {x}" for x in (*bases, *scalars))
+        names = {
+            "begin": pieces.begin,
+            "drive": pieces.drive,
+            "has_run": pieces.ran,
+            "threads": self._threads,
+            "loaded": (self, pieces),
+        }
+        gather = [f"words = begin(threads(){given})"]
+        return Inlined(gather, "drive(words)", "has_run(words)", names)
+
+    def _communicate(
+        self, call: Call, addresses: Sequence[int], under_way: dict[int, Started]
+    ) -> float:
+        """Make one half of a collective; the seconds that it took."""
+        collective = self._collectives[call.kernel]
+        started = time.perf_counter()
+        if collective.phase == START:
+            at = [addresses[self._position[name]] for name in call.buffers]
+            under_way[collective.key] = collective.start(at)
+        else:
+            under_way.pop(collective.key).wait()
+        return time.perf_counter() - started
+
+
+def _collectives(plan: Plan, lowered: CpuPlan) -> dict[str, Collective]:
+    """The kernels of a lowered plan that are collectives, by name."""
+    calls = (launch.kernel.call for launch in plan.launches)
+    if not any(call is not None and call.is_collective for call in calls):
+        return {}
+    kernels = {name: kernel.kernel for name, kernel in lowered.kernels.items()}
+    return {
+        name: Collective.of(kernel)
+        for name, kernel in kernels.items()
+        if kernel.call is not None and kernel.call.is_collective
+    }
 
 
 class _Table:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from tracejit.runtime.c_compiler import (
@@ -37,11 +37,15 @@ class LoadedKernel:
     library: ctypes.CDLL  # holds the function
 
 
-def load_kernels(lowered: Lowered) -> dict[str, LoadedKernel]:
-    """The functions of a plan's kernels, by the kernels' names."""
+def load_kernels(lowered: Lowered, apart: Collection[str] = frozenset()) -> dict[str, LoadedKernel]:
+    """The functions of a plan's kernels, by the kernels' names, but of some."""
     cache = DiskCache()
     made_by = sha256(f"{toolchain()}\n{digest_of('codegen', 'ir', 'schedule')}\n{vector_bytes()}")
-    keys = {name: f"{made_by}\n{digest}" for name, digest in lowered.digests.items()}
+    keys = {
+        name: f"{made_by}\n{digest}"
+        for name, digest in lowered.digests.items()
+        if name not in apart
+    }
     loaded: dict[str, LoadedKernel] = {}
     missing: dict[str, CpuKernel] = {}
     libraries: dict[str, ctypes.CDLL | None] = {}

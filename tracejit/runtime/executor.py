@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
+from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.memory import Layout, layout_of
 from tracejit.schedule.plan import Plan
 
@@ -16,6 +17,23 @@ class Source(Protocol):
     name: str
     suffix: str
     text: str
+
+
+@dataclass(frozen=True)
+class CallText:
+    """A call of the host where others have a source."""
+
+    kernel: Kernel
+    suffix: ClassVar[str] = ".txt"
+
+    @property
+    def name(self) -> str:
+        call = self.kernel.call
+        return "_".join(["host", call.op.name, *([call.phase] if call.phase else [])])
+
+    @property
+    def text(self) -> str:
+        return str(self.kernel)
 
 
 class LoadedPlan(Protocol):

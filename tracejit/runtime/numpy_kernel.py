@@ -22,6 +22,7 @@ from tracejit.ir.types import (
     float_to_bits,
     round_to,
 )
+from tracejit.runtime.collectives import Collective, run_alone
 from tracejit.runtime.numpy_arrays import (
     At,
     Dims,
@@ -94,6 +95,8 @@ class Run:
                 dtype = stored(self.kernel.buffers[i].dtype)
                 strides = tuple(n * dtype.itemsize for n in contiguous_strides(shape))
                 self.views.append(View(self.slot(), i, dtype, shape, strides, 0))
+        call = self.kernel.call
+        self.collective = Collective.of(self.kernel) if call and call.is_collective else None
         axes = self.kernel.axes
         self.extent = axes[0].extent if axes else 1
         widest = max((math.prod(a.extent for a in s.axes) for s in self.kernel.stages), default=1)
@@ -115,6 +118,8 @@ class Run:
         slots = self.slots.copy()
         for slot, i in self.scalars:
             slots[slot] = float(scalars[i])
+        if self.collective is not None:
+            return run_alone(self.collective, mine)
         if self.kernel.call is not None:
             *operands, result = (slots[v.slot] for v in self.views)
             call = self.kernel.call

@@ -18,6 +18,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
+from tracejit.runtime.agreement import Agreement
 from tracejit.runtime.executor import Executor, Inlined, inlined, memory_of
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.profile import ProfiledPlan
@@ -35,7 +36,9 @@ class Program:
         memory: Memory | None = None,
         *,
         require_graph: bool = False,
+        agreement: Agreement | None = None,
     ):
+        self.agreement = agreement  # of the ranks, where the plan has collectives
         self.plan, self.executor = plan, executor.name
         self.graph: Graph | None = None  # that it was scheduled from, if somebody may ask for it
         self.computes = getattr(executor, "computes", True)  # not for a GPU that is not here
@@ -95,6 +98,8 @@ class Program:
         given = {v: params[i] for v, i in self.plan.host_params}
         scalars = code.add(self.plan.host, self.plan.scalars, given)
         run = inlined(self.loaded, table[:-1], scalars)
+        if self.agreement is not None:
+            reusable = "()"  # a step that fails leaves the gradients as they were
         gather = [
             f"fresh{k}, place{k} = output{k}.take({reusable})" for k in range(len(self._outputs))
         ]
@@ -103,6 +108,10 @@ class Program:
             gather += [f"held = take({self.arena_bytes})", "arena = held[0]"]
             names |= {"take": self._arena.take, "give": self._arena.give}
             run = replace(run, run=f"{run.run}; give(held)")
+        if self.agreement is not None:
+            numbers = ", ".join(params[i] for i in self.agreement.positions)
+            gather.append(f"agree({numbers})")
+            names["agree"] = self.agreement.begin
         whole = replace(run, gather=[*gather, *run.gather], names=run.names | names)
         return whole, [f"fresh{k}" for k in self._results]
 

@@ -15,18 +15,17 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from tracejit.codegen.geometry import MAX_TILE, Geometry, variants
 from tracejit.codegen.triton import Source, emit
 from tracejit.errors import UnsupportedOperation
 from tracejit.runtime import interpreter
 from tracejit.runtime.device import Device
+from tracejit.runtime.executor import CallText
 from tracejit.runtime.interpreted_plan import InterpretedPlan
 from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.triton_launch import LoadedLaunch, Positions, positions
 from tracejit.runtime.triton_source import import_source
-from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, unrolled
 
@@ -125,20 +124,10 @@ class TritonExecutor:
                 remedy="It is compiled for the CPU only. Run the step eagerly there "
                 '(on_unsupported="eager"), or do this part outside the step.',
             )
-        source = CallText(f"host_{call.op.name}", str(launch.kernel), launch.kernel)
+        source = CallText(launch.kernel)
         buffers, memory = zip(*(position[name] for name in launch.buffers), strict=True)
         shape = Geometry((1,), {}, 1)
         return LoadedLaunch(launch, source, source, None, buffers, memory, first_scalar, shape, {})
-
-
-@dataclass(frozen=True)
-class CallText:
-    """A call of the host where others have a source."""
-
-    suffix: ClassVar[str] = ".txt"
-    name: str
-    text: str
-    kernel: Kernel
 
 
 def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, Source, object]:

@@ -70,6 +70,10 @@ _GROWS = (
     "it appends to a list of yours",
     "Return what it appends, and append it outside",
 )
+_RANKS = (
+    "it communicates ({name} of {ranks} ranks), and would be run in another world",
+    "Compile it in each world: the caches on the disk keep its kernels",
+)
 _OBJECT = (
     "it stores something in an object of yours ({what}) that is neither a number nor a tensor",
     "Return it, and store it outside",
@@ -411,6 +415,9 @@ class _Planned:
     def plan(self) -> SavedPlan:
         """The plan."""
         c = self.captured
+        for node in c.graph.nodes:
+            if node.is_ordered:
+                raise self.saving.refuse(_RANKS, name=node.op.name, ranks=node.attr("ranks"))
         scalars = tuple(self._scalar(k, path) for k, path in enumerate(c.paths))
         stores = tuple(filter(None, map(self._store, c.effects.stores)))
         generators = tuple(map(self.saving.generator, self.replay.call.generators))

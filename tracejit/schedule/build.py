@@ -8,9 +8,9 @@ from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
+from tracejit.schedule.collectives import Turn, half, in_place, is_collective, turns
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.fuse import Fuser, Fusion
-from tracejit.schedule.groups import Group
 from tracejit.schedule.host_calls import lower_call
 from tracejit.schedule.images import Arranged, arranged
 from tracejit.schedule.layouts import Layouts
@@ -50,9 +50,10 @@ def schedule(
     fuser = Fuser(graph, analysis, fuse, again)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
+    order = turns(fusion.groups, fuser.groups)
     _locate(fusion, memory, fuser, layouts)
-    lowered = [_lowered(group, analysis, memory, fuse, again, gpu) for group in fusion.groups]
-    launches = _packed(lowered, fusion, fuser, memory) if fuse else [[one] for one in lowered]
+    lowered = [_lowered(turn, analysis, memory, fuse, again, gpu) for turn in order]
+    launches = _packed(lowered, order, memory) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
@@ -77,13 +78,15 @@ def schedule(
 
 
 def _lowered(
-    group: Group, analysis: Analysis, memory: Memory, fuse: bool, again: bool, gpu: bool
+    turn: Turn, analysis: Analysis, memory: Memory, fuse: bool, again: bool, gpu: bool
 ) -> Lowered | Loop:
     """The kernel of a group, or the launches of a loop."""
+    group = turn.group
     if group.apart is None:
         return lower(group, analysis, memory, gpu=gpu)
     if group.apart.kind == "host":
-        return lower_call(group, memory)
+        call = lower_call(group, memory)
+        return half(call, turn.phase) if turn.phase else call
     node = group.apart.node
     begin = schedule(beginning(node), fuse=fuse, gpu=gpu)
     body = schedule(repeated(node), fuse=fuse, again=again, body=True, gpu=gpu)
@@ -116,12 +119,19 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser, layouts: Layouts) -> N
     def launched(item: tuple) -> int:
         return position[fusion.tasks[origins[item[0]].id].group.id]
 
+    for group in filter(is_collective, fusion.groups):  # they happen, whoever reads the result
+        value = group.apart.value
+        fusion.realized.setdefault(value.id, (value, ""))
+        origins[value.id] = value
+
     for id, (value, buffer) in sorted(fusion.realized.items(), key=launched):
         if not buffer:
             origin = origins[id]
             producer = fusion.tasks[origin.id]
             store = arena_store(producer, value, "", fuser.tick())
             buffer, store.target = donors.take(store) or ("", None)
+            if not buffer and (buffer := in_place(producer, memory.located, fuser.groups)):
+                donors.buffers.pop(producer.demands[0].origin.id, None)
             if not buffer:
                 buffer = f"t{len(memory.buffers)}"
                 strides = layouts.strides_of(value)
@@ -134,13 +144,10 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser, layouts: Layouts) -> N
 
 
 def _packed(
-    lowered: list[Lowered | Loop], fusion: Fusion, fuser: Fuser, memory: Memory
+    lowered: list[Lowered | Loop], order: list[Turn], memory: Memory
 ) -> list[list[Lowered | Loop]]:
     """The kernels of each launch."""
-
-    position = {group.id: i for i, group in enumerate(fusion.groups)}
-    before = [{position[id] for id in fuser.groups.before(group)} for group in fusion.groups]
-    launches = pack(lowered, before, memory.buffers)
+    launches = pack(lowered, [set(turn.before) for turn in order], memory.buffers)
     return [[lowered[i] for i in launch] for launch in launches]
 
 

@@ -41,6 +41,7 @@ class Fuser:
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
+        self.ordered: Group | None = None  # the last collective so far
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
         """Group everything. `outputs`: buffer per result; `inputs`: buffer per param id."""
@@ -52,7 +53,11 @@ class Fuser:
         for node in self.analysis.nodes:
             for out in node.outs:
                 if self.analysis.is_task(out):
-                    self.place(self.analysis.task(self.tick(), node, out))
+                    group = self.place(self.analysis.task(self.tick(), node, out))
+                    if node.is_ordered:
+                        if self.ordered is not None:
+                            self.groups.order(self.ordered, group)
+                        self.ordered = group
         written = {w.target.id for w in self.graph.writes}
         writes = [
             (w.target, self._detached(w.target, self.analysis.resolve(w.value), written))
@@ -183,11 +188,15 @@ class Fuser:
             self._join_sibling(task, task.group)
 
     def place_write(self, store: Task) -> None:
-        """Put a write where no kernel still needs the value that it overwrites."""
+        """Put a write where no kernel still needs the value that it overwrites, and after the last
+        collective: one that fails leaves everything as it was."""
         group = self.groups.add(store)
         readers = self.groups.consumers.get(store.target.id, ())
+        last = self.ordered
 
         def unread(base: Group, moved: Group, place: Indices) -> bool:
+            if last is not None and (last is base or self.groups.runs_before(base, last)):
+                return False
             for reader, demand in readers:
                 if reader.group in (base, moved):
                     same = reader is store or placed(demand.indices, reader) == place
@@ -212,6 +221,8 @@ class Fuser:
         for reader, _ in readers:
             if reader.group is not group:
                 self.groups.order(reader.group, group)
+        if last is not None:
+            self.groups.order(last, group)
         self.by_numel.setdefault(group.numel, []).append(group.id)
 
     def _realize(self) -> dict[int, tuple[Value, str]]:

@@ -38,6 +38,7 @@ from dataclasses import dataclass
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
 from tracejit.ir.types import DType
+from tracejit.schedule.call import HostCall
 
 Size = int | str
 
@@ -320,24 +321,6 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class HostCall:
-    """The last buffer = op(the others, **attrs), each of its shape, whole and row-major."""
-
-    op: Op
-    attrs: tuple[tuple[str, object], ...]
-    shapes: tuple[tuple[int, ...], ...]
-    where: str = ""
-
-    @property
-    def matrices(self) -> tuple[int, ...]:
-        """The shape of the matrices that the call is about."""
-        shape = self.shapes[0]
-        if self.op.name == "lu_solve":
-            shape = (*self.shapes[1][:-1], self.shapes[1][-2])
-        return shape
-
-
-@dataclass(frozen=True, slots=True)
 class Kernel:
     """One launch. `index64`: some index, or the number of a point of a domain that is counted
     through, may exceed 2**31 - 1, so both are 64-bit.
@@ -403,7 +386,7 @@ class Kernel:
         domain = "side by side" if self.parts else f"over {_axes(self.axes)}"
         if self.call is not None:
             domain = "by the host"
-            rows.append((f"  {_call(self.call)}", self.call.where))
+            rows.append((f"  {self.call}", self.call.where))
         lines = [f"{name}({_lists(buffers, self.sizes, self.scalars)}) {domain} {{"]
         for part in self.parts:
             lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
@@ -411,12 +394,6 @@ class Kernel:
             lines.append("  }")
         lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
         return "\n".join([*lines, "}"])
-
-
-def _call(call: HostCall) -> str:
-    attrs = "".join(f" {key}={print_literal(value)}" for key, value in call.attrs)
-    *operands, result = map(str, call.shapes)
-    return f"call {call.op.name} {' '.join(operands)} -> {result}{attrs}"
 
 
 def _attend(attend: Attend) -> list[tuple[str, str]]:

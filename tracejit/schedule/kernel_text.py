@@ -46,6 +46,8 @@ What the host computes is one line:
     kernel(b0: f32 r, b1: f32 r, b2: f32 w) by the host {
       call triangular_solve (2, 3, 3) (2, 3, 1) -> (2, 3, 1) upper=True transposed=False unit=False
     }
+
+A collective is two of them, `start all_reduce (6,) -> (6,) by='SUM' …` and `wait all_reduce …`.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ def canonical(kernel: Kernel) -> Kernel:
 _LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
 _HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side|by the host) \{{\Z")
 _PART = re.compile(rf"part {_LISTS} \{{\Z")
-_HOST_CALL = re.compile(r"call (\w+) (.*?) -> (\([^)]*\))((?: \w+=\S+)*)\Z")
+_HOST_CALL = re.compile(r"(call|start|wait) (\w+) (.*?)-> (\([^)]*\))((?: \w+=\S+)*)\Z")
 _SHAPE = re.compile(r"\([^)]*\)")
 _END = re.compile(r"\}\Z")
 _STAGE = re.compile(r"stage \((.*)\)( in order)? \{\Z")
@@ -214,7 +216,7 @@ class _Parser:
         axes = self.axes(head[5] or "")
         stages, parts, call = [], [], None
         while not self.peek().startswith("}"):
-            if self.peek().startswith("call "):
+            if self.peek().startswith(("call ", "start ", "wait ")):
                 call = self.host_call()
             elif head[5] is None:
                 found, _ = self.next(_PART)
@@ -237,10 +239,11 @@ class _Parser:
 
     def host_call(self) -> HostCall:
         found, where = self.next(_HOST_CALL)
-        shapes = [ast.literal_eval(x) for x in (*_SHAPE.findall(found[2]), found[3])]
-        attrs = [part.split("=") for part in found[4].split()]
+        shapes = [ast.literal_eval(x) for x in (*_SHAPE.findall(found[3]), found[4])]
+        attrs = [part.split("=", 1) for part in found[5].split()]
         values = [(k, parse_literal(ast.parse(v, mode="eval").body)) for k, v in attrs]
-        return HostCall(_op(found[1]), tuple(values), tuple(shapes), where)
+        phase = "" if found[1] == "call" else found[1]
+        return HostCall(_op(found[2]), tuple(values), tuple(shapes), where, phase)
 
     def stage(self, axes: tuple[Axis, ...], in_order: bool) -> Stage:
         dot = None

@@ -51,15 +51,25 @@ def pack(
     costs = [_cost(one, buffers) for one in kernels]
     launches: list[list[int]] = []
     launch_of: list[int] = []
+    begun = 0  # the launch after the last collective's start, behind which others stay
     for i in range(len(kernels)):
         first = max((launch_of[j] + 1 for j in before[i]), default=0)
+        first = max(first, begun)
         room = (n for n in range(first, len(launches)) if _fits(costs, launches[n], i))
         at = next(room, len(launches))
         if at == len(launches):
             launches.append([])
         launches[at].append(i)
         launch_of.append(at)
+        if starts(kernels[i]):
+            begun = at + 1
     return [sorted(launch, key=lambda i: -costs[i].depth) for launch in launches]
+
+
+def starts(one: Lowered | Loop) -> bool:
+    """Whether a kernel starts a collective: what runs after it is hidden behind it."""
+    call = None if isinstance(one, Loop) else one.kernel.call
+    return call is not None and call.phase == "start"
 
 
 def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:

@@ -27,7 +27,7 @@ ATTENTION = "attend"  # the kind of a task of attention
 # Primitives with kernels of their own, that go along an axis: step by step, or to sort it.
 RUNNING = ("cumsum", "accumulate", "recurrence")
 IN_ORDER = ("scatter", "argsort", *RUNNING)
-APART = {"loop": "loop", "matrices": "host"}  # kinds of tasks that are lowered as they are
+APART = {"loop": "loop", "matrices": "host", "collective": "host"}  # lowered as they are
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -237,9 +237,8 @@ def _simplify(node: Node) -> Node:
         return _as_source(node, 0)
     nothing = name == "scatter" and node.args[1].type.numel == 0
     if nothing or (name in RUNNING and first.type.shape[node.attr("axis")] == 1):
-        shape = (("shape", node.out.type.shape),)
-        whole = node.args[-1] if name in RUNNING else first
-        return Node(OPS["reshape"], (whole,), shape, node.outs, node.where)
+        shape, kept = (("shape", node.out.type.shape),), node.args[-(name in RUNNING)]
+        return Node(OPS["reshape"], (kept,), shape, node.outs, node.where)
     if name == "argsort" and (first.type.shape[node.attr("axis")] == 1 or not node.out.type.numel):
         return _as_source(node, 0)
     if name == "scan" and node.out.type.numel == 0:
@@ -336,6 +335,7 @@ def analyse(
         producer.update((out.id, node) for out in node.outs)
         nodes.append(node)
     live = {alias.get(v.id, v).id for v in graph.outputs() if v.type.numel}
+    live |= {node.out.id for node in nodes if node.is_ordered}
     kept: list[Node] = []
     for node in reversed(nodes):
         if any(out.id in live for out in node.outs):

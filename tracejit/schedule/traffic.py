@@ -116,6 +116,8 @@ _CUBES = {  # multiplications and additions of each primitive, of matrices with 
 
 def operations_of(call: HostCall) -> int:
     """About what a call of the host computes: what textbooks count of square matrices."""
+    if call.is_collective:
+        return 0
     *batch, m, n = call.shapes[-2 if call.op.name == "lu_solve" else 0]
     columns = call.shapes[-1][-1] if call.op.name in ("triangular_solve", "lu_solve") else min(m, n)
     if call.op.name == "lu_solve":

@@ -23,6 +23,7 @@ from tracejit.capture.effects.effects import (
 from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.effects.structure import Structure
+from tracejit.capture.functions.data_parallel import check_over
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import LOOPED, count
 from tracejit.capture.trace import location
@@ -190,6 +191,8 @@ def _finish(
         if keep_grads and not h.is_real and h.grad is not None and t.is_leaf(h)
     )
     found = _nodes(collect, name)
+    if t.armed:
+        check_over(t, bool(found.outside))
     writes, host_writes, written = _writes(collect)
     results = tuple(
         Result(s.value, None if s.strides == contiguous_strides(s.value.type.shape) else s.strides)

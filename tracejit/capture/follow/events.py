@@ -14,6 +14,7 @@ import torch
 
 from tracejit.capture.effects.captured import cut_key
 from tracejit.capture.effects.effects import is_named, tuple_of
+from tracejit.capture.functions.collectives import ENGINE
 from tracejit.capture.trace.autocast import State
 from tracejit.capture.trace.cuts import Cut
 from tracejit.capture.trace.scalars import Path, Predicate, same_number
@@ -25,6 +26,7 @@ CONSTANTS = frozenset(
     {bool, int, float, str, type(None), type(...), type(NotImplemented), torch.Size, torch.dtype}
     | {torch.device, torch.layout, torch.memory_format, torch.Generator}
     | {type(torch.autograd.Function)}  # whose instances are classes
+    | ENGINE
 )
 TUPLE_ITERATOR = type(iter(()))
 Match = Callable[..., object]  # see matchers.py

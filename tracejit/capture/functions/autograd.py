@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from tracejit.autodiff import Arrival, total_of
 from tracejit.autodiff import backward as reverse
-from tracejit.capture.functions import hooks
+from tracejit.capture.functions import data_parallel, hooks
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Family, Handle, TracedTensor, is_dense
 from tracejit.capture.trace.trace import Trace
@@ -136,8 +136,10 @@ def backward(
     retained = {h: t.read_with_history(h) for h in t.retained if h not in leaves}
     wanted += retained.values()
     modes = {"retain_graph": bool(retain), "create_graph": create_graph}
+    came: list[Handle] = []  # the leaves that have got a gradient
 
     def arrived(leaf: Handle, total: Value) -> None:
+        came.append(leaf)
         with t.unchecked():
             accumulate(t, leaf, hooks.changed(t, leaf, total), create_graph)
         hooks.accumulated(t, leaf)
@@ -154,7 +156,10 @@ def backward(
         for leaf, values in leaves.items():
             total = total_of(t.b, found, values)
             if total is not None:
+                came.append(leaf)
                 accumulate(t, leaf, total, create_graph)
+        if t.armed:
+            data_parallel.came(t, came)
         for h, value in retained.items():
             if value in found:
                 known = h.grad is None
@@ -422,6 +427,8 @@ def grad_fn(t: Trace, self: Tensor) -> object:
     h = t.lift(self)
     if t.is_leaf(h):
         return None
+    if t.wrapping:  # torch asks only whether there is one
+        return ...
     for context in t.contexts:
         if h.family in context.families:
             return context

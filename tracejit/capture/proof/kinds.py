@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
+from tracejit.capture.functions.collectives import ENGINE
 from tracejit.capture.proof.pure import PURE_BUILTINS, pure_numpy
 from tracejit.capture.python.bytecode import is_value
 from tracejit.capture.python.classes import is_heap_type, is_stream, module_of
@@ -145,7 +146,7 @@ def instead_of(x: object) -> str:
 
 _CONSTANTS = (re.Pattern, struct.Struct, np.dtype, torch.finfo, torch.iinfo, TorchVersion)
 _CONSTANTS += (operator.itemgetter, GenericAlias, UnionType, typing.TypeVar, typing.ParamSpec)
-_CONSTANTS += (type(typing.Any), type(typing.Optional))
+_CONSTANTS += (type(typing.Any), type(typing.Optional), *ENGINE)
 
 
 def logs(logger: logging.Logger) -> tuple:

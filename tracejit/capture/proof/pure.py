@@ -115,8 +115,49 @@ _PURE_TORCH_MODULES = (
     *("torch.utils._contextlib", "torch.utils._device", "torch.utils._foreach_utils"),
     *("torch.utils._python_dispatch", "torch.utils._pytree", "torch.utils.checkpoint"),
     *("torch.distributions", "torch.random", "torch.nn.init"),
+    *("torch.distributed.nn.functional", "torch.distributed.algorithms.join"),
     *("torch.utils.hooks", "torch.utils._config_module", "torch._refs", "torch.fx.experimental"),
 )
+# What has rules, and what tells of process groups: these are guarded, see `settings.py`.
+_PURE_DISTRIBUTED = {
+    "torch.nn.parallel.distributed": frozenset(
+        {
+            *("forward", "_pre_forward", "_post_forward", "_run_ddp_forward", "no_sync"),
+            *("_inside_ddp_forward", "_check_sync_bufs_pre_fwd", "_check_sync_bufs_post_fwd"),
+            *("will_sync_module_buffers", "_sync_buffers", "_assign_modules_buffers"),
+            *("_sync_module_buffers", "_default_broadcast_coalesced", "_clear_grad_buffer"),
+            *("_distributed_broadcast_coalesced", "_lazy_init", "_setup_in_backward_optimizers"),
+            *("_find_tensors", "_tree_flatten_with_rref", "_tree_unflatten_with_rref", "train"),
+            *("<genexpr>", "<listcomp>", "<dictcomp>", "<lambda>", "broadcast_buffers"),
+        }
+    ),
+    "torch.distributed.c10d_logger": frozenset({"wrapper"}),
+    "torch.distributed.optim.zero_redundancy_optimizer": frozenset(
+        {
+            *("step", "_local_step", "_sync_params", "_sync_param_groups", "zero_grad"),
+            *("_broadcast_params_from_rank", "_get_broadcast_work", "_device_to_params_per_rank"),
+            *("_partition_parameters", "_param_to_rank", "_param_to_index", "_index_to_param"),
+            *("_bucket_assignments_per_rank", "_check_overlap_initialized", "_is_trainable"),
+            *("_get_is_trainable_mask", "_get_min_index", "_get_assigned_rank"),
+            *("<genexpr>", "<listcomp>", "<dictcomp>", "<lambda>"),
+        }
+    ),
+    "torch.distributed.distributed_c10d": frozenset(
+        {
+            *("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_single", "barrier"),
+            *("all_gather_into_tensor", "_all_gather_base", "reduce_scatter", "all_to_all"),
+            *("reduce_scatter_single", "reduce_scatter_tensor", "_reduce_scatter_base"),
+            *("all_to_all_single", "gather", "scatter", "is_initialized", "get_rank"),
+            *("get_world_size", "get_backend", "get_group_rank", "get_global_rank"),
+            *("get_process_group_ranks", "_get_group_size", "_get_default_group", "WORLD"),
+            *("default_pg", "pg_map", "pg_group_ranks", "pg_names", "pg_coalesce_state"),
+            *("_rank_not_in_group", "_group_or_default_group", "_canonicalize_group_rank"),
+            *("_get_object_coll_device", "_device_capability", "_get_pg_default_device"),
+            *("get_backend_config", "pg_backend_config", "get_device_backend_map", "__repr__"),
+            *("_check_op", "_check_single_tensor", "_check_tensor_list", "__new__", "Backend"),
+        }
+    ),
+}
 _IMPURE_TORCH_MODULES = ("torch.nn.parallel", "torch.cuda.random")
 # C functions of these modules, by name.
 _PURE_C = {
@@ -184,8 +225,10 @@ def pure_python(module: str, name: str) -> bool:
     )
 
 
-def pure_torch(module: str) -> bool:
-    """Whether the functions of a module of torch are known to be pure."""
+def pure_torch(module: str, name: str = "") -> bool:
+    """Whether a function of torch, by its module and name, is known to be pure."""
+    if module in _PURE_DISTRIBUTED:
+        return name in _PURE_DISTRIBUTED[module]
     return within(module, _PURE_TORCH_MODULES) and not within(module, _IMPURE_TORCH_MODULES)
 
 

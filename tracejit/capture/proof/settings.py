@@ -132,6 +132,20 @@ def _logs(level: int) -> Setting:
     )
 
 
+# the group of all processes: which one it is says also how many ranks there are, and which is this
+_WORLD = Setting(
+    "torch.distributed.group.WORLD", lambda: torch.distributed.group.WORLD, answers=False
+)
+
+
+def _of_world() -> list[CodeType]:
+    """What asks for the group of all processes: among it the wrapper that all collectives have."""
+    c10d = torch.distributed.distributed_c10d
+    asked = [c10d.all_reduce, c10d._get_default_group, type(c10d.GroupMember).WORLD.fget]
+    asked.append(torch.nn.parallel.DistributedDataParallel.forward)
+    return [f.__code__ for f in asked if isinstance(f, FunctionType)]
+
+
 def _python() -> dict[CodeType, Setting]:
     future, distributed, cuda = torch.__future__, torch.distributed, torch.cuda
     asked: list[tuple[str, Callable]] = [
@@ -153,6 +167,8 @@ def _python() -> dict[CodeType, Setting]:
         plain = getattr(function, "__wrapped__", function)  # from under a cache
         if isinstance(plain, FunctionType):
             found[plain.__code__] = Setting(text, function)
+    if distributed.is_available():
+        found |= dict.fromkeys(_of_world(), _WORLD)
     for name in ("debug", "info", "warning", "error", "critical"):
         found[getattr(logging, name).__code__] = _logs(getattr(logging, name.upper()))
     return found

@@ -152,7 +152,7 @@ class Seen:
                 self._place(frame.f_globals, code.co_name)
             elif module == torch._tensor.__name__:
                 self._place(_TENSOR, code.co_name)
-            known = pure_torch(module)
+            known = pure_torch(module, code.co_name)
         else:
             known = whose == "user" or pure_python(module, code.co_qualname)
         if frame.f_back is not None and frame.f_back.f_code in self._impure:

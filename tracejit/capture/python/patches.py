@@ -19,14 +19,16 @@ from torch.autograd import function as torch_function
 from torch.autograd.function import Function, _SingleLevelFunction
 from torch.nn.modules import batchnorm
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel.distributed import _DDPSink
 from torch.nn.utils import clip_grad
 from torch.optim import LBFGS, _adafactor
 from torch.optim.lr_scheduler import LRScheduler
+from torch.overrides import handle_torch_function
 from torch.utils.checkpoint import CheckpointFunction
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
-from tracejit.capture.python import checkpoints, mathematics, transforms, vmaps
+from tracejit.capture.python import checkpoints, data_parallel, mathematics, transforms, vmaps
 from tracejit.capture.python.plain_code import reads_of
 from tracejit.capture.python.saved_hooks import Hooks as SavedHooks
 from tracejit.capture.python.seeding import TracedGenerator
@@ -191,6 +193,8 @@ def _apply(cls: type[Function], *args: object) -> object:
         return super(_SingleLevelFunction, cls).apply(*args)
     if cls is CheckpointFunction:
         return checkpoints.reentrant(t, *args)
+    if cls is _DDPSink:  # its backward concerns eager's own reduction
+        return tuple(x.clone() if isinstance(x, Tensor) else x for x in args[1:])
     if (cls.__module__, cls.__name__) == _MOD_INDEX:  # x[i, j] under TransformGetItemToIndex
         return args[0][tuple(args[1])]
     return call(t, cls, args, reads_of(cls))
@@ -339,21 +343,50 @@ REFUSED = (
     (torch, "save", "It would write tensors that are not computed yet; call it outside"),
     (torch._C.ScriptFunction, "__call__", _SCRIPT),
     (torch._C.ScriptMethod, "__call__", _SCRIPT),
-    (
-        torch.nn.parallel.DistributedDataParallel,
-        "forward",
-        "Its gradients would not be averaged over the processes; compile a step on its `.module` "
-        "and reduce the gradients outside",
-    ),
 )
+
+
+def _barrier(original: Callable) -> Callable:
+    """`ProcessGroup.barrier`, which no TorchFunctionMode sees."""
+
+    def barrier(self: object, *args: object, **kwargs: object) -> object:
+        if current() is None:
+            return original(self, *args, **kwargs)
+        return handle_torch_function(torch.distributed.barrier, (), self)
+
+    return barrier
+
+
+_DISTRIBUTED = torch.distributed.is_available()  # asked here: a step that asks is guarded by it
+_SENT = "send recv recv_anysource monitored_barrier"
+_GROUPED = (
+    "allreduce allreduce_coalesced allgather _allgather_base all_gather_single allgather_coalesced "
+    "all_gather_single_coalesced allgather_into_tensor_coalesced broadcast reduce gather scatter "
+    "reduce_scatter _reduce_scatter_base reduce_scatter_single reduce_scatter_single_coalesced "
+    "reduce_scatter_tensor_coalesced alltoall alltoall_base all_to_all_single _start_coalescing"
+)
+
+
+def _of_process_groups() -> list[tuple[object, str, Callable]]:
+    """The methods by which a process group communicates, beside the functions that have rules."""
+    if not _DISTRIBUTED:
+        return []
+    kind = torch.distributed.ProcessGroup
+    sent = "Messages between single ranks have no rule; send and receive outside the step"
+    grouped = "Call torch.distributed's function for one tensor at a time in its place"
+    found = [(kind, "barrier", _barrier)]
+    for names, remedy in ((_SENT, sent), (_GROUPED, grouped)):
+        found += [(kind, x, _refuse(kind, remedy)) for x in names.split() if hasattr(kind, x)]
+    return found
 
 
 _CHECKPOINT = torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"
 
 _lock = threading.Lock()
 _tracing = 0
-# (owner, name, the original, its replacement while any thread traces), of the latest trace
-_replaced: list[tuple[object, str, object, object]] = []
+# (owner, name, the original, its replacement while any thread traces, and what stands in the
+# owner's dict), of the latest trace
+_replaced: list[tuple[object, str, object, object, object]] = []
 # names that exist only while any thread traces; `apply` is inherited from C
 _added = [(_SingleLevelFunction, "apply", classmethod(_apply)), *SHADOWS]
 
@@ -380,6 +413,8 @@ def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
         (LBFGS, "step", _deciding),
         (LBFGS, "_gather_flat_grad", _deciding),
         *((owner, name, _refuse(owner, remedy)) for owner, name, remedy in REFUSED),
+        *_of_process_groups(),
+        *data_parallel.replacements(),
         *((scheduler, "step", as_callback) for scheduler in scheduler_classes()),
         *((lazy, "initialize_parameters", _initialized) for lazy in _lazy_classes()),
     ]
@@ -389,11 +424,14 @@ def _install() -> None:
     global _replaced, _of
     kinds = scheduler_classes(), _lazy_classes()
     known = all(a is b for a, b in zip(_of, kinds, strict=True))
-    if not known or any(getattr(o, name) is not x for o, name, x, _ in _replaced):
+    if not known or any(getattr(o, name) is not x for o, name, x, *_ in _replaced):
         _of = kinds
         there = [(o, name, getattr(o, name), wrap) for o, name, wrap in _replacements()]
-        _replaced = [(o, name, original, wrap(original)) for o, name, original, wrap in there]
-    for owner, name, _, instead in _replaced:
+        _replaced = [
+            (o, name, original, wrap(original), vars(o).get(name, original))
+            for o, name, original, wrap in there
+        ]
+    for owner, name, _, instead, _ in _replaced:
         setattr(owner, name, instead)
     for owner, name, new in _added:
         setattr(owner, name, new)
@@ -406,8 +444,8 @@ _of: tuple[object, object] = None, None
 
 def _remove() -> None:
     mathematics.remove()
-    for owner, name, original, _ in _replaced:
-        setattr(owner, name, original)
+    for owner, name, _, _, before in _replaced:
+        setattr(owner, name, before)
     for owner, name, _ in _added:
         delattr(owner, name)
 

@@ -185,6 +185,9 @@ class TraceState:
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
+        self.collectives = 0  # how many there are so far
+        self.armed: list[object] = []  # see functions/data_parallel.py
+        self.wrapping = False  # torch's own Python looks at what a wrapped module returns
         self.fast_random = False  # see functions/counted.py
         self.falls_back = False  # what is refused runs eagerly
 

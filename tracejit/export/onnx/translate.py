@@ -22,11 +22,14 @@ from tracejit.ir.types import DType, Type, f32, f64, round_to
 
 _OF_LAPACK = "it is a decomposition of LAPACK, or a solution by one, and ONNX has none"
 _LAPACK_REMEDY = "Compute it outside of what you export, and pass its result"
+_OF_RANKS = "the ranks of a process group do it together, and a model runs alone"
+_RANKS_REMEDY = "Export a step without collectives"
 REFUSED = {  # what ONNX has no counterpart of, and what to do
     "nextafter": ("ONNX has no operator on the bits of a float", "Add a small number instead"),
     "host_format": ("ONNX has no text", "Return the number, and make text of it outside"),
     "host_np_nextafter": ("ONNX has no operator on the bits of a float", "Add a small number"),
     **{name: (_OF_LAPACK, _LAPACK_REMEDY) for name, op in OPS.items() if op.family == "matrices"},
+    **{name: (_OF_RANKS, _RANKS_REMEDY) for name, op in OPS.items() if op.family == "collective"},
 }
 _FIRST = 1 << 40  # numbers of values that no graph has
 

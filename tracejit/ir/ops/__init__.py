@@ -2,6 +2,7 @@
 
 from tracejit.ir.ops import (
     attention,
+    collectives,
     elementwise,
     host,
     indexing,
@@ -23,6 +24,7 @@ __all__ = [
     "Exact",
     "Op",
     "attention",
+    "collectives",
     "elementwise",
     "host",
     "indexing",

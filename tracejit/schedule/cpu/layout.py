@@ -64,6 +64,8 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
 def scratch_bytes(kernel: CpuKernel) -> int:
     """The bytes that a kernel works in: packed operands, blocks of scores, items that are sorted,
     parts of column sums, what LAPACK works in."""
+    if kernel.kernel.call is not None and kernel.kernel.call.is_collective:
+        return 0
     if kernel.kernel.call is not None:
         return working_bytes(kernel.kernel.call, kernel.kernel.buffers[-1].dtype.itemsize)
     if kernel.blocks is not None:

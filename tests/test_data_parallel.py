@@ -1,0 +1,70 @@
+"""DistributedDataParallel and averaging by hand: 20 steps on two ranks, equal to eager."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from support import rank_models
+from support.ranks import Ranks
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch without gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    with Ranks(2) as found:
+        yield found
+
+
+def trains(ranks: Ranks, name: str) -> list[dict]:
+    """A case is equal to eager on every rank, and replays."""
+    found = ranks(rank_models.trained, name)
+    for rank in found:
+        assert rank["difference"] < rank_models.RELATIVE, rank
+        assert rank["loss"] < rank_models.RELATIVE_LOSS, rank
+        assert rank["same on ranks"], rank
+        assert rank["replays"] >= rank_models.STEPS // 2, rank
+        assert rank["collectives"], rank
+    return found
+
+
+@pytest.mark.parametrize("name", rank_models.CASES)
+def test_trains_like_eager(ranks: Ranks, name: str):
+    trains(ranks, name)
+
+
+def test_buckets(ranks: Ranks):
+    """The gradients of a layer are reduced while those of the layer before are computed."""
+    (first, _) = ranks(rank_models.trained, "small buckets")
+    assert first["collectives"] >= 3
+
+
+def test_a_parameter_without_a_gradient(ranks: Ranks):
+    for said in ranks(rank_models.unused_by_mistake):
+        assert "unused.weight, unused.bias" in said and "find_unused_parameters=True" in said
+
+
+def test_ranks_that_use_other_parameters(ranks: Ranks):
+    for said in ranks(rank_models.other_parameters):
+        assert said.startswith("RanksDiffer") and "of=" in said
+
+
+def test_between_eager_steps(ranks: Ranks):
+    assert max(ranks(rank_models.then_eagerly)) < rank_models.RELATIVE
+
+
+def test_no_step_with_collectives_is_saved(ranks: Ranks, tmp_path):
+    """It would be run in another world."""
+    for said in ranks(rank_models.saved, str(tmp_path)):
+        assert "2 ranks" in said and "Compile it in each world" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp with adamw and clipping", "language", "by hand"])
+def test_four_ranks(name: str):
+    with Ranks(4) as four:
+        trains(four, name)
