@@ -749,3 +749,21 @@ def test_a_call_that_saves_a_checkpoint_runs_eagerly(tmp_path):
                 saved = torch.load(path)
                 torch.testing.assert_close(saved["weight"], model.weight.detach())
     assert step.stats.eager == 2, step.stats
+
+
+def test_an_array_that_shares_memory_with_what_is_written():
+    """A compiled step writes at its end, and numpy would read what was there before."""
+    array = np.zeros(5, np.float32)
+    t = torch.from_numpy(array)
+
+    def add(x):
+        t.add_(x)
+        return t * 2, float(array.sum())
+
+    step = tracejit.compile(add, on_unsupported="eager")
+    with pytest.warns(TracejitWarning, match="shares that it writes to"):
+        for i in range(4):
+            doubled, total = step(torch.full((5,), float(i)))
+            assert (doubled[0].item(), total) == (2 * sum(range(i + 1)), 5 * sum(range(i + 1)))
+    read = tracejit.compile(lambda x: t * x, on_unsupported="raise")  # which writes to nothing
+    assert read(torch.ones(5))[0].item() == 6

@@ -933,3 +933,24 @@ def test_optimizers(name, reload):
     alike(loaded, step, *[(x,)] * 5, rel=1e-9)
     for key, tensor in model.named_parameters():
         torch.testing.assert_close(loaded.state_dict()[f"model.{key}"], tensor.detach())
+
+
+def test_a_loop_in_time_that_was_rolled_up(tmp_path):
+    weight = torch.ones(2, 2, requires_grad=True)
+
+    @tracejit.compile
+    def step(x):
+        h, out = torch.zeros(2), torch.zeros(x.shape[0], 2)
+        for t in range(x.shape[0]):
+            h = torch.tanh(x[t] + h @ weight)
+            out[t] = h
+        weight.grad = None
+        out.sum().backward()
+        return out.detach()
+
+    x = torch.linspace(-1, 1, 48).view(24, 2)
+    for _ in range(3):
+        right = step(x)
+    assert "scan" in str(step.graph)
+    step.save(tmp_path / "loop.step")
+    assert torch.equal(tracejit.load(tmp_path / "loop.step")(x=x), right)

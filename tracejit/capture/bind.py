@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType
 
+import numpy as np
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
@@ -27,6 +28,7 @@ from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins
 from tracejit.capture.trace import autocast, location
 from tracejit.capture.trace.scalars import Path, plain
+from tracejit.capture.trace.tensor import extent
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import OF_EAGER, SideEffectError, TracejitError
@@ -185,6 +187,7 @@ def run(
             returned = _run(tracer, bound, original)
         if t.refused is not None:
             raise t.refused
+        _check_arrays(t, reach, original)
         state.finish()
     except BaseException as error:
         t.forget()
@@ -193,6 +196,30 @@ def run(
             t.draws.undo()
         raise
     return returned
+
+
+def _check_arrays(t: Trace, reach: list[object], original: FunctionType) -> None:
+    """Refuse a step that writes to memory of NumPy whose array its Python may read: the writes come
+    at the end, and the array would hold what was there before."""
+    written = [h for h in t.inputs.borrowed if h.storage.writes and h.numel]
+    arrays = [x for x in reach if isinstance(x, np.ndarray) and x.size] if written else ()
+    for h in written:
+        with torch._C.DisableTorchFunction():
+            start = h.tensor.data_ptr()
+        end = start + extent(h.shape, h.strides) * h.dtype.itemsize
+        for x in arrays:
+            first = x.__array_interface__["data"][0]
+            reaches = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
+            low = first + sum(r for r in reaches if r < 0)
+            high = first + sum(r for r in reaches if r > 0) + x.itemsize
+            if low < end and start < high:
+                raise SideEffectError(
+                    where=_where(original),
+                    reason=f"it can reach an array of shape {list(x.shape)} whose memory a tensor "
+                    "shares that it writes to, and the array would be read too early",
+                    remedy="Read the tensor instead of the array in the step, or the array after "
+                    "it",
+                )
 
 
 def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:

@@ -32,7 +32,7 @@ def need(condition: object, what: str) -> None:
 _KINDS: Mapping[str, Callable[[object], bool]] = {  # of attributes, as the ops annotate them
     "bool": lambda x: type(x) is bool,
     "int": lambda x: type(x) is int and abs(x) < LIMIT,
-    "float": lambda x: type(x) in (int, float),
+    "float": lambda x: type(x) in (int, float, bool),  # what a pad of truth values puts in
     "Ints": lambda x: type(x) is tuple and all(type(i) is int and abs(i) < LIMIT for i in x),
     "str": lambda x: type(x) is str and _WORD.fullmatch(x) is not None,
     "DType": lambda x: isinstance(x, DType),
