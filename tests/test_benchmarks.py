@@ -16,8 +16,9 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import data_parallel, gpu, isolated, launch_cost, machine, run, worker
+from benchmarks import convolutions, data_parallel, gpu, isolated, launch_cost, machine, run, worker
 from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
+from benchmarks.image_steps import resnet
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
 from benchmarks.worker import CALLS, build_arrays, build_torch
 
@@ -554,3 +555,24 @@ def test_two_processes():
         assert 0 <= x["share"] <= 1 and x["alone"] > 0 and x["waited"] > 0
     with pytest.raises(AssertionError, match="tracejit has a loss of 2.0, and eager of 1.0"):
         data_parallel._compare({"eager": [1.0], "tracejit": [2.0]})
+
+
+def test_convolutions_of_a_net():
+    """Equal ones once, with the work of the definition; one of them measured alone."""
+    small = {"batch": 2, "side": 8, "widths": (4, 8), "blocks": 2}
+    found = convolutions.convolutions(lambda: resnet(**small))
+    kinds = [(s.image, s.differentiated, times) for s, (_, _, times) in found.items()]
+    assert kinds == [
+        ((2, 3, 8, 8), False, 1),
+        ((2, 4, 8, 8), True, 4),
+        ((2, 4, 8, 8), True, 1),
+        ((2, 8, 4, 4), True, 3),
+        ((2, 4, 8, 8), True, 1),
+    ]
+    works = [work for _, work, _ in found.values()]
+    assert works[:2] == [2 * 2 * (2 * 64 * 4) * 27, 3 * 2 * (2 * 64 * 4) * 36]
+    shape, (module, _, _) = next(iter(found.items()))
+    ours, eager = convolutions.measure(module, shape, rounds=1)
+    assert ours > 0
+    assert eager > 0
+    assert convolutions.peak(1) > 1e8

@@ -73,6 +73,10 @@ TRACKED = [
     (functional.batch_norm, S(r(4, 3, dtype=bf16), *STATISTICS, r(3), r(3), True)),
     (functional.instance_norm, S(r(2, 3, 5), *STATISTICS)),
     (functional.instance_norm, S(r(2, 3, 5), *STATISTICS, r(3), r(3), True, 0.25)),
+    (functional.batch_norm, S(r(0, 3), *STATISTICS, training=True)),
+    (functional.batch_norm, S(r(2, 3, 0), *STATISTICS, r(3), r(3), True, 0.25)),
+    (functional.instance_norm, S(r(0, 3, 5), *STATISTICS)),
+    (functional.instance_norm, S(r(2, 3, 0), *STATISTICS)),
 ]
 
 

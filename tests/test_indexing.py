@@ -199,6 +199,17 @@ PROGRAMS = {
         %1: f32[40,3] = cumsum(%0, axis=0)
         write %0 <- %1
     }""",
+    "running results": """step(%0: f32[40,3], %1: f64[4,50], %2: i64[70], %3: bf16[9,2]) {
+        %4: f32[40,3] = mul(%0, 0.5)
+        %5: f32[40,3] = accumulate(%4, axis=0, combine="mul")
+        %6: f32[40,3] = accumulate(%5, axis=1, combine="logaddexp")
+        %7: f64[4,50] = accumulate(%1, axis=1, combine="max")
+        %8: f64[4,50] = recurrence(%1, %7, axis=1)
+        %9: i64[70] = accumulate(%2, axis=0, combine="min")
+        %10: bf16[9,2] = accumulate(%3, axis=0, combine="max")
+        %11: f32[40,3] = recurrence(%4, %6, axis=0)
+        return %5, %6, %8, %9, %10, %11
+    }""",
     "narrow, scattered": """step(%0: bf16[4,6], %1: i64[15,6], %2: bf16[15,6]) {
         %3: bf16[4,6] = scatter(%0, %1, %2, axis=0, combine="last")
         return %3

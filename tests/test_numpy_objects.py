@@ -246,6 +246,22 @@ def test_grad_through_objects_and_helpers():
 # ---- on a device
 
 
+def test_a_gradient_on_a_device():
+    pytest.importorskip("triton")
+    w, x = np.arange(3.0), np.ones((4, 3))
+    with fake_device(compiled=False):
+        gradient = tracejit.grad(lambda w, x: ((x @ w) ** 2).sum(), backend=FAKE, device="cuda")
+        for _ in range(4):
+            found = gradient(w, x)
+            assert type(found) is np.ndarray
+            np.testing.assert_allclose(found, 2 * x.T @ (x @ w))
+            w = w - 0.1 * found
+    assert gradient.stats.replays
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendUnavailable, match="torch finds no GPU"):
+            tracejit.grad(lambda w: (w * w).sum(), device="cuda")(w)
+
+
 def test_a_step_on_a_device(monkeypatch):
     """On the fake GPU: each call copies arrays there, and back what it has written to."""
     pytest.importorskip("triton")

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import (
     CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
     ExponentialLR,
     LinearLR,
     LRScheduler,
@@ -476,3 +477,42 @@ def test_a_decision_by_the_rate_of_ones_own_scheduler_is_rerun():
 
     compiled = lockstep(step, scheduled(Halving))
     assert "a scheduler of your own has just computed" in compiled.explain_mode()
+
+
+def restarts(optimizer):
+    return CosineAnnealingWarmRestarts(optimizer, 2, T_mult=2)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda s: s.best if hasattr(s, "best") else s.T_i,
+        lambda s: s.num_bad_epochs if hasattr(s, "best") else s.T_cur,
+        lambda s: s.in_cooldown if hasattr(s, "best") else s.last_epoch,
+        lambda s: len(s.state_dict()) + s.state_dict().get("cooldown_counter", 0),
+    ],
+    ids=["best", "bad", "cooldown", "state_dict"],
+)
+@pytest.mark.parametrize("make_scheduler", [None, restarts], ids=["plateau", "restarts"])
+def test_what_a_scheduler_keeps_is_read_after_its_step(make_scheduler, read):
+    """No replay knows what its step leaves there, though it was what it is now for many calls."""
+
+    def step(w: World, level: torch.Tensor) -> object:
+        loss = w.train(level)
+        w.scheduler.step(*(() if make_scheduler else (loss.item(),)))
+        kept = read(w.scheduler)
+        return loss, (kept() if callable(kept) else kept)
+
+    make = World if make_scheduler is None else scheduled(make_scheduler)
+    compiled = lockstep(step, make, levels=LEVELS * 2)
+    assert "of a scheduler that it has stepped" in compiled.explain_mode()
+
+
+def test_what_a_scheduler_keeps_is_read_before_its_step():
+    def step(w: World, level: torch.Tensor) -> object:
+        best = w.scheduler.best
+        loss = w.train(level)
+        w.scheduler.step(loss.item())
+        return loss, 2 * best
+
+    lockstep(step, levels=LEVELS * 2)

@@ -251,6 +251,7 @@ def inputs_of(graph: Graph) -> list[np.ndarray]:
     ]
 
 
+@pytest.mark.sweep(2)
 @pytest.mark.parametrize("name", MODULES)
 def test_graphs_do_not_grow(name):
     """As many nodes for 40 steps as for 64, and loops in both directions."""

@@ -470,7 +470,7 @@ def test_gradients_are_state(reload):
     loaded(x)
     torch.testing.assert_close(loaded.state_dict()["w.grad"], w.grad)
     loaded.zero_grad()
-    with pytest.raises(CallError, match=r"w.grad is None: call zero_grad\(\), or set it"):
+    with pytest.raises(CallError, match=r"w.grad is None.*load_state_dict\({'w.grad'"):
         loaded(x)
 
 
@@ -766,7 +766,7 @@ def draws_by_value(x):
 REFUSED = {
     "random": (lambda x: x * random.random(), "it is not replayed .*random"),
     "drawn": (draws_by_value, r"which elements it finds at test_saved.py:\d+.*Draw outside"),
-    "list": (grows(), "appends to a list"),
+    "list": (grows(), r"appends to a list of yours \(losses\).*where the step is called"),
     "text": (returns_text(), "it makes text of a number.*after the call"),
     "schedule": (steps_a_schedule(), r"scheduler.*LambdaLR.*loaded\(…, lr=…\)"),
     "items": (lambda pair: pair["loss"] * 2, "an argument of it is a OrderedDict of 1 items"),

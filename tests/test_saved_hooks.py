@@ -109,7 +109,7 @@ def compare(function: Callable, sample: Sample, make: Callable) -> str:
 
 
 @pytest.mark.parametrize("function", parameters(FUNCTIONS))
-@pytest.mark.sweep(6)
+@pytest.mark.sweep(12)
 def test_each_function(function: Callable):
     failures = []
     for i, sample in enumerate(samples_of(function)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import namedtuple
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -385,3 +387,106 @@ def test_a_grad_scaler(reload):
     loaded = reload(compiled(step, (x,), (x * torch.inf,), (x,), times=6))
     for given in (x, x, x * torch.inf, x, x):
         assert loaded(given) == pytest.approx(step(given), rel=1e-2, nan_ok=True)
+
+
+def flat(x: object) -> list:
+    """The numbers and tensors in it, as plain values."""
+    if isinstance(x, dict):
+        return [[key, *flat(item)] for key, item in x.items()]
+    if isinstance(x, (tuple, list)):
+        return [number for item in x for number in flat(item)]
+    return [x.tolist() if isinstance(x, torch.Tensor) else x]
+
+
+@dataclass
+class Metrics:
+    loss: torch.Tensor
+    seen: int
+    parts: dict
+
+    def __post_init__(self):
+        self.double = self.loss * 2
+
+
+@pytest.mark.parametrize("kind", [Metrics, Frozen, Plain])
+def test_a_returned_object_of_attributes(kind, reload):
+    """Each call makes a new one, in a replay too; a loaded step returns a tuple of its names."""
+    w = torch.ones(3, requires_grad=True)
+    history = []
+
+    def step(x):
+        loss = (w * x).sum()
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(w.grad, alpha=0.5)
+        w.grad = None
+        if kind is Metrics:
+            return Metrics(loss.detach(), 3, {"max": (x.max(), loss.item())})
+        return kind(loss.detach(), [x * 2])
+
+    compiled = tracejit.compile(step, backend="numpy")
+    for i in range(5):
+        before = w.detach().clone()
+        got = compiled(x := torch.arange(3.0) + i)
+        after = w.detach().clone()
+        w.data.copy_(before)
+        expected = step(x)
+        assert torch.equal(w, after)
+        assert type(got) is kind and list(vars(got)) == list(vars(expected))
+        assert flat(vars(got)) == flat(vars(expected))
+        history.append(got)
+    assert compiled.stats.replays, compiled.explain_mode()
+    assert len({id(x) for x in history}) == 5
+    loaded = reload(compiled)
+    got, expected = loaded(torch.ones(3)), compiled(torch.ones(3))
+    assert type(got).__name__ == kind.__name__ and got._fields == tuple(vars(expected))
+    assert flat(got._asdict()) == flat(vars(expected))
+
+
+def test_a_returned_object_that_somebody_keeps():
+    """It is not made anew: the step's Python runs."""
+    kept = []
+
+    def step(x):
+        found = Plain(x * 2, 1)
+        kept.append(found)
+        return found
+
+    step = tracejit.compile(step, backend="numpy")
+    for i in range(5):
+        got = step(torch.ones(2) * i)
+        assert got is kept[-1] and torch.equal(got.x, torch.ones(2) * 2 * i)
+    assert len(kept) == 5 and not step.stats.replays
+
+
+CHECKPOINTS = """
+import io, torch, tracejit
+w = torch.ones(3, requires_grad=True)
+def step(x):
+    (w * x).sum().backward()
+    w.grad = None
+    return x * 2
+step = tracejit.compile(step, backend="numpy")
+for _ in range(4):
+    step(torch.ones(3))
+traces = step.stats.traces
+torch.save([torch.ones(2), w], io.BytesIO())
+step.save("{path}")
+step(torch.ones(3))
+assert step.stats.traces == traces, step.explain_retraces()
+"""
+
+
+def test_a_checkpoint_by_torch_save_is_no_change(tmp_path):
+    """The first one of a process has pickle note something on the class of tensors."""
+    script = CHECKPOINTS.format(path=tmp_path / "a.step")
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    step = tracejit.compile(lambda x: x * 2, backend="numpy")
+    for _ in range(4):
+        step(torch.ones(2))
+    path = tmp_path / "none" / "a.step"
+    with pytest.raises(FileNotFoundError, match=r"none/a\.step'$"):
+        step.save(path)

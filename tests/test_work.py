@@ -218,6 +218,11 @@ GRAPHS = {
           %2: f32[70,300] = cumsum(%1, axis=0)
           return %2
         }""",
+    "running log-sums": """
+        f(%0: f32[70,300]) {
+          %1: f32[70,300] = accumulate(%0, axis=0, combine="logaddexp")
+          return %1
+        }""",
     "sorted rows": """
         f(%0: f32[5,300]) {
           %1: f32[5,300] = exp(%0)

@@ -813,6 +813,7 @@ row(
         S(i(), minlength=2),
         *(S(at(9, below=4), r(9, dtype=dtype)) for dtype in (f32, f64, i64, bf16, b1)),
         S(at(9, below=4), weights=r(9), minlength=6),
+        S(i(), r(0), minlength=2),
         S(i(1), r(2)),
         S(i(-1)),
         S(at(2, 2, below=3)),

@@ -16,6 +16,7 @@ from tracejit.ir.ops import OPS, Exact
 EPS = {"f64": 2.0**-52, "f32": 2.0**-23, "f16": 2.0**-10, "bf16": 2.0**-7}
 INEXACT = {n for n, op in OPS.items() if op.family == "elementwise" and op.exact is Exact.ULPS}
 ACCUMULATING = {"reduce_sum", "matmul", "scatter", "cumsum", *ATTENTION}  # error grows with sums
+ACCUMULATING |= {"accumulate", "recurrence"}
 ZERO_SIGN_OPEN = {"maximum", "minimum", "reduce_max", "reduce_min"}
 
 

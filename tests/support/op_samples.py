@@ -356,6 +356,39 @@ def running_sums() -> list[Sample]:
     return [Sample((Tensor(d, shape),), {"axis": axis}) for shape, axis, d in rows]
 
 
+def running(*kinds: DType, combine: str) -> list[Sample]:
+    """Running products, extrema or log-sums, which take ties and long axes."""
+    shapes = (((5,), 0), ((1,), 0), ((123,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 9, 4), 1))
+    more = (((3, 0), 1), ((3, 1), 1)) + ((((3000,), 0),) if combine != "mul" else ())
+    attrs = {"combine": combine}
+    found = [
+        Sample((Tensor(d, shape),), {"axis": axis, **attrs})
+        for d in kinds
+        for shape, axis in (*shapes, *more)
+    ]
+    if combine != "mul":
+        special = [(f32, "left"), (f64, "right")]
+        special += [] if combine == "logaddexp" else [(f32, "ties"), (i64, "edges"), (bf16, "left")]
+        found += [Sample((Tensor(d, (60,), f),), {"axis": 0, **attrs}) for d, f in special]
+    return found
+
+
+def accumulations() -> list[Sample]:
+    found = running(f32, f64, i64, combine="mul")
+    for combine in ("max", "min"):
+        found += running(f32, f64, i64, u8, bf16, combine=combine)
+    return found + running(f32, f64, combine="logaddexp")
+
+
+def recurrences() -> list[Sample]:
+    shapes = (((5,), 0), ((1,), 0), ((123,), 0), ((3, 5), 0), ((3, 5), 1), ((2, 9, 4), 1))
+    return [
+        Sample((Tensor(d, shape), Tensor(d, shape)), {"axis": axis})
+        for shape, axis in (*shapes, ((3, 0), 1))
+        for d in (f32, f64)
+    ]
+
+
 def sorts() -> list[Sample]:
     """(shape, axis, how many, filling)."""
     rows = (
@@ -677,6 +710,8 @@ SAMPLES: dict[str, list[Sample]] = {
     "gather": gathers(),
     "scatter": scatters(),
     "cumsum": running_sums(),
+    "accumulate": accumulations(),
+    "recurrence": recurrences(),
     "argsort": sorts(),
     "pad": pads(),
     "window": windows(),
@@ -793,6 +828,19 @@ def _gather(x: torch.Tensor, index: torch.Tensor, axis: int) -> torch.Tensor:
         return (x.sum(axis, keepdim=True) + math.nan).expand(index.shape)
     found = torch.gather(x, axis, index.where(inside, 0))
     return torch.where(inside, found, math.nan if x.dtype.is_floating_point else 0).to(x.dtype)
+
+
+def _accumulate(x, axis, combine):
+    if combine in ("max", "min"):
+        return getattr(torch, f"cum{combine}")(x, axis).values
+    return (torch.cumprod if combine == "mul" else torch.logcumsumexp)(x, axis)
+
+
+def _recurrence(factor, term, axis):
+    rows = []
+    for a, b in zip(factor.unbind(axis), term.unbind(axis), strict=True):
+        rows.append(a * rows[-1] + b if rows else b)
+    return torch.stack(rows, axis) if rows else term.clone()
 
 
 def _scatter(
@@ -945,6 +993,8 @@ REFERENCE: dict[str, Callable] = {
     "gather": _gather,
     "scatter": _scatter,
     "cumsum": lambda x, axis: torch.cumsum(x, axis),
+    "accumulate": _accumulate,
+    "recurrence": _recurrence,
     "argsort": lambda x, axis, count, descending: torch.sort(
         x, dim=axis, descending=descending, stable=True
     ).indices.narrow(axis, 0, count),

@@ -16,6 +16,7 @@ from types import FunctionType, ModuleType
 
 import torch
 
+from tracejit.capture.effects.effects import is_attributes
 from tracejit.capture.trace.tensor import extent
 
 _MANY = 1000  # items; more are data
@@ -212,11 +213,9 @@ def is_named_tuple(kind: type) -> bool:
 def _is_its_attributes(x: object) -> bool:
     """Whether an object of the user's has all that it has in its `__dict__`, so that another one
     with the same attributes is like it."""
-    kind = type(x)
-    if isinstance(x, _OWNERS) or kind.__new__ is not object.__new__ or not kind.__dictoffset__:
+    if isinstance(x, _OWNERS) or not is_attributes(type(x)):
         return False
-    slots = any(k.__dict__.get("__slots__") for k in kind.__mro__)
-    return not slots and type(vars(x)) is dict and len(vars(x)) <= _MANY
+    return type(vars(x)) is dict and len(vars(x)) <= _MANY
 
 
 def holds_tensors(x: object) -> bool:

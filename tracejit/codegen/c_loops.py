@@ -13,7 +13,13 @@ from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import C, block, loaded, memory_type, product, value_type
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu.access import extents_of, has_value, stride, variables
+from tracejit.schedule.cpu.access import (
+    carried,
+    extents_of,
+    running_load,
+    stride,
+    variables,
+)
 from tracejit.schedule.cpu.loops import Loop, dealt, split
 from tracejit.schedule.cpu.plan import Nest
 from tracejit.schedule.kernel import (
@@ -169,14 +175,17 @@ def vector_loop(
     # a reduction follows what it reduces: stores stand after all values
     running = running_load(statements)
     inner = fetched(body, statements, vector)
+    stores = [s for s in statements if isinstance(s, Store)]
+    taken = None
+    if running is not None:
+        taken, handed = carried(statements, running, stores[-1])
+        before.append(_carried(body, running, taken, vector, first))
     for s in (s for s in statements if not isinstance(s, Store)):
-        if s is running:
-            before.append(_carried(body, s, vector, first))
+        if taken is not None and s.out == taken:
             inner += body.assign(s, "carry")
-        else:
+        elif s is not running:
             inner += body.lines([s])
     inner += lanes.steps
-    stores = [s for s in statements if isinstance(s, Store)]
     kept = {s.value: s.buffer for s in stores if s.buffer in body.local}
     for s in stores:
         if independent and is_streamed(body, s, vector, size):
@@ -195,7 +204,7 @@ def vector_loop(
         else:
             inner += body.lines([s])
             if running is not None and s.buffer == running.buffer:
-                inner.append(Line(f"carry = {body.operand(s.value, running.out.dtype)};"))
+                inner.append(Line(f"carry = {body.operand(handed, taken.dtype)};"))
     return [*before, *pragma, *block(head, inner), *after]
 
 
@@ -219,19 +228,12 @@ def fetched(body: Body, statements: Sequence[Statement], vector: Axis) -> list[L
     return lines
 
 
-def running_load(statements: Sequence[Statement]) -> Load | None:
-    """The load, in a running sum, of what the step before has stored."""
-    stored = {s.buffer: s.index for s in statements if isinstance(s, Store)}
-    loads = (s for s in statements if isinstance(s, Load) and s.buffer in stored and s.mask)
-    before = (s for s in loads if s.mask[0].index.offset == -1 and not has_value(s.index))
-    return next((s for s in before if s.index != stored[s.buffer]), None)
-
-
-def _carried(body: Body, s: Load, vector: Axis, first: str) -> Line:
-    """What a running sum's steps hand on, in a register: at first what lies before the block."""
+def _carried(body: Body, s: Load, taken: Var, vector: Axis, first: str) -> Line:
+    """What a running result's steps hand on, in a register: at first what lies before the block."""
     place = body.index(s.index, {vector.name: f"({first})"})
-    kind, zero = value_type(s.out.dtype), C.literal(0, s.out.dtype, False)
-    start = zero if first == "0" else f"({first}) ? {s.buffer}[{place}] : {zero}"
+    kind, zero = value_type(taken.dtype), C.literal(0, taken.dtype, False)
+    held = loaded(f"{s.buffer}[{place}]", body.buffers[s.buffer])
+    start = zero if first == "0" else f"({first}) ? {held} : {zero}"
     return Line(f"{kind} carry = {start};", s.where)
 
 

@@ -16,7 +16,7 @@ from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
 from tracejit.codegen.triton_text import TRITON, Dim, compute_type
 from tracejit.schedule.cpu.access import axes_of, places, variables
-from tracejit.schedule.kernel import Axis, Kernel, Size, Stage, Statement, Store
+from tracejit.schedule.kernel import Axis, Kernel, Load, Size, Stage, Statement, Store
 
 
 @dataclass(frozen=True)
@@ -94,21 +94,23 @@ def scatter(
 
 
 def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
-    """The function of a kernel that adds up along an axis: a block of outer points per program,
-    whose totals so far stay in registers."""
+    """The function of a kernel with a running result along an axis: a block of outer points per
+    program, whose totals so far stay in registers."""
     body, (stage,), dim = make(kernel), kernel.stages, Dim("x", kernel.axes)
-    (axis,), (*statements, so_far, add, store) = stage.axes, stage.body
+    (axis,), store = stage.axes, stage.body[-1]
+    own = [s for s in stage.body if isinstance(s, Load) and s.buffer == store.buffer]
+    so_far = [s for s in own if s.mask and s.index != store.index][-1]  # behind what it takes in
     body.axis_text[axis.name] = (axis.name, NO_DIMS)
     body.enter(dim)
     everywhere = frozenset(body.dims)
     body.define(so_far.out, everywhere, "total")
-    body.emit(statements)
-    body.lines.append(Line(f"total += {body.operand(add.args[1], add.out.dtype)}", add.where))
-    body.define(add.out, everywhere, "total")
+    body.emit(s for s in stage.body if s is not so_far and s is not store)
+    kind = compute_type(so_far.out.dtype)
+    given = body.operand(store.value, so_far.out.dtype)
+    body.lines.append(Line(f"total = tl.broadcast_to({given}, [BLOCK]).to({kind})", store.where))
     body.emit((store,))
     body.leave(dim)
     body.used |= {dim.mask}
-    kind = compute_type(add.out.dtype)
     lines = [
         *body.prelude(dim, f"{program_number(kernel, part)} * BLOCK + {lanes(dim)}"),
         *body.scalar_lines(),

@@ -25,16 +25,17 @@ def grad(
     *,
     mode: str = "auto",
     backend: str = "auto",
+    device: str | None = None,
 ) -> NumpyStep:
     """The gradient of a function that returns one float, a scalar or an array without axes.
 
     argnums: the positions of the arguments to differentiate by, arrays of floats; for a tuple of
-    positions the result is a tuple. mode, backend: as in `tracejit.compile`.
+    positions the result is a tuple. mode, backend, device: as in `tracejit.compile`.
 
     Raises UnsupportedOperation at the user's line for what has no rule: there is no plain function
     to fall back to. The function must not write to the arguments that it is differentiated by.
     """
-    step = Gradient(function, Options(mode, backend, on_unsupported="raise"))
+    step = Gradient(function, Options(mode, backend, on_unsupported="raise", device=device))
     step.argnums = argnums if isinstance(argnums, tuple) else (argnums,)
     step.single = not isinstance(argnums, tuple)
     step._own |= {"argnums", "single"}

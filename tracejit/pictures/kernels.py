@@ -27,6 +27,7 @@ from tracejit.schedule.kernel import (
     Var,
 )
 from tracejit.schedule.plan import Launch, Plan
+from tracejit.schedule.tasks import RUNNING
 from tracejit.schedule.traffic import bound
 
 FREE = ("movement", "source")  # families of primitives that no kernel is needed for
@@ -128,7 +129,8 @@ def _places(plan: Plan, launch: Launch) -> tuple[set[str], dict[str, set[tuple[i
     for stage in kernel.stages:
         for s in stage.body:
             if stage.in_order and isinstance(s, Store):
-                found.setdefault("cumsum", set()).add(of[s.buffer])
+                for name in RUNNING:
+                    found.setdefault(name, set()).add(of[s.buffer])
     for s in kernel.statements:
         if isinstance(s, Load) and _computed(s.index):
             found.setdefault("gather", set()).add(of[s.buffer])

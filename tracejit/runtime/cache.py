@@ -260,8 +260,10 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         with open(descriptor, "wb") as file:
             file.writelines(parts)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = str(path)  # the name that the caller knows
         raise
 
 

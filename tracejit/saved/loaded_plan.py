@@ -46,6 +46,20 @@ Ready = Callable[[], object]
 _MOST_RUNS = 8  # of one plan, by the alignment of its inputs
 _READ = ("cut", "item")  # places of numbers that a run asks for
 
+_LATER = (
+    "Where calls come like this, as after one that skipped its update, make such a call before the "
+    "step is saved, so that the file has a plan for it"
+)
+_IS_SET = (
+    "{name}.grad is set, and the plan is for none: call zero_grad() if it is to be cleared, as the "
+    f"step itself may do first. {_LATER}"
+)
+_IS_NONE = (
+    "{name}.grad is None, and the plan is for one that is set: set it, by "
+    "load_state_dict({{'{name}.grad': …}}, strict=False), to zeros if it is to be added to. "
+    f"{_LATER}"
+)
+
 
 @dataclass(slots=True)
 class State:
@@ -248,8 +262,7 @@ class LoadedPlan:
             now = tensors[owner].grad
             if (now is None) != (grad is None):
                 name = self.plan.tensors[owner][0].key
-                is_ = "is set, and the plan is for none" if grad is None else "is None"
-                raise Mismatch(f"{name}.grad {is_}: call zero_grad(), or set it, as before")
+                raise Mismatch((_IS_SET if grad is None else _IS_NONE).format(name=name))
             if grad is not None and grad >= 0:
                 _check(now, self.plan.tensors[grad][1], "a gradient")
                 tensors[grad] = now

@@ -8,6 +8,7 @@ the saved step, all others its state, by the names that the user's code has for 
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import CellType
@@ -19,8 +20,11 @@ from tracejit.capture.effects.effects import (
     Call,
     Given,
     HostSlot,
+    Mapped,
+    Sequenced,
     Slot,
     Store,
+    Tree,
     is_named,
 )
 from tracejit.capture.names import Names, names_of_arguments
@@ -37,7 +41,7 @@ from tracejit.capture.signature import (
 )
 from tracejit.capture.trace.draws import default_generator
 from tracejit.capture.trace.scalars import Path
-from tracejit.errors import OF_EAGER, TracejitError
+from tracejit.errors import OF_EAGER, CannotSave, TracejitError
 from tracejit.ir.ops.host import host_format
 from tracejit.ir.torch_types import TO_IR
 from tracejit.run import Replay
@@ -67,8 +71,8 @@ _SCHEDULER = (
     "Step the scheduler outside, and give the loaded step its rate, as loaded(…, lr=…)",
 )
 _GROWS = (
-    "it appends to a list of yours",
-    "Return what it appends, and append it outside",
+    "it appends to a list of yours ({what})",
+    "Return what it appends, and append that where the step is called",
 )
 _RANKS = (
     "it communicates ({name} of {ranks} ranks), and would be run in another world",
@@ -227,14 +231,10 @@ class _Planned:
             if type(error) not in OF_EAGER:
                 raise refuse((f"it may raise {type(error).__name__}", "Check that outside"))
         for x in c.given:
-            if isinstance(x, type) and is_named(x):
-                continue
+            if isinstance(x, type):
+                continue  # of what is returned
             if x is OPAQUE or type(x) not in _PLAIN:
-                what = x.__name__ if isinstance(x, type) else type(x).__name__
-                remedy = (
-                    "Return tensors and plain values in tuples (with names or not), lists, dicts"
-                )
-                raise refuse((f"it returns an object of a class of its own, {what}", remedy))
+                raise self._class(type(x))
 
     # ---- tensors
 
@@ -390,7 +390,8 @@ class _Planned:
         """A store as one to a name; None where it changes nothing."""
         holder, key, tree = store
         if key is ...:
-            raise self.saving.refuse(_GROWS)
+            name = self.names.entry(self.holders[holder], 0) or "one that no name was found for"
+            raise self.saving.refuse(_GROWS, what=name.removesuffix("[0]"))
         now = entry_of(self.holders[holder], key)
         path = ("entry", holder, key)
         name = self.names.scalar(path, self.call)
@@ -410,6 +411,33 @@ class _Planned:
                     return None
         raise self.saving.refuse(_OBJECT, what=name or key)
 
+    # ---- what is returned
+
+    def _returned(self, tree: Tree, given: list[object]) -> Tree:
+        """What is returned, with tuples with names in place of objects of attributes."""
+        match tree:
+            case Given(index) if isinstance(given[index], type):
+                raise self._class(given[index])
+            case Sequenced(Given(index), (Mapped(pairs),)) if not is_named(given[index]):
+                kind = self.captured.given[index]
+                names = [name for name, _ in pairs]
+                try:
+                    given[index] = namedtuple(kind.__name__, names)
+                except ValueError as error:
+                    raise self._class(kind) from error
+                items = tuple(self._returned(x, given) for _, x in pairs)
+                return Sequenced(Given(index), items)
+            case Sequenced(kind, items):
+                return Sequenced(kind, tuple(self._returned(x, given) for x in items))
+            case Mapped(pairs):
+                return Mapped(tuple((key, self._returned(x, given)) for key, x in pairs))
+        return tree
+
+    def _class(self, kind: type) -> CannotSave:
+        remedy = "Return tensors and plain values in tuples (with names or not), lists, dicts"
+        why = f"it returns an object of a class of its own, {kind.__name__}"
+        return self.saving.refuse((why, remedy))
+
     # ---- all of it
 
     def plan(self) -> SavedPlan:
@@ -421,7 +449,10 @@ class _Planned:
         scalars = tuple(self._scalar(k, path) for k, path in enumerate(c.paths))
         stores = tuple(filter(None, map(self._store, c.effects.stores)))
         generators = tuple(map(self.saving.generator, self.replay.call.generators))
-        captured = replace(c, effects=replace(c.effects, stores=stores), paths=())
+        objects = list(c.given)
+        returned = self._returned(c.effects.returned, objects)
+        effects = replace(c.effects, stores=stores, returned=returned)
+        captured = replace(c, effects=effects, given=tuple(objects), paths=())
         given = self.arguments, self.places, scalars, generators
         return SavedPlan(captured, *given, self._callbacks())
 

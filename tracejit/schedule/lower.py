@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.ir.graph import Value
-from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType
 from tracejit.schedule.axes import along_memory, tidy
 from tracejit.schedule.groups import Group
@@ -27,7 +26,6 @@ from tracejit.schedule.kernel import (
     Axis,
     Bound,
     Buffer,
-    Compute,
     Dot,
     Index,
     Kernel,
@@ -39,6 +37,7 @@ from tracejit.schedule.kernel import (
     Store,
     axes_of_result,
 )
+from tracejit.schedule.running import Combining
 from tracejit.schedule.tasks import ATTENTION, Analysis, Demand, Task, dot_indices
 from tracejit.schedule.values import LARGEST, Memory, Scope, Values
 
@@ -75,8 +74,8 @@ class _Lowering(Values):
             stages = [self._attend()]
         elif one is not None:
             inner = (one.node.attr("axis"),)
-            along = {"scatter": self._scatter, "cumsum": self._cumsum, "argsort": self._argsort}
-            stages = along[one.kind](one)
+            along = {"scatter": self._scatter, "argsort": self._argsort}
+            stages = along.get(one.kind, self._running)(one)
         else:
             times = self._times()
             stages = []
@@ -269,22 +268,22 @@ class _Lowering(Values):
         stages.append(Stage((step,), tuple(scope.body), in_order=True))
         return stages
 
-    def _cumsum(self, task: Task) -> list[Stage]:
+    def _running(self, task: Task) -> list[Stage]:
         """Each element and, before it, what has just been stored of the one before."""
         node, axis = task.node, task.node.attr("axis")
         (store,) = (t for t in self.tasks if t.kind == "store")
         strides, name = self.memory.strides(store.buffer), self._buffer(store.buffer, "w")
         scope, along = Scope(extents_of(task.shape)), Axis(f"i{axis}", task.shape[axis])
-        value = self._value(node.args[0], task.place, (), scope)
+        values = [self._value(arg, task.place, (), scope) for arg in node.args]
         there, previous = flatten(task.place, strides), Index(((along.name, 1),), -1)
         self._check(there, scope)
         self._buffer(store.buffer, "r")
-        before = flatten((*task.place[:axis], previous, *task.place[axis + 1 :]), strides)
-        so_far, total = self._var(task.value), self._var(task.value)
+        at = flatten((*task.place[:axis], previous, *task.place[axis + 1 :]), strides)
         inside = (Bound(previous, along.extent),)
-        scope.body.append(Load(so_far, name, before, inside, node.where))
-        scope.body.append(Compute(total, OPS["add"], (so_far, value), (), node.where))
-        scope.body.append(Store(name, there, total, node.where))
+        so_far = self._var(task.value)
+        scope.body.append(Load(so_far, name, at, inside, node.where))
+        made = Combining(lambda dtype: self._var(task.value, dtype), node, scope.body)
+        scope.body.append(Store(name, there, made.total(so_far, values, inside), node.where))
         return [Stage((along,), tuple(scope.body), in_order=True)]
 
     def _argsort(self, task: Task) -> list[Stage]:

@@ -25,9 +25,9 @@ from tracejit.schedule.kernel import Mask
 
 ATTENTION = "attend"  # the kind of a task of attention
 # Primitives with kernels of their own, that go along an axis: step by step, or to sort it.
-IN_ORDER = ("scatter", "cumsum", "argsort")
-# kinds of tasks that are lowered as they are
-APART = {"loop": "loop", "matrices": "host", "collective": "host"}
+RUNNING = ("cumsum", "accumulate", "recurrence")
+IN_ORDER = ("scatter", "argsort", *RUNNING)
+APART = {"loop": "loop", "matrices": "host", "collective": "host"}  # lowered as they are
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
@@ -65,7 +65,7 @@ class Demand:
 @dataclass(eq=False, slots=True)
 class Task:
     """One unit of work. kind: "map", "reduce", "dot", "attend", "scatter" (or another that goes
-    in order: "cumsum", "argsort"), "loop", "host" (a call), or "store" (of `value` in a buffer).
+    in order: `RUNNING`, "argsort"), "loop", "host" (a call), or "store" (of `value` in a buffer).
 
     `shape` is the domain: of the value, of a reduction's operand. `place` gives the task's own
     indices over the axes of its group's domain; `outer` says that they use outer axes only.
@@ -170,7 +170,7 @@ class Analysis:
         demands: dict[int, list[Demand]] = {}
         for position, arg in enumerate(_tensors(node)):
             elsewhere = position == 0 if kind in ("map", "argsort") else position > 0
-            if family == "indexing" and elsewhere:
+            if family == "indexing" and kind not in RUNNING and elsewhere:
                 found = self.scattered(arg)
             else:
                 found = self.demands(arg, identity(shape), extents_of(shape))
@@ -236,9 +236,9 @@ def _simplify(node: Node) -> Node:
     if name == "matmul" and first.type.numel == 0:
         return _as_source(node, 0)
     nothing = name == "scatter" and node.args[1].type.numel == 0
-    if nothing or (name == "cumsum" and first.type.shape[node.attr("axis")] == 1):
-        shape = (("shape", node.out.type.shape),)
-        return Node(OPS["reshape"], (first,), shape, node.outs, node.where)
+    if nothing or (name in RUNNING and first.type.shape[node.attr("axis")] == 1):
+        shape, kept = (("shape", node.out.type.shape),), node.args[-(name in RUNNING)]
+        return Node(OPS["reshape"], (kept,), shape, node.outs, node.where)
     if name == "argsort" and (first.type.shape[node.attr("axis")] == 1 or not node.out.type.numel):
         return _as_source(node, 0)
     if name == "scan" and node.out.type.numel == 0:

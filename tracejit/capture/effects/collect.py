@@ -18,6 +18,7 @@ from tracejit.capture.effects.effects import (
     Effects,
     HostSlot,
     Made,
+    is_attributes,
     is_named,
 )
 from tracejit.capture.effects.late import late_cuts
@@ -330,8 +331,9 @@ def _captured(
 
 
 def _is_plain(x: object) -> bool:
-    """Whether an object is the same in each call: a plain value, or the class of a named tuple."""
-    return type(x) in _PLAIN or (isinstance(x, type) and is_named(x))
+    """Whether an object is the same in each call: a plain value, or a class of which the step
+    returns an object that each call makes anew."""
+    return type(x) in _PLAIN or (isinstance(x, type) and (is_named(x) or is_attributes(x)))
 
 
 def _is_new(grad: torch.Tensor) -> bool:

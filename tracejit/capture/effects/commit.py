@@ -23,7 +23,7 @@ from tracejit.capture.effects.effects import (
     Sequenced,
     Slot,
     Tree,
-    tuple_of,
+    instance_of,
 )
 from tracejit.capture.effects.outside import attach
 from tracejit.capture.python.counters import Bump
@@ -280,8 +280,8 @@ class _Lines:
                     return f"[{', '.join(parts)}]"
                 if kind == "tuple":
                     return f"({''.join(f'{p}, ' for p in parts)})"
-                self.names["tuple_of"] = tuple_of
-                return f"tuple_of({self._tree(kind)}, [{', '.join(parts)}])"
+                self.names["instance_of"] = instance_of
+                return f"instance_of({self._tree(kind)}, [{', '.join(parts)}])"
             case Mapped(items):
                 keys = [self._key(k) for k, _ in items]
                 parts = [f"{k}: {self._tree(v)}" for k, (_, v) in zip(keys, items, strict=True)]

@@ -87,7 +87,8 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Sequenced:
-    """A tuple, a list, or an instance of the class of tuples that `kind` gives."""
+    """A tuple, a list, or an instance of the class that `kind` gives: of tuples, or of objects of
+    attributes, whose one item is a dict of them."""
 
     kind: str | Given
     items: tuple
@@ -126,8 +127,20 @@ def is_named(kind: type) -> bool:
     return issubclass(kind, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_fields"))
 
 
-def tuple_of(kind: type, items: Sequence[object]) -> tuple:
-    """A tuple of such a class."""
+def is_attributes(kind: type) -> bool:
+    """Whether objects of a class have all that they have in their `__dict__`, as those of a
+    dataclass do, so that another one with the same attributes is like it."""
+    if kind.__new__ is not object.__new__ or not kind.__dictoffset__ or hasattr(kind, "__del__"):
+        return False
+    return not any(k.__dict__.get("__slots__") for k in kind.__mro__)
+
+
+def instance_of(kind: type, items: Sequence[object]) -> object:
+    """A tuple of such a class, or an object of the attributes that its one item has."""
+    if not issubclass(kind, tuple):
+        made = object.__new__(kind)
+        vars(made).update(items[0])
+        return made
     return kind._make(items) if hasattr(kind, "_make") else kind(items)
 
 
@@ -147,7 +160,7 @@ def rebuilt(
         case Sequenced(kind, items):
             parts = [rebuilt(x, made, host, given) for x in items]
             if isinstance(kind, Given):
-                return tuple_of(given[kind.index], parts)
+                return instance_of(given[kind.index], parts)
             return parts if kind == "list" else tuple(parts)
         case Mapped(items):
             return {

@@ -100,6 +100,7 @@ class Hyperparameters:
         self._schedulers: dict[int, tuple[LRScheduler, dict]] = {}
         self._shown: list[list] = []  # rates of schedulers, as runtime scalars
         self._stepped: set[int] = set()  # the ids of those of them that a callback has stepped
+        self._called: set[int] = set()  # schedulers that a callback has stepped
 
     # ---- runtime scalars in place of floats, and back
 
@@ -239,6 +240,10 @@ class Hyperparameters:
         if isinstance(getattr(scheduler, "optimizer", None), Optimizer):
             self._remember(scheduler.optimizer)
         self._remember_scheduler(scheduler)
+        pending = [scheduler]
+        for one in pending:  # which grows
+            self._called.add(id(one))
+            pending += getattr(one, "_schedulers", ())
         given = dict(enumerate(args)) | kwargs
         if step is _ON_PLATEAU:  # which asks its metric for `float` first of all
             given = {at: _number_in(x) for at, x in given.items()}
@@ -269,6 +274,10 @@ class Hyperparameters:
     def stepped(self, scheduler: LRScheduler) -> bool:
         """Whether the trace has stepped a scheduler, and no callback is running."""
         return id(scheduler) in self._stepped and not self.inside
+
+    def left(self, scheduler: LRScheduler) -> bool:
+        """Whether a callback has run that may have changed a scheduler, and none is running."""
+        return id(scheduler) in self._called and not self.inside
 
     def _show_rates(self, scheduler: LRScheduler) -> None:
         """A scheduler tells the rates of its groups: `get_last_lr()`."""

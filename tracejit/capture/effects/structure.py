@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Iterable
 
@@ -16,11 +17,14 @@ from tracejit.capture.effects.effects import (
     Slot,
     Store,
     Tree,
+    is_attributes,
     is_named,
 )
 from tracejit.capture.python.kept import RETURNED, Joint, Kept
 from tracejit.capture.python.references import IN_ITEM, IN_LOOP, IN_STORE, IN_VARIABLE, count
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced, plain
+
+_OWNERS = (torch.nn.Module, torch.optim.Optimizer)  # what they have is theirs
 
 
 class Structure:
@@ -82,6 +86,12 @@ class Structure:
         if type(x) is dict:
             pairs = [(self._key_of_dict(k), self.tree(x[k], IN_ITEM)) for k in x]
             return Mapped(tuple(pairs))
+        if is_attributes(type(x)) and not isinstance(x, _OWNERS):
+            mine = count(x) <= holders and not weakref.getweakrefcount(x)
+            if mine and all(type(name) is str for name in vars(x)):
+                kind, now = self.object(type(x)), vars(x)
+                fields = tuple([(name, self.tree(now[name], IN_ITEM)) for name in now])
+                return Sequenced(kind, (Mapped(fields),))
         return self.object(x)
 
     def _joint(self, x: str) -> str | Joint:

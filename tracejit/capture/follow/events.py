@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracejit.capture.effects.captured import cut_key
-from tracejit.capture.effects.effects import is_named, tuple_of
+from tracejit.capture.effects.effects import instance_of, is_named
 from tracejit.capture.functions.collectives import ENGINE
 from tracejit.capture.trace.autocast import State
 from tracejit.capture.trace.cuts import Cut
@@ -305,4 +305,4 @@ def container(kind: type, items: list) -> object:
         return slice(*items)
     if kind is TUPLE_ITERATOR:
         return iter(tuple(items))
-    return tuple_of(kind, items) if is_named(kind) else kind(items)
+    return instance_of(kind, items) if is_named(kind) else kind(items)

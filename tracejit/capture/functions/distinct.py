@@ -208,6 +208,8 @@ def bincount(
     w = t.lift(weights)
     if w.shape != h.shape:
         raise t.shape_error("weights should be 1-d and have the same length as input")
+    if not h.numel:  # torch counts nothing then, and forgets the weights
+        return t.fresh(t.b.alias(counts))
     with t.untaped():
         dtype = w.dtype if w.dtype is f32 else f64
         bins = t.b.full(0.0, shape=counts.type.shape, dtype=dtype, device=h.device)

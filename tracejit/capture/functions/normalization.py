@@ -257,9 +257,9 @@ def _track(
     momentum: float,
 ) -> None:
     """Update running statistics: mean and unbiased variance over `axes`, averaged `across`."""
-    if running_mean is None and running_var is None:
-        return
     b, count = t.b, math.prod(x.type.shape[a] for a in axes)
+    if running_mean is None and running_var is None or not count:  # torch leaves them then
+        return
     with t.untaped():
         wide = widen(t, x)
         centred = b.sub(wide, _mean(t, wide, axes))

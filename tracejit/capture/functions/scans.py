@@ -1,7 +1,7 @@
 """Running products and extrema, and integrals along an axis: cumprod, cummax, trapezoid, …
 
-A scan goes in log2(n) steps over the whole axis: each element takes in what stands 1, 2, 4, …
-before it.
+On a CPU a scan is a primitive that goes in order. On a GPU it goes in log2(n) steps over the whole
+axis: each element takes in what stands 1, 2, 4, … before it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from tracejit.capture.functions.unary import is_infinite
 from tracejit.capture.trace.table import RULES, rule
 from tracejit.capture.trace.tensor import TO_IR, TracedTensor
 from tracejit.capture.trace.trace import Trace
-from tracejit.ir.graph import Value
+from tracejit.ir.graph import Builder, Value
 from tracejit.ir.ops.movement import part
+from tracejit.ir.ops.running import places
 from tracejit.ir.types import b1, i64, u8
 
 Tensor = torch.Tensor
@@ -57,6 +58,9 @@ def cumprod(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = No
     if not h.shape or h.shape[axis] < 2 or not h.numel:
         return t.fresh(t.b.alias(x))
     y = widen(t, x) if into.narrow else x
+    if h.device == "cpu":
+        y = cast(t, t.b.accumulate(y, axis=axis, combine="mul"), into)
+        return t.fresh(t.saves(y, x, y))
     one = 1.0 if into.is_float else 1
     (y,) = _scanned(t, (y,), axis, lambda x, y: (t.b.mul(x[0], y[0]),), (one,))
     y = cast(t, y, into)
@@ -85,6 +89,8 @@ def _running(name: str) -> Callable:
             zeros = t.b.full(0, shape=h.shape, dtype=i64, device=h.device)
             return made((t.fresh(t.b.alias(t.read(h))), t.fresh(zeros)))
         b, n = t.b, h.shape[axis]
+        if h.device == "cpu":
+            return made(_in_order(t, t.read(h), axis, name[3:]))
         with t.untaped():
             best = t.read(h)
             best = cast(t, best, u8) if h.dtype is b1 else best
@@ -107,6 +113,26 @@ def _running(name: str) -> Callable:
     return rule
 
 
+def _in_order(t: Trace, x: Value, axis: int, combine: str) -> tuple[TracedTensor, TracedTensor]:
+    """Running extrema and where they stand, in two passes."""
+    b, kind = t.b, x.type
+    with t.untaped():
+        wide = cast(t, x, u8) if kind.dtype is b1 else x
+        best = b.accumulate(wide, axis=axis, combine=combine)
+        at = places(b, best, wide, axis)
+        best = cast(t, best, kind.dtype)
+    t.ranges[at] = 0, kind.shape[axis] - 1
+    index = t.fresh(at)
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        zeros = b.full(0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
+        return (b.scatter(zeros, at, cts[0], axis=axis, combine="add"),)
+
+    if kind.dtype.is_float:
+        best = t.derive(f"cum{combine}", (x,), best, vjp)
+    return t.fresh(best), index
+
+
 def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
     """log(exp(x_0) + … + exp(x_i)), the larger taken out of each sum."""
     h = t.lift(input)
@@ -116,6 +142,10 @@ def logcumsumexp(t: Trace, input: Tensor, dim: int) -> TracedTensor:
     if not h.shape or not h.numel or h.shape[axis] == 1:
         return t.fresh(t.b.alias(x))
     b = t.b
+    if h.device == "cpu":
+        wide = b.accumulate(widen(t, x), axis=axis, combine="logaddexp")
+        y = cast(t, wide, h.dtype)
+        return t.fresh(t.saves(y, x, y))
 
     def both(x: Value, y: Value) -> Value:
         most, least = b.maximum(x, y), b.minimum(x, y)

@@ -2,7 +2,8 @@
 
 A scheduler's step is called again by a replay and changes the scheduler. So only what the step
 itself reads of it may be guarded, even where code computes the names of attributes: while a trace
-is watched, schedulers note by which name they are asked.
+is watched, schedulers note by which name they are asked. What it reads of a scheduler that it has
+stepped is what that call has left, and no state of Python before the call: only rates can be told.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Protocol
 
 from torch.optim.lr_scheduler import LRScheduler
@@ -21,7 +23,8 @@ from tracejit.capture.trace.active import current
 
 _RATES = "_last_lr"  # what get_last_lr() returns
 _lock = threading.Lock()
-_notes: dict[int, Callable[[str], None]] = {}  # by thread
+# by thread: takes a name, and the line of code where it is one that the scheduler's step may change
+_notes: dict[int, Callable[[str, FrameType | None], None]] = {}
 
 
 class Guarded(Protocol):
@@ -36,7 +39,7 @@ def _getattribute(self: LRScheduler, name: str) -> object:
     asked = note is not None and origin(sys._getframe(1).f_code) != "tracejit"
     # the rates of a scheduler that was stepped are those of the groups, as they are now
     if asked and not (name == _RATES and _was_stepped(self)):
-        note(name)
+        note(name, sys._getframe(1) if _is_left(self, name) else None)
     return object.__getattribute__(self, name)
 
 
@@ -44,6 +47,18 @@ def _was_stepped(scheduler: LRScheduler) -> bool:
     """Whether the step has stepped a scheduler, which tells the rates of its groups then."""
     t = current()
     return t is not None and t.hyperparameters is not None and t.hyperparameters.stepped(scheduler)
+
+
+def _is_left(scheduler: LRScheduler, name: str) -> bool:
+    """Whether a call that the step has made may have left something else in an attribute."""
+    if (
+        name == "optimizer"
+        or name != "__dict__"
+        and name not in object.__getattribute__(scheduler, "__dict__")
+    ):
+        return False
+    t = current()
+    return t is not None and t.hyperparameters is not None and t.hyperparameters.left(scheduler)
 
 
 def asked_of(
@@ -61,7 +76,7 @@ def asked_of(
 
 
 @contextmanager
-def noted(note: Callable[[str], None]) -> Iterator[None]:
+def noted(note: Callable[[str, FrameType | None], None]) -> Iterator[None]:
     """Call `note` with each name by which this thread asks for an attribute of a scheduler."""
     me = threading.get_ident()
     with _lock:

@@ -100,10 +100,18 @@ class Seen:
             both.places.setdefault(id(holder), (holder, set()))[1].update(names)
         return both
 
-    def note_of_scheduler(self, name: str) -> None:
-        """An attribute of a scheduler is asked for, perhaps by a call that a replay makes again."""
-        if self._ignoring is None:
-            self.of_schedulers.add(name)
+    def note_of_scheduler(self, name: str, left: FrameType | None) -> None:
+        """An attribute of a scheduler is asked for, perhaps by a call that a replay makes again;
+        `left`: by which frame, where such a call has left it."""
+        if self._ignoring is not None:
+            return
+        self.of_schedulers.add(name)
+        text = (
+            f"it reads {name} of a scheduler that it has stepped: read it before, or outside of it"
+        )
+        text = f"{_user_line(left)}{text}"
+        if left is not None and text not in self.refusals:
+            self.refusals.append(text)
 
     def profile(self, frame: FrameType, event: str, arg: object) -> None:
         """The profiler; see `sys.setprofile`."""

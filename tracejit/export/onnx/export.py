@@ -19,6 +19,7 @@ from tracejit.capture.effects.effects import (
     Sequenced,
     Slot,
     Tree,
+    is_named,
     slots,
 )
 from tracejit.export.onnx.composites import Composite, written
@@ -256,6 +257,8 @@ class _Export:
                 value = self.c.given[index]
                 if type(value) in (bool, int, float, str, type(None)):
                     return {"value": value}
+            case Sequenced(Given(index), (fields,)) if not is_named(self.c.given[index]):
+                return self._tree(fields, name)  # an object of attributes
             case Sequenced(kind, items):
                 rows = [self._tree(x, f"{name}[{i}]") for i, x in enumerate(items)]
                 return {"list" if kind == "list" else "tuple": rows}

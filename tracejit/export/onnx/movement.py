@@ -179,6 +179,65 @@ def _cumsum(w: Writer, node: Node, x: str) -> str:
     return w.CumSum(x, w.constant(node.attr("axis"), np.int64))
 
 
+def _accumulate(w: Writer, node: Node, x: str) -> str:
+    """In log2(n) steps: each element takes in what stands 1, 2, 4, … before it."""
+    combine, kind = node.attr("combine"), held(node.out.type.dtype)
+    if combine == "mul":
+        return _scanned(w, node, (x,), (1,), lambda y, z: (w.Mul(y[0], z[0]),))[0]
+    if combine == "logaddexp":
+        fold, least = (lambda y, z: (_log_added(w, y[0], z[0], kind),)), -math.inf
+        return _scanned(w, node, (x,), (least,), fold)[0]
+    most, related = combine == "max", w.GreaterOrEqual if combine == "max" else w.LessOrEqual
+
+    def later(y: tuple[str, ...], z: tuple[str, ...]) -> tuple[str, ...]:
+        own = related(z[0], y[0])
+        if kind.kind == "f":
+            own = w.Or(own, w.IsNaN(z[0]))
+        return (w.Where(own, z[0], y[0]),)
+
+    if kind.kind == "f":
+        least = -math.inf if most else math.inf
+    else:
+        least = np.iinfo(kind).min if most else np.iinfo(kind).max
+    return _scanned(w, node, (x,), (least,), later)[0]
+
+
+def _log_added(w: Writer, x: str, z: str, kind: np.dtype) -> str:
+    """log(exp(x) + exp(z)), and an infinity of two that are alike; NaN of NaN."""
+    above = w.GreaterOrEqual(x, z)
+    most, least = w.Where(above, x, z), w.Where(above, z, x)
+    one = w.constant(1, kind)
+    total = w.Add(most, w.Log(w.Add(one, w.Exp(w.Sub(least, most)))))
+    return w.Where(w.And(w.Equal(x, z), w.IsInf(x)), x, total)
+
+
+def _recurrence(w: Writer, node: Node, factor: str, term: str) -> str:
+    """Pairs (a, b) that stand for y -> a·y + b, one put into the other."""
+
+    def put(y: tuple[str, ...], z: tuple[str, ...]) -> tuple[str, ...]:
+        return w.Mul(y[0], z[0]), w.Add(w.Mul(z[0], y[1]), z[1])
+
+    return _scanned(w, node, (factor, term), (1, 0), put)[1]
+
+
+def _scanned(
+    w: Writer, node: Node, xs: tuple[str, ...], fill: tuple[float, ...], both: Callable
+) -> tuple[str, ...]:
+    """All results along an axis of `both`, of what is earlier and what is later; `fill` changes
+    nothing as the earlier of the two."""
+    axis, shape, kind = node.attr("axis"), node.out.type.shape, held(node.out.type.dtype)
+    by = 1
+    while by < shape[axis]:
+        start = (*shape[:axis], by, *shape[axis + 1 :])
+        parts = [
+            (w.filled(f, start, kind), w.part(x, axis, 0, shape[axis] - by))
+            for x, f in zip(xs, fill, strict=True)
+        ]
+        xs = both(tuple(w.Concat(*pair, axis=axis) for pair in parts), xs)
+        by *= 2
+    return xs
+
+
 def _argsort(w: Writer, node: Node, x: str) -> str:
     """TopK, in which equal elements keep their order. NaN is the largest: sorted as infinity first,
     and then by what is NaN."""
@@ -202,4 +261,5 @@ MOVEMENT: dict[str, Callable[..., str]] = {
     **{"reshape": _reshape, "slice": _slice, "flip": _flip, "pad": _pad},
     **{"window": _window, "unwindow": _unwindow},
     **{"gather": _gather, "scatter": _scatter, "cumsum": _cumsum, "argsort": _argsort},
+    **{"accumulate": _accumulate, "recurrence": _recurrence},
 }

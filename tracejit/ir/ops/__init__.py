@@ -10,6 +10,7 @@ from tracejit.ir.ops import (
     matrices,
     movement,
     rare,
+    running,
     structured,
 )
 from tracejit.ir.ops.record import BITS, EDGES, NO_GRAD, OPS, ULPS, Exact, Op
@@ -31,5 +32,6 @@ __all__ = [
     "matrices",
     "movement",
     "rare",
+    "running",
     "structured",
 ]

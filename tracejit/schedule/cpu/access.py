@@ -13,6 +13,7 @@ from tracejit.schedule.kernel import (
     Kernel,
     Load,
     Mod,
+    Operand,
     Position,
     Statement,
     Store,
@@ -99,3 +100,25 @@ def stride(index: Index, axis: str) -> int:
         if isinstance(atom, FloorDiv | Mod) and stride(atom.index, axis):
             return 2
     return 0
+
+
+def running_load(statements: Sequence[Statement]) -> Load | None:
+    """The load, of a running result, of what the step before has stored."""
+    stored = {s.buffer: s.index for s in statements if isinstance(s, Store)}
+    loads = (s for s in statements if isinstance(s, Load) and s.buffer in stored and s.mask)
+    before = (s for s in loads if s.mask[0].index.offset == -1 and not has_value(s.index))
+    return next((s for s in before if s.index != stored[s.buffer]), None)
+
+
+def carried(statements: Sequence[Statement], load: Load, store: Store) -> tuple[Var, Operand]:
+    """What the steps of a running result hand on: the variable that it is for the next step, and
+    its value. That is what is stored, or, where the next step casts it to another dtype and the
+    stored value is cast from that, what is so before it is rounded."""
+    readers = [s for s in statements if load.out in variables(s)]
+    made = next((s for s in statements if getattr(s, "out", None) == store.value), None)
+    casts = [s for s in (*readers, made) if isinstance(s, Compute) and s.op.name == "cast"]
+    if len(readers) == 1 and len(casts) == 2:
+        ((whole,), wide) = made.args, readers[0].out
+        if isinstance(whole, Var) and whole.dtype is wide.dtype:
+            return wide, whole
+    return load.out, store.value

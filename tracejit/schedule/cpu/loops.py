@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tracejit.schedule.cpu.access import contiguity, stride, vector_axis
+from tracejit.schedule.cpu.access import contiguity, running_load, stride, vector_axis
 from tracejit.schedule.cpu.cost import MAX_CHUNKS, chunks_of, weight
 from tracejit.schedule.cpu.plan import CpuKernel, Nest
 from tracejit.schedule.kernel import Axis, Kernel, Load, Stage, Store
@@ -83,16 +83,24 @@ def _alone(stage: Stage) -> Nest | None:
         return None
     vector = vector_axis(stage.axes, stage.body)
     work = math.prod(a.extent for a in stage.axes) * weight(stage.body)
-    loops = split(stage.axes, vector, BLOCK)
+    size = _block(stage, vector)
+    loops = split(stage.axes, vector, size)
     wanted = 1 if stage.in_order else chunks_of(MAX_CHUNKS, work)
-    return Nest(vector.name, BLOCK, dealt(loops, wanted)[2])
+    return Nest(vector.name, size, dealt(loops, wanted)[2])
 
 
 def _inside(stage: Stage) -> Nest | None:
     """A stage inside an outer point."""
     if not stage.axes:
         return None
-    return Nest(vector_axis(stage.axes, stage.body).name, BLOCK, 1)
+    vector = vector_axis(stage.axes, stage.body)
+    return Nest(vector.name, _block(stage, vector), 1)
+
+
+def _block(stage: Stage, vector: Axis) -> int:
+    """The elements of a stage's vector loop: all, where a running result stays in a register."""
+    whole = stage.in_order and running_load(stage.body) is not None
+    return max(vector.extent, BLOCK) if whole else BLOCK
 
 
 def _outer(kernel: Kernel, *, points: bool) -> Nest:

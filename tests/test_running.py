@@ -1,0 +1,139 @@
+"""Running products, extrema, log-sums and recurrences: every bit of the extrema and their places,
+gradients where elements are 0, long axes, and threads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import tracejit
+
+inf, nan = math.inf, math.nan
+SPECIAL = [0.0, -0.0, 1.0, 1.0, -inf, 2.0, -0.0, 0.0, 2.0, inf, inf, -1.0, nan, 3.0, nan, inf]
+EXECUTORS = ["c", "numpy", pytest.param("interpret", marks=pytest.mark.interpret)]
+
+
+def compiled(step, executor: str):
+    return tracejit.compile(step, on_unsupported="raise", backend=executor)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+    if theirs.is_floating_point():
+        known = ~theirs.isnan()
+        assert torch.equal(ours.signbit()[known], theirs.signbit()[known])
+
+
+def rows_of_specials(dtype: torch.dtype) -> torch.Tensor:
+    """Special values in many orders; of integers and bools, small ones with ties."""
+    generator = torch.Generator().manual_seed(0)
+    if not dtype.is_floating_point:
+        return torch.randint(0, 3, (7, 123), generator=generator).to(dtype)
+    order = torch.randint(0, 12, (7, 123), generator=generator)
+    return torch.tensor([*SPECIAL[:12], *SPECIAL], dtype=dtype)[order]
+
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64]
+DTYPES += [torch.int32, torch.uint8, torch.bool]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extrema_and_their_places_are_those_of_eager(dtype: torch.dtype, executor: str):
+    def step(x, y, z):
+        found = [f(v, d) for f in (torch.cummax, torch.cummin) for v, d in ((x, 1), (x, 0))]
+        found += [f(v, 0) for f in (torch.cummax, torch.cummin) for v in (y, z, x.t())]
+        return [part for pair in found for part in pair]
+
+    x = rows_of_specials(dtype)
+    y = torch.tensor(SPECIAL).to(dtype) if dtype.is_floating_point else x[0, :1]
+    z = x[0, ::2]
+    for ours, theirs in zip(compiled(step, executor)(x, y, z), step(x, y, z), strict=True):
+        same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_products_and_log_sums_of_special_values(executor: str):
+    rows = [SPECIAL, SPECIAL[:12], [1.0, 2.0, inf, 3.0], [-inf, -inf, 1.0], [inf, inf], [5.0], []]
+    xs = [torch.tensor(row) for row in rows]
+
+    def step(*xs):
+        return [y for x in xs for y in (x.cumprod(0), x.logcumsumexp(0))]
+
+    for ours, theirs in zip(compiled(step, executor)(*xs), step(*xs), strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("executor", ["c", "numpy"])
+@pytest.mark.parametrize("zeros", [(), (3,), (0,), (2, 6), (9,), tuple(range(10))], ids=str)
+def test_the_gradient_of_products_with_zeros(zeros: tuple[int, ...], executor: str):
+    """To second order: each product's derivative by a factor that is 0 is that of the others."""
+    x = torch.linspace(-1.5, 2, 10, dtype=torch.float64).cos()
+    x[list(zeros)] = 0.0
+    weights = torch.linspace(-1, 2, 10, dtype=torch.float64)
+
+    def step(x):
+        x = x.detach().requires_grad_()
+        (g,) = torch.autograd.grad((x.cumprod(0) * weights).sum(), x, create_graph=True)
+        (h,) = torch.autograd.grad((g * weights.sin()).sum(), x)
+        return g.detach(), h
+
+    for ours, theirs in zip(compiled(step, executor)(x), step(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_products_that_underflow_before_others_that_overflow():
+    x = torch.tensor([1e-20] * 4 + [1e20] * 4)
+
+    def step(x):
+        x = x.detach().requires_grad_()
+        x.cumprod(0).sum().backward()
+        return x.grad
+
+    ours, theirs = compiled(step, "c")(x), step(x)
+    assert ours.isfinite().all()
+    torch.testing.assert_close(ours, theirs)
+
+
+FUNCTIONS = ["cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"]
+
+
+@pytest.mark.parametrize("shape, dim", [((1 << 20,), 0), ((512, 300), 0), ((300, 513), 1)])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_long_axes_are_as_near_as_eager_and_alike_for_all_threads(name, shape, dim):
+    """float32 is combined in float64, as in eager: a million elements lose nothing."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    x = 1 + x * 1e-3 if name == "cumprod" else x
+
+    def step(x):
+        y = getattr(x, name)(dim)
+        return y if isinstance(y, torch.Tensor) else y.values
+
+    call = compiled(step, "c")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = call(x).clone()
+        torch.set_num_threads(2)
+        two = call(x)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one, two)
+    exact = step(x.double())
+    if len(shape) == 1:  # the carried value is rounded where it is stored, and nowhere else
+        torch.testing.assert_close(one.double(), exact, rtol=1e-6, atol=1e-6)
+    near = 1e-4 if dim == 0 and len(shape) > 1 else 1e-5  # columns side by side: rounded each time
+    torch.testing.assert_close(one, step(x), rtol=near, atol=near)
+
+
+def test_work_is_linear():
+    def step(x):
+        x = x.detach().requires_grad_()
+        total = x.cumprod(0).sum() + x.logcumsumexp(0).sum() + x.cummax(0).values.sum()
+        total.backward()
+        return x.grad
+
+    sizes = [len(tracejit.capture(step, torch.ones(n)).graph.nodes) for n in (64, 1 << 16)]
+    assert sizes[0] == sizes[1]
