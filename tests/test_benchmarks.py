@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import convolutions, gpu, isolated, launch_cost, machine, run, worker
+from benchmarks import convolutions, data_parallel, gpu, isolated, launch_cost, machine, run, worker
 from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
 from benchmarks.image_steps import resnet
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
@@ -540,6 +540,21 @@ def test_a_run_on_the_cpu(tmp_path):
     assert parts["smoke"]["passed"] == len(CASES) and parts["smoke"]["status"] == "passed"
     row = parts["table: chain_64m"]["contenders"]["tracejit"]
     check_row(row)
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch without gloo",
+)
+def test_two_processes():
+    """Losses are compared, and what is hidden of the reduction is measured on each rank."""
+    found = data_parallel.together("ddp_mlp", ("eager", "tracejit"), 1, 2)
+    assert found["seconds"].keys() == {"eager", "tracejit"} and not found["refused"]
+    assert min(found["seconds"].values()) > 0 and len(found["hidden"]) == data_parallel.RANKS
+    for x in found["hidden"]:
+        assert 0 <= x["share"] <= 1 and x["alone"] > 0 and x["waited"] > 0
+    with pytest.raises(AssertionError, match="tracejit has a loss of 2.0, and eager of 1.0"):
+        data_parallel._compare({"eager": [1.0], "tracejit": [2.0]})
 
 
 def test_convolutions_of_a_net():

@@ -43,6 +43,23 @@ def test_buckets(ranks: Ranks):
     assert first["collectives"] >= 3
 
 
+def test_the_ledger(ranks: Ranks):
+    """It says of every bucket what a rank sends, beside which launches, and how that scales."""
+    found, other = ranks(rank_models.explained)
+    assert found["sent_bytes"] == other["sent_bytes"]
+    buckets = found["collectives"]
+    assert len(buckets) >= 3 and {x["ranks"] for x in buckets} == {2}
+    # as many bytes as there are in all parameters: of two ranks each sends half of them twice
+    assert (
+        found["sent_bytes"] == sum(x["bytes"] for x in buckets) == 4 * (7 * 32 + 33 * 32 + 33 * 4)
+    )
+    assert all(f"# sends {x['sent']:,} bytes" in found["plan"] for x in buckets)
+    assert any(x["beside"] for x in buckets[:-1]) and 0 <= found["hidden"] <= 1
+    assert [x["ranks"] for x in found["scaling"]] == 2 * [2**i for i in range(1, 11)]
+    assert all(0 < x["efficiency"] <= 1 for x in found["scaling"])
+    assert "sent by a rank in" in found["text"] and "more ranks, by NVLink 4" in found["text"]
+
+
 def test_a_parameter_without_a_gradient(ranks: Ranks):
     for said in ranks(rank_models.unused_by_mistake):
         assert "unused.weight, unused.bias" in said and "find_unused_parameters=True" in said

@@ -3,6 +3,7 @@ only seems to have to refuse."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import torch
 from torch.autograd import forward_ad
 
 import tracejit
+from support.fake import FAKE
 from support.oracle import call
 from tracejit.errors import TracejitError, UnsupportedOperation
+from tracejit.testing import fake_device
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
@@ -143,13 +146,68 @@ def test_collectives(one_process):
     """What has no rule, and what no plan could do again."""
     distributed = torch.distributed
     for step, remedy in (
-        (lambda x: distributed.send(x, 0), "move it out of the step"),
+        (lambda x: distributed.send(x, 0), "Messages between two ranks have no rule"),
+        (lambda x: distributed.recv(x, 0), "send and receive outside the step"),
+        (lambda x: distributed.isend(x, 0).wait(), "such as broadcast"),
+        (lambda x: distributed.irecv(x, 0).wait(), "such as broadcast"),
         (lambda x: distributed.group.WORLD.allreduce([x]), "one tensor at a time"),
         (reads_what_is_reduced, "read it after the call"),
         (differentiates_what_is_reduced, "torch.distributed.nn.functional"),
         (lambda x: distributed.all_reduce(x, async_op=True).get_future(), "call wait()"),
     ):
         assert remedy in refusal(step, X)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+def test_collectives_on_gpus(one_process):
+    """The message says what it is about, and the line."""
+    pytest.importorskip("triton")
+
+    def step(x):
+        torch.distributed.all_reduce(x)
+        return x + 1
+
+    with fake_device(compiled=False):
+        compiled = tracejit.compile(step, backend=FAKE, on_unsupported="raise")
+        with pytest.raises(UnsupportedOperation) as found:
+            compiled(torch.ones(3))
+    said = str(found.value)
+    assert "all_reduce over the ranks" in said and "for CPUs only" in said and "LAPACK" not in said
+    assert "test_refusals.py:" in said
+
+
+def test_sharded_modules(one_process):
+    """FSDP2 is refused before its hooks change anything: the module still runs eagerly."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("torch without FSDP2")
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    plain = torch.nn.Linear(3, 3)
+    model = copy.deepcopy(plain)
+    fsdp.fully_shard(model, mesh=mesh)
+    x = torch.ones(2, 3)
+
+    def step(x):
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        said = refusal(step, x)
+        assert "fully_shard" in said and "DTensors" in said and "ZeroRedundancyOptimizer" in said
+        before = torch.autograd.grad(plain(x).square().sum(), plain.weight)[0]
+        model.zero_grad()
+        step(x)
+        torch.testing.assert_close(model.weight.grad.full_tensor(), before)
+    weight = model.weight
+    said = refusal(lambda x: weight * 2, x)
+    assert "A DTensor has no rule" in said
+    assert "DistributedDataParallel" in said
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    with pytest.raises(tracejit.errors.CannotFallBack, match="fully_shard"):
+        compiled(x)  # torch's wrapper of the hook has run, and may not run twice
+    assert torch.equal(compiled(x), step(x)) and compiled.stats.eager == 1
+    assert "fully_shard" in compiled.explain_mode()
 
 
 def pushed(x):

@@ -21,6 +21,7 @@ from tracejit.codegen.work import Work, work
 from tracejit.gpus import EAGER, GPUS, REPLAY, Gpu, occupancy
 from tracejit.ir.graph import Graph
 from tracejit.ledger import KernelCost, LaunchCost, Ledger, Memory
+from tracejit.links import CLUSTERS
 from tracejit.passes import optimize
 from tracejit.report import report
 from tracejit.roofline import Filling, Prediction, fall_short, filling, predict, rate, said
@@ -29,7 +30,9 @@ from tracejit.runtime.executor import memory_of
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.trial import trial
+from tracejit.scaling import Timed, collective_costs, efficiencies, hidden_share, world_of
 from tracejit.schedule import schedule
+from tracejit.schedule.collectives import START
 from tracejit.schedule.kernel_text import canonical
 from tracejit.schedule.plan import Launch, Plan, by_launch
 from tracejit.schedule.traffic import (
@@ -94,6 +97,8 @@ def explain(
     replays = subject.mode.startswith("replay")  # else Python's time is not known
     spent = sum(subject.seconds.values())
     moved = sum(x.bytes for x in launches)
+    links = CLUSTERS[gpu]
+    collectives = collective_costs(look.timeline, links)
     return Ledger(
         step=subject.name,
         mode=subject.mode,
@@ -103,11 +108,15 @@ def explain(
         precision=look.precision,
         launches=tuple(launches),
         kernels=tuple(_kernels(subject.programs, times)) if device == "cpu" else (),
+        collectives=tuple(collectives),
+        scaling=tuple(efficiencies(look.timeline, links)),
         launches_before_fusion=sum(plan.times(x) for plan in unfused for x in plan.launches),
         bytes_moved=moved,
         bytes_minimum=min(moved, sum(map(_minimum, graphs))),
         bytes_issued=sum(x.issued_bytes for x in launches),
         flops=sum(map(operations, unfused)),
+        sent_bytes=sum(x.sent for x in collectives),
+        hidden=hidden_share(look.timeline, links, world_of(look.timeline)),
         predicted_seconds=predicted,
         measured_seconds=measured,
         eager_operations=subject.eager.operations,
@@ -126,6 +135,7 @@ class _Look:
 
     def __init__(self, gpu: Gpu, machine_code: bool):
         self.gpu, self.machine_code, self.short = gpu, machine_code, []
+        self.timeline: list[Timed] = []
         setting = torch.get_float32_matmul_precision()
         self.precision = executor_for("triton", "cuda", setting).precision
         self._seen: dict[tuple, tuple[Source, Geometry, tuple[Work, ...]]] = {}
@@ -140,6 +150,7 @@ class _Look:
         for launch, least, measured in zip(plan.launches, bytes_moved(plan), times, strict=True):
             if launch.kernel.call is not None:
                 costs.append(self._of_host(launch, least, measured))
+                self.timeline.append(Timed(launch.kernel, 0.0))
                 continue
             source, shape, works = self._printed(launch)
             if not shape.grid[0]:
@@ -148,6 +159,7 @@ class _Look:
             calls = plan.times(launch)
             filled, found = self._judged(works, shape, least // calls, row)
             apart = bytes_apart(plan, launch) if launch.kernel.parts else (least // calls,)
+            self.timeline.append(Timed(launch.kernel, found.seconds * calls))
             self._note(source.name, launch, [said(*x) for x in fall_short(works, apart, filled)])
             costs.append(
                 LaunchCost(
@@ -169,12 +181,11 @@ class _Look:
         """What a call of the host costs: no GPU makes it, so no time is predicted."""
         call, lines = launch.kernel.call, launch.kernel.lines
         name, done = f"host_{call.op.name}", operations_of(call)
-        short = "collectives are made on the CPU only"
+        short = ["LAPACK runs on the CPU only"]
         if call.is_collective:
-            name = f"{name}_{call.phase}"
-        else:
-            short = "LAPACK runs on the CPU only"
-        self._note(name, launch, [short])
+            name, short = f"{name}_{call.phase}", ["collectives are made on the CPU only"]
+            short *= call.phase == START
+        self._note(name, launch, short)
         return LaunchCost(name, lines, least, least, done, 0, 0.0, "the host", measured)
 
     def _printed(self, launch: Launch) -> tuple[Source, Geometry, tuple[Work, ...]]:

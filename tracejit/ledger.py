@@ -47,6 +47,35 @@ class KernelCost:
 
 
 @dataclass(frozen=True)
+class CollectiveCost:
+    """A collective: user lines, ranks of its group, the bytes that it is about, those that a rank
+    sends, and the predicted seconds on the wire; the launches between its start and its wait, their
+    seconds, and the share of its own that is hidden behind them."""
+
+    collective: str
+    lines: tuple[str, ...]
+    ranks: int
+    bytes: int
+    sent: int
+    seconds: float
+    beside: int
+    beside_seconds: float
+    hidden: float
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """What so many ranks should make of the step: the slowest link of a ring among `links`, the
+    time of the launches alone over that of the step, and the share of the reduction hidden."""
+
+    links: str
+    ranks: int
+    link: str
+    efficiency: float
+    hidden: float | None
+
+
+@dataclass(frozen=True)
 class Memory:
     """Bytes: of the step's inputs, of what it returns or leaves behind in new tensors, of what its
     kernels work in; `peak` is what a call takes beyond its inputs; `eager_saved`: intermediates
@@ -71,11 +100,15 @@ class Ledger:
     precision: str
     launches: tuple[LaunchCost, ...]
     kernels: tuple[KernelCost, ...]  # on the CPU
+    collectives: tuple[CollectiveCost, ...]
+    scaling: tuple[Efficiency, ...]
     launches_before_fusion: int
     bytes_moved: int
     bytes_minimum: int
     bytes_issued: int
     flops: int
+    sent_bytes: int
+    hidden: float | None
     predicted_seconds: float
     measured_seconds: float | None
     eager_operations: int
@@ -126,6 +159,8 @@ class Ledger:
         if self.measured_seconds is not None:
             where = f"on {self.device} by {self.backend}"
             yield "here", f"{duration(self.measured_seconds)} measured {where}, kernels alone"
+        if self.collectives:
+            yield "wire", self._wire()
         if self.eager_given:
             yield "eager", f"{duration(self.eager_seconds)}, as given"
         else:
@@ -150,6 +185,17 @@ class Ledger:
         for text in self.holds_back:
             yield "holds back", text
 
+    def _wire(self) -> str:
+        """What the collectives send, and how it scales."""
+        count, took = len(self.collectives), sum(x.seconds for x in self.collectives)
+        share = "" if self.hidden is None else f", {self.hidden:.0%} of it hidden"
+        last = max(x.ranks for x in self.scaling)
+        most = "; ".join(f"{x.efficiency:.0%} by {x.link}" for x in self.scaling if x.ranks == last)
+        return (
+            f"{size(self.sent_bytes)} sent by a rank in {count} collective{'s' * (count != 1)}, "
+            f"{duration(took)} predicted{share}; efficiency with {last:,} ranks: {most}"
+        )
+
     def tables(self) -> list[Table]:
         """Of the launches on a GPU, and of the kernels that run here."""
         found: list[Table] = []
@@ -158,6 +204,12 @@ class Ledger:
             if all(x.measured is None for x in self.launches):
                 del columns["measured µs"]
             found.append((f"launches on {self.gpu}, as predicted", self.launches, columns))
+        if self.collectives:
+            title = "collectives, and what runs beside them"
+            found.append((title, self.collectives, _COLLECTIVES))
+            for links in dict.fromkeys(x.links for x in self.scaling):
+                rows = [x for x in self.scaling if x.links == links]
+                found.append((f"more ranks, by {links}, as predicted", rows, _SCALING))
         if self.kernels:
             title = f"kernels that run here, on {self.device} by {self.backend}"
             found.append((title, self.kernels, _KERNELS))
@@ -180,4 +232,21 @@ _KERNELS = {
     "bytes": lambda x: f"{x.bytes:,}",
     "µs": lambda x: micro(x.measured),
     "lines": lambda x: joined(x.lines),
+}
+_COLLECTIVES = {
+    "kernel": lambda x: x.collective,
+    "ranks": lambda x: f"{x.ranks}",
+    "bytes": lambda x: f"{x.bytes:,}",
+    "sent": lambda x: f"{x.sent:,}",
+    "µs": lambda x: micro(x.seconds),
+    "launches beside": lambda x: f"{x.beside}",
+    "their µs": lambda x: micro(x.beside_seconds),
+    "hidden": lambda x: f"{x.hidden:.0%}",
+    "lines": lambda x: joined(x.lines),
+}
+_SCALING = {
+    "ranks": lambda x: f"{x.ranks:,}",
+    "efficiency": lambda x: f"{x.efficiency:.1%}",
+    "hidden": lambda x: "" if x.hidden is None else f"{x.hidden:.0%}",
+    "bound": lambda x: x.link,
 }

@@ -26,7 +26,8 @@ def page(
     tables: Sequence[tuple[str, Sequence[object], Columns]],
     drawn: str,
 ) -> str:
-    """The page's text. The column called `drawn` gets a bar for each of its numbers."""
+    """The page's text. The column called `drawn` gets a bar for each of its numbers, in the tables
+    that have it."""
     lines = [
         "<!DOCTYPE html>",
         '<html lang="en">',
@@ -47,8 +48,8 @@ def page(
 def _table(head: Sequence[str], rows: Sequence[object], columns: Columns, drawn: str) -> list[str]:
     """One table; bars are as wide as their share of the largest number."""
     cells = cells_of(rows, columns)
-    at = head.index(drawn)
-    numbers = [float(line[at] or 0) for line in cells]
+    at = head.index(drawn) if drawn in head else None
+    numbers = [0.0 if at is None else float(line[at] or 0) for line in cells]
     most = max(numbers, default=0) or 1.0
     names = "".join(f"<th{_kind(name)}>{escape(name)}</th>" for name in head)
     lines = ['<div class="scroll"><table>', f"<tr>{names}<th></th></tr>"]

@@ -31,11 +31,27 @@ from tracejit.rows import Row, limits, shortfalls, spills, stream_share_of
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.runtime.triton_launch import TRITON_NAME, LoadedLaunch, positions
+from tracejit.schedule.collectives import START
 from tracejit.schedule.kernel import Compute
 from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.plan_text import parse_plan
 from tracejit.schedule.traffic import bytes_apart, bytes_moved
+from tracejit.schedule.wire import ranks_of, sent
 from tracejit.tables import Columns, joined, micro, table
+
+
+@dataclass(frozen=True)
+class Sends:
+    """A collective of the plan, which no kernel makes, and the bytes that a rank sends in it."""
+
+    collective: str
+    ranks: int
+    bytes: int
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        where = f"; {joined(self.lines)}" if self.lines else ""
+        return f"{self.collective} of {self.ranks} ranks: {self.bytes:,} bytes{where}"
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,7 @@ class Report:
     precision: str  # of fp32 contractions
     triton: str  # the version that compiled
     rows: tuple[Row, ...]
+    sends: tuple[Sends, ...] = ()  # for each collective
 
     def as_dict(self) -> dict[str, object]:
         """The report and its violations as plain data for JSON."""
@@ -56,6 +73,7 @@ class Report:
             "precision": self.precision,
             "triton": self.triton,
             "launches": [row.as_dict() for row in self.rows],
+            "collectives": [asdict(s) for s in self.sends],
             "violations": limits(self),
             "shortfalls": [asdict(s) for s in shortfalls(self)],
         }
@@ -68,9 +86,12 @@ class Report:
         )
         named = [f"{i}: {', '.join(row.inputs)}" for i, row in enumerate(self.rows) if row.inputs]
         inputs = ["", "inputs of each launch:", *named] if named else []
+        sends = ["", "what a rank sends:", *map(str, self.sends)] if self.sends else []
         found = [str(s) for s in shortfalls(self)]
         short = ["", "what keeps launches from using the GPU:", *found] if found else []
-        return "\n".join([head, *table(self.rows, columns_of(self.target)), *inputs, *short])
+        return "\n".join(
+            [head, *table(self.rows, columns_of(self.target)), *inputs, *sends, *short]
+        )
 
 
 # Heading of a column, and its cell in a row.
@@ -151,7 +172,12 @@ def report(step_or_plan: HasPlans | Plan, *, target: int = 90) -> Report:
         )
         for i, loaded in _loaded(plan, executor)
     ]
-    return Report(plan.name, target, executor.precision, version, tuple(rows))
+    sends = [
+        Sends(call.op.name, ranks_of(call), sent(launch.kernel), launch.kernel.lines)
+        for launch in plan.launches
+        if (call := launch.kernel.call) is not None and call.phase == START
+    ]
+    return Report(plan.name, target, executor.precision, version, tuple(rows), tuple(sends))
 
 
 def precompile(

@@ -232,6 +232,13 @@ def _trained(case: Case, compiled: bool) -> tuple[nn.Module, list[float], Callab
     return model, losses, called
 
 
+def explained() -> dict[str, object]:
+    """The ledger of a step of DistributedDataParallel, beside its plan."""
+    _, _, step = _trained(CASES["small buckets"], True)
+    text = str(step._last.program.plan)
+    return step.explain(measure=False).as_dict() | {"text": str(step.explain()), "plan": text}
+
+
 def unused_by_mistake() -> str:
     """A parameter gets no gradient, and nobody has said that it may."""
     model = DistributedDataParallel(Unused())

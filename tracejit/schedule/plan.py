@@ -33,6 +33,7 @@ from tracejit.ir.graph import Arg, Node, Value, print_arg
 from tracejit.ir.literals import print_literal
 from tracejit.ir.types import Type
 from tracejit.schedule.kernel import Kernel
+from tracejit.schedule.wire import sent
 
 T = TypeVar("T")
 
@@ -120,7 +121,7 @@ class Plan:
         for launch in self.launches:
             name = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
             inside = "" if launch.loop is None else f" in loop {launch.loop}"
-            lines.append(f"  launch {name}({_bindings(launch)}){inside}")
+            lines.append(f"  launch {name}({_bindings(launch)}){inside}{_sends(launch.kernel)}")
         if self.results:
             lines.append(f"  return {', '.join(self.results)}")
         if self.writes:
@@ -203,6 +204,12 @@ def _buffer(b: PlanBuffer) -> str:
         "row": f"of {b.of} at {b.offset} step {b.step}",
     }[b.kind]
     return f"{b.kind:<6} {b.name}: {b.type}{layout} {place}"
+
+
+def _sends(kernel: Kernel) -> str:
+    """What a rank sends in the collective that a launch starts, as a comment."""
+    starts = kernel.call is not None and kernel.call.phase == "start"
+    return f"  # sends {sent(kernel):,} bytes" if starts else ""
 
 
 def _bindings(launch: Launch) -> str:

@@ -28,7 +28,14 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from tracejit.capture.functions import hooks
 from tracejit.capture.functions.custom import call, once_differentiable
-from tracejit.capture.python import checkpoints, data_parallel, mathematics, transforms, vmaps
+from tracejit.capture.python import (
+    checkpoints,
+    data_parallel,
+    mathematics,
+    sharded,
+    transforms,
+    vmaps,
+)
 from tracejit.capture.python.plain_code import reads_of
 from tracejit.capture.python.saved_hooks import Hooks as SavedHooks
 from tracejit.capture.python.seeding import TracedGenerator
@@ -389,6 +396,7 @@ _tracing = 0
 _replaced: list[tuple[object, str, object, object, object]] = []
 # names that exist only while any thread traces; `apply` is inherited from C
 _added = [(_SingleLevelFunction, "apply", classmethod(_apply)), *SHADOWS]
+_sharded: list[tuple[object, str, object]] = []  # likewise, of the latest trace
 
 
 def _replacements() -> list[tuple[object, str, Callable[[object], object]]]:
@@ -433,7 +441,8 @@ def _install() -> None:
         ]
     for owner, name, _, instead, _ in _replaced:
         setattr(owner, name, instead)
-    for owner, name, new in _added:
+    _sharded[:] = sharded.added()
+    for owner, name, new in (*_added, *_sharded):
         setattr(owner, name, new)
     mathematics.install()
 
@@ -446,7 +455,7 @@ def _remove() -> None:
     mathematics.remove()
     for owner, name, _, _, before in _replaced:
         setattr(owner, name, before)
-    for owner, name, _ in _added:
+    for owner, name, _ in (*_added, *_sharded):
         delattr(owner, name)
 
 

@@ -273,6 +273,8 @@ def broadcast_shape(shapes: list[Ints]) -> Ints | None:
 PROBLEMS = {
     "transform": "tensors of functionalize and of forward-mode differentiation have no rules",
     "subclass": "a tensor subclass ({kind}) is not supported",
+    "DTensor": "a DTensor has no rule: leave a step on parameters sharded by fully_shard eager, or "
+    "use DistributedDataParallel, with ZeroRedundancyOptimizer to shard the optimizer's state",
     "layout": "only dense strided tensors are supported",
     "dtype": "{dtype} is not supported",
     "device": "device {device} is not supported",
@@ -297,7 +299,7 @@ def _problem_with(tensor: torch.Tensor) -> str | None:
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return "transform"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
-        return "subclass"
+        return "DTensor" if type(tensor).__name__ == "DTensor" else "subclass"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return "layout"
     if tensor.dtype not in TO_IR:

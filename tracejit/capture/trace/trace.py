@@ -47,6 +47,9 @@ from tracejit.ir.types import contiguous_strides
 _SAVED_THROUGH = frozenset({"cast", "expand", "permute", "reshape"})
 
 
+_MESSAGES = ("send", "recv", "isend", "irecv")  # of torch.distributed
+
+
 class Trace(TraceState):
     """One trace, as rules see it."""
 
@@ -60,6 +63,11 @@ class Trace(TraceState):
         self.call = (func, args, kwargs)
         self.groups += 1
         if rule is None:
+            if getattr(func, "__name__", "") in _MESSAGES:
+                raise self.unsupported(
+                    "Messages between two ranks have no rule; send and receive outside the step, "
+                    "or use a collective, such as broadcast, scatter or all_to_all_single"
+                )
             raise self.unsupported()
         if self.scalars.has_integers:
             args, kwargs = settled(self, func, args, kwargs)
