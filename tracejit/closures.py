@@ -35,9 +35,12 @@ class Closures:
         """`function` is the step's; `compile` makes a compiled step of a closure."""
         self._function, self._compile = function, compile
         self._known: dict[object, _Twin | Callable | None] = {}
+        self.wanted = False  # an optimizer asks them, which a call was refused for
 
     def __enter__(self) -> None:
         global _inside, _original
+        if not self.wanted:
+            return
         self._before = getattr(_active, "closures", None)
         _active.closures = self
         with _lock:
@@ -48,6 +51,8 @@ class Closures:
 
     def __exit__(self, *exception: object) -> None:
         global _inside
+        if not self.wanted:
+            return
         _active.closures = self._before
         with _lock:
             _inside -= 1

@@ -291,6 +291,7 @@ class CompiledStep(Inspected):
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
             self._remarks.warn(refusal.key, said)
+        self._closures.wanted |= "lbfgs" in said
         self.stats.eager += 1
         self._say_to_ranks("runs the step eagerly")
         stage("run")
@@ -301,7 +302,6 @@ class CompiledStep(Inspected):
         return returned
 
     def _bind(self, trace: Trace, args: tuple, kwargs: dict) -> BoundCall:
-        """A call ready to be traced."""
         return bind(trace, self._function, args, kwargs, self._prover.integers)
 
     def _plain(self, *args: object, **kwargs: object) -> object:
