@@ -339,6 +339,24 @@ def test_a_backward_twice_unpacks_twice():
     lockstep(plain, step)
 
 
+def test_random_numbers_stay_the_steps():
+    """What eager saves for attention is asked of eager on the CPU, where its dropout draws."""
+
+    def step(q):
+        with hooked(lambda x: x, lambda x: x):
+            y = functional.scaled_dot_product_attention(q, q, q, dropout_p=0.25)
+        y.sum().backward()
+        return torch.rand(2)
+
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    for i in range(4):
+        results = []
+        for run in (compiled, step):
+            torch.manual_seed(i)
+            results.append(run(torch.randn(1, 2, 5, 4, requires_grad=True)))
+        assert torch.equal(*results)
+
+
 def test_errors_of_hooks_are_eagers():
     def not_a_tensor(x):
         with hooked(lambda x: x, lambda x: 3):

@@ -115,12 +115,15 @@ def saves_of(func: Callable, args: tuple, kwargs: dict) -> Saves:
             asked.append(i)
         return kept[i]
 
+    generator = torch.default_generator  # on the CPU a dropout draws, which is none of the step's
+    state = generator.get_state()
     with torch._C.DisableTorchFunction(), torch.enable_grad(), _Log() as log:
         _push(pack, unpack)
         try:
             result = func(*args, **kwargs)
         finally:
             _pop()
+            generator.set_state(state)
         calls = tuple(log.calls)
         roots = [x for x in tensors_in(result) if x.requires_grad]
         if kept and roots:
