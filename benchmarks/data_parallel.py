@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tracejit
 from benchmarks.machine import machine, write
+from benchmarks.steps import trained
 from examples.gpt import GPT, adamw
 from tracejit.ir import process_groups
 from tracejit.ir.process_groups import Started
@@ -77,13 +78,7 @@ def build(case: str, contender: str) -> Callable[[], torch.Tensor]:
     if contender == "torch.compile":
         loss_of = torch.compile(loss_of)
 
-    def step() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        return loss
-
+    step = trained(loss_of, model, optimizer)
     return tracejit.compile(step, on_unsupported="raise") if contender == "tracejit" else step
 
 

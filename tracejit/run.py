@@ -184,6 +184,7 @@ class _Writer:
         given = captured.scalars, captured.paths, captured.host_nodes
         self.behind = cuts_behind(*given, captured.operands)
         self.left = left_by_callbacks(*given, self.behind)
+        self.on_callbacks = captured.decides_by_callbacks
         self.cut_scalars = {p[1]: i for i, p in enumerate(captured.paths) if p[0] == "cut"}
 
     def all(self) -> tuple[str, dict[str, object]]:
@@ -282,7 +283,7 @@ class _Writer:
         operands = self.captured.operands if self.armed is not None else ()
         if operands:
             self.names["again"] = again = self.armed.callbacks
-        if when == 1 and operands and (again.may_fail or self.captured.decides_by_callbacks):
+        if when == 1 and operands and (again.may_fail or self.on_callbacks):
             lines.append("remembered = again.remember()")
         for n, of in enumerate(cuts_of_callbacks(self.behind, operands)):
             if when == (3 if not of.isdisjoint(self.captured.late) else 1 + bool(of)):
@@ -364,17 +365,16 @@ class _Writer:
 
     def _decide(self, cut: int) -> None:
         """Take the decisions that wait for no cut but this one and earlier ones."""
-        later = self.captured.decides_by_callbacks
         for p in self.captured.predicates:
             of = among(self.behind, (p.left, p.right))
-            if of and max(of) == cut and p not in later:
+            if of and max(of) == cut and p not in self.on_callbacks:
                 sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
                 self.before += self._code()
                 self.before += self.draws.otherwise(f"not ({condition(p, *sides)})")
 
     def _decide_by_callbacks(self) -> None:
         """Take the decisions on what callbacks have left, which are taken back otherwise."""
-        for p in self.captured.decides_by_callbacks:
+        for p in self.on_callbacks:
             sides = self.code.add(self.captured.host_nodes, [p.left, p.right], self.scalars)
             self.before += [
                 *self._code(),

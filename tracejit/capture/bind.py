@@ -27,8 +27,8 @@ from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.capture.python.patches import intercepted
 from tracejit.capture.python.standins import standins
 from tracejit.capture.trace import autocast, location
+from tracejit.capture.trace.inputs import meet, span
 from tracejit.capture.trace.scalars import Path, plain
-from tracejit.capture.trace.tensor import extent
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import OF_EAGER, SideEffectError, TracejitError
@@ -198,6 +198,9 @@ def run(
     return returned
 
 
+_byte_bounds = getattr(np.lib, "array_utils", np).byte_bounds  # it has moved in NumPy 2
+
+
 def _check_arrays(t: Trace, reach: list[object], original: FunctionType) -> None:
     """Refuse a step that writes to memory of NumPy whose array its Python may read: the writes come
     at the end, and the array would hold what was there before."""
@@ -205,14 +208,9 @@ def _check_arrays(t: Trace, reach: list[object], original: FunctionType) -> None
     arrays = [x for x in reach if isinstance(x, np.ndarray) and x.size] if written else ()
     for h in written:
         with torch._C.DisableTorchFunction():
-            start = h.tensor.data_ptr()
-        end = start + extent(h.shape, h.strides) * h.dtype.itemsize
+            here = span(h.tensor)
         for x in arrays:
-            first = x.__array_interface__["data"][0]
-            reaches = [(n - 1) * step for n, step in zip(x.shape, x.strides, strict=True)]
-            low = first + sum(r for r in reaches if r < 0)
-            high = first + sum(r for r in reaches if r > 0) + x.itemsize
-            if low < end and start < high:
+            if meet(here, range(*_byte_bounds(x))):
                 raise SideEffectError(
                     where=_where(original),
                     reason=f"it can reach an array of shape {list(x.shape)} whose memory a tensor "

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch.optim import lr_scheduler
 
+from tracejit.capture.effects.effects import arguments_of
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import LIMIT, Item, number_text
 
@@ -414,12 +415,7 @@ class Stepping:
     def __call__(self, n: int, scalars: list, *numbers: float) -> bool:
         """Make the n-th call, with these numbers among its arguments; fill in what it leaves."""
         callback = self._callbacks[n]
-        args, kwargs = [*callback.args], {**callback.kwargs}
-        for at, number in zip(self._places[n], numbers, strict=True):
-            if type(at) is int:
-                args[at] = number
-            else:
-                kwargs[at] = number
+        args, kwargs = arguments_of(callback.args, callback.kwargs, self._places[n], numbers)
         self._schedules.step(callback, args, kwargs)
         for i, of, name in self._left:
             if of == n:

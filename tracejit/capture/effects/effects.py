@@ -280,6 +280,19 @@ class Callback:
     of_torch_alone: bool = True  # it runs no code of the user's
 
 
+def arguments_of(
+    args: tuple, kwargs: dict, places: Sequence[int | str], numbers: Sequence[float]
+) -> tuple[list, dict]:
+    """The arguments of a call that is made again, with these numbers at these places."""
+    args, kwargs = [*args], {**kwargs}
+    for at, number in zip(places, numbers, strict=True):
+        if type(at) is int:
+            args[at] = number
+        else:
+            kwargs[at] = number
+    return args, kwargs
+
+
 def nothing() -> None:
     """What is committed is not undone."""
 

@@ -99,8 +99,9 @@ class Hyperparameters:
         self._optimizers: dict[int, tuple[Optimizer, list, dict]] = {}
         self._schedulers: dict[int, tuple[LRScheduler, dict]] = {}
         self._shown: list[list] = []  # rates of schedulers, as runtime scalars
-        self._stepped: set[int] = set()  # the ids of those of them that a callback has stepped
-        self._called: set[int] = set()  # schedulers that a callback has stepped
+        # ids of schedulers that a callback has stepped: all, and those that tell rates
+        self._called: set[int] = set()
+        self._stepped: set[int] = set()
 
     # ---- runtime scalars in place of floats, and back
 
@@ -240,10 +241,7 @@ class Hyperparameters:
         if isinstance(getattr(scheduler, "optimizer", None), Optimizer):
             self._remember(scheduler.optimizer)
         self._remember_scheduler(scheduler)
-        pending = [scheduler]
-        for one in pending:  # which grows
-            self._called.add(id(one))
-            pending += getattr(one, "_schedulers", ())
+        self._called.update(map(id, with_inner(scheduler)))
         given = dict(enumerate(args)) | kwargs
         if step is _ON_PLATEAU:  # which asks its metric for `float` first of all
             given = {at: _number_in(x) for at, x in given.items()}
@@ -313,10 +311,8 @@ class Hyperparameters:
         return "after", n, self._entry(group, key)
 
     def _remember_scheduler(self, scheduler: LRScheduler) -> None:
-        if id(scheduler) not in self._schedulers:
-            self._schedulers[id(scheduler)] = scheduler, dict(vars(scheduler))
-            for inner in getattr(scheduler, "_schedulers", ()):
-                self._remember_scheduler(inner)
+        for x in with_inner(scheduler):
+            self._schedulers.setdefault(id(x), (x, dict(vars(x))))
 
     # ---- when the call fails
 
@@ -366,6 +362,14 @@ def tells_rates(scheduler: LRScheduler) -> bool:
     if type(rates) is not list or not all(type(x) is float for x in rates):
         return False
     return rates == [group["lr"] for group in groups]
+
+
+def with_inner(scheduler: LRScheduler) -> list[LRScheduler]:
+    """A scheduler and those that it steps in turn, as SequentialLR and ChainedScheduler do."""
+    found = [scheduler]
+    for x in found:  # which grows
+        found += getattr(x, "_schedulers", ())
+    return found
 
 
 def of_torch_alone(scheduler: LRScheduler) -> bool:

@@ -110,6 +110,14 @@ def communicate(t: Trace, name: str, group: Group, values: Sequence[Value], **at
         return getattr(t.b, name)(*flat, **attrs, **where)
 
 
+def _take(t: Trace, flat: Value, *into: Handle) -> None:
+    """Tensors receive the parts of a flat result, one after another."""
+    at = 0
+    for h in into:
+        receive(t, h, _shaped(t, flat, at, h))
+        at += h.numel
+
+
 def _shaped(t: Trace, flat: Value, start: int, h: Handle) -> Value:
     """The part of a flat result that is a tensor's."""
     with t.untaped(), t.unchecked():
@@ -177,7 +185,7 @@ def all_reduce(
     if not _is_member(group):
         return None
     flat = communicate(t, "all_reduce", group_of(group), [t.read(h)], by=reduction(t, op))
-    receive(t, h, _shaped(t, flat, 0, h))
+    _take(t, flat, h)
     return _ended(async_op)
 
 
@@ -198,7 +206,7 @@ def reduce(
     group = group_of(group)
     root = root_of(group, dst, group_dst)
     flat = communicate(t, "reduce_to", group, [t.read(h)], by=reduction(t, op), root=root)
-    receive(t, h, _shaped(t, flat, 0, h))
+    _take(t, flat, h)
     return _ended(async_op)
 
 
@@ -217,7 +225,7 @@ def broadcast(
         return None
     group = group_of(group)
     flat = communicate(t, "broadcast", group, [t.read(h)], root=root_of(group, src, group_src))
-    receive(t, h, _shaped(t, flat, 0, h))
+    _take(t, flat, h)
     return _ended(async_op)
 
 
@@ -246,8 +254,7 @@ def all_gather(
     group = group_of(group)
     _check_alike(t, h, into, group.size())
     flat = communicate(t, "all_gather", group, [t.read(h)])
-    for i, x in enumerate(into):
-        receive(t, x, _shaped(t, flat, i * h.numel, x))
+    _take(t, flat, *into)
     return _ended(async_op)
 
 
@@ -268,7 +275,7 @@ def all_gather_single(
         raise t.shape_error(
             "output tensor size must be equal to world_size times input tensor size"
         )
-    receive(t, into, _shaped(t, communicate(t, "all_gather", group, [t.read(h)]), 0, into))
+    _take(t, communicate(t, "all_gather", group, [t.read(h)]), into)
     return _ended(async_op)
 
 
@@ -289,7 +296,7 @@ def reduce_scatter(
     _check_alike(t, into, given, group.size())
     whole = _joined(t, [t.read(h) for h in given])
     flat = communicate(t, "reduce_scatter", group, [whole], by=reduction(t, op))
-    receive(t, into, _shaped(t, flat, 0, into))
+    _take(t, flat, into)
     return _ended(async_op)
 
 
@@ -310,7 +317,7 @@ def reduce_scatter_single(
     if h.numel != into.numel * group.size():
         raise t.shape_error("input tensor must be the same size as output size times world size")
     flat = communicate(t, "reduce_scatter", group, [t.read(h)], by=reduction(t, op))
-    receive(t, into, _shaped(t, flat, 0, into))
+    _take(t, flat, into)
     return _ended(async_op)
 
 
@@ -339,10 +346,7 @@ def all_to_all(
     parts = {"sent": _text(h.numel for h in given), "received": _text(h.numel for h in into)}
     whole = _joined(t, [t.read(h) for h in given])
     flat = communicate(t, "all_to_all", group, [whole], **parts)
-    at = 0
-    for h in into:
-        receive(t, h, _shaped(t, flat, at, h))
-        at += h.numel
+    _take(t, flat, *into)
     return _ended(async_op)
 
 
@@ -379,7 +383,7 @@ def all_to_all_single(
 
     sizes = {"sent": parts(h, input_split_sizes), "received": parts(into, output_split_sizes)}
     flat = communicate(t, "all_to_all", group, [t.read(h)], **sizes)
-    receive(t, into, _shaped(t, flat, 0, into))
+    _take(t, flat, into)
     return _ended(async_op)
 
 
@@ -407,8 +411,7 @@ def gather(
     elif into:
         raise t.shape_error("Argument ``gather_list`` must NOT be specified on non-destination")
     flat = communicate(t, "gather_ranks", group, [t.read(h)], root=root, here=here)
-    for i, x in enumerate(into):
-        receive(t, x, _shaped(t, flat, i * h.numel, x))
+    _take(t, flat, *into)
     return _ended(async_op)
 
 
@@ -437,7 +440,7 @@ def scatter(
         raise t.shape_error("Argument ``scatter_list`` must NOT be specified on non-source")
     whole = _joined(t, [t.read(h) for h in given]) if here else t.read(into)
     flat = communicate(t, "scatter_ranks", group, [whole], root=root, here=here)
-    receive(t, into, _shaped(t, flat, 0, into))
+    _take(t, flat, into)
     return _ended(async_op)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import Handle, Step, TracedTensor, extent, is_dense
+from tracejit.capture.trace.tensor import Handle, Step, TracedTensor, by_memory, extent, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.trace.views import pick
 
@@ -69,5 +69,5 @@ def _source(t: Trace, h: Handle, offset: int, count: int) -> Handle | None:
 
 def _in_memory(h: Handle) -> tuple[Step, ...]:
     """The elements of a tensor without gaps in the order of memory, as a row."""
-    axes = sorted(range(len(h.shape)), key=lambda k: (h.shape[k] != 1, h.strides[k]), reverse=True)
-    return ("permute", (("axes", tuple(axes)),)), ("reshape", (("shape", (h.numel,)),))
+    axes = by_memory(h.shape, h.strides)
+    return ("permute", (("axes", axes),)), ("reshape", (("shape", (h.numel,)),))

@@ -17,7 +17,7 @@ from typing import Protocol
 
 from torch.optim.lr_scheduler import LRScheduler
 
-from tracejit.capture.effects.hyperparameters import tells_rates
+from tracejit.capture.effects.hyperparameters import Hyperparameters, tells_rates
 from tracejit.capture.python.origins import origin
 from tracejit.capture.trace.active import current
 
@@ -45,8 +45,8 @@ def _getattribute(self: LRScheduler, name: str) -> object:
 
 def _was_stepped(scheduler: LRScheduler) -> bool:
     """Whether the step has stepped a scheduler, which tells the rates of its groups then."""
-    t = current()
-    return t is not None and t.hyperparameters is not None and t.hyperparameters.stepped(scheduler)
+    state = _hyperparameters()
+    return state is not None and state.stepped(scheduler)
 
 
 def _is_left(scheduler: LRScheduler, name: str) -> bool:
@@ -57,8 +57,14 @@ def _is_left(scheduler: LRScheduler, name: str) -> bool:
         and name not in object.__getattribute__(scheduler, "__dict__")
     ):
         return False
+    state = _hyperparameters()
+    return state is not None and state.left(scheduler)
+
+
+def _hyperparameters() -> Hyperparameters | None:
+    """Those of the trace that runs on this thread."""
     t = current()
-    return t is not None and t.hyperparameters is not None and t.hyperparameters.left(scheduler)
+    return None if t is None else t.hyperparameters
 
 
 def asked_of(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.hyperparameters import Touched, of_torch_alone
+from tracejit.capture.effects.effects import Call, arguments_of
+from tracejit.capture.effects.hyperparameters import Touched, of_torch_alone, with_inner
 from tracejit.capture.effects.late import behind_callbacks, cuts_behind, left_by_callbacks
 from tracejit.capture.trace.scalars import Path
 
@@ -75,12 +75,7 @@ class Repeated:
         it leaves. Whether it has computed with tensors, which are not yet as Python would find
         them; then it must be undone."""
         callback = self._callbacks[n]
-        args, kwargs = [*callback.args], {**callback.kwargs}
-        for at, number in zip(self._places[n], numbers, strict=True):
-            if type(at) is int:
-                args[at] = number
-            else:
-                kwargs[at] = number
+        args, kwargs = arguments_of(callback.args, callback.kwargs, self._places[n], numbers)
         if callback.of_torch_alone:
             callback.function(*args, **kwargs)
         else:
@@ -99,10 +94,9 @@ class Repeated:
     def remember(self) -> list[tuple[dict, dict]]:
         """What the schedulers and their groups hold: `put_back` sets that again."""
         found: list[dict] = []
-        pending = [callback.function.__self__ for callback in self._callbacks]
-        for scheduler in pending:  # which grows
-            pending += getattr(scheduler, "_schedulers", ())
-            found += [vars(scheduler), *scheduler.optimizer.param_groups]
+        for callback in self._callbacks:
+            for scheduler in with_inner(callback.function.__self__):
+                found += [vars(scheduler), *scheduler.optimizer.param_groups]
         return [(x, dict(x)) for x in found]
 
     @staticmethod

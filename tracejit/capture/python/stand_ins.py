@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from tracejit.capture.python.eager_saves import Saves, of_shape, tensors_in
 from tracejit.capture.trace.table import RULES, spellings
-from tracejit.capture.trace.tensor import Step, TracedTensor, is_dense
+from tracejit.capture.trace.tensor import Step, TracedTensor, by_memory, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import UnsupportedOperation
 from tracejit.ir.graph import Value
@@ -193,30 +193,26 @@ class StandIns:
         dense = is_dense(h.shape, h.strides) and is_dense(tuple(meta.shape), meta.stride())
         if not dense or h.numel != meta.numel():
             return None
-        order = _by_memory(h.shape, h.strides)
+        order = by_memory(h.shape, h.strides)
         back = [order.index(k) for k in range(len(order))]
         steps = (
-            ("permute", (("axes", _by_memory(tuple(meta.shape), meta.stride())),)),
+            ("permute", (("axes", by_memory(tuple(meta.shape), meta.stride())),)),
             ("reshape", (("shape", tuple(h.shape[k] for k in order)),)),
             ("permute", (("axes", tuple(back)),)),
         )
         return self.t.read_with_history(h), steps
 
 
-def _by_memory(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes from the longest stride to the shortest."""
-    return tuple(sorted(range(len(shape)), key=lambda k: (shape[k] != 1, strides[k]), reverse=True))
-
-
 # ---- operators that are no torch function by another name: (call, which result, *arguments)
 
 
-def _log_softmax(call: Callable, which: int, x: Tensor, axis: int, to_float: bool) -> Tensor:
-    return call(functional.log_softmax, x, axis)
+def _along(function: Callable) -> Callable:
+    """A function along an axis, whose operator is given a dtype besides."""
 
+    def operator(call: Callable, which: int, x: Tensor, axis: int, *dtype: object) -> Tensor:
+        return call(function, x, axis)
 
-def _softmax(call: Callable, which: int, x: Tensor, axis: int, to_float: bool) -> Tensor:
-    return call(functional.softmax, x, axis)
+    return operator
 
 
 def _layer_norm(
@@ -338,9 +334,9 @@ def _attention(
 
 
 _OPERATORS = {
-    "_log_softmax": _log_softmax,
-    "_softmax": _softmax,
-    "_safe_softmax": lambda call, which, x, axis, dtype=None: call(functional.softmax, x, axis),
+    "_log_softmax": _along(functional.log_softmax),
+    "_softmax": _along(functional.softmax),
+    "_safe_softmax": _along(functional.softmax),
     "native_layer_norm": _layer_norm,
     "native_batch_norm": _batch_norm,
     "nll_loss_forward": _nll_loss,

@@ -206,6 +206,11 @@ def is_dense(shape: Ints, strides: Ints) -> bool:
     return True
 
 
+def by_memory(shape: Ints, strides: Ints) -> Ints:
+    """The axes of a dense tensor from the longest stride to the shortest: the order of memory."""
+    return tuple(sorted(range(len(shape)), key=lambda k: (shape[k] != 1, strides[k]), reverse=True))
+
+
 def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     """Strides that torch gives the result of an element-wise op on (shape, strides) operands.
 
