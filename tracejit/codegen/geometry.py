@@ -13,6 +13,7 @@ from tracejit.codegen.triton_attention import attention_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
+from tracejit.ir.ops import OPS
 from tracejit.kernels.tiles import attention_tiles, tiles
 from tracejit.schedule.kernel import (
     Attend,
@@ -136,22 +137,30 @@ def _alone(
         return _reduce(kernel, bound, max_tile, warps)
     if form == "scatter":
         return _scatter(kernel, bound, max_tile)
-    if form == "scan":
-        outer = _numel(kernel.axes, bound)
-        block = min(power_of_two(outer), COLUMNS, max_tile)
-        return Geometry((cdiv(outer, block),), {"BLOCK": block}, _warps(block))
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
     if form == "sort":
         block = min(power_of_two(inner), RANKED, max_tile)
         others = max(1, min(power_of_two(inner), max_tile // block, COMPARED))
         blocks = outer * cdiv(inner, block)
         return Geometry((blocks,), {"BLOCK": block, "OTHERS": others}, _warps(block * others))
+    share = 8
+    if form == "scan":
+        looped, share = True, _scanned(kernel)
+        max_tile = min(max_tile, MAX_TILE // 8 * share)
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
     return Geometry(
         grid=(cdiv(outer, block_o),),
         constants={"BLOCK_O": block_o, "BLOCK_I": block_i},
-        num_warps=_warps(block_o * block_i),
+        num_warps=_warps(block_o * block_i, share),
     )
+
+
+def _scanned(kernel: Kernel) -> int:
+    """How many elements of a running result a thread takes: of log-sums few, as each is a lot of
+    code."""
+    if any(getattr(s, "op", None) is OPS["log1p"] for s in kernel.stages[-1].body):
+        return 2
+    return 8 if all(b.dtype.itemsize < 8 for b in kernel.buffers) else 4
 
 
 def _flat_block(numel: int, max_tile: int, warps: int) -> int:
@@ -324,9 +333,9 @@ def _numel(axes: Sequence[Axis], bound: Mapping) -> int:
     return math.prod(bound.get(a.extent, a.extent) for a in axes)
 
 
-def _warps(elements: int) -> int:
-    """8 elements a thread, in 1 to 8 warps."""
-    return min(8, max(1, elements // 256))
+def _warps(elements: int, share: int = 8) -> int:
+    """`share` elements a thread, in 1 to 8 warps."""
+    return min(8, max(1, elements // (32 * share)))
 
 
 def cdiv(n: int, by: int) -> int:

@@ -15,6 +15,7 @@ from tracejit.codegen import (
     triton_attention,
     triton_forms,
     triton_matmul,
+    triton_scan,
     triton_scatter,
     triton_sort,
 )
@@ -50,11 +51,13 @@ class Source:
 
 @dataclass(frozen=True)
 class _Printed:
-    """A kernel's functions, its own last; its constants besides its sizes; its imports."""
+    """A kernel's functions, its own last; its constants besides its sizes; its imports from
+    kernels/reduce.py and kernels/scan.py."""
 
     blocks: list[str]
     constants: tuple[str, ...]
     imports: frozenset[str]
+    scans: frozenset[str]
 
 
 def emit(
@@ -90,9 +93,9 @@ def emit(
     for called in ("attend_forward", "attend_gradients"):
         if f" {called}(" in code:
             imports.append(f"from tracejit.kernels.attention import {called}")
-    if printed.imports:
-        names = ", ".join(sorted(printed.imports))
-        imports.append(f"from tracejit.kernels.reduce import {names}")
+    for room, called in (("reduce", printed.imports), ("scan", printed.scans)):
+        if called:
+            imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
     header = "\n".join(imports).rstrip()
     return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, found)
 
@@ -111,7 +114,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
             "reduce": triton_forms.reduce,
             "rows": triton_forms.rows,
             "scatter": triton_scatter.scatter,
-            "scan": triton_scatter.scan,
+            "scan": triton_scan.scan,
             "sort": triton_sort.sort,
         }[form]
         function = printer(kernel, bool(variant), part)
@@ -124,7 +127,8 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
         describe(kernel, form),
         function.lines,
     )
-    return _Printed([*helpers, text], constants, frozenset(function.imports))
+    names = frozenset(function.imports), frozenset(function.scans)
+    return _Printed([*helpers, text], constants, *names)
 
 
 def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str]) -> _Printed:
@@ -136,6 +140,7 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
     blocks: list[str] = []
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
+    scans: frozenset[str] = frozenset()
     lines = [Line("program = tl.program_id(0)")]
     scalar = 0
     known: dict[tuple[Kernel, str], tuple[str, _Printed]] = {}
@@ -165,10 +170,11 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
         scalar += len(part.scalars)
         constants += own
         imports |= printed.imports
+        scans |= printed.scans
     text = _function(
         kernel, name, bool(imports), [*kernel.sizes, *constants], describe(kernel, "joint"), lines
     )
-    return _Printed([*blocks, text], tuple(constants), imports)
+    return _Printed([*blocks, text], tuple(constants), imports, scans)
 
 
 def _function(

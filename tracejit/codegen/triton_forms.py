@@ -2,7 +2,7 @@
 
 sort        its first stage ends with a Sort (`triton_sort.py`)
 scatter     its last stage runs in order (`triton_scatter.py`)
-scan        so does its only stage, which adds up along its axis
+scan        so does its only stage, with a running result along its axis (`triton_scan.py`)
 pointwise   outer axes only: a flat block of the domain per program
 reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
             the last one to finish folds the partials in fixed order and runs the tail stages
@@ -36,11 +36,13 @@ class Function:
     """A generated function's lines, its constants besides the kernel's sizes, and its imports.
 
     `imports` are names of tracejit.kernels.reduce; a function that has any takes a workspace.
+    `scans` are names of tracejit.kernels.scan.
     """
 
     lines: tuple[Line, ...]
     constants: tuple[str, ...]
     imports: tuple[str, ...] = ()
+    scans: tuple[str, ...] = ()
 
 
 def form_of(kernel: Kernel) -> str:

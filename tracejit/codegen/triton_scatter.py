@@ -1,4 +1,4 @@
-"""Kernels that go in order, as Triton functions: values say where they store, or sums run on.
+"""Kernels that go in order, as Triton functions, since values say where they store.
 
 No atomics. An element is one program's own, which takes what goes there in the order of the
 indices. Programs share out the outer points in blocks and, where the index is the same for all
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
-from tracejit.codegen.triton_text import TRITON, Dim, compute_type
+from tracejit.codegen.triton_text import TRITON, Dim
 from tracejit.schedule.cpu.access import axes_of, places, variables
-from tracejit.schedule.kernel import Axis, Kernel, Load, Size, Stage, Statement, Store
+from tracejit.schedule.kernel import Axis, Kernel, Size, Stage, Statement, Store
 
 
 @dataclass(frozen=True)
@@ -91,34 +91,6 @@ def scatter(
         *loop,
     ]
     return Function(tuple(lines), ("BLOCK", "PARTS", "RANGE"))
-
-
-def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
-    """The function of a kernel with a running result along an axis: a block of outer points per
-    program, whose totals so far stay in registers."""
-    body, (stage,), dim = make(kernel), kernel.stages, Dim("x", kernel.axes)
-    (axis,), store = stage.axes, stage.body[-1]
-    own = [s for s in stage.body if isinstance(s, Load) and s.buffer == store.buffer]
-    so_far = [s for s in own if s.mask and s.index != store.index][-1]  # behind what it takes in
-    body.axis_text[axis.name] = (axis.name, NO_DIMS)
-    body.enter(dim)
-    everywhere = frozenset(body.dims)
-    body.define(so_far.out, everywhere, "total")
-    body.emit(s for s in stage.body if s is not so_far and s is not store)
-    kind = compute_type(so_far.out.dtype)
-    given = body.operand(store.value, so_far.out.dtype)
-    body.lines.append(Line(f"total = tl.broadcast_to({given}, [BLOCK]).to({kind})", store.where))
-    body.emit((store,))
-    body.leave(dim)
-    body.used |= {dim.mask}
-    lines = [
-        *body.prelude(dim, f"{program_number(kernel, part)} * BLOCK + {lanes(dim)}"),
-        *body.scalar_lines(),
-        Line(f"total = tl.zeros([BLOCK], {kind})"),
-        Line(f"for {axis.name} in range(0, {axis.extent}):"),
-        *TRITON.indent(body.lines),
-    ]
-    return Function(tuple(lines), ("BLOCK",))
 
 
 def _loop(

@@ -22,7 +22,8 @@ from tracejit.codegen.triton_attention import Attention, attention, attention_of
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
-from tracejit.codegen.triton_scatter import scan, scatter, scatter_of
+from tracejit.codegen.triton_scan import scan
+from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import Dim, fold_of
 from tracejit.kernels.tiles import dot_path
@@ -168,13 +169,19 @@ def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: 
 
 
 def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
-    """The work of a running sum, whose totals stay in registers."""
-    programs, total = shape.grid[0], _Total()
-    extents = {"x": _Blocks(_numel(kernel.axes, sizes), programs, shape.constants["BLOCK"])}
-    trips = _numel(kernel.stages[0].axes, sizes)
+    """The work of a running result: a tree over each tile takes as many combinations for each
+    element as it has levels."""
+    programs, total, constants = shape.grid[0], _Total(), shape.constants
+    block_o, block_i = constants["BLOCK_O"], constants["BLOCK_I"]
+    row = _numel(kernel.stages[0].axes, sizes)
+    trips = cdiv(row, block_i)
+    extents = {
+        "o": _Blocks(_numel(kernel.axes, sizes), programs, block_o),
+        "i": _Blocks(row, trips, block_i),
+    }
     for section in (s for s in body.sections if s.dims):
         total.add(body, section, extents, trips * programs, trips)
-    total.operations += trips * programs * extents["x"].block
+    total.operations += trips * programs * block_o * block_i * max(1, block_i.bit_length() - 1)
     total.loaded += body.scalar_bytes * programs
     return total.work("scan", programs, total.waiting(programs))
 

@@ -2,7 +2,8 @@
 
 Repaired: bf16 (stored as its bits, computed in fp32, rounded to nearest even), dtypes of
 comparisons, conversions between floats and integers, maximum and minimum of NaN, fma, tf32 dots,
-libdevice, block reductions, and runtime loop bounds. Added: the checks of `interpreter.Memory`.
+libdevice, block reductions, scans (as trees), and runtime loop bounds. Added: the checks of
+`interpreter.Memory`.
 Importing this module needs triton in interpreter mode.
 """
 
@@ -248,6 +249,24 @@ def reduce_block(self, inputs):
 _triton_reduce = triton_interpreter.ReduceOps.apply_impl
 
 
+def scan_block(self, inputs):
+    """`ScanOps.apply_impl` as a tree, as a GPU has one: results are combined with those that end
+    1, 2, 4, … places before them."""
+    if self.reverse or any(x.dtype == tl.bfloat16 for x in inputs):
+        raise TypeError("scans go forward, and are in fp32 or wider")
+    parts = [np.moveaxis(x.handle.data, self.axis, -1).copy() for x in inputs]
+    kinds = [x.dtype for x in inputs]
+    reach = 1
+    while reach < parts[0].shape[-1]:
+        sides = [np.roll(part, reach, -1) for part in parts] + parts
+        made = self.combine_fn.fn(*map(self.to_tensor, sides, kinds * 2))
+        for part, new in zip(parts, made if isinstance(made, tuple) else (made,), strict=True):
+            part[..., reach:] = new.handle.data[..., reach:]
+        reach *= 2
+    pairs = zip(parts, inputs, strict=True)
+    return [self.to_tensor(np.moveaxis(part, -1, self.axis), x.dtype) for part, x in pairs]
+
+
 # --- installation -----------------------------------------------------------------------------
 
 
@@ -267,6 +286,7 @@ def install() -> None:
     # Triton 3.6 calls int() on an array of one element, which numpy >= 2.4 refuses.
     tl.tensor.__index__ = lambda self: int(self.handle.data.item())
     triton_interpreter.ReduceOps.apply_impl = reduce_block
+    triton_interpreter.ScanOps.apply_impl = scan_block
     InterpretedFunction.__call__ = call_device_function
     builder.__class__ = RepairedBuilder
     # Integer overflow wraps around, as in a kernel that was compiled without debug=True.

@@ -1,7 +1,7 @@
 """How a running result takes in one more element, as statements of a kernel.
 
-On a CPU float32 is combined in float64, as eager does: what is carried from step to step in a
-register is rounded only where it is stored.
+float32 is combined in float64, as eager does on a CPU: what is carried from step to step in a
+register is rounded only where it is stored. `codegen/triton_scan.py` reads these statements.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Combining:
         if combine in ("max", "min"):
             (value,) = values
             return self._extremum(combine, so_far, value, inside)
-        dtype = f64 if kind.dtype is f32 and kind.device == "cpu" else kind.dtype
+        dtype = f64 if kind.dtype is f32 else kind.dtype
         before, *values = (self._cast(v, dtype) for v in (so_far, *values))
         if combine == "cumsum":
             total = self._emit("add", dtype, before, *values)
