@@ -138,9 +138,19 @@ def _diagonal_steps(x):
     x[slice(3, None)][-1][-1] = 8.0
 
 
+def _out_of_several(x):
+    pair = torch.empty(4), torch.empty(4, dtype=torch.int64)
+    largest = torch.max(x, 1, out=pair)
+    least, most = torch.empty(()), torch.empty(())
+    torch.aminmax(x, out=(least, most))
+    torch.sort(x, 0, out=(x, torch.empty(4, 6, dtype=torch.int64)))
+    return largest[0] is pair[0], largest.indices, pair, least, most
+
+
 @pytest.mark.parametrize(
     "step",
     [
+        _out_of_several,
         _write_rows,
         _write_through_views,
         _write_reshaped,
@@ -433,3 +443,13 @@ def test_values_are_read(i):
 def test_values_are_refused(read):
     with pytest.raises(TracejitError, match=rf"{FILE}:\d+"):
         call(lambda x: read(x.sum()), torch.ones(3))
+
+
+def test_an_intermediate_has_all_methods_of_a_tensor():
+    """None is hidden by what the tracer notes of it."""
+    from tracejit.capture.trace.tensor import TracedTensor
+
+    noted = {n for n in {**vars(TracedTensor), **TracedTensor.__annotations__} if n[:2] != "__"}
+    assert not noted & set(dir(torch.Tensor))
+    x = torch.arange(9.0).reshape(3, 3)
+    assert call(lambda x: (x + 1).trace(), x) == 15.0

@@ -625,7 +625,14 @@ row("logical_not logical_not_", UNARY)
 row("clamp clip clamp_ clip_", CLAMP)
 row("clamp_min clamp_min_", [*NUMBER_PAIRS, S(v(0, 1, 2), 1), S(r(5), r(5))])
 row("clamp_max clamp_max_", [*NUMBER_PAIRS, S(v(0, 1, 2), 1), S(r(5), r(5))])
-row("masked_fill masked_fill_", MASKS)
+row(
+    "masked_fill masked_fill_",
+    [
+        *MASKS,
+        S(r(4, 3).t(), r(3, 4, dtype=b1), 1.0),
+        S(r(2, 3, 4).transpose(0, 2), r(3, 2, dtype=b1), 0),
+    ],
+)
 row("where", WHERE)
 row("copy_", [s for s in TENSOR_PAIRS if s.args[0].is_contiguous()])
 row(
@@ -894,8 +901,8 @@ _elsewhere = """
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
     __index__ __int__ __iter__ __len__ __repr__ _set_grad_enabled allclose backward data_ptr
     device dim dtype element_size equal grad grad_fn is_complex is_conj is_contiguous is_cpu
-    is_cuda is_floating_point is_inference is_leaf is_meta is_mkldnn is_neg is_nested is_nonzero
-    is_quantized is_same_size is_sparse is_sparse_csr item itemsize layout nbytes ndim
+    is_cuda is_floating_point is_signed is_inference is_leaf is_meta is_mkldnn is_neg is_nested
+    is_nonzero is_quantized is_same_size is_sparse is_sparse_csr item itemsize layout nbytes ndim
     can_cast ndimension nelement numel numpy promote_types requires_grad requires_grad_
     result_type retain_grad
     register_hook register_post_accumulate_grad_hook retains_grad shape size

@@ -518,12 +518,15 @@ _MEDIANS = [
     S(_HOLES.t(), 0, True),
     S(apart(3, 5), 1, smooth=True),
     S(v(nan, nan, nan), 0),
+    S(v(nan, nan, nan)),
+    S(v(1.0, nan, 2.0, 2.0, 3.0, 2.0)),
     S(apart(9, dtype=f64)),
     S(apart(9, dtype=bf16), 0),
     S(apart(9, dtype=i64), 0),
     S(r(), 0),
     S(r(3), 1),
-    no(r(0)),
+    S(r(0)),
+    no(r(0, dtype=i64)),
 ]
 row("nanmedian", _MEDIANS)
 _QUANTILES = [

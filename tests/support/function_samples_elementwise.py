@@ -164,7 +164,7 @@ HALF = [  # by halves and thirds, between and beyond whole numbers
     S(v(0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.25, 30.0)),
     S(v(-0.5, -1.25, -2.75, -7.5, -10.2)),
 ]
-_poles = [S(v(0.0, -0.0, nan, inf)), S(v(-50, -2, -1, 0, 3, dtype=i64))]
+_poles = [S(v(0.0, -0.0, nan, inf, 1.0, 2.0, -3e38, -1e10)), S(v(-50, -2, -1, 0, 3, dtype=i64))]
 _shares = [
     S(r(9, low=0.02, high=0.98), smooth=True),
     S(r(9, dtype=f64, low=0.02, high=0.98), smooth=True),
@@ -367,3 +367,20 @@ row(
     exact=False,
 )
 row("sym_float", [S(2), S(-1.5), S(True)])
+
+_points = r(9, 3)
+row(
+    "histogramdd",
+    [
+        S(_points, [3, 1, 4]),
+        S(_points, 3, range=[-1.0, 1.0, 0.0, 2.0, -0.5, 0.5], density=True),
+        S(r(3, 3, 2), [2, 5], weight=r(3, 3)),
+        S(_points[:, :2], (v(-1.0, 0.0, 1.0), v(0.0, 0.5, 1.0, 3.0)), density=True),
+        S(r(0, 2), 3),
+        S(r(5), 3),
+        S(r(5, 2), [3]),
+        S(r(5, 2, dtype=i64), 3),
+        no(r(5, 2, dtype=bf16), 3),
+    ],
+    exact=False,
+)

@@ -90,6 +90,19 @@ _exponents = [S(x, v(-3, 0, 1, 2, 7, dtype=d)) for x, d in ((r(5), f32), (r(5, d
 _exponents += [S(r(3, 1), r(5), smooth=True), S(r(3, dtype=f64), v(5))]
 row("ldexp ldexp_", _exponents, exact=False)
 row(
+    "vander",
+    [
+        S(r(5)),
+        S(r(5), 3),
+        S(r(5), N=7, increasing=True),
+        S(r(5), 0),
+        S(r(5), 1),
+        S(r(5, dtype=i64), 4),
+        S(r(5, dtype=b1)),
+        S(r(3, 5)),
+    ],
+)
+row(
     "linalg_vander",
     [
         S(r(5)),

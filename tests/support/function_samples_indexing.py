@@ -583,6 +583,8 @@ row(
         S(r(5), prepend=r(2), append=r(1)),
         S(r(5, dtype=i64)),
         S(r(5), 0),
+        S(r(5, dtype=b1)),
+        S(r(3, 4, dtype=b1), 2, 0),
         S(r()),
     ],
 )
@@ -873,7 +875,10 @@ row(
         S(r(3, 4, dtype=i64), 1, at(3, 1, below=4), 2),
         S(r(3, 4), dim=1, index=at(3, 1, below=4), value=1.0),
         S(r(3, 4), dim=1, index=at(3, 1, below=4), src=r(3, 1)),
-        no(r(5), 0, i(1, 1, 4), r(3), reduce="add"),
+        S(r(5), 0, i(1, 1, 4), r(3), reduce="add"),
+        S(r(4, 3).t(), 1, at(3, 5, below=4), r(3, 5), reduce="multiply"),
+        S(r(3, 4, dtype=i64), 1, at(3, 1, below=4), 2, reduce="add"),
+        no(r(5, dtype=b1), 0, i(1, 1, 4), r(3, dtype=b1), reduce="add"),
     ],
 )
 row("scatter_add scatter_add_", SCATTERED, exact=False)
@@ -1038,10 +1043,16 @@ row(
         S(apart(4, 3, dtype=bf16), 0),
         S(torch.tensor([1.0, math.nan, 3.0])),
         S(torch.tensor([[1.0, math.nan, 3.0], [1, 2, 3]]), 1),
+        S(torch.tensor([1.0, 2.0, 2.0, 3.0, 2.0])),
+        S(torch.tensor([[1.0, math.nan, 3.0], [1, math.nan, 3]])),
+        S(r(3, dtype=b1)),
+        S(r(0)),
+        S(r(0, 3)),
         S(r()),
         S(r(), 0),
         S(r(3), 2),
-        no(r(0)),
+        no(r(0, dtype=i64)),
+        no(r(3, 0), 1),
     ],
 )
 

@@ -311,7 +311,7 @@ def made_real(proxy: TracedTensor, real: torch.Tensor) -> torch.Tensor:
     """Turn a proxy that user objects hold into the tensor it stands for, in place. `real` is an
     empty shell afterwards."""
     proxy.__dict__.pop("handle", None)
-    proxy.__dict__.pop("trace", None)
+    proxy.__dict__.pop("owner", None)
     proxy.__class__ = torch.Tensor
     try:
         torch._C._swap_tensor_impl(proxy, real)

@@ -1,6 +1,9 @@
-"""Counts of numbers by bins: histc, histogram."""
+"""Counts of numbers by bins: histc, histogram, histogramdd."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 
@@ -96,3 +99,61 @@ def histogram(
     values = (t.read(t.lift(x)) for x in (found, edges))
     made = (t.fresh(underived(t, "histogram", inputs, value)) for value in values)
     return torch.return_types.histogram(tuple(made))
+
+
+@composed(torch.histogramdd, kernel=True)
+def histogramdd(
+    t: Trace,
+    input: Tensor,
+    bins: int | Sequence,
+    range: Sequence[float] | None = None,
+    weight: Tensor | None = None,
+    density: bool = False,
+) -> object:
+    """Counts of points by boxes, which edges along each coordinate bound."""
+    h = t.lift(input)
+    require_float(t, "histogramdd", t.read(h))
+    if len(h.shape) < 2:
+        raise t.shape_error("torch.histogramdd: input tensor should have at least 2 dimensions")
+    rank = h.shape[-1]
+    given = [bins] * rank if isinstance(bins, int) else list(bins)
+    if len(given) != rank:
+        raise t.shape_error(
+            "torch.histogramdd: The size of bins must be equal to the innermost dimension"
+        )
+    if any(isinstance(n, Tensor) and t.lift(n).dtype is not h.dtype for n in given):
+        raise t.shape_error("torch.histogramdd: bins must be of input's dtype")
+    if h.dtype.narrow:
+        raise t.unsupported("histogramdd of bf16 and f16 has no rule")
+    with torch.no_grad():
+        x = input.detach().reshape(-1, rank)
+        edges, inside, place = [], torch.ones_like(x[:, 0], dtype=torch.bool), 0
+        for k, (column, n) in enumerate(zip(x.unbind(-1), given, strict=True)):
+            if isinstance(n, Tensor):
+                found = n.detach()
+            else:
+                low, high = (0.0, 0.0) if x.numel() else (0.0, 1.0)
+                low, high = range[2 * k : 2 * k + 2] if range is not None else (low, high)
+                ends = _ends(t, column, float(low), float(high), 0.5)
+                found = torch.linspace(*ends, n + 1, dtype=x.dtype)
+            if len(found) < 2:
+                raise t.shape_error("torch.histogramdd(): bins must be > 0")
+            edges.append(found)
+            inside = inside & (column >= found[0]) & (column <= found[-1])
+            at = (torch.searchsorted(found, column.contiguous(), right=True) - 1).clamp(0)
+            place = place * (len(found) - 1) + at.clamp(max=len(found) - 2)
+        counts = [len(e) - 1 for e in edges]
+        total = math.prod(counts)
+        place = torch.where(inside, place, total)
+        t.ranges[t.read(t.lift(place))] = 0, total
+        each = torch.ones_like(x[:, 0]) if weight is None else weight.detach().reshape(-1)
+        found = x.new_zeros(total + 1).index_add(0, place, each)[:total].reshape(counts)
+        if density:
+            found = found / found.sum()
+            for k, e in enumerate(edges):
+                found = found / e.diff().reshape((-1,) + (1,) * (rank - 1 - k))
+    inputs = (t.read(h),)
+    values = [t.read(t.lift(v)) for v in (found, *edges)]
+    hist, *made = (t.fresh(underived(t, "histogramdd", inputs, value)) for value in values)
+    edges = (n if isinstance(n, Tensor) else e for n, e in zip(given, made, strict=True))
+    return torch.return_types.histogramdd((hist, tuple(edges)))

@@ -11,6 +11,7 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.common import normal_axis, register
 from tracejit.capture.functions.composites import composed, in_torch
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.rows import elementwise
 from tracejit.capture.trace.table import Row
 from tracejit.capture.trace.tensor import TO_TORCH
@@ -220,6 +221,25 @@ def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
         x = x.to(torch.int64)
     powers = x.unsqueeze(-1).expand(*x.shape, n - 1).cumprod(-1)
     return torch.cat([torch.ones_like(x).unsqueeze(-1), powers], -1)
+
+
+@composed(torch.vander)
+def vander_down(t: Trace, x: Tensor, N: int | None = None, increasing: bool = False) -> Tensor:
+    """Powers of each element of a vector, the highest first unless `increasing`."""
+    if x.dim() != 1:
+        raise t.shape_error("x must be a one-dimensional tensor.")
+    n = len(x) if N is None else N
+    if n < 0:
+        raise t.shape_error("N must be non-negative.")
+    with torch.no_grad():
+        first = x.detach() if x.is_floating_point() else x.to(torch.int64)
+        powers = torch.ones_like(first).unsqueeze(-1)[:, :n]
+        if n > 1:
+            powers = torch.cat([powers, first.unsqueeze(-1).expand(-1, n - 1).cumprod(-1)], -1)
+        found = powers.clone() if increasing else powers.flip(-1)
+    if n < 2:
+        return found
+    return t.fresh(underived(t, "vander", (t.read(t.lift(x)),), t.read(t.lift(found))))
 
 
 # --- roots of the plane: what torch.fft has that needs no complex numbers ------------------------

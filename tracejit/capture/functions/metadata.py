@@ -99,6 +99,11 @@ def is_floating_point(t: Trace, input: Tensor) -> bool:
     return t.peek(input).dtype.is_float
 
 
+@rule(Tensor.is_signed, torch.is_signed)
+def is_signed(t: Trace, input: Tensor) -> bool:
+    return t.peek(input).dtype.kind in "fi"
+
+
 @rule(Tensor.element_size)
 def element_size(t: Trace, self: Tensor) -> int:
     return t.lift(self).dtype.itemsize

@@ -21,7 +21,7 @@ from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, b
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
 from tracejit.ir.ops.movement import part
-from tracejit.ir.types import i64
+from tracejit.ir.types import b1, i64
 
 Tensor = torch.Tensor
 SHORT = 16  # elements along an axis
@@ -306,7 +306,10 @@ def diff(
         if not size:
             break
         later, earlier = narrow(t, x, axis, 1, size - 1), narrow(t, x, axis, 0, size - 1)
-        x = sub(t, later, earlier)
+        if h.dtype is b1:
+            x = t.fresh(t.b.xor(t.read(t.lift(later)), t.read(t.lift(earlier))))
+        else:
+            x = sub(t, later, earlier)
     return t.fresh(t.b.alias(t.read(t.lift(x)))) if x is input else x
 
 

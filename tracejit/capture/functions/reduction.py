@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -123,6 +124,18 @@ def attains(t: Trace, x: Value, top: Value) -> Value:
     return t.b.or_(hit, t.b.and_(t.b.ne(x, x), t.b.ne(top, top)))
 
 
+def shared(t: Trace, x: Value, y: Value, axes: Ints) -> Callable:
+    """torch's derivative of one element of all, y: those that equal it share the gradient."""
+
+    def vjp(b: Builder, cts: tuple, need: tuple) -> tuple:
+        hit = attains(t, x, expand(t, y, x.type.shape))
+        ones = b.cast(hit, dtype=x.type.dtype)
+        count = b.reduce_sum(ones, axes=axes) if axes else ones
+        return (b.mul(ones, expand(t, b.div(cts[0], count), x.type.shape)),)
+
+    return vjp
+
+
 def whole(name: str):
     """max() and min() of all elements: the gradient is shared by those that attain it, NaN too."""
 
@@ -134,13 +147,7 @@ def whole(name: str):
         with t.untaped():
             y = getattr(t.b, f"reduce_{name}")(x, axes=axes) if axes else t.b.alias(x)
 
-        def vjp(b, cts, need):
-            hit = attains(t, x, expand(t, y, x.type.shape))
-            ones = b.cast(hit, dtype=x.type.dtype)
-            count = b.reduce_sum(ones, axes=axes) if axes else ones
-            return (b.mul(ones, expand(t, b.div(cts[0], count), x.type.shape)),)
-
-        return t.fresh(t.derive(name, (x,), y, vjp))
+        return t.fresh(t.derive(name, (x,), y, shared(t, x, y, axes)))
 
     return reduce
 

@@ -16,6 +16,7 @@ from tracejit.capture.functions.common import (
     operand,
     register,
 )
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.movement import reshape
 from tracejit.capture.functions.patterns import scattered
 from tracejit.capture.trace import location
@@ -114,6 +115,9 @@ class _Places:
         return t.b.slice(x, starts=zeros, stops=shape, steps=ones)
 
 
+_COMBINED = {"add": "add", "multiply": "mul"}
+
+
 def scatter(
     t: Trace,
     input: Tensor,
@@ -124,9 +128,10 @@ def scatter(
     *,
     reduce: str | None = None,
 ) -> TracedTensor:
-    """`src` where an index says; where several say the same, the last one counts."""
-    if reduce is not None:
-        raise t.unsupported("scatter with reduce= has no rule; use scatter_add")
+    """`src` where an index says; where several say the same, the last one counts, or by `reduce`
+    all of them and what was there are added or multiplied."""
+    if reduce is not None and reduce not in _COMBINED:
+        raise t.shape_error(f"reduce argument must be either add or multiply, got {reduce}")
     h = t.lift(input)
     places = _Places(t, h, dim, index, "scatter")
     x = t.b.reshape(t.read(h), shape=places.shape)
@@ -140,6 +145,13 @@ def scatter(
         rows = t.b.full(number, shape=places.at.type.shape, dtype=h.dtype, device=h.device)
     if places.none:
         return _made(t, h, t.unread(t.b.alias(x), rows) if is_given else t.b.alias(x))
+    inputs = (x, rows) if is_given else (x,)
+    if reduce is not None:
+        if h.dtype is b1:
+            raise t.unsupported("scatter of bools with reduce= has no rule")
+        with t.untaped():
+            out = places.put(t.b, x, rows, _COMBINED[reduce])
+        return _made(t, h, underived(t, "scatter", inputs, out))
     with t.untaped():
         out = places.put(t.b, x, rows)
 
@@ -150,7 +162,6 @@ def scatter(
         taken = places.read(b, g) if len(need) > 1 and need[1] else None
         return (kept, taken)[: len(need)]
 
-    inputs = (x, rows) if is_given else (x,)
     return _made(t, h, t.derive("scatter", inputs, out, vjp))
 
 

@@ -109,11 +109,9 @@ def masked_fill(t: Trace, input: Tensor, mask: Tensor, value: object) -> TracedT
     v = operand(t, value)
     if v.handle is not None and v.handle.shape:
         raise t.shape_error("masked_fill_ only supports a 0-dimensional value tensor")
-    filled = where(t, mask, value, input)
-    into = x.handle.dtype
-    if filled.handle.dtype is into:
-        return filled
-    return t.fresh(t.b.cast(t.read(filled.handle), dtype=into), filled.handle.strides)
+    filled = t.read(where(t, mask, value, input).handle)
+    into = x.handle.dtype  # laid out row-major, whatever the input is
+    return t.fresh(filled if filled.type.dtype is into else t.b.cast(filled, dtype=into))
 
 
 for _names, _implementation in (

@@ -6,17 +6,18 @@ order, as in eager's stable sort.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from tracejit.capture.functions.common import normal_axis, register
-from tracejit.capture.functions.reduction import keep
+from tracejit.capture.functions.reduction import keep, shared
 from tracejit.capture.trace.tensor import Handle, TracedTensor, elementwise_strides
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.movement import part
-from tracejit.ir.types import i64
+from tracejit.ir.types import b1, i64
 
 Tensor = torch.Tensor
 ON_GPU = 1 << 36  # comparisons of one sort: a GPU finds places by comparing each with each
@@ -59,6 +60,12 @@ def _sorted(
     return t.fresh(values, strides), t.fresh(order, strides)
 
 
+def _refuse_bools(t: Trace, h: Handle, name: str) -> None:
+    """Eager sorts bools, but does not choose among them."""
+    if h.dtype is b1:
+        raise t.shape_error(f"\"{name}\" not implemented for 'Bool'")
+
+
 def sort(
     t: Trace,
     input: Tensor,
@@ -89,6 +96,7 @@ def topk(
 ) -> object:
     """The k largest or smallest; unsorted ones come sorted too."""
     h = t.lift(input)
+    _refuse_bools(t, h, "topk")
     axis = normal_axis(t, dim, len(h.shape))
     if not 0 <= k <= (h.shape[axis] if h.shape else 1):
         raise t.shape_error("selected index k out of range")
@@ -117,6 +125,7 @@ def _kept(t: Trace, v: Value, h: Handle, axis: int, keepdim: bool) -> TracedTens
 
 def kthvalue(t: Trace, input: Tensor, k: int, dim: int = -1, keepdim: bool = False) -> object:
     h = t.lift(input)
+    _refuse_bools(t, h, "kthvalue")
     axis = normal_axis(t, dim, len(h.shape))
     if not 1 <= k <= (h.shape[axis] if h.shape else 1):
         raise t.shape_error(f"kthvalue(): selected number k out of range for dimension {axis}")
@@ -148,11 +157,17 @@ def _median(name: str, *, ignore: bool) -> Callable:
 
     def rule(t: Trace, input: Tensor, dim: int | None = None, keepdim: bool = False) -> object:
         h = t.lift(input)
+        _refuse_bools(t, h, "median")
+        if dim is None and not h.numel and h.dtype.is_float:
+            total = t.b.reduce_sum(t.b.reshape(t.read(h), shape=(0,)), axes=(0,))
+            return t.fresh(t.b.add(total, math.nan))
         if not h.numel:
             raise t.unsupported("The median of no elements has no rule")
         if dim is None:
-            value, _ = _middle(t, t.b.reshape(t.read(h), shape=(h.numel,)), 0, ignore)
-            return t.fresh(t.b.reshape(value, shape=()))
+            row = t.b.reshape(t.read(h), shape=(h.numel,))
+            with t.untaped():
+                value = t.b.reshape(_middle(t, row, 0, ignore)[0], shape=())
+            return t.fresh(t.derive(name, (row,), value, shared(t, row, value, (0,))))
         axis = normal_axis(t, dim, len(h.shape))
         x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
         found = [_kept(t, v, h, axis, keepdim) for v in _middle(t, x, axis, ignore)]

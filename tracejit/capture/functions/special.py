@@ -62,6 +62,7 @@ def _lgamma(t: Trace, x: Value) -> Value:
     near = b.where(small, b.add(z, 1.0), b.minimum(z, 3.0))
     zeros = b.mul(b.sub(near, 1.0), b.sub(near, 2.0))
     inner = b.mul(zeros, chebyshev(t, b.sub(near, 2.0), series.LGAMMA_NEAR))
+    inner = b.add(inner, 0.0)  # the zeros at 1 and 2 are positive
     inner = b.where(small, b.sub(inner, b.log(z)), inner)
     far = b.maximum(z, 3.0)
     # (x - 1/2)·log(x) - x as one product, as both may be infinite
@@ -70,7 +71,8 @@ def _lgamma(t: Trace, x: Value) -> Value:
     value = b.where(b.lt(z, 3.0), inner, outer)
     sine, _ = zeta.half_turns(t, x)
     mirrored = b.sub(b.sub(math.log(math.pi), b.log(b.abs(sine))), value)
-    mirrored = b.where(b.eq(x, -math.inf), math.inf, mirrored)
+    pole = b.or_(b.eq(x, -math.inf), b.eq(sine, 0.0))  # far down all numbers are whole
+    mirrored = b.where(pole, math.inf, mirrored)
     return b.where(below, mirrored, value)
 
 

@@ -27,7 +27,7 @@ from tracejit.capture.functions.reduction import attains, keep
 from tracejit.capture.functions.selection import clamp_min
 from tracejit.capture.functions.spectra import matrix_norm
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_IR, Ints, TracedTensor
+from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
@@ -191,6 +191,12 @@ def vector_norm(
     h = t.lift(x)
     value = t.read(h)
     if dtype is not None:
+        given = TO_TORCH[h.dtype]
+        if dtype.is_floating_point and torch.promote_types(given, dtype) is not dtype:
+            raise t.shape_error(
+                f"linalg.vector_norm: the dtype of the input ({given}) should be convertible "
+                f"without narrowing to the specified dtype ({dtype})"
+            )
         value = cast(t, value, TO_IR[dtype])
     require_float(t, "linalg_vector_norm", value)
     axes, p = normal_axes(t, dim, len(h.shape)), float(ord)

@@ -132,7 +132,7 @@ class TracedTensor(torch.Tensor):
     """
 
     handle: Handle
-    trace: object = None  # the one that it belongs to, from when rules are run
+    owner: object = None  # the trace that it belongs to, from when rules are run
 
     @property
     def __class__(self) -> type:
@@ -162,7 +162,7 @@ class TracedTensor(torch.Tensor):
         if made is None:
             made = TracedTensor.blank(handle.geometry)
         made.handle = handle
-        made.trace = trace
+        made.owner = trace
         handle.tensor = made
         return made
 
@@ -175,7 +175,7 @@ class TracedTensor(torch.Tensor):
             remedy="Use it only inside the step, through torch functions, or return it",
         )
         for x in args:
-            trace = (x.trace or current()) if type(x) is cls else None
+            trace = (x.owner or current()) if type(x) is cls else None
             if trace is not None:
                 trace.refuse(error)
         raise error

@@ -96,9 +96,16 @@ class Trace(TraceState):
             raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
 
     def _into(self, out: object, result: object) -> torch.Tensor:
-        """`out=`: write the result of a call into a tensor of its shape."""
+        """`out=`: write the result of a call into a tensor of its shape, or several each into one
+        of its own."""
+        if isinstance(out, tuple | list) and isinstance(result, tuple) and len(out) == len(result):
+            if len({id(x) for x in out}) < len(out):
+                raise self.unsupported("out= has a rule for tensors that are not the same")
+            written = [self._into(x, y) for x, y in zip(out, result, strict=True)]
+            named = getattr(torch.return_types, f"{type(result).__name__}_out", None)
+            return (named or type(result))(written)
         if not isinstance(out, torch.Tensor) or not isinstance(result, torch.Tensor):
-            raise self.unsupported("out= has a rule for one tensor")
+            raise self.unsupported("out= has a rule for tensors")
         into, made = self.lift(out), self.lift(result)
         if into.shape != made.shape or not torch.can_cast(
             TO_TORCH[made.dtype], TO_TORCH[into.dtype]
@@ -245,7 +252,7 @@ class Trace(TraceState):
         """The handle of a tensor object, which is not asked how many rows it has: it may have no
         value yet."""
         if type(tensor) is TracedTensor:
-            if tensor.trace is not self:
+            if tensor.owner is not self:
                 called = function_name(self.calling) if self.calling else "a torch function"
                 raise self.refuse(
                     LeakedTracer(
