@@ -708,7 +708,7 @@ row(
     exact=False,
 )
 row(
-    "addmm",
+    "addmm addmm_",
     [
         S(r(5), r(3, 4), r(4, 5), smooth=True),
         S(r(3, 5), r(3, 4), r(4, 5), beta=0.5, alpha=2),

@@ -191,10 +191,11 @@ _orders += [
     S(5, v(-3, 0, 1, 7, dtype=i64)),
     no(31, r(3)),
 ]
-row("polygamma special_polygamma", _orders, exact=False)
-BY_FUNCTION[torch.Tensor.polygamma] = [replace(s, args=s.args[::-1]) for s in _orders]
+row("polygamma special_polygamma polygamma_", _orders, exact=False)
+for _method in (torch.Tensor.polygamma, torch.Tensor.polygamma_):
+    BY_FUNCTION[_method] = [replace(s, args=s.args[::-1]) for s in _orders]
 _above = [S(r(5, low=2.5, high=9.0), p, smooth=True) for p in (1, 3)]
-row("mvlgamma special_multigammaln", [*_above, S(r(3), 0)], exact=False)
+row("mvlgamma mvlgamma_ special_multigammaln", [*_above, S(r(3), 0)], exact=False)
 row(also("erfinv"), [*_inner, *INSIDE, *_shares], exact=False)
 row(also("ndtri"), [*_inner, *_shares], exact=False)
 row(also("log_ndtr"), [*_inner, S(v(-30.0, -12.5, -5.0, -1.0, 5.0, 20.0))], exact=False)

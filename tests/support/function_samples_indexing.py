@@ -497,10 +497,15 @@ def sums(matrix: tuple, *factors: tuple) -> list[Sample]:
     ]
 
 
-row("baddbmm", sums((2, 3, 5), (2, 3, 4), (2, 4, 5)), exact=False)
-row("addbmm", sums((3, 5), (2, 3, 4), (2, 4, 5)), exact=False)
-row("addmv", sums((3,), (3, 4), (4,)), exact=False)
-row("addr", sums((3, 4), (3,), (4,)), exact=False)
+for _name, *_shapes in (
+    ("baddbmm", (2, 3, 5), (2, 3, 4), (2, 4, 5)),
+    ("addbmm", (3, 5), (2, 3, 4), (2, 4, 5)),
+    ("addmv", (3,), (3, 4), (4,)),
+    ("addr", (3, 4), (3,), (4,)),
+):
+    row(_name, sums(*_shapes), exact=False)
+    _whole = [s for s in sums(*_shapes) if s.args[0].shape == _shapes[0]]
+    row(f"{_name}_", [s for s in _whole if 0 not in s.args[0].stride()], exact=False)
 row(
     "einsum",
     [
@@ -556,7 +561,7 @@ ALONG = [
     S(r(5), 0, dtype=f64),
     S(r(5, dtype=i32), 0, dtype=f32),
 ]
-row("cumsum", [*ALONG, S(v(1, inf, 2, -inf, 3, nan), 0)], exact=False)
+row("cumsum cumsum_", [*ALONG, S(v(1, inf, 2, -inf, 3, nan), 0)], exact=False)
 row(
     "prod",
     [

@@ -36,6 +36,7 @@ from tracejit.schedule.kernel import (
 
 STREAMED = 8 << 20  # bytes of a result that is written past the caches
 AHEAD = 16  # steps before a value says where to store, its place is asked for
+NEAR = 512 << 10  # bytes of places that lie near anyway
 
 
 @dataclass
@@ -218,13 +219,16 @@ def fetched(body: Body, statements: Sequence[Statement], vector: Axis) -> list[L
         if len(values) != 1 or values[0][0] is None:
             continue
         ((load, step),) = values
+        size = body.buffers[s.buffer].itemsize
+        if s.mask and s.mask[0].high * step * size <= NEAR:
+            continue
         if stride(load.index, vector.name) == 0 or stride(s.index, vector.name) != 0:
             continue
         later = {vector.name: f"tj_least({vector.name} + {AHEAD}, {vector.extent - 1})"}
         rest = replace(s.index, terms=tuple(t for t in s.index.terms if not isinstance(t[0], Var)))
         value = loaded(f"{load.buffer}[{body.index(load.index, later)}]", body.buffers[load.buffer])
         place = f"(uint64_t)({value}) * {step} + {body.index(rest, later)}"
-        lines.append(Line(f"tj_fetch({s.buffer}, ({place}) * {body.buffers[s.buffer].itemsize});"))
+        lines.append(Line(f"tj_fetch({s.buffer}, ({place}) * {size});"))
     return lines
 
 

@@ -168,9 +168,9 @@ for _names, _implementation in (
     (("mv",), mv),
     (("dot",), dot),
     (("vdot",), vdot),
-    (("addmm",), addmm),
 ):
     register(_names, _implementation, inplace=False)
+register(("addmm",), addmm)
 
 
 @rule(torch.Tensor.__rmatmul__)

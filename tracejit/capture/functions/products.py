@@ -10,13 +10,14 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.arithmetic import mul, sub
 from tracejit.capture.functions.assembly import cat
-from tracejit.capture.functions.common import cast, normal_axis, register
+from tracejit.capture.functions.common import cast, in_place, normal_axis, register
 from tracejit.capture.functions.contraction import bmm, mv, plus
 from tracejit.capture.functions.derived import derived, spread, widened
 from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace.autocast import casted
+from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
@@ -315,13 +316,21 @@ def diff(
 
 for _names, _implementation in (
     (("outer", "ger"), outer),
-    (("baddbmm",), baddbmm),
-    (("addbmm",), addbmm),
-    (("addmv",), addmv),
-    (("addr",), addr),
     (("einsum",), einsum),
     (("cumsum",), cumsum),
     (("prod",), prod),
     (("diff",), diff),
 ):
     register(_names, _implementation, inplace=False)
+for _implementation in (baddbmm, addbmm, addmv, addr):
+    register((_implementation.__name__,), _implementation)
+
+
+@rule(Tensor.cumsum_)
+def cumsum_(t: Trace, self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    if dtype is not None and TO_IR[dtype] is not t.lift(self).dtype:
+        raise t.shape_error(f"Bad in-place call: the tensor does not have the dtype {dtype}")
+    return _cumsum_(t, self, dim)
+
+
+_cumsum_ = in_place(cumsum)

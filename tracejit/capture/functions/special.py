@@ -12,7 +12,14 @@ from functools import wraps
 import torch
 
 from tracejit.capture.functions import series, zeta
-from tracejit.capture.functions.common import as_float, operand, pointwise, register, result_dtype
+from tracejit.capture.functions.common import (
+    as_float,
+    in_place,
+    operand,
+    pointwise,
+    register,
+    result_dtype,
+)
 from tracejit.capture.functions.composites import in_torch
 from tracejit.capture.functions.rows import elementwise, emitted, function_of, undefined
 from tracejit.capture.trace.table import Formula, Row, rule
@@ -161,6 +168,9 @@ def _polygamma_method(t: Trace, input: Tensor, n: int) -> TracedTensor:
     return _polygamma(t, int(n), input)
 
 
+rule(Tensor.polygamma_)(in_place(_polygamma_method))
+
+
 def _mvlgamma(t: Trace, input: Tensor, p: int) -> Tensor:
     """log of the multivariate Γ: a constant, and lgamma(x - j/2) for j below p."""
     if p < 1:
@@ -170,7 +180,7 @@ def _mvlgamma(t: Trace, input: Tensor, p: int) -> Tensor:
     return terms.sum(-1) + 0.25 * p * (p - 1) * math.log(math.pi)
 
 
-register(("mvlgamma", "multigammaln"), in_torch(_mvlgamma), inplace=False)
+register(("mvlgamma", "multigammaln"), in_torch(_mvlgamma))
 
 # ---- inverses of the error function
 
