@@ -57,7 +57,7 @@ def _places(x):
 
 
 @triton.jit
-def column(x, here):
+def column_where(x, here):
     """[O, 1]: the element of each row where `here` holds, with all of its bits."""
     if x.dtype == tl.float64:
         bits = tl.where(here, x.to(tl.int64, bitcast=True), 0)
@@ -70,9 +70,9 @@ def column(x, here):
 
 
 @triton.jit
-def last(x):
+def last_column(x):
     """[O, 1]: the last element of each row of a tile."""
-    return column(x, _places(x) == x.shape[1] - 1)
+    return column_where(x, _places(x) == x.shape[1] - 1)
 
 
 @triton.jit
@@ -120,10 +120,10 @@ def _one_by_one(factors, terms):
     """The recurrence, one element after another; the first one is its term."""
     at = _places(terms)
     results = terms
-    total = column(terms, at == 0)
+    total = column_where(terms, at == 0)
     for k in range(1, terms.shape[1]):
         here = at == k
-        total = column(factors, here) * total + column(terms, here)
+        total = column_where(factors, here) * total + column_where(terms, here)
         results = tl.where(here, total, results)
     return results
 
@@ -133,10 +133,10 @@ def _products(x):
     """Products, one element after another."""
     at = _places(x)
     results = x
-    total = column(x, at == 0)
+    total = column_where(x, at == 0)
     for k in range(1, x.shape[1]):
         here = at == k
-        total = total * column(x, here)
+        total = total * column_where(x, here)
         results = tl.where(here, total, results)
     return results
 

@@ -95,7 +95,7 @@ def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody =
     args = ", ".join([*names, "total", "start > 0", inside])
     body.lines.append(Line(f"{one.total!r} = {one.function}({args})", one.store.where))
     body.define(one.total, everywhere)
-    body.lines.append(Line(f"total = last({one.total!r})"))
+    body.lines.append(Line(f"total = last_column({one.total!r})"))
     body.emit((*one.rounds, one.store))
     loop = [*body.prelude(inner, f"start + {lanes(inner, kernel.index64)}"), *body.lines]
     index = f"{program_number(kernel, part)} * BLOCK_O + {lanes(outer)}"
@@ -106,4 +106,4 @@ def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody =
         Line(f"for start in range(0, {inner.extent}, BLOCK_I):"),
         *TRITON.indent(loop),
     ]
-    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"), scans=("last", one.function))
+    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"), scans=("last_column", one.function))
