@@ -96,6 +96,10 @@ class TargetDevice:
         give()
         return _launch
 
+    def communicate(self, *given: object) -> _Event:
+        """Nothing."""
+        return _Event()
+
     def event(self) -> _Event:
         """An event, which has passed."""
         return _Event()
