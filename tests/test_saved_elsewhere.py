@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tracejit.testing import fake_device, losses_agree
 
 CALLS = 20
 QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic")
-QUICK += ("deciding", "scheduled", "selecting")
+QUICK += ("deciding", "scheduled", "selecting", "noting")
 
 ELSEWHERE = """
 import importlib.util, sys
@@ -94,6 +95,8 @@ def test_a_step_goes_on_elsewhere(name, elsewhere):
 
 def without_class(x: object) -> object:
     """A batch as it is given where its class is not."""
+    if is_dataclass(x):
+        return {field.name: getattr(x, field.name) for field in fields(x)}
     return x._asdict() if hasattr(x, "_fields") else x
 
 

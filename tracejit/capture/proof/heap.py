@@ -29,6 +29,7 @@ from torch.autograd.function import Function
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tracejit.capture.effects.fields import has_numbers
 from tracejit.capture.effects.variables import ASSIGNED, Attributes, Record, Variable, may_vary
 from tracejit.capture.proof.asked import asked_of
 from tracejit.capture.proof.functions import Functions
@@ -145,12 +146,11 @@ class Walk(Functions):
         elif type(x) is int and key is not None and key[0] in ("arg", "kwarg"):
             self.integers[key] = x
             self.lines.append(NumberLine(at, x, path, (key, None)))
-        elif type(x) is tuple and key is not None and any(type(i) in (float, tuple) for i in x):
+        elif key is not None and has_numbers(x):
             self._tuple(x, at, path, key, owned)
         elif is_value(x):
             self._value(x, at, path)
         elif place is not None and isinstance(x, tuple) and may_vary(x):
-            self._class(type(x))
             self._tuple(x, at, path, (), owned)
         elif is_tensor(x):
             self._tensor(x, at, path)
@@ -260,8 +260,8 @@ class Walk(Functions):
                 self.visit(hooks, f"{at}.{name}", f"{path}.{name}", owned=False)
 
     def _tuple(self, x: tuple, at: str, path: str, key: tuple, owned: bool) -> None:
-        at = self.local(at)
-        kind = self.constant(type(x))
+        self._class(type(x))
+        at, kind = self.local(at), self.constant(type(x))
         self.expect(f"type({at}) is {kind} and len({at}) == {len(x)}", path, x, at)
         for i, item in enumerate(x):
             self.visit(item, f"{at}[{i}]", f"{path}[{i}]", (*key, i), owned=owned)
