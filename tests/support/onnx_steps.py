@@ -151,7 +151,7 @@ def alex() -> Exported:
 
 def resnet18() -> Exported:
     """ResNet-18, narrow, on small images: its running statistics are state too."""
-    found = saved_steps.resnet18()
+    found = saved_steps.resnet18(torch.float32)
     return Exported(found.step, found.args, IMAGES, 1e-3)
 
 
