@@ -8,6 +8,7 @@ import torch
 from tracejit.numpy_front.core import (
     ArrayData,
     array,
+    common,
     copy_for_view,
     is_weak,
     made,
@@ -127,3 +128,24 @@ def put(x: ArrayData, key: object, value: object) -> None:
     if reverse:
         t = torch.flip(t.broadcast_to(target), reverse)
     write(x, t, forward)
+
+
+def add_at(x: object, key: object, value: object, sign: int = 1) -> None:
+    """np.add.at(x, key, value), or np.subtract.at: elements that are there twice count twice."""
+    if not isinstance(x, ArrayData):
+        raise refuse("np.add.at", "the array that is added to is no argument of the step", x)
+    if not np.can_cast(common(x, value), x.dtype, "same_kind"):
+        raise refuse(f"np.add.at of {common(x, value)} to {x.dtype}", "cast it first", x)
+    parts, added = _parts(x, key), array(value).t.to(x.t.dtype)
+    added = added if sign > 0 else -added
+    if not _advanced(x, parts):
+        put(x, key, ArrayData.made(get(x, key).t + added))
+        return
+    if any(not isinstance(p, (int, torch.Tensor)) or _is_mask(p) for p in parts):
+        raise refuse("np.add.at with a mask or slices", "index with arrays of integers", x)
+    places = tuple(torch.tensor(p) if type(p) is int else p for p in parts)
+    write(x, x.t.index_put(places, added, accumulate=True))
+
+
+def _is_mask(part: object) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype == torch.bool
