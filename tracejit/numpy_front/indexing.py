@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tracejit.capture.trace.scalars import TracedInt
 from tracejit.numpy_front.core import (
     ArrayData,
     array,
@@ -39,8 +40,15 @@ def _parts(x: ArrayData, key: object) -> tuple:
         elif type(part) is bool or type(part) is np.bool_:
             raise refuse("indexing with a bool", "index with an array of bools", x)
         else:
-            parts.append(part.__index__())
+            parts.append(part if isinstance(part, TracedInt) else part.__index__())
+    if any(isinstance(p, torch.Tensor) for p in parts):
+        parts = [p.__index__() if isinstance(p, TracedInt) else p for p in parts]
     return tuple(parts)
+
+
+def _is_int(part: object) -> bool:
+    """Whether a part of a key is a number; it may be a runtime scalar."""
+    return type(part) is int or isinstance(part, TracedInt)
 
 
 def _advanced(x: ArrayData, parts: tuple) -> bool:
@@ -94,7 +102,7 @@ def get(x: ArrayData, key: object) -> ArrayData:
     if _advanced(x, parts):
         return made(x.t[parts if len(parts) > 1 else parts[0]], sure=len(parts) == 1)
     forward, reverse = _forward(x, parts)
-    if len(parts) == x.t.ndim and all(type(p) is int for p in parts):
+    if len(parts) == x.t.ndim and all(map(_is_int, parts)):
         return made(x.t[forward].clone())
     if x.scalar:
         return ArrayData.made(x.t.clone()[forward])
