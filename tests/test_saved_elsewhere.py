@@ -130,3 +130,45 @@ def test_a_file_of_a_gpu_that_is_not_here(name, tmp_path):
             *ours, eager = returned
             for found in ours:
                 assert found == pytest.approx(eager, rel=1e-3)
+
+
+AGAIN = """
+import sys
+import tracejit
+from support.fake import FAKE
+from support.saved_steps import STEPS
+from tracejit.testing import fake_device
+
+case = STEPS["two_layers"]()
+with fake_device():
+    loaded = tracejit.load(sys.argv[1], backend=FAKE)
+    for i in range(8):
+        loaded(*case.args(i))
+"""
+
+
+@pytest.mark.slow
+def test_caches_spare_a_gpu_the_compiling(tmp_path):
+    """A second process that loads the file makes no machine code, with the caches of the first."""
+    pytest.importorskip("triton")
+    case = STEPS["two_layers"]()
+    with fake_device(compiled=False):
+        step = tracejit.compile(case.step, backend=FAKE)
+        for i in range(4 * case.kinds):
+            step(*case.args(i))
+        step.save(tmp_path / "a.step")
+    caches = {"TRACEJIT_CACHE": "tracejit", "TRITON_CACHE_DIR": "triton"}
+    caches = {name: str(tmp_path / folder) for name, folder in caches.items()}
+    here = Path(__file__).parent
+    caches["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
+    made = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, str(tmp_path / "a.step")],
+            env=os.environ | caches,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        made.append({p for p in (tmp_path / "triton").rglob("*") if p.suffix == ".cubin"})
+    assert made[0] and made[0] == made[1]
