@@ -41,6 +41,17 @@ def test_by_numpy(ranks: Ranks, name: str):
     assert ranks(rank_cases.plain, name, "numpy") == [REPLAYS, REPLAYS]
 
 
+@pytest.mark.parametrize("name", rank_cases.PLAIN)
+@pytest.mark.sweep(3)
+def test_on_a_fake_device(ranks: Ranks, name: str):
+    assert ranks(rank_cases.on_a_fake_device, name) == [REPLAYS, REPLAYS]
+
+
+def test_built_for_a_gpu_that_is_not_here(ranks: Ranks):
+    pytest.importorskip("triton")
+    assert ranks(rank_cases.built) == [6, 6]
+
+
 def test_uneven_parts(ranks: Ranks):
     assert ranks(rank_cases.uneven) == [REPLAYS, REPLAYS]
 

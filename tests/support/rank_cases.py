@@ -12,6 +12,7 @@ import torch.distributed as distributed
 import torch.distributed.nn.functional as forms
 
 import tracejit
+from tracejit.testing import fake_device
 
 CALLS = 4  # of each step, the last ones in replay
 
@@ -212,6 +213,24 @@ def same(step: Callable, x: torch.Tensor, backend: str = "auto") -> int:
 def plain(name: str, backend: str = "auto") -> int:
     torch.manual_seed(distributed.get_rank())
     return same(PLAIN[name], torch.randn(5, 3), backend)
+
+
+def on_a_fake_device(name: str) -> int:
+    with fake_device(compiled=False) as device:
+        return plain(name, device.name)
+
+
+def built() -> int:
+    """How many launches a step with a collective has, built for a GPU that is not here."""
+
+    def step(x):
+        y = x * 2
+        distributed.all_reduce(y)
+        distributed.barrier()
+        return y.exp()
+
+    built = tracejit.compile(step, target="sm_90").build(torch.randn(40, 3))
+    return len(built.plans[-1].launches)
 
 
 def uneven() -> int:

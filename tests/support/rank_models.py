@@ -14,6 +14,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import tracejit
+from tracejit.runtime.fake_clock import Fault
+from tracejit.runtime.fake_device import Communicated
+from tracejit.testing import fake_device
 
 STEPS = 20
 RELATIVE = 1e-5  # of parameters, by norm, after STEPS steps
@@ -191,10 +194,11 @@ CASES = {
 }
 
 
-def trained(name: str) -> dict[str, object]:
-    """Train twice, eagerly and compiled; what is to be asserted."""
+def trained(name: str, backend: str = "auto", log: list[str] | None = None) -> dict[str, object]:
+    """Train twice, eagerly and compiled; what is to be asserted. `log` is emptied before each
+    call."""
     case = CASES[name]
-    found = [_trained(case, compiled) for compiled in (False, True)]
+    found = [_trained(case, kind, log) for kind in (None, backend)]
     (eager, losses, _), (ours, own, step) = found
     worst = 0.0
     for a, b in zip(eager.state_dict().values(), ours.state_dict().values(), strict=True):
@@ -216,7 +220,31 @@ def trained(name: str) -> dict[str, object]:
     }
 
 
-def _trained(case: Case, compiled: bool) -> tuple[nn.Module, list[float], Callable]:
+def trained_on_a_fake_device(name: str) -> dict[str, object]:
+    """The same with memory, streams and events of a fake GPU; and what the last call gave it."""
+    with fake_device(compiled=False) as device:
+        return trained(name, device.name, device.log) | {"log": device.log}
+
+
+def without_events() -> str:
+    """What a fake GPU says where nothing waits for what the ranks have reduced."""
+    Communicated.wait = lambda self: None
+    try:
+        with fake_device(compiled=False) as device:
+            trained("small buckets", device.name)
+    except Fault as fault:
+        return str(fault)
+    finally:
+        Communicated.wait = _WAIT
+    return ""
+
+
+_WAIT = Communicated.wait
+
+
+def _trained(
+    case: Case, backend: str | None, log: list[str] | None = None
+) -> tuple[nn.Module, list[float], Callable]:
     torch.manual_seed(0)
     model = case.make()
     if case.wrapped:
@@ -226,15 +254,22 @@ def _trained(case: Case, compiled: bool) -> tuple[nn.Module, list[float], Callab
     def step(x, y):
         return case.step(model, optimizer, x, y)
 
-    called = tracejit.compile(step, on_unsupported="raise") if compiled else step
+    called = step
+    if backend is not None:
+        called = tracejit.compile(step, on_unsupported="raise", backend=backend)
     torch.manual_seed(10 + distributed.get_rank())
-    losses = [float(called(*case.batch(k)).detach()) for k in range(STEPS)]
+    losses = []
+    for k in range(STEPS):
+        batch = case.batch(k)
+        if log is not None:
+            log.clear()
+        losses.append(float(called(*batch).detach()))
     return model, losses, called
 
 
 def explained() -> dict[str, object]:
     """The ledger of a step of DistributedDataParallel, beside its plan."""
-    _, _, step = _trained(CASES["small buckets"], True)
+    _, _, step = _trained(CASES["small buckets"], "auto")
     text = str(step._last.program.plan)
     return step.explain(measure=False).as_dict() | {"text": str(step.explain()), "plan": text}
 
