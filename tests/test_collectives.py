@@ -108,6 +108,12 @@ def test_an_exception_on_one_rank(ranks: Ranks):
     assert second.startswith("ShapeError")
 
 
+def test_an_exception_after_a_value_on_one_rank(ranks: Ranks):
+    first, (second, _) = ranks(rank_cases.an_exception_after_a_value)
+    ends([first], "RanksDiffer", "rank 1 has left the step with ValueError")
+    assert second.startswith("ValueError: the loss is ")
+
+
 def test_one_rank_runs_eagerly(ranks: Ranks):
     ends(ranks(rank_cases.eagerly), "RanksDiffer", "runs its plan", "runs the step eagerly")
 

@@ -39,6 +39,7 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.closures import Closures
+from tracejit.errors import CollectiveError, RanksDiffer
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import BoundStep, Inspected
 from tracejit.options import Options
@@ -53,6 +54,7 @@ from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 
 memory.load_with(load_words)
+_OF_RANKS = CollectiveError, RanksDiffer  # raised on the others too
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 
@@ -251,7 +253,7 @@ class CompiledStep(Inspected):
         try:
             return self._traced_or_plain(fallback, args, kwargs, failed)
         except Exception as error:
-            if agreement.told() == told:  # the other ranks wait for this one
+            if agreement.awaited(told) and not isinstance(error, _OF_RANKS):
                 what = f"has left the step with {type(error).__name__}: {error}"
                 self._say_to_ranks(what, fails=True)
             raise

@@ -376,6 +376,36 @@ def an_exception() -> tuple[str, float]:
     return found
 
 
+def an_exception_after_a_value() -> tuple[str, float]:
+    """All ranks have reduced a value, which Python reads; then the step of one raises. Its plans
+    end after that value, those of the other go on."""
+    world = World()
+
+    def step(x):
+        world.optimizer.zero_grad()
+        loss = world.model(x).square().mean()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        if mean.item() > 1e6 and distributed.get_rank() == 1:
+            raise ValueError(f"the loss is {mean.item():.0f}")
+        loss.backward()
+        for p in world.model.parameters():
+            distributed.all_reduce(p.grad)
+        world.optimizer.step()
+        return loss.detach()
+
+    world.step = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(5):
+        world.step(world.x)
+    assert world.step.stats.replays and world.step.stats.cuts == 1
+    try:
+        found = world.fails(world.x * 1e6)
+    except ValueError as error:
+        found = f"ValueError: {error}", 0.0
+    world.step(world.x)
+    return found
+
+
 def eagerly() -> tuple[str, float]:
     """A rank falls back to eager, the other one does not."""
     world = World()

@@ -100,6 +100,14 @@ def _odd(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 6), torch.randn(count, 4)
 
 
+def _sometimes_infinite(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the fourth and eleventh batch, on one rank."""
+    x, y = _numbers(k)
+    if k in (4, 11) and distributed.get_rank() == 1:
+        y[0, 0] = torch.inf
+    return x, y
+
+
 def _images(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 3, 8, 8), torch.randn(4, 4)
 
@@ -157,12 +165,47 @@ def _by_hand(model, optimizer, x, y):
     return loss
 
 
+def _scaled(model, optimizer, x, y):
+    """Gradients that are scaled; a step that all ranks skip where one has an infinite gradient."""
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    optimizer.scaler.scale(loss).backward()
+    optimizer.scaler.step(optimizer)
+    optimizer.scaler.update()
+    return loss
+
+
+def _watched(model, optimizer, x, y):
+    """The mean loss of all ranks decides, and is logged with the norm of the gradients."""
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    mean = loss.detach().clone()
+    distributed.all_reduce(mean, op=distributed.ReduceOp.AVG)
+    if mean.item() > 1.0:
+        loss = loss * 0.5
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if norm < 100.0:
+        optimizer.step()
+    _SEEN.append((mean.item(), norm.item()))
+    return loss
+
+
+_SEEN: list[tuple[float, float]] = []
+
+
 def _adamw(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def _sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def _with_a_scaler(parameters) -> torch.optim.Optimizer:
+    optimizer = _sgd(parameters)
+    optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    return optimizer
 
 
 def _sharded(parameters) -> torch.optim.Optimizer:
@@ -191,6 +234,8 @@ CASES = {
     "an odd last batch": Case(batch=_odd),
     "by hand": Case(step=_by_hand, wrapped=False),
     "zero": Case(optimizer=_sharded),
+    "a scaler": Case(optimizer=_with_a_scaler, step=_scaled, batch=_sometimes_infinite),
+    "decisions": Case(step=_watched, optimizer=_adamw),
 }
 
 
