@@ -91,7 +91,10 @@ def test_what_the_command_refuses(file, arguments, said, capsys):
     assert said in captured.err and not captured.out
 
 
-@pytest.mark.parametrize("command", ["explain", "report", "onnx", "build", "ops"])
+COMMANDS = ("explain", "report", "draw", "save", "eject", "onnx", "build", "ops", "cache")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(command, capsys):
     assert status(command, "--help") == 0
     example = capsys.readouterr().out.partition("example:\n  ")[2]

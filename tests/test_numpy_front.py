@@ -408,6 +408,15 @@ def test_text_of_values():
 KEPT: list = []
 
 
+class Keeper:
+    """An object of slots."""
+
+    __slots__ = ("kept",)
+
+
+KEEPER = Keeper()
+
+
 class Holder:
     __slots__ = ("small", "w")
 
@@ -443,15 +452,16 @@ REFUSED = {
     "no rule": (lambda x: np.median(x), "np.median is not supported"),
     "no method": (lambda x: x.byteswap(), "ndarray.byteswap"),
     "random": (lambda x: x + np.random.standard_normal(3), "np.random"),
-    "kept": (lambda x: KEPT.append(x * 2), "keeping an array"),
-    "list kept": (lambda x: CALLED.append(PAIR), "keeping an array"),
+    "kept": (lambda x: setattr(KEEPER, "kept", x * 2), "keeping an array"),
+    "list kept": (lambda x: CALLED.append(PAIR), "binding an item or attribute"),
+    "list kept in another": (lambda x: CALLED.append((1, [PAIR])), "binding an item or attribute"),
     "view returned": (lambda x: x[::-1], "returning what is a view in numpy"),
     "views returned": (lambda x: (y := x * 1, y[::-1]), "returning what is a view in numpy"),
     "list returned": (lambda x: (x, PAIR), "returning a list"),
     "function kept": (lambda x: CALLED.append(lambda: WEIGHT), "keeping an array, or a function"),
     "object": (lambda x: x * HOLDER.small, "an array in an object"),
     "rebound": (rebinds, "binding the global WEIGHT"),
-    "in a list": (lambda x: in_list(x, PAIR), "binding an item of a list"),
+    "in a list": (lambda x: in_list(x, PAIRS[0]), "binding an item of a list"),
     "type": (asks_type, "type\\(x\\)"),
     "reversed": (read_back, "write to a copy"),
     "argsort": (lambda x: np.argsort(x), "kind='stable'"),
@@ -460,6 +470,7 @@ REFUSED = {
     "array": (lambda x: np.bincount(np.asarray(x, int)), "np.bincount"),
 }
 PAIR = [np.ones(3), np.ones(3)]
+PAIRS = (PAIR,)  # of which a call has copies
 CALLED: list = []
 
 
@@ -471,6 +482,7 @@ def anew() -> Callable:
         globals()["WEIGHT"] = np.ones(3)
         PAIR[:] = [np.ones(3), np.ones(3)]
         KEPT.clear()
+        KEEPER.kept = None
         CALLED.clear()
         np.random.seed(3)
 

@@ -328,3 +328,97 @@ def test_other_threads_see_arrays_after_a_call():
         thread.start()
         thread.join()
         assert all(type(p) is np.ndarray for layer in net.layers for p in layer.params.values())
+
+
+def test_items_of_variables_are_put_anew():
+    """Moments in dicts and lists, as Adam is written; losses are appended to a list."""
+
+    def made():
+        rng = np.random.default_rng(0)
+        params = {"w": rng.normal(size=(5, 3)), "b": np.zeros(3)}
+        m = {k: np.zeros_like(p) for k, p in params.items()}
+        v = [np.zeros_like(p) for p in params.values()]
+        state, losses, last = {"t": 0, "loss": None}, [], [None]
+
+        def step(x, y):
+            e = x @ params["w"] + params["b"] - y
+            loss = np.mean(e**2)
+            grads = {"w": 2 * x.T @ e / e.size, "b": 2 * e.sum(0) / e.size}
+            state["t"] += 1
+            for i, k in enumerate(params):
+                m[k] = 0.9 * m[k] + 0.1 * grads[k]
+                v[i] = 0.999 * v[i] + 0.001 * grads[k] ** 2
+                hat = m[k] / (1 - 0.9 ** state["t"])
+                params[k] -= 0.01 * hat / (np.sqrt(v[i] / (1 - 0.999 ** state["t"])) + 1e-8)
+            losses.append(loss)
+            state["loss"], last[0] = loss, e
+            return loss
+
+        return step, (params, m, v, state, losses, last)
+
+    def same(ours, theirs):
+        if isinstance(ours, (dict, list, tuple)):
+            assert type(ours) is type(theirs) and len(ours) == len(theirs)
+            items = (ours.values(), theirs.values()) if isinstance(ours, dict) else (ours, theirs)
+            for a, b in zip(*items, strict=True):
+                same(a, b)
+        elif ours is not None:
+            alike(ours, theirs)
+
+    (step, ours), (plain, theirs) = made(), made()
+    fast = compiled(step)
+    own = ours[0]["w"]
+    rng = np.random.default_rng(1)
+    for i in range(230):  # past the length up to which lists are looked at whole
+        x, y = rng.normal(size=(4, 5)), rng.normal(size=(4, 3))
+        same(fast(x, y), plain(x, y))
+        if i < 20 or i > 190:
+            same(ours, theirs)
+        if i == 9:  # what somebody does between the calls
+            for params, m, _, _, losses, _ in (ours, theirs):
+                m["b"] = np.ones(3)
+                params["w"][0] = 0.5
+                losses.clear()
+    same(ours, theirs)
+    assert ours[0]["w"] is own and fast.stats.replays > 200 and not fast.stats.eager
+
+
+def test_a_list_that_is_looked_at_is_not_stale():
+    losses: list = []
+
+    def step(x):
+        loss = (x * x).sum()
+        if losses:
+            loss = loss + losses[-1] * 0.5
+        losses.append(loss)
+        return loss
+
+    fast, mine = compiled(step, on_unsupported="eager"), losses
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [fast(np.full(2, float(k))) for k in range(12)]
+    assert [type(x) for x in mine] == [np.float64] * 12
+    mine.clear()
+    np.testing.assert_allclose(found, [step(np.full(2, float(k))) for k in range(12)])
+
+
+def test_arrays_in_namespaces():
+    from types import SimpleNamespace
+
+    def made():
+        held = SimpleNamespace(w=np.ones((3, 2)), cache=None)
+
+        def step(x):
+            held.cache = x @ held.w
+            held.w -= 0.1 * x.T @ held.cache
+            return held.cache.sum()
+
+        return step, held
+
+    (step, ours), (plain, theirs) = made(), made()
+    fast = compiled(step)
+    for k in range(8):
+        alike(fast(np.full((2, 3), 0.1 * k)), plain(np.full((2, 3), 0.1 * k)))
+        alike(ours.w, theirs.w)
+        alike(ours.cache, theirs.cache)
+    assert fast.stats.replays

@@ -13,35 +13,14 @@ import torch
 
 import tracejit
 from examples import two_layer_autograd
-from support.browser import Element, chromium, opened, screenshot
+from support.browser import Element, check_drawing, chromium, of_class, opened, screenshot
 from support.command_line import status
-from support.pictures import made_up, net_step, overlapping
+from support.pictures import made_up, net_step
 from tracejit.pictures.page import OPEN, SCRIPTS, page, shows_views
 from tracejit.pictures.picture import Picture
 from tracejit.pictures.scene import scene
 
 PACKAGE = Path(tracejit.__file__).parent / "pictures"
-
-
-def of_class(elements: list[Element], *names: str) -> list[Element]:
-    return [e for e in elements if "data-box" in e.attributes and {*names} & {*e.classes}]
-
-
-def check_drawing(elements: list[Element]) -> list[Element]:
-    """Boxes and labels lie apart, boxes in one another's frames or apart from them."""
-    boxes, frames = of_class(elements, "node", "folded"), of_class(elements, "frame")
-    assert boxes and not overlapping([e.box for e in boxes])
-    for frame in frames:
-        x, y, w, h = frame.box
-        for other in (*boxes, *frames):
-            a, b, c, d = other.box
-            inside = x <= a and y <= b and a + c <= x + w + 0.2 and b + d <= y + h + 0.2
-            around = a <= x and b <= y and x + w <= a + c + 0.2 and y + h <= b + d + 0.2
-            assert inside or around or not overlapping([frame.box, other.box])
-    labels = [e for e in of_class(elements, "edge") if "more" not in e.classes]
-    found = overlapping([*(e.box for e in boxes), *(e.box for e in labels)])
-    assert not found, found[:3]
-    return boxes
 
 
 @pytest.fixture(scope="module")

@@ -45,11 +45,6 @@ class Batch:
     x: torch.Tensor
 
 
-@dataclass(slots=True)
-class Slotted:
-    x: torch.Tensor
-
-
 def compiled(step: Callable, *calls: tuple, times: int = 4, **options: object):
     """A step that is replayed for these calls."""
     step = tracejit.compile(step, backend="numpy", **options)
@@ -701,7 +696,7 @@ def test_a_file_is_a_zip_that_others_read(tmp_path):
         manifest = json.loads(file.read("manifest.json"))
         state = safetensors.load(file.read("state.safetensors"))
         assert "backward" not in file.read("plans/0/graph.txt").decode()
-    assert manifest["format"] == "tracejit saved step" and manifest["version"] == [1, 1]
+    assert manifest["format"] == "tracejit saved step" and manifest["version"] == [1, 2]
     for name, tensor in model.named_parameters():
         assert torch.equal(state[f"model.{name}"], tensor)
     assert path.stat().st_mode & 0o777 == 0o600
@@ -728,8 +723,9 @@ def grows():
     losses = []
 
     def step(x):
-        losses.append(x.sum())
-        return x * 2
+        more = x * sum(losses)
+        losses.append(x.sum().item())
+        return more
 
     return step
 
@@ -738,12 +734,14 @@ def steps_a_schedule():
     w = torch.ones(3).requires_grad_()
     optimizer = torch.optim.SGD([w], lr=0.1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
+    rates = optimizer.param_groups[0]
 
     def step(x):
         optimizer.zero_grad()
         (w * x).sum().backward()
         optimizer.step()
         schedule.step()
+        return rates["lr"] * 2
 
     return step
 
@@ -759,6 +757,25 @@ def returns_text():
     return step
 
 
+class Made:
+    """An object whose class makes it in a way of its own."""
+
+    def __new__(cls, x):
+        made = super().__new__(cls)
+        made.x = x
+        return made
+
+
+class Counted:
+    def __init__(self, x):
+        self.x, self.times = x, 0.0
+
+
+def assigns_to_a_field(batch):
+    batch.times += 1
+    return batch.x * batch.times
+
+
 def draws_by_value(x):
     return torch.multinomial(x.softmax(0), 2) + x.sum()
 
@@ -766,11 +783,12 @@ def draws_by_value(x):
 REFUSED = {
     "random": (lambda x: x * random.random(), "it is not replayed .*random"),
     "drawn": (draws_by_value, r"which elements it finds at test_saved.py:\d+.*Draw outside"),
-    "list": (grows(), r"appends to a list of yours \(losses\).*where the step is called"),
+    "list": (grows(), r"appends to a list of yours \(losses\) and looks.*where the step is called"),
     "text": (returns_text(), "it makes text of a number.*after the call"),
-    "schedule": (steps_a_schedule(), r"scheduler.*LambdaLR.*loaded\(…, lr=…\)"),
+    "schedule": (steps_a_schedule(), "reads .*lr after a scheduler .*at the end of the step"),
     "items": (lambda pair: pair["loss"] * 2, "an argument of it is a OrderedDict of 1 items"),
-    "object": (lambda batch: batch.x * 2, "an argument of it is a Slotted with tensors in it"),
+    "object": (lambda batch: batch.x * 2, "an argument of it is a Made with tensors in it"),
+    "field": (assigns_to_a_field, r"assigns to a field of its argument \(batch.times\)"),
     "keys": (lambda batch: batch[0, 1] * 2, r"fits no file \(.*\[0, 1\].*report"),
 }
 
@@ -779,7 +797,12 @@ REFUSED = {
 def test_what_cannot_be_saved_says_why(what, tmp_path):
     function, why = REFUSED[what]
     x = torch.ones(3)
-    given = {"items": OrderedDict(loss=x), "object": Slotted(x), "keys": {(0, 1): x}}.get(what, x)
+    given = {
+        "items": OrderedDict(loss=x),
+        "object": Made(x),
+        "keys": {(0, 1): x},
+        "field": Counted(x),
+    }.get(what, x)
     step = compiled(function, (given,), times=8)
     with pytest.raises(CannotSave, match=why) as raised:
         step.save(tmp_path / "a.step")

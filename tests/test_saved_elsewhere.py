@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tracejit.testing import fake_device, losses_agree
 
 CALLS = 20
 QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic")
-QUICK += ("deciding", "scheduled", "selecting")
+QUICK += ("deciding", "scheduled", "selecting", "noting")
 
 ELSEWHERE = """
 import importlib.util, sys
@@ -94,6 +95,8 @@ def test_a_step_goes_on_elsewhere(name, elsewhere):
 
 def without_class(x: object) -> object:
     """A batch as it is given where its class is not."""
+    if is_dataclass(x):
+        return {field.name: getattr(x, field.name) for field in fields(x)}
     return x._asdict() if hasattr(x, "_fields") else x
 
 
@@ -127,3 +130,45 @@ def test_a_file_of_a_gpu_that_is_not_here(name, tmp_path):
             *ours, eager = returned
             for found in ours:
                 assert found == pytest.approx(eager, rel=1e-3)
+
+
+AGAIN = """
+import sys
+import tracejit
+from support.fake import FAKE
+from support.saved_steps import STEPS
+from tracejit.testing import fake_device
+
+case = STEPS["two_layers"]()
+with fake_device():
+    loaded = tracejit.load(sys.argv[1], backend=FAKE)
+    for i in range(8):
+        loaded(*case.args(i))
+"""
+
+
+@pytest.mark.slow
+def test_caches_spare_a_gpu_the_compiling(tmp_path):
+    """A second process that loads the file makes no machine code, with the caches of the first."""
+    pytest.importorskip("triton")
+    case = STEPS["two_layers"]()
+    with fake_device(compiled=False):
+        step = tracejit.compile(case.step, backend=FAKE)
+        for i in range(4 * case.kinds):
+            step(*case.args(i))
+        step.save(tmp_path / "a.step")
+    caches = {"TRACEJIT_CACHE": "tracejit", "TRITON_CACHE_DIR": "triton"}
+    caches = {name: str(tmp_path / folder) for name, folder in caches.items()}
+    here = Path(__file__).parent
+    caches["PYTHONPATH"] = os.pathsep.join([str(here.parent), str(here)])
+    made = []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", AGAIN, str(tmp_path / "a.step")],
+            env=os.environ | caches,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        made.append({p for p in (tmp_path / "triton").rglob("*") if p.suffix == ".cubin"})
+    assert made[0] and made[0] == made[1]

@@ -113,7 +113,7 @@ def test_versions(files, tmp_path):
     entries = entries_of(content)
     said = json.loads(entries["manifest.json"])
     for version, why in (
-        ([1, 2], "version 1.2 of the format, and this tracejit reads up to 1.1"),
+        ([1, 3], "version 1.3 of the format, and this tracejit reads up to 1.2"),
         ([2, 0], "version 2.0"),
         ([0, 9], "no version 0.9"),
         ([1], "a list of 2"),
@@ -127,12 +127,13 @@ def test_versions(files, tmp_path):
 
 
 OLD_FILES = ["1.0_two_layers", "1.0_deciding", "1.0_rich", "1.1_scheduled", "1.1_selecting"]
+OLD_FILES += ["1.2_noting"]
 
 
 @pytest.mark.parametrize("file", OLD_FILES)
 def test_old_files_load(file, tmp_path):
     """What earlier versions have written; such files are added with a version, and never written
-    anew. The last one has objects of another machine."""
+    anew. That of `selecting` has objects of another machine."""
     name = file.partition("_")[2]
     case = STEPS[name]() if name in STEPS else rich()
     loaded = tracejit.load(OLD / f"{file}.step", backend="numpy")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import zipfile
 from collections import namedtuple
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -159,34 +163,203 @@ def test_decisions_by_a_rate_that_a_schedule_has_set(reload):
     assert said == {"small", "large"} and loaded.numbers["seen['small']"] == seen["small"]
 
 
-class Mine(rates.ExponentialLR):
+class Warm(rates.LRScheduler):
     """A schedule of the user's."""
 
-
-def of_ones_own(o):
-    return Mine(o, 0.9)
+    def get_lr(self):
+        return [base * min(1.0, (self.last_epoch + 1) / 10) for base in self.base_lrs]
 
 
 def with_a_method(o):
     scheduler = rates.ExponentialLR(o, 0.9)
-    scheduler.get_lr = lambda: [0.5, 0.5]
+    scheduler.get_lr = lambda: [0.5 / (1 + scheduler.last_epoch)] * 2
     return scheduler
 
 
+def decayed(epoch: int, by: float) -> float:
+    return by**epoch
+
+
+OF_FUNCTIONS = {
+    "LambdaLR": lambda o: rates.LambdaLR(o, partial(decayed, by=0.9)),
+    "MultiplicativeLR": lambda o: rates.MultiplicativeLR(o, [lambda e: 0.9, lambda e: 0.8]),
+    "SequentialLR": lambda o: rates.SequentialLR(
+        o, [rates.LambdaLR(o, lambda e: (e + 1) / 5), rates.CosineAnnealingLR(o, 50)], [5]
+    ),
+    "ChainedScheduler": lambda o: rates.ChainedScheduler(
+        [rates.LambdaLR(o, lambda e: 1 / (1 + e)), rates.ExponentialLR(o, 0.99)]
+    ),
+    "Warm": Warm,
+    "ExponentialLR": with_a_method,
+}
+
+
+def asking(make, read=lambda o, s: None):
+    """A step of two groups with a schedule of the user's own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    groups = [{"params": model[0].parameters(), "lr": 0.1}, {"params": model[2].parameters()}]
+    own = torch.optim.SGD(groups, lr=0.02, momentum=0.9)
+    scheduler = make(own)
+
+    def step(x, y):
+        own.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        own.step()
+        now = read(own, scheduler)
+        scheduler.step()
+        return loss.item(), now
+
+    return step, (torch.randn(5, 4).double(), torch.randn(5, 2).double()), own
+
+
+@pytest.mark.parametrize("kind", OF_FUNCTIONS)
+@pytest.mark.parametrize("read", [False, True])
+def test_rates_of_a_schedule_that_is_code_are_given(kind, read, reload, tmp_path):
+    """By each call: it never goes on with the rates of when it was saved."""
+    reads = (lambda o, s: o.param_groups[1]["lr"]) if read else (lambda o, s: None)
+    step, batch, own = asking(OF_FUNCTIONS[kind], reads)
+    loaded = reload(compiled(step, batch, times=6))
+    manifest = json.loads(zipfile.ZipFile(tmp_path / "a.step").read("manifest.json"))
+    names = [f"own.param_groups[{i}].lr" for i in range(2)]
+    assert manifest["asked"] == dict.fromkeys(names, kind)
+    before = {name: x.clone() for name, x in loaded.state_dict().items()}
+    for given in ({}, {names[0]: 0.1}, {"lr": [0.1]}):
+        with pytest.raises(CallError, match=rf"a schedule of .*{kind}.*lr=|lr are 2 rates, not 1"):
+            loaded(*batch, **given)
+    with pytest.raises(CallError, match="lr may be one of"):
+        loaded(*batch, lr=0.1)
+    assert all(torch.equal(x, before[name]) for name, x in loaded.state_dict().items())
+    for k in range(20):
+        now = [group["lr"] for group in own.param_groups]
+        given = {"lr": now} if k % 2 else dict(zip(names, now, strict=True))
+        if k == 7:  # in the middle of it, once more through a file
+            loaded.save(tmp_path / "b.step")
+            loaded = tracejit.load(tmp_path / "b.step", backend="numpy")
+        ours, theirs = loaded(*batch, **given), step(*batch)
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-12), k
+        assert ours[1] == (pytest.approx(theirs[1], rel=1e-12) if read else None)
+
+
+class Bad(rates.LRScheduler):
+    """Its rates are not all that it changes."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["momentum"] = 0.5
+        return [0.5 * base for base in self.base_lrs]
+
+
+class Stepping(rates.ExponentialLR):
+    def step(self):
+        super().step()
+
+
+def with_a_cycle(o):
+    own = rates.LambdaLR(o, lambda epoch: 0.9**epoch)
+    return rates.ChainedScheduler([own, rates.CyclicLR(o, 0.01, 0.1, 5)])
+
+
 @pytest.mark.parametrize(
-    "make, why",
+    "make, read, why",
     [
-        (lambda o: rates.LambdaLR(o, lambda epoch: 0.9**epoch), "LambdaLR"),
-        (lambda o: rates.MultiplicativeLR(o, lambda epoch: 0.9), "MultiplicativeLR"),
-        (of_ones_own, "Mine"),
-        (with_a_method, "ExponentialLR.get_lr is one of your own"),
+        (Bad, None, "Bad is code of yours, which may change more than rates"),
+        (lambda o: Stepping(o, 0.9), None, "Stepping.*in a way of its own|Stepping.step"),
+        (with_a_cycle, None, "CyclicLR and a schedule that is yours"),
+        (
+            lambda o: rates.LambdaLR(o, lambda e: o.param_groups[0].update(momentum=0.5) or 1.0),
+            *(None, "LambdaLR is code of yours"),
+        ),
     ],
 )
-def test_schedules_that_are_code(make, why, tmp_path, monkeypatch):
-    monkeypatch.setitem(SCHEDULES, "code", make)
-    step, batch, *_ = scheduled("code")
+def test_schedules_that_may_change_more(make, read, why, tmp_path):
+    step, batch, _ = asking(make, read or (lambda o, s: None))
     step = compiled(step, batch, times=6)
-    with pytest.raises(CannotSave, match=rf"{why}.*loaded\(…, lr=…\)"):
+    with pytest.raises(CannotSave, match=rf"({why}).*loaded\(…, lr=…\)"):
+        step.save(tmp_path / "a.step")
+
+
+def test_a_rate_that_a_schedule_of_code_has_set_is_not_read(tmp_path):
+    step, batch, own = asking(OF_FUNCTIONS["LambdaLR"])
+
+    def reads(x, y):
+        return step(x, y), own.param_groups[0]["lr"]
+
+    reads = compiled(reads, batch, times=6)
+    with pytest.raises(CannotSave, match=r"it reads own.param_groups\[0\].lr after a scheduler"):
+        reads.save(tmp_path / "a.step")
+
+
+# ---- what is noted in lists
+
+
+def test_lists_that_are_appended_to(reload, tmp_path):
+    """A loaded step has lists of its own, empty at first: by what the step called them."""
+    torch.manual_seed(0)
+    w = torch.randn(3).double().requires_grad_()
+
+    class Log:
+        def __init__(self):
+            self.losses, self.rows = [], []
+
+    log = Log()
+
+    def step(x, lr=0.1):
+        loss = (w * x).square().sum()
+        loss.backward()
+        with torch.no_grad():
+            w.sub_(w.grad * lr)
+            w.grad = None
+        log.losses.append(loss.item())
+        log.losses.append(lr)
+        log.rows.append({"loss": loss.detach(), "of": ("w", [x.shape[0], None])})
+
+    x = torch.ones(3).double()
+    loaded = reload(compiled(step, (x, 0.1), times=6))
+    assert loaded.lists == {"log.losses": [], "log.rows": []}
+    log.losses.clear(), log.rows.clear()
+    for k in range(5):
+        step(x + k, 0.01 * k)
+        loaded(x + k, 0.01 * k)
+    assert loaded.lists["log.losses"] == pytest.approx(log.losses, rel=1e-12)
+    assert len(loaded.lists["log.rows"]) == 5
+    for mine, theirs in zip(loaded.lists["log.rows"], log.rows, strict=True):
+        assert mine["loss"].item() == pytest.approx(theirs["loss"].item(), rel=1e-12)
+        assert mine["of"] == ("w", [3, None]) == theirs["of"]
+    loaded.lists["log.losses"].clear()
+    with pytest.raises(CallError):
+        loaded(torch.ones(4).double(), 0.1)
+    assert loaded.lists["log.losses"] == []  # a call that fails appends nothing
+    loaded.save(tmp_path / "b.step")
+    again = tracejit.load(tmp_path / "b.step", backend="numpy")
+    again(x, 0.1)
+    assert len(again.lists["log.losses"]) == 2 and len(again.lists["log.rows"]) == 1
+
+
+def test_a_list_that_one_plan_looks_at(tmp_path):
+    """Another one appends to it: a file has no list to look at."""
+    seen = []
+
+    def step(x, much):
+        if much:
+            return x * len(seen)
+        seen.append(x.sum().item())
+        return x
+
+    x = torch.ones(3)
+    step = compiled(step, (x, False), (x, True), times=6)
+    with pytest.raises(CannotSave, match="seen|another one|replayed"):
+        step.save(tmp_path / "a.step")
+
+
+def test_an_argument_that_is_appended_to(tmp_path):
+    def step(x, losses):
+        losses.append(x.sum().item())
+        return x * 2
+
+    step = compiled(step, (torch.ones(3), []), times=6)
+    with pytest.raises(CannotSave, match="losses|is not replayed"):
         step.save(tmp_path / "a.step")
 
 
@@ -216,7 +389,31 @@ class Plain:
         self.x, self.y = x, y
 
 
-@pytest.mark.parametrize("kind", [Pair, Batch, Frozen, Plain])
+@dataclass(slots=True)
+class Slotted:
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: float = 2.0
+
+
+class Half(Slotted):
+    """Some of it in slots, some in a dict."""
+
+
+def namespace(x, y):
+    return SimpleNamespace(x=x, y=y, scale=2.0)
+
+
+class Weighed(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+    scale: float = 2.0
+
+
+WITH_A_NUMBER = (Batch, Slotted, Half, Weighed, namespace)
+
+
+@pytest.mark.parametrize("kind", [Pair, Frozen, Plain, *WITH_A_NUMBER])
 def test_a_batch_of_a_class(kind, reload):
     """It may be given as an object of any class with these attributes, or as a dict."""
 
@@ -230,21 +427,46 @@ def test_a_batch_of_a_class(kind, reload):
     assert step.stats.replays
     loaded = reload(step)
     expected = step.__wrapped__(kind(x + 1, y))
-    like = {"x": x + 1, "y": y} | ({"scale": 2.0} if kind is Batch else {})
+    like = {"x": x + 1, "y": y} | ({"scale": 2.0} if kind in WITH_A_NUMBER else {})
     Other = namedtuple("Other", [*like])
     for given in (kind(x + 1, y), like, Other(*like.values())):
-        if kind is Pair or not isinstance(given, tuple):
+        if kind in (Pair, Weighed) or not isinstance(given, tuple):
             assert torch.equal(loaded(given), expected)
-    if kind is Pair:
-        assert torch.equal(loaded((x + 1, y)), expected)
-    for wrong in ({"x": x}, x, None, [x, y, y], object()):
-        with pytest.raises(CallError, match=rf"batch is a {kind.__name__} with x, y"):
+    if kind in (Pair, Weighed):
+        assert torch.equal(loaded(tuple(like.values())), expected)
+    name = "SimpleNamespace" if kind is namespace else kind.__name__
+    for wrong in ({"x": x}, x, None, [x, y, y, y], object()):
+        with pytest.raises(CallError, match=rf"batch is a {name} with x, y"):
             loaded(wrong)
     with pytest.raises(CallError, match=r"batch.x is f32\[4\], and the plan takes f32\[3\]"):
         loaded({**like, "x": torch.ones(4)})
-    if kind is Batch:
-        with pytest.raises(CallError, match=r"batch.scale is 2.0, not 3.0"):
-            loaded(Batch(x, y, 3.0))
+    if kind in WITH_A_NUMBER:  # it is a runtime scalar, from the first call on
+        assert step.stats.compiles == 1
+        for number in (3.0, -1.5):
+            found = loaded({**like, "scale": number})
+            assert torch.equal(found, expected / 2 * number)
+        with pytest.raises(CallError, match=r"batch.scale is a float, not None"):
+            loaded({**like, "scale": None})
+
+
+def test_numbers_in_batches_of_any_kind(reload):
+    """In dicts, lists and objects in them; as many plans as there are of their kinds."""
+
+    def step(batch, pair):
+        return batch["x"] * batch["rate"] + batch["more"][0].scale * pair[1] + batch["more"][1]
+
+    def given(k):
+        more = [Slotted(torch.ones(2), None, 1.0 + k), 0.5 * k]
+        return {"x": torch.arange(3.0) + k, "rate": 0.1 * k, "more": more}, (torch.ones(1), 2.0 * k)
+
+    compiled_step = tracejit.compile(step, backend="numpy")
+    for k in range(8):
+        assert torch.equal(compiled_step(*given(k)), step(*given(k)))
+    assert compiled_step.stats.compiles == 1 and compiled_step.stats.replays
+    loaded = reload(compiled_step)
+    for k in range(8, 12):
+        assert torch.equal(loaded(*given(k)), step(*given(k)))
+    assert not loaded.numbers
 
 
 def test_batches_in_batches(reload):

@@ -86,6 +86,6 @@ def plain_step(
     if isinstance(step, CompiledStep):
         keep_grads, step = step.options.keep_grads, step.__wrapped__
     function, bound_to = unwrap(step)
-    if function is None or function.__module__.partition(".")[0] == "tracejit":
+    if function is None or (function.__module__ or "").partition(".")[0] == "tracejit":
         raise TypeError(f"{caller} takes a Python function or method, not {type(step).__name__}")
     return function, bound_to + args, kwargs, keep_grads

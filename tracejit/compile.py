@@ -235,7 +235,7 @@ class CompiledStep(Inspected):
                 self.stats.eager += 1
                 if self._programs.agreement is not None:
                     self._say_to_ranks("runs the step eagerly")
-                elif not self._replays and not self._closures.wanted:
+                elif type(self) is CompiledStep and not (self._replays or self._closures.wanted):
                     self._quick = fallback.quick(args, kwargs)
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from support.pictures import overlapping
+
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -96,3 +98,24 @@ def screenshot(page: Path, path: Path) -> None:
         shot = f"--screenshot={path.resolve()}"
         command = [chromium(), *_FLAGS, f"--user-data-dir={profile}", shot, page.resolve().as_uri()]
         subprocess.run(command, capture_output=True, timeout=_SECONDS, check=True)
+
+
+def of_class(elements: list[Element], *names: str) -> list[Element]:
+    return [e for e in elements if "data-box" in e.attributes and {*names} & {*e.classes}]
+
+
+def check_drawing(elements: list[Element]) -> list[Element]:
+    """Boxes and labels lie apart, boxes in one another's frames or apart from them."""
+    boxes, frames = of_class(elements, "node", "folded"), of_class(elements, "frame")
+    assert boxes and not overlapping([e.box for e in boxes])
+    for frame in frames:
+        x, y, w, h = frame.box
+        for other in (*boxes, *frames):
+            a, b, c, d = other.box
+            inside = x <= a and y <= b and a + c <= x + w + 0.2 and b + d <= y + h + 0.2
+            around = a <= x and b <= y and x + w <= a + c + 0.2 and y + h <= b + d + 0.2
+            assert inside or around or not overlapping([frame.box, other.box])
+    labels = [e for e in of_class(elements, "edge") if "more" not in e.classes]
+    found = overlapping([*(e.box for e in boxes), *(e.box for e in labels)])
+    assert not found, found[:3]
+    return boxes

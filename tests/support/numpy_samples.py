@@ -59,6 +59,17 @@ PROGRAMS = {
     ),
     "np.flipud": lambda x, y: np.flipud(x) * 1,
     "np.fliplr": lambda x, y: np.fliplr(x) * 1,
+    "np.pad": lambda x, y: (
+        np.pad(x, 1),
+        np.pad(x, ((0, 2), (1, 0)), constant_values=-1.5),
+        *(np.pad(y, (2, 1), mode=mode) for mode in ("edge", "reflect", "symmetric", "wrap")),
+        np.pad(x > 0, (1, 2)),
+    ),
+    "np.lib.stride_tricks.sliding_window_view": lambda x, y: (
+        np.lib.stride_tricks.sliding_window_view(x, 2, axis=0).sum(-1),
+        np.lib.stride_tricks.sliding_window_view(x, (2, 2)).max(axis=(2, 3)),
+        np.tensordot(np.lib.stride_tricks.sliding_window_view(x, (2,), axis=(1,)), [1.0, -1.0], 1),
+    ),
     "np.roll": lambda x, y: (np.roll(x, 2), np.roll(x, -1, 0)),
     "np.concatenate": lambda x, y: (
         np.concatenate([x, y]),
@@ -235,4 +246,17 @@ def _in_place(x: np.ndarray, y: np.ndarray) -> tuple:
     return a, rows, s, t, b
 
 
-PROGRAMS |= {"assignment": _assigned, "in place": _in_place}
+def _added_at(x: np.ndarray, y: np.ndarray) -> tuple:
+    """Elements that are there twice count twice."""
+    rows, flat, one = np.zeros((4, 3)), np.zeros(5, np.float32), np.ones(3, np.int64)
+    np.add.at(rows, np.array([0, 2, 0, -1]), np.arange(12.0).reshape(4, 3))
+    np.add.at(rows, [1, 1], x[0, :3])
+    np.add.at(rows, (np.array([0, 0, 3]), np.array([1, 1, 2])), 0.5)
+    np.add.at(rows, 2, 1.0)
+    np.subtract.at(flat, np.array([[0, 1], [1, 4]]), np.array([0.5, 2.0]))
+    np.add.at(one, np.array([2, 2, 0]), 3)
+    np.subtract.at(one, slice(1), 1)
+    return rows, flat, one
+
+
+PROGRAMS |= {"assignment": _assigned, "in place": _in_place, "added at": _added_at}

@@ -9,10 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from examples.alexnet import alexnet
 from examples.gpt import GPT, LENGTH, adamw
 from support import saved_steps
-from support.image_nets import Block
 from support.saved_steps import DynamicNet, batches_of
 
 Named = dict[str, torch.Tensor]
@@ -142,51 +140,25 @@ def dynamic() -> Exported:
     return Exported(step, lambda i: (*batches(i), 3))
 
 
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable:
-    def step(x, labels):
-        loss = F.cross_entropy(model(x), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
-    return step
+IMAGES = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
 
 
 def alex() -> Exported:
     """AlexNet, narrow, on small images, without its dropout."""
-    torch.manual_seed(0)
-    model = alexnet(width=2)
-    for module in model:
-        if isinstance(module, nn.Dropout):
-            module.eval()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    batches, labels = batches_of((2, 3, 64, 64), dtype=torch.float32), torch.arange(2)
-    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
-    given = lambda i: (*batches(i), labels)  # noqa: E731
-    return Exported(_trained(model, optimizer), given, operators, 1e-4)
+    found = saved_steps.alex()
+    return Exported(found.step, found.args, IMAGES, 1e-4)
 
 
 def resnet18() -> Exported:
     """ResNet-18, narrow, on small images: its running statistics are state too."""
-    torch.manual_seed(0)
-    widths = (4, 4, 8, 16, 32)
-    stages = [
-        block
-        for k in range(4)
-        for block in (
-            Block(widths[k], widths[k + 1], 1 + (k > 0)),
-            Block(widths[k + 1], widths[k + 1], 1),
-        )
-    ]
-    stem = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
-    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
-    model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *stages, *head)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
-    batches, labels = batches_of((4, 3, 64, 64), dtype=torch.float32), torch.arange(4)
-    given = lambda i: (*batches(i), labels)  # noqa: E731
-    operators = frozenset({"Conv", "ConvTranspose", "MaxPool", "Relu", "Gemm"})
-    return Exported(_trained(model, optimizer), given, operators, 1e-3)
+    found = saved_steps.resnet18(torch.float32)
+    return Exported(found.step, found.args, IMAGES, 1e-3)
+
+
+def block() -> Exported:
+    """A transformer block with its attention written out."""
+    found = saved_steps.block()
+    return Exported(found.step, found.args, frozenset({"MatMul", "Softmax"}), 1e-4)
 
 
 def gpt() -> Exported:
@@ -232,6 +204,6 @@ STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, autograd, accumulating, modules_sgd, modules_adam, classifier),
-        *(custom_function, dynamic, alex, resnet18, gpt, lstm),
+        *(custom_function, dynamic, alex, resnet18, block, gpt, lstm),
     )
 }

@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from examples.alexnet import alexnet
 from examples.custom_relu import MyReLU
+from examples.transformer_block import Block
+from support.image_nets import Block as Residual
 from support.image_nets import residual
 from support.language_nets import LENGTH, VOCABULARY, NanoGPT
 
@@ -197,11 +200,8 @@ def gpt() -> Saved:
     return Saved(step, given, lambda: _named(model=model))
 
 
-def images() -> Saved:
-    """Convolutions, batch norms with running statistics, and residuals, as in ResNet-18."""
-    torch.manual_seed(0)
-    model = residual(width=4)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer, shape: tuple[int, ...]) -> Saved:
+    """A classifier of images of the shape, each batch of which has one of each of its classes."""
 
     def step(x, labels):
         loss = F.cross_entropy(model(x), labels)
@@ -210,8 +210,65 @@ def images() -> Saved:
         optimizer.step()
         return loss.detach()
 
-    batches, labels = batches_of((4, 3, 8, 8), dtype=torch.float32), torch.arange(4)
+    dtype = next(model.parameters()).dtype
+    batches, labels = batches_of(shape, dtype=dtype), torch.arange(shape[0])
     return Saved(step, lambda i: (*batches(i), labels), lambda: _named(model=model))
+
+
+def images() -> Saved:
+    """Convolutions, batch norms with running statistics, and residuals, as in ResNet-18."""
+    torch.manual_seed(0)
+    model = residual(width=4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+    return _trained(model, optimizer, (4, 3, 8, 8))
+
+
+def alex() -> Saved:
+    """AlexNet, narrow, on small images, without its dropout."""
+    torch.manual_seed(0)
+    model = alexnet(width=2)
+    for module in model:
+        if isinstance(module, nn.Dropout):
+            module.eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    return _trained(model, optimizer, (2, 3, 64, 64))
+
+
+def resnet18(dtype: torch.dtype = torch.float64) -> Saved:
+    """ResNet-18, narrow, on small images. So few of them make what rounding does a thousand times
+    as large in twenty steps."""
+    torch.manual_seed(0)
+    widths = (4, 4, 8, 16, 32)
+    stages = [
+        part
+        for k in range(4)
+        for part in (
+            Residual(widths[k], widths[k + 1], 1 + (k > 0)),
+            Residual(widths[k + 1], widths[k + 1], 1),
+        )
+    ]
+    stem = nn.Conv2d(3, 4, 7, 2, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(inplace=True)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)
+    model = nn.Sequential(*stem, nn.MaxPool2d(3, 2, 1), *stages, *head).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    return _trained(model, optimizer, (4, 3, 64, 64))
+
+
+def block() -> Saved:
+    """A transformer block, its attention written out."""
+    torch.manual_seed(0)
+    model = Block(16, heads=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x, target):
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), target)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    batches = batches_of((2, 6, 16), (2, 6, 16), dtype=torch.float32)
+    return Saved(step, batches, lambda: _named(model=model))
 
 
 class Pair(NamedTuple):
@@ -276,11 +333,42 @@ def selecting() -> Saved:
     return Saved(step, given, lambda: _named(model=model), kinds=3)
 
 
+@dataclass(slots=True)
+class Weighed:
+    """A batch in slots, with a number."""
+
+    x: torch.Tensor
+    labels: torch.Tensor
+    scale: float = 1.0
+
+
+def noting() -> Saved:
+    """It keeps its losses in lists; a batch is an object of slots, whose number is another one in
+    each call."""
+    torch.manual_seed(0)
+    model = nn.Linear(20, 10).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    losses, norms = [], []
+
+    def step(batch):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch.x), batch.labels) * batch.scale
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        norms.append({"norm": model.weight.detach().norm(), "scale": batch.scale})
+        return loss.detach(), batch.scale
+
+    batches, labels = batches_of((8, 20)), torch.arange(8)
+    given = lambda i: (Weighed(*batches(i), labels, 1 / (1 + i)),)  # noqa: E731
+    return Saved(step, given, lambda: _named(model=model))
+
+
 STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, two_layers, classifier, custom_function, dynamic, deciding, gpt, images),
-        *(scheduled, selecting),
+        *(alex, resnet18, block, scheduled, selecting, noting),
     )
 }
 
@@ -305,4 +393,4 @@ def rich() -> Saved:
     return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
 
 
-FILES = (by_hand, two_layers, deciding, rich, scheduled, selecting)
+FILES = (by_hand, two_layers, deciding, rich, scheduled, selecting, noting)

@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.overrides import _pop_mode
 
 from tracejit.capture.effects.aliases import aliased, looked_up
+from tracejit.capture.effects.fields import has_numbers
 from tracejit.capture.effects.hyperparameters import Hyperparameters, within_reach
 from tracejit.capture.effects.variables import Record, Variable
 from tracejit.capture.names import name_of_tensor
@@ -77,8 +78,9 @@ def bind(
         x = plain(x)  # a float kept from an earlier call
         if type(x) is float or (type(x) is int and path in integers):
             return t.scalar(x, path)
-        if type(x) is tuple and any(type(item) in (float, tuple) for item in x):
-            return tuple(replace(item, (*path, i)) for i, item in enumerate(x))
+        if has_numbers(x):
+            items = [replace(item, (*path, i)) for i, item in enumerate(x)]
+            return tuple(items) if type(x) is tuple else type(x)._make(items)
         return x
 
     called = _called(function)

@@ -12,14 +12,20 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
 
 import torch
 
-from tracejit.capture.effects.effects import is_attributes
+from tracejit.capture.effects.effects import is_named_tuple
+from tracejit.capture.effects.fields import (
+    MANY,
+    PLAIN,
+    attributes_of,
+    holds_tensors,
+    is_its_attributes,
+)
+from tracejit.capture.python.classes import slots
 from tracejit.capture.trace.tensor import extent
 
-_MANY = 1000  # items; more are data
 _LINE = 16  # elements: a tensor that starts so many further is aligned alike
 
 
@@ -100,8 +106,6 @@ class Fielded:
 
 
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-_OWNERS = (torch.nn.Module, torch.optim.Optimizer, type, ModuleType, FunctionType, str)
-PLAIN = (bool, int, float, str, type(None))
 CONTAINERS = (list, tuple, dict)
 Tree = TensorLike | Thing | Left | Listed | Keyed | Fielded | bool | int | float | str | None
 
@@ -157,7 +161,7 @@ def signature_of(
     def tree(x: object) -> Tree:
         if isinstance(x, CONTAINERS):
             known_kind = type(x) in CONTAINERS or is_named_tuple(type(x))
-            if not known_kind or len(x) > _MANY or any(x is other for other in around):
+            if not known_kind or len(x) > MANY or any(x is other for other in around):
                 return Left(f"{type(x).__name__} of {len(x)} items")
         around.append(x)
         try:
@@ -184,9 +188,9 @@ def signature_of(
             return x
         if not holds_tensors(x):
             return Thing(x)
-        if not _is_its_attributes(x) or any(x is other for other in around[:-1]):
+        if not is_its_attributes(x) or any(x is other for other in around[:-1]):
             return Left(f"{type(x).__name__} with tensors in it")
-        fields = tuple((name, tree(item)) for name, item in vars(x).items())
+        fields = tuple((name, tree(item)) for name, item in attributes_of(x).items())
         return Fielded(type(x), fields, listed=False)
 
     given = (*map(Thing, args[:bound]), *map(tree, args[bound:]))
@@ -197,49 +201,6 @@ def signature_of(
         if id(x) not in known and x.is_leaf
     ]
     return Signature(given, named, tuple(gradients))
-
-
-def is_named_tuple(kind: type) -> bool:
-    """Whether a class is one that `collections.namedtuple` or `typing.NamedTuple` makes."""
-    names = kind.__dict__.get("_fields")
-    return (
-        kind.__bases__ == (tuple,)
-        and type(names) is tuple
-        and all(type(name) is str for name in names)
-        and hasattr(kind, "_make")
-    )
-
-
-def _is_its_attributes(x: object) -> bool:
-    """Whether an object of the user's has all that it has in its `__dict__`, so that another one
-    with the same attributes is like it."""
-    if isinstance(x, _OWNERS) or not is_attributes(type(x)):
-        return False
-    return type(vars(x)) is dict and len(vars(x)) <= _MANY
-
-
-def holds_tensors(x: object) -> bool:
-    """Whether an object has tensors in it, as a batch has; those of modules and optimizers are
-    theirs."""
-    pending, seen = [x], set()
-    while pending and len(seen) < _MANY:
-        x = pending.pop()
-        if isinstance(x, torch.Tensor):
-            return True
-        if id(x) in seen or isinstance(x, _OWNERS):
-            continue
-        seen.add(id(x))
-        if isinstance(x, dict):
-            pending += x.values()
-        elif isinstance(x, (list, tuple)):
-            pending += x
-        else:
-            attributes = x.__dict__ if type(x).__dictoffset__ else {}
-            pending += attributes.values() if isinstance(attributes, dict) else ()
-            slots = (getattr(kind, "__slots__", ()) for kind in type(x).__mro__)
-            names = {name for row in slots for name in ((row,) if type(row) is str else row)}
-            pending += (getattr(x, name, None) for name in names)
-    return False
 
 
 def standing(signature: Signature) -> Standing:
@@ -266,7 +227,11 @@ def standing(signature: Signature) -> Standing:
                 if listed:
                     return kind._make(fields.values())
                 like = kind.__new__(kind)
-                vars(like).update(fields)
+                for name, item in fields.items():
+                    if name in slots(kind):
+                        object.__setattr__(like, name, item)
+                    else:
+                        vars(like)[name] = item
                 return like
         return x
 

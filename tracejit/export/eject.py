@@ -63,7 +63,7 @@ class Ejected:
                 raise self.refused(
                     f"it depends on how many elements it finds at {cut.where}", remedy
                 )
-        if c.effects.callbacks:
+        if c.effects.callbacks or self.step.asked:
             remedy = "Step it outside, and give calls its rate: lr=…"
             raise self.refused("it steps a learning-rate scheduler", remedy)
         if c.effects.escaped:
@@ -98,7 +98,8 @@ class Ejected:
 
     def text(self) -> str:
         """The whole file."""
-        call = CallText(self.plan, self.captured, self.parts, self.kernels, self.refused)
+        own = self.kernels, self.refused, self.step.lists
+        call = CallText(self.plan, self.captured, self.parts, *own)
         lines = call.lines()
         numbers = [f"{quoted(k)}: {plain_text(v)}," for k, v in self.step.numbers.items()]
         imports = {*self.kernels.imports, "from sys import argv"}
@@ -111,6 +112,9 @@ class Ejected:
         if call.kinds:
             imports.add("from collections import namedtuple")
         own = sorted(imports, key=lambda x: (x.startswith("from "), x))
+        lists = [f"{quoted(name)}: []," for name in self.step.lists]
+        if lists:
+            lists = listed("self.lists = {", lists, "}  # what calls append").splitlines()
         fields = {
             "name": self.step.name,
             "module": self.module,
@@ -123,7 +127,7 @@ class Ejected:
             "numbers": listed("NUMBERS = {", numbers, "}"),
             "kinds": "".join(f"\n{line}" for line in call.kind_lines()),
             "kernels": self.kernels.text,
-            "fields": "\n".join(indented(self.kernels.fields, 8)),
+            "fields": "\n".join(indented([*self.kernels.fields, *lists], 8)),
             "signature": call.signature(),
             "call": "\n".join(indented(lines, 8)),
             "made_up": made_up,

@@ -35,7 +35,7 @@ def kernel_text(plans: Sequence[CpuPlan], vector_bytes: int) -> str:
 
 def flags() -> list[str]:
     """What the C compiler is given."""
-    return [f for f in flags_for(find_compiler()) if f != "-fopenmp-simd"] + ["-fopenmp"]
+    return [f for f in flags_for(find_compiler()) if f != "-fopenmp-simd"] + ["-fopenmp", "-w"]
 
 
 _TEXT = '''SOURCE = r"""

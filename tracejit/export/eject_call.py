@@ -88,8 +88,9 @@ class CallText:
         parts: EjectedParts,
         kernels: Kernels,
         refused: Callable[[str, str], CannotEject],
+        lists: Sequence[str],
     ):
-        self.plan, self.captured, self.parts = plan, captured, parts
+        self.plan, self.captured, self.parts, self.lists = plan, captured, parts, lists
         self.kernels, self.refused = kernels, refused
         of_file = NAMED | names_of(kernels.text)
         arguments = [a.name for a in plan.arguments]
@@ -171,7 +172,7 @@ class CallText:
         host |= self._host(lambda of: bool(of & late))
         lines += self._new_code()
         numbers = [host[i] for i in range(len(host))]
-        commit = Commit(c, [x.name for x in self.inputs], outputs, numbers, self.kinds)
+        commit = Commit(c, [x.name for x in self.inputs], outputs, numbers, self.kinds, self.lists)
         lines += commit.lines()
         if any("f32." in line for line in lines):
             lines.insert(0, "f32 = ctypes.c_float()  # rounds what is stored in it")

@@ -23,7 +23,7 @@ from tracejit.capture.effects.effects import (
 from tracejit.export.eject_text import quoted
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
-from tracejit.saved.record import NUMBERS
+from tracejit.saved.record import LISTS, NUMBERS
 
 _FLAGS = {
     "requires grad": "requires_grad_()",
@@ -43,10 +43,12 @@ class Commit:
         outputs: Sequence[str],
         host: Sequence[str],
         kinds: Mapping[int, str],
+        lists: Sequence[str],
     ):
         self.captured = captured
         self.inputs, self.outputs, self.host = inputs, outputs, host
         self.kinds = kinds  # of tuples with names: what each is called
+        self.lists = lists  # that are appended to
         self.made: dict[int, str] = {}
 
     def lines(self) -> Iterator[str]:
@@ -65,6 +67,10 @@ class Commit:
         for index, source in effects.leaf_grads:
             yield f"{self.made[index]}.grad = {self.made[source]}"
         for holder, key, tree in effects.stores:
+            if holder >= LISTS:
+                of = f"self.lists[{quoted(self.lists[holder - LISTS])}]"
+                yield f"{of}.append({self._tree(tree)})"
+                continue
             of = "numbers" if holder == NUMBERS else "state"
             yield f"{of}[{quoted(key)}] = {self._tree(tree)}"
         returned = self._tree(effects.returned)

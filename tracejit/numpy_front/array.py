@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace.scalars import ANSWERING
-from tracejit.numpy_front import functions, indexing, reductions
+from tracejit.numpy_front import functions, indexing, reductions, windows  # noqa: F401  rules
 from tracejit.numpy_front.core import (
     BORN,
     ArrayData,
@@ -164,6 +164,8 @@ class Array(ArrayData):
         if reduce is not None and not kwargs.keys() - {"axis", "keepdims", "dtype"}:
             kwargs.setdefault("axis", 0)
             return reduce(*inputs, **kwargs)
+        if method == "at" and ufunc in (np.add, np.subtract) and len(inputs) == 3:
+            return indexing.add_at(*inputs, 1 if ufunc is np.add else -1)
         return ufunc_call(ufunc, method, inputs, kwargs)
 
     def __array_function__(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from tracejit.capture.trace.scalars import TracedInt
 from tracejit.numpy_front.core import (
     ArrayData,
     array,
+    common,
     copy_for_view,
     is_weak,
     made,
@@ -38,8 +40,15 @@ def _parts(x: ArrayData, key: object) -> tuple:
         elif type(part) is bool or type(part) is np.bool_:
             raise refuse("indexing with a bool", "index with an array of bools", x)
         else:
-            parts.append(part.__index__())
+            parts.append(part if isinstance(part, TracedInt) else part.__index__())
+    if any(isinstance(p, torch.Tensor) for p in parts):
+        parts = [p.__index__() if isinstance(p, TracedInt) else p for p in parts]
     return tuple(parts)
+
+
+def _is_int(part: object) -> bool:
+    """Whether a part of a key is a number; it may be a runtime scalar."""
+    return type(part) is int or isinstance(part, TracedInt)
 
 
 def _advanced(x: ArrayData, parts: tuple) -> bool:
@@ -93,7 +102,7 @@ def get(x: ArrayData, key: object) -> ArrayData:
     if _advanced(x, parts):
         return made(x.t[parts if len(parts) > 1 else parts[0]], sure=len(parts) == 1)
     forward, reverse = _forward(x, parts)
-    if len(parts) == x.t.ndim and all(type(p) is int for p in parts):
+    if len(parts) == x.t.ndim and all(map(_is_int, parts)):
         return made(x.t[forward].clone())
     if x.scalar:
         return ArrayData.made(x.t.clone()[forward])
@@ -127,3 +136,24 @@ def put(x: ArrayData, key: object, value: object) -> None:
     if reverse:
         t = torch.flip(t.broadcast_to(target), reverse)
     write(x, t, forward)
+
+
+def add_at(x: object, key: object, value: object, sign: int = 1) -> None:
+    """np.add.at(x, key, value), or np.subtract.at: elements that are there twice count twice."""
+    if not isinstance(x, ArrayData):
+        raise refuse("np.add.at", "the array that is added to is no argument of the step", x)
+    if not np.can_cast(common(x, value), x.dtype, "same_kind"):
+        raise refuse(f"np.add.at of {common(x, value)} to {x.dtype}", "cast it first", x)
+    parts, added = _parts(x, key), array(value).t.to(x.t.dtype)
+    added = added if sign > 0 else -added
+    if not _advanced(x, parts):
+        put(x, key, ArrayData.made(get(x, key).t + added))
+        return
+    if any(not isinstance(p, (int, torch.Tensor)) or _is_mask(p) for p in parts):
+        raise refuse("np.add.at with a mask or slices", "index with arrays of integers", x)
+    places = tuple(torch.tensor(p) if type(p) is int else p for p in parts)
+    write(x, x.t.index_put(places, added, accumulate=True))
+
+
+def _is_mask(part: object) -> bool:
+    return isinstance(part, torch.Tensor) and part.dtype == torch.bool

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -67,6 +67,8 @@ class Reached:
         self._own = own  # the step's function, whose variables are seen to elsewhere
         self._seen: dict[tuple[int, bool], object] = {}
         self._pending: list[tuple[object, int]] = [(x, _ROOT) for x in roots]
+        if own is not None:
+            self._pending += [(x, 1 if is_holder(x) else _ROOT) for x in variables_of(own)]
         while self._pending and len(self._seen) < _MOST:
             self._look(*self._pending.pop())
 
@@ -83,9 +85,9 @@ class Reached:
             self.of_torch |= x.__name__.partition(".")[0] == "torch"
         elif type(x) in (list, tuple, dict):
             items = [*x.values()] if type(x) is dict else x
-            if depth in (0, _DEEP) or len(x) > _WIDE:
+            if depth in (0, _DEEP) or not (len(x) <= _WIDE or is_holder(x)):
                 return
-            self._pending += [(item, depth + 1) for item in items]
+            self._pending += [(item, depth + 1) for item in items[:_WIDE]]
             if not root and type(x) is not tuple:
                 self.holders.append(x)
         elif isinstance(x, MethodType):
@@ -102,12 +104,9 @@ class Reached:
     def _function(self, f: FunctionType) -> None:
         if _of_library(f):
             return
-        names = names_in(f.__code__).globals
-        values = [f.__globals__.get(name) for name in names]
-        cells = f.__closure__ or ()
-        depth = _ROOT if f is self._own else 1
-        self._pending += [(x, depth) for x in (*values, *map(contents, cells))]
+        names, cells = names_in(f.__code__).globals, f.__closure__ or ()
         if f is not self._own:
+            self._pending += [(x, 1) for x in variables_of(f)]
             self.variables += [(f.__globals__, name) for name in names if name in f.__globals__]
             self.variables += [(cell, None) for cell in cells]
 
@@ -118,6 +117,20 @@ class Reached:
                 self._pending += [(x, 1) for x in found if isinstance(x, FunctionType)]
 
 
+def variables_of(f: FunctionType) -> list[object]:
+    """What the globals that a function names hold, and its closure."""
+    names = names_in(f.__code__).globals
+    return [*map(f.__globals__.get, names), *map(contents, f.__closure__ or ())]
+
+
+def is_holder(x: object) -> bool:
+    """Whether a variable of the step holds a list or dict that stays what it is: tensors stand in
+    it for the time of a call. Of a long list that is what is appended to it."""
+    if type(x) is dict or (type(x) is list and len(x) <= _WIDE):
+        return len(x) <= _WIDE
+    return type(x) is list and not any(isinstance(item, np.ndarray) for item in x[:_WIDE])
+
+
 def _of_library(x: object) -> bool:
     return (getattr(x, "__module__", None) or "").partition(".")[0] in _LIBRARIES
 
@@ -126,7 +139,7 @@ def _is_object(x: object) -> bool:
     """Whether something is an object of a class of the user's that is no more than attributes."""
     kind = type(x)
     plain = kind.__new__ is object.__new__ and kind.__dictoffset__ and not _of_library(kind)
-    return bool(plain) and type(getattr(x, "__dict__", None)) is dict
+    return (kind is SimpleNamespace or bool(plain)) and type(getattr(x, "__dict__", None)) is dict
 
 
 class Places:
@@ -134,14 +147,20 @@ class Places:
 
     def __init__(self, reached: Reached, convert: Callable[[object], object]):
         self._holders = reached.holders
-        self._known = {*map(id, reached.holders)}  # which stay what they are
+        self.known = {*map(id, reached.holders)}  # which stay what they are
+        self._starts = {id(x): len(x) for x in reached.holders if len(x) > _WIDE}
+        self._inner: dict[tuple[int, object], int] = {}  # which containers holders have where
         self.slots: list[Slot] = []
         seen: set[tuple[int, object]] = set()
         for holder, key in self._all(reached):
             at = id(holder), key
             value = contents(holder) if key is None else holder[key]
+            if type(value) in (list, dict, tuple):
+                self._inner[at] = id(value)
             if at in seen or isinstance(value, _PLAIN) or type(value) in (list, dict):
                 continue
+            if type(holder) is list and isinstance(value, np.generic):
+                continue  # as of losses: good for its value, if anything reads it
             seen.add(at)
             found = convert(value)
             if found is not value:
@@ -149,8 +168,13 @@ class Places:
 
     def _all(self, reached: Reached) -> Iterator[tuple[dict | list | CellType, object]]:
         for holder in reached.holders:
-            yield from ((holder, key) for key in _keys(holder))
+            yield from ((holder, key) for key in self._keys(holder))
         yield from reached.variables
+
+    def _keys(self, holder: dict | list) -> list:
+        if isinstance(holder, dict):
+            return [*holder]
+        return [*range(self._starts.get(id(holder), 0), len(holder))]
 
     def put(self, see: Callable[[object], object] | None = None) -> None:
         """Let tensors stand there, or what is seen of them."""
@@ -167,9 +191,20 @@ class Places:
             elif not any(slot.holder is holder for holder in self._holders):
                 return f"the variable {slot.key or ''} of a function".replace("  ", " ")
         for holder in self._holders:
-            for key in _keys(holder):
-                holder[key] = self._deep(holder[key], ArrayData, lambda a: a.t)
+            for key in self._keys(holder):
+                x = holder[key]
+                if self._inner.get((id(holder), key)) != id(x) and self.leads_back(x):
+                    return "an item or attribute (a list or dict that was there before)"
+                holder[key] = self._deep(x, ArrayData, lambda a: a.t)
         return ""
+
+    def leads_back(self, x: object, depth: int = 0) -> bool:
+        """Whether x is, or has in it, a list or dict that was there before: a later call would put
+        another one of the same items in its place."""
+        if type(x) not in (tuple, list, dict) or depth > _DEEP:
+            return False
+        items = [*x.values()] if type(x) is dict else x
+        return id(x) in self.known or any(self.leads_back(i, depth + 1) for i in items[:_WIDE])
 
     def take_back(self, array: Callable[[torch.Tensor], object]) -> None:
         """Let arrays stand there: those that did, or what the call has put there."""
@@ -177,7 +212,7 @@ class Places:
             if slot.held is slot.tensor:
                 slot.put(slot.array)
         for holder in self._holders:
-            for key in _keys(holder):
+            for key in self._keys(holder):
                 found = self._deep(holder[key], torch.Tensor, array)
                 if found is not holder[key]:
                     holder[key] = found
@@ -186,7 +221,7 @@ class Places:
         """The same with what is of a kind changed; in new containers where there is such inside."""
         if isinstance(x, kind):
             return change(x)
-        if type(x) not in (tuple, list, dict) or id(x) in self._known:
+        if type(x) not in (tuple, list, dict) or id(x) in self.known:
             return x
         if depth < _DEEP and len(x) <= _WIDE:
             items = [*x.values()] if type(x) is dict else x
@@ -199,7 +234,3 @@ class Places:
         """Let the arrays stand there that did, whatever has happened since."""
         for slot in self.slots:
             slot.put(slot.array)
-
-
-def _keys(holder: dict | list) -> list:
-    return [*holder] if isinstance(holder, dict) else [*range(len(holder))]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import builtins
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from types import CellType, FunctionType
 
@@ -32,9 +32,9 @@ from tracejit.errors import BackendUnavailable, CannotSave, UnsupportedOperation
 from tracejit.numpy_front.array import Array
 from tracejit.numpy_front.core import BORN, ON, ArrayData, Root, refuse
 from tracejit.numpy_front.found import reads_arrays
-from tracejit.numpy_front.places import Places, Reached
+from tracejit.numpy_front.places import Places, Reached, is_holder
 from tracejit.numpy_front.reductions import INSTEAD
-from tracejit.numpy_front.structure import READ_ONLY, SCALAR, Given, Layout, rebuilt, told
+from tracejit.numpy_front.structure import READ_ONLY, SCALAR, Given, Layout, has, rebuilt, told
 from tracejit.runtime.select import FAKES
 
 _CHANGES = 8  # of what arguments are, after which calls run as the plain function
@@ -132,8 +132,8 @@ class NumpyStep(CompiledStep):
         self._space.set({})
         cells, self._cells = [], []  # the user's, and the twin's if it is another
         for cell in users.__closure__ or ():
-            mine = cell
-            if Given().convert(contents(cell)) is not contents(cell):
+            mine, value = cell, contents(cell)
+            if not is_holder(value) and Given().convert(value) is not value:
                 mine = CellType(None)
             self._cells.append((cell, mine))
             cells.append(mine)
@@ -207,7 +207,7 @@ class NumpyStep(CompiledStep):
         named = {name: given.convert(x) for name, x in kwargs.items()} if kwargs else kwargs
         for cell, mine in self._cells:
             value = contents(cell)
-            found = given.convert(value)
+            found = value if is_holder(value) else given.convert(value)
             if mine is not cell:
                 mine.cell_contents = found
             elif found is not value:  # it has become an array
@@ -216,15 +216,14 @@ class NumpyStep(CompiledStep):
         instead = {}
         for name in self._names:
             value = users.__globals__.get(name)
-            found = given.convert(value)
+            found = value if is_holder(value) else given.convert(value)
             if found is not value:
                 instead[name] = found
         self._space.set(instead)
         twin.__code__ = users.__code__
         twin.__defaults__ = given.convert(users.__defaults__)
         twin.__kwdefaults__ = given.convert(users.__kwdefaults__)
-        values = [*map(contents, users.__closure__ or ()), *map(users.__globals__.get, self._names)]
-        roots = [*self._bound_to, *args, *kwargs.values(), *values]
+        roots = [*self._bound_to, *args, *kwargs.values()]
         self._places = Places(Reached(roots, users), given.convert)
         return given, (taken, named)
 
@@ -280,7 +279,7 @@ class NumpyStep(CompiledStep):
                 raise refuse(f"type(x), which {f.__name__} asks for", "ask with isinstance instead")
         self._reach = _Reach((twin, args, kwargs))
         BORN.arrays.clear()
-        seen = _Seen(given)
+        seen = _Seen(given, self._places.known)
         cells = tuple([_same_or_new(seen, cell) for cell in twin.__closure__ or ()])
         instead = {name: seen.of(x) for name, x in dict.items(self._space)}
         for name in self._names:
@@ -344,8 +343,9 @@ def _helpers(twin: FunctionType) -> Iterator[FunctionType]:
 class _Seen:
     """What the user's code sees of the tensors of a call: an Array for each."""
 
-    def __init__(self, given: Given):
+    def __init__(self, given: Given, holders: Collection[int]):
         self._given = given
+        self._holders = holders  # the ids of containers in which Arrays stand themselves
         self._arrays: dict[int, Array] = {}
         self.containers: list[tuple[object, object]] = []  # and copies of them
         self._copies: dict[int, object] = {}  # by the identity of a list or dict of tensors
@@ -358,6 +358,8 @@ class _Seen:
             if found is None:
                 found = self._arrays[id(x)] = self._array(x)
             return found
+        if id(x) in self._holders:
+            return x
         if id(x) in self._copies:
             return self._copies[id(x)]
         if kind in (tuple, list, dict) and x:
@@ -418,6 +420,8 @@ class _Traced:
             rebound = step._places.traced(seen.of)
         if rebound:
             raise _rebound(rebound)
+        if has(result, _is_tensor, 0) and step._places.leads_back(result):
+            raise _returned()
         self._check()
         leaves: list[object] = []
         arrays: list[ArrayData] = []
@@ -450,9 +454,7 @@ class _Traced:
 
     def _refuse_returned(self, x: object) -> None:
         if any(x is made for made, _ in self._seen.containers):
-            raise refuse(
-                "returning a list or dict of arrays that the step was given", "return the arrays"
-            )
+            raise _returned()
 
 
 def _refuse_copies(arrays: list[ArrayData]) -> None:
@@ -476,6 +478,14 @@ def _alike(x: object, y: object) -> bool:
     if type(x) is dict:
         return all(a is b for a, b in zip((*x, *x.values()), (*y, *y.values()), strict=True))
     return all(a is b for a, b in zip(x, y, strict=True))
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def _returned() -> UnsupportedOperation:
+    return refuse("returning a list or dict of arrays that the step was given", "return the arrays")
 
 
 def _rebound(what: str) -> UnsupportedOperation:

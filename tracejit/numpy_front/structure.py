@@ -126,7 +126,7 @@ def told(x: object, is_array: Callable, look: Callable, arrays: list, leaves: li
         arrays.append(x)
         leaves.append(x.t)
         return Layout(SCALAR if x.scalar else ARRAY)
-    if type(x) in (tuple, list, dict) and _has(x, is_array, 0):
+    if type(x) in (tuple, list, dict) and has(x, is_array, 0):
         look(x)
         items = x.values() if type(x) is dict else x
         parts = tuple([told(item, is_array, look, arrays, leaves) for item in items])
@@ -135,9 +135,10 @@ def told(x: object, is_array: Callable, look: Callable, arrays: list, leaves: li
     return Layout("other")
 
 
-def _has(x: object, is_array: Callable, depth: int) -> bool:
+def has(x: object, is_array: Callable, depth: int) -> bool:
+    """Whether something is such an array, or a container with one in it."""
     if type(x) in (tuple, list, dict) and depth < _DEEP:
-        return any(_has(i, is_array, depth + 1) for i in (x.values() if type(x) is dict else x))
+        return any(has(i, is_array, depth + 1) for i in (x.values() if type(x) is dict else x))
     return is_array(x)
 
 

@@ -17,12 +17,15 @@ from tracejit.numpy_front.ufuncs import UFUNCS
 START, END = "<!-- table -->\n", "<!-- end of table -->\n"
 
 
-def names(of: Iterable[Callable]) -> list[str]:
+def names(functions: Iterable[Callable]) -> list[str]:
     """What numpy calls functions, each by its own name."""
     found = set()
-    for function in of:
-        inner = getattr(np.linalg, function.__name__, None) is function
-        found.add(f"np.linalg.{function.__name__}" if inner else f"np.{function.__name__}")
+    for function in functions:
+        name = function.__name__
+        modules = {"np": np, "np.linalg": np.linalg}
+        modules["np.lib.stride_tricks"] = np.lib.stride_tricks
+        at = [module for module, of in modules.items() if getattr(of, name, None) is function]
+        found.add(f"{(at or ['np'])[0]}.{name}")
     return sorted(found)
 
 
@@ -32,6 +35,7 @@ def markdown() -> str:
         "element-wise": names([*UFUNCS, np.matmul]),
         "of arrays": names(FUNCTIONS),
         "that make arrays": names(INSTEAD),
+        "methods of these": ["np.add.at", "np.subtract.at"],
         "methods": sorted(METHODS),
         "operators, also reflected and in place": [f"__{name}__" for name in OPERATORS],
     }

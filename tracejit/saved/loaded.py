@@ -174,6 +174,12 @@ class LoadedStep:
         `optimizer.param_groups[0].lr`. To be changed as one likes, by numbers."""
         return self._state.numbers
 
+    @property
+    def lists(self) -> dict[str, list]:
+        """What calls have appended to lists of the step's surroundings since it was loaded, by the
+        names of these: `losses`. To be cleared as one likes."""
+        return self._state.lists
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters, buffers, optimizer state and other tensors of the step, by the names that
         they had in its code, and gradients that there are now, as `….grad`. They share memory with
@@ -273,7 +279,9 @@ def _state_of(step: SavedStep) -> State:
             generators.append(torch.Generator(saved.device))
             generators[-1].set_state(saved.state)
     numbers = dict(step.numbers)
-    return State(tensors, numbers, generators, Schedules(step.schedules, numbers))
+    lists: dict[str, list] = {name: [] for name in step.lists}
+    schedules = Schedules(step.schedules, numbers)
+    return State(tensors, numbers, generators, schedules, lists, step.asked)
 
 
 def _like(gradient: torch.Tensor | None, tensor: torch.Tensor) -> torch.Tensor | None:

@@ -60,6 +60,11 @@ _IS_NONE = (
     f"{_LATER}"
 )
 
+_ASKED = (
+    "{name} comes from a schedule of the step's own ({kind}), which no file keeps: pass it, as "
+    "lr=…, or the rates of all groups, as lr=[…]"
+)
+
 
 @dataclass(slots=True)
 class State:
@@ -69,6 +74,8 @@ class State:
     numbers: dict[str, int | float]
     generators: list[torch.Generator]
     schedules: Schedules
+    lists: dict[str, list]  # what is appended to them, since they were loaded
+    asked: Mapping[str, str]  # numbers that each call is given, and the schedule they are of
 
 
 @dataclass(slots=True)
@@ -116,7 +123,10 @@ class LoadedPlan:
         """A call that the plan takes, as text: `step(x: f32[64,10], lr=0.1)`."""
         parts = [f"{a.name}: {self._tree_text(a.tree)}" for a in self.plan.arguments]
         known = _short_names(self.state.numbers)
-        parts += [f"{known.get(n, n)}={self.state.numbers[n]!r}" for n in self._numbers]
+        for number in self._numbers:
+            now = self.state.numbers[number]
+            shown = "float" if number in self.state.asked else repr(now)
+            parts.append(f"{known.get(number, number)}={shown}")
         return f"{name}({', '.join(parts)})"
 
     def _tree_text(self, tree: object) -> str:
@@ -174,7 +184,8 @@ class LoadedPlan:
             numbers, tensors = self.state.numbers, self.state.tensors
             if self.plan.callbacks:
                 call.undo = self.state.schedules.remembered()
-            return function(reals, scalars, addresses, [numbers, tensors], call)
+            holders = [numbers, tensors, *self.state.lists.values()]
+            return function(reals, scalars, addresses, holders, call)
 
         return run
 
@@ -197,6 +208,11 @@ class LoadedPlan:
             places = short.get(name, ())
             if not places:
                 raise Mismatch(f"it has no argument and no number {name}")
+            if isinstance(x, (list, tuple)) and {*places} <= self.state.asked.keys():
+                if len(x) != len(places):
+                    raise Mismatch(f"{name} are {len(places)} rates, not {len(x)}")
+                found.named.update(zip(places, x, strict=True))  # as `get_last_lr()` gives them
+                continue
             if len(places) > 1:
                 raise Mismatch(f"{name} may be one of {', '.join(places)}: give the whole name")
             found.named[places[0]] = x
@@ -272,6 +288,8 @@ class LoadedPlan:
         scalars, tensors, numbers = found.scalars, found.tensors, self.state.numbers
         for k, name in self._numbered:
             now = numbers[name]
+            if name in self.state.asked and name not in found.named:
+                raise Mismatch(_ASKED.format(name=name, kind=self.state.asked[name]))
             scalars[k] = _number(found.named.get(name, now), type(now) is int, name)
         for k, x in self._constants:
             scalars[k] = x

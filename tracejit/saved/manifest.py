@@ -73,6 +73,8 @@ def entries_of(step: SavedStep, made_by: str, compiled: Bodies | None = None) ->
         },
         "generators": generators,
         **({"schedules": schedules_json(step.schedules)} if step.schedules.schedulers else {}),
+        **({"lists": list(step.lists)} if step.lists else {}),
+        **({"asked": dict(step.asked)} if step.asked else {}),
         "plans": plans,
         **({"objects": listed} if listed else {}),
         "entries": {name: _digest(content) for name, content in entries.items()},
@@ -122,7 +124,7 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
     said = item.table(
         *("format", "version", "made_by", "name", "options", "numbers", "state"),
         *("generators", "plans", "entries"),
-        more=("schedules", "objects"),
+        more=("schedules", "objects", "lists", "asked"),
     )
     _check_entries(said["entries"], entries)
     names = [x for _, _, x in objects.names_of(said["objects"])] if "objects" in said else []
@@ -147,6 +149,8 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
         },
         numbers=numbers,
         schedules=schedules,
+        lists=tuple(x.text() for x in said["lists"].rows()) if "lists" in said else (),
+        asked=_texts(said["asked"]) if "asked" in said else {},
         tensors=tensors,
         gradients={
             name: entry["grad"].text(*tensors)
@@ -168,6 +172,10 @@ def step_of(entries: Mapping[str, bytes]) -> SavedStep:
     except TracejitError as error:
         raise Damaged(str(error)) from error
     return step
+
+
+def _texts(item: Item) -> dict[str, str]:
+    return {name: x.text() for name, x in item.items().items()}
 
 
 def _check_version(manifest: Item) -> None:

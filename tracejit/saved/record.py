@@ -8,7 +8,7 @@ scalars come from the arguments of a call, or from the state by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,8 +16,9 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.ir.types import DType, contiguous_strides
 from tracejit.saved.schedules import SavedCallback, SavedSchedules
 
-VERSION = (1, 1)
-NUMBERS, TENSORS = 0, 1  # what a loaded step's call has as holders: by name, what stores go to
+VERSION = (1, 2)
+# what a loaded step's call has as holders: by name, what stores go to; then each of its lists
+NUMBERS, TENSORS, LISTS = 0, 1, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,9 @@ class SavedStep:
     """A step as a file has it.
 
     texts: what is in the file for people: plans and kernels, as they were when it was saved.
+    lists: what its lists are called that it appends to.
+    asked: the numbers that a call has to be given, and the class of the schedule that is a function
+        of whoever saved it.
     """
 
     name: str
@@ -123,3 +127,5 @@ class SavedStep:
     plans: tuple[SavedPlan, ...]
     texts: Mapping[str, str]
     schedules: SavedSchedules = SavedSchedules()
+    lists: tuple[str, ...] = ()
+    asked: Mapping[str, str] = field(default_factory=dict)

@@ -27,15 +27,11 @@ from tracejit.capture.effects.effects import (
     Tree,
     is_named,
 )
-from tracejit.capture.names import Names, names_of_arguments
+from tracejit.capture.effects.variables import identity
+from tracejit.capture.names import Names
 from tracejit.capture.signature import (
-    Fielded,
-    Keyed,
     Left,
-    Listed,
     Standing,
-    TensorLike,
-    Thing,
     leaves,
     standing,
 )
@@ -46,14 +42,13 @@ from tracejit.ir.ops.host import host_format
 from tracejit.ir.torch_types import TO_IR
 from tracejit.run import Replay
 from tracejit.saved.archive import Damaged
+from tracejit.saved.arguments import TakenArguments
 from tracejit.saved.plans import check_text
+from tracejit.saved.rates import AskedRates, is_read
 from tracejit.saved.record import (
+    LISTS,
     NUMBERS,
     TENSORS,
-    Argument,
-    GivenNumber,
-    GivenTensor,
-    GivenValue,
     Place,
     SavedGenerator,
     SavedPlan,
@@ -70,9 +65,13 @@ _SCHEDULER = (
     "it steps a learning-rate scheduler that no file can keep: {what}",
     "Step the scheduler outside, and give the loaded step its rate, as loaded(…, lr=…)",
 )
-_GROWS = (
-    "it appends to a list of yours ({what})",
+_LOOKS = (
+    "it appends to a list of yours ({what}) and looks at what there is in it",
     "Return what it appends, and append that where the step is called",
+)
+_UNKNOWN_RATE = (
+    "it reads {what} after a scheduler that no file can keep has stepped",
+    "Step the scheduler at the end of the step, or outside",
 )
 _RANKS = (
     "it communicates ({name} of {ranks} ranks), and would be run in another world",
@@ -81,6 +80,10 @@ _RANKS = (
 _OBJECT = (
     "it stores something in an object of yours ({what}) that is neither a number nor a tensor",
     "Return it, and store it outside",
+)
+_ARGUMENT = (
+    "it assigns to a field of its argument ({what})",
+    "Return it, and assign it where the step is called",
 )
 _FLAGGED = (
     "it changes the requires_grad of a tensor from outside ({name})",
@@ -105,14 +108,14 @@ def saved_step(
         )
     plans: dict[tuple, SavedPlan] = {}
     texts: dict[str, str] = {}
-    failed = ""
+    failed, rates = "", AskedRates(replays)
     for replay in replays:
         _refuse_left(saving, replay)
         call, found = _asked(replay)
         if type(found) is str:
             failed = failed or found
             continue
-        plan = _Planned(saving, replay, call, found).plan()
+        plan = _Planned(saving, replay, call, found, rates).plan()
         if _kind(plan) in plans:  # an earlier one took such calls
             continue
         shown = f"plans/{len(plans)}"
@@ -128,6 +131,9 @@ def saved_step(
                 "Save it in the state, and under the modes, that it is called in",
             )
         )
+    for at, (name, _) in saving.lists.items():
+        if at in saving.looked_at:
+            raise saving.refuse(_LOOKS, what=name)
     gradients = {
         name: saving.tensor(tensor.grad, f"{name}.grad")
         for name, tensor in tuple(saving.tensors.items())
@@ -142,6 +148,8 @@ def saved_step(
         generators=tuple(map(_saved_generator, saving.generators)),
         plans=tuple(plans.values()),
         texts=texts,
+        lists=tuple(name for name, _ in saving.lists.values()),
+        asked=saving.asked,
         **({} if saving.schedules is None else {"schedules": saving.schedules.schedules()}),
     )
     try:
@@ -200,17 +208,20 @@ def _kind(plan: SavedPlan) -> tuple:
 class _Planned:
     """One replay on its way to a SavedPlan."""
 
-    def __init__(self, saving: Saving, replay: Replay, call: Standing, found: tuple):
-        self.saving, self.replay, self.given = saving, replay, call
+    def __init__(
+        self, saving: Saving, replay: Replay, call: Standing, found: tuple, rates: AskedRates
+    ):
+        self.saving, self.replay = saving, replay
         self.captured: Captured = replay.captured
+        self.standing, self.rates = call, rates
         self.reals, self.numbers, _, self.holders = found
         self.call = Call(self.reals, self.numbers, self.holders)
         self.names = Names(saving.function, call.args, call.kwargs)
         self._refuse()
         self.places = self._tensors()
-        self.of_arguments: set[int] = set()  # the runtime scalars that they give
-        self.listed: set[TensorLike] = set()
-        self.arguments = self._arguments()
+        self._ask()
+        self.callbacks = self._callbacks()  # with their positions in the replay
+        self.given = TakenArguments(saving, replay, call, self.reals, self.holders)
 
     def _refuse(self) -> None:
         """Raise an error for what a file cannot keep."""
@@ -243,7 +254,7 @@ class _Planned:
         found = []
         for k, tensor in enumerate(self.reals):
             name = self.names.tensors.get(id(tensor))
-            if id(tensor) in self.given.of:
+            if id(tensor) in self.standing.of:
                 place = Place("argument", name or f"tensor {k}")
             elif k in grad_of:
                 place = Place("grad", grad_of[k])
@@ -254,90 +265,20 @@ class _Planned:
             found.append((place, Spec(TO_IR[tensor.dtype], *geometry, *kind)))
         return tuple(found)
 
-    # ---- arguments
-
-    def _arguments(self) -> tuple[Argument, ...]:
-        """The arguments of a call of the loaded step, in the order of the step's parameters."""
-        signature, function = self.replay.signature, self.saving.function
-        names = names_of_arguments(function, self.given.args, self.given.kwargs)
-        code = function.__code__
-        order = {name: k for k, name in enumerate(code.co_varnames[: code.co_argcount])}
-        by_name = code.co_posonlyargcount
-        listed: list[tuple[tuple, Argument]] = []
-        scalars = {path: k for k, path in enumerate(self.captured.paths)}
-        trees: list[tuple[Path, str, object]] = []
-        for i, tree in enumerate(signature.args):
-            trees.append((("arg", i), names["arg", i], tree))
-        for key, tree in signature.kwargs.items():
-            trees.append((("kwarg", key), key, tree))
-        given = {name for _, name, _ in trees}  # what is left out ends those by place
-        for path, name, tree in trees:
-            if self._is_object(tree, name):
-                continue
-            positional = path[0] == "arg" or order.get(name, -1) >= by_name
-            positional &= all(
-                other in given for other, k in order.items() if k < order.get(name, 0)
-            )
-            where = order.get(name, len(order) + len(listed))
-            argument = Argument(name, positional, self._tree(tree, path, scalars))
-            listed.append(((not positional, where), argument))
-        listed.sort(key=lambda pair: pair[0])
-        return tuple(argument for _, argument in listed)
-
-    def _is_object(self, tree: object, name: str) -> bool:
-        """Whether an argument is an object of the user's, which a loaded step needs none of."""
-        found = list(leaves(tree))
-        things = [x for x in found if isinstance(x, Thing)]
-        if things and len(things) < len(found):
-            remedy = "Pass them as two arguments"
-            raise self.saving.refuse(
-                (f"its argument {name} has objects of yours beside other things", remedy)
-            )
-        return bool(things)
-
-    def _tree(self, tree: object, path: Path, scalars: dict[Path, int]) -> object:
-        """An argument as a tree of what is given in it."""
-        match tree:
-            case TensorLike():
-                tensor = self.given.tensors[tree]
-                if tree in self.listed:
-                    why = "one tensor is two arguments of it, which the plan takes for one"
-                    raise self.saving.refuse((why, "Pass it once, or pass a clone"))
-                self.listed.add(tree)
-                index = next((k for k, real in enumerate(self.reals) if real is tensor), None)
-                return GivenTensor(index)
-            case Listed(kind, items):
-                return Listed(
-                    kind, tuple(self._tree(x, (*path, i), scalars) for i, x in enumerate(items))
-                )
-            case Keyed(items):
-                return Keyed(tuple((k, self._tree(x, (*path, k), scalars)) for k, x in items))
-            case Fielded(kind, items, listed):
-                keys = range(len(items)) if listed else [f".{name}" for name, _ in items]
-                fields = tuple(
-                    (name, self._tree(x, (*path, key), scalars))
-                    for key, (name, x) in zip(keys, items, strict=True)
-                )
-                return Fielded(kind.__name__, fields, listed)
-        if path in scalars:
-            self.of_arguments.add(scalars[path])
-            return GivenNumber(scalars[path], type(tree) is int)
-        return GivenValue(tree)
-
     # ---- numbers
 
     def _scalar(self, k: int, path: Path) -> Place:
         """Where a runtime scalar comes from."""
         now = self.numbers[k]
         match path:
-            case _ if k in self.of_arguments:
+            case _ if k in self.given.scalars:
                 return Place("argument", self.names.scalar(path, self.call) or f"number {k}")
             case "item", index:
                 return Place("item", index)
             case "cut", index:
                 return Place("cut", index)
             case "after", n, ("entry", holder, *key):
-                return Place("after", (n, self._number_of(holder, key, path[2], now)))
+                return self._after(k, n, holder, key, path)
             case _ if now is None:  # nothing is computed of it
                 return Place("constant", 0.0)
             case "held", _:
@@ -352,31 +293,54 @@ class _Planned:
         name = self.names.scalar(path, self.call)
         return Place("number", self.saving.number(place, name, now))
 
+    def _after(self, k: int, n: int, holder: int, key: list, path: Path) -> Place:
+        """A number as a scheduler has left it."""
+        if len(self.callbacks) == len(self.replay.call.callbacks) or n in self.callbacks:
+            at = [*self.callbacks].index(n)
+            groups = (g for x in self.rates.optimizers.values() for g in x.param_groups)
+            if not any(self.holders[holder] is group for group in groups):
+                number = self._number_of(holder, key, path[2], self.numbers[k])
+                return Place("after", (at, number))
+        if is_read(self.captured, k):
+            raise self.saving.refuse(_UNKNOWN_RATE, what=self.names.scalar(path[2], self.call))
+        return Place("constant", 0.0)
+
     def _number_of(self, holder: int, key: list, path: Path, now: float) -> str:
         """The name of a number that one of the step's holders has."""
         place = id(self.holders[holder]), *key
+        self.saving.looked_at.add(place[0])
         return self.saving.number(place, self.names.scalar(path, self.call), now)
 
     # ---- schedulers
 
-    def _callbacks(self) -> tuple[SavedCallback, ...]:
-        """The calls of schedulers."""
-        found = []
-        for callback in self.replay.call.callbacks:
-            if self.saving.schedules is None:
-                self.saving.schedules = Taken(self._of_group)
+    def _ask(self) -> None:
+        """The rates that a call has to be given, in the order of the param groups."""
+        for at, optimizer in self.rates.optimizers.items():
+            for group in getattr(optimizer, "param_groups", ()):
+                if type(group["lr"]) in (int, float):
+                    name = self._of_group(group, ("lr",), group["lr"])
+                    self.saving.asked[name] = self.rates.kinds[at]
+
+    def _callbacks(self) -> dict[int, SavedCallback]:
+        """The calls of schedulers that a file can keep, by their positions."""
+        found = {}
+        for n, callback in enumerate(self.replay.call.callbacks):
             scheduler = callback.function.__self__
             if callback.function.__func__ is not type(scheduler).step:
                 raise self.saving.refuse(_SCHEDULER, what=f"{type(scheduler).__name__}.step")
+            if self.saving.schedules is None:
+                self.saving.schedules = Taken(self._of_group)
             try:
+                if self.rates.takes(scheduler):
+                    continue
                 at = self.saving.schedules.scheduler(scheduler)
             except Unknown as unknown:
                 raise self.saving.refuse(_SCHEDULER, what=unknown) from unknown
             given = (*callback.args, *callback.kwargs.values())
             if any(type(x) not in (int, float, bool, type(None)) for x in given):
                 raise self.saving.refuse(_SCHEDULER, what=f"{given} are arguments of its step")
-            found.append(SavedCallback(at, tuple(callback.args), dict(callback.kwargs)))
-        return tuple(found)
+            found[n] = SavedCallback(at, tuple(callback.args), dict(callback.kwargs))
+        return found
 
     def _of_group(self, group: dict, key: tuple, now: int | float) -> str:
         """The name of a number of a param group."""
@@ -386,15 +350,18 @@ class _Planned:
 
     # ---- effects
 
-    def _store(self, store: Store) -> Store | None:
+    def _store(self, store: Store, objects: list[object]) -> Store | None:
         """A store as one to a name; None where it changes nothing."""
         holder, key, tree = store
+        place = 0 if key is ... else key
+        name = self.names.entry(self.holders[holder], place)
+        if identity(self.holders[holder], key)[0] in self.given.holders:
+            raise self.saving.refuse(_ARGUMENT, what=name or key)
         if key is ...:
-            name = self.names.entry(self.holders[holder], 0) or "one that no name was found for"
-            raise self.saving.refuse(_GROWS, what=name.removesuffix("[0]"))
+            at = self.saving.list(self.holders[holder], name and name.removesuffix("[0]"))
+            return LISTS + at, ..., self._returned(tree, objects)
         now = entry_of(self.holders[holder], key)
-        path = ("entry", holder, key)
-        name = self.names.scalar(path, self.call)
+        name = self.names.scalar(("entry", holder, key), self.call)
         match tree:
             case HostSlot() if type(now) in (int, float):
                 place = id(self.holders[holder]), key
@@ -447,14 +414,15 @@ class _Planned:
             if node.is_ordered:
                 raise self.saving.refuse(_RANKS, name=node.op.name, ranks=node.attr("ranks"))
         scalars = tuple(self._scalar(k, path) for k, path in enumerate(c.paths))
-        stores = tuple(filter(None, map(self._store, c.effects.stores)))
-        generators = tuple(map(self.saving.generator, self.replay.call.generators))
         objects = list(c.given)
+        stores = tuple(filter(None, (self._store(x, objects) for x in c.effects.stores)))
+        generators = tuple(map(self.saving.generator, self.replay.call.generators))
         returned = self._returned(c.effects.returned, objects)
-        effects = replace(c.effects, stores=stores, returned=returned)
+        calls = tuple(c.effects.callbacks[n] for n in self.callbacks)
+        effects = replace(c.effects, stores=stores, returned=returned, callbacks=calls)
         captured = replace(c, effects=effects, given=tuple(objects), paths=())
-        given = self.arguments, self.places, scalars, generators
-        return SavedPlan(captured, *given, self._callbacks())
+        given = self.given.arguments, self.places, scalars, generators
+        return SavedPlan(captured, *given, tuple(self.callbacks.values()))
 
 
 def entry_of(holder: object, key: object) -> object:

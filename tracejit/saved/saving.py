@@ -26,6 +26,9 @@ class Saving:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     generators: list[torch.Generator] = field(default_factory=list)
     schedules: Taken | None = None
+    asked: dict[str, str] = field(default_factory=dict)  # numbers that each call is given
+    lists: dict[int, tuple[str, list]] = field(default_factory=dict)  # by id, appended to
+    looked_at: set[int] = field(default_factory=set)  # ids of what numbers are entries of
     _names: dict[int, str] = field(default_factory=dict)  # by the id of a tensor
     _memories: dict[int, str] = field(default_factory=dict)  # by that of a storage
     _places: dict[tuple, str] = field(default_factory=dict)  # the names of places of numbers
@@ -66,6 +69,13 @@ class Saving:
             known = _unique(name or f"number_{len(self.numbers)}", self.numbers)
             self._places[place], self.numbers[known] = known, now
         return known
+
+    def list(self, items: list, name: str | None) -> int:
+        """The position of a list that is appended to."""
+        if id(items) not in self.lists:
+            taken = {known: None for known, _ in self.lists.values()}
+            self.lists[id(items)] = _unique(name or f"list_{len(taken)}", taken), items
+        return [*self.lists].index(id(items))
 
     def generator(self, generator: torch.Generator) -> int:
         """The position of a generator."""

@@ -133,12 +133,10 @@ class Taken:
         for i, known in enumerate(self._objects):
             if known is x:
                 return i
+        check_known(x)
         kind = type(x).__name__
-        if kind not in _KINDS or type(x) is not getattr(lr_scheduler, kind, None):
-            raise Unknown(f"{kind} is a schedule of functions of yours")
         inner = tuple(self.scheduler(s) for s in getattr(x, "_schedulers", ()))
-        attributes = taken(x)
-        saved = SavedScheduler(kind, self._optimizer(x.optimizer), inner, attributes)
+        saved = SavedScheduler(kind, self._optimizer(x.optimizer), inner, taken(x))
         self._objects.append(x)
         self._saved.append(saved)
         return len(self._saved) - 1
@@ -166,6 +164,16 @@ class Taken:
             else:
                 raise Unknown(f"its optimizer has a {key} of the class {type(x).__name__}")
         return found
+
+
+def check_known(scheduler: object) -> None:
+    """Raise Unknown unless a scheduler, and those in it, are torch's own and are data."""
+    kind = type(scheduler).__name__
+    if kind not in _KINDS or type(scheduler) is not getattr(lr_scheduler, kind, None):
+        raise Unknown(f"{kind} is a schedule of functions of yours")
+    taken(scheduler)
+    for inner in getattr(scheduler, "_schedulers", ()):
+        check_known(inner)
 
 
 def taken(scheduler: object) -> dict[str, object]:

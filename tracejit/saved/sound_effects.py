@@ -23,7 +23,7 @@ from tracejit.ir.types import Type, contiguous_strides
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import LIMIT
 from tracejit.saved.named import width
-from tracejit.saved.record import NUMBERS, TENSORS, SavedPlan, SavedStep
+from tracejit.saved.record import LISTS, NUMBERS, TENSORS, SavedPlan, SavedStep
 from tracejit.saved.sound_graphs import check_graph, check_view, layout, need
 
 
@@ -172,6 +172,10 @@ class _Effects:
         need(found == (type.dtype, type.shape, type.device), "a gradient of another kind")
 
     def _store(self, holder: int, key: object, tree: Tree) -> None:
+        if holder >= LISTS:
+            need(key is ... and holder - LISTS < len(self.step.lists), "there is no such list")
+            self._tree(tree)
+            return
         need(type(key) is str, "a store goes to a name")
         if holder == NUMBERS:
             need(key in self.step.numbers, f"there is no number {key!r}")

@@ -41,6 +41,7 @@ from tracejit.saved.sound_graphs import (
     need,
 )
 
+MOST_LISTS = 1000
 _FILLS = {  # the methods of tensors that draw, and their arguments by name
     "bernoulli_": {"p"},
     "uniform_": {"from", "to"},
@@ -62,6 +63,8 @@ def check_step(step: SavedStep) -> None:
         tensor, grad = step.tensors[name], step.tensors[grad]
         need((tensor.dtype, tensor.shape) == (grad.dtype, grad.shape), f"the gradient of {name}")
     need(len({*step.gradients.values()}) == len(step.gradients), "one gradient of two tensors")
+    need(len({*step.lists}) == len(step.lists) <= MOST_LISTS, "lists have names of their own")
+    need(step.asked.keys() <= step.numbers.keys(), "there is no number that it asks for")
     for generator in step.generators:
         need(DEVICE.fullmatch(generator.device), f"no device is named {generator.device[:50]!r}")
     for i, plan in enumerate(step.plans):

@@ -13,6 +13,7 @@ from types import EllipsisType, SimpleNamespace
 
 import torch
 
+from tracejit.capture.python.classes import slots as slots_of
 from tracejit.capture.python.kept import Joint
 from tracejit.capture.trace.tensor import Ints, TracedTensor
 from tracejit.ir.graph import Arg, Graph, print_arg
@@ -127,14 +128,28 @@ def is_named(kind: type) -> bool:
     return issubclass(kind, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_fields"))
 
 
+def is_named_tuple(kind: type) -> bool:
+    """Whether a class is one that `collections.namedtuple` or `typing.NamedTuple` makes."""
+    names = kind.__dict__.get("_fields")
+    return (
+        kind.__bases__ == (tuple,)
+        and type(names) is tuple
+        and all(type(name) is str for name in names)
+        and hasattr(kind, "_make")
+    )
+
+
 def is_attributes(kind: type) -> bool:
     """Whether objects of a class have all that they have in their `__dict__`, as those of a
     dataclass do, so that another one with the same attributes is like it."""
     if kind is SimpleNamespace:
         return True
-    if kind.__new__ is not object.__new__ or not kind.__dictoffset__ or hasattr(kind, "__del__"):
-        return False
-    return not any(k.__dict__.get("__slots__") for k in kind.__mro__)
+    return has_plain_objects(kind) and bool(kind.__dictoffset__) and not slots_of(kind)
+
+
+def has_plain_objects(kind: type) -> bool:
+    """Whether objects of a class have all that they have in their `__dict__` and its slots."""
+    return kind.__new__ is object.__new__ and not hasattr(kind, "__del__")
 
 
 def instance_of(kind: type, items: Sequence[object]) -> object:

@@ -23,6 +23,7 @@ from types import CodeType
 
 import torch
 
+from tracejit.capture.effects.fields import has_numbers
 from tracejit.capture.effects.variables import (
     ASSIGNED,
     Attributes,
@@ -133,17 +134,11 @@ class Walk(Objects):
             self.lines.append(NumberLine(at, x, path, (key, None)))
         elif type(x) is int and _in_tuple(key):
             self.lines.append(NumberLine(at, x, path, (key, None)))
-        elif (
-            type(x) is tuple
-            and variable is not None
-            and is_value(x)
-            and not any(type(i) in (float, tuple) for i in x)
-        ):
+        elif type(x) is tuple and variable is not None and is_value(x) and not has_numbers(x):
             self.lines.append(NumberLine(at, x, path, (None, variable)))
         elif variable is not None and is_tuple(x) and may_vary(x):
-            self._class(type(x))
             self._tuple(x, at, path, variable, owned)
-        elif type(x) is tuple and key is not None and (_in_tuple(key) or _deep(x)):
+        elif key is not None and (has_numbers(x) or (type(x) is tuple and _in_tuple(key))):
             self._tuple(x, at, path, key, owned)
         elif is_value(x):
             self._value(x, at, path)
@@ -255,8 +250,8 @@ class Walk(Objects):
                 self.visit(hooks, f"{at}.{name}", f"{path}.{name}", owned=False)
 
     def _tuple(self, x: tuple, at: str, path: str, key: tuple, owned: bool) -> None:
-        at = self.local(at)
-        kind = self.constant(type(x))
+        self._class(type(x))
+        at, kind = self.local(at), self.constant(type(x))
         self.expect(f"type({at}) is {kind} and len({at}) == {len(x)}", path, x, at)
         for i, item in enumerate(x):
             self.visit(item, f"{at}[{i}]", f"{path}[{i}]", (*key, i), owned=owned)
@@ -353,8 +348,3 @@ class Walk(Objects):
 def _in_tuple(key: tuple | None) -> bool:
     """Whether a key is that of an item of a tuple which a state variable holds."""
     return key is not None and key[0] == "entry" and len(key) > 3
-
-
-def _deep(x: tuple) -> bool:
-    """Whether a tuple holds floats or tuples."""
-    return any(type(item) in (float, tuple) for item in x)

@@ -13,6 +13,7 @@ from types import FunctionType
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call
+from tracejit.capture.effects.fields import has_float_fields
 from tracejit.capture.effects.hyperparameters import has_floats
 from tracejit.capture.effects.variables import Record, Variable, is_remade, same
 from tracejit.capture.proof.guards import (
@@ -92,7 +93,11 @@ class Prover:
             self._wait -= 1
             self._left = 0 if self._wait else 2
             return None
-        if self.watching and (self._ran is not None or self.mode == "replay"):
+        first = self._ran is None and self.mode != "replay"
+        if self.watching and first and has_float_fields((*args, *kwargs.values())):
+            walk = self._survey(args, kwargs)
+            self.variables = [v for v, x in walk.held if _is_field(v, x)]
+        if self.watching and not first:
             walk = self._survey(args, kwargs)
             self.variables, self.records = _here(self.variables, walk), walk.records
             self.aliases, self.tables = walk.aliases, walk.looked_up
@@ -210,7 +215,11 @@ class Prover:
             for variable, before in walk.held
             if variable.id not in known | self._plain
             and not (id(variable.holder) in walk.groups and has_floats(before))
-            and (variable.changed(before) or self._varies(variable, before))
+            and (
+                variable.changed(before)
+                or self._varies(variable, before)
+                or _is_field(variable, before)
+            )
         ]
         vary = {path for path, x in walk.integers.items() if self._numbers.get(path, x) != x}
         taken = self.integers & pinned_arguments(captured)
@@ -258,6 +267,12 @@ class Prover:
                 self._wait, self._waits = self._waits, 4 * self._waits
         if self.mode == "replay":
             raise ReplayNotArmed(reason=self.why)
+
+
+def _is_field(variable: Variable, x: object) -> bool:
+    """Whether a place is a field of an argument, as that of a batch, and holds a float: a runtime
+    scalar, as floats are that are arguments themselves."""
+    return type(x) is float and not variable.lasting
 
 
 def _is_remade(place: Variable, before: object) -> bool:

@@ -271,7 +271,7 @@ def pure_c(function: object, owner: object, by_user: bool) -> bool:
 
 _DISPATCHERS = {  # numpy's functions that C calls, of which no profiler sees the call
     id(x): x
-    for holder in (np, np.linalg)
+    for holder in (np, np.linalg, np.lib.stride_tricks)
     for x in vars(holder).values()
     if isinstance(x, (np.ufunc, type(np.mean)))
 }
