@@ -340,9 +340,19 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 def make_step(net: str, optimizer: str, *, channels_last: bool = False) -> Made:
     """A training step on one batch, and the tensors that it changes."""
+    return step_of(*NETS[net], optimizer, channels_last)
+
+
+def step_of(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    optimizer: str,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Made:
+    """The same for the maker of a network and the shape of its images."""
     torch.manual_seed(0)
-    make, shape = NETS[net]
-    model, x = make(), torch.randn(shape)
+    model, x = make().to(dtype), torch.randn(shape, dtype=dtype)
     y = torch.randint(0, 10, shape[:1])
     if channels_last:
         model, x = (
