@@ -165,7 +165,8 @@ _ELEMENTS = 4096 * 1024
 
 def _net(make_step: Callable, gemms: Sequence[Gemm] = (), **small: object) -> Case:
     """A network for images."""
-    return Case(make_step, {**_IMAGES, **small}, tuple(gemms), optimizer="SGD", images=True)
+    sizes = {**_IMAGES, **small}
+    return Case(make_step, sizes, tuple(gemms), optimizer="SGD", images=True, jax=True)
 
 
 CASES: dict[str, Case] = {
@@ -208,9 +209,10 @@ CASES: dict[str, Case] = {
         tuple(convolution(32, 32, 64, 64, 3)),
         grads=True,
         images=True,
+        jax=True,
     ),
     "depthwise_block": Case(
-        image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True, images=True
+        image_steps.depthwise_block, {**_IMAGES, "channels": 4}, grads=True, images=True, jax=True
     ),
     "resnet": _net(image_steps.resnet, _RESNET, widths=(4, 8), blocks=1),
     "vgg": _net(image_steps.vgg, _VGG, widths=(4, 8)),
@@ -311,7 +313,8 @@ def arrays_of(step: Callable) -> dict[str, np.ndarray]:
     """Copies of the tensors in a step's closure: what contenders without torch start from.
 
     Named as in the closure, functions in it included; the parameters of a module or an optimizer
-    are "p0", "p1", …, and those with a gradient have it as "g0", "g1", ….
+    are "p0", "p1", …, and those with a gradient have it as "g0", "g1", …. The buffers of a module
+    are "b0", "b1", …, the strides of its convolutions "stride0", "stride1", ….
     """
     found: dict[str, np.ndarray] = {}
     for name, value in inspect.getclosurevars(step).nonlocals.items():
@@ -325,5 +328,9 @@ def arrays_of(step: Callable) -> dict[str, np.ndarray]:
             parameters = value.parameters() if module else value.param_groups[0]["params"]
             for i, p in enumerate(parameters):
                 tensors |= {f"p{i}": p, f"g{i}": p.grad}
+            if module:
+                tensors |= {f"b{i}": b for i, b in enumerate(value.buffers())}
+                strides = [m.stride[0] for m in value.modules() if hasattr(m, "transposed")]
+                found |= {f"stride{i}": np.array(s) for i, s in enumerate(strides)}
         found |= {k: t.detach().numpy().copy() for k, t in tensors.items() if t is not None}
     return found

@@ -182,8 +182,10 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width << k for k in range(depth + 1)]
         self.down = nn.ModuleList(map(self._pair, [3, *widths], widths))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(2 * w, w, 2, 2) for w in widths[-2::-1])
-        self.join = nn.ModuleList(self._pair(2 * w, w) for w in widths[-2::-1])
+        self.up = nn.ModuleList(
+            nn.ModuleDict({"up": nn.ConvTranspose2d(2 * w, w, 2, 2), "join": self._pair(2 * w, w)})
+            for w in widths[-2::-1]
+        )
         self.out = nn.Conv2d(width, 10, 1)
 
     @staticmethod
@@ -199,8 +201,8 @@ class UNet(nn.Module):
         for k, down in enumerate(self.down):
             x = down(F.max_pool2d(x, 2) if k else x)
             before.append(x)
-        for up, join, beside in zip(self.up, self.join, before[-2::-1], strict=True):
-            x = join(torch.cat([up(x), beside], 1))
+        for up, beside in zip(self.up, before[-2::-1], strict=True):
+            x = up["join"](torch.cat([up["up"](x), beside], 1))
         return self.out(x).mean((2, 3))
 
 
@@ -229,20 +231,20 @@ def conv_block(
     """Convolution, batch norm and ReLU, forward and backward."""
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False).to(device)
-    norm = nn.BatchNorm2d(channels).to(device)
+    conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+    layers = nn.Sequential(conv, nn.BatchNorm2d(channels)).to(device).to(memory_format=layout)
     x = torch.randn(batch, channels, side, side).to(device).to(memory_format=layout)
     g = torch.randn(batch, channels, side, side).to(device).to(memory_format=layout)
-    conv, x = conv.to(memory_format=layout), x.requires_grad_()
+    x.requires_grad_()
 
     def step() -> torch.Tensor:
-        for leaf in (x, conv.weight, norm.weight, norm.bias):
-            leaf.grad = None
-        y = F.relu(norm(conv(x)))
+        x.grad = None
+        layers.zero_grad()
+        y = F.relu(layers(x))
         y.backward(g)
         return y
 
-    return step, [x, conv.weight, norm.weight, norm.bias]
+    return step, [x, *layers.parameters()]
 
 
 def depthwise_block(

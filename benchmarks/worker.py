@@ -22,6 +22,7 @@ import json
 import os
 import sys
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +113,7 @@ COMPILERS: dict[str, Callable[[Callable], Callable]] = {
     "tracejit": tracejit,
     "tracejit launches": tracejit,
 }
-ARRAYS = {"jax": "benchmarks.jax_steps", "numpy": "benchmarks.numpy_steps"}
+ARRAYS = {"jax": ("jax_steps", "jax_images"), "numpy": ("numpy_steps",)}
 
 
 def build_torch(case_name: str, contender: str, device: str, small: bool) -> Contender:
@@ -167,8 +168,8 @@ def build_arrays(case_name: str, contender: str, start: Path) -> Contender:
 
     def step() -> object:
         if not made:
-            module = importlib.import_module(ARRAYS[contender])
-            made.append(module.STEPS[like](arrays))
+            modules = [importlib.import_module(f"benchmarks.{m}") for m in ARRAYS[contender]]
+            made.append(ChainMap(*(m.STEPS for m in modules))[like](arrays))
         return made[0][0]()
 
     def sync(out: object) -> None:

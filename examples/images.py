@@ -30,6 +30,19 @@ def stripes(count: int, size: int, channels: int = 3, seed: int = 0) -> TensorDa
     return TensorDataset(waves + 0.5 * noise, labels)
 
 
+def digits(count: int, size: int, seed: int = 0) -> TensorDataset:
+    """MNIST's digits [count, 1, size, size], to train on (seed 0) or to test with; stripes unless
+    torchvision is installed and has them in `data/`."""
+    try:
+        from torchvision.datasets import MNIST
+
+        found = MNIST("data", train=seed == 0)
+    except (ImportError, RuntimeError):  # the second where there are no files
+        return stripes(count, size, 1, seed)
+    x = (found.data[:count].unsqueeze(1).float() / 255 - 0.1307) / 0.3081
+    return TensorDataset(F.interpolate(x, (size, size), mode="bilinear"), found.targets[:count])
+
+
 def discs(count: int, size: int, seed: int = 0) -> TensorDataset:
     """A bright disc in noise [count, 3, size, size], and which pixels it covers (0 or 1)."""
     rng = torch.Generator().manual_seed(seed)

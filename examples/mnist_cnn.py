@@ -1,5 +1,7 @@
 """Two convolutions and two linear layers on images of 28×28, as people train them on MNIST.
 
+With torchvision and MNIST's files in data/ these are digits, else stripes.
+
 python -m examples.mnist_cnn [--epochs 3] [--width 16] [--eager]
 """
 
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from examples.images import CLASSES, loaders, options, run, stripes
+from examples.images import CLASSES, digits, loaders, options, run
 
 
 class Net(nn.Module):
@@ -44,7 +46,7 @@ def main(
         model = Net(width, size)
         return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    return run(make, lambda: loaders(stripes, images, size, batch, channels=1), epochs, eager)
+    return run(make, lambda: loaders(digits, images, size, batch), epochs, eager)
 
 
 if __name__ == "__main__":

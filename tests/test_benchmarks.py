@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import importlib.util
 import inspect
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -49,6 +51,46 @@ def test_contenders_agree(name, tmp_path):
         np.savez(tmp_path / "start.npz", **arrays_of(step))
         ours = first_calls(build_arrays(name, "numpy", tmp_path / "start.npz"))
         run.compare(*ours, numbers, state, start)
+
+
+IN_JAX = """
+import sys
+import numpy as np
+from pathlib import Path
+from benchmarks.worker import CALLS, build_arrays
+for name in sys.argv[2:]:
+    folder = Path(sys.argv[1]) / name
+    contender = build_arrays(name, "jax", folder / "start.npz")
+    numbers = [contender.number(contender.step()) for _ in range(CALLS)]
+    np.savez(folder / "state.npz", *contender.state(), numbers=np.array(numbers, float))
+    print(name)
+"""
+
+
+@pytest.fixture(scope="module")
+def in_jax(tmp_path_factory) -> Path:
+    """A folder for each case with what its version in JAX came to, in a process of its own."""
+    if importlib.util.find_spec("jax") is None:
+        pytest.skip("JAX is not installed")
+    folder, names = tmp_path_factory.mktemp("jax"), [n for n, case in CASES.items() if case.jax]
+    for name in names:
+        (folder / name).mkdir()
+        np.savez(folder / name / "start.npz", **arrays_of(run.started(name, small=True)[0]))
+    command = [sys.executable, "-c", IN_JAX, str(folder), *names]
+    done = subprocess.run(command, cwd=run.ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == names, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.jax])
+def test_jax_agrees(name, in_jax):
+    numbers, state = first_calls(build_torch(name, "eager", "cpu", small=True))
+    with np.load(in_jax / name / "state.npz") as found:
+        ours = [None if np.isnan(x) else x for x in found["numbers"]]
+        run.compare(
+            ours, [found[f"arr_{i}"] for i in range(len(state))], numbers, state, start_of(name)
+        )
 
 
 @pytest.mark.parametrize("name", sorted(NUMPY_STEPS))
@@ -139,9 +181,12 @@ def test_there_are_larger_cases_for_a_gpu():
 
 def test_what_has_a_version_in_jax():
     """By its source: it may not be installed here."""
-    tree = ast.parse((Path(benchmarks.__path__[0]) / "jax_steps.py").read_text())
-    (table,) = [n.value for n in tree.body if isinstance(n, ast.AnnAssign)]
-    assert {k.value for k in table.keys} == {name for name, case in CASES.items() if case.jax}
+    names = []
+    for module in worker.ARRAYS["jax"]:
+        tree = ast.parse((Path(benchmarks.__path__[0]) / f"{module}.py").read_text())
+        (table,) = [n.value for n in tree.body if isinstance(n, ast.AnnAssign)]
+        names += [k.value for k in table.keys]
+    assert sorted(names) == sorted(name for name, case in CASES.items() if case.jax)
 
 
 def contenders_of(case: str, device: str) -> set[str]:
@@ -158,7 +203,7 @@ def test_who_contends():
     assert contenders_of("dynamic_net", "cuda") == everywhere | of_gpus
     assert contenders_of("chain_64m", "cuda") == everywhere | of_gpus | {"jax", "eager graph"}
     assert contenders_of("chain_4m", "cpu") == everywhere | {"jax", "numpy"}
-    images = everywhere | {"eager channels_last"}
+    images = everywhere | {"eager channels_last", "jax"}
     assert contenders_of("conv_block", "cpu") == images
     assert contenders_of("unet", "cpu") == images | {"eager fused"}
     for case in ALL:

@@ -104,6 +104,26 @@ def test_channels_last(name, backend):
     check(lambda x, w: F.conv2d(x, w, **options), backend, x, r(*w))
 
 
+def test_gradients_lie_as_in_eager():
+    """Those of images and weights that have their channels last, returned or kept."""
+
+    def layouts(call):
+        shapes = (2, 3, 4, 5, 6), (4, 3, 1, 3, 2)
+        x, w = (r(*s).to(memory_format=torch.channels_last_3d).requires_grad_() for s in shapes)
+
+        def step(x, w):
+            loss = F.conv3d(x, w, padding=1).relu().pow(2).sum()
+            found = torch.autograd.grad(loss, (x, w), retain_graph=True)
+            loss.backward()
+            return found
+
+        return [g.stride() for g in (*call(step)(x, w), x.grad, w.grad)]
+
+    wanted = layouts(lambda step: step)
+    assert wanted[0] == (360, 1, 90, 18, 3)
+    assert layouts(lambda step: tracejit.compile(step, on_unsupported="raise")) == wanted
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", sorted(INTERPRETED & SHAPES.keys()))
 def test_convolution_interpreted(name):
@@ -127,6 +147,26 @@ def test_what_stands_before_a_convolution_is_computed_while_it_is_packed(name):
     """A relu, beside which nothing is padded but zeros."""
     x, w, options = SHAPES[name]
     check(lambda x, w: F.conv2d(F.relu(x + 0.5), w, **options), "c", r(*x), r(*w))
+
+
+@pytest.mark.parametrize("n, out, side", [(12, 20, 50), (24, 17, 64), (144, 24, 33), (16, 5, 47)])
+def test_weights_that_many_places_share(n, out, side):
+    """Their gradient has few results and long sums: slices of these, each of which packs a part of
+    its operands at a time. Forward, a tile packs the pixels that it needs."""
+    x, w, g = r(4, n, side, side), r(out, n, 1, 1), r(4, out, side, side)
+
+    def step(x, w, g):
+        x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+        y = F.conv2d(F.relu6(x + 0.5), w)
+        return y, *torch.autograd.grad(y, (x, w), g)
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    exact = step(x.double(), w.double(), g.double())
+    for ours, eager, right in zip(compiled(x, w, g), step(x, w, g), exact, strict=True):
+        off = [(found.double() - right).norm() for found in (ours, eager)]
+        assert off[0] <= 2 * off[1] + 1e-6 * right.norm()
+    text = "\n".join(compiled.kernels)
+    assert all(way in text for way in ("way='slices'", "way='panels'", "deep=True"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

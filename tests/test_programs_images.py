@@ -8,11 +8,16 @@ is nothing but rounding is no rounding.)
 from __future__ import annotations
 
 import importlib
+import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import tracejit
-from support.image_nets import NETS, make_step
+from examples.images import digits, stripes
+from support.image_nets import NETS, make_step, step_of
+from support.whole_image_nets import WHOLE
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, losses_agree
 
 CALLS = 10
@@ -54,6 +59,21 @@ def test_adamw(net):
     for ours, eager in losses:
         assert losses_agree(ours, eager, losses[0][1])
     assert compiled.stats.replays >= CALLS - 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["sgd, slow", "adamw"])
+@pytest.mark.parametrize("net", WHOLE)
+def test_whole_nets(net, optimizer):
+    """As deep as people train them; in float64, since float32's rounding grows through 50 batch
+    norms until losses say nothing any more."""
+    compiled, ours, _ = assert_trains_like_eager(
+        lambda: (step_of(*WHOLE[net], optimizer, dtype=torch.float64)[0], []),
+        calls=CALLS,
+        on_unsupported="raise",
+    )
+    assert compiled.stats.replays >= CALLS - 3
+    assert len(set(ours)) == CALLS
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -99,3 +119,25 @@ def test_examples_run(name, capsys):
     ours, eager = last[: len(last) // 2], last[len(last) // 2 :]
     assert 0 <= found <= 1 and len(ours) == len(eager) > 0
     assert [float(x) for x in ours] == pytest.approx([float(x) for x in eager], rel=1e-3)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_digits_come_from_torchvision_where_it_has_them(there, monkeypatch):
+    """A stand-in for torchvision, which need not be installed; without files it raises."""
+
+    def mnist(root: str, train: bool) -> SimpleNamespace:
+        if not there:
+            raise RuntimeError("Dataset not found.")
+        full = torch.full((9, 28, 28), 255 if train else 0, dtype=torch.uint8)
+        return SimpleNamespace(data=full, targets=torch.arange(9))
+
+    datasets = SimpleNamespace(MNIST=mnist)
+    monkeypatch.setitem(sys.modules, "torchvision", SimpleNamespace(datasets=datasets))
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", datasets)
+    x, y = digits(5, 14).tensors
+    assert x.shape == (5, 1, 14, 14) and len(y) == 5
+    other = digits(5, 14, seed=1).tensors[0]
+    if there:
+        assert y.tolist() == [*range(5)] and x.max() == x.min() > 2.8 and other.max() < 0
+    else:
+        assert torch.equal(x, stripes(5, 14, 1).tensors[0])

@@ -558,6 +558,21 @@ def test_wide_results_read_windows_through_tables():
     assert tile(orient(CpuKernel(inside)), 32).tiling.a == "direct"
 
 
+def test_digits_that_move_together_are_one():
+    """Line and column of an image that is read without a margin; not with one."""
+    axis, text = Axis("i0", 84), "i0 % 6 + ((i0 // 6) % 7) * {} + (i0 // 42) * 500"
+    for step, units in ((6, [1, 42]), (8, [1, 6, 42])):
+        kernel = parse_kernel(f"""
+    kernel(b0: f32 r, b1: f32 w) over (i0: 84) {{
+      stage () {{
+        v0: f32 = load b0[{text.format(step)}]
+        store b1[i0] <- v0
+      }}
+    }}""")
+        (digits,) = taken_apart((axis,), kernel.stages[0].body[:1])
+        assert [d.unit for d in digits.digits] == units
+
+
 def test_planes_of_windows():
     """A digit of the row and one of k, with which all indices move in one ratio, are one plane."""
     kernel = orient(CpuKernel(parse_kernel(dedent(WINDOWS.replace("i0: 5", "i0: 9"))))).kernel

@@ -335,14 +335,26 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.001, momentum=0.9, weight_decay=1e-4),
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-4),
+    # through 50 batch norms rounding grows a hundredfold with each step at ten times the rate
+    "sgd, slow": lambda p: torch.optim.SGD(p, lr=1e-4, momentum=0.9, weight_decay=1e-4),
 }
 
 
 def make_step(net: str, optimizer: str, *, channels_last: bool = False) -> Made:
     """A training step on one batch, and the tensors that it changes."""
+    return step_of(*NETS[net], optimizer, channels_last)
+
+
+def step_of(
+    make: Callable[[], nn.Module],
+    shape: tuple[int, ...],
+    optimizer: str,
+    channels_last: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Made:
+    """The same for the maker of a network and the shape of its images."""
     torch.manual_seed(0)
-    make, shape = NETS[net]
-    model, x = make(), torch.randn(shape)
+    model, x = make().to(dtype), torch.randn(shape, dtype=dtype)
     y = torch.randint(0, 10, shape[:1])
     if channels_last:
         model, x = (

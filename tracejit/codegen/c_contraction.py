@@ -50,8 +50,8 @@ class Contraction(tiles.Contraction):
 
     @property
     def panels(self) -> bool:
-        """Whether each tile packs its own part of B."""
-        return self.tiling.way == "panels"
+        """Whether each tile, or slice of k, packs its own part of B pass by pass."""
+        return self.tiling.way == "panels" or self.slices_of_panels
 
     @cached_property
     def turned(self) -> bool:
@@ -74,10 +74,12 @@ class Contraction(tiles.Contraction):
 
     def apart(self, axes: Sequence[Axis], statements: Sequence[Statement]) -> Apart | None:
         """Statements over the digits of axes; None where no axis falls into several."""
-        found = taken_apart(axes, statements)
-        if all(len(d.digits) == 1 for d in found):
-            return None
-        extents = self.body.extents
+        found = self.over_digits(axes, statements)
+        return None if all(len(d.digits) == 1 for d in found.axes) else found
+
+    def over_digits(self, axes: Sequence[Axis], statements: Sequence[Statement]) -> Apart:
+        """Statements over the digits of axes, of which each has at least one."""
+        found, extents = taken_apart(axes, statements), self.body.extents
         body = Body(self.kernel, {**extents, **digits.extents_of(found)})
         return Apart(found, over_digits(statements, found, extents), body)
 

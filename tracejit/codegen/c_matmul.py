@@ -91,7 +91,12 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
         Line(f"const int64_t low = chunk * {k} / {c.tiling.slices};"),
         Line(f"const int64_t high = (chunk + 1) * {k} / {c.tiling.slices};"),
     ]
-    if c.tiling.packed_from < c.strips:
+    if c.slices_of_panels:
+        aligned = f"__attribute__((aligned({b.vector_bytes})))"
+        wide = c.strips * c.strip
+        lines.append(Line(f"{c.type} panel[{PANEL_DEPTH} * {wide}] {aligned};"))
+        lines.append(Line(f"{c.type} rows_of_a[{c.m.extent} * {PANEL_DEPTH}];"))
+    elif c.tiling.packed_from < c.strips:
         count = c.strips - c.tiling.packed_from
         packing = pack_b(c, "part", "low", "high")
         lines += block(f"for (int64_t part = 0; part < {count}; part++)", packing)
@@ -100,7 +105,8 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
         lines += pack_a(c, m, of_k)
     lines += [
         Line(f"const int64_t row = 0, column = 0, rows = {c.m.extent};"),
-        Line(f"const int64_t columns = {c.n.extent}, depth = low, deep = high - low;"),
+        Line(f"const int64_t columns = {c.n.extent};"),
+        *([] if b.deep else [Line("const int64_t depth = low, deep = high - low;")]),
         *tile_lines,
     ]
     slices = Part(Task(f"{c.name}_slices", c.tiling.slices, lines), [])

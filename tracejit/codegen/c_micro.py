@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tracejit.codegen.c_contraction import Contraction
-from tracejit.codegen.c_pack import pack_panel
+from tracejit.codegen.c_pack import pack_panel, pack_rows
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH, accumulators, keeps_b, vectors_of
@@ -53,15 +53,28 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
     if c.tiling.deep:
-        k, most = c.k.extent, c.depth
-        deep = Line(f"const int64_t deep = tj_least({most}, {k} - depth);")
-        lines = [deep, *(pack_panel(c) if c.panels else []), *lines]
-        lines = block(f"for (int64_t depth = 0; depth < {k}; depth += {most})", lines)
+        (first, last), most = _passes(c), c.depth
+        deep = Line(f"const int64_t deep = tj_least({most}, {last} - depth);")
+        packing = [*(pack_panel(c) if c.panels else []), *(pack_rows(c) if _own_rows(c) else [])]
+        lines = [deep, *packing, *lines]
+        lines = block(f"for (int64_t depth = {first}; depth < {last}; depth += {most})", lines)
     return list(micros.values()), lines
+
+
+def _passes(c: Contraction) -> tuple[str, str]:
+    """From where to where of k the passes of a tile go."""
+    return ("low", "high") if c.slices_of_panels else ("0", str(c.k.extent))
+
+
+def _own_rows(c: Contraction) -> bool:
+    """Whether each pass packs its own part of A."""
+    return c.slices_of_panels and c.a_load is None
 
 
 def _a(c: Contraction) -> Operand:
     m, k = c.m, c.k
+    if _own_rows(c):
+        return Operand("rows_of_a", PANEL_DEPTH, 1)
     if c.windows is not None:
         return Operand("windows", 1, 1, by_table=True)
     if c.a_load is None:
@@ -115,11 +128,14 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Str
     """All rows of a tile under one strip."""
     rows, extent = c.tiling.rows, c.m.extent
     partial = c.tiling.deep or c.tiling.way == "slices"  # of k
-    depth, add = "deep" if partial else str(c.k.extent), "depth > 0" if c.tiling.deep else "false"
+    depth = "deep" if partial else str(c.k.extent)
+    add = f"depth > {_passes(c)[0]}" if c.tiling.deep else "false"
     within = partial and not c.panels  # the panel starts where the pass does
     b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if within else kind.b.text
     step = a.step if a.first_step is None else a.first_step
-    a_from = f"{a.text} + (row + r) * {step}" + (f" + depth * {a.k_step}" if partial else "")
+    a_from = f"{a.text} + (row + r) * {step}" + (
+        f" + depth * {a.k_step}" if partial and not _own_rows(c) else ""
+    )
     if a.by_table:
         a_from = f"{a.text}, row_places + row + r, k_places + depth"
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]

@@ -122,21 +122,60 @@ def _line_of_a(
     return [Line("#pragma omp simd"), *block(_each(inner.name, *ends), lines)]
 
 
+def pack_rows(c: Contraction) -> list[Line]:
+    """The part of all rows of A that a pass over `deep` of k from `depth` needs."""
+    start = f"rows_of_a + {c.m.name} * {PANEL_DEPTH}"
+    ends = ("depth", "depth + deep")
+    line = _line_of_a(c, c.m, c.k, ends, lambda place: f"{start} + ({place} - depth)")
+    return block(_each(c.m.name, "0", str(c.m.extent)), line)
+
+
 def _each(name: str, first: str, last: str) -> str:
     return f"for (int64_t {name} = {first}; {name} < {last}; {name}++)"
 
 
 def pack_panel(c: Contraction) -> list[Line]:
     """The part of B that a tile needs for `deep` of k from `depth`, in strips of `panel`."""
-    of_n, of_k = (apart := c.apart((c.n, c.k), c.dot.b)).axes
-    across = run_score(of_n, apart.statements) >= run_score(of_k, apart.statements)
+    apart = c.over_digits((c.n, c.k), c.dot.b)
+    if _reads_across(c, apart):
+        return _panel_along_n(c, apart)
     lines = [
         Line(f"{c.type} *const to = panel + strip * {PANEL_DEPTH};"),
         Line("const int64_t start = column + strip;"),
         Line(f"const int64_t count = tj_least({c.strip}, {c.n.extent} - start);"),
-        *(_along_n if across else _along_k)(c, apart, "depth", "depth + deep"),
+        *_along_k(c, apart, "depth", "depth + deep"),
     ]
     return block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", lines)
+
+
+def _panel_along_n(c: Contraction, apart: Apart) -> list[Line]:
+    """Row by row: all columns of the tile in the order of memory, and then dealt to strips."""
+    k, width, (of_n, of_k) = c.k.name, c.strip, apart.axes
+
+    def run(at: str, start: str) -> list[Line]:
+        return _run_of_b(c, apart, of_n, start, f"line + ({at} - column)")
+
+    ragged = c.n.extent % width
+    lines = [
+        *all_digits(of_k, k),
+        *in_runs(of_n, "column", "column + columns", run),
+        *([Line(f"for (int64_t j = columns; j % {width}; j++) line[j] = 0;")] if ragged else []),
+        Line(
+            f"for (int64_t strip = 0; strip < columns; strip += {width}) __builtin_memcpy("
+            f"panel + strip * {PANEL_DEPTH} + ({k} - depth) * {width}, line + strip,"
+            f" {width * c.size});"
+        ),
+    ]
+    return [
+        Line(f"{c.type} line[{-(-c.tiling.tile_columns // width) * width}];"),
+        *block(f"for (int64_t {k} = depth; {k} < depth + deep; {k}++)", lines),
+    ]
+
+
+def _reads_across(c: Contraction, apart: Apart) -> bool:
+    """Whether a strip of B is read along n rather than along k."""
+    (of_n, of_k), statements = apart.axes, apart.statements
+    return run_score(of_n, statements, c.strip) >= run_score(of_k, statements, ACROSS)
 
 
 def _run_of_b(c: Contraction, apart: Apart, axis: Digits, start: str, to: str) -> list[Line]:
@@ -218,9 +257,7 @@ def pack_b(c: Contraction, number: str, low: str, high: str, to: str = "") -> li
     first = low if to else "0"  # the row that lies there
     apart = c.apart((c.n, c.k), c.dot.b)
     if apart is not None:
-        across = run_score(apart.axes[0], apart.statements) >= run_score(
-            apart.axes[1], apart.statements
-        )
+        across = _reads_across(c, apart)
         return [
             Line(f"{c.type} *const to = {of_strip} + ({low} - {first}) * {width};"),
             Line(f"const int64_t start = ({number} + {c.tiling.packed_from}) * {width};"),

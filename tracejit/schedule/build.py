@@ -49,7 +49,8 @@ def schedule(
     graph = parted(images.graph, Layouts(images.graph.nodes, images.last).last)
     analysis = analyse(graph, fuse, body=body, copies=images.copies)
     layouts = Layouts(analysis.nodes, images.last)
-    fuser = Fuser(graph, analysis, fuse, again)
+    # what batch norm makes is read by several kernels, in float32 also where images are narrow
+    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last))
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     order = turns(fusion.groups, fuser.groups)

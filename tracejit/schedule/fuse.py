@@ -34,10 +34,13 @@ class Fusion:
 
 
 class Fuser:
-    """Builds the groups of one graph."""
+    """Builds the groups of one graph. `maps`: as `recompute` has it."""
 
-    def __init__(self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True):
+    def __init__(
+        self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True, maps: bool = False
+    ):
         self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
+        self.maps = maps
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
@@ -184,7 +187,7 @@ class Fuser:
     def _recompute(self, written: set[int]) -> None:
         """Recompute what is cheaper to compute again than to store; then kernels read the same."""
         stored = written | set(self.groups.results)
-        for task in recompute(self.groups, self.analysis, stored):
+        for task in recompute(self.groups, self.analysis, stored, self.maps):
             self._join_sibling(task, task.group)
 
     def place_write(self, store: Task) -> None:

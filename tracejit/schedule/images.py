@@ -65,6 +65,7 @@ class _Arranging:
         self.producer = {node.out.id: node for node in graph.nodes}
         self.strides = {p.value.id: p.strides for p in graph.params}
         self.copies: dict[int, Value] = {}  # by weight, its copy in the weight's own order of axes
+        self.images: dict[int, Value] = {}  # by image, the same in memory
         self.copied: set[int] = set()
         self.last: dict[int, int] = {}
 
@@ -89,12 +90,28 @@ class _Arranging:
         if taps := channels_of(right, k, n):
             self._noted(right.base, 1)
             self._noted(node.out, rank - 2)
-            return self._forward(node, left, taps)
+            return self._forward(self._stored(node, right, taps), left, taps)
         if channels_of(left, m, k) == 1 and (taps := channels_of(right, n, k)):
             self._noted(left.base, 1)
             self._noted(right.base, 1)
-            return self._of_weights(node, taps)
+            return self._of_weights(self._stored(node, right, taps), taps)
         return False
+
+    def _stored(self, node: Node, image: Read, taps: int) -> Node:
+        """The product, with its image stored first where element-wise work makes it: that would be
+        done again, and its operands be read again, for each tap."""
+        base = image.base
+        made = self.producer.get(base.id)
+        if taps == 1 or made is None or made.op.family != "elementwise":
+            return node
+        if base.id not in self.images:
+            copy = self.images[base.id] = self.b.alias(base)
+            self.copied.add(copy.id)
+            self._noted(copy, 1)
+        found = self.images[base.id]
+        for moved in image.chain:
+            found = self.b.emit(moved.op, found, **dict(moved.attrs))
+        return replace(node, args=(node.args[0], found))
 
     def _noted(self, value: Value, axis: int) -> None:
         self.last.setdefault(value.id, axis)

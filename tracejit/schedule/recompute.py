@@ -39,12 +39,14 @@ class _Candidate:
         return _stored(d for _, d in self.readers)
 
 
-def recompute(groups: Groups, analysis: Analysis, stored: set[int]) -> list[Task]:
+def recompute(
+    groups: Groups, analysis: Analysis, stored: set[int], maps: bool = False
+) -> list[Task]:
     """Copy tasks into the groups that read them; `stored` are values that are stored anyway.
-    Returns the copies."""
+    `maps`: those of groups that nothing is summed in, too. Returns the copies."""
     copies: list[Task] = []
     for group in reversed(list(groups.all.values())):  # readers first: what they copy reads others
-        if any(task.kind != "map" for task in group.tasks):
+        if maps or any(task.kind != "map" for task in group.tasks):
             found = _candidates(group, groups, analysis, stored)
             for candidate in _chosen(found, group, groups, stored):
                 copies += _apply(candidate, groups)

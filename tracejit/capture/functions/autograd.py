@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from tracejit.autodiff import Arrival, total_of
 from tracejit.autodiff import backward as reverse
 from tracejit.capture.functions import data_parallel, hooks
+from tracejit.capture.functions.layouts import like
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Family, Handle, TracedTensor, is_dense
 from tracejit.capture.trace.trace import Trace
@@ -236,7 +237,7 @@ def grad(
                     )
                 out.append(None)
             else:
-                out.append(t.fresh(total))
+                out.append(t.fresh(total, like(h, h.shape)))  # channels last is handed on
     return tuple(out)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracejit.schedule.axes import map_statements
-from tracejit.schedule.cpu.access import places, stride
+from tracejit.schedule.cpu.access import axes_of, places, stride
 from tracejit.schedule.index import add, divmod_index, scale
 from tracejit.schedule.kernel import (
     Axis,
@@ -24,6 +24,7 @@ from tracejit.schedule.kernel import (
     Var,
 )
 
+UNKNOWN = 1 << 40  # the extent of an axis of which nothing more is known
 FIRST = 100  # of the numbers of digits: an axis has at most as many as these are apart
 
 
@@ -55,14 +56,25 @@ def is_split(axes: Sequence[Axis], statements: Sequence[Statement]) -> bool:
 
 
 def taken_apart(axes: Sequence[Axis], statements: Sequence[Statement]) -> tuple[Digits, ...]:
-    """The digits of each axis that the statements' indices ask for."""
+    """The digits of each axis that the statements' indices ask for. Neighbours that all indices
+    move by as if they were one digit, such as row and column of an image, are one."""
     found: dict[str, set[int]] = {a.name: set() for a in axes}
     for s in statements:
         for index in places(s):
             for name, unit in _units(index):
                 if name in found:
                     found[name].add(unit)
-    return tuple(_digits(a, found[a.name], FIRST * (1 + k)) for k, a in enumerate(axes))
+    numbered = [(a, FIRST * (1 + k)) for k, a in enumerate(axes)]
+    apart = tuple(_digits(a, found[a.name], first) for a, first in numbered)
+    if all(len(d.digits) == 1 for d in apart):
+        return apart
+    others = {name: UNKNOWN for s in statements for i in places(s) for name in axes_of(i)}
+    known = others | {a.name: a.extent for a in axes}
+    indices = [i for s in over_digits(statements, apart, known) for i in places(s)]
+    return tuple(
+        _digits(a, {d.unit for d in _joined(whole, indices)}, first)
+        for (a, first), whole in zip(numbered, apart, strict=True)
+    )
 
 
 def over_digits(
@@ -91,11 +103,26 @@ def extents_of(axes: Iterable[Digits]) -> dict[str, int]:
     return {d.name: d.extent for axis in axes for d in axis.digits}
 
 
-def run_score(axis: Digits, statements: Sequence[Statement]) -> float:
-    """How long the stretches are that a loop along the axis reads from memory in one go."""
+def _joined(axis: Digits, indices: Sequence[Index]) -> list[Digit]:
+    """The digits at which runs end: some index does not go on there from the digit below."""
+    kept = list(axis.digits[:1])
+    for below, digit in zip(axis.digits, axis.digits[1:], strict=False):
+        for index in indices:
+            steps = dict(index.terms)
+            nested = [atom.index for atom in steps if isinstance(atom, FloorDiv | Mod)]
+            within = any({below.name, digit.name} & axes_of(i) for i in nested)
+            if within or steps.get(digit.name, 0) != steps.get(below.name, 0) * below.extent:
+                kept.append(digit)
+                break
+    return kept
+
+
+def run_score(axis: Digits, statements: Sequence[Statement], most: int) -> float:
+    """How long the stretches are that a loop over at most so many places of the axis reads from
+    memory in one go."""
     fastest = axis.digits[0]
     steps = [stride(s.index, fastest.name) for s in statements if isinstance(s, Load)]
-    return fastest.extent * sum(1 / step for step in steps if step)
+    return min(fastest.extent, most) * sum(1 / step for step in steps if step)
 
 
 def _digits(axis: Axis, units: set[int], first: int) -> Digits:

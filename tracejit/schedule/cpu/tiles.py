@@ -27,6 +27,7 @@ STRIP_BYTES = 16 << 10  # of a strip of B that stays in the first cache under al
 PACKED_WIDTH = 64  # of n and of k, from which on A is packed, even if it could be read as it lies
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
+PACKED_ROWS_LEAST = 48  # of A, for which all of a B whose lines collide is packed
 PACKED_BYTES = 128 << 10  # a larger B is packed, even if it could be read as it lies
 NARROW = 8  # columns of the result, fewer than which are not worth vectors
 PANEL_ROWS = 2048  # the most of a result whose tiles pack their own part of B
@@ -39,6 +40,7 @@ WINDOWS_TILE = 8 << 10  # its elements,
 WINDOWS_BYTES = 512 << 10  # and the part of B under it
 COPIED_AT_ONCE = 4096  # elements in a unit of copying
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
+SLICED_WIDTH = 256  # rows and columns of one whose slices pack their operands pass by pass
 ROWS_COLLIDE = 4096  # bytes between rows of which a cache does not hold a micro-kernel's
 LINES_COLLIDE = 2048  # bytes between lines of which a cache does not hold a strip
 SCRATCH = 2 << 20  # bytes of packed operands after which a batch is done in several rounds
@@ -75,7 +77,11 @@ def by_windows(kernel: Kernel) -> Windows | None:
     if batch or acc is i64 or n.extent < NARROW or not m.extent * stage.dot.k.extent:
         return None
     found = windows_of(m, stage.dot.k, stage.dot.a)
-    return found if found is not None and found.is_worth_a_copy(acc.itemsize) else None
+    if found is None or not found.is_worth_a_copy(acc.itemsize):
+        return None
+    # what is read once is better packed as B, a tile of pixels at a time
+    few = n.extent * stage.dot.k.extent <= PANEL_TILE
+    return None if few and found.share >= 1 and found.runs_along_rows else found
 
 
 def by_winograd(kernel: Kernel) -> Winograd | None:
@@ -153,7 +159,9 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     batches, acc = math.prod(a.extent for a in batch), accumulator(stage.dot)
     lanes, size = vector_bytes // acc.itemsize, acc.itemsize
     windows = by_windows(kernel)
-    most_rows = 14 if windows is None else WINDOWS_ROWS
+    panels = windows is None and _by_panels(stage.dot, m_axis, n_axis)
+    # a panel is packed strip by strip: a strip of several vectors reads whole lines of a cache
+    most_rows = WINDOWS_ROWS if windows is not None or panels else 14
     sums = accumulators(vector_bytes)
     winograd = by_winograd(kernel)
     if winograd is not None:
@@ -163,12 +171,14 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     way, slices = "tiles", 1
     if _by_dots(stage.axes, stage.dot, batches):
         way, cut = "dots", (1, 1, m, n)
-    elif windows is not None:
-        way, cut = "windows", _for_windows(cut, m, n, k, work, lanes, size)
-    elif _by_panels(stage.dot, m_axis, n_axis):
+    elif panels:
         way, cut = "panels", _for_panels(cut, batches, m, n, work, cut[1] * lanes)
     elif not batch:
         slices = _slices(m, n, k, size, work)
+        if windows is not None and m + n > SLICED_WIDTH:
+            slices = 1
+        if slices == 1 and windows is not None:
+            way, cut = "windows", _for_windows(cut, m, n, k, work, lanes, size)
     if slices > 1:  # one tile
         rows, vectors, *_ = cut
         way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
@@ -176,8 +186,9 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
         cut = _for_threads(cut, batches, m, n, work)
     too_deep = k * cut[1] * vector_bytes > STRIP_BYTES
     deep = (too_deep and slices == 1) or way in ("panels", "windows")
+    deep = deep or (slices > 1 and windows is not None)
     a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
-    if way == "panels":
+    if way == "panels" or (way == "slices" and deep):
         packed_from = -(-n // (cut[1] * lanes))
     elif way == "windows":
         a, packed_from = "copied" if _plain_image(windows, stage.dot) is None else "direct", 0
@@ -228,7 +239,16 @@ def _by_panels(dot: Dot, m: Axis, n: Axis) -> bool:
     axes (the windows of an image) is many times larger packed than where it lies."""
     if accumulator(dot) is i64 or not m.extent * n.extent * dot.k.extent:
         return False
+    if m.extent < PACKED_ROWS_LEAST and _collides(dot) and n.extent >= PANEL_ROWS:
+        return True
     return m.extent <= PANEL_ROWS and is_split((n, dot.k), dot.b)
+
+
+def _collides(dot: Dot) -> bool:
+    """Whether lines of B that a micro-kernel reads one after another drive each other out of a
+    cache."""
+    step = _step(dot.b, dot.k) * accumulator(dot).itemsize
+    return dot.k.extent >= 128 and step % LINES_COLLIDE == 0
 
 
 def _for_panels(
@@ -312,8 +332,7 @@ def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, 
         elif _step(dot.a, m) * acc.itemsize % ROWS_COLLIDE == 0:
             a = "rows"
     large = m.extent >= 128 and k.extent * n.extent * acc.itemsize >= PACKED_BYTES
-    colliding = k.extent >= 128 and _step(dot.b, k) * acc.itemsize % LINES_COLLIDE == 0
-    large = large or (colliding and m.extent >= 48)
+    large = large or (_collides(dot) and m.extent >= PACKED_ROWS_LEAST)
     if large or plain(dot.b, dot.b_value, acc, n.name) is None:
         return a, 0
     rest = n.extent % strip
@@ -374,6 +393,11 @@ class Contraction:
         self.windows = by_windows(kernel) if tiling.way in ("windows", "winograd") else None
         self.winograd = by_winograd(kernel) if tiling.way == "winograd" else None
 
+    @property
+    def slices_of_panels(self) -> bool:
+        """Whether each slice of k packs both operands pass by pass."""
+        return self.tiling.way == "slices" and self.tiling.deep
+
     # --- units of packing, per batch
 
     @property
@@ -413,7 +437,7 @@ class Contraction:
 
     @property
     def a_elements(self) -> int:
-        if self.tiling.a == "direct":
+        if self.tiling.a == "direct" or self.slices_of_panels:
             return 0
         if self.windows is not None:
             return -(-self.windows.elements // self.lanes) * self.lanes

@@ -18,7 +18,7 @@ from functools import lru_cache
 from tracejit.ir.types import contiguous_strides
 from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import places
-from tracejit.schedule.cpu.digits import Digits, extents_of, over_digits, taken_apart
+from tracejit.schedule.cpu.digits import Digits, extents_of, over_digits, run_score, taken_apart
 from tracejit.schedule.index import add
 from tracejit.schedule.kernel import Axis, Index, Load, Statement
 
@@ -58,6 +58,13 @@ class Windows:
     def share(self) -> float:
         """The elements of the copy beside those that are read."""
         return self.elements / (self.rows.axis.extent * self.depth.axis.extent)
+
+    @property
+    def runs_along_rows(self) -> bool:
+        """Whether longer stretches of memory are read along rows than along k."""
+        most = self.elements
+        scores = [run_score(axis, self.apart, most) for axis in (self.rows, self.depth)]
+        return scores[0] > scores[1]
 
     def is_worth_a_copy(self, size: int) -> bool:
         """Whether the copy is small beside what is read through the windows."""
