@@ -16,11 +16,13 @@ from tracejit.ir.graph import Node, Value
 
 @dataclass(frozen=True, slots=True)
 class EagerCost:
-    """Operations and bytes of eager; bytes of intermediates that it keeps for its backward."""
+    """Operations and bytes of eager; bytes of intermediates that it keeps for its backward, and of
+    those in checkpointed regions, which it computes again instead."""
 
     operations: int = 0
     bytes: int = 0
     saved_bytes: int = 0
+    again_bytes: int = 0
 
 
 def eager_cost(t: Trace, outputs: Iterable[Value]) -> EagerCost:
@@ -41,7 +43,8 @@ def eager_cost(t: Trace, outputs: Iterable[Value]) -> EagerCost:
     needed = set().union(*read.values(), (_base(t, v)[0] for v in outputs))
     moved = sum(v.type.nbytes for found in read.values() for v in found)
     moved += sum(v.type.nbytes for v in made if v in needed)
-    return EagerCost(len(read), moved, _saved_bytes(t))
+    again = sum(v.type.nbytes for v in t.again if not _is_free(t.producers[v]))
+    return EagerCost(len(read), moved, _saved_bytes(t), again)
 
 
 def _saved_bytes(t: Trace) -> int:

@@ -82,10 +82,22 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where a checkpointed function began: the writes to each storage, the number of draws."""
+    """Where a checkpointed function began: the writes to each storage, the number of draws, the
+    number of its first value."""
 
     writes: dict[Storage, int]
     draws: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What a checkpointed function has made: the values numbered from `first` up to `stop`. Of what
+    it computes, `products`: those of matrices are kept for a backward."""
+
+    first: int
+    stop: int
+    products: bool
 
 
 @dataclass(slots=True)
@@ -185,6 +197,8 @@ class TraceState:
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
+        self.regions: list[Region] = []  # that are over; one in another comes before it
+        self.again: set[Value] = set()  # what backwards compute again of what these have made
         self.collectives = 0  # how many there are so far
         self.armed: list[object] = []  # see functions/data_parallel.py
         self.wrapping = False  # torch's own Python looks at what a wrapped module returns
