@@ -292,6 +292,32 @@ def test_nested_ones():
     assert found["both"] < 0.85 * found["outer"] < 0.85 * arena(compiled(None, 4))
 
 
+def test_what_the_loss_follows_is_kept():
+    """A checkpointed loss over a large vocabulary: its backward comes next, and nothing would be
+    gained. So its logits are computed part by part as ever."""
+
+    def made(run: Run) -> Run:
+        torch.manual_seed(0)
+        words, first = nn.Embedding(20000, 16), nn.Linear(16, 16)
+        x = torch.randint(20000, (256,))
+
+        def loss_of(h: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(h @ words.weight.T, y)
+
+        def step() -> Tensor:
+            words.weight.grad = first.weight.grad = first.bias.grad = None
+            loss = run(loss_of, first(words(x)).tanh(), x.roll(1))
+            (loss * 0.5).backward()
+            return loss.detach()
+
+        return step
+
+    steps = [tracejit.compile(made(run)) for run in (PLAIN, lambda f, *x: f(*x))]
+    for step in steps:
+        torch.testing.assert_close(step(), made(PLAIN)())
+    assert arena(steps[0]) == arena(steps[1]) < 2 * 256 * 20000 * 4
+
+
 def test_selected_products_are_kept():
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
     some = compiled(partial(PLAIN, context_fn=contexts))

@@ -156,6 +156,12 @@ class _Region:
         return after + again
 
 
+def computed(node: Node) -> int:
+    """The bytes that a node computes."""
+    free = node.op.family in ("movement", "source", "host", "order") or node.op.name == "alias"
+    return 0 if free else node.out.type.nbytes
+
+
 def kept(graph: Graph) -> Graph:
     """The graph in which nothing waits: what would be computed again is kept, as passes merge it
     with what it is a copy of."""

@@ -12,6 +12,7 @@ from torch.utils import checkpoint as torch_checkpoint
 from tracejit.capture.trace.state import Checkpoint, Region
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.trace import Trace
+from tracejit.passes.checkpoints import computed
 
 
 @rule(torch_checkpoint.checkpoint)
@@ -41,4 +42,9 @@ def boundary(t: Trace, which: str, preserve: bool, products: bool, effect: str =
         raise t.unsupported(
             "With preserve_rng_state=False eager draws other numbers in its backward; leave it out"
         )
-    t.regions.append(Region(begun.first, t.b.next_id, products))
+    nbytes = 0
+    for node in reversed(t.b.nodes):
+        if node.out.id < begun.first:
+            break
+        nbytes += computed(node)
+    t.regions.append(Region(begun.first, t.b.next_id, nbytes, products))

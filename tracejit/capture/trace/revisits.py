@@ -14,7 +14,9 @@ from tracejit.autodiff import Entry
 from tracejit.capture.trace.location import Line
 from tracejit.capture.trace.state import Region, TraceState
 from tracejit.ir.graph import Value
-from tracejit.passes.checkpoints import Revisit, computed_again
+from tracejit.passes.checkpoints import Revisit, computed, computed_again
+
+SHARE = 8  # of what is computed in a region: less than that in between is next to nothing
 
 
 class Revisits:
@@ -53,12 +55,26 @@ class Revisits:
 
     def _trigger(self, region: Region, cotangents: frozenset[Value]) -> Value | None:
         """What is there when the backward of a region begins: a cotangent that depends on what was
-        computed before, or what is differentiated. None where that is in the region itself: its
-        backward follows, and what it computes is kept for no longer than that."""
+        computed before, or what is differentiated. None where next to nothing is computed between
+        the region and its backward, or where that is in the region itself: it keeps what it has
+        computed for no longer than that."""
+        if self._follows(region):
+            return None
         latest = sorted(cotangents, key=lambda v: -v.id)
         outside = [v for v in self.roots if not region.first <= v.id < region.stop]
         chosen = [v for v in latest if self._depends(v)] or outside
         return chosen[0] if chosen else None
+
+    def _follows(self, region: Region) -> bool:
+        """Whether the backward that begins now follows a region almost at once."""
+        between = 0
+        for node in reversed(self.t.b.nodes):
+            if node.out.id < region.stop:
+                return True
+            between += computed(node)
+            if between * SHARE >= region.nbytes:
+                return False
+        return True
 
     def _depends(self, value: Value) -> bool:
         """Whether a cotangent depends on what was there before the backward began."""

@@ -92,11 +92,12 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """What a checkpointed function has made: the values numbered from `first` up to `stop`. Of what
-    it computes, `products`: those of matrices are kept for a backward."""
+    """What a checkpointed function has made: the values numbered from `first` up to `stop`, which
+    are so many bytes. `products`: those of matrices are kept for its backward."""
 
     first: int
     stop: int
+    nbytes: int
     products: bool
 
 
