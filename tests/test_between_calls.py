@@ -19,6 +19,7 @@ from support import sequences
 from support.sequence_parts import VALUES
 from support.sequence_parts_lists import LISTS
 from support.sequence_parts_nested import NESTED
+from support.sequence_parts_tuples import TUPLES
 from support.sequences import Change, Outcome, Sequence, generate, run, shrink
 from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
@@ -103,6 +104,17 @@ def test_what_is_nested(first):
 @pytest.mark.parametrize("first", range(8000, 8400, 50))
 def test_much_that_is_nested(first):
     check_replayed(range(first, first + 50), NESTED)
+
+
+@pytest.mark.parametrize("first", [9000, pytest.param(9014, marks=pytest.mark.slow)])
+def test_what_is_replaced_whole(first):
+    check_replayed(range(first, first + 14), TUPLES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(10000, 10400, 50))
+def test_much_that_is_replaced_whole(first):
+    check_replayed(range(first, first + 50), TUPLES)
 
 
 @pytest.mark.parametrize("first", range(0, 8, 4))

@@ -41,6 +41,17 @@ def test_by_numpy(ranks: Ranks, name: str):
     assert ranks(rank_cases.plain, name, "numpy") == [REPLAYS, REPLAYS]
 
 
+@pytest.mark.parametrize("name", rank_cases.PLAIN)
+@pytest.mark.sweep(3)
+def test_on_a_fake_device(ranks: Ranks, name: str):
+    assert ranks(rank_cases.on_a_fake_device, name) == [REPLAYS, REPLAYS]
+
+
+def test_built_for_a_gpu_that_is_not_here(ranks: Ranks):
+    pytest.importorskip("triton")
+    assert ranks(rank_cases.built) == [6, 6]
+
+
 def test_uneven_parts(ranks: Ranks):
     assert ranks(rank_cases.uneven) == [REPLAYS, REPLAYS]
 
@@ -95,6 +106,12 @@ def test_an_exception_on_one_rank(ranks: Ranks):
     first, (second, _) = ranks(rank_cases.an_exception)
     ends([first], "RanksDiffer", "rank 1 has left the step with ShapeError")
     assert second.startswith("ShapeError")
+
+
+def test_an_exception_after_a_value_on_one_rank(ranks: Ranks):
+    first, (second, _) = ranks(rank_cases.an_exception_after_a_value)
+    ends([first], "RanksDiffer", "rank 1 has left the step with ValueError")
+    assert second.startswith("ValueError: the loss is ")
 
 
 def test_one_rank_runs_eagerly(ranks: Ranks):

@@ -22,6 +22,7 @@ import torch
 import tracejit
 from benchmarks.launch_cost import StillDevice
 from tracejit.errors import BackendUnavailable, LaunchError
+from tracejit.ir.process_groups import HOST, Started
 from tracejit.runtime import cuda_device as module
 from tracejit.runtime.cuda_device import CudaDevice
 from tracejit.runtime.device import Device, LoadedKernel
@@ -36,7 +37,7 @@ SEAM = [name for name, x in vars(Device).items() if inspect.isfunction(x) and na
 OF_INSTANCES = {  # functions that a class gives to its instances, or does not need
     CudaDevice: {"here", "current_stream"},
     FakeDevice: set(),
-    StillDevice: {"here", "current_stream", "capturing", "download", "clock"},
+    StillDevice: {"here", "current_stream", "capturing", "download", "clock", "communicate"},
     TargetDevice: {"current_stream", "capturing", "clock"},
 }
 
@@ -323,3 +324,30 @@ def test_tritons_own_launcher_takes_what_it_is_given(tmp_path):
     assert all(words[3] == "0x77" for words in found)
     first, second = found[-1][5:]
     assert first != second and {first, second} < {w, x, y}
+
+
+def test_collectives_are_begun_on_the_device(runtime, monkeypatch):
+    """With tensors of its memory, whatever device the thread is on."""
+    memory = torch.zeros(8, dtype=torch.float32)
+    monkeypatch.setattr(torch, "as_tensor", lambda x, device: _host_bytes(x))
+    device, seen = CudaDevice(1), []
+
+    def begin(space):
+        seen.append(device.here())
+        place = memory.data_ptr(), 16
+        space.tensor(place, torch.float32).copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        space.copy(memory.data_ptr() + 16, place)
+        assert space.of_barrier == {"device_ids": [1], "device": torch.device("cuda", 1)}
+        return Started("all_reduce", None, ())
+
+    begun = device.communicate("all_reduce", begin, [(memory.data_ptr(), 16)], (0, 0))
+    begun.wait()
+    assert seen == [1] and device.here() == 0
+    assert memory.tolist() == [1.0, 2.0, 3.0, 4.0] * 2
+
+
+def _host_bytes(given: object) -> torch.Tensor:
+    interface = given.__cuda_array_interface__
+    (count,), (address, read_only) = interface["shape"], interface["data"]
+    assert interface["typestr"] == "|u1" and not read_only
+    return HOST.tensor((address, count), torch.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -20,9 +22,9 @@ def ranks():
         yield found
 
 
-def trains(ranks: Ranks, name: str) -> list[dict]:
+def trains(ranks: Ranks, name: str, how: Callable = rank_models.trained) -> list[dict]:
     """A case is equal to eager on every rank, and replays."""
-    found = ranks(rank_models.trained, name)
+    found = ranks(how, name)
     for rank in found:
         assert rank["difference"] < rank_models.RELATIVE, rank
         assert rank["loss"] < rank_models.RELATIVE_LOSS, rank
@@ -35,6 +37,25 @@ def trains(ranks: Ranks, name: str) -> list[dict]:
 @pytest.mark.parametrize("name", rank_models.CASES)
 def test_trains_like_eager(ranks: Ranks, name: str):
     trains(ranks, name)
+
+
+@pytest.mark.parametrize("name", rank_models.CASES)
+@pytest.mark.sweep(3)
+def test_trains_on_a_fake_device(ranks: Ranks, name: str):
+    """Memory, streams and events are those of a GPU; no order is left to chance."""
+    trains(ranks, name, rank_models.trained_on_a_fake_device)
+
+
+def test_order_on_a_fake_device(ranks: Ranks, golden):
+    """Each bucket is reduced on the engine's stream, behind an event, while others are computed;
+    the update waits for all of them."""
+    (first, _) = trains(ranks, "small buckets", rank_models.trained_on_a_fake_device)
+    golden("data_parallel_on_a_gpu.txt", "\n".join(first["log"]) + "\n")
+
+
+def test_an_event_less_is_found_out(ranks: Ranks):
+    for said in ranks(rank_models.without_events):
+        assert "all_reduce on stream 1 may still write: no event between them" in said
 
 
 def test_buckets(ranks: Ranks):

@@ -53,6 +53,7 @@ FLOORS = {
     "ledger_page": 2,
     "progress": 2,
     "weighing": 2,
+    "kinds": 2,
     "ir": 2,
     "kernels": 1,
     "gpus": 1,

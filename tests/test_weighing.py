@@ -29,7 +29,7 @@ def weighed(reruns: list[float], eagers: list[float]) -> tuple[int, str]:
 def test_medians_of_the_last_eight_decide():
     cold = [90_000.0] * 8  # the first reruns are not of interest
     calls, verdict = weighed(cold + [300.0] * 7 + [9000.0], [200.0] * 5 + [5000.0] * 3)
-    assert calls == 1024
+    assert calls == 1200  # a hundred times as long as eight reruns
     assert verdict == (
         "an eager call takes 200 µs, a rerun 300, and its Python has to run on every call: "
         "it draws numbers"
@@ -38,14 +38,19 @@ def test_medians_of_the_last_eight_decide():
         assert weighed(cold + [300.0] * 8, [eager] * 8) == (0, "")
 
 
+def test_eager_calls_are_never_so_few_that_reruns_are_felt():
+    assert weighed([210.0] * 16, [190.0] * 8)[0] == 1024
+    assert weighed([2000.0] * 16, [10.0] * 8)[0] == 160_000
+
+
 def test_reruns_are_timed_again_after_eager_calls():
-    for again, calls in ((150.0, 0), (300.0, 1024)):
+    for again, calls in ((150.0, 0), (300.0, 1200)):
         weighing = Weighing()
         for _ in range(16):
             weighing.reran(300e-6, "")
         for _ in range(8):
             weighing.ran_eagerly(200e-6)
-        assert weighing.eager_calls() == 1024
+        assert weighing.eager_calls() == 1200
         for _ in range(7):
             weighing.reran(again * 1e-6, "")
             assert weighing.eager_calls() == 0 and not weighing.wants_eager

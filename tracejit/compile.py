@@ -10,7 +10,6 @@ runs the plan and commits the effects.
 from __future__ import annotations
 
 import functools
-import os
 import sys
 import threading
 import time
@@ -40,8 +39,9 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.closures import Closures
+from tracejit.errors import CollectiveError, RanksDiffer
 from tracejit.fallback import Attempt, Fallback
-from tracejit.inspection import Inspected
+from tracejit.inspection import BoundStep, Inspected
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.pipeline import Stats
@@ -54,6 +54,7 @@ from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 
 memory.load_with(load_words)
+_OF_RANKS = CollectiveError, RanksDiffer  # raised on the others too
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 
@@ -120,22 +121,6 @@ def compile(
 FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
 
 
-class BoundStep(functools.partial):
-    """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and
-    `eject` keep what it does for this object."""
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.func, name)
-
-    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
-        """As `CompiledStep.save`, of the plans for this object."""
-        self.func.save(path, objects=objects, of=self.args[0])
-
-    def eject(self, path: str | os.PathLike) -> None:
-        """As `CompiledStep.eject`, of the plan for this object that ran last."""
-        self.func.eject(path, of=self.args[0])
-
-
 class CompiledStep(Inspected):
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
@@ -195,6 +180,8 @@ class CompiledStep(Inspected):
             self._values = Values(self._programs.part, on_numpy=by_numpy)
             self._recall = Recall()
             self._replays: list[Replay] = []
+            # whether a call runs eagerly and needs no more, asked until a call is traced
+            self._quick: Callable[[tuple, dict], bool] | None = None
             self._last: Compiled | None = None
             self._last_run: Run | None = None
             self._resting: Tracer | None = None  # of the latest trace, to be used again
@@ -224,6 +211,9 @@ class CompiledStep(Inspected):
             return self._step(*args, **kwargs)
         with self._lock:
             args = self._bound_to + args
+            if self._quick is not None and self._quick(args, kwargs):
+                self.stats.eager += 1
+                return self._function(*args, **kwargs)
             failed = ""
             for replay in self._replays:
                 found = replay.guard(args, kwargs)
@@ -243,7 +233,10 @@ class CompiledStep(Inspected):
             fallback = self._fallback
             if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
-                self._say_to_ranks("runs the step eagerly")
+                if self._programs.agreement is not None:
+                    self._say_to_ranks("runs the step eagerly")
+                elif not self._replays and not self._closures.wanted:
+                    self._quick = fallback.quick(args, kwargs)
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
@@ -260,7 +253,7 @@ class CompiledStep(Inspected):
         try:
             return self._traced_or_plain(fallback, args, kwargs, failed)
         except Exception as error:
-            if agreement.told() == told:  # the other ranks wait for this one
+            if agreement.awaited(told) and not isinstance(error, _OF_RANKS):
                 what = f"has left the step with {type(error).__name__}: {error}"
                 self._say_to_ranks(what, fails=True)
             raise
@@ -274,10 +267,10 @@ class CompiledStep(Inspected):
     def _traced_or_plain(
         self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
     ) -> object:
+        self._quick = None
         if fallback is None:
             return self._trace(args, kwargs, failed)
         attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
-        started = time.perf_counter()
         try:
             returned = self._trace(args, kwargs, failed, attempt)
         except Exception as error:
@@ -285,7 +278,7 @@ class CompiledStep(Inspected):
         else:
             fallback.served(attempt, args, kwargs, built=self.stats.compiles > compiles)
             if self._only_reruns():
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - attempt.started
                 fallback.reran(seconds, self._prover.why, args, kwargs, self._remarks.warn)
             return returned
         said = f"runs eagerly, which is slower: {refusal.text}"
@@ -297,7 +290,7 @@ class CompiledStep(Inspected):
         stage("run")
         returned = self._plain(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it
-            fallback.disagreed(refusal, args, kwargs)
+            fallback.disagreed(refusal, attempt, args, kwargs)
             self._remarks.warn(refusal.key, said)
         return returned
 

@@ -15,8 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 
-import torch
-
 from tracejit.capture.proof.repeat import suspect
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.snapshot import Known, Snapshot
@@ -29,11 +27,13 @@ from tracejit.errors import (
     ReplayNotArmed,
     TracejitError,
 )
+from tracejit.kinds import counted, kind_of
 from tracejit.weighing import Weighing
 
 # not about the step
 _NOT_OF_THE_STEP = (BackendUnavailable, GraphError, ReplayNotArmed)
-_LONGEST = 1024  # calls of a kind that run eagerly before one is traced again
+_LONGEST = 1024  # calls of a kind that run eagerly before one is traced again, unless it is dear
+_DEAR = 1e-6  # seconds of a refused trace that each of those calls pays for
 _KINDS = 64  # that are told apart
 _NETWORKS = 8  # whose training flags tell kinds apart
 _FOREVER = 1 << 62
@@ -42,8 +42,6 @@ _EACH_BUILDS = (
     "each trace makes another plan, which costs far more than the step: its Python takes another "
     "path on every call, or computes with numbers that are part of the plan"
 )
-_grad_enabled, _Tensor = torch.is_grad_enabled, torch.Tensor
-_autocast = torch._C._is_any_autocast_enabled
 
 
 class Attempt:
@@ -54,7 +52,9 @@ class Attempt:
         copies that, since it happens on every call; `put_back` finds out whether it was all.
     """
 
-    __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
+    __slots__ = (
+        "known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick", "started"
+    )  # fmt: skip
 
     def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
         self.known, self.roots, self.lasting = known, roots, lasting
@@ -63,6 +63,7 @@ class Attempt:
         self.trace: Trace | None = None
         self.committing = False  # the plan is about to run: there is no way back
         self.quick = False
+        self.started = time.perf_counter()
 
     def begin(self, trace: Trace, *, following: bool) -> bool:
         """A trace begins. Returns whether it is to be watched."""
@@ -128,20 +129,21 @@ class Refusal:
 class _Rest:
     """How long calls of one kind stay in eager."""
 
-    __slots__ = ("left", "next", "weighing")
+    __slots__ = ("left", "next", "quick", "weighing")
 
     def __init__(self) -> None:
         self.left = 0  # calls until one is traced again
         self.next = 1  # that many after the next refusal
+        self.quick: Callable[[tuple, dict], bool] | None = None
         self.weighing = Weighing()
 
 
 class Fallback:
     """What one compiled step has refused, and which of its calls run eagerly at once.
 
-    Calls are of a kind if their arguments agree in types, shapes and dtypes, and grad mode and the
-    modules' training flags are the same. After a refusal 1, 2, 4, … and at last 1024 calls of the
-    kind run eagerly before one is traced again; a trace that is not refused halves that number.
+    Calls are told apart by kinds (`kinds.py`). After a refusal 1, 2, 4, … and at last 1024 calls of
+    the kind run eagerly before one is traced again, or so many that a trace costs each of them a
+    microsecond; a trace that is not refused halves that number.
     Calls that are only ever rerun are weighed against eager ones (`weighing.py`); where reruns were
     asked for, it is only said which are slower.
     """
@@ -171,6 +173,16 @@ class Fallback:
         rest.left -= 1
         self._timed = rest if rest.weighing.wants_eager else None
         return True
+
+    def quick(self, args: tuple, kwargs: dict) -> Callable[[tuple, dict], bool] | None:
+        """After `eager_at_once`: which of the next calls are run eagerly as this one is, and counts
+        them; None if it is to be timed. Not to be asked after a trace."""
+        if self._timed is not None:
+            return None
+        rest = self._known_rest(args, kwargs)
+        if rest.quick is None:
+            rest.quick = counted(rest, args, kwargs, self._networks)
+        return rest.quick
 
     def eagerly(self, args: tuple, kwargs: dict, warn: Callable[[str, str], None]) -> object:
         """Run a call that is run eagerly at once. `warn` is told of a step that is faster so."""
@@ -220,7 +232,7 @@ class Fallback:
         if self._built >= _MANY_BUILT:
             self.why = self.ever = _EACH_BUILDS
             self._find_networks(attempt)
-            self._eager_next(args, kwargs)
+            self._eager_next(attempt, args, kwargs)
         elif self._rests:
             self.why = ""
             rest = self._known_rest(args, kwargs)
@@ -244,21 +256,22 @@ class Fallback:
             self._rest(args, kwargs).left = _FOREVER
             raise CannotFallBack(cause=refusal.text, reason="; ".join(obstacles[:3])) from error
         if refusal.sure:
-            self._eager_next(args, kwargs)
+            self._eager_next(attempt, args, kwargs)
         return refusal
 
-    def disagreed(self, refusal: Refusal, args: tuple, kwargs: dict) -> None:
+    def disagreed(self, refusal: Refusal, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """A trace ended in an error that eager did not raise."""
         self.why = self.ever = refusal.text
-        self._eager_next(args, kwargs)
+        self._eager_next(attempt, args, kwargs)
 
-    def _eager_next(self, args: tuple, kwargs: dict) -> None:
+    def _eager_next(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """The next calls of this kind are run eagerly."""
         rest = self._rest(args, kwargs)
-        rest.left, rest.next = rest.next, min(2 * rest.next, _LONGEST)
+        longest = max(_LONGEST, int((time.perf_counter() - attempt.started) / _DEAR))
+        rest.left, rest.next = rest.next, min(2 * rest.next, longest)
 
     def _rest(self, args: tuple, kwargs: dict) -> _Rest:
-        kind = self._kind(args, kwargs)
+        kind = kind_of(args, kwargs, self._networks)
         if kind not in self._rests and len(self._rests) >= _KINDS:
             kind = None  # all others together
         if kind not in self._rests:
@@ -268,25 +281,12 @@ class Fallback:
 
     def _known_rest(self, args: tuple, kwargs: dict) -> _Rest | None:
         """That of calls of this kind, if one was refused."""
-        kind = self._kind(args, kwargs)
+        kind = kind_of(args, kwargs, self._networks)
         latest, rest = self._latest
         if kind != latest:  # else there is no need to hash shapes
             rest = self._rests.get(kind)
             self._latest = kind, rest
         return self._rests.get(None) if rest is None else rest
-
-    def _kind(self, args: tuple, kwargs: dict) -> tuple:
-        parts = [_grad_enabled(), _autocast()]
-        for x in args:  # written out, since eager calls wait for it
-            if type(x) is _Tensor:
-                parts += (x.shape, x.dtype)
-            else:
-                parts.append(_part(x))
-        for network in self._networks:
-            parts.append(network["training"])
-        for name, x in kwargs.items():
-            parts += (name, _part(x))
-        return tuple(parts)
 
     def _find_networks(self, attempt: Attempt) -> None:
         if self._networks or attempt.snapshot is None or self._rests:
@@ -294,13 +294,6 @@ class Fallback:
         found = attempt.snapshot.networks
         below = {id(m) for n in found for m in n._modules.values()}
         self._networks = [vars(n) for n in found if id(n) not in below][:_NETWORKS]
-
-
-def _part(x: object) -> object:
-    """What of an argument tells kinds of calls apart."""
-    if isinstance(x, _Tensor):
-        return x.shape, x.dtype
-    return x if x is None or x is True or x is False else type(x)
 
 
 def _refusal(error: Exception) -> Refusal:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -291,3 +292,19 @@ class Inspected:
             ledger = explain(self._subject([x.program for x in made]), gpu, measure=measure)
             code = self._function.__code__
             return picture(Drawn(self.__name__, made, code, ledger, notes))
+
+
+class BoundStep(functools.partial):
+    """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and
+    `eject` keep what it does for this object."""
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.func, name)
+
+    def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
+        """As `Inspected.save`, of the plans for this object."""
+        self.func.save(path, objects=objects, of=self.args[0])
+
+    def eject(self, path: str | os.PathLike) -> None:
+        """As `Inspected.eject`, of the plan for this object that ran last."""
+        self.func.eject(path, of=self.args[0])

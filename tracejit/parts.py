@@ -74,12 +74,16 @@ class Values:
         known = self._by_id.get(id(graph))
         if known is None:
             key = graph_key(graph)
-            if self._on_numpy and key not in self._functions:
+            apart = any(node.is_ordered for node in graph.nodes)  # ranks compare before a program
+            if self._on_numpy and key not in self._functions and not apart:
                 _remember(self._functions, key, None)
                 return on_numpy(graph, inputs)
             function = self._functions.get(key)
             if function is None:
-                function = _function(graph, self._make(graph, " of a value"))
+                program = self._make(graph, " of a value")
+                if program.agreement is not None:
+                    program.agreement.goes_on = True
+                function = _function(graph, program)
                 _remember(self._functions, key, function)
             known = graph, function
             _remember(self._by_id, id(graph), known)
@@ -133,6 +137,8 @@ class Stage:
         """Compile it, unless that is done."""
         if self._function is None:
             self.program = self._make(self._graph, " of a value")
+            if self.program.agreement is not None:
+                self.program.agreement.goes_on = True
             self._function = _function(self._graph, self.program)
 
     def read(self, result: torch.Tensor) -> float:

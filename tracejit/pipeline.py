@@ -73,7 +73,8 @@ class Pipeline:
         """What runs a graph, by the device of its values. `precision` is that of products on a GPU,
         by torch's name; else what the process has."""
         devices = {p.value.type.device for p in graph.params}
-        devices = (devices | {n.out.type.device for n in graph.nodes}) - {"host"}
+        nodes = [n for n in graph.nodes if n.inputs or not n.is_ordered]  # a barrier is nowhere
+        devices = (devices | {n.out.type.device for n in nodes}) - {"host"}
         if len(devices) > 1:
             raise UnsupportedOperation(
                 where=self.where,
@@ -114,7 +115,7 @@ class Pipeline:
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             agreement = None
-            if any(node.is_ordered for node in final.nodes):
+            if getattr(executor, "computes", True) and any(node.is_ordered for node in final.nodes):
                 agreement = Agreement(plan, numbers_in_common(final), names)
             program = Program(
                 plan,

@@ -3,8 +3,9 @@
     2·N reruns are timed → N eager calls are timed → the medians of the last N of both decide
 
 A rerun runs the user's Python under the tracer, which costs more than a small step wins by its
-kernels. If eager is faster, the next 1024 calls are eager ones; then N reruns are timed again. If
-it is not, calls stay reruns, and are timed no more.
+kernels. If eager is faster, the next 1024 calls are eager ones, or so many that they take a hundred
+times as long as what follows: N reruns are timed again. If it is not, calls stay reruns, and are
+timed no more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import statistics
 
 _N = 8
 _AHEAD = 0.95  # of a rerun's time, at which eager counts as faster
-_EAGER = 1024
+_EAGER = 1024  # eager calls at least before reruns are timed again
+_SHARE = 100  # times as long as those reruns eager calls take at least
 
 
 class Weighing:
@@ -63,4 +65,4 @@ class Weighing:
             f"an eager call takes {eager:.0f} µs, a rerun {rerun:.0f}, and its Python has to run "
             f"on every call: {self._why}"
         )
-        return _EAGER
+        return max(_EAGER, round(_SHARE * _N * rerun / eager))

@@ -12,6 +12,7 @@ import torch.distributed as distributed
 import torch.distributed.nn.functional as forms
 
 import tracejit
+from tracejit.testing import fake_device
 
 CALLS = 4  # of each step, the last ones in replay
 
@@ -214,6 +215,24 @@ def plain(name: str, backend: str = "auto") -> int:
     return same(PLAIN[name], torch.randn(5, 3), backend)
 
 
+def on_a_fake_device(name: str) -> int:
+    with fake_device(compiled=False) as device:
+        return plain(name, device.name)
+
+
+def built() -> int:
+    """How many launches a step with a collective has, built for a GPU that is not here."""
+
+    def step(x):
+        y = x * 2
+        distributed.all_reduce(y)
+        distributed.barrier()
+        return y.exp()
+
+    built = tracejit.compile(step, target="sm_90").build(torch.randn(40, 3))
+    return len(built.plans[-1].launches)
+
+
 def uneven() -> int:
     torch.manual_seed(distributed.get_rank())
     return same(_uneven, torch.randn(5, 3))
@@ -353,6 +372,36 @@ def an_exception() -> tuple[str, float]:
     for _ in range(3):
         world.step(world.x)
     found = world.fails(torch.ones(4, 7) if distributed.get_rank() else world.x)
+    world.step(world.x)
+    return found
+
+
+def an_exception_after_a_value() -> tuple[str, float]:
+    """All ranks have reduced a value, which Python reads; then the step of one raises. Its plans
+    end after that value, those of the other go on."""
+    world = World()
+
+    def step(x):
+        world.optimizer.zero_grad()
+        loss = world.model(x).square().mean()
+        mean = loss.detach().clone()
+        distributed.all_reduce(mean)
+        if mean.item() > 1e6 and distributed.get_rank() == 1:
+            raise ValueError(f"the loss is {mean.item():.0f}")
+        loss.backward()
+        for p in world.model.parameters():
+            distributed.all_reduce(p.grad)
+        world.optimizer.step()
+        return loss.detach()
+
+    world.step = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(5):
+        world.step(world.x)
+    assert world.step.stats.replays and world.step.stats.cuts == 1
+    try:
+        found = world.fails(world.x * 1e6)
+    except ValueError as error:
+        found = f"ValueError: {error}", 0.0
     world.step(world.x)
     return found
 

@@ -14,6 +14,9 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import tracejit
+from tracejit.runtime.fake_clock import Fault
+from tracejit.runtime.fake_device import Communicated
+from tracejit.testing import fake_device
 
 STEPS = 20
 RELATIVE = 1e-5  # of parameters, by norm, after STEPS steps
@@ -97,6 +100,14 @@ def _odd(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(count, 6), torch.randn(count, 4)
 
 
+def _sometimes_infinite(k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """In the fourth and eleventh batch, on one rank."""
+    x, y = _numbers(k)
+    if k in (4, 11) and distributed.get_rank() == 1:
+        y[0, 0] = torch.inf
+    return x, y
+
+
 def _images(k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 3, 8, 8), torch.randn(4, 4)
 
@@ -154,12 +165,47 @@ def _by_hand(model, optimizer, x, y):
     return loss
 
 
+def _scaled(model, optimizer, x, y):
+    """Gradients that are scaled; a step that all ranks skip where one has an infinite gradient."""
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    optimizer.scaler.scale(loss).backward()
+    optimizer.scaler.step(optimizer)
+    optimizer.scaler.update()
+    return loss
+
+
+def _watched(model, optimizer, x, y):
+    """The mean loss of all ranks decides, and is logged with the norm of the gradients."""
+    optimizer.zero_grad()
+    loss = F.mse_loss(model(x), y)
+    mean = loss.detach().clone()
+    distributed.all_reduce(mean, op=distributed.ReduceOp.AVG)
+    if mean.item() > 1.0:
+        loss = loss * 0.5
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    if norm < 100.0:
+        optimizer.step()
+    _SEEN.append((mean.item(), norm.item()))
+    return loss
+
+
+_SEEN: list[tuple[float, float]] = []
+
+
 def _adamw(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def _sgd(parameters) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+def _with_a_scaler(parameters) -> torch.optim.Optimizer:
+    optimizer = _sgd(parameters)
+    optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    return optimizer
 
 
 def _sharded(parameters) -> torch.optim.Optimizer:
@@ -188,13 +234,16 @@ CASES = {
     "an odd last batch": Case(batch=_odd),
     "by hand": Case(step=_by_hand, wrapped=False),
     "zero": Case(optimizer=_sharded),
+    "a scaler": Case(optimizer=_with_a_scaler, step=_scaled, batch=_sometimes_infinite),
+    "decisions": Case(step=_watched, optimizer=_adamw),
 }
 
 
-def trained(name: str) -> dict[str, object]:
-    """Train twice, eagerly and compiled; what is to be asserted."""
+def trained(name: str, backend: str = "auto", log: list[str] | None = None) -> dict[str, object]:
+    """Train twice, eagerly and compiled; what is to be asserted. `log` is emptied before each
+    call."""
     case = CASES[name]
-    found = [_trained(case, compiled) for compiled in (False, True)]
+    found = [_trained(case, kind, log) for kind in (None, backend)]
     (eager, losses, _), (ours, own, step) = found
     worst = 0.0
     for a, b in zip(eager.state_dict().values(), ours.state_dict().values(), strict=True):
@@ -216,7 +265,31 @@ def trained(name: str) -> dict[str, object]:
     }
 
 
-def _trained(case: Case, compiled: bool) -> tuple[nn.Module, list[float], Callable]:
+def trained_on_a_fake_device(name: str) -> dict[str, object]:
+    """The same with memory, streams and events of a fake GPU; and what the last call gave it."""
+    with fake_device(compiled=False) as device:
+        return trained(name, device.name, device.log) | {"log": device.log}
+
+
+def without_events() -> str:
+    """What a fake GPU says where nothing waits for what the ranks have reduced."""
+    Communicated.wait = lambda self: None
+    try:
+        with fake_device(compiled=False) as device:
+            trained("small buckets", device.name)
+    except Fault as fault:
+        return str(fault)
+    finally:
+        Communicated.wait = _WAIT
+    return ""
+
+
+_WAIT = Communicated.wait
+
+
+def _trained(
+    case: Case, backend: str | None, log: list[str] | None = None
+) -> tuple[nn.Module, list[float], Callable]:
     torch.manual_seed(0)
     model = case.make()
     if case.wrapped:
@@ -226,15 +299,22 @@ def _trained(case: Case, compiled: bool) -> tuple[nn.Module, list[float], Callab
     def step(x, y):
         return case.step(model, optimizer, x, y)
 
-    called = tracejit.compile(step, on_unsupported="raise") if compiled else step
+    called = step
+    if backend is not None:
+        called = tracejit.compile(step, on_unsupported="raise", backend=backend)
     torch.manual_seed(10 + distributed.get_rank())
-    losses = [float(called(*case.batch(k)).detach()) for k in range(STEPS)]
+    losses = []
+    for k in range(STEPS):
+        batch = case.batch(k)
+        if log is not None:
+            log.clear()
+        losses.append(float(called(*batch).detach()))
     return model, losses, called
 
 
 def explained() -> dict[str, object]:
     """The ledger of a step of DistributedDataParallel, beside its plan."""
-    _, _, step = _trained(CASES["small buckets"], True)
+    _, _, step = _trained(CASES["small buckets"], "auto")
     text = str(step._last.program.plan)
     return step.explain(measure=False).as_dict() | {"text": str(step.explain()), "plan": text}
 

@@ -27,7 +27,7 @@ LARGEST = 1e4
 _HIDDEN = ("globals", "handles", "Kind", "kind")  # numbered or made anew in each world
 FLOATS = (0.5, 0.25, 2.0, 1.5, 3.0, -1.0, 0.0)
 PREAMBLE = """\
-import collections, copy, functools, pickle
+import collections, copy, dataclasses, functools, pickle, types
 
 import torch
 from torch import nn
@@ -39,6 +39,10 @@ class Config:
 
 class World:
     pass
+
+
+Run = dataclasses.make_dataclass("Run", ["n", "scale"])
+Named = collections.namedtuple("Named", "n mean")
 """
 HEAD = (
     "d.x, d.y, d.gain = torch.randn(4, 3), torch.randn(4, 3), 0.7",

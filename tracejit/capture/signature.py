@@ -265,7 +265,7 @@ def standing(signature: Signature) -> Standing:
                 fields = {name: build(item) for name, item in items}
                 if listed:
                     return kind._make(fields.values())
-                like = object.__new__(kind)
+                like = kind.__new__(kind)
                 vars(like).update(fields)
                 return like
         return x

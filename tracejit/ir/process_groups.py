@@ -13,9 +13,10 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Protocol
 
 import torch
 
@@ -46,8 +47,12 @@ def name_of(group: torch.distributed.ProcessGroup) -> str:
 
 
 def timeout_of(group: torch.distributed.ProcessGroup) -> timedelta:
-    """After what time a collective of a group on the CPU is given up."""
-    backend = group._get_backend(torch.device("cpu"))
+    """After what time a collective of a group is given up."""
+    backend = None
+    for kind in ("cpu", "cuda"):
+        with suppress(RuntimeError):  # it has none for that
+            backend = group._get_backend(torch.device(kind))
+            break
     found = getattr(getattr(backend, "options", None), "_timeout", None)
     return found or torch.distributed.distributed_c10d.default_pg_timeout
 
@@ -67,6 +72,36 @@ def silent() -> Iterator[None]:
         yield
     finally:
         _local.silent = False
+
+
+class Space(Protocol):
+    """Where the memory of a collective lies."""
+
+    of_barrier: Mapping[str, object]  # options of a barrier there
+
+    def tensor(self, memory: Memory, dtype: torch.dtype) -> torch.Tensor:
+        """A flat tensor of memory that somebody else keeps."""
+
+    def copy(self, to: int, memory: Memory) -> None:
+        """Copy bytes to an address."""
+
+
+class _Host:
+    """The memory of this process."""
+
+    of_barrier: Mapping[str, object] = {}
+
+    def tensor(self, memory: Memory, dtype: torch.dtype) -> torch.Tensor:
+        address, nbytes = memory
+        if not nbytes:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
+
+    def copy(self, to: int, memory: Memory) -> None:
+        ctypes.memmove(to, *memory)
+
+
+HOST = _Host()
 
 
 @dataclass(slots=True)
@@ -101,13 +136,15 @@ def start(
     operands: Sequence[Memory],
     result: Memory,
     where: str = "",
+    space: Space = HOST,
 ) -> Started:
     """Start a collective. Operands are read until it is waited for. In a group of one rank the
-    result is what is sent, and the engine is not asked."""
+    result is what is sent, and the engine is not asked. On a GPU it comes behind what was given to
+    the current stream, and to wait for it holds that stream, not the host."""
     if getattr(_local, "silent", False):
         return Started(name, None, ())
     if attrs["ranks"] == 1:  # nobody is there to communicate with
-        _put_together(operands, result)
+        _put_together(operands, result, space)
         return Started(name, None, ())
     waiting = before()
     while waiting:
@@ -116,10 +153,11 @@ def start(
     group = group_named(attrs["group"])
     distributed = torch._C._distributed_c10d
     if name == "barrier":
-        return _begun(what, lambda: group.barrier(_options(distributed.BarrierOptions)), ())
-    out = _tensor(result, dtype)
+        opts = _options(distributed.BarrierOptions, **space.of_barrier)
+        return _begun(what, lambda: group.barrier(opts), ())
+    out = space.tensor(result, dtype)
     if name in IN_PLACE:
-        _put_together(operands, result)
+        _put_together(operands, result, space)
         if name == "all_reduce":
             opts = _options(distributed.AllreduceOptions, reduceOp=_reduction(attrs))
             return _begun(what, lambda: group.allreduce([out], opts), (out,))
@@ -131,7 +169,7 @@ def start(
         opts = _options(distributed.BroadcastOptions, rootRank=attrs["root"], rootTensor=0)
         return _begun(what, lambda: group.broadcast([out], opts), (out,))
     ranks = attrs["ranks"]
-    mine = _tensor(operands[0], dtype)
+    mine = space.tensor(operands[0], dtype)
     held = (out, mine)
     if name == "all_gather":
         opts = _options(distributed.AllgatherOptions)
@@ -151,7 +189,7 @@ def start(
         rows = list(out.view(ranks, -1)) if here else []
         given = [rows] if here else []
         if not here:
-            _put_together(operands, result)
+            _put_together(operands, result, space)
         return _begun(what, lambda: group.gather(given, [mine], opts), (*held, *rows))
     assert name == "scatter_ranks", name
     opts = _options(distributed.ScatterOptions, rootRank=attrs["root"])
@@ -191,18 +229,10 @@ def _numbers(text: str) -> list[int]:
     return [int(x) for x in text.split(",")] if text else []
 
 
-def _put_together(operands: Sequence[Memory], result: Memory) -> None:
+def _put_together(operands: Sequence[Memory], result: Memory, space: Space) -> None:
     """Copy operands one after another to where the result will be, unless they lie there."""
     at, _ = result
     for address, nbytes in operands:
         if nbytes and address != at:
-            ctypes.memmove(at, address, nbytes)
+            space.copy(at, (address, nbytes))
         at += nbytes
-
-
-def _tensor(memory: Memory, dtype: torch.dtype) -> torch.Tensor:
-    """A flat tensor of memory that somebody else keeps."""
-    address, nbytes = memory
-    if not nbytes:
-        return torch.empty(0, dtype=dtype)
-    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)

@@ -62,6 +62,7 @@ class Agreement:
 
     def __init__(self, plan: Plan, positions: Sequence[int], names: Sequence[str] = ()):
         self.step, self.positions = plan.name, tuple(positions)
+        self.goes_on = False  # the call has another plan to run afterwards
         self.names = [names[i] if i < len(names) else f"number {i}" for i in self.positions]
         self.sequences: dict[str, list[str]] = {}
         self.ranks: dict[str, int] = {}
@@ -79,6 +80,7 @@ class Agreement:
         """Send what this rank is about to do; before the first collective it is compared."""
         packed = self._pack(*numbers)
         _count()
+        _exchanges.goes_on = self.goes_on
         before = process_groups.before()
         before.clear()
         exchanges = []
@@ -138,6 +140,11 @@ _exchanges = threading.local()
 def told() -> int:
     """How often this thread has told other ranks what it does."""
     return getattr(_exchanges, "count", 0)
+
+
+def awaited(before: int) -> bool:
+    """Whether other ranks wait for this thread in a call, since `told` said `before`."""
+    return told() == before or getattr(_exchanges, "goes_on", False)
 
 
 def _count() -> None:

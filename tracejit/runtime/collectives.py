@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from tracejit.ir import process_groups
-from tracejit.ir.process_groups import Started
+from tracejit.ir.process_groups import HOST, Memory, Space, Started
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.runtime.device import Device
 from tracejit.schedule.collectives import START
 from tracejit.schedule.kernel import Kernel
 
@@ -47,16 +48,43 @@ class Collective:
         """Which of a plan's collectives it is a half of."""
         return self.attrs["number"]
 
-    def start(self, addresses: Sequence[int]) -> Started:
+    def start(self, addresses: Sequence[int], space: Space = HOST) -> Started:
         """Start it."""
-        *operands, result = zip(addresses, self.nbytes, strict=True)
-        return process_groups.start(self.name, self.attrs, self.dtype, operands, result, self.where)
+        *operands, result = self.memory(addresses)
+        return process_groups.start(
+            self.name, self.attrs, self.dtype, operands, result, self.where, space
+        )
+
+    def memory(self, addresses: Sequence[int]) -> list[Memory]:
+        """That of its operands, and of its result."""
+        return [*zip(addresses, self.nbytes, strict=True)]
 
 
 def run_alone(collective: Collective, addresses: Sequence[int]) -> None:
     """A half of a collective where nothing runs beside it: the first one does it all."""
     if collective.phase == START:
         collective.start(addresses).wait()
+
+
+class Half:
+    """One half of a collective among the launches on a GPU, which is called as a kernel's launcher
+    is: the addresses come after nine arguments. What is under way is shared by all halves of a
+    plan: per collective those of calls that have begun, the last of which is waited for. A call
+    that fails in between leaves its own there, since the engine may still use the memory."""
+
+    def __init__(self, collective: Collective, device: Device, under_way: dict[int, list]):
+        self._collective, self._device, self._under_way = collective, device, under_way
+
+    def __call__(self, *given: object) -> None:
+        collective, addresses = self._collective, given[9:]
+        if collective.phase != START:
+            self._under_way[collective.key].pop().wait()
+            return
+        *reads, result = collective.memory(addresses)
+        begun = self._device.communicate(
+            collective.name, lambda space: collective.start(addresses, space), reads, result
+        )
+        self._under_way.setdefault(collective.key, []).append(begun)
 
 
 class Pieces:

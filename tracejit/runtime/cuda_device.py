@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from tracejit.errors import BackendUnavailable
+from tracejit.ir.process_groups import Memory, Space, Started
 from tracejit.runtime.device import Event, LoadedKernel, Properties
 from tracejit.runtime.triton_api import load_kernel, require_compiler
 from tracejit.runtime.triton_launch import DevicePointer, LoadedLaunch
@@ -94,7 +95,18 @@ class CudaDevice:
 
     def duplicate(self, target: torch.Tensor, address: int) -> None:
         """An asynchronous copy on the current stream."""
-        target.copy_(torch.as_tensor(_Bytes(address, len(target)), device=self._device))
+        target.copy_(self._bytes((address, len(target))))
+
+    def _bytes(self, memory: Memory) -> torch.Tensor:
+        return torch.as_tensor(_Bytes(*memory), device=self._device)
+
+    def communicate(
+        self, what: str, begin: Callable[[Space], Started], reads: object, result: object
+    ) -> Started:
+        """The engine itself puts it on a stream of its own, behind the current one, which its
+        `wait` lets wait."""
+        with self.entered():
+            return begin(_Memory(self))
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -151,6 +163,23 @@ class _Bytes:
             **{"shape": (nbytes,), "typestr": "|u1", "data": (address, False)},
             **{"strides": None, "version": 3},
         }
+
+
+class _Memory:
+    """The memory of a GPU, for collectives."""
+
+    def __init__(self, device: CudaDevice):
+        self._device = device
+        number = device.number
+        self.of_barrier = {"device_ids": [number], "device": torch.device("cuda", number)}
+
+    def tensor(self, memory: Memory, dtype: torch.dtype) -> torch.Tensor:
+        if not memory[1]:
+            return torch.empty(0, dtype=dtype, device=self._device.name)
+        return self._device._bytes(memory).view(dtype)
+
+    def copy(self, to: int, memory: Memory) -> None:
+        self._device._bytes((to, memory[1])).copy_(self._device._bytes(memory))
 
 
 class _Event:

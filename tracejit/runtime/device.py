@@ -14,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from tracejit.ir.process_groups import Memory, Space
 from tracejit.runtime.triton_launch import DevicePointer, LoadedLaunch
 
 
@@ -49,6 +50,12 @@ class Event(Protocol):
     def hold(self) -> None:
         """Hold what is given to the current stream from now on until that is done; not if the
         event was never recorded."""
+
+
+class Waited(Protocol):
+    """Something that is under way."""
+
+    def wait(self) -> None: ...
 
 
 class Clock(Protocol):
@@ -102,6 +109,17 @@ class Device(Protocol):
     def duplicate(self, target: torch.Tensor, address: int) -> None:
         """Copy bytes of the device that lie at an address to as many others, in the order of the
         stream."""
+
+    def communicate(
+        self,
+        what: str,
+        begin: Callable[[Space], Waited],
+        reads: Sequence[Memory],
+        result: Memory,
+    ) -> Waited:
+        """Begin a collective of torch.distributed on memory of the device, behind what was given to
+        the current stream. `wait()` of what is returned holds the then current stream, not the
+        host, until it is over."""
 
     def event(self) -> Event: ...
 

@@ -23,7 +23,9 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from tracejit.runtime.device import LoadedKernel, Properties
+from tracejit.ir.process_groups import HOST as HOST_MEMORY
+from tracejit.ir.process_groups import Memory, Space
+from tracejit.runtime.device import LoadedKernel, Properties, Waited
 from tracejit.runtime.fake_clock import HOST, Clocks, Fault, Times
 from tracejit.runtime.fake_launch import FakeLaunch, fake_driver
 from tracejit.runtime.triton_api import active, load_kernel, require_compiler
@@ -77,6 +79,7 @@ class FakeDevice:
         self._graph: Graph | None = None
         self._aside: int | None = None
         self._beside: int | None = None
+        self._engine: int | None = None  # the stream of collectives
         self._blocks: dict[int, _Block] = {}
         self._free: dict[tuple, list[np.ndarray]] = {}
         self._parked: list[
@@ -189,6 +192,34 @@ class FakeDevice:
             ctypes.memmove(start, address, nbytes)
 
         self._give(f"copy {nbytes} bytes within the device", work)
+
+    def communicate(
+        self,
+        what: str,
+        begin: Callable[[Space], Waited],
+        reads: Sequence[Memory],
+        result: Memory,
+    ) -> Communicated:
+        """On a stream of its own, behind the current one. What the engine does it does at once."""
+        self._not_captured("a collective")
+        if self._engine is None:
+            self._engine = self.stream()
+        event = self.event()
+        event.record()
+
+        def work(stream: int) -> None:
+            for place in reads:
+                self.clocks.reads(stream, *place, what)
+            self.clocks.writes(stream, *result, what)
+            for place in (*reads, result):
+                self.check_memory(*place, what)
+            begin(HOST_MEMORY).wait()
+
+        with self.on(self._engine), self.entered():
+            event.hold()
+            self._give(f"{what} of {sum(n for _, n in reads)} bytes", work)
+            event.record()
+        return Communicated(self, what, event)
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -404,6 +435,20 @@ class FakeDevice:
             low = memory.ctypes.data
             if low <= start < low + memory.nbytes and nbytes:
                 raise Fault(f"{what} uses memory at {start:#x} that was given back")
+
+
+@dataclass
+class Communicated:
+    """A collective on the stream of collectives."""
+
+    device: FakeDevice
+    what: str
+    event: FakeEvent
+
+    def wait(self) -> None:
+        """The current stream waits."""
+        self.device.log.append(f"stream {self.device.current_stream()}: needs {self.what}")
+        self.event.hold()
 
 
 class FakeEvent:

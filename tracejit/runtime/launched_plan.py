@@ -25,6 +25,7 @@ from tracejit import knobs
 from tracejit.codegen.triton_indirect import indirect
 from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.runtime.collectives import Collective, Half
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.graphs import Give, Maker, Replays
@@ -84,9 +85,12 @@ class LaunchedPlan:
             ctypes.memset(self._zeros.data_ptr(), 0, self._work_bytes)
         self.read = partial(read_element, device)
         self._kernels: dict[tuple, LoadedKernel] = {}
+        self._under_way: dict[int, list] = {}  # collectives that were started
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
         self._graphs = MIN_LAUNCHES if knobs.graphs() else 0  # launches of the least that is one
         self._required, self._why_not = False, ""
+        if any(launch.launch.kernel.call is not None for launch in self.launched):
+            self._graphs = 0  # ranks compare what they are about to do before each call
         for number in range(len(self.launched)):
             self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
 
@@ -210,6 +214,8 @@ class LaunchedPlan:
 
     def require_graph(self) -> None:
         """Every call is to be one graph, however few its launches are, once it is warm."""
+        if not self._graphs and knobs.graphs():
+            raise self._no_graph("it has collectives, before which the ranks compare what they do")
         if not self._graphs:
             raise self._no_graph("TRACEJIT_GRAPHS=0 turns graphs off")
         self._graphs, self._required = 1, True
@@ -264,6 +270,9 @@ class LaunchedPlan:
         loads the addresses of the buffers `through` from a table."""
         launch = self.launched[number]
         kernel = launch.launch.kernel
+        if kernel.call is not None:
+            half = Half(Collective.of(kernel), self.device, self._under_way)
+            return LoadedKernel(half, None, None)
         aligned = [residues[i] % _ALIGNED == 0 for i in launch.buffers]
         pointers = [
             DevicePointer(residues[i] % _ALIGNED, TO_TORCH[buffer.dtype])
@@ -330,7 +339,7 @@ class LaunchedPlan:
             if launch.geometry.workspace:
                 pointers.append((work, launch.workspace))
             first = len(kernel.buffers) + bool(kernel.scalars) + bool(launch.geometry.workspace)
-            names = launch.function.arg_names[first:]
+            names = () if kernel.call is not None else launch.function.arg_names[first:]
             head = [launch.geometry.grid[0], 1, 1, None, loaded.function, loaded.packed]
             head += [None, None, None]
             for position, (base, offset) in enumerate(pointers, len(head)):

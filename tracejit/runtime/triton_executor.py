@@ -114,18 +114,10 @@ class TritonExecutor:
         )
 
     def _host_call(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:
-        """A call of the host: numpy makes it between kernels that are interpreted."""
+        """A call of the host: numpy makes it between kernels that are interpreted. On a GPU it can
+        only be a collective."""
         call = launch.kernel.call
-        if self.device_of is not None and call.is_collective:
-            attrs = dict(call.attrs)
-            raise UnsupportedOperation(
-                where=call.where or "(no line)",
-                function=f"{call.op.name} over the ranks of process group {attrs['group']!r}",
-                shapes=", ".join(str(list(shape)) for shape in call.shapes[:-1]),
-                remedy="Collectives of torch.distributed are compiled for CPUs only. Run the step "
-                'eagerly there (on_unsupported="eager"), or do this part outside the step.',
-            )
-        if self.device_of is not None:
+        if self.device_of is not None and not call.is_collective:
             raise UnsupportedOperation(
                 where=call.where or "(no line)",
                 function=f"{call.op.name}, a decomposition or solution by LAPACK on the host,",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import EllipsisType
+from types import EllipsisType, SimpleNamespace
 
 import torch
 
@@ -130,6 +130,8 @@ def is_named(kind: type) -> bool:
 def is_attributes(kind: type) -> bool:
     """Whether objects of a class have all that they have in their `__dict__`, as those of a
     dataclass do, so that another one with the same attributes is like it."""
+    if kind is SimpleNamespace:
+        return True
     if kind.__new__ is not object.__new__ or not kind.__dictoffset__ or hasattr(kind, "__del__"):
         return False
     return not any(k.__dict__.get("__slots__") for k in kind.__mro__)
@@ -138,7 +140,7 @@ def is_attributes(kind: type) -> bool:
 def instance_of(kind: type, items: Sequence[object]) -> object:
     """A tuple of such a class, or an object of the attributes that its one item has."""
     if not issubclass(kind, tuple):
-        made = object.__new__(kind)
+        made = kind.__new__(kind)
         vars(made).update(items[0])
         return made
     return kind._make(items) if hasattr(kind, "_make") else kind(items)

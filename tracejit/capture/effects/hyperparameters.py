@@ -119,8 +119,8 @@ class Hyperparameters:
         for scheduler, _ in self._schedulers.values():
             self._show_rates(scheduler)
 
-    def _scalar_of(self, number: float, variable: Variable) -> object:
-        path = "entry", self._holder(variable.holder), variable.key
+    def _scalar_of(self, number: float, variable: Variable, *inner: int) -> object:
+        path = "entry", self._holder(variable.holder), variable.key, *inner
         made = self.trace.scalar(number, path)
         inside = type(made) is TracedInt and made.live is not None  # an entry of a list
         return made.pin() if inside and made.live.pins_integers else made

@@ -10,14 +10,14 @@ at entries too, a `History` stands for the list meanwhile.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from types import CellType
+from dataclasses import dataclass, is_dataclass, replace
+from types import CellType, SimpleNamespace
 
 import torch
 
-from tracejit.capture.effects.effects import is_named
+from tracejit.capture.effects.effects import instance_of, is_attributes, is_named
 from tracejit.capture.python.histories import History
 from tracejit.capture.python.kept import APPEND, KEYED, RETURNED, Kept, Keyed
 from tracejit.capture.python.leftovers import items_plain
@@ -44,7 +44,8 @@ class Attributes:
         (type if isinstance(self.owner, type) else object).__setattr__(self.owner, name, x)
 
 
-ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, CellType, Attributes)  # kinds of holders
+# kinds of holders
+ASSIGNED = (dict, list, deque, OrderedDict, defaultdict, Counter, CellType, Attributes)
 Holder = dict | list | deque | CellType | Attributes
 
 
@@ -54,6 +55,7 @@ def identity(holder: Holder, key: object) -> tuple[int, object]:
     return id(owner), key if type(key) in (str, int) else id(key)
 
 
+Scalar = Callable[..., object]
 KINDS = (int, float, bool, str, type(None))  # of what a variable may hold, besides a tensor
 
 
@@ -100,12 +102,12 @@ class Variable:
             now = self.get()
         except (LookupError, ValueError):
             return False
-        return is_traced(now) or (may_vary(now) and not same(before, now))
+        return holds_traced(now) or (may_vary(now) and not same(before, now))
 
     def holds_integer(self) -> bool:
-        """Whether it holds an int now."""
+        """Whether it holds an int now, or a tuple that has one."""
         try:
-            return type(plain(self.get())) is int
+            return _has_integer(self.get())
         except (LookupError, ValueError):
             return False
 
@@ -141,18 +143,64 @@ class Record:
 
 def may_vary(x: object) -> bool:
     """Whether a variable may hold x: a plain value, a tensor, or a tuple of such."""
-    if isinstance(x, tuple) and (type(x) is tuple or is_named(type(x))):
+    if is_tuple(x):
         return all(map(may_vary, x))
     return type(x) in KINDS or isinstance(x, torch.Tensor)
 
 
+def holds_traced(x: object) -> bool:
+    """Whether x is a runtime scalar, or a tuple that a variable may hold with such in it."""
+    if is_tuple(x):
+        return any(map(holds_traced, x)) and may_vary(plain_tuple(x))
+    return is_traced(x)
+
+
+def is_tuple(x: object) -> bool:
+    """Whether x is a tuple of no more than its items, with names or without."""
+    return isinstance(x, tuple) and (type(x) is tuple or is_named(type(x)))
+
+
+def plain_tuple(x: object) -> object:
+    """A value of a variable without runtime scalars."""
+    return like(x, map(plain_tuple, x)) if is_tuple(x) else plain(x)
+
+
+def _has_integer(x: object) -> bool:
+    return any(map(_has_integer, x)) if is_tuple(x) else type(plain(x)) is int
+
+
+def like(x: tuple, items: Iterable) -> tuple:
+    """A tuple of the class of x."""
+    items = tuple(items)
+    return items if type(x) is tuple else instance_of(type(x), items)
+
+
+def _scalars(x: object, variable: Variable, scalar: Scalar, *inner: int) -> object:
+    """Runtime scalars in the place of the numbers of x; x itself where there are none."""
+    if type(x) in (int, float):
+        return scalar(x, variable, *inner)
+    if not is_tuple(x):
+        return x
+    found = [_scalars(item, variable, scalar, *inner, i) for i, item in enumerate(x)]
+    return x if all(a is b for a, b in zip(x, found, strict=True)) else like(x, found)
+
+
 def is_remade(before: object, now: object) -> bool:
-    """Whether a list or dict has been replaced by a new one, as it may be in each call."""
+    """Whether a list, dict or object of attributes has been replaced by a new one, as it may be in
+    each call."""
     if now is before or type(now) is not type(before):
         return False
+    if has_attributes(now):
+        return all(map(_is_part, vars(now).values()))
     if not before and not now:
         return getattr(now, "default_factory", None) is getattr(before, "default_factory", None)
     return type(now) in (list, dict) and all(map(_is_part, _items(now)))
+
+
+def has_attributes(x: object) -> bool:
+    """Whether a dataclass's object or a namespace has all that it has in its `__dict__`."""
+    kind = type(x)
+    return (is_dataclass(kind) or kind is SimpleNamespace) and is_attributes(kind)
 
 
 def _items(x: list | dict) -> Iterable:
@@ -194,11 +242,9 @@ class Variables:
         self._taken: Callable[[str], None] = lambda why: None
         self._histories: list[tuple[Variable, History]] = []
 
-    def start(
-        self, scalar: Callable[[float, Variable], object], taken: Callable[[str], None]
-    ) -> None:
-        """Let places of numbers hold runtime scalars, which `scalar(number, variable)` makes.
-        `taken(why)`: what Python does cannot be followed."""
+    def start(self, scalar: Scalar, taken: Callable[[str], None]) -> None:
+        """Let places of numbers hold runtime scalars, which `scalar(number, variable, *inner)`
+        makes; `inner` leads to it in a tuple. `taken(why)`: what Python does cannot be followed."""
         records = [record.items for record in self._records]
         self._lengths = [(items, len(items)) for items in records if type(items) is list]
         self._taken = taken
@@ -216,13 +262,12 @@ class Variables:
                 place.set(self._histories[-1][1])
         for variable in self._known:
             try:
-                before = plain(variable.get())
+                before = plain_tuple(variable.get())
             except (LookupError, ValueError):
                 continue
-            number = type(before) in (int, float)
-            traced = scalar(before, variable) if number else before
+            traced = _scalars(before, variable, scalar)
             self._held.append(_Held(variable, before, traced, _count(variable.holder)))
-            if number:
+            if traced is not before:
                 variable.set(traced)
 
     def finish(

@@ -25,6 +25,8 @@ from tracejit.ir.types import f64
 
 Tensor = torch.Tensor
 
+_FEW = 16  # numbers of a list that are runtime scalars, one by one
+
 
 @rule(Tensor.item)
 def item(t: Trace, self: Tensor, or_tensor: bool = False) -> object:
@@ -113,6 +115,10 @@ def tolist(t: Trace, self: Tensor) -> object:
     handle = t.lift(self)
     if not handle.shape:
         return item(t, self)
+    if handle.dtype.is_float and handle.numel <= _FEW:
+        with t.untaped():
+            rows = [by_rule(t, Tensor.select, self, 0, i) for i in range(handle.shape[0])]
+            return [tolist(t, row) for row in rows]
     return cuts.values_of(t, handle, "a tensor as a list", Tensor.tolist)
 
 

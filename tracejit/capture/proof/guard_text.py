@@ -19,16 +19,24 @@ from tracejit.capture.trace.scalars import same_number
 
 @dataclass
 class NumberLine:
-    """The check of a number or string, to be decided when it is known which numbers are runtime
-    scalars, and which strings the step makes of such.
+    """The check of a number, a string, or a tuple of such in a state variable, to be decided when
+    it is known which numbers are runtime scalars, and which strings the step makes of such.
 
     keys: what the place is called as an argument or variable of the step, and as a state variable.
     """
 
     at: str
-    value: float | str
+    value: float | str | tuple
     path: str
     keys: tuple[tuple | None, tuple | None]
+
+    def items(self, at: str) -> list[NumberLine]:
+        """The checks of the items of a tuple, which is what the expression `at` says."""
+        of = self.keys[1]
+        return [
+            NumberLine(f"{at}[{i}]", x, f"{self.path}[{i}]", (None, (*of, i)))
+            for i, x in enumerate(self.value)
+        ]
 
 
 def short(x: object) -> str:

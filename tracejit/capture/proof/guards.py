@@ -303,7 +303,7 @@ def pinned_stores(captured: Captured, call: Call) -> tuple[set[tuple], set[tuple
     behind = {
         value: {identity(call.holders[path[1]], path[2])}
         for value, path in zip(captured.scalars, captured.paths, strict=True)
-        if path[0] == "entry" and path[1:] in stored
+        if path[0] == "entry" and path[1:3] in stored
     }
     for node in captured.host_nodes if behind else ():
         of = set().union(*(behind.get(x, ()) for x in node.args))
@@ -335,9 +335,18 @@ def _decide_numbers(
     shown: dict[Path, str] = {}
     lines, walk.lines = walk.lines, []
     made = {("entry", id(place.holder), place.key) for place in kept_texts(captured, call)}
-    for line in lines:
+    lines.reverse()
+    while lines:
+        line = lines.pop()
         if not isinstance(line, NumberLine):
             walk.lines.append(line)
+            continue
+        of = line.keys[1]
+        if type(line.value) is tuple and any(key[: len(of)] == of for key in wanted):
+            at = walk.local(line.at)
+            size = f"type({at}) is tuple and len({at}) == {len(line.value)}"
+            walk.expect(size, line.path, line.value, at)
+            lines += reversed(line.items(at))
             continue
         if not made.isdisjoint(line.keys):
             continue  # which nobody reads

@@ -176,11 +176,6 @@ class Elements:
 def _cut(t: Trace, value: Value) -> Cut:
     whole = t.b.graph("value", (), ())
     graph, kept = cone(whole, [value], "value")
-    if any(node.is_ordered for node in graph.nodes):
-        raise t.unsupported(
-            "Python reads a value that a collective has a part in, in the middle of the step; "
-            "return the tensor, and read it after the call"
-        )
     sources = sources_of(t)
     inputs = tuple(sources[whole.params[i].value] for i in kept)
     return Cut(graph, inputs, location.short(), drawn=len(t.draws.events))
