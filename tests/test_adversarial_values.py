@@ -423,9 +423,36 @@ def rows_with_a_label(w):
     return step
 
 
+@case("replay", args=shifted, calls=12)
+def experts(w):
+    """Each takes the rows that chose it as one of two, in the trainings of sparse mixtures."""
+    w.gate, w.net = nn.Linear(4, 3), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    w.opt = torch.optim.SGD([*w.gate.parameters(), *w.net.parameters()], lr=1e-4)
+
+    def step(x):
+        weights, chosen = torch.topk(w.gate(x), 2)
+        weights, out = weights.softmax(-1), torch.zeros_like(x)
+        for i, net in enumerate(w.net):
+            rows, k = torch.where(chosen == i)
+            if rows.numel():
+                out.index_add_(0, rows, weights[rows, k, None] * net(x[rows]))
+        loss = out.square().mean()
+        w.opt.zero_grad()
+        loss.backward()
+        w.opt.step()
+        return loss.detach()
+
+    return step
+
+
 @case("replay", args=shifted, calls=9)
 def where_it_is_positive(w):
-    return lambda x: (torch.nonzero(x > 0), (x > 0).nonzero(as_tuple=True), torch.argwhere(x))
+    return lambda x: (
+        torch.nonzero(x > 0),
+        (x > 0).nonzero(as_tuple=True),
+        torch.argwhere(x),
+        torch.where(x > 0),
+    )
 
 
 @case("replay", args=shifted, calls=9)

@@ -132,6 +132,119 @@ def selected_operations(w):
     return training(w, partial(checkpoint, context_fn=contexts, **plain))
 
 
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        y = x.exp()
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return g * (y + x * y)
+
+
+def around(*within):
+    """What runs a function, and others on what it gives, all of it checkpointed."""
+
+    def all_of(f, x):
+        x = f(x)
+        for g in within:
+            x = g(x)
+        return x
+
+    return lambda f, x: checkpoint(partial(all_of, f), x.sin(), **plain)
+
+
+def scattered(x):
+    """Sorted, summed along the way, and put back."""
+    values, places = x.sort(-1)
+    total = torch.cumsum(values * x.gather(1, places.flip(-1)), 1)
+    return torch.zeros_like(total).scatter_add(1, places, total)
+
+
+def solved(x):
+    a = x.T @ x + 2 * torch.eye(6)
+    return torch.linalg.solve(a, x.T).T
+
+
+WITHIN = {
+    "a_function_of_the_users": (Scaled.apply, torch.tanh),
+    "writes_in_place": (lambda x: x.cos().mul_(2).relu_(),),
+    "places_that_values_say": (scattered,),
+    "decompositions": (solved,),
+    "a_vmap": (torch.vmap(lambda row: row.sin() * row.sum()),),
+}
+
+
+def _registered(name, within):
+    def build(w):
+        return training(w, around(*within), dropout=0.3)
+
+    build.__name__ = f"within_{name}"
+    case("replay")(build)
+
+
+for _name, _within in WITHIN.items():
+    _registered(_name, _within)
+
+
+@case("replay")
+def what_is_in_it_is_read_outside_too(w):
+    def run(f, x):
+        y, h = checkpoint(lambda z: (f(z), f[0](z)), x, **plain)
+        return y + 0.1 * h.square()
+
+    return training(w, run)
+
+
+@case("replay")
+def two_losses(w):
+    """The second one's backward follows at once; the first one's waits for it."""
+    w.net = Net()
+
+    def step():
+        w.net.zero_grad()
+
+        def loss_of(x):
+            return (w.net(x, lambda f, h: f(h)) - Y).square().mean()
+
+        loss = checkpoint(loss_of, X, **plain) + checkpoint(loss_of, X.cos(), **plain)
+        loss.backward()
+        return loss.detach(), [p.grad for p in w.net.parameters()]
+
+    return step
+
+
+@case("replay")
+def backward_twice(w):
+    w.net = Net(dropout=0.3)
+
+    def step():
+        w.net.zero_grad()
+        y = w.net(X, partial(checkpoint, **plain))
+        y.square().mean().backward(retain_graph=True)
+        y.cos().mean().backward()
+        return [p.grad for p in w.net.parameters()]
+
+    return step
+
+
+@case("replay")
+def a_value_is_read_before_the_backward(w):
+    w.net = Net(dropout=0.3)
+
+    def step():
+        w.net.zero_grad()
+        loss = (w.net(X, partial(checkpoint, **plain)) - Y).square().mean()
+        (loss * (2.0 if loss.item() > 0.1 else 1.0)).backward()
+        norm = nn.utils.clip_grad_norm_(w.net.parameters(), 0.1)
+        return loss.detach(), norm.item(), [p.grad for p in w.net.parameters()]
+
+    return step
+
+
 @case("replay")
 def in_lower_precision(w):
     def run(f, x):

@@ -19,6 +19,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4}
 TOKENS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = {**SIZES, **TOKENS, "num_key_value_heads": 2, "max_position_embeddings": 32}
+DECODER |= {"attention_dropout": 0.1}  # GPT-2, BERT and T5 drop by default
 
 
 def tokens(*, padded: bool = True) -> Batch:
@@ -67,12 +68,14 @@ def t5() -> tuple[nn.Module, Batch]:
 def vit() -> tuple[nn.Module, Batch]:
     batch = {"pixel_values": torch.randn(3, 3, 12, 12), "labels": torch.randint(5, (3,))}
     images = {"image_size": 12, "patch_size": 4, "num_labels": 5}
+    images |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     return model("ViTForImageClassification", "ViTConfig", **SIZES, **images), batch
 
 
 def clip() -> tuple[nn.Module, Batch]:
-    text = {**SIZES, **TOKENS, "max_position_embeddings": 32, "projection_dim": 16}
-    vision = {**SIZES, "image_size": 12, "patch_size": 4, "projection_dim": 16}
+    sizes = {**SIZES, "projection_dim": 16, "attention_dropout": 0.1}
+    text = {**sizes, **TOKENS, "max_position_embeddings": 32}
+    vision = {**sizes, "image_size": 12, "patch_size": 4}
     both = {"text_config": text, "vision_config": vision, "projection_dim": 16}
     batch = tokens() | {"pixel_values": torch.randn(3, 3, 12, 12), "return_loss": True}
     del batch["labels"]
@@ -82,6 +85,7 @@ def clip() -> tuple[nn.Module, Batch]:
 def whisper() -> tuple[nn.Module, Batch]:
     sizes = {"d_model": 32, "num_mel_bins": 6, "max_source_positions": 12}
     sizes |= {"max_target_positions": 16, "decoder_start_token_id": 1}
+    sizes |= {"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1}
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 48}
     batch = {"input_features": torch.randn(2, 6, 24)}

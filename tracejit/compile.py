@@ -100,9 +100,9 @@ def compile(
               exponential numbers in the kernels that read them, from a key that each draws from
               torch's generator in each call: a seed gives the same numbers again, other ones than
               in eager.
-    remat:    "auto" computes again what costs fewer bytes than to store it for other kernels;
-              "none" stores it. `explain().memory` says what a call takes. Attention and logits of
-              a large vocabulary keep no scores either way.
+    remat:    "auto" computes again what costs fewer bytes than to store it for other kernels, and
+              for a backward what is checkpointed; "none" stores both. `explain().memory` says what
+              a call takes. Attention and logits of a large vocabulary keep no scores either way.
     target:   a GPU that need not be here, "sm_90": what is returned is not run but built for it,
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     device:   "cuda" or "cuda:1", for a step over numpy arrays: each call copies them there, and

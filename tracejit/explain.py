@@ -271,6 +271,7 @@ def _memory(subject: Subject) -> Memory:
         return Memory(0, 0, 0, 0, 0)
     graph = subject.graphs[0]
     outputs = sum(result.value.type.nbytes for result in graph.results)
+    again = any(node.op.name == "after" for graph in subject.graphs for node in graph.nodes)
     arena = max(memory_of(p.loaded, p.plan).arena_bytes for p in subject.programs)
     return Memory(
         inputs=sum(p.value.type.nbytes for p in graph.params if not p.value.type.is_host),
@@ -278,6 +279,7 @@ def _memory(subject: Subject) -> Memory:
         arena=arena,
         peak=outputs + arena,
         eager_saved=subject.eager.saved_bytes,
+        computed_again=subject.eager.again_bytes if again else 0,
     )
 
 

@@ -79,13 +79,15 @@ class Efficiency:
 class Memory:
     """Bytes: of the step's inputs, of what it returns or leaves behind in new tensors, of what its
     kernels work in; `peak` is what a call takes beyond its inputs; `eager_saved`: intermediates
-    that eager would keep from forward to backward, beside its outputs."""
+    that eager would keep from forward to backward, beside its outputs; `computed_again`: those of
+    checkpointed functions that are not kept until then."""
 
     inputs: int
     outputs: int
     arena: int
     peak: int
     eager_saved: int
+    computed_again: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,11 @@ class Ledger:
             f"{size(m.peak)} beyond inputs of {size(m.inputs)}: outputs {size(m.outputs)}, arena "
             f"{size(m.arena)}; eager keeps {size(m.eager_saved)} for its backward beside outputs",
         )
+        if m.computed_again:
+            yield (
+                "again",
+                f"{size(m.computed_again)} of checkpointed functions, not kept until then",
+            )
         for text in self.holds_back:
             yield "holds back", text
 

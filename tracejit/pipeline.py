@@ -22,6 +22,7 @@ from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
+from tracejit.passes.checkpoints import kept
 from tracejit.progress import stage, telling
 from tracejit.runtime.agreement import Agreement, numbers_in_common
 from tracejit.runtime.cache import DiskCache, digest_of
@@ -137,6 +138,8 @@ class Pipeline:
         started = time.perf_counter()
         if knobs.verify():
             verify(graph)
+        if self.options.remat == "none":
+            graph = kept(graph)
 
         def on_pass(name: str, result: Graph) -> None:
             if knobs.debug() >= 5:

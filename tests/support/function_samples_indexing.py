@@ -787,6 +787,7 @@ CONDITIONS = [
 ]
 row("nonzero", [S(x) for x in CONDITIONS] + [S(x, as_tuple=True) for x in CONDITIONS])
 row("argwhere", [S(x) for x in CONDITIONS])
+ROWS["where"] += [S(x) for x in CONDITIONS]
 SORTABLE = [
     v(3.0, 1.0, 2.0, 1.0, 3.0),
     v(nan, 1.0, nan, -0.0, 0.0),

@@ -671,6 +671,10 @@ SAMPLES: dict[str, list[Sample]] = {
     "where": selections(),
     "cast": casts(),
     "alias": unary(*FLOATS, i64, u8, b1),
+    "after": [
+        Sample((Tensor(kind, shape), Tensor(i64, other)))
+        for kind, shape, other in ((f32, (3, 5), ()), (bf16, (5,), (2, 3)), (i64, (), (4,)))
+    ],
     "host_add": host(*HOST_PAIRS),
     "host_sub": host(*HOST_PAIRS),
     "host_mul": host(*HOST_PAIRS),
@@ -980,6 +984,7 @@ REFERENCE: dict[str, Callable] = {
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,
+    "after": lambda x, y: x.clone(),
     "reshape": lambda x, shape: x.reshape(shape),
     "permute": lambda x, axes: x.permute(axes),
     "expand": lambda x, shape: x.expand(shape),

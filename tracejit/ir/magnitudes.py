@@ -118,7 +118,7 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return np.where(args[0], m[1], m[2])
     if name == "cast":
         return np.asarray(m[0], np.float64)
-    if name in ("neg", "abs", "alias"):
+    if name in ("neg", "abs", "alias", "after"):
         return m[0]
     if node.op.family == "elementwise" or name in ("full", "iota"):
         return np.abs(np.asarray(out, np.float64))

@@ -11,6 +11,7 @@ attention.py the pass that makes primitives of attention that is written out
 buckets.py   the pass that puts reductions over ranks together
 vocabulary.py  the pass that computes logits of a large vocabulary part by part
 cone.py      not in the pipeline: the part of a graph that some of its values need
+checkpoints.py  not in the pipeline either: checkpointed regions, computed again for a backward
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from tracejit.schedule.plan import Launch, Plan
 from tracejit.schedule.tasks import RUNNING
 from tracejit.schedule.traffic import bound
 
-FREE = ("movement", "source")  # families of primitives that no kernel is needed for
+FREE = ("movement", "source", "order")  # families of primitives that no kernel is needed for
 _OF_DOT, _OF_SORT = "matmul", "argsort"
 
 

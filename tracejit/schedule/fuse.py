@@ -18,6 +18,7 @@ from tracejit.schedule.groups import Group, Groups, is_same_attention, placed
 from tracejit.schedule.index import Indices, identity
 from tracejit.schedule.recompute import recompute
 from tracejit.schedule.tasks import ATTENTION, Analysis, Origin, Task, is_row_major
+from tracejit.schedule.waits import NOTHING, waits
 
 SIBLINGS = 6  # how many earlier readers of a tensor are tried as company
 MATES = 8  # how many kernels of the same size are tried for a constant fill
@@ -45,6 +46,7 @@ class Fuser:
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
         self.ordered: Group | None = None  # the last collective so far
+        self.waits = waits(graph, analysis)
 
     def run(self, outputs: list[str], inputs: dict[int, str]) -> Fusion:
         """Group everything. `outputs`: buffer per result; `inputs`: buffer per param id."""
@@ -109,6 +111,9 @@ class Fuser:
     def place(self, task: Task) -> Group:
         """Put a task in a group of its own, then merge that with its neighbours."""
         group = self.groups.add(task)
+        for id in self.waits.get(task.value.id, NOTHING) if task.kind != "store" else ():
+            if id in self.groups.tasks and self.groups.tasks[id].group is not group:
+                self.groups.order(self.groups.tasks[id].group, group)
         if task.kind == ATTENTION:
             return self._place_attention(task, group)
         if task.kind == "loop" and task.value is not task.node.out:

@@ -62,7 +62,7 @@ def _same_axes(node: Node) -> Iterable[tuple[Value, Value, dict[int, int]]]:
             if x.type.shape == out.type.shape:
                 yield x, out, {k: k for k in range(len(out.type.shape))}
         return
-    if family not in ("movement", "reduce"):
+    if family not in ("movement", "reduce", "order"):
         return
     x = node.args[0]
     shape, new = x.type.shape, out.type.shape

@@ -255,7 +255,7 @@ def _simplify(node: Node) -> Node:
 
 
 _FAMILIES = ("elementwise", "movement", "reduce", "contraction", "attention", "indexing")
-_FAMILIES += ("source", "host", *APART)
+_FAMILIES += ("source", "host", "order", *APART)
 
 
 def analyse(
@@ -281,7 +281,7 @@ def analyse(
     for node in graph.nodes:
         if node.op.family not in _FAMILIES:
             raise InvalidGraph(reason=f"cannot schedule {node.op.name} ({node.where or 'no line'})")
-        if node.op.name == "alias" and node.out.id not in copies:
+        if node.op.name in ("alias", "after") and node.out.id not in copies:
             first = node.args[0]
             alias[node.out.id] = alias.get(first.id, first)
             continue

@@ -128,15 +128,17 @@ def graph_key(graph: Graph) -> tuple:
 
     It tells 1, 1.0 and True, and 0.0 and -0.0, apart.
     """
-    number = {p.value: k for k, p in enumerate(graph.params)}
+    number = {p.value.id: k for k, p in enumerate(graph.params)}
     lines = []
     for node in graph.nodes:
-        args = [f"%{number[a]}" if isinstance(a, Value) else repr(a) for a in node.args]
-        lines.append(f"{node.op.name}{args}{node.attrs}{node.where}")
-        number |= {out: len(number) + k for k, out in enumerate(node.outs)}
+        args = [number[a.id] if a.__class__ is Value else repr(a) for a in node.args]
+        attrs = repr(node.attrs) if node.attrs else ""
+        lines.append((node.op.name, *args, attrs, node.where))
+        for out in node.outs:
+            number[out.id] = len(number)
     return (
         tuple((str(p.value.type), p.strides) for p in graph.params),
         tuple(lines),
-        tuple((number[r.value], r.strides) for r in graph.results),
-        tuple((number[w.target], number[w.value]) for w in graph.writes),
+        tuple((number[r.value.id], r.strides) for r in graph.results),
+        tuple((number[w.target.id], number[w.value.id]) for w in graph.writes),
     )

@@ -347,6 +347,10 @@ def _writes(
     """Outside memory that the step overwrites: by the plan, by the host, and whose it is."""
     t = collect.t
     writes, host_writes, written = [], [], []
+    moved: dict[Storage, list[int]] = {}
+    for i, h in enumerate(t.inputs.handles):
+        if h.version.count:  # writes through .data do not count
+            moved.setdefault(h.storage, []).append(i)
     for s in t.inputs.storages:
         if s.value is s.param:
             continue
@@ -355,11 +359,7 @@ def _writes(
             writes.append(Write(s.param, s.value))
         else:
             host_writes.append((collect.real(s.real), collect.host_result(number)))
-        written += [
-            i
-            for i, h in enumerate(t.inputs.handles)
-            if h.storage is s and h.version.count  # writes through .data do not count
-        ]
+        written += moved.get(s, ())
     return tuple(writes), tuple(host_writes), tuple(written)
 
 

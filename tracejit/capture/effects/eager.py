@@ -16,32 +16,44 @@ from tracejit.ir.graph import Node, Value
 
 @dataclass(frozen=True, slots=True)
 class EagerCost:
-    """Operations and bytes of eager; bytes of intermediates that it keeps for its backward."""
+    """Operations and bytes of eager; bytes of intermediates that it keeps for its backward, and of
+    those in checkpointed regions, which it computes again instead."""
 
     operations: int = 0
     bytes: int = 0
     saved_bytes: int = 0
+    again_bytes: int = 0
 
 
 def eager_cost(t: Trace, outputs: Iterable[Value]) -> EagerCost:
     """The cost of a trace that is over, whose step leaves these values behind."""
     read: dict[int, set[Value]] = {}  # by group
     made: dict[Value, int] = {}
+    bases: dict[Value, Value | None] = {}  # None: a constant, or a number of the host
+
+    def base(value: Value) -> Value | None:
+        if value not in bases:
+            found, maker = _base(t, value)
+            constant = maker is not None and maker.op.family == "source"
+            bases[value] = None if constant or found.type.is_host else found
+        return bases[value]
+
     for node in t.b.nodes:
         if _is_free(node):
             continue
         group = t.group_of[node.out]
-        made |= dict.fromkeys(node.outs, group)
+        for out in node.outs:
+            made[out] = group
         found = read.setdefault(group, set())
-        for value in node.inputs:
-            base, maker = _base(t, value)
-            constant = maker is not None and maker.op.family == "source"
-            if not constant and not base.type.is_host and made.get(base) != group:
-                found.add(base)
+        for value in node.args:
+            of = base(value) if value.__class__ is Value else None
+            if of is not None and made.get(of) != group:
+                found.add(of)
     needed = set().union(*read.values(), (_base(t, v)[0] for v in outputs))
     moved = sum(v.type.nbytes for found in read.values() for v in found)
     moved += sum(v.type.nbytes for v in made if v in needed)
-    return EagerCost(len(read), moved, _saved_bytes(t))
+    again = sum(v.type.nbytes for v in t.again if not _is_free(t.producers[v]))
+    return EagerCost(len(read), moved, _saved_bytes(t), again)
 
 
 def _saved_bytes(t: Trace) -> int:

@@ -214,7 +214,7 @@ class _Cutter:
         host: list[Arg],
         found: Nodes,
     ):
-        self.late = {n.out for n in late}
+        self.late = {n.out: i for i, n in enumerate(late)}  # in the order in which they stand
         self.producers = {n.out: n for n in (*t.b.nodes, *late)}
         self.host, self.found = host, found
         self.count = len(outputs)
@@ -250,7 +250,7 @@ class _Cutter:
         results = tuple(
             Result(value, h.strides if _unusual(h) else None) for _, h, value in draft.inputs
         )
-        ordered = sorted(wanted, key=lambda n: n.out.id)
+        ordered = sorted(wanted, key=lambda n: (self.late.get(n.out, -1), n.out.id))
         graph = Graph(f"{name}_backward", tuple(params), tuple(ordered), results, ())
         places = tuple(place for place, _, _ in draft.inputs)
         return Outside(draft.made, places, tuple(saved), tuple(hosts), graph)

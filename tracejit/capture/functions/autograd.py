@@ -80,12 +80,12 @@ def _gradients(
             "derivatives; call it outside of the hooks"
         )
     first = len(t.b.nodes)
-    with t.taped(create_graph), t.formulas() as enter, asked:
+    with t.taped(create_graph), t.formulas([value for value, _ in roots]) as enter, asked:
         found = reverse(
             t.tape, t.b, roots, wanted, retain_graph=retain_graph, enter=enter, arrivals=arrivals
         )
-    if torch._C._is_any_autocast_enabled():
-        _check_products(t, t.b.nodes[first:])
+        if torch._C._is_any_autocast_enabled():
+            _check_products(t, t.b.nodes[first:])
     return found
 
 

@@ -1,27 +1,28 @@
-"""`torch.utils.checkpoint`: what eager computes once more in its backward is computed once.
+"""`torch.utils.checkpoint`: its Python runs once, and what its backward reads is computed again.
 
-A compiled step decides by itself what it keeps, so a checkpointed function runs as any other. That
-is right as long as running it again would change nothing: a function that writes to tensors or
+That is right as long as running it again would change nothing: a function that writes to tensors or
 Python state from before, or draws numbers that eager would draw anew, is refused. Its beginning and
-end are calls of this rule, which `python/checkpoints.py` makes.
+end are calls of this rule, which `python/checkpoints.py` makes; `trace/revisits.py` has the rest.
 """
 
 from __future__ import annotations
 
 from torch.utils import checkpoint as torch_checkpoint
 
-from tracejit.capture.trace.state import Checkpoint
+from tracejit.capture.trace.state import Checkpoint, Region
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.trace import Trace
+from tracejit.passes.checkpoints import computed
 
 
 @rule(torch_checkpoint.checkpoint)
-def boundary(t: Trace, which: str, preserve: bool, effect: str = "") -> None:
-    """A checkpointed function begins, ends, or is left by an exception."""
+def boundary(t: Trace, which: str, preserve: bool, products: bool, effect: str = "") -> None:
+    """A checkpointed function begins, ends, or is left by an exception; `products`: those of
+    matrices are kept for its backward."""
     if which == "begin":
         before = [*t.inputs.storages, *(p.handle.storage for p in t.proxies)]
         counts = {s: s.writes for s in before}
-        t.checkpoints.append(Checkpoint(counts, len(t.draws.events)))
+        t.checkpoints.append(Checkpoint(counts, len(t.draws.events), t.b.next_id))
         return
     begun = t.checkpoints.pop()
     if which == "left":  # by an exception
@@ -41,3 +42,9 @@ def boundary(t: Trace, which: str, preserve: bool, effect: str = "") -> None:
         raise t.unsupported(
             "With preserve_rng_state=False eager draws other numbers in its backward; leave it out"
         )
+    nbytes = 0
+    for node in reversed(t.b.nodes):
+        if node.out.id < begun.first:
+            break
+        nbytes += computed(node)
+    t.regions.append(Region(begun.first, t.b.next_id, nbytes, products))

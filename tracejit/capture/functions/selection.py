@@ -17,6 +17,7 @@ from tracejit.capture.functions.common import (
     result_strides,
     truth,
 )
+from tracejit.capture.functions.masks import nonzero
 from tracejit.capture.functions.rows import elementwise, primitive
 from tracejit.capture.trace.table import Row
 from tracejit.capture.trace.tensor import TracedTensor
@@ -85,7 +86,17 @@ def clamp_max(t: Trace, input: Tensor, max: object) -> TracedTensor:
     return clamp(t, input, max=max)
 
 
-def where(t: Trace, condition: Tensor, input: object, other: object) -> TracedTensor:
+_MISSING = object()
+
+
+def where(
+    t: Trace, condition: Tensor, input: object = _MISSING, other: object = _MISSING
+) -> TracedTensor | tuple[TracedTensor, ...]:
+    """Elements of one of two by a condition; of a condition alone, where it holds."""
+    if input is _MISSING and other is _MISSING:
+        return nonzero(t, condition, as_tuple=True)
+    if input is _MISSING or other is _MISSING:
+        raise t.unsupported("Pass both values that where chooses from, or neither")
     c, *xs = (operand(t, x) for x in (condition, input, other))
     if c.handle is None or c.handle.dtype not in (b1, u8):
         raise t.shape_error("where expected condition to be a boolean tensor")

@@ -34,7 +34,7 @@ from tracejit.capture.proof.settings import Setting
 from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.doubts import Passed
-from tracejit.capture.python.origins import ORIGINS, origin
+from tracejit.capture.python.origins import belongs, origin
 
 # Where users put functions of their own in place of torch's.
 _PATCHED = ("torch.nn", "torch.optim", "torch.functional")
@@ -57,7 +57,9 @@ class Seen:
         # names of torch under which functions that it ran may be found, per id of their namespace
         self.places: dict[int, tuple[Mapping[str, object], set[str]]] = {}
         self._calls: set[tuple] = set()
-        self._impure: set[CodeType] = set()  # already refused, with all that they call
+        # by the ids of codes: hashing one costs as much as a call
+        self._impure: dict[int, CodeType] = {}  # already refused, with all that they call
+        self._noted: dict[int, CodeType] = {}  # of which nothing more is to be noted
         self._ignoring: FrameType | None = None  # a call that a replay makes again
 
     def names(self) -> frozenset[str] | None:
@@ -121,6 +123,8 @@ class Seen:
             return
         if event == "call":
             code = frame.f_code
+            if id(code) in self._noted:
+                return
             if code in AGAIN:
                 self._ignoring = frame
                 return
@@ -131,10 +135,12 @@ class Seen:
                 self._ignoring = frame
             elif code not in self.codes:
                 self._python(frame, code)
+                if code in self.codes or origin(code) == "tracejit":
+                    self._noted[id(code)] = code
         elif (
             event == "c_call"
             and origin(frame.f_code) != "tracejit"
-            and frame.f_code not in self._impure
+            and id(frame.f_code) not in self._impure
         ):
             self._c(frame, arg)
 
@@ -142,9 +148,10 @@ class Seen:
         module = frame.f_globals.get("__name__") or ""
         if code.co_filename == "<string>":  # made by dataclasses or namedtuple
             if module.startswith(("tracejit.", "torch.")):
-                ORIGINS[code] = module.partition(".")[0]
+                belongs(code, module.partition(".")[0])
             elif module.startswith("namedtuple_"):
-                ORIGINS[code], module = "stdlib", "collections"
+                module = "collections"
+                belongs(code, "stdlib")
         whose = origin(code)
         if whose == "tracejit":
             return
@@ -163,10 +170,10 @@ class Seen:
             known = pure_torch(module, code.co_name)
         else:
             known = whose == "user" or pure_python(module, code.co_qualname)
-        if frame.f_back is not None and frame.f_back.f_code in self._impure:
-            self._impure.add(code)
+        if frame.f_back is not None and id(frame.f_back.f_code) in self._impure:
+            self._impure[id(code)] = code
         elif not known and not _called_by_us(frame):
-            self._impure.add(code)
+            self._impure[id(code)] = code
             self._refuse(frame.f_back, module, code.co_name)
             self._repeats(frame.f_back, module, code.co_name, None)
 

@@ -1,6 +1,8 @@
 """What stands for `torch.utils.checkpoint` while a step is traced: the function runs once.
 
-See `functions/checkpointing.py`, which refuses functions that may not run once only.
+See `functions/checkpointing.py`, which refuses functions that may not run once only. Selective
+checkpointing asks of each of torch's operations whether its result is kept; here all products of
+matrices are, which is what people have it for.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ _OF_TORCH = (
 class _Region:
     """What runs within is checkpointed: two calls of a rule say so, for later traces too."""
 
-    def __init__(self, preserve: bool) -> None:
-        self._preserve, self._run = bool(preserve), Run()
+    def __init__(self, preserve: bool, products: bool = False) -> None:
+        self._said, self._run = (bool(preserve), products), Run()
         self._profile = profiler.profiled(self._run.profile) if profiler.is_free() else None
 
     def __enter__(self) -> None:
-        handle_torch_function(torch_checkpoint.checkpoint, (), "begin", self._preserve)
+        handle_torch_function(torch_checkpoint.checkpoint, (), "begin", *self._said)
         if self._profile is not None:
             self._profile.__enter__()
 
@@ -44,7 +46,7 @@ class _Region:
             self._profile.__exit__(None, None, None)
             effect = self._run.effect()
         which = "end" if kind is None else "left"
-        handle_torch_function(torch_checkpoint.checkpoint, (), which, self._preserve, effect)
+        handle_torch_function(torch_checkpoint.checkpoint, (), which, *self._said, effect)
 
 
 def without_reentrant(original: Callable) -> Callable:
@@ -77,7 +79,7 @@ def without_reentrant(original: Callable) -> Callable:
             raise t.unsupported(
                 "A context_fn of its own would not be entered in the backward; leave it out"
             )
-        with _Region(preserve):
+        with _Region(preserve, not isinstance(forward, nullcontext)):
             yield
 
     return generator

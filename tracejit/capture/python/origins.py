@@ -11,13 +11,16 @@ import torch
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(np.__file__)) + os.sep
+MOST = 20_000
 _STDLIB = os.path.dirname(os.__file__) + os.sep
 
 
 def origin(code: CodeType) -> str:
     """Whose code this is: "tracejit", "torch", "stdlib" (and its like) or "user"."""
-    known = ORIGINS.get(code)
-    if known is None:
+    found = _KNOWN.get(id(code))
+    if found is not None:
+        return found[1]
+    if (known := ORIGINS.get(code)) is None:
         name = code.co_filename
         if name.startswith((_HERE, "<tracejit ")):  # or generated
             known = "tracejit"
@@ -33,7 +36,17 @@ def origin(code: CodeType) -> str:
         else:
             known = "user"
         ORIGINS[code] = known
+    if len(_KNOWN) > MOST:  # codes that are made anew in each call
+        _KNOWN.clear()
+    _KNOWN[id(code)] = code, known
     return known
 
 
+def belongs(code: CodeType, whose: str) -> None:
+    """Say whose code this is, which its file does not tell."""
+    ORIGINS[code] = whose
+    _KNOWN[id(code)] = code, whose
+
+
 ORIGINS: dict[CodeType, str] = {}
+_KNOWN: dict[int, tuple[CodeType, str]] = {}  # by id: hashing a code costs as much as a call

@@ -14,8 +14,10 @@ _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OPTIMIZERS = os.path.join(_TORCH, "optim", "")
 _CALL = Module._call_impl.__code__  # its frame has the module that is called
-_is_user: dict[CodeType, bool] = {}
-_outermost: set[CodeType] = set()
+# by the ids of codes, which are kept: hashing one costs as much as a call
+_is_user: dict[int, tuple[CodeType, bool]] = {}
+_outermost: dict[int, CodeType] = {}
+_MOST = 20_000
 
 
 def user_frame():
@@ -29,12 +31,14 @@ def user_frame():
 
 
 def _belongs_to_user(code: CodeType) -> bool:
-    known = _is_user.get(code)
+    known = _is_user.get(id(code))
     if known is None:
         name = code.co_filename
-        known = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
-        _is_user[code] = known
-    return known
+        users = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
+        if len(_is_user) > _MOST:  # codes that are made anew in each call
+            _is_user.clear()
+        known = _is_user[id(code)] = code, users
+    return known[1]
 
 
 def short() -> str:
@@ -74,14 +78,17 @@ class Lines:
     def __init__(self):
         self.phase = ""  # of the user's code that runs inside of a derivative formula
         self._known: dict[tuple, Line] = {}
+        self._codes: list[CodeType] = []  # of the users' lines, whose ids are theirs
         self._roots: list[tuple[Module, dict[int, tuple[str, str]]]] = []  # ids are theirs
 
     def here(self) -> Line:
         """The line of the innermost user frame."""
         frame = sys._getframe(1)
         user, inner, calls = None, "", []
-        while frame is not None and frame.f_code not in _outermost:
+        while frame is not None:
             code = frame.f_code
+            if id(code) in _outermost:
+                break
             if code is _CALL:
                 calls.append(frame.f_locals["self"])
             if user is None and _belongs_to_user(code):
@@ -93,10 +100,11 @@ class Lines:
             return _NOWHERE
         phase = self.phase or ("update" if inner.startswith(_OPTIMIZERS) else "")
         module = self._module(calls) if calls else None
-        key = user.f_code, user.f_lineno, module, phase
+        key = id(user.f_code), user.f_lineno, module, phase
         line = self._known.get(key)
         if line is None:
             line = self._known[key] = Line(_text(user))
+            self._codes.append(user.f_code)
             line.file, line.function = user.f_code.co_filename, user.f_code.co_qualname
             line.phase, line.module = phase, module
         return line
@@ -137,7 +145,7 @@ _NOWHERE = Line()
 
 def traced_from(code: CodeType) -> None:
     """Frames from that of this function outward call no modules of a step."""
-    _outermost.add(code)
+    _outermost[id(code)] = code
 
 
 def warn(text: str, category: type[Warning]) -> None:

@@ -82,10 +82,23 @@ class Backward:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Where a checkpointed function began: the writes to each storage, the number of draws."""
+    """Where a checkpointed function began: the writes to each storage, the number of draws, the
+    number of its first value."""
 
     writes: dict[Storage, int]
     draws: int
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """What a checkpointed function has made: the values numbered from `first` up to `stop`, which
+    are so many bytes. `products`: those of matrices are kept for its backward."""
+
+    first: int
+    stop: int
+    nbytes: int
+    products: bool
 
 
 @dataclass(slots=True)
@@ -185,6 +198,8 @@ class TraceState:
         self.draws = Draws()  # random numbers
         self.casts = Casts()  # by autocast
         self.checkpoints: list[Checkpoint] = []  # in progress, see functions/checkpointing.py
+        self.regions: list[Region] = []  # that are over; one in another comes before it
+        self.again: set[Value] = set()  # what backwards compute again of what these have made
         self.collectives = 0  # how many there are so far
         self.armed: list[object] = []  # see functions/data_parallel.py
         self.wrapping = False  # torch's own Python looks at what a wrapped module returns

@@ -7,7 +7,7 @@ collected once the step's Python has run. Nothing is computed and no user object
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,7 @@ from tracejit.capture.trace.rejections import (
     check_saved,
     check_write,
 )
+from tracejit.capture.trace.revisits import Revisits
 from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.state import Formula, TraceState
 from tracejit.capture.trace.table import COMPARED, RULES, function_name
@@ -166,14 +167,17 @@ class Trace(TraceState):
             self.tape.record(node)
 
     @contextmanager
-    def formulas(self) -> Iterator[Callable[[Entry, frozenset[Value]], None]]:
-        """Emit the derivative formulas of one backward; gives a function to call before each, with
-        its entry and the cotangents that have arrived there."""
+    def formulas(
+        self, roots: Sequence[Value] = ()
+    ) -> Iterator[Callable[[Entry, frozenset[Value]], None]]:
+        """Emit the derivative formulas of one backward, of these values; gives a function to call
+        before each, with its entry and the cotangents that have arrived there."""
 
-        at = self.b.line
+        at, revisits = self.b.line, Revisits(self, tuple(roots))
         opened: list[object] = []  # what hooks hold of saved tensors
 
         def enter(entry: Entry, cotangents: frozenset[Value]) -> None:
+            revisits.enter(entry, cotangents)
             held, self.b.instead = entry.held, None
             if held is not None:
                 check_freed(self, entry)
@@ -194,6 +198,7 @@ class Trace(TraceState):
             yield enter
             for held in opened:
                 held.close()
+            revisits.finish()
         finally:
             self.formula = self.b.instead = None
             self.b.line = self.lines.backward(at, "")  # gradients are added up

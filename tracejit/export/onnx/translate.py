@@ -113,6 +113,10 @@ def _expand(t: Translator, node: Node) -> Small | str:
     return t.spread(node.args[0])
 
 
+def _after(t: Translator, node: Node) -> Small:
+    return t.spread(node.args[0])
+
+
 def _permute(t: Translator, node: Node) -> Small | str:
     name, shape = t.spread(node.args[0])
     axes = node.attr("axes")
@@ -231,5 +235,5 @@ TABLE: dict[str, Callable[[Translator, Node], str]] = {
     **{name: _host for name in HOST if name in OPS},
     **dict.fromkeys(WRITTEN, _written_out),
     **{"cast": _cast, "full": _full, "scan": _scan, "expand": _expand, "permute": _permute},
-    **{"window": _window, "iota": _iota},
+    **{"window": _window, "iota": _iota, "after": _after},
 }
