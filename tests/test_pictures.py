@@ -248,7 +248,7 @@ def test_kernels_of_the_numpy_executor():
 
 
 def test_free_families_are_those_without_work():
-    assert FREE == ("movement", "source")
+    assert FREE == ("movement", "source", "order")
 
 
 # --- groups -------------------------------------------------------------------------------------
