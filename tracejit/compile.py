@@ -213,7 +213,7 @@ class CompiledStep(Inspected):
             args = self._bound_to + args
             if self._quick is not None and self._quick(args, kwargs):
                 self.stats.eager += 1
-                return self._function(*args, **kwargs)
+                return self._plain(*args, **kwargs)
             failed = ""
             for replay in self._replays:
                 found = replay.guard(args, kwargs)
@@ -235,7 +235,7 @@ class CompiledStep(Inspected):
                 self.stats.eager += 1
                 if self._programs.agreement is not None:
                     self._say_to_ranks("runs the step eagerly")
-                elif type(self) is CompiledStep and not (self._replays or self._closures.wanted):
+                elif not self._replays:
                     self._quick = fallback.quick(args, kwargs)
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
             if self.stats.traces:

@@ -52,9 +52,8 @@ class Attempt:
         copies that, since it happens on every call; `put_back` finds out whether it was all.
     """
 
-    __slots__ = (
-        "known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick", "started"
-    )  # fmt: skip
+    __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
+    __slots__ += ("started",)
 
     def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
         self.known, self.roots, self.lasting = known, roots, lasting
@@ -160,7 +159,7 @@ class Fallback:
         self._built = 0  # traces in a row that made a plan
         self._rests: dict[tuple | None, _Rest] = {}  # None: of kinds above a number
         self._latest: tuple[tuple, _Rest | None] = (), None  # the kind of the latest call
-        self._timed: _Rest | None = None  # of the call that is to be timed
+        self._current: _Rest | None = None  # of the latest call that is run eagerly at once
         self._networks: list[dict] = []
 
     def eager_at_once(self, args: tuple, kwargs: dict) -> bool:
@@ -171,23 +170,23 @@ class Fallback:
         if rest is None or rest.left <= 0:
             return False
         rest.left -= 1
-        self._timed = rest if rest.weighing.wants_eager else None
+        self._current = rest
         return True
 
     def quick(self, args: tuple, kwargs: dict) -> Callable[[tuple, dict], bool] | None:
         """After `eager_at_once`: which of the next calls are run eagerly as this one is, and counts
         them; None if it is to be timed. Not to be asked after a trace."""
-        if self._timed is not None:
+        rest = self._current
+        if rest.weighing.wants_eager:
             return None
-        rest = self._known_rest(args, kwargs)
         if rest.quick is None:
             rest.quick = counted(rest, args, kwargs, self._networks)
         return rest.quick
 
     def eagerly(self, args: tuple, kwargs: dict, warn: Callable[[str, str], None]) -> object:
         """Run a call that is run eagerly at once. `warn` is told of a step that is faster so."""
-        rest, self._timed = self._timed, None
-        if rest is None:
+        rest = self._current
+        if not rest.weighing.wants_eager:
             return self._plain(*args, **kwargs)
         started = time.perf_counter()
         returned = self._plain(*args, **kwargs)

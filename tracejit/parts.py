@@ -48,6 +48,14 @@ def _function(graph: Graph, program: Program) -> Function:
     return compute
 
 
+def _of_a_value(graph: Graph, make: MakeProgram) -> Program:
+    """The program of a value that Python reads, after which the call goes on."""
+    program = make(graph, " of a value")
+    if program.agreement is not None:
+        program.agreement.goes_on = True
+    return program
+
+
 def _remember(bounded: dict, key: object, value: object) -> None:
     bounded[key] = value
     if len(bounded) > _REMEMBERED:
@@ -80,10 +88,7 @@ class Values:
                 return on_numpy(graph, inputs)
             function = self._functions.get(key)
             if function is None:
-                program = self._make(graph, " of a value")
-                if program.agreement is not None:
-                    program.agreement.goes_on = True
-                function = _function(graph, program)
+                function = _function(graph, _of_a_value(graph, self._make))
                 _remember(self._functions, key, function)
             known = graph, function
             _remember(self._by_id, id(graph), known)
@@ -136,9 +141,7 @@ class Stage:
     def build(self) -> None:
         """Compile it, unless that is done."""
         if self._function is None:
-            self.program = self._make(self._graph, " of a value")
-            if self.program.agreement is not None:
-                self.program.agreement.goes_on = True
+            self.program = _of_a_value(self._graph, self._make)
             self._function = _function(self._graph, self.program)
 
     def read(self, result: torch.Tensor) -> float:

@@ -25,7 +25,6 @@ from tracejit.saved.schedules import Unknown, check_known
 _TORCH = lr_scheduler.__name__
 _WRITES = frozenset({"update", "setdefault", "__setitem__", "pop", "clear", "popitem", "exec"})
 _STORES_ITEM = dis.opmap["STORE_SUBSCR"]
-_WITH_INNER = (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler)
 _MORE_THAN_RATES = (lr_scheduler.CyclicLR, lr_scheduler.OneCycleLR)
 
 

@@ -22,7 +22,14 @@ from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLR
 from torch.overrides import TorchFunctionMode
 
 from tracejit.capture.effects.effects import Callback
-from tracejit.capture.effects.variables import Holder, Record, Variable, Variables
+from tracejit.capture.effects.variables import (
+    Holder,
+    Record,
+    Variable,
+    Variables,
+    holds_traced,
+    plain_tuple,
+)
 from tracejit.capture.python.aborts import Memory, remember, scrub
 from tracejit.capture.python.bytecode import contents
 from tracejit.capture.python.kept import Kept
@@ -67,16 +74,6 @@ def has_floats(x: object) -> bool:
     if type(x) is tuple:
         return any(map(has_floats, x))
     return isinstance(x, float) and not isinstance(x, TracedFloat)  # numpy's float64 too
-
-
-def _holds_traced(x: object) -> bool:
-    if type(x) is tuple:
-        return any(map(_holds_traced, x))
-    return is_traced(x)
-
-
-def _plain(x: object) -> object:
-    return tuple(map(_plain, x)) if type(x) is tuple else plain(x)
 
 
 class Hyperparameters:
@@ -151,8 +148,8 @@ class Hyperparameters:
             for key, value in group.items():
                 if type(value) in _NO_FLOATS:
                     continue
-                if _holds_traced(value) and not _live(value):
-                    value = group[key] = _plain(value)  # the user kept it from an earlier call
+                if holds_traced(value) and not _live(value):
+                    value = group[key] = plain_tuple(value)  # the user kept it from an earlier call
                 if not has_floats(value):
                     continue
                 place, entry = path(group, key), known.entries.get(key)
@@ -179,8 +176,8 @@ class Hyperparameters:
                     continue
                 if entry is not None and value is entry.traced:
                     known.group[key] = entry.original
-                elif _holds_traced(value):
-                    number = known.group[key] = _plain(value)
+                elif holds_traced(value):
+                    number = known.group[key] = plain_tuple(value)
                     entry = known.entries[key] = _Entry(number, value, stored=True)
                 elif entry is not None:  # a number that Python has, perhaps the one from before
                     entry = known.entries[key] = _Entry(value, value, stored=True)

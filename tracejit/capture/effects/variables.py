@@ -102,7 +102,7 @@ class Variable:
             now = self.get()
         except (LookupError, ValueError):
             return False
-        return holds_traced(now) or (may_vary(now) and not same(before, now))
+        return may_vary(plain_tuple(now)) and (holds_traced(now) or not same(before, now))
 
     def holds_integer(self) -> bool:
         """Whether it holds an int now, or a tuple that has one."""
@@ -149,10 +149,8 @@ def may_vary(x: object) -> bool:
 
 
 def holds_traced(x: object) -> bool:
-    """Whether x is a runtime scalar, or a tuple that a variable may hold with such in it."""
-    if is_tuple(x):
-        return any(map(holds_traced, x)) and may_vary(plain_tuple(x))
-    return is_traced(x)
+    """Whether x is a runtime scalar, or a tuple with such in it."""
+    return any(map(holds_traced, x)) if is_tuple(x) else is_traced(x)
 
 
 def is_tuple(x: object) -> bool:
@@ -161,7 +159,7 @@ def is_tuple(x: object) -> bool:
 
 
 def plain_tuple(x: object) -> object:
-    """A value of a variable without runtime scalars."""
+    """A value, or a tuple of such, without runtime scalars."""
     return like(x, map(plain_tuple, x)) if is_tuple(x) else plain(x)
 
 

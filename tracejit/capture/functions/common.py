@@ -411,6 +411,21 @@ def in_place(out_of_place: Callable) -> Callable:
     return rule
 
 
+def in_place_along(out_of_place: Callable) -> Callable:
+    """The in-place form of a rule of (input, dim, dtype), whose dtype may only be what is there."""
+    write = in_place(out_of_place)
+
+    @wraps(out_of_place)
+    def rule(
+        t: Trace, self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        if dtype is not None and TO_IR[dtype] is not t.lift(self).dtype:
+            raise t.shape_error(f"Bad in-place call: the tensor does not have the dtype {dtype}")
+        return write(t, self, dim)
+
+    return rule
+
+
 def with_inplace(implementation: Callable, position: int) -> Callable:
     """A rule of torch.nn.functional: an `inplace` flag stands after `position` arguments."""
 

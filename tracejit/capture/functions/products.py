@@ -10,7 +10,7 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.arithmetic import mul, sub
 from tracejit.capture.functions.assembly import cat
-from tracejit.capture.functions.common import cast, in_place, normal_axis, register
+from tracejit.capture.functions.common import cast, in_place_along, normal_axis, register
 from tracejit.capture.functions.contraction import bmm, mv, plus
 from tracejit.capture.functions.derived import derived, spread, widened
 from tracejit.capture.functions.movement import narrow, permute, reshape
@@ -326,11 +326,4 @@ for _implementation in (baddbmm, addbmm, addmv, addr):
     register((_implementation.__name__,), _implementation)
 
 
-@rule(Tensor.cumsum_)
-def cumsum_(t: Trace, self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    if dtype is not None and TO_IR[dtype] is not t.lift(self).dtype:
-        raise t.shape_error(f"Bad in-place call: the tensor does not have the dtype {dtype}")
-    return _cumsum_(t, self, dim)
-
-
-_cumsum_ = in_place(cumsum)
+rule(Tensor.cumsum_)(in_place_along(cumsum))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tracejit.capture.functions.common import cast, in_place, normal_axis, register
+from tracejit.capture.functions.common import cast, in_place_along, normal_axis, register
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import derived, require_float, widen
 from tracejit.capture.functions.patterns import position
@@ -67,14 +67,7 @@ def cumprod(t: Trace, input: Tensor, dim: int, *, dtype: torch.dtype | None = No
     return t.fresh(t.saves(y, x, y))
 
 
-@rule(Tensor.cumprod_)
-def cumprod_(t: Trace, self: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
-    if dtype is not None and TO_IR[dtype] is not t.lift(self).dtype:
-        raise t.shape_error(f"Bad in-place call: the tensor does not have the dtype {dtype}")
-    return _cumprod_(t, self, dim)
-
-
-_cumprod_ = in_place(cumprod)
+rule(Tensor.cumprod_)(in_place_along(cumprod))
 
 
 def _running(name: str) -> Callable:

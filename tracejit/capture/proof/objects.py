@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from abc import abstractmethod
 from collections import Counter
 from enum import Enum
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
@@ -47,32 +46,7 @@ from tracejit.capture.python.classes import is_heap_type, module_of, slots
 
 
 class Objects(Functions):
-    """How a walk guards objects. `Walk` is the class that has the rest."""
-
-    groups: set[int]
-    containers: list[tuple[Variable, object]]
-    assigned: list[Variable]
-
-    @abstractmethod
-    def visit(
-        self,
-        x: object,
-        at: str,
-        path: str,
-        key: tuple | None = None,
-        *,
-        owned: bool = True,
-        place: Variable | None = None,
-    ) -> None:
-        """Guard a value: see `Walk`."""
-
-    @abstractmethod
-    def _found(self, x: object, at: str) -> str:
-        """A local for an object that is looked up in each call."""
-
-    @abstractmethod
-    def _item(self, holder: object, key: object, path: str, owned: bool) -> Variable:
-        """A place in a holder."""
+    """How a walk guards objects. It is a base of `Walk`, which has the rest."""
 
     def _object(
         self, x: object, at: str, path: str, owned: bool, found: Variable | None = None

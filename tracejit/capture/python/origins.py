@@ -8,10 +8,11 @@ from types import CodeType
 import numpy as np
 import torch
 
+from tracejit.capture.trace.location import ByCode
+
 _HERE = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _NUMPY = os.path.dirname(os.path.abspath(np.__file__)) + os.sep
-MOST = 20_000
 _STDLIB = os.path.dirname(os.__file__) + os.sep
 
 
@@ -36,17 +37,15 @@ def origin(code: CodeType) -> str:
         else:
             known = "user"
         ORIGINS[code] = known
-    if len(_KNOWN) > MOST:  # codes that are made anew in each call
-        _KNOWN.clear()
-    _KNOWN[id(code)] = code, known
+    _KNOWN.keep(code, known)
     return known
 
 
 def belongs(code: CodeType, whose: str) -> None:
     """Say whose code this is, which its file does not tell."""
     ORIGINS[code] = whose
-    _KNOWN[id(code)] = code, whose
+    _KNOWN.keep(code, whose)
 
 
 ORIGINS: dict[CodeType, str] = {}
-_KNOWN: dict[int, tuple[CodeType, str]] = {}  # by id: hashing a code costs as much as a call
+_KNOWN = ByCode()

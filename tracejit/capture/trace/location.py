@@ -14,10 +14,23 @@ _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OPTIMIZERS = os.path.join(_TORCH, "optim", "")
 _CALL = Module._call_impl.__code__  # its frame has the module that is called
-# by the ids of codes, which are kept: hashing one costs as much as a call
-_is_user: dict[int, tuple[CodeType, bool]] = {}
-_outermost: dict[int, CodeType] = {}
-_MOST = 20_000
+_outermost: dict[int, CodeType] = {}  # by id, as in `ByCode`
+
+
+class ByCode(dict):
+    """What is known of code objects, by their ids, with the objects: hashing one costs as much as a
+    call. All is forgotten where there are many, as of codes that are made anew in each call."""
+
+    MOST = 20_000
+
+    def keep(self, code: CodeType, known: object) -> None:
+        """From now on this is known."""
+        if len(self) > self.MOST:
+            self.clear()
+        self[id(code)] = code, known
+
+
+_is_user = ByCode()
 
 
 def user_frame():
@@ -35,9 +48,8 @@ def _belongs_to_user(code: CodeType) -> bool:
     if known is None:
         name = code.co_filename
         users = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
-        if len(_is_user) > _MOST:  # codes that are made anew in each call
-            _is_user.clear()
-        known = _is_user[id(code)] = code, users
+        _is_user.keep(code, users)
+        return users
     return known[1]
 
 
