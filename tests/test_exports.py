@@ -24,6 +24,7 @@ from tracejit.testing import losses_agree
 
 CALLS = 20
 QUICK = ("by_hand", "two_layers", "classifier", "custom_function", "dynamic", "block")
+QUICK += ("recurrent",)
 SLOW = ("gpt", "alex", "resnet18")
 PROGRAMS = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 

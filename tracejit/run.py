@@ -192,7 +192,7 @@ class _Writer:
         if self.armed is None:
             count = sum(cut.found for cut in captured.cuts)
             before += [f"found{k} = call.found[{k}]" for k in range(count)]
-            before += self.draws.drawn()
+            before += self.draws.drawn(self._drawn())
         if self.armed is not None and captured.branches:
             self._stages()  # first: what is checked may stand behind a decision
             self._draw()
@@ -252,6 +252,13 @@ class _Writer:
             ["def perform(reals, scalars, addresses, holders, call):", *_indented(lines), ""]
         )
         return text, names
+
+    def _drawn(self) -> set[int]:
+        """The draws that inputs are."""
+        checks = self.captured.checks
+        sources = [*self.captured.sources, *(() if checks is None else checks.sources)]
+        sources += [source for cut in self.captured.cuts for source in cut.sources]
+        return {k for of, k in sources if of == "draw"}
 
     def _checks(self, when: range) -> None:
         """Check the values of index tensors (0), and computed values: these as soon as what they

@@ -333,6 +333,27 @@ def selecting() -> Saved:
     return Saved(step, given, lambda: _named(model=model), kinds=3)
 
 
+def recurrent() -> Saved:
+    """A loop over time with dropout in it, whose masks are rows of one memory."""
+    torch.manual_seed(0)
+    cell, out = nn.GRUCell(4, 6).double(), nn.Linear(6, 2).double()
+    parameters = [*cell.parameters(), *out.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+
+    def step(x, y):
+        h, outs = x.new_zeros(3, 6), []
+        for row in x.unbind(1):
+            h = cell(F.dropout(row, 0.25), h)
+            outs.append(F.dropout(h, 0.5))
+        loss = F.mse_loss(out(torch.stack(outs, 1)), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return Saved(step, batches_of((3, 10, 4), (3, 10, 2)), lambda: _named(cell=cell, out=out))
+
+
 @dataclass(slots=True)
 class Weighed:
     """A batch in slots, with a number."""
@@ -368,7 +389,7 @@ STEPS = {
     make.__name__: make
     for make in (
         *(by_hand, two_layers, classifier, custom_function, dynamic, deciding, gpt, images),
-        *(alex, resnet18, block, scheduled, selecting, noting),
+        *(alex, resnet18, block, scheduled, selecting, noting, recurrent),
     )
 }
 
@@ -393,4 +414,4 @@ def rich() -> Saved:
     return Saved(step, lambda i: (*batches(i), labels, at), lambda: {"w": w})
 
 
-FILES = (by_hand, two_layers, deciding, rich, scheduled, selecting, noting)
+FILES = (by_hand, two_layers, deciding, rich, scheduled, selecting, noting, recurrent)

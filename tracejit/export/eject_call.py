@@ -17,10 +17,11 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.proof.guards import condition
 from tracejit.capture.signature import Fielded, Keyed, Listed
+from tracejit.capture.trace.draws import Together
 from tracejit.capture.trace.tensor import extent
 from tracejit.errors import CannotEject, TracejitError
 from tracejit.export.eject_commit import Commit, plain_text
-from tracejit.export.eject_draws import draw_line
+from tracejit.export.eject_draws import draw_line, memory_line
 from tracejit.export.eject_parts import EjectedParts
 from tracejit.export.eject_text import (
     NAMED,
@@ -241,13 +242,19 @@ class CallText:
     def _draws(self, count: int) -> Iterator[str]:
         """Lines that draw, up to so many of the step's events."""
         c = self.captured
+        together = {k: e for k, e in enumerate(c.draws) if isinstance(e, Together)}
+        rows = {k: f"draw{at}[{i}]" for at, e in together.items() for i, k in enumerate(e.rows)}
+        if count and not self._drawn:
+            yield from (memory_line(k, e) for k, e in together.items())
         while self._drawn < count:
             k, event = self._drawn, c.draws[self._drawn]
             self._drawn += 1
+            if k in together:
+                continue
             given = self.code.add(c.host_nodes, event.numbers, self.scalars)
             numbers = [self._pasted(x) for x in given]
             yield from self._new_code()
-            yield draw_line(k, event, numbers)
+            yield draw_line(k, event, numbers, rows.get(k, ""))
 
     def _checks(self) -> Iterator[str]:
         """Lines that raise what eager raises for values that the step computes."""

@@ -13,11 +13,13 @@ import numpy as np
 
 from tracejit.ir.graph import Arg, Node, Value
 from tracejit.passes.repeats import LEAST, Run
+from tracejit.passes.rewrite import identity
 from tracejit.passes.rows import Rows, Sources
 
 SOURCES = ("full", "iota")  # made where they are wanted
 STAYS = ("loop", "matrices", "host")  # families that no body has
 VIEWS = ("reshape", "permute", "alias", "expand")
+BACK = 4  # repetitions back, whose values are carried on
 
 
 class NoLoop(Exception):
@@ -42,7 +44,7 @@ class Placed:
 class Column:
     """An operand in all repetitions.
 
-    kind:  "literal"; "inside", a value of the same repetition; "carried", of the one before;
+    kind:  "literal"; "inside", a value of the same repetition; "carried", of the one `back` before;
            "same", a value from outside; "rows" of one; "mask", true where a pad stands.
     place: of the node in the body.
     """
@@ -53,6 +55,7 @@ class Column:
     value: Value | None = None
     rows: Rows | None = None
     placed: Placed | None = None
+    back: int = 0
 
 
 @dataclass
@@ -87,7 +90,7 @@ class Body:
 
     def __post_init__(self) -> None:
         self.holds = np.ones(self.run.times, bool)
-        self.follows = np.ones(self.run.times, bool)  # the one before, in what is carried
+        self.follows: dict[int, np.ndarray] = {}  # an earlier one, in what is carried, by `back`
         for place in range(self.run.period):
             self._place(place)
         self._cut()
@@ -152,18 +155,32 @@ class Body:
             if 0 <= there < place:
                 self.holds &= distance == there
                 return Column("inside", there)
-            if -run.period <= there < 0:
-                self.follows &= distance == there
-                return Column("carried", there + run.period)
+            back = -(there // run.period)
+            if 0 < back <= BACK:
+                follows = self.follows.setdefault(back, np.ones(run.times, bool))
+                follows &= distance == there
+                return Column("carried", there + back * run.period, back=back)
             raise NoLoop
         if values[middle + 1].id == one.id:
             self.holds &= alike
             return self._same(one)
         rows = self.world.sources.rows(values)
         if rows is None:
-            return self._mask(values)
+            return self._equal(values, at) or self._mask(values)
         self.holds &= np.array(rows.valid)
         return Column("rows", rows=rows)
+
+    def _equal(self, values: Sequence[Value], at: np.ndarray) -> Column | None:
+        """The same constant for each repetition, made outside of all: cotangents of losses."""
+        made, middle = self.world.sources.made, (len(values) - 1) // 2
+        one = made.get(values[middle].id)
+        if one is None or one.op.name not in SOURCES or one.inputs:
+            return None
+        nodes = [made.get(v.id) for v in values]
+        alike = [n is not None and identity(n) == identity(one) for n in nodes]
+        alike &= (at < self.run.start) | (at >= self.run.stop)
+        self.holds &= alike
+        return self._same(values[int(np.where(alike, at, at.max() + 1).argmin())])
 
     def _mask(self, values: list[Value]) -> Column:
         nodes = [self.world.sources.made.get(v.id) for v in values]
@@ -234,10 +251,11 @@ class Body:
         best = low = 0
         for r in range(self.run.times + 1):
             ends = r == self.run.times or not self.holds[r]
-            if ends or not self.follows[r]:
+            lost = [b for b, x in self.follows.items() if not ends and not x[r] and r - low >= b]
+            if ends or lost:
                 if r - low > best:
                     best, self.low, self.high = r - low, low, r
-                low = r + 1 if ends else r
+                low = r + 1 if ends else r + 1 - min(lost)
         if best < LEAST:
             raise NoLoop
         if best < self.run.times:
@@ -269,8 +287,7 @@ class Body:
                 continue
             column = self.columns[place][0]
             if column.kind in ("inside", "carried"):
-                back = int(column.kind == "carried")
-                read = {r - back for r in self.outside[place]} - {-1}
+                read = {r - column.back for r in self.outside[place] if r >= column.back}
                 self.outside.setdefault(column.place, set()).update(read)
 
     def is_view(self, place: int) -> bool:

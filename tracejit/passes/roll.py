@@ -14,7 +14,7 @@ from tracejit.ir.graph import Builder, Graph, Node, Value, next_id
 from tracejit.passes.columns import Body, NoLoop, World
 from tracejit.passes.dce import dce
 from tracejit.passes.ladders import stacked_ladders
-from tracejit.passes.repeats import Run, aligned, find_runs
+from tracejit.passes.repeats import LEAST, Run, aligned, find_runs
 from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.rolled import Loop, Rolled
 from tracejit.passes.rows import Sources
@@ -52,7 +52,14 @@ class _Rolling:
         self.rolled: dict[int, Rolled] = {}
 
     def run(self, runs: Sequence[Run]) -> Graph:
-        runs = [run for run in runs if self._is_worth_it(run)]
+        small = [run for run in runs if not self._is_worth_it(run)]
+        self._roll([run for run in runs if run not in small])
+        if not self.rolled:
+            return self.graph
+        self._roll([run for run in small if self._reads_rows(run) and not self._is_taken(run)])
+        return self._assembled()
+
+    def _roll(self, runs: Sequence[Run]) -> None:
         while runs:
             chosen: list[Run] = []
             for run in runs:
@@ -61,16 +68,24 @@ class _Rolling:
             for run in sorted(chosen, key=lambda r: r.start):
                 self._try(run)
             runs = [r for r in runs if r not in chosen and not self._is_taken(r)]
-        if not self.rolled:
-            return self.graph
-        return self._assembled()
 
     def _is_worth_it(self, run: Run) -> bool:
-        families = {n.op.family for n in self.nodes[run.start : run.start + run.period]}
+        families = self._families(run)
         fuses = families <= {"elementwise", "movement", "source", "host"}
         return run.stop - run.start >= (self.many if fuses else self.few) and families != {
             "movement"
         }
+
+    def _families(self, run: Run) -> set[str]:
+        return {n.op.family for n in self.nodes[run.start : run.start + run.period]}
+
+    def _reads_rows(self, run: Run) -> bool:
+        """Whether the repetitions read what those of a loop give, as a sum of losses does: else
+        each of the rows would be read by itself."""
+        if self._families(run) == {"movement"}:
+            return False
+        nodes, members = self.nodes[run.start : run.stop], self.sources.members
+        return sum(v.id in members for n in nodes for v in n.inputs) >= LEAST
 
     def _is_taken(self, run: Run) -> bool:
         return any(i in self.consumed for i in (run.start, run.stop - 1)) or any(
@@ -140,7 +155,7 @@ class _Rolling:
         found = len(self.b.nodes)
         for family in item.families:
             for repetition, value in family.values.items():
-                if repetition >= 0 and value.id in wanted and value not in self.instead:
+                if repetition >= family.own and value.id in wanted and value not in self.instead:
                     self.instead[value] = family.row(self.b, repetition)
                     wanted.add(self.instead[value].id)
         nodes = self.b.nodes[found:]

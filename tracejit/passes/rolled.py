@@ -18,6 +18,7 @@ from tracejit.passes.rewrite import substituted
 from tracejit.passes.rows import Family, Rows, all_moved, moved
 from tracejit.passes.totals import Totals, mask_of_all, moved_on, total
 
+Key = tuple[int, tuple[int, ...]]  # what is carried: its place, and the first values by their ids
 LARGE = 1 << 26  # bytes that what is only carried may take for all repetitions
 
 
@@ -45,7 +46,8 @@ class Loop:
         self.instead: dict[Value, Value] = {}
         self.whole: dict[int, tuple[Value, Value]] = {}  # operands, and params
         self.read: dict[tuple, tuple[Rows, Value]] = {}
-        self.carried: dict[tuple[int, int], tuple[Value, Value, Value]] = {}
+        self.carried: dict[Key, tuple[Value, Value]] = {}  # the first value, and the param
+        self.longer: dict[int, Key] = {}  # of operands that are carried over several, by identity
         self.values: list[Value | None] = []
         self.constant: set[int] = set()  # places of what is computed of literals alone
         self.stacks: dict[tuple, Value] = {}
@@ -95,21 +97,23 @@ class Loop:
         for found in self.totals.all:
             for term in found.terms:
                 if term.how != "summed":
-                    self._lift(body.columns[term.column.place], kept)
+                    self._lift(term.column.place, kept)
         return sorted(kept)
 
-    def _lift(self, columns: Sequence[Column], kept: set[int]) -> None:
-        """Note what has to be kept, so that all rows of some operands are known."""
+    def _lift(self, place: int, kept: set[int]) -> None:
+        """Note what has to be kept, so that all rows of a node's operands are known."""
         body = self.body
-        for column in columns:
+        for k, column in enumerate(body.columns[place]):
             if column.kind not in ("inside", "carried") or column.place in body.fixed:
                 continue
+            if column.back > 1:
+                self._carried(column, self._firsts(place, k, column))
             if column.kind == "carried":
                 if column.place in {t.place for t in self.totals.all}:
                     raise NoLoop
                 kept.add(column.place)
             elif body.is_view(column.place) and column.place not in body.sliced:
-                self._lift(body.columns[column.place], kept)
+                self._lift(column.place, kept)
             elif column.place not in body.sliced:
                 if column.place in self.skipped:
                     raise NoLoop
@@ -169,7 +173,17 @@ class Loop:
     def _args(self, place: int, node: Node) -> list[Arg | None]:
         columns = self.body.columns[place]
         like = node.out.type
-        return [self._inside(c, self.world.args(node)[k], like) for k, c in enumerate(columns)]
+        return [
+            self._carried(c, self._firsts(place, k, c))
+            if c.kind == "carried"
+            else self._inside(c, self.world.args(node)[k], like)
+            for k, c in enumerate(columns)
+        ]
+
+    def _firsts(self, place: int, k: int, column: Column) -> list[Value]:
+        """What an operand that is carried is in the first repetitions, the last one first."""
+        nodes = [self.body.node(place, r) for r in range(column.back)]
+        return [self.world.args(node)[k] for node in reversed(nodes)]
 
     def _inside(self, column: Column, first: Arg, like: Type) -> Arg | None:
         """An operand of a node in the body, None if that is not computed there. `first` is that of
@@ -183,8 +197,6 @@ class Loop:
                 return self._whole(column.value)
         if column.kind == "rows":
             return self._rows_inside(column.rows)
-        if column.kind == "carried":
-            return self._carried(column.place, first)
         return self.values[column.place]
 
     def _number(self, number: Value, like: Type) -> Value:
@@ -227,16 +239,27 @@ class Loop:
     def families_type(family: Family) -> Type:
         return Type(family.dtype, family.shape, family.flat.type.device)
 
-    def _carried(self, place: int, first: Value) -> Value:
-        """What the repetition before has computed; in the first one it is `first`."""
-        key = place, first.id
-        if key not in self.carried:
-            kind = self.body.node(place).out.type
-            if first.type != kind:
-                raise NoLoop
-            param = self.inside.value(kind)
-            self.carried[key] = first, param, param
-        return self.carried[key][2]
+    def _carried(self, column: Column, firsts: Sequence[Value]) -> Value:
+        """What an earlier repetition has computed. `firsts` are the values that the first ones are
+        given, that of the very first one last; each is handed on from one to the next."""
+        body, start = self.body, self.body.start
+        kind = body.node(column.place).out.type
+        for n, first in enumerate(firsts, 1):
+            key = column.place, tuple(v.id for v in firsts[:n])
+            if key not in self.carried:
+                made = self.world.index.get(first.id, -1)
+                outside = not start <= made < body.stop or made - start in body.fixed
+                if first.type != kind or not outside:
+                    raise NoLoop
+                self.carried[key] = first, self.inside.value(kind)
+        if column.back > 1:
+            self.longer[id(column)] = key
+        return self.carried[key][1]
+
+    def _next(self, key: Key) -> Value | None:
+        """What is carried on in the place of a param."""
+        place, firsts = key
+        return self.carried[place, firsts[:-1]][1] if len(firsts) > 1 else self.values[place]
 
     # ---- the loop
 
@@ -254,9 +277,9 @@ class Loop:
             if self.values[place] is None:
                 raise NoLoop
         carried, nodes = self._needed([self.values[q] for q in kept], sums)
-        places = {place for place, _ in carried}
+        places = {place for place, firsts in carried if len(firsts) == 1}
         rest = [q for q in kept if q not in places]
-        results = [self.values[place] for place, _ in carried]
+        results = [self._next(key) for key in carried]
         results += [self.values[q] for q in rest]
         for place, _ in carried:
             size = body.node(place).out.type.nbytes * body.times
@@ -279,42 +302,34 @@ class Loop:
         )
         shapes = [v.type.shape for v in (*results, *sums)]
         found = sections(shapes, len(carried), body.times, len(sums))
-        of: dict[int, Family] = {}
-        for k, place in enumerate([*(p for p, _ in carried), *rest]):
-            if place in of:
+        of: dict[object, Family] = {}  # by place, or by what is carried over several
+        for k, key in enumerate([*carried, *((q, ()) for q in rest)]):
+            place, firsts = key
+            name = key if len(firsts) > 1 else place
+            if name in of:
                 continue
-            first = k < len(carried)
-            values = {r: body.node(place, r).out for r in range(body.times)}
-            if first:
-                values[-1] = self.carried[carried[k]][0]
-            kind = values[0].type
-            of[place] = Family(
-                values,
-                flat,
-                found[k].start,
-                found[k].rows,
-                kind.shape,
-                kind.dtype,
-                self.reverse,
-                first,
-            )
+            own = max(len(firsts) - 1, 0)
+            values = {r + own: body.node(place, r).out for r in range(body.times - own)}
+            for n in range(len(firsts)):
+                values[own - 1 - n] = self.carried[place, firsts[: n + 1]][0]
+            kind = body.node(place).out.type
+            layout = found[k].start, found[k].rows, kind.shape, kind.dtype
+            of[name] = Family(values, flat, *layout, self.reverse, bool(firsts), own)
         self.families = list(of.values())
         self._emit_totals(of, flat, found[len(results) :])
 
-    def _needed(
-        self, kept: Sequence[Value], sums: Sequence[Value]
-    ) -> tuple[list[tuple[int, int]], list[Node]]:
+    def _needed(self, kept: Sequence[Value], sums: Sequence[Value]) -> tuple[list[Key], list[Node]]:
         """What is carried to compute some values, and the nodes that do."""
-        carried: dict[tuple[int, int], None] = {}
+        carried: dict[Key, None] = dict.fromkeys(self.longer.values())
         while True:
-            roots = [*kept, *sums, *(self.values[place] for place, _ in carried)]
+            roots = [*kept, *sums, *map(self._next, carried)]
             if any(v is None for v in roots):
                 raise NoLoop
             nodes = live(self.inside.nodes, roots)
             used = {a.id for n in nodes for a in n.inputs} | {v.id for v in roots}
             more = [
                 key
-                for key, (_, param, _) in self.carried.items()
+                for key, (_, param) in self.carried.items()
                 if param.id in used and key not in carried
             ]
             if not more:
@@ -330,7 +345,7 @@ class Loop:
 
     def _graph(
         self,
-        carried: Sequence[tuple[int, int]],
+        carried: Sequence[Key],
         nodes: list[Node],
         results: Sequence[Value],
         dtype: DType,
@@ -342,7 +357,7 @@ class Loop:
         instead: dict[Value, Value] = {}
         b.nodes = []
         for key in carried:
-            first, param, _ = self.carried[key]
+            first, param = self.carried[key]
             kind = param.type
             wide = b.value(Type(dtype, kind.shape, kind.device))
             params.append(Param(wide))
@@ -370,7 +385,7 @@ class Loop:
 
     # ---- totals
 
-    def _emit_totals(self, of: dict[int, Family], flat: Value, sums: Sequence) -> None:
+    def _emit_totals(self, of: dict[object, Family], flat: Value, sums: Sequence) -> None:
         body, b = self.body, self.outside
         parts = iter(sums)
         for found in self.totals.all:
@@ -403,7 +418,7 @@ class Loop:
             value = b.add(value, 0.0) if taken.zeros else value
             self.instead[body.node(taken.place, body.times - 1).out] = value
 
-    def _lifted(self, column: Column, of: dict[int, Family]) -> Value:
+    def _lifted(self, column: Column, of: dict[object, Family]) -> Value:
         """All rows of an operand, as the loop goes."""
         body, b = self.body, self.outside
         if column.kind == "rows":
@@ -419,14 +434,14 @@ class Loop:
             node = body.node(column.place)
             x = self._lifted(body.columns[column.place][0], of)
             return all_moved(b, x, node.op, dict(node.attrs))
-        family = of.get(column.place)
+        family = of.get(self.longer.get(id(column), column.place))
         if family is None:
             raise NoLoop
         first = -1 if column.kind == "carried" else 0
         if first < 0 and not family.carried:
             raise NoLoop
         rows = Rows(family, first, 1, [True] * body.times)
-        key = "own", column.place, first
+        key = "own", id(family), first
         if key not in self.stacks:
             self.stacks[key] = rows.stacked(b, self.reverse)
         return self.stacks[key]

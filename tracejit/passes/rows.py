@@ -23,6 +23,7 @@ class Family:
     values: of the graph before, by repetition; -1 is what is carried at first.
     flat:   the loop's result; `start` and `rows` of the section in it.
     dtype:  of the values; that of the flat result may be wider.
+    own:    the first repetition whose value the loop computes; those before it are given to it.
     """
 
     values: dict[int, Value]
@@ -33,6 +34,7 @@ class Family:
     dtype: DType
     reverse: bool
     carried: bool
+    own: int = 0
 
     def place(self, repetition: int) -> int:
         """The row of a repetition."""
@@ -194,6 +196,7 @@ class Sources:
     def _of_family(self, values: Sequence[Value], middle: int) -> Rows | None:
         ones = self.members.get(values[middle].id, ())
         twos = {id(f): at for f, at in self.members.get(values[middle + 1].id, ())}
+        best: Rows | None = None
         for family, at in ones:
             step = twos.get(id(family), at) - at
             if step == 0:
@@ -201,8 +204,9 @@ class Sources:
             first = at - step * middle
             places = (family.values.get(first + r * step) for r in range(len(values)))
             valid = [x is not None and x.id == v.id for x, v in zip(places, values, strict=True)]
-            return Rows(family, first, step, valid)
-        return None
+            if best is None or sum(valid) > sum(best.valid):
+                best = Rows(family, first, step, valid)
+        return best
 
     def slices(self, nodes: Sequence[Node | None], middle: int) -> Rows | None:
         one, two = nodes[middle], nodes[middle + 1]

@@ -76,9 +76,12 @@ class Totals:
         self.body = body
         self.inside: dict[int, list[tuple[int, int]]] = {}
         self.carried: dict[int, list[tuple[int, int]]] = {}
+        self.longer: set[int] = set()  # places that are read more than one repetition later
         for place, columns in enumerate(body.columns):
             for k, column in enumerate(columns):
-                if column.kind in ("inside", "carried"):
+                if column.back > 1:
+                    self.longer.add(column.place)
+                elif column.kind in ("inside", "carried"):
                     readers = self.inside if column.kind == "inside" else self.carried
                     readers.setdefault(column.place, []).append((place, k))
         found = (self._total(place) for place in sorted(self.carried))
@@ -143,6 +146,8 @@ class Totals:
             passed.append(at)
         if self.inside.get(place) or not body.outside.get(place, set()) <= {body.times - 1}:
             return None
+        if not self.longer.isdisjoint(passed):
+            return None
         return Taken(place, first, rows, masks[0], tuple(passed), len(passed) > 2)
 
     def _total(self, place: int) -> Total | None:
@@ -157,7 +162,7 @@ class Totals:
         kind = body.node(place).out.type
         while True:
             node = body.node(at)
-            if node.out.type != kind:
+            if node.out.type != kind or at in self.longer:
                 return None
             adds.append(at)
             if node.op.name == "where" and k == 2:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.trace.draws import Draw, Event
+from tracejit.capture.trace.draws import Draw, Event, Together
 from tracejit.ir.graph import Graph, Node, Param, Result, Value, Write
 from tracejit.ir.types import Type
 from tracejit.saved.archive import Damaged
@@ -91,7 +91,8 @@ def _checks(c: Captured, to: str):
 
 
 def _event(event: Event, to: str) -> Event:
-    return replace(event, type=_type(event.type, to)) if isinstance(event, Draw) else event
+    drawn = isinstance(event, (Draw, Together))
+    return replace(event, type=_type(event.type, to)) if drawn else event
 
 
 def _type(type: Type, to: str) -> Type:

@@ -22,7 +22,7 @@ from tracejit.capture.effects.text import parse_effects
 from tracejit.capture.signature import Fielded, Keyed, Listed
 from tracejit.capture.trace.bounds import Bound
 from tracejit.capture.trace.cuts import Cut, Source
-from tracejit.capture.trace.draws import Draw, Event, Keep, Restore, Seed
+from tracejit.capture.trace.draws import Draw, Event, Keep, Restore, Seed, Together
 from tracejit.capture.trace.scalars import RELATIONS, Predicate
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Graph, Param, Result, Value, print_arg
@@ -235,6 +235,9 @@ def _event(event: Event, arg: Callable[[Arg], Arg]) -> Json:
         case Draw(fill, names, _, type, strides):
             kind = {"names": list(names), "type": str(type), "strides": list(strides)}
             return {"do": fill, **of, **kind}
+        case Together(rows, type, strides):
+            kind = {"rows": list(rows), "type": str(type), "strides": list(strides)}
+            return {"do": "together", **of, **kind}
         case Restore(kept):
             return {"do": "restore", **of, "kept": kept}
     return {"do": "seed" if isinstance(event, Seed) else "keep", **of}
@@ -442,7 +445,8 @@ def _read_given(item: Item) -> object:
 def _read_event(item: Item) -> Event:
     do = item.items().get("do", item).value
     common = ("do", "generator", "numbers")
-    more = {"seed": (), "keep": (), "restore": ("kept",)}.get(do, ("names", "type", "strides"))
+    more = {"seed": (), "keep": (), "restore": ("kept",), "together": ("rows", "type", "strides")}
+    more = more.get(do, ("names", "type", "strides"))
     said = item.table(*common, *more)
     generator = said["generator"].whole()
     numbers = tuple(map(_read_arg, said["numbers"].rows()))
@@ -453,6 +457,9 @@ def _read_event(item: Item) -> Event:
             return Keep(generator, numbers)
         case "restore":
             return Restore(said["kept"].whole(), generator, numbers)
+        case "together":
+            geometry = parse_type(said["type"].text()), said["strides"].wholes()
+            return Together(said["rows"].wholes(), *geometry, generator, numbers)
         case fill:
             names = tuple(x.text() for x in said["names"].rows())
             geometry = parse_type(said["type"].text()), said["strides"].wholes()

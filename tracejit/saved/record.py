@@ -16,7 +16,7 @@ from tracejit.capture.effects.captured import Captured
 from tracejit.ir.types import DType, contiguous_strides
 from tracejit.saved.schedules import SavedCallback, SavedSchedules
 
-VERSION = (1, 2)
+VERSION = (1, 3)
 # what a loaded step's call has as holders: by name, what stores go to; then each of its lists
 NUMBERS, TENSORS, LISTS = 0, 1, 2
 

@@ -15,7 +15,7 @@ import torch
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.late import among, cuts_behind
 from tracejit.capture.signature import leaves
-from tracejit.capture.trace.draws import Draw, Keep, Restore, Seed
+from tracejit.capture.trace.draws import Draw, Keep, Restore, Seed, Together
 from tracejit.capture.trace.tensor import extent, is_dense
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Graph, Param, Value
@@ -196,6 +196,8 @@ class _Plan:
                     need(kept.generator == event.generator, "a state of another generator")
                 case Draw():
                     self._draw(event, generator.device)
+                case Together():
+                    self._together(k, event)
 
     def _draw(self, draw: Draw, device: str) -> None:
         names = draw.names
@@ -208,6 +210,24 @@ class _Plan:
             need(draw.numbers == draw.type.shape and draw.type.dtype.kind == "i", "a permutation")
             need(type(draw.numbers[0]) is int, "a permutation")
 
+    def _together(self, k: int, event: Together) -> None:
+        """Rows of one kind, each of which one draw fills, and nothing is drawn after them."""
+        draws = self.captured.draws
+        need(all(isinstance(x, Together) for x in draws[k:]), "rows are put together too early")
+        need(event.rows and all(row < k for row in event.rows), "there is no such row")
+        rows = [draws[row] for row in event.rows]
+        need(all(isinstance(x, Draw) and x.fill != "randperm" for x in rows), "no such rows")
+        others = (x.rows for x in draws[k + 1 :])
+        taken = [*event.rows, *(row for more in others for row in more)]
+        need(len({*taken}) == len(taken), "a row lies at two places")
+        one = rows[0]
+        need(all(x.generator == event.generator for x in rows), "rows of several generators")
+        need(all((x.type, x.strides) == (one.type, one.strides) for x in rows), "rows differ")
+        kind = Type(one.type.dtype, (len(rows), *one.type.shape), one.type.device)
+        strides = (one.type.numel, *one.strides)
+        need((event.type, tuple(event.strides)) == (kind, strides), "no memory of these rows")
+        need(not event.numbers, "rows take no number")
+
     def _sources(self, sources: Sequence[tuple[str, int]], graph: Graph) -> None:
         """Each param of a graph is what its source gives."""
         need(len(sources) == len(graph.params), "sources and params of a graph")
@@ -219,7 +239,7 @@ class _Plan:
             if kind == "draw":
                 draws = self.captured.draws
                 drawn = index < len(draws) and draws[index]
-                need(isinstance(drawn, Draw), "there is no such draw")
+                need(isinstance(drawn, (Draw, Together)), "there is no such draw")
                 found = drawn.type, drawn.strides
             elif kind == "found":
                 need(index < sum(cut.found for cut in self.captured.cuts), "nothing is found so")

@@ -24,6 +24,7 @@ from tracejit.capture.effects.effects import (
 from tracejit.capture.effects.late import late_cuts
 from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.effects.structure import Structure
+from tracejit.capture.effects.together import draws_together
 from tracejit.capture.functions.data_parallel import check_over
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import LOOPED, count
@@ -288,8 +289,11 @@ def _captured(
     late: tuple[int, ...],
 ) -> Captured:
     scalars = tuple(value for value, _ in t.scalars.params)
-    sources = _sources(t, graph)
+    sources, events = _sources(t, graph), tuple(t.draws.events)
     host_nodes = tuple(n for n in t.b.nodes if n.op.family == "host")
+    if len(late) == len(t.cuts):  # else segments share values with the graph
+        whole = graph, sources, events, host_nodes
+        graph, sources, events = draws_together(*whole, t.b.next_id)
     paths, predicates = tuple(t.scalars.paths), tuple(t.scalars.predicates)
     plain_ones = tuple(x if _is_plain(x) else OPAQUE for x in given)
     effects_key = (
@@ -301,7 +305,7 @@ def _captured(
         repr(predicates),
         grads_read,
         tuple((cut_key(cut), cut.sources, cut.drawn) for cut in t.cuts),
-        repr(t.draws.events),
+        repr(events),
         late,
         None if checks is None else (graph_key(checks.graph), checks.sources),
     )
@@ -324,7 +328,7 @@ def _captured(
         key=Key(graph_key(graph), effects_key, given_key),
         cuts=tuple(t.cuts),
         late=late,
-        draws=tuple(t.draws.events),
+        draws=events,
         opaque=tuple(dict.fromkeys(t.scalars.opaque)),
         eager=eager_cost(t, graph.outputs()),
     )

@@ -56,10 +56,11 @@ class Draw:
 
     def prepared(self) -> Callable[..., Tensor]:
         if self.type.device != "cpu":  # a kernel on another stream may still read the last ones
-            return lambda *given: self._filling(self.buffer())(*given)
-        return self._filling(self.buffer())
+            return lambda *given: self.filling(self.buffer())(*given)
+        return self.filling(self.buffer())
 
-    def _filling(self, buffer: Tensor) -> Callable[..., Tensor]:
+    def filling(self, buffer: Tensor) -> Callable[..., Tensor]:
+        """The function that does it in some memory."""
         if self.fill == "randperm":
             return lambda generator, n: torch.randperm(n, generator=generator, out=buffer)
         fill, names = getattr(buffer, self.fill), self.names
@@ -68,6 +69,32 @@ class Draw:
             return fill(**dict(zip(names, numbers, strict=True)), generator=generator)
 
         return draw
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """What some draws fill lies in one memory, row by row; see `effects/together.py`. It comes
+    after all other events of a step, and does nothing with the generator itself."""
+
+    rows: tuple[int, ...]  # the events
+    type: Type
+    strides: Ints
+    generator: int
+    numbers: tuple[Arg, ...] = ()
+
+    def buffer(self) -> Tensor:
+        """Memory for all rows."""
+        t = self.type
+        dtype = TO_TORCH[t.dtype]
+        return torch.empty_strided(t.shape, self.strides, dtype=dtype, device=really(t.device))
+
+    def prepared(self) -> Callable[..., Tensor]:
+        """A function of all that a trace has drawn, by event, which puts the rows there."""
+
+        def put_together(drawn: Sequence[Tensor]) -> Tensor:
+            return torch.stack([drawn[k] for k in self.rows], out=self.buffer())
+
+        return put_together
 
 
 @dataclass(frozen=True, slots=True)

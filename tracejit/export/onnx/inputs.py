@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tracejit.capture.trace.draws import Draw
+from tracejit.capture.trace.draws import Draw, Together
 from tracejit.export.onnx.step import Traced
 from tracejit.export.onnx.writer import Writer, element, held, is_narrower
 from tracejit.ir.graph import Value
@@ -155,12 +155,15 @@ class Inputs:
     def draw(self, index: int) -> str:
         """What is drawn by the `index`-th event: an input without default."""
         event = self.traced.captured.draws[index]
-        assert isinstance(event, Draw)
         name = self.w.name(f"draw.{index}")
         self.inputs.append((name, event.type))
+        dtype = event.type.dtype
+        if isinstance(event, Together):  # of one kind
+            event = self.traced.captured.draws[event.rows[0]]
+        assert isinstance(event, Draw)
         numbers = [None if isinstance(x, Value) else x for x in event.numbers]
         with_names = dict(zip(event.names, numbers, strict=True))
         self.draws.append({"input": name, "fill": event.fill, "numbers": with_names})
-        found = self._held(name, event.type.dtype)
+        found = self._held(name, dtype)
         self._tensors[-1 - index] = name, found
         return found

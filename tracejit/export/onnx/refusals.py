@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from types import CellType
 
 from tracejit.capture.effects.effects import Given, HostSlot
-from tracejit.capture.trace.draws import Draw
+from tracejit.capture.trace.draws import Draw, Together
 from tracejit.errors import CannotExport
 from tracejit.export.onnx.step import Traced
 from tracejit.export.onnx.translate import REFUSED
@@ -51,7 +51,7 @@ def refuse_what_no_file_keeps(t: Traced) -> None:
     if effects.flags:
         raise t.refuse("it changes the requires_grad of a tensor from outside", "Do that outside")
     for event in c.draws:
-        if not isinstance(event, Draw):
+        if not isinstance(event, (Draw, Together)):
             raise t.refuse("it sets the state of a random generator", "Do that outside")
     stored_numbers(t)
 
