@@ -45,7 +45,7 @@ def summed(m: Net, x: Tensor, update: Callable) -> Tensor:
 
 
 def weighted(m: Net, x: Tensor, update: Callable) -> Tensor:
-    """Later losses count more. Its backward stays unrolled: the cotangents of the losses are a chain
+    """Later losses count more. Its backward stays unrolled: the losses' cotangents are a chain
     of products that is emitted before, in which no rows are found yet."""
     loss = x.new_zeros(())
     for one in losses_of(m, x):
