@@ -35,6 +35,10 @@ class ShapeError(TracejitError, RuntimeError):
     message = "{where}: {function}: {reason} ({shapes})"
 
 
+class DtypeError(ShapeError, NotImplementedError):
+    """A dtype for which eager has not implemented a function."""
+
+
 class AxisError(TracejitError, IndexError):
     """An axis or index out of range."""
 
@@ -57,6 +61,10 @@ class AutogradError(TracejitError, RuntimeError):
     """A use of autograd that eager rejects: in-place on a leaf, a saved tensor modified, …"""
 
     message = "{where}: {reason}"
+
+
+class DerivativeError(AutogradError, NotImplementedError):
+    """A derivative that eager has not implemented."""
 
 
 class ValueDependentError(TracejitError, RuntimeError):

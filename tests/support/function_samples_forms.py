@@ -81,7 +81,7 @@ row(
 
 # --- real tensors where torch has complex ones -------------------------------------------------
 
-row("conj conj_physical resolve_conj resolve_neg real", ANY)
+row("conj conj_physical conj_physical_ resolve_conj resolve_neg real", ANY)
 row("adjoint", [S(x) for x in CUBES] + [S(r(3, 5)), S(r(3))])
 row("isreal", ANY)
 row("angle", UNARY)

@@ -222,6 +222,20 @@ def casts() -> list[Sample]:
     return rows + [Sample((Tensor(f32, shape),), {"dtype": bf16}) for shape in SHAPES]
 
 
+def bits() -> list[Sample]:
+    """Of floats, and of integers of their size, some of which are NaN. Eager has several NaN of
+    bf16."""
+    pairs = ((f32, i32), (f64, i64), (bf16, i16), (f16, i16))
+    rows = [Sample((Tensor(f32, shape),), {"of": f32, "dtype": i32}) for shape in SHAPES]
+    for a, b in pairs:
+        rows.append(Sample((Tensor(a, (123,)),), {"of": a, "dtype": b}))
+        if a is not bf16:
+            rows.append(Sample((Tensor(a, (PAIRS,), "left"),), {"of": a, "dtype": b}))
+        for fill in ("positive", "normal", "edges"):
+            rows.append(Sample((Tensor(b, (40,), fill),), {"of": b, "dtype": a}))
+    return rows
+
+
 def moves(attr: str, *rows: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Sample]:
     """(operand shape, attribute) in several dtypes."""
     dtypes = (f32, f64, bf16, i64, u8, b1)
@@ -667,6 +681,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "philox": binary(i64),
     "gcd": binary(*INTS, edges=False),
     "nextafter": binary(f32, f64),
+    "bitcast": bits(),
     **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "where": selections(),
     "cast": casts(),
@@ -981,6 +996,7 @@ REFERENCE: dict[str, Callable] = {
     **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
     "philox": _philox,
     **{name: _on_tensors(getattr(torch, name)) for name in ("gcd", "nextafter")},
+    "bitcast": lambda x, of, dtype: x.view(TO_TORCH[dtype]),
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,

@@ -8,7 +8,7 @@ from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.trace import location
 from tracejit.capture.trace.rejections import check_saved
 from tracejit.capture.trace.table import function_name
-from tracejit.capture.trace.tensor import TO_TORCH, Ints
+from tracejit.capture.trace.tensor import Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ArgumentError
 from tracejit.ir.graph import Builder, Value
@@ -83,7 +83,7 @@ def require_float(t: Trace, name: str, *xs: Value) -> None:
     """Refuse dtypes that torch has no kernel for."""
     for x in xs:
         if not x.type.dtype.is_float:
-            raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[x.type.dtype]}')
+            raise t.not_implemented(name, x.type.dtype)
 
 
 def argument_error(t: Trace, reason: str) -> ArgumentError:
@@ -100,7 +100,7 @@ def underived(
         out = t.b.alias(found)
 
     def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> Sequence[Value]:
-        raise t.autograd_error(reason or f"the derivative for '{name}' is not implemented")
+        raise t.autograd_error(reason) if reason else t.no_derivative(f"'{name}'")
 
     return t.derive(name, tuple(inputs), out, vjp)
 
@@ -109,7 +109,7 @@ def no_derivative(t: Trace, name: str, argument: str) -> Cotangent:
     """The formula of an input that torch cannot differentiate."""
 
     def refuse(*_: Value) -> Value:
-        raise t.autograd_error(f"the derivative for '{argument}' of {name} is not implemented")
+        raise t.no_derivative(f"'{argument}' of {name}")
 
     return refuse
 

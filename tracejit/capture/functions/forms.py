@@ -13,7 +13,7 @@ from tracejit.capture.functions.common import normal_axis, register
 from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.rows import elementwise
-from tracejit.capture.trace.table import Row
+from tracejit.capture.trace.table import Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
@@ -50,6 +50,14 @@ def _slice(
     return input[(*(slice(None),) * axis, slice(start, end, step))]
 
 
+def _reshaped(
+    input: Tensor, size: Sequence[int] | torch.dtype | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    if dtype is not None or isinstance(size, torch.dtype):
+        return input.view(dtype or size)
+    return input.reshape(size)
+
+
 _VIEWS: dict[str, Callable] = {
     "alias_copy": lambda input: input,
     "as_strided_copy": torch.as_strided,
@@ -66,7 +74,7 @@ _VIEWS: dict[str, Callable] = {
     "unbind_copy": torch.unbind,
     "unfold_copy": lambda input, dimension, size, step: input.unfold(dimension, size, step),
     "unsqueeze_copy": torch.unsqueeze,
-    "view_copy": lambda input, size: input.reshape(size),
+    "view_copy": _reshaped,
 }
 for _name, _view in _VIEWS.items():
     register((_name,), in_torch(_copied(_view)), inplace=False)
@@ -136,6 +144,14 @@ def _itself(t: Trace, input: Tensor) -> Tensor:
 
 for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
     register((_name,), _itself, inplace=False)
+
+
+@rule(torch.conj_physical_, Tensor.conj_physical_)
+def conj_physical_(t: Trace, input: Tensor) -> Tensor:
+    """Each element as it is; to autograd that is a write."""
+    h = t.lift(input)
+    t.write(h, t.b.alias(t.read(h)))
+    return input
 
 
 @composed(Tensor.adjoint, torch.adjoint)
