@@ -688,7 +688,7 @@ row(
 )
 
 row("mm", MATRICES, exact=False)
-row("matmul __matmul__ __rmatmul__", MATMUL, exact=False)
+row("matmul linalg_matmul __matmul__ __rmatmul__", MATMUL, exact=False)
 row("bmm", [s for s in MATMUL if s.args[0].ndim == 3] + [S(r(0, 2, 3), r(0, 3, 2))], exact=False)
 row("mv", [S(r(3, 4), r(4)), S(r(4, 3).t(), r(4)), S(r(3, 4), r(3)), S(r(4), r(4))], exact=False)
 row("dot vdot", [*VECTORS, S(r(2, 2), r(2, 2))], exact=False)
@@ -933,10 +933,10 @@ _smooth = """
     split_with_sizes squeeze t to transpose type type_as unbind unsqueeze view view_as vsplit
     where
     adjoint alias_copy conj conj_physical conj_physical_ diagflat diagonal_copy expand_copy fill
-    linalg_diagonal linalg_vander native_group_norm native_layer_norm permute_copy put put_ ravel real resolve_conj
-    resolve_neg select_copy slice_copy split_copy split_with_sizes_copy squeeze_copy sum_to_size
-    t_copy transpose_copy unbind_copy unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes
-    unsqueeze_copy view_copy
+    linalg_diagonal linalg_vander native_group_norm native_layer_norm permute_copy put put_ ravel
+    real resolve_conj resolve_neg select_copy slice_copy split_copy split_with_sizes_copy
+    squeeze_copy sum_to_size t_copy transpose_copy unbind_copy unfold_copy unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze_copy view_copy
 """
 SMOOTH = set(_smooth.split())
 

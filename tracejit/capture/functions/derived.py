@@ -8,7 +8,7 @@ from tracejit.capture.functions.common import cast, expand
 from tracejit.capture.trace import location
 from tracejit.capture.trace.rejections import check_saved
 from tracejit.capture.trace.table import function_name
-from tracejit.capture.trace.tensor import Ints
+from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ArgumentError
 from tracejit.ir.graph import Builder, Value
@@ -79,9 +79,11 @@ def derived(
     return t.derive(name, inputs, out, vjp)
 
 
-def require_float(t: Trace, name: str, *xs: Value) -> None:
-    """Refuse dtypes that torch has no kernel for."""
+def require_float(t: Trace, name: str, *xs: Value, checked: bool = False) -> None:
+    """Refuse dtypes that torch has no kernel for, or that the function itself has `checked`."""
     for x in xs:
+        if not x.type.dtype.is_float and checked:
+            raise t.shape_error(f"{name}: expected floats, not {TO_TORCH[x.type.dtype]}")
         if not x.type.dtype.is_float:
             raise t.not_implemented(name, x.type.dtype)
 

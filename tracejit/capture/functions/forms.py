@@ -80,6 +80,13 @@ for _name, _view in _VIEWS.items():
     register((_name,), in_torch(_copied(_view)), inplace=False)
 
 
+@rule(torch.detach_copy)
+def detach_copy(t: Trace, input: Tensor) -> Tensor:
+    """A copy whose derivative eager does not know."""
+    x = t.read(t.lift(input))
+    return t.fresh(underived(t, "detach_copy", (x,), x))
+
+
 @composed(torch.unsafe_chunk, Tensor.unsafe_chunk)
 def unsafe_chunk(t: Trace, input: Tensor, chunks: int, dim: int = 0) -> object:
     return input.chunk(chunks, dim)
@@ -231,8 +238,8 @@ def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
     n = x.shape[-1] if N is None else N
     if n <= 1:
         raise t.shape_error("N must be greater than 1.")
-    if t.lift(x).dtype.narrow:
-        raise t.shape_error(f"linalg.vander is not implemented for {TO_TORCH[t.lift(x).dtype]}")
+    if t.lift(x).dtype.narrow or x.dtype is torch.bool:
+        raise t.shape_error(f"linalg.vander does not support {x.dtype}")
     if not x.is_floating_point():
         x = x.to(torch.int64)
     powers = x.unsqueeze(-1).expand(*x.shape, n - 1).cumprod(-1)

@@ -115,6 +115,8 @@ def _cross(t: Trace, x: Tensor, y: Tensor, axis: int, shape: Ints) -> Tensor:
         raise t.shape_error(
             f"linalg.cross: inputs dimension {axis} must have length 3. Got {shape[axis]}"
         )
+    if x.dtype is torch.bool:
+        raise t.not_implemented("cross", b1)
     x, y = x.expand(shape), y.expand(shape)
     return x.roll(-1, axis) * y.roll(-2, axis) - x.roll(-2, axis) * y.roll(-1, axis)
 
@@ -219,7 +221,7 @@ def matrix_power(t: Trace, input: Tensor, n: int) -> Tensor:
     if len(shape) < 2 or shape[-1] != shape[-2]:
         raise t.shape_error(f"linalg.matrix_power: {list(shape)} is not a batch of square matrices")
     if t.lift(input).dtype is b1:
-        raise t.shape_error("linalg.matrix_power: not implemented for bools")
+        raise t.not_implemented("matrix_power", b1)
     if n == 0:
         eye = torch.eye(shape[-1], dtype=input.dtype, device=input.device)
         h = t.lift(eye.expand(shape).clone(memory_format=torch.contiguous_format))

@@ -63,7 +63,7 @@ def _sorted(
 def _refuse_bools(t: Trace, h: Handle, name: str) -> None:
     """Eager sorts bools, but does not choose among them."""
     if h.dtype is b1:
-        raise t.shape_error(f"\"{name}\" not implemented for 'Bool'")
+        raise t.not_implemented(name, b1)
 
 
 def sort(
