@@ -422,12 +422,15 @@ def sorts() -> list[Sample]:
         ((3000,), 0, 20, "ties"),
     )
     dtypes = (f32, f64, bf16, i64, u8)
-    return [
+    found = [
         Sample((Tensor(d, shape, fill),), {"axis": axis, "count": count, "descending": down})
         for shape, axis, count, fill in rows
         for d in (dtypes if len(shape) == 1 and shape[0] < 3000 else (f32, i64))
         for down in (False, True)
-    ] + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
+    ]
+    chosen = {"axis": 0, "count": 9, "descending": True, "topk": "sorted"}  # without ties
+    found += [Sample((Tensor(d, (40, 2)),), chosen) for d in (f32, f64)]
+    return found + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
 
 
 def reductions(*, empty: bool) -> list[Sample]:
@@ -980,6 +983,13 @@ def _philox(counter: object, key: object) -> torch.Tensor:
     return left >> 1
 
 
+def _argsort(x: torch.Tensor, axis: int, count: int, descending: bool, topk: str = ""):
+    if topk:
+        return torch.topk(x, count, axis, descending, topk == "sorted").indices
+    found = torch.sort(x, dim=axis, descending=descending, stable=True).indices
+    return found.narrow(axis, 0, count)
+
+
 # The primitives as eager torch says them.
 REFERENCE: dict[str, Callable] = {
     **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
@@ -1016,9 +1026,7 @@ REFERENCE: dict[str, Callable] = {
     "cumsum": lambda x, axis: torch.cumsum(x, axis),
     "accumulate": _accumulate,
     "recurrence": _recurrence,
-    "argsort": lambda x, axis, count, descending: torch.sort(
-        x, dim=axis, descending=descending, stable=True
-    ).indices.narrow(axis, 0, count),
+    "argsort": _argsort,
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),
