@@ -12,6 +12,7 @@ import torch
 import tracejit
 from support.capture_checks import sharing
 from tracejit.errors import UnsupportedOperation
+from tracejit.report import report
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -200,3 +201,25 @@ def test_what_is_refused(name: str):
     step, reason = REFUSED[name]
     with pytest.raises(UnsupportedOperation, match=reason):
         tracejit.compile(step, on_unsupported="raise")(torch.randn(3, 8, requires_grad=True))
+
+
+def of_each_size(x, y, i, j):
+    """Floats to integers of their size, of smaller and larger ones, and back."""
+    x, y = x * 2, y * 3
+    halves = [y.to(d) for d in NARROW]
+    return (
+        *(x.view(d) for d in (torch.int64, torch.int16, torch.uint8)),
+        *(y.view(d) for d in (torch.int32, torch.int8, torch.float64, torch.bfloat16)),
+        *(h.view(torch.int16) + 1 for h in halves),
+        *((i + 1).view(d) for d in (torch.float64, torch.float16)),
+        *((j + 1).view(d) for d in (torch.float32, torch.bfloat16, torch.int64)),
+    )
+
+
+@pytest.mark.parametrize("target", [80, 90, 100])
+def test_kernels_for_gpus_do_not_spill(target: int):
+    shape, dtypes = (64, 32), (torch.float64, torch.float32, torch.int64, torch.int32)
+    compiled = tracejit.compile(of_each_size, backend="numpy", on_unsupported="raise")
+    compiled(*(torch.ones(shape, dtype=d) for d in dtypes))
+    rows = report(compiled.plans[-1], target=target).rows
+    assert rows and not sum(row.facts.spills for row in rows)
