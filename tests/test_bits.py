@@ -3,15 +3,17 @@ side; never differentiated."""
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
 import tracejit
 from support.capture_checks import sharing
-from tracejit.errors import UnsupportedOperation
+from tracejit.errors import CannotExport, UnsupportedOperation
 from tracejit.report import report
 
 DTYPES = (
@@ -165,6 +167,40 @@ STEPS = {
 def test_steps(name: str, backend: str):
     torch.manual_seed(4)
     check(STEPS[name], torch.randn(3, 8, requires_grad=True), backend=backend, calls=4)
+
+
+def kept(x):
+    y = x.detach() * 2
+    z = y.clone().t_()
+    first = torch.topk(y, 2, 1, True, False)[1]
+    return y.view(torch.int32), y[1:].view(torch.int16)[:, 1:], x.view(torch.int64), first, z
+
+
+@pytest.mark.parametrize("way", ["saved", "ejected"])
+def test_steps_in_files(way: str, tmp_path: Path):
+    """A saved step and an ejected one give the same views."""
+    x = torch.randn(4, 6)
+    step = tracejit.compile(kept, backend="c", on_unsupported="raise")
+    for _ in range(3):
+        step(x)
+    if way == "saved":
+        step.save(tmp_path / "kept.step")
+        run = tracejit.load(tmp_path / "kept.step")
+    else:
+        step.eject(tmp_path / "kept.py")
+        run = runpy.run_path(str(tmp_path / "kept.py"))["Step"]({})
+    for ours, theirs in zip(run(x), kept(x), strict=True):
+        assert ours.dtype is theirs.dtype and torch.equal(ours, theirs)
+        assert (ours.stride(), ours.storage_offset()) == (theirs.stride(), theirs.storage_offset())
+
+
+@pytest.mark.parametrize("computed", [True, False])
+def test_onnx_has_no_bits(computed: bool, tmp_path: Path):
+    def step(x):
+        return (x * 2).view(torch.int32) + 1 if computed else x.view(torch.int32)
+
+    with pytest.raises(CannotExport, match="bits"):
+        tracejit.to_onnx(tracejit.compile(step), tmp_path / "a.onnx", torch.randn(4, 6))
 
 
 REJECTED = {
