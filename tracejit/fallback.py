@@ -93,24 +93,31 @@ class Attempt:
         refused = None if self.trace is None else self.trace.refused
         return error if refused is None else refused
 
+    def obstacles(self) -> list[str]:
+        """What keeps the call from being run again, of a trace that copies all that it reaches."""
+        if self.snapshot is None:
+            return ["it changes objects of which there is no copy"]
+        found = self.snapshot.obstacles()
+        if self.ran is not None:
+            found += self.ran.unrepeatable
+        elif suspect(self.snapshot):
+            found.append(f"it may have used {suspect(self.snapshot)}, and a profiler is active")
+        return found
+
     def put_back(self) -> list[str]:
         """Put all back as it was before the trace; or what keeps the call from being run again."""
         snapshot = self.snapshot
         if self.trace is not None:
             self.trace.draws.undo()
-        if snapshot is None:
-            return ["it changes objects of which it has no copy"]
-        found = snapshot.obstacles()
-        if self.quick:
+        if snapshot is None or not self.quick:
+            found = self.obstacles()
+        else:
+            found = snapshot.obstacles()
             snapshot.restore()
             if self.known.unknown(snapshot, self.roots):
                 found.append("it changes objects that it made itself")
             may = suspect(snapshot)
             found += [f"it may have used {may}"] if may else []
-        elif self.ran is not None:
-            found += self.ran.unrepeatable
-        elif suspect(snapshot):
-            found.append(f"it may have used {suspect(snapshot)}, and a profiler is active")
         if not found:
             snapshot.restore()
         return found
@@ -262,6 +269,11 @@ class Fallback:
         """A trace ended in an error that eager did not raise."""
         self.why = self.ever = refusal.text
         self._eager_next(attempt, args, kwargs)
+
+    def withdrawn(self, args: tuple, kwargs: dict, why: str) -> None:
+        """Calls of this kind run eagerly for good."""
+        self.why = self.ever = why
+        self._rest(args, kwargs).left = _FOREVER
 
     def _eager_next(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """The next calls of this kind are run eagerly."""
