@@ -74,7 +74,7 @@ def compile(
     remat: str = "auto",
     target: str | None = None,
     device: str | None = None,
-    verify: int | str = 0,
+    verify: int | str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -400,7 +400,7 @@ class CompiledStep(Verifying, Inspected):
             if way is None:
                 compiled, what, captured = self._found(done.captured, call, failed, names)
                 if verifier is not None:
-                    verifier.admit(compiled, what, attempt)
+                    verifier.admit(compiled, what, attempt, call)
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
@@ -412,7 +412,7 @@ class CompiledStep(Verifying, Inspected):
             else:
                 compiled, what = self._known(way.end, trail, call, failed, names)
                 if verifier is not None:
-                    verifier.admit(compiled, what, attempt)
+                    verifier.admit(compiled, what, attempt, call)
             self._recall.make_plain(trace.scalars.given)
             trace.release()  # nobody else holds a gradient that goes now
             addresses = [t.data_ptr() for t in call.reals]

@@ -130,10 +130,10 @@ def _norm(size: np.ndarray) -> float:
         return float(np.linalg.norm(np.asarray(size, np.float64).ravel()))
 
 
-def array_of(t: torch.Tensor | float) -> np.ndarray | float:
+def array_of(t: torch.Tensor | np.ndarray | float) -> np.ndarray | float:
     """An input of a graph, as the numpy rules of primitives take it."""
-    if isinstance(t, int | float):
-        return float(t)
+    if not isinstance(t, torch.Tensor):
+        return float(t) if isinstance(t, int | float) else t
     t = t.detach()
     if TO_IR[t.dtype].narrow:
         t = t.float()

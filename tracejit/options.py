@@ -45,11 +45,13 @@ class Options:
     randomness: str = "eager"
     remat: str = "auto"
     device: str | None = None  # of the tensors that stand for numpy arrays
-    verify: int | str = 0  # calls of each plan, or "sample:0.001"
+    verify: int | str | None = None  # calls of each plan, or "sample:0.001"; None as the knob says
 
     def __post_init__(self) -> None:
         if self.on_unsupported is None:
             object.__setattr__(self, "on_unsupported", knobs.on_unsupported())
+        if self.verify is None:
+            object.__setattr__(self, "verify", knobs.verified_calls())
         known = {"mode": MODES, "backend": (*BACKENDS, *FAKES), "on_unsupported": UNSUPPORTED}
         known |= {"randomness": RANDOMNESS, "remat": REMAT}
         for name, values in known.items():

@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch.nn.parameter import UninitializedTensorMixin
 
 from tracejit.capture.python.saved_tensors import SavedTensor
 from tracejit.capture.python.snapshot import Snapshot
@@ -81,6 +82,8 @@ class Before:
 def _unusual(tensors: Sequence[torch.Tensor]) -> str:
     """Why a call with these tensors cannot be made twice; "" if it can."""
     for t in tensors:
+        if isinstance(t, UninitializedTensorMixin):
+            return "it can reach a parameter of a lazy module that has no shape yet"
         if t.layout is not torch.strided or t.is_meta or t.is_quantized:
             return f"it can reach a tensor that is {t.layout}, quantized or on the meta device"
         if t.is_inference():

@@ -23,6 +23,7 @@ import torch
 from tracejit.equality import EPS, array_of
 from tracejit.ir.graph import Graph, Node, Result, Value
 from tracejit.ir.interp import evaluate
+from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.passes import optimize
 from tracejit.pictures.kernels import computed_by
@@ -33,7 +34,7 @@ from tracejit.runtime.program import Program
 from tracejit.schedule import schedule
 
 _SECONDS = 30.0  # after which a search ends with what it has
-_OFF = 64.0  # eps by which a value may be off its norm
+_OFF = 64.0  # eps of its norm by which a value may be off
 _SURELY = 2.0**14  # and by which one that is surely wrong is
 _MOST = 400  # nodes of a graph that are tried one by one
 
@@ -85,8 +86,29 @@ def text_of(node: Node) -> str:
     return f"{node.out!r}: {node.out.type} = {node.op.name}({args})"
 
 
-def far(a: np.ndarray, b: np.ndarray, value: Value, factor: float = _OFF) -> bool:
-    """Whether two arrays for a value differ by more than rounding."""
+class Reference:
+    """What the evaluator of the IR gives for every value of a graph, and the values' magnitudes."""
+
+    def __init__(self, graph: Graph, inputs: Sequence[torch.Tensor | float]):
+        arrays = [array_of(x) for x in inputs]
+        nodes = [node for node in graph.nodes if not node.is_ordered]
+        every = replace(graph, results=tuple(Result(n.out) for n in nodes), writes=())
+        found = evaluate(every, arrays)[0]
+        self.values: dict[Value, np.ndarray] = dict(zip((n.out for n in nodes), found, strict=True))
+        params = (p.value for p in graph.params)
+        self.values |= dict(zip(params, arrays, strict=True))
+        self._sizes = magnitudes(every, arrays)
+
+    def far(self, value: Value, a: np.ndarray | torch.Tensor | float, sure: bool) -> bool:
+        """Whether something differs from a value by more than rounding; surely so, or at all."""
+        size = float(np.linalg.norm(np.asarray(self._sizes.get(value, 0.0), np.float64)))
+        return far(array_of(a), self.values[value], value, size, sure=sure)
+
+
+def far(
+    a: np.ndarray | float, b: np.ndarray | float, value: Value, size: float, *, sure: bool
+) -> bool:
+    """Whether two arrays for a value of some magnitude differ by more than rounding."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         return True
@@ -99,7 +121,8 @@ def far(a: np.ndarray, b: np.ndarray, value: Value, factor: float = _OFF) -> boo
         off = np.linalg.norm(np.where(finite, a - b, 0).ravel().astype(np.float64))
         norm = np.linalg.norm(np.where(finite, b, 0).ravel().astype(np.float64))
     eps = 2.0**-52 if value.type.is_host else EPS[TO_TORCH[value.type.dtype]]
-    return bool(off > factor * eps * norm + 1e-30)
+    own, growth = (_SURELY, 16.0) if sure else (_OFF, 4.0)
+    return bool(off > own * eps * norm + 1e-30 and (off > growth * eps * size or not size < np.inf))
 
 
 # ---- kernels
@@ -115,14 +138,19 @@ def of_kernels(
     a schedule's.
     """
     graph, ends = compiled.final, time.monotonic() + _SECONDS
-    right = values_of(graph, inputs)
-    for name, make in (("numpy", NumpyExecutor()), (executor.name, executor)):
+    right = Reference(graph, inputs)
+    end = wrong_output(graph, inputs, right, executor)
+    if end is None:
+        return None
+    executors = {"numpy": NumpyExecutor(), executor.name: executor}
+    for name, make in executors.items():
         node = first_wrong_primitive(graph, inputs, right, make)
         if node is not None:
             by = "the schedule" if name == "numpy" else f"the printer for {name}"
             return _in_launch(compiled, node, f"{by} gets {node.op.name} wrong")
-    for name, make in (("numpy", NumpyExecutor()), (executor.name, executor)):
-        if plan_is_right(graph, inputs, right, make):
+    for name, make in executors.items():
+        node = wrong_output(graph, inputs, right, make)
+        if node is None:
             continue
         found = first_wrong_cone(graph, inputs, right, make, ends)
         by = "the schedule" if name == "numpy" else f"what {name} makes of the schedule"
@@ -130,36 +158,26 @@ def of_kernels(
             node, cone = found
             blame = _in_launch(compiled, node, f"{by} is wrong where primitives are fused")
             return replace(blame, graph=str(cone.canonical()))
-        node = wrong_output(graph, inputs, right, make)
-        if node is not None:
-            return _in_launch(compiled, node, f"{by} is wrong in the plan as a whole")
-    return None
-
-
-def values_of(graph: Graph, inputs: Sequence[torch.Tensor | float]) -> dict[Value, np.ndarray]:
-    """What the evaluator of the IR gives for every value of a graph."""
-    nodes = [node for node in graph.nodes if not node.is_ordered]
-    every = replace(graph, results=tuple(Result(n.out) for n in nodes), writes=())
-    found = evaluate(every, [array_of(x) for x in inputs])[0]
-    return dict(zip((n.out for n in nodes), found, strict=True))
+        return _in_launch(compiled, node, f"{by} is wrong in the plan as a whole")
+    return _in_launch(compiled, end, "the plan is not wrong each time")
 
 
 def first_wrong_primitive(
     graph: Graph,
     inputs: Sequence[torch.Tensor | float],
-    right: dict[Value, np.ndarray],
+    right: Reference,
     executor: Executor,
 ) -> Node | None:
     """The first node that is wrong where each primitive is a kernel of its own."""
-    nodes = [n for n in graph.nodes if not n.out.type.is_host and n.out in right]
+    nodes = [n for n in graph.nodes if not n.out.type.is_host and n.out in right.values]
     every = replace(graph, results=tuple(Result(n.out) for n in nodes), writes=())
     try:
         found = _run(every, inputs, executor, fuse=False)
     except Exception:  # what is wrong may not even run
         return None
-    for factor in (_SURELY, _OFF):  # what is off by rounding may come before what is wrong
+    for sure in (True, False):  # what is off by rounding may come before what is wrong
         for node, tensor in zip(nodes, found, strict=True):
-            if far(array_of(tensor), right[node.out], node.out, factor):
+            if right.far(node.out, tensor, sure):
                 return node
     return None
 
@@ -167,12 +185,12 @@ def first_wrong_primitive(
 def first_wrong_cone(
     graph: Graph,
     inputs: Sequence[torch.Tensor | float],
-    right: dict[Value, np.ndarray],
+    right: Reference,
     executor: Executor,
     ends: float,
 ) -> tuple[Node, Graph] | None:
     """The first node whose cone is wrong as it is fused, and that cone."""
-    nodes = [n for n in graph.nodes if not n.out.type.is_host and n.out in right]
+    nodes = [n for n in graph.nodes if not n.out.type.is_host and n.out in right.values]
     if len(nodes) > _MOST:
         return None
     for node in nodes:
@@ -185,7 +203,7 @@ def first_wrong_cone(
             tensor = _run(cone, given, executor, fuse=True)[0]
         except Exception:
             return node, cone
-        if far(array_of(tensor), right[node.out], node.out):
+        if right.far(node.out, tensor, sure=False):
             return node, cone
     return None
 
@@ -203,20 +221,10 @@ def cone_of(graph: Graph, value: Value) -> Graph:
     )
 
 
-def plan_is_right(
-    graph: Graph,
-    inputs: Sequence[torch.Tensor | float],
-    right: dict[Value, np.ndarray],
-    executor: Executor,
-) -> bool:
-    """Whether the whole plan gives right results and writes."""
-    return wrong_output(graph, inputs, right, executor) is None
-
-
 def wrong_output(
     graph: Graph,
     inputs: Sequence[torch.Tensor | float],
-    right: dict[Value, np.ndarray],
+    right: Reference,
     executor: Executor,
 ) -> Node | None:
     """The node of the first result or write that the plan gets wrong."""
@@ -226,10 +234,12 @@ def wrong_output(
     found = _run(graph, copies, executor, fuse=True)
     position = {p.value: i for i, p in enumerate(graph.params)}
     found += [copies[position[w.target]] for w in graph.writes]
-    wrong = {
-        v for v, t in zip(ends, found, strict=True) if v in right and far(array_of(t), right[v], v)
-    }
-    return next((made[v] for v in (n.out for n in graph.nodes) if v in wrong), None)
+    for sure in (True, False):
+        wrong = {v for v, t in zip(ends, found, strict=True) if right.far(v, t, sure)}
+        if wrong:
+            first = next((n.out for n in graph.nodes if n.out in wrong), None)
+            return made.get(first) or graph.nodes[-1]
+    return None
 
 
 def _run(
@@ -277,20 +287,30 @@ def of_passes(raw: Graph, final: Graph, inputs: Sequence[torch.Tensor | float]) 
         if _differ(cone, optimize(cone), given):
             what = f"the pass {name} changes what is computed"
             return Blame("passes", what, line_of(node), text_of(node), graph=str(cone.canonical()))
-    return Blame("passes", f"the pass {name} changes what is computed")
+    what = f"the pass {name} changes what is computed or written"
+    right, made = Reference(before, arrays), before.producers()
+    after = dict([("the bodies of loops", final), *stages])[name]
+    ends = [r.value for r in before.results] + [w.value for w in before.writes]
+    for v, x in zip(ends, sum(evaluate(after, arrays), []), strict=False):
+        if right.far(v, x, sure=False) and v in made:
+            return Blame("passes", what, line_of(made[v]), text_of(made[v]))
+    return Blame("passes", what)
 
 
 def _differ(a: Graph, b: Graph, arrays: Sequence) -> bool:
-    one, two = (sum(evaluate(g, arrays), []) for g in (a, b))
+    right = Reference(a, arrays)
     ends = [r.value for r in a.results] + [w.value for w in a.writes]
-    return any(far(y, x, v) for x, y, v in zip(one, two, ends, strict=True))
+    found = sum(evaluate(b, arrays), [])
+    return len(ends) != len(found) or any(
+        right.far(v, x, sure=False) for v, x in zip(ends, found, strict=True)
+    )
 
 
 # ---- inputs
 
 
 def of_inputs(
-    fresh: Callable[[], tuple[Graph, Sequence[torch.Tensor | float]] | None],
+    fresh: Callable[[], tuple[Graph, Sequence[torch.Tensor | float | None]] | None],
     raw: Graph,
     inputs: Sequence[torch.Tensor | float],
     names: Sequence[str],
@@ -318,6 +338,8 @@ def of_inputs(
     if len(given) != len(inputs):
         return None
     for i, (a, b) in enumerate(zip(inputs, given, strict=True)):
+        if b is None:
+            continue
         value = raw.params[i].value
         same = type(a) is type(b) and np.array_equal(array_of(a), array_of(b), equal_nan=True)
         if not same:

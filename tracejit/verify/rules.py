@@ -10,15 +10,18 @@ evaluator gives the values; no pass, schedule or kernel takes part.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from tracejit.capture.capture import capture_call
 from tracejit.capture.trace import location
-from tracejit.equality import EPS
+from tracejit.equality import EPS, array_of
+from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.on_tensors import results_on_numpy
 from tracejit.verify.before import Before
 from tracejit.verify.blame import Blame
@@ -85,7 +88,12 @@ class Probe(TorchFunctionMode):
         for each in leaf:
             log.readers.setdefault(each, []).append(len(log.calls))
         log.calls.append(call)
-        if name in ("backward", "grad"):
+        if name == "grad":
+            inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
+            for t, g in zip(_tensors(inputs), made, strict=False):
+                if id(t) in self._names:
+                    log.of_leaves[self._names[id(t)]] = g.detach().clone()
+        if name == "backward":
             for label, t in log.leaves:
                 if t.is_leaf and t.grad is not None:
                     log.of_leaves[label] = t.grad.detach().clone()
@@ -105,6 +113,7 @@ class Probe(TorchFunctionMode):
             t.register_hook(arrived)
 
 
+_BACKWARD = ("backward", "grad")
 _SILENT = frozenset({"detach", "register_hook", "requires_grad_", "__get__", "size", "dim", "item"})
 
 
@@ -148,6 +157,7 @@ def of_rules(
             return ours.flat()
 
         done = capture_call(probed, args, kwargs)
+        places, labels = sorted(ours.grads), sorted(ours.of_leaves)  # before they are scrubbed
         graph = done.captured.graph
         inputs = [
             done.call.reals[i] if kind == "tensor" else done.call.scalars[i]
@@ -157,50 +167,70 @@ def of_rules(
         if len(inputs) != len(graph.params):
             return None
         found = results_on_numpy(graph, inputs)
+        grown = magnitudes(graph, [array_of(x) for x in inputs])
+        sizes = [float(np.linalg.norm(grown[r.value])) for r in graph.results]
+        effects, pairs = done.captured.effects, list(zip(found, sizes, strict=True))
+        made = [effects.made[slot.index] for slot in effects.returned.items]
+        values = [
+            pairs[m.index] if m.kind == "output" and found[m.index].shape == m.shape else None
+            for m in made
+        ]
         done.call.undo()
     except Exception:  # eager or the trace takes the step otherwise under a probe
         return None
     finally:
         before.restore()
-    return _first(eager, ours, wanted, found)
+    return _first(eager, ours.calls, wanted, values, places, labels)
 
 
 def _first(
-    eager: Log, ours: Log, wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]
+    eager: Log,
+    calls: Sequence[Called],
+    wanted: Sequence[torch.Tensor],
+    found: Sequence[tuple | None],
+    places: Sequence[int],
+    labels: Sequence[str],
 ) -> Blame | None:
+    """Blame by what the evaluator gives for the trace's `calls`, for gradients at `places` and of
+    leaves with these `labels`."""
     count = len(eager.values)
     shape = [(c.name, len(c.gave)) for c in eager.calls]
-    if shape != [(c.name, len(c.gave)) for c in ours.calls]:
-        for a, b in zip(eager.calls, ours.calls, strict=False):
+    if shape != [(c.name, len(c.gave)) for c in calls]:
+        for a, b in zip(eager.calls, calls, strict=False):
             if (a.name, len(a.gave)) != (b.name, len(b.gave)):
                 what = f"the trace calls {b.name} where eager calls {a.name}"
                 return Blame("rules", what, a.line)
         return None
-    if len(wanted) != len(found) or eager.grads.keys() != ours.grads.keys():
-        missing = sorted(eager.grads.keys() ^ ours.grads.keys())
-        if missing:
-            call = _giver(eager, missing[0])
-            what = f"no gradient arrives at the result of {call.name}, or one where eager has none"
-            return Blame("rules", what, call.line)
+    if len(found) != count + len(places) + len(labels):
         return None
+    gradients = dict(zip(places, found[count:], strict=False))
+    leaves = dict(zip(labels, found[count + len(places) :], strict=True))
     for factor in (_SURELY, _OFF):
-        wrong = [_far(a, b, factor) for a, b in zip(found, wanted, strict=True)]
-        for call in eager.calls:
+        wrong = [_far(a, b, factor) for a, b in zip(found[:count], wanted[:count], strict=True)]
+        names = [call.name.rpartition(".")[2] for call in eager.calls]
+        backwards = [k for k, name in enumerate(names) if name in _BACKWARD]
+        forward = backwards[0] if backwards else len(names)
+        for call in eager.calls[:forward]:
             if any(wrong[i] for i in call.gave):
                 return Blame("rules", f"{call.name} is computed otherwise than by eager", call.line)
-        places = sorted(eager.grads)
-        off = {p for p, w in zip(places, wrong[count : count + len(places)], strict=True) if w}
+        off = {
+            p
+            for p in sorted(eager.grads.keys() & gradients.keys())
+            if _far(gradients[p], eager.grads[p], factor)
+        }
         for place in sorted(off, reverse=True):  # in the order of the backward pass
             users = [c for c in eager.calls if place in c.took]
             right = [c for c in users if not off.intersection(c.gave)]
             call = (right or users or [_giver(eager, place)])[0]
             return Blame("rules", f"the derivative of {call.name} is not eager's", call.line)
-        labels = sorted(eager.of_leaves)
-        for label, w in zip(labels, wrong[count + len(places) :], strict=True):
+        for label in sorted(eager.of_leaves.keys() & leaves.keys()):
             readers = [eager.calls[i] for i in eager.readers.get(label, ())]
-            if w and readers:
+            if readers and _far(leaves[label], eager.of_leaves[label], factor):
                 what = f"the derivative of {readers[0].name} by {label} is not eager's"
                 return Blame("rules", what, readers[0].line)
+        for call in eager.calls[forward:]:
+            if any(wrong[i] for i in call.gave):
+                return Blame("rules", f"{call.name} is computed otherwise than by eager", call.line)
     return None
 
 
@@ -208,7 +238,10 @@ def _giver(log: Log, place: int) -> Called:
     return next(c for c in log.calls if place in c.gave)
 
 
-def _far(a: torch.Tensor, b: torch.Tensor, factor: float) -> bool:
+def _far(ours: tuple[torch.Tensor, float] | None, b: torch.Tensor, factor: float) -> bool:
+    if ours is None:
+        return False
+    a, size = ours
     if a.shape != b.shape:
         return True
     if not b.is_floating_point():
@@ -219,4 +252,5 @@ def _far(a: torch.Tensor, b: torch.Tensor, factor: float) -> bool:
         return True
     zero = torch.zeros((), dtype=torch.float64)
     off, norm = (torch.where(finite, z, zero).norm() for z in (x - y, y))
-    return bool(off > factor * EPS[b.dtype] * norm + 1e-30)
+    grown = off > 16 * EPS[b.dtype] * size or not math.isfinite(size)
+    return bool(off > factor * EPS[b.dtype] * norm + 1e-30 and grown)

@@ -1,4 +1,4 @@
-"""Runs of a step beside each other: as it was observed, as a fresh trace, in float64."""
+"""Runs of a step beside each other: as it was observed, and in float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.capture import capture_call
 from tracejit.equality import AllInFloat64, Magnitudes, array_of
 from tracejit.ir.graph import Graph
 from tracejit.verify.before import Before
@@ -42,23 +41,6 @@ class Observed:
         return self._magnitudes.norm_of(place, tensor)
 
 
-def fresh_trace(
-    before: Before, function: Callable, args: tuple, kwargs: dict
-) -> tuple[Graph, list[torch.Tensor | float]] | None:
-    """The graph of a trace of a call, and its inputs; None where it needs values."""
-    try:
-        done = capture_call(function, args, kwargs)
-        lists = {"tensor": done.call.reals, "scalar": done.call.scalars}
-        inputs = [lists[kind][i] for kind, i in done.captured.sources if kind in lists]
-        inputs = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in inputs]
-        done.call.undo()
-        return done.captured.graph, inputs
-    except Exception:
-        return None
-    finally:
-        before.restore()
-
-
 def digest(graph: Graph) -> str:
     """A short name for a graph."""
     return hashlib.blake2b(str(graph).encode(), digest_size=6).hexdigest()
@@ -69,7 +51,8 @@ def in_float64(
 ) -> Outcome | None:
     """What a call in float64 leaves behind, from the state that there is; None if it cannot be.
     That state is there again afterwards."""
-    floats = [t for t in before.tensors if t.is_floating_point()]
+    grads = {id(t.grad) for t in before.tensors if t.is_leaf}
+    floats = [t for t in before.tensors if t.is_floating_point() and id(t) not in grads]
     saved = [(t, t.data, t.grad if t.is_leaf else None) for t in floats]
     default = torch.get_default_dtype()
     try:

@@ -17,8 +17,12 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
+import torch
+
+from tracejit.capture.effects.effects import Call
 from tracejit.capture.names import Names
 from tracejit.errors import OF_EAGER, TracejitError, WrongResult
+from tracejit.ir.graph import Graph
 from tracejit.options import verified_calls
 from tracejit.run import OTHERWISE, Replay, Run
 from tracejit.verify.before import Before
@@ -27,7 +31,7 @@ from tracejit.verify.certificate import Certificate, Verified
 from tracejit.verify.compare import Comparison, Difference, compare
 from tracejit.verify.outcome import Observer, Outcome
 from tracejit.verify.rules import of_rules
-from tracejit.verify.runs import Observed, digest, fresh_trace, in_float64
+from tracejit.verify.runs import Observed, digest, in_float64
 
 if TYPE_CHECKING:
     from tracejit.fallback import Attempt
@@ -43,6 +47,14 @@ class Due(BaseException):
     def __init__(self, run: Run):
         super().__init__()
         self.run = run
+
+
+class Peeked(BaseException):
+    """A trace has found its plan, which is all that it was made for."""
+
+    def __init__(self, run: Run, call: Call):
+        super().__init__()
+        self.run, self.call = run, call
 
 
 class Step(Protocol):
@@ -100,14 +112,16 @@ class Verifier:
         self.errors: list[WrongResult] = []
         self._counts: dict[int, tuple[Run, int]] = {}  # by their ids: calls that were verified
         self._entries: dict[tuple[str, str], Verified] = {}
-        self._verifying = self._forced = False
+        self._verifying = self._forced = self._peeking = False
         self._random = random.Random(0x7261636A)
         self.thorough = True  # whether the next trace may have to be undone
 
     # ---- which calls
 
-    def admit(self, compiled: Compiled, run: Run, attempt: Attempt | None) -> None:
+    def admit(self, compiled: Compiled, run: Run, attempt: Attempt | None, call: Call) -> None:
         """A trace has found its plan. Raises Due, or the error of a plan that was withdrawn."""
+        if self._peeking:
+            raise Peeked(run, call)
         if compiled.wrong is not None:
             self._step._forget(compiled)
             raise compiled.wrong
@@ -383,6 +397,25 @@ class Verifier:
             key = f"wrong {digest(made.ran.compiled.final)}"
             self._say(key, f"IS WRONG, and runs eagerly: {error}")
 
+    def _fresh(
+        self, before: Before, args: tuple, kwargs: dict
+    ) -> tuple[Graph, list[torch.Tensor | float | None]] | None:
+        """The graph of a trace of a call, and its inputs, as far as it has not drawn them."""
+        self._peeking = True
+        try:
+            self._trace(args, kwargs)
+        except Peeked as peeked:
+            captured, call = peeked.run.captured, peeked.call
+            lists = {"tensor": call.reals, "scalar": call.scalars}
+            inputs = [lists[kind][i] if kind in lists else None for kind, i in captured.sources]
+            return captured.graph, [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        except Exception:
+            return None
+        finally:
+            self._peeking = False
+            before.restore()
+        return None
+
     def _error(
         self,
         made: Made,
@@ -413,7 +446,7 @@ class Verifier:
             found = of_kernels(compiled, pipeline.executor(captured.graph), run.inputs)
             found = found or of_passes(captured.graph, compiled.final, run.inputs)
             if found is None and made.ran.how == REPLAY:
-                fresh = functools.partial(fresh_trace, before, self._function, args, kwargs)
+                fresh = functools.partial(self._fresh, before, args, kwargs)
                 found = of_inputs(fresh, captured.graph, run.inputs, compiled.names)
             if found is not None:
                 return found

@@ -401,6 +401,8 @@ class Snapshot:
                 del cell.cell_contents
         for x, values in self._slots:
             for member, value in values:
+                if read_slot(member, x) is value:  # it may be readonly
+                    continue
                 if value is not UNSET:
                     member.__set__(x, value)
                 elif read_slot(member, x) is not UNSET:
