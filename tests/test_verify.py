@@ -326,3 +326,22 @@ def test_steps_over_numpy_arrays_say_that_they_are_not_verified():
     assert step.certificate().unverified == ["its arguments are numpy arrays"]
     with pytest.raises(ValueError, match="numpy arrays"):
         step.verify(x)
+
+
+def test_what_a_trace_left_in_a_class_is_undone():
+    """The intermediate that the trace puts there goes, and no copy is lost by that."""
+
+    class Model:
+        calls, last = 0, None
+
+        def __call__(self, x):
+            type(self).calls += 1
+            Model.last = x * self.calls
+            return self.last + 1.0
+
+    m = Model()
+    step = tracejit.compile(lambda x: m(x), verify=2)
+    for call in range(5):
+        assert step(torch.ones(2)).tolist() == [call + 2.0] * 2
+        assert Model.calls == call + 1 and Model.last.tolist() == [call + 1.0] * 2
+    assert step.certificate().holds

@@ -96,7 +96,7 @@ class Attempt:
     def obstacles(self) -> list[str]:
         """What keeps the call from being run again, of a trace that copies all that it reaches."""
         if self.snapshot is None:
-            return ["it changes objects of which there is no copy"]
+            return ["it changes objects of which it has no copy"]
         found = self.snapshot.obstacles()
         if self.ran is not None:
             found += self.ran.unrepeatable

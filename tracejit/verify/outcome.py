@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.python.copies import UNSET, cell_value, read_slot
+from tracejit.capture.trace.scalars import plain
 from tracejit.verify.before import Before
 
 _DEPTH = 12  # of new objects that are looked into
@@ -91,7 +92,7 @@ class Observer:
             while name in found.parts:
                 name += "'"
             found.parts[name] = place
-            found.was[name] = None if was is UNSET else self._seen(was, 0)
+            found.was[name] = None if was is UNSET else self._seen(was, 0, inside=True)
         for i, x in enumerate(self.before.snapshot.generators):
             found.parts[f"generator {i}"] = _digest_of(x)
         found.parts["torch's generator"] = _digest(torch.default_generator.get_state().numpy())
@@ -153,6 +154,7 @@ class Observer:
 
     def _seen(self, x: object, depth: int, *, inside: bool = False) -> object:
         """A tree of what an object is. `inside`: it is looked into though it was there before."""
+        x = plain(x)  # a runtime scalar that is kept
         if type(x) in _ATOMS:
             return x
         if id(x) in self.before.index:

@@ -103,6 +103,7 @@ class Verifying:
     def _verified(self, plan: Run, attempt: Attempt, args: tuple, kwargs: dict) -> object:
         """Undo a trace that has found a plan which is due, and verify the call."""
         attempt.put_back()
+        self.stats.traces -= 1
         attempt.trace = None  # which holds proxies that the next one uses again
         return self._verifier.traced(plan, args, kwargs)
 
