@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import tracejit
 from support.faults import FAULTS, STEPS, Fault
 from tracejit.errors import TracejitWarning
 from tracejit.runtime.c_compiler import find_compiler
+from tracejit.verify.evidence import again, read
 
 CALLS = 8
 
@@ -37,7 +39,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
-def test_verify_finds_it_and_keeps_eager_s_results(fault: Fault):
+def test_verify_finds_it_and_keeps_eager_s_results(fault: Fault, tmp_path, monkeypatch):
     if fault.backend == "c" and find_compiler() is None:
         pytest.skip("there is no C compiler")
     plain, args, between = copies(fault.step)
@@ -52,9 +54,16 @@ def test_verify_finds_it_and_keeps_eager_s_results(fault: Fault):
     certificate = step.certificate()
     assert len(certificate.withdrawn) == 1 and not certificate.unverified
     text = certificate.withdrawn[0]
+    text, _, evidence = text.rpartition("\nevidence: ")
     assert fault.token in text.rpartition("\n")[2]
     assert not fault.stage or f". {fault.stage}: " in text
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if fault.stage in ("kernels", "passes"):
+        with fault.plant():
+            blame = again(read(Path(evidence)))
+        assert blame.stage == fault.stage
+        monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / "other"))  # of a version that is right
+        assert again(read(Path(evidence))) is None
 
 
 @pytest.mark.parametrize("name", STEPS)

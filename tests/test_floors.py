@@ -111,6 +111,7 @@ SAME_FLOOR = {
     ("__main__", "commands"),
     ("__main__", "compile"),
     ("commands", "compile"),
+    ("commands", "verify"),
     ("__main__", "report"),
     ("__main__", "rows"),
     ("__main__", "support"),

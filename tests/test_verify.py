@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
+import zipfile
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -13,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import tracejit
+from tracejit.__main__ import main
 from tracejit.errors import TracejitWarning, WrongResult
 
 
@@ -132,6 +134,7 @@ class Masked:
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    return tmp_path
 
 
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
@@ -345,3 +348,34 @@ def test_what_a_trace_left_in_a_class_is_undone():
         assert step(torch.ones(2)).tolist() == [call + 2.0] * 2
         assert Model.calls == call + 1 and Model.last.tolist() == [call + 1.0] * 2
     assert step.certificate().holds
+
+
+def test_evidence_from_the_command_line(fresh, capsys):
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    with swapped():
+        step = tracejit.compile(Masked().step, verify=2, backend="c", on_unsupported="eager")
+        with pytest.warns(TracejitWarning, match="evidence: ") as said:
+            step(x)
+        file = str(said[0].message).rpartition("evidence: ")[2].rstrip(".")
+        assert main(["replay-evidence", file]) == 1
+        assert capsys.readouterr().out.count("printer for c gets where wrong") == 2
+    for damage in (b"", b"no zip"):
+        other = fresh / "damaged"
+        other.write_bytes(damage)
+        assert main(["replay-evidence", str(other)]) == 2
+    with zipfile.ZipFile(file) as given, zipfile.ZipFile(other, "w") as made:
+        for name in given.namelist():
+            data = given.read(name)
+            made.writestr(name, data.replace(b'"digest": "', b'"digest": "0', 1))
+    assert main(["replay-evidence", str(other)]) == 2
+    assert "another digest" in capsys.readouterr().err
+
+
+def test_the_result_is_eager_s_where_no_evidence_can_be_written(fresh):
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    wanted = Masked().step(x)
+    (fresh / "evidence").write_text("a file where the directory would be")
+    with swapped(), pytest.warns(TracejitWarning, match="no evidence was written"):
+        m = Masked()
+        found = tracejit.compile(m.step, verify=2, backend="c", on_unsupported="eager")(x)
+    assert torch.equal(found, wanted) and m.calls == [1]

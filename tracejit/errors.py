@@ -104,7 +104,7 @@ class WrongResult(TracejitError, RuntimeError):
     """A verified call of the compiled step left something else behind than eager. Its result was
     dropped, and its plan is not used any more."""
 
-    message = "{step}: {how} differs from eager in {differences}{blame}"
+    message = "{step}: {how} differs from eager in {differences}{blame}{evidence}"
 
 
 class BackendUnavailable(TracejitError, RuntimeError):

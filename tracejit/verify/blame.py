@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from tracejit.equality import EPS, array_of
-from tracejit.ir.graph import Graph, Node, Result, Value
+from tracejit.ir.graph import Graph, Node, Param, Result, Value
 from tracejit.ir.interp import evaluate
 from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.ir.types import contiguous_strides
 from tracejit.passes import optimize
 from tracejit.pictures.kernels import computed_by
-from tracejit.programs import Compiled
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.runtime.program import Program
@@ -128,8 +128,16 @@ def far(
 # ---- kernels
 
 
+def of_graphs(
+    raw: Graph, program: Program, executor: Executor, inputs: Sequence[torch.Tensor | float]
+) -> Blame | None:
+    """Blame for what comes after capture: the kernels of a program, or the passes before it."""
+    found = of_kernels(program, executor, inputs)
+    return of_passes(raw, program.graph, inputs) if found is None else found
+
+
 def of_kernels(
-    compiled: Compiled, executor: Executor, inputs: Sequence[torch.Tensor | float]
+    program: Program, executor: Executor, inputs: Sequence[torch.Tensor | float]
 ) -> Blame | None:
     """Blame for a plan that computes something else than its graph says; None if it does not.
 
@@ -137,7 +145,7 @@ def of_kernels(
     fused, then the plan as it is: by the executor, and by numpy, which tells a printer's fault from
     a schedule's.
     """
-    graph, ends = compiled.final, time.monotonic() + _SECONDS
+    graph, ends = program.graph, time.monotonic() + _SECONDS
     right = Reference(graph, inputs)
     end = wrong_output(graph, inputs, right, executor)
     if end is None:
@@ -147,7 +155,7 @@ def of_kernels(
         node = first_wrong_primitive(graph, inputs, right, make)
         if node is not None:
             by = "the schedule" if name == "numpy" else f"the printer for {name}"
-            return _in_launch(compiled, node, f"{by} gets {node.op.name} wrong")
+            return _in_launch(program, node, f"{by} gets {node.op.name} wrong")
     for name, make in executors.items():
         node = wrong_output(graph, inputs, right, make)
         if node is None:
@@ -156,10 +164,10 @@ def of_kernels(
         by = "the schedule" if name == "numpy" else f"what {name} makes of the schedule"
         if found is not None:
             node, cone = found
-            blame = _in_launch(compiled, node, f"{by} is wrong where primitives are fused")
+            blame = _in_launch(program, node, f"{by} is wrong where primitives are fused")
             return replace(blame, graph=str(cone.canonical()))
-        return _in_launch(compiled, node, f"{by} is wrong in the plan as a whole")
-    return _in_launch(compiled, end, "the plan is not wrong each time")
+        return _in_launch(program, node, f"{by} is wrong in the plan as a whole")
+    return _in_launch(program, end, "the plan is not wrong each time")
 
 
 def first_wrong_primitive(
@@ -228,7 +236,9 @@ def wrong_output(
     executor: Executor,
 ) -> Node | None:
     """The node of the first result or write that the plan gets wrong."""
-    copies = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+    copies = [laid_out(p, x) for p, x in zip(graph.params, inputs, strict=True)]
+    pairs = zip(copies, inputs, strict=True)
+    copies = [a.clone() if a is b and isinstance(a, torch.Tensor) else a for a, b in pairs]
     made = graph.producers()
     ends = [r.value for r in graph.results] + [w.value for w in graph.writes]
     found = _run(graph, copies, executor, fuse=True)
@@ -246,16 +256,32 @@ def _run(
     graph: Graph, inputs: Sequence[torch.Tensor | float], executor: Executor, *, fuse: bool
 ) -> list[torch.Tensor]:
     program = Program(schedule(graph, fuse=fuse), executor)
-    return program.function()(list(inputs))
+    pairs = zip(graph.params, inputs, strict=True)
+    return program.function()([laid_out(p, x) for p, x in pairs])
 
 
-def _in_launch(compiled: Compiled, node: Node, what: str) -> Blame:
+def laid_out(param: Param, x: torch.Tensor | float) -> torch.Tensor | float:
+    """An input with the strides that a plan reads it by; itself, if it has them."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    shape = param.value.type.shape
+    strides = param.strides or contiguous_strides(shape)
+    if x.stride() == tuple(strides) or not x.numel():
+        return x
+    size = 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    memory = x.new_zeros(size)
+    once = [min(n, 1) if step == 0 else n for n, step in zip(shape, strides, strict=True)]
+    memory.as_strided(once, strides).copy_(x[tuple(slice(n) for n in once)])
+    return memory.as_strided(shape, strides)
+
+
+def _in_launch(program: Program, node: Node, what: str) -> Blame:
     """Blame for a node of the final graph, with the launch that computes it."""
     launch = ""
     try:
-        numbers = computed_by(compiled.final, compiled.program).get(node.out)
+        numbers = computed_by(program.graph, program).get(node.out)
         if numbers:
-            source = compiled.program.loaded.sources[numbers[0]]
+            source = program.loaded.sources[numbers[0]]
             launch = f"{numbers[0]} ({source.name})"
     except Exception:  # a wrong plan may not be told apart
         launch = ""

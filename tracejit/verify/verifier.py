@@ -25,8 +25,9 @@ from tracejit.errors import OF_EAGER, TracejitError, WrongResult
 from tracejit.ir.graph import Graph
 from tracejit.options import verified_calls
 from tracejit.run import OTHERWISE, Replay, Run
+from tracejit.verify import evidence
 from tracejit.verify.before import Before
-from tracejit.verify.blame import Blame, of_inputs, of_kernels, of_passes
+from tracejit.verify.blame import Blame, of_graphs, of_inputs
 from tracejit.verify.certificate import Certificate, Verified
 from tracejit.verify.compare import Comparison, Difference, compare
 from tracejit.verify.outcome import Observer, Outcome
@@ -433,7 +434,20 @@ class Verifier:
             how=f"a {made.ran.how} of plan {digest(made.ran.compiled.final)}",
             differences=said + more,
             blame="" if found is None else f". {found}",
+            evidence=self._evidence(made, said + more, found),
         )
+
+    def _evidence(self, made: Made, said: str, blame: Blame | None) -> str:
+        """Write a file of evidence; what is said of it."""
+        compiled, run = made.ran.compiled, made.run
+        if run.graph is None:
+            return ""
+        graphs = made.ran.run.captured.graph, compiled.final
+        given = self._step.__name__, made.ran.how, said, blame, graphs, run.inputs, compiled.backend
+        try:
+            return f"\nevidence: {evidence.write(*given)}"
+        except OSError as error:  # the disk is full, or may not be written to
+            return f"\nno evidence was written: {error}"
 
     def _blame(
         self, made: Made, before: Before, names: dict[int, str], args: tuple, kwargs: dict
@@ -443,8 +457,8 @@ class Verifier:
         if run.graph is not None:
             captured = made.ran.run.captured
             pipeline = self._step._programs.pipeline
-            found = of_kernels(compiled, pipeline.executor(captured.graph), run.inputs)
-            found = found or of_passes(captured.graph, compiled.final, run.inputs)
+            executor = pipeline.executor(captured.graph)
+            found = of_graphs(captured.graph, compiled.program, executor, run.inputs)
             if found is None and made.ran.how == REPLAY:
                 fresh = functools.partial(self._fresh, before, args, kwargs)
                 found = of_inputs(fresh, captured.graph, run.inputs, compiled.names)
