@@ -44,6 +44,7 @@ class Before:
     """All that a call can read and change, as it is now."""
 
     def __init__(self, roots: Sequence[object]):
+        self.roots = roots
         self.snapshot = Looked(roots)
         found = {id(t): t for t in self.snapshot.tensors}
         for t in tuple(found.values()):

@@ -19,7 +19,7 @@ import torch
 
 from tracejit.capture.python.copies import UNSET, cell_value, read_slot
 from tracejit.capture.trace.scalars import plain
-from tracejit.verify.before import Before
+from tracejit.verify.before import Before, Looked
 
 _DEPTH = 12  # of new objects that are looked into
 _GONE = "<gone>"
@@ -76,7 +76,10 @@ class Observer:
         self.before, self.names = before, names
         copied = before.snapshot.of()
         self._old = {id(x) for held in copied.values() for x in held} | set(before.index)
-        self._old |= {id(x) for x in before.snapshot._keep}
+        s = before.snapshot
+        self._old |= {id(x) for x in s._keep}
+        self._copies = {id(x): copy for x, copy in (*s._dicts, *s._sequences)}
+        self._copies |= {id(x): copy for x, copy, _ in s._ordered} | {id(x): () for x in s._empty}
 
     def outcome(self, returned: object, error: Exception | None = None) -> Outcome:
         """What there is now."""
@@ -92,7 +95,7 @@ class Observer:
             while name in found.parts:
                 name += "'"
             found.parts[name] = place
-            found.was[name] = None if was is UNSET else self._seen(was, 0, inside=True)
+            found.was[name] = None if was is UNSET else self._as_before(was, 0)
         for i, x in enumerate(self.before.snapshot.generators):
             found.parts[f"generator {i}"] = _digest_of(x)
         found.parts["torch's generator"] = _digest(torch.default_generator.get_state().numpy())
@@ -100,20 +103,39 @@ class Observer:
         found.parts["numpy's generator"] = _digest(np.random.get_state()[1])
         return found
 
+    def _as_before(self, x: object, depth: int) -> object:
+        """What a container held before; what else there is, as it is."""
+        if id(x) not in self._copies or depth > _DEPTH:
+            return self._seen(x, depth)
+        copy = self._copies[id(x)]
+        if isinstance(x, dict):
+            parts = ((self._key(k), self._as_before(v, depth + 1)) for k, v in dict(copy).items())
+        else:
+            parts = (self._as_before(v, depth + 1) for v in copy)
+        return Made(type(x).__name__, tuple(parts))
+
+    def _alive(self) -> set[int]:
+        """What the step can reach now."""
+        return {id(x) for x in Looked(self.before.roots)._keep}
+
     def _changed(self) -> Iterator[tuple[str, object, object]]:
         """The places that hold something else than before."""
-        s = self.before.snapshot
+        s, alive = self.before.snapshot, self._alive()
         every = [*s._dicts, *((x, copy) for x, copy, _ in s._ordered)]
         for n, (x, copy) in enumerate(every):
+            if id(x) not in alive:  # nobody asks what it holds
+                continue
             yield from self._items(s.owners.get(id(x), f"dict {n}"), x, copy)
         for x, copy in s._spaces.values():
             names = (x.keys() | copy.keys()) & s.named
             now, then = ({k: d[k] for k in names if k in d} for d in (x, copy))
             yield from self._items(f"module {x.get('__name__')}", now, then)
         for n, x in enumerate((*s._empty, *s._of_bare())):
-            if len(x):
+            if len(x) and id(x) in alive:
                 yield s.owners.get(id(x), f"container {n}"), self._seen(x, 0, inside=True), UNSET
         for n, (x, copy) in enumerate(s._sequences):
+            if id(x) not in alive:
+                continue
             if len(x) != len(copy) or any(a is not b for a, b in zip(x, copy, strict=True)):
                 yield (
                     s.owners.get(id(x), f"{type(x).__name__} {n}"),
