@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import warnings
 import zipfile
@@ -379,3 +380,23 @@ def test_the_result_is_eager_s_where_no_evidence_can_be_written(fresh):
         m = Masked()
         found = tracejit.compile(m.step, verify=2, backend="c", on_unsupported="eager")(x)
     assert torch.equal(found, wanted) and m.calls == [1]
+
+
+def test_a_call_that_initializes_lazy_modules_is_not_verified_and_later_ones_are():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4), torch.nn.Tanh(), torch.nn.LazyLinear(1))
+    step = tracejit.compile(lambda x: model(x).sum(), verify=2)
+    with pytest.warns(TracejitWarning, match="initializes lazy modules"):
+        first = step(torch.ones(3, 5))
+    assert torch.equal(first, model(torch.ones(3, 5)).sum())
+    for _ in range(4):
+        step(torch.ones(3, 5))
+    assert step.certificate().holds
+
+
+def test_an_object_with_a_readonly_slot_is_within_reach():
+    get = operator.attrgetter("real", "imag")
+    step = tracejit.compile(lambda x: x * get(2.0)[0], verify=2)
+    for _ in range(4):
+        assert step(torch.ones(2)).tolist() == [2.0, 2.0]
+    assert step.certificate().holds

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 
+from torch.nn.parameter import is_lazy
+
 from tracejit.capture.proof.repeat import suspect
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.snapshot import Known, Snapshot
@@ -53,7 +55,7 @@ class Attempt:
     """
 
     __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
-    __slots__ += ("started",)
+    __slots__ += ("started", "initializes")
 
     def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
         self.known, self.roots, self.lasting = known, roots, lasting
@@ -63,6 +65,7 @@ class Attempt:
         self.committing = False  # the plan is about to run: there is no way back
         self.quick = False
         self.started = time.perf_counter()
+        self.initializes = False  # parameters of lazy modules, which get their shapes
 
     def begin(self, trace: Trace, *, following: bool) -> bool:
         """A trace begins. Returns whether it is to be watched."""
@@ -71,6 +74,8 @@ class Attempt:
             self.snapshot = None if self.known is None else self._taken(self.known.again)
             return False
         self.snapshot = self._taken(Snapshot)
+        if self.snapshot is not None:
+            self.initializes = any(map(is_lazy, self.snapshot.tensors))
         return self.snapshot is not None and bool(suspect(self.snapshot))
 
     def _taken(self, take: Callable[[tuple], Snapshot]) -> Snapshot | None:

@@ -131,6 +131,7 @@ class Verifier:
         due = self._left(run) > 0 or self._drawn()
         if due and attempt is not None and self.thorough:
             why = self._refusal(compiled) or attempt.obstacles()
+            why += ["it initializes lazy modules"] if attempt.initializes else []
             if not why:
                 raise Due(run)
             self._cannot(run, why[0])

@@ -9,6 +9,7 @@ no copy: a trace changes none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import weakref
@@ -407,12 +408,11 @@ class Snapshot:
                 del cell.cell_contents
         for x, values in self._slots:
             for member, value in values:
-                if read_slot(member, x) is value:  # it may be readonly
-                    continue
-                if value is not UNSET:
-                    member.__set__(x, value)
-                elif read_slot(member, x) is not UNSET:
-                    member.__delete__(x)
+                with contextlib.suppress(AttributeError):  # it is readonly, and has not changed
+                    if value is not UNSET:
+                        member.__set__(x, value)
+                    elif read_slot(member, x) is not UNSET:
+                        member.__delete__(x)
         for cls, held in self._classes:
             now = {k: v for k, v in vars(cls).items() if not k.startswith("__")}
             before = {k: v for k, v in held.items() if not k.startswith("__")}
