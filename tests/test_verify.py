@@ -400,3 +400,11 @@ def test_an_object_with_a_readonly_slot_is_within_reach():
     for _ in range(4):
         assert step(torch.ones(2)).tolist() == [2.0, 2.0]
     assert step.certificate().holds
+
+
+def test_one_element_with_any_stride():
+    x = torch.arange(6.0).as_strided((1,), (2,), 1)
+    step = tracejit.compile(lambda: x * 2 + x.add_(1.0), verify=2)
+    for call in range(4):
+        assert step().tolist() == [3.0 * (1 + call) + 1.0]
+    assert step.certificate().holds

@@ -35,9 +35,12 @@ class SavedTensor:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors of one element have the same bits."""
-    return bytes(a.detach().reshape(1).view(torch.uint8).numpy()) == bytes(
-        b.reshape(1).view(torch.uint8).numpy()
-    )
+    return _bits(a) == _bits(b)
+
+
+def _bits(x: torch.Tensor) -> bytes:
+    """Those of the one element; its stride may be anything."""
+    return bytes(x.detach().reshape(1).as_strided((1,), (1,)).view(torch.uint8).numpy())
 
 
 def lies_at(a: torch.Tensor, b: torch.Tensor) -> bool:
