@@ -108,6 +108,13 @@ class ReplayNotArmed(TracejitError, RuntimeError):
     message = 'mode="replay" was asked for, but this step must rerun its Python: {reason}'
 
 
+class WrongResult(TracejitError, RuntimeError):
+    """A verified call of the compiled step left something else behind than eager. Its result was
+    dropped, and its plan is not used any more."""
+
+    message = "{step}: {how} differs from eager in {differences}{blame}{evidence}"
+
+
 class BackendUnavailable(TracejitError, RuntimeError):
     """The executor asked for cannot run in this process."""
 

@@ -61,10 +61,11 @@ class Run:
     parts: Parts | None = None  # the segments that it runs, where there are several
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Replay:
     """An armed replay of something compiled: its guard, the run for calls that the guard accepts,
-    and the `Call` with all objects that a replay needs besides tensors and scalars."""
+    and the `Call` with all objects that a replay needs besides tensors and scalars. While calls of
+    it are verified, others stand for the guard and the run."""
 
     guard: Guard
     guard_text: str

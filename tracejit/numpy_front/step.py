@@ -111,6 +111,8 @@ class _Plain:
 class NumpyStep(CompiledStep):
     """A step whose arguments and variables are numpy arrays, and whose results are such."""
 
+    _comparable = False
+
     def reset(self) -> None:
         """Forget every plan, replay and count."""
         with self._lock:
