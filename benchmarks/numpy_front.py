@@ -1,7 +1,8 @@
 """The classic two-layer program over numpy arrays: numpy itself against `tracejit.compile`.
 
-Prints the medians of 60 runs of 5 calls, in turn. Each has a process of its own, since the threads
-of one that wait for work would disturb the other. OMP_NUM_THREADS and OPENBLAS_NUM_THREADS say how
+Prints the medians of 60 runs of 20 calls, in turn. Each has a process of its own, since the threads
+of one that wait for work would disturb the other; before each turn there is a pause, until they
+have given up, and a call that is not timed. OMP_NUM_THREADS and OPENBLAS_NUM_THREADS say how
 many threads they have.
 """
 
@@ -17,7 +18,8 @@ import numpy as np
 
 import tracejit
 
-RUNS, CALLS = 60, 5
+RUNS, CALLS = 60, 20
+PAUSE = 0.06  # seconds
 SHAPES = ((64, 1000), (64, 10), (1000, 100), (100, 10))
 
 
@@ -53,6 +55,7 @@ def serve(pipe: Connection, dtype: str, compiled: bool) -> None:
     for _ in range(4):
         seconds(step, arrays)
     while pipe.recv():
+        step(*arrays, 1e-6)
         pipe.send(seconds(step, arrays))
 
 
@@ -67,6 +70,7 @@ def main() -> None:
         times: list[list[float]] = [[], []]
         for _ in range(RUNS):
             for pipe, found in zip(pipes, times, strict=True):
+                time.sleep(PAUSE)
                 pipe.send(True)
                 found.append(pipe.recv())
         for pipe in pipes:
