@@ -26,6 +26,7 @@ from tracejit.runtime.pool import load_pool
 from tracejit.schedule.collectives import START
 from tracejit.schedule.cpu.plan import Call, CpuPlan
 from tracejit.schedule.plan import Plan, runs
+from tracejit.schedule.plan_text import communicates
 from tracejit.schedule.traffic import bytes_of
 
 ALIGNMENT = 64  # bytes, of scratch memory
@@ -246,8 +247,7 @@ class LoadedCPlan:
 
 def _collectives(plan: Plan, lowered: CpuPlan) -> dict[str, Collective]:
     """The kernels of a lowered plan that are collectives, by name."""
-    calls = (launch.kernel.call for launch in plan.launches)
-    if not any(call is not None and call.is_collective for call in calls):
+    if not communicates(plan):
         return {}
     kernels = {name: kernel.kernel for name, kernel in lowered.kernels.items()}
     return {

@@ -15,6 +15,7 @@ from tracejit.runtime.cache import DiskCache, digest_of, sha256
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.text import identity, parse_cpu_plan
 from tracejit.schedule.plan import Plan
+from tracejit.schedule.plan_text import text_of
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def lowered_anew(plan: Plan, vector_bytes: int, meet: Meet) -> Lowered:
 
 
 def _key(plan: Plan, vector_bytes: int) -> str:
-    return f"{digest_of('ir', 'schedule')} vectors={vector_bytes}\n{sha256(str(plan))}"
+    return f"{digest_of('ir', 'schedule')} vectors={vector_bytes}\n{sha256(text_of(plan))}"
 
 
 def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str, meet: Meet) -> Lowered:
