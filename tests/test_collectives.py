@@ -90,7 +90,7 @@ def ends(found: list, *words: str) -> None:
 
 def test_another_branch_on_one_rank(ranks: Ranks):
     found = ranks(rank_cases.another_branch)
-    ends(found, "RanksDiffer", "of 8+64 by=SUM", "of 8+64+1 by=SUM", "rank_cases.py:")
+    ends(found, "RanksDiffer", "of 8+64 by=SUM", "of 1+8+64 by=SUM", "rank_cases.py:")
 
 
 def test_another_learning_rate_on_one_rank(ranks: Ranks):

@@ -102,12 +102,12 @@ def reduction(t: Trace, op: object) -> str:
 
 
 def communicate(t: Trace, name: str, group: Group, values: Sequence[Value], **attrs) -> Value:
-    """The flat result of the next collective of the step."""
+    """The flat result of the next collective of the step. Operands keep their shapes, so that the
+    kernels that compute them write them as they lie in memory."""
     number, t.collectives = t.collectives, t.collectives + 1
     where = {"group": process_groups.name_of(group), "ranks": group.size(), "number": number}
     with t.untaped(), t.unchecked():
-        flat = [t.b.reshape(x, shape=(math.prod(x.type.shape),)) for x in values]
-        return getattr(t.b, name)(*flat, **attrs, **where)
+        return getattr(t.b, name)(*values, **attrs, **where)
 
 
 def _take(t: Trace, flat: Value, *into: Handle) -> None:
