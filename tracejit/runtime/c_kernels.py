@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from tracejit.codegen.c import CFunction
 
 # Characters of C in the first unit that is compiled before all kernels are there, and at most.
-EARLY = (12_000, 60_000)
+EARLY = (12_000, 40_000)
 GROWTH = 1.5  # from one such unit to the next: each costs the start of a compiler
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
 _MICRO = re.compile(r"^TJ_FUSED .*?^\}$", re.DOTALL | re.MULTILINE)
@@ -72,12 +72,19 @@ class Kernels:
 
     def add(self, kernel: CpuKernel, digest: str) -> None:
         """A kernel of the plan, and its digest. Unless it is there, it is printed at once, and
-        compiled with those before it when they are enough for a unit."""
+        the first ones that wait are compiled when there are enough for a unit and for the other
+        cores, which are not to be idle at the end."""
         call = kernel.kernel.call
         if not (call is not None and call.is_collective) and not self._found(digest):
             self._print(kernel, digest)
-            if sum(self._waiting.values()) >= self._room:
-                self._start([list(self._waiting)])
+            if sum(self._waiting.values()) >= self._room * _cores():
+                batch, filled = [], 0
+                for first, cost in self._waiting.items():
+                    if filled >= self._room:
+                        break
+                    batch.append(first)
+                    filled += cost
+                self._start([batch])
                 self._room = min(EARLY[1], int(self._room * GROWTH))
 
     def loaded(
@@ -120,7 +127,7 @@ class Kernels:
         self._printed[digest], self._waiting[digest] = function, _cost(function.text)
 
     def _start(self, batches: Sequence[list[str]]) -> None:
-        """Compile all that waits, in units."""
+        """Compile some of what waits, in units."""
         if not self._waiting:
             return
         from tracejit.codegen.c import unit
@@ -129,7 +136,8 @@ class Kernels:
             source = unit([self._printed[digest] for digest in batch], vector_bytes())
             library = self._compilers.submit(load_library, source)
             self._under_way.append((batch, source, library))
-        self._waiting.clear()
+            for digest in batch:
+                del self._waiting[digest]
 
 
 def _cost(text: str) -> int:
