@@ -18,7 +18,17 @@ import pytest
 import torch
 
 import benchmarks
-from benchmarks import convolutions, data_parallel, gpu, isolated, launch_cost, machine, run, worker
+from benchmarks import (
+    convolutions,
+    data_parallel,
+    gpu,
+    isolated,
+    launch_cost,
+    machine,
+    products,
+    run,
+    worker,
+)
 from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
 from benchmarks.image_steps import resnet
 from benchmarks.numpy_steps import STEPS as NUMPY_STEPS
@@ -177,6 +187,15 @@ def test_there_are_larger_cases_for_a_gpu():
         assert case.like in CASES and (case.gemms or case.bytes), name
         step, start = run.started(name, small=True)
         assert start and callable(step)
+
+
+@pytest.mark.parametrize("form", ["NN", "TN", "NT", "TT"])
+def test_products_of_both_contenders(form):
+    """Ours compares itself with numpy's before it is timed."""
+    for batch, updates in ((1, False), (1, True), (3, False)):
+        shape = products.Shape("small", 5, 7, 9, form, batch, updates)
+        for contender in products.CONTENDERS.values():
+            assert contender(shape, "float64")() > 0
 
 
 def test_what_has_a_version_in_jax():

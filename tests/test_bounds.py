@@ -87,3 +87,25 @@ def test_the_values_of_a_noncontiguous_index():
     numbers[1, 0] = 5
     with pytest.raises(IndexError):
         step()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_many_indices_are_looked_at_by_all_threads(dtype: torch.dtype):
+    """One that is outside, wherever it is, is found, and nothing is added."""
+    n, words = 3 * (1 << 16) + 7, 1000
+
+    def step(table, index, rows):
+        return table.index_add(0, index, rows)
+
+    compiled = tracejit.compile(step, backend="c", on_unsupported="raise")
+    table, rows = torch.zeros(words), torch.ones(n)
+    index = torch.arange(n).remainder(words).to(dtype)
+    for _ in range(4):
+        assert torch.equal(compiled(table, index, rows), step(table, index, rows))
+    for at in (0, 1 << 16, n - 1):
+        for wrong in (-1, words, torch.iinfo(dtype).min, torch.iinfo(dtype).max):
+            given = index.clone()
+            given[at] = wrong
+            with pytest.raises((IndexError, RuntimeError)):
+                compiled(table, given, rows)
+    assert torch.equal(compiled(table, index, rows), step(table, index, rows))

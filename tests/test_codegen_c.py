@@ -21,7 +21,7 @@ from tracejit.runtime.c_compiler import find_compiler, load_library
 from tracejit.schedule.cpu.access import vector_axis
 from tracejit.schedule.cpu.lower import lower_kernel
 from tracejit.schedule.cpu.plan import CpuKernel
-from tracejit.schedule.cpu.tiles import accumulators, blocking
+from tracejit.schedule.cpu.registers import accumulators, blocking
 from tracejit.schedule.kernel import Axis, FloorDiv, Index, Kernel, Load, Mod, Store, Var
 from tracejit.schedule.kernel_text import parse_kernel
 

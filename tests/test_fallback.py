@@ -767,3 +767,28 @@ def test_an_array_that_shares_memory_with_what_is_written():
             assert (doubled[0].item(), total) == (2 * sum(range(i + 1)), 5 * sum(range(i + 1)))
     read = tracejit.compile(lambda x: t * x, on_unsupported="raise")  # which writes to nothing
     assert read(torch.ones(5))[0].item() == 6
+
+
+def test_a_class_and_a_global_that_were_given_intermediates_are_put_back():
+    """What takes intermediates out of the user's containers leaves the copies alone."""
+    global _given
+
+    class Holder:
+        calls, last = 0, None
+
+    def step(x):
+        global _given
+        Holder.calls += 1
+        Holder.last = _given = x * Holder.calls
+        return torch.special.bessel_j1(Holder.last) + made_by_user_code(x)
+
+    def made_by_user_code(x):
+        return x.apply_(lambda v: v)
+
+    _given = None
+    step = tracejit.compile(step, on_unsupported="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        step(torch.ones(2))
+    assert step.stats.eager == 1 and Holder.calls == 1
+    assert Holder.last.tolist() == _given.tolist() == [1.0, 1.0]

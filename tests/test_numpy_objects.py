@@ -13,6 +13,7 @@ import torch
 import tracejit
 from support.fake import FAKE
 from tracejit.errors import BackendUnavailable, TracejitWarning, UnsupportedOperation
+from tracejit.numpy_front.places import Reached, leads_nowhere
 from tracejit.numpy_front.step import NumpyStep
 from tracejit.testing import fake_device
 
@@ -317,6 +318,45 @@ def test_a_device_that_is_not_there():
         tracejit.compile(lambda x: x * 2, device="cuda")(np.ones(3))
     with pytest.raises(ValueError, match="tensors are where they are"):
         tracejit.compile(lambda x: x * 2, device="cuda")(torch.ones(3))
+
+
+def test_what_plainly_leads_nowhere_is_not_looked_at():
+    """The quick answer is yes only where the whole search finds nothing."""
+
+    def of_arrays(x, y):
+        return np.maximum(x, 0.0) @ y
+
+    def by_helper(x, y):
+        return scaled(x) @ y
+
+    def by_table(x, y):
+        return x * TABLES["bias"] @ y
+
+    x = np.ones((4, 4))
+    layer = Layer(np.random.default_rng(0), 4, 4)
+    quick = [(of_arrays, (x, x)), (of_arrays, (x, 1e-6)), (of_arrays, (np.float32(1), None))]
+    for step, roots in quick:
+        assert leads_nowhere(roots, step)
+        reached = Reached(roots, step)
+        assert not reached.holders and not reached.variables
+    others = [(by_helper, (x, x)), (by_table, (x, x)), (of_arrays, (layer, x))]
+    others += [(of_arrays, ([x], x)), (of_arrays, (torch.ones(2), x))]
+    for step, roots in others:
+        assert not leads_nowhere(roots, step)
+
+
+def test_a_global_that_becomes_a_table_is_found():
+    space = {"np": np, "table": 2.0}
+    exec("def step(x):\n    return x * (table['w'] if isinstance(table, dict) else table)", space)
+    step = tracejit.compile(space["step"], backend="numpy")
+    x = np.arange(3.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        assert np.array_equal(step(x), x * 2)
+        for weight in (np.full(3, 3.0), np.full(3, 4.0)):
+            space["table"] = {"w": weight}
+            assert np.array_equal(step(x), x * weight)
+            assert space["table"]["w"] is weight
 
 
 def test_other_threads_see_arrays_after_a_call():

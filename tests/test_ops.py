@@ -495,7 +495,7 @@ def c_function(name: str, sample: Sample) -> tuple[str, str]:
     operand = sample.tensors[-1].dtype
     letters = "xyz"[: len(sample.tensors)]
     target = C_TYPES[result.name]
-    text = c_text.C.template(op, operand.kind, result)
+    text = c_text.C.template(op, operand, result)
     text = text.replace("{f}", "" if operand is f64 else "f").replace("{T}", target)
     text = text.format(*(f"{c}[i]" for c in letters))
     label = "_".join(["op", name, *(t.dtype.name for t in sample.tensors), result.name])

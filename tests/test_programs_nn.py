@@ -10,13 +10,8 @@ import torch
 import tracejit
 from examples import classifier, loss_outside, transformer_block
 from support.programs import PROGRAMS
-from tracejit.testing import (
-    EAGER_FACTOR,
-    EPS,
-    MAGNITUDE_FACTOR,
-    assert_equal_to_eager,
-    assert_trains_like_eager,
-)
+from tracejit.equality import EAGER_FACTOR, EPS, MAGNITUDE_FACTOR
+from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager
 
 OUTSIDE = "8 loss outside"  # its backward is no part of the step
 NAMES = [n for n in PROGRAMS if n[0] not in "123" and n != OUTSIDE]

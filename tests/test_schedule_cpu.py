@@ -20,6 +20,7 @@ from tracejit.schedule.cpu.lower import lower, lower_kernel
 from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, CpuPlan
 from tracejit.schedule.cpu.planes import copy_planes
+from tracejit.schedule.cpu.registers import accumulators, keeps_b
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.taps import write_out_taps
 from tracejit.schedule.cpu.text import (
@@ -27,14 +28,7 @@ from tracejit.schedule.cpu.text import (
     parse_cpu_kernel,
     parse_cpu_plan,
 )
-from tracejit.schedule.cpu.tiles import (
-    STRIP_BYTES,
-    Contraction,
-    accumulators,
-    keeps_b,
-    orient,
-    tile,
-)
+from tracejit.schedule.cpu.tiles import STRIP_BYTES, Contraction, orient, tile
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.cpu.windows import windows_of
 from tracejit.schedule.kernel import Axis, Compute, FloorDiv, Index, Load, Reduce, Store
@@ -646,6 +640,46 @@ def test_what_must_be_packed_is_scratch_memory():
     narrow, wide = product(33, 64, 100), product(33, 65, 100)
     assert scratch_bytes(tile(narrow, 64)) == 0  # whole vectors are read where they lie
     assert scratch_bytes(tile(wide, 64)) > 0
+
+
+def test_micro_kernels_of_16_registers_are_not_bound_by_their_loads():
+    """A load and a product start as often: with sums of 12 vectors one row of them needs 13 loads,
+    the textbook's 6 × 2 and 4 × 3 eight and seven. With 32 registers the choice is another one."""
+    for dtype in ("f32", "f64"):
+        for shape in ((1000, 100, 64), (512, 512, 512), (512, 784, 256)):
+            kernel = parse_cpu_kernel(str(product(*shape)).replace("f32", dtype))
+            few, many = (tile(kernel, wide).tiling for wide in (32, 64))
+            assert (few.rows, few.vectors) in ((6, 2), (4, 3))
+            assert 16 < many.rows * many.vectors <= accumulators(64)
+
+
+def test_slices_of_k_are_summed_in_passes():
+    """A strip of B, two lines a row where rows do not start lines, stays in the first cache; the
+    sums of the slices are dealt to threads."""
+    for vector_bytes, passes in ((16, True), (32, True), (64, False)):
+        kernel = product(64, 100, 1000)
+        t = tile(kernel, vector_bytes).tiling
+        c = Contraction(kernel.kernel, t)
+        assert t.way == "slices" and not t.deep and t.chunks > 1
+        assert c.passes is passes
+        if passes:
+            assert c.depth * (c.strip * c.size + 64) <= STRIP_BYTES
+
+
+def test_what_is_packed_with_few_registers():
+    """An A along m is read where it lies if its lines stay in the first cache; a B that many rows
+    read is packed if its rows do not start lines."""
+    for kernel, wide, a, packed in (
+        (transposed(1000, 100, 64), 32, "direct", True),
+        (transposed(1000, 100, 64), 64, "strips", False),
+        (transposed(1000, 96, 64), 32, "direct", False),
+        (transposed(1024, 100, 64), 32, "strips", True),  # lines collide
+        (transposed(1000, 100, 130), 32, "strips", True),
+        (product(200, 100, 64), 32, "direct", False),
+        (product(1000, 112, 64), 32, "direct", False),
+    ):
+        t = tile(kernel, wide).tiling
+        assert (t.a, t.packed_from == 0) == (a, packed), kernel
 
 
 def transposed(m: int, n: int, k: int, dtype: str = "f32") -> CpuKernel:

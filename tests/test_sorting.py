@@ -104,3 +104,43 @@ def test_the_mode_of_a_long_row(dtype: torch.dtype):
     values, places = step(x)
     assert torch.equal(values, x.mode(1).values) and values[1] == 77
     assert torch.equal(x.gather(1, places[:, None])[:, 0], values)
+
+
+def structured(n: int) -> list[torch.Tensor]:
+    """Rows on which a selection by partitions does badly, or comes to the end in other ways."""
+    up = torch.arange(n)
+    pipe = torch.minimum(up, n - 1 - up)
+    half = n // 2
+    killer = torch.empty(n, dtype=torch.int64)  # of a median of three (Musser 1997)
+    killer[: 2 * half : 2] = torch.arange(half) * 2 + 1
+    killer[1 : 2 * half : 2] = torch.arange(half) + half
+    return [up, up.flip(0), pipe, -pipe, killer, killer.flip(0), up % 2, up * 7 % 5, up * 0]
+
+
+def best(*rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    found = []
+    for x in rows:
+        for k in (1, 2, 5, 16, 17, 18, 100, 250, 1000):
+            for largest in (True, False) if k <= x.shape[-1] else ():
+                for in_order in (True, False):
+                    found.append(tuple(torch.topk(x, k, -1, largest, in_order)))
+    return found
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16], ids=str)
+def test_topk_takes_equal_elements_as_eager(dtype: torch.dtype, backend: str):
+    """Among equal elements, those that eager takes, in its order: gradients go where they come
+    from."""
+    torch.manual_seed(1)
+    given = []
+    for n in (5, 17, 64, 300, 1500):
+        given += [torch.randint(0, m, (2, n)).to(dtype) for m in (3, n)]
+    if dtype.is_floating_point:
+        for x in given:
+            x[:, ::7] = float("nan")
+    given.append(torch.stack(structured(280)).to(dtype))
+    ours = tracejit.compile(best, backend=backend, on_unsupported="raise")(*given)
+    for (value, place), (values, places) in zip(ours, best(*given), strict=True):
+        assert torch.equal(place, places)
+        torch.testing.assert_close(value, values, equal_nan=True, rtol=0, atol=0)

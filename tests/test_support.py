@@ -14,6 +14,7 @@ from support.function_checks import (
     check_values,
     is_logic_in_place,
     outcome,
+    same_error,
     step_of,
     tensors_of,
 )
@@ -34,7 +35,7 @@ from support.function_samples import (
     samples_of,
     u8,
 )
-from support.oracle import captured_of
+from support.oracle import call, captured_of
 from support.scope import sampled
 from tracejit import support
 from tracejit.capture.trace.table import RULES
@@ -193,6 +194,28 @@ def facts() -> dict[str, tuple[str, str]]:
     return {
         o.name: measured(o) for o in operations_measured() if accepting or sampled(o.name, of=8)
     }
+
+
+@pytest.mark.sweep(8)
+@pytest.mark.parametrize("name", [o.name for o in operations_measured()])
+def test_dtypes_that_eager_rejects(name: str):
+    """Where eager raises for a dtype, a compiled step raises an error of that kind, or refuses."""
+    operation = next(o for o in operations_measured() if o.name == name)
+    function, samples = chosen(operation)
+    samples = [s for s in samples[:3] if all(x.numel() for x in tensors_of(s.args))]
+    for dtype in DTYPES.values():
+        for sample in samples:
+            other, error = outcome(converted, sample, dtype)
+            if error is not None or other is None:
+                continue
+            args, kwargs = other.fresh()
+            error = outcome(lambda a=args, k=kwargs: function(*a, **k))[1]
+            if error is None:
+                continue
+            args, kwargs = other.fresh()
+            ours = outcome(call, lambda *_, a=args, k=kwargs: function(*a, **k))[1]
+            assert ours is not None and same_error(ours, error), f"{dtype}: {error!r}, not {ours!r}"
+            break
 
 
 def test_golden_support_table(facts):

@@ -7,6 +7,7 @@ python -m tracejit save examples/two_layer_autograd.py:make_step -o two_layer.st
 python -m tracejit eject examples/two_layer_autograd.py:make_step -o two_layer_step.py
 python -m tracejit onnx examples/two_layer_autograd.py:make_step -o two_layer.onnx
 python -m tracejit draw examples/two_layer_autograd.py:make_step -o page.html
+python -m tracejit replay-evidence step_0123456789ab.evidence
 python -m tracejit cache --prune 100M
 python -m tracejit ops cumsum
 """

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from tracejit.capture.bind import names_of_globals, unwrap
 from tracejit.capture.effects.hyperparameters import within_reach
+from tracejit.capture.python.saved_tensors import SavedTensor
 from tracejit.capture.python.snapshot import Snapshot
 from tracejit.capture.trace.posing import posing
 from tracejit.errors import SideEffectError, TargetError
@@ -192,7 +193,7 @@ def _as_before(
     snapshot = Snapshot((function, args, kwargs))
     _refuse(snapshot, function, "can change")
     tensors = snapshot.tensors
-    saved = [_Saved(x) for t in tensors for x in (t, t.grad) if x is not None]
+    saved = [SavedTensor(x) for t in tensors for x in (t, t.grad) if x is not None]
     try:
         yield tensors
     finally:
@@ -214,45 +215,3 @@ def _refuse(snapshot: Snapshot, function: FunctionType, verb: str) -> None:
             reason=f"the step {verb} what cannot be put back after it is built: {found[0]}",
             remedy="Build it with arguments and variables that it may change",
         )
-
-
-class _Saved:
-    """What a call can change of a tensor whose values stay."""
-
-    def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.version = tensor, tensor._version
-        self.grad, self.requires_grad = (
-            (tensor.grad, tensor.requires_grad) if tensor.is_leaf else (None, None)
-        )
-        self.data = tensor.data
-        counts = tensor.is_cpu and tensor.numel() == 1  # the host may write it
-        self.number = tensor.detach().clone() if counts else None
-
-    def restore(self) -> None:
-        tensor = self.tensor
-        if self.number is not None and not _same(tensor, self.number):
-            tensor.data.copy_(self.number)
-        if self.requires_grad is not None:
-            if not _lies_at(tensor, self.data):
-                tensor.data = self.data
-            if tensor.requires_grad != self.requires_grad:
-                tensor.requires_grad_(self.requires_grad)
-            if tensor.grad is not self.grad:
-                tensor.grad = self.grad
-        torch._C._autograd._unsafe_set_version_counter((tensor,), (self.version,))
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one element have the same bits."""
-    return bytes(a.detach().reshape(1).view(torch.uint8).numpy()) == bytes(
-        b.reshape(1).view(torch.uint8).numpy()
-    )
-
-
-def _lies_at(a: torch.Tensor, b: torch.Tensor) -> bool:
-    same = a.untyped_storage()._cdata == b.untyped_storage()._cdata
-    return same and (a.shape, a.stride(), a.storage_offset()) == (
-        b.shape,
-        b.stride(),
-        b.storage_offset(),
-    )

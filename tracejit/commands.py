@@ -8,14 +8,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 from tracejit.compile import CompiledStep
+from tracejit.errors import SavedFileError
 from tracejit.export.onnx.api import to_onnx
 from tracejit.export.onnx.writer import OPSET
 from tracejit.runtime.cache import DiskCache
+from tracejit.verify.blame import Blame
+from tracejit.verify.evidence import again, read
 
 SAVE = """\
 Save a step: its plans, parameters and optimizer state in one file, from which tracejit.load runs it
@@ -38,6 +42,12 @@ optimizers have their state. tracejit/export/onnx/run.py, which needs onnxruntim
 runs the model and feeds the state back (docs/export.md).
 
 exit status: 0, or 2 if the step cannot be exported."""
+
+EVIDENCE = """\
+Run again what a verified call has found wrong (docs/trust.md): the passes, the schedule and the
+kernels of the graph in a file of evidence, on the inputs in it, with this version of tracejit.
+
+exit status: 0 if nothing differs any more, 1 if something does, or 2 if the file cannot be read."""
 
 CACHE = """\
 Say what is in tracejit's disk cache, $TRACEJIT_CACHE: how many entries of each kind, and how large
@@ -102,6 +112,15 @@ def add_to(
         if name == "save":
             text = "put compiled kernels into the file too, signed for this user (docs/saving.md)"
             added.add_argument("--objects", action="store_true", help=text)
+    evidence = commands.add_parser(
+        "replay-evidence",
+        help="run again what a verified call has found wrong",
+        description=EVIDENCE,
+        epilog=examples("replay-evidence"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evidence.add_argument("file", type=Path, metavar="FILE")
+    evidence.set_defaults(run=replay_evidence)
     cache = commands.add_parser(
         "cache",
         help="list the disk cache, or prune it",
@@ -116,6 +135,20 @@ def add_to(
         help="keep at most so many bytes, such as 0, 500k, 100M or 1G",
     )
     cache.set_defaults(run=print_cache)
+
+
+def replay_evidence(options: argparse.Namespace) -> int:
+    """What a file of evidence says, and what is wrong now."""
+    try:
+        found = read(options.file)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise SavedFileError(path=options.file, reason=error) from None
+    facts = found.facts
+    print(f"{facts['step']}: a {facts['how']} differed from eager in {facts['differences']}")
+    print(f"then: {Blame(**facts['blame'])}" if facts["blame"] else "then: nothing was blamed")
+    blame = again(found)
+    print(f"now:  {blame or 'passes, schedule and kernels are right for these inputs'}")
+    return 0 if blame is None else 1
 
 
 def size(text: str) -> int:

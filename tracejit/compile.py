@@ -52,6 +52,8 @@ from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime import agreement
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
+from tracejit.verify.step import Verifying
+from tracejit.verify.verifier import Due
 
 memory.load_with(load_words)
 _OF_RANKS = CollectiveError, RanksDiffer  # raised on the others too
@@ -72,6 +74,7 @@ def compile(
     remat: str = "auto",
     target: str | None = None,
     device: str | None = None,
+    verify: int | str | None = None,
 ) -> Callable:
     """Compile a training step.
 
@@ -107,9 +110,12 @@ def compile(
               with `build(*args)` on tensors of the CPU, or meta tensors: see `TargetedStep`.
     device:   "cuda" or "cuda:1", for a step over numpy arrays: each call copies them there, and
               back what it has written to. Tensors say themselves where they are.
+    verify:   in how many first calls of each plan eager runs beside it, and all that both leave
+              behind is compared (docs/trust.md); "sample:0.001": also in that share of later ones.
     """
     options = Options(
-        mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat, device
+        *(mode, backend, fuse, keep_grads, on_unsupported, require_graph, randomness, remat),
+        *(device, verify),
     )
     of = CompiledStep.of
     if target is not None:
@@ -121,7 +127,7 @@ def compile(
 FRONTS: list[Callable[[CompiledStep, tuple, dict], bool]] = []
 
 
-class CompiledStep(Inspected):
+class CompiledStep(Verifying, Inspected):
     """A step that is traced on its first calls and replayed afterwards. Safe to call from several
     threads; calls run one after another."""
 
@@ -198,6 +204,7 @@ class CompiledStep(Inspected):
                 if options.falls_back
                 else None
             )
+            self._verifier = self._new_verifier()
 
     def __get__(self, instance: object, owner: type | None = None) -> object:
         if instance is None:
@@ -267,20 +274,25 @@ class CompiledStep(Inspected):
     def _traced_or_plain(
         self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
     ) -> object:
-        self._quick = None
+        self._quick, verifier = None, self._verifier
         if fallback is None:
-            return self._trace(args, kwargs, failed)
+            return self._traced(verifier, args, kwargs, failed)
         attempt, compiles = fallback.attempt(args, kwargs), self.stats.compiles
         try:
             returned = self._trace(args, kwargs, failed, attempt)
+        except Due as due:
+            plan = due.run
         except Exception as error:
+            plan = None
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
             fallback.served(attempt, args, kwargs, built=self.stats.compiles > compiles)
-            if self._only_reruns():
+            if self._only_reruns() and verifier is None:
                 seconds = time.perf_counter() - attempt.started
                 fallback.reran(seconds, self._prover.why, args, kwargs, self._remarks.warn)
             return returned
+        if plan is not None:
+            return self._verified(plan, attempt, args, kwargs)
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
             self._remarks.warn(refusal.key, said)
@@ -362,8 +374,10 @@ class CompiledStep(Inspected):
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)
         trace.falls_back = attempt is not None
+        verifier = self._verifier
         if attempt is not None:
-            suspect = attempt.begin(trace, following=trail.following)
+            quick = trail.following and not (verifier is not None and verifier.thorough)
+            suspect = attempt.begin(trace, following=quick)
         bound = self._bind(trace, args, kwargs)
         self.stats.traces += 1
         with uncollected() as young:
@@ -385,6 +399,8 @@ class CompiledStep(Inspected):
         try:
             if way is None:
                 compiled, what, captured = self._found(done.captured, call, failed, names)
+                if verifier is not None:
+                    verifier.admit(compiled, what, attempt, call)
                 trail.close(done.captured, done.call, done.made_of)  # not if it cannot be built
                 ran, traced = ran if watched else None, compiled.traced(captured)
                 armed = prover.prove(walk, ran, args, kwargs, captured, call, traced)
@@ -395,6 +411,8 @@ class CompiledStep(Inspected):
                 self._warn_of_rerun()
             else:
                 compiled, what = self._known(way.end, trail, call, failed, names)
+                if verifier is not None:
+                    verifier.admit(compiled, what, attempt, call)
             self._recall.make_plain(trace.scalars.given)
             trace.release()  # nobody else holds a gradient that goes now
             addresses = [t.data_ptr() for t in call.reals]
@@ -474,20 +492,7 @@ class CompiledStep(Inspected):
         replay = Replay(armed.guard, armed.text, what, compiled, call.kept(), captured, signature)
         self._replays.insert(0, replay)
         del self._replays[MAX_PROGRAMS:]
+        if self._verifier is not None:
+            self._verifier.hold(replay)
         self.stats.branches = sum(r.decides for r in self._replays)
         self.stats.cuts = len(captured.cuts)
-
-    def _note(self, failed: str, *, built: bool) -> None:
-        """Keep why a call was not replayed."""
-        if failed:
-            text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
-            self._programs.pipeline.report(f"not replayed: {text}")
-            self._remarks.retraced(text)
-        if built:
-            self._prover.built()
-        self._remarks.warn_of_many(self._programs.varying)
-
-    def _warn_of_rerun(self) -> None:
-        why, self._prover.warning = self._prover.warning, ""
-        if why:
-            self._remarks.warn("rerun", f"reruns its Python on every call, which is slower: {why}")

@@ -35,6 +35,10 @@ class ShapeError(TracejitError, RuntimeError):
     message = "{where}: {function}: {reason} ({shapes})"
 
 
+class DtypeError(ShapeError, NotImplementedError):
+    """A dtype for which eager has not implemented a function."""
+
+
 class AxisError(TracejitError, IndexError):
     """An axis or index out of range."""
 
@@ -57,6 +61,10 @@ class AutogradError(TracejitError, RuntimeError):
     """A use of autograd that eager rejects: in-place on a leaf, a saved tensor modified, …"""
 
     message = "{where}: {reason}"
+
+
+class DerivativeError(AutogradError, NotImplementedError):
+    """A derivative that eager has not implemented."""
 
 
 class ValueDependentError(TracejitError, RuntimeError):
@@ -98,6 +106,13 @@ class ReplayNotArmed(TracejitError, RuntimeError):
     """`mode="replay"` was asked for and the step cannot be proven safe to replay."""
 
     message = 'mode="replay" was asked for, but this step must rerun its Python: {reason}'
+
+
+class WrongResult(TracejitError, RuntimeError):
+    """A verified call of the compiled step left something else behind than eager. Its result was
+    dropped, and its plan is not used any more."""
+
+    message = "{step}: {how} differs from eager in {differences}{blame}{evidence}"
 
 
 class BackendUnavailable(TracejitError, RuntimeError):

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import FunctionType
 
+from torch.nn.parameter import is_lazy
+
 from tracejit.capture.proof.repeat import suspect
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.snapshot import Known, Snapshot
@@ -53,7 +55,7 @@ class Attempt:
     """
 
     __slots__ = ("known", "roots", "lasting", "snapshot", "ran", "trace", "committing", "quick")
-    __slots__ += ("started",)
+    __slots__ += ("started", "initializes")
 
     def __init__(self, known: Known | None, roots: tuple, lasting: tuple) -> None:
         self.known, self.roots, self.lasting = known, roots, lasting
@@ -63,6 +65,7 @@ class Attempt:
         self.committing = False  # the plan is about to run: there is no way back
         self.quick = False
         self.started = time.perf_counter()
+        self.initializes = False  # parameters of lazy modules, which get their shapes
 
     def begin(self, trace: Trace, *, following: bool) -> bool:
         """A trace begins. Returns whether it is to be watched."""
@@ -71,6 +74,8 @@ class Attempt:
             self.snapshot = None if self.known is None else self._taken(self.known.again)
             return False
         self.snapshot = self._taken(Snapshot)
+        if self.snapshot is not None:
+            self.initializes = any(map(is_lazy, self.snapshot.tensors))
         return self.snapshot is not None and bool(suspect(self.snapshot))
 
     def _taken(self, take: Callable[[tuple], Snapshot]) -> Snapshot | None:
@@ -93,24 +98,31 @@ class Attempt:
         refused = None if self.trace is None else self.trace.refused
         return error if refused is None else refused
 
+    def obstacles(self) -> list[str]:
+        """What keeps the call from being run again, of a trace that copies all that it reaches."""
+        if self.snapshot is None:
+            return ["it changes objects of which it has no copy"]
+        found = self.snapshot.obstacles()
+        if self.ran is not None:
+            found += self.ran.unrepeatable
+        elif suspect(self.snapshot):
+            found.append(f"it may have used {suspect(self.snapshot)}, and a profiler is active")
+        return found
+
     def put_back(self) -> list[str]:
         """Put all back as it was before the trace; or what keeps the call from being run again."""
         snapshot = self.snapshot
         if self.trace is not None:
             self.trace.draws.undo()
-        if snapshot is None:
-            return ["it changes objects of which it has no copy"]
-        found = snapshot.obstacles()
-        if self.quick:
+        if snapshot is None or not self.quick:
+            found = self.obstacles()
+        else:
+            found = snapshot.obstacles()
             snapshot.restore()
             if self.known.unknown(snapshot, self.roots):
                 found.append("it changes objects that it made itself")
             may = suspect(snapshot)
             found += [f"it may have used {may}"] if may else []
-        elif self.ran is not None:
-            found += self.ran.unrepeatable
-        elif suspect(snapshot):
-            found.append(f"it may have used {suspect(snapshot)}, and a profiler is active")
         if not found:
             snapshot.restore()
         return found
@@ -262,6 +274,11 @@ class Fallback:
         """A trace ended in an error that eager did not raise."""
         self.why = self.ever = refusal.text
         self._eager_next(attempt, args, kwargs)
+
+    def withdrawn(self, args: tuple, kwargs: dict, why: str) -> None:
+        """Calls of this kind run eagerly for good."""
+        self.why = self.ever = why
+        self._rest(args, kwargs).left = _FOREVER
 
     def _eager_next(self, attempt: Attempt, args: tuple, kwargs: dict) -> None:
         """The next calls of this kind are run eagerly."""

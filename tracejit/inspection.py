@@ -293,6 +293,21 @@ class Inspected:
             code = self._function.__code__
             return picture(Drawn(self.__name__, made, code, ledger, notes))
 
+    def _note(self, failed: str, *, built: bool) -> None:
+        """Keep why a call was not replayed."""
+        if failed:
+            text = f"{failed}; {'a new plan was built' if built else 'its plan was there'}"
+            self._programs.pipeline.report(f"not replayed: {text}")
+            self._remarks.retraced(text)
+        if built:
+            self._prover.built()
+        self._remarks.warn_of_many(self._programs.varying)
+
+    def _warn_of_rerun(self) -> None:
+        why, self._prover.warning = self._prover.warning, ""
+        if why:
+            self._remarks.warn("rerun", f"reruns its Python on every call, which is slower: {why}")
+
 
 class BoundStep(functools.partial):
     """A step that is a method, of one object: `trainer.step`. It has what the step has; `save` and

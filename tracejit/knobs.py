@@ -5,6 +5,7 @@ TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
 TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit
 TRACEJIT_VERIFY  0|1    rerun type inference on every node after every pass
 TRACEJIT_ON_UNSUPPORTED  eager|raise  what `tracejit.compile` does by default with what it refuses
+TRACEJIT_VERIFY_CALLS  k  what `tracejit.compile(verify=…)` is by default (docs/trust.md)
 TRACEJIT_GRAPHS  0|1    whether steps on a GPU become CUDA graphs (default 1)
 TRACEJIT_PROGRESS  0|1  whether a long first call tells how far it is (default 1)
 """
@@ -44,6 +45,12 @@ def verify() -> bool:
 def on_unsupported() -> str:
     """What steps do with what capture refuses, where `compile` is not told: "eager" or "raise"."""
     return os.environ.get("TRACEJIT_ON_UNSUPPORTED", "eager")
+
+
+def verified_calls() -> int | str:
+    """What `compile(verify=…)` is where it is not told."""
+    text = os.environ.get("TRACEJIT_VERIFY_CALLS", "0")
+    return int(text) if text.isdigit() else text
 
 
 def graphs() -> bool:

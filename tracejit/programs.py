@@ -16,6 +16,7 @@ from tracejit.capture.effects.captured import Captured, Key, graph_key
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
+from tracejit.errors import WrongResult
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
 from tracejit.parts import Parts, Stages
@@ -46,6 +47,7 @@ class Compiled:
     parts: dict[tuple, Parts] = field(default_factory=dict)  # the program in segments
     used: int = 0  # when it ran last
     kept: bool = True  # until there are too many
+    wrong: WrongResult | None = None  # a verified call has differed from eager
 
     def run_of(self, captured: Captured, hooks: Hooks) -> Run:
         """What traced calls of a captured step do."""

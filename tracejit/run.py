@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -24,6 +25,7 @@ from tracejit.capture.effects.late import (
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
 from tracejit.capture.signature import Signature
+from tracejit.capture.trace.bounds import MANY
 from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.counters import Alike, counters_of
@@ -59,10 +61,11 @@ class Run:
     parts: Parts | None = None  # the segments that it runs, where there are several
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Replay:
     """An armed replay of something compiled: its guard, the run for calls that the guard accepts,
-    and the `Call` with all objects that a replay needs besides tensors and scalars."""
+    and the `Call` with all objects that a replay needs besides tensors and scalars. While calls of
+    it are verified, others stand for the guard and the run."""
 
     guard: Guard
     guard_text: str
@@ -173,7 +176,7 @@ class _Writer:
             **{"checking": checking},
         }
         self.code = HostCode()
-        of_c = getattr(program, "executor", "") == "c"
+        self.of_c = of_c = getattr(program, "executor", "") == "c"
         self.draws = DrawLines(
             captured.draws, self.names, replayed=armed is not None, streamed=of_c
         )
@@ -260,7 +263,12 @@ class _Writer:
         if 0 in when:
             for i, bound in enumerate(captured.bounds):
                 self.names[f"bound{i}"] = bound
-                before.append(f"bound{i}.check(reals)")
+                many = self.of_c and prod(bound.shape) >= MANY
+                if many:
+                    from tracejit.runtime.pool import within
+
+                    self.names["within"] = within
+                before.append(f"bound{i}.check(reals{', within' * many})")
         if captured.checks is not None and self._ready(captured.checks.sources) in when:
             self.names["errors"] = captured.checks.errors
             inputs = ", ".join(_input(*source) for source in captured.checks.sources)

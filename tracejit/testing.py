@@ -2,46 +2,35 @@
 
 `assert_equal_to_eager` compares in lockstep: each call starts from the state that eager is in, and
 a float64 run of the same step tells how much of a difference is rounding.
-`assert_trains_like_eager` lets both run free for many calls. All tolerances stand here.
+`assert_trains_like_eager` lets both run free for many calls. `equality.py` has the rule.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from tracejit.capture.bind import names_of_globals, unwrap
 from tracejit.capture.effects.hyperparameters import within_reach
 from tracejit.capture.proof.heap import Walk
-from tracejit.capture.trace.tensor import TO_IR
 from tracejit.compile import CompiledStep, compile
-from tracejit.ir.graph import Graph
+from tracejit.equality import (
+    PARAMETER_RELATIVE,
+    AllInFloat64,
+    Magnitudes,
+    difference,
+    losses_agree,
+)
 from tracejit.ir.magnitudes import magnitudes
 from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:
     from tracejit.runtime.fake_device import FakeDevice
-
-# Unit roundoff doubled: the distance from 1 to the next number of each dtype.
-EPS = {
-    torch.float64: 2.0**-52,
-    torch.float32: 2.0**-23,
-    torch.float16: 2.0**-10,
-    torch.bfloat16: 2.0**-7,
-}
-EAGER_FACTOR = 4.0  # ‖ours - f64‖ may be this many times ‖eager - f64‖ …
-MAGNITUDE_FACTOR = 16.0  # … plus this many eps of the result recomputed with absolute values
-LOSS_RELATIVE = 1e-3  # free run: |Δloss| against |loss| …
-LOSS_FIRST = 1e-9  # … plus this much of the first loss
-PARAMETER_RELATIVE = 1e-5  # free run: parameters by norm
 
 
 @dataclass
@@ -99,7 +88,7 @@ def assert_equal_to_eager(
         after_eager, drawn_until = [_save(t) for t in tensors], generator.get_state()
         _restore(before, held)
         generator.set_state(drawn_from)
-        magnitudes = _Magnitudes()
+        magnitudes = Magnitudes()
         compiled.observer = magnitudes
         try:
             ours_returned = compiled(*args)
@@ -139,13 +128,6 @@ def assert_trains_like_eager(
         if not distance <= PARAMETER_RELATIVE * norm:
             raise AssertionError(f"parameter {i} is off by {distance / norm:.2e} of its norm")
     return compiled, ours, eager
-
-
-def losses_agree(ours: float, eager: float, first: float) -> bool:
-    """The free-run rule for one loss."""
-    if math.isnan(eager) or math.isinf(eager):
-        return ours == eager or (math.isnan(eager) and math.isnan(ours))
-    return abs(ours - eager) <= LOSS_RELATIVE * abs(eager) + LOSS_FIRST * abs(first)
 
 
 @contextlib.contextmanager
@@ -259,7 +241,7 @@ def _in_float64(
                 if grad is not None:
                     t.grad = grad.detach().double().clone()
         torch.set_default_dtype(torch.float64)
-        with _AllInFloat64():
+        with AllInFloat64():
             returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
     finally:
@@ -271,33 +253,6 @@ def _in_float64(
                 t.data = data
                 if t.is_leaf:
                     t.grad = grad
-
-
-class _AllInFloat64(TorchDispatchMode):
-    """What a step casts to float32, or makes of that dtype, is float64. Random floats are drawn in
-    float32 and then widened: in float64 they would be others."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        draws = torch.Tag.nondeterministic_seeded in func.tags
-        if not draws or "scaled_dot_product" in str(func):  # with dropout it is composed of others
-            if kwargs.get("dtype") is torch.float32:
-                kwargs = kwargs | {"dtype": torch.float64}
-            return func(*args, **kwargs)
-        if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
-            kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
-        out = func(*map(_narrow, args), **{k: _narrow(x) for k, x in kwargs.items()})
-        if func._schema.is_mutable:
-            return args[0].copy_(out)
-        floats = isinstance(out, torch.Tensor) and out.dtype is torch.float32
-        return out.double() if floats else out
-
-
-def _narrow(x: object) -> object:
-    """A float64 tensor, or that dtype, as float32."""
-    if isinstance(x, torch.Tensor) and x.dtype is torch.float64:
-        return x.float()
-    return torch.float32 if x is torch.float64 else x
 
 
 def _visible(returned: object, tensors: list[torch.Tensor]) -> list:
@@ -316,7 +271,7 @@ def _visible(returned: object, tensors: list[torch.Tensor]) -> list:
     ]
 
 
-def _compare(call: int, ours: list, eager: list, exact: list, magnitudes: _Magnitudes) -> None:
+def _compare(call: int, ours: list, eager: list, exact: list, magnitudes: Magnitudes) -> None:
     if len(ours) != len(eager):
         raise AssertionError(f"call {call}: {len(ours)} tensors, eager has {len(eager)}")
     for (name, grad, pointer, a), (_, eager_grad, _, b), (*_, reference) in zip(
@@ -332,69 +287,10 @@ def _compare(call: int, ours: list, eager: list, exact: list, magnitudes: _Magni
                 f"{at}: {list(a.shape)} {a.dtype} requires_grad={grad}, eager has "
                 f"{list(b.shape)} {b.dtype} requires_grad={eager_grad}"
             )
-        if not a.is_floating_point():
-            if not torch.equal(a, b):
-                raise AssertionError(f"{at} differs from eager")
-            continue
-        if not torch.equal(a.isnan(), b.isnan()):
-            raise AssertionError(f"{at}: NaN where eager has none, or the reverse")
-        finite = b.isfinite() & reference.isfinite()
-        if not torch.equal(a[~finite], b[~finite]) and not torch.equal(
-            a[~finite].nan_to_num(7.0), b[~finite].nan_to_num(7.0)
-        ):
-            raise AssertionError(f"{at}: infinities differ from eager")
-        zero = torch.zeros((), dtype=torch.float64)
-        error = torch.where(finite, a.double() - reference.double(), zero).norm()
-        eager_error = torch.where(finite, b.double() - reference.double(), zero).norm()
-        size = magnitudes.norm_of(pointer, b)
-        allowed = EAGER_FACTOR * eager_error + MAGNITUDE_FACTOR * EPS[b.dtype] * size
-        if not error <= allowed:
-            raise AssertionError(
-                f"{at}: ‖ours - f64‖ = {error:.3e}, allowed {allowed:.3e} "
-                f"(‖eager - f64‖ = {eager_error:.3e}, magnitude {size:.3e})"
-            )
-
-
-class _Magnitudes:
-    """Observes a run: the norm of every output recomputed with absolute values."""
-
-    def __init__(self) -> None:
-        self._norms: dict[int, float] = {}
-
-    def __call__(self, graph: Graph, inputs: Sequence, outputs: Sequence[torch.Tensor]) -> Callable:
-        arrays = [float(x) if isinstance(x, int | float) else _array(x) for x in inputs]
-
-        def after() -> None:
-            found, lower = magnitudes(graph, arrays), {}
-            pairs = [(r.value, out) for r, out in zip(graph.results, outputs, strict=True)]
-            position = {p.value: i for i, p in enumerate(graph.params)}
-            pairs += [(w.value, inputs[position[w.target]]) for w in graph.writes]
-            for value, tensor in pairs:
-                norm = _norm(found[value])
-                if not math.isfinite(norm):
-                    lower = lower or magnitudes(graph, arrays, first_order=True)
-                    norm = _norm(lower[value])
-                self._norms[tensor.data_ptr()] = norm
-
-        return after
-
-    def norm_of(self, pointer: int, tensor: torch.Tensor) -> float:
-        """The magnitude of the memory at an address; the tensor's own norm where unknown."""
-        own = torch.where(tensor.isfinite(), tensor.double(), 0.0).norm()
-        found = self._norms.get(pointer, 0.0)
-        return max(float(own), found) if math.isfinite(found) else float(own)
-
-
-def _norm(size: np.ndarray) -> float:
-    with np.errstate(over="ignore"):  # an infinite bound says nothing: see norm_of
-        return float(np.linalg.norm(np.asarray(size, np.float64).ravel()))
-
-
-def _array(t: torch.Tensor) -> np.ndarray:
-    t = t.detach()
-    if TO_IR[t.dtype].narrow:
-        t = t.float()
-    return t.cpu().clone().numpy()
+        floats = a.is_floating_point()
+        wrong = difference(a, b, reference, magnitudes.norm_of(pointer, b) if floats else 0.0)
+        if wrong is not None:
+            raise AssertionError(f"{at}: {wrong}" if floats else f"{at} {wrong}")
 
 
 __all__ = [

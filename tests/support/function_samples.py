@@ -688,7 +688,7 @@ row(
 )
 
 row("mm", MATRICES, exact=False)
-row("matmul __matmul__ __rmatmul__", MATMUL, exact=False)
+row("matmul linalg_matmul __matmul__ __rmatmul__", MATMUL, exact=False)
 row("bmm", [s for s in MATMUL if s.args[0].ndim == 3] + [S(r(0, 2, 3), r(0, 3, 2))], exact=False)
 row("mv", [S(r(3, 4), r(4)), S(r(4, 3).t(), r(4)), S(r(3, 4), r(3)), S(r(4), r(4))], exact=False)
 row("dot vdot", [*VECTORS, S(r(2, 2), r(2, 2))], exact=False)
@@ -865,6 +865,14 @@ row("double float bfloat16 half", [*CASTS, *IN_FLOAT_CASTS])
 row("long int bool", CASTS)
 row("short char byte", [s for s in CASTS if not s.args[0].isnan().any()])
 
+BITS = [
+    S(r(3, 4), i32),
+    S(r(3, 4), torch.int16),
+    S(r(3, 4), f64),
+    S(x23, f32),
+    no(r(4), torch.bool),
+]
+BITS = [*BITS, S(r(3, 4), f64), S(r(4, 3).t(), dtype=i32), S(r(3, 4), torch.bfloat16)]
 # Spellings whose arguments differ from those of the function of that name.
 BY_FUNCTION: dict[Callable, list[Sample]] = {
     torch.add: BINARY + ALPHA,
@@ -879,7 +887,7 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
     torch.Tensor.where: [
         S(s.args[1], s.args[0], *s.args[2:]) for s in WHERE if s.args[1] is not True
     ],
-    torch.Tensor.view: RESHAPED + [no(r(4), i32), S(x234, size=(6, 4))],
+    torch.Tensor.view: RESHAPED + [S(x234, size=(6, 4)), *BITS],
     torch.Tensor.reshape: RESHAPED + [S(x23, shape=(3, 2))],
     torch.Tensor.permute: [
         S(x234, 2, 0, 1),
@@ -892,10 +900,11 @@ BY_FUNCTION: dict[Callable, list[Sample]] = {
     torch.broadcast_tensors: ROWS["broadcast_tensors"],
 }
 
-# Metadata, autograd, requests for values, memory as it comes, and whole optimizers: their own tests
-# say what they answer.
+# Metadata, autograd, requests for values, memory as it comes, views in place, and whole optimizers:
+# their own tests say what they answer.
 _elsewhere = """
     checkpoint
+    as_strided_ squeeze_ swapaxes_ swapdims_ t_ transpose_ unsqueeze_
     empty empty_like new new_empty _amp_foreach_non_finite_check_and_unscale_ _amp_update_scale_
     _fused_adagrad_ _fused_adam_ _fused_adamw_ _fused_sgd_
     __array__ __bool__ __complex__ __contains__ __dlpack__ __float__ __format__ __hash__
@@ -923,11 +932,11 @@ _smooth = """
     flatten fliplr flipud float hsplit instance_norm mv narrow permute reshape reshape_as select
     split_with_sizes squeeze t to transpose type type_as unbind unsqueeze view view_as vsplit
     where
-    adjoint alias_copy conj conj_physical diagflat diagonal_copy expand_copy fill linalg_diagonal
-    linalg_vander native_group_norm native_layer_norm permute_copy put put_ ravel real resolve_conj
-    resolve_neg select_copy slice_copy split_copy split_with_sizes_copy squeeze_copy sum_to_size
-    t_copy transpose_copy unbind_copy unfold_copy unsafe_chunk unsafe_split unsafe_split_with_sizes
-    unsqueeze_copy view_copy
+    adjoint alias_copy conj conj_physical conj_physical_ diagflat diagonal_copy expand_copy fill
+    linalg_diagonal linalg_vander native_group_norm native_layer_norm permute_copy put put_ ravel
+    real resolve_conj resolve_neg select_copy slice_copy split_copy split_with_sizes_copy
+    squeeze_copy sum_to_size t_copy transpose_copy unbind_copy unfold_copy unsafe_chunk unsafe_split
+    unsafe_split_with_sizes unsqueeze_copy view_copy
 """
 SMOOTH = set(_smooth.split())
 

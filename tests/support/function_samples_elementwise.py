@@ -122,7 +122,8 @@ for _name in ("asin", "acos", "atan"):
     _arc = f"arc{_name[1:]}"
     row(f"{_name} {_name}_ {_arc} {_arc}_", [*UNARY, *INSIDE, *FAR], exact=False)
 for _name in ("asinh", "acosh", "atanh"):
-    row(f"{_name} arc{_name[1:]}", [*UNARY, *INSIDE, *ABOVE, *FAR], exact=False)
+    _arc = f"arc{_name[1:]}"
+    row(f"{_name} {_name}_ {_arc} {_arc}_", [*UNARY, *INSIDE, *ABOVE, *FAR], exact=False)
 row(both("erfc"), [*UNARY, *FAR], exact=False)
 row(both("ndtr"), [*UNARY, *FAR], exact=False)
 row(both("entr"), [*UNARY, *INSIDE, *ABOVE], exact=False)

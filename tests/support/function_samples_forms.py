@@ -42,7 +42,7 @@ CUBES = [r(3, 5, 2), r(2, 5, 3).permute(2, 1, 0), r(3, 5, 2, dtype=i64), r(6, 10
 
 # --- copies of views ---------------------------------------------------------------------------
 
-row("alias_copy", ANY)
+row("alias_copy detach_copy", ANY)
 row("diagonal_copy", [S(x, *a) for x in CUBES for a in ((), (1,), (-1, 1, 2))] + [S(r(5))])
 row("expand_copy", [S(r(3, 1), (2, 3, 5)), S(r(3, 1), (-1, 5), implicit=True), S(r(), (3,))])
 row("permute_copy", [S(x, (2, 0, 1)) for x in CUBES] + [S(r(3, 5), (0,))])
@@ -81,7 +81,7 @@ row(
 
 # --- real tensors where torch has complex ones -------------------------------------------------
 
-row("conj conj_physical resolve_conj resolve_neg real", ANY)
+row("conj conj_physical conj_physical_ resolve_conj resolve_neg real", ANY)
 row("adjoint", [S(x) for x in CUBES] + [S(r(3, 5)), S(r(3))])
 row("isreal", ANY)
 row("angle", UNARY)

@@ -409,6 +409,18 @@ row(
     exact=False,
 )
 row(
+    "fft_fftfreq fft_rfftfreq",
+    [
+        *(S(n) for n in (0, 1, 2, 5, 8)),
+        S(7, 0.25),
+        S(6, d=-0.5, dtype=f64),
+        S(9, dtype=bf16),
+        S(5, dtype=i64),
+        S(4, requires_grad=True),
+    ],
+    exact=False,
+)
+row(
     "logspace",
     [
         S(0, 1, 5),

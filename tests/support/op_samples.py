@@ -222,6 +222,20 @@ def casts() -> list[Sample]:
     return rows + [Sample((Tensor(f32, shape),), {"dtype": bf16}) for shape in SHAPES]
 
 
+def bits() -> list[Sample]:
+    """Of floats, and of integers of their size, some of which are NaN. Eager has several NaN of
+    bf16."""
+    pairs = ((f32, i32), (f64, i64), (bf16, i16), (f16, i16))
+    rows = [Sample((Tensor(f32, shape),), {"of": f32, "dtype": i32}) for shape in SHAPES]
+    for a, b in pairs:
+        rows.append(Sample((Tensor(a, (123,)),), {"of": a, "dtype": b}))
+        if a is not bf16:
+            rows.append(Sample((Tensor(a, (PAIRS,), "left"),), {"of": a, "dtype": b}))
+        for fill in ("positive", "normal", "edges"):
+            rows.append(Sample((Tensor(b, (40,), fill),), {"of": b, "dtype": a}))
+    return rows
+
+
 def moves(attr: str, *rows: tuple[tuple[int, ...], tuple[int, ...]]) -> list[Sample]:
     """(operand shape, attribute) in several dtypes."""
     dtypes = (f32, f64, bf16, i64, u8, b1)
@@ -408,12 +422,15 @@ def sorts() -> list[Sample]:
         ((3000,), 0, 20, "ties"),
     )
     dtypes = (f32, f64, bf16, i64, u8)
-    return [
+    found = [
         Sample((Tensor(d, shape, fill),), {"axis": axis, "count": count, "descending": down})
         for shape, axis, count, fill in rows
         for d in (dtypes if len(shape) == 1 and shape[0] < 3000 else (f32, i64))
         for down in (False, True)
-    ] + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
+    ]
+    chosen = {"axis": 0, "count": 9, "descending": True, "topk": "sorted"}  # without ties
+    found += [Sample((Tensor(d, (40, 2)),), chosen) for d in (f32, f64)]
+    return found + [Sample((Tensor(b1, (40,)),), {"axis": 0, "count": 40, "descending": True})]
 
 
 def reductions(*, empty: bool) -> list[Sample]:
@@ -667,6 +684,7 @@ SAMPLES: dict[str, list[Sample]] = {
     "philox": binary(i64),
     "gcd": binary(*INTS, edges=False),
     "nextafter": binary(f32, f64),
+    "bitcast": bits(),
     **{name: binary(*FLOATS, i64, i32, u8, b1) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
     "where": selections(),
     "cast": casts(),
@@ -965,6 +983,13 @@ def _philox(counter: object, key: object) -> torch.Tensor:
     return left >> 1
 
 
+def _argsort(x: torch.Tensor, axis: int, count: int, descending: bool, topk: str = ""):
+    if topk:
+        return torch.topk(x, count, axis, descending, topk == "sorted").indices
+    found = torch.sort(x, dim=axis, descending=descending, stable=True).indices
+    return found.narrow(axis, 0, count)
+
+
 # The primitives as eager torch says them.
 REFERENCE: dict[str, Callable] = {
     **{name: getattr(torch, name) for name in ("neg", "abs", "sign", "exp", "log", "sqrt")},
@@ -981,6 +1006,7 @@ REFERENCE: dict[str, Callable] = {
     **{f"sh{side}": getattr(operator, f"{side}shift") for side in "lr"},
     "philox": _philox,
     **{name: _on_tensors(getattr(torch, name)) for name in ("gcd", "nextafter")},
+    "bitcast": lambda x, of, dtype: x.view(TO_TORCH[dtype]),
     "where": torch.where,
     "cast": lambda x, dtype: x.to(TO_TORCH[dtype]),
     "alias": lambda x: x * 1 if x.dtype is not torch.bool else x,
@@ -1000,9 +1026,7 @@ REFERENCE: dict[str, Callable] = {
     "cumsum": lambda x, axis: torch.cumsum(x, axis),
     "accumulate": _accumulate,
     "recurrence": _recurrence,
-    "argsort": lambda x, axis, count, descending: torch.sort(
-        x, dim=axis, descending=descending, stable=True
-    ).indices.narrow(axis, 0, count),
+    "argsort": _argsort,
     "reduce_sum": _sum,
     "reduce_max": _axes(torch.amax),
     "reduce_min": _axes(torch.amin),

@@ -17,7 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler
 import tracejit
 from tracejit.capture.trace.scalars import TracedFloat
 from tracejit.compile import CompiledStep
-from tracejit.testing import _compare, _Magnitudes, _visible
+from tracejit.equality import Magnitudes
+from tracejit.testing import _compare, _visible
 
 FOREACH = (True, False, None)
 # Options, and how many plans: one where the first step is like the others, two where state is made
@@ -161,7 +162,7 @@ def _traced(x: object) -> Iterator[TracedFloat]:
         yield x
 
 
-class _Later(_Magnitudes):
+class _Later(Magnitudes):
     """Magnitudes that are computed where they are needed: they only loosen the comparison."""
 
     compute: Callable[[], None]

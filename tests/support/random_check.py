@@ -13,7 +13,8 @@ import torch
 
 import tracejit
 from support.random_text import Program
-from tracejit.testing import EPS, _compare, _Magnitudes, _visible
+from tracejit.equality import EPS, Magnitudes
+from tracejit.testing import _compare, _visible
 
 Cast = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
 SHIFT = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 1e-2}
@@ -39,7 +40,7 @@ def in_float64(text: str) -> str:
     return f"{head}\n\n\ndef step(" + re.sub(r"torch\.(float32|bfloat16)", "torch.float64", step)
 
 
-class Wide(_Magnitudes):
+class Wide(Magnitudes):
     """Magnitudes for a program that rounds to a narrower dtype on the way to some result."""
 
     def __init__(self, narrow: torch.dtype):

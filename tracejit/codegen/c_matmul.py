@@ -42,7 +42,7 @@ def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list
     folds = [fold_of(s) for s in c.stage.body if isinstance(s, Reduce)]
     tiles = c.row_tiles * c.column_tiles
     way = c.tiling.way
-    chunks = c.tiling.chunks if way not in ("slices", "dots") else 1  # of what reduces
+    chunks = c.tiling.chunks if way != "dots" else 1  # of what reduces
     fields, after = [], []
     for f in folds:
         fields += partial_fields(f, chunks)
@@ -106,7 +106,7 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
     lines += [
         Line(f"const int64_t row = 0, column = 0, rows = {c.m.extent};"),
         Line(f"const int64_t columns = {c.n.extent};"),
-        *([] if b.deep else [Line("const int64_t depth = low, deep = high - low;")]),
+        *([] if c.passes else [Line("const int64_t depth = low, deep = high - low;")]),
         *tile_lines,
     ]
     slices = Part(Task(f"{c.name}_slices", c.tiling.slices, lines), [])
@@ -115,16 +115,18 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
 
 def _rest(c: Contraction, folds: list, after: list[Line], place: int) -> Part:
     """The epilogue over the whole result, which lies in scratch memory from `place` on."""
+    chunks, m = c.tiling.chunks if c.tiling.way == "slices" else 1, c.m.extent
+    last = f"(chunk + 1) * {m} / {chunks}" if chunks > 1 else str(m)
     inner = [
         *opened(c.kernel, c.stage.body, c.name),
-        Line(f"const {c.type} *const tile = at->packed + {place};"),
+        Line(f"const int64_t row = {f'chunk * {m} / {chunks}' if chunks > 1 else '0'};"),
+        Line(f"const int64_t rows = {last} - row, column = 0, columns = {c.n.extent};"),
+        Line(f"const {c.type} *const tile = at->packed + {place} + row * {c.tiling.tile_columns};"),
         *(Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds),
-        Line("const int64_t row = 0, column = 0;"),
-        Line(f"const int64_t rows = {c.m.extent}, columns = {c.n.extent};"),
         *_epilogue(c, folds),
         *(Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds),
     ]
-    return Part(Task(f"{c.name}_rest", 1, inner), after)
+    return Part(Task(f"{c.name}_rest", chunks, inner), after)
 
 
 def _dots(c: Contraction, folds: list, after: list[Line]) -> list[Part]:

@@ -13,7 +13,8 @@ from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_pack import pack_panel, pack_rows
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu.tiles import PANEL_DEPTH, accumulators, keeps_b, vectors_of
+from tracejit.schedule.cpu.registers import accumulators, keeps_b, vectors_of
+from tracejit.schedule.cpu.tiles import PANEL_DEPTH
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
         else:
             inner += block("else", panels)
     lines = block(f"for (int64_t strip = 0; strip < columns; strip += {c.strip})", inner)
-    if c.tiling.deep:
+    if c.passes:
         (first, last), most = _passes(c), c.depth
         deep = Line(f"const int64_t deep = tj_least({most}, {last} - depth);")
         packing = [*(pack_panel(c) if c.panels else []), *(pack_rows(c) if _own_rows(c) else [])]
@@ -63,7 +64,7 @@ def tile(c: Contraction) -> tuple[list[list[Line]], list[Line]]:
 
 def _passes(c: Contraction) -> tuple[str, str]:
     """From where to where of k the passes of a tile go."""
-    return ("low", "high") if c.slices_of_panels else ("0", str(c.k.extent))
+    return ("low", "high") if c.tiling.way == "slices" else ("0", str(c.k.extent))
 
 
 def _own_rows(c: Contraction) -> bool:
@@ -127,9 +128,9 @@ def strip_kinds(
 def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Strips) -> list[Line]:
     """All rows of a tile under one strip."""
     rows, extent = c.tiling.rows, c.m.extent
-    partial = c.tiling.deep or c.tiling.way == "slices"  # of k
+    partial = c.passes or c.tiling.way == "slices"  # of k
     depth = "deep" if partial else str(c.k.extent)
-    add = f"depth > {_passes(c)[0]}" if c.tiling.deep else "false"
+    add = f"depth > {_passes(c)[0]}" if c.passes else "false"
     within = partial and not c.panels  # the panel starts where the pass does
     b_from = f"{kind.b.text} + depth * {kind.b.k_step}" if within else kind.b.text
     step = a.step if a.first_step is None else a.first_step
@@ -145,6 +146,12 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Str
         to = f"tile + r * {c.tiling.tile_columns} + strip"
         return f"{name}({depth}, {a_from}, b, {to}, {add});"
 
+    # where strips are narrow, registers hold the sums of several blocks of rows
+    room = accumulators(c.tiling.vector_bytes) // len(kind.vectors) // rows
+    whole = a.first_step is None and not a.by_table and c.few_registers
+    tall = rows * room if whole else rows
+    if tall > rows and extent >= tall:
+        lines += block(f"for (; r + {tall} <= rows; r += {tall})", [Line(call(tall))])
     if extent >= rows:
         lines += block(f"for (; r + {rows} <= rows; r += {rows})", [Line(call(rows))])
     if extent % rows:
@@ -163,7 +170,7 @@ def micro_of(
     """The name of the micro-kernel for `rows` rows and such vectors, which it defines."""
     name = f"{c.name}_micro_{rows}x{sum(vectors)}_{b.k_step}"
     if name not in micros:
-        to_step, adds = c.tiling.tile_columns, c.tiling.deep
+        to_step, adds = c.tiling.tile_columns, c.passes
         kernel = Micro(c.type, c.size, c.tiling.vector_bytes, rows, vectors, a, b, to_step, adds)
         micros[name] = micro_kernel(name, kernel)
     return name

@@ -68,6 +68,7 @@ typedef uint64_t tj_item32;
 #define tj_place32(item) ((int64_t)(uint32_t)(item))
 #define tj_bits32(item, low) ((uint32_t)((item) >> (32 + (low))))
 #define tj_less32(a, b) ((a) < (b))
+#define tj_before32(a, b) ((a) >> 32 < (b) >> 32)
 """,
     64: """
 /* Items of 64-bit keys. */
@@ -79,6 +80,7 @@ typedef struct {
 #define tj_place64(item) ((item).at)
 #define tj_bits64(item, low) ((uint32_t)((item).key >> (low)))
 #define tj_less64(a, b) ((a).key < (b).key)
+#define tj_before64(a, b) ((a).key < (b).key)
 """,
 }
 
@@ -158,4 +160,132 @@ __attribute__((unused)) static tj_item{W} *tj_sort{W}(tj_item{W} *a, tj_item{W} 
 }
 """
 
-SORTS = tuple(_ITEMS[width] + _SORT.replace("{W}", str(width)) for width in _ITEMS)
+_TOPK = """
+/* torch's topk, by the algorithms of libstdc++ that it calls: equal items come as they leave them.
+   ir/ops/selecting.py has the same in Python. */
+static inline void tj_sift{W}(tj_item{W} *a, int64_t hole, int64_t n, tj_item{W} item) {
+  const int64_t top = hole;
+  int64_t child = hole;
+  while (child < (n - 1) / 2) {
+    child = 2 * (child + 1);
+    child -= tj_before{W}(a[child], a[child - 1]);
+    a[hole] = a[child];
+    hole = child;
+  }
+  if (n % 2 == 0 && child == (n - 2) / 2) {
+    child = 2 * (child + 1);
+    a[hole] = a[child - 1];
+    hole = child - 1;
+  }
+  for (; hole > top && tj_before{W}(a[(hole - 1) / 2], item); hole = (hole - 1) / 2)
+    a[hole] = a[(hole - 1) / 2];
+  a[hole] = item;
+}
+
+static void tj_heap_select{W}(tj_item{W} *a, int64_t n, int64_t all) {
+  for (int64_t parent = n / 2; parent-- > 0;) tj_sift{W}(a, parent, n, a[parent]);
+  for (int64_t i = n; i < all; i++)
+    if (tj_before{W}(a[i], a[0])) {
+      const tj_item{W} item = a[i];
+      a[i] = a[0];
+      tj_sift{W}(a, 0, n, item);
+    }
+}
+
+static void tj_partial_sort{W}(tj_item{W} *a, int64_t n, int64_t all) {
+  tj_heap_select{W}(a, n, all);
+  for (int64_t end = n - 1; end > 0; end--) {
+    const tj_item{W} item = a[end];
+    a[end] = a[0];
+    tj_sift{W}(a, 0, end, item);
+  }
+}
+
+static inline void tj_swap{W}(tj_item{W} *a, tj_item{W} *b) {
+  const tj_item{W} item = *a;
+  *a = *b;
+  *b = item;
+}
+
+/* Partition by the median of three. */
+static tj_item{W} *tj_cut{W}(tj_item{W} *first, tj_item{W} *last) {
+  tj_item{W} *x = first + 1, *y = first + (last - first) / 2, *z = last - 1, *median;
+  if (tj_before{W}(*x, *y))
+    median = tj_before{W}(*y, *z) ? y : tj_before{W}(*x, *z) ? z : x;
+  else
+    median = tj_before{W}(*x, *z) ? x : tj_before{W}(*y, *z) ? z : y;
+  tj_swap{W}(first, median);
+  for (const tj_item{W} pivot = *first;; x++) {
+    while (tj_before{W}(*x, pivot)) x++;
+    last--;
+    while (tj_before{W}(pivot, *last)) last--;
+    if (x >= last) return x;
+    tj_swap{W}(x, last);
+  }
+}
+
+static inline void tj_insert{W}(tj_item{W} *at) {
+  const tj_item{W} item = *at;
+  for (; tj_before{W}(item, at[-1]); at--) *at = at[-1];
+  *at = item;
+}
+
+static void tj_insertion{W}(tj_item{W} *first, tj_item{W} *last) {
+  for (tj_item{W} *at = first + 1; at < last; at++)
+    if (tj_before{W}(*at, *first)) {
+      const tj_item{W} item = *at;
+      memmove(first + 1, first, (at - first) * sizeof(item));
+      *first = item;
+    } else {
+      tj_insert{W}(at);
+    }
+}
+
+static inline int tj_depth{W}(int64_t n) {
+  return 2 * (63 - __builtin_clzll(n));
+}
+
+static void tj_quick{W}(tj_item{W} *first, tj_item{W} *last, int depth) {
+  while (last - first > 16) {
+    if (depth-- == 0) {
+      tj_partial_sort{W}(first, last - first, last - first);
+      return;
+    }
+    tj_item{W} *const cut = tj_cut{W}(first, last);
+    tj_quick{W}(cut, last, depth);
+    last = cut;
+  }
+}
+
+/* The `count` items of n that come first, in order if `sorted`. */
+__attribute__((unused)) static tj_item{W} *tj_topk{W}(tj_item{W} *a, int64_t n, int64_t count,
+                                                      int sorted) {
+  if (count * 64 <= n) {
+    tj_partial_sort{W}(a, count, n);
+    return a;
+  }
+  tj_item{W} *first = a, *last = a + n, *const nth = a + count - 1;
+  for (int depth = tj_depth{W}(n); last - first > 3;) {
+    if (depth-- == 0) {
+      tj_heap_select{W}(first, nth + 1 - first, last - first);
+      tj_swap{W}(first, nth);
+      first = last;
+      break;
+    }
+    tj_item{W} *const cut = tj_cut{W}(first, last);
+    if (cut <= nth)
+      first = cut;
+    else
+      last = cut;
+  }
+  tj_insertion{W}(first, last);
+  if (sorted && count > 1) {
+    tj_quick{W}(a, nth, tj_depth{W}(count - 1));
+    tj_insertion{W}(a, count - 1 < 16 ? nth : a + 16);
+    for (tj_item{W} *at = a + 16; at < nth; at++) tj_insert{W}(at);
+  }
+  return a;
+}
+"""
+
+SORTS = tuple(_ITEMS[width] + (_SORT + _TOPK).replace("{W}", str(width)) for width in _ITEMS)

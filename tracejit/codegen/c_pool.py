@@ -173,6 +173,40 @@ void tj_pool_launch(tj_task task, void *arguments, int64_t chunks, int64_t threa
   atomic_store_explicit(&pool.busy, false, memory_order_release);
 }
 
+enum { LOOK = 1 << 16 }; /* integers of a chunk */
+
+struct look {
+  const void *at;
+  int64_t n, size, last;
+  _Atomic bool beyond;
+};
+
+/* The sign of an integer, or of how far it is from the last one, tells whether it is outside. */
+static void look(void *arguments, int64_t chunk) {
+  struct look *const at = arguments;
+  const int64_t first = chunk * LOOK, end = first + LOOK < at->n ? first + LOOK : at->n;
+  bool beyond;
+  if (at->size == 8) {
+    const uint64_t *const x = at->at, last = (uint64_t)at->last;
+    uint64_t signs = 0;
+    for (int64_t i = first; i < end; i++) signs |= x[i] | (last - x[i]);
+    beyond = signs >> 63;
+  } else {
+    const uint32_t *const x = at->at, last = (uint32_t)at->last;
+    uint32_t signs = 0;
+    for (int64_t i = first; i < end; i++) signs |= x[i] | (last - x[i]);
+    beyond = signs >> 31;
+  }
+  if (beyond) atomic_store_explicit(&at->beyond, true, memory_order_relaxed);
+}
+
+/* Whether n integers of 4 or 8 bytes lie between 0 and `last`, both included. */
+bool tj_pool_within(const void *at, int64_t n, int64_t size, int64_t last, int64_t threads) {
+  struct look found = {at, n, size, last, false};
+  tj_pool_launch(look, &found, (n + LOOK - 1) / LOOK, threads);
+  return !atomic_load(&found.beyond);
+}
+
 struct tj_run {
   void (*launch)(tj_task task, void *arguments, int64_t chunks, int64_t threads);
   int64_t threads;

@@ -32,6 +32,8 @@ def sort_parts(lowered: CpuKernel, name: str) -> tuple[list[Part], list[Line]]:
     for axis in ordered.axes:
         count, place = axis.extent, axis.name
     found = f"tj_sort{bits}(items, items + {along.extent}, {along.extent}, {count})"
+    if sort.topk:
+        found = f"tj_topk{bits}(items, {along.extent}, {count}, {int(sort.topk == 'sorted')})"
     lines.append(Line(f"const tj_item{bits} *const order = {found};"))
     stored = [
         Line(f"const int64_t {sort.out!r} = tj_place{bits}(order[{place}]);"),

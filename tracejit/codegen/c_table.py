@@ -1,9 +1,9 @@
 """How each element-wise primitive prints in C; `tj_` names are functions of C_PRELUDE.
 
 A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
-to the text of integers, and integers to that of floats; "f to u8" comes before "f" where floats
-become uint8. {T} is the result's type, {f} the
-suffix of float32 functions. The text is assigned to a variable of the result's C type (int8 to
+to the text of integers, and integers to that of floats; "bf16 to i16", or
+else "f to u8", comes before "f" where such become uint8 or int16. {T} is the result's type, {f}
+the suffix of float32 functions. The text is assigned to a variable of the result's C type (int8 to
 int32 operands are promoted meanwhile), in a program of C_FLAGS.
 """
 
@@ -61,6 +61,16 @@ TEMPLATES = {
         "f to i16": "(({T})tj_int{f}({0}))",
         "f to i8": "(({T})tj_int{f}({0}))",
         "f to u8": "(({T})tj_byte{f}({0}))",
+    },
+    "bitcast": {
+        "f64 to i64": "((int64_t)tj_bits_f64({0}))",
+        "f32 to i32": "((int32_t)tj_bits_f32({0}))",
+        "bf16 to i16": "((int16_t)(tj_bits_f32({0}) >> 16))",
+        "f16 to i16": "((int16_t)tj_store_f16({0}))",
+        "i64 to f64": "tj_f64_of((uint64_t){0})",
+        "i32 to f32": "tj_f32_of((uint32_t){0})",
+        "i16 to bf16": "tj_load_bf16((uint16_t){0})",
+        "i16 to f16": "tj_load_f16((uint16_t){0})",
     },
     "alias": "{0}",
     "full": "{0}",

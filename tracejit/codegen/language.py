@@ -51,15 +51,17 @@ class Language:
         if wrong := self.templates.keys() ^ PRINTED:
             raise InvalidGraph(reason=f"the {self.name} table and OPS differ: {sorted(wrong)}")
 
-    def template(self, op: Op, kind: str, out: DType) -> str:
-        """How an op prints for operands of dtype kind f, i, u or b and a result of dtype `out`."""
+    def template(self, op: Op, dtype: DType, out: DType) -> str:
+        """How an op prints for operands of a dtype and a result of dtype `out`."""
         template = self.templates[op.name]
         if isinstance(template, str):
             return template
-        for known in (f"{kind} to {out.name}", kind, *("i" if kind in "ub" else ""), "f"):
+        kind = dtype.kind
+        pairs = (f"{dtype.name} to {out.name}", f"{kind} to {out.name}")
+        for known in (*pairs, kind, *("i" if kind in "ub" else ""), "f"):
             if known in template:
                 return template[known]
-        raise InvalidGraph(reason=f"{op.name} has no {self.name} template for kind {kind!r}")
+        raise InvalidGraph(reason=f"{op.name} has no {self.name} template for {dtype}")
 
     def indent(self, lines: Iterable[Line]) -> list[Line]:
         """Lines one block deeper."""

@@ -140,7 +140,7 @@ class Printer:
         """The value of a computation, rounded to its dtype unless its operands' values fit it."""
         op, out, values = s.op, s.out.dtype, values_of(s)
         dtype = operand_dtype(s)
-        template = self.language.template(op, dtype.kind, out)
+        template = self.language.template(op, dtype, out)
         typed = self.needs_type(template, dtype, values)
         operands = [self.operand(a, b1, typed) for a in s.args[: len(s.args) - len(values)]]
         operands += [self.operand(a, dtype, typed) for a in values]
@@ -157,7 +157,7 @@ class Printer:
     def folded(self, fold: str, there: str, value: str, dtype: DType) -> str:
         """What is in memory and a value as one, by the fold of a store."""
         op = OPS[{"add": "add", "mul": "mul", "max": "maximum", "min": "minimum"}[fold]]
-        text = self.language.template(op, dtype.kind, dtype).format(
+        text = self.language.template(op, dtype, dtype).format(
             there, value, T=self.language.type_of(dtype), f="" if dtype is f64 else "f"
         )
         return self.language.rounded(text, dtype) if op.rounds else text

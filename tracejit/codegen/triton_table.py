@@ -1,8 +1,8 @@
 """How each element-wise primitive prints in Triton; `tj` is tracejit.kernels.device.
 
 A template is one text, or one per dtype kind of the operands. Unsigned integers and bools fall back
-to the text of integers, and integers to that of floats; "f to u8" comes before "f" where floats
-become uint8. {T} is the result's type.
+to the text of integers, and integers to that of floats; "bf16 to i16", or
+else "f to u8", comes before "f" where such become uint8 or int16. {T} is the result's type.
 """
 
 TEMPLATES = {
@@ -55,6 +55,16 @@ TEMPLATES = {
         "f to i16": "{0}.to(tl.int32).to({T})",
         "f to i8": "{0}.to(tl.int32).to({T})",
         "f to u8": "{0}.to(tl.int64).to({T})",
+    },
+    "bitcast": {
+        "f64 to i64": "{0}.to(tl.int64, bitcast=True)",
+        "f32 to i32": "{0}.to(tl.int32, bitcast=True)",
+        "bf16 to i16": "({0}.to(tl.int32, bitcast=True) >> 16).to(tl.int16)",
+        "f16 to i16": "{0}.to(tl.float16).to(tl.int16, bitcast=True)",
+        "i64 to f64": "{0}.to(tl.float64, bitcast=True)",
+        "i32 to f32": "{0}.to(tl.float32, bitcast=True)",
+        "i16 to bf16": "({0}.to(tl.int32) << 16).to(tl.float32, bitcast=True)",
+        "i16 to f16": "{0}.to(tl.float16, bitcast=True).to(tl.float32)",
     },
     "alias": "{0}",
     "full": "{0}",

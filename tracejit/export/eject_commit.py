@@ -92,7 +92,7 @@ class Commit:
 
     def _tensor(self, m: Made) -> str:
         offset = self.host[m.offset.index] if isinstance(m.offset, HostSlot) else m.offset
-        view = f"as_strided({m.shape}, {m.strides}, {offset})"
+        view = m.view(offset, "" if m.bits is None else str(TO_TORCH[m.bits[1]]))
         match m.kind:
             case "real":
                 return self.inputs[m.index]
@@ -101,13 +101,14 @@ class Commit:
             case "host":
                 dtype, source = self.captured.effects.hosts[m.index]
                 text = f"torch.tensor({self.host[source]}, dtype={TO_TORCH[dtype]})"
-                return text if (m.shape, m.strides, m.offset) == ((), (), 0) else f"{text}.{view}"
+                whole = (m.shape, m.strides, m.offset, m.bits) == ((), (), 0, None)
+                return text if whole else f"{text}.{view}"
             case "view" | "part":
                 return f"{self.made[m.index]}.{view}"
         result = self.captured.graph.results[m.index]
         shape = result.value.type.shape
         strides = result.strides or contiguous_strides(shape)
-        if (m.shape, m.strides, m.offset) == (shape, strides, 0):
+        if (m.shape, m.strides, m.offset, m.bits) == (shape, strides, 0, None):
             return self.outputs[m.index]
         return f"{self.outputs[m.index]}.{view}"
 

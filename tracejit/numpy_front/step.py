@@ -32,7 +32,7 @@ from tracejit.errors import BackendUnavailable, CannotSave, UnsupportedOperation
 from tracejit.numpy_front.array import Array
 from tracejit.numpy_front.core import BORN, ON, ArrayData, Root, refuse
 from tracejit.numpy_front.found import reads_arrays
-from tracejit.numpy_front.places import Places, Reached, is_holder
+from tracejit.numpy_front.places import NOWHERE, Places, Reached, is_holder, leads_nowhere
 from tracejit.numpy_front.reductions import INSTEAD
 from tracejit.numpy_front.structure import READ_ONLY, SCALAR, Given, Layout, has, rebuilt, told
 from tracejit.runtime.select import FAKES
@@ -110,6 +110,8 @@ class _Plain:
 
 class NumpyStep(CompiledStep):
     """A step whose arguments and variables are numpy arrays, and whose results are such."""
+
+    _comparable = False
 
     def reset(self) -> None:
         """Forget every plan, replay and count."""
@@ -216,6 +218,8 @@ class NumpyStep(CompiledStep):
         instead = {}
         for name in self._names:
             value = users.__globals__.get(name)
+            if value is np:
+                continue
             found = value if is_holder(value) else given.convert(value)
             if found is not value:
                 instead[name] = found
@@ -224,7 +228,9 @@ class NumpyStep(CompiledStep):
         twin.__defaults__ = given.convert(users.__defaults__)
         twin.__kwdefaults__ = given.convert(users.__kwdefaults__)
         roots = [*self._bound_to, *args, *kwargs.values()]
-        self._places = Places(Reached(roots, users), given.convert)
+        self._places = NOWHERE
+        if not leads_nowhere(roots, users):
+            self._places = Places(Reached(roots, users), given.convert)
         return given, (taken, named)
 
     def _unfit(self, given: Given) -> tuple[str, str, object] | None:

@@ -58,8 +58,11 @@ class Given:
             return known
         if x.dtype not in TO_TORCH or not x.dtype.isnative:
             return self._no(f"an array of dtype {x.dtype}", x)
-        if any(stride < 0 or stride % x.itemsize for stride in x.strides):
-            return self._no("an array that lies backwards in memory, or between its elements", x)
+        size = x.itemsize
+        for stride in x.strides:
+            if stride < 0 or stride % size:
+                what = "an array that lies backwards in memory, or between its elements"
+                return self._no(what, x)
         if self._place is not None:
             if any(np.may_share_memory(x, other) for other, _, _ in self._there):
                 return self._no("an array that may share memory with another, on a device", x)

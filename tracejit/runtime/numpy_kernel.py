@@ -440,7 +440,7 @@ class _StageSteps:
 
         def step(slots: list, first: int, last: int) -> None:
             given = spread(slots[value], (last - first, *shape))
-            found = argsorted(given, -1, *(counts or (1,)), s.descending)
+            found = argsorted(given, -1, *(counts or (1,)), s.descending, s.topk)
             slots[out] = found if counts else found[..., 0]
 
         return step

@@ -50,8 +50,8 @@ class _Effects:
             one = self.specs[i]
             need(one.shape.count(1) == len(one.shape) and one.device == "cpu", "a host's number")
             need(one.dtype.name != "b1", "the host writes a truth value")
-        for m in e.made:
-            self._made(m)
+        for index, m in enumerate(e.made):
+            self._made(index, m)
         self._nodes()
         made = len(e.made)
         self._all_below(made, [k for _, k in e.datas], [i for i, _ in e.reasons])
@@ -73,6 +73,12 @@ class _Effects:
 
     def _kind(self, index: int) -> tuple:
         """The dtype, shape and device of a tensor that is made."""
+        dtype, shape, device = self._memory_of(index)
+        bits = self.effects.made[index].bits
+        return dtype if bits is None else bits[1], shape, device
+
+    def _memory_of(self, index: int) -> tuple:
+        """The same, with the dtype of the memory."""
         m = self.effects.made[index]
         if m.kind == "real":
             return self._kind_of_real(m.index)
@@ -87,7 +93,7 @@ class _Effects:
         dtype, _, device = self._kind(m.index)
         return dtype, m.shape, device
 
-    def _made(self, m: Made) -> None:
+    def _made(self, index: int, m: Made) -> None:
         if m.kind == "real":
             need(m.index < len(self.specs), "there is no such tensor")
             return
@@ -111,6 +117,11 @@ class _Effects:
             room = offset + extent(m.shape, m.strides)
             if of.kind == "output":
                 room = extent(self.results[of.index][0].shape, self.results[of.index][1])
+        if m.bits is not None:
+            of, to = m.bits
+            need(whole and m.kind in ("output", "alias", "host"), "bits of no memory")
+            need(self._memory_of(index)[0] is of, f"bits of {of}, which the memory does not hold")
+            room = room * of.itemsize // to.itemsize
         check_view(m.shape, m.strides, offset, room)
 
     def _nodes(self) -> None:

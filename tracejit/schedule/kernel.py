@@ -195,6 +195,7 @@ class Sort:
     out: Var
     value: Operand
     descending: bool
+    topk: str = ""  # "sorted" or "unsorted": as torch's topk has equal values
     where: str = ""
 
 
@@ -470,6 +471,7 @@ def _statement(s: Statement) -> str:
         right = f"inbounds {_mask(s.mask)}"
     elif isinstance(s, Sort):
         right = f"order {_operand(s.value)}{' descending' * s.descending}"
+        right += f" topk {s.topk}" * bool(s.topk)
     else:
         right = f"{s.op.name} {_operand(s.value)}"
     return f"{_var(s.out)} = {right}"

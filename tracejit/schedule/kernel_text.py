@@ -20,9 +20,9 @@
       }
     }
 
-A stage that sorts ends with `v2: i64 = order v1`, or `order v1 descending`. A Dot's statements are
-its two prologues, a first; `|` stands between them. Those of an Attend are its sides, each with its
-value at the end:
+A stage that sorts ends with `v2: i64 = order v1`, `order v1 descending`, or `order v1 topk sorted`.
+A Dot's statements are its two prologues, a first; `|` stands between them. Those of an Attend are
+its sides, each with its value at the end:
 
         attend attention v9: f32 over (i1: n1, i2: n2, i3: n3, i4: n4) causal=True scale=0.125 {
           v1: f32 = load b0[i0 * b0_s0 + i1 * b0_s1 + i3]
@@ -310,9 +310,10 @@ class _Parser:
         if name == "inbounds":
             return InBounds(self.define(found[1], found[2]), self.mask(rest), where)
         if name == "order":
-            value, _, how = rest.partition(" ")
+            value, *how = rest.split(" ")
+            topk = how[how.index("topk") + 1] if "topk" in how else ""
             out = self.define(found[1], found[2])
-            return Sort(out, self.operand(value), how == "descending", where)
+            return Sort(out, self.operand(value), "descending" in how, topk, where)
         value = self.operand(rest)
         return Reduce(self.define(found[1], found[2]), _op(name), value, where)
 

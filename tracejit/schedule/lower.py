@@ -289,13 +289,14 @@ class _Lowering(Values):
     def _argsort(self, task: Task) -> list[Stage]:
         """The values along the axis, and the places of the first of them in order."""
         node, axis = task.node, task.node.attr("axis")
+        topk = dict(node.attrs).get("topk", "")
         (store,) = (t for t in self.tasks if t.kind == "store")
         along = Axis(f"i{len(task.shape)}", node.args[0].type.shape[axis])
         scope = Scope(extents_of((*task.shape, along.extent)))
         number = Index(((along.name, 1),))
         at = (*task.place[:axis], number, *task.place[axis + 1 :])
         value, out = self._value(node.args[0], at, (), scope), self._var(task.value)
-        scope.body.append(Sort(out, value, node.attr("descending"), node.where))
+        scope.body.append(Sort(out, value, node.attr("descending"), topk, node.where))
         there = flatten(task.place, self.memory.strides(store.buffer))
         self._check(there, scope)
         first = Axis(f"i{axis}", task.shape[axis])

@@ -95,7 +95,9 @@ class Collector(Structure):
         offset = h.offset
         if is_traced(offset):
             offset = HostSlot(self.host_result(offset))
-        geometry = (h.shape, h.strides, offset, self.t.requires_grad(h), leaf)
+        held = storage.value.type.dtype
+        bits = None if h.dtype is held else (held, h.dtype)
+        geometry = (h.shape, h.strides, offset, self.t.requires_grad(h), leaf, bits)
         if storage.real is not None:
             return Made("alias", self.real(storage.real), *geometry)
         if self.on_host(storage):

@@ -244,7 +244,11 @@ class _Lines:
 
     def _view(self, m: Made) -> str:
         offset = self.host[m.offset.index] if isinstance(m.offset, HostSlot) else m.offset
-        return f"as_strided({m.shape}, {m.strides}, {offset})"
+        dtype = ""
+        if m.bits is not None:
+            dtype = f"dtype_{m.bits[1].name}"
+            self.names[dtype] = TO_TORCH[m.bits[1]]
+        return m.view(offset, dtype)
 
     def _tensor(self, m: Made) -> str:
         if m.kind == "real":
@@ -253,12 +257,12 @@ class _Lines:
         if m.kind == "alias":
             return f"reals[{m.index}].detach().{view}"
         if m.kind == "host":
-            whole = (m.shape, m.strides, m.offset) == ((), (), 0)
+            whole = (m.shape, m.strides, m.offset, m.bits) == ((), (), 0, None)
             return f"number{m.index}" if whole else f"number{m.index}.{view}"
         result = self.graph.results[m.index]
         shape = result.value.type.shape
         strides = result.strides or contiguous_strides(shape)
-        if (m.shape, m.strides, m.offset) == (shape, strides, 0):
+        if (m.shape, m.strides, m.offset, m.bits) == (shape, strides, 0, None):
             return self.outputs[m.index]
         return f"{self.outputs[m.index]}.{view}"
 

@@ -15,7 +15,7 @@ import torch
 
 from tracejit.capture.python.classes import slots as slots_of
 from tracejit.capture.python.kept import Joint
-from tracejit.capture.trace.tensor import Ints, TracedTensor
+from tracejit.capture.trace.tensor import Ints, TracedTensor, extent
 from tracejit.ir.graph import Arg, Graph, print_arg
 from tracejit.ir.types import DType
 
@@ -42,6 +42,17 @@ class Made:
     offset: int | HostSlot = 0
     requires_grad: bool = False
     is_leaf: bool = False
+    bits: tuple[DType, DType] | None = None  # the dtype of that memory, and as which it is read
+
+    def view(self, offset: int | str, dtype: str) -> str:
+        """The method calls that make this view, from text for its offset and its dtype."""
+        own = f"as_strided({self.shape}, {self.strides}, {offset})"
+        if self.bits is None:
+            return own
+        of, to = (d.itemsize for d in self.bits)
+        first, rest = divmod(offset * to, of)
+        count = -(-(rest + extent(self.shape, self.strides) * to) // of)
+        return f"as_strided(({count},), (1,), {first}).view({dtype}).{own}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +267,7 @@ def _made(m: Made) -> str:
         return f"real {m.index}"
     marks = " requires_grad" * m.requires_grad + " leaf" * m.is_leaf
     offset = f"h{m.offset.index}" if isinstance(m.offset, HostSlot) else m.offset
+    marks += "" if m.bits is None else f" bits {m.bits[0].name} as {m.bits[1].name}"
     return f"{m.kind} {m.index} {m.shape} strides {m.strides} offset {offset}{marks}"
 
 

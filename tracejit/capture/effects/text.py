@@ -31,7 +31,8 @@ from tracejit.ir.types import DTYPES, HOST_SCALAR
 _TUPLE = r"(\([^()]*\))"
 _MADE = re.compile(
     rf"made \d+ = (\w+) (\d+)"
-    rf"(?: {_TUPLE} strides {_TUPLE} offset (h?\d+)( requires_grad)?( leaf)?)?"
+    rf"(?: {_TUPLE} strides {_TUPLE} offset (h?\d+)( requires_grad)?( leaf)?"
+    r"(?: bits (\w+) as (\w+))?)?"
 )
 _NODE = re.compile(r"node (\d+) inputs (\(.*\)) saved (\(.*\)) hosts (\(.*\)) \{")
 _PAIRS = {
@@ -126,7 +127,8 @@ def _made(m: re.Match[str]) -> Made:
         return Made(kind, index)
     shape, strides = ast.literal_eval(m[3]), ast.literal_eval(m[4])
     offset = HostSlot(int(m[5][1:])) if m[5].startswith("h") else int(m[5])
-    return Made(kind, index, shape, strides, offset, m[6] is not None, m[7] is not None)
+    bits = None if m[8] is None else (DTYPES[m[8]], DTYPES[m[9]])
+    return Made(kind, index, shape, strides, offset, m[6] is not None, m[7] is not None, bits)
 
 
 def _arg(text: str) -> Arg:

@@ -18,6 +18,7 @@ from tracejit.capture.trace.tensor import TracedTensor, elementwise_strides, is_
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.ops.movement import part
+from tracejit.ir.types import b1
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
@@ -259,6 +260,10 @@ def gelu(t: Trace, input: Tensor, *, approximate: str = "none") -> TracedTensor:
 def hardtanh(t: Trace, input: Tensor, min_val: float = -1.0, max_val: float = 1.0) -> TracedTensor:
     """clamp, with gradient 0 at the bounds."""
     h = t.lift(input)
+    if h.dtype is b1:
+        raise t.shape_error("Bool inputs not supported for hardtanh")
+    if h.dtype.kind == "u" and (min_val < 0 or max_val < 0):
+        raise t.shape_error("cannot do hardtanh on an unsigned type with negative limits")
     if not h.dtype.is_float:
         return clamp(t, input, int(min_val), int(max_val))
     out = _hardtanh(t, input, min_val, max_val)

@@ -147,7 +147,7 @@ def _truncated(t: Trace, x: Arg, y: Arg) -> Value:
     """The quotient rounded toward zero; of integers the floor, one more where that is less."""
     b, like = t.b, (x if is_tensor(x) else y).type
     if like.dtype is b1:
-        raise t.shape_error("\"div_trunc_cpu\" not implemented for 'Bool'")
+        raise t.not_implemented("div_trunc_cpu", b1)
     if like.dtype.is_float:
         return b.trunc(b.div(x, y))
     floor = b.floordiv(x, y)

@@ -229,7 +229,7 @@ def _check(t: Trace, q: Handle, k: Handle, v: Handle, mask: Handle | None) -> No
             "Expected query, key, and value to have the same dtype, but got "
             f"{', '.join(str(TO_TORCH[h.dtype]) for h in (q, k, v))}"
         )
-    require_float(t, "scaled_dot_product_attention", t.read(q))
+    require_float(t, "scaled_dot_product_attention", t.read(q), checked=True)
     if len({h.device for h in (q, k, v, mask) if h is not None}) > 1:
         raise t.shape_error("Expected query, key, value and attn_mask on one device")
     if mask is not None and mask.dtype not in (b1, f32, q.dtype):

@@ -47,6 +47,8 @@ def embedding_bag(
         raise argument_error(t, f"weight has to be a 2D Tensor, but got {len(w)} dimensions")
     if len(i) not in (1, 2):
         raise argument_error(t, f"input has to be 1D or 2D Tensor, but got {len(i)} dimensions")
+    if input.dtype is torch.bool:
+        raise t.not_implemented("arange_cpu", t.lift(input).dtype)
     if (len(i) == 1) == (offsets is None):
         raise argument_error(t, "offsets are for an input of 1 dimension, and has to be 1D there")
     if offsets is not None and len(t.lift(offsets).shape) != 1:

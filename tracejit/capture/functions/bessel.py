@@ -15,7 +15,7 @@ from tracejit.capture.functions import cephes
 from tracejit.capture.functions.common import as_float, pointwise
 from tracejit.capture.functions.special import I0, I1, polynomial
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 
@@ -29,7 +29,7 @@ def forward_only(name: str, value: Callable[[Trace, Value], Value]) -> None:
     def function(t: Trace, input: Tensor) -> TracedTensor:
         h = t.lift(input)
         if h.dtype.narrow:
-            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[h.dtype]}')
+            raise t.not_implemented(f"{name}_cpu", h.dtype)
         with t.untaped():
             return pointwise(t, lambda x: value(t, x), (input,), to=as_float)
 

@@ -10,7 +10,6 @@ import torch
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import require_float, underived
 from tracejit.capture.trace.bounds import between
-from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 
 Tensor = torch.Tensor
@@ -80,7 +79,7 @@ def histogram(
             bins = t.lift(edges).shape[0] - 1
         else:
             if range is None and h.numel and h.dtype.narrow:  # eager finds no ends of such
-                raise t.shape_error(f'"histogramdd" not implemented for {TO_TORCH[h.dtype]}')
+                raise t.not_implemented("histogramdd", h.dtype)
             empty = range is None and not h.numel
             low, high = range if range is not None else (0.0, 1.0) if empty else (0.0, 0.0)
             low, high = float(low), float(high)

@@ -419,6 +419,8 @@ def in_place_along(out_of_place: Callable) -> Callable:
     def rule(
         t: Trace, self: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
+        if t.lift(self).dtype is b1:
+            raise t.not_implemented(f"{out_of_place.__name__}_out_cpu", b1)
         if dtype is not None and TO_IR[dtype] is not t.lift(self).dtype:
             raise t.shape_error(f"Bad in-place call: the tensor does not have the dtype {dtype}")
         return write(t, self, dim)

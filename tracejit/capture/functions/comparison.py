@@ -16,7 +16,7 @@ from tracejit.capture.functions.common import (
 )
 from tracejit.capture.functions.rows import elementwise, primitive
 from tracejit.capture.trace.table import Row, rule
-from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
 from tracejit.capture.trace.trace import Trace
 
 Tensor = torch.Tensor
@@ -39,8 +39,9 @@ for _row in ROWS:
 
 def _bitwise(name: str):
     def bitwise(t: Trace, input: object, other: object) -> TracedTensor:
-        if result_dtype((operand(t, input), operand(t, other))).is_float:
-            raise t.shape_error(f"bitwise {name} is not implemented for floating-point tensors")
+        dtype = result_dtype((operand(t, input), operand(t, other)))
+        if dtype.is_float:
+            raise t.not_implemented(f"bitwise_{name}_cpu", dtype)
         return pointwise(t, getattr(t.b, name), (input, other))
 
     return bitwise
@@ -74,6 +75,9 @@ def isclose(
     atol: float = 1e-08,
     equal_nan: bool = False,
 ) -> Tensor:
+    one, two = TO_TORCH[t.lift(input).dtype], TO_TORCH[t.lift(other).dtype]
+    if one is not two:
+        raise t.shape_error(f"{one} did not match {two}")
     close = by_rule(t, torch.eq, input, other)
     if equal_nan:
         both = by_rule(t, torch.ne, input, input), by_rule(t, torch.ne, other, other)

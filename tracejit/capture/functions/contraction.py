@@ -22,7 +22,7 @@ def _check(t: Trace, a: Handle, b: Handle) -> None:
             f"expected m1 and m2 to have the same dtype, but got: {a.dtype} != {b.dtype}"
         )
     if a.dtype is b1:
-        raise t.shape_error("matrix products are not implemented for bool")
+        raise t.not_implemented("addmm_impl_cpu_", b1)
     if a.device != b.device:
         raise t.shape_error(
             f"Expected all tensors to be on the same device, but found {a.device} and {b.device}"
@@ -171,6 +171,9 @@ for _names, _implementation in (
 ):
     register(_names, _implementation, inplace=False)
 register(("addmm",), addmm)
+
+
+rule(torch.linalg.matmul)(matmul)
 
 
 @rule(torch.Tensor.__rmatmul__)

@@ -28,7 +28,7 @@ from tracejit.capture.trace.table import RULES, Rule, family_of
 from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
-from tracejit.ir.types import b1
+from tracejit.ir.types import b1, i64
 
 Tensor = torch.Tensor
 
@@ -228,6 +228,8 @@ def _conv_transpose(rank: int):
     ) -> TracedTensor:
         x, w = t.lift(input), t.lift(weight)
         _check(t, rank, x, w, bias, groups)
+        if not x.dtype.is_float and x.dtype is not i64:
+            raise t.not_implemented(f"slow_conv_transpose{rank}d", x.dtype)
         if x.shape[-rank - 1] != w.shape[0] or w.shape[0] % groups:
             raise t.shape_error(
                 f"Given transposed=1, weight of size {list(w.shape)}, expected input "
@@ -293,7 +295,7 @@ def _check(t: Trace, rank: int, x: Handle, w: Handle, bias: Tensor | None, group
     if len({h.device for h in handles}) > 1:
         raise t.shape_error("Expected input, weight and bias to be on the same device")
     if x.dtype is b1:
-        raise t.shape_error("convolution is not implemented for bool")
+        raise t.not_implemented("convolution", b1)
     if groups <= 0:
         raise t.shape_error("non-positive groups is not supported")
     if 0 in w.shape or 0 in x.shape[-rank:] or 0 in x.shape[-rank - 1 : -rank]:

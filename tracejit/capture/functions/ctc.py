@@ -24,7 +24,7 @@ from tracejit.capture.functions.loss import reduced
 from tracejit.capture.functions.patterns import along, constant, position
 from tracejit.capture.trace.bounds import require, within
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, Handle, TracedTensor
+from tracejit.capture.trace.tensor import Handle, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops.movement import part
@@ -74,7 +74,7 @@ def ctc_loss(
     x = t.read(h)
     require_float(t, "ctc_loss_cpu", x)
     if h.dtype.narrow:
-        raise t.shape_error(f'"ctc_loss_cpu" not implemented for {TO_TORCH[h.dtype]}')
+        raise t.not_implemented("ctc_loss_cpu", h.dtype)
     if len(h.shape) == 2:
         x = t.b.reshape(x, shape=(h.shape[0], 1, h.shape[1]))
     steps, batch, classes = x.type.shape

@@ -63,7 +63,7 @@ def matrix(
     takes = takes if h.numel or takes != "lapack" else empty
     known = h.dtype in (f32, f64) or takes == "all" or (takes == "floats" and h.dtype.is_float)
     if not known:
-        raise t.shape_error(f"{name}: not implemented for {TO_TORCH[h.dtype]}")
+        raise t.not_implemented(name, h.dtype)
     return h
 
 
@@ -384,7 +384,7 @@ def lu_unpack(
     return _types.lu_unpack((p, low, up))
 
 
-@composed(torch.functional.lu)
+@composed(torch.functional.lu, Tensor.lu)
 def lu(
     t: Trace, A: Tensor, pivot: bool = True, get_infos: bool = False, out: object = None
 ) -> tuple[Tensor, ...]:

@@ -79,11 +79,13 @@ def derived(
     return t.derive(name, inputs, out, vjp)
 
 
-def require_float(t: Trace, name: str, *xs: Value) -> None:
-    """Refuse dtypes that torch has no kernel for."""
+def require_float(t: Trace, name: str, *xs: Value, checked: bool = False) -> None:
+    """Refuse dtypes that torch has no kernel for, or that the function itself has `checked`."""
     for x in xs:
+        if not x.type.dtype.is_float and checked:
+            raise t.shape_error(f"{name}: expected floats, not {TO_TORCH[x.type.dtype]}")
         if not x.type.dtype.is_float:
-            raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[x.type.dtype]}')
+            raise t.not_implemented(name, x.type.dtype)
 
 
 def argument_error(t: Trace, reason: str) -> ArgumentError:
@@ -100,7 +102,7 @@ def underived(
         out = t.b.alias(found)
 
     def vjp(b: Builder, cts: Sequence[Value], need: Sequence[bool]) -> Sequence[Value]:
-        raise t.autograd_error(reason or f"the derivative for '{name}' is not implemented")
+        raise t.autograd_error(reason) if reason else t.no_derivative(f"'{name}'")
 
     return t.derive(name, tuple(inputs), out, vjp)
 
@@ -109,7 +111,7 @@ def no_derivative(t: Trace, name: str, argument: str) -> Cotangent:
     """The formula of an input that torch cannot differentiate."""
 
     def refuse(*_: Value) -> Value:
-        raise t.autograd_error(f"the derivative for '{argument}' of {name} is not implemented")
+        raise t.no_derivative(f"'{argument}' of {name}")
 
     return refuse
 

@@ -7,7 +7,7 @@ import torch
 from tracejit.capture.functions.common import in_place, normal_axis
 from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, broadcast_shape
+from tracejit.capture.trace.tensor import broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.types import f32, f64
 
@@ -18,7 +18,7 @@ BY_PRODUCT = 25  # rows from which on torch computes Euclidean distances by a ma
 def _check(t: Trace, name: str, p: float, *xs: Tensor) -> None:
     for x in xs:
         if t.lift(x).dtype not in (f32, f64):
-            raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[t.lift(x).dtype]}')
+            raise t.not_implemented(name, t.lift(x).dtype)
     if p < 0:
         raise t.shape_error(f"{name} only supports non-negative p values")
 

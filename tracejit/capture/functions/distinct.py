@@ -140,7 +140,7 @@ class Repeats:
 
 def _which(t: Trace, times: Value, total: int | None) -> Tensor:
     if times.type.dtype not in (i32, i64):
-        raise t.shape_error(f"repeat_interleave is not implemented for {times.type.dtype.name}")
+        raise t.not_implemented("repeat_interleave", times.type.dtype)
     with t.untaped():
         (found,) = searched(t, times, Repeats(total))
         t.ranges[found] = 0, max(times.type.numel - 1, 0)
@@ -199,7 +199,9 @@ def bincount(
     t: Trace, input: Tensor, weights: Tensor | None = None, minlength: int = 0
 ) -> TracedTensor:
     h = t.lift(input)
-    if len(h.shape) != 1 or h.dtype.kind not in "iu":
+    if h.dtype.kind not in "iu":
+        raise t.not_implemented("bincount_cpu", h.dtype)
+    if len(h.shape) != 1:
         raise t.shape_error("bincount only supports 1-d non-negative integral inputs.")
     x = t.read(h)
     (counts,) = searched(t, x, Counted(minlength))

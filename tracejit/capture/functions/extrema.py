@@ -37,7 +37,7 @@ def _arg(name: str):
     ) -> TracedTensor:
         h = t.lift(input)
         if h.dtype is b1:
-            raise t.shape_error(f"\"arg{name}_cpu\" not implemented for 'Bool'")
+            raise t.not_implemented(f"arg{name}_cpu", b1)
         axis = 0 if dim is None else normal_axis(t, dim, len(h.shape))
         require_elements(t, h, None if dim is None else axis, f"arg{name}()")
         with t.untaped():

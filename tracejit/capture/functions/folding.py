@@ -12,7 +12,7 @@ from tracejit.capture.functions.layouts import like
 from tracejit.capture.functions.windows import Windows, ints_of, summed, taps
 from tracejit.capture.trace import location
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, Step, TracedTensor
+from tracejit.capture.trace.tensor import Handle, Ints, Step, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.types import b1
@@ -60,7 +60,7 @@ def _batched(t: Trace, h: Handle, rank: int) -> Ints:
             f"other non-zero dimensions for input, but got: {list(h.shape)}"
         )
     if not h.dtype.is_float and h.dtype is not b1:
-        raise t.shape_error(f'"im2col" not implemented for {TO_TORCH[h.dtype]}')
+        raise t.not_implemented("im2col", h.dtype)
     return h.shape if len(h.shape) > rank else (1, *h.shape)
 
 

@@ -13,7 +13,7 @@ from tracejit.capture.functions.common import normal_axis, register
 from tracejit.capture.functions.composites import composed, in_torch
 from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.rows import elementwise
-from tracejit.capture.trace.table import Row
+from tracejit.capture.trace.table import Row, rule
 from tracejit.capture.trace.tensor import TO_TORCH
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
@@ -50,6 +50,14 @@ def _slice(
     return input[(*(slice(None),) * axis, slice(start, end, step))]
 
 
+def _reshaped(
+    input: Tensor, size: Sequence[int] | torch.dtype | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    if dtype is not None or isinstance(size, torch.dtype):
+        return input.view(dtype or size)
+    return input.reshape(size)
+
+
 _VIEWS: dict[str, Callable] = {
     "alias_copy": lambda input: input,
     "as_strided_copy": torch.as_strided,
@@ -66,10 +74,17 @@ _VIEWS: dict[str, Callable] = {
     "unbind_copy": torch.unbind,
     "unfold_copy": lambda input, dimension, size, step: input.unfold(dimension, size, step),
     "unsqueeze_copy": torch.unsqueeze,
-    "view_copy": lambda input, size: input.reshape(size),
+    "view_copy": _reshaped,
 }
 for _name, _view in _VIEWS.items():
     register((_name,), in_torch(_copied(_view)), inplace=False)
+
+
+@rule(torch.detach_copy)
+def detach_copy(t: Trace, input: Tensor) -> Tensor:
+    """A copy whose derivative eager does not know."""
+    x = t.read(t.lift(input))
+    return t.fresh(underived(t, "detach_copy", (x,), x))
 
 
 @composed(torch.unsafe_chunk, Tensor.unsafe_chunk)
@@ -136,6 +151,14 @@ def _itself(t: Trace, input: Tensor) -> Tensor:
 
 for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
     register((_name,), _itself, inplace=False)
+
+
+@rule(torch.conj_physical_, Tensor.conj_physical_)
+def conj_physical_(t: Trace, input: Tensor) -> Tensor:
+    """Each element as it is; to autograd that is a write."""
+    h = t.lift(input)
+    t.write(h, t.b.alias(t.read(h)))
+    return input
 
 
 @composed(Tensor.adjoint, torch.adjoint)
@@ -215,8 +238,8 @@ def vander(t: Trace, x: Tensor, *, N: int | None = None) -> Tensor:
     n = x.shape[-1] if N is None else N
     if n <= 1:
         raise t.shape_error("N must be greater than 1.")
-    if t.lift(x).dtype.narrow:
-        raise t.shape_error(f"linalg.vander is not implemented for {TO_TORCH[t.lift(x).dtype]}")
+    if t.lift(x).dtype.narrow or x.dtype is torch.bool:
+        raise t.shape_error(f"linalg.vander does not support {x.dtype}")
     if not x.is_floating_point():
         x = x.to(torch.int64)
     powers = x.unsqueeze(-1).expand(*x.shape, n - 1).cumprod(-1)

@@ -45,7 +45,7 @@ def affine_grid_generator(
     if rank not in (2, 3) or h.shape != (int(size[0]), rank, rank + 1):
         raise t.shape_error(f"Expected a batch of affine matrices for size {list(size)}")
     if not h.dtype.is_float:
-        raise t.shape_error(f"affine_grid_generator is not implemented for {TO_TORCH[h.dtype]}")
+        raise t.not_implemented("affine_grid_generator", h.dtype)
     (theta,), _ = casted(t, torch.bmm, (theta,), {})  # a product with the places of the image
     narrow = t.lift(theta).dtype
     matrix = widen(t, t.read(t.lift(theta)))
@@ -70,7 +70,7 @@ def _coordinates(t: Trace, n: int, dtype: DType, device: str, corners: bool) -> 
     wide = widened(dtype)
     if n <= 1:
         if dtype.narrow:
-            raise t.shape_error(f'"tensor_cpu" not implemented for {TO_TORCH[dtype]}')
+            raise t.not_implemented("tensor_cpu", dtype)
         return t.b.full(0.0, shape=(n,), dtype=wide, device=device)
     k = position(t, 0, (n,), device, wide)
     step = 2.0 / (n - 1)
@@ -177,7 +177,7 @@ def grid_sampler(
     if h.dtype is not g.dtype:
         raise t.shape_error(f"expected scalar type {TO_TORCH[h.dtype]}, not {TO_TORCH[g.dtype]}")
     if not h.dtype.is_float:
-        raise t.shape_error(f"grid_sampler is not implemented for {TO_TORCH[h.dtype]}")
+        raise t.not_implemented("grid_sampler", h.dtype)
     samples = g.shape[1:-1]
     if 0 in (h.shape[0], h.shape[1], *samples):
         nothing = t.b.full(0, shape=(*h.shape[:2], *samples), dtype=h.dtype, device=h.device)

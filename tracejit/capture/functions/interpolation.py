@@ -13,7 +13,7 @@ from tracejit.capture.functions.layouts import like
 from tracejit.capture.functions.resampling import Line
 from tracejit.capture.trace.scalars import pinned
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import DType, f32, u8
@@ -101,9 +101,9 @@ def _resampled(
     if not h.dtype.is_float and not (h.dtype is u8 and nearest):
         if h.dtype is u8:
             raise t.unsupported(f"Interpolation of uint8 has a rule for modes nearest, not {mode}")
-        raise t.shape_error(f'"upsample" not implemented for {TO_TORCH[h.dtype]}')
+        raise t.not_implemented("upsample", h.dtype)
     if antialias and h.dtype.narrow:
-        raise t.shape_error(f"antialias is not implemented for {TO_TORCH[h.dtype]}")
+        raise t.not_implemented("upsample_aa", h.dtype)
     dtype = f32 if nearest or not h.dtype.is_float else widened(h.dtype)
     lines = tuple(
         Line(n, m, mode, _scale(n, m, s, dtype, corners), dtype, corners, antialias)

@@ -15,7 +15,7 @@ import torch
 
 from tracejit.capture.functions.activation import log_sigmoid
 from tracejit.capture.functions.arithmetic import div, mul, sub
-from tracejit.capture.functions.common import operand, pointwise
+from tracejit.capture.functions.common import operand, pointwise, result_dtype
 from tracejit.capture.functions.derived import argument_error, require_float
 from tracejit.capture.functions.reduction import mean, sum_
 from tracejit.capture.functions.rows import emitted, function_of, undefined
@@ -163,6 +163,9 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> TracedTensor:
     """(input - target)²; its gradient is 2·(input - target)·g (·1/n)."""
+    dtype = result_dtype([operand(t, x) for x in (input, target)])
+    if not dtype.is_float:
+        raise t.not_implemented("mse_cpu", dtype)
     squared = square(t, sub(t, input, target))
     return _finish(t, squared, weight, how)
 
@@ -392,7 +395,7 @@ def kl_div(
     b = t.b
 
     def emit(x: Value, z: Value) -> Value:
-        require_float(t, "kl_div", x, z)
+        require_float(t, "kl_div", x, z, checked=True)
         if log_target:
             return b.mul(b.exp(z), b.sub(z, x))
         return b.sub(emitted(t, _ENTROPY, (z,)), b.mul(z, x))

@@ -10,7 +10,7 @@ from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.derived import argument_error
 from tracejit.capture.functions.loss import constant_weight, reduced
 from tracejit.capture.trace.bounds import between, within
-from tracejit.capture.trace.tensor import TO_TORCH, Ints
+from tracejit.capture.trace.tensor import Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.types import f32, f64, i64
 
@@ -118,7 +118,7 @@ def _rows(t: Trace, input: Tensor, target: Tensor, of_each: bool) -> Ints:
             f"Expected non-empty vector or matrix with optional 0-dim batch size, but got {list(x)}"
         )
     if t.lift(input).dtype not in (f32, f64):
-        raise t.shape_error(f"not implemented for {TO_TORCH[t.lift(input).dtype]}")
+        raise t.not_implemented(t.calling.__name__, t.lift(input).dtype)
     samples, classes = (1, *x)[-2:]
     fits = z == x if of_each else len(z) <= 1 and math.prod(z) == samples
     if not fits or (of_each and t.lift(target).dtype is not i64):

@@ -7,6 +7,7 @@ from types import EllipsisType
 
 import torch
 
+from tracejit.capture.functions.bits import as_dtype
 from tracejit.capture.functions.common import (
     cast,
     normal_axis,
@@ -154,10 +155,10 @@ def infer_size(t: Trace, h: Handle, sizes: Ints) -> Ints:
     return sizes
 
 
-def view(t: Trace, input: Tensor, *size: object) -> TracedTensor:
+def view(t: Trace, input: Tensor, *size: object, dtype: torch.dtype | None = None) -> TracedTensor:
+    if dtype is not None or isinstance(size[0], torch.dtype):
+        return as_dtype(t, input, dtype or size[0])
     h = t.lift(input)
-    if size and isinstance(size[0], torch.dtype):
-        raise t.unsupported("Reinterpreting the bits as another dtype has no rule")
     shape = infer_size(t, h, size_args(t, size))
     strides = view_strides(h.shape, h.strides, shape)
     if strides is None:

@@ -22,6 +22,7 @@ from tracejit.capture.trace.table import RULES, Rule, family_of
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
+from tracejit.ir.types import b1
 
 Tensor = torch.Tensor
 
@@ -36,8 +37,8 @@ def _added(name: str):
 
         def emit(x: Value, y: Value, z: Value, *factors: Value) -> Value:
             dtype = widen(t, x).type.dtype
-            if name == "addcdiv" and not dtype.is_float:
-                raise t.shape_error("Integer division with addcdiv is no longer supported")
+            if dtype is b1:
+                raise t.not_implemented("addcmul_cpu_out", dtype)
 
             def forward(x: Value, y: Value, z: Value, factor: Arg = 1) -> Value:
                 scaled = b.mul(y, factor)
@@ -52,6 +53,8 @@ def _added(name: str):
                 saved.append(z)
             return t.saves(out, *saved) if saved else out
 
+        if name == "addcdiv" and not any(t.lift(x).dtype.is_float for x in (tensor1, tensor2)):
+            raise t.shape_error("Integer division with addcdiv is no longer supported")
         value = as_number(t, value)
         factors = (value,) if isinstance(value, Tensor) else ()
         return pointwise(t, emit, (input, tensor1, tensor2, *factors))

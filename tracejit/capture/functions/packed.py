@@ -16,7 +16,7 @@ import torch
 
 from tracejit.capture.functions import masks
 from tracejit.capture.functions.assembly import joined
-from tracejit.capture.functions.common import cast, expand, literal
+from tracejit.capture.functions.common import cast, check_range, expand, literal
 from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.dropout import dropout, scaled
 from tracejit.capture.functions.movement import select, transpose
@@ -286,6 +286,7 @@ def pad_sequence(
     if padding_side not in ("left", "right"):
         raise t.shape_error(f"Expected padding_side to be left or right, but got {padding_side}")
     first, longest = sequences[0], max(x.shape[0] for x in sequences)
+    check_range(t, padding_value, t.lift(first).dtype)
     padded = []
     for x in sequences:
         more = longest - x.shape[0]

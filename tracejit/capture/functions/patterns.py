@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from tracejit.capture.functions.assembly import movedim
@@ -183,6 +185,8 @@ _diagonal = diagonal
 def trace(t: Trace, input: Tensor) -> TracedTensor:
     if len(t.lift(input).shape) != 2:
         raise t.shape_error("trace: expected a matrix")
+    if t.lift(input).dtype is b1:
+        raise t.not_implemented("trace", b1)
     return sum_(t, diagonal(t, input))
 
 
@@ -219,6 +223,31 @@ def logspace(
     exponent = cast(t, _spaced(t, start, end, steps, chosen, o), f64)
     powers = t.b.full(literal(base, f64), shape=(steps,), dtype=f64, device=o.device)
     return made(t, cast(t, t.b.pow(powers, exponent), chosen), o.requires_grad)
+
+
+@rule(torch.fft.fftfreq)
+def fftfreq(t: Trace, n: int, d: float = 1.0, **options: object) -> TracedTensor:
+    """The frequencies of an fft of n samples at distance d: those below 0 behind the others."""
+    return _frequencies(t, n, n, (n + 1) // 2, d, options)
+
+
+@rule(torch.fft.rfftfreq)
+def rfftfreq(t: Trace, n: int, d: float = 1.0, **options: object) -> TracedTensor:
+    """Those that are not below 0."""
+    return _frequencies(t, n, n // 2 + 1, n // 2 + 1, d, options)
+
+
+def _frequencies(
+    t: Trace, n: int, count: int, positive: int, d: float, options: dict[str, object]
+) -> TracedTensor:
+    o = options_of(t, options)
+    chosen = o.dtype or default_dtype()
+    if not chosen.is_float:
+        raise t.shape_error("frequencies require a floating-point dtype")
+    place = position(t, 0, (count,), o.device, chosen)
+    turned = t.b.where(t.b.lt(place, float(positive)), place, t.b.sub(place, float(n)))
+    scale = literal(1.0 / (n * d) if n * d else math.inf, chosen)
+    return made(t, t.b.mul(turned, scale), o.requires_grad)
 
 
 def _spaced(t: Trace, start: object, end: object, steps: int, chosen: DType, o: Options) -> Value:

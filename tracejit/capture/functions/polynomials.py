@@ -18,7 +18,7 @@ from tracejit.capture.functions.composites import composed
 from tracejit.capture.functions.transcendental import acos
 from tracejit.capture.trace.cuts import is_true
 from tracejit.capture.trace.scalars import pinned
-from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import f32
@@ -186,7 +186,7 @@ def _register(name: str, f: _Family) -> None:
     def function(t: Trace, input: object, n: object) -> TracedTensor:
         dtype = as_float(result_dtype([operand(t, x) for x in (input, n)]))
         if dtype.narrow:
-            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[dtype]}')
+            raise t.not_implemented(f"{name}_cpu", dtype)
         with t.untaped():
             top = _highest(t, n)
             if f.bounded and top > (128 if dtype is f32 else 512) and not isinstance(n, Tensor):

@@ -125,7 +125,7 @@ def _max_of(
     """
     x, length = t.read(h), h.shape[-rank:]
     if h.dtype is b1:
-        raise t.shape_error(f"\"{name}\" not implemented for 'Bool'")
+        raise t.not_implemented(name, b1)
     with t.untaped():
         places = _flat_places(t, length, h.device)
         top, first = _largest(t, cut(x, _lowest(h.dtype)), cut(places, _FAR), rank)
@@ -158,6 +158,8 @@ def _max_pool(rank: int, form: str):
         ceil_mode: bool = False,
     ) -> tuple[TracedTensor, TracedTensor]:
         h = t.lift(input)
+        if rank == 1 and form != "both" and not h.dtype.is_float:
+            raise t.not_implemented("max_pool1d_impl", h.dtype)
         w = _windows(t, h, rank, kernel_size, stride, padding, dilation, ceil_mode)
 
         def cut(x: Value, fill: float) -> Value:
@@ -239,6 +241,8 @@ def _spread_out(t: Trace, x: Value, into: Ints) -> Value:
 def _adaptive_max(rank: int, form: str):
     def both(t: Trace, input: Tensor, output_size: object) -> tuple[TracedTensor, TracedTensor]:
         h = t.lift(input)
+        if not h.dtype.is_float:
+            raise t.not_implemented(f"adaptive_max_pool{rank}d", h.dtype)
         into, w = _adaptive(t, h, output_size, rank)
         length = h.shape[-rank:]
 
@@ -330,6 +334,8 @@ def _avg_pool(rank: int):
         divisor_override: int | None = None,
     ) -> TracedTensor:
         h = t.lift(input)
+        if rank == 3 and h.dtype.narrow and h.device == "cpu":
+            raise t.not_implemented("avg_pool3d_out_frame", h.dtype)
         w = _windows(t, h, rank, kernel_size, stride, padding, 1, ceil_mode)
         if divisor_override == 0:
             raise t.shape_error("divisor must be not zero")

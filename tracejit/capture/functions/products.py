@@ -61,7 +61,15 @@ def addmv(
 def addr(
     t: Trace, input: Tensor, vec1: Tensor, vec2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> TracedTensor:
-    return plus(t, input, outer(t, vec1, vec2), beta, alpha)
+    product = outer(t, vec1, vec2)
+    if not product.handle.dtype.is_float and not t.lift(input).dtype.is_float:
+        for name, factor in (("beta", beta), ("alpha", alpha)):
+            if isinstance(factor, float):
+                raise t.shape_error(
+                    f"For integral input tensors, argument {name} must not be a floating point "
+                    "number."
+                )
+    return plus(t, input, product, beta, alpha)
 
 
 # ---- einsum

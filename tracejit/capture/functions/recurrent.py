@@ -30,7 +30,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.ops.movement import part
-from tracejit.ir.types import contiguous_strides
+from tracejit.ir.types import b1, contiguous_strides
 
 Tensor = torch.Tensor
 State = tuple[Value, ...]  # the hidden state, and of lstm the cell state, [rows, hidden] each
@@ -401,6 +401,8 @@ def _of_cell(name: str) -> Callable:
             raise t.shape_error("lstm_cell expects two hidden states")
         _check_cell(t, t.lift(input).shape, [s.shape for s in states], t.lift(w_hh).shape)
         _check_params(t, (w_ih, w_hh, b_ih, b_hh, None), gates, *states[0].shape[-1:] * 2)
+        if t.lift(input).dtype is b1:
+            raise t.not_implemented("addmm_impl_cpu_", b1)
         if name in ("lstm", "gru") and not t.lift(input).dtype.is_float:
             raise t.shape_error("result type Float can't be cast to the desired output type Long")
         of_input = _gates(t, input, w_ih, b_ih)

@@ -10,7 +10,7 @@ import torch
 from tracejit.autodiff import zeros
 from tracejit.capture.functions.common import cast, normal_axis
 from tracejit.capture.functions.composites import composed
-from tracejit.capture.trace.tensor import Ints, is_dense
+from tracejit.capture.trace.tensor import TO_IR, Ints, is_dense
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.trace.views import places
 from tracejit.ir.graph import Builder, Value
@@ -235,7 +235,7 @@ def _triangle(name: str, *, lower: bool) -> Callable:
             raise t.shape_error(f"{name}: row and col must be non-negative, got {row} and {col}")
         dtype = dtype or torch.long
         if dtype not in (torch.int32, torch.int64):
-            raise t.shape_error(f'"{name}" not implemented for {dtype}')
+            raise t.not_implemented(name, TO_IR[dtype])
         parts = [_places(*run, device=device) for run in _runs(row, col, int(offset), lower=lower)]
         if not parts:
             return torch.zeros((2, 0), dtype=dtype, device=device)

@@ -216,7 +216,7 @@ def _divisors(name: str) -> Callable:
     def emit(t: Trace, x: Value, z: Value) -> Value:
         b = t.b
         if x.type.dtype.kind not in "iu":
-            raise t.shape_error(f'"{name}_cpu" not implemented for {TO_TORCH[x.type.dtype]}')
+            raise t.not_implemented(f"{name}_cpu", x.type.dtype)
         common = b.gcd(x, z)
         if name == "gcd":
             return common

@@ -223,6 +223,8 @@ def gradient(
     """Central differences along each dim, and one-sided ones of the first or second order at the
     ends; `spacing` is a number, or one number or vector of places for each dim."""
     shape = t.lift(input).shape
+    if input.dtype is torch.uint8:
+        raise t.shape_error("torch.gradient does not support uint8 input.")
     if dim is None:
         dim = range(len(shape))
     dims = (dim,) if isinstance(dim, int) else tuple(dim)

@@ -26,7 +26,7 @@ from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.types import b1, i32, i64
+from tracejit.ir.types import b1, i32, i64, u8
 
 Tensor = torch.Tensor
 
@@ -197,6 +197,10 @@ def index_add(
             t, t.lift(input), t.read(index_add(t, x, dim, index, given, alpha=alpha).handle)
         )
     h, s, i = t.lift(input), t.lift(source), t.lift(index)
+    if isinstance(alpha, (int, float)):
+        check_range(t, alpha, h.dtype)
+        if h.dtype is u8 and alpha < 0:
+            raise t.shape_error("value cannot be converted to type uint8_t without overflow")
     axis = normal_axis(t, dim, len(h.shape))
     if len(i.shape) > 1:
         raise AxisError(

@@ -70,6 +70,8 @@ def _searchsorted(
     if not given:
         input = torch.tensor(input, dtype=rows.dtype, device=rows.device)
     values = input.detach()
+    if t.lift(rows).dtype is t.lift(values).dtype is b1:
+        raise t.not_implemented("searchsorted_out_cpu", b1)
     found = _found(t, rows, values, right or side == "right", sorter)
     found = found.contiguous()
     return found.to(torch.int32) if out_int32 else found
@@ -104,6 +106,8 @@ def isin(
     if not isinstance(elements, Tensor):
         elements = torch.tensor(elements, device=test_elements.device)
     kind = torch.promote_types(elements.dtype, test_elements.dtype)
+    if torch.bool in (elements.dtype, test_elements.dtype):
+        raise t.shape_error("Unsupported input type encountered for isin(): Bool")
     x, tests = elements.detach().to(kind), test_elements.detach().to(kind).reshape(-1)
     found = (x.unsqueeze(-1) == tests).any(-1)
     return ~found if invert else found

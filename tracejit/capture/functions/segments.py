@@ -38,7 +38,7 @@ def segment_reduce(
     if indices is not None or (lengths is None and offsets is None):
         raise t.shape_error("segment_reduce(): either lengths or offsets must be given")
     if not h.dtype.is_float:
-        raise t.shape_error(f'"segment_reduce" not implemented for {data.dtype}')
+        raise t.not_implemented("segment_reduce", h.dtype)
     given = t.lift(lengths if offsets is None else offsets)
     if axis != len(given.shape) - 1 or given.shape[:-1] != h.shape[:axis]:
         raise t.shape_error("segment_reduce(): the axis must be the last one of the segments")

@@ -71,7 +71,7 @@ def clamp(t: Trace, input: Tensor, min: object = None, max: object = None) -> Tr
 
     dtype = result_dtype([operand(t, v) for v in (input, *bounds)])
     if dtype is b1:
-        raise t.shape_error("clamp is not implemented for 'Bool'")
+        raise t.not_implemented("clamp", b1)
     for bound in bounds:
         if not isinstance(bound, Tensor):
             check_range(t, bound, dtype)

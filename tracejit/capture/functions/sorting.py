@@ -1,7 +1,7 @@
 """Sorting: sort, argsort, msort, topk, kthvalue, median, nanmedian.
 
 All of them are a gather at the places that `argsort` finds. NaN is the largest, and ties keep their
-order, as in eager's stable sort.
+order, as in eager's stable sort; those of topk come as in eager's topk.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ Tensor = torch.Tensor
 ON_GPU = 1 << 36  # comparisons of one sort: a GPU finds places by comparing each with each
 
 
-def _order(t: Trace, x: Value, axis: int, descending: bool, count: int) -> Value:
-    """The places, along the axis, of the first `count` elements in the sorted order."""
+def _order(t: Trace, x: Value, axis: int, descending: bool, count: int, topk: str = "") -> Value:
+    """The places, along the axis, of the first `count` elements in the sorted order, or as torch's
+    topk has them (see `argsort`)."""
     n, kind = x.type.shape[axis], x.type
     if n * kind.numel > ON_GPU and not kind.device.startswith("cpu"):
         raise t.unsupported(
@@ -32,20 +33,26 @@ def _order(t: Trace, x: Value, axis: int, descending: bool, count: int) -> Value
             f"{list(kind.shape)}; sort outside of the step"
         )
     with t.untaped():
-        found = t.b.argsort(x, axis=axis, count=count, descending=descending)
+        how = {"topk": topk} if topk and kind.device.startswith("cpu") else {}
+        found = t.b.argsort(x, axis=axis, count=count, descending=descending, **how)
     t.ranges[found] = 0, max(n - 1, 0)
     return found
 
 
 def _sorted(
-    t: Trace, input: Tensor, dim: int, descending: bool, count: int | None = None
+    t: Trace,
+    input: Tensor,
+    dim: int,
+    descending: bool,
+    count: int | None = None,
+    topk: str = "",
 ) -> tuple[TracedTensor, TracedTensor]:
     """The first `count` elements in the sorted order, and their places."""
     h = t.lift(input)
     axis = normal_axis(t, dim, len(h.shape))
     x = t.read(h) if h.shape else t.b.reshape(t.read(h), shape=(1,))
     n = x.type.shape[axis]
-    order = _order(t, x, axis, descending, n if count is None else count)
+    order = _order(t, x, axis, descending, n if count is None else count, topk)
     if order.type.numel:
         values = t.b.gather(x, order, axis=axis)
     else:
@@ -63,7 +70,7 @@ def _sorted(
 def _refuse_bools(t: Trace, h: Handle, name: str) -> None:
     """Eager sorts bools, but does not choose among them."""
     if h.dtype is b1:
-        raise t.shape_error(f"\"{name}\" not implemented for 'Bool'")
+        raise t.not_implemented(name, b1)
 
 
 def sort(
@@ -94,13 +101,14 @@ def topk(
     largest: bool = True,
     sorted: bool = True,
 ) -> object:
-    """The k largest or smallest; unsorted ones come sorted too."""
+    """The k largest or smallest. On a CPU equal ones, and unsorted ones, come as in eager."""
     h = t.lift(input)
     _refuse_bools(t, h, "topk")
     axis = normal_axis(t, dim, len(h.shape))
     if not 0 <= k <= (h.shape[axis] if h.shape else 1):
         raise t.shape_error("selected index k out of range")
-    return torch.return_types.topk(_sorted(t, input, dim, bool(largest), int(k)))
+    how = "sorted" if sorted else "unsorted"
+    return torch.return_types.topk(_sorted(t, input, dim, bool(largest), int(k), how))
 
 
 def _one(t: Trace, input: Tensor, dim: int, keepdim: bool, k: int, name: str) -> object:

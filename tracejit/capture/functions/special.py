@@ -175,6 +175,8 @@ def _mvlgamma(t: Trace, input: Tensor, p: int) -> Tensor:
     """log of the multivariate Γ: a constant, and lgamma(x - j/2) for j below p."""
     if p < 1:
         raise t.shape_error("p has to be greater than or equal to 1")
+    if input.dtype is torch.bool:
+        raise t.shape_error("The input tensor may not be a boolean tensor.")
     halves = torch.arange(p, dtype=input.dtype if input.is_floating_point() else None) * -0.5
     terms = torch.lgamma(input.unsqueeze(-1) + halves.to(input.device))
     return terms.sum(-1) + 0.25 * p * (p - 1) * math.log(math.pi)
@@ -339,7 +341,7 @@ def _wide_only(row: Row, *, gradient: bool) -> None:
     def function(t: Trace, input: Tensor) -> TracedTensor:
         h = t.lift(input)
         if h.dtype.narrow and not gradient:
-            raise t.shape_error(f"{row.name!r} not implemented for {TO_TORCH[h.dtype]}")
+            raise t.not_implemented(row.name, h.dtype)
         if h.dtype.narrow and t.grad_on and t.requires_grad(h):
             raise t.unsupported(f"Eager has no derivative of {row.name} of {TO_TORCH[h.dtype]}")
         return run(t, input)
@@ -370,7 +372,7 @@ def _zeta(t: Trace, input: object, other: object) -> TracedTensor:
     """The sum of (other + k)^-input; eager has it not for bf16 and f16."""
     dtype = result_dtype([operand(t, x) for x in (input, other)])
     if dtype.narrow:
-        raise t.shape_error(f'"zeta_cpu" not implemented for {TO_TORCH[dtype]}')
+        raise t.not_implemented("zeta_cpu", dtype)
     return _of_pairs(t, input, other)
 
 

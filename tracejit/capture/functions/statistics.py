@@ -198,7 +198,7 @@ def vector_norm(
                 f"without narrowing to the specified dtype ({dtype})"
             )
         value = cast(t, value, TO_IR[dtype])
-    require_float(t, "linalg_vector_norm", value)
+    require_float(t, "linalg_vector_norm", value, checked=True)
     axes, p = normal_axes(t, dim, len(h.shape)), float(ord)
     if (p < 0 or p == math.inf) and any(h.shape[a] == 0 for a in axes):
         raise t.shape_error(f"linalg.vector_norm cannot compute the {p} norm on an empty dimension")

@@ -15,7 +15,7 @@ from tracejit.capture.trace.scalars import is_runtime
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, Step, TracedTensor, by_memory, extent, is_dense
 from tracejit.capture.trace.trace import Trace
-from tracejit.capture.trace.views import pick
+from tracejit.capture.trace.views import pick, reads_bits
 
 Tensor = torch.Tensor
 
@@ -55,7 +55,7 @@ def _source(t: Trace, h: Handle, offset: int, count: int) -> Handle | None:
     base = storage.value.type.shape
     start = 0 if storage.real is None else t.lift(storage.real).offset
     whole = Handle(h.family, (), base, storage.strides, start, h.dtype, h.device, h.version)
-    for source in (h, whole) if not t.requires_grad(h) else (h,):
+    for source in (h, whole) if not (t.requires_grad(h) or reads_bits(h.steps)) else (h,):
         inside = source.offset <= offset and offset + count <= source.offset + source.numel
         if is_dense(source.shape, source.strides) and (inside or not count):
             return source

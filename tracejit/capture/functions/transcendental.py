@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.capture.functions.common import as_float, cast, kept_strides, register
+from tracejit.capture.functions.common import as_float, cast, in_place, kept_strides, register
+from tracejit.capture.functions.derived import underived
 from tracejit.capture.functions.rows import elementwise, emitted, function_of, primitive
-from tracejit.capture.trace.table import Formula, Row
+from tracejit.capture.trace.table import Formula, Row, rule, spellings
 from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Value
@@ -272,6 +273,20 @@ def _unary(names: str, value: Formula, slope: Formula) -> Row:
     return Row(names, value, (slope,), dtypes="to_float")
 
 
+def _underived_in_place(row: Row, function: Callable) -> None:
+    """The in-place forms of a function, for which eager has no derivative."""
+
+    def body(t: Trace, input: torch.Tensor) -> TracedTensor:
+        with t.untaped():
+            found = function(t, input).handle
+        x = t.read(t.lift(input))
+        value = underived(t, f"inplace version of {row.name}", (x,), t.read(found))
+        return t.fresh(value, found.strides)
+
+    forms = (f for name in row.names.split() for f in spellings(f"{name}_"))
+    rule(*forms)(in_place(body))
+
+
 ROWS = (
     _unary("tan", _tan, _d_tan),
     _unary("asin arcsin", _asin, _d_asin),
@@ -314,7 +329,7 @@ for _row in (
     _unary("acosh arccosh", _acosh, _d_acosh),
     _unary("atanh arctanh", _atanh, _d_atanh),
 ):
-    elementwise(_row, __name__, inplace=False)  # eager has no derivative for these in place
+    _underived_in_place(_row, elementwise(_row, __name__, inplace=False))
 _register_xlog("xlogy", "log", 0.0)
 _register_xlog("xlog1py", "log1p", -1.0)
 _in_other_units("deg2rad", math.pi / 180)

@@ -10,7 +10,7 @@ import torch
 from tracejit.capture.functions.layouts import like
 from tracejit.capture.functions.scattering import scatter
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import TO_TORCH, TracedTensor
+from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.types import i64
 
@@ -38,7 +38,7 @@ def _unpool(t: Trace, input: Tensor, indices: Tensor, output_size: Sequence[int]
             f"but got indices tensor with shape: {list(i.shape)}"
         )
     if not h.dtype.is_float:
-        raise t.shape_error(f'"{name}" not implemented for {TO_TORCH[h.dtype]}')
+        raise t.not_implemented(name, h.dtype)
     whole, shape = math.prod(size), (*h.shape[:-rank], *size)
     lead = math.prod(h.shape[:-rank])
     flat = (lead, math.prod(h.shape[-rank:]))

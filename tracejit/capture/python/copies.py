@@ -17,6 +17,14 @@ from tracejit.capture.python.classes import is_heap_type
 UNSET = object()  # in place of what a variable or slot does not hold
 
 
+class Copies(list):
+    """A list of ours: it is left alone where intermediates are taken out of lists."""
+
+
+class Spaces(dict):
+    """A dict of ours, likewise."""
+
+
 def make_so(put: Callable, drop: Callable, of: object, now: dict, before: dict) -> None:
     """Make the names that something has those of before."""
     for name in [k for k in dict.keys(now) if k not in before]:

@@ -9,6 +9,7 @@ no copy: a trace changes none.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import weakref
@@ -34,6 +35,8 @@ from tracejit.capture.python.bytecode import codes, names_in
 from tracejit.capture.python.classes import is_heap_type, module_of
 from tracejit.capture.python.copies import (
     UNSET,
+    Copies,
+    Spaces,
     base_of,
     cell_value,
     checksum,
@@ -99,13 +102,15 @@ class Snapshot:
         self._cells: list[tuple[CellType, object]] = []
         self._slots: list[tuple[object, list]] = []
         self._classes: list[tuple[type, dict]] = []
-        self._spaces: dict[int, tuple[dict, dict]] = {}  # of user modules
+        self._spaces: dict[int, tuple[dict, dict]] = Spaces()  # of user modules
         self._looked: set[tuple[int, CodeType]] = set()
         self._steps: list[tuple[object, dict]] = []  # compiled ones, and what is the user's of them
         self._checksums: list[tuple[np.ndarray, int]] = []
         self._progress: list[iterators.Progress] = []
         self._bytes = 0
         pending, ids = list(roots), frozenset()
+        for name in _COPIES:
+            setattr(self, name, Copies())
         if known is not None:
             pending += self._take(known)
             ids = known.ids if len(pending) == len(roots) else known.ids - {*map(id, pending)}
@@ -126,7 +131,7 @@ class Snapshot:
         self._cells = [(x, cell_value(x)) for x in of["_cells"]]
         self._sequences = [(x, copy_of(x)) for x in of["_sequences"]]
         self._classes = [(x, dict(vars(x))) for x in of["_classes"]]
-        self._spaces = {id(x): (x, x.copy()) for x in of["_spaces"]}
+        self._spaces = Spaces({id(x): (x, x.copy()) for x in of["_spaces"]})
         for x in of["_ordered"]:
             self._keep_order(x)
         for x in of["_slots"]:
@@ -134,6 +139,8 @@ class Snapshot:
         for x in of["_steps"]:
             self._steps.append((x, {k: x.__dict__[k] for k in x.user_attributes()}))
         self._progress = [iterators.Progress(x) for x in of["_progress"]]
+        for name in _COPIES:
+            setattr(self, name, Copies(getattr(self, name)))
         self._put_back = [save() for save in known.save]
         self._save = [*known.save]
         filled = [x for x in (*self._empty, *self._of_bare()) if len(x)]
@@ -401,10 +408,11 @@ class Snapshot:
                 del cell.cell_contents
         for x, values in self._slots:
             for member, value in values:
-                if value is not UNSET:
-                    member.__set__(x, value)
-                elif read_slot(member, x) is not UNSET:
-                    member.__delete__(x)
+                with contextlib.suppress(AttributeError):  # it is readonly, and has not changed
+                    if value is not UNSET:
+                        member.__set__(x, value)
+                    elif read_slot(member, x) is not UNSET:
+                        member.__delete__(x)
         for cls, held in self._classes:
             now = {k: v for k, v in vars(cls).items() if not k.startswith("__")}
             before = {k: v for k, v in held.items() if not k.startswith("__")}

@@ -8,14 +8,14 @@ from __future__ import annotations
 from tracejit.autodiff import Entry
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.tensor import Handle
-from tracejit.capture.trace.views import repeats
+from tracejit.capture.trace.views import reads_bits, repeats
 from tracejit.ir.graph import Node, Value
 
 
 def check_write(t: TraceState, handle: Handle, value: Value) -> None:
     """Raise where eager would refuse to overwrite a tensor with a value."""
     if t.grad_on:
-        _check_differentiable_write(t, handle, value)
+        check_differentiable_write(t, handle, value)
     overlaps = any(st == 0 and n > 1 for st, n in zip(handle.strides, handle.shape, strict=True))
     if overlaps and handle.numel:
         raise t.shape_error(
@@ -32,11 +32,15 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
             "x[int(i)], or x[i].clone()"
         )
+    if reads_bits(handle.steps) and handle.dtype.narrow:
+        raise t.unsupported(
+            "Bits that are written to as bf16 or f16 may become those of another NaN"
+        )
     if repeats(handle.steps):
         raise t.unsupported("Write to the tensor that was expanded, or that as_strided was given")
 
 
-def _check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> None:
+def check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> None:
     family = handle.family
     if family in t.sealed:
         raise t.autograd_error(t.sealed[family])
@@ -54,6 +58,10 @@ def _check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> 
             "enabled; move both inside the no_grad block, or both outside"
         )
     tracked = t.tape.tracked
+    if value in tracked and reads_bits(handle.steps):
+        raise t.unsupported(
+            "Writing a value with history to bits of another dtype has no rule; detach it"
+        )
     if handle.fixed is not None and (value in tracked or t.base(family) in tracked):
         raise t.autograd_error(
             "one of several views that one function returned (split, chunk, unbind) is being "

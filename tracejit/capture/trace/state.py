@@ -20,11 +20,18 @@ from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.keys import Keys
 from tracejit.capture.trace.scalars import Scalars, plain
 from tracejit.capture.trace.table import function_name
-from tracejit.capture.trace.tensor import Family, Handle, Storage, TracedTensor, Version
-from tracejit.errors import AutogradError, ShapeError, TracejitError, UnsupportedOperation
+from tracejit.capture.trace.tensor import TO_TORCH, Family, Handle, Storage, TracedTensor, Version
+from tracejit.errors import (
+    AutogradError,
+    DerivativeError,
+    DtypeError,
+    ShapeError,
+    TracejitError,
+    UnsupportedOperation,
+)
 from tracejit.ir.graph import Builder, Graph, Node, Value
 from tracejit.ir.on_tensors import on_numpy
-from tracejit.ir.types import Type
+from tracejit.ir.types import DType, Type
 
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
 
@@ -299,9 +306,24 @@ class TraceState:
             shapes=described(args, kwargs),
         )
 
+    def not_implemented(self, name: str, dtype: DType) -> DtypeError:
+        """The error for a dtype that torch has no kernel for."""
+        func, args, kwargs = self.call
+        return DtypeError(
+            where=location.full(),
+            function=function_name(func),
+            reason=f'"{name}" not implemented for {TO_TORCH[dtype]}',
+            shapes=described(args, kwargs),
+        )
+
     def autograd_error(self, reason: str) -> AutogradError:
         """The error for a use of autograd that eager rejects."""
         return AutogradError(where=location.full(), reason=reason)
+
+    def no_derivative(self, name: str) -> DerivativeError:
+        """The error for a derivative that eager has not implemented."""
+        reason = f"the derivative for {name} is not implemented"
+        return DerivativeError(where=location.full(), reason=reason)
 
     def described_input(self, tensor: torch.Tensor) -> str:
         """A tensor from outside, by the name that user code has for it, and its shape."""

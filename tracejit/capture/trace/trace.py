@@ -42,7 +42,7 @@ from tracejit.capture.trace.tensor import (
 from tracejit.capture.trace.views import apply_steps, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
-from tracejit.ir.types import contiguous_strides
+from tracejit.ir.types import DType, contiguous_strides
 
 # broadcast, promoted or transposed on the way into an operation: torch saves what was given to it
 _SAVED_THROUGH = frozenset({"cast", "expand", "permute", "reshape"})
@@ -315,9 +315,15 @@ class Trace(TraceState):
         return self.proxy(handle)
 
     def view(
-        self, of: Handle, steps: tuple[Step, ...], shape: Ints, strides: Ints, offset: int
+        self,
+        of: Handle,
+        steps: tuple[Step, ...],
+        shape: Ints,
+        strides: Ints,
+        offset: int,
+        dtype: DType | None = None,
     ) -> TracedTensor:
-        """A view: the same memory through further movement steps."""
+        """A view: the same memory through further movement steps, its bits as a dtype."""
         family = of.family
         if not self.grad_on and self.base(family) in self.tape.tracked:
             storage = family.storage
@@ -326,7 +332,14 @@ class Trace(TraceState):
             self.tape.watch(family.value)
         fixed = of.version.count if family.quiet else of.fixed
         handle = Handle(
-            family, of.steps + steps, shape, strides, offset, of.dtype, of.device, of.version
+            family,
+            of.steps + steps,
+            shape,
+            strides,
+            offset,
+            dtype or of.dtype,
+            of.device,
+            of.version,
         )
         handle.fixed = fixed
         return self.proxy(handle)
@@ -381,12 +394,23 @@ class Trace(TraceState):
         untracked = family.leaf is None and not tracked
         if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
-        storage.value = new
+        self._hold(handle, new, as_history=self.grad_on or untracked)
+        self._note(value, handle)
+
+    def rearrange(self, handle: Handle, view: Handle) -> None:
+        """Let a tensor lie as a view of it does; to autograd that is a write."""
+        handle.family, handle.steps, handle.memo = view.family, view.steps, None
+        handle.shape, handle.strides, handle.offset = view.shape, view.strides, view.offset
+        self._hold(handle, self.b.alias(self.base(handle.family)), as_history=True)
+
+    def _hold(self, handle: Handle, value: Value, *, as_history: bool) -> None:
+        """From now on the memory of a tensor holds a value."""
+        family, storage = handle.family, handle.storage
+        storage.value = value
         storage.writes += 1
-        if self.grad_on or untracked:
-            family.value, family.seen = new, storage.writes
+        if as_history:
+            family.value, family.seen = value, storage.writes
         handle.version.count += 1
-        self._note(new, handle)
         self._note(value, handle)
 
     # ---- runtime scalars

@@ -2,8 +2,9 @@
 
 A step is a movement primitive and its attributes, or a *stretch*: the elements of an axis from a
 place on that is known only when the plan runs, as in `buffer[self.n]`, or a *pick*: the elements of
-a row at fixed places, as `as_strided` has them. In: the storage's value and the steps. Out: the
-value of the view; or, once the view was written to, the storage's new value.
+a row at fixed places, as `as_strided` has them, or the *bits* as numbers of another dtype. In: the
+storage's value and the steps. Out: the value of the view; or, once the view was written to, the
+storage's new value.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.tensor import Ints, Step
 from tracejit.ir import types
 from tracejit.ir.graph import Builder, Value
-from tracejit.ir.types import i64
+from tracejit.ir.ops.rare import BITS_OF
+from tracejit.ir.types import DType, i8, i16, i32, i64
 
 STRETCH = "stretch"
 PICK = "pick"
+BITS = "bits"
 
 
 def stretch(axis: int, size: int, at: Value) -> Step:
@@ -26,6 +29,16 @@ def stretch(axis: int, size: int, at: Value) -> Step:
 def pick(shape: Ints, strides: Ints, start: int) -> Step:
     """The elements start + Σ i·stride of a row, for all i below `shape`; all are inside."""
     return PICK, (("shape", shape), ("strides", strides), ("start", start))
+
+
+def bits(dtype: DType) -> Step:
+    """The same bytes as numbers of a dtype; of another size, the last axis is longer or shorter."""
+    return BITS, (("dtype", dtype),)
+
+
+def reads_bits(steps: tuple[Step, ...]) -> bool:
+    """Whether a view has another dtype than what it is a view of."""
+    return any(name == BITS for name, _ in steps)
 
 
 def repeats(steps: tuple[Step, ...]) -> bool:
@@ -54,6 +67,8 @@ def apply_steps(t: TraceState, value: Value, steps: tuple[Step, ...]) -> Value:
             index = places(t, value, **dict(attrs))
             picked = t.b.gather(value, index, axis=0)
             value = t.b.reshape(picked, shape=dict(attrs)["shape"])
+        elif name == BITS:
+            value = as_bits(t.b, value, **dict(attrs))
         else:
             value = getattr(t.b, name)(value, **dict(attrs))
     return value
@@ -73,6 +88,8 @@ def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value)
     if name == PICK:
         row = b.reshape(new, shape=(new.type.numel,))
         return b.scatter(base, places(t, base, **attrs), row, axis=0, combine="last")
+    if name == BITS:
+        return as_bits(b, new, base.type.dtype)
     if name == "reshape":
         return b.reshape(new, shape=shape)
     if name == "permute":
@@ -152,3 +169,42 @@ def places(t: TraceState, row: Value, *, shape: Ints, strides: Ints, start: int)
             place = b.iota(axis=axis, shape=shape, dtype=i64, device=device)
             total = b.add(total, b.mul(place, stride))
     return b.reshape(total, shape=(total.type.numel,))
+
+
+_INTEGER = {1: i8, 2: i16, 4: i32, 8: i64}  # by size
+
+
+def as_bits(b: Builder, x: Value, dtype: DType) -> Value:
+    """The bytes of a value as numbers of a dtype. The first of several in one is its low part."""
+    of = x.type.dtype
+    if of is dtype:
+        return x
+    if of in BITS_OF:
+        x = b.bitcast(x, of=of, dtype=BITS_OF[of])
+    size, wanted = of.itemsize, dtype.itemsize
+    if size > wanted:
+        x = _taken_apart(b, x, size // wanted, _INTEGER[wanted])
+    elif size < wanted:
+        x = _put_together(b, x, wanted // size, _INTEGER[wanted])
+    if dtype in BITS_OF:
+        return b.bitcast(x, of=BITS_OF[dtype], dtype=dtype)
+    return x if x.type.dtype is dtype else b.cast(x, dtype=dtype)
+
+
+def _taken_apart(b: Builder, x: Value, count: int, to: DType) -> Value:
+    """Each integer of a row as `count` smaller ones, in the place of it."""
+    *batch, n = x.type.shape
+    kind, shape = x.type.dtype, (*batch, n, count)
+    wide = b.expand(b.reshape(x, shape=(*batch, n, 1)), shape=shape)
+    place = b.iota(axis=len(shape) - 1, shape=shape, dtype=kind, device=x.type.device)
+    parts = b.cast(b.shr(wide, b.mul(place, 8 * to.itemsize)), dtype=to)
+    return b.reshape(parts, shape=(*batch, n * count))
+
+
+def _put_together(b: Builder, x: Value, count: int, to: DType) -> Value:
+    """Each `count` integers of a row as a larger one."""
+    *batch, n = x.type.shape
+    size, shape = 8 * x.type.dtype.itemsize, (*batch, n // count, count)
+    parts = b.and_(b.cast(b.reshape(x, shape=shape), dtype=to), (1 << size) - 1)
+    place = b.iota(axis=len(shape) - 1, shape=shape, dtype=to, device=x.type.device)
+    return b.reduce_sum(b.shl(parts, b.mul(place, size)), axes=(len(shape) - 1,))

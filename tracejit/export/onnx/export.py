@@ -202,6 +202,9 @@ class _Export:
             root = self.effects.made[root.index]
         if m.kind == "real":
             return self.after(m.index)
+        if m.bits is not None:
+            why = "it returns the bits of a tensor as numbers of another dtype"
+            raise self.t.refuse(why, "Return the tensor itself")
         x, layout = self._memory(root)
         if isinstance(m.offset, HostSlot):
             raise self.t.refuse("it returns a view whose place is a number", "Return a clone")

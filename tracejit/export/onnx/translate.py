@@ -26,6 +26,7 @@ _OF_RANKS = "the ranks of a process group do it together, and a model runs alone
 _RANKS_REMEDY = "Export a step without collectives"
 REFUSED = {  # what ONNX has no counterpart of, and what to do
     "nextafter": ("ONNX has no operator on the bits of a float", "Add a small number instead"),
+    "bitcast": ("ONNX has no operator on the bits of a float", "Compute with the number instead"),
     "host_format": ("ONNX has no text", "Return the number, and make text of it outside"),
     "host_np_nextafter": ("ONNX has no operator on the bits of a float", "Add a small number"),
     **{name: (_OF_LAPACK, _LAPACK_REMEDY) for name, op in OPS.items() if op.family == "matrices"},

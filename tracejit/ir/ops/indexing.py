@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from tracejit.ir.ops.record import BITS, NO_GRAD, ULPS, Op, require, require_tensor
+from tracejit.ir.ops.selecting import chosen
 from tracejit.ir.types import DType, Type, b1, i64
 
 FEW = 4  # indices along an axis that are found by comparing every element with each of them
@@ -172,15 +173,18 @@ cumsum = Op(
 )
 
 
-def _infer_argsort(x: Type, *, axis: int, count: int, descending: bool) -> Type:
+def _infer_argsort(x: Type, *, axis: int, count: int, descending: bool, topk: str = "") -> Type:
     require_tensor("argsort", x)
+    require(topk in ("", "sorted", "unsorted"), f"argsort of {x} as topk {topk}")
     require(0 <= axis < len(x.shape), f"argsort of {x} along axis {axis}")
     require(0 <= count <= x.shape[axis], f"the first {count} of {x} along axis {axis}")
     return Type(i64, (*x.shape[:axis], count, *x.shape[axis + 1 :]), x.device)
 
 
-def argsorted(x: np.ndarray, axis: int, count: int, descending: bool) -> np.ndarray:
+def argsorted(x: np.ndarray, axis: int, count: int, descending: bool, topk: str = "") -> np.ndarray:
     """The places along an axis of the first `count` elements in their order."""
+    if topk:
+        return np.moveaxis(chosen(np.moveaxis(x, axis, -1), count, descending, topk), -1, axis)
     last = x.shape[axis] - 1
     if not descending:
         order = np.argsort(x, axis, kind="stable")
@@ -190,12 +194,13 @@ def argsorted(x: np.ndarray, axis: int, count: int, descending: bool) -> np.ndar
 
 
 # Where along an axis the elements stand that come first in order; equal ones keep theirs. NaN is
-# the largest, and no two of them differ.
+# the largest, and no two of them differ. `topk`, sorted or unsorted: equal ones come as torch's
+# topk has them on a CPU (`selecting.py`); a GPU keeps their order.
 argsort = Op(
     "argsort",
     "indexing",
     _infer_argsort,
-    lambda x, *, axis, count, descending: argsorted(x, axis, count, descending),
+    lambda x, *, axis, count, descending, topk="": argsorted(x, axis, count, descending, topk),
     (NO_GRAD,),
     cost=1,
     exact=BITS,

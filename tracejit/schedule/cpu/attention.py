@@ -19,7 +19,7 @@ from dataclasses import replace
 from tracejit.ir.types import f32, f64
 from tracejit.schedule.cpu.cost import GRAIN
 from tracejit.schedule.cpu.plan import LINE, Blocks, CpuKernel
-from tracejit.schedule.cpu.tiles import accumulators
+from tracejit.schedule.cpu.registers import accumulators
 from tracejit.schedule.kernel import Attend, Kernel
 
 BLOCK = 64  # queries, and keys, of a block: its scores, and the operands beside them, fit a cache

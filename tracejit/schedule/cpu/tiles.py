@@ -10,24 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 from tracejit.ir.types import DType, f32, f64, i64
 from tracejit.schedule.cpu.access import contiguity, stride
 from tracejit.schedule.cpu.cost import GRAIN, MAX_CHUNKS, weight
 from tracejit.schedule.cpu.digits import is_split
 from tracejit.schedule.cpu.plan import LINE, CpuKernel, Tiling
+from tracejit.schedule.cpu.registers import accumulators, blocking, few_registers, vectors_of
 from tracejit.schedule.cpu.windows import Windows, windows_of
 from tracejit.schedule.cpu.winograd import Winograd, winograd_of
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
-TILE_BYTES = 32 << 10  # of a tile of the result
-TILE_COLUMNS = 128
 STRIP_BYTES = 16 << 10  # of a strip of B that stays in the first cache under all rows of a tile
 PACKED_WIDTH = 64  # of n and of k, from which on A is packed, even if it could be read as it lies
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
 PACKED_ROWS_LEAST = 48  # of A, for which all of a B whose lines collide is packed
+PACKED_ROWS_MANY = 256  # for which B is packed if its rows do not start lines (few registers)
+NEAR_DEPTH = 128  # of k, up to which an A along m is read where it lies (few registers)
 PACKED_BYTES = 128 << 10  # a larger B is packed, even if it could be read as it lies
 NARROW = 8  # columns of the result, fewer than which are not worth vectors
 PANEL_ROWS = 2048  # the most of a result whose tiles pack their own part of B
@@ -40,6 +40,8 @@ WINDOWS_TILE = 8 << 10  # its elements,
 WINDOWS_BYTES = 512 << 10  # and the part of B under it
 COPIED_AT_ONCE = 4096  # elements in a unit of copying
 SLICED_BYTES = 64 << 10  # of a result whose k is dealt to threads
+SUMS_GRAIN = 16384  # of their sums: threads have just been at work, so that a launch is cheap
+SUMS_CHUNKS = 8
 SLICED_WIDTH = 256  # rows and columns of one whose slices pack their operands pass by pass
 ROWS_COLLIDE = 4096  # bytes between rows of which a cache does not hold a micro-kernel's
 LINES_COLLIDE = 2048  # bytes between lines of which a cache does not hold a strip
@@ -102,55 +104,6 @@ def has_contraction(kernel: Kernel) -> bool:
     return bool(kernel.stages) and kernel.stages[0].dot is not None
 
 
-def accumulators(vector_bytes: int) -> int:
-    """How many vectors a micro-kernel may keep sums in."""
-    return 24 if vector_bytes == 64 else 12
-
-
-def keeps_b(rows: int, vectors: int, sums: int) -> bool:
-    """Whether a micro-kernel has registers for its vectors of B too, beside the sums and one of A;
-    else each row loads them again. `sums`: as many as `accumulators` says."""
-    return rows > 1 and rows * vectors + vectors < (16 if sums == 12 else 32)
-
-
-def _loads(rows: int, vectors: int, sums: int) -> float:
-    """What the loads of a micro-kernel cost for each of k, a product and sum being 1."""
-    if rows > 1 and not keeps_b(rows, vectors, sums):
-        return rows * vectors + rows
-    return (rows + vectors) / 1.6
-
-
-@lru_cache(1024)
-def blocking(
-    m: int, n: int, lanes: int, sums: int, size: int, most_rows: int = 14
-) -> tuple[int, ...]:
-    """(rows and vectors of the micro-kernel, rows and columns of the tile around it).
-
-    The micro-kernel is the one that wastes least on m × n results.
-    """
-    wide = -(-n // lanes)
-    best = None
-    for vectors in range(1, min(4, wide) + 1):
-        for rows in range(1, min(sums // vectors, most_rows, m) + 1):
-            cost = sum(
-                panels * strips * max(r * v, _loads(r, v, sums), 4.0) + panels * strips
-                for r, panels in ((rows, m // rows), (m % rows, 1))
-                for v, strips in ((vectors, wide // vectors), (wide % vectors, 1))
-                if r and v
-            )
-            panels = -(-m // rows)
-            if panels <= 16:  # they are dealt to threads: an even number of equal ones is best
-                cost *= -(-panels // 2) * 2 * rows / m
-            if best is None or cost < best[0]:
-                best = cost, rows, vectors
-    _, rows, vectors = best
-    columns = wide * lanes
-    strip = vectors * lanes
-    columns = min(columns, strip * max(1, TILE_COLUMNS // strip))
-    tall = max(1, TILE_BYTES // size // columns // rows)
-    return rows, vectors, min(tall * rows, -(-m // rows) * rows), columns
-
-
 def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     """The tiling of a kernel's contraction."""
     stage = kernel.stages[0]
@@ -166,19 +119,20 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     winograd = by_winograd(kernel)
     if winograd is not None:
         return _for_winograd(kernel, winograd, vector_bytes)
-    cut = blocking(max(m, 1), max(n, 1), lanes, sums, size, most_rows)
     work = batches * m * n * k * 2 // lanes
     way, slices = "tiles", 1
+    if not batch and not panels and not _by_dots(stage.axes, stage.dot, batches):
+        slices = _slices(m, n, k, size, work)
+        if windows is not None and m + n > SLICED_WIDTH:
+            slices = 1
+    dealt = slices == 1 or not few_registers(sums)
+    cut = blocking(max(m, 1), max(n, 1), lanes, sums, size, most_rows, dealt)
     if _by_dots(stage.axes, stage.dot, batches):
         way, cut = "dots", (1, 1, m, n)
     elif panels:
         way, cut = "panels", _for_panels(cut, batches, m, n, work, cut[1] * lanes)
-    elif not batch:
-        slices = _slices(m, n, k, size, work)
-        if windows is not None and m + n > SLICED_WIDTH:
-            slices = 1
-        if slices == 1 and windows is not None:
-            way, cut = "windows", _for_windows(cut, m, n, k, work, lanes, size)
+    elif not batch and slices == 1 and windows is not None:
+        way, cut = "windows", _for_windows(cut, m, n, k, work, lanes, size)
     if slices > 1:  # one tile
         rows, vectors, *_ = cut
         way, cut = "slices", (rows, vectors, -(-m // rows) * rows, -(-n // lanes) * lanes)
@@ -187,7 +141,7 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     too_deep = k * cut[1] * vector_bytes > STRIP_BYTES
     deep = (too_deep and slices == 1) or way in ("panels", "windows")
     deep = deep or (slices > 1 and windows is not None)
-    a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes)
+    a, packed_from = _packed(stage.dot, m_axis, n_axis, cut[1], lanes, few_registers(sums))
     if way == "panels" or (way == "slices" and deep):
         packed_from = -(-n // (cut[1] * lanes))
     elif way == "windows":
@@ -320,19 +274,23 @@ def _for_threads(
     return rows, vectors, tall, wide
 
 
-def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, int]:
-    """How A is read, and which strips of B are packed: all, the ragged last one, or none."""
+def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int, few: bool) -> tuple[str, int]:
+    """How A is read, and which strips of B are packed: all, the ragged last one, or none. `few`:
+    there are few registers."""
     acc, k, strip = accumulator(dot), dot.k, vectors * lanes
     a = "direct"
     if plain(dot.a, dot.a_value, acc) is None:  # in the order that most of its loads have
         a = "rows" if contiguity(k, dot.a) >= contiguity(m, dot.a) else "strips"
     elif n.extent >= PACKED_WIDTH and k.extent >= PACKED_WIDTH:  # enough products for each element
         if contiguity(m, dot.a) > contiguity(k, dot.a):
-            a = "strips"
+            near = few and k.extent <= NEAR_DEPTH and not _drives_out(dot, k.extent)
+            a = "direct" if near else "strips"
         elif _step(dot.a, m) * acc.itemsize % ROWS_COLLIDE == 0:
             a = "rows"
     large = m.extent >= 128 and k.extent * n.extent * acc.itemsize >= PACKED_BYTES
     large = large or (_collides(dot) and m.extent >= PACKED_ROWS_LEAST)
+    if few and m.extent >= PACKED_ROWS_MANY:  # each vector of B that is in two lines is read often
+        large = large or _step(dot.b, k) * acc.itemsize % LINE != 0
     if large or plain(dot.b, dot.b_value, acc, n.name) is None:
         return a, 0
     rest = n.extent % strip
@@ -341,17 +299,16 @@ def _packed(dot: Dot, m: Axis, n: Axis, vectors: int, lanes: int) -> tuple[str, 
     return a, n.extent // strip
 
 
+def _drives_out(dot: Dot, lines: int) -> bool:
+    """Whether so many lines of A, one for each of k, drive each other out of a cache of 8 ways of
+    4096 bytes."""
+    step = _step(dot.a, dot.k) * accumulator(dot).itemsize
+    return lines > 8 * (4096 // math.gcd(step, 4096))
+
+
 def _step(body: Sequence[Statement], axis: Axis) -> int:
     """The longest step of the loads of a side along an axis."""
     return max((stride(s.index, axis.name) for s in body if isinstance(s, Load)), default=0) or 1
-
-
-def vectors_of(columns: int, lanes: int, size: int) -> tuple[int, ...]:
-    """The lanes of the vectors that hold some columns: whole vectors, then the shortest one that
-    holds the rest. Short ones are cheaper, because they are done two at a time."""
-    whole, rest = divmod(columns, lanes)
-    short = max(16 // size, 1 << max(rest - 1, 0).bit_length())
-    return (lanes,) * whole + ((short,) if rest else ())
 
 
 def _chunks(c: Contraction, work: int) -> tuple[int, int]:
@@ -360,8 +317,9 @@ def _chunks(c: Contraction, work: int) -> tuple[int, int]:
     if c.tiling.way == "dots":
         count = c.m.extent * c.n.extent
         return max(1, min(count, work // GRAIN, MAX_CHUNKS)), 1
-    if c.tiling.way == "slices":
-        return 1, 1
+    if c.tiling.way == "slices":  # the sums of all slices, by rows
+        cost = c.m.extent * c.n.extent * (2 * c.tiling.slices + weight(c.stage.body))
+        return max(1, min(c.m.extent, cost // SUMS_GRAIN, SUMS_CHUNKS)), 1
     chunks = max(1, min(c.round * tiles, work // max(c.rounds, 1) // GRAIN, MAX_CHUNKS))
     if chunks > 1:
         chunks = min(c.round * tiles, MAX_CHUNKS)
@@ -455,11 +413,31 @@ class Contraction:
 
     @property
     def depth(self) -> int:
-        """Of k that is summed at once where that is `deep`: in equal passes."""
-        if self.tiling.way != "tiles":
+        """Of k that is summed at once where that is in `passes`, which are equal."""
+        if self.tiling.way != "tiles" and (self.tiling.deep or self.tiling.way != "slices"):
             return PANEL_DEPTH
-        whole = max(1, STRIP_BYTES // (self.strip * self.size))
-        return -(-self.k.extent // -(-self.k.extent // whole))
+        extent = -(-self.k.extent // self.tiling.slices)
+        whole = max(1, STRIP_BYTES // self.strip_line)
+        return -(-extent // -(-extent // whole))
+
+    @property
+    def strip_line(self) -> int:
+        """The bytes of a cache that a strip of B takes for each of k: where it lies, a line more
+        than its own."""
+        own = self.strip * self.size
+        split = self.tiling.packed_from and _step(self.dot.b, self.k) * self.size % LINE
+        return own + LINE if split and self.few_registers else own
+
+    @property
+    def few_registers(self) -> bool:
+        return few_registers(accumulators(self.tiling.vector_bytes))
+
+    @property
+    def passes(self) -> bool:
+        """Whether k, or a slice of it, is summed in several passes."""
+        if self.tiling.deep or self.tiling.way != "slices" or not self.few_registers:
+            return self.tiling.deep
+        return self.depth * self.tiling.slices < self.k.extent
 
     @property
     def b_elements(self) -> int:

@@ -1,0 +1,127 @@
+"""Planted faults: each is found by `verify`, withdrawn, and named to the line.
+
+`support/faults.py` has the table of them.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import tracejit
+from support.faults import FAULTS, STEPS, Fault
+from tracejit.errors import TracejitWarning
+from tracejit.runtime.c_compiler import find_compiler
+from tracejit.verify.evidence import again, read
+
+CALLS = 8
+
+
+def copies(step: str) -> tuple:
+    made, args, *between = STEPS[step]()
+    return made, args, between[0] if between else lambda call: None
+
+
+def results(step, args: tuple, between) -> list:
+    found = []
+    for call in range(CALLS):
+        between(call)
+        found.append(step(*args))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+def test_verify_finds_it_and_keeps_eager_s_results(fault: Fault, tmp_path, monkeypatch):
+    if fault.backend == "c" and find_compiler() is None:
+        pytest.skip("there is no C compiler")
+    plain, args, between = copies(fault.step)
+    torch.manual_seed(0)
+    wanted = results(plain, args, between)
+    step, args, between = copies(fault.step)
+    torch.manual_seed(0)
+    with fault.plant(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        step = tracejit.compile(step, verify=3, backend=fault.backend, on_unsupported="eager")
+        found = results(step, args, between)
+    certificate = step.certificate()
+    assert len(certificate.withdrawn) == 1 and not certificate.unverified
+    text = certificate.withdrawn[0]
+    text, _, evidence = text.rpartition("\nevidence: ")
+    assert fault.token in text.rpartition("\n")[2]
+    assert not fault.stage or f". {fault.stage}: " in text
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    if fault.stage in ("kernels", "passes"):
+        with fault.plant():
+            blame = again(read(Path(evidence)))
+        assert blame.stage == fault.stage
+        monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / "other"))  # of a version that is right
+        assert again(read(Path(evidence))) is None
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_without_a_fault_nothing_is_said(name: str):
+    step, args, between = copies(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TracejitWarning)
+        step = tracejit.compile(step, verify=3, backend="numpy")
+        results(step, args, between)
+    assert step.certificate().holds and step.stats.eager == 0
+
+
+def test_most_are_named_to_the_line():
+    assert len(FAULTS) >= 30
+    assert sum(bool(fault.token) for fault in FAULTS) >= 25
+
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "faults.md"
+HEAD = """\
+# Planted faults, and who finds them
+
+Each of these faults is planted by `tests/support/faults.py` in a rule, a derivative, a pass, the
+schedule, a printer, or the run of a replay, and looked for by `verify=3` on a step that meets it
+(`tests/test_faults.py`). "Stage" is what is blamed; "line": whether the user's line is named. The
+last columns say on which executor a verified call differs: a printer of C is not seen by numpy, so
+steps that run in C are to be verified in C; where memory is laid out anew for C, a fault of the
+first layout is not met there. Generated: `TRACEJIT_ACCEPT=1 pytest tests/test_faults.py -k table`.
+
+| fault | kind | stage | line | numpy | C |
+|---|---|---|---|---|---|
+"""
+
+
+@pytest.mark.slow
+def test_the_table_of_faults(monkeypatch, tmp_path):
+    rows = []
+    for number, fault in enumerate(FAULTS):
+        found = {}
+        for backend in ("numpy", "c"):
+            monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / f"{number}{backend}"))
+            step, args, between = copies(fault.step)
+            torch.manual_seed(0)
+            with fault.plant(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", TracejitWarning)
+                step = tracejit.compile(step, verify=3, backend=backend, on_unsupported="eager")
+                results(step, args, between)
+            found[backend] = bool(step.certificate().withdrawn)
+        assert found[fault.backend]
+        said = [fault.name, fault.kind, fault.stage or "-", "yes" if fault.token else "no"]
+        said += ["found" if found[backend] else "blind" for backend in ("numpy", "c")]
+        rows.append(f"| {' | '.join(x.replace('|', '/') for x in said)} |")
+    text = HEAD + "\n".join(rows) + "\n"
+    if os.environ.get("TRACEJIT_ACCEPT") == "1":
+        DOCUMENT.write_text(text)
+    assert DOCUMENT.read_text() == text
+
+
+def test_the_table_has_every_fault():
+    rows = [line.split(" | ") for line in DOCUMENT.read_text().splitlines() if "| " in line][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == [f.name for f in FAULTS]
