@@ -153,7 +153,7 @@ class Pipeline:
 
     def _plan(self, graph: Graph, executor: Executor) -> Plan:
         """The schedule of a graph for an executor, from the disk cache when it is there."""
-        from tracejit.schedule.plan_text import parse_plan
+        from tracejit.schedule.plan_text import stored_plan
 
         started = time.perf_counter()
         cache = DiskCache()
@@ -164,7 +164,7 @@ class Pipeline:
         plan = None
         if text is not None:
             try:
-                plan = parse_plan(text)
+                plan = stored_plan(text)
                 self.stats.cache_hits += 1
             except TracejitError:
                 plan = None  # written by another version: rebuilt below

@@ -17,8 +17,7 @@ import secrets
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 from tracejit.codegen.c_prelude import C_FLAGS
@@ -112,16 +111,7 @@ def toolchain() -> str:
 
 def load_library(source: str) -> ctypes.CDLL:
     """The library of a C program, compiled unless the disk cache has it."""
-    return load_libraries([source])[0]
-
-
-def load_libraries(sources: Sequence[str]) -> list[ctypes.CDLL]:
-    """The libraries of C programs; those that the disk cache does not have are compiled side by
-    side."""
-    if len(sources) < 2:
-        return [cached_library(sha256(s)) or _compiled(s) for s in sources]
-    with ThreadPoolExecutor(len(sources)) as threads:
-        return list(threads.map(lambda s: cached_library(sha256(s)) or _compiled(s), sources))
+    return cached_library(sha256(source)) or _compiled(source)
 
 
 def locked_function(library: ctypes.CDLL, name: str, result: type | None, *types: type) -> Callable:

@@ -18,7 +18,7 @@ from dataclasses import replace
 from tracejit.errors import InvalidGraph
 from tracejit.ir.process_groups import Started
 from tracejit.runtime.c_compiler import find_compiler, vector_bytes, version
-from tracejit.runtime.c_kernels import load_kernels
+from tracejit.runtime.c_kernels import Kernels
 from tracejit.runtime.c_plans import lowered, lowered_anew
 from tracejit.runtime.collectives import Collective, Pieces
 from tracejit.runtime.executor import CallText, Inlined, Source
@@ -26,6 +26,7 @@ from tracejit.runtime.pool import load_pool
 from tracejit.schedule.collectives import START
 from tracejit.schedule.cpu.plan import Call, CpuPlan
 from tracejit.schedule.plan import Plan, runs
+from tracejit.schedule.plan_text import communicates
 from tracejit.schedule.traffic import bytes_of
 
 ALIGNMENT = 64  # bytes, of scratch memory
@@ -83,16 +84,16 @@ class LoadedCPlan:
     """A plan as compiled kernels. Calls must not overlap: the memory for them is its own."""
 
     def __init__(self, plan: Plan, threads: Callable[[], int]):
-        with ThreadPoolExecutor(1) as beside:
+        with ThreadPoolExecutor(1) as beside, Kernels() as kernels:
             beside.submit(load_pool)
-            found = lowered(plan, vector_bytes())
+            found = lowered(plan, vector_bytes(), kernels.add)
             try:
                 self._collectives = _collectives(plan, found.plan)
-                self._kernels = load_kernels(found, self._collectives)
+                self._kernels = kernels.loaded(found, self._collectives)
             except InvalidGraph:  # a kernel's text in the cache
-                found = lowered_anew(plan, vector_bytes())
+                found = lowered_anew(plan, vector_bytes(), kernels.add)
                 self._collectives = _collectives(plan, found.plan)
-                self._kernels = load_kernels(found, self._collectives)
+                self._kernels = kernels.loaded(found, self._collectives)
         self.plan = found.plan
         self.layout = self.plan.layout(plan.buffers)
         self._threads, self._scalars = threads, len(plan.scalars)
@@ -246,8 +247,7 @@ class LoadedCPlan:
 
 def _collectives(plan: Plan, lowered: CpuPlan) -> dict[str, Collective]:
     """The kernels of a lowered plan that are collectives, by name."""
-    calls = (launch.kernel.call for launch in plan.launches)
-    if not any(call is not None and call.is_collective for call in calls):
+    if not communicates(plan):
         return {}
     kernels = {name: kernel.kernel for name, kernel in lowered.kernels.items()}
     return {

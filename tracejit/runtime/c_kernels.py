@@ -1,8 +1,9 @@
 """Kernels → loaded C functions, through the disk cache.
 
 A kernel is compiled once for all plans that have it with these sizes. Kernels that are missing are
-compiled together in a few units, side by side on the machine's cores. An entry of the cache says in
-which unit a kernel is, and under which name, so a cached kernel need not be printed to find it.
+compiled together in a few units, side by side on the machine's cores; the first units while the
+later kernels of the plan are still being lowered. An entry of the cache says in which unit a kernel
+is, and under which name, so a cached kernel need not be printed to find it.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
 from tracejit.runtime.c_compiler import (
     address_of,
     cached_library,
-    load_libraries,
+    load_library,
     toolchain,
     vector_bytes,
 )
@@ -24,6 +27,12 @@ from tracejit.runtime.c_plans import Lowered
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
 from tracejit.schedule.cpu.plan import CpuKernel
 
+if TYPE_CHECKING:
+    from tracejit.codegen.c import CFunction
+
+# Characters of C in the first unit that is compiled before all kernels are there, and at most.
+EARLY = (12_000, 40_000)
+GROWTH = 1.5  # from one such unit to the next: each costs the start of a compiler
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
 _MICRO = re.compile(r"^TJ_FUSED .*?^\}$", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^ +", re.DOTALL | re.MULTILINE)
@@ -37,49 +46,98 @@ class LoadedKernel:
     library: ctypes.CDLL  # holds the function
 
 
-def load_kernels(lowered: Lowered, apart: Collection[str] = frozenset()) -> dict[str, LoadedKernel]:
-    """The functions of a plan's kernels, by the kernels' names, but of some."""
-    cache = DiskCache()
-    made_by = sha256(f"{toolchain()}\n{digest_of('codegen', 'ir', 'schedule')}\n{vector_bytes()}")
-    keys = {
-        name: f"{made_by}\n{digest}"
-        for name, digest in lowered.digests.items()
-        if name not in apart
-    }
-    loaded: dict[str, LoadedKernel] = {}
-    missing: dict[str, CpuKernel] = {}
-    libraries: dict[str, ctypes.CDLL | None] = {}
-    for name, key in keys.items():
-        if key in loaded or key in missing:
-            continue
-        digest, symbol = (cache.get("kernel", key) or "- -").split()
-        if digest not in libraries:
-            libraries[digest] = None if digest == "-" else _provided(cached_library(digest))
-        library = libraries[digest]
-        if library is None:
-            missing[key] = lowered.plan.kernels[name]
-        else:
-            loaded[key] = _loaded(library, symbol)
-    if missing:
-        loaded |= _compiled(missing, cache)
-    return {name: loaded[key] for name, key in keys.items()}
+class Kernels:
+    """Compiled kernels on their way: `add` them as they come, then ask for `loaded`.
 
+    Used as a context, whose end waits for the compilers.
+    """
 
-def _compiled(missing: Mapping[str, CpuKernel], cache: DiskCache) -> dict[str, LoadedKernel]:
-    """Compile kernels that are not in the cache, and put them there. In and out: by key."""
-    from tracejit.codegen.c import emit_kernel, unit  # a warm start prints nothing
+    def __init__(self):
+        self._cache = DiskCache()
+        made_by = f"{toolchain()}\n{digest_of('codegen', 'ir', 'schedule')}\n{vector_bytes()}"
+        self._made_by = sha256(made_by)
+        self._loaded: dict[str, LoadedKernel] = {}  # by digest, as are the next two
+        self._printed: dict[str, CFunction] = {}
+        self._waiting: dict[str, int] = {}  # printed, not in a unit yet: what compiling it takes
+        self._under_way: list[tuple[list[str], str, Future[ctypes.CDLL]]] = []
+        self._room = EARLY[0]
+        self._libraries: dict[str, ctypes.CDLL | None] = {}
+        self._compilers = ThreadPoolExecutor(_cores())
 
-    emitted = {key: emit_kernel(kernel, i) for i, (key, kernel) in enumerate(missing.items())}
-    batches = _batches({key: _cost(function.text) for key, function in emitted.items()})
-    sources = [unit([emitted[key] for key in batch], vector_bytes()) for batch in batches]
-    loaded = {}
-    libraries = map(_provided, load_libraries(sources))
-    for batch, source, library in zip(batches, sources, libraries, strict=True):
-        for key in batch:
-            name = emitted[key].name
-            cache.put("kernel", key, f"{sha256(source)} {name}")
-            loaded[key] = _loaded(library, name)
-    return loaded
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._compilers.shutdown(cancel_futures=True)
+
+    def add(self, kernel: CpuKernel, digest: str) -> None:
+        """A kernel of the plan, and its digest. Unless it is there, it is printed at once, and
+        the first ones that wait are compiled when there are enough for a unit and for the other
+        cores, which are not to be idle at the end."""
+        call = kernel.kernel.call
+        if not (call is not None and call.is_collective) and not self._found(digest):
+            self._print(kernel, digest)
+            if sum(self._waiting.values()) >= self._room * _cores():
+                batch, filled = [], 0
+                for first, cost in self._waiting.items():
+                    if filled >= self._room:
+                        break
+                    batch.append(first)
+                    filled += cost
+                self._start([batch])
+                self._room = min(EARLY[1], int(self._room * GROWTH))
+
+    def loaded(
+        self, lowered: Lowered, apart: Collection[str] = frozenset()
+    ) -> dict[str, LoadedKernel]:
+        """The functions of a plan's kernels, by the kernels' names, but of some."""
+        digests = {name: x for name, x in lowered.digests.items() if name not in apart}
+        for name, digest in digests.items():
+            if not self._found(digest):
+                self._print(lowered.plan.kernels[name], digest)
+        self._start(_batches(self._waiting))
+        for batch, source, library in self._under_way:
+            provided = _provided(library.result())
+            for digest in batch:
+                name = self._printed[digest].name
+                self._cache.put("kernel", self._key(digest), f"{sha256(source)} {name}")
+                self._loaded[digest] = _loaded(provided, name)
+        self._under_way.clear()
+        return {name: self._loaded[digest] for name, digest in digests.items()}
+
+    def _key(self, digest: str) -> str:
+        return f"{self._made_by}\n{digest}"
+
+    def _found(self, digest: str) -> bool:
+        """Whether a kernel need not be printed: it was, or is in the disk cache."""
+        if digest in self._printed or digest in self._loaded:
+            return True
+        unit, symbol = (self._cache.get("kernel", self._key(digest)) or "- -").split()
+        if unit not in self._libraries:
+            self._libraries[unit] = None if unit == "-" else _provided(cached_library(unit))
+        library = self._libraries[unit]
+        if library is not None:
+            self._loaded[digest] = _loaded(library, symbol)
+        return library is not None
+
+    def _print(self, kernel: CpuKernel, digest: str) -> None:
+        from tracejit.codegen.c import emit_kernel  # a warm start prints nothing
+
+        function = emit_kernel(kernel, len(self._printed))
+        self._printed[digest], self._waiting[digest] = function, _cost(function.text)
+
+    def _start(self, batches: Sequence[list[str]]) -> None:
+        """Compile some of what waits, in units."""
+        if not self._waiting:
+            return
+        from tracejit.codegen.c import unit
+
+        for batch in batches:
+            source = unit([self._printed[digest] for digest in batch], vector_bytes())
+            library = self._compilers.submit(load_library, source)
+            self._under_way.append((batch, source, library))
+            for digest in batch:
+                del self._waiting[digest]
 
 
 def _cost(text: str) -> int:
@@ -104,8 +162,10 @@ def _loaded(library: ctypes.CDLL, symbol: str) -> LoadedKernel:
 
 def _batches(costs: Mapping[str, int]) -> list[list[str]]:
     """The kernels in as many units as can be compiled at once, which take about the same."""
+    if not costs:
+        return []
     count = 1 + sum(costs.values()) // WORTH_A_UNIT
-    count = min(count, len(costs), len(os.sched_getaffinity(0)))
+    count = min(count, len(costs), _cores())
     batches: list[list[str]] = [[] for _ in range(count)]
     filled = [0] * count
     for key in sorted(costs, key=costs.__getitem__, reverse=True):
@@ -113,3 +173,7 @@ def _batches(costs: Mapping[str, int]) -> list[list[str]]:
         batches[least].append(key)
         filled[least] += costs[key]
     return batches
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

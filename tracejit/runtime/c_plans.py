@@ -7,14 +7,15 @@ kernel's own text is parsed only where it must be printed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from tracejit.errors import TracejitError
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
-from tracejit.schedule.cpu.plan import CpuPlan
+from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.text import identity, parse_cpu_plan
 from tracejit.schedule.plan import Plan
+from tracejit.schedule.plan_text import text_of
 
 
 @dataclass(frozen=True)
@@ -26,28 +27,38 @@ class Lowered:
     digests: Mapping[str, str]
 
 
-def lowered(plan: Plan, vector_bytes: int) -> Lowered:
-    """The lowered plan for the C executor, from the disk cache if it is there."""
+Meet = Callable[[CpuKernel, str], object]  # what is done with a kernel and its digest
+
+
+def lowered(plan: Plan, vector_bytes: int, meet: Meet = lambda kernel, digest: None) -> Lowered:
+    """The lowered plan for the C executor, from the disk cache if it is there. Where it is made,
+    `meet` sees each kernel as soon as it is lowered."""
     cache, key = DiskCache(), _key(plan, vector_bytes)
     body = cache.get("cpu", key)
     found = None if body is None else _parsed(body)
-    return found or _made(plan, vector_bytes, cache, key)
+    return found or _made(plan, vector_bytes, cache, key, meet)
 
 
-def lowered_anew(plan: Plan, vector_bytes: int) -> Lowered:
+def lowered_anew(plan: Plan, vector_bytes: int, meet: Meet) -> Lowered:
     """The same where what the cache has turned out to be unreadable: made, and put there."""
-    return _made(plan, vector_bytes, DiskCache(), _key(plan, vector_bytes))
+    return _made(plan, vector_bytes, DiskCache(), _key(plan, vector_bytes), meet)
 
 
 def _key(plan: Plan, vector_bytes: int) -> str:
-    return f"{digest_of('ir', 'schedule')} vectors={vector_bytes}\n{sha256(str(plan))}"
+    return f"{digest_of('ir', 'schedule')} vectors={vector_bytes}\n{sha256(text_of(plan))}"
 
 
-def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str) -> Lowered:
+def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str, meet: Meet) -> Lowered:
     from tracejit.schedule.cpu.lower import lower  # a warm start lowers nothing
 
-    cpu_plan = lower(plan, vector_bytes)
-    digests = {name: sha256(identity(kernel)) for name, kernel in cpu_plan.kernels.items()}
+    found: dict[CpuKernel, str] = {}
+
+    def met(kernel: CpuKernel) -> None:
+        found[kernel] = sha256(identity(kernel))
+        meet(kernel, found[kernel])
+
+    cpu_plan = lower(plan, vector_bytes, met)
+    digests = {name: found[kernel] for name, kernel in cpu_plan.kernels.items()}
     cache.put("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
     return Lowered(cpu_plan, digests)
 

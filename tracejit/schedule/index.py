@@ -44,6 +44,8 @@ def _order(atom: Atom) -> tuple:
 
 def _make(terms: Mapping[Atom, int], offset: int) -> Index:
     """An index in normal form: quotient·divisor + remainder joined, zero terms dropped, sorted."""
+    if len(terms) < 2:
+        return Index(tuple([term for term in terms.items() if term[1]]), offset)
     if all(isinstance(atom, str) for atom in terms):
         kept = [(int(atom[1:]), atom, c) for atom, c in terms.items() if c]
         if len(kept) > 1:
@@ -58,7 +60,9 @@ def _make(terms: Mapping[Atom, int], offset: int) -> Index:
             terms[atom] = terms.get(atom, 0) + c * factor
         offset += whole.offset * factor
     kept = [(atom, c) for atom, c in terms.items() if c]
-    return Index(tuple(sorted(kept, key=lambda term: _order(term[0]))), offset)
+    if len(kept) > 1:
+        kept.sort(key=lambda term: _order(term[0]))
+    return Index(tuple(kept), offset)
 
 
 def _joinable(terms: Mapping[Atom, int]) -> tuple[Atom, Atom, Index] | None:

@@ -23,6 +23,9 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Arg, Node, Value
@@ -43,6 +46,7 @@ _HOST_PARAM = re.compile(r"host\s+%(\d+): (\S+) <- (\d+)\Z")
 _HOST = re.compile(r"host\s+%(\d+): (\S+) = (\w+)\((.*)\)\Z")
 _LAUNCH = re.compile(r"launch (\w+)\((.*)\)(?: in loop (\d+))?\Z")
 _KERNEL = re.compile(r"kernel (\w+) \{\Z")
+_COMMUNICATES = re.compile(r"^ +(start|wait) ", re.MULTILINE)  # in a kernel; HostCall's text
 
 
 def parse_plan(text: str) -> Plan:
@@ -52,6 +56,62 @@ def parse_plan(text: str) -> Plan:
     if head is None or lines[-1].strip() != "}":
         raise InvalidGraph(reason="a plan's text is `plan name on device arena bytes {` … `}`")
     return _PlanParser(lines[1:-1]).plan(head[1], head[2], int(head[3]))
+
+
+def stored_plan(text: str) -> Plan:
+    """The plan whose `str` a text is, word for word. Its launches are read when one of them is
+    looked at: a warm start that finds compiled kernels takes none."""
+    lines = text.splitlines()
+    apart = next((i for i, line in enumerate(lines) if _KERNEL.match(line.strip())), len(lines))
+    counted = [line for line in lines[:apart] if not line.startswith("  launch ")]
+    plan = parse_plan("\n".join([*counted, "}"]))
+    launches = Launches(text, apart - len(counted))
+    launches.plan = replace(plan, launches=launches)
+    return launches.plan
+
+
+def text_of(plan: Plan) -> str:
+    """`str(plan)`, which takes no kernel of a stored plan."""
+    launches = plan.launches
+    whole = isinstance(launches, Launches) and launches.plan is plan
+    return launches.plan_text if whole else str(plan)
+
+
+def communicates(plan: Plan) -> bool:
+    """Whether one of its launches is a collective."""
+    if isinstance(plan.launches, Launches):
+        return _COMMUNICATES.search(plan.launches.plan_text) is not None
+    calls = (launch.kernel.call for launch in plan.launches)
+    return any(call is not None and call.is_collective for call in calls)
+
+
+class Launches(Sequence[Launch]):
+    """The launches of a plan's text, as good as a tuple of them; and the plan, which is this one
+    unless something of it was replaced."""
+
+    plan: Plan
+
+    def __init__(self, plan_text: str, count: int):
+        self.plan_text, self._count = plan_text, count
+
+    @cached_property
+    def _read(self) -> tuple[Launch, ...]:
+        return parse_plan(self.plan_text).launches
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, at: int | slice) -> Launch | tuple[Launch, ...]:
+        return self._read[at]
+
+    def __iter__(self) -> Iterator[Launch]:
+        return iter(self._read)
+
+    def __eq__(self, other: object) -> bool:
+        return self._read == (other._read if isinstance(other, Launches) else other)
+
+    def __hash__(self) -> int:
+        return hash(self._read)
 
 
 class _PlanParser:

@@ -22,13 +22,17 @@ from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.plan import Plan
 
 
-def lower(plan: Plan, vector_bytes: int) -> CpuPlan:
-    """What the C executor runs for a plan, on a machine whose vectors have so many bytes."""
+def lower(
+    plan: Plan, vector_bytes: int, met: Callable[[CpuKernel], object] = lambda kernel: None
+) -> CpuPlan:
+    """What the C executor runs for a plan, on a machine whose vectors have so many bytes. `met` is
+    called with each different kernel as soon as it is lowered."""
     launches = fuse_columns(unpack(plan))
     lowered: dict[CpuKernel, CpuKernel] = {}
     for launch in launches:
         if launch.kernel not in lowered:
             lowered[launch.kernel] = lower_kernel(launch.kernel, vector_bytes)
+            met(lowered[launch.kernel])
     launches = [replace(launch, kernel=lowered[launch.kernel]) for launch in launches]
     return place(plan, launches)
 

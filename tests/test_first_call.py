@@ -1,0 +1,184 @@
+"""The structure of first calls: what is compiled once, what is under way early, what a warm start
+does not do. Times are benchmarks/run.py's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tracejit
+from benchmarks.cases import ALL
+from tracejit.capture.bind import unwrap
+from tracejit.capture.capture import capture_call
+from tracejit.ir.text import parse
+from tracejit.passes import optimize
+from tracejit.runtime import c_kernels
+from tracejit.runtime.c_executor import CExecutor
+from tracejit.schedule import kernel_text, schedule
+from tracejit.schedule.cpu import lower as lowering
+from tracejit.schedule.cpu.lower import lower
+from tracejit.schedule.cpu.plan import CpuPlan
+from tracejit.schedule.cpu.text import identity
+from tracejit.schedule.plan_text import Launches, communicates, parse_plan, stored_plan, text_of
+
+CHAIN = """step(%0: f32[40,50], %1: f32[50,60], %2: f32[60,70], %3: f32[70,80]) {
+  %4: f32[40,60] = matmul(%0, %1)
+  %5: f32[40,70] = matmul(%4, %2)
+  %6: f32[40,80] = matmul(%5, %3)
+  return %4, %5, %6
+}"""
+
+
+def lowered(step) -> CpuPlan:
+    """What the C executor runs for a step."""
+    function, bound_to = unwrap(step)
+    graph = capture_call(function, bound_to, {}).captured.graph
+    return lower(schedule(optimize(graph)), 32)
+
+
+def compiled(plan: CpuPlan) -> set[str]:
+    """What is compiled: kernels that differ in variables' numbers and users' lines are one."""
+    return {identity(kernel) for kernel in plan.kernels.values()}
+
+
+def of_layers(count: int) -> CpuPlan:
+    """A step of so many equal convolutions with batch norm, between two others."""
+    torch.manual_seed(0)
+    inner = [
+        layer
+        for _ in range(count)
+        for layer in (
+            torch.nn.Conv2d(32, 32, 3, padding=1, bias=False),
+            torch.nn.BatchNorm2d(32),
+            torch.nn.ReLU(),
+        )
+    ]
+    ends = torch.nn.Conv2d(3, 32, 3, padding=1), torch.nn.Conv2d(32, 2, 1)
+    model = torch.nn.Sequential(ends[0], *inner, ends[1])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = torch.randn(4, 3, 16, 16)
+
+    def step():
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return lowered(step)
+
+
+def test_equal_layers_share_kernels():
+    few, many = of_layers(4), of_layers(7)
+    assert len(many.calls) > len(few.calls)
+    assert len(compiled(many)) == len(compiled(few))
+
+
+def test_kernels_of_resnet():
+    """20 convolutions with three products each, their batch norms and updates."""
+    step, _ = ALL["resnet"].made("cpu", "tracejit", small=False)
+    plan = lowered(step)
+    assert len(plan.calls) >= 125
+    assert len(compiled(plan)) <= 76
+
+
+def test_units_are_compiled_while_later_kernels_are_lowered(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(c_kernels, "EARLY", (1, 1))
+    said: list[str] = []
+    lower_kernel, start = lowering.lower_kernel, c_kernels.Kernels._start
+
+    def lowers(*given):
+        said.append("lowered")
+        return lower_kernel(*given)
+
+    def starts(kernels, batches):
+        said.append("started")
+        start(kernels, batches)
+
+    monkeypatch.setattr(lowering, "lower_kernel", lowers)
+    monkeypatch.setattr(c_kernels.Kernels, "_start", starts)
+    plan = schedule(parse(CHAIN), fuse=False)
+    CExecutor(1).load(plan)
+    assert said == ["lowered", "started"] * 3 + ["started"]  # of which the last has nothing to do
+
+
+def test_a_small_plan_is_not_cut_for_that(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    sources: list[str] = []
+    load = c_kernels.load_library
+    monkeypatch.setattr(
+        c_kernels, "load_library", lambda source: sources.append(source) or load(source)
+    )
+    graph = parse(
+        "step(%0: f32[5]) {\n%1: f32[5] = exp(%0)\n%2: f32[5] = sin(%1)\nreturn %2, %1\n}"
+    )
+    CExecutor(1).load(schedule(graph, fuse=False))
+    assert len(sources) == 1
+
+
+def test_a_failing_compiler_is_told_of_and_nothing_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(c_kernels, "EARLY", (1, 1))
+    load, calls = c_kernels.load_library, []
+
+    def second_fails(source):
+        calls.append(source)
+        if len(calls) == 2:
+            raise RuntimeError("no room")
+        return load(source)
+
+    monkeypatch.setattr(c_kernels, "load_library", second_fails)
+    plan = schedule(parse(CHAIN), fuse=False)
+    with pytest.raises(RuntimeError, match="no room"):
+        CExecutor(1).load(plan)
+    CExecutor(1).load(plan)
+
+
+# --- from disk
+
+
+def test_a_stored_plan_is_the_plan():
+    plan = schedule(parse(CHAIN))
+    stored = stored_plan(str(plan))
+    assert isinstance(stored.launches, Launches) and "_read" not in vars(stored.launches)
+    assert len(stored.launches) == len(plan.launches) and not communicates(stored)
+    assert text_of(stored) == str(plan) and "_read" not in vars(stored.launches)
+    assert str(stored) == str(plan) and stored.launches == plan.launches
+    assert hash(stored.launches) == hash(plan.launches)
+    assert plan == parse_plan(str(plan)) == replace(stored, launches=tuple(stored.launches))
+
+
+def test_the_text_of_a_stored_plan_that_was_changed():
+    plan = schedule(parse(CHAIN))
+    changed = replace(stored_plan(str(plan)), arena_bytes=4096)
+    assert text_of(changed) == str(replace(plan, arena_bytes=4096))
+
+
+def test_a_plan_without_launches():
+    plan = schedule(parse("step(%0: f32[5]) {\nreturn %0\n}"))
+    stored = stored_plan(str(plan))
+    assert str(stored) == str(plan) and len(stored.launches) == len(plan.launches)
+
+
+def test_a_warm_start_reads_no_kernel(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+
+    def calls() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        w = torch.randn(7, 5, requires_grad=True)
+
+        @tracejit.compile(on_unsupported="raise")
+        def step(x):
+            loss = torch.tanh(x @ w).square().sum()
+            loss.backward()
+            with torch.no_grad():
+                w.sub_(0.1 * w.grad)
+            w.grad = None
+            return loss
+
+        return [step(torch.ones(3, 7)) for _ in range(3)]
+
+    cold = calls()
+    monkeypatch.setattr(kernel_text, "_Parser", None)
+    assert all(map(torch.equal, calls(), cold))
