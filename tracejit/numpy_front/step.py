@@ -218,9 +218,7 @@ class NumpyStep(CompiledStep):
         instead = {}
         for name in self._names:
             value = users.__globals__.get(name)
-            if value is np:
-                continue
-            found = value if is_holder(value) else given.convert(value)
+            found = value if value is np or is_holder(value) else given.convert(value)
             if found is not value:
                 instead[name] = found
         self._space.set(instead)
