@@ -696,7 +696,7 @@ def test_a_file_is_a_zip_that_others_read(tmp_path):
         manifest = json.loads(file.read("manifest.json"))
         state = safetensors.load(file.read("state.safetensors"))
         assert "backward" not in file.read("plans/0/graph.txt").decode()
-    assert manifest["format"] == "tracejit saved step" and manifest["version"] == [1, 2]
+    assert manifest["format"] == "tracejit saved step" and manifest["version"] == [1, 3]
     for name, tensor in model.named_parameters():
         assert torch.equal(state[f"model.{name}"], tensor)
     assert path.stat().st_mode & 0o777 == 0o600
