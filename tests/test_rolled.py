@@ -345,6 +345,7 @@ def test_lockstep(name):
 
 
 @pytest.mark.parametrize("name", ["stacked", "two_inputs_back", "two_states_back", "kept_states"])
+@pytest.mark.sweep(1)
 def test_plans_do_not_grow(name):
     """As many nodes and launches for 16 steps as for 256."""
     found = set()

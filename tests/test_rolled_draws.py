@@ -118,6 +118,7 @@ def test_numbers_are_eagers(body):
 
 
 @pytest.mark.parametrize("body", BODIES)
+@pytest.mark.sweep(1)
 def test_plans_do_not_grow(body):
     """As many nodes, launches and inputs for 16 steps as for 256."""
     found = set()

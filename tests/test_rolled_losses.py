@@ -156,6 +156,7 @@ def size_of(step: Callable) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("loop", FIXED)
+@pytest.mark.sweep(1)
 def test_plans_do_not_grow(loop):
     assert len({size_of(training(loop, steps)()[0]) for steps in (16, 64, 256)}) == 1
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import pytest
 
 WHOLE = os.environ.get("TRACEJIT_TEST_ALL") == "1"
-FEWER = 3  # than a sweep says, so that `make test` stays within ten minutes on two slow cores
+FEWER = 5  # than a sweep says, so that `make test` stays within ten minutes on two slow cores
 
 
 def sampled(name: str, of: int = 2) -> bool:
