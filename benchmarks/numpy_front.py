@@ -1,8 +1,9 @@
 """The classic two-layer program over numpy arrays: numpy itself against `tracejit.compile`.
 
-Prints the medians of 60 runs of 20 calls, in turn, and the fastest call of each. Each has a process
-of its own, since the threads of one that wait for work would disturb the other; before each turn
-there is a pause, until they have given up, and a call that is not timed. OMP_NUM_THREADS and
+Prints the medians of 30 runs of 100 calls, in turn, and the fastest call of each. Each has a
+process of its own, since the threads of one that wait for work would disturb the other; before each
+turn there is a pause, until they have given up (OpenBLAS's spin for some 100 ms), and a call that is
+not timed. OMP_NUM_THREADS and
 OPENBLAS_NUM_THREADS say how many threads they have.
 """
 
@@ -18,8 +19,8 @@ import numpy as np
 
 import tracejit
 
-RUNS, CALLS = 60, 20
-PAUSE = 0.06  # seconds
+RUNS, CALLS = 30, 100
+PAUSE = 0.25  # seconds
 SHAPES = ((64, 1000), (64, 10), (1000, 100), (100, 10))
 
 
