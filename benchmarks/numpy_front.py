@@ -2,9 +2,8 @@
 
 Prints the medians of 30 runs of 100 calls, in turn, and the fastest call of each. Each has a
 process of its own, since the threads of one that wait for work would disturb the other; before each
-turn there is a pause, until they have given up (OpenBLAS's spin for some 100 ms), and a call that is
-not timed. OMP_NUM_THREADS and
-OPENBLAS_NUM_THREADS say how many threads they have.
+turn there is a pause, until they have given up (OpenBLAS's spin for some 100 ms), and a call that
+is not timed. OMP_NUM_THREADS and OPENBLAS_NUM_THREADS say how many threads they have.
 """
 
 from __future__ import annotations
