@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import tracejit
-from support.function_checks import ERRORS, assert_close, tensors_of
+from support.function_checks import ERRORS, assert_close
 from support.function_samples import Sample, each_function, samples_of
 from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.tensor import tensors_of
 from tracejit.errors import CannotExport, UnsupportedOperation
 
 pytest.importorskip("onnx", reason="the extra onnx is not installed")

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.function_checks import assert_close, is_in_place, outcome, tensors_of
+from support.function_checks import assert_close, is_in_place, outcome
 from support.function_samples import Sample, each_function, function_name, samples_of
 from support.function_samples_random import draws
 from support.oracle import call
+from tracejit.capture.trace.tensor import tensors_of
 
 
 def blank(result: object) -> object:

@@ -12,9 +12,9 @@ import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 import tracejit
-from support.function_checks import tensors_of
 from support.oracle import traced
 from support.worlds import Case, X, check, table
+from tracejit.capture.trace.tensor import tensors_of
 
 CASES: dict[str, Case] = {}
 case = table(CASES)

@@ -74,6 +74,15 @@ def add_to(
     """Put the commands on the command line. `called` gives the step that options name, after its
     first calls."""
 
+    def add(name: str, help: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help,
+            description=text,
+            epilog=examples(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
     def write(method: str) -> Callable[[argparse.Namespace], int]:
         def run(options: argparse.Namespace) -> int:
             more = {"objects": True} if getattr(options, "objects", False) else {}
@@ -112,22 +121,10 @@ def add_to(
         if name == "save":
             text = "put compiled kernels into the file too, signed for this user (docs/saving.md)"
             added.add_argument("--objects", action="store_true", help=text)
-    evidence = commands.add_parser(
-        "replay-evidence",
-        help="run again what a verified call has found wrong",
-        description=EVIDENCE,
-        epilog=examples("replay-evidence"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    evidence = add("replay-evidence", "run again what a verified call has found wrong", EVIDENCE)
     evidence.add_argument("file", type=Path, metavar="FILE")
     evidence.set_defaults(run=replay_evidence)
-    cache = commands.add_parser(
-        "cache",
-        help="list the disk cache, or prune it",
-        description=CACHE,
-        epilog=examples("cache"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    cache = add("cache", "list the disk cache, or prune it", CACHE)
     cache.add_argument(
         "--prune",
         type=size,

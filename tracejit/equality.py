@@ -7,8 +7,9 @@ absolute values‖, where f64 is the same step in float64; other dtypes must be 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -64,6 +65,33 @@ def difference(
         f"‖ours - f64‖ = {error:.3e}, allowed {allowed:.3e} "
         f"(‖eager - f64‖ = {eager_error:.3e}, magnitude {size:.3e})"
     )
+
+
+@contextlib.contextmanager
+def tensors_in_float64(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """A context in which the floats among some tensors, and their gradients, are copies in float64,
+    and so is the default dtype. Afterwards all are what they were. Calls in it are to be made under
+    `AllInFloat64`."""
+    floats = [t for t in tensors if t.is_floating_point()]
+    saved = [(t, t.data, t.grad if t.is_leaf else None) for t in floats]
+    default = torch.get_default_dtype()
+    try:
+        for t, data, grad in saved:
+            if t.is_leaf:
+                t.grad = None
+            t.data = data.double().clone()
+            if grad is not None:
+                t.grad = grad.detach().double().clone()
+        torch.set_default_dtype(torch.float64)
+        yield
+    finally:
+        torch.set_default_dtype(default)
+        for t, data, grad in saved:
+            if t.is_leaf:
+                t.grad = None
+            t.data = data
+            if t.is_leaf:
+                t.grad = grad
 
 
 class AllInFloat64(TorchDispatchMode):

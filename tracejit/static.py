@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.overrides import TorchFunctionMode
 
+from tracejit.capture.trace.tensor import tensors_of
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
 from tracejit.errors import StaticGraphError
@@ -220,7 +221,7 @@ class Graph:
 
     def made_here(self, found: object) -> object:
         """Remember what was made of nothing, or of what was."""
-        for x in _tensors(found):
+        for x in tensors_of(found):
             self._made.add(_memory(x))
             self._kept.append(x)
         return found
@@ -235,7 +236,7 @@ class Graph:
         args, kwargs = self._without_values(args), self._without_values(kwargs)
         found = function(*args, **kwargs)
         line = f"{self._function(function)}({', '.join(texts)})"
-        results = [x for x in _tensors(found) if id(x) not in self._names]
+        results = [x for x in tensors_of(found) if id(x) not in self._names]
         if results:
             name = self._fresh(f"v{len(self._names)}")
             self._locals.add(name)
@@ -243,7 +244,7 @@ class Graph:
             for x, path in _paths(found, name):
                 if id(x) not in self._names:
                     self._named(x, path)
-        elif not _tensors(found) and found is not None:
+        elif not tensors_of(found) and found is not None:
             return found
         # else it may be in place
         self._lines.append(line if torch.is_grad_enabled() else f"with torch.no_grad(): {line}")
@@ -322,7 +323,7 @@ class _Recorder(TorchFunctionMode):
         beside = any(
             isinstance(x, torch.device) and x.type == "meta" for x in (*args, *kwargs.values())
         )  # `torch.zeros(3, device=x.device)`
-        tensors = _tensors((*args, *kwargs.values()))
+        tensors = tensors_of((*args, *kwargs.values()))
         if not beside and self.graph.at_once(function, tensors):
             return self.graph.made_here(function(*args, **kwargs))
         return self.graph.record(function, args, kwargs)
@@ -343,14 +344,6 @@ def _refusal(name: str, tensor: torch.Tensor) -> Callable[[torch.Tensor], None]:
 def _memory(x: torch.Tensor) -> int:
     with torch._C.DisableTorchFunction():
         return x.untyped_storage()._cdata
-
-
-def _tensors(x: object) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, list | tuple):
-        return [t for item in x for t in _tensors(item)]
-    return []
 
 
 def _paths(x: object, name: str) -> Iterator[tuple[torch.Tensor, str]]:

@@ -25,6 +25,7 @@ from tracejit.equality import (
     Magnitudes,
     difference,
     losses_agree,
+    tensors_in_float64,
 )
 from tracejit.ir.magnitudes import magnitudes
 from tracejit.runtime.select import registered
@@ -228,31 +229,10 @@ def _in_float64(
     plain: Callable, args: tuple, tensors: list[torch.Tensor], optimizers: Sequence[Optimizer]
 ) -> list:
     """The visible tensors after the step in float64, from the same state."""
-    dtypes = [t.dtype for t in tensors]
-    memory = [t.data for t in tensors]
-    grads = [t.grad if t.is_leaf else None for t in tensors]
-    default = torch.get_default_dtype()
-    try:
-        for t, grad in zip(tensors, grads, strict=True):
-            if t.is_floating_point():
-                if t.is_leaf:
-                    t.grad = None
-                t.data = t.data.double().clone()
-                if grad is not None:
-                    t.grad = grad.detach().double().clone()
-        torch.set_default_dtype(torch.float64)
+    with tensors_in_float64(tensors):
         with AllInFloat64():
             returned = plain(*args)
         return _visible((returned, _state_of(optimizers)), tensors)
-    finally:
-        torch.set_default_dtype(default)
-        for t, dtype, data, grad in zip(tensors, dtypes, memory, grads, strict=True):
-            if dtype.is_floating_point:
-                if t.is_leaf:
-                    t.grad = None
-                t.data = data
-                if t.is_leaf:
-                    t.grad = grad
 
 
 def _visible(returned: object, tensors: list[torch.Tensor]) -> list:

@@ -24,6 +24,7 @@ from support.function_samples_matrices import signless
 from support.oracle import call
 from support.scope import sampled
 from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.tensor import tensors_of
 from tracejit.errors import UnsupportedOperation
 
 EPS = {
@@ -61,14 +62,6 @@ def assert_close(
         tolerance = ulps * max(EPS[eager.dtype], eps) * torch.maximum(b.abs(), typical)
         same = (a == b) | ((a - b).abs() <= tolerance) | (a != a) & (b != b)
     assert same.all(), f"{what}:\n{ours}\neager:\n{eager}"
-
-
-def tensors_of(x: object) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, (tuple, list)):
-        return [t for item in x for t in tensors_of(item)]
-    return []
 
 
 def is_in_place(function: Callable) -> bool:

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from tracejit.capture.capture import capture_call
 from tracejit.capture.trace import location
+from tracejit.capture.trace.tensor import tensors_of
 from tracejit.equality import EPS, array_of
 from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.on_tensors import results_on_numpy
@@ -74,13 +75,13 @@ class Probe(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", str(func))
         line = location.full()
-        given = _tensors((args, tuple(kwargs.values())))
+        given = tensors_of((args, tuple(kwargs.values())))
         took = [log.at[id(t)] for t in given if id(t) in log.at]
         out = func(*args, **kwargs)
         if name in _SILENT:
             return out
         leaf = {self._names[id(t)] for t in given if id(t) in self._names}
-        made = _tensors(out) if out is not None else _tensors(args[:1])
+        made = tensors_of(out) if out is not None else tensors_of(args[:1])
         call = Called(_name(func), line, took, [])
         for t in made:
             call.gave.append(len(log.values))
@@ -90,7 +91,7 @@ class Probe(TorchFunctionMode):
         log.calls.append(call)
         if name == "grad":
             inputs = kwargs.get("inputs", args[1] if len(args) > 1 else ())
-            for t, g in zip(_tensors(inputs), made, strict=False):
+            for t, g in zip(tensors_of(inputs), made, strict=False):
                 if id(t) in self._names:
                     log.of_leaves[self._names[id(t)]] = g.detach().clone()
         if name == "backward":
@@ -122,14 +123,6 @@ def _name(func: Callable) -> str:
         return resolve_name(func) or getattr(func, "__name__", str(func))
     except Exception:
         return getattr(func, "__name__", str(func))
-
-
-def _tensors(x: object) -> list[torch.Tensor]:
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if isinstance(x, (tuple, list)):
-        return [t for item in x for t in _tensors(item)]
-    return []
 
 
 def of_rules(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from tracejit.equality import AllInFloat64, Magnitudes, array_of
+from tracejit.equality import AllInFloat64, Magnitudes, array_of, tensors_in_float64
 from tracejit.ir.graph import Graph
 from tracejit.verify.before import Before
 from tracejit.verify.outcome import Observer, Outcome
@@ -52,28 +52,12 @@ def in_float64(
     """What a call in float64 leaves behind, from the state that there is; None if it cannot be.
     That state is there again afterwards."""
     grads = {id(t.grad) for t in before.tensors if t.is_leaf}
-    floats = [t for t in before.tensors if t.is_floating_point() and id(t) not in grads]
-    saved = [(t, t.data, t.grad if t.is_leaf else None) for t in floats]
-    default = torch.get_default_dtype()
     try:
-        for t, data, grad in saved:
-            if t.is_leaf:
-                t.grad = None
-            t.data = data.double().clone()
-            if grad is not None:
-                t.grad = grad.detach().double().clone()
-        torch.set_default_dtype(torch.float64)
-        with AllInFloat64():
-            returned = function(*args, **kwargs)
-        return observer.outcome(returned)
+        with tensors_in_float64([t for t in before.tensors if id(t) not in grads]):
+            with AllInFloat64():
+                returned = function(*args, **kwargs)
+            return observer.outcome(returned)
     except Exception:  # it mixes dtypes that are the user's own
         return None
     finally:
-        torch.set_default_dtype(default)
-        for t, data, grad in saved:
-            if t.is_leaf:
-                t.grad = None
-            t.data = data
-            if t.is_leaf:
-                t.grad = grad
         before.restore()

@@ -256,6 +256,15 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     return tuple(strides)
 
 
+def tensors_of(x: object) -> list[torch.Tensor]:
+    """The tensors in nested tuples and lists, in order."""
+    if isinstance(x, torch.Tensor):
+        return [x]
+    if isinstance(x, (tuple, list)):
+        return [t for item in x for t in tensors_of(item)]
+    return []
+
+
 def extent(handle_shape: Ints, strides: Ints) -> int:
     """Elements spanned from the first to the last, 0 when empty."""
     if 0 in handle_shape:
