@@ -31,6 +31,7 @@ from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import (
     checkpoints,
     data_parallel,
+    generators,
     mathematics,
     sharded,
     transforms,
@@ -445,6 +446,7 @@ def _install() -> None:
     for owner, name, new in (*_added, *_sharded):
         setattr(owner, name, new)
     mathematics.install()
+    generators.install()
 
 
 # the lists of schedulers and lazy modules that `_replaced` was made for
@@ -452,6 +454,7 @@ _of: tuple[object, object] = None, None
 
 
 def _remove() -> None:
+    generators.remove()
     mathematics.remove()
     for owner, name, _, _, before in _replaced:
         setattr(owner, name, before)
