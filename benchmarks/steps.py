@@ -338,7 +338,7 @@ class DynamicNet(torch.nn.Module):
 def dynamic_net(
     n: int = 64, d_in: int = 1000, h: int = 100, d_out: int = 10, device: str = "cpu"
 ) -> Made:
-    """DynamicNet with SGD; its Python runs on every call."""
+    """DynamicNet with SGD; its depth is drawn in every call."""
     random.seed(0)
     torch.manual_seed(0)
     x, y = torch.randn(n, d_in).to(device), torch.randn(n, d_out).to(device)

@@ -17,6 +17,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 import tracejit
 from tracejit.errors import CannotEject, CannotExport, CannotSave, TracejitError
+from tracejit.testing import fake_device
 
 
 def seed(n: int = 5) -> None:
@@ -329,6 +330,67 @@ def test_under_vmap_and_modes_it_is_rerun():
     eager = [step(x) for _ in range(5)]
     seed()
     assert all(torch.equal(compiled(x), expected) for expected in eager)
+
+
+class Shaken(torch.autograd.Function):
+    """Its backward draws a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * random.random()
+
+
+def test_a_function_draws_in_a_backward_outside():
+    """Its number cannot be drawn before: eager runs."""
+    w = torch.ones(3, requires_grad=True)
+
+    def loss_fn(x):
+        return Shaken.apply(w * x).sum() * np.random.rand()
+
+    found = []
+    for f in (loss_fn, tracejit.compile(loss_fn, on_unsupported="eager")):
+        seed()
+        for _ in range(4):
+            f(torch.arange(3.0)).backward()
+        found.append((w.grad, states()))
+        w.grad = None
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1] == found[1][1]
+
+
+def test_a_scheduler_that_draws():
+    found = []
+    for compiled in (False, True):
+        seed()  # the schedule draws as it is made
+        w = Setup()
+        rate = lambda epoch: random.uniform(0.5, 1.0)  # noqa: E731
+        schedule = torch.optim.lr_scheduler.LambdaLR(w.opt, rate)
+
+        def step(x, y, w=w, schedule=schedule):
+            loss = w.update(F.cross_entropy(w.net(x) * random.random(), y))
+            schedule.step()
+            return loss * random.random()
+
+        seed()
+        step = tracejit.compile(step) if compiled else step
+        found.append((torch.stack([step(w.x, w.y) for _ in range(12)]), states()))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1] == found[0][1]
+
+
+def test_on_the_fake_device():
+    with fake_device(compiled=False) as device:
+        losses = []
+        for backend in (device.name, "numpy"):
+            w = Setup()
+            seed()
+            step = tracejit.compile(mixup(w), backend=backend)
+            losses.append(torch.stack([step(w.x, w.y) for _ in range(8)]))
+            assert step.stats.replays >= 3
+    torch.testing.assert_close(*losses)
 
 
 def test_exports_are_refused(tmp_path):

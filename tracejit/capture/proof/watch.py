@@ -34,6 +34,7 @@ from tracejit.capture.proof.settings import Setting
 from tracejit.capture.python import profiler
 from tracejit.capture.python.bytecode import dynamic
 from tracejit.capture.python.doubts import Passed
+from tracejit.capture.python.generators import elsewhere
 from tracejit.capture.python.origins import belongs, origin
 
 # Where users put functions of their own in place of torch's.
@@ -153,6 +154,8 @@ class Seen:
                 module = "collections"
                 belongs(code, "stdlib")
         whose = origin(code)
+        if code is elsewhere.__code__:
+            self._refuse(frame, *frame.f_locals["of"])
         if whose == "tracejit":
             return
         if whose == "stdlib" and _called_by_us(frame):

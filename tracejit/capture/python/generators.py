@@ -18,7 +18,6 @@ from torch.overrides import _get_current_function_mode_stack
 
 from tracejit.capture.functions.sampling import number_drawn
 from tracejit.capture.python import profiler
-from tracejit.capture.trace import location
 from tracejit.capture.trace.active import TraceMode, current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, pinned
 from tracejit.capture.trace.sources import FLOATS, INTEGERS, NUMPY, PYTHON, Source, is_usual
@@ -62,17 +61,20 @@ def _wrapper(source: Source, name: str, original: Callable) -> Callable:
             return original(*args, **kwargs)
         given = _given(source, name, args, kwargs) if _is_open(t) else None
         if given is None:
-            t.journal.forget()
-            t.scalars.taken(
-                f"it calls {source.module}.{name} at {location.short()}, which is not known to be "
-                "pure: draw the numbers outside the step and pass them as an argument"
-            )
-            return original(*map(pinned, args), **{k: pinned(x) for k, x in kwargs.items()})
+            if _is_scheduled(t):  # a replay may call it sooner
+                t.journal.forget()
+                t.scalars.taken(f"a scheduler draws by {source.module}.{name}")
+            return elsewhere((source.module, name), original, args, kwargs)
         whole = name in INTEGERS[source.module]
         names, numbers = given
         return _drawn(t, source.module, name, whole, names, *numbers).item()
 
     return wrapper
+
+
+def elsewhere(of: tuple[str, str], original: Callable, args: tuple, kwargs: dict) -> object:
+    """A call that is no event of the trace. The proof hears of it (`proof/watch.py`)."""
+    return original(*map(pinned, args), **{k: pinned(x) for k, x in kwargs.items()})
 
 
 def _drawn(t: Trace, *what: object) -> torch.Tensor:
@@ -91,10 +93,12 @@ def _is_open(t: Trace) -> bool:
     vmap's, nor where a scheduler computes, which a replay calls again."""
     if not torch._C._is_torch_function_mode_enabled() or not is_usual():
         return False
-    hyper = t.hyperparameters
-    return isinstance(_get_current_function_mode_stack()[-1], TraceMode) and not (
-        hyper is not None and hyper.inside
-    )
+    return isinstance(_get_current_function_mode_stack()[-1], TraceMode) and not _is_scheduled(t)
+
+
+def _is_scheduled(t: Trace) -> bool:
+    """Whether a scheduler's step runs."""
+    return t.hyperparameters is not None and t.hyperparameters.inside
 
 
 # (module, name, the function, its wrapper)
@@ -103,6 +107,7 @@ _WRAPPED: tuple[tuple[ModuleType, str, Callable, Callable], ...] = tuple(
     for source in (PYTHON, NUMPY)
     for name, original in source.functions.items()
 )
+_PLACES = [(vars(module), *of) for module, *of in _WRAPPED]  # a setattr takes twice as long
 _BY_ID = {id(original): wrapper for _, _, original, wrapper in _WRAPPED}
 _AT = {(id(module), name): original for module, name, original, _ in _WRAPPED}
 
@@ -119,13 +124,13 @@ def is_at_home(holder: object, name: object, x: object) -> bool:
 
 def install() -> None:
     """Put the wrappers in place, where nobody has put another function."""
-    for module, name, original, wrapper in _WRAPPED:
-        if getattr(module, name, None) is original:
-            setattr(module, name, wrapper)
+    for names, name, original, wrapper in _PLACES:
+        if names.get(name) is original:
+            names[name] = wrapper
 
 
 def remove() -> None:
     """Put the functions themselves back."""
-    for module, name, original, wrapper in _WRAPPED:
-        if getattr(module, name, None) is wrapper:
-            setattr(module, name, original)
+    for names, name, original, wrapper in _PLACES:
+        if names.get(name) is wrapper:
+            names[name] = original
