@@ -13,8 +13,8 @@ from tracejit.runtime.c_compiler import load_library, locked_function
 
 @functools.cache
 def load_words() -> tuple[Callable, ...] | None:
-    """`tj_same`, `tj_again` and `tj_count`; None where there is no C compiler. They keep Python's
-    lock, so that nothing changes meanwhile."""
+    """`tj_same`, `tj_again`, `tj_count`, `tj_arrays`; None where there is no C compiler. They keep
+    Python's lock, so that nothing changes meanwhile."""
     try:
         library = load_library(SOURCE)
     except (TracejitError, OSError):
@@ -24,4 +24,5 @@ def load_words() -> tuple[Callable, ...] | None:
         locked_function(library, "tj_same", flag, *[number] * 2),
         locked_function(library, "tj_again", ctypes.py_object, number),
         locked_function(library, "tj_count", flag, *[number] * 6),
+        locked_function(library, "tj_arrays", flag, ctypes.py_object, *[number] * 5),
     )
