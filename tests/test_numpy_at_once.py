@@ -10,7 +10,7 @@ import pytest
 import tracejit
 from benchmarks.numpy_front import SHAPES, two_layer
 from tracejit.numpy_front import at_once
-from tracejit.numpy_front.at_once import AtOnce
+from tracejit.numpy_front.at_once import NOT_SO, AtOnce
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore::tracejit.errors.TracejitWarning"),
@@ -123,6 +123,20 @@ def test_arrays_of_another_kind(name: str, made: list[bool]):
     x = OTHERS[name](x)
     agree(scaled, compiled, x, np.tile(w, (2, 1)) if name == "shape" else w, 0.1)
     assert made == [False]
+    agree(scaled, compiled, *operands(), 0.1)
+
+
+def test_a_dtype_of_its_own_is_held(made: list[bool]):
+    """Dtypes are told by their identity, and some are objects that come and go."""
+    x, w = operands()
+    x = x.astype(np.dtype("f8", metadata={"unit": "m"}))
+    compiled = ready(scaled, x, w, 0.25)
+    at_once = compiled._at_once[compiled._replays[0]]
+    assert x.dtype in [d for d in at_once._dtypes if d.metadata]
+    others = [np.dtype(">f8", metadata={"n": k}) for k in range(50)]
+    made.clear()
+    for dtype in others:
+        assert at_once((x.astype(dtype), w, 0.25)) is NOT_SO
     agree(scaled, compiled, *operands(), 0.1)
 
 

@@ -74,11 +74,13 @@ class AtOnce:
         self._variables = variables(users, names)
         places = [i for i, x in enumerate(args) if type(x) is np.ndarray]
         self._numbers = [i for i in range(len(args)) if i not in places]
-        self._like = {i: _like(args[i]) for i in places}
+        self._like = [_like(x) if type(x) is np.ndarray else None for x in args]
+        self._tensors = [self._like[i] for i in places]
         self._sizes = [np.array([*args[i].shape, *args[i].strides], np.int64) for i in places]
+        self._dtypes = [args[i].dtype for i in places]  # held: another would lie there
         rows = [
-            (TUPLE + i, id(args[i].dtype), args[i].ndim, sizes.ctypes.data)
-            for i, sizes in zip(places, self._sizes, strict=True)
+            (TUPLE + i, id(dtype), args[i].ndim, sizes.ctypes.data)
+            for i, dtype, sizes in zip(places, self._dtypes, self._sizes, strict=True)
         ]
         self._wanted, self._found = (_Wanted * len(rows))(*rows), (ctypes.c_int64 * len(rows))()
         tables = map(ctypes.addressof, (self._wanted, self._found))
@@ -104,7 +106,7 @@ class AtOnce:
         found = made._ask(args)
         if type(found) is str:
             return None
-        argument = {id(tensor): k for k, tensor in enumerate(made._like.values())}
+        argument = {id(x): k for k, x in enumerate(made._tensors)}
         made._order = [argument[id(tensor)] for tensor in found[0]]
         made._apart = Places(found[0])
         return made
@@ -134,10 +136,10 @@ class AtOnce:
 
     def _ask(self, args: tuple) -> tuple | str:
         """What the guard says of tensors like the arrays, and of the other arguments."""
-        given = self._like.copy()
+        given = [*self._like]
         for i in self._numbers:
             given[i] = args[i]
-        return self.replay.guard([given[i] for i in range(self._count)], {})
+        return self.replay.guard(given, {})
 
 
 def _by_address(replay: Replay) -> bool:
