@@ -137,6 +137,7 @@ SAME_FLOOR = {
     ("inspection", "options"),
     ("numpy_front", "compile"),  # its step is a compiled step
     ("numpy_front", "options"),
+    ("numpy_front", "run"),
     ("tracejit", "numpy_front"),
     ("inspection", "saved"),
     ("inspection", "export"),

@@ -15,8 +15,8 @@ _lock = threading.Lock()
 
 
 def load_words() -> tuple[Callable, ...] | None:
-    """`tj_same`, `tj_again` and `tj_count`; None where there is no C compiler. They keep Python's
-    lock, so that nothing changes meanwhile."""
+    """`tj_same`, `tj_again`, `tj_count`, `tj_arrays`; None where there is no C compiler. They keep
+    Python's lock, so that nothing changes meanwhile."""
     with _lock:
         return _loaded()
 
@@ -38,4 +38,5 @@ def _loaded() -> tuple[Callable, ...] | None:
         locked_function(library, "tj_same", flag, *[number] * 2),
         locked_function(library, "tj_again", ctypes.py_object, number),
         locked_function(library, "tj_count", flag, *[number] * 6),
+        locked_function(library, "tj_arrays", flag, ctypes.py_object, *[number] * 5),
     )
