@@ -63,12 +63,14 @@ FLOORS = {
     "tables": 1,
     "knobs": 1,
     "errors": 1,
+    "quotes": 1,
 }
 SAME_FLOOR = {
     ("runtime", "codegen"),  # a Step is built from sources
     ("tracejit", "compile"),  # the entry points
     ("tracejit", "captured"),
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
+    ("errors", "quotes"),
     ("compile", "tracejit"),  # the version
     ("compile", "build"),
     ("compile", "closures"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from tracejit.quotes import quote
+
 
 class TracejitError(Exception):
     """Base of all errors of this package; subclasses carry their text as a template."""
@@ -17,6 +19,19 @@ class TracejitError(Exception):
     def __init__(self, **fields: object):
         self.fields = fields
         super().__init__(self.message.format(**fields))
+
+    @property
+    def text(self) -> str:
+        """What the error says, without the user's line of code."""
+        return self.args[0]
+
+    def __str__(self) -> str:
+        return self.text + quote(self.fields.get("where"))
+
+    def __reduce__(self) -> tuple:
+        plain = (str, int, float, type(None))
+        fields = {k: x if isinstance(x, plain) else str(x) for k, x in self.fields.items()}
+        return _unpickled, (type(self), fields, self.text)
 
 
 class TracejitWarning(UserWarning):
@@ -209,6 +224,13 @@ class InvalidGraph(TracejitError):
     """A malformed Graph, Kernel or Plan: a bug in a pass, or a text that does not parse."""
 
     message = "{reason}"
+
+
+def _unpickled(kind: type[TracejitError], fields: dict, text: str) -> TracejitError:
+    """An error of another process."""
+    error = kind(**fields)
+    error.args = (text,)
+    return error
 
 
 OF_EAGER = (
