@@ -295,7 +295,7 @@ class CompiledStep(Verifying, Inspected):
             return self._verified(plan, attempt, args, kwargs)
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
-            self._remarks.warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said, refusal.where)
         self._closures.wanted |= "lbfgs" in said
         self.stats.eager += 1
         self._say_to_ranks("runs the step eagerly")
@@ -303,7 +303,7 @@ class CompiledStep(Verifying, Inspected):
         returned = self._plain(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it
             fallback.disagreed(refusal, attempt, args, kwargs)
-            self._remarks.warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said, refusal.where)
         return returned
 
     def _bind(self, trace: Trace, args: tuple, kwargs: dict) -> BoundCall:

@@ -9,7 +9,6 @@ step may be one that can be compiled. The same is done where every trace makes a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from tracejit.errors import (
     TracejitError,
 )
 from tracejit.kinds import counted, kind_of
+from tracejit.quotes import at as place_at
 from tracejit.weighing import Weighing
 
 # not about the step
@@ -134,6 +134,7 @@ class Refusal:
 
     text: str
     key: str
+    where: str = ""  # the user's line
     sure: bool = False  # it is a refusal of ours; else eager may raise the error too
 
 
@@ -265,7 +266,8 @@ class Fallback:
             self._find_networks(attempt)
         if obstacles:
             self._rest(args, kwargs).left = _FOREVER
-            raise CannotFallBack(cause=refusal.text, reason="; ".join(obstacles[:3])) from error
+            reason = "; ".join(obstacles[:3])
+            raise CannotFallBack(cause=refusal.text, reason=reason, where=refusal.where) from error
         if refusal.sure:
             self._eager_next(attempt, args, kwargs)
         return refusal
@@ -316,13 +318,14 @@ def _refusal(error: Exception) -> Refusal:
     """What a trace that ended in an error says of the step."""
     kind = type(error).__name__
     if isinstance(error, TracejitError):
-        key = f"{kind} {error.fields.get('where')} {error.fields.get('function')}"
-        return Refusal(str(error).rstrip("."), key, sure=True)
+        where = error.fields.get("where", "")
+        key = f"{kind} {where} {error.fields.get('function')}"
+        return Refusal(error.text.rstrip("."), key, where, sure=True)
     at, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         if origin(code) == "user":
-            at = f"{os.path.abspath(code.co_filename)}:{trace.tb_lineno}"
+            at = place_at(code, trace.tb_lasti, trace.tb_lineno)
         trace = trace.tb_next
     text = f"{at}: its trace raised {kind} ({error}), which eager does not. Make that line"
-    return Refusal(f"{text} independent of what kind of object a tensor is", f"{kind} {at}")
+    return Refusal(f"{text} independent of what kind of object a tensor is", f"{kind} {at}", at)

@@ -38,6 +38,10 @@ class CompilationFailed(TracejitError, RuntimeError):
         "the C compiler failed on generated code: {command}\n{output}\n"
         'Use backend="numpy" meanwhile, and report this'
     )
+    advice = (
+        'It is a fault of tracejit, or of the compiler: please report it. backend="numpy" needs no '
+        "compiler, and CC names another one."
+    )
 
 
 def find_compiler() -> tuple[str, ...]:
