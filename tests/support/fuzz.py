@@ -259,18 +259,21 @@ def main(given: Sequence[str] | None = None) -> int:
         shard(options.shard, folder, options.verify)
         return 0
     seeds: Sequence[int] = range(options.first, options.first + options.programs)
-    if options.again:
+    into = folder
+    if options.again:  # in a folder of their own, so that nothing is lost when it is stopped
         seeds = [line["seed"] for line in summary(folder)[1]]
-        kept = [line for line in lines_of(folder / "done.jsonl") if line["seed"] not in seeds]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        (folder / "done.jsonl").write_text(text)
+        into = folder / "again"
+        shutil.rmtree(into, ignore_errors=True)
     fuzz(
         seeds,
-        folder,
+        into,
         processes=options.processes,
         verify=options.verify,
         minutes=options.minutes,
     )
+    if options.again:
+        for line in lines_of(into / "done.jsonl"):
+            _append(folder / "done.jsonl", line)
     text, wrong = summary(folder)
     (folder / "mismatches.json").write_text(json.dumps(wrong, indent=1) + "\n")
     print(text)
