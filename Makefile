@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint bench gpu accept clean
+.PHONY: demo test test-all fuzz lint bench gpu accept clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -25,6 +25,10 @@ test: $(READY)                  ## compiled-process tests, then Triton's interpr
 test-all: $(READY)
 	TRACEJIT_TEST_ALL=1 $(PYTEST) -m "not interpret" tests
 	TRACEJIT_TEST_ALL=1 TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
+
+N ?= 1000
+fuzz: $(READY)                  ## N random programs against eager, in shards (FUZZ='--processes 2 --verify 2')
+	PYTHONPATH=tests $(PY) -m support.fuzz --programs $(N) $(FUZZ)
 
 lint: $(READY)
 	$(PY) -m ruff check .

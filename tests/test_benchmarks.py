@@ -27,6 +27,7 @@ from benchmarks import (
     machine,
     products,
     run,
+    verify_cost,
     worker,
 )
 from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
@@ -640,3 +641,14 @@ def test_convolutions_of_a_net():
     assert ours > 0
     assert eager > 0
     assert convolutions.peak(1) > 1e8
+
+
+def test_what_verify_costs_is_timed_on_steps_that_are_the_same_afterwards():
+    """Of `verify=3` nothing is left: the function of a call is the one it would have been."""
+    steps = {name: verify_cost.training(asked) for name, asked in verify_cost.ASKED.items()}
+    texts = {name: step._replays[0].run.text for name, step in steps.items()}
+    assert texts["verify=3"] == texts["none"]
+    function = steps["verify=3"]._replays[0].run.function
+    assert function.__code__.co_filename == "<tracejit run>"
+    found = verify_cost.measured(rounds=1, calls=3)
+    assert found.keys() == verify_cost.ASKED.keys() and min(found.values()) > 0

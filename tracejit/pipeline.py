@@ -31,6 +31,7 @@ from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule
+from tracejit.schedule.memory import layout_of
 from tracejit.schedule.plan import Plan
 
 
@@ -170,6 +171,10 @@ class Pipeline:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
             plan = schedule(graph, fuse=fuse, again=again, gpu=gpu)
+            if knobs.verify():
+                from tracejit.schedule.sound import check_plan
+
+                check_plan(plan, layout_of(plan))
             cache.put("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan
