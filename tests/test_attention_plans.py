@@ -32,6 +32,14 @@ LARGE = {
     "bf16, wide, masked": Case((2, 8, 512, 512, 128, 128), bf16, bias="bool"),
     "f32": Case((8, 8, 512, 512, 64, 64), f32, causal=True),
     "f32, masked": Case((8, 8, 512, 512, 64, 64), f32, bias="bool"),
+    "bf16, dropout": Case((8, 8, 512, 512, 64, 64), bf16, causal=True, noise="mask"),
+    "bf16, wide, dropout of a key": Case((2, 8, 512, 512, 128, 128), bf16, noise="key"),
+    "bf16, masked, dropout of a key": Case(
+        (8, 8, 512, 512, 64, 64), bf16, causal=True, bias="float", noise="key"
+    ),
+    "widest, dropout of a key": Case((2, 8, 512, 512, 256, 256), bf16, noise="key"),
+    "f32, dropout": Case((8, 8, 512, 512, 64, 64), f32, causal=True, noise="mask"),
+    "f32, dropout of a key": Case((8, 8, 512, 512, 64, 64), f32, bias="bool", noise="key"),
 }
 
 
