@@ -23,6 +23,7 @@ from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import (
     OF_EAGER,
+    OF_RANKS,
     BackendUnavailable,
     CannotFallBack,
     GraphError,
@@ -257,6 +258,8 @@ class Fallback:
         if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + OF_EAGER):
             raise error
         obstacles = attempt.put_back()
+        if isinstance(cause, OF_RANKS):
+            raise error
         refusal = _refusal(cause)
         if obstacles and not refusal.sure:
             raise error
