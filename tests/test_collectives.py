@@ -47,6 +47,11 @@ def test_on_a_fake_device(ranks: Ranks, name: str):
     assert ranks(rank_cases.on_a_fake_device, name) == [REPLAYS, REPLAYS]
 
 
+def test_a_callers_graph_is_refused(ranks: Ranks):
+    for said in ranks(rank_cases.captured):
+        assert "has collectives" in said and "outside of the capture" in said
+
+
 def test_built_for_a_gpu_that_is_not_here(ranks: Ranks):
     pytest.importorskip("triton")
     assert ranks(rank_cases.built) == [6, 6]

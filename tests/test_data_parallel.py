@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="torch without gloo",
 )
 
+ROOT = Path(__file__).parents[1]
 LIMIT = 10  # seconds, until an error is there
 
 
@@ -145,3 +151,16 @@ def test_no_step_with_collectives_is_saved(ranks: Ranks, tmp_path):
 def test_four_ranks(name: str):
     with Ranks(4) as four:
         trains(four, name)
+
+
+@pytest.mark.slow
+def test_the_example():
+    """By torchrun, as its first lines say; the loss falls."""
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 examples/data_parallel.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    found = subprocess.run([sys.executable, *command.split()], timeout=240, **given)
+    assert found.returncode == 0, found.stderr
+    losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", found.stdout)]
+    assert len(losses) == 5 and losses[-1] < losses[0] / 2, found.stdout
+    assert "of 2 processes" in found.stdout

@@ -252,6 +252,21 @@ def on_a_fake_device(name: str) -> int:
         return plain(name, device.name)
 
 
+def captured() -> str:
+    """What is said where a caller captures a step with a collective."""
+    with fake_device(compiled=False) as device:
+        step = tracejit.compile(_all_reduce, on_unsupported="raise", backend=device.name)
+        for _ in range(CALLS):
+            step(torch.ones(3))
+        try:
+            with device.capture():
+                step(torch.ones(3))
+        except tracejit.errors.CaptureError as error:
+            found = str(error)
+        step(torch.ones(3))
+        return found
+
+
 def built() -> int:
     """How many launches a step with a collective has, built for a GPU that is not here."""
 

@@ -195,6 +195,12 @@ class LaunchedPlan:
     def _captured(self) -> StreamState:
         """The same in a graph that the caller captures: memory of the graph, which is filled each
         time that it runs. The numbers are those of the capture, as eager's would be."""
+        if self._halves:
+            raise CaptureError(
+                reason=f"step {self.plan.name!r} has collectives, before which the ranks compare "
+                "on the CPU what they are about to do",
+                remedy="Call it outside of the capture: its kernels between collectives are graphs",
+            )
         _OF_GRAPHS.append(self._zeros)
         copy = None if self._ring is None else self._ring.upload_captured
         memory = self._memory(8 * len(self._slots))
