@@ -36,6 +36,7 @@ lint: $(READY)
 
 bench: $(READY)                 ## times beside the peers (BENCH='--rounds 5 --case mlp …')
 	$(PY) -m benchmarks.run $(BENCH)
+	$(if $(BENCH),,$(PY) -m benchmarks.data_parallel)
 
 gpu:                            ## all that a GPU can tell, in its own environment (GPU='--minutes 9 --resume')
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU)

@@ -27,6 +27,7 @@ from benchmarks import (
     machine,
     products,
     run,
+    scaling,
     verify_cost,
     worker,
 )
@@ -620,6 +621,18 @@ def test_two_processes():
         assert 0 <= x["share"] <= 1 and x["alone"] > 0 and x["waited"] > 0
     with pytest.raises(AssertionError, match="tracejit has a loss of 2.0, and eager of 1.0"):
         data_parallel._compare({"eager": [1.0], "tracejit": [2.0]})
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch without gloo",
+)
+def test_scaling_beside_what_is_measured():
+    """What is predicted for one process and for two, from launches and a link that are measured."""
+    one, two = scaling.table("ddp_mlp", 1, 2, (1, 2))
+    assert one["waited"] == 0 and one["predicted"] == pytest.approx(one["seconds"])
+    assert two["processes"] == 2 and 0 <= two["hidden"] <= 1 and two["bandwidth"] > 0
+    assert two["predicted"] >= two["launches"] + two["waited"] >= two["launches"] > 0
 
 
 def test_convolutions_of_a_net():

@@ -250,6 +250,12 @@ class RanksDiffer(TracejitError, RuntimeError):
     )
 
 
+class InputsExhausted(TracejitError, RuntimeError):
+    """Under `join(throw_on_early_termination=True)`: some rank has no more inputs."""
+
+    message = "Detected at least one rank that exhausted inputs. Throwing across all ranks."
+
+
 class CannotSave(TracejitError, RuntimeError):
     """A step has something that a file cannot keep: code of the user's that decides, or an object
     of the user's that it changes."""
@@ -330,4 +336,6 @@ OF_EAGER = (
     LinAlgError,
     AutogradError,
     StaticGraphError,
+    InputsExhausted,
 )  # eager raises these too
+OF_RANKS = (CollectiveError, RanksDiffer)  # the other ranks raise as well

@@ -22,6 +22,7 @@ from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import (
     OF_EAGER,
+    OF_RANKS,
     BackendUnavailable,
     CannotFallBack,
     GraphError,
@@ -258,6 +259,8 @@ class Fallback:
         if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + OF_EAGER):
             raise error
         obstacles = attempt.put_back()
+        if isinstance(cause, OF_RANKS):
+            raise error
         refusal = _refusal(cause)
         if obstacles and not refusal.sure:
             raise error

@@ -18,6 +18,7 @@ from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
 from tracejit.capture.python.memory import MANY
 from tracejit.errors import WrongResult
+from tracejit.ir import exchange
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
 from tracejit.parts import Parts, Stages
@@ -159,6 +160,14 @@ class Programs:
             dropped.kept = False
             self.dropped(dropped)
         return compiled, captured
+
+    def say_to_ranks(self, what: str, *, fails: bool = False) -> None:
+        """Say that this rank runs no plan in this call, if plans of the step have collectives, or
+        it has asked the others: to wait for it would be in vain."""
+        if self.agreement is not None:
+            self.agreement.otherwise(what, fails=fails)
+        elif groups := exchange.asked():
+            exchange.otherwise(groups, self.name, what, fails=fails)
 
     def _note_counts(self, captured: Captured) -> None:
         """Take note of how much the cuts of a new program have found."""
