@@ -170,7 +170,7 @@ class Pipeline:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
             plan = schedule(graph, fuse=fuse, again=again, gpu=gpu)
-            cache.put("plan", key, str(plan))
+            cache.store("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan
 
