@@ -53,6 +53,7 @@ FLOORS = {
     "passes": 3,
     "schedule": 3,
     "ledger_page": 2,
+    "interrupts": 2,
     "progress": 2,
     "weighing": 2,
     "kinds": 2,

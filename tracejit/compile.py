@@ -42,6 +42,7 @@ from tracejit.closures import Closures
 from tracejit.errors import CollectiveError, RanksDiffer
 from tracejit.fallback import Attempt, Fallback
 from tracejit.inspection import BoundStep, Inspected
+from tracejit.interrupts import held, interruptible, look_around, uninterrupted
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.pipeline import Stats
@@ -249,7 +250,7 @@ class CompiledStep(Verifying, Inspected):
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
             if any(front(self, args, kwargs) for front in FRONTS):
                 return self(*args[len(self._bound_to) :], **kwargs)
-            with telling(self.__name__):
+            with uninterrupted(), telling(self.__name__), interruptible():
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
 
     def _trace_or_fall_back(
@@ -282,7 +283,7 @@ class CompiledStep(Verifying, Inspected):
             returned = self._trace(args, kwargs, failed, attempt)
         except Due as due:
             plan = due.run
-        except Exception as error:
+        except BaseException as error:
             plan = None
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
@@ -352,13 +353,14 @@ class CompiledStep(Verifying, Inspected):
         """A program is dropped: so are its replays."""
         self._replays = [r for r in self._replays if r.compiled is not compiled]
 
+    @held
     def _trace(
         self, args: tuple, kwargs: dict, failed: str, attempt: Attempt | None = None
     ) -> object:
         """Run the Python under a tracer, then the plan. `failed`: why no replay took the call."""
         started = time.perf_counter()
         if not self.stats.traces:
-            start_early(self.options.backend)
+            look_around(), start_early(self.options.backend)
         prover = self._prover
         if failed:
             prover.missed()

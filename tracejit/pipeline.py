@@ -19,6 +19,7 @@ from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
 from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
+from tracejit.interrupts import interruptible, uninterrupted
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
@@ -107,7 +108,7 @@ class Pipeline:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
         with telling(self.name):
-            with uncollected():  # graphs have no cycles, and many nodes
+            with uninterrupted(), uncollected(), interruptible():  # graphs have no cycles
                 stage("passes")
                 final = self._optimized(graph)
                 stage("schedule")

@@ -36,15 +36,36 @@ class Training:
         found = [float(self.calls), *(float(g["lr"]) for g in self.optimizer.param_groups)]
         if self.scheduler is not None:
             found.append(float(self.scheduler.last_epoch))
-        tensors = []
-        for p in self.model.parameters():
-            held = self.optimizer.state.get(p, {})
-            tensors += [p, p.grad, *(held.get(k) for k in ("step", "exp_avg", "exp_avg_sq"))]
-        for t in tensors:
-            found += [] if t is None else t.detach().flatten().tolist()
+        for t in self.tensors().values():
+            found += t.detach().flatten().tolist()
         if self.drop:
             found += torch.get_rng_state()[-64:].tolist()
         return found
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Parameters, gradients and the optimizer's state, by name."""
+        found = {}
+        for name, p in self.model.named_parameters():
+            held = self.optimizer.state.get(p, {})
+            given = {"": p, "grad": p.grad, **{k: held.get(k) for k in _ADAM}}
+            found |= {f"{name} {k}": t for k, t in given.items() if t is not None}
+        return found
+
+    def take(self, other: Training) -> None:
+        """Take over another's tensors, of which this has as many."""
+        for name, t in other.tensors().items():
+            self.tensors()[name].data.copy_(t.detach())
+
+    def differences(self, other: Training) -> dict[str, float]:
+        """How far tensors are from another's, by name; infinitely where one is not there."""
+        ours, theirs = self.tensors(), other.tensors()
+        return {
+            name: (ours[name] - theirs[name]).abs().max().item() if name in ours else float("inf")
+            for name in theirs
+        }
+
+
+_ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 def states_of_eager(calls: int, make: Callable[[], Training] = Training) -> list[list[float]]:
