@@ -41,8 +41,9 @@ from tracejit.capture.tracer import Tracer
 from tracejit.closures import Closures
 from tracejit.errors import CollectiveError, RanksDiffer
 from tracejit.fallback import Attempt, Fallback
+from tracejit.forks import own_lock
 from tracejit.inspection import BoundStep, Inspected
-from tracejit.interrupts import held, interruptible, look_around, uninterrupted
+from tracejit.interrupts import held, interruptible, uninterrupted
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.pipeline import Stats
@@ -142,7 +143,7 @@ class CompiledStep(Verifying, Inspected):
             )
         self.options = options
         self._hooks = Hooks()
-        self._lock = threading.RLock()
+        own_lock(self, "_lock", threading.RLock)
         self._own: frozenset[str] = frozenset()
         self.reset()
         self._own = frozenset(vars(self)).difference(
@@ -180,8 +181,7 @@ class CompiledStep(Verifying, Inspected):
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
-            plain = weakref.WeakMethod(self._plain)
-            options = self.options
+            plain, options = weakref.WeakMethod(self._plain), self.options
             self._programs = Programs(self._function, self.stats, options, lambda x: forget()(x))
             by_numpy = options.backend in ("auto", "c", "numpy")
             self._values = Values(self._programs.part, on_numpy=by_numpy)
@@ -360,7 +360,7 @@ class CompiledStep(Verifying, Inspected):
         """Run the Python under a tracer, then the plan. `failed`: why no replay took the call."""
         started = time.perf_counter()
         if not self.stats.traces:
-            look_around(), start_early(self.options.backend)
+            start_early(self.options.backend)
         prover = self._prover
         if failed:
             prover.missed()

@@ -16,6 +16,8 @@ from functools import partial, wraps
 from threading import get_ident, main_thread
 from types import CodeType, FrameType, MethodType
 
+from tracejit.forks import enter, leave
+
 _USUAL = (2, 14, 15, 10, 12, 1, 3, 24, 26, 27, 17)  # INT ALRM TERM USR1 USR2 HUP QUIT XCPU …
 
 _main = main_thread().ident
@@ -84,14 +86,16 @@ class interruptible:
 
 
 def held(function: Callable) -> Callable:
-    """A function that runs between `hold` and `let_go`."""
+    """A function that runs between `hold` and `let_go`, and that a fork waits for."""
 
     @wraps(function)
     def wrapper(*args: object, **kwargs: object) -> object:
         hold()
+        enter()
         try:
             return function(*args, **kwargs)
         finally:
+            leave()
             let_go()
 
     return wrapper

@@ -19,7 +19,8 @@ from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
 from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
-from tracejit.interrupts import interruptible, uninterrupted
+from tracejit.forks import own_lock
+from tracejit.interrupts import held, interruptible, look_around
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
@@ -95,6 +96,7 @@ class Pipeline:
             self.options.backend, device, precision or torch.get_float32_matmul_precision()
         )
 
+    @held
     def build(
         self,
         graph: Graph,
@@ -107,8 +109,9 @@ class Pipeline:
     ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
+        look_around()
         with telling(self.name):
-            with uninterrupted(), uncollected(), interruptible():  # graphs have no cycles
+            with uncollected(), interruptible():  # graphs have no cycles, and many nodes
                 stage("passes")
                 final = self._optimized(graph)
                 stage("schedule")
@@ -196,7 +199,7 @@ class Backward:
         self.pipeline, self.graph, self.executor = pipeline, graph, executor
         self.program: Program | None = None
         self._function: Callable[[list], list[torch.Tensor]] | None = None
-        self.lock = threading.Lock()
+        own_lock(self, "lock", threading.Lock)
 
     def __call__(self, inputs: list) -> list[torch.Tensor]:
         with self.lock:

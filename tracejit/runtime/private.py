@@ -12,17 +12,20 @@ import contextlib
 import fcntl
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from tracejit.forks import own_lock
+
 PREFIX = "tracejit-private-"
 UNLOCKED_SECONDS = 3600.0  # a folder without a lock is left by a crash when it is so old
 _TRIES = 8
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
 @dataclass(frozen=True)
@@ -96,12 +99,3 @@ def _is_left(path: Path) -> bool:
 def _remove(held: _Held) -> None:
     if os.getpid() == held.process:  # a child made by fork ends too
         shutil.rmtree(held.path, ignore_errors=True)
-
-
-def _forget() -> None:
-    """In a child made by fork: nobody holds the lock."""
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget)
