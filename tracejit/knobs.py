@@ -38,7 +38,7 @@ def cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(base):  # the XDG specification says that others are to be ignored
         home = os.path.expanduser("~")
-        if not os.path.isabs(home):
+        if os.environ.get("HOME") == "" or not os.path.isabs(home):
             return Path(tempfile.gettempdir()) / f"tracejit-{os.getuid()}"
         base = os.path.join(home, ".cache")
     return Path(base) / "tracejit"

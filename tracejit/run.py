@@ -14,14 +14,9 @@ from math import prod
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
+from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients, take_lines
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.late import (
-    among,
-    cuts_behind,
-    cuts_of_callbacks,
-    left_by_callbacks,
-)
+from tracejit.capture.effects.late import among, cuts_behind, cuts_of_callbacks, left_by_callbacks
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
 from tracejit.capture.signature import Signature
@@ -170,10 +165,9 @@ class _Writer:
         self.program = program if parts is None else parts.program
         self.places = None if armed is None else armed.places
         self.names = host_names() | {
-            "OTHERWISE": OTHERWISE,
             **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
             **{"uninterrupted": uninterrupted, "hold": hold, "let_go": let_go},
-            **{"checking": checking},
+            **{"checking": checking, "OTHERWISE": OTHERWISE},
         }
         self.code = HostCode()
         self.of_c = of_c = getattr(program, "executor", "") == "c"
@@ -223,6 +217,7 @@ class _Writer:
         before += [
             *self._code(),
             *run.gather,
+            *take_lines(captured.effects, names),
             "seen = hooks.observer",
             "if seen is not None:",
             f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
@@ -234,8 +229,12 @@ class _Writer:
         used = [x for x in ("cells", "elements") if any(f"{x}[" in line for line in commit)]
         held = run.ran is None or bool(calls) or not may_repeat(captured.effects)
         again = "again" in names  # what schedulers have done is taken back too
-        undo = ["again.take_back(remembered)"] * again
-        undo += [*self.draws.undo(), "call.undo()", "raise"]
+        undo = [
+            *["again.take_back(remembered)"] * again,
+            *self.draws.undo(),
+            "call.undo()",
+            "raise",
+        ]
         lines = [
             *["remembered = again.remember()"] * again,
             *self.draws.begin(),
