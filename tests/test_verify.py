@@ -408,3 +408,25 @@ def test_one_element_with_any_stride():
     for call in range(4):
         assert step().tolist() == [3.0 * (1 + call) + 1.0]
     assert step.certificate().holds
+
+
+def test_results_that_a_step_keeps_and_a_backward_may_not_reach():
+    """Spectral norm keeps a weight that the step has computed, with the history of its results."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.spectral_norm(torch.nn.Linear(4, 3))
+    opt = torch.optim.SGD(layer.parameters(), lr=0.1)
+    x = torch.randn(5, 4)
+
+    def train() -> torch.Tensor:
+        opt.zero_grad()
+        loss = layer(x).square().mean()
+        loss.backward()
+        opt.step()
+        return loss
+
+    step = tracejit.compile(train, verify=2)
+    for _ in range(6):
+        step()
+    found = step.certificate()
+    assert found.holds and not found.unverified
+    assert [v.calls for v in found.verified if v.how == "replay"] == [2]

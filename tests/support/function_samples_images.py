@@ -126,6 +126,46 @@ for _rank in (1, 2, 3):
     row(f"conv{_rank}d", convolutions(_rank), exact=False)
     row(f"conv_transpose{_rank}d", transposed(_rank), exact=False)
 
+_x, _k, _b = images(2), w(4, 3, 3, 2), r(4)
+_ones, _none = [1, 1], [0, 0]
+row(
+    "convolution",
+    [
+        S(_x, _k, _b, [2, 1], [1, 0], [1, 2], False, _none, 1, smooth=True),
+        S(_x, _k, None, [1], [1], [1], False, [7], 1),
+        S(_x, w(6, 1, 2, 2), r(6), _ones, _none, _ones, False, _none, 3),
+        S(_x, w(3, 4, 2, 3), _b, [2, 3], [1, 0], _ones, True, [1, 2], 1, smooth=True),
+        S(images(1), w(4, 3, 3), _b, (2,), (1,), (1,), False, (0,), 1),
+        S(images(3), w(3, 2, 2, 2, 2), None, [1], [0], [1], True, [0], 1),
+        S(_x.to(memory_format=LAST), _k, _b, _ones, _ones, _ones, False, _none, 1),
+        # what eager refuses
+        S(_x[0], _k, _b, _ones, _none, _ones, False, _none, 1),
+        S(_x, _k, _b, 1, _none, _ones, False, _none, 1),
+        S(_x, _k, _b, _ones, [-1, 0], _ones, False, _none, 1),
+        S(_x.double(), _k, _b, _ones, _none, _ones, False, _none, 1),
+    ],
+    exact=False,
+)
+_x, _k, _b = r(7, 2, 3), w(3, 3, 5), r(5)
+row(
+    "conv_tbc",
+    [
+        S(_x, _k, _b, smooth=True),
+        S(_x, _k, _b, 1, smooth=True),
+        S(_x.double(), _k.double(), _b.double(), pad=2, smooth=True),
+        S(_x, _k, _b, -1),
+        S(r(2, 7, 3).transpose(0, 1)[1:6], w(1, 3, 5), _b, 1),
+        *(S(_x.to(d), _k.to(d), _b.to(d), 1) for d in (bf16, f16)),
+        # what eager refuses
+        S(_x[:1], _k, _b),
+        S(_x[..., :2], _k, _b),
+        S(_x, _k, _b[:3]),
+        S(_x[0], _k, _b),
+        S(_x.double(), _k, _b),
+    ],
+    exact=False,
+)
+
 # --- pooling -----------------------------------------------------------------------------------
 
 

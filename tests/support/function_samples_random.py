@@ -126,6 +126,25 @@ row(
 )
 row("poisson", [S(r(5, low=0.0, high=9.0)), S(r(3, 7, low=0.0)), S(r(5, dtype=f64, low=0.0))])
 row("_standard_gamma", [S(r(5, low=0.1)), S(r(3, 7, low=0.5))])
+row(
+    "_sample_dirichlet",
+    [S(r(5, low=0.1)), S(r(3, 7, low=0.5)), S(r(2, 4, 3, dtype=f64, low=0.1).transpose(0, 1))],
+)
+row(
+    "binomial",
+    [
+        S(r(5, low=0.0, high=9.0).round(), r(5, low=0.0, high=1.0)),
+        S(r(3, 1, low=0.0, high=30.0).round(), r(4, low=0.1, high=0.9)),
+        S(
+            r(3, 4, dtype=f64, low=0.0, high=50.0).round().t(),
+            r(4, 3, dtype=f64, low=0.0, high=1.0),
+        ),
+        # what eager refuses
+        S(r(5, low=0.0), r(5, low=0.0, high=1.0).double()),
+        S(r(5, low=0.0), r(4, low=0.0, high=1.0)),
+        S(torch.arange(5), r(5, low=0.0, high=1.0)),
+    ],
+)
 _rectified = [S(x, training=True) for x in (r(5), r(3, 7), r(0), r(5, dtype=f64))]
 _rectified += [
     no(r(5, dtype=bf16), training=True),

@@ -16,6 +16,10 @@ from torch.nn.parameter import UninitializedTensorMixin
 from tracejit.capture.python.saved_tensors import SavedTensor
 from tracejit.capture.python.snapshot import Snapshot
 
+# The history that a compiled step gives to its results: a backward through it only raises.
+_REFUSING = type(
+    torch._C._functions.DelayedError(b"", 1)(torch.ones(1, requires_grad=True)).grad_fn
+)
 _SHARE = 0.5  # of the memory that is free, at most, for copies
 
 
@@ -89,7 +93,7 @@ def _unusual(tensors: Sequence[torch.Tensor]) -> str:
             return f"it can reach a tensor that is {t.layout}, quantized or on the meta device"
         if t.is_inference():
             return "it can reach a tensor of inference mode"
-        if t.grad_fn is not None:
+        if t.grad_fn is not None and not isinstance(t.grad_fn, _REFUSING):
             return "it can reach a tensor with a history of eager's, which a backward uses up"
     return ""
 

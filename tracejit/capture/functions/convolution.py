@@ -334,9 +334,76 @@ def _padding(
     return both, both
 
 
-for _rank in (1, 2, 3):
-    for _name, _rule in (("conv", _conv), ("conv_transpose", _conv_transpose)):
-        _implementation = _rule(_rank)
-        RULES[getattr(torch, f"{_name}{_rank}d")] = Rule(
-            _implementation, family_of(_implementation)
+def _convolution(
+    t: Trace,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: object,
+    padding: object,
+    dilation: object,
+    transposed: bool,
+    output_padding: object,
+    groups: int,
+) -> TracedTensor:
+    """torch.convolution: one of the six, by the dimensions of the weight; of batches alone."""
+    x, w = t.lift(input), t.lift(weight)
+    rank = len(w.shape) - 2
+    if rank not in _PLAIN or len(x.shape) != rank + 2:
+        raise t.shape_error(
+            f"Expected {rank + 2}-dimensional input for {rank + 2}-dimensional weight "
+            f"{list(w.shape)}, but got {len(x.shape)}-dimensional input of size {list(x.shape)} "
+            "instead"
         )
+    given = (stride, padding, dilation, output_padding)
+    if not all(isinstance(ints, (tuple, list)) for ints in given):
+        raise TypeError("stride, padding, dilation and output_padding must be tuples of ints")
+    if transposed:
+        rule = _TRANSPOSED[rank]
+        return rule(t, input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _PLAIN[rank](t, input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv_tbc(t: Trace, input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> TracedTensor:
+    """torch.conv_tbc: x[time, batch, channels], w[size, channels, out], b[out] →
+    y[time + 2 pad - size + 1, batch, out]. A negative pad leaves out what is at the ends."""
+    x, w, b = t.lift(input), t.lift(weight), t.lift(bias)
+    if len(x.shape) != 3 or len(w.shape) != 3:
+        raise t.shape_error(
+            "Input must have 3 dims: time, batch, in_channel; weight 3: size, in_channel, "
+            f"out_channel; but got {list(x.shape)} and {list(w.shape)}"
+        )
+    if len({x.dtype, w.dtype, b.dtype}) > 1:
+        names = ", ".join(str(TO_TORCH[h.dtype]) for h in (x, w, b))
+        raise t.shape_error(f"Input, weight and bias should have one type, but got {names}")
+    if x.shape[2] != w.shape[1]:
+        raise t.shape_error(
+            f"Input dim 2 (input channels, {x.shape[2]}) is not == dim 1 in the weight tensor "
+            f"({w.shape[1]})"
+        )
+    if b.shape != (w.shape[2],):
+        raise t.shape_error(
+            f"Bias size must equal dim 2 in the weight tensor (output channels, {w.shape[2]}), "
+            f"but got {list(b.shape)}"
+        )
+    length, size, pad = x.shape[0], w.shape[0], ints_of(t, pad, 1, "pad")[0]
+    count = length + 2 * pad - size + 1
+    if count < 0:
+        raise t.shape_error(f"Trying to create tensor with negative dimension {count}")
+    if 0 in x.shape or 0 in w.shape or count == 0:
+        raise t.unsupported("A convolution of no elements has no rule")
+    c = Convolution(Windows((size,), (1,), (pad,), (1,), (length,), (count,)), 1)
+    images = t.b.permute(t.read(x), axes=(1, 2, 0))
+    y = c.product(t, images, t.b.permute(t.read(w), axes=(2, 1, 0)))
+    y = t.b.permute(y, axes=(2, 0, 1))
+    return t.fresh(t.b.add(y, expand(t, t.read(b), y.type.shape)))
+
+
+_PLAIN = {rank: _conv(rank) for rank in (1, 2, 3)}
+_TRANSPOSED = {rank: _conv_transpose(rank) for rank in (1, 2, 3)}
+
+for _name, _rules in (("conv", _PLAIN), ("conv_transpose", _TRANSPOSED)):
+    for _rank, _rule in _rules.items():
+        RULES[getattr(torch, f"{_name}{_rank}d")] = Rule(_rule, family_of(_rule))
+RULES[torch.convolution] = Rule(_convolution, family_of(_convolution))
+RULES[torch.conv_tbc] = Rule(_conv_tbc, family_of(_conv_tbc))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from tracejit.capture.functions.assembly import joined
 from tracejit.capture.functions.common import (
     by_rule,
     cast,
@@ -29,7 +30,7 @@ from tracejit.capture.trace import bounds, cuts
 from tracejit.capture.trace.draws import Draw, Known, Sampled, default_generator
 from tracejit.capture.trace.scalars import is_runtime, pinned, plain
 from tracejit.capture.trace.table import rule
-from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor, broadcast_shape
+from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import DType, Type, b1, contiguous_strides, f32, f64, i64
@@ -383,9 +384,40 @@ def poisson(t: Trace, input: Tensor, generator: Generator | None = None) -> Trac
     return _constant_of(t, value, (input,))
 
 
-@rule(torch._standard_gamma)
-def standard_gamma(t: Trace, input: Tensor, generator: Generator | None = None) -> TracedTensor:
-    h = t.lift(input)
-    if t.grad_on and t.requires_grad(h):
-        raise t.unsupported("The derivative of a sample from a gamma distribution has no rule")
-    return t.fresh(sampled(t, input, h.shape, sampling(t, h, "_standard_gamma", generator)))
+def _sampling_without_derivative(name: str, of: str) -> Callable:
+    """_standard_gamma, _sample_dirichlet: of the parameters in one tensor."""
+
+    def sample(t: Trace, input: Tensor, generator: Generator | None = None) -> TracedTensor:
+        h = t.lift(input)
+        if t.grad_on and t.requires_grad(h):
+            raise t.unsupported(f"The derivative of a sample from a {of} distribution has no rule")
+        return t.fresh(sampled(t, input, h.shape, sampling(t, h, name, generator)))
+
+    return sample
+
+
+for _name, _of in (("_standard_gamma", "gamma"), ("_sample_dirichlet", "Dirichlet")):
+    rule(getattr(torch, _name))(_sampling_without_derivative(_name, _of))
+
+
+@rule(torch.binomial)
+def binomial(
+    t: Trace, count: Tensor, prob: Tensor, generator: Generator | None = None
+) -> TracedTensor:
+    """How many of so many trials succeed, of each element's probability."""
+    n, p = t.lift(count), t.lift(prob)
+    for h, name in ((n, "count"), (p, "prob")):
+        if not h.dtype.is_float:
+            raise ValueError(f"binomial only supports floating-point dtypes for {name}")
+    if n.dtype is not p.dtype:
+        raise t.shape_error(f"Found dtype {TO_TORCH[p.dtype]} but expected {TO_TORCH[n.dtype]}")
+    if n.dtype not in (f32, f64):
+        raise t.not_implemented("binomial_cpu", n.dtype)
+    if t.grad_on and (t.requires_grad(n) or t.requires_grad(p)):
+        raise t.no_derivative("aten::binomial")
+    shape = common_shape(t, [operand(t, count), operand(t, prob)])
+    with t.untaped():
+        both = [t.b.reshape(expand(t, t.read(h), shape), shape=(1, *shape)) for h in (n, p)]
+        value = joined(t, both, 0)
+        (flat,) = cuts.searched(t, value, sampling(t, n, "binomial", generator))
+        return t.fresh(t.b.reshape(flat, shape=shape))

@@ -190,7 +190,13 @@ def _packed_mask(
     return mask
 
 
-FROM_VALUES = {"rrelu": _slopes_of_rrelu, "packed_mask": _packed_mask}
+def _binomial(value: Tensor, generator: Generator | None = None) -> Tensor:
+    """Successes in value[0] trials of probability value[1]."""
+    count, prob = value
+    return torch.binomial(count, prob, generator=generator)
+
+
+FROM_VALUES = {"rrelu": _slopes_of_rrelu, "packed_mask": _packed_mask, "binomial": _binomial}
 
 
 class Draws:
