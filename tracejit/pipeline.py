@@ -110,16 +110,17 @@ class Pipeline:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
         look_around()
-        with telling(self.name):
-            with uncollected(), interruptible():  # graphs have no cycles, and many nodes
-                stage("passes")
-                final = self._optimized(graph)
-                stage("schedule")
-                plan = self._plan(final, executor)
+        # graphs and plans have no cycles, and many objects
+        with telling(self.name), uncollected(), interruptible():
+            stage("passes")
+            final = self._optimized(graph)
+            stage("schedule")
+            plan = self._plan(final, executor)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             agreement = None
-            if getattr(executor, "computes", True) and any(node.is_ordered for node in final.nodes):
+            computes = getattr(executor, "computes", True)
+            if computes and any(node.is_ordered for node in final.nodes):
                 agreement = Agreement(plan, numbers_in_common(final), names)
             program = Program(
                 plan,

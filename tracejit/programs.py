@@ -16,6 +16,7 @@ from tracejit.capture.effects.captured import Captured, Key, graph_key
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
+from tracejit.capture.python.memory import MANY
 from tracejit.errors import WrongResult
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
@@ -24,6 +25,7 @@ from tracejit.pipeline import Backward, Checking, Pipeline, Stats
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.agreement import Agreement
 from tracejit.runtime.memory import Memory
+from tracejit.runtime.native_words import load_early
 from tracejit.runtime.program import Program
 
 MAX_PROGRAMS = 64  # per step; the least recently used goes first
@@ -136,6 +138,8 @@ class Programs:
         backwards = [
             Backward(self.pipeline, node.graph, executor) for node in captured.effects.outside
         ]
+        if len(call.reals) >= MANY:
+            load_early()
         named = names(captured, call)
         self._note_counts(captured)
         built = self.pipeline.build(captured.graph, executor, self._memory, names=named)

@@ -4,17 +4,31 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 
 from tracejit.codegen.c_words import SOURCE
 from tracejit.errors import TracejitError
 from tracejit.runtime.c_compiler import load_library, locked_function
 
+_lock = threading.Lock()
 
-@functools.cache
+
 def load_words() -> tuple[Callable, ...] | None:
     """`tj_same`, `tj_again` and `tj_count`; None where there is no C compiler. They keep Python's
     lock, so that nothing changes meanwhile."""
+    with _lock:
+        return _loaded()
+
+
+@functools.cache
+def load_early() -> None:
+    """Begin that, beside what else a first call does."""
+    threading.Thread(target=load_words, daemon=True).start()
+
+
+@functools.cache
+def _loaded() -> tuple[Callable, ...] | None:
     try:
         library = load_library(SOURCE)
     except (TracejitError, OSError):
