@@ -54,6 +54,8 @@ FLOORS = {
     "passes": 3,
     "schedule": 3,
     "ledger_page": 2,
+    "interrupts": 2,
+    "forks": 1,
     "progress": 2,
     "weighing": 2,
     "kinds": 2,

@@ -41,7 +41,9 @@ from tracejit.capture.tracer import Tracer
 from tracejit.closures import Closures
 from tracejit.errors import OF_RANKS, InputsExhausted
 from tracejit.fallback import Attempt, Fallback
+from tracejit.forks import own_lock
 from tracejit.inspection import BoundStep, Inspected
+from tracejit.interrupts import held, interruptible, uninterrupted
 from tracejit.ir import exchange
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
@@ -143,7 +145,7 @@ class CompiledStep(Verifying, Inspected):
         self.options = options
         joining.install()
         self._hooks = Hooks()
-        self._lock = threading.RLock()
+        own_lock(self, "_lock", threading.RLock)
         self._own: frozenset[str] = frozenset()
         self.reset()
         self._own = frozenset(vars(self)).difference(
@@ -181,8 +183,7 @@ class CompiledStep(Verifying, Inspected):
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
-            plain = weakref.WeakMethod(self._plain)
-            options = self.options
+            plain, options = weakref.WeakMethod(self._plain), self.options
             self._programs = Programs(self._function, self.stats, options, lambda x: forget()(x))
             by_numpy = options.backend in ("auto", "c", "numpy")
             self._values = Values(self._programs.part, on_numpy=by_numpy)
@@ -253,7 +254,7 @@ class CompiledStep(Verifying, Inspected):
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
             if any(front(self, args, kwargs) for front in FRONTS):
                 return self(*args[len(self._bound_to) :], **kwargs)
-            with telling(self.__name__):
+            with uninterrupted(), telling(self.__name__), interruptible():
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
 
     def _trace_or_fall_back(
@@ -280,7 +281,7 @@ class CompiledStep(Verifying, Inspected):
             returned = self._trace(args, kwargs, failed, attempt)
         except Due as due:
             plan = due.run
-        except Exception as error:
+        except BaseException as error:
             plan = None
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
@@ -350,6 +351,7 @@ class CompiledStep(Verifying, Inspected):
         """A program is dropped: so are its replays."""
         self._replays = [r for r in self._replays if r.compiled is not compiled]
 
+    @held
     def _trace(
         self, args: tuple, kwargs: dict, failed: str, attempt: Attempt | None = None
     ) -> object:

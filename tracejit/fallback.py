@@ -29,6 +29,7 @@ from tracejit.errors import (
     ReplayNotArmed,
     TracejitError,
 )
+from tracejit.interrupts import raised_by_handler
 from tracejit.kinds import counted, kind_of
 from tracejit.quotes import at as place_at
 from tracejit.weighing import Weighing
@@ -254,7 +255,12 @@ class Fallback:
 
     def refused(self, attempt: Attempt, error: Exception, args: tuple, kwargs: dict) -> Refusal:
         """A trace ended in an error: put everything back, for an eager run. Raises what the call
-        raises if there is none: an error of eager's, or that of a call that cannot be repeated."""
+        raises if there is none: an error of eager's, that of a call that cannot be repeated, or
+        what a signal's handler has raised."""
+        if not attempt.committing and raised_by_handler(error):
+            attempt.put_back()
+        if not isinstance(error, Exception) or raised_by_handler(error):
+            raise error
         cause = attempt.cause(error)
         if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + OF_EAGER):
             raise error

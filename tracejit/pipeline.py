@@ -19,6 +19,8 @@ from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
 from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
+from tracejit.forks import own_lock
+from tracejit.interrupts import held, interruptible, look_around
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
@@ -95,6 +97,7 @@ class Pipeline:
             self.options.backend, device, precision or torch.get_float32_matmul_precision()
         )
 
+    @held
     def build(
         self,
         graph: Graph,
@@ -107,7 +110,9 @@ class Pipeline:
     ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
-        with telling(self.name), uncollected():  # graphs and plans have no cycles, and many objects
+        look_around()
+        # graphs and plans have no cycles, and many objects
+        with telling(self.name), uncollected(), interruptible():
             stage("passes")
             final = self._optimized(graph)
             stage("schedule")
@@ -175,7 +180,7 @@ class Pipeline:
                 from tracejit.schedule.sound import check_plan
 
                 check_plan(plan, layout_of(plan))
-            cache.put("plan", key, str(plan))
+            cache.store("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan
 
@@ -200,7 +205,7 @@ class Backward:
         self.pipeline, self.graph, self.executor = pipeline, graph, executor
         self.program: Program | None = None
         self._function: Callable[[list], list[torch.Tensor]] | None = None
-        self.lock = threading.Lock()
+        own_lock(self, "lock", threading.Lock)
 
     def __call__(self, inputs: list) -> list[torch.Tensor]:
         with self.lock:

@@ -63,7 +63,7 @@ def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str, meet: Meet)
     if knobs.verify():
         check_cpu_plan(plan, cpu_plan)
     digests = {name: found[kernel] for name, kernel in cpu_plan.kernels.items()}
-    cache.put("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
+    cache.store("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
     return Lowered(cpu_plan, digests)
 
 

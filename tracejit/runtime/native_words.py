@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 import threading
 from collections.abc import Callable
 
 from tracejit.codegen.c_words import SOURCE
 from tracejit.errors import TracejitError
+from tracejit.forks import own_lock
 from tracejit.runtime.c_compiler import load_library, locked_function
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
 def load_words() -> tuple[Callable, ...] | None:
