@@ -147,7 +147,7 @@ def early_stopping_on_an_object_with_a_history(w):
     return step
 
 
-@case("rerun", args=batch)
+@case("replay", args=batch)
 def mixup_by_a_random_number(w):
     w.net = network()
     w.opt = torch.optim.SGD(w.net.parameters(), 0.1)

@@ -329,9 +329,14 @@ def files(w):
     return step
 
 
-@case("rerun")
+@case("replay")
 def random_of_python(w):
     return lambda: X * random.random()
+
+
+@case("rerun")
+def choice_of_python(w):
+    return lambda: X * random.choice([1, 2, 3])
 
 
 @case("rerun")
@@ -448,7 +453,7 @@ def test_world(name):
     check(CASES[name])
 
 
-@pytest.mark.parametrize("name", ["printing", "clock", "files", "random_of_python"])
+@pytest.mark.parametrize("name", ["printing", "clock", "files", "choice_of_python"])
 def test_the_reason_of_a_rerun_is_one_warning_that_names_the_line(name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -519,7 +519,7 @@ REFUSED = {
     "text": (texts, "it makes text or a plain float of a number"),
     "nothing": (says_nothing, "returns no tensor and changes none"),
     "values": (reads_all, "it reads a tensor as a list"),
-    "Python's random": (draws, "computes something else in each call"),
+    "Python's random": (draws, "draws a number by random.random.* outside"),
     "a seed": (seeds, "sets the state of a random generator"),
     "a count": (Counts(), "computes something else in each call"),
     "a first call": (first_of_all(), "Call the step once or twice before you export it"),

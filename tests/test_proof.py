@@ -465,7 +465,6 @@ def a_clock(x):
 
 @ran(
     "runs chance",
-    "refused: line 1: it calls random.Random.random",
     "refused: line 1: it calls random.choice",
 )
 def chance(x):

@@ -781,7 +781,8 @@ def draws_by_value(x):
 
 
 REFUSED = {
-    "random": (lambda x: x * random.random(), "it is not replayed .*random"),
+    "random": (lambda x: x * random.random(), "draws a number by random of random .*outside"),
+    "choice": (lambda x: x * random.choice([1, 2]), "it is not replayed .*random"),
     "drawn": (draws_by_value, r"which elements it finds at test_saved.py:\d+.*Draw outside"),
     "list": (grows(), r"appends to a list of yours \(losses\) and looks.*where the step is called"),
     "text": (returns_text(), "it makes text of a number.*after the call"),

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from torch import Generator, Tensor
 
-from tracejit.capture.trace.draws import Draw, Event, Restore, Sampled, Seed, Together
+from tracejit.capture.trace.draws import Called, Draw, Event, Restore, Sampled, Seed, Together
 from tracejit.capture.trace.tensor import is_dense
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import b1, f32, f64
@@ -48,7 +48,7 @@ class DrawLines:
         """The lines of a traced call. Some draws are read alone, whether they are rows or not."""
         lines = []
         for k, event in enumerate(self.events):
-            if isinstance(event, Draw) and (k in alone or k not in self._rows):
+            if isinstance(event, (Called, Draw)) and (k in alone or k not in self._rows):
                 lines.append(f"draw{k} = call.drawn[{k}]")
             elif isinstance(event, Together):
                 self.names[f"put_together{k}"] = event.prepared()

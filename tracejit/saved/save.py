@@ -35,7 +35,7 @@ from tracejit.capture.signature import (
     leaves,
     standing,
 )
-from tracejit.capture.trace.draws import default_generator
+from tracejit.capture.trace.draws import Called, default_generator
 from tracejit.capture.trace.scalars import Path
 from tracejit.errors import OF_EAGER, CannotSave, TracejitError
 from tracejit.ir.ops.host import host_format
@@ -232,6 +232,10 @@ class _Planned:
                 why = f"what it computes depends on which elements it finds at {cut.where}"
                 remedy = cut.search.remedy or "Draw outside of the step"
                 raise refuse((why, remedy))
+        for event in c.draws:
+            if isinstance(event, Called):
+                why = f"it draws a number by {event.function} of random or numpy.random"
+                raise refuse((why, "Draw it outside and pass it as an argument"))
         if any(node.op is host_format for node in c.host_nodes):
             remedy = "Return the number, and make text of it after the call"
             raise refuse(("it makes text of a number", remedy))

@@ -1,7 +1,8 @@
 """What stands in places of the user's while a step is traced, and answers runtime scalars.
 
-Functions of math under other names than math's (`from math import sqrt`): the functions of the
-module are wrappers then (`python/mathematics.py`), and the proof finds where else the step can
+Functions of math under other names than math's (`from math import sqrt`), and those of `random` and
+`numpy.random`: the functions of the modules are wrappers then (`python/mathematics.py`,
+`python/generators.py`), and the proof finds where else the step can
 reach one, in a global name, a variable of a closure, an attribute or an item. Tables that a runtime
 integer may be looked up in (`python/tables.py`). Both are as they were when the trace is over.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from tracejit.capture.effects.variables import Variable
+from tracejit.capture.python import generators
 from tracejit.capture.python.leftovers import replace_object
-from tracejit.capture.python.mathematics import ORIGINALS, WRAPPERS, is_function
+from tracejit.capture.python.mathematics import WRAPPERS, is_function
 from tracejit.capture.python.references import ALONE, count
 from tracejit.capture.python.tables import copied, is_table
 from tracejit.forks import own_lock
@@ -32,19 +34,27 @@ def aliased(places: Iterable[Variable]) -> Iterator[None]:
     with _lock:
         for place in places:
             function = place.held()
-            name = getattr(function, "__name__", "")
-            if is_function(function) or (_users[place.id] and function is WRAPPERS.get(name)):
-                taken.append((place, name))
+            if _users[place.id]:
+                function = getattr(function, "__wrapped__", function)
+            wrapper = _wrapper_of(function)
+            if wrapper is not None:
+                taken.append((place, function, wrapper))
                 _users[place.id] += 1
-                place.set(WRAPPERS[name])
+                place.set(wrapper)
     try:
         yield
     finally:
         with _lock:
-            for place, name in taken:
+            for place, function, wrapper in taken:
                 _users[place.id] -= 1
-                if not _users[place.id] and place.held() is WRAPPERS[name]:
-                    place.set(ORIGINALS[name])
+                if not _users[place.id] and place.held() is wrapper:
+                    place.set(function)
+
+
+def _wrapper_of(function: object) -> Callable | None:
+    if is_function(function):
+        return WRAPPERS[function.__name__]
+    return generators.wrapper_of(function)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch.utils import checkpoint as torch_checkpoint
 
+from tracejit.capture.trace.draws import Called
 from tracejit.capture.trace.state import Checkpoint, Region
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.trace import Trace
@@ -41,6 +42,11 @@ def boundary(t: Trace, which: str, preserve: bool, products: bool, effect: str =
     if not preserve and len(t.draws.events) > begun.draws:
         raise t.unsupported(
             "With preserve_rng_state=False eager draws other numbers in its backward; leave it out"
+        )
+    if any(isinstance(event, Called) for event in t.draws.events[begun.draws :]):
+        raise t.unsupported(
+            "A checkpointed function draws a number from random or numpy.random, and eager draws "
+            "another one in its backward; draw it before, and pass it as an argument"
         )
     nbytes = 0
     for node in reversed(t.b.nodes):

@@ -27,9 +27,10 @@ from tracejit.capture.functions.derived import no_derivative
 from tracejit.capture.functions.factories import made, options_of
 from tracejit.capture.functions.movement import preserved_strides
 from tracejit.capture.trace import bounds, cuts
-from tracejit.capture.trace.draws import Draw, Known, Sampled, default_generator
+from tracejit.capture.trace.draws import Called, Draw, Known, Sampled, default_generator
 from tracejit.capture.trace.scalars import is_runtime, pinned, plain
-from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.sources import source_of
+from tracejit.capture.trace.table import COMPARED, rule
 from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
@@ -66,6 +67,25 @@ def drawn(
     t.draws.values[len(t.draws.events) - 1] = value
     t.journal.found_draw(event, generator)
     return value
+
+
+def number_drawn(
+    t: Trace, module: str, name: str, whole: bool, names: tuple[str, ...], *numbers: Number
+) -> TracedTensor:
+    """A number that a function of `random` or `numpy.random` draws, in a tensor; `names` are those
+    of its last arguments."""
+    source = source_of(module, name, numbers)
+    operands = tuple([x.value if is_runtime(x) else plain(x) for x in numbers])
+    event = Called(name, whole, names, operands, t.draws.position(source))
+    t.called(number_drawn, ())
+    t.draws.do(event, [plain(x) for x in numbers])
+    value = t.b.param(event.type, None)
+    t.draws.values[len(t.draws.events) - 1] = value
+    t.journal.found_draw(event, source)
+    return t.fresh(value)
+
+
+COMPARED.add(number_drawn)
 
 
 def like(h: Handle, dtype: DType | None = None) -> Type:

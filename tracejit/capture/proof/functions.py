@@ -12,6 +12,7 @@ from tracejit.capture.proof.classes import Classes
 from tracejit.capture.proof.guard_text import unbound
 from tracejit.capture.proof.kinds import C_FUNCTIONS, cached_text, known_callable
 from tracejit.capture.proof.watch import origin
+from tracejit.capture.python import generators
 from tracejit.capture.python.bytecode import asks, codes, is_value, scan
 from tracejit.capture.python.doubts import Doubt
 
@@ -150,7 +151,9 @@ class Functions(Classes):
                 root = function is self.root
                 place = Variable(read.holder, read.key, read.path)
                 self._number(("global", k, read.key), read.value, at, read.path, root, place)
-            elif read.holder is math:  # a wrapper while the step is traced
+            elif read.holder is math or generators.is_at_home(
+                read.holder, read.key, read.value
+            ):  # a wrapper while the step is traced
                 self.expect(f"{at} is {self.constant(read.value)}", read.path, read.value, at)
             else:
                 place = None if read.builtin else Variable(read.holder, read.key, read.path)

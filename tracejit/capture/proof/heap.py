@@ -39,7 +39,7 @@ from tracejit.capture.proof.kinds import (
 from tracejit.capture.proof.looks import looked_at, tables_among
 from tracejit.capture.proof.objects import Objects
 from tracejit.capture.proof.watch import origin
-from tracejit.capture.python import mathematics
+from tracejit.capture.python import generators, mathematics
 from tracejit.capture.python.bytecode import compares, is_tensor, is_value
 from tracejit.capture.python.doubts import template
 from tracejit.capture.python.tables import is_table
@@ -153,12 +153,12 @@ class Walk(Objects):
             self._object(x, at, path, owned, place)
 
     def _can_be_aliased(self, x: object, place: Variable | None) -> bool:
-        """Whether a wrapper can stand where a function of math is. In a class it would be a
-        method."""
+        """Whether a wrapper can stand where a function of math is, or of `random`. In a class it
+        would be a method."""
         return (
             place is not None
             and type(place.holder) is not Attributes
-            and mathematics.is_function(x)
+            and (mathematics.is_function(x) or generators.wrapper_of(x) is not None)
         )
 
     def _item(self, holder: object, key: object, path: str, owned: bool) -> Variable:

@@ -32,6 +32,7 @@ from tracejit.capture.functions.custom import call, once_differentiable
 from tracejit.capture.python import (
     checkpoints,
     data_parallel,
+    generators,
     mathematics,
     sharded,
     transforms,
@@ -447,6 +448,7 @@ def _install() -> None:
     for owner, name, new in (*_added, *_sharded):
         setattr(owner, name, new)
     mathematics.install()
+    generators.install()
 
 
 # the lists of schedulers and lazy modules that `_replaced` was made for
@@ -454,6 +456,7 @@ _of: tuple[object, object] = None, None
 
 
 def _remove() -> None:
+    generators.remove()
     mathematics.remove()
     for owner, name, _, _, before in _replaced:
         setattr(owner, name, before)

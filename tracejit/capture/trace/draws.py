@@ -17,9 +17,10 @@ import torch
 
 from tracejit.capture.trace.posing import really
 from tracejit.capture.trace.scalars import is_runtime, plain
+from tracejit.capture.trace.sources import Source
 from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.ir.graph import Arg, Value
-from tracejit.ir.types import Type
+from tracejit.ir.types import Type, f64, i64
 
 Tensor, Generator = torch.Tensor, torch.Generator
 Numbers = Sequence[float | int]
@@ -67,6 +68,34 @@ class Draw:
 
         def draw(generator: Generator, *numbers: float) -> Tensor:
             return fill(**dict(zip(names, numbers, strict=True)), generator=generator)
+
+        return draw
+
+
+@dataclass(frozen=True, slots=True)
+class Called:
+    """A number is drawn by a function of `random` or `numpy.random`, from the `Source` that is the
+    generator."""
+
+    function: str
+    whole: bool  # an integer
+    names: tuple[str, ...]  # of its last numbers, which are given by name
+    numbers: tuple[Arg, ...]
+    generator: int
+
+    @property
+    def type(self) -> Type:
+        """Of the tensor that holds the number."""
+        return Type(i64 if self.whole else f64, (), "cpu")
+
+    def prepared(self) -> Callable[..., Tensor]:
+        buffer = torch.empty((), dtype=TO_TORCH[self.type.dtype])
+        function, names = self.function, self.names
+        first = len(self.numbers) - len(names)
+
+        def draw(generator: Source, *numbers: float) -> Tensor:
+            named = dict(zip(names, numbers[first:], strict=True))
+            return buffer.fill_(generator.functions[function](*numbers[:first], **named))
 
         return draw
 
@@ -206,14 +235,14 @@ class Draws:
     """
 
     def __init__(self) -> None:
-        self.generators: list[Generator] = []
+        self.generators: list[Generator | Source] = []
         self.events: list[Event] = []
         self.given: list[Tensor | None] = []  # per event
         self.values: dict[int, Value] = {}  # inputs of the graph, by event
         self.again: deque[Tensor | None] = deque()
         self._before: list[Tensor] = []  # the states of the generators, at their first use
 
-    def position(self, generator: Generator) -> int:
+    def position(self, generator: Generator | Source) -> int:
         """The position of a generator among those that are used."""
         for i, known in enumerate(self.generators):
             if known is generator:
@@ -246,7 +275,8 @@ class Draws:
 
     def undo(self) -> None:
         """Put the generators back as they were before the trace."""
-        for generator, state in zip(self.generators, self._before, strict=True):
+        states = zip(self.generators, self._before, strict=True)
+        for generator, state in reversed([*states]):  # two sources may have one generator
             generator.set_state(state)
 
 

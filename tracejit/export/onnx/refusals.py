@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable
 from types import CellType
 
 from tracejit.capture.effects.effects import Given, HostSlot
-from tracejit.capture.trace.draws import Draw, Together
+from tracejit.capture.trace.draws import Called, Draw, Together
 from tracejit.errors import CannotExport
 from tracejit.export.onnx.step import Traced
 from tracejit.export.onnx.translate import REFUSED
@@ -51,6 +51,12 @@ def refuse_what_no_file_keeps(t: Traced) -> None:
     if effects.flags:
         raise t.refuse("it changes the requires_grad of a tensor from outside", "Do that outside")
     for event in c.draws:
+        if isinstance(event, Called):
+            module = t.call.generators[event.generator].module
+            raise t.refuse(
+                f"it draws a number by {module}.{event.function}",
+                "Draw it outside and pass it as an argument",
+            )
         if not isinstance(event, (Draw, Together)):
             raise t.refuse("it sets the state of a random generator", "Do that outside")
     stored_numbers(t)
