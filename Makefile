@@ -7,7 +7,7 @@ PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 PYTEST := $(PY) -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test test-all lint bench gpu accept clean
+.PHONY: demo test test-all fuzz lint bench gpu accept clean
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -26,12 +26,17 @@ test-all: $(READY)
 	TRACEJIT_TEST_ALL=1 $(PYTEST) -m "not interpret" tests
 	TRACEJIT_TEST_ALL=1 TRITON_INTERPRET=1 $(PYTEST) -m interpret tests
 
+N ?= 1000
+fuzz: $(READY)                  ## N random programs against eager, in shards (FUZZ='--processes 2 --verify 2')
+	PYTHONPATH=tests $(PY) -m support.fuzz --programs $(N) $(FUZZ)
+
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
 bench: $(READY)                 ## times beside the peers (BENCH='--rounds 5 --case mlp …')
 	$(PY) -m benchmarks.run $(BENCH)
+	$(if $(BENCH),,$(PY) -m benchmarks.data_parallel)
 
 gpu:                            ## all that a GPU can tell, in its own environment (GPU='--minutes 9 --resume')
 	$(GPU_PYTHON) -m benchmarks.gpu $(GPU)

@@ -159,28 +159,33 @@ def measure(case: str, contenders: Sequence[str], rounds: int, calls: int) -> di
     return found
 
 
-def _work(rank: int, store: str, case: str, asked: tuple, pipe: object) -> None:
+def _work(rank: int, count: int, store: str, measure: Callable, asked: tuple, pipe: object) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", store=distributed.FileStore(store, RANKS), rank=rank, world_size=RANKS
+        "gloo", store=distributed.FileStore(store, count), rank=rank, world_size=count
     )
-    pipe.send(measure(case, *asked))
+    pipe.send(measure(*asked))
     distributed.barrier()
     os._exit(0)
 
 
-def together(case: str, *asked: object) -> dict[str, object]:
-    """What the ranks have measured, as one: the slower rank's median counts."""
+def on_ranks(count: int, measure: Callable, *asked: object) -> list[dict]:
+    """What `measure(*asked)` finds on each of so many ranks, processes of one thread each."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         pipes = []
-        for rank in range(RANKS):
+        for rank in range(count):
             mine, its = context.Pipe()
-            given = rank, f"{folder}/store", case, asked, its
+            given = rank, count, f"{folder}/store", measure, asked, its
             context.Process(target=_work, args=given, daemon=True).start()
             its.close()
             pipes.append(mine)
-        ranks = [pipe.recv() for pipe in pipes]
+        return [pipe.recv() for pipe in pipes]
+
+
+def together(case: str, *asked: object) -> dict[str, object]:
+    """What the ranks have measured, as one: the slower rank's median counts."""
+    ranks = on_ranks(RANKS, measure, case, *asked)
     for rank in ranks:
         _compare(rank["losses"])
     names = list(ranks[0]["times"])

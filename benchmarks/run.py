@@ -31,6 +31,7 @@ A run of all cases and contenders writes benchmarks/results/<device>.json; any o
 from __future__ import annotations
 
 import argparse
+import compileall
 import contextlib
 import json
 import os
@@ -412,6 +413,8 @@ def main(arguments: Sequence[str] | None = None) -> dict:
         "--jax-python", default=os.environ.get("TRACEJIT_BENCH_JAX_PYTHON", sys.executable)
     )
     options = parser.parse_args(arguments)
+    for folder in ("tracejit", "kernels"):  # as installed: else it is part of first calls
+        compileall.compile_dir(ROOT / folder, quiet=2)
     contenders = [c for c in CONTENDERS if c in ("eager", *(options.contender or CONTENDERS))]
     there = torch.cuda.is_available()
     device = options.device or ("cuda" if there else "cpu")

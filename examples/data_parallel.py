@@ -2,12 +2,14 @@
 
     torchrun --nproc-per-node=2 examples/data_parallel.py [--eager]
 
-Over gloo on CPUs. Each process takes its own part of the data; DistributedDataParallel averages the
-gradients, in buckets that are reduced while others are still computed.
+Over gloo on CPUs, over NCCL where each process has a GPU. Each process takes its own part of the
+data; DistributedDataParallel averages the gradients, in buckets that are reduced while others are
+still computed.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -21,7 +23,11 @@ WIDTH, CLASSES, BATCH, STEPS = 256, 10, 64, 200
 
 
 def main() -> None:
-    distributed.init_process_group("gloo")
+    device = torch.device("cpu")
+    if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    distributed.init_process_group("gloo" if device.type == "cpu" else "nccl")
     rank, world = distributed.get_rank(), distributed.get_world_size()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -32,7 +38,7 @@ def main() -> None:
         torch.nn.ReLU(),
         torch.nn.Linear(WIDTH, CLASSES),
     )
-    teacher = torch.randn(32, CLASSES)
+    net, teacher = net.to(device), torch.randn(32, CLASSES, device=device)
     model = DistributedDataParallel(net, bucket_cap_mb=0.2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
@@ -52,7 +58,7 @@ def main() -> None:
         if n == 10:
             distributed.barrier()
             started = time.perf_counter()
-        x = torch.randn(BATCH, 32)
+        x = torch.randn(BATCH, 32, device=device)
         loss = step(x, (x @ teacher).argmax(1))
         if n % 50 == 0 or n == STEPS - 1:
             mean = loss.detach().clone()

@@ -4,6 +4,7 @@
 `LOAD_LSE` and `LOAD_DELTA(bufs, scalars, SIZES, b, rm)` a number of each query, 0 outside.
 `SCORE(s, bufs, scalars, SIZES, b, rm, rn)` gives the scores of scaled products: with their bias,
 and -inf where a key does not exist or is hidden.
+`NOISE(bufs, scalars, SIZES, b, rm, rn)` gives what weights are multiplied by, or is None.
 `STORE(acc, bufs, scalars, SIZES, b, rows, columns)` stores a tile of a result, or is None.
 b is the batch; bufs, scalars and SIZES are as for `tracejit.kernels.matmul`. DOT is "tensor" or
 "sum" as there, ACC the type that is computed in, OPERAND that of the operands in memory.
@@ -27,18 +28,24 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexp
 @triton.jit
 def _slopes(
     p,
+    left,
     g,
     v,
     delta,
+    NOISE: tl.constexpr,
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The cotangents of a block's scaled products, of which the weights are p."""
+    """The cotangents of a block's scaled products, of which the weights are p, and `left` of these
+    what noise leaves."""
     zero = tl.zeros([g.shape[0], v.shape[0]], ACC)
     mixed = _dot(g, tl.trans(v), zero, PRECISION, DOT, ACC)
-    return p * (mixed - delta[:, None]) * SCALE
+    if NOISE is not None:
+        return (left * mixed - p * delta[:, None]) * SCALE
+    else:
+        return p * (mixed - delta[:, None]) * SCALE
 
 
 @triton.jit
@@ -50,6 +57,7 @@ def attend_forward(
     LOAD_K: tl.constexpr,
     LOAD_V: tl.constexpr,
     SCORE: tl.constexpr,
+    NOISE: tl.constexpr,
     STORE: tl.constexpr,
     STORE_LSE: tl.constexpr,
     M: tl.constexpr,
@@ -92,6 +100,8 @@ def attend_forward(
         total = total * less + tl.sum(p, 1)
         if STORE is not None:
             v = LOAD_V(bufs, scalars, SIZES, b, rn, rd)
+            if NOISE is not None:
+                p = p * NOISE(bufs, scalars, SIZES, b, rm, rn)
             acc = _dot(p.to(OPERAND), v, acc * less[:, None], PRECISION, DOT, ACC)
         top = new
     total = tl.where(total == 0.0, 1.0, total)
@@ -111,6 +121,7 @@ def attend_gradients(
     LOAD_K: tl.constexpr,
     LOAD_V: tl.constexpr,
     SCORE: tl.constexpr,
+    NOISE: tl.constexpr,
     LOAD_LSE: tl.constexpr,
     LOAD_DELTA: tl.constexpr,
     LOAD_G: tl.constexpr,
@@ -159,11 +170,14 @@ def attend_gradients(
                 s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
                 p = tj.exp(s - lse[:, None])
                 g = LOAD_G(bufs, scalars, SIZES, b, rm, rd)
+                left = p
+                if NOISE is not None:
+                    left = p * NOISE(bufs, scalars, SIZES, b, rm, rn)
                 if STORE_DV is not None:
-                    dv = _dot(tl.trans(p.to(OPERAND)), g, dv, PRECISION, DOT, ACC)
+                    dv = _dot(tl.trans(left.to(OPERAND)), g, dv, PRECISION, DOT, ACC)
                 if STORE_DK is not None:
                     delta = LOAD_DELTA(bufs, scalars, SIZES, b, rm)
-                    slopes = _slopes(p, g, v, delta, SCALE, PRECISION, DOT, ACC)
+                    slopes = _slopes(p, left, g, v, delta, NOISE, SCALE, PRECISION, DOT, ACC)
                     dk = _dot(tl.trans(slopes.to(OPERAND)), q, dk, PRECISION, DOT, ACC)
             if STORE_DK is not None:
                 STORE_DK(dk, bufs, scalars, SIZES, b, rn, rc)
@@ -187,6 +201,9 @@ def attend_gradients(
                 s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
                 p = tj.exp(s - lse[:, None])
                 v = LOAD_V(bufs, scalars, SIZES, b, rn, rd)
-                slopes = _slopes(p, g, v, delta, SCALE, PRECISION, DOT, ACC)
+                left = p
+                if NOISE is not None:
+                    left = p * NOISE(bufs, scalars, SIZES, b, rm, rn)
+                slopes = _slopes(p, left, g, v, delta, NOISE, SCALE, PRECISION, DOT, ACC)
                 dq = _dot(slopes.to(OPERAND), k, dq, PRECISION, DOT, ACC)
             STORE_DQ(dq, bufs, scalars, SIZES, b, rm, rc)

@@ -47,12 +47,15 @@ def tiles(
 
 
 def attention_tiles(
-    M: int, N: int, C: int, D: int, dtype: str, precision: str, forward: bool
+    M: int, N: int, C: int, D: int, dtype: str, precision: str, forward: bool, noisy: bool
 ) -> dict[str, int]:
     """Keyword arguments of a launch of attention: M queries and N keys of width C, values of D."""
     c, d = (max(16, _power_of_two(n)) for n in (C, D))
-    rows = _ATTENTION["sum" if dot_path(dtype) == "sum" else _family(dtype, precision)]
-    wide, fitting, least = max(c, d), rows[forward], 16 if dot_path(dtype) == "tensor" else 1
+    family = "sum" if dot_path(dtype) == "sum" else _family(dtype, precision)
+    fitting = _ATTENTION[family][forward]
+    if noisy and not forward:
+        fitting = _NOISY_GRADIENTS.get(family, fitting)
+    wide, least = max(c, d), 16 if dot_path(dtype) == "tensor" else 1
     block_m, block_n, warps, stages = next((t for w, *t in fitting if wide <= w), fitting[-1][1:])
     return {
         "BLOCK_M": min(block_m, max(least, _power_of_two(M))),
@@ -151,6 +154,8 @@ _ATTENTION = {
         ((64, 8, 8, 4, 1), (256, 4, 4, 8, 1)),
     ),
 }
+# Of gradients of attention with dropout, whose numbers take registers too.
+_NOISY_GRADIENTS = {"half": ((64, 64, 64, 8, 1), (128, 64, 64, 8, 1), (256, 32, 32, 8, 1))}
 _SUM = ((16, 16, 16, 4, 2, 8),)
 
 

@@ -12,9 +12,10 @@ from support.attention_graphs import CASES, Case
 from support.plan_checks import TOLERANCE, PlanChecks, make_inputs
 from tracejit.codegen.triton import emit
 from tracejit.codegen.work import work
-from tracejit.ir.graph import Graph, verify
+from tracejit.ir.graph import Builder, Graph, Result, verify
+from tracejit.ir.ops.attention import GRADIENTS, row_products
 from tracejit.ir.torch_types import TO_TORCH
-from tracejit.ir.types import bf16, f32
+from tracejit.ir.types import Type, bf16, f32
 from tracejit.report import report
 from tracejit.rows import limits
 from tracejit.runtime.c_executor import CExecutor
@@ -31,6 +32,14 @@ LARGE = {
     "bf16, wide, masked": Case((2, 8, 512, 512, 128, 128), bf16, bias="bool"),
     "f32": Case((8, 8, 512, 512, 64, 64), f32, causal=True),
     "f32, masked": Case((8, 8, 512, 512, 64, 64), f32, bias="bool"),
+    "bf16, dropout": Case((8, 8, 512, 512, 64, 64), bf16, causal=True, noise="mask"),
+    "bf16, wide, dropout of a key": Case((2, 8, 512, 512, 128, 128), bf16, noise="key"),
+    "bf16, masked, dropout of a key": Case(
+        (8, 8, 512, 512, 64, 64), bf16, causal=True, bias="float", noise="key"
+    ),
+    "widest, dropout of a key": Case((2, 8, 512, 512, 256, 256), bf16, noise="key"),
+    "f32, dropout": Case((8, 8, 512, 512, 64, 64), f32, causal=True, noise="mask"),
+    "f32, dropout of a key": Case((8, 8, 512, 512, 64, 64), f32, bias="bool", noise="key"),
 }
 
 
@@ -65,6 +74,23 @@ def test_results_of_the_same_operands_are_one_kernel():
         [],  # delta
         ["attention_dq", "attention_dk", "attention_dv"],
     ]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_same_weights_of_two_values(fuse, plans):
+    """The log-sums belong to both, each result to its own values."""
+    b = Builder()
+    q, k, v, other, g = (b.param(Type(f32, (2, n, 4))) for n in (5, 7, 7, 7, 5))
+    how = {"causal": False, "scale": 0.5}
+    lse = b.attention_lse(q, k, 0.0, **how)
+    found = [lse]
+    for values in (v, other):
+        found.append(out := b.attention(q, k, values, 0.0, **how))
+        given = q, k, values, 0.0, lse, row_products(b, g, out), g
+        found += (getattr(b, name)(*given, **how) for name in GRADIENTS)
+    graph = b.graph("step", tuple(map(Result, found)))
+    verify(graph)
+    plans.check(graph, schedule(graph, fuse=fuse))
 
 
 def _attends(launch) -> tuple:

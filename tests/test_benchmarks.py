@@ -27,6 +27,8 @@ from benchmarks import (
     machine,
     products,
     run,
+    scaling,
+    verify_cost,
     worker,
 )
 from benchmarks.cases import ALL, CASES, LARGE, TELLING, arrays_of, cases_of
@@ -621,6 +623,18 @@ def test_two_processes():
         data_parallel._compare({"eager": [1.0], "tracejit": [2.0]})
 
 
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="torch without gloo",
+)
+def test_scaling_beside_what_is_measured():
+    """What is predicted for one process and for two, from launches and a link that are measured."""
+    one, two = scaling.table("ddp_mlp", 1, 2, (1, 2))
+    assert one["waited"] == 0 and one["predicted"] == pytest.approx(one["seconds"])
+    assert two["processes"] == 2 and 0 <= two["hidden"] <= 1 and two["bandwidth"] > 0
+    assert two["predicted"] >= two["launches"] + two["waited"] >= two["launches"] > 0
+
+
 def test_convolutions_of_a_net():
     """Equal ones once, with the work of the definition; one of them measured alone."""
     small = {"batch": 2, "side": 8, "widths": (4, 8), "blocks": 2}
@@ -640,3 +654,14 @@ def test_convolutions_of_a_net():
     assert ours > 0
     assert eager > 0
     assert convolutions.peak(1) > 1e8
+
+
+def test_what_verify_costs_is_timed_on_steps_that_are_the_same_afterwards():
+    """Of `verify=3` nothing is left: the function of a call is the one it would have been."""
+    steps = {name: verify_cost.training(asked) for name, asked in verify_cost.ASKED.items()}
+    texts = {name: step._replays[0].run.text for name, step in steps.items()}
+    assert texts["verify=3"] == texts["none"]
+    function = steps["verify=3"]._replays[0].run.function
+    assert function.__code__.co_filename == "<tracejit run>"
+    found = verify_cost.measured(rounds=1, calls=3)
+    assert found.keys() == verify_cost.ASKED.keys() and min(found.values()) > 0

@@ -20,7 +20,7 @@ from support.sequence_parts import VALUES
 from support.sequence_parts_lists import LISTS
 from support.sequence_parts_nested import NESTED
 from support.sequence_parts_tuples import TUPLES
-from support.sequences import Change, Outcome, Sequence, generate, run, shrink
+from support.sequences import Change, Outcome, Sequence, fails, generate, outcome, run, shrink
 from tracejit.capture.proof import heap, many
 from tracejit.capture.proof.guard_text import GuardText
 
@@ -37,31 +37,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def fails(sequence: Sequence) -> bool:
-    try:
-        run(sequence)
-    except AssertionError:
-        return True
-    return False
-
-
 def outcomes(seeds: range, **how: object) -> Iterator[Outcome]:
     """Of the sequences of some seeds. One that fails is shrunk, and told with its seed."""
     for seed in seeds:
         try:
-            outcome = run(generate(seed, **how))
-        except Exception as error:
-            small = shrink(generate(seed, **how), fails)
-            raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
-        yield outcome
+            yield outcome(generate(seed, **how))
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
 
 
 def check_seeds(seeds: range) -> None:
     found, why, replays = Counter(), Counter(), 0
-    for outcome in outcomes(seeds):
-        found[outcome.kind] += 1
-        why[outcome.why] += 1
-        replays += outcome.replays
+    for end in outcomes(seeds):
+        found[end.kind] += 1
+        why[end.why] += 1
+        replays += end.replays
     print(dict(found), replays, why)
     assert found["refused"] <= REFUSED_AT_MOST * len(seeds) + 1, why
     assert replays >= REPLAYED_AT_LEAST * len(seeds)
@@ -80,7 +70,7 @@ def test_many_sequences(first):
 
 def check_replayed(seeds: range, of: tuple) -> None:
     """Sequences made of some parts, of which some calls are replayed."""
-    replays = sum(outcome.replays for outcome in outcomes(seeds, of=of, calls=14))
+    replays = sum(end.replays for end in outcomes(seeds, of=of, calls=14))
     assert replays >= len(seeds)
 
 

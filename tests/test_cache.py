@@ -139,7 +139,8 @@ def test_full_disk_falls_back_and_leaves_nothing(cache, monkeypatch):
 
 def test_sweep_removes_old_leftovers_only(cache):
     folder = cache.put(KIND, KEY, TEXT).parent
-    old, new, foreign = folder / ".a.1.tmp", folder / ".b.2.tmp", folder / "notes.md"
+    old, new = folder / ".a.txt.1.00c0ffee.tmp", folder / ".b.txt.2.00c0ffee.tmp"
+    foreign = folder / "notes.md"
     for file in (old, new, foreign):
         file.write_text("half of an entry")
     long_ago = time.time() - STALE_SECONDS - 60

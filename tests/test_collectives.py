@@ -47,9 +47,19 @@ def test_on_a_fake_device(ranks: Ranks, name: str):
     assert ranks(rank_cases.on_a_fake_device, name) == [REPLAYS, REPLAYS]
 
 
+def test_a_callers_graph_is_refused(ranks: Ranks):
+    for said in ranks(rank_cases.captured):
+        assert "has collectives" in said and "outside of the capture" in said
+
+
 def test_built_for_a_gpu_that_is_not_here(ranks: Ranks):
     pytest.importorskip("triton")
     assert ranks(rank_cases.built) == [6, 6]
+
+
+def test_collectives_of_numbers_that_nobody_needs(ranks: Ranks):
+    """They are made all the same: another rank may need them, or wait for this one."""
+    assert ranks(rank_cases.numbers) == 2 * [[REPLAYS, 3]]
 
 
 def test_uneven_parts(ranks: Ranks):
@@ -64,6 +74,11 @@ def test_functional_forms_and_their_gradients(ranks: Ranks, name: str):
 @pytest.mark.parametrize("op", rank_cases.REDUCTIONS)
 def test_reductions(ranks: Ranks, op: str):
     assert ranks(rank_cases.reduction, op) == [REPLAYS, REPLAYS]
+
+
+@pytest.mark.parametrize("op", rank_cases.REDUCTIONS)
+def test_reductions_to_one_rank_and_in_parts(ranks: Ranks, op: str):
+    assert all(ranks(rank_cases.reduction_to_parts, op))
 
 
 @pytest.mark.parametrize("dtype", rank_cases.DTYPES)
@@ -91,6 +106,10 @@ def ends(found: list, *words: str) -> None:
 def test_another_branch_on_one_rank(ranks: Ranks):
     found = ranks(rank_cases.another_branch)
     ends(found, "RanksDiffer", "of 8+64 by=SUM", "of 1+8+64 by=SUM", "rank_cases.py:")
+
+
+def test_another_branch_on_one_rank_on_a_fake_device(ranks: Ranks):
+    ends(ranks(rank_cases.another_branch_on_a_fake_device), "RanksDiffer", "of 1+8+64 by=SUM")
 
 
 def test_another_learning_rate_on_one_rank(ranks: Ranks):

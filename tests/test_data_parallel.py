@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +19,9 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch without gloo",
 )
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 10  # seconds, until an error is there
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +57,24 @@ def test_trains_on_a_fake_device(ranks: Ranks, name: str):
 def test_order_on_a_fake_device(ranks: Ranks, golden):
     """Each bucket is reduced on the engine's stream, behind an event, while others are computed;
     the update waits for all of them."""
-    (first, _) = trains(ranks, "small buckets", rank_models.trained_on_a_fake_device)
+    (first, _) = trains(ranks, "small buckets", rank_models.trained_without_graphs)
     golden("data_parallel_on_a_gpu.txt", "\n".join(first["log"]) + "\n")
+
+
+@pytest.mark.parametrize("name", ["small buckets", "zero", "decisions", "residual"])
+def test_graphs_between_collectives(ranks: Ranks, name: str, golden):
+    """Each stretch of kernels is a graph; collectives are given between them, behind events."""
+    found = trains(ranks, name, rank_models.trained_by_graphs)
+    for rank in found:
+        own = [x for x in rank["log"] if "launch" in x and "of a graph" not in x]
+        assert own and all("launch a graph" in x for x in own), own
+    if name == "small buckets":
+        golden("data_parallel_by_graphs.txt", "\n".join(found[0]["log"]) + "\n")
+
+
+def test_an_event_less_between_graphs_is_found_out(ranks: Ranks):
+    for said in ranks(rank_models.without_events_between_graphs):
+        assert "all_reduce on stream" in said and "no event between them" in said, said
 
 
 def test_an_event_less_is_found_out(ranks: Ranks):
@@ -86,9 +110,30 @@ def test_a_parameter_without_a_gradient(ranks: Ranks):
         assert "unused.weight, unused.bias" in said and "find_unused_parameters=True" in said
 
 
-def test_ranks_that_use_other_parameters(ranks: Ranks):
-    for said in ranks(rank_models.other_parameters):
-        assert said.startswith("RanksDiffer") and "of=" in said
+@pytest.mark.parametrize("how", ["plain", "views", "device"])
+def test_ranks_that_use_other_parameters(ranks: Ranks, how: str):
+    """Some use what others do not, and others in each call: eager's gradients, in replay."""
+    for found in ranks(rank_models.other_parameters, how == "views", how == "device"):
+        assert found["difference"] < rank_models.RELATIVE and found["same on ranks"], found
+        assert found["replays"] >= 8, found
+
+
+def test_one_rank_asks_what_others_use(ranks: Ranks):
+    for said, seconds in ranks(rank_models.asked_in_vain, "alone"):
+        assert said.startswith("RanksDiffer") and seconds < LIMIT, (said, seconds)
+        assert "asks which of 8 parameters" in said
+
+
+def test_a_rank_leaves_after_it_has_asked(ranks: Ranks):
+    (said, seconds), (other, _) = ranks(rank_models.asked_in_vain, "left")
+    assert said.startswith("RanksDiffer") and seconds < LIMIT, (said, seconds)
+    assert "rank 1 has left the step with ValueError" in said
+    assert other.startswith("ValueError")
+
+
+def test_accumulation_over_calls_of_a_part_of_the_parameters(ranks: Ranks):
+    for said in ranks(rank_models.unsynced):
+        assert "no_sync()" in said and "in one call" in said
 
 
 def test_between_eager_steps(ranks: Ranks):
@@ -106,3 +151,16 @@ def test_no_step_with_collectives_is_saved(ranks: Ranks, tmp_path):
 def test_four_ranks(name: str):
     with Ranks(4) as four:
         trains(four, name)
+
+
+@pytest.mark.slow
+def test_the_example():
+    """By torchrun, as its first lines say; the loss falls."""
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 examples/data_parallel.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    given = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+    found = subprocess.run([sys.executable, *command.split()], timeout=240, **given)
+    assert found.returncode == 0, found.stderr
+    losses = [float(x) for x in re.findall(r"loss ([0-9.]+)", found.stdout)]
+    assert len(losses) == 5 and losses[-1] < losses[0] / 2, found.stdout
+    assert "of 2 processes" in found.stdout

@@ -3,6 +3,7 @@ does not do. Times are benchmarks/run.py's."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 
 import tracejit
 from benchmarks.cases import ALL
+from tracejit import programs
 from tracejit.capture.bind import unwrap
 from tracejit.capture.capture import capture_call
+from tracejit.capture.python.memory import MANY
 from tracejit.ir.text import parse
 from tracejit.passes import optimize
 from tracejit.runtime import c_kernels
@@ -182,3 +185,37 @@ def test_a_warm_start_reads_no_kernel(monkeypatch, tmp_path):
     cold = calls()
     monkeypatch.setattr(kernel_text, "_Parser", None)
     assert all(map(torch.equal, calls(), cold))
+
+
+# --- beside it
+
+
+def test_no_collection_while_a_program_is_built(monkeypatch, tmp_path):
+    """One of all objects takes some 0.4 s where torch is loaded."""
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    enabled: list[bool] = []
+    for module, name in ((lowering, "lower_kernel"), (c_kernels, "_cost")):
+        function = getattr(module, name)
+
+        def noted(*given, function=function):
+            enabled.append(gc.isenabled())
+            return function(*given)
+
+        monkeypatch.setattr(module, name, noted)
+    step = tracejit.compile(lambda x: (x @ x).exp(), on_unsupported="raise")
+    step(torch.ones(3, 3))
+    assert enabled and not any(enabled) and gc.isenabled()
+
+
+@pytest.mark.parametrize(("count", "begun"), [(MANY - 1, 0), (MANY, 1)])
+def test_words_are_loaded_beside_the_build_of_a_step_of_many_tensors(monkeypatch, count, begun):
+    """Their guard needs a C program of its own, which is not waited for at the end."""
+    said: list[str] = []
+    monkeypatch.setattr(programs, "load_early", lambda: said.append("early"))
+    tensors = [torch.ones(3) for _ in range(count)]
+
+    def step():
+        return sum(tensors)
+
+    tracejit.compile(step, on_unsupported="raise")()
+    assert len(said) == begun

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 # A unit is a module or a package directly under tracejit; it imports from floors below its own.
 FLOORS = {
     "tracejit": 5,
+    "bisecting": 5,
     "build": 5,
     "captured": 5,
     "closures": 5,
@@ -53,6 +54,8 @@ FLOORS = {
     "passes": 3,
     "schedule": 3,
     "ledger_page": 2,
+    "interrupts": 2,
+    "forks": 1,
     "progress": 2,
     "weighing": 2,
     "kinds": 2,
@@ -63,12 +66,14 @@ FLOORS = {
     "tables": 1,
     "knobs": 1,
     "errors": 1,
+    "quotes": 1,
 }
 SAME_FLOOR = {
     ("runtime", "codegen"),  # a Step is built from sources
     ("tracejit", "compile"),  # the entry points
     ("tracejit", "captured"),
     ("captured", "compile"),  # a compiled step is captured as the step that it wraps
+    ("errors", "quotes"),
     ("compile", "tracejit"),  # the version
     ("compile", "build"),
     ("compile", "closures"),
@@ -108,6 +113,11 @@ SAME_FLOOR = {
     ("run", "drawing"),
     ("programs", "run"),
     ("__main__", "build"),
+    ("__main__", "bisecting"),
+    ("bisecting", "compile"),
+    ("bisecting", "options"),
+    ("bisecting", "testing"),
+    ("bisecting", "verify"),
     ("__main__", "commands"),
     ("__main__", "compile"),
     ("commands", "compile"),
@@ -137,6 +147,7 @@ SAME_FLOOR = {
     ("inspection", "options"),
     ("numpy_front", "compile"),  # its step is a compiled step
     ("numpy_front", "options"),
+    ("numpy_front", "run"),
     ("tracejit", "numpy_front"),
     ("inspection", "saved"),
     ("inspection", "export"),

@@ -172,7 +172,7 @@ def vjp_graph(name: str, sample: Sample, dtype=None) -> tuple[Graph, list[int]]:
     args, y = sample.emit(b, name, dtype)
     g = b.param(y.type)
     results, positions = [], []
-    for i, (arg, rule) in enumerate(zip(args, OPS[name].vjp, strict=True)):
+    for i, (arg, rule) in enumerate(zip(args, OPS[name].rules(len(args)), strict=True)):
         if isinstance(arg, Value) and arg.type.dtype.is_float and rule is not NO_GRAD:
             results.append(Result(rule(b, g, y, *args, **sample.attrs)))
             positions.append(i)
@@ -185,7 +185,7 @@ def backward(b: Builder, nodes: list[Node], seed: dict[Value, Value]) -> dict[Va
     for node in reversed(nodes):
         if node.out not in found:
             continue
-        for arg, rule in zip(node.args, node.op.vjp, strict=True):
+        for arg, rule in zip(node.args, node.op.rules(len(node.args)), strict=True):
             if isinstance(arg, Value) and arg.type.dtype.is_float and rule is not NO_GRAD:
                 c = rule(b, found[node.out], node.out, *node.args, **dict(node.attrs))
                 found[arg] = b.add(found[arg], c) if arg in found else c
@@ -202,7 +202,7 @@ def second_order_graph(name: str, sample: Sample) -> Graph:
     floats = [a for a in args if isinstance(a, Value) and a.type.dtype.is_float]
     seed = {}
     firsts = []
-    for arg, rule in zip(args, OPS[name].vjp, strict=True):
+    for arg, rule in zip(args, OPS[name].rules(len(args)), strict=True):
         if arg in floats and rule is not NO_GRAD:
             firsts.append(rule(b, g, y, *args, **sample.attrs))
     b.on_emit = None
@@ -423,6 +423,9 @@ MALFORMED = [
     ("attention", (X, X, X, 1.0), HOW),
     ("attention", (X, Type(f64, (3, 5)), X, 0.0), HOW),
     ("attention", (X, X, X, 0.0), {"causal": False}),
+    ("attention", (X, X, X, 0.0, X), HOW),  # noise that has another shape than scores
+    ("attention", (X, X, X), HOW),
+    ("attention", (X, X, X, 0.0, Type(f32, (3, 3)), Type(f32, (3, 3))), HOW),
     ("attention_lse", (N, N, 0.0), HOW),
     ("attention_lse", (Type(f32, (0, 5)), X, 0.0), HOW),
     ("attention_lse", (Type(f32, (2, 3, 5)), Type(f32, (1, 3, 5)), 0.0), HOW),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from support.random_check import IllConditioned, compare, is_refusal, loaded, run_program, shrink
+from support.random_check import compare, is_refusal, loaded, outcome, shrink
 from support.random_images import generate_images, generate_plain
 from support.random_programs import generate
 from support.random_text import Program
@@ -33,38 +33,20 @@ ILL_CONDITIONED_AT_MOST = 0.05
 refusals: Counter[str] = Counter()
 
 
-def outcome(seed: int, *variants: dict, generate: Callable[[int], Program] = generate) -> str:
-    """One of equal, refused, ill-conditioned; else AssertionError with the shrunk program."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, about create_graph and var of one element
-        program = generate(seed)
-        try:
-            refused = run_program(program, variants)
-        except IllConditioned:
-            return "ill-conditioned"
-        except Exception as error:
-            kind = type(error)
-            small = shrink(program, lambda p: fails_alike(p, variants, kind))
-            raise AssertionError(f"seed {seed}: {error}\n\n{small}") from error
-    for reason in refused.values():
-        refusals[reason.split(": ", 1)[-1]] += 1
-    return "refused" if refused else "equal"
-
-
-def fails_alike(program: Program, variants: tuple[dict, ...], kind: type) -> bool:
-    try:
-        run_program(program, variants)
-    except IllConditioned:
-        return False
-    except Exception as found:
-        return type(found) is kind
-    return False
-
-
 def check_seeds(
     seeds: range, *variants: dict, generate: Callable[[int], Program] = generate
 ) -> None:
-    found = Counter(outcome(seed, *variants, generate=generate) for seed in seeds)
+    found = Counter()
+    for seed in seeds:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about var of one element
+            program = generate(seed)
+        try:
+            end, refused = outcome(program, variants)
+        except AssertionError as error:
+            raise AssertionError(f"seed {seed}: {error}") from error
+        found[end] += 1
+        refusals.update(reason.split(": ", 1)[-1] for reason in refused.values())
     print(dict(found), dict(refusals))
     assert found["refused"] <= REFUSED_AT_MOST * len(seeds) + 1, refusals
     assert found["ill-conditioned"] <= ILL_CONDITIONED_AT_MOST * len(seeds) + 1

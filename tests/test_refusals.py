@@ -30,9 +30,10 @@ def refusal(step: Callable, *args: torch.Tensor) -> str:
     before = [a.clone() for a in plain]
     with pytest.raises(UnsupportedOperation) as caught:
         tracejit.compile(step)(*args)
-    text = str(caught.value)
+    text = caught.value.text
     assert re.match(rf"{re.escape(__file__)}:\d+: \S+.* is not supported inside a compiled", text)
     assert re.search(r"\)\. \S.*\.$", text, re.DOTALL), f"no remedy: {text}"
+    assert re.search(r"^    \S.*\n +\^+$", str(caught.value)[len(text) + 1 :]), str(caught.value)
     assert all(torch.equal(now, then) for now, then in zip(plain, before, strict=True))
     return text
 

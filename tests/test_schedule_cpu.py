@@ -20,7 +20,7 @@ from tracejit.schedule.cpu.lower import lower, lower_kernel
 from tracejit.schedule.cpu.phases import write_out_phases
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch, CpuPlan
 from tracejit.schedule.cpu.planes import copy_planes
-from tracejit.schedule.cpu.registers import accumulators, keeps_b
+from tracejit.schedule.cpu.registers import ROW_BYTES, accumulators, keeps_b
 from tracejit.schedule.cpu.rows import cache_rows
 from tracejit.schedule.cpu.taps import write_out_taps
 from tracejit.schedule.cpu.text import (
@@ -28,7 +28,7 @@ from tracejit.schedule.cpu.text import (
     parse_cpu_kernel,
     parse_cpu_plan,
 )
-from tracejit.schedule.cpu.tiles import STRIP_BYTES, Contraction, orient, tile
+from tracejit.schedule.cpu.tiles import ROW_DEPTH, STRIP_BYTES, Contraction, orient, tile
 from tracejit.schedule.cpu.unpack import unpack
 from tracejit.schedule.cpu.windows import windows_of
 from tracejit.schedule.kernel import Axis, Compute, FloorDiv, Index, Load, Reduce, Store
@@ -661,9 +661,23 @@ def test_slices_of_k_are_summed_in_passes():
         t = tile(kernel, vector_bytes).tiling
         c = Contraction(kernel.kernel, t)
         assert t.way == "slices" and not t.deep and t.chunks > 1
+        assert t.chunks % 2 == 0  # for two threads
         assert c.passes is passes
         if passes:
             assert c.depth * (c.strip * c.size + 64) <= STRIP_BYTES
+
+
+@pytest.mark.parametrize("vector_bytes", VECTORS)
+def test_one_row_reads_long_stretches_of_b(vector_bytes: int):
+    """Nothing of B is read twice: a few of its rows are read side by side, and of each as much as a
+    tile has; several rows of A keep their strips of B in the first cache instead."""
+    kernel = product(1, 3000, 784)
+    c = Contraction(kernel.kernel, tile(kernel, vector_bytes).tiling)
+    assert c.passes and c.depth == ROW_DEPTH
+    assert c.tiling.tile_columns * c.size == ROW_BYTES and c.tiling.chunks > 1
+    several = product(4, 3000, 784)
+    other = Contraction(several.kernel, tile(several, vector_bytes).tiling)
+    assert other.depth > 2 * ROW_DEPTH and other.tiling.tile_columns * other.size < ROW_BYTES
 
 
 def test_what_is_packed_with_few_registers():

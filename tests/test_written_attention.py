@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,42 +10,40 @@ from torch import nn
 from torch.nn import functional as F
 
 import tracejit
+from support.attention_forms import (
+    EMPTY,
+    LOWEST,
+    OF_HEADS,
+    PADDED,
+    PRIMITIVES,
+    SCALE,
+    SOME,
+    TRIANGLE,
+    B,
+    D,
+    Form,
+    H,
+    T,
+    graph_of,
+    lowest,
+    primitives,
+    scores,
+    training,
+    weighed,
+)
 from support.capture_checks import randn
 from support.fake import warm
-from tracejit.ir.graph import Graph
-from tracejit.passes import attention, optimize
-from tracejit.report import limits, report
+from tracejit.passes import attention
 from tracejit.schedule import schedule
 from tracejit.testing import assert_equal_to_eager, assert_trains_like_eager, fake_device
 
-B, H, T, D = 2, 3, 11, 4
-SCALE = 1 / math.sqrt(D)
 Tensor = torch.Tensor
-Form = Callable[[Tensor, Tensor, Tensor], Tensor]
-PRIMITIVES = ["attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"]
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Few scores are left out as well."""
     monkeypatch.setattr(attention, "LARGE", 1)
-    monkeypatch.setattr(attention, "DROPPED", 1)
-
-
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    return q @ k.transpose(-2, -1) * SCALE
-
-
-def weighed(a: Tensor, v: Tensor) -> Tensor:
-    return F.softmax(a, dim=-1) @ v
-
-
-TRIANGLE = torch.ones(T, T).tril().view(1, 1, T, T)
-PADDED = torch.arange(T) < torch.tensor([7, 11])[:, None]  # of B, T
-EMPTY = torch.arange(T) < torch.tensor([0, 9])[:, None]  # the first one sees no key
-SOME = torch.ones(T, T, dtype=torch.bool).tril(-1)  # the first query sees no key
-OF_HEADS = randn(1, H, T, T)
-LOWEST = torch.finfo(torch.float32).min
 
 
 class Scale:
@@ -100,10 +96,6 @@ def added(bias: Tensor) -> Form:
     return lambda q, k, v: weighed(torch.matmul(q, k.mT) / math.sqrt(D) + bias, v)
 
 
-def lowest(mask: Tensor) -> Tensor:
-    return (1.0 - mask[:, None, None].float()) * LOWEST
-
-
 FORMS: dict[str, Form] = {
     "plain": lambda q, k, v: weighed(scores(q, k), v),
     "no scale": lambda q, k, v: weighed(q @ k.mT, v),
@@ -148,27 +140,6 @@ FORMS: dict[str, Form] = {
     "double": lambda q, k, v: weighed(scores(q.double(), k.double()), v.double()).float(),
     "the same for all": lambda q, k, v: weighed(scores(q, q), q) + k + v,
 }
-
-
-def training(form: Form) -> Callable:
-    q, k, v = (randn(B, H, T, D, i + 1)[..., i].requires_grad_() for i in range(3))
-    other = randn(B, H, T, D)
-
-    def step():
-        q.grad = k.grad = v.grad = None
-        out = form(q, k, v)
-        (out * other).sum().backward()
-        return out.detach(), q.grad, k.grad, v.grad
-
-    return step
-
-
-def graph_of(step: Callable, *args: object) -> Graph:
-    return optimize(tracejit.capture(step, *args).graph)
-
-
-def primitives(graph: Graph) -> list[str]:
-    return sorted(n.op.name for n in graph.nodes if n.op.family == "attention")
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -253,163 +224,6 @@ def test_a_half_product_of_wide_scores_stays():
         return scores(q, k).softmax(-1).bfloat16() @ v.bfloat16()
 
     assert not primitives(graph_of(step, *(randn(B, H, T, D) for _ in range(3))))
-
-
-# ---- dropout
-
-
-class Rate:
-    of = 0.3
-
-
-RATES = Rate()
-DROPPED: dict[str, Form] = {
-    "dropout": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), 0.5) @ v,
-    "a rate that may change": lambda q, k, v: F.dropout(scores(q, k).softmax(-1), RATES.of) @ v,
-    "causal": lambda q, k, v: (
-        F.dropout(
-            scores(q, k).masked_fill(torch.ones(T, T).tril() == 0, -math.inf).softmax(-1), 0.3
-        )
-        @ v
-    ),
-    "padded": lambda q, k, v: (
-        F.dropout(scores(q, k).masked_fill(~PADDED[:, None, None], -math.inf).softmax(-1), 0.3) @ v
-    ),
-    "a query of no keys": lambda q, k, v: (
-        F.dropout(scores(q, k).masked_fill(~SOME, -math.inf).softmax(-1), 0.3) @ v
-    ),
-    "a query of no keys, finite": lambda q, k, v: (
-        F.dropout(scores(q, k).masked_fill(~SOME, -1e9).softmax(-1), 0.3) @ v
-    ),
-    "by torch's function": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, dropout_p=0.3, is_causal=True
-    ),
-    "by torch's function, masked": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, SOME, dropout_p=0.3
-    ),
-    "added infinity": lambda q, k, v: (
-        F.dropout((scores(q, k) + torch.zeros(T, T).masked_fill(~SOME, -math.inf)).softmax(-1), 0.3)
-        @ v
-    ),
-    "a bias of heads": lambda q, k, v: F.dropout((scores(q, k) + OF_HEADS).softmax(-1), 0.3) @ v,
-    "a mask of numbers": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, lowest(PADDED), dropout_p=0.3
-    ),
-    "numbers that leave nothing of a sequence": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, lowest(EMPTY), dropout_p=0.3
-    ),
-    "such numbers, written out": lambda q, k, v: (
-        F.dropout((scores(q, k) + lowest(EMPTY)).softmax(-1), RATES.of) @ v
-    ),
-    "such numbers for some keys": lambda q, k, v: (
-        F.dropout((scores(q, k) + torch.where(SOME, 0.3, -1e9) + lowest(PADDED)).softmax(-1), 0.3)
-        @ v
-    ),
-    "numbers, and a query of no keys": lambda q, k, v: F.scaled_dot_product_attention(
-        q, k, v, torch.where(SOME, OF_HEADS, -math.inf), dropout_p=0.3
-    ),
-    "numbers, and a query of no keys, written out": lambda q, k, v: (
-        F.dropout((scores(q, k) + torch.where(SOME, OF_HEADS, -math.inf)).softmax(-1), 0.3) @ v
-    ),
-    "most of it": lambda q, k, v: F.dropout((scores(q, k) * 4).softmax(-1), 0.95) @ v,
-}
-OF_NUMBERS = [name for name in DROPPED if "number" in name or "bias" in name]
-ATTENDED = {"attention", "attention_dk", "attention_dq", "attention_dv", "attention_lse"}
-
-
-@pytest.mark.parametrize("name", DROPPED)
-def test_dropout(name):
-    """With eager's numbers, also where nothing is left of a row; no scores but the masks."""
-    step = training(DROPPED[name])
-    compiled = tracejit.compile(step, on_unsupported="raise")
-    for call in range(4):
-        torch.manual_seed(call)
-        eager = [x.clone() for x in step()]
-        torch.manual_seed(call)
-        found = compiled()
-        torch.testing.assert_close([*found], eager, equal_nan=True, rtol=1e-4, atol=1e-5)
-    assert compiled.stats.replays
-    assert {*primitives(graph_of(step))} == ATTENDED
-    arena = [b for b in compiled.plans[-1].buffers if b.kind == "arena"]
-    large = [b.type.dtype.name for b in arena if b.type.numel >= B * H * T * T]
-    assert set(large) <= {"b1", "f32"}
-    # an operand is computed where it is read from one tensor; numbers and what is dropped are two
-    assert large.count("f32") == (name in OF_NUMBERS)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
-def test_dropout_of_half_types(dtype):
-    q, k, v = (randn(B, H, T, D, i + 1)[..., i].requires_grad_() for i in range(3))
-
-    def step():
-        with torch.autocast("cpu", dtype):
-            out = F.dropout(scores(q, k).softmax(-1), 0.3) @ v
-        return out.detach(), *torch.autograd.grad(out.float().square().sum(), [q, k, v])
-
-    assert {*primitives(graph_of(step))} == ATTENDED
-    torch.manual_seed(0)
-    eager = step()
-    torch.manual_seed(0)
-    found = tracejit.compile(step)()
-    eps = torch.finfo(dtype).eps
-    for ours, his in zip(found, eager, strict=True):
-        assert (ours - his).norm() <= 4 * eps * his.norm()
-
-
-def test_dropout_whose_mask_is_computed():
-    """In mode fast nothing of the scores' size is stored."""
-    step = training(DROPPED["dropout"])
-    compiled = tracejit.compile(step, randomness="fast")
-    found = compiled()
-    assert all(x.isfinite().all() for x in found)
-    plan = compiled.plans[-1]
-    assert all(b.type.numel < B * H * T * T for b in plan.buffers)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
-@pytest.mark.parametrize("target", [80, 90, 100])
-@pytest.mark.parametrize("randomness", ["eager", "fast"])
-def test_kernels_keep_the_limits(target, randomness):
-    """Half types with dropout on tensor cores, forward and backward, without spills."""
-    pytest.importorskip("triton")
-    q, k, v = (randn(2, 4, 128, 64).bfloat16().requires_grad_() for _ in range(3))
-
-    def step():
-        a = (q @ k.mT * 0.125).masked_fill(torch.ones(128, 128).tril() == 0, -math.inf)
-        y = F.dropout(a.softmax(-1), 0.1) @ v
-        return y.detach(), *torch.autograd.grad(y.float().square().sum(), (q, k, v))
-
-    compiled = tracejit.compile(step, randomness=randomness)
-    compiled()
-    found = report(compiled, target=target)
-    assert not list(limits(found))
-    rows = [row for row in found.rows if row.form == "attention"]
-    tensor = {80: "mma", 90: "wgmma", 100: "wgmma"}[target]
-    assert len(rows) == 4 and all(getattr(row.facts, tensor) for row in rows)
-    assert not sum(row.facts.spills for row in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
-@pytest.mark.parametrize("target", [80, 90, 100])
-def test_kernels_in_float32_spill_nothing(target):
-    pytest.importorskip("triton")
-    q, k, v = (randn(2, 4, 128, 64).requires_grad_() for _ in range(3))
-
-    def step():
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=0.1)
-        return y.detach(), *torch.autograd.grad(y.square().sum(), (q, k, v))
-
-    compiled = tracejit.compile(step)
-    compiled()
-    rows = [row for row in report(compiled, target=target).rows if row.form == "attention"]
-    assert len(rows) == 4 and not sum(row.facts.spills for row in rows)
-
-
-def test_few_scores_that_are_dropped_stay(monkeypatch):
-    monkeypatch.setattr(attention, "DROPPED", B * H * T * T + 1)
-    assert not primitives(graph_of(training(DROPPED["dropout"])))
 
 
 # ---- in lockstep, and some gradients

@@ -7,6 +7,7 @@ python -m tracejit save examples/two_layer_autograd.py:make_step -o two_layer.st
 python -m tracejit eject examples/two_layer_autograd.py:make_step -o two_layer_step.py
 python -m tracejit onnx examples/two_layer_autograd.py:make_step -o two_layer.onnx
 python -m tracejit draw examples/two_layer_autograd.py:make_step -o page.html
+python -m tracejit bisect examples/two_layer_autograd.py:make_step -o bisected.py
 python -m tracejit replay-evidence step_0123456789ab.evidence
 python -m tracejit cache --prune 100M
 python -m tracejit ops cumsum
@@ -26,8 +27,11 @@ from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
+import torch
+
 from tracejit import commands as commands_of_files
 from tracejit import knobs
+from tracejit.bisecting import bisected
 from tracejit.build import TargetedStep
 from tracejit.compile import CompiledStep
 from tracejit.compile import compile as compile_step
@@ -79,6 +83,14 @@ with its groups folded, for a paper. With --tensorboard the graph is written whe
 graph tab finds it. The step is called three times; `step.draw(path)` draws your own calls.
 
 exit status: 0, or 2 if there is nothing to draw."""
+
+BISECT = """\
+Shrink a step that differs from eager, or that crashes the compiler or the process: call it four
+times under verification, write down the torch calls of the call that is wrong, and leave out what
+can be left out, and make sizes smaller, while it is wrong in the same way. What is left is printed,
+as a program and as a graph, and the program is written to a file (docs/trust.md).
+
+exit status: 0 if nothing differs, 1 if something does, or 2 if the step cannot be called."""
 
 
 class Refused(Exception):
@@ -156,6 +168,28 @@ def draw(options: argparse.Namespace) -> int:
     for path in filter(None, (options.output, options.tensorboard)):
         print(f"written to {path}")
     return 0
+
+
+def bisect(options: argparse.Namespace) -> int:
+    """Shrink a step that is wrong; 1 if it is."""
+    torch.set_num_threads(1)  # threads do not live on in children
+    with contextlib.redirect_stdout(sys.stderr):
+        found = bisected(load_step(*options.step), options.seconds, options.output)
+    if found.wrong is None:
+        print(f"nothing differs{f' ({found.note})' if found.note else ''}")
+        return 0
+    print(f"call {found.wrong.call + 1}: {found.wrong.what}")
+    if found.note:
+        print(f"note: {found.note}")
+    if found.graph:
+        print(f"\nthe graph, {found.nodes[1]} of {found.nodes[0]} nodes:\n{found.graph}")
+    if found.program:
+        options.output.write_text(found.program)
+        if found.data:
+            torch.save(list(found.data), options.output.with_suffix(".pt"))
+        of = f", {found.calls[1]} of {found.calls[0]} torch calls" * bool(found.calls[0])
+        print(f"\nthe program{of}, in {options.output}:\n{found.program}", end="")
+    return 1
 
 
 def print_build(options: argparse.Namespace) -> int:
@@ -249,6 +283,16 @@ def parser() -> argparse.ArgumentParser:
     added.add_argument("--tensorboard", type=Path, metavar="LOGDIR", help="a folder of its logs")
     added.add_argument(
         "--gpu", choices=GPUS, default="H200", help="whose time is predicted; default H200"
+    )
+    shrunk = "shrink a step that differs from eager, or crashes, to a small program and graph"
+    added = add_command("bisect", bisect, shrunk, BISECT)
+    added.add_argument(
+        *("-o", "--output"),
+        **{"type": Path, "default": Path("bisected.py"), "metavar": "PROGRAM"},
+        help="the program's file; default bisected.py",
+    )
+    added.add_argument(
+        "--seconds", type=float, default=120.0, metavar="S", help="for so long; default 120"
     )
     known = f"{', '.join(f'sm_{t}' for t in ARCHES)}; default sm_90"
     judge = "judge every kernel of a step by its machine code, without a GPU"

@@ -10,6 +10,7 @@ of its own, in each of its calls a replay.
 from __future__ import annotations
 
 import dis
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -18,12 +19,13 @@ from types import CellType, CodeType, FunctionType, MethodType
 from torch.optim import LBFGS
 
 from tracejit.capture.trace.active import current
+from tracejit.forks import own_lock
 
 _MOST = 8  # closures that a step has at one time; others are called as they are
 _STORES = ("STORE_DEREF", "DELETE_DEREF")
 
 _active = threading.local()
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 _inside = 0
 _original = LBFGS.step
 

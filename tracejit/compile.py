@@ -39,9 +39,12 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.closures import Closures
-from tracejit.errors import CollectiveError, RanksDiffer
+from tracejit.errors import OF_RANKS, InputsExhausted
 from tracejit.fallback import Attempt, Fallback
+from tracejit.forks import own_lock
 from tracejit.inspection import BoundStep, Inspected
+from tracejit.interrupts import held, interruptible, uninterrupted
+from tracejit.ir import exchange
 from tracejit.options import Options
 from tracejit.parts import Parts, Values
 from tracejit.pipeline import Stats
@@ -49,14 +52,14 @@ from tracejit.programs import MAX_PROGRAMS, Compiled, Programs
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
-from tracejit.runtime import agreement
+from tracejit.runtime import joining
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 from tracejit.verify.step import Verifying
 from tracejit.verify.verifier import Due
 
 memory.load_with(load_words)
-_OF_RANKS = CollectiveError, RanksDiffer  # raised on the others too
+_OF_ALL = *OF_RANKS, InputsExhausted  # raised on all ranks
 _tracing = torch._C._len_torch_function_stack  # not zero when a trace is going on
 _precision = torch._C._get_float32_matmul_precision
 
@@ -140,8 +143,9 @@ class CompiledStep(Verifying, Inspected):
                 f"tracejit.compile takes a Python function or method, not {type(step).__name__}"
             )
         self.options = options
+        joining.install()
         self._hooks = Hooks()
-        self._lock = threading.RLock()
+        own_lock(self, "_lock", threading.RLock)
         self._own: frozenset[str] = frozenset()
         self.reset()
         self._own = frozenset(vars(self)).difference(
@@ -179,8 +183,7 @@ class CompiledStep(Verifying, Inspected):
         with self._lock:
             self.stats = Stats()
             forget = weakref.WeakMethod(self._forget)  # autograd nodes of results hold programs
-            plain = weakref.WeakMethod(self._plain)
-            options = self.options
+            plain, options = weakref.WeakMethod(self._plain), self.options
             self._programs = Programs(self._function, self.stats, options, lambda x: forget()(x))
             by_numpy = options.backend in ("auto", "c", "numpy")
             self._values = Values(self._programs.part, on_numpy=by_numpy)
@@ -217,6 +220,8 @@ class CompiledStep(Verifying, Inspected):
         if _tracing() and current() is not None:  # inside another compiled step: part of its trace
             return self._step(*args, **kwargs)
         with self._lock:
+            if exchange.answers:
+                exchange.begin_call()
             args = self._bound_to + args
             if self._quick is not None and self._quick(args, kwargs):
                 self.stats.eager += 1
@@ -241,7 +246,7 @@ class CompiledStep(Verifying, Inspected):
             if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
                 if self._programs.agreement is not None:
-                    self._say_to_ranks("runs the step eagerly")
+                    self._programs.say_to_ranks(exchange.EAGERLY)
                 elif not self._replays:
                     self._quick = fallback.quick(args, kwargs)
                 return fallback.eagerly(args, kwargs, self._remarks.warn)
@@ -249,27 +254,21 @@ class CompiledStep(Verifying, Inspected):
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
             if any(front(self, args, kwargs) for front in FRONTS):
                 return self(*args[len(self._bound_to) :], **kwargs)
-            with telling(self.__name__):
+            with uninterrupted(), telling(self.__name__), interruptible():
                 return self._trace_or_fall_back(fallback, args, kwargs, failed)
 
     def _trace_or_fall_back(
         self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
     ) -> object:
         """Trace a call; run it eagerly if the trace is refused."""
-        told = agreement.told()
+        told = exchange.told()
         try:
             return self._traced_or_plain(fallback, args, kwargs, failed)
         except Exception as error:
-            if agreement.awaited(told) and not isinstance(error, _OF_RANKS):
+            if exchange.awaited(told) and not isinstance(error, _OF_ALL):
                 what = f"has left the step with {type(error).__name__}: {error}"
-                self._say_to_ranks(what, fails=True)
+                self._programs.say_to_ranks(what, fails=True)
             raise
-
-    def _say_to_ranks(self, what: str, *, fails: bool = False) -> None:
-        """Say that this rank runs no plan in this call, if plans of the step have collectives: to
-        wait for it would be in vain."""
-        if self._programs.agreement is not None:
-            self._programs.agreement.otherwise(what, fails=fails)
 
     def _traced_or_plain(
         self, fallback: Fallback | None, args: tuple, kwargs: dict, failed: str
@@ -282,7 +281,7 @@ class CompiledStep(Verifying, Inspected):
             returned = self._trace(args, kwargs, failed, attempt)
         except Due as due:
             plan = due.run
-        except Exception as error:
+        except BaseException as error:
             plan = None
             refusal = fallback.refused(attempt, error, args, kwargs)
         else:
@@ -295,15 +294,15 @@ class CompiledStep(Verifying, Inspected):
             return self._verified(plan, attempt, args, kwargs)
         said = f"runs eagerly, which is slower: {refusal.text}"
         if refusal.sure:
-            self._remarks.warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said, refusal.where)
         self._closures.wanted |= "lbfgs" in said
         self.stats.eager += 1
-        self._say_to_ranks("runs the step eagerly")
+        self._programs.say_to_ranks(exchange.EAGERLY)
         stage("run")
         returned = self._plain(*args, **kwargs)
         if not refusal.sure:  # eager does not raise it
             fallback.disagreed(refusal, attempt, args, kwargs)
-            self._remarks.warn(refusal.key, said)
+            self._remarks.warn(refusal.key, said, refusal.where)
         return returned
 
     def _bind(self, trace: Trace, args: tuple, kwargs: dict) -> BoundCall:
@@ -352,6 +351,7 @@ class CompiledStep(Verifying, Inspected):
         """A program is dropped: so are its replays."""
         self._replays = [r for r in self._replays if r.compiled is not compiled]
 
+    @held
     def _trace(
         self, args: tuple, kwargs: dict, failed: str, attempt: Attempt | None = None
     ) -> object:

@@ -9,7 +9,6 @@ step may be one that can be compiled. The same is done where every trace makes a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,13 +22,16 @@ from tracejit.capture.python.snapshot import Known, Snapshot
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import (
     OF_EAGER,
+    OF_RANKS,
     BackendUnavailable,
     CannotFallBack,
     GraphError,
     ReplayNotArmed,
     TracejitError,
 )
+from tracejit.interrupts import raised_by_handler
 from tracejit.kinds import counted, kind_of
+from tracejit.quotes import at as place_at
 from tracejit.weighing import Weighing
 
 # not about the step
@@ -134,6 +136,7 @@ class Refusal:
 
     text: str
     key: str
+    where: str = ""  # the user's line
     sure: bool = False  # it is a refusal of ours; else eager may raise the error too
 
 
@@ -252,11 +255,18 @@ class Fallback:
 
     def refused(self, attempt: Attempt, error: Exception, args: tuple, kwargs: dict) -> Refusal:
         """A trace ended in an error: put everything back, for an eager run. Raises what the call
-        raises if there is none: an error of eager's, or that of a call that cannot be repeated."""
+        raises if there is none: an error of eager's, that of a call that cannot be repeated, or
+        what a signal's handler has raised."""
+        if not attempt.committing and raised_by_handler(error):
+            attempt.put_back()
+        if not isinstance(error, Exception) or raised_by_handler(error):
+            raise error
         cause = attempt.cause(error)
         if attempt.committing or isinstance(cause, _NOT_OF_THE_STEP + OF_EAGER):
             raise error
         obstacles = attempt.put_back()
+        if isinstance(cause, OF_RANKS):
+            raise error
         refusal = _refusal(cause)
         if obstacles and not refusal.sure:
             raise error
@@ -265,7 +275,8 @@ class Fallback:
             self._find_networks(attempt)
         if obstacles:
             self._rest(args, kwargs).left = _FOREVER
-            raise CannotFallBack(cause=refusal.text, reason="; ".join(obstacles[:3])) from error
+            reason = "; ".join(obstacles[:3])
+            raise CannotFallBack(cause=refusal.text, reason=reason, where=refusal.where) from error
         if refusal.sure:
             self._eager_next(attempt, args, kwargs)
         return refusal
@@ -316,13 +327,14 @@ def _refusal(error: Exception) -> Refusal:
     """What a trace that ended in an error says of the step."""
     kind = type(error).__name__
     if isinstance(error, TracejitError):
-        key = f"{kind} {error.fields.get('where')} {error.fields.get('function')}"
-        return Refusal(str(error).rstrip("."), key, sure=True)
+        where = error.fields.get("where", "")
+        key = f"{kind} {where} {error.fields.get('function')}"
+        return Refusal(error.text.rstrip("."), key, where, sure=True)
     at, trace = "", error.__traceback__
     while trace is not None:
         code = trace.tb_frame.f_code
         if origin(code) == "user":
-            at = f"{os.path.abspath(code.co_filename)}:{trace.tb_lineno}"
+            at = place_at(code, trace.tb_lasti, trace.tb_lineno)
         trace = trace.tb_next
     text = f"{at}: its trace raised {kind} ({error}), which eager does not. Make that line"
-    return Refusal(f"{text} independent of what kind of object a tensor is", f"{kind} {at}")
+    return Refusal(f"{text} independent of what kind of object a tensor is", f"{kind} {at}", at)

@@ -2,7 +2,8 @@
 
 TRACEJIT_DEBUG   0..5   the debugging ladder (docs/design.md)
 TRACEJIT_DUMP    dir    save every stage of every plan as a readable file
-TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit
+TRACEJIT_CACHE   dir    the disk cache; default $XDG_CACHE_HOME/tracejit or ~/.cache/tracejit,
+                        or of who has no home a folder in the system's temporary one
 TRACEJIT_VERIFY  0|1    rerun type inference on every node after every pass
 TRACEJIT_ON_UNSUPPORTED  eager|raise  what `tracejit.compile` does by default with what it refuses
 TRACEJIT_VERIFY_CALLS  k  what `tracejit.compile(verify=…)` is by default (docs/trust.md)
@@ -13,6 +14,7 @@ TRACEJIT_PROGRESS  0|1  whether a long first call tells how far it is (default 1
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 
@@ -33,8 +35,13 @@ def cache_dir() -> Path:
     text = os.environ.get("TRACEJIT_CACHE")
     if text:
         return Path(text)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "tracejit"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification says that others are to be ignored
+        home = os.path.expanduser("~")
+        if os.environ.get("HOME") == "" or not os.path.isabs(home):
+            return Path(tempfile.gettempdir()) / f"tracejit-{os.getuid()}"
+        base = os.path.join(home, ".cache")
+    return Path(base) / "tracejit"
 
 
 def verify() -> bool:

@@ -19,6 +19,8 @@ from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
 from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
+from tracejit.forks import own_lock
+from tracejit.interrupts import held, interruptible, look_around
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
@@ -31,6 +33,7 @@ from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule
+from tracejit.schedule.memory import layout_of
 from tracejit.schedule.plan import Plan
 
 
@@ -94,6 +97,7 @@ class Pipeline:
             self.options.backend, device, precision or torch.get_float32_matmul_precision()
         )
 
+    @held
     def build(
         self,
         graph: Graph,
@@ -106,16 +110,18 @@ class Pipeline:
     ) -> tuple[Program, Graph]:
         """A program for a graph, and the final form of the graph. `names` are its inputs';
         what is not `counted` is a part of a step."""
-        with telling(self.name):
-            with uncollected():  # graphs have no cycles, and many nodes
-                stage("passes")
-                final = self._optimized(graph)
-                stage("schedule")
-                plan = self._plan(final, executor)
+        look_around()
+        # graphs and plans have no cycles, and many objects
+        with telling(self.name), uncollected(), interruptible():
+            stage("passes")
+            final = self._optimized(graph)
+            stage("schedule")
+            plan = self._plan(final, executor)
             started = time.perf_counter()
             stage("load", f"of {len(plan.launches)} launches for {executor.name}")
             agreement = None
-            if getattr(executor, "computes", True) and any(node.is_ordered for node in final.nodes):
+            computes = getattr(executor, "computes", True)
+            if computes and any(node.is_ordered for node in final.nodes):
                 agreement = Agreement(plan, numbers_in_common(final), names)
             program = Program(
                 plan,
@@ -170,7 +176,11 @@ class Pipeline:
                 plan = None  # written by another version: rebuilt below
         if plan is None:
             plan = schedule(graph, fuse=fuse, again=again, gpu=gpu)
-            cache.put("plan", key, str(plan))
+            if knobs.verify():
+                from tracejit.schedule.sound import check_plan
+
+                check_plan(plan, layout_of(plan))
+            cache.store("plan", key, str(plan))
         self.stats.add("schedule", started)
         return plan
 
@@ -195,7 +205,7 @@ class Backward:
         self.pipeline, self.graph, self.executor = pipeline, graph, executor
         self.program: Program | None = None
         self._function: Callable[[list], list[torch.Tensor]] | None = None
-        self.lock = threading.Lock()
+        own_lock(self, "lock", threading.Lock)
 
     def __call__(self, inputs: list) -> list[torch.Tensor]:
         with self.lock:

@@ -16,7 +16,9 @@ from tracejit.capture.effects.captured import Captured, Key, graph_key
 from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.effects.effects import Call
 from tracejit.capture.literals import Literals
+from tracejit.capture.python.memory import MANY
 from tracejit.errors import WrongResult
+from tracejit.ir import exchange
 from tracejit.ir.graph import Graph
 from tracejit.options import Options
 from tracejit.parts import Parts, Stages
@@ -24,6 +26,7 @@ from tracejit.pipeline import Backward, Checking, Pipeline, Stats
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.agreement import Agreement
 from tracejit.runtime.memory import Memory
+from tracejit.runtime.native_words import load_early
 from tracejit.runtime.program import Program
 
 MAX_PROGRAMS = 64  # per step; the least recently used goes first
@@ -136,6 +139,8 @@ class Programs:
         backwards = [
             Backward(self.pipeline, node.graph, executor) for node in captured.effects.outside
         ]
+        if len(call.reals) >= MANY:
+            load_early()
         named = names(captured, call)
         self._note_counts(captured)
         built = self.pipeline.build(captured.graph, executor, self._memory, names=named)
@@ -155,6 +160,14 @@ class Programs:
             dropped.kept = False
             self.dropped(dropped)
         return compiled, captured
+
+    def say_to_ranks(self, what: str, *, fails: bool = False) -> None:
+        """Say that this rank runs no plan in this call, if plans of the step have collectives, or
+        it has asked the others: to wait for it would be in vain."""
+        if self.agreement is not None:
+            self.agreement.otherwise(what, fails=fails)
+        elif groups := exchange.asked():
+            exchange.otherwise(groups, self.name, what, fails=fails)
 
     def _note_counts(self, captured: Captured) -> None:
         """Take note of how much the cuts of a new program have found."""

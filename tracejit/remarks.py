@@ -7,6 +7,7 @@ from collections import deque
 from tracejit.capture.trace import location
 from tracejit.errors import TracejitWarning
 from tracejit.pipeline import Stats
+from tracejit.quotes import quote
 
 _MANY_PLANS = 9  # from this number of plans on, a step is told that it makes many
 _MANY_RETRACES = 20  # or of failed guards, where these are more than the replays
@@ -39,8 +40,8 @@ class Remarks:
                 "changes as a float argument or a tensor, and keep shapes to a few sizes",
             )
 
-    def warn(self, kind: str, what: str) -> None:
-        """Warn, once for each kind of warning."""
+    def warn(self, kind: str, what: str, where: str = "") -> None:
+        """Warn, once for each kind of warning, and quote the user's line."""
         if kind not in self._warned:
             self._warned.add(kind)
-            location.warn(f"tracejit: {self._name} {what}.", TracejitWarning)
+            location.warn(f"tracejit: {self._name} {what}.{quote(where)}", TracejitWarning)

@@ -14,14 +14,9 @@ from math import prod
 import torch
 
 from tracejit.capture.effects.captured import Captured
-from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients
+from tracejit.capture.effects.commit import commit_lines, may_repeat, reusable_gradients, take_lines
 from tracejit.capture.effects.effects import Call
-from tracejit.capture.effects.late import (
-    among,
-    cuts_behind,
-    cuts_of_callbacks,
-    left_by_callbacks,
-)
+from tracejit.capture.effects.late import among, cuts_behind, cuts_of_callbacks, left_by_callbacks
 from tracejit.capture.proof.guards import Armed, Guard, condition
 from tracejit.capture.proof.places import Places
 from tracejit.capture.signature import Signature
@@ -30,12 +25,12 @@ from tracejit.capture.trace.cuts import Source
 from tracejit.capture.trace.scalars import same_number
 from tracejit.counters import Alike, counters_of
 from tracejit.drawing import DrawLines
+from tracejit.interrupts import hold, let_go, uninterrupted
 from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg, Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.parts import Parts, Stage
 from tracejit.runtime.executor import Inlined
-from tracejit.runtime.interrupts import uninterrupted
 from tracejit.runtime.program import Program
 
 # (outside tensors, runtime scalars, the tensors' addresses, holders of state variables, the call)
@@ -170,10 +165,9 @@ class _Writer:
         self.program = program if parts is None else parts.program
         self.places = None if armed is None else armed.places
         self.names = host_names() | {
-            "OTHERWISE": OTHERWISE,
             **{"final": final, "hooks": hooks, "backwards": backwards, "places": self.places},
-            **{"uninterrupted": uninterrupted},
-            **{"checking": checking},
+            **{"uninterrupted": uninterrupted, "hold": hold, "let_go": let_go},
+            **{"checking": checking, "OTHERWISE": OTHERWISE},
         }
         self.code = HostCode()
         self.of_c = of_c = getattr(program, "executor", "") == "c"
@@ -223,6 +217,7 @@ class _Writer:
         before += [
             *self._code(),
             *run.gather,
+            *take_lines(captured.effects, names),
             "seen = hooks.observer",
             "if seen is not None:",
             f"    seen = seen(final, [{', '.join(inputs)}], [{', '.join(outputs)}])",
@@ -232,24 +227,32 @@ class _Writer:
         host |= self._host(lambda x: x in self.left and bool(among(self.behind, (x,)) & late))
         commit += self._commit(outputs, host, [*calls, *self._code()])
         used = [x for x in ("cells", "elements") if any(f"{x}[" in line for line in commit)]
+        held = run.ran is None or bool(calls) or not may_repeat(captured.effects)
+        again = "again" in names  # what schedulers have done is taken back too
+        undo = [
+            *["again.take_back(remembered)"] * again,
+            *self.draws.undo(),
+            "call.undo()",
+            "raise",
+        ]
         lines = [
+            *["remembered = again.remember()"] * again,
             *self.draws.begin(),
             "try:",
             *(f"    {name} = places.{name}" for name in used),  # where the guard has seen them
             *_indented(before),
+            *_indented(["hold()"] * held),
             "except BaseException:",
             *_indented(self._forgotten()),
-            *_indented(self.draws.undo()),
-            "    call.undo()",
-            "    raise",
+            *_indented(undo),
         ]
         work = [run.run, *commit]
-        if run.ran is None or calls or not may_repeat(captured.effects):
-            lines += ["with uninterrupted():", *_indented(work)]
+        if held:
+            lines += ["try:", *_indented(work), "finally: let_go()"]
         else:
-            again = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
-            again += ["else:", *_indented(self.draws.undo()), "    call.undo()", "raise"]
-            lines += ["try:", *_indented(work), "except BaseException:", *_indented(again)]
+            ends = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]
+            ends += ["else:", *_indented(undo[:-1]), "raise"]
+            lines += ["try:", *_indented(work), "except BaseException:", *_indented(ends)]
         lines += ["if seen is not None:", "    seen()", "return returned"]
         text = "\n".join(
             ["def perform(reals, scalars, addresses, holders, call):", *_indented(lines), ""]
@@ -298,8 +301,6 @@ class _Writer:
         operands = self.captured.operands if self.armed is not None else ()
         if operands:
             self.names["again"] = again = self.armed.callbacks
-        if when == 1 and operands and (again.may_fail or self.on_callbacks):
-            lines.append("remembered = again.remember()")
         for n, of in enumerate(cuts_of_callbacks(self.behind, operands)):
             if when == (3 if not of.isdisjoint(self.captured.late) else 1 + bool(of)):
                 nodes = self.captured.host_nodes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from tracejit.ir.graph import Builder, Graph, Result
+from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops.attention import GRADIENTS, row_products, wide
-from tracejit.ir.types import DType, Type, b1, bf16, f16, f32, f64
+from tracejit.ir.types import DType, Type, b1, bf16, f16, f32, f64, i64
 
 WHOLE = ("attention", "attention_lse", *GRADIENTS)
 
@@ -15,7 +15,8 @@ WHOLE = ("attention", "attention_lse", *GRADIENTS)
 @dataclass(frozen=True)
 class Case:
     """Sizes: batch and heads, queries, keys, width, width of values. `heads`: how many heads of
-    queries share one of keys. `fused`: q, k and v are slices of one tensor."""
+    queries share one of keys. `fused`: q, k and v are slices of one tensor. `noise`: "mask", of
+    what was drawn, "key", computed of a key, or "float", any numbers."""
 
     sizes: tuple[int, ...]
     dtype: DType = f32
@@ -24,6 +25,7 @@ class Case:
     results: tuple[str, ...] = WHOLE
     heads: int = 1
     fused: bool = False
+    noise: str = ""
 
     def graph(self) -> Graph:
         b, (batch, heads, m, n, c, d) = Builder(), self.sizes
@@ -67,15 +69,31 @@ class Case:
                 bias = b.where(bias, none, -math.inf)
             bias = b.expand(b.reshape(bias, shape=(1, 1, m, n)), shape=(batch, heads, m, n))
         how = {"causal": self.causal, "scale": 1 / math.sqrt(c)}
-        found = {"attention": b.attention(q, k, v, bias, **how)}
+        noise = self._noise(b, Type(acc, (batch, heads, m, n)))
+        found = {"attention": b.attention(q, k, v, bias, *noise, **how)}
         found["attention_lse"] = b.attention_lse(q, k, bias, **how)
         if set(self.results) & set(GRADIENTS):
             g = b.param(Type(dtype, (batch, heads, m, d)))
             delta = row_products(b, g, found["attention"])
             for name in GRADIENTS:
                 emit = getattr(b, name)
-                found[name] = emit(q, k, v, bias, found["attention_lse"], delta, g, **how)
+                found[name] = emit(q, k, v, bias, found["attention_lse"], delta, g, *noise, **how)
         return b.graph("step", tuple(Result(found[name]) for name in self.results))
+
+    def _noise(self, b: Builder, scores: Type) -> tuple[Value, ...]:
+        """What dropout of 0.25 multiplies weights by."""
+        if not self.noise:
+            return ()
+        if self.noise == "float":
+            return (b.param(scores),)
+        if self.noise == "mask":
+            mask = b.param(Type(b1, scores.shape))
+        else:
+            flat = {"shape": (scores.numel,), "dtype": i64, "device": "cpu"}
+            key = b.expand(b.param(Type(i64, (1,))), shape=(scores.numel,))
+            bits = b.philox(b.iota(axis=0, **flat), key)
+            mask = b.reshape(b.lt(bits, round(0.75 * 2**31)), shape=scores.shape)
+        return (b.mul(b.cast(mask, dtype=scores.dtype), 1 / 0.75),)
 
 
 CASES = {
@@ -96,4 +114,13 @@ CASES = {
     "dq alone": Case((1, 2, 70, 70, 8, 8), causal=True, results=("attention_dq",)),
     "dk alone": Case((1, 2, 70, 33, 8, 8), bias="bool", results=("attention_dk",)),
     "dv alone": Case((1, 2, 70, 33, 8, 8), results=("attention_dv",)),
+    "dropout": Case((2, 2, 70, 70, 8, 8), causal=True, noise="mask"),
+    "dropout, a bool mask": Case((2, 3, 5, 70, 8, 4), bias="bool", noise="mask"),
+    "dropout of a key": Case((1, 2, 70, 66, 8, 8), bias="float", noise="key"),
+    "dropout, bf16": Case((2, 4, 40, 70, 16, 16), bf16, heads=2, noise="mask"),
+    "dropout, f64": Case((1, 2, 33, 65, 5, 7), f64, causal=True, noise="float"),
+    "dropout, forward alone": Case((1, 2, 9, 70, 8, 8), noise="key", results=("attention",)),
+    "dropout, dq alone": Case((1, 2, 9, 70, 8, 8), noise="mask", results=("attention_dq",)),
+    "dropout, dk alone": Case((1, 2, 9, 70, 8, 8), noise="mask", results=("attention_dk",)),
+    "dropout, dv alone": Case((1, 2, 9, 70, 8, 8), noise="mask", results=("attention_dv",)),
 }

@@ -8,6 +8,7 @@ which other layers of tests do.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from tracejit import passes
-from tracejit.capture.proof.prover import Prover
+from tracejit.capture.proof.guard_text import GuardText
 from tracejit.capture.trace.table import RULES
 from tracejit.capture.trace.views import put_through
 from tracejit.codegen.c_table import TEMPLATES
@@ -399,24 +400,20 @@ def _same_draw(function):
 
 
 def _blind_guard() -> Context:
-    """The guard takes a flag to be what it was."""
-    own = Prover.prove
+    """No guard looks at a flag."""
 
-    def prove(self, *given):
-        armed = own(self, *given)
-        if armed is None:
-            return None
+    def without(own: Callable) -> Callable:
+        def add(self, condition, *rest):
+            if not re.search(r" is (True|False|None)$", condition):
+                own(self, condition, *rest)
 
-        def guard(args, kwargs):
-            m = args[1]
-            now, m.wide = m.wide, True
-            found = armed.guard(args, kwargs)
-            m.wide = now
-            return found
+        return add
 
-        return replace(armed, guard=guard)
-
-    return patch.object(Prover, "prove", prove)
+    stack = contextlib.ExitStack()
+    for name in ("check", "expect"):
+        own = getattr(GuardText, name)
+        stack.enter_context(patch.object(GuardText, name, without(own)))
+    return stack
 
 
 def _no_view(t, base, steps, new):

@@ -153,6 +153,16 @@ row(
         S(_x[0, 0], 7),
         S(image(2, dtype=i64), 7, mode="bilinear"),
         no(_x, (3, 2), mode="lanczos", antialias=True),
+        no(_x, (3, 1), mode="bilinear", antialias=True),  # eager reads other rows
+        no(_x, (3, 1), mode="bicubic", antialias=True),
+        S(_x, (1, 3), mode="bilinear", antialias=True, smooth=True),
+        S(_x[..., :1, :], (1, 1), mode="bilinear", antialias=True),
+        S(
+            image(2).contiguous(memory_format=torch.channels_last),
+            (3, 1),
+            mode="bicubic",
+            antialias=True,
+        ),
     ],
     exact=False,
 )

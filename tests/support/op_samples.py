@@ -537,6 +537,8 @@ def attentions(name: str) -> list[Sample]:
                 row = Tensor(acc, (*batch, m))
                 operands += (Tensor(acc, (*batch, m), "positive"), row)
                 operands += (Tensor(dtype, (*batch, m, d)),)
+            if name != "attention_lse" and i != 1:
+                operands += (Tensor(acc, (*batch, m, n)),)
             samples.append(Sample(operands, {"causal": bool(i // 2), "scale": 0.4}))
     return samples
 
@@ -953,15 +955,16 @@ def _log_sums(q, k, bias, causal, scale) -> torch.Tensor:
     return _scores(q, k, bias, causal, scale).logsumexp(-1)
 
 
-def _attention(q, k, v, bias, causal, scale) -> torch.Tensor:
-    return (_scores(q, k, bias, causal, scale).softmax(-1) @ _widened(v)).to(q.dtype)
+def _attention(q, k, v, bias, noise=1.0, *, causal, scale) -> torch.Tensor:
+    weights = _scores(q, k, bias, causal, scale).softmax(-1) * noise
+    return (weights @ _widened(v)).to(q.dtype)
 
 
-def _slopes(name, q, k, v, bias, lse, delta, g, causal, scale) -> torch.Tensor:
+def _slopes(name, q, k, v, bias, lse, delta, g, noise=1.0, *, causal, scale) -> torch.Tensor:
     weights = (_scores(q, k, bias, causal, scale) - lse[..., None]).exp()
     if name == "attention_dv":
-        return (weights.mT @ _widened(g)).to(q.dtype)
-    slopes = weights * (_widened(g) @ _widened(v).mT - delta[..., None]) * scale
+        return ((weights * noise).mT @ _widened(g)).to(q.dtype)
+    slopes = weights * (noise * (_widened(g) @ _widened(v).mT) - delta[..., None]) * scale
     found = slopes @ _widened(k) if name == "attention_dq" else slopes.mT @ _widened(q)
     return found.to(q.dtype)
 

@@ -7,6 +7,7 @@ all take over eager's state. Tolerances are those of `tracejit.testing`.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ import torch
 import tracejit
 from support.random_text import Program
 from tracejit.equality import EPS, Magnitudes
+from tracejit.errors import WrongResult
 from tracejit.testing import _compare, _visible
 
 Cast = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -164,7 +166,7 @@ def check_error(compiled, args, call, outside, error) -> None:
         raise AssertionError(f"call {call}: eager raised {error!r}, the compiled step did not")
     if is_refusal(ours):
         raise ours
-    if not isinstance(ours, type(error)):
+    if not isinstance(ours, type(error)) or isinstance(ours, WrongResult):
         raise AssertionError(f"call {call}: eager raised {error!r}, ours {ours!r}") from ours
     if outside:
         return  # the step itself may have been right
@@ -297,3 +299,30 @@ def shrink(program: Program, fails: Callable[[Program], bool]) -> Program:
                 program, again = smaller, True
                 break
     return program
+
+
+def outcome(program: Program, variants: Sequence[dict]) -> tuple[str, dict[int, str]]:
+    """One of equal, refused, ill-conditioned, and why variants are refused. AssertionError with the
+    shrunk program where it differs from eager."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about create_graph and var of one element
+        try:
+            refused = run_program(program, variants)
+        except IllConditioned:
+            return "ill-conditioned", {}
+        except Exception as error:
+            kind = type(error)
+            small = shrink(program, lambda p: fails_alike(p, variants, kind))
+            raise AssertionError(f"{error}\n\n{small}") from error
+    return ("refused" if refused else "equal"), refused
+
+
+def fails_alike(program: Program, variants: Sequence[dict], kind: type) -> bool:
+    """Whether a program fails with an error of this class."""
+    try:
+        run_program(program, variants)
+    except IllConditioned:
+        return False
+    except Exception as found:
+        return type(found) is kind
+    return False

@@ -112,6 +112,37 @@ def _scatter(x):
     return out
 
 
+def _all_asynchronous(x):
+    """Every collective, each waited for after another one has begun."""
+    count, mine, works = distributed.get_world_size(), distributed.get_rank(), []
+
+    def begin(f, *args, **kwargs):
+        works.append(f(*args, async_op=True, **kwargs))
+
+    parts = [x * (i + 1) for i in range(count)]
+    outs = [torch.zeros_like(x) for _ in range(8)]
+    lists = [[torch.empty_like(x) for _ in range(count)] for _ in range(3)]
+    whole = [x.new_empty(count * x.shape[0], x.shape[1]) for _ in range(2)]
+    for out in outs[:4]:
+        out += x
+    begin(distributed.all_reduce, outs[0], distributed.ReduceOp.MIN)
+    begin(distributed.broadcast, outs[1], 1)
+    begin(distributed.reduce, outs[2], 1, distributed.ReduceOp.MAX)
+    begin(distributed.all_gather, lists[0], x)
+    begin(distributed.all_gather_into_tensor, whole[0], x)
+    begin(distributed.reduce_scatter, outs[4], parts)
+    begin(distributed.reduce_scatter_tensor, outs[5], torch.cat(parts))
+    begin(distributed.all_to_all, lists[1], parts)
+    begin(distributed.all_to_all_single, whole[1], torch.cat(parts))
+    begin(distributed.gather, x, lists[2] if mine == 0 else None, 0)
+    begin(distributed.scatter, outs[6], parts if mine == 1 else None, 1)
+    begin(distributed.barrier)
+    for work in works:
+        work.wait()
+    used = [*outs[:2], *outs[4:7], *lists[0], *lists[1], *(lists[2] if mine == 0 else ())]
+    return [*used, *whole, *(outs[2:3] if mine == 1 else ())]
+
+
 def _barrier(x):
     distributed.barrier()
     return x + 1
@@ -141,6 +172,7 @@ PLAIN = {
     "gather": _gather,
     "scatter": _scatter,
     "barrier": _barrier,
+    "all asynchronous": _all_asynchronous,
     "in_the_middle": _in_the_middle,
 }
 
@@ -220,6 +252,21 @@ def on_a_fake_device(name: str) -> int:
         return plain(name, device.name)
 
 
+def captured() -> str:
+    """What is said where a caller captures a step with a collective."""
+    with fake_device(compiled=False) as device:
+        step = tracejit.compile(_all_reduce, on_unsupported="raise", backend=device.name)
+        for _ in range(CALLS):
+            step(torch.ones(3))
+        try:
+            with device.capture():
+                step(torch.ones(3))
+        except tracejit.errors.CaptureError as error:
+            found = str(error)
+        step(torch.ones(3))
+        return found
+
+
 def built() -> int:
     """How many launches a step with a collective has, built for a GPU that is not here."""
 
@@ -231,6 +278,24 @@ def built() -> int:
 
     built = tracejit.compile(step, target="sm_90").build(torch.randn(40, 3))
     return len(built.plans[-1].launches)
+
+
+def numbers() -> list[int]:
+    """Collectives of one number on the CPU, which nobody needs, or one rank only."""
+
+    def step(x):
+        mean = x.mean()
+        distributed.reduce(mean, 0)
+        distributed.all_reduce(x.sum())
+        distributed.barrier()
+        return mean if distributed.get_rank() == 0 else x
+
+    torch.manual_seed(distributed.get_rank())
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(CALLS):
+        x = torch.randn(5)
+        torch.testing.assert_close(compiled(x), step(x))
+    return [compiled.stats.replays, str(compiled._last.program.plan).count(" start ")]
 
 
 def uneven() -> int:
@@ -247,6 +312,33 @@ def reduction(op: str) -> int:
     torch.manual_seed(distributed.get_rank())
     x = torch.randint(0, 99, (7,)) if op.startswith("B") else torch.randn(7)
     return same(_reducing(op), x)
+
+
+def reduction_to_parts(op: str) -> int:
+    """Reduced to one rank, and in parts to all of them."""
+    kind = getattr(distributed.ReduceOp, op)
+
+    def step(x):
+        out, parts = torch.empty_like(x), torch.cat([x, x + 1])
+        distributed.reduce_scatter_tensor(out, parts, kind)
+        distributed.reduce(x, 0, kind)
+        return out, x if distributed.get_rank() == 0 else out
+
+    torch.manual_seed(distributed.get_rank())
+    x = torch.randint(0, 99, (7,)) if op.startswith("B") else torch.randn(7)
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for _ in range(CALLS):
+        try:
+            want = step(x.clone())
+        except (RuntimeError, ValueError) as error:  # gloo has none
+            want = str(error)
+        try:
+            got = compiled(x.clone())
+        except (RuntimeError, ValueError) as error:
+            assert type(want) is str, error
+            continue
+        torch.testing.assert_close(got, want)
+    return compiled.stats.replays or type(want) is str
 
 
 def dtype(name: str) -> int:
@@ -294,12 +386,12 @@ def averaging(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Calla
 class World:
     """A model in training, whose state can be compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "auto") -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Linear(8, 8)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         step = averaging(self.model, self.optimizer)
-        self.step = tracejit.compile(step, on_unsupported="eager")
+        self.step = tracejit.compile(step, on_unsupported="eager", backend=backend)
         self.x = torch.randn(4, 8)
 
     def state(self) -> list[torch.Tensor]:
@@ -324,13 +416,18 @@ class World:
         return said, seconds
 
 
-def another_branch() -> tuple[str, float]:
-    world = World()
+def another_branch(backend: str = "auto") -> tuple[str, float]:
+    world = World(backend)
     for _ in range(3):
         world.step(world.x)
     found = world.fails(world.x, distributed.get_rank() == 1)
     world.step(world.x)  # they still go together
     return found
+
+
+def another_branch_on_a_fake_device() -> tuple[str, float]:
+    with fake_device(compiled=False) as device:
+        return another_branch(device.name)
 
 
 def another_rate() -> tuple[str, float]:

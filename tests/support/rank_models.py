@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -14,6 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 import tracejit
+from tracejit.runtime import graphs, launched_plan
 from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.fake_device import Communicated
 from tracejit.testing import fake_device
@@ -231,6 +233,9 @@ CASES = {
     "language": Case(make=Language, optimizer=_adamw, step=_predicting, batch=_tokens),
     "accumulation": Case(step=_accumulating),
     "unused": Case(make=Unused, options={"find_unused_parameters": True}),
+    "unused and accumulated": Case(
+        make=Unused, step=_accumulating, options={"find_unused_parameters": True}
+    ),
     "an odd last batch": Case(batch=_odd),
     "by hand": Case(step=_by_hand, wrapped=False),
     "zero": Case(optimizer=_sharded),
@@ -271,9 +276,44 @@ def trained_on_a_fake_device(name: str) -> dict[str, object]:
         return trained(name, device.name, device.log) | {"log": device.log}
 
 
-def without_events() -> str:
-    """What a fake GPU says where nothing waits for what the ranks have reduced."""
-    Communicated.wait = lambda self: None
+@contextlib.contextmanager
+def _graphs(calls: int, launches: int) -> Iterator[None]:
+    """Graphs are made after so many calls, of so many launches at least."""
+    before = graphs.CALLS, launched_plan.MIN_LAUNCHES
+    graphs.CALLS, launched_plan.MIN_LAUNCHES = calls, launches
+    try:
+        yield
+    finally:
+        graphs.CALLS, launched_plan.MIN_LAUNCHES = before
+
+
+def trained_by_graphs(name: str) -> dict[str, object]:
+    """The same where each stretch of kernels becomes a graph in the second call of a plan."""
+    with _graphs(1, 1):
+        return trained_on_a_fake_device(name)
+
+
+def trained_without_graphs(name: str) -> dict[str, object]:
+    """The same, launched kernel by kernel."""
+    with _graphs(1, 1 << 20):
+        return trained_on_a_fake_device(name)
+
+
+def without_events_between_graphs() -> str:
+    """Nothing waits once two calls have run by graphs."""
+    with _graphs(1, 1):
+        return without_events(6)
+
+
+def without_events(last: int = 0) -> str:
+    """What a fake GPU says where nothing waits for what the ranks have reduced, from the
+    `last` launches of graphs on."""
+
+    def wait(self):
+        if sum("launch a graph" in x for x in self.device.log) < last:
+            _WAIT(self)
+
+    Communicated.wait = wait
     try:
         with fake_device(compiled=False) as device:
             trained("small buckets", device.name)
@@ -331,21 +371,110 @@ def unused_by_mistake() -> str:
     return ""
 
 
-def other_parameters() -> str:
-    """Ranks use different parameters of as many elements in one call: never mixed."""
+class Chosen(nn.Module):
+    """Parts of which each call uses some; nobody uses the last one."""
 
-    class Either(Unused):
-        def forward(self, x):
-            return (self.used if distributed.get_rank() else self.unused)(x)
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(nn.Linear(6, 4) for _ in range(4))
 
-    model = DistributedDataParallel(Either(), find_unused_parameters=True)
-    step = tracejit.compile(lambda x: model(x).sum().backward(), on_unsupported="raise")
-    with contextlib.suppress(NotImplementedError):
-        try:
-            step(torch.ones(2, 6))
-        except RuntimeError as error:
-            assert all(p.grad is None for p in model.parameters())
-            return f"{type(error).__name__}: {error}"
+    def forward(self, x, chosen):
+        return sum(self.parts[i](x) for i in chosen)
+
+
+def _chosen(k: int) -> tuple[int, ...]:
+    """What a rank uses in the k-th call: the first one on all ranks, the others on one of them,
+    on all, or on none."""
+    if distributed.get_rank() == 0:
+        return [(0, 1), (0,), (0, 1), (0,)][k % 4]
+    return [(0,), (0,), (0,), (0, 2)][k % 4] if k < 20 else (0, 1)
+
+
+def other_parameters(views: bool, device: bool) -> dict[str, object]:
+    """Ranks use different parameters of one module, others in each call; compiled beside eager."""
+    with fake_device(compiled=False) if device else contextlib.nullcontext() as found:
+        backend = found.name if device else "auto"
+        models = []
+        for compiled in (False, True):
+            torch.manual_seed(0)
+            options = {"find_unused_parameters": True, "gradient_as_bucket_view": views}
+            model = DistributedDataParallel(Chosen(), **options)
+            optimizer = _sgd(model.parameters())
+            kept = model.module.parts[3].weight
+            kept.grad = torch.full_like(kept, 0.5)  # stays, since nobody uses it
+
+            def step(x, chosen, model=model, optimizer=optimizer, kept=kept):
+                for p in model.parameters():
+                    if p is not kept:
+                        p.grad = None
+                model(x, chosen).square().mean().backward()
+                optimizer.step()
+
+            if compiled:
+                step = tracejit.compile(step, on_unsupported="raise", backend=backend)
+            torch.manual_seed(distributed.get_rank())
+            grads = []
+            for k in range(28):
+                step(torch.randn(8, 6), _chosen(k))
+                grads.append(
+                    [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+                )
+            models.append((model, grads))
+    (eager, theirs), (ours, mine) = models
+    for a, b in zip(theirs, mine, strict=True):
+        for p, q in zip(a, b, strict=True):
+            assert (p is None) == (q is None)
+            assert p is None or torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+    flat = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (eager, ours)]
+    first = flat[1].clone()
+    distributed.broadcast(first, 0)
+    return {
+        "difference": float((flat[0] - flat[1]).norm() / flat[0].norm()),
+        "same on ranks": torch.equal(flat[1], first),
+        "replays": step.stats.replays,
+        "why": step.explain_mode(),
+    }
+
+
+def asked_in_vain(how: str) -> tuple[str, float]:
+    """A rank asks which parameters the others use; another one asks nothing, or has left."""
+    mine = distributed.get_rank()
+    asks = bool(mine) or how == "left"
+    model = DistributedDataParallel(Chosen(), find_unused_parameters=asks)
+
+    def step(x, bad):
+        for p in model.parameters():
+            p.grad = None
+        model(x, (0,) if asks else (0, 1, 2, 3)).sum().backward()
+        if bad:
+            raise ValueError("bad")
+
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    if how == "left":
+        compiled(torch.ones(2, 6), False)
+    before = [p.detach().clone() for p in model.parameters()]
+    started = time.perf_counter()
+    said = ""
+    try:
+        compiled(torch.ones(2, 6), how == "left" and mine == 1)
+    except (RuntimeError, ValueError) as error:
+        said = f"{type(error).__name__}: {error}"
+    assert all(map(torch.equal, before, model.parameters()))
+    return said, time.perf_counter() - started
+
+
+def unsynced() -> str:
+    """Gradients that an earlier call has accumulated: which these are is not known."""
+    model = DistributedDataParallel(Chosen(), find_unused_parameters=True)
+
+    def step(x):
+        with model.no_sync():
+            model(x, (0,)).sum().backward()
+
+    try:
+        tracejit.compile(step, on_unsupported="raise")(torch.ones(2, 6))
+    except tracejit.errors.UnsupportedOperation as error:
+        return str(error)
     return ""
 
 

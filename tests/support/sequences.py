@@ -220,7 +220,7 @@ def _compared(text: str, name: str, calls: int, options: dict) -> Outcome:
         try:
             mine = ours.call(call)
         except TracejitError as error:
-            if _is_eagers(error):
+            if _is_eagers(error) or isinstance(error, tracejit.errors.WrongResult):
                 raise AssertionError(f"call {call}: eager takes it; {error!r}") from error
             return Outcome("refused", ours.step.stats.replays, str(error))
         if _diverges(theirs):
@@ -246,7 +246,8 @@ def _raising(ours: _World, call: int, error: Exception) -> Outcome:
     try:
         ours.call(call)
     except Exception as mine:
-        if isinstance(mine, TracejitError) and not _is_eagers(mine):
+        wrong = isinstance(mine, tracejit.errors.WrongResult)
+        if isinstance(mine, TracejitError) and not _is_eagers(mine) and not wrong:
             return Outcome("refused", ours.step.stats.replays, str(mine))
         if not isinstance(mine, type(error)) and not isinstance(error, type(mine)):
             raise AssertionError(f"call {call}: eager raised {error!r}, ours {mine!r}") from mine
@@ -264,3 +265,21 @@ def shrink(sequence: Sequence, fails: Callable[[Sequence], bool]) -> Sequence:
                 sequence, again = smaller, True
                 break
     return sequence
+
+
+def outcome(sequence: Sequence, **options: object) -> Outcome:
+    """How it ended; AssertionError with the shrunk sequence where it differs from eager."""
+    try:
+        return run(sequence, **options)
+    except Exception as error:
+        small = shrink(sequence, lambda s: fails(s, **options))
+        raise AssertionError(f"{error}\n\n{small}") from error
+
+
+def fails(sequence: Sequence, **options: object) -> bool:
+    """Whether a sequence differs from eager."""
+    try:
+        run(sequence, **options)
+    except AssertionError:
+        return True
+    return False

@@ -33,6 +33,7 @@ from tracejit.capture.trace.scalars import Path, plain
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import OF_EAGER, SideEffectError, TracejitError
+from tracejit.interrupts import interruptible, raised_by_handler
 
 _FUNCTIONS = 200  # looked at before each trace
 
@@ -194,7 +195,8 @@ def run(
     except BaseException as error:
         t.forget()
         state.abort()
-        if isinstance(error, TracejitError) and not isinstance(error, OF_EAGER):
+        refused = isinstance(error, TracejitError) and not isinstance(error, OF_EAGER)
+        if refused or raised_by_handler(error):
             t.draws.undo()
         raise
     return returned
@@ -255,7 +257,7 @@ def _run(tracer: Tracer, bound: BoundCall, original: FunctionType) -> object:
     modes = torch._C._len_torch_function_stack()
     before = [original.__globals__.get(path[1]) for path in bound.scalars if path[0] == "global"]
     try:
-        with intercepted(), tracer:
+        with intercepted(), tracer, interruptible():
             returned = bound.function(*bound.args, **bound.kwargs)
     finally:
         other_device = _default_device() is not device

@@ -15,8 +15,10 @@ from tracejit.capture.effects.collect import Finished, finish
 from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
+from tracejit.interrupts import held
 
 
+@held
 def capture_call(
     function: FunctionType,
     args: tuple,

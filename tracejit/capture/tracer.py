@@ -67,6 +67,7 @@ class Tracer(TraceMode):
         t = self.trace
         self.trail = t.journal = Trail(t, recall, follow=follow)
         t.scalars, t.draws, t.casts = Scalars(t.b, self.trail), Draws(), Casts()
+        t.unsynced, t.shards = [], False
 
     def again(self, recall: Recall) -> None:
         """Start another trace, after one that was followed to its end: no rule has run."""

@@ -56,15 +56,16 @@ def walk(a: Attention, m: int, n: int, constants: Mapping[str, int]) -> Walk:
         calls |= {f"store_{name}": of_queries for name in results}
         if "attention" not in results:
             calls["load_v"] = []
+        calls["load_noise"] = calls["load_v"]
         products = tile * len(seen) * (c + d * ("attention" in results))
         return Walk(calls, len(queries), trips, products, len(seen))
     calls = {name: [] for name in ("load_q", "load_k", "load_v", "load_g", "load_lse")}
-    calls |= {"load_delta": [], "score": []}
+    calls |= {"load_delta": [], "score": [], "load_noise": []}
     programs = products = longest = scores = 0
     dq, dk, dv = (name in results for name in GRADIENTS)
     if dk or dv:
         met = [(i, j) for j in keys for i in queries_of(j)]
-        for name in ("load_q", "load_lse", "load_g", "score"):
+        for name in ("load_q", "load_lse", "load_g", "score", "load_noise"):
             calls[name] += met
         calls["load_k"] += of_keys
         calls["load_v"] += of_keys * dk
@@ -75,7 +76,7 @@ def walk(a: Attention, m: int, n: int, constants: Mapping[str, int]) -> Walk:
     if dq:
         for name in ("load_q", "load_lse", "load_delta", "load_g"):
             calls[name] += of_queries
-        for name in ("load_k", "load_v", "score"):
+        for name in ("load_k", "load_v", "score", "load_noise"):
             calls[name] += seen
         calls["store_attention_dq"] = of_queries
         programs, longest = programs + len(queries), max(longest, trips)

@@ -202,6 +202,21 @@ class Attention(attention.Attention):
             Line(f"const int64_t seen = {last} < 0 ? 0 : tj_least(columns, {last});"),
         ]
 
+    def _left(self, to: str) -> list[Line]:
+        """What noise leaves of the weight `p`, in a scope of its own."""
+        if not self.attend.is_noisy:
+            return [Line(f"{to} = p;")]
+        noise = self.attend.side("noise")
+        text = self.body.operand(noise.value, self.acc)
+        return block(
+            "",
+            [
+                Line(f"const int64_t {self.n.name} = column + j;"),
+                *self.body.lines(noise.body),
+                Line(f"{to} = p * {text};"),
+            ],
+        )
+
     def _score(self, to: str) -> list[Line]:
         """The score of query r and key j, scaled and with its bias."""
         bias = self.attend.side("bias")
@@ -236,7 +251,7 @@ class Attention(attention.Attention):
                 "seen",
                 [
                     Line(f"const {self.type} p = {exp}(s[j] - base);"),
-                    Line("s[j] = p;"),
+                    *(self._left("s[j]") if mixes else [Line("s[j] = p;")]),
                     Line("sum += p;"),
                 ],
                 simd="reduction(+:sum)",
@@ -271,7 +286,7 @@ class Attention(attention.Attention):
         inner = [
             *self._score("x"),
             Line(f"const {self.type} p = tj_exp{self.f}(x - lse);"),
-            Line("s[j] = p;"),
+            *self._left("s[j]"),
         ]
         row = [
             *self._row_of_scores(),
@@ -283,7 +298,8 @@ class Attention(attention.Attention):
                 Line(f"{self.type} *const t = slopes + r * {n};"),
                 Line(f"const {self.type} delta = all_delta[{self.m.name}];"),
             ]
-            inner.append(Line(f"t[j] = p * (t[j] - delta) * {self.scale};"))
+            slope = "(s[j] * t[j] - p * delta)" if self.attend.is_noisy else "p * (t[j] - delta)"
+            inner.append(Line(f"t[j] = {slope} * {self.scale};"))
             rest.append(Line("t[j] = 0;"))
         row += each("j", "0", "seen", inner, simd=" ")
         row += each("j", "seen", str(n), rest)

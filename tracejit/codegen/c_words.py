@@ -93,4 +93,42 @@ int tj_count(const int64_t *const *items, const int64_t *indices, int64_t count,
     }
     return 1;
 }
+
+/* An item of a tuple that is an array: at which word, its dtype, how many axes, their lengths and
+   then strides. */
+struct wanted {
+    int64_t place;
+    const void *dtype;
+    int64_t axes;
+    const int64_t *sizes;
+};
+
+/* An array of numpy's. */
+struct array {
+    int64_t users;
+    const void *type;
+    int64_t data;
+    int axes;
+    const int64_t *lengths, *strides;
+    const void *base, *dtype;
+    int flags;
+};
+
+/* Whether some items of a tuple are arrays of this type, as wanted, and have these flags; their
+   addresses. */
+int tj_arrays(const void *const *tuple, const void *type, int64_t flags, int64_t count,
+              const struct wanted *wanted, int64_t *addresses)
+{
+    for (const struct wanted *w = wanted; w < wanted + count; w++) {
+        const struct array *x = tuple[w->place];
+        if (x->type != type || x->dtype != w->dtype || x->axes != w->axes
+            || (x->flags & flags) != flags)
+            return 0;
+        for (int64_t i = 0; i < w->axes; i++)
+            if (x->lengths[i] != w->sizes[i] || x->strides[i] != w->sizes[w->axes + i])
+                return 0;
+        *addresses++ = x->data;
+    }
+    return 1;
+}
 """

@@ -240,7 +240,8 @@ def _attention(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
     a = attention_of(kernel)
     attend = a.attend
     m, n, c, d = (_numel([axis], bound) for axis in attend.axes)
-    chosen = dict(attention_tiles(m, n, c, d, a.dtype.name, precision, attend.is_forward))
+    how = attend.is_forward, attend.is_noisy
+    chosen = dict(attention_tiles(m, n, c, d, a.dtype.name, precision, *how))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     if attend.is_forward and precision == "ieee" and a.dtype.name == "f32" and _keys_twice(attend):
         options["num_stages"] = 1  # there is little to load ahead, and with two stages it spills

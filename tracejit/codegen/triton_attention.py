@@ -17,7 +17,7 @@ from tracejit.codegen.triton_text import MEMORY_TYPE, Dim, compute_type, product
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import DType
 from tracejit.kernels.tiles import dot_path
-from tracejit.schedule.kernel import SIDES, Attend, Axis, Kernel, Stage, axes_of_result
+from tracejit.schedule.kernel import Attend, Axis, Kernel, Stage, axes_of_result
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D")
 FORWARD = ("attention", "attention_lse")
@@ -40,9 +40,8 @@ class Attention:
     @property
     def sides(self) -> tuple[str, ...]:
         """The sides that are read as tiles, in the order in which the kernels take them."""
-        names = SIDES[: len(self.attend.sides)]
         has_v = bool(self.attend.side("v").body)
-        return tuple(n for n in names if n != "bias" and (n != "v" or has_v))
+        return tuple(n for n in self.attend.names if n != "bias" and (n != "v" or has_v))
 
     def dims(self, axes: Sequence[Axis]) -> tuple[Dim, ...]:
         """Dims of a tile over some of the axes m, n, c, d, and the ranges that functions get."""
@@ -79,7 +78,7 @@ def attention(
         f"{tuple_text([b.name for b in kernel.buffers])},",
         "scalars," if kernel.scalars else "None,  # no runtime scalars",
         f"{tuple_text(kernel.sizes)},",
-        handed("load_q", "load_k", "load_v", "score"),
+        handed("load_q", "load_k", "load_v", "score", "load_noise"),
     ]
     if attend.is_forward:
         called = "attend_forward"
@@ -118,7 +117,7 @@ def _enter(body: Body, a: Attention, axes: Sequence[Axis]) -> tuple[Dim, ...]:
 
 def _load(body: Body, a: Attention, name: str, part: str) -> str:
     """The function that loads a tile of an operand, zero outside."""
-    at = SIDES.index(name)
+    at = a.attend.names.index(name)
     side, dims = a.attend.sides[at], _enter(body, a, a.attend.over[at])
     everywhere = frozenset(body.dims)
     dtype = a.dtype if name in ("q", "k", "v", "g") else side.value.dtype

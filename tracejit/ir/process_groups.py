@@ -166,7 +166,7 @@ def start(
                 distributed.ReduceOptions, reduceOp=_reduction(attrs), rootRank=attrs["root"]
             )
             return _begun(what, lambda: group.reduce([out], opts), (out,))
-        opts = _options(distributed.BroadcastOptions, rootRank=attrs["root"], rootTensor=0)
+        opts = _options(distributed.BroadcastOptions, rootRank=_root(attrs), rootTensor=0)
         return _begun(what, lambda: group.broadcast([out], opts), (out,))
     ranks = attrs["ranks"]
     mine = space.tensor(operands[0], dtype)
@@ -196,6 +196,41 @@ def start(
     rows = list(mine.view(ranks, -1)) if here else []
     given = [rows] if here else []
     return _begun(what, lambda: group.scatter([out], given, opts), (*held, *rows))
+
+
+# Under `join()` collectives of a module say so: a reduction at the end of what it is `of`, and a
+# broadcast by its root, which is the last rank that has not joined.
+JOINS, THROWS = "join", "join!"
+_ROOTS = {-1: JOINS, -2: THROWS}
+
+
+def joins(attrs: Mapping[str, object]) -> str:
+    """Under which kind of `join()` a collective is; empty if under none."""
+    found = _ROOTS.get(attrs.get("root"), "")
+    of = str(attrs.get("of", ""))
+    return found or next((x for x in (JOINS, THROWS) if of.endswith(x)), "")
+
+
+def place(device: str) -> str:
+    """Where ranks tell that they have not joined, for tensors of a device: where torch has them."""
+    return "cuda" if device.startswith("cuda") else "cpu"
+
+
+def last_active(*, throws: bool) -> int:
+    """The root of a broadcast under `join()`."""
+    return -2 if throws else -1
+
+
+def note_active(group: str, ranks: Sequence[int]) -> None:
+    """Which ranks of a group have not joined, by what they have told each other last."""
+    if not hasattr(_local, "last"):
+        _local.last = {}
+    _local.last[group] = ranks[-1]
+
+
+def _root(attrs: Mapping[str, object]) -> int:
+    root = attrs["root"]
+    return root if root >= 0 else _local.last[attrs["group"]]
 
 
 IN_PLACE = (

@@ -14,7 +14,7 @@ from __future__ import annotations
 import builtins
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import CellType, FunctionType
 
@@ -29,17 +29,19 @@ from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
 from tracejit.compile import FRONTS, CompiledStep
 from tracejit.errors import BackendUnavailable, CannotSave, UnsupportedOperation
-from tracejit.numpy_front.array import Array
-from tracejit.numpy_front.core import BORN, ON, ArrayData, Root, refuse
+from tracejit.numpy_front.at_once import NOT_SO, AtOnce, only_warns
+from tracejit.numpy_front.core import BORN, ON, ArrayData, refuse
 from tracejit.numpy_front.found import reads_arrays
 from tracejit.numpy_front.places import NOWHERE, Places, Reached, is_holder, leads_nowhere
 from tracejit.numpy_front.reductions import INSTEAD
-from tracejit.numpy_front.structure import READ_ONLY, SCALAR, Given, Layout, has, rebuilt, told
+from tracejit.numpy_front.seen import Seen, same_or_new
+from tracejit.numpy_front.structure import Given, Layout, has, rebuilt, told
+from tracejit.run import Replay
 from tracejit.runtime.select import FAKES
 
 _CHANGES = 8  # of what arguments are, after which calls run as the plain function
-_RAISING = {"raise", "call", "print", "log"}
 _MISSING = object()
+_NONE_GIVEN = Given()
 
 
 class Namespace(dict):
@@ -122,10 +124,11 @@ class NumpyStep(CompiledStep):
             self._given: tuple[Given, tuple, dict] | None = None
             self._reach: _Reach | None = None  # what a trace can change
             self._changes = getattr(self, "_changes", 0)
+            self._at_once: dict[Replay, AtOnce | None] = {}
             self._function = self._twin()
             super().reset()
             self._own |= {"_users", "_layouts", "_form", "_given", "_changes", "_names", "_cells"}
-            self._own |= {"_space", "_reach", "_places"}
+            self._own |= {"_space", "_reach", "_places", "_at_once"}
 
     def _twin(self) -> FunctionType:
         users = self._users
@@ -169,6 +172,11 @@ class NumpyStep(CompiledStep):
         if torch._C._len_torch_function_stack() and current() is not None:
             return self._inside(*args, **kwargs)
         with self._lock:
+            if self._replays and not kwargs:
+                returned = self._made_at_once(args)
+                if returned is not NOT_SO:
+                    return returned
+            replays = self.stats.replays
             given, taken = self._take(args, kwargs)
             if given.form != self._form:
                 if self._form is not None:  # guards do not see what these are
@@ -194,9 +202,33 @@ class NumpyStep(CompiledStep):
                 self._given = self._reach = None
             if type(returned) is _Plain:
                 return returned.result
-            layout, *leaves = returned
-            leaves.reverse()
-            return rebuilt(self._layouts[layout], leaves, given, {})
+            if self.stats.replays > replays and not (kwargs or self._bound_to or given.form):
+                self._keep_at_once(args)
+            return self._rebuilt(returned, given)
+
+    def _made_at_once(self, args: tuple) -> object:
+        """The result of a call like one that the latest replay has made; else NOT_SO."""
+        replay = self._replays[0]
+        at_once = self._at_once.get(replay)
+        ready = at_once is not None and replay.run is self._last_run
+        if not ready or self._hooks.observer is not None:
+            return NOT_SO
+        returned = at_once(args)
+        if returned is NOT_SO:
+            return NOT_SO
+        self.stats.replays += 1
+        return self._rebuilt(returned, _NONE_GIVEN)
+
+    def _keep_at_once(self, args: tuple) -> None:
+        replay, known = self._replays[0], self._at_once
+        if replay not in known and self._place is None:
+            self._at_once = {r: known[r] for r in self._replays if r in known}
+            self._at_once[replay] = AtOnce.of(self._users, self._names, replay, args)
+
+    def _rebuilt(self, returned: tuple, given: Given) -> object:
+        layout, *leaves = returned
+        leaves.reverse()
+        return rebuilt(self._layouts[layout], leaves, given, {})
 
     def _inside(self, *args: object, **kwargs: object) -> object:
         """A call by another compiled step: a part of its trace."""
@@ -236,7 +268,7 @@ class NumpyStep(CompiledStep):
         if given.problem is not None:
             what, array = given.problem
             return what, "convert it outside the step, for example with np.ascontiguousarray", array
-        if not _RAISING.isdisjoint(np.geterr().values()):
+        if not only_warns():
             return "np.seterr or np.errstate that does more than warn", "leave it out", None
         if self._changes > _CHANGES:
             return (
@@ -283,8 +315,8 @@ class NumpyStep(CompiledStep):
                 raise refuse(f"type(x), which {f.__name__} asks for", "ask with isinstance instead")
         self._reach = _Reach((twin, args, kwargs))
         BORN.arrays.clear()
-        seen = _Seen(given, self._places.known)
-        cells = tuple([_same_or_new(seen, cell) for cell in twin.__closure__ or ()])
+        seen = Seen(given, self._places.known)
+        cells = tuple([same_or_new(seen, cell) for cell in twin.__closure__ or ()])
         instead = {name: seen.of(x) for name, x in dict.items(self._space)}
         for name in self._names:
             value = instead.get(name, twin.__globals__.get(name))
@@ -344,54 +376,6 @@ def _helpers(twin: FunctionType) -> Iterator[FunctionType]:
             yield x
 
 
-class _Seen:
-    """What the user's code sees of the tensors of a call: an Array for each."""
-
-    def __init__(self, given: Given, holders: Collection[int]):
-        self._given = given
-        self._holders = holders  # the ids of containers in which Arrays stand themselves
-        self._arrays: dict[int, Array] = {}
-        self.containers: list[tuple[object, object]] = []  # and copies of them
-        self._copies: dict[int, object] = {}  # by the identity of a list or dict of tensors
-
-    def of(self, x: object) -> object:
-        """The same with Arrays in place of tensors."""
-        kind = type(x)
-        if kind is torch.Tensor:
-            found = self._arrays.get(id(x))
-            if found is None:
-                found = self._arrays[id(x)] = self._array(x)
-            return found
-        if id(x) in self._holders:
-            return x
-        if id(x) in self._copies:
-            return self._copies[id(x)]
-        if kind in (tuple, list, dict) and x:
-            items = [*x.values()] if kind is dict else x
-            found = [self.of(item) for item in items]
-            if any(a is not b for a, b in zip(found, items, strict=True)):
-                made = dict(zip(x, found, strict=True)) if kind is dict else kind(found)
-                if kind is not tuple:
-                    self.containers.append((made, made.copy()))
-                    self._copies[id(x)] = made
-                return made
-        return x
-
-    def _array(self, x: torch.Tensor) -> Array:
-        given, kind = self._given.arrays.get(id(x), (None, ""))
-        if given is None:
-            raise refuse("a tensor of torch's", "pass numpy arrays alone")
-        if kind is SCALAR:
-            return Array(x, scalar=True)
-        return Array(x, Root(READ_ONLY if kind is READ_ONLY else "", outside=True))
-
-
-def _same_or_new(seen: _Seen, cell: CellType) -> CellType:
-    value = contents(cell)
-    found = seen.of(value)
-    return cell if found is value else CellType(found)
-
-
 class _Traced:
     """The user's function in a trace: takes tensors, and returns a layout and leaves.
 
@@ -402,7 +386,7 @@ class _Traced:
         self,
         step: NumpyStep,
         inner: FunctionType,
-        seen: _Seen,
+        seen: Seen,
         variables: list[tuple[CellType, object]],
         stored: dict[str, object],
         space: Namespace,

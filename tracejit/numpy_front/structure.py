@@ -145,20 +145,24 @@ def has(x: object, is_array: Callable, depth: int) -> bool:
     return is_array(x)
 
 
+def _on_host(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.numpy() if tensor.is_cpu else tensor.cpu().numpy()
+
+
 def rebuilt(layout: Layout, leaves: list, given: Given, made: dict[int, np.ndarray]) -> object:
     """The result of a call, from its leaves, last first."""
     kind = layout.kind
     if kind == "other":
         return leaves.pop()
     if kind == SCALAR:
-        return leaves.pop().cpu().numpy()[()]
+        return _on_host(leaves.pop())[()]
     if kind == ARRAY:
         tensor = leaves.pop()
         if id(tensor) in given.arrays:
             return given.arrays[id(tensor)][0]
         found = made.get(id(tensor))
         if found is None:
-            found = made[id(tensor)] = tensor.cpu().numpy()
+            found = made[id(tensor)] = _on_host(tensor)
         return found
     parts = [rebuilt(part, leaves, given, made) for part in layout.parts]
     if kind == "dict":

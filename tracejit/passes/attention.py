@@ -9,10 +9,7 @@ attention: of half types, the primitives round results only.
 A row that sees no key is NaN in eager, and makes its gradients NaN; or it weighs all keys alike, if
 scores are set to a finite number instead of -inf. Both are kept, by what the masks say of rows.
 
-Dropout multiplies weights p by a mask m, and adds log m to scores s: what is left of a row weighs
-exp(s + log m - lse), with the log-sum of all of the row. So it is attention with that bias, times
-the quotient of the two sums. A gradient of scores is p·m·(g·vᵀ) - p·delta: that of the biased ones,
-and one that is attention once more, to keys: p·k, and pᵀ·q.
+What dropout multiplies weights by is the noise of the primitives.
 """
 
 from __future__ import annotations
@@ -23,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tracejit.ir.graph import Arg, Builder, Graph, Node, Value
+from tracejit.ir.graph import Builder, Graph, Node, Value
 from tracejit.ir.ops.attention import row_products, wide
 from tracejit.ir.ops.movement import transpose
 from tracejit.ir.types import DType, f32
@@ -34,7 +31,6 @@ from tracejit.passes.simplify import simplify
 from tracejit.passes.written_attention import HIDDEN, Known, Match, Step
 
 LARGE = 1 << 21  # scores, of all heads: fewer are faster to keep than to compute once more
-DROPPED = 1 << 24  # with dropout, on a CPU: there it takes 1.4 times as long, at half of the memory
 
 
 def find_attention(graph: Graph) -> Graph:
@@ -47,17 +43,11 @@ def find_attention(graph: Graph) -> Graph:
     for softmax in softmaxes:
         try:
             match = Match(known, softmax)
-            if match.scores.type.numel >= _least(match):
+            if match.scores.type.numel >= LARGE:
                 placed |= _Emission(known, match).run()
         except Unknown:
             continue
     return dce(simplify(_replaced(graph, placed))) if placed else graph
-
-
-def _least(match: Match) -> int:
-    """How many scores are many: what is dropped out of them is computed twice."""
-    dropped = match.dropout is not None and match.scores.type.device == "cpu"
-    return DROPPED if dropped else LARGE
 
 
 def _softmaxes(graph: Graph) -> list[Node]:
@@ -85,8 +75,6 @@ class _Masks:
     share: if other numbers than -inf are added, of each key in a row to whose scores so small a
     number is added that nothing else is left of them; else 1. The log-sum of such a row is that
     number.
-    far:   which rows these are, and `tops` which keys of a row have its largest number.
-    seen:  where nothing is added, if all that is added elsewhere is -inf.
     """
 
     bias: Value | float = 0.0
@@ -95,9 +83,6 @@ class _Masks:
     alike: bool = False
     added: bool = False
     share: Value | None = None
-    far: Value | None = None
-    tops: Value | None = None
-    seen: Value | None = None
 
 
 @dataclass(slots=True)
@@ -138,7 +123,7 @@ class _Emission:
         v = self._shaped(match.v, (*keys, match.d))
         how = {"causal": masks.causal, "scale": scale}
         lost = None if masks.alike else masks.none
-        attend = _Attend(b, (q, k, v), masks.bias, how, self._dropped(masks))
+        attend = _Attend(b, (q, k, v), masks.bias, self._noise(), how)
         self._instead(match.out, self._rows(lost, math.nan, attend.result()))
         gradients = [n for n in (match.dv, match.dq, match.turned_dk) if n is not None]
         if gradients:
@@ -151,13 +136,13 @@ class _Emission:
         for node in gradients:
             self._at(node)
             if node is match.dv:
-                x = self._rows(every, math.nan, attend.dv())
+                x = self._rows(every, math.nan, attend.gradient("attention_dv"))
             elif node is match.dq:
-                x = self._times(attend.dq(), hosts)
+                x = self._times(attend.gradient("attention_dq"), hosts)
                 x = self._rows(masks.none, 0.0, x) if masks.alike else x
                 x = self._rows(lost, math.nan, x) if masks.added else x
             else:
-                x = attend.dk()
+                x = attend.gradient("attention_dk")
                 x = self._rows(every, math.nan, x) if masks.added else x
                 x = transpose(b, x)
             self._instead(node, x)
@@ -202,35 +187,13 @@ class _Emission:
 
     # -- masks
 
-    def _log(self, number: Arg) -> Arg:
-        return self.b.host_log(number) if isinstance(number, Value) else math.log(number)
-
-    def _dropped(self, masks: _Masks) -> _Dropped | None:
-        """What dropout does to scores and rows."""
-        match, b, found = self.match, self.b, self.match.dropout
-        if found is None:
-            return None
-        kind = match.scores.type
-        mask, most = self._shaped(found.mask, kind.shape), self._log(found.number)
-        if found.inverse:
-            most = b.host_neg(most) if isinstance(most, Value) else -most
-        nothing = b.full(-math.inf, shape=kind.shape, dtype=wide(match.dtype), device=kind.device)
-        if masks.seen is not None:  # both masks in a byte
-            mask = b.and_(mask, b.expand(masks.seen, shape=kind.shape))
-        bias = b.where(mask, most, nothing)
-        alone = masks.seen is not None or not isinstance(masks.bias, Value)
-        dropped = _Dropped(bias if alone else b.add(masks.bias, bias), most)
-        if masks.share is None:
-            return dropped
-        number = found.number
-        if found.inverse:
-            number = b.host_div(1.0, number) if isinstance(number, Value) else 1.0 / number
-        tops = b.and_(mask, b.expand(masks.tops, shape=kind.shape))
-        left = b.reduce_sum(b.cast(tops, dtype=f32), axes=(len(kind.shape) - 1,))
-        one = _cast(b, b.mul(masks.share, number), f32)
-        dropped.far, dropped.left = masks.far, b.mul(left, one)
-        dropped.share = _cast(b, b.where(masks.far, one, 1.0), masks.share.type.dtype)
-        return dropped
+    def _noise(self) -> tuple[Value, ...]:
+        """What dropout multiplies weights by."""
+        match = self.match
+        if match.dropout is None:
+            return ()
+        noise = self._shaped(match.dropout.noise, match.scores.type.shape)
+        return (_cast(self.b, noise, wide(match.dtype)),)
 
     def _masks(self) -> _Masks:
         """What all steps add to scores. It is computed before it is expanded to their shape."""
@@ -276,15 +239,12 @@ class _Emission:
         masks = _Masks(none=self._of_rows(none), alike=bool(finite))
         if finite:
             bias = self._rows(none, 0.0, bias)
-        if len(steps) == 1 and (steps[0].kind == "hide" or steps[0].hard):
-            masks.seen = b.eq(bias, 0.0)
         masks.added = any(s.kind == "add" for s in steps)
         if soft:
             ones = b.cast(b.eq(bias, self._along(top, common)), dtype=dtype)
             share = b.div(common[-1] / match.n, b.reduce_sum(ones, axes=last))
             far = b.and_(b.le(top, HIDDEN), b.not_(none))
             masks.share = self._of_rows(b.where(far, share, 1.0))
-            masks.far, masks.tops = self._of_rows(far), b.eq(bias, self._along(top, common))
         masks.bias = b.expand(bias, shape=kind.shape)
         if match.finite:  # such rows are 0, as those of the primitives
             masks.none = None
@@ -307,48 +267,22 @@ class _Emission:
         return self.b.expand(x, shape=self.match.scores.type.shape[:-1])
 
 
-@dataclass(slots=True)
-class _Dropped:
-    """What dropout does: what it adds to scores, their bias included, and the log of what it
-    multiplies by. In far rows, whose log-sums say nothing of them, what is left of all weights, and
-    what stands for 1 in a weight that is left (1 in other rows)."""
-
-    bias: Value
-    most: Arg
-    far: Value | None = None
-    left: Value | None = None
-    share: Value | None = None
-
-
 class _Attend:
-    """The primitives of one attention, with dropout or without."""
+    """The primitives of one attention; its noise is that of dropout, if there is any."""
 
     def __init__(
         self,
         b: Builder,
         operands: tuple[Value, Value, Value],
         bias: Value | float,
+        noise: tuple[Value, ...],
         how: dict[str, object],
-        dropped: _Dropped | None,
     ):
-        self.b, self.operands, self.bias, self.how, self.dropped = b, operands, bias, how, dropped
+        self.b, self.operands, self.bias, self.noise, self.how = b, operands, bias, noise, how
 
     def result(self) -> Value:
         """The result, before what masks make of rows."""
-        b, (q, k, v) = self.b, self.operands
-        if self.dropped is None:
-            self.out = b.attention(q, k, v, self.bias, **self.how)
-            return self.out
-        bias, most, far = self.dropped.bias, self.dropped.most, self.dropped.far
-        left = b.attention(q, k, v, bias, **self.how)
-        self.keep()
-        # 0 where nothing is left of a row, whose log-sum is 0
-        less = b.sub(b.attention_lse(q, k, bias, **self.how), self.lse)
-        share = b.exp(b.minimum(less, most))
-        if far is not None:
-            share = b.where(far, _cast(b, self.dropped.left, share.type.dtype), share)
-        share = self._along(share, left)
-        self.out = _cast(b, b.mul(_cast(b, left, share.type.dtype), share), left.type.dtype)
+        self.out = self.b.attention(*self.operands, self.bias, *self.noise, **self.how)
         return self.out
 
     def keep(self) -> None:
@@ -359,53 +293,16 @@ class _Attend:
     def come(self, g: Value, share: Value | None) -> None:
         """The cotangent of the result is there. `share` is what weights are multiplied by that
         the log-sums give, if they do not say all of each row."""
-        b, (q, k, v) = self.b, self.operands
-        if self.dropped is None:
-            self.less = self.less_of_keys = None
-            self.g = self._shared(g, share)
-            self.delta, bias = row_products(b, self.g, self.out), self.bias
-        else:
-            bias, delta = self.dropped.bias, row_products(b, g, self.out)
-            self.less = self.less_of_keys = b.mul(delta, -self.how["scale"])
-            if share is not None:
-                self.less_of_keys = b.mul(self.less, _cast(b, share, delta.type.dtype))
-            self.g, kind = self._shared(g, self.dropped.share), delta.type
-            self.delta = b.full(0.0, shape=kind.shape, dtype=kind.dtype, device=kind.device)
-        self.given = q, k, v, bias, self.lse, self.delta, self.g
-
-    def _shared(self, g: Value, share: Value | None) -> Value:
-        if share is None:
-            return g
-        wider = self._along(share, g)
-        return _cast(self.b, self.b.mul(_cast(self.b, g, wider.type.dtype), wider), g.type.dtype)
-
-    def dv(self) -> Value:
-        return self.b.attention_dv(*self.given, **self.how)
-
-    def dq(self) -> Value:
-        b, (q, k, _) = self.b, self.operands
-        x = b.attention_dq(*self.given, **self.how)
-        if self.less is None:
-            return x
-        rows = b.attention(q, k, k, self.bias, **self.how)
-        return b.add(x, self._times(rows, self.less))
-
-    def dk(self) -> Value:
-        b, (q, k, _) = self.b, self.operands
-        x = b.attention_dk(*self.given, **self.how)
-        if self.less is None:
-            return x
-        operands = q, k, k, self.bias, self.lse, self.delta, self._times(q, self.less_of_keys)
-        return b.add(x, b.attention_dv(*operands, **self.how))
-
-    def _times(self, x: Value, less: Value) -> Value:
-        """Rows times what is taken from each weight of a row."""
         b = self.b
-        return _cast(b, b.mul(_cast(b, x, less.type.dtype), self._along(less, x)), x.type.dtype)
+        if share is not None:
+            wider = b.expand(b.reshape(share, shape=(*share.type.shape, 1)), shape=g.type.shape)
+            g = _cast(b, b.mul(_cast(b, g, wider.type.dtype), wider), g.type.dtype)
+        delta = row_products(b, g, self.out)
+        self.given = *self.operands, self.bias, self.lse, delta, g, *self.noise
 
-    def _along(self, rows: Value, like: Value) -> Value:
-        b = self.b
-        return b.expand(b.reshape(rows, shape=(*rows.type.shape, 1)), shape=like.type.shape)
+    def gradient(self, name: str) -> Value:
+        """That of an operand: "attention_dq", …."""
+        return getattr(self.b, name)(*self.given, **self.how)
 
 
 def _cast(b: Builder, x: Value, dtype: DType) -> Value:

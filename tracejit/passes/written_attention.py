@@ -49,14 +49,10 @@ class Known(Readers):
 
 @dataclass(frozen=True, slots=True)
 class Dropout:
-    """Weights are multiplied by a number where a mask is true (or divided by it, if `inverse`), and
-    by 0 elsewhere."""
+    """Weights are multiplied by noise: by a number where a mask is true, by 0 elsewhere."""
 
     node: Node
     noise: Value
-    mask: Value
-    number: Arg
-    inverse: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +148,8 @@ class Match:
             made = known.made.get(known.root(mask)) if isinstance(mask, Value) else None
             if made is None or made.op.name != "cast" or not _is_number(number):
                 continue
-            if made.args[0].type.dtype is b1 and (isinstance(number, Value) or number > 0):
-                return Dropout(node, noise, made.args[0], number, scaled.op.name == "div")
+            if made.args[0].type.dtype is b1:
+                return Dropout(node, noise)
         return None
 
     def _spread(self, value: Arg, name: str) -> Node:

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import ctypes
 import functools
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tracejit.codegen.c_prelude import C_FLAGS
 from tracejit.errors import BackendUnavailable, TracejitError
-from tracejit.runtime.cache import DiskCache, private_folder, sha256
+from tracejit.runtime.cache import DiskCache, sha256
+from tracejit.runtime.private import private_folder
 
 FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")
 # For gcc: the pass gains nothing on loops that are written out already, and takes it most of its
@@ -38,6 +42,23 @@ class CompilationFailed(TracejitError, RuntimeError):
         "the C compiler failed on generated code: {command}\n{output}\n"
         'Use backend="numpy" meanwhile, and report this'
     )
+    advice = (
+        'It is a fault of tracejit, or of the compiler: please report it. backend="numpy" needs no '
+        "compiler, and CC names another one."
+    )
+
+
+class CannotCompile(TracejitError, OSError):
+    """The C compiler, or the loader of libraries, lacks room, memory or a right."""
+
+    message = "generated C cannot be compiled here: {reason}. {remedy}"
+
+
+# what compilers and linkers write where the machine is to blame; no message of theirs on C says so
+_OF_THE_MACHINE = re.compile(
+    r"No space left|Disk quota|File too large|Read-only file system|Permission denied"
+    r"|[Cc]annot allocate|[Oo]ut of memory|memory exhausted|terminated with signal|Killed signal"
+)
 
 
 def find_compiler() -> tuple[str, ...]:
@@ -136,7 +157,7 @@ def cached_library(digest: str) -> ctypes.CDLL | None:
 def _compiled(source: str) -> ctypes.CDLL:
     command = find_compiler()
     code = compile_c(command, source, flags_for(command))
-    DiskCache().put("c", _key(sha256(source)), base64.b64encode(code).decode())
+    DiskCache().store("c", _key(sha256(source)), base64.b64encode(code).decode())
     return _opened(code)
 
 
@@ -145,19 +166,37 @@ def _key(digest: str) -> str:
 
 
 def compile_c(command: tuple[str, ...], source: str, flags: tuple[str, ...] = FLAGS) -> bytes:
-    """The bytes of a shared library."""
-    stem = private_folder() / f"unit_{secrets.token_hex(8)}"
-    program, library = stem.with_suffix(".c"), stem.with_suffix(".so")
+    """The bytes of a shared library. Raises CompilationFailed, or CannotCompile."""
+    program = library = None
     try:
+        stem = private_folder() / f"unit_{secrets.token_hex(8)}"
+        program, library = stem.with_suffix(".c"), stem.with_suffix(".so")
         program.write_text(source)
         line = [*command, *flags, "-o", str(library), str(program), "-lm"]
-        done = subprocess.run(line, capture_output=True, text=True)
+        # in a process group of its own: Ctrl-C is for this process, whose handler decides
+        done = subprocess.run(line, capture_output=True, text=True, process_group=0)
+        if done.returncode < 0 or (done.returncode and _OF_THE_MACHINE.search(done.stderr)):
+            raise _cannot(f"{shlex.join(line)} ended with {done.returncode}: {done.stderr.strip()}")
         if done.returncode:
             raise CompilationFailed(command=shlex.join(line), output=done.stderr)
         return library.read_bytes()
+    except CannotCompile:
+        raise
+    except OSError as error:
+        raise _cannot(str(error)) from error
     finally:
         for path in (program, library):
-            path.unlink(missing_ok=True)
+            if path is not None:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+
+
+def _cannot(reason: str) -> CannotCompile:
+    return CannotCompile(
+        reason=reason,
+        remedy=f"Make room in {tempfile.gettempdir()}, or set TMPDIR to another folder; "
+        'backend="numpy" needs no compiler',
+    )
 
 
 def _decoded(body: str | None) -> bytes | None:
@@ -168,10 +207,24 @@ def _decoded(body: str | None) -> bytes | None:
 
 
 def _opened(code: bytes) -> ctypes.CDLL:
-    """Load a library from a file that only this process can reach."""
-    path = private_folder() / f"library_{secrets.token_hex(8)}.so"
+    """Load a library from a file that only this process can reach: one in memory where the disk is
+    full, or holds nothing that may be executed."""
     try:
-        path.write_bytes(code)
-        return ctypes.CDLL(str(path))
-    finally:
-        path.unlink(missing_ok=True)
+        path = private_folder() / f"library_{secrets.token_hex(8)}.so"
+        try:
+            path.write_bytes(code)
+            return ctypes.CDLL(str(path))
+        finally:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        try:
+            return _opened_in_memory(code)
+        except OSError:
+            raise _cannot(str(error)) from error
+
+
+def _opened_in_memory(code: bytes) -> ctypes.CDLL:
+    descriptor = os.memfd_create("tracejit")  # stays open: the loader knows libraries by name
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(code)
+    return ctypes.CDLL(f"/proc/self/fd/{descriptor}")

@@ -100,7 +100,7 @@ class Kernels:
             provided = _provided(library.result())
             for digest in batch:
                 name = self._printed[digest].name
-                self._cache.put("kernel", self._key(digest), f"{sha256(source)} {name}")
+                self._cache.store("kernel", self._key(digest), f"{sha256(source)} {name}")
                 self._loaded[digest] = _loaded(provided, name)
         self._under_way.clear()
         return {name: self._loaded[digest] for name, digest in digests.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from tracejit import knobs
 from tracejit.errors import TracejitError
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
@@ -50,6 +51,7 @@ def _key(plan: Plan, vector_bytes: int) -> str:
 
 def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str, meet: Meet) -> Lowered:
     from tracejit.schedule.cpu.lower import lower  # a warm start lowers nothing
+    from tracejit.schedule.cpu.sound import check_cpu_plan
 
     found: dict[CpuKernel, str] = {}
 
@@ -58,8 +60,10 @@ def _made(plan: Plan, vector_bytes: int, cache: DiskCache, key: str, meet: Meet)
         meet(kernel, found[kernel])
 
     cpu_plan = lower(plan, vector_bytes, met)
+    if knobs.verify():
+        check_cpu_plan(plan, cpu_plan)
     digests = {name: found[kernel] for name, kernel in cpu_plan.kernels.items()}
-    cache.put("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
+    cache.store("cpu", key, f"{' '.join(digests.values())}\n{cpu_plan}")
     return Lowered(cpu_plan, digests)
 
 

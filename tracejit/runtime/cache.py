@@ -4,22 +4,19 @@ An entry is a file `<kind>/<sha256 of key><suffix>` of three comment lines (form
 of the body, full key) and the body, so that a Python source stays importable. Files appear by
 rename, so readers and concurrent writers never see half of one; what is damaged or belongs to
 another key is removed and reported as absent; what another user owns or may write is never read.
-Where the cache cannot be written, `put` falls back to a private folder of this process.
+Where the cache cannot be written, `put` falls back to the private folder of this process.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
 import secrets
-import shutil
 import stat
-import tempfile
-import threading
 import time
 import warnings
 from collections import Counter
@@ -28,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tracejit import knobs
+from tracejit.runtime.private import private_folder
 
 VERSION = "tracejit cache 1"
 SUFFIX = {"triton": ".py"}  # by kind; ".txt" for others
@@ -132,7 +130,7 @@ class DiskCache:
     def _stored(self, kind: str, key: str) -> str | None:
         path = self.path(kind, key)
         try:
-            if not (self._trusted(os.stat(self.root)) and self._trusted(os.stat(path.parent))):
+            if not (self._trusted_folder(self.root) and self._trusted_folder(path.parent)):
                 return None
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             with open(descriptor, "rb") as file:
@@ -152,6 +150,10 @@ class DiskCache:
 
     def put(self, kind: str, key: str, text: str) -> Path:
         """Store an entry and return a file that holds it."""
+        return self.store(kind, key, text) or self._put_private(kind, key, text)
+
+    def store(self, kind: str, key: str, text: str) -> Path | None:
+        """Store an entry, and return its file; None where the cache cannot be written."""
         path = self.path(kind, key)
         _note(kind, key, text)
         if self._stored(kind, key) == text:
@@ -159,12 +161,12 @@ class DiskCache:
         try:
             for folder in (self.root, path.parent):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if not self._trusted(os.stat(folder)):
-                    return self._put_private(path, key, text)
+                if not self._trusted_folder(folder):
+                    return None
             write_atomically(path, pack(key, text))
         except OSError as error:
             self._warn(f"the cache folder {self.root} cannot be written ({error})")
-            return self._put_private(path, key, text)
+            return None
         _puts[self.root] += 1
         if _puts[self.root] % SWEEP_EVERY == 1:
             self.sweep()
@@ -179,14 +181,17 @@ class DiskCache:
         return found
 
     def sweep(self) -> None:
-        """Remove what crashes left behind, and the least recently used beyond `max_bytes`."""
+        """Remove what crashes left behind, and the least recently used beyond `max_bytes`. A time
+        that is still to come, as after a clock was put back, tells nothing: such entries go first.
+        """
         entries, now = [], time.time()
         for path, status in _files(self.root):
+            when = status.st_mtime
             if path.endswith(".tmp"):
-                if now - status.st_mtime > STALE_SECONDS:
+                if abs(now - when) > STALE_SECONDS:
                     _remove(path)
             else:
-                entries.append((status.st_mtime, status.st_size, path))
+                entries.append((when if when < now + STALE_SECONDS else 0.0, status.st_size, path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= self.max_bytes:
@@ -194,8 +199,8 @@ class DiskCache:
             _remove(path)
             total -= size
 
-    def _put_private(self, path: Path, key: str, text: str) -> Path:
-        private = private_folder() / path.name
+    def _put_private(self, kind: str, key: str, text: str) -> Path:
+        private = private_folder() / self.path(kind, key).name
         write_atomically(private, pack(key, text))
         return private
 
@@ -206,10 +211,10 @@ class DiskCache:
         if create:
             with contextlib.suppress(OSError):
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if self._trusted(os.stat(self.root)) and not path.exists():
+                if self._trusted_folder(self.root) and not path.exists():
                     write_atomically(path, secrets.token_bytes(32))
         try:
-            if not self._trusted(os.stat(self.root)):
+            if not self._trusted_folder(self.root):
                 return None
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             with open(descriptor, "rb") as file:
@@ -220,9 +225,15 @@ class DiskCache:
             return None
         return found if len(found) == 32 else None
 
-    def _trusted(self, status: os.stat_result) -> bool:
+    def _trusted_folder(self, folder: Path) -> bool:
+        """Whether only this user may write in a folder, and put another in its place by a link."""
+        link = os.lstat(folder)
+        other = stat.S_ISLNK(link.st_mode) and link.st_uid != os.getuid()
+        return self._trusted(os.stat(folder), ours=not other)
+
+    def _trusted(self, status: os.stat_result, *, ours: bool = True) -> bool:
         """Whether only this user may have written something."""
-        if status.st_uid == os.getuid() and not status.st_mode & 0o022:
+        if ours and status.st_uid == os.getuid() and not status.st_mode & 0o022:
             return True
         self._warn(
             f"the cache folder {self.root} has entries that other users own or may write; they "
@@ -267,28 +278,27 @@ def write_atomically(path: Path, *parts: bytes) -> None:
         raise
 
 
-_private: list[Path] = []
-_private_lock = threading.Lock()
-
-
-def private_folder() -> Path:
-    """A temporary folder of this process, removed when it exits."""
-    with _private_lock:
-        if not _private:
-            _private.append(Path(tempfile.mkdtemp(prefix="tracejit-")))
-            atexit.register(shutil.rmtree, _private[0], ignore_errors=True)
-        return _private[0]
+# the files of this module, and nothing else that a folder may hold
+_ENTRY = re.compile(r"[0-9a-f]{64}\.(txt|py)")
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
 
 
 def _files(root: Path) -> Iterator[tuple[str, os.stat_result]]:
-    """The entries and temporary files below a cache folder, and nothing else found there."""
-    for kind in _scan(root):
-        for entry in _scan(kind.path) if kind.is_dir(follow_symlinks=False) else ():
-            if entry.name.endswith((".tmp", ".txt", *SUFFIX.values())):
-                try:
-                    yield entry.path, entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue  # removed by another process just now
+    """The entries and temporary files of a cache folder, and nothing else found there. Links are
+    not followed."""
+    for found in _scan(root):
+        if not found.is_dir(follow_symlinks=False):
+            if _TEMPORARY.fullmatch(found.name):
+                yield from _with_status(found)
+            continue
+        for entry in _scan(found.path):
+            if _ENTRY.fullmatch(entry.name) or _TEMPORARY.fullmatch(entry.name):
+                yield from _with_status(entry)
+
+
+def _with_status(entry: os.DirEntry) -> Iterator[tuple[str, os.stat_result]]:
+    with contextlib.suppress(OSError):  # removed by another process just now
+        yield entry.path, entry.stat(follow_symlinks=False)
 
 
 def _scan(folder: str | Path) -> list[os.DirEntry]:

@@ -4,17 +4,25 @@ A graph launches with the arguments of its capture. So what moves between calls 
 parameters that were replaced) its kernels find through a table of addresses in device memory, which
 also holds the scalars: one copy refreshes it, if anything in it has changed. What stays is an
 argument, as in plain launches. A graph works in counters and a table of its own.
+
+A plan with collectives is a graph for each stretch of kernels between them. A collective itself is
+not captured: NCCL allows it, if all ranks do it in the same calls, and graphs are each rank's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from operator import add
 from struct import Struct
 
 import torch
 
+from tracejit.errors import OF_RANKS, LaunchError
+from tracejit.ir.process_groups import silent
 from tracejit.runtime.device import Device
 from tracejit.runtime.launches import COPY, GRAPH, Calls, Failed, Launches, StreamState, picking
 from tracejit.runtime.ring import Ring
@@ -35,6 +43,7 @@ class Maker:
     written:  per base that is overwritten in place, its bytes.
     fresh:    the bases that are new in each call.
     inputs:   those of inputs.
+    halves:   the launches that are halves of collectives, which no graph has.
     refused:  told why there is no graph; raises where there must be one.
     """
 
@@ -45,6 +54,7 @@ class Maker:
     written: Mapping[int, int]
     fresh: frozenset[int]
     inputs: frozenset[int]
+    halves: frozenset[int]
     failed: Failed
     refused: Callable[[Exception], None]
 
@@ -102,11 +112,12 @@ class Graph:
     """A captured plan: `graph(state, words, bases)` takes the place of its launches.
 
     The kernels run once while it is made, on another stream, so that all that a first launch does
-    is done: on copies of what they overwrite, so that no update happens twice.
+    is done: on copies of what they overwrite, so that no update happens twice. Nothing is
+    communicated then.
     """
 
-    __slots__ = ("first", "bases", "_launches", "_state", "_failed", "_fixed", "_places", "_replay")
-    __slots__ += ("_addresses", "_offsets", "_pack", "_head")
+    __slots__ = ("first", "bases", "_launches", "_state", "_failed", "_fixed", "_places")
+    __slots__ += ("_addresses", "_offsets", "_pack", "_head", "_calls", "_steps")
 
     def __init__(
         self, maker: Maker, moved: frozenset[int], words: bytes | None, bases: tuple[int, ...]
@@ -131,9 +142,17 @@ class Graph:
             for i, copy in scratch.items():
                 device.duplicate(copy, bases[i])
             state = StreamState(device.current_stream(), memory, ring and ring.upload)
-            calls = Calls(launches, state, maker.failed)
-            calls(state, self._table(words, tuple(warm)), tuple(warm))
-            self._replay = device.graph_of(lambda: calls(state, state.words, bases))
+            self._calls = calls = Calls(launches, state, maker.failed)
+            with silent() if maker.halves else nullcontext():
+                calls(state, self._table(words, tuple(warm)), tuple(warm))
+            self._steps: list[tuple[int, int] | Callable[[], None]] = []
+            if not maker.halves:
+                self._steps.append(device.graph_of(lambda: calls(state, state.words, bases)))
+            for first, last, of_kernels in stretches(len(launches.runs), maker.halves):
+                if of_kernels:
+                    self._steps.append(device.graph_of(partial(calls.some, first, last, bases)))
+                else:
+                    self._steps.append((first, last))
         self._state = state
 
     def fits(self, bases: tuple[int, ...]) -> bool:
@@ -147,7 +166,13 @@ class Graph:
             if given != own.words:
                 own.upload(given)
             n = GRAPH
-            self._replay()
+            for step in self._steps:
+                if type(step) is tuple:
+                    self._calls.some(*step, bases)
+                else:
+                    step()
+        except (LaunchError, *OF_RANKS):
+            raise  # it has its name
         except Exception as error:
             raise self._failed()(n, error) from error
 
@@ -161,6 +186,15 @@ class Graph:
             self._head = self._pack(*addresses)
             self.bases = bases
         return self._head + words if words is not None else self._head or None
+
+
+def stretches(count: int, halves: Collection[int]) -> list[tuple[int, int, bool]]:
+    """The launches of a plan with collectives in stretches, from one to another: of kernels, or of
+    halves of collectives. None where there are no halves."""
+    if not halves:
+        return []
+    cuts = [n for n in range(1, count) if (n in halves) != (n - 1 in halves)]
+    return [(a, b, a not in halves) for a, b in pairwise([0, *cuts, count])]
 
 
 def _like(device: Device, address: int, nbytes: int) -> torch.Tensor:

@@ -39,6 +39,10 @@ class OutOfBoundsAccess(TracejitError):
         "{kernel}, program {program}: {operation} of {itemsize} bytes at {where}, "
         "outside every buffer of the launch ({lanes} of {total} unmasked lanes)"
     )
+    advice = (
+        "Mask the lanes of your kernel that lie outside. In a kernel that was generated it is a "
+        "fault of tracejit: please report it."
+    )
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ import torch
 
 from tracejit import knobs
 from tracejit.codegen.triton_indirect import indirect
-from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
+from tracejit.errors import OF_RANKS, CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.runtime.collectives import Collective, Half
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
-from tracejit.runtime.graphs import Give, Maker, Replays
+from tracejit.runtime.graphs import Give, Maker, Replays, stretches
 from tracejit.runtime.launches import (
     COPY,
     GRAPH,
@@ -89,8 +89,8 @@ class LaunchedPlan:
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
         self._graphs = MIN_LAUNCHES if knobs.graphs() else 0  # launches of the least that is one
         self._required, self._why_not = False, ""
-        if any(launch.launch.kernel.call is not None for launch in self.launched):
-            self._graphs = 0  # ranks compare what they are about to do before each call
+        calls = [launch.launch.kernel.call for launch in self.launched]
+        self._halves = frozenset(n for n, call in enumerate(calls) if call is not None)
         for number in range(len(self.launched)):
             self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
 
@@ -195,6 +195,12 @@ class LaunchedPlan:
     def _captured(self) -> StreamState:
         """The same in a graph that the caller captures: memory of the graph, which is filled each
         time that it runs. The numbers are those of the capture, as eager's would be."""
+        if self._halves:
+            raise CaptureError(
+                reason=f"step {self.plan.name!r} has collectives, before which the ranks compare "
+                "on the CPU what they are about to do",
+                remedy="Call it outside of the capture: its kernels between collectives are graphs",
+            )
         _OF_GRAPHS.append(self._zeros)
         copy = None if self._ring is None else self._ring.upload_captured
         memory = self._memory(8 * len(self._slots))
@@ -214,8 +220,8 @@ class LaunchedPlan:
 
     def require_graph(self) -> None:
         """Every call is to be one graph, however few its launches are, once it is warm."""
-        if not self._graphs and knobs.graphs():
-            raise self._no_graph("it has collectives, before which the ranks compare what they do")
+        if self._halves:
+            raise self._no_graph("it has collectives, and is a graph for each stretch between them")
         if not self._graphs:
             raise self._no_graph("TRACEJIT_GRAPHS=0 turns graphs off")
         self._graphs, self._required = 1, True
@@ -238,7 +244,11 @@ class LaunchedPlan:
 
     def maker(self, places: Sequence[Place], residues: Sequence[int]) -> Maker | None:
         """What makes graphs of the launches; None where they stay launches."""
-        if not 0 < self._graphs <= len(self.launched):
+        stretch = max(
+            (b - a for a, b, kernels in stretches(len(self.launched), self._halves) if kernels),
+            default=0 if self._halves else len(self.launched),
+        )
+        if not 0 < self._graphs <= stretch:
             return None
         written: dict[int, int] = {}
         fresh, inputs = set(), set()
@@ -257,6 +267,7 @@ class LaunchedPlan:
             written,
             frozenset(fresh),
             frozenset(inputs),
+            self._halves,
             WeakMethod(self._failed),
             _weakly(self._refused),
         )
@@ -322,7 +333,9 @@ class LaunchedPlan:
         runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 2)]
         throughs = [
             frozenset([k for k, i in enumerate(launch.buffers) if places[i][0] in moved])
-            for launch in self.launched
+            if number not in self._halves
+            else frozenset()
+            for number, launch in enumerate(self.launched)
         ]
         words = sum(len(through) + len(through) % 2 for through in throughs)
         listed: list[Place] = []
@@ -350,7 +363,7 @@ class LaunchedPlan:
 
     def _failed(self, number: int, error: Exception) -> Exception:
         """What to raise where a launch has failed."""
-        if isinstance(error, CaptureError):
+        if isinstance(error, (CaptureError, *OF_RANKS)):
             return error
         return self._error(number, "failed", error)
 

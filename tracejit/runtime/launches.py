@@ -102,6 +102,16 @@ class Calls:
         except Exception as error:
             raise self._failed()(n, error) from error
 
+    def some(self, first: int, last: int, bases: tuple[int, ...]) -> None:
+        """A stretch of the launches, whose scalars are there."""
+        if bases is not self.bases and bases != self.bases:
+            self._move(bases)
+        for n in range(first, last):
+            try:
+                self._launches.runs[n](*self._arguments[n])
+            except Exception as error:
+                raise self._failed()(n, error) from error
+
     def _move(self, bases: tuple[int, ...]) -> None:
         """The bases are at these addresses now."""
         before = self.bases or (None,) * len(bases)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 import threading
 from collections.abc import Callable
 
 from tracejit.codegen.c_pool import POOL_SOURCE
+from tracejit.forks import own_lock
 from tracejit.runtime.c_compiler import load_library
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.draws import default_generator
 from tracejit.errors import CallError, SavedFileError, SideEffectError
+from tracejit.forks import own_lock
 from tracejit.options import Options
 from tracejit.pipeline import Pipeline, Stats
 from tracejit.run import OTHERWISE
@@ -124,7 +125,8 @@ class LoadedStep:
         )
         self.name = self.__name__ = step.name
         self.stats = Stats()
-        self._saved, self._lock, self._backend = step, threading.RLock(), backend
+        self._saved, self._backend = step, backend
+        own_lock(self, "_lock", threading.RLock)
         self._state = _state_of(step)
         name = step.name if step.name.isidentifier() else "step"
         pipeline = Pipeline(name, f"the loaded step {step.name}", self.stats, options)

@@ -8,10 +8,12 @@ nothing is left to do that does not need a result. So the ranks communicate whil
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tracejit.ir.process_groups import IN_PLACE
+from tracejit.ir.process_groups import IN_PLACE, THROWS, joins, place
+from tracejit.ir.torch_types import TO_TORCH
+from tracejit.ir.types import Type
 from tracejit.schedule.groups import Group, Groups
 from tracejit.schedule.lower import Lowered
 from tracejit.schedule.plan import Plan
@@ -142,3 +144,35 @@ def collectives_of(plan: Plan) -> list[tuple[str, int, str, str]]:
             what = f"{call.op.name} {kind}{shapes} {' '.join(said)}"
             found.append((attrs["group"], attrs["ranks"], what, call.where))
     return found
+
+
+def joins_of(plan: Plan) -> dict[str, tuple[str, bool]]:
+    """Under which groups' `join()` a plan runs: on which device the ranks tell that they have not
+    joined, and whether all raise where one has."""
+    found: dict[str, tuple[str, bool]] = {}
+    for attrs, _, type in _started(plan):
+        if mark := joins(attrs):
+            found[attrs["group"]] = place(type.device), mark == THROWS
+    return found
+
+
+def shadows_of(plan: Plan) -> dict[str, list[dict]]:
+    """By group, what a rank that has joined has to do beside a plan: of each collective its name,
+    reduction and root, dtype and number of elements, and whether it is one of a module under
+    `join()`."""
+    found: dict[str, list[dict]] = {}
+    for attrs, name, type in _started(plan):
+        said = {"name": name, "dtype": str(TO_TORCH[type.dtype]).rpartition(".")[2]}
+        said |= {"count": type.numel, "own": bool(joins(attrs))}
+        said |= {k: attrs[k] for k in ("by", "root") if k in attrs}
+        found.setdefault(attrs["group"], []).append(said)
+    return found
+
+
+def _started(plan: Plan) -> Iterator[tuple[dict, str, Type]]:
+    """The attributes, name and type of the result of each collective, as they start."""
+    types = {b.name: b.type for b in plan.buffers}
+    for launch in plan.launches:
+        call = launch.kernel.call
+        if call is not None and call.phase == START:
+            yield dict(call.attrs), call.op.name, types[launch.buffers[-1]]

@@ -209,8 +209,8 @@ class Groups:
         if self._apart(a, b) or not self._fits(a, b):
             return None
         if moved.attends:
-            one, other = (next(t for t in g.tasks if t.kind == ATTENTION) for g in (base, moved))
-            if not is_same_attention(one, other):
+            ours, theirs = ([t for t in g.tasks if t.kind == ATTENTION] for g in (base, moved))
+            if not all(is_same_attention(one, other) for one in ours for other in theirs):
                 return None
         else:
             task, *others = moved.tasks
@@ -384,8 +384,9 @@ def is_same_attention(a: Task, b: Task) -> bool:
     forward = one.op.name in FORWARD
     if one.attrs != other.attrs or forward != (other.op.name in FORWARD):
         return False
-    if forward:
-        return one.args[:2] == other.args[:2] and one.args[-1] == other.args[-1]
+    if forward and one.op is not other.op:
+        whole, sums = (one, other) if other.op.name == "attention_lse" else (other, one)
+        return (*whole.args[:2], whole.args[3]) == sums.args
     return one.args == other.args
 
 

@@ -37,6 +37,7 @@ from dataclasses import dataclass
 
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
+from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import DType
 from tracejit.schedule.call import HostCall
 
@@ -228,7 +229,9 @@ class Side:
     value: Operand
 
 
-SIDES = ("q", "k", "v", "bias", "lse", "delta", "g")  # operands of an attention, in order
+# operands of an attention, in order
+OF_FORWARD = ("q", "k", "v", "bias")
+OF_GRADIENTS = (*OF_FORWARD, "lse", "delta", "g")
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,9 +239,9 @@ class Attend:
     """Results of attention over m queries and n keys, of width c; v and the result have width d.
 
     `results` are primitives (`ir.ops.attention`) with their variables, all forward or all
-    gradients; `sides` their operands, those of `SIDES` that they have: q (m, c), k (n, c),
-    v (n, d), bias (m, n), lse (m), delta (m), g (m, d), each over the stage's axes, the batch,
-    too. The stage's body is nothing but the stores of the results.
+    gradients; `sides` their operands, and of dropout the noise behind them: q (m, c), k (n, c),
+    v (n, d), bias (m, n), lse (m), delta (m), g (m, d), noise (m, n), each over the stage's axes,
+    the batch, too. The stage's body is nothing but the stores of the results.
     """
 
     results: tuple[tuple[Op, Var], ...]
@@ -257,17 +260,29 @@ class Attend:
 
     @property
     def is_forward(self) -> bool:
-        return len(self.sides) == 4
+        return self.results[0][0].name in FORWARD
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sides."""
+        plain = OF_FORWARD if self.is_forward else OF_GRADIENTS
+        return plain if len(self.sides) == len(plain) else (*plain, "noise")
 
     @property
     def over(self) -> tuple[tuple[Axis, ...], ...]:
         """The axes of each side, besides the batch."""
         m, n, c, d = self.axes
-        return ((m, c), (n, c), (n, d), (m, n), (m,), (m,), (m, d))[: len(self.sides)]
+        over = {"q": (m, c), "k": (n, c), "v": (n, d), "g": (m, d), "lse": (m,), "delta": (m,)}
+        return tuple(over.get(name, (m, n)) for name in self.names)
 
     def side(self, name: str) -> Side:
-        """The operand of a name of `SIDES`."""
-        return self.sides[SIDES.index(name)]
+        """The operand of a name."""
+        return self.sides[self.names.index(name)]
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether weights are multiplied by noise."""
+        return self.names[-1] == "noise"
 
     def result(self, name: str) -> Var | None:
         """The variable of a primitive, if it is among the results."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from tracejit.ir.graph import Value
+from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import DType
 from tracejit.schedule.axes import along_memory, tidy
 from tracejit.schedule.groups import Group
@@ -208,9 +209,11 @@ class _Lowering(Values):
         extents, places = extents_of(shape), identity(shape)
         rank = len(batch)
         of_batch, (at_m, at_n, at_c, at_d) = places[:rank], places[rank:]
-        over = ((at_m, at_c), (at_n, at_c), (at_n, at_d), (at_m, at_n), (at_m,), (at_m,))
+        over = [(at_m, at_c), (at_n, at_c), (at_n, at_d), (at_m, at_n)]
+        if node.op.name not in FORWARD:
+            over += [(at_m,), (at_m,), (at_m, at_d)]
         sides = []
-        for arg, at in zip(args, (*over, (at_m, at_d)), strict=False):
+        for arg, at in zip(args, [*over, (at_m, at_n)], strict=False):  # noise comes last
             scope, value = Scope(extents), arg
             if isinstance(arg, Value):
                 value = self._value(arg, (*of_batch, *at), (), scope)

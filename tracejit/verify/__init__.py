@@ -9,4 +9,7 @@ verifier.py     which calls of a step are verified, and what follows
 step.py         the part of a compiled step that does so
 blame.py        the first launch, node and line that are wrong
 rules.py        the same for a rule of capture, or its derivative
+recording.py    the torch calls of a step as a program
+shrink.py       smaller programs and graphs that go wrong in the same way
+children.py     work that may crash, in child processes
 """

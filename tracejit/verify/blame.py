@@ -12,7 +12,6 @@ Each is a search for the first node that is wrong; nothing here changes the user
 
 from __future__ import annotations
 
-import linecache
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
 from tracejit.passes import optimize
 from tracejit.pictures.kernels import computed_by
+from tracejit.quotes import Place, quote, quoted
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.runtime.program import Program
@@ -62,22 +62,19 @@ class Blame:
         parts = [f"{self.stage}: {self.what}"]
         parts += [f"the first wrong launch is {self.launch}"] if self.launch else []
         parts += [f"IR node {self.node}"] if self.node else []
-        parts += [f"at {self.line}{quoted(self.line)}"] if self.line else []
+        parts += [f"at {self.line}{quote(self.line) or quoted(self.line)}"] if self.line else []
         return "; ".join(parts)
-
-
-def quoted(line: str) -> str:
-    """The source of a line, in a line of its own; "" if it cannot be read."""
-    file, _, number = line.rpartition(":")
-    text = linecache.getline(file, int(number)).strip() if number.isdigit() else ""
-    return f"\n    {text}" if text else ""
 
 
 def line_of(node: Node) -> str:
     """The user's line of a node, with its whole path where that is known."""
     where = node.where
     path = getattr(where, "file", "")
-    return f"{path}:{where.rpartition(':')[2]}" if path and where else str(where or "")
+    if not (path and where):
+        return str(where or "")
+    line = Place(f"{path}:{where.rpartition(':')[2]}")
+    line.code, line.offset = where.code, where.offset
+    return line
 
 
 def text_of(node: Node) -> str:

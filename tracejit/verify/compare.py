@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 
 from tracejit.equality import EPS, LOSS_RELATIVE, MAGNITUDE_FACTOR, difference, losses_agree
+from tracejit.errors import TracejitError
 from tracejit.verify.outcome import Made, Outcome, Seen
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?")
@@ -185,7 +186,8 @@ def _of_errors(ours: Exception | None, eager: Exception | None) -> list[Differen
             return []
         return [Difference("what is raised", f"{ours!r}, in eager {eager!r}")]
     which, error = ("eager", eager) if ours is None else ("the compiled step", ours)
-    return [Difference("what is raised", f"only {which} raises {type(error).__name__}: {error}")]
+    said = error.text if isinstance(error, TracejitError) else error
+    return [Difference("what is raised", f"only {which} raises {type(error).__name__}: {said}")]
 
 
 def _same_text(a: str, b: str) -> bool:

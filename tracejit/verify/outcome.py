@@ -4,6 +4,7 @@
     → Outcome: a tree per place
 
 Objects that were there before are themselves, so only what a call has changed is looked into.
+Tuples are what they hold: a replay makes a new one where eager leaves one that is equal.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ class Observer:
             return Known(id(x))
         if isinstance(x, torch.Tensor):
             return Seen.of(x)
-        if id(x) in self._old and not inside or depth > _DEPTH:
+        known = id(x) in self._old and not inside and not isinstance(x, (tuple, frozenset))
+        if known or depth > _DEPTH:
             return Known(id(x)) if id(x) in self._old else Made(type(x).__name__, ())
         if isinstance(x, dict):
             pairs = OrderedDict.items(x) if isinstance(x, OrderedDict) else dict.items(x)

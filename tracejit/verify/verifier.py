@@ -436,6 +436,7 @@ class Verifier:
             differences=said + more,
             blame="" if found is None else f". {found}",
             evidence=self._evidence(made, said + more, found),
+            line="" if found is None else found.line,
         )
 
     def _evidence(self, made: Made, said: str, blame: Blame | None) -> str:

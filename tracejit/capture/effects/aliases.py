@@ -9,6 +9,7 @@ integer may be looked up in (`python/tables.py`). Both are as they were when the
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,8 +21,9 @@ from tracejit.capture.python.leftovers import replace_object
 from tracejit.capture.python.mathematics import WRAPPERS, is_function
 from tracejit.capture.python.references import ALONE, count
 from tracejit.capture.python.tables import copied, is_table
+from tracejit.forks import own_lock
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 _users: Counter[tuple[int, object]] = Counter()  # traces that need the wrapper in a place
 
 

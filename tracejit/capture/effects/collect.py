@@ -195,7 +195,7 @@ def _finish(
         if keep_grads and not h.is_real and h.grad is not None and t.is_leaf(h)
     )
     found = _nodes(collect, name)
-    if t.armed:
+    if t.armed or t.unsynced or t.joins:
         check_over(t, bool(found.outside))
     writes, host_writes, written = _writes(collect)
     results = tuple(

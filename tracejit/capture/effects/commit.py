@@ -106,6 +106,16 @@ def may_repeat(effects: Effects) -> bool:
     return not effects.escaped and all(key is not ... for _, key, _ in effects.stores)
 
 
+def take_lines(effects: Effects, names: dict[str, object]) -> list[str]:
+    """Lines that take the memory of new numbers: before anything is written, since there may be
+    none left."""
+    lines = []
+    for k, (dtype, _) in enumerate(effects.hosts):
+        names |= {"new_number": new_number, f"dtype{k}": TO_TORCH[dtype]}
+        lines.append(f"number{k} = new_number(dtype{k})")
+    return lines
+
+
 def commit_lines(
     captured: Captured,
     outputs: Sequence[str],
@@ -204,9 +214,9 @@ class _Lines:
         effects, lines = self.effects, self.lines
         reasons, taken = dict(effects.reasons), set()
         with_node = {node.made for node in effects.outside}
-        for k, (dtype, source) in enumerate(effects.hosts):
-            self.names |= {"new_number": new_number, f"dtype{k}": TO_TORCH[dtype]}
-            lines.append(f"number{k} = new_number(dtype{k}, {self.host[source]})")
+        for k, (_, source) in enumerate(effects.hosts):
+            self.names["write"] = host_memory.write
+            lines.append(f"write(number{k}, {self.host[source]})")
         for i, m in enumerate(effects.made):
             if i in with_node or m.kind in ("view", "part"):
                 continue
@@ -299,11 +309,9 @@ class _Lines:
 # ---- what the lines call
 
 
-def new_number(dtype: torch.dtype, number: float) -> torch.Tensor:
+def new_number(dtype: torch.dtype) -> torch.Tensor:
     """A new CPU tensor of no axes."""
-    tensor = torch.empty((), dtype=dtype, device="cpu")
-    host_memory.write(tensor, number)
-    return tensor
+    return torch.empty((), dtype=dtype, device="cpu")
 
 
 def refusal(reason: str | None) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -65,8 +65,9 @@ def attention(
     batch = _batch(t, x, y, z, mask)
     narrow = x.type.dtype
     x, y, z = (expand(t, a, batch + a.type.shape[-2:]) for a in (x, y, z))
-    if masked and not dropout_p and _keeps_no_scores(t, x, y, z, mask):
-        out = _without_scores(t, x, y, z, mask, is_causal, scale)
+    if masked and _keeps_no_scores(t, x, y, z, mask, dropout_p):
+        noise = _noise(t, x, y, dropout_p) if dropout_p else ()
+        out = _without_scores(t, x, y, z, mask, is_causal, scale, noise)
         result = t.fresh(out, strides)
         if fused:
             t.saves(out, *map(t.read, (q, k, v, result.handle)))
@@ -142,14 +143,27 @@ def _bias(t: Trace, mask: Handle, shape: Ints, dtype: DType) -> Value:
 # ---- the primitive
 
 
-def _keeps_no_scores(t: Trace, q: Value, k: Value, v: Value, mask: Handle | None) -> bool:
+def _keeps_no_scores(
+    t: Trace, q: Value, k: Value, v: Value, mask: Handle | None, dropout_p: float
+) -> bool:
     """Whether the primitive serves: there is something to attend to, no gradient of a mask, and
-    kernels of the heads' width."""
+    kernels of the heads' width. With dropout on a CPU it pays for many scores only, of which a pass
+    finds out (`passes/attention.py`)."""
+    if dropout_p and q.type.device == "cpu":
+        return False
     if mask is not None and t.grad_on and t.requires_grad(mask):
         return False
     if not fits(q.type.device, q.type.dtype, max(q.type.shape[-1], v.type.shape[-1])):
         return False
     return not any(0 in x.type.shape for x in (q, k, v))
+
+
+def _noise(t: Trace, q: Value, k: Value, dropout_p: float) -> tuple[Value]:
+    """What dropout multiplies weights by."""
+    shape, dtype = (*q.type.shape[:-1], k.type.shape[-2]), widened(q.type.dtype)
+    with t.untaped():
+        ones = t.fresh(t.b.full(1.0, shape=shape, dtype=dtype, device=q.type.device))
+        return (t.read(t.lift(RULES[torch.dropout].run(t, ones, dropout_p, True))),)
 
 
 def _without_scores(
@@ -160,6 +174,7 @@ def _without_scores(
     mask: Handle | None,
     is_causal: bool,
     scale: float | None,
+    noise: tuple[Value, ...],
 ) -> Value:
     """Attention as one primitive, whose gradients recompute the scores from their log-sums."""
     narrow, dtype = q.type.dtype, widened(q.type.dtype)
@@ -170,7 +185,7 @@ def _without_scores(
     how = {"causal": bool(is_causal), "scale": float(factor)}
     with t.untaped():
         bias = 0.0 if mask is None else _bias(t, mask, shape, dtype)
-        out = t.b.attention(q, k, v, bias, **how)
+        out = t.b.attention(q, k, v, bias, *noise, **how)
         kept = t.b.attention_lse(q, k, bias, **how)
 
     def vjp(b: Builder, cts: tuple[Value, ...], need: tuple[bool, ...]) -> list[Value | None]:
@@ -179,7 +194,7 @@ def _without_scores(
         delta = row_products(b, g, out)
         names = zip(need, GRADIENTS, strict=True)
         emitted = (getattr(b, name) if wanted else None for wanted, name in names)
-        return [emit and emit(q, k, v, bias, lse, delta, g, **how) for emit in emitted]
+        return [emit and emit(q, k, v, bias, lse, delta, g, *noise, **how) for emit in emitted]
 
     return cast(t, t.derive("scaled_dot_product_attention", (q, k, v), out, vjp), narrow)
 

@@ -160,7 +160,7 @@ def backward(
                 came.append(leaf)
                 accumulate(t, leaf, total, create_graph)
         if t.armed:
-            data_parallel.came(t, came)
+            data_parallel.came(t, came, partial(accumulate, create_graph=False))
         for h, value in retained.items():
             if value in found:
                 known = h.grad is None

@@ -105,6 +105,8 @@ def communicate(t: Trace, name: str, group: Group, values: Sequence[Value], **at
     """The flat result of the next collective of the step. Operands keep their shapes, so that the
     kernels that compute them write them as they lie in memory."""
     number, t.collectives = t.collectives, t.collectives + 1
+    if not process_groups.joins(attrs):
+        t.alone.append(number)
     where = {"group": process_groups.name_of(group), "ranks": group.size(), "number": number}
     with t.untaped(), t.unchecked():
         return getattr(t.b, name)(*values, **attrs, **where)

@@ -105,12 +105,26 @@ def _resampled(
     if antialias and h.dtype.narrow:
         raise t.not_implemented("upsample_aa", h.dtype)
     dtype = f32 if nearest or not h.dtype.is_float else widened(h.dtype)
+    x = t.read(h)
+    if antialias and x.type.device == "cpu" and _reads_other_rows(h.shape, h.strides, size):
+        raise t.unsupported(
+            "With antialias=True and a result of one column torch's kernel for the CPU reads other "
+            "rows than it should, and so do its results: give it images with channels last, or "
+            "resize the rows by themselves"
+        )
     lines = tuple(
         Line(n, m, mode, _scale(n, m, s, dtype, corners), dtype, corners, antialias)
         for n, m, s in zip(length, size, scales, strict=True)
     )
-    y = Resampling(lines).made(t, t.read(h))
+    y = Resampling(lines).made(t, x)
     return t.fresh(y, like(h, y.type.shape))
+
+
+def _reads_other_rows(shape: Sequence[int], strides: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether torch's antialiasing takes an image of one column to lie otherwise than it does: it
+    goes along the columns first, and is wrong along the rows then."""
+    channels_last = shape[1] > 1 and strides[1] == 1
+    return not channels_last and size[-1] == 1 < size[0] != shape[2]
 
 
 def _scale(n: int, m: int, factor: float | None, dtype: DType, corners: bool) -> float:

@@ -20,9 +20,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from tracejit.capture.effects.hyperparameters import Hyperparameters, tells_rates
 from tracejit.capture.python.origins import origin
 from tracejit.capture.trace.active import current
+from tracejit.forks import own_lock
 
 _RATES = "_last_lr"  # what get_last_lr() returns
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 # by thread: takes a name, and the line of code where it is one that the scheduler's step may change
 _notes: dict[int, Callable[[str, FrameType | None], None]] = {}
 

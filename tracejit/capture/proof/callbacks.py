@@ -9,6 +9,7 @@ from tracejit.capture.effects.effects import Call, arguments_of
 from tracejit.capture.effects.hyperparameters import Touched, of_torch_alone, with_inner
 from tracejit.capture.effects.late import behind_callbacks, cuts_behind, left_by_callbacks
 from tracejit.capture.trace.scalars import Path
+from tracejit.interrupts import raised_by_handler
 
 
 def against(captured: Captured, call: Call) -> str:
@@ -69,6 +70,7 @@ class Repeated:
             if path[0] == "after":
                 self._left[path[1]].append((i, path[2] + path[3:]))
         self.may_fail = not all(callback.of_torch_alone for callback in call.callbacks)
+        self._raised = False
 
     def __call__(self, n: int, scalars: list, *numbers: float) -> bool:
         """Make the n-th call, with these numbers among its arguments, and fill in the scalars that
@@ -76,14 +78,18 @@ class Repeated:
         them; then it must be undone."""
         callback = self._callbacks[n]
         args, kwargs = arguments_of(callback.args, callback.kwargs, self._places[n], numbers)
-        if callback.of_torch_alone:
-            callback.function(*args, **kwargs)
-        else:
-            touched = Touched()
-            with touched:
+        try:
+            if callback.of_torch_alone:
                 callback.function(*args, **kwargs)
-            if touched.by:
-                return True
+            else:
+                touched = Touched()
+                with touched:
+                    callback.function(*args, **kwargs)
+                if touched.by:
+                    return True
+        except BaseException as error:
+            self._raised = not raised_by_handler(error)
+            raise
         for i, (_, holder, *indices) in self._left[n]:
             x = self._holders[holder]
             for k in indices:
@@ -94,10 +100,16 @@ class Repeated:
     def remember(self) -> list[tuple[dict, dict]]:
         """What the schedulers and their groups hold: `put_back` sets that again."""
         found: list[dict] = []
+        self._raised = False
         for callback in self._callbacks:
             for scheduler in with_inner(callback.function.__self__):
                 found += [vars(scheduler), *scheduler.optimizer.param_groups]
         return [(x, dict(x)) for x in found]
+
+    def take_back(self, remembered: list[tuple[dict, dict]]) -> None:
+        """The step has failed: put back, but what a scheduler has raised itself, as in eager."""
+        if not self._raised:
+            self.put_back(remembered)
 
     @staticmethod
     def put_back(remembered: list[tuple[dict, dict]]) -> None:

@@ -17,10 +17,13 @@ from torch.overrides import handle_torch_function
 
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
+from tracejit.ir.process_groups import JOINS, THROWS, last_active
 
 _AVAILABLE = torch.distributed.is_available()
 _running = threading.local()
 _forward = DistributedDataParallel.forward
+if _AVAILABLE:
+    from torch.distributed.algorithms.join import Join
 
 
 def replacements() -> list[tuple[object, str, Callable]]:
@@ -31,6 +34,10 @@ def replacements() -> list[tuple[object, str, Callable]]:
     return [
         (DistributedDataParallel, "forward", _forwarded),
         (DistributedDataParallel, "_assign_modules_buffers", _assigned),
+        (DistributedDataParallel, "_check_sync_bufs_post_fwd", _wrapping),
+        (DistributedDataParallel, "_find_common_rank", _common),
+        (DistributedDataParallel, "_check_global_requires_backward_grad_sync", _nothing),
+        (Join, "notify_join_context", _notified),
         (torch.distributed, "_broadcast_coalesced", _broadcast),
         (torch.autograd, "_unsafe_preserve_version_counter", _preserved),
         (reducer, "prepare_for_forward", _nothing),
@@ -43,8 +50,8 @@ def replacements() -> list[tuple[object, str, Callable]]:
 def _nothing(original: Callable) -> Callable:
     """What concerns eager's own reduction alone."""
 
-    def nothing(self: object, *args: object) -> object:
-        return original(self, *args) if current() is None else False
+    def nothing(self: object, *args: object, **kwargs: object) -> object:
+        return original(self, *args, **kwargs) if current() is None else False
 
     return nothing
 
@@ -58,9 +65,12 @@ def _forwarded(original: Callable) -> Callable:
         before = getattr(_running, "module", None)
         _running.module = self
         try:
-            return original(self, *args, **kwargs)
+            returned = original(self, *args, **kwargs)
         finally:
             _running.module, t.wrapping = before, False
+        if torch.is_grad_enabled() and not self.require_backward_grad_sync:
+            t.unsynced.append(self)
+        return returned
 
     return forward
 
@@ -71,7 +81,6 @@ def _refuse(t: Trace, module: DistributedDataParallel) -> None:
     found = {
         "a communication hook": getattr(module, "_comm_hooks", ()),
         "a hook for buffers": hasattr(module, "buffer_hook"),
-        "join()": module._join_config.enable,
         "mixed_precision": module.mixed_precision is not None,
         "delay_all_reduce_named_params": module._delay_all_reduce_params,
         "an optimizer in backward": early,
@@ -102,17 +111,68 @@ def _armed(original: Callable) -> Callable:
         t = current()
         if t is None:
             return original(self, outputs)
-        module, t.wrapping = _running.module, True
-        config = module._bucket_config
+        module = _running.module
+        t.unsynced[:] = [x for x in t.unsynced if x is not module]
+        buckets = module._bucket_config
         named = _named(module)
-        unused = module.find_unused_parameters or module.static_graph
-        sizes = config.first_bucket_bytes_cap, config.bucket_bytes_cap
+        unused = "static" if module.static_graph else "none"
+        if module.find_unused_parameters and not module.static_graph:
+            unused = "vary"
+        sizes = buckets.first_bucket_bytes_cap, buckets.bucket_bytes_cap
         names = " ".join(name for name, _ in named)
         parameters = [p for _, p in named]
-        given = parameters, module.process_group, *sizes, bool(unused), names
+        config = module._join_config
+        join = ""
+        if config.enable:
+            throws = config.throw_on_early_termination
+            join = f"{THROWS if throws else JOINS} {module._divide_by_initial_world_size:d}"
+        given = parameters, module.process_group, *sizes, unused, names, join
         return handle_torch_function(_forward, (), *given)
 
     return prepare_for_backward
+
+
+def _wrapping(original: Callable) -> Callable:
+    """What is asked first once the wrapped module has returned, before torch's own Python looks at
+    that."""
+
+    def check_sync_bufs_post_fwd(self: DistributedDataParallel) -> bool:
+        if (t := current()) is not None:
+            t.wrapping = True
+        return original(self)
+
+    return check_sync_bufs_post_fwd
+
+
+def _notified(original: Callable) -> Callable:
+    """`Join.notify_join_context`, by which a rank says that it has not joined."""
+
+    def notify_join_context(joinable: object) -> object:
+        t = current()
+        if t is None:
+            return original(joinable)
+        config = joinable._join_config
+        if not config.enable:
+            return None
+        if not isinstance(joinable, DistributedDataParallel):
+            t.shards = True  # a ZeroRedundancyOptimizer
+            return None
+        first = next(iter(_given(joinable)), None)
+        throws = config.throw_on_early_termination
+        return handle_torch_function(original, (), joinable.process_group, first, throws)
+
+    return notify_join_context
+
+
+def _common(original: Callable) -> Callable:
+    """Which rank's buffers all take: the last one of those that have not joined."""
+
+    def find_common_rank(self: DistributedDataParallel, rank: int, condition: bool) -> int:
+        if current() is None:
+            return original(self, rank, condition)
+        return last_active(throws=self._join_config.throw_on_early_termination)
+
+    return find_common_rank
 
 
 def _assigned(original: Callable) -> Callable:

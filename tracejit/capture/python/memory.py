@@ -62,6 +62,7 @@ class Native:
     same: Callable[..., int]
     again: Callable[..., tuple | None]
     count: Callable[..., int]
+    arrays: Callable[..., int]
 
 
 _loader: list[Callable[[], tuple | None]] = []

@@ -8,6 +8,7 @@ behaviour, and nothing stays patched after the trace.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -43,6 +44,7 @@ from tracejit.capture.python.seeding import TracedGenerator
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.forks import own_lock
 
 Tensor = torch.Tensor
 
@@ -390,7 +392,7 @@ def _of_process_groups() -> list[tuple[object, str, Callable]]:
 
 _CHECKPOINT = torch.utils.checkpoint, "_checkpoint_without_reentrant_generator"
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 _tracing = 0
 # (owner, name, the original, its replacement while any thread traces, and what stands in the
 # owner's dict), of the latest trace

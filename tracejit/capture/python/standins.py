@@ -30,6 +30,7 @@ from tracejit.capture.python.tables import STAND_FOR
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, is_runtime, to_float
 from tracejit.capture.trace.tensor import TracedTensor
+from tracejit.forks import own_lock
 
 T = TypeVar("T")
 
@@ -239,7 +240,7 @@ _NEAR = 8
 
 # ---- in place for the time of a trace
 
-_lock = threading.Lock()
+_lock = own_lock(sys.modules[__name__], "_lock", threading.Lock)
 _users: Counter[tuple[int, str]] = Counter()  # traces that need a name in a namespace
 
 

@@ -10,6 +10,8 @@ from types import CodeType
 import torch
 from torch.nn import Module
 
+from tracejit.quotes import Place, place
+
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OPTIMIZERS = os.path.join(_TORCH, "optim", "")
@@ -63,11 +65,12 @@ def _text(frame) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-class Line(str):
+class Line(Place):
     """The user's line as the IR prints it, which knows more of itself: equal if the text is.
 
-    file, function: of the line. phase: "backward" of what derivative formulas emit, "update" of
-    what an optimizer of torch's calls, else "".
+    file, function: of the line; code, offset: the instruction there.
+    phase: "backward" of what derivative formulas emit, "update" of what an optimizer of torch's
+        calls, else "".
     module: what is called there: how many of the step's outermost modules were called first before
         this one's, that one's class, the way from there (`blocks.0.norm1`), and its own class.
     """
@@ -112,13 +115,14 @@ class Lines:
             return _NOWHERE
         phase = self.phase or ("update" if inner.startswith(_OPTIMIZERS) else "")
         module = self._module(calls) if calls else None
-        key = id(user.f_code), user.f_lineno, module, phase
+        key = id(user.f_code), user.f_lasti, module, phase
         line = self._known.get(key)
         if line is None:
             line = self._known[key] = Line(_text(user))
             self._codes.append(user.f_code)
             line.file, line.function = user.f_code.co_filename, user.f_code.co_qualname
             line.phase, line.module = phase, module
+            line.code, line.offset = user.f_code, user.f_lasti
         return line
 
     def backward(self, at: str, forward: str) -> Line:
@@ -174,6 +178,6 @@ def warn(text: str, category: type[Warning]) -> None:
 
 
 def full() -> str:
-    """The user's line for an error: the whole path and the line number."""
+    """The user's line for an error: the whole path, the line number, and the call there."""
     frame = user_frame()
-    return "<unknown>" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+    return "<unknown>" if frame is None else place(frame)

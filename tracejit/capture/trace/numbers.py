@@ -127,6 +127,7 @@ def mixed_devices(t: Trace) -> bool:
 
 def for_the_plan(graph: Graph) -> Graph:
     """The graph without what the host does: arithmetic and numbers on the CPU that no tensor needs.
+    Collectives stay, whoever needs their results.
 
     Runtime scalars that no tensor needs are no inputs of it.
     """
@@ -138,7 +139,7 @@ def for_the_plan(graph: Graph) -> Graph:
 
     nodes = []
     for node in reversed(graph.nodes):
-        if kept(node.out):
+        if node.is_ordered or kept(node.out):
             needed.update(node.inputs)
             nodes.append(node)
     needed |= {w.target for w in graph.writes}

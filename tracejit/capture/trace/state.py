@@ -208,7 +208,11 @@ class TraceState:
         self.regions: list[Region] = []  # that are over; one in another comes before it
         self.again: set[Value] = set()  # what backwards compute again of what these have made
         self.collectives = 0  # how many there are so far
+        self.alone: list[int] = []  # of these the ones that are no module's under join()
+        self.joins: dict[object, Value | None] = {}  # group -> how many have not joined, if asked
+        self.shards = False  # an optimizer under join() sends the parameters
         self.armed: list[object] = []  # see functions/data_parallel.py
+        self.unsynced: list[object] = []  # modules whose latest forward pass was under no_sync()
         self.wrapping = False  # torch's own Python looks at what a wrapped module returns
         self.fast_random = False  # see functions/counted.py
         self.falls_back = False  # what is refused runs eagerly

@@ -10,6 +10,11 @@ delta = sum(g·result) of each row (Dao et al. 2022, https://arxiv.org/abs/2205.
 
     ds = p·(g·vᵀ - delta)    dq = scale·ds·k    dk = scale·dsᵀ·q    dv = pᵀ·g
 
+A last operand, which may be left out, is the `noise` of dropout, (…, m, n): weights are multiplied
+by it before they weigh values. Log-sums know nothing of it, and delta is what it is without:
+
+    result = (p·noise)·v    ds = p·(noise·(g·vᵀ) - delta)    dv = (p·noise)ᵀ·g
+
 They are primitives of one result each, with the same operands: the schedule computes in one kernel
 what it finds of them. Their own derivatives are those of the written-out formulas.
 """
@@ -55,17 +60,28 @@ def _infer_lse(q: Type, k: Type, bias: object, *, causal: bool, scale: float) ->
     return Type(scores.dtype, (*batch, m), q.device)
 
 
-def _infer(q: Type, k: Type, v: Type, bias: object, *, causal: bool, scale: float) -> Type:
+def _infer(
+    q: Type,
+    k: Type,
+    v: Type,
+    bias: object,
+    noise: Type | None = None,
+    *,
+    causal: bool,
+    scale: float,
+) -> Type:
     rows = _infer_lse(q, k, bias, causal=causal, scale=scale)
     require_tensor("attention", v)
     fits = v.shape[:-1] == k.shape[:-1] and len(v.shape) == len(k.shape) and v.shape[-1] > 0
     require(fits and (v.dtype, v.device) == (k.dtype, k.device), f"attention of {k} and {v}")
+    scores = Type(rows.dtype, (*rows.shape, k.shape[-2]), q.device)
+    require(noise is None or noise == scores, f"attention with {noise} as noise, not {scores}")
     return Type(q.dtype, (*rows.shape, v.shape[-1]), q.device)
 
 
 def _infer_gradient(position: int) -> Callable[..., Type]:
-    def infer(q, k, v, bias, lse, delta, g, *, causal: bool, scale: float) -> Type:
-        out = _infer(q, k, v, bias, causal=causal, scale=scale)
+    def infer(q, k, v, bias, lse, delta, g, noise=None, *, causal: bool, scale: float) -> Type:
+        out = _infer(q, k, v, bias, noise, causal=causal, scale=scale)
         rows = Type(wide(q.dtype), out.shape[:-1], q.device)
         require(lse == delta == rows, f"a gradient of attention with {lse} and {delta}")
         require(g == out, f"a gradient of attention from {g}")
@@ -94,17 +110,21 @@ def _eval_lse(q, k, bias, *, causal: bool, scale: float) -> np.ndarray:
     return top + np.log(np.where(total == 0, 1, total).astype(scores.dtype))
 
 
-def _eval(q, k, v, bias, *, causal: bool, scale: float) -> np.ndarray:
+def _eval(q, k, v, bias, noise=None, *, causal: bool, scale: float) -> np.ndarray:
     lse = _eval_lse(q, k, bias, causal=causal, scale=scale)
-    return np.matmul(np.exp(scores_of(q, k, bias, causal, scale) - lse[..., None]), v)
+    p = np.exp(scores_of(q, k, bias, causal, scale) - lse[..., None])
+    return np.matmul(p if noise is None else p * noise, v)
 
 
 def _eval_gradient(name: str) -> Callable[..., np.ndarray]:
-    def gradient(q, k, v, bias, lse, delta, g, *, causal: bool, scale: float) -> np.ndarray:
+    def gradient(
+        q, k, v, bias, lse, delta, g, noise=None, *, causal: bool, scale: float
+    ) -> np.ndarray:
         p = np.exp(scores_of(q, k, bias, causal, scale) - lse[..., None])
         if name == "attention_dv":
-            return np.matmul(p.swapaxes(-1, -2), g)
-        slopes = p * (np.matmul(g, v.swapaxes(-1, -2)) - delta[..., None])
+            return np.matmul((p if noise is None else p * noise).swapaxes(-1, -2), g)
+        mixed = np.matmul(g, v.swapaxes(-1, -2))
+        slopes = p * ((mixed if noise is None else mixed * noise) - delta[..., None])
         slopes = slopes * np.asarray(scale, p.dtype)
         if name == "attention_dq":
             return np.matmul(slopes, k)
@@ -156,10 +176,19 @@ def _weights(b, q, k, bias, lse, **attrs):
     return b.exp(b.sub(scores, _per_row(b, lse, scores)))
 
 
-def _slopes(b, q, k, v, bias, lse, delta, g, **attrs):
+def _noisy(b, x, noise):
+    return x if noise is None else b.mul(x, noise)
+
+
+def _mixed(b, v, g):
+    """The cotangent of weights that weigh values."""
+    return b.matmul(_wide(b, g), transpose(b, _wide(b, v)))
+
+
+def _slopes(b, q, k, v, bias, lse, delta, g, noise=None, **attrs):
     """The cotangent of the scores."""
     p = _weights(b, q, k, bias, lse, **attrs)
-    mixed = b.matmul(_wide(b, g), transpose(b, _wide(b, v)))
+    mixed = _noisy(b, _mixed(b, v, g), noise)
     return b.mul(p, b.sub(mixed, _per_row(b, delta, mixed)))
 
 
@@ -167,24 +196,24 @@ def _narrowed(b, x, like):
     return b.cast(x, dtype=like.type.dtype) if like.type.dtype.narrow else x
 
 
-def _written_dq(b, q, k, v, bias, lse, delta, g, **attrs):
-    slopes = _slopes(b, q, k, v, bias, lse, delta, g, **attrs)
+def _written_dq(b, q, k, v, bias, lse, delta, g, noise=None, **attrs):
+    slopes = _slopes(b, q, k, v, bias, lse, delta, g, noise, **attrs)
     return _narrowed(b, b.mul(b.matmul(slopes, _wide(b, k)), attrs["scale"]), q)
 
 
-def _written_dk(b, q, k, v, bias, lse, delta, g, **attrs):
-    slopes = _slopes(b, q, k, v, bias, lse, delta, g, **attrs)
+def _written_dk(b, q, k, v, bias, lse, delta, g, noise=None, **attrs):
+    slopes = _slopes(b, q, k, v, bias, lse, delta, g, noise, **attrs)
     return _narrowed(b, b.mul(b.matmul(transpose(b, slopes), _wide(b, q)), attrs["scale"]), k)
 
 
-def _written_dv(b, q, k, v, bias, lse, delta, g, **attrs):
-    p = _weights(b, q, k, bias, lse, **attrs)
+def _written_dv(b, q, k, v, bias, lse, delta, g, noise=None, **attrs):
+    p = _noisy(b, _weights(b, q, k, bias, lse, **attrs), noise)
     return _narrowed(b, b.matmul(transpose(b, p), _wide(b, g)), v)
 
 
-def _written(b, q, k, v, bias, **attrs):
+def _written(b, q, k, v, bias, noise=None, **attrs):
     p = _weights(b, q, k, bias, written_lse(b, q, k, bias, **attrs), **attrs)
-    return _narrowed(b, b.matmul(p, _wide(b, v)), q)
+    return _narrowed(b, b.matmul(_noisy(b, p, noise), _wide(b, v)), q)
 
 
 WRITTEN = {  # each of these primitives in others
@@ -207,7 +236,7 @@ def _through(write: Callable, position: int) -> Callable:
                 reached.add(node.out)
         for node in reversed(nodes):
             cotangent = found.get(node.out)
-            for arg, rule in zip(node.args, node.op.vjp, strict=True):
+            for arg, rule in zip(node.args, node.op.rules(len(node.args)), strict=True):
                 known = hasattr(arg, "type") and arg in reached and rule is not NO_GRAD
                 if cotangent is None or not known:
                     continue
@@ -232,23 +261,30 @@ def _kept(b, g, y, q, k, bias, attrs):
 
 
 def _vjp_by(name: str) -> Callable:
-    def vjp(b, g, y, q, k, v, bias, **attrs):
+    def vjp(b, g, y, q, k, v, bias, *noise, **attrs):
         lse, delta = _kept(b, g, y, q, k, bias, attrs)
-        return getattr(b, name)(q, k, v, bias, lse, delta, g, **attrs)
+        return getattr(b, name)(q, k, v, bias, lse, delta, g, *noise, **attrs)
 
     return vjp
 
 
-def _vjp_bias(b, g, y, q, k, v, bias, **attrs):
+def _vjp_bias(b, g, y, q, k, v, bias, *noise, **attrs):
     lse, delta = _kept(b, g, y, q, k, bias, attrs)
-    return _slopes(b, q, k, v, bias, lse, delta, g, **attrs)
+    return _slopes(b, q, k, v, bias, lse, delta, g, *noise, **attrs)
+
+
+def _vjp_noise(b, g, y, q, k, v, bias, noise, **attrs):
+    p = _weights(b, q, k, bias, b.attention_lse(q, k, bias, **attrs), **attrs)
+    return b.mul(p, _mixed(b, v, g))
 
 
 def _primitive(name: str, infer: Callable, eval: Callable, vjp: tuple) -> Op:
     return Op(name, "attention", infer, eval, vjp, cost=1, exact=ULPS, rounds=True, host=None)
 
 
-attention = _primitive("attention", _infer, _eval, (*map(_vjp_by, GRADIENTS), _vjp_bias))
+attention = _primitive(
+    "attention", _infer, _eval, (*map(_vjp_by, GRADIENTS), _vjp_bias, _vjp_noise, ...)
+)
 attention_lse = _primitive(
     "attention_lse", _infer_lse, _eval_lse, tuple(_through(written_lse, i) for i in range(3))
 )
@@ -259,5 +295,5 @@ for _position, (_name, _write) in enumerate(
         _name,
         _infer_gradient(_position),
         _eval_gradient(_name),
-        tuple(_through(_write, i) for i in range(7)),
+        (*(_through(_write, i) for i in range(8)), ...),
     )

@@ -15,7 +15,8 @@ the collectives of a step, and they start in that order. Each has one result, fl
     barrier         nothing; one number of no meaning
 
 `group` is the name of the process group, which has `ranks` ranks. `by` is torch's name of the
-reduction. `of` says which of a module's gradients they are, so that ranks can compare that as well.
+reduction. A `root` of -1 or -2 is the last rank that has not joined, see `process_groups.joins`.
+`of` says which of a module's gradients they are, so that ranks can compare that as well.
 Derivatives are those of torch.distributed.nn.functional: who emits a node knows them.
 """
 
@@ -60,7 +61,7 @@ def _infer_all_reduce(
 
 
 def _infer_broadcast(*xs: Type, root: int, group: str, ranks: int, number: int) -> Type:
-    require(0 <= root < ranks, f"broadcast from rank {root} of {ranks}")
+    require(-2 <= root < ranks, f"broadcast from rank {root} of {ranks}")
     return _flat(_of_one_kind("broadcast", xs), sum(x.numel for x in xs))
 
 

@@ -6,7 +6,7 @@ infer   types (and literals) in, result type out; raises InvalidGraph on a malfo
 eval    numpy arrays in compute dtypes (and literals) in, array out; the reference semantics
 vjp     one function per argument, `(b, g, y, *args, **attrs) -> cotangent`, written in primitives
         with the builder `b`; or NO_GRAD where the derivative is zero almost everywhere. `...` at
-        the end: the same function for each further argument
+        the end: the same function for each further argument; the last argument may be left out
 cost    of one element of the largest operand or result, in a vector loop on a CPU: an addition,
         or a load from a cache, is 1; 0 where nothing runs on the device
 exact   whether all machines compute the same bits
@@ -72,7 +72,7 @@ class Op:
         """`vjp`, for so many operands where their number is free."""
         if self.vjp and self.vjp[-1] is ...:
             first = self.vjp[:-1]
-            return (*first, *first[-1:] * (operands - len(first)))
+            return (*first, *first[-1:] * (operands - len(first)))[:operands]
         return self.vjp
 
     def result_type(self, operands: tuple, attrs: dict[str, object]) -> Type:

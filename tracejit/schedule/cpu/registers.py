@@ -10,6 +10,7 @@ from functools import lru_cache
 
 TILE_BYTES = 32 << 10  # of a tile of the result
 TILE_COLUMNS = 128
+ROW_BYTES = 2 << 10  # of a tile that is one row: B is read once, and long stretches come fastest
 
 
 def accumulators(vector_bytes: int) -> int:
@@ -65,7 +66,8 @@ def blocking(
     _, rows, vectors = best
     columns = wide * lanes
     strip = vectors * lanes
-    columns = min(columns, strip * max(1, TILE_COLUMNS // strip))
+    most = TILE_COLUMNS if m > 1 else max(TILE_COLUMNS, ROW_BYTES // size)
+    columns = min(columns, strip * max(1, most // strip))
     tall = max(1, TILE_BYTES // size // columns // rows)
     return rows, vectors, min(tall * rows, -(-m // rows) * rows), columns
 

@@ -22,6 +22,7 @@ from tracejit.schedule.cpu.winograd import Winograd, winograd_of
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
 
 STRIP_BYTES = 16 << 10  # of a strip of B that stays in the first cache under all rows of a tile
+ROW_DEPTH = 8  # of k in a pass of a product of one row: so many rows of B are read side by side
 PACKED_WIDTH = 64  # of n and of k, from which on A is packed, even if it could be read as it lies
 PACKED_DEPTH = 256  # of k in a unit of packing
 PACKED_ROWS = 16  # of A in a unit of packing
@@ -319,7 +320,8 @@ def _chunks(c: Contraction, work: int) -> tuple[int, int]:
         return max(1, min(count, work // GRAIN, MAX_CHUNKS)), 1
     if c.tiling.way == "slices":  # the sums of all slices, by rows
         cost = c.m.extent * c.n.extent * (2 * c.tiling.slices + weight(c.stage.body))
-        return max(1, min(c.m.extent, cost // SUMS_GRAIN, SUMS_CHUNKS)), 1
+        chunks = min(c.m.extent, cost // SUMS_GRAIN, SUMS_CHUNKS)
+        return chunks + chunks % 2 if 1 < chunks < c.m.extent else max(1, chunks), 1
     chunks = max(1, min(c.round * tiles, work // max(c.rounds, 1) // GRAIN, MAX_CHUNKS))
     if chunks > 1:
         chunks = min(c.round * tiles, MAX_CHUNKS)
@@ -416,6 +418,8 @@ class Contraction:
         """Of k that is summed at once where that is in `passes`, which are equal."""
         if self.tiling.way != "tiles" and (self.tiling.deep or self.tiling.way != "slices"):
             return PANEL_DEPTH
+        if self.m.extent == 1 and self.tiling.packed_from:
+            return ROW_DEPTH
         extent = -(-self.k.extent // self.tiling.slices)
         whole = max(1, STRIP_BYTES // self.strip_line)
         return -(-extent // -(-extent // whole))

@@ -1,0 +1,3 @@
+import tracejit
+
+tracejit.load(__file__)
