@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils import checkpoint as torch_checkpoint
 
 import tracejit
-from tracejit.errors import CannotEject, CannotExport, CannotSave, TracejitError
+from tracejit import errors
 from tracejit.testing import fake_device
 
 
@@ -317,7 +317,7 @@ def test_a_checkpointed_function_that_draws_is_refused():
         return w.update(F.cross_entropy(w.net[2](h), y))
 
     compiled = tracejit.compile(step, on_unsupported="raise")
-    with pytest.raises(TracejitError, match="draws another one in its backward"):
+    with pytest.raises(errors.TracejitError, match="draws another one in its backward"):
         compiled(w.x, w.y)
 
 
@@ -398,10 +398,12 @@ def test_exports_are_refused(tmp_path):
     compiled = tracejit.compile(lambda x: x * np.random.rand())
     for _ in range(4):
         compiled(x)
-    with pytest.raises(CannotSave, match=r"draws a number by rand .*outside"):
+    with pytest.raises(errors.CannotSave, match=r"draws a number by rand .*outside"):
         compiled.save(tmp_path / "a.tracejit")
-    with pytest.raises((CannotSave, CannotEject), match=r"draws a number by rand .*outside"):
+    with pytest.raises(
+        (errors.CannotSave, errors.CannotEject), match=r"draws a number by rand .*outside"
+    ):
         compiled.eject(tmp_path / "a.py")
     pytest.importorskip("onnx")
-    with pytest.raises(CannotExport, match=r"draws a number by numpy.random.rand"):
+    with pytest.raises(errors.CannotExport, match=r"draws a number by numpy.random.rand"):
         tracejit.to_onnx(compiled, tmp_path / "a.onnx", x)
