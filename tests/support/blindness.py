@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -136,8 +137,8 @@ class Planted:
         cache = tempfile.mkdtemp(prefix="tracejit-planted-")
         os.environ["TRACEJIT_CACHE"] = cache
         planted = {fault.name: fault for fault in FAULTS}
-        if name:
-            planted[name].plant().__enter__()
+        fault = planted[name].plant() if name else nullcontext()
+        fault.__enter__()  # a variable holds it: one that is dropped is taken out at once
         for module in {item.module for _, item in self.kept}:
             if getattr(module, "WHOLE", None) is True:
                 module.WHOLE = False  # of what a test loops over
