@@ -114,3 +114,22 @@ def test_a_step_inside_a_step():
     for _ in range(3):
         assert outer(torch.zeros(1)).item() == 3
     assert inner(torch.zeros(1)).item() == 1 and "type" not in globals()
+
+
+def test_what_is_imported_does_not_count():
+    """An imported class that uses `type` and `float` leaves `float` of a module as it is replaced:
+    the number that the step makes of a value is followed."""
+    library = ModuleType("library")
+    exec(
+        "class Kind:\n    def of(self, x):\n        return float if type(x) is float else x\n",
+        library.__dict__,
+    )
+    module = ModuleType("user_of_library")
+    module.Kind = library.Kind
+    code = "def step(x, y):\n    n = float((x * y).sum())\n    return x * n\n"
+    exec(code, module.__dict__)
+    step = tracejit.compile(module.step)
+    for k in range(5):
+        y = torch.full((3,), float(k))
+        assert step(torch.ones(3), y).tolist() == [3.0 * k] * 3
+    assert step.stats.replays >= 2

@@ -172,7 +172,8 @@ def _module_name(x: object) -> object:
 
 
 def _codes_in(namespace: dict) -> Iterator[CodeType]:
-    """The code of functions and of classes' methods in a namespace, decorated ones too."""
+    """The code of functions and of classes' methods in a namespace, decorated ones too; of those
+    that look names up there: imported ones do so in their own."""
     for x in list(namespace.values()):
         methods = [x]
         if issubclass(type(x), type):  # whose own `__getattribute__` is not to run
@@ -181,7 +182,8 @@ def _codes_in(namespace: dict) -> Iterator[CodeType]:
             if type(f) in (property, staticmethod, classmethod):
                 f = f.fget if type(f) is property else f.__func__
             while type(f) is FunctionType:
-                yield f.__code__
+                if f.__globals__ is namespace:
+                    yield f.__code__
                 f = f.__dict__.get("__wrapped__")
 
 
