@@ -254,6 +254,10 @@ class InputsExhausted(TracejitError, RuntimeError):
     """Under `join(throw_on_early_termination=True)`: some rank has no more inputs."""
 
     message = "Detected at least one rank that exhausted inputs. Throwing across all ranks."
+    advice = (
+        "Give all ranks as many batches, or leave `throw_on_early_termination` out: ranks without "
+        "inputs then take part in the others' steps."
+    )
 
 
 class CannotSave(TracejitError, RuntimeError):

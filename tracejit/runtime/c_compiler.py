@@ -52,6 +52,10 @@ class CannotCompile(TracejitError, OSError):
     """The C compiler, or the loader of libraries, lacks room, memory or a right."""
 
     message = "generated C cannot be compiled here: {reason}. {remedy}"
+    advice = (
+        "Free room on the disk of the cache and of temporary files, or name another one in "
+        '`TRACEJIT_CACHE`; or compile the step with `backend="numpy"`.'
+    )
 
 
 # what compilers and linkers write where the machine is to blame; no message of theirs on C says so

@@ -420,6 +420,8 @@ class Stepping:
         """The calls have not been made."""
         remembered()
 
+    take_back = put_back
+
     def __call__(self, n: int, scalars: list, *numbers: float) -> bool:
         """Make the n-th call, with these numbers among its arguments; fill in what it leaves."""
         callback = self._callbacks[n]

@@ -70,9 +70,16 @@ def check_plan(plan: Plan, layout: Layout) -> None:
 
 
 def reads_first(kernel: Kernel, buffer: Buffer) -> bool:
-    """Whether a kernel reads what is in a buffer before it."""
+    """Whether a kernel reads what is in a buffer before it. A stage that goes in order reads what
+    it has stored itself, at points before."""
     if buffer.access != "rw" or kernel.call is not None:
         return "r" in buffer.access
+    for stage in kernel.stages:
+        here = [s for s in stage.body if isinstance(s, (Load, Store)) and s.buffer == buffer.name]
+        if here and stage.in_order and any(isinstance(s, Store) and not s.fold for s in here):
+            return False
+        if here:
+            break
     of = (s for s in kernel.statements if isinstance(s, (Load, Store)) and s.buffer == buffer.name)
     first = next(of, None)
     return not isinstance(first, Store) or bool(first.fold)

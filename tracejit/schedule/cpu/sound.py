@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tracejit.schedule.cpu.plan import Call, CpuPlan
+from tracejit.schedule.kernel import Kernel, Load, Store
 from tracejit.schedule.plan import Plan
 from tracejit.schedule.sound import Access, Step, check, pieces_of, reads_first
 
@@ -19,13 +20,24 @@ def check_cpu_plan(plan: Plan, cpu_plan: CpuPlan) -> None:
 
 
 def _accesses(cpu_plan: CpuPlan, call: Call) -> Iterator[Access]:
-    """What a call does, both halves of it."""
+    """What a call does, both halves of it. Each has all buffers; what one of them adds up in memory
+    of its own, the other one stores."""
     kernel = cpu_plan.kernels[call.kernel]
     memory = dict(zip((b.name for b in kernel.bound), call.buffers, strict=True))
+    stored: set[str] = set()
     for half in (kernel, kernel.columns):
         for buffer in () if half is None else half.kernel.buffers:
-            if buffer.name in memory:
-                reads = half is kernel and reads_first(half.kernel, buffer)
-                yield Access(memory[buffer.name], reads, "w" in buffer.access)
+            if buffer.name not in memory:
+                continue
+            writes = "w" in buffer.access
+            if writes and half.kernel.call is None and not _touched(half.kernel, buffer.name):
+                continue
+            reads = buffer.name not in stored and reads_first(half.kernel, buffer)
+            yield Access(memory[buffer.name], reads, writes)
+            stored |= {buffer.name} if writes else set()
     if call.working:
         yield Access(call.working, False, True)
+
+
+def _touched(kernel: Kernel, buffer: str) -> bool:
+    return any(isinstance(s, (Load, Store)) and s.buffer == buffer for s in kernel.statements)
