@@ -172,7 +172,7 @@ def _hook_of_one_of_several(w, x):
 
 
 def _after_draws(w, x):
-    torch.binomial(torch.rand(3), torch.nn.functional.dropout(x[:3]))
+    torch.bernoulli(torch.rand(3).to_sparse(), out=torch.nn.functional.dropout(x[:3]))
 
 
 def _out_overlaps(w, x):
