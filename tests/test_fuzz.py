@@ -51,7 +51,7 @@ def test_a_run_goes_on_where_it_was(tmp_path):
     assert not list(tmp_path.glob("cache-*"))
 
 
-@pytest.mark.parametrize("what", ["differs", "dies", "hangs"])
+@pytest.mark.parametrize("what", ["differs", "dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_mismatch_is_stored_and_the_others_run(what, tmp_path, monkeypatch):
     monkeypatch.setenv("AT", f"101 {what}")
     hung = 15.0 if what == "hangs" else fuzz.HUNG  # a process takes some seconds to start
@@ -92,7 +92,7 @@ def test_each_kind_of_program_runs(kind, monkeypatch):
     assert run_seed(seed, verify=2) in ("equal", "refused", "raises", "diverges", "invalid")
 
 
-@pytest.mark.parametrize("verify", [0, 2])
+@pytest.mark.parametrize("verify", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_fault_is_found_and_shrunk(verify):
     """tanh's derivative is wrong; with verify it says so itself."""
     from support.faults import FAULTS

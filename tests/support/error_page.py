@@ -44,6 +44,7 @@ _VARYING = (  # what differs between machines and runs, and what is shown instea
     (re.compile(r"\b\d\.\d+e[-+]\d+"), "…"),  # norms
     (re.compile(r"(?<=plan )[0-9a-f]{12}\b|(?<=step_)[0-9a-f]{12}\b"), "…"),  # digests
     (re.compile(r"(?<=_)[0-9a-f]{8}\b"), "…"),
+    (re.compile(r"(?<=Make room in )/[^ ,]*"), "…"),  # where temporary files are
     (re.compile(r"(?<=cc )-O\d .*(?= ended with)"), "…"),  # a compiler's options
 )
 
