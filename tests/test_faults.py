@@ -170,7 +170,7 @@ def check_layers(found: dict[str, list[str]]) -> None:
     check_part(1, LAYERS_HEAD + "\n".join([*lines, "", *table]) + "\n")
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(20)
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
 def test_a_row_of_layers(fault: Fault):
     """The layers that are said to find a fault do, and no others."""
