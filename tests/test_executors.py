@@ -41,6 +41,17 @@ def test_matmul(plans):
     }""")
 
 
+def test_movement_reads_from_the_right_places(plans):
+    plans.both("""
+    step(%0: f32[3,4,5]) {
+      %1: f32[3,4,5] = mul(%0, 2.0)
+      %2: f32[3,4,5] = flip(%1, axes=(0,2))
+      %3: f32[5,3,4] = permute(%1, axes=(2,0,1))
+      %4: f32[2,2,2] = slice(%1, starts=(1,0,1), stops=(3,4,5), steps=(1,2,2))
+      return %2, %3, %4
+    }""")
+
+
 def test_large_domain_in_blocks(plans):
     plans.both("""
     step(%0: f32[300,1001], %1: f32[1001]) {

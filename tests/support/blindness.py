@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "functions": (
         "torch functions on samples, against eager",
-        ("test_functions.py", "test_functions_nn.py"),
+        ("test_functions.py", "test_functions_indexing.py", "test_functions_nn.py"),
         rf"test_(values|gradients)\[((torch\.)?({_FUNCTIONS})|(torch\.)?nn\.functional\.(relu|pad))\]",
     ),
     "passes": (
