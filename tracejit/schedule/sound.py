@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import contiguous_strides
-from tracejit.schedule.kernel import Buffer, Kernel, Load, Store
+from tracejit.schedule.kernel import Buffer, Kernel, Load, Statement, Store
 from tracejit.schedule.memory import Layout
 from tracejit.schedule.plan import Plan, PlanBuffer, runs
 
@@ -75,14 +75,18 @@ def reads_first(kernel: Kernel, buffer: Buffer) -> bool:
     if buffer.access != "rw" or kernel.call is not None:
         return "r" in buffer.access
     for stage in kernel.stages:
-        here = [s for s in stage.body if isinstance(s, (Load, Store)) and s.buffer == buffer.name]
+        here = touching(stage.body, buffer.name)
         if here and stage.in_order and any(isinstance(s, Store) and not s.fold for s in here):
             return False
         if here:
             break
-    of = (s for s in kernel.statements if isinstance(s, (Load, Store)) and s.buffer == buffer.name)
-    first = next(of, None)
+    first = next(iter(touching(kernel.statements, buffer.name)), None)
     return not isinstance(first, Store) or bool(first.fold)
+
+
+def touching(statements: Iterable[Statement], buffer: str) -> list[Load | Store]:
+    """The loads and stores of a buffer among some statements."""
+    return [s for s in statements if isinstance(s, (Load, Store)) and s.buffer == buffer]
 
 
 def check_kernel(kernel: Kernel) -> None:

@@ -288,18 +288,21 @@ def _check(t: Trace, rank: int, x: Handle, w: Handle, bias: Tensor | None, group
             f"a weight of {rank + 2} dimensions, but got input of size: {list(x.shape)} and weight "
             f"of size: {list(w.shape)}"
         )
-    handles = [x, w] if bias is None else [x, w, t.lift(bias)]
-    if len({h.dtype for h in handles}) > 1:
-        names = ", ".join(str(TO_TORCH[h.dtype]) for h in handles)
-        raise t.shape_error(f"Input, weight and bias should have one type, but got {names}")
-    if len({h.device for h in handles}) > 1:
-        raise t.shape_error("Expected input, weight and bias to be on the same device")
+    _check_alike(t, [x, w] if bias is None else [x, w, t.lift(bias)])
     if x.dtype is b1:
         raise t.not_implemented("convolution", b1)
     if groups <= 0:
         raise t.shape_error("non-positive groups is not supported")
     if 0 in w.shape or 0 in x.shape[-rank:] or 0 in x.shape[-rank - 1 : -rank]:
         raise t.unsupported("A convolution of no channels or no elements has no rule")
+
+
+def _check_alike(t: Trace, handles: list[Handle]) -> None:
+    if len({h.dtype for h in handles}) > 1:
+        names = ", ".join(str(TO_TORCH[h.dtype]) for h in handles)
+        raise t.shape_error(f"Input, weight and bias should have one type, but got {names}")
+    if len({h.device for h in handles}) > 1:
+        raise t.shape_error("Expected input, weight and bias to be on the same device")
 
 
 def _check_bias(t: Trace, bias: Tensor | None, channels: int) -> None:
@@ -373,9 +376,7 @@ def _conv_tbc(t: Trace, input: Tensor, weight: Tensor, bias: Tensor, pad: int = 
             "Input must have 3 dims: time, batch, in_channel; weight 3: size, in_channel, "
             f"out_channel; but got {list(x.shape)} and {list(w.shape)}"
         )
-    if len({x.dtype, w.dtype, b.dtype}) > 1:
-        names = ", ".join(str(TO_TORCH[h.dtype]) for h in (x, w, b))
-        raise t.shape_error(f"Input, weight and bias should have one type, but got {names}")
+    _check_alike(t, [x, w, b])
     if x.shape[2] != w.shape[1]:
         raise t.shape_error(
             f"Input dim 2 (input channels, {x.shape[2]}) is not == dim 1 in the weight tensor "

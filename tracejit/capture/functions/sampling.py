@@ -62,8 +62,20 @@ def drawn(
     plain_strides = contiguous_strides(type.shape)
     strides = plain_strides if strides is None else strides
     event = Draw(fill, (*named,), operands, type, strides, t.draws.position(generator))
-    t.draws.do(event, [plain(x) for x in named.values()])
-    value = t.b.param(type, None if strides == plain_strides else strides)
+    numbers = [plain(x) for x in named.values()]
+    return _done(t, event, generator, numbers, None if strides == plain_strides else strides)
+
+
+def _done(
+    t: Trace,
+    event: Draw | Called,
+    generator: object,
+    numbers: list[Number],
+    strides: Ints | None = None,
+) -> Value:
+    """Do an event now: what it draws is an input of the graph."""
+    t.draws.do(event, numbers)
+    value = t.b.param(event.type, strides)
     t.draws.values[len(t.draws.events) - 1] = value
     t.journal.found_draw(event, generator)
     return value
@@ -78,11 +90,7 @@ def number_drawn(
     operands = tuple([x.value if is_runtime(x) else plain(x) for x in numbers])
     event = Called(name, whole, names, operands, t.draws.position(source))
     t.called(number_drawn, ())
-    t.draws.do(event, [plain(x) for x in numbers])
-    value = t.b.param(event.type, None)
-    t.draws.values[len(t.draws.events) - 1] = value
-    t.journal.found_draw(event, source)
-    return t.fresh(value)
+    return t.fresh(_done(t, event, source, [plain(x) for x in numbers]))
 
 
 COMPARED.add(number_drawn)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tracejit.schedule.cpu.plan import Call, CpuPlan
-from tracejit.schedule.kernel import Kernel, Load, Store
 from tracejit.schedule.plan import Plan
-from tracejit.schedule.sound import Access, Step, check, pieces_of, reads_first
+from tracejit.schedule.sound import Access, Step, check, pieces_of, reads_first, touching
 
 
 def check_cpu_plan(plan: Plan, cpu_plan: CpuPlan) -> None:
@@ -30,14 +29,14 @@ def _accesses(cpu_plan: CpuPlan, call: Call) -> Iterator[Access]:
             if buffer.name not in memory:
                 continue
             writes = "w" in buffer.access
-            if writes and half.kernel.call is None and not _touched(half.kernel, buffer.name):
+            if (
+                writes
+                and half.kernel.call is None
+                and not touching(half.kernel.statements, buffer.name)
+            ):
                 continue
             reads = buffer.name not in stored and reads_first(half.kernel, buffer)
             yield Access(memory[buffer.name], reads, writes)
             stored |= {buffer.name} if writes else set()
     if call.working:
         yield Access(call.working, False, True)
-
-
-def _touched(kernel: Kernel, buffer: str) -> bool:
-    return any(isinstance(s, (Load, Store)) and s.buffer == buffer for s in kernel.statements)
