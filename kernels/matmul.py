@@ -2,15 +2,16 @@
 
 `LOAD_A(bufs, scalars, SIZES, b, rm, rk)` returns a [BLOCK_M, BLOCK_K] tile, 0 outside the matrix;
 `LOAD_B(bufs, scalars, SIZES, b, rk, rn)` a [BLOCK_K, BLOCK_N] tile likewise; both of one dtype.
-`EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs)` stores what follows
+`EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, tile, num_tiles)` stores what follows
 from the [BLOCK_M, BLOCK_N] accumulator. rm, rn, rk are int32 ranges, `b` is the batch index.
 `bufs` is a tuple of pointers, `scalars` an fp64 table of runtime scalars, `workspace` a pointer
 for partials and counters, `SIZES` a tuple of ints (strides, extents) those functions index.
-The tile sizes come from `tracejit.kernels.tiles`.
+The tile sizes and splits come from `tracejit.kernels.tiles`.
 """
 
 import triton
 import triton.language as tl
+from tracejit.kernels.reduce import fold_tiles, is_last
 
 
 @triton.jit
@@ -33,29 +34,42 @@ def matmul(
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
+    SPLITS: tl.constexpr = 1,
+    GROUP: tl.constexpr = 1,
+    COUNTERS: tl.constexpr = 0,
+    PARTIALS: tl.constexpr = 0,
     FIRST: tl.constexpr = 0,
 ):
-    """One program per (batch, tile): acc[ACC] = A @ B over K, then EPILOGUE.
+    """One program per (batch, split, tile): acc[ACC] = A @ B over its K, then EPILOGUE.
 
-    Grid: B * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N) programs from number FIRST on. DOT is "tensor"
-    (tl.dot with input_precision=PRECISION; BLOCK_K >= 16) or "sum" (multiply and add in ACC, for
-    dtypes that tl.dot lacks). ACC is fp32, fp64 or an integer dtype. Tiles go down GROUP_M rows
-    before the next column, so that neighbouring programs share their operands in L2.
+    Grid: B * SPLITS * cdiv(M, BLOCK_M) * cdiv(N, BLOCK_N) programs from number FIRST on. DOT is
+    "tensor" (tl.dot with input_precision=PRECISION; BLOCK_K >= 16) or "sum" (multiply and add in
+    ACC, for dtypes that tl.dot lacks). ACC is fp32, fp64 or an integer dtype. Tiles go down GROUP_M
+    rows before the next column, so that neighbouring programs share their operands in L2.
+
+    With SPLITS each program of a tile takes a stretch of K. Partial tiles lie in the workspace from
+    byte PARTIALS on. The last of GROUP neighbours adds up theirs in order, and the last of all
+    groups their sums: the same sums whatever order programs ran in. int32 counters lie from byte
+    COUNTERS on: (groups + 1) a tile, 0 before and after each launch.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    TILES: tl.constexpr = TILES_M * TILES_N
+    STEPS: tl.constexpr = (K + BLOCK_K * SPLITS - 1) // (BLOCK_K * SPLITS)
     pid = tl.program_id(0) - FIRST
-    b = pid // (TILES_M * TILES_N)
-    tile = pid % (TILES_M * TILES_N)
+    b = pid // (TILES * SPLITS)
+    split = pid // TILES % SPLITS
+    number = b * TILES + pid % TILES
+    tile = pid % TILES
     group = tile // (GROUP_M * TILES_N)
     rows = tl.minimum(TILES_M - group * GROUP_M, GROUP_M)
     tile = tile % (GROUP_M * TILES_N)
     rm = (group * GROUP_M + tile % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = (tile // rows) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.arange(0, BLOCK_K)
+    rk = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for k in range(0, K, BLOCK_K):
+    for k in range(0, STEPS * BLOCK_K, BLOCK_K):
         a_tile = LOAD_A(bufs, scalars, SIZES, b, rm, k + rk)
         b_tile = LOAD_B(bufs, scalars, SIZES, b, k + rk, rn)
         if DOT == "tensor":
@@ -63,4 +77,25 @@ def matmul(
         else:
             products = a_tile.to(ACC)[:, :, None] * b_tile.to(ACC)[None, :, :]
             acc += tl.sum(products, 1)
-    EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, B * TILES_M * TILES_N)
+    if SPLITS == 1:
+        EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)
+    else:
+        SIZE: tl.constexpr = BLOCK_M * BLOCK_N
+        GROUPS: tl.constexpr = (SPLITS + GROUP - 1) // GROUP
+        place = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        # 64-bit, as the workspace may be large
+        partials = (workspace + PARTIALS).to(tl.pointer_type(ACC)) + place
+        partials += number.to(tl.int64) * (SPLITS * SIZE)
+        counters = (workspace + COUNTERS).to(tl.pointer_type(tl.int32)) + number * (GROUPS + 1)
+        mine = split // GROUP
+        tl.store(partials + split * SIZE, acc)
+        count = tl.minimum(SPLITS - mine * GROUP, GROUP)
+        if is_last(counters + mine, count):
+            acc = fold_tiles(partials + mine * GROUP * SIZE, count, GROUP, SIZE)
+            if GROUPS == 1:
+                EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)
+            else:
+                tl.store(partials + mine * GROUP * SIZE, acc)
+                if is_last(counters + GROUPS, GROUPS):
+                    acc = fold_tiles(partials, GROUPS, GROUPS, GROUP * SIZE)
+                    EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)

@@ -63,3 +63,19 @@ def collect_min(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
         last = tl.minimum(start + index, NUM - 1)
         best = minimum(best, tl.load(partials_ptr + last, cache_modifier=".cg"))
     return reduce_min(best, 0)
+
+
+@triton.jit
+def fold_tiles(first, count, NUM: tl.constexpr, APART: tl.constexpr):
+    """Sum `count` partial tiles, NUM at most, that lie APART elements apart, in order; a tile of
+    the partials' dtype. `first` has the pointers of the first tile.
+
+    Of small tiles several are loaded at a time.
+    """
+    AT_ONCE: tl.constexpr = min(NUM, (8192 + first.numel - 1) // first.numel)
+    total = tl.zeros(first.shape, first.dtype.element_ty)
+    for i in range(0, NUM, AT_ONCE):
+        for j in tl.static_range(AT_ONCE):
+            mine = first + (i + j) * APART
+            total += tl.load(mine, mask=i + j < count, other=0, cache_modifier=".cg")
+    return total

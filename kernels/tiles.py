@@ -1,13 +1,23 @@
-"""Tile sizes of the matmul kernel: a table of choices measured by ahead-of-time compilation.
+"""Tile sizes and splits of the matmul kernel: a table of choices measured by ahead-of-time
+compilation, of which a model takes one.
 
 Plain Python without Triton, so that a scheduler can plan where Triton cannot be imported.
 """
 
 from __future__ import annotations
 
-FEW_TILES = 128  # below this many tiles a GPU of 132 SMs stands mostly idle
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from tracejit.kernels.costs import SMS, Product, Tile, cdiv, cheapest
+
+from tracejit.gpus import GPUS
+
+HEADER_BYTES = 16  # a workspace starts with the counter of full reductions
 
 
+@functools.lru_cache(4096)
 def tiles(
     M: int,
     N: int,
@@ -17,33 +27,65 @@ def tiles(
     epilogue_weight: int = 0,
     windows: str = "",
     batch: int = 1,
-) -> dict[str, int]:
-    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, num_warps, num_stages.
+    sms: int = SMS,
+) -> Mapping[str, int]:
+    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, SPLITS and GROUP, num_warps,
+    num_stages.
 
     `dtype` is the operands' (IR names: f32, f64, bf16, f16, i32, …), `precision` the
     input_precision of fp32 operands, `epilogue_weight` the number of [M, N] tensors that the
     epilogue reads (each costs registers), `windows` whether an operand is read at quotients and
     remainders of its axes, as a convolution's is, so that its addresses take registers too: "last"
-    where what a tile reads lies side by side, "apart" where it does not, "" for other products. The
-    largest tile that still gives FEW_TILES programs wins; else the smallest. Of windows `batch`
-    products count.
+    where what a tile reads lies side by side, "apart" where it does not, "" for other products.
+    Of the tiles that these allow, and of the splits of K, the fastest by `costs.py` win on a GPU
+    of so many SMs.
     """
     family = _family(dtype, precision)
     candidates = _CANDIDATES.get(family, _SUM)
     of_windows = _OF_WINDOWS.get(windows, {})
     candidates = of_windows.get(family, candidates)
-    count = batch if windows else 1
-    allowed = [c for c in candidates if epilogue_weight <= c[5]] or candidates[-1:]
-    fitting = [c for c in allowed if count * -(-M // c[0]) * -(-N // c[1]) >= FEW_TILES]
-    block_m, block_n, block_k, warps, stages, _ = fitting[0] if fitting else allowed[-1]
-    return {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": min(block_k, max(16, _power_of_two(K))),
-        "GROUP_M": 8,
-        "num_warps": warps,
-        "num_stages": stages,
-    }
+    allowed = [c for c in candidates if epilogue_weight <= c.weight] or candidates[-1:]
+    depth = max(16, _power_of_two(K))
+    allowed = [c._replace(k=min(c.k, depth)) for c in allowed]
+    product = _product(M, N, K, dtype, precision, batch)
+    found = [(cheapest(product, c, sms), c) for c in allowed]
+    (_, split), tile = min(found, key=lambda f: (f[0][0], f[1].m * f[1].n))
+    return MappingProxyType(
+        {
+            "BLOCK_M": tile.m,
+            "BLOCK_N": tile.n,
+            "BLOCK_K": tile.k,
+            "GROUP_M": 8,
+            "SPLITS": split.splits,
+            "GROUP": split.group,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+    )
+
+
+def workspace(
+    choice: Mapping[str, int], tiles: int, itemsize: int, before: int = HEADER_BYTES
+) -> dict[str, int]:
+    """Where counters and partial tiles of a product lie in its workspace, behind the first bytes,
+    and where they end: COUNTERS, PARTIALS, END."""
+    groups = cdiv(choice["SPLITS"], choice["GROUP"])
+    counters = cdiv(before, 16) * 16
+    partials = counters + cdiv(4 * (groups + 1) * tiles, 16) * 16
+    size = choice["SPLITS"] * choice["BLOCK_M"] * choice["BLOCK_N"] * itemsize
+    return {"COUNTERS": counters, "PARTIALS": partials, "END": partials + tiles * size}
+
+
+def _product(M: int, N: int, K: int, dtype: str, precision: str, batch: int) -> Product:
+    """The product as `costs.py` wants it."""
+    gpu = GPUS["H200"]
+    peaks = {"half": gpu.half, "tf32": gpu.tf32, "tf32x3": gpu.tf32 / 3, "ieee": gpu.fp32}
+    tensor = dot_path(dtype) == "tensor"
+    size = {"b1": 1, "bf16": 2}.get(dtype) or int(dtype[1:]) // 8
+    total = 4 if tensor else 8
+    family = _family(dtype, precision)
+    peak = peaks.get(family, gpu.fp64 / 4)
+    return Product(batch, M, N, K, size, total, peak, tensor and family != "ieee", tensor)
 
 
 def attention_tiles(
@@ -73,60 +115,60 @@ def dot_path(dtype: str) -> str:
 
 
 # Per family, from the largest tile to the smallest:
-# (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills).
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills.
 _CANDIDATES = {
     "half": (
-        (128, 256, 64, 8, 3, 1),
-        (128, 128, 64, 4, 4, 1),
-        (128, 128, 64, 8, 3, 2),
-        (64, 64, 64, 4, 4, 8),
-        (32, 32, 64, 4, 4, 8),
+        Tile(128, 256, 64, 8, 3, 1),
+        Tile(128, 128, 64, 4, 4, 1),
+        Tile(128, 128, 64, 8, 3, 2),
+        Tile(64, 64, 64, 4, 4, 8),
+        Tile(32, 32, 64, 4, 4, 8),
     ),
     "tf32": (
-        (128, 128, 32, 8, 3, 2),
-        (64, 64, 32, 4, 3, 8),
-        (32, 32, 32, 4, 3, 8),
+        Tile(128, 128, 32, 8, 3, 2),
+        Tile(64, 64, 32, 4, 3, 8),
+        Tile(32, 32, 32, 4, 3, 8),
     ),
     "tf32x3": (
-        (128, 128, 32, 8, 3, 0),
-        (64, 64, 32, 4, 3, 8),
-        (32, 32, 32, 4, 3, 8),
+        Tile(128, 128, 32, 8, 3, 0),
+        Tile(64, 64, 32, 4, 3, 8),
+        Tile(32, 32, 32, 4, 3, 8),
     ),
     "ieee": (
-        (128, 128, 32, 8, 3, 1),
-        (64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
-        (32, 32, 32, 4, 3, 8),
+        Tile(128, 128, 32, 8, 3, 1),
+        Tile(64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
+        Tile(32, 32, 32, 4, 3, 8),
     ),
 }
 # The same where an operand is read through windows.
 _OF_WINDOWS = {
     "apart": {
         "half": (
-            (128, 128, 32, 8, 3, 1),
-            (64, 64, 32, 4, 4, 8),
-            (32, 32, 64, 4, 4, 8),
+            Tile(128, 128, 32, 8, 3, 1),
+            Tile(64, 64, 32, 4, 4, 8),
+            Tile(32, 32, 64, 4, 4, 8),
         ),
         "ieee": (
-            (64, 64, 16, 8, 3, 8),
-            (32, 32, 16, 4, 3, 8),
+            Tile(64, 64, 16, 8, 3, 8),
+            Tile(32, 32, 16, 4, 3, 8),
         ),
     },
     "last": {
         "half": (
-            (128, 128, 64, 8, 3, 1),
-            (64, 128, 64, 4, 4, 1),
-            (64, 64, 64, 4, 4, 8),
-            (32, 32, 64, 4, 4, 8),
+            Tile(128, 128, 64, 8, 3, 1),
+            Tile(64, 128, 64, 4, 4, 1),
+            Tile(64, 64, 64, 4, 4, 8),
+            Tile(32, 32, 64, 4, 4, 8),
         ),
         "tf32": (
-            (128, 128, 32, 8, 3, 1),
-            (64, 128, 32, 8, 3, 1),
-            (64, 64, 32, 4, 3, 8),
-            (32, 32, 32, 4, 3, 8),
+            Tile(128, 128, 32, 8, 3, 1),
+            Tile(64, 128, 32, 8, 3, 1),
+            Tile(64, 64, 32, 4, 3, 8),
+            Tile(32, 32, 32, 4, 3, 8),
         ),
         "ieee": (
-            (64, 64, 16, 8, 3, 8),
-            (32, 32, 16, 4, 3, 8),
+            Tile(64, 64, 16, 8, 3, 8),
+            Tile(32, 32, 16, 4, 3, 8),
         ),
     },
 }
@@ -156,7 +198,7 @@ _ATTENTION = {
 }
 # Of gradients of attention with dropout, whose numbers take registers too.
 _NOISY_GRADIENTS = {"half": ((64, 64, 64, 8, 1), (128, 64, 64, 8, 1), (256, 32, 32, 8, 1))}
-_SUM = ((16, 16, 16, 4, 2, 8),)
+_SUM = (Tile(16, 16, 16, 4, 2, 8),)
 
 
 def _family(dtype: str, precision: str) -> str:

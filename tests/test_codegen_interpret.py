@@ -203,6 +203,38 @@ def test_matmul_with_transposes_prologue_and_epilogue():
     }""")
 
 
+@pytest.mark.parametrize("k, groups", [(333, 1), (5001, 7)])
+def test_matmul_whose_k_is_split(k, groups):
+    """With a prologue, an epilogue and a full reduction, and a batched one in the same launch."""
+    both = f"%8: bf16[2,9,{k}], %9: bf16[2,{k},7]"
+    text = f"""f(%0: f32[19,{k}], %1: f32[{k},33], %2: f32[33], {both}) {{
+      %3: f32[19,{k}] = maximum(%0, 0.0)
+      %4: f32[19,33] = matmul(%3, %1)
+      %12: f32[1,33] = reshape(%2, shape=(1, 33))
+      %5: f32[19,33] = expand(%12, shape=(19, 33))
+      %6: f32[19,33] = add(%4, %5)
+      %7: f32[] = reduce_sum(%6, axes=(0, 1))
+      %10: bf16[2,9,7] = matmul(%8, %9)
+      return %6, %7, %10
+    }}"""
+    loaded = check(text, forms=["joint"], tolerance=2e-2, max_tile=256)
+    constants = loaded.launched[0].geometry.constants
+    splits = [constants.get(f"SPLITS_{i}", 1) for i in range(2)]
+    assert splits[0] > 1 and (splits[1] > 1) == (k > 1000)
+    assert -(-splits[0] // constants["GROUP_0"]) == groups
+
+
+@pytest.mark.parametrize("dtype, rows", [("f32", 1031), ("bf16", 520), ("i64", 641)])
+def test_sums_of_columns_in_two_steps(dtype, rows):
+    text = f"""f(%0: {dtype}[{rows},5]) {{
+      %1: {dtype}[{rows},5] = mul(%0, %0)
+      %2: {dtype}[5] = reduce_sum(%1, axes=(0,))
+      %3: {dtype}[5] = reduce_sum(%0, axes=(0,))
+      return %2, %3
+    }}"""
+    check(text, tolerance=EPS.get(dtype, 0.0), max_tile=2048, gpu=True)
+
+
 def test_matmul_with_full_reductions_in_its_epilogue():
     check(
         """

@@ -313,7 +313,7 @@ def test_addresses_in_memory_cost_a_load_each(text, target):
 def test_convolution_is_a_matmul_without_spills(dtype, target):
     form, found = facts(convolution(dtype, o=64), target)
     check_limits(found)
-    assert form == "matmul" and found.spills == 0
+    assert form.startswith("matmul") and found.spills == 0
     assert (found.ffma > 50) == (dtype == "f32") and (found.mma + found.wgmma > 0) == (
         dtype == "bf16"
     )
@@ -441,7 +441,7 @@ def test_triton_sees_neither_lines_nor_the_numbers_of_values(monkeypatch):
         (launch,) = schedule(graph).launches
         monkeypatch.setattr(triton_executor, "_kernels", OrderedDict())  # as in another process
         executor = executor_for("triton", "cuda:0")
-        source, _, function = triton_executor.load_kernel(executor, launch)
+        source, _, function = triton_executor.load_kernel(executor, launch, 132)
         shown.append(source.text)
         seen.append(function.src)
     assert "net.py:5" in shown[0] and "net.py:9" in shown[1]

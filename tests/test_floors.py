@@ -69,6 +69,7 @@ FLOORS = {
     "quotes": 1,
 }
 SAME_FLOOR = {
+    ("kernels", "gpus"),  # the model of tiles and splits
     ("runtime", "codegen"),  # a Step is built from sources
     ("tracejit", "compile"),  # the entry points
     ("tracejit", "captured"),

@@ -90,7 +90,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))  # plans of other thresholds
     for module, name, value in (
         *((module, "LEAST", 2) for module in (images, layouts, parts)),
-        *((images, "DEEP", 2), (parts, "SUMS", 64), (parts, "SHORT", 2)),
+        *((parts, "SUMS", 64), (parts, "SHORT", 2)),
     ):
         monkeypatch.setattr(module, name, value)
 
@@ -98,12 +98,10 @@ def small(monkeypatch, tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["padded", "strided", "grouped", "few channels", "volume"])
 def test_sums_in_parts(small, name, dtype):
-    """Those of weights' gradients, of batch norm and of the bias; parts are not rounded."""
+    """Those of batch norm and of the bias; parts are not rounded."""
     graph = convolved(name, dtype)
     plan = schedule(graph, gpu=True)
     check_plan(graph, plan)
-    dots = [s.dot for x in plan.launches for k in x.alone() for s in k.kernel.stages if s.dot]
-    assert dtype is torch.float32 or {d.out.dtype.name for d in dots} == {"bf16", "f32"}
 
 
 @pytest.mark.parametrize("first", range(700, 760 if WHOLE else 706, 6))

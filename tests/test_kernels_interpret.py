@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 import triton.language as tl
 from tracejit.kernels.matmul import matmul
-from tracejit.kernels.tiles import FEW_TILES, dot_path, tiles
+from tracejit.kernels.tiles import dot_path, tiles, workspace
 
 from support import kernels
 from tracejit.runtime.interpreter import OutOfBoundsAccess, Pointer, run
@@ -134,15 +134,21 @@ def test_full_reduction_keeps_nan(kind):
 # --- matmul -----------------------------------------------------------------------------------
 
 
-def launch_matmul(a, b, out, epilogue, extra=(), lr=0.0, tile=None, precision="ieee", **options):
+def launch_matmul(
+    a, b, out, epilogue, extra=(), lr=0.0, tile=None, precision="ieee", times=1, **options
+):
+    """Launch it so many times in one workspace, which is returned with what the last run did."""
     B, M, K = a.shape
     N = b.shape[2]
     choice = tiles(M, N, K, NAME.get(a.dtype, "f32"), precision) | (tile or {})
     choice = {k: v for k, v in choice.items() if k not in ("num_warps", "num_stages")}
-    programs = B * cdiv(M, choice["BLOCK_M"]) * cdiv(N, choice["BLOCK_N"])
+    each = B * cdiv(M, choice["BLOCK_M"]) * cdiv(N, choice["BLOCK_N"])
+    programs = each * choice["SPLITS"]
+    places = workspace(choice, each, 8, 16 + 4 * each)
+    end = places.pop("END")
     tensors = (a, b, out, *extra)
     scalars = torch.tensor([lr], dtype=torch.float64)
-    workspace = torch.zeros(16 + 4 * programs, dtype=torch.int8)
+    space = torch.zeros(end, dtype=torch.int8)
     constants = {
         "SIZES": (M, N, K, *a.stride(), *b.stride(), *out.stride()),
         "LOAD_A": kernels.load_a,
@@ -156,11 +162,16 @@ def launch_matmul(a, b, out, epilogue, extra=(), lr=0.0, tile=None, precision="i
         "DOT": dot_path(NAME.get(a.dtype, "f32")) if a.dtype.is_floating_point else "sum",
         "ACC": ACCUMULATOR.get(a.dtype, tl.float32),
         **choice,
+        **places,
     }
-    args = (tuple(map(Pointer.of, tensors)), Pointer.of(scalars), Pointer.of(workspace))
-    touched = (*tensors, scalars, workspace)
+    args = (tuple(map(Pointer.of, tensors)), Pointer.of(scalars), Pointer.of(space))
+    touched = (*tensors, scalars, space)
     buffers = [(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()) for t in touched]
-    return run(matmul, (programs,), args, constants, buffers=buffers, **options)
+    for _ in range(times):
+        found = run(matmul, (programs,), args, constants, buffers=buffers, **options)
+    counters = space[places["COUNTERS"] : places["PARTIALS"]]
+    assert not space[:4].any() and not counters.any()  # at rest
+    return found
 
 
 def operands(B, M, N, K, dtype):
@@ -207,6 +218,61 @@ def test_matmul_with_update_and_reduction_in_the_epilogue():
     ]
 
 
+SPLIT = [(2, 2), (7, 3), (20, 5), (20, 20)]
+
+
+@pytest.mark.parametrize(
+    "dtype, splits",
+    [
+        *((torch.float32, n) for n in SPLIT),
+        *((t, (7, 3)) for t in (torch.float64, torch.int64, torch.bfloat16)),
+    ],
+)
+def test_matmul_whose_k_is_split(dtype, splits):
+    a, b = operands(2, 17, 19, 321, dtype)  # the last stretch is short, or 13 have nothing
+    expected = (a.double() @ b.double()).to(dtype) if dtype.is_floating_point else a @ b
+    tolerance = {torch.bfloat16: 1e-2, torch.float64: 1e-12}.get(dtype, 1e-5)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "GROUP_M": 2}
+    tile |= dict(zip(("SPLITS", "GROUP"), splits, strict=True))
+    found = []
+    for options in ({"order": "forward"}, {"order": "reversed"}, {"seed": 1}, {"seed": 2}):
+        out = torch.full((2, 17, 19), -7, dtype=dtype)
+        times = 1 + ("order" in options)
+        launch_matmul(a, b, out, kernels.store_tile, tile=tile, times=times, **options)
+        found.append(out)
+    torch.testing.assert_close(found[0], expected, rtol=tolerance, atol=100 * tolerance)
+    assert all(torch.equal(found[0], other) for other in found)
+
+
+def test_partial_tiles_are_added_up_in_order():
+    """Not one after another as they come: 1e8 + 1 - 1e8 depends on it."""
+    a = torch.tensor([1e8, 1.0, -1e8, 1.0])[:, None].expand(4, 16).reshape(1, 1, 64).clone()
+    a[:, :, 1::16], a[:, :, 2:16] = 0, 0
+    b = torch.zeros(1, 64, 1)
+    b[:, ::16] = 1.0
+    tile = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "SPLITS": 4}
+    for group, expected in ((4, 1.0), (2, 0.0)):  # ((0 + 1e8) + 1) - 1e8 + 1; pairs
+        for seed in range(4):
+            out = torch.empty(1, 1, 1)
+            launch_matmul(a, b, out, kernels.store_tile, tile=tile | {"GROUP": group}, seed=seed)
+            assert out.item() == expected
+
+
+def test_a_split_matmul_with_update_and_reduction_in_the_epilogue():
+    a, b = operands(1, 64, 50, 333, torch.float32)
+    start = torch.randn(1, 64, 50)
+    expected = start - 0.1 * (a @ b).clamp(min=0)
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "SPLITS": 6, "GROUP": 3}
+    found = []
+    for seed in range(3):
+        weight, loss = start.clone(), torch.empty(1)
+        launch_matmul(a, b, weight, kernels.update_and_loss, (loss,), lr=0.1, tile=tile, seed=seed)
+        torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(loss[0], expected.sum(), rtol=1e-4, atol=1e-3)
+        found.append((weight, loss))
+    assert all(torch.equal(x, y) for other in found for x, y in zip(found[0], other, strict=True))
+
+
 def test_tf32_rounds_the_operands():
     a, b = torch.full((1, 16, 16), 1 + 2.0**-12), torch.eye(16)[None].contiguous()
     out = torch.empty(1, 16, 16)
@@ -218,8 +284,27 @@ def test_small_shapes_get_small_tiles():
     small, large = tiles(64, 100, 1000, "f32"), tiles(4096, 4096, 4096, "f32")
     assert small["BLOCK_M"] == small["BLOCK_N"] == 32
     assert large["BLOCK_M"] * large["BLOCK_N"] == 128 * 128
-    assert cdiv(1000, 32) * cdiv(100, 32) >= FEW_TILES
+    assert tiles(1000, 100, 64, "f32")["BLOCK_M"] == 32
     assert tiles(64, 10, 3, "f32")["BLOCK_K"] == 16
+    many = tiles(512, 512, 64, "f32", batch=96)  # of a batch there are tiles enough
+    assert many["BLOCK_M"] * many["BLOCK_N"] == 128 * 128
+
+
+@pytest.mark.parametrize("sms", [1, 16, 108, 132, 148, 1000])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "f64", "i32", "i8", "b1"])
+def test_splits_fill_a_gpu_and_leave_no_program_without_work(sms, dtype):
+    for m, n, k in ((64, 100, 1000), (512, 256, 50257), (5, 1, 3), (4096, 4096, 4096), (1, 1, 0)):
+        chosen = tiles(m, n, k, dtype, sms=sms)
+        splits, depth = chosen["SPLITS"], chosen["BLOCK_K"]
+        trips = cdiv(k, depth)
+        assert cdiv(trips, cdiv(trips, splits)) == splits if k else splits == 1
+        assert 1 <= chosen["GROUP"] <= splits
+        if splits > 1:
+            before = cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
+            assert before < 8 * sms and (sms > 1 or trips > 1)
+    assert tiles(64, 100, 1000, dtype, sms=132)["SPLITS"] > 1
+    deep = tiles(512, 256, 50257, dtype, sms=sms)
+    assert sms < 100 or cdiv(50257, deep["BLOCK_K"] * deep["SPLITS"]) <= 64 or dtype != "f32"
 
 
 # --- repairs ----------------------------------------------------------------------------------

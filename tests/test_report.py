@@ -93,7 +93,12 @@ def test_a_strided_chain_breaks_the_limit():
 @pytest.mark.slow
 def test_a_spilling_kernel_breaks_the_limit(monkeypatch):
     choice = {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 16, "GROUP_M": 8}
-    choice |= {"num_warps": 1, "num_stages": 1}  # 256 accumulators a thread
+    choice |= {
+        "SPLITS": 1,
+        "GROUP": 1,
+        "num_warps": 1,
+        "num_stages": 1,
+    }  # 256 accumulators a thread
     monkeypatch.setattr("tracejit.codegen.geometry.tiles", lambda *args: choice)
     found = report(plan_of(torch_mm, torch.randn(128, 64), torch.randn(64, 128)))
     (violation,) = limits(found)
@@ -223,7 +228,7 @@ def test_kernels_are_what_a_launch_compiles(monkeypatch):
     rows = {row.name: row for row in reported("zero_", 90).rows}
     with_workspace, with_scalars = plan.launches[1], plan.launches[-1]
     for launch in (with_workspace, with_scalars):
-        loaded = executor.load_launch(launch, position, 0)
+        loaded = executor.load_launch(launch, position, 0, 132)
         assert loaded.geometry.workspace or launch is with_scalars and launch.scalars
         types = [TO_TORCH[b.dtype] for b in launch.kernel.buffers]
         types += [torch.float64] * bool(launch.kernel.scalars)

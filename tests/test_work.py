@@ -20,10 +20,10 @@ from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 
 
-def works(text: str, max_tile: int = MAX_TILE) -> list[Work]:
-    """The work of each kernel of a graph's plan."""
+def works(text: str, max_tile: int = MAX_TILE, *, gpu: bool = True) -> list[Work]:
+    """The work of each kernel of a graph's plan, or of its plan for the CPU."""
     found = []
-    for launch in schedule(parse(text)).launches:
+    for launch in schedule(parse(text), gpu=gpu).launches:
         source = emit(launch.kernel, launch.sizes, max_tile=max_tile)
         found += work(source, launch.sizes, source.geometry(launch.sizes, max_tile))
     return found
@@ -64,28 +64,44 @@ def test_a_full_reduction():
 
 
 def test_columns_walked_block_by_block():
-    (found,) = works("""
+    text = """
         f(%0: f32[4096,768]) {
           %1: f32[768] = reduce_sum(%0, axes=(0,))
           return %1
-        }""")
+        }"""
+    (found,) = works(text, gpu=False)
     assert found.form == "rows" and found.programs == 96 and found.steps == 64
     assert found.issued == 4 * (4096 * 768 + 768) and found.waiting == 4 * 64 * 8
+    first, second = works(text)  # in two steps
+    assert (first.programs, first.steps) == (768, 1) and second.steps == 1
 
 
 def test_a_contraction():
     (found,) = works("""
-        f(%0: f32[64,1000], %1: f32[1000,100]) {
+        f(%0: f32[64,120], %1: f32[120,100]) {
           %2: f32[64,100] = matmul(%0, %1)
           %3: f32[64,100] = add(%2, 1.0)
           return %3
         }""")
     assert found.programs == 2 * 4 and found.operands == "f32"  # tiles of 32 × 32 × 32
-    assert found.loaded == 4 * (4 * 64 * 1000 + 2 * 1000 * 100)  # each tile reads its own
+    assert found.loaded == 4 * (4 * 64 * 120 + 2 * 120 * 100)  # each tile reads its own
     assert found.stored == 4 * 64 * 100 and found.operations == 8 * 32 * 32
+    assert found.products == 2 * 8 * 4 * (32 * 32 * 32)
+    assert (found.steps, found.ahead) == (4, 2)
+    assert found.waiting == found.loaded / 8 / 4
+
+
+def test_a_contraction_whose_k_is_split():
+    (found,) = works("""
+        f(%0: f32[64,1000], %1: f32[1000,100]) {
+          %2: f32[64,100] = matmul(%0, %1)
+          return %2
+        }""")
+    partials = 8 * 8 * 4096  # 8 splits of each tile take four steps each, and are loaded at a time
+    assert found.programs == 8 * 8 and (found.steps, found.ahead) == (4 + 2, 2)
+    assert found.loaded == 4 * (4 * 64 * 1000 + 2 * 1000 * 100) + partials + 4 * 64
+    assert found.stored == 4 * 64 * 100 + partials + 4 * (64 + 8)
     assert found.products == 2 * 8 * 32 * (32 * 32 * 32)
-    assert (found.steps, found.ahead) == (32, 2)
-    assert found.waiting == found.loaded / 8 / 32
 
 
 def test_loads_that_wait_for_each_other():
@@ -160,6 +176,23 @@ def check(plan: Plan, max_tile: int, monkeypatch) -> None:
 
 # Values decide which lanes of these load: an index that is put to its place as a condition.
 DECIDED = ("indexing",)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("k", [509, 5001])
+def test_splits_move_what_the_interpreter_moves(k, monkeypatch):
+    text = f"""f(%0: f32[19,{k}], %1: f32[{k},33]) {{
+      %2: f32[19,33] = matmul(%0, %1)
+      %3: f32[19,33] = add(%2, 1.0)
+      %4: f32[] = reduce_sum(%3, axes=(0, 1))
+      return %3, %4
+    }}"""
+    plan = schedule(parse(text))
+    (launch,) = plan.launches
+    shape = emit(launch.kernel, launch.sizes).geometry(launch.sizes)
+    splits, group = shape.constants["SPLITS"], shape.constants["GROUP"]
+    assert splits > 1 and (splits > group) == (k > 5000)
+    check(plan, MAX_TILE, monkeypatch)
 
 
 @pytest.mark.interpret

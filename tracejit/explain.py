@@ -192,7 +192,8 @@ class _Look:
         """A launch's source, geometry and work; once for all that differ in the user's lines."""
         key = canonical(launch.kernel), launch.sizes
         if key not in self._seen:
-            source = emit(launch.kernel, launch.sizes, precision=self.precision)
+            options = {"precision": self.precision, "sms": self.gpu.sms}
+            source = emit(launch.kernel, launch.sizes, **options)
             shape = source.geometry(launch.sizes)
             self._seen[key] = source, shape, work(source, launch.sizes, shape)
         return self._seen[key]

@@ -35,6 +35,10 @@ from dataclasses import dataclass
 L2_WIDTH = 32  # bytes a clock and SM
 LAUNCH = 0.5e-6  # seconds
 LATENCY = 0.7e-6
+# What a launch has to keep to, if a GPU is to be used by it:
+LONG = 8  # steps from which on a program has to keep memory busy
+IN_FLIGHT = 16 << 10  # bytes per SM
+BALANCE = 0.8  # of the SMs' time
 EAGER = 5e-6
 REPLAY = 5e-6, 2.5e-6
 

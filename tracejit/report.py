@@ -170,7 +170,7 @@ def report(step_or_plan: HasPlans | Plan, *, target: int = 90) -> Report:
             names,
             executor.precision,
         )
-        for i, loaded in _loaded(plan, executor)
+        for i, loaded in _loaded(plan, executor, target)
     ]
     sends = [
         Sends(call.op.name, ranks_of(call), sent(launch.kernel), launch.kernel.lines)
@@ -192,8 +192,8 @@ def precompile(
     jobs: dict[tuple, tuple] = {}
     for plan in plans:
         text = str(plan)
-        for i, loaded in _loaded(plan, executor):
-            for target in targets:
+        for target in targets:
+            for i, loaded in _loaded(plan, executor, target):
                 key = _key(plan.launches[i], loaded, target)
                 if key not in _FACTS:
                     jobs[key] = (text, i, target, executor)
@@ -206,7 +206,7 @@ def precompile(
 def _compile(text: str, launch: int, target: int, executor: TritonExecutor) -> KernelFacts:
     """One launch of a plan, given as text because a Plan does not pickle."""
     plan = parse_plan(text)
-    loaded = dict(_loaded(plan, executor))[launch]
+    loaded = dict(_loaded(plan, executor, target))[launch]
     return _facts(plan.launches[launch], loaded, target)
 
 
@@ -240,14 +240,17 @@ def _executor() -> TritonExecutor:
     return executor_for("triton", "cuda", torch.get_float32_matmul_precision())
 
 
-def _loaded(plan: Plan, executor: TritonExecutor) -> Iterator[tuple[int, LoadedLaunch]]:
-    """The launches that have a grid, by position, as the CUDA executor prepares them. It has none
-    for calls of the host."""
+def _loaded(
+    plan: Plan, executor: TritonExecutor, target: int
+) -> Iterator[tuple[int, LoadedLaunch]]:
+    """The launches that have a grid, by position, as the CUDA executor prepares them for the first
+    GPU of a target. It has none for calls of the host."""
     position, first_scalar = positions(plan), 0
+    sms = next(gpu.sms for gpu in GPUS.values() if gpu.target == target)
     for i, launch in enumerate(plan.launches):
         if launch.kernel.call is not None:
             continue
-        loaded = executor.load_launch(launch, position, first_scalar)
+        loaded = executor.load_launch(launch, position, first_scalar, sms)
         first_scalar += len(launch.scalars)
         if loaded.geometry.grid[0] > 0:
             yield i, loaded

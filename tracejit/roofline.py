@@ -12,12 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracejit.codegen.work import Work
-from tracejit.gpus import LATENCY, LAUNCH, Gpu
+from tracejit.gpus import BALANCE, IN_FLIGHT, LATENCY, LAUNCH, LONG, Gpu
 
 MOST_ISSUED = 4  # times the bytes that a kernel without a contraction has to move
-LONG = 8  # steps from which on a program has to keep memory busy
-IN_FLIGHT = 16 << 10  # bytes per SM
-BALANCE = 0.8  # of the SMs' time
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ def empty_memory(buffer):
     return memory, view
 
 
-def run(graph, inputs, max_tile=64, fuse=True, plan=None):
+def run(graph, inputs, max_tile=64, fuse=True, plan=None, gpu=None):
     """Schedule a graph and run its plan; returns (results, written values, the loaded plan)."""
-    plan = plan or schedule(graph, fuse=fuse)
+    plan = plan or schedule(graph, fuse=fuse, gpu=gpu)
     arena = np.full(plan.arena_bytes, 0xAB, np.uint8)
     memory, views, addresses = [], {}, []
     for buffer in plan.buffers:
@@ -81,13 +81,13 @@ def fill(graph, seed=0):
     return inputs
 
 
-def check(graph, *, max_tile=64, forms=None, tolerance=1e-5, seed=0, fuse=True):
+def check(graph, *, max_tile=64, forms=None, tolerance=1e-5, seed=0, fuse=True, gpu=None):
     """The plan of a graph, or of its text, gives what the evaluator gives; `forms` are the kernels'
     forms, in order."""
     graph = parse(graph) if isinstance(graph, str) else graph
     inputs = fill(graph, seed)
     expected = evaluate(graph, inputs)
-    results, written, loaded = run(graph, inputs, max_tile, fuse)
+    results, written, loaded = run(graph, inputs, max_tile, fuse, gpu=gpu)
     for ours, theirs in zip([*results, *written], [*expected[0], *expected[1]], strict=True):
         assert ours.shape == theirs.shape
         if theirs.dtype.kind == "f":

@@ -87,5 +87,5 @@ CASES: dict[str, Callable[[], Callable]] = {
 
 
 def plan_of(name: str) -> Plan:
-    """The plan of a case."""
-    return schedule(tracejit.capture(CASES[name]()).optimized().graph)
+    """The plan of a case, for a GPU."""
+    return schedule(tracejit.capture(CASES[name]()).optimized().graph, gpu=True)

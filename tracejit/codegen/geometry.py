@@ -14,7 +14,8 @@ from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persi
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.ir.ops import OPS
-from tracejit.kernels.tiles import attention_tiles, tiles
+from tracejit.kernels.costs import SMS
+from tracejit.kernels.tiles import attention_tiles, tiles, workspace
 from tracejit.schedule.kernel import (
     Attend,
     Axis,
@@ -58,11 +59,13 @@ def geometry(
     precision: str,
     variants: Sequence[str],
     max_tile: int = MAX_TILE,
+    sms: int = SMS,
 ) -> Geometry:
-    """The launch of a kernel for the values of its sizes; `max_tile` bounds elements per tile."""
+    """The launch of a kernel for the values of its sizes, on a GPU of so many SMs; `max_tile`
+    bounds elements per tile."""
     parts = list(_each(kernel, sizes, max_tile))
     looped = [variant == "looped" for variant in variants]
-    plans = [_alone(*part, precision, loop) for part, loop in zip(parts, looped, strict=True)]
+    plans = [_alone(*part, precision, sms, loop) for part, loop in zip(parts, looped, strict=True)]
     if not kernel.parts:
         return plans[0]
     dots = [p for (k, *_), p in zip(parts, plans, strict=True) if form_of(k) == "matmul"]
@@ -70,7 +73,7 @@ def geometry(
     constants: dict[str, int] = {}
     programs = workspace = 0
     for i, (part, loop) in enumerate(zip(parts, looped, strict=True)):
-        plan = _alone(*part, precision, loop, warps)
+        plan = _alone(*part, precision, sms, loop, warps)
         constants |= {f"{name}_{i}": value for name, value in plan.constants.items()}
         constants[f"FIRST_{i}"] = programs
         programs += plan.grid[0]
@@ -82,17 +85,26 @@ def geometry(
     return Geometry((programs,), constants, warps, stages, workspace)
 
 
-def variants(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> tuple[str, ...]:
+def variants(
+    kernel: Kernel,
+    sizes: Sequence[int],
+    max_tile: int = MAX_TILE,
+    precision: str = "ieee",
+    sms: int = SMS,
+) -> tuple[str, ...]:
     """What the sizes demand of the text of a kernel, or of each of its parts; "" if nothing.
 
     "looped": rows that do not fit one tile, whose inner elements are walked block by block;
-    "ragged": a large flat domain that ends within a 128-bit access.
+    "ragged": a large flat domain that ends within a 128-bit access;
+    "split": a product of which several programs compute a tile, each for a stretch of k.
     """
-    return tuple(_variant(*part) for part in _each(kernel, sizes, max_tile))
+    return tuple(_variant(*part, precision, sms) for part in _each(kernel, sizes, max_tile))
 
 
-def _variant(kernel: Kernel, bound: Mapping, max_tile: int) -> str:
+def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms: int) -> str:
     form = form_of(kernel)
+    if form == "matmul":
+        return "split" * (_tiles_of(kernel, bound, precision, sms)["SPLITS"] > 1)
     if form == "rows":
         outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
         block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
@@ -123,12 +135,18 @@ def _each(
 
 
 def _alone(
-    kernel: Kernel, bound: Mapping, max_tile: int, precision: str, looped: bool, warps: int = 0
+    kernel: Kernel,
+    bound: Mapping,
+    max_tile: int,
+    precision: str,
+    sms: int,
+    looped: bool,
+    warps: int = 0,
 ) -> Geometry:
     """The launch of one kernel; with `warps`, in tiles that so many warps move in wide accesses."""
     form = form_of(kernel)
     if form == "matmul":
-        return _matmul(kernel, bound, precision)
+        return _matmul(kernel, bound, precision, sms)
     if form == "attention":
         return _attention(kernel, bound, precision)
     if form == "pointwise":
@@ -192,19 +210,30 @@ def _reduce(kernel: Kernel, bound: Mapping, max_tile: int, warps: int) -> Geomet
     )
 
 
-def _matmul(kernel: Kernel, bound: Mapping, precision: str) -> Geometry:
+def _matmul(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Geometry:
+    c = contraction(kernel)
+    m, n, batch = (_numel(axes, bound) for axes in ([c.m], [c.n], c.batch))
+    chosen = dict(_tiles_of(kernel, bound, precision, sms))
+    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
+    tiles = batch * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
+    nbytes = _workspace(c.stage.body, tiles)
+    if chosen["SPLITS"] == 1:
+        del chosen["SPLITS"], chosen["GROUP"]
+        return Geometry((tiles,), chosen, workspace=nbytes, **options)
+    places = workspace(chosen, tiles, c.total, max(nbytes, HEADER_BYTES))
+    end = places.pop("END")
+    return Geometry((tiles * chosen["SPLITS"],), chosen | places, workspace=end, **options)
+
+
+def _tiles_of(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Mapping[str, int]:
+    """The tile of a product, and into how many stretches its k is cut."""
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)
-    batch = _numel(c.batch, bound)
     windows = [s for s in (*c.dot.a, *c.dot.b) if _is_taken_apart(s)]
     last = all(_is_wide(s, bound) for s in windows)
     how = ("last" if last else "apart") if windows else ""
-    chosen = dict(tiles(m, n, k, c.dtype.name, precision, weight, how, batch))
-    options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
-    programs = batch * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
-    workspace = _workspace(c.stage.body, programs)
-    return Geometry((programs,), chosen, workspace=workspace, **options)
+    return tiles(m, n, k, c.dtype.name, precision, weight, how, _numel(c.batch, bound), sms)
 
 
 def _is_taken_apart(s: Statement) -> bool:
@@ -294,9 +323,10 @@ def _tile_limit(kernel: Kernel, max_tile: int) -> int:
 
 
 def outer_is_contiguous(kernel: Kernel) -> bool:
-    """Whether neighbours in memory lie along an outer axis, for most accesses of the stages."""
+    """Whether neighbours in memory lie along an outer axis, for most of the accesses that go along
+    the most axes."""
     outer = {axis.name for axis in kernel.axes}
-    votes = 0
+    votes: dict[int, int] = {}  # by the number of axes that an access goes along: the most decide
     for stage in kernel.stages:
         inner = {axis.name for axis in stage.axes}
         for s in stage.body:
@@ -305,8 +335,9 @@ def outer_is_contiguous(kernel: Kernel) -> bool:
             names = _axis_names(s.index)
             if names & outer and names & inner:
                 unit = _unit_axes(s.index)
-                votes += bool(unit & outer) - bool(unit & inner)
-    return votes > 0
+                vote = bool(unit & outer) - bool(unit & inner)
+                votes[len(names)] = votes.get(len(names), 0) + vote
+    return bool(votes) and votes[max(votes)] > 0
 
 
 def _unit_axes(index: Index) -> set[str]:

@@ -22,6 +22,7 @@ from tracejit.codegen import (
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
+from tracejit.kernels.costs import SMS
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
 from tracejit.schedule.kernel_text import canonical
 
@@ -37,12 +38,13 @@ class Source:
     kernel: Kernel
     precision: str
     variants: tuple[str, ...]
+    sms: int = SMS  # of the GPU
 
     def geometry(self, sizes: Sequence[int], max_tile: int = MAX_TILE) -> Geometry:
         """How to launch for these sizes. The kernel's arguments are its buffers, then the scalar
         table (`has_scalars`), the workspace (`Geometry.workspace` bytes, zeroed once), the sizes
         by name, and `Geometry.constants`."""
-        return geometry(self.kernel, sizes, self.precision, self.variants, max_tile)
+        return geometry(self.kernel, sizes, self.precision, self.variants, max_tile, self.sms)
 
     @property
     def has_scalars(self) -> bool:
@@ -58,6 +60,7 @@ class _Printed:
     constants: tuple[str, ...]
     imports: frozenset[str]
     scans: frozenset[str]
+    works: bool = False  # in a workspace
 
 
 def emit(
@@ -66,9 +69,10 @@ def emit(
     *,
     precision: str = "ieee",
     max_tile: int = MAX_TILE,
+    sms: int = SMS,
 ) -> Source:
     """Print a kernel. `sizes` decide only its variants (if not given, the simplest); `precision`
-    of fp32 contractions is "ieee", "tf32" or "tf32x3"."""
+    of fp32 contractions is "ieee", "tf32" or "tf32x3"; `sms` are those of the GPU."""
     form = triton_forms.form_of(kernel)
     if sizes is None:
         kernels = [part.kernel for part in kernel.parts] or [kernel]
@@ -77,7 +81,7 @@ def emit(
             for k in kernels
         )
     else:
-        found = variants(kernel, sizes, max_tile)
+        found = variants(kernel, sizes, max_tile, precision, sms)
     digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
     name = "_".join([form, *(v for v in found if v and not kernel.parts), digest])
     if kernel.parts:
@@ -97,7 +101,7 @@ def emit(
         if called:
             imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
     header = "\n".join(imports).rstrip()
-    return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, found)
+    return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, found, sms)
 
 
 def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = "") -> _Printed:
@@ -105,7 +109,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
     form = triton_forms.form_of(kernel)
     helpers: list[str] = []
     if form == "matmul":
-        function, helpers = triton_matmul.matmul(kernel, precision, part)
+        function, helpers = triton_matmul.matmul(kernel, precision, bool(variant), part)
     elif form == "attention":
         function, helpers = triton_attention.attention(kernel, precision, part)
     else:
@@ -122,13 +126,13 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
     text = _function(
         kernel,
         name,
-        bool(function.imports),
+        function.works,
         [*kernel.sizes, *constants],
         describe(kernel, form),
         function.lines,
     )
     names = frozenset(function.imports), frozenset(function.scans)
-    return _Printed([*helpers, text], constants, *names)
+    return _Printed([*helpers, text], constants, *names, function.works)
 
 
 def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str]) -> _Printed:
@@ -141,6 +145,7 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
     scans: frozenset[str] = frozenset()
+    works = False
     lines = [Line("program = tl.program_id(0)")]
     scalar = 0
     known: dict[tuple[Kernel, str], tuple[str, _Printed]] = {}
@@ -156,7 +161,7 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
         pointers = [*part.buffers]
         if part.scalars:
             pointers.append(f"scalars + {scalar}" if scalar else "scalars")
-        if printed.imports:
+        if printed.works:
             pointers.append(f"workspace + WORKSPACE_{i}")
             constants.append(f"WORKSPACE_{i}")
         own = [f"{constant}_{i}" for constant in printed.constants]
@@ -170,9 +175,10 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
         scalar += len(part.scalars)
         constants += own
         imports |= printed.imports
+        works |= printed.works
         scans |= printed.scans
     text = _function(
-        kernel, name, bool(imports), [*kernel.sizes, *constants], describe(kernel, "joint"), lines
+        kernel, name, works, [*kernel.sizes, *constants], describe(kernel, "joint"), lines
     )
     return _Printed([*blocks, text], tuple(constants), imports, scans)
 

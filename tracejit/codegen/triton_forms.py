@@ -35,14 +35,19 @@ MakeBody = Callable[[Kernel], Body]  # who counts what is printed has a Body of 
 class Function:
     """A generated function's lines, its constants besides the kernel's sizes, and its imports.
 
-    `imports` are names of tracejit.kernels.reduce; a function that has any takes a workspace.
-    `scans` are names of tracejit.kernels.scan.
+    `imports` are names of tracejit.kernels.reduce, `scans` of tracejit.kernels.scan.
     """
 
     lines: tuple[Line, ...]
     constants: tuple[str, ...]
     imports: tuple[str, ...] = ()
     scans: tuple[str, ...] = ()
+    has_workspace: bool = False  # whatever it imports
+
+    @property
+    def works(self) -> bool:
+        """Whether it takes a workspace."""
+        return self.has_workspace or bool(self.imports)
 
 
 def form_of(kernel: Kernel) -> str:

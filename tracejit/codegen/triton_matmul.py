@@ -29,6 +29,7 @@ from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Stage, Statement, Var
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
+SPLIT = ("SPLITS", "GROUP", "COUNTERS", "PARTIALS")  # of a product whose k is cut
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ class Contraction:
         values = (self.dot.a_value, self.dot.b_value, self.dot.out)
         return next(v.dtype for v in values if isinstance(v, Var))
 
+    @property
+    def total(self) -> int:
+        """Bytes of an accumulator."""
+        return self.dtype.compute.itemsize if self.dtype.is_float else 8
+
     def tile_dims(self, first: str, second: str) -> tuple[Dim, Dim]:
         """Two of the dims m, n, k, over the ranges rm, rn, rk that the functions get."""
         axes = {"m": self.m, "n": self.n, "k": self.dot.k}
@@ -64,7 +70,7 @@ def contraction(kernel: Kernel) -> Contraction:
 
 
 def matmul(
-    kernel: Kernel, precision: str, part: str = "", make: MakeBody = Body
+    kernel: Kernel, precision: str, split: bool = False, part: str = "", make: MakeBody = Body
 ) -> tuple[Function, list[str]]:
     """The kernel's function, and the text of the functions that it hands to the matmul."""
     c = contraction(kernel)
@@ -77,15 +83,18 @@ def matmul(
     arguments = [
         f"{tuple_text([b.name for b in kernel.buffers])},",
         "scalars," if kernel.scalars else "None,  # no runtime scalars",
-        "workspace," if imports else "None,  # no full reductions",
+        "workspace," if imports or split else "None,  # no full reductions",
         f"{tuple_text(kernel.sizes)},",
         f"load_a{part}, load_b{part}, epilogue{part},",
         f"{b}, {m}, {n}, {k},",
         f"{', '.join(TILE)},",
-        f'"{precision}", "{dot_path(dtype.name)}", {total},' + (" FIRST," if part else ""),
+        f'"{precision}", "{dot_path(dtype.name)}", {total},',
     ]
+    constants = (*TILE, *SPLIT) if split else TILE
+    named = [f"{name}={name}" for name in (*(SPLIT if split else ()), *(["FIRST"] if part else []))]
+    arguments += [f"{', '.join(named)},"] if named else []
     lines = [Line("matmul("), *(Line(f"    {text}") for text in arguments), Line(")")]
-    return Function(tuple(lines), TILE, imports), functions
+    return Function(tuple(lines), constants, imports, has_workspace=split), functions
 
 
 def tuple_text(names: Sequence[str]) -> str:
@@ -154,14 +163,12 @@ def _epilogue(body: Body, c: Contraction, part: str) -> tuple[str, tuple[str, ..
         body.lines = []
         body.leave(m)
         body.leave(n)
-        last, imports = last_program(body, reductions, totals, list(c.tail), "num_programs")
+        last, imports = last_program(body, reductions, totals, list(c.tail), "num_tiles")
         lines = [*lines, *last]
     elif c.tail:
         raise InvalidGraph(reason="a contraction's tail follows a full reduction")
     body.lines = lines
-    head = (
-        f"def epilogue{part}(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_programs):"
-    )
+    head = f"def epilogue{part}(acc, bufs, scalars, workspace, SIZES, b, rm, rn, pid, num_tiles):"
     doc = f"What follows from the accumulated tile of {out!r}."
     return tile_function(body, c.batch, head, doc, (m, n)), imports
 

@@ -26,6 +26,7 @@ from tracejit.codegen.triton_scan import scan
 from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import Dim, fold_of
+from tracejit.kernels.costs import at_once
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
 from tracejit.schedule.kernel import (
@@ -122,7 +123,7 @@ def _alone(
         return _scanned(kernel, sizes, shape, *bodies)
     variant = bool(source.variants[part])
     if form == "matmul":
-        matmul(kernel, source.precision, make=make)
+        matmul(kernel, source.precision, variant, make=make)
         return _contraction(kernel, sizes, shape, bodies)
     if form == "attention":
         attention(kernel, source.precision, make=make)
@@ -211,7 +212,9 @@ def _contraction(
     for name, axis in (("m", c.m), ("n", c.n), ("k", c.dot.k)):
         block, n = constants[f"BLOCK_{name.upper()}"], _numel([axis], sizes)
         extents[name] = _Blocks(n, cdiv(n, block), block)
-    trips = extents["k"].count
+    splits = constants.get("SPLITS", 1)
+    trips, tiles = cdiv(extents["k"].count, splits), programs // splits
+    extents["k"] = replace(extents["k"], count=trips * splits)
     loop, total = _Total(), _Total()
     depths = []
     for body in bodies[:2]:
@@ -223,9 +226,11 @@ def _contraction(
     total.steps = max(depths)  # neither operand waits for the other
     epilogue = bodies[2]
     for section in epilogue.sections:
-        total.add(epilogue, section, extents, programs if section.dims else 1, 1)
-    total.loaded += epilogue.scalar_bytes * programs
-    _fold(total, c.stage.body, programs)
+        total.add(epilogue, section, extents, tiles if section.dims else 1, 1)
+    total.loaded += epilogue.scalar_bytes * tiles
+    _fold(total, c.stage.body, tiles)
+    if splits > 1:
+        _fold_tiles(total, constants, tiles, c.total)
     tile = math.prod(extents[name].block for name in "mnk")
     tensor = dot_path(c.dtype.name) == "tensor"
     return Work(
@@ -293,6 +298,21 @@ def _attended(
         waiting=total.loaded / programs / max(1, steps),
         ahead=max(1, min(shape.num_stages - 1, found.trips)) if tensor else 1,
     )
+
+
+def _fold_tiles(total: _Total, constants: Mapping[str, int], tiles: int, itemsize: int) -> None:
+    """Add what splits of k take in the end: each program stores its partial tile and counts itself
+    in; the last one of a group loads those of its group, the last of all their sums."""
+    splits, group = constants["SPLITS"], constants["GROUP"]
+    size = constants["BLOCK_M"] * constants["BLOCK_N"]
+    groups = cdiv(splits, group)
+    levels = [group] if groups == 1 else [group, groups]
+    counts = splits if groups == 1 else splits + groups
+    resets = groups + (groups > 1)
+    total.stored += tiles * (itemsize * size * counts + _COUNTER_BYTES * (counts + resets))
+    total.loaded += tiles * (itemsize * size + _COUNTER_BYTES) * counts
+    total.operations += tiles * size * counts
+    total.steps += sum(1 + cdiv(n, at_once(size)) for n in levels)  # the counter; partial tiles
 
 
 def _fold(total: _Total, body: Iterable[Statement], programs: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from tracejit.codegen.geometry import MAX_TILE, Geometry, variants
 from tracejit.codegen.triton import Source, emit
 from tracejit.errors import UnsupportedOperation
+from tracejit.kernels.costs import SMS
 from tracejit.runtime import interpreter
 from tracejit.runtime.device import Device
 from tracejit.runtime.executor import CallText
@@ -84,20 +85,25 @@ class TritonExecutor:
 
     def launches(self, plan: Plan) -> list[LoadedLaunch]:
         """The launches of a plan, those without programs too."""
-        position = positions(plan)
+        position, sms = positions(plan), SMS
+        if self.device_of is not None:
+            sms = self.device_of(plan.device).properties().multiprocessors
         launches, first_scalar, workspace = [], 0, 0
         for launch in plan.launches:
-            loaded = self.load_launch(launch, position, first_scalar)
+            loaded = self.load_launch(launch, position, first_scalar, sms)
             launches.append(replace(loaded, workspace=workspace))
             first_scalar += len(launch.scalars)
             workspace += -(-loaded.geometry.workspace // 16) * 16
         return launches
 
-    def load_launch(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:
-        """Make one launch ready; its scalars start at `first_scalar` of the loaded table."""
+    def load_launch(
+        self, launch: Launch, position: Positions, first_scalar: int, sms: int
+    ) -> LoadedLaunch:
+        """Make one launch ready for a GPU of so many SMs; its scalars start at `first_scalar` of
+        the loaded table."""
         if launch.kernel.call is not None:
             return self._host_call(launch, position, first_scalar)
-        source, seen, function = load_kernel(self, launch)
+        source, seen, function = load_kernel(self, launch, sms)
         geometry = source.geometry(launch.sizes, self.max_tile)
         sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
         buffers, memory = zip(*(position[name] for name in launch.buffers), strict=True)
@@ -131,7 +137,9 @@ class TritonExecutor:
         return LoadedLaunch(launch, source, source, None, buffers, memory, first_scalar, shape, {})
 
 
-def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, Source, object]:
+def load_kernel(
+    executor: TritonExecutor, launch: Launch, sms: int
+) -> tuple[Source, Source, object]:
     """The source of a launch's kernel, what Triton sees of it, and its jit function, from memory
     where possible.
 
@@ -139,19 +147,19 @@ def load_kernel(executor: TritonExecutor, launch: Launch) -> tuple[Source, Sourc
     gets to see says nothing of lines, and its names are the same in all plans: its cache of machine
     code is by that text.
     """
-    found = variants(launch.kernel, launch.sizes, executor.max_tile)
+    shaped = {"precision": executor.precision, "max_tile": executor.max_tile, "sms": sms}
+    found = variants(launch.kernel, launch.sizes, **shaped)
     interpreted = executor.device_of is None
     plain = canonical(launch.kernel)
-    key = (interpreted, str(plain), executor.precision, found)
+    key = (interpreted, str(plain), executor.precision, sms, found)
     with _lock:
         if key in _kernels:
             COUNTERS.hits += 1
             _kernels.move_to_end(key)
         else:
             COUNTERS.compiles += 1
-            options = {"precision": executor.precision, "max_tile": executor.max_tile}
-            source = emit(launch.kernel, launch.sizes, **options)
-            seen = source if interpreted else emit(plain, launch.sizes, **options)
+            source = emit(launch.kernel, launch.sizes, **shaped)
+            seen = source if interpreted else emit(plain, launch.sizes, **shaped)
             _kernels[key] = (source, seen, import_source(seen))
             while len(_kernels) > MAX_KERNELS:
                 _kernels.popitem(last=False)

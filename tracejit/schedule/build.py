@@ -46,11 +46,12 @@ def schedule(
     gpu = _device(graph) != "cpu" if gpu is None else gpu
     graph = stretched(graph) if gpu else graph
     images = arranged(graph) if gpu else Arranged(graph, frozenset(), {})
-    graph = parted(images.graph, Layouts(images.graph.nodes, images.last).last)
+    graph = images.graph
+    graph = parted(graph, Layouts(graph.nodes, images.last).last) if gpu else graph
     analysis = analyse(graph, fuse, body=body, copies=images.copies)
     layouts = Layouts(analysis.nodes, images.last)
     # what batch norm makes is read by several kernels, in float32 also where images are narrow
-    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last))
+    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last), gpu=gpu)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     order = turns(fusion.groups, fuser.groups)

@@ -35,13 +35,20 @@ class Fusion:
 
 
 class Fuser:
-    """Builds the groups of one graph. `maps`: as `recompute` has it."""
+    """Builds the groups of one graph. `maps`: as `recompute` has it. `gpu`: for a GPU, whose sums
+    may be in two steps (`parts.py`)."""
 
     def __init__(
-        self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True, maps: bool = False
+        self,
+        graph: Graph,
+        analysis: Analysis,
+        fuse: bool,
+        again: bool = True,
+        maps: bool = False,
+        gpu: bool = False,
     ):
         self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
-        self.maps = maps
+        self.maps, self.gpu = maps, gpu
         self.groups = Groups()
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
@@ -155,7 +162,8 @@ class Fuser:
 
     def _join_sibling(self, task: Task, group: Group) -> Group:
         """Merge with an earlier kernel that reads a full-size tensor at the same elements."""
-        if group.dot is not None or group.attends or task.place != identity(task.shape):
+        here = task.place == identity(task.shape)
+        if group.dot is not None or group.attends or not (here or self.gpu):
             return group
         for demand in task.demands:
             if demand.origin.type.numel != group.numel or not demand.aligned:
@@ -168,8 +176,8 @@ class Fuser:
                     and near.dot is None
                     and not near.attends
                     and near.shape == group.shape
-                    and other.place == identity(other.shape)
-                    and read.indices == demand.indices
+                    and (self.gpu or other.place == identity(other.shape))
+                    and placed(read.indices, other) == placed(demand.indices, task)
                 ):
                     group = self.groups.merge(near, group) or group
         return group

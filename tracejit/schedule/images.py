@@ -6,8 +6,7 @@ that `window` nodes made). Out: an `Arranged` graph that computes the same.
 - k goes over (tap, channel) instead of (channel, tap). So where a tap has a multiple of a tile's
   depth of channels, a tile lies within one tap, and what it reads lies side by side in images whose
   channels are last. The weights that such products read are copied into that order, once for all.
-- The gradient of weights has its columns in that order. Where it has few tiles and many places to
-  sum over, the places are cut into parts, whose sums are added up in order.
+- The gradient of weights has its columns in that order.
 - `last` has the axis of channels of the values that products read and make: `layouts.py` goes on
   from there.
 """
@@ -20,15 +19,11 @@ from dataclasses import dataclass, replace
 
 from tracejit.ir.graph import Builder, Graph, Node, Value, next_id
 from tracejit.ir.ops import OPS
-from tracejit.ir.types import f32
 from tracejit.schedule.index import Indices, operand_indices
 from tracejit.schedule.kernel import FloorDiv, Index, Mod, Var
 from tracejit.schedule.tasks import dot_indices
 
 LEAST = 16  # channels from which on they lie last
-TILE = (64, 128)  # rows and columns of the tiles that are counted
-BUSY = 128  # tiles that keep a GPU busy
-DEEP = 256  # places that a part of a weight's gradient has at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,36 +132,16 @@ class _Arranging:
         return True
 
     def _of_weights(self, node: Node, taps: int) -> bool:
-        """The gradient of weights: columns of (tap, channel), and the sum in parts."""
+        """The gradient of weights: columns of (tap, channel)."""
         a, b = node.args
-        *batch, rows, columns = node.out.type.shape
+        columns = node.out.type.shape[-1]
         channels = columns // taps
-        turned = taps > 1 and channels >= LEAST
-        parts = parts_of(math.prod(batch), rows, columns, a.type.shape[-1])
-        if not turned and parts == 1:
+        if taps == 1 or channels < LEAST:
             return False
-        if turned:
-            b = self._taps_first(b, -1, channels, taps)
-        if parts > 1:
-            a, b = self._parted(a, -1, parts), self._parted(b, -2, parts)
-        w = self._wide(a, b) if parts > 1 else self.b.matmul(a, b)
-        if parts > 1:
-            w = self.b.reduce_sum(w, axes=(0,))
-        if w.type.dtype is not a.type.dtype:
-            w = self.b.cast(w, dtype=a.type.dtype)
-        if turned:
-            w = self._taps_first(w, -1, taps, channels)  # back again
+        w = self.b.matmul(a, self._taps_first(b, -1, channels, taps))
+        w = self._taps_first(w, -1, taps, channels)  # back again
         self.b.nodes.append(Node(OPS["reshape"], (w,), (("shape", w.type.shape),), node.outs))
         return True
-
-    def _wide(self, a: Value, b: Value) -> Value:
-        """A product whose values are not rounded to half types: it is added to others."""
-        w = self.b.matmul(a, b)
-        if not w.type.dtype.narrow:
-            return w
-        out = self.b.value(replace(w.type, dtype=f32))
-        self.b.nodes[-1] = replace(self.b.nodes[-1], outs=(out,))
-        return out
 
     def _taps_first(self, x: Value, axis: int, channels: int, taps: int) -> Value:
         """An axis of (channel, tap) as one of (tap, channel)."""
@@ -176,15 +151,6 @@ class _Arranging:
         x = self.b.reshape(x, shape=(*before, channels, taps, *after))
         order = (*range(axis), axis + 1, axis, *range(axis + 2, len(shape) + 1))
         return self.b.reshape(self.b.permute(x, axes=order), shape=shape)
-
-    def _parted(self, x: Value, axis: int, parts: int) -> Value:
-        """An axis cut into parts, which become the first axis."""
-        shape = x.type.shape
-        axis %= len(shape)
-        before, after = shape[:axis], shape[axis + 1 :]
-        x = self.b.reshape(x, shape=(*before, parts, shape[axis] // parts, *after))
-        order = (axis, *range(axis), *range(axis + 1, len(shape) + 1))
-        return self.b.permute(x, axes=order)
 
     def _of_copy(self, read: Read, operand: Value) -> Value:
         """The operand, read from a copy of the weights whose input channels are last."""
@@ -240,11 +206,3 @@ def axes_of(index: Index) -> set[str]:
         elif isinstance(atom, Var):
             found.add(repr(atom))
     return found
-
-
-def parts_of(batch: int, rows: int, columns: int, places: int) -> int:
-    """Into how many parts the places of a weight's gradient are cut: a power of two."""
-    tiles, parts = batch * -(-rows // TILE[0]) * -(-columns // TILE[1]), 1
-    while tiles * parts < BUSY and places % (2 * parts) == 0 and places // (2 * parts) >= DEEP:
-        parts *= 2
-    return parts
