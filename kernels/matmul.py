@@ -38,7 +38,7 @@ def matmul(
     GROUP: tl.constexpr = 1,
     COUNTERS: tl.constexpr = 0,
     PARTIALS: tl.constexpr = 0,
-    FIRST: tl.constexpr = 0,
+    FIRST=0,
 ):
     """One program per (batch, split, tile): acc[ACC] = A @ B over its K, then EPILOGUE.
 
