@@ -52,6 +52,7 @@ class Product:
     peak: float
     tensor: bool
     ahead: bool  # whether tiles of operands are loaded ahead
+    windows: bool = False  # whose addresses leave no registers for a fold in two levels
 
 
 class Splits(NamedTuple):
@@ -127,7 +128,7 @@ def _fold(product: Product, tile: Tile, splits: int) -> tuple[int, float]:
     """How many partial tiles are added up at a time, and how long a tile waits for its sum."""
     nbytes = tile.m * tile.n * product.total
     found = []
-    for group in {splits, math.isqrt(splits - 1) + 1}:
+    for group in {splits} if product.windows else {splits, math.isqrt(splits - 1) + 1}:
         levels = [group] if group == splits else [group, cdiv(splits, group)]
         # the partial is stored; the counter; then loads
         waits = sum(1 + cdiv(n, at_once(tile.m * tile.n)) for n in levels)
@@ -139,7 +140,7 @@ def _fold(product: Product, tile: Tile, splits: int) -> tuple[int, float]:
 
 def at_once(size: int) -> int:
     """How many partial tiles of so many elements are loaded at a time, as `fold_tiles` does."""
-    return cdiv(8192, size)
+    return min(8, 16384 // size) if size <= 4096 else 1
 
 
 def _tiles(product: Product, tile: Tile) -> int:

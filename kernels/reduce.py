@@ -72,7 +72,7 @@ def fold_tiles(first, count, NUM: tl.constexpr, APART: tl.constexpr):
 
     Of small tiles several are loaded at a time.
     """
-    AT_ONCE: tl.constexpr = min(NUM, (8192 + first.numel - 1) // first.numel)
+    AT_ONCE: tl.constexpr = min(NUM, min(8, 16384 // first.numel) if first.numel <= 4096 else 1)
     total = tl.zeros(first.shape, first.dtype.element_ty)
     for i in range(0, NUM, AT_ONCE):
         for j in tl.static_range(AT_ONCE):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from tracejit.kernels.costs import SMS, Product, Tile, cdiv, cheapest
@@ -47,7 +48,7 @@ def tiles(
     allowed = [c for c in candidates if epilogue_weight <= c.weight] or candidates[-1:]
     depth = max(16, _power_of_two(K))
     allowed = [c._replace(k=min(c.k, depth)) for c in allowed]
-    product = _product(M, N, K, dtype, precision, batch)
+    product = replace(_product(M, N, K, dtype, precision, batch), windows=bool(windows))
     found = [(cheapest(product, c, sms), c) for c in allowed]
     (_, split), tile = min(found, key=lambda f: (f[0][0], f[1].m * f[1].n))
     return MappingProxyType(
