@@ -250,6 +250,88 @@ def test_a_program_is_what_the_step_does():
     assert torch.equal(w, torch.arange(6.0).reshape(2, 3) - torch.tensor([0.0, 4.0, 4.0]))
 
 
+SCALE = 3.0
+
+
+def scaled(x):
+    return x * SCALE
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, more: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3 + more
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return scaled(x * x) * g, None  # a comment
+
+
+def test_custom_functions_and_autocast_are_written_down():
+    w = torch.ones(2, 2, requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            h = w @ w
+        loss = Cubed.apply(h.float(), 1.0).sum()
+        loss.backward()
+        return loss
+
+    program = recorded(step)
+    text = re.sub(r"  # test_bisect.py:\d+", "", program.text())
+    assert text == (
+        "SCALE = 3.0\n\n\n"
+        "def scaled(x):\n    return x * SCALE\n\n\n"
+        "class Cubed(torch.autograd.Function):\n\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x, more):\n"
+        "        ctx.save_for_backward(x)\n"
+        "        return x ** 3 + more\n\n"
+        "    @staticmethod\n"
+        "    @torch.autograd.function.once_differentiable\n"
+        "    def backward(ctx, g):\n"
+        "        x, = ctx.saved_tensors\n"
+        "        return (scaled(x * x) * g, None)\n\n\n"
+        "def step(a):\n"
+        '    with torch.autocast("cpu", torch.bfloat16):\n'
+        "        b = a.matmul(a)\n"
+        "    c = b.float()\n"
+        "    d = Cubed.apply(c, 1.0)\n"
+        "    e = d.sum()\n"
+        "    e.backward()\n"
+        "    return e\n"
+    )
+    wanted, w.grad = w.grad, None
+    space = {"torch": torch}
+    exec(text, space)
+    (a,) = program.arguments()
+    space["step"](a)
+    assert torch.equal(a.grad, wanted)
+    small = program.of([call for call in program.calls if "float" in call.text])
+    assert small.text().startswith("def step(") and small.classes
+
+
+def test_a_function_that_has_no_text_is_an_input_of_what_follows():
+    by = object()
+
+    class Local(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2 if by else x
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    w = torch.ones(2, requires_grad=True)
+    program = recorded(lambda: Local.apply(w).exp().sum())
+    assert [call.text for call in program.calls] == ["{0}.exp()", "{0}.sum()"]
+    assert program.arguments()[0].tolist() == [2.0, 2.0] and program.arguments()[0].requires_grad
+
+
 class Told(Judge):
     """Judges a program by its text, and a graph by its text, without running them."""
 
