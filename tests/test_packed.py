@@ -172,10 +172,11 @@ def test_under_autocast(dtype):
         torch.testing.assert_close(x, y, rtol=0.05, atol=0.02)
 
 
-def test_on_the_fake_gpu():
-    with fake_device():
-        compiled = compared(training(NETWORKS["RNN"]), batches, 5, backend="fake:sm_90")
-    assert compiled.stats.replays == 2, compiled.explain_mode()
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_the_fake_gpu(compiled):
+    with fake_device(compiled=compiled):
+        step = compared(training(NETWORKS["RNN"]), batches, 5, backend="fake:sm_90")
+    assert step.stats.replays == 2, step.explain_mode()
 
 
 # ---- outputs, states, and both layouts
@@ -218,6 +219,7 @@ def tagging(
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("total", [None, STEPS, STEPS + 2])
+@pytest.mark.sweep(0.5)
 def test_outputs_and_states_are_those_of_eager(first, ordered, total):
     def given() -> Iterator[Batch]:
         return batches(longest=total != STEPS, ordered=ordered)
@@ -323,6 +325,7 @@ def with_labels(packed: rnn.PackedSequence, words: nn.Module, model: nn.Module) 
 
 @pytest.mark.parametrize("compute", [embedded, sized, written, counted_late, with_labels])
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(0.5)
 def test_rows_can_be_used_by_themselves(compute, mode):
     """Then their number is part of the step."""
     compared(of_rows(compute), batches, calls=6, mode=mode)
