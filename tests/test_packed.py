@@ -111,6 +111,7 @@ ALWAYS = ("LSTM", "LSTM, deep, dropout")
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n in ALWAYS or sampled(n, of=3)])
+@pytest.mark.sweep(1)
 def test_a_classifier_trains_like_eager_with_one_plan_for_all_lengths(name):
     compiled = compared(training(NETWORKS[name]), batches)
     assert compiled.stats.replays == 7, compiled.explain_mode()
@@ -154,6 +155,7 @@ def test_lengths_that_the_step_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.sweep(1)
 def test_under_autocast(dtype):
     """Eager rounds in other places than in float32: one call, compared loosely."""
     torch.manual_seed(0)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import importlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
+import examples
 import tracejit
 from support.faults import rule_of
 from tracejit.errors import TracejitWarning, WrongResult
+from tracejit.verify.verifier import Verifier
 
 
 def verified(step: Callable, calls: int = 8, between: Callable | None = None, **options: object):
@@ -115,3 +119,52 @@ def test_the_value_of_a_mode_is_not():
     with fault, pytest.raises(WrongResult, match="mode is computed otherwise than by eager"):
         step(x + torch.tensor([[0], [1]]))
     assert step.certificate().withdrawn
+
+
+IMAGES = {"images": 16, "batch": 4, "width": 2, "epochs": 1}
+EXAMPLES: dict[str, dict[str, int]] = {
+    "alexnet": IMAGES | {"size": 64},
+    "classifier": {"steps": 6},
+    "custom_relu": {"steps": 6},
+    "demo": {"steps": 20},
+    "fused_chain": {"steps": 4, "n": 10_001},
+    "gpt": {"steps": 8, "batch": 4, "layers": 1, "width": 16},
+    "loss_outside": {"steps": 6},
+    "mnist_cnn": IMAGES | {"size": 12},
+    "modules": {"steps": 6},
+    "recurrence": {"steps": 6},
+    "resnet_finetune": IMAGES | {"size": 12},
+    "save_and_load": {"steps": 6},
+    "static_graph": {"steps": 6},
+    "transformer_block": {"steps": 3},
+    "two_layer_autograd": {"steps": 6},
+    "two_layer_manual": {"steps": 6},
+    "unet": IMAGES | {"size": 16},
+    "vgg16": IMAGES | {"size": 32},
+}
+RANKS = {"data_parallel"}  # other processes take part in its steps, which are not compared
+PARTS = {"images", "__init__"}  # of other examples
+
+
+def test_every_example_is_listed():
+    names = {path.stem for path in Path(examples.__path__[0]).glob("*.py")}
+    assert names - PARTS - RANKS == EXAMPLES.keys()
+
+
+@pytest.mark.sweep(1)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_to_its_end(name, monkeypatch, capsys):
+    """A difference would be raised."""
+    verifiers: list[Verifier] = []
+    own = Verifier.__init__
+
+    def init(self, step, *args, **kwargs):
+        own(self, step, *args, **kwargs)
+        verifiers.append(self)
+
+    monkeypatch.setattr(Verifier, "__init__", init)
+    monkeypatch.setenv("TRACEJIT_VERIFY_CALLS", "2")
+    importlib.import_module(f"examples.{name}").main(**EXAMPLES[name])
+    certificates = [verifier.certificate for verifier in verifiers]
+    assert not any(found.withdrawn for found in certificates)
+    assert any(found.verified for found in certificates), [c.unverified for c in certificates]
