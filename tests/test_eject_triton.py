@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import tracejit
+from support.scope import WHOLE
 from tracejit.aot import compile_launch
 from tracejit.testing import fake_device
 
@@ -123,7 +125,8 @@ def test_kernels_compile(ejected, target):
     kinds = {"f32": "*fp32", "i64": "*i64", "b1": "*i1"}
     names = re.findall(r"^        (kernel\d+)\[", text, re.MULTILINE)
     assert len(names) == len(launched)
-    for name, launch in dict(zip(names, launched, strict=True)).items():
+    found = dict(zip(names, launched, strict=True))
+    for name, launch in islice(found.items(), len(found) if WHOLE else 3):
         kernel = launch.source.kernel
         function = getattr(module, name)
         types = [kinds[b.dtype.name] for b in kernel.buffers]

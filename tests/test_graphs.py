@@ -625,6 +625,7 @@ compiles = pytest.mark.skipif(
 
 @compiles
 @pytest.mark.parametrize("name", ["2 zero_", "softmax"])
+@pytest.mark.sweep(1)
 def test_programs_that_triton_compiles(at_once, name):
     pytest.importorskip("triton")
     with fake_device() as device:

@@ -352,6 +352,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_line(file):
     """In processes of their own, at once: a good one and a wrong step."""
     example = "examples/two_layer_autograd.py:make_step"

@@ -226,7 +226,7 @@ def arena(step: CompiledStep) -> int:
 @pytest.mark.parametrize(
     ("run", "how"),
     [
-        (PLAIN, {}),
+        pytest.param(PLAIN, {}, marks=pytest.mark.slow),
         pytest.param(REENTRANT, {"dropout": 0.1}, marks=pytest.mark.slow),
         pytest.param(PLAIN, {"dropout": 0.1, "bf16": True}, marks=pytest.mark.slow),
     ],
@@ -250,6 +250,7 @@ def test_nothing_is_computed_again_with_remat_none():
     assert none.explain(measure=False).memory.computed_again == 0
 
 
+@pytest.mark.slow
 def test_fast_masks_are_computed_again_too():
     step = tracejit.compile(trained(PLAIN, dropout=0.1)[0], randomness="fast")
     kept_ones = tracejit.compile(trained(None, dropout=0.1)[0], randomness="fast")

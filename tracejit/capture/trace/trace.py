@@ -394,6 +394,8 @@ class Trace(TraceState):
         untracked = family.leaf is None and not tracked
         if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
+        if self.grad_on and not family.written and new in self.tape.tracked:
+            family.written = self.b.line
         self._hold(handle, new, as_history=self.grad_on or untracked)
         self._note(value, handle)
 
