@@ -10,6 +10,7 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.collectives import Turn, half, in_place, is_collective, turns
 from tracejit.schedule.donate import Donors
+from tracejit.schedule.foreach import Foreach, gathered, lowered_foreach
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.host_calls import lower_call
 from tracejit.schedule.images import Arranged, arranged
@@ -56,7 +57,7 @@ def schedule(
     order = turns(fusion.groups, fuser.groups)
     _locate(fusion, memory, fuser, layouts)
     lowered = [_lowered(turn, analysis, memory, fuse, again, gpu) for turn in order]
-    launches = _packed(lowered, order, memory) if fuse else [[one] for one in lowered]
+    launches = _packed(lowered, order, memory, gpu and not body) if fuse else [[x] for x in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
@@ -147,14 +148,17 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser, layouts: Layouts) -> N
 
 
 def _packed(
-    lowered: list[Lowered | Loop], order: list[Turn], memory: Memory
-) -> list[list[Lowered | Loop]]:
-    """The kernels of each launch."""
-    launches = pack(lowered, [set(turn.before) for turn in order], memory.buffers)
-    return [[lowered[i] for i in launch] for launch in launches]
+    lowered: list[Lowered | Loop], order: list[Turn], memory: Memory, gather: bool
+) -> list[list[Lowered | Loop | Foreach]]:
+    """The kernels of each launch; those that do the same to other memory are one where a GPU wants
+    to `gather` them."""
+    before = [set(turn.before) for turn in order]
+    items, before = gathered(lowered, before) if gather else (lowered, before)
+    launches = pack(items, before, memory.buffers)
+    return [[items[i] for i in launch] for launch in launches]
 
 
-def _lay_out(launches: list[list[Lowered | Loop]], memory: Memory) -> int:
+def _lay_out(launches: list[list[Lowered | Loop | Foreach]], memory: Memory) -> int:
     """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
     spans: dict[str, tuple[int, int]] = {}
     for position, launch in enumerate(launches):
@@ -193,7 +197,7 @@ def _host_part(
 
 
 def _launches(
-    packed: list[list[Lowered | Loop]], slots: dict[int, int]
+    packed: list[list[Lowered | Loop | Foreach]], slots: dict[int, int]
 ) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
     """The launches of a plan, and the steps of its loops."""
     launches: list[Launch] = []
@@ -208,12 +212,16 @@ def _launches(
     return tuple(launches), tuple(loops)
 
 
-def _launch(kernels: list[Lowered], slots: dict[int, int]) -> Launch:
+def _launch(kernels: list[Lowered | Foreach], slots: dict[int, int]) -> Launch:
     """The launch of one kernel, or of several side by side."""
     named, values = [], []
     for one in kernels:
-        kernel, sizes = parametrize(one.kernel)
-        named.append(replace(one, kernel=kernel))
+        if isinstance(one, Foreach):
+            one, sizes = lowered_foreach(one)
+        else:
+            kernel, sizes = parametrize(one.kernel)
+            one = replace(one, kernel=kernel)
+        named.append(one)
         values.append(sizes)
     if len(named) == 1:
         (lowered,), (sizes,) = named, values
