@@ -138,7 +138,7 @@ def _pointers(columns: Columns) -> list[Line]:
         at = columns.place(columns.buffers, j, "row")
         place = "addresses" if at == 0 else f"addresses + {at}"
         pointer = f"tl.load({place}).to(tl.pointer_type({MEMORY_TYPE[buffer.dtype.name]}))"
-        if isinstance(columns.buffers[j], int):  # one element that all rows read
+        if not columns.flat[j]:
             lines.append(Line(f"{buffer.name} = {pointer}"))
         else:
             lines.append(Line(f"{buffer.name} = tl.multiple_of({pointer}, BYTES)"))
@@ -150,7 +150,9 @@ def _pointers(columns: Columns) -> list[Line]:
 
 def wide_of(kernel: Kernel) -> int:
     """Elements that take 16 bytes or more in each buffer."""
-    return max(1, ALIGNED // min(b.dtype.itemsize for b in columns_of(kernel).kernel.buffers))
+    columns = columns_of(kernel)
+    flat = zip(columns.kernel.buffers, columns.flat, strict=True)
+    return max(1, ALIGNED // min(b.dtype.itemsize for b, is_flat in flat if is_flat))
 
 
 def words_of(kernel: Kernel) -> int:

@@ -18,7 +18,7 @@ from tracejit.ir.types import Type
 from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.numpy_kernel import Run
 from tracejit.runtime.triton_launch import LoadedLaunch
-from tracejit.schedule.foreach import columns_of, flat_buffers, rows_of
+from tracejit.schedule.foreach import columns_of, rows_of
 from tracejit.schedule.plan import Launch, PlanBuffer
 
 Place = tuple[int, int]  # an address, and how many bytes from there
@@ -31,7 +31,6 @@ class Rows:
         self._launch, self._what = launch, what
         self._kernel = launch.launch.kernel
         self._columns = columns_of(self._kernel)
-        self._flat = flat_buffers(self._columns.kernel)
         self._reduced = is_reduced(self._kernel)
         self._counts = rows_of(self._kernel, launch.launch.sizes)
         self._runs: dict[int, Run] = {}  # by the number of elements
@@ -48,11 +47,11 @@ class Rows:
             n, places = end - first, []
             for j, buffer in enumerate(columns.kernel.buffers):
                 at, size = table[columns.place(columns.buffers, j, row)], buffer.dtype.itemsize
-                is_flat = buffer.name in self._flat
+                is_flat = columns.flat[j]
                 at += first * size if is_flat else 0
                 places.append(at)
                 pieces.append(((at, (n if is_flat else 1) * size), buffer.access))
-                self._check_wide(at, end, columns.buffers[j])
+                self._check_wide(at, end, is_flat)
             self._work.append((row, n, places))
         return [(addresses, 8 * columns.words), (chunks, 8 * count)], pieces
 
@@ -81,11 +80,10 @@ class Rows:
         if [chunk[3:] for chunk in chunks] != numbers or not whole or not inside:
             raise Fault(f"{self._what}: row {row} is not reduced as a whole: {chunks}")
 
-    def _check_wide(self, at: int, end: int, column: object) -> None:
+    def _check_wide(self, at: int, end: int, is_flat: bool) -> None:
         """What Triton was told of addresses and chunks is true."""
         wide = self._launch.constants["WIDE"]
-        varies = not isinstance(column, int)
-        if wide > 1 and ((varies and at % ALIGNED) or end % wide):
+        if wide > 1 and ((is_flat and at % ALIGNED) or end % wide):
             raise Fault(f"{self._what} moves {at:#x} in wide accesses up to element {end}")
 
     def run(self, scalars: list[float]) -> None:
@@ -103,8 +101,8 @@ class Rows:
         """The kernel of a row of so many elements."""
         kernel = self._columns.kernel
         buffers = {
-            b.name: PlanBuffer(b.name, "arena", Type(b.dtype, (n if b.name in self._flat else 1,)))
-            for b in kernel.buffers
+            b.name: PlanBuffer(b.name, "arena", Type(b.dtype, (n if is_flat else 1,)))
+            for b, is_flat in zip(kernel.buffers, self._columns.flat, strict=True)
         }
         launch = Launch(kernel, tuple(buffers), (n,), tuple(range(len(kernel.scalars))))
         return Run(launch, buffers, [*range(len(kernel.buffers))])

@@ -51,11 +51,11 @@ def launches_of(
 
 
 def _is_aligned(columns: Columns, table: Sequence[int], row: int) -> bool:
-    """Whether all that differs from row to row starts at a multiple of 16 bytes."""
+    """Whether all that has an element for each of the row's starts at a multiple of 16 bytes."""
     return all(
         table[columns.place(columns.buffers, j, row)] % ALIGNED == 0
-        for j, at in enumerate(columns.buffers)
-        if not isinstance(at, int)
+        for j, is_flat in enumerate(columns.flat)
+        if is_flat
     )
 
 

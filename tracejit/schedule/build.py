@@ -20,6 +20,7 @@ from tracejit.schedule.lower import Lowered, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.parts import parted
+from tracejit.schedule.pieces import stored_together
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.stretches import stretched
@@ -51,13 +52,16 @@ def schedule(
     analysis = analyse(graph, fuse, body=body, copies=images.copies)
     layouts = Layouts(analysis.nodes, images.last)
     # what batch norm makes is read by several kernels, in float32 also where images are narrow
-    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last))
+    gather = gpu and fuse and not body
+    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last), gather=gather)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     order = turns(fusion.groups, fuser.groups)
     _locate(fusion, memory, fuser, layouts)
     lowered = [_lowered(turn, analysis, memory, fuse, again, gpu) for turn in order]
-    launches = _packed(lowered, order, memory, gpu and not body) if fuse else [[x] for x in lowered]
+    if gather:
+        lowered = stored_together(lowered, memory)
+    launches = _packed(lowered, order, memory, gather) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
@@ -162,7 +166,8 @@ def _lay_out(launches: list[list[Lowered | Loop | Foreach]], memory: Memory) -> 
     """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
     spans: dict[str, tuple[int, int]] = {}
     for position, launch in enumerate(launches):
-        for name in (name for one in launch for name in one.buffers):
+        used = (memory.buffers[name] for one in launch for name in one.buffers)
+        for name in (b.of or b.name for b in used):
             first, _ = spans.get(name, (position, position))
             spans[name] = (first, position)
     arena = [b for b in memory.buffers.values() if b.kind == "arena"]

@@ -64,6 +64,7 @@ class Columns:
     buffers: tuple[int | tuple[None, int], ...]
     scalars: tuple[int | tuple[None, int], ...]
     rows: int
+    flat: tuple[bool, ...]  # which buffers have an element for each point of the axis; others one
 
     @property
     def words(self) -> int:
@@ -121,7 +122,11 @@ def _columns(same: Same) -> Columns:
         shared, varying = _split(lists)
         at = {j: i for i, j in enumerate(shared)} | {j: (None, i) for i, j in enumerate(varying)}
         places.append(tuple(at[j] for j in range(len(at))))
-    return Columns(kernel.parts[0].kernel, *places, len(kernel.parts))
+    inner = kernel.parts[0].kernel
+    walked = {s.buffer for s in inner.statements if isinstance(s, Load | Store) and s.index.terms}
+    return Columns(
+        inner, *places, len(kernel.parts), tuple(b.name in walked for b in inner.buffers)
+    )
 
 
 def rows_of(kernel: Kernel, sizes: Sequence[int]) -> list[int]:
@@ -146,9 +151,7 @@ def gathered(
     order = _ordered(waits, [group[-1] for group in members])
     at = {n: position for position, n in enumerate(order)}
     found = [
-        Foreach(tuple(kernels[i] for i in members[n]))
-        if n < len(groups)
-        else kernels[members[n][0]]
+        _together([kernels[i] for i in members[n]]) if n < len(groups) else kernels[members[n][0]]
         for n in order
     ]
     return found, [{at[j] for j in waits[n]} for n in order]
@@ -187,21 +190,23 @@ def lowered_foreach(one: Foreach) -> tuple[Lowered, tuple[int, ...]]:
     return Lowered(together, tuple(names), one.scalars), extents
 
 
-def flat_buffers(kernel: Kernel) -> frozenset[str]:
-    """The buffers of a row's kernel with an element for each point of its axis; others have one."""
-    accesses = (s for s in kernel.statements if isinstance(s, Load | Store))
-    return frozenset(s.buffer for s in accesses if s.index.terms)
-
-
 # --- which kernels are alike ------------------------------------------------------------------
 
 
 def _groups(kernels: Sequence[Lowered | Loop], before: Sequence[set[int]]) -> list[list[int]]:
     """The positions of kernels that are to be one launch."""
     alike: dict[str, list[int]] = {}
+    single: dict[str, list[int]] = {}  # element-wise kernels of one element, which have no axis
     for i, one in enumerate(kernels):
-        if isinstance(one, Lowered) and (key := _key(one.kernel)):
+        if not isinstance(one, Lowered):
+            continue
+        if key := _key(one.kernel):
             alike.setdefault(key, []).append(i)
+        elif one.kernel.stages and not any(s.axes for s in (one.kernel, *one.kernel.stages)):
+            single.setdefault(_text(one.kernel), []).append(i)
+    for group in alike.values() if single else ():
+        at_one = single.pop(_text(_at_one(kernels[group[0]].kernel)), [])
+        group[:] = sorted([*group, *at_one])
     wanted = [group for group in alike.values() if len(group) >= MIN_ROWS]
     found: list[list[int]] = []
     while wanted:
@@ -234,7 +239,30 @@ def _key(kernel: Kernel) -> str:
     places = {(s.buffer, s.index) for s in kernel.statements if isinstance(s, Load | Store)}
     if len(places) > len(kernel.buffers):
         return ""  # it reads one buffer both at the axis and at 0
-    return f"{canonical(named)}\n{kernel.lines}"
+    return _text(named)
+
+
+def _text(kernel: Kernel) -> str:
+    """Equal for kernels that differ in the names of variables."""
+    return f"{canonical(kernel)}\n{kernel.lines}"
+
+
+def _at_one(kernel: Kernel) -> Kernel:
+    """An element-wise kernel as it is lowered for one element."""
+    stages = []
+    for stage in kernel.stages:
+        body = [replace(s, index=Index()) if isinstance(s, Load | Store) else s for s in stage.body]
+        stages.append(replace(stage, axes=(), body=tuple(body)))
+    return replace(kernel, axes=(), stages=tuple(stages))
+
+
+def _together(rows: Sequence[Lowered]) -> Foreach:
+    """One launch of kernels that are alike, those of one element with an axis like all others."""
+    kernel = next(row.kernel for row in rows if _axis(row.kernel) is not None)
+    if kernel.axes:
+        one = replace(kernel, axes=(replace(kernel.axes[0], extent=1),))
+        rows = [row if _axis(row.kernel) else replace(row, kernel=one) for row in rows]
+    return Foreach(tuple(rows))
 
 
 def _axis(kernel: Kernel) -> Axis | None:
