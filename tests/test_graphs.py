@@ -19,11 +19,12 @@ from support.optimizer_checks import lockstep, training
 from support.programs import PROGRAMS
 from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.runtime import fake_device as module
-from tracejit.runtime import graphs, launched_plan, launchers
+from tracejit.runtime import graphs, launched_plan, launcher
 from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.fake_device import FakeDevice, FakeEvent
 from tracejit.runtime.fake_launch import FakeLaunch
 from tracejit.runtime.graphs import Graph
+from tracejit.runtime.launches import Table
 from tracejit.testing import assert_equal_to_eager, fake_device
 
 WARM = 8  # calls after which a step is a graph
@@ -292,7 +293,7 @@ def test_a_graph_is_made_and_launched_from_another_device(device):
 
 
 def test_graphs_of_functions_that_are_gone_go(device, at_once, monkeypatch):
-    monkeypatch.setattr(launchers, "MAX_LAUNCHERS", 2)
+    monkeypatch.setattr(launcher, "MAX_LAUNCHERS", 2)
     x = torch.randn(30)
     step = warm(lambda: x * 2, WARM, require_graph=True)
     loaded = step._last.program.loaded
@@ -311,7 +312,7 @@ def test_a_graph_goes_with_its_step(device):
     loaded = step._last.program.loaded
     (state,) = loaded._states.values()
     held = [weakref.ref(loaded)]
-    held += [weakref.ref(x) for x in state.calls if isinstance(x, launchers.Launcher)]
+    held += [weakref.ref(x) for x in state.calls if isinstance(x, launcher.Launcher)]
     del loaded, state
     gc.collect()
     gc.disable()
@@ -504,14 +505,14 @@ class _There:
 
 def a_stale_table(monkeypatch) -> None:
     """Addresses are not refreshed."""
-    table = Graph._table
+    table = Table.__call__
 
-    def stale(self: Graph, words: bytes | None, bases: tuple) -> bytes | None:
-        if self.bases is not None and len(self._places) < len(bases):
+    def stale(self: Table, words: bytes | None, bases: tuple) -> bytes | None:
+        if self.bases is not None:
             self.bases = bases
         return table(self, words, bases)
 
-    monkeypatch.setattr(Graph, "_table", stale)
+    monkeypatch.setattr(Table, "__call__", stale)
 
 
 def what_moved_is_not_asked(monkeypatch) -> None:

@@ -262,6 +262,8 @@ def _key(launch: Launch, loaded: LoadedLaunch, target: int) -> tuple:
     text = _COMMENT.sub("", loaded.source.text).replace(loaded.source.name, "kernel")
     signature = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
     signature |= {"scalars": "*fp64", "workspace": "*i8"}
+    if launch.kernel.foreach:
+        signature |= {"addresses": "*i64", "chunks": "*i64"}
     unaligned = frozenset(("scalars",) if loaded.first_scalar % 2 else ())  # 8 bytes a scalar
     keywords = tuple(sorted(loaded.options().items()))
     return text, tuple(signature.items()), keywords, unaligned, target

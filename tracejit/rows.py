@@ -11,10 +11,13 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from tracejit.aot import KernelFacts
+from tracejit.codegen.triton_foreach import words_of
+from tracejit.codegen.triton_forms import form_of
 from tracejit.codegen.work import Work
 from tracejit.gpus import ARCHES
 from tracejit.ir.types import contiguous_strides, f32
 from tracejit.roofline import Filling, Prediction, fall_short, said
+from tracejit.schedule.foreach import columns_of
 from tracejit.schedule.kernel import Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
@@ -141,12 +144,17 @@ def stream_share_of(plan: Plan, launch: Launch, form: str, facts: KernelFacts) -
     elements or more, all of whose buffers are contiguous and fp32, and whose accesses walk along
     the axis, unmasked, from a multiple of 16 bytes. Left out of the count is what the kernel does
     once, whatever the elements: its runtime scalars, and the partials that a full reduction
-    publishes and, after its atomic, folds.
+    publishes and, after its atomic, folds; of a foreach, also what it reads of its tables.
     """
+    kernel, words = launch.kernel, 0
+    if kernel.foreach:
+        kernel, words = columns_of(kernel).kernel, words_of(kernel)
+        launch = max(launch.alone(), key=lambda one: one.sizes)
+        form = form_of(kernel)
     stage = _streaming_stage(launch, form)
     if stage is None or not all(_is_plain(plan.buffer(name)) for name in launch.buffers):
         return None
-    once = len(launch.kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body)
+    once = len(kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body) + words
     wide = sum(n for width, n in facts.streamed.items() if width >= 128)
     narrow = max(0, sum(facts.streamed.values()) - wide - once)
     return wide / (wide + narrow) if wide + narrow else 0.0

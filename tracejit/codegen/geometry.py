@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracejit.codegen.triton_attention import attention_of
+from tracejit.codegen.triton_foreach import WARPS, chunks_of, constants_of, workspace_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
@@ -60,6 +61,8 @@ def geometry(
     max_tile: int = MAX_TILE,
 ) -> Geometry:
     """The launch of a kernel for the values of its sizes; `max_tile` bounds elements per tile."""
+    if kernel.foreach:
+        return _foreach(kernel, tuple(sizes))
     parts = list(_each(kernel, sizes, max_tile))
     looped = [variant == "looped" for variant in variants]
     plans = [_alone(*part, precision, loop) for part, loop in zip(parts, looped, strict=True)]
@@ -88,6 +91,8 @@ def variants(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> 
     "looped": rows that do not fit one tile, whose inner elements are walked block by block;
     "ragged": a large flat domain that ends within a 128-bit access.
     """
+    if kernel.foreach:
+        return ("",)
     return tuple(_variant(*part) for part in _each(kernel, sizes, max_tile))
 
 
@@ -153,6 +158,14 @@ def _alone(
         constants={"BLOCK_O": block_o, "BLOCK_I": block_i},
         num_warps=_warps(block_o * block_i, share),
     )
+
+
+def _foreach(kernel: Kernel, sizes: tuple[int, ...]) -> Geometry:
+    """The launch for rows that are aligned; with the chunks that are not moved in wide accesses."""
+    whole, rest = chunks_of(kernel, sizes)
+    constants = constants_of(kernel, sizes, len(whole) > 0)
+    programs, work = len(whole) + len(rest), workspace_of(kernel, sizes)
+    return Geometry((programs,), constants, WARPS, workspace=work)
 
 
 def _scanned(kernel: Kernel) -> int:

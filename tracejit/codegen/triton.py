@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from tracejit.codegen import (
     triton_attention,
+    triton_foreach,
     triton_forms,
     triton_matmul,
     triton_scan,
@@ -22,6 +23,7 @@ from tracejit.codegen import (
 from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
+from tracejit.schedule.foreach import columns_of
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
 from tracejit.schedule.kernel_text import canonical
 
@@ -70,7 +72,9 @@ def emit(
     """Print a kernel. `sizes` decide only its variants (if not given, the simplest); `precision`
     of fp32 contractions is "ieee", "tf32" or "tf32x3"."""
     form = triton_forms.form_of(kernel)
-    if sizes is None:
+    if kernel.foreach:
+        found = ("",)
+    elif sizes is None:
         kernels = [part.kernel for part in kernel.parts] or [kernel]
         found = tuple(
             "looped" * (triton_forms.form_of(k) == "rows" and not triton_forms.can_persist(k))
@@ -78,9 +82,12 @@ def emit(
         )
     else:
         found = variants(kernel, sizes, max_tile)
-    digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
+    content = columns_of(kernel).text if kernel.foreach else str(canonical(kernel))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     name = "_".join([form, *(v for v in found if v and not kernel.parts), digest])
-    if kernel.parts:
+    if kernel.foreach:
+        printed = _foreach(kernel, name)
+    elif kernel.parts:
         printed = _side_by_side(kernel, name, precision, found)
     else:
         printed = alone(kernel, name, precision, found[0])
@@ -220,6 +227,18 @@ def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:
     return lines if len(calls) > 1 else [*calls[0]]
 
 
+def _foreach(kernel: Kernel, name: str) -> Printed:
+    """The function of a launch whose kernels are one over other memory."""
+    function, inner = triton_foreach.foreach(kernel), columns_of(kernel).kernel
+    summary = describe(inner, triton_forms.form_of(inner))
+    summary[0] = f"For each row of a table: {summary[0]}"
+    uses, pointers = bool(function.imports), ["addresses", "chunks"]
+    text = function_text(
+        inner, name, uses, function.constants, summary, function.lines, pointers=pointers
+    )
+    return Printed([text], function.constants, frozenset(function.imports), frozenset())
+
+
 def function_text(
     kernel: Kernel,
     name: str,
@@ -228,6 +247,7 @@ def function_text(
     summary: Sequence[str],
     lines: Sequence[Line],
     variables: Sequence[str] = (),
+    pointers: Sequence[str] | None = None,  # by default its buffers
 ) -> str:
     """A jit function of a kernel's parameters, with its docstring."""
     documented = [*map(Line, [f'"""{summary[0]}', *summary[1:]]), *lines]
@@ -236,7 +256,7 @@ def function_text(
     else:
         documented.insert(len(summary), Line('"""'))
     parameters = [
-        *(b.name for b in kernel.buffers),
+        *([b.name for b in kernel.buffers] if pointers is None else pointers),
         *(["scalars"] if kernel.scalars else []),
         *(["workspace"] if has_workspace else []),
         *(x if x in variables else f"{x}: tl.constexpr" for x in constants),

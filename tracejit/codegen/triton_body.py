@@ -63,6 +63,7 @@ class Body(Printer):
         self.lines: list[Line] = []
         self.used: set[str] = set()  # axes, masks and flat indices
         self.used_scalars: dict[str, Line] = {}
+        self.scalar_places: dict[str, object] = {}  # where they do not lie in the kernel's order
         self._values: dict[int, tuple[str, Dims]] = {}
         self._literals: dict[int, object] = {}
         self._known: dict[tuple, tuple[str, Dims]] = {}  # what was printed, by content
@@ -146,8 +147,8 @@ class Body(Printer):
         kind = compute_type(dtype)
         several = len(self._scalar_types[scalar.name]) > 1
         name = f"{scalar.name}_{kind.removeprefix('tl.')}" if several else scalar.name
-        slot = self.kernel.scalars.index(scalar.name)
-        place = f"scalars + {slot}" if slot else "scalars"
+        at = self.scalar_places.get(scalar.name, self.kernel.scalars.index(scalar.name))
+        place = f"scalars + {at}" if at else "scalars"
         convert = "" if dtype is f64 else f".to({kind})"
         self.used_scalars[name] = Line(f"{name} = tl.load({place}){convert}")
         return name

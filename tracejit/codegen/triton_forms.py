@@ -47,9 +47,9 @@ class Function:
 
 def form_of(kernel: Kernel) -> str:
     """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, sort,
-    matmul, attention, or joint for several."""
+    matmul, attention, joint for several, or foreach for rows of one kind."""
     if kernel.parts:
-        return "joint"
+        return "foreach" if kernel.foreach else "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
     if any(stage.attend is not None for stage in kernel.stages):
@@ -75,13 +75,13 @@ def pointwise(
     dim = Dim("x", kernel.axes)
     if not dim.axes:
         for stage in kernel.stages:
-            _without_reductions(body, stage)
+            without_reductions(body, stage)
         return Function((*body.scalar_lines(), *body.lines), ())
 
     def block(dim: Dim) -> None:
         body.enter(dim)
         for stage in kernel.stages:
-            _without_reductions(body, stage)
+            without_reductions(body, stage)
 
     lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", ragged, block)
     return Function((*body.scalar_lines(), *lines), ("BLOCK",))
@@ -127,25 +127,27 @@ def _flat(
     mask: under one that ends within an access the hardware's accesses would all be narrow.
     """
 
-    def printed(dim: Dim, index: str) -> list[Line]:
-        before = body.mark()
-        block(dim)
-        lines = [*body.prelude(dim, index), *body.lines]
-        body.lines = []
-        body.used.clear()
-        body.leave(dim, before)
-        return lines
-
     if not ragged:
-        return printed(dim, f"{first} + {lanes(dim)}")
+        return block_lines(body, dim, f"{first} + {lanes(dim)}", block)
     index = f"first + {lanes(dim)}"
     return [
         Line(f"first = {first}"),
         Line(f"if first <= {dim.extent} - BLOCK:"),
-        *TRITON.indent(printed(replace(dim, full=True), index)),
+        *TRITON.indent(block_lines(body, replace(dim, full=True), index, block)),
         Line("else:"),
-        *TRITON.indent(printed(dim, index)),
+        *TRITON.indent(block_lines(body, dim, index, block)),
     ]
+
+
+def block_lines(body: Body, dim: Dim, index: str, block: Callable[[Dim], None]) -> list[Line]:
+    """The lines of a flat block, whose elements are at `index`; `block` prints its statements."""
+    before = body.mark()
+    block(dim)
+    lines = [*body.prelude(dim, index), *body.lines]
+    body.lines = []
+    body.used.clear()
+    body.leave(dim, before)
+    return lines
 
 
 def last_program(
@@ -169,7 +171,7 @@ def last_program(
         collects.append(Line(f"{r.out!r} = {total}", r.where))
         body.define(r.out, NO_DIMS)
     for stage in tail:
-        _without_reductions(body, stage)
+        without_reductions(body, stage)
     lines.append(Line(f"if is_last(workspace.to(tl.pointer_type(tl.int32)), {programs}):"))
     lines += TRITON.indent([*collects, *body.lines])
     body.lines = []
@@ -201,7 +203,7 @@ def _persistent_stages(body: Body, kernel: Kernel) -> list[Line]:
     inner = next(Dim("i", s.axes, "BLOCK_I", "[None, :]") for s in kernel.stages if s.axes)
     for stage in kernel.stages:
         if not stage.axes:
-            _without_reductions(body, stage)
+            without_reductions(body, stage)
             continue
         body.enter(inner)
         body.same_axes(stage.axes, inner)
@@ -218,7 +220,7 @@ def _looped_stage(body: Body, stage: Stage) -> list[Line]:
     """One stage; with axes, a loop over blocks of its inner elements."""
     body.lines = []
     if not stage.axes:
-        _without_reductions(body, stage)
+        without_reductions(body, stage)
         return body.lines
     inner = Dim("i", stage.axes, "BLOCK_I", "[None, :]")
     mark = body.mark()
@@ -242,7 +244,7 @@ def _looped_stage(body: Body, stage: Stage) -> list[Line]:
     return [*starts, head, *TRITON.indent(loop), *ends]
 
 
-def _without_reductions(body: Body, stage: Stage) -> None:
+def without_reductions(body: Body, stage: Stage) -> None:
     """A stage that runs once per outer point."""
     if stage.axes or body.emit(stage.body):
         raise InvalidGraph(reason="a reduction needs a stage with axes")

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from tracejit.codegen.attention_work import PER_SCORE, walk
 from tracejit.codegen.geometry import Geometry, cdiv
 from tracejit.codegen.language import Line
@@ -20,6 +22,7 @@ from tracejit.codegen.statements import all_statements
 from tracejit.codegen.triton import Source
 from tracejit.codegen.triton_attention import Attention, attention, attention_of, functions_of
 from tracejit.codegen.triton_body import Body, Dims
+from tracejit.codegen.triton_foreach import chunks_of, foreach, is_reduced, words_of
 from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
 from tracejit.codegen.triton_matmul import contraction, matmul
 from tracejit.codegen.triton_scan import scan
@@ -28,6 +31,7 @@ from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import Dim, fold_of
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
+from tracejit.schedule.foreach import columns_of, rows_of
 from tracejit.schedule.kernel import (
     Axis,
     Compute,
@@ -42,6 +46,7 @@ from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import ENUMERATED, points_inside
 
 PER_COMPARISON = 8  # operations that tell which of two elements stands first
+WORD_BYTES = 8  # of an address, or of what a table says of a chunk
 _SCALAR_BYTES = 8  # of a runtime scalar in the table
 _COUNTER_BYTES = 4  # of what tells the last program of a full reduction
 _FOLD_BYTES = {"tl.float64": 8, "tl.int64": 8, "tl.float32": 4, "tl.int32": 4}
@@ -84,6 +89,8 @@ def work(source: Source, sizes: Sequence[int], shape: Geometry) -> tuple[Work, .
     values = dict(zip(kernel.sizes, sizes, strict=True))
     if not kernel.parts:
         return (_alone(kernel, values, shape, source),)
+    if kernel.foreach:
+        return (_of_rows(kernel, sizes, shape),)
     found = []
     for i, part in enumerate(kernel.parts):
         own = dict(zip(part.kernel.sizes, (values[n] for n in part.sizes), strict=True))
@@ -149,6 +156,38 @@ def _alone(
     if form == "reduce":
         _fold(total, kernel.stages[0].body, programs)
     return total.work(form, programs, waiting)
+
+
+def _of_rows(kernel: Kernel, sizes: Sequence[int], shape: Geometry) -> Work:
+    """The work of a foreach: of all chunks. A program waits for its chunk, then for addresses."""
+    programs, constants = shape.grid[0], shape.constants
+    if not programs:
+        return Work("foreach", 0)
+    columns, bodies = columns_of(kernel), []
+
+    def make(inner: Kernel) -> _Count:
+        bodies.append(_Count(inner, {"n0": max(rows_of(kernel, sizes))}))
+        return bodies[-1]
+
+    foreach(kernel, make=make)
+    (body,) = bodies
+    chunks = np.concatenate(chunks_of(kernel, sizes))
+    steps, total = constants["STEPS"], _Total()
+    elements = int((chunks[:, 2] - chunks[:, 1]).sum())
+    extents = {"x": _Blocks(elements, programs * steps, constants["BLOCK"])}
+    for section in body.sections:
+        many = programs * steps if section.dims else columns.rows  # the rest of a reduced row
+        total.add(body, section, extents, many, steps if section.dims else 1)
+    total.loaded += (body.scalar_bytes + WORD_BYTES * words_of(kernel)) * programs
+    total.steps += 2
+    waiting = total.waiting(programs)
+    if is_reduced(kernel):
+        counts = np.bincount(chunks[:, 0], minlength=columns.rows)
+        steps = total.steps + cdiv(int(counts.max()), FOLD_BLOCK)
+        for count in counts.tolist():
+            _fold(total, columns.kernel.stages[0].body, count)
+        total.steps = steps
+    return total.work("foreach", programs, waiting)
 
 
 def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
