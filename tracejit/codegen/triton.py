@@ -15,6 +15,7 @@ from tracejit.codegen import (
     triton_attention,
     triton_forms,
     triton_matmul,
+    triton_rows,
     triton_scan,
     triton_scatter,
     triton_sort,
@@ -52,12 +53,13 @@ class Source:
 @dataclass(frozen=True)
 class _Printed:
     """A kernel's functions, its own last; its constants besides its sizes; its imports from
-    kernels/reduce.py and kernels/scan.py."""
+    kernels/reduce.py, scan.py and online.py."""
 
     blocks: list[str]
     constants: tuple[str, ...]
     imports: frozenset[str]
     scans: frozenset[str]
+    online: frozenset[str]
 
 
 def emit(
@@ -93,7 +95,8 @@ def emit(
     for called in ("attend_forward", "attend_gradients"):
         if f" {called}(" in code:
             imports.append(f"from tracejit.kernels.attention import {called}")
-    for room, called in (("reduce", printed.imports), ("scan", printed.scans)):
+    rooms = {"reduce": printed.imports, "scan": printed.scans, "online": printed.online}
+    for room, called in rooms.items():
         if called:
             imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
     header = "\n".join(imports).rstrip()
@@ -112,12 +115,12 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
         printer = {
             "pointwise": triton_forms.pointwise,
             "reduce": triton_forms.reduce,
-            "rows": triton_forms.rows,
+            "rows": triton_rows.rows,
             "scatter": triton_scatter.scatter,
             "scan": triton_scan.scan,
             "sort": triton_sort.sort,
         }[form]
-        function = printer(kernel, bool(variant), part)
+        function = printer(kernel, variant, part)
     constants = (*(["FIRST"] if part else []), *function.constants)
     text = _function(
         kernel,
@@ -127,7 +130,7 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
         describe(kernel, form),
         function.lines,
     )
-    names = frozenset(function.imports), frozenset(function.scans)
+    names = (frozenset(x) for x in (function.imports, function.scans, function.online))
     return _Printed([*helpers, text], constants, *names)
 
 
@@ -141,6 +144,7 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
     scans: frozenset[str] = frozenset()
+    online: frozenset[str] = frozenset()
     lines = [Line("program = tl.program_id(0)")]
     scalar = 0
     known: dict[tuple[Kernel, str], tuple[str, _Printed]] = {}
@@ -171,10 +175,11 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
         constants += own
         imports |= printed.imports
         scans |= printed.scans
+        online |= printed.online
     text = _function(
         kernel, name, bool(imports), [*kernel.sizes, *constants], describe(kernel, "joint"), lines
     )
-    return _Printed([*blocks, text], tuple(constants), imports, scans)
+    return _Printed([*blocks, text], tuple(constants), imports, scans, online)
 
 
 def _function(
