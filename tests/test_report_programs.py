@@ -283,3 +283,13 @@ def test_the_gradient_of_an_embedding_visits_few_elements():
     found = report(plan_of("embedding 32000x512, 1024 ids"), target=90)
     visited = sum(row.issued_bytes for row in found.rows) / 4
     assert visited <= 4 * (n + words) * width
+
+
+def test_cross_entropy_reads_its_logits_twice():
+    """Forward and backward together, in accesses of 128 bits though no row begins with one."""
+    n, words = 1024, 50257
+    found = report(plan_of("cross entropy 1024x50257"), target=90)
+    assert limits(found) == []
+    assert sum(row.issued_bytes for row in found.rows) <= 4 * (2 + 1) * n * words * 1.001
+    shares = [row.stream_share for row in found.rows if row.form.startswith("rows")]
+    assert len(shares) == 2 and min(shares) >= 0.9

@@ -16,6 +16,7 @@ from tracejit.codegen import (
     triton_foreach,
     triton_forms,
     triton_matmul,
+    triton_rows,
     triton_scan,
     triton_scatter,
     triton_sort,
@@ -54,12 +55,13 @@ class Source:
 @dataclass(frozen=True)
 class Printed:
     """A kernel's functions, its own last; its constants besides its sizes; its imports from
-    kernels/reduce.py and kernels/scan.py."""
+    kernels/reduce.py, scan.py and online.py."""
 
     blocks: list[str]
     constants: tuple[str, ...]
     imports: frozenset[str]
     scans: frozenset[str]
+    online: frozenset[str]
 
 
 def emit(
@@ -105,7 +107,8 @@ def module_text(printed: Printed) -> str:
     for called in ("attend_forward", "attend_gradients"):
         if f" {called}(" in code:
             imports.append(f"from tracejit.kernels.attention import {called}")
-    for room, called in (("reduce", printed.imports), ("scan", printed.scans)):
+    rooms = {"reduce": printed.imports, "scan": printed.scans, "online": printed.online}
+    for room, called in rooms.items():
         if called:
             imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
     header = "\n".join(imports).rstrip()
@@ -132,12 +135,12 @@ def alone(
         printer = {
             "pointwise": triton_forms.pointwise,
             "reduce": triton_forms.reduce,
-            "rows": triton_forms.rows,
+            "rows": triton_rows.rows,
             "scatter": triton_scatter.scatter,
             "scan": triton_scan.scan,
             "sort": triton_sort.sort,
         }[form]
-        function = printer(kernel, bool(variant), part)
+        function = printer(kernel, variant, part)
     constants = (*(["FIRST"] if part else []), *function.constants)
     text = function_text(
         kernel,
@@ -148,7 +151,7 @@ def alone(
         function.lines,
         variables,
     )
-    names = frozenset(function.imports), frozenset(function.scans)
+    names = (frozenset(x) for x in (function.imports, function.scans, function.online))
     return Printed([*helpers, text], constants, *names)
 
 
@@ -184,6 +187,7 @@ def calls_of_parts(
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
     scans: frozenset[str] = frozenset()
+    online: frozenset[str] = frozenset()
     calls: list[list[Line]] = []
     scalar = 0
     known: dict[tuple[Kernel, str], tuple[str, Printed]] = {}
@@ -211,7 +215,8 @@ def calls_of_parts(
         constants += own
         imports |= printed.imports
         scans |= printed.scans
-    return Printed(blocks, tuple(constants), imports, scans), calls
+        online |= printed.online
+    return Printed(blocks, tuple(constants), imports, scans, online), calls
 
 
 def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:

@@ -6,8 +6,7 @@ scan        so does its only stage, with a running result along its axis (`trito
 pointwise   outer axes only: a flat block of the domain per program
 reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
             the last one to finish folds the partials in fixed order and runs the tail stages
-rows        everything else: a program holds BLOCK_O outer points and all (or, `looped`, BLOCK_I at
-            a time) of their inner elements
+rows        everything else (`triton_rows.py`)
 
 Each printer returns a `Function`; `triton.emit` puts the module around it. With `part` (its number
 as a suffix) a kernel shares its launch with others: its programs are those from FIRST on.
@@ -36,13 +35,14 @@ class Function:
     """A generated function's lines, its constants besides the kernel's sizes, and its imports.
 
     `imports` are names of tracejit.kernels.reduce; a function that has any takes a workspace.
-    `scans` are names of tracejit.kernels.scan.
+    `scans` are names of tracejit.kernels.scan, `online` of tracejit.kernels.online.
     """
 
     lines: tuple[Line, ...]
     constants: tuple[str, ...]
     imports: tuple[str, ...] = ()
     scans: tuple[str, ...] = ()
+    online: tuple[str, ...] = ()
 
 
 def form_of(kernel: Kernel) -> str:
@@ -67,9 +67,7 @@ def form_of(kernel: Kernel) -> str:
     return "rows"
 
 
-def pointwise(
-    kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body
-) -> Function:
+def pointwise(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """One flat block of the outer domain per program; a kernel without axes is one program."""
     body = make(kernel)
     dim = Dim("x", kernel.axes)
@@ -83,11 +81,11 @@ def pointwise(
         for stage in kernel.stages:
             without_reductions(body, stage)
 
-    lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", ragged, block)
+    lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", variant == "ragged", block)
     return Function((*body.scalar_lines(), *lines), ("BLOCK",))
 
 
-def reduce(kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def reduce(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """A full reduction with its element-wise stores and its tail in one launch."""
     body = make(kernel)
     main, *tail = kernel.stages
@@ -105,7 +103,7 @@ def reduce(kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody 
             value = body.reduced_value(r, frozenset([dim.name]))
             body.lines.append(Line(fold_of(r).combine(totals[r], value), r.where))
 
-    loop = _flat(body, dim, "(step * PROGRAMS + pid) * BLOCK", ragged, block)
+    loop = _flat(body, dim, "(step * PROGRAMS + pid) * BLOCK", variant == "ragged", block)
     last, imports = last_program(body, reductions, totals, tail, "PROGRAMS")
     lines = [
         Line(f"pid = {program_number(kernel, part)}"),
@@ -182,66 +180,6 @@ def can_persist(kernel: Kernel) -> bool:
     """Whether all inner stages run over one domain, so that one tile may serve them all."""
     extents = {tuple(a.extent for a in stage.axes) for stage in kernel.stages if stage.axes}
     return len(extents) == 1
-
-
-def rows(kernel: Kernel, looped: bool = False, part: str = "", make: MakeBody = Body) -> Function:
-    """Outer points by inner elements; `looped` walks the inner elements block by block."""
-    body = make(kernel)
-    outer = Dim("o", kernel.axes, "BLOCK_O", "[:, None]")
-    body.enter(outer)
-    if looped:
-        middle = [line for stage in kernel.stages for line in _looped_stage(body, stage)]
-    else:
-        middle = _persistent_stages(body, kernel)
-    index = f"{program_number(kernel, part)} * BLOCK_O + {lanes(outer)}"
-    lines = [*body.prelude(outer, index), *body.scalar_lines(), *middle]
-    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
-
-
-def _persistent_stages(body: Body, kernel: Kernel) -> list[Line]:
-    """All stages on one tile: what an earlier stage loaded or computed is used again."""
-    inner = next(Dim("i", s.axes, "BLOCK_I", "[None, :]") for s in kernel.stages if s.axes)
-    for stage in kernel.stages:
-        if not stage.axes:
-            without_reductions(body, stage)
-            continue
-        body.enter(inner)
-        body.same_axes(stage.axes, inner)
-        for r in body.emit(stage.body):
-            fold = fold_of(r)
-            total = f"{fold.tile}({body.reduced_value(r, frozenset('i'))}, 1)[:, None]"
-            body.lines.append(Line(f"{r.out!r} = {fold.finish(total)}", r.where))
-            body.define(r.out, frozenset("o"))
-        body.leave(inner)
-    return [*body.prelude(inner, lanes(inner, kernel.index64)), *body.lines]
-
-
-def _looped_stage(body: Body, stage: Stage) -> list[Line]:
-    """One stage; with axes, a loop over blocks of its inner elements."""
-    body.lines = []
-    if not stage.axes:
-        without_reductions(body, stage)
-        return body.lines
-    inner = Dim("i", stage.axes, "BLOCK_I", "[None, :]")
-    mark = body.mark()
-    body.enter(inner)
-    starts, ends = [], []
-    reductions = body.emit(stage.body)
-    for r in reductions:
-        fold = fold_of(r)
-        total = f"{r.out!r}_{fold.kind}"
-        starts.append(Line(f"{total} = tl.full([BLOCK_O, BLOCK_I], {fold.neutral}, {fold.type})"))
-        value = body.reduced_value(r, frozenset("i"))
-        body.lines.append(Line(fold.combine(total, value), r.where))
-        result = fold.finish(f"{fold.tile}({total}, 1)[:, None]")
-        ends.append(Line(f"{r.out!r} = {result}", r.where))
-    index = f"start + {lanes(inner, body.kernel.index64)}"
-    loop = [*body.prelude(inner, index), *body.lines]
-    body.leave(inner, mark)
-    for r in reductions:
-        body.define(r.out, frozenset("o"))
-    head = Line(f"for start in range(0, {inner.extent}, BLOCK_I):")
-    return [*starts, head, *TRITON.indent(loop), *ends]
 
 
 def without_reductions(body: Body, stage: Stage) -> None:

@@ -76,7 +76,7 @@ def _combined(made: dict[Var, Statement], top: Compute) -> tuple[str, tuple[Oper
     return named[condition.op.name], (value,)
 
 
-def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def scan(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """The function of a kernel with a running result along an axis."""
     body, (stage,) = make(kernel), kernel.stages
     one, kind = running_of(stage), compute_type(running_of(stage).dtype)

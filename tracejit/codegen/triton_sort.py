@@ -18,7 +18,7 @@ from tracejit.ir.types import b1
 from tracejit.schedule.kernel import Bound, Index, Kernel
 
 
-def sort(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def sort(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """The function of a kernel whose first stage ends with a Sort."""
     body, (values, ordered) = make(kernel), kernel.stages
     (along,), how = values.axes, kernel.sort

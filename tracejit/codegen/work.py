@@ -23,12 +23,14 @@ from tracejit.codegen.triton import Source
 from tracejit.codegen.triton_attention import Attention, attention, attention_of, functions_of
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_foreach import chunks_of, foreach, is_reduced, words_of
-from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce, rows
+from tracejit.codegen.triton_forms import FOLD_BLOCK, form_of, pointwise, reduce
 from tracejit.codegen.triton_matmul import contraction, matmul
+from tracejit.codegen.triton_rows import ENDS, rows
 from tracejit.codegen.triton_scan import scan
 from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import Dim, fold_of
+from tracejit.ir.ops import OPS
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
 from tracejit.schedule.foreach import columns_of, rows_of
@@ -45,6 +47,8 @@ from tracejit.schedule.kernel import (
 from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import ENUMERATED, points_inside
 
+PER_ONLINE = 6  # operations besides the exponential that take a value into a sum of such
+PER_INDEX = 16  # operations that tell whether an index is a program's, and how many are before
 PER_COMPARISON = 8  # operations that tell which of two elements stands first
 WORD_BYTES = 8  # of an address, or of what a table says of a chunk
 _SCALAR_BYTES = 8  # of a runtime scalar in the table
@@ -127,7 +131,7 @@ def _alone(
     if form == "scan":
         scan(kernel, make=make)
         return _scanned(kernel, sizes, shape, *bodies)
-    variant = bool(source.variants[part])
+    variant = source.variants[part]
     if form == "matmul":
         matmul(kernel, source.precision, make=make)
         return _contraction(kernel, sizes, shape, bodies)
@@ -146,9 +150,11 @@ def _alone(
         if "o" in dims:
             extents["o"] = _Blocks(_numel(dims["o"], sizes), programs, constants["BLOCK_O"])
         if "i" in dims:
-            inner = _numel(dims["i"], sizes)
-            trips = cdiv(inner, constants["BLOCK_I"]) if variant else 1
-            extents["i"] = _Blocks(inner, trips, constants["BLOCK_I"])
+            inner, ends = _numel(dims["i"], sizes), constants.get("UNIT", 1) - 1
+            trips = cdiv(inner, constants["BLOCK_I"]) if "looped" in variant else 1
+            extents["i"] = _Blocks(inner - ends, trips, constants["BLOCK_I"])
+            if section.block == ENDS:
+                trips, extents["i"] = 1, _Blocks(ends, 1, 2 * constants["UNIT"])
         many = form == "reduce" and not dims  # the tail, which only the last program runs
         total.add(body, section, extents, 1 if many else programs * trips, trips)
     total.loaded += body.scalar_bytes * programs
@@ -201,7 +207,13 @@ def _scattered(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: 
         size = sizes.get(s.places, s.places)
         total.add(body, sections.pop(0), extents, size * blocks, constants["RANGE"])
     choosing, storing = sections
-    total.add(body, choosing, extents, indices * programs, indices)
+    if s.chooses:
+        trips = cdiv(indices, constants["IDS"])
+        ids = _Blocks(indices, trips, constants["IDS"])
+        total.add(body, choosing, {"t": ids}, trips * programs, trips)
+        total.operations += trips * programs * constants["IDS"] * PER_INDEX
+    else:
+        total.add(body, choosing, extents, indices * programs, indices)
     total.add(body, storing, extents, indices * blocks, cdiv(indices, constants["PARTS"]))
     total.loaded += body.scalar_bytes * programs
     return total.work("scatter", programs, total.waiting(programs))
@@ -364,9 +376,10 @@ class _Blocks:
 
 @dataclass
 class _Section:
-    """What was printed while the tile had these dims."""
+    """What was printed while the tile had these dims; `block` is that of the last one."""
 
     dims: Mapping[str, Sequence[Axis]]
+    block: str = ""
     loads: list[tuple[int, Dims, Mask]] = field(default_factory=list)  # bytes of an element, …
     stores: list[tuple[int, Dims]] = field(default_factory=list)
     operations: Counter[Dims] = field(default_factory=Counter)
@@ -400,7 +413,8 @@ class _Count(Body):
         self._begin()
 
     def _begin(self) -> None:
-        self._section = _Section({name: dim.axes for name, dim in self.dims.items()})
+        dims = {name: dim.axes for name, dim in self.dims.items()}
+        self._section = _Section(dims, next((d.block for d in reversed(self.dims.values())), ""))
         if not any(dim.full for dim in self.dims.values()):  # else printed again with a mask
             self.sections.append(self._section)
 
@@ -423,7 +437,8 @@ class _Count(Body):
         self._section.stores.append((size, dims))
         if s.fold:
             self._section.loads.append((size, dims, ()))
-            self._section.depth = max(self._section.depth, self._depth(s) + 1)
+            there = self._depth(replace(s, value=0))  # it waits for its place, not for the value
+            self._section.depth = max(self._section.depth, there + 1)
         return super().store(s)
 
     def compute(self, s: Compute) -> list[Line]:
@@ -435,6 +450,10 @@ class _Count(Body):
     def reduced_value(self, reduce: Reduce, over: Dims) -> str:
         self._section.operations[frozenset(self.dims)] += 1
         return super().reduced_value(reduce, over)
+
+    def online(self, most: str, total: str, value: str) -> str:
+        self._section.operations[frozenset(self.dims)] += OPS["exp"].cost + PER_ONLINE
+        return super().online(most, total, value)
 
 
 def _loads(kernel: Kernel) -> list[Load]:
