@@ -492,6 +492,7 @@ def test_after(n): pass
 """
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_told_one_by_one(tmp_path):
     path, items = tmp_path / "test_some.py", {}
     path.write_text(TESTS)

@@ -32,7 +32,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("name", rank_cases.PLAIN)
-@pytest.mark.sweep(0.25)
+@pytest.mark.sweep(0.2)
 def test_as_eager(ranks: Ranks, name: str):
     assert ranks(rank_cases.plain, name) == [REPLAYS, REPLAYS]
 

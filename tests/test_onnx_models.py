@@ -94,7 +94,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.sweep(0.5)
+@pytest.mark.sweep(0.4)
 def test_a_module_in_onnxruntime(name, path):
     """Operators of ONNX's own where there are, and weights under their names in the module."""
     torch.manual_seed(0)

@@ -221,7 +221,7 @@ def tagging(
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("total", [None, STEPS, STEPS + 2])
-@pytest.mark.sweep(0.5)
+@pytest.mark.sweep(1)
 def test_outputs_and_states_are_those_of_eager(first, ordered, total):
     def given() -> Iterator[Batch]:
         return batches(longest=total != STEPS, ordered=ordered)
@@ -327,7 +327,7 @@ def with_labels(packed: rnn.PackedSequence, words: nn.Module, model: nn.Module) 
 
 @pytest.mark.parametrize("compute", [embedded, sized, written, counted_late, with_labels])
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
-@pytest.mark.sweep(0.5)
+@pytest.mark.sweep(1)
 def test_rows_can_be_used_by_themselves(compute, mode):
     """Then their number is part of the step."""
     compared(of_rows(compute), batches, calls=6, mode=mode)

@@ -244,6 +244,7 @@ def test_checkpointed_blocks_take_less(run, how):
     assert "of checkpointed functions" in str(less[0].explain(measure=False))
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_again_with_remat_none():
     plain, none = compiled(None), compiled(PLAIN, remat="none")
     assert arena(none) == pytest.approx(arena(plain), rel=0.1)  # another order

@@ -127,6 +127,8 @@ def test_places_of_a_first_call(fallback):
     where calls may run eagerly, what Python has counted is put back too."""
     options = {"backend": "c", "on_unsupported": fallback}
     twins = Twins(WORLDS["plain"], **options)
+    twins.plainly()  # what is done once in a process, such as imports
+    twins.reset(**options)
     count = twins.places()
     rng = random.Random(0)
     with handling(signal.SIGALRM):

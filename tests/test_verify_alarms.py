@@ -142,6 +142,7 @@ EXAMPLES: dict[str, dict[str, int]] = {
     "unet": IMAGES | {"size": 16},
     "vgg16": IMAGES | {"size": 32},
 }
+QUICK = {"demo", "loss_outside", "recurrence"}
 RANKS = {"data_parallel"}  # other processes take part in its steps, which are not compared
 PARTS = {"images", "__init__"}  # of other examples
 
@@ -151,8 +152,9 @@ def test_every_example_is_listed():
     assert names - PARTS - RANKS == EXAMPLES.keys()
 
 
-@pytest.mark.sweep(1)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in EXAMPLES]
+)
 def test_an_example_to_its_end(name, monkeypatch, capsys):
     """A difference would be raised."""
     verifiers: list[Verifier] = []

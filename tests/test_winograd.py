@@ -71,7 +71,7 @@ def kernels(step: Callable, *args: torch.Tensor) -> list[CpuKernel]:
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-@pytest.mark.sweep(0.5)
+@pytest.mark.sweep(0.4)
 def test_values_and_gradients(name):
     def arguments():
         return [t.requires_grad_() for t in tensors(name)]
