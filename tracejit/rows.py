@@ -151,10 +151,11 @@ def stream_share_of(plan: Plan, launch: Launch, form: str, facts: KernelFacts) -
     """
     kernel, words = launch.kernel, 0
     if kernel.foreach:
-        kernel, words = columns_of(kernel).kernel, words_of(kernel)
+        columns, words = columns_of(kernel), words_of(kernel)
         launch = max(launch.alone(), key=lambda one: one.sizes)
-        form = form_of(kernel)
-    stage = _streaming_stage(launch, form)
+        kernel, form = columns.kernel, form_of(columns.kernel)
+        words += columns.flat.count(False)  # numbers that a whole row reads
+    stage = _streaming_stage(launch, form, whole_row=words > 0)
     if stage is None or not all(_is_plain(plan.buffer(name)) for name in launch.buffers):
         return None
     once = len(kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body) + words
@@ -179,8 +180,9 @@ def peeled_share_of(launch: Launch, loaded: LoadedLaunch, facts: KernelFacts) ->
     return min(1.0, wide / needed)
 
 
-def _streaming_stage(launch: Launch, form: str) -> Stage | None:
-    """The only stage over the elements of a kernel that walks its buffers along one long axis."""
+def _streaming_stage(launch: Launch, form: str, whole_row: bool) -> Stage | None:
+    """The only stage over the elements of a kernel that walks its buffers along one long axis; what
+    it reads at one place may be left out."""
     if form not in ("pointwise", "reduce"):
         return None
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
@@ -191,6 +193,8 @@ def _streaming_stage(launch: Launch, form: str) -> Stage | None:
         return None
     for s in stage.body:
         if isinstance(s, Load | Store):
+            if whole_row and isinstance(s, Load) and not s.index.terms:
+                continue
             along = [atom for atom, _ in s.index.terms] == [axes[0].name]
             masked = isinstance(s, Load) and s.mask
             if not along or masked or s.index.offset % 4:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from tracejit.errors import InvalidGraph
 from tracejit.schedule.kernel import (
     Axis,
     Buffer,
@@ -124,9 +125,13 @@ def _columns(same: Same) -> Columns:
         places.append(tuple(at[j] for j in range(len(at))))
     inner = kernel.parts[0].kernel
     walked = {s.buffer for s in inner.statements if isinstance(s, Load | Store) and s.index.terms}
-    return Columns(
-        inner, *places, len(kernel.parts), tuple(b.name in walked for b in inner.buffers)
-    )
+    flat = tuple(b.name in walked for b in inner.buffers)
+    found = Columns(inner, *places, len(kernel.parts), flat)
+    for row, part in enumerate(kernel.parts):
+        own = [kernel.scalars[found.place(found.scalars, j, row)] for j in range(len(part.scalars))]
+        if own != [*part.scalars]:
+            raise InvalidGraph(reason=f"the scalars of row {row} of a foreach do not lie in order")
+    return found
 
 
 def rows_of(kernel: Kernel, sizes: Sequence[int]) -> list[int]:
