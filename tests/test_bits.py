@@ -170,7 +170,7 @@ STEPS = {
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_steps(name: str, backend: str):
     torch.manual_seed(4)
     check(STEPS[name], torch.randn(3, 8, requires_grad=True), backend=backend, calls=4)

@@ -284,6 +284,7 @@ def test_nothing_runs_on_tensors():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.slow
 def test_generators_are_as_before(device):
     """What torch would draw on the GPU is drawn on the CPU."""
     before = torch.get_rng_state()

@@ -230,7 +230,7 @@ ALONE = ["classifier", "recurrent", "two_layers", "accumulated", "noisy", "skipp
 
 
 @pytest.mark.parametrize("name", ALONE)
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_the_file_runs_alone_and_is_clean(name, tmp_path):
     _, _, path = ejected(name, tmp_path)
     hidden = "import sys; sys.modules['tracejit'] = None; sys.argv = ['x']\n"

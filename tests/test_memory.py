@@ -32,6 +32,7 @@ def overlaps(pieces: list[Lifetime], places: list[Place]) -> list[tuple[int, int
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.sweep(0.34)
 def test_pieces_alive_at_one_time_do_not_overlap(seed):
     rng = random.Random(seed)
     pieces = []

@@ -64,7 +64,7 @@ def compiled(step: Callable, **options: object) -> Callable:
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_programs(name: str):
     program, (x, y) = PROGRAMS[name], OPERANDS["float64"]
     step = compiled(program)

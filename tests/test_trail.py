@@ -450,7 +450,7 @@ def a_new_literal_on_every_call(s):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.sweep(0.2)
+@pytest.mark.sweep(0.17)
 def test_calls_are_like_eager(name):
     make, kept = CASES[name]
     ours, eager = parameters(), parameters()

@@ -128,7 +128,7 @@ TRANSFORMS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_transforms(name):
     compare(TRANSFORMS[name], changed=(x, M))
 
@@ -248,7 +248,7 @@ def differentiable(x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_functions_of_batches(name):
     """Values, and gradients by each input of its own."""
     function, *inputs = FUNCTIONS[name]

@@ -57,7 +57,7 @@ def test_this_python_and_torch_are_known():
     ],
     ids=["no_grad", "device", "inference", "dtype", "dispatch", "function"],
 )
-@pytest.mark.sweep(0.4)
+@pytest.mark.sweep(0.34)
 def test_it_does_not_matter_when_that_is_found_out(under):
     with under():
         assert words.known.__wrapped__() and counters.counted.__wrapped__()
