@@ -142,7 +142,8 @@ class TritonKernels:
 
 def _apart(program: Program) -> tuple[list[LoadedLaunch], list[int]]:
     """The launches of a program, and the slots of their scalars in order. Rows of a foreach are
-    launched one by one: whoever reads the file need not know of tables of addresses."""
+    launched one by one: whoever reads the file need not know of tables of addresses. Sums are then
+    folded in other places."""
     loaded, executor = program.loaded, TritonExecutor("triton")
     where, workspace = positions(loaded.plan), 0
     found: list[LoadedLaunch] = []
