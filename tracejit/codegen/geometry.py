@@ -41,6 +41,7 @@ IDS = 512  # indices that a program looks through at a time
 TAKEN = 2  # of them that it takes, if it can be so few
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 RANKED = 128  # elements of a row whose places a program finds
+NETWORK = 8192  # elements of a longer row that a program sorts at most
 COMPARED = 32  # elements that they are compared with at a time
 WIDE_RUN = 16  # channels of an image that are loaded together
 FILLED = 256  # programs that keep a GPU busy
@@ -94,6 +95,7 @@ def variants(kernel: Kernel, sizes: Sequence[int], max_tile: int = MAX_TILE) -> 
     "looped": rows that do not fit one tile, whose inner elements are walked block by block;
     "peeled": large rows, one to a program, that begin or end within a 128-bit access, alike in all
     buffers; also "looped_peeled";
+    "network": rows to sort that are long, and fit a tile;
     "ragged": a large flat domain that ends within a 128-bit access.
     """
     if kernel.foreach:
@@ -117,6 +119,9 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int) -> str:
         ):
             how.append("peeled")
         return "_".join(how)
+    if form == "sort":
+        inner = _inner_numel(kernel, bound)
+        return "network" if RANKED < power_of_two(inner) <= min(NETWORK, max_tile) else ""
     if form in ("pointwise", "reduce"):
         axes = kernel.axes or kernel.stages[0].axes
         numel = _numel(axes, bound)
@@ -158,6 +163,9 @@ def _alone(
     if form == "scatter":
         return _scatter(kernel, bound, max_tile)
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+    if form == "sort" and how == "network":
+        block = power_of_two(inner)
+        return Geometry((outer,), {"BLOCK": block}, _warps(block))
     if form == "sort":
         block = min(power_of_two(inner), RANKED, max_tile)
         others = max(1, min(power_of_two(inner), max_tile // block, COMPARED))
@@ -290,8 +298,8 @@ def _scatter(kernel: Kernel, bound: Mapping, max_tile: int) -> Geometry:
     parts = 1
     if s.shared:
         indices = _numel(s.stage.axes, bound)
-        few = cdiv(FILLED, blocks)  # and else few indices each, if reading them all costs less
-        parts = max(few, min(indices // TAKEN, (size + indices) * block // (2 * max(1, indices))))
+        most = (size + indices) * block // (2 * max(1, indices))  # that read no more than values
+        parts = max(1, min(max(cdiv(FILLED, blocks), indices // TAKEN), most))
     if s.chooses:
         constants["IDS"] = min(power_of_two(indices), IDS, max_tile)
     reach = cdiv(size, min(size, parts))

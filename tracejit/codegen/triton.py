@@ -55,13 +55,12 @@ class Source:
 @dataclass(frozen=True)
 class Printed:
     """A kernel's functions, its own last; its constants besides its sizes; its imports from
-    kernels/reduce.py, scan.py and online.py."""
+    kernels/reduce.py, and what else it calls of kernels/ ("scan.running_sum")."""
 
     blocks: list[str]
     constants: tuple[str, ...]
     imports: frozenset[str]
-    scans: frozenset[str]
-    online: frozenset[str]
+    others: frozenset[str]
 
 
 def emit(
@@ -107,10 +106,12 @@ def module_text(printed: Printed) -> str:
     for called in ("attend_forward", "attend_gradients"):
         if f" {called}(" in code:
             imports.append(f"from tracejit.kernels.attention import {called}")
-    rooms = {"reduce": printed.imports, "scan": printed.scans, "online": printed.online}
+    rooms = {"reduce": sorted(printed.imports)}
+    for room, _, called in sorted(name.partition(".") for name in printed.others):
+        rooms.setdefault(room, []).append(called)
     for room, called in rooms.items():
         if called:
-            imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
+            imports.append(f"from tracejit.kernels.{room} import {', '.join(called)}")
     header = "\n".join(imports).rstrip()
     return f"{header}\n\n\n{code}\n"
 
@@ -151,7 +152,7 @@ def alone(
         function.lines,
         variables,
     )
-    names = (frozenset(x) for x in (function.imports, function.scans, function.online))
+    names = frozenset(function.imports), frozenset(function.calls)
     return Printed([*helpers, text], constants, *names)
 
 
@@ -186,8 +187,7 @@ def calls_of_parts(
     blocks: list[str] = []
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
-    scans: frozenset[str] = frozenset()
-    online: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
     calls: list[list[Line]] = []
     scalar = 0
     known: dict[tuple[Kernel, str], tuple[str, Printed]] = {}
@@ -214,9 +214,8 @@ def calls_of_parts(
         scalar += len(part.scalars)
         constants += own
         imports |= printed.imports
-        scans |= printed.scans
-        online |= printed.online
-    return Printed(blocks, tuple(constants), imports, scans, online), calls
+        others |= printed.others
+    return Printed(blocks, tuple(constants), imports, others), calls
 
 
 def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:

@@ -145,6 +145,10 @@ class Body(Printer):
         self._values[out.id] = (text or repr(out), dims)
         return text or repr(out)
 
+    def given(self, out: Var) -> None:
+        """A number that is there already, whatever it was loaded from."""
+        self.define(out, NO_DIMS)
+
     def variable(self, var: Var) -> str:
         return self._defined(var)[0]
 

@@ -35,14 +35,13 @@ class Function:
     """A generated function's lines, its constants besides the kernel's sizes, and its imports.
 
     `imports` are names of tracejit.kernels.reduce; a function that has any takes a workspace.
-    `scans` are names of tracejit.kernels.scan, `online` of tracejit.kernels.online.
+    `calls` are other functions of tracejit.kernels: "scan.running_sum".
     """
 
     lines: tuple[Line, ...]
     constants: tuple[str, ...]
     imports: tuple[str, ...] = ()
-    scans: tuple[str, ...] = ()
-    online: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
 
 def form_of(kernel: Kernel) -> str:

@@ -54,8 +54,8 @@ def rows(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Bod
     lines = [*body.prelude(outer, index), *body.scalar_lines()]
     lines += [*(ends.lines if ends else ()), *middle]
     constants = ("BLOCK_O", "BLOCK_I", *(["UNIT"] if peeled else []))
-    online = ("online_sum",) * looped * bool(online_sums(kernel))
-    return Function(tuple(lines), constants, online=online)
+    calls = ("online.online_sum",) * looped * bool(online_sums(kernel))
+    return Function(tuple(lines), constants, calls=calls)
 
 
 class _Ends:

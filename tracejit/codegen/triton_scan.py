@@ -106,4 +106,6 @@ def scan(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Bod
         Line(f"for start in range(0, {inner.extent}, BLOCK_I):"),
         *TRITON.indent(loop),
     ]
-    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"), scans=("last_column", one.function))
+    return Function(
+        tuple(lines), ("BLOCK_O", "BLOCK_I"), calls=("scan.last_column", f"scan.{one.function}")
+    )

@@ -131,7 +131,7 @@ def _chosen(body: Body, dim: Dim, s: Scatter) -> list[Line]:
     place, body.lines = _renamed(place, step.name), []
     again = [] if s.needs_only_place else s.choosing
     if not again:
-        body.define(s.place, NO_DIMS)
+        body.given(s.place)
     inside = replace(s.store, mask=())
     rest = _loop(body, dim, s.stage.axes, (*again, *s.storing, inside))
     wide = ".to(tl.int64)" * body.kernel.index64

@@ -43,6 +43,7 @@ from tracejit.schedule.kernel import (
     Reduce,
     Statement,
     Store,
+    Var,
 )
 from tracejit.schedule.sizes import substitute
 from tracejit.schedule.traffic import ENUMERATED, points_inside
@@ -126,7 +127,7 @@ def _alone(
         scatter(kernel, make=make)
         return _scattered(kernel, sizes, shape, *bodies)
     if form == "sort":
-        sort(kernel, make=make)
+        sort(kernel, source.variants[part], make=make)
         return _sorted(kernel, sizes, shape, *bodies)
     if form == "scan":
         scan(kernel, make=make)
@@ -238,11 +239,19 @@ def _scanned(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _C
 
 
 def _sorted(kernel: Kernel, sizes: Mapping[str, int], shape: Geometry, body: _Count) -> Work:
-    """The work of sorting: each program compares its elements with all of their row."""
+    """The work of sorting: each program compares its elements with all of their row, or in as many
+    steps as a network has."""
     programs, total, constants = shape.grid[0], _Total(), shape.constants
     rows, row = _numel(kernel.axes, sizes), _numel(kernel.stages[0].axes, sizes)
     count = _numel(kernel.stages[1].axes, sizes)
-    block, others = constants["BLOCK"], constants["OTHERS"]
+    block, others = constants["BLOCK"], constants.get("OTHERS", 0)
+    if not others:
+        mine, stored = (section for section in body.sections if section.dims)
+        total.add(body, mine, {"x": _Blocks(row, 1, block)}, programs, 1)
+        total.add(body, stored, {"x": _Blocks(count, 1, block)}, programs, 0)
+        bits = block.bit_length() - 1
+        total.operations += rows * block * (bits * (bits + 1) // 2) * PER_COMPARISON
+        return total.work("sort", programs, total.waiting(programs))
     blocks, trips = cdiv(row, block), cdiv(row, others)
     mine, other, stored = (section for section in body.sections if section.dims)
     total.add(body, mine, {"x": _Blocks(row, blocks, block)}, programs, 1)
@@ -422,6 +431,10 @@ class _Count(Body):
         if not isinstance(s, Store):
             self._depths[s.out.id] = self._depth(s) + isinstance(s, Load)
         return super().lines_of(s)
+
+    def given(self, out: Var) -> None:
+        self._depths.pop(out.id, None)
+        super().given(out)
 
     def _depth(self, s: Statement) -> int:
         return max((self._depths.get(v.id, 0) for v in variables(s)), default=0)

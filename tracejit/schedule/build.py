@@ -22,6 +22,7 @@ from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.parts import parted
 from tracejit.schedule.pieces import stored_together
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.row_sums import sums_of_rows
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.stretches import stretched
 from tracejit.schedule.tasks import Analysis, analyse
@@ -46,7 +47,7 @@ def schedule(
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")
     gpu = _device(graph) != "cpu" if gpu is None else gpu
-    graph = stretched(graph) if gpu else graph
+    graph = sums_of_rows(stretched(graph)) if gpu else graph
     images = arranged(graph) if gpu else Arranged(graph, frozenset(), {})
     graph = parted(images.graph, Layouts(images.graph.nodes, images.last).last)
     analysis = analyse(graph, fuse, body=body, copies=images.copies)
