@@ -25,20 +25,23 @@ from tracejit import knobs
 from tracejit.codegen.triton_indirect import indirect
 from tracejit.errors import OF_RANKS, CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.runtime import waiting
 from tracejit.runtime.collectives import Collective, Half
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
-from tracejit.runtime.graphs import Give, Maker, Replays, stretches
+from tracejit.runtime.graphs import Give, Maker, stretches
+from tracejit.runtime.launchers import ALIGNED, Fitting, weakly
 from tracejit.runtime.launches import (
     COPY,
     GRAPH,
-    Calls,
+    MANY,
     Launches,
     Picked,
     Place,
     StreamState,
     packing,
 )
+from tracejit.runtime.many_steps import Many
 from tracejit.runtime.ring import Ring, read_element
 from tracejit.runtime.triton_launch import (
     DevicePointer,
@@ -52,9 +55,8 @@ from tracejit.schedule.plan import Plan
 from tracejit.schedule.traffic import bytes_moved
 
 MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
-MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
 MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
-_ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
+_NAMES = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph", MANY: "that of many calls"}
 _ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
 
 _OF_GRAPHS: list[torch.Tensor | None] = []  # zeros that graphs of callers copy, as long as they run
@@ -63,8 +65,15 @@ _OF_GRAPHS: list[torch.Tensor | None] = []  # zeros that graphs of callers copy,
 class LaunchedPlan:
     """A plan whose kernels are on their device; `sources` holds one Source per launch."""
 
-    def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch], device: Device):
+    def __init__(
+        self,
+        plan: Plan,
+        launches: Sequence[LoadedLaunch],
+        device: Device,
+        phases: Callable[[Sequence[bool]], LoadedLaunch | None],
+    ):
         self.plan, self.device = plan, device
+        self._phases = phases
         self.layout = layout_of(plan)
         if device.capturing():
             raise CaptureError(
@@ -83,7 +92,7 @@ class LaunchedPlan:
         if self._work_bytes:
             self._zeros = device.pinned(self._work_bytes)
             ctypes.memset(self._zeros.data_ptr(), 0, self._work_bytes)
-        self.read = partial(read_element, device)
+        self.read = partial(_read, device)
         self._kernels: dict[tuple, LoadedKernel] = {}
         self._under_way: dict[int, list] = {}  # collectives that were started
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
@@ -261,16 +270,28 @@ class LaunchedPlan:
                 inputs.add(base)
         return Maker(
             self.device,
-            partial(_weakly(self.launches), places, residues),
-            _weakly(self._memory),
+            partial(weakly(self.launches), places, residues),
+            weakly(self._memory),
             8 * len(self._slots),
             written,
             frozenset(fresh),
             frozenset(inputs),
             self._halves,
-            WeakMethod(self._failed),
-            _weakly(self._refused),
+            WeakMethod(self.failed),
+            weakly(self._refused),
         )
+
+    def many(self, places: Sequence[Place], residues: Sequence[int], calls: int) -> Many | None:
+        """What launches many calls at once, whose bases lie so many bytes behind a multiple of 16;
+        None where plain launches are as good."""
+        if self._halves or self.device.capturing():
+            return None
+        lies = [residues[n] + offset for n, offset in places]
+        launch = self._phases([at % ALIGNED == 0 for at in lies])
+        return Many.of(self.device, launch, places, calls, weakly(self._failed_together))
+
+    def _failed_together(self, error: Exception) -> Exception:
+        return self._error(MANY, "failed", error)
 
     # ---- functions
 
@@ -284,9 +305,9 @@ class LaunchedPlan:
         if kernel.call is not None:
             half = Half(Collective.of(kernel), self.device, self._under_way)
             return LoadedKernel(half, None, None)
-        aligned = [residues[i] % _ALIGNED == 0 for i in launch.buffers]
+        aligned = [residues[i] % ALIGNED == 0 for i in launch.buffers]
         pointers = [
-            DevicePointer(residues[i] % _ALIGNED, TO_TORCH[buffer.dtype])
+            DevicePointer(residues[i] % ALIGNED, TO_TORCH[buffer.dtype])
             for i, buffer in zip(launch.buffers, kernel.buffers, strict=True)
         ]
         if through:
@@ -296,7 +317,7 @@ class LaunchedPlan:
             pointers.append(DevicePointer(8 * launch.first_scalar, torch.float64))
         if launch.geometry.workspace:
             pointers.append(DevicePointer(launch.workspace, torch.int8))
-        key = number, (*aligned, *[p.address % _ALIGNED == 0 for p in pointers]), through
+        key = number, (*aligned, *[p.address % ALIGNED == 0 for p in pointers]), through
         if key not in self._kernels:
             if self.device.capturing():
                 raise CaptureError(
@@ -361,14 +382,14 @@ class LaunchedPlan:
             arguments.append([*head, *[0] * len(pointers), *(launch.constants[x] for x in names)])
         return Launches(tuple(runs), tuple(arguments), tuple(uses), tuple(listed))
 
-    def _failed(self, number: int, error: Exception) -> Exception:
+    def failed(self, number: int, error: Exception) -> Exception:
         """What to raise where a launch has failed."""
         if isinstance(error, (CaptureError, *OF_RANKS)):
             return error
         return self._error(number, "failed", error)
 
     def _error(self, number: int, what: str, error: Exception) -> LaunchError:
-        name, lines = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph"}.get(number), []
+        name, lines = _NAMES.get(number), []
         if name is None:
             launch = self.launched[number]
             name = f"launch {number + 1} of {len(self.launched)} ({launch.source.name})"
@@ -384,66 +405,11 @@ class LaunchedPlan:
         )
 
 
-class Launcher:
-    """`launcher(state, words, bases)` gives what runs a plan on the stream of `state`: its launches
-    one by one, or a graph of them. It compiles what is missing, and writes nothing."""
-
-    def __init__(
-        self,
-        launches: Launches,
-        maker: Maker | None,
-        failed: WeakMethod,  # of the plan, whose streams hold launchers
-        mark: Callable[[], None] | None,
-    ):
-        self.launched, self._maker, self._failed, self._mark = launches, maker, failed, mark
-
-    def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> Give:
-        found = state.calls.get(self)
-        if found is None:
-            calls = Calls(self.launched, state, self._failed, self._mark)
-            graphed = state.kept and self._maker is not None
-            found = state.calls[self] = calls, Replays(self._maker) if graphed else None
-            if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew
-                del state.calls[next(iter(state.calls))]
-        calls, replays = found
-        return calls if replays is None else replays(words, bases) or calls
-
-
-class Fitting:
-    """Gives the launcher of a plan, with buffers at some places, for the bases that a call is given
-    (the first ones): there is one for each way in which they are aligned. The plan's own are."""
-
-    def __init__(
-        self,
-        plan: LaunchedPlan,
-        places: Sequence[Place],
-        mark: Callable[[], None] | None = None,
-    ):
-        self._plan, self._places, self._mark = plan, places, mark
-        self._count = 1 + max((base for base, _ in places), default=-1)
-        self._known: dict[tuple[int, ...], Launcher] = {}
-        self._last: tuple[tuple[int, ...] | None, Launcher | None] = (None, None)
-
-    def __call__(self, near: tuple[int, ...]) -> Launcher:
-        last = self._last
-        if near is last[0]:
-            return last[1]
-        residues = tuple([base % _ALIGNED for base in near])
-        found = self._known.get(residues)
-        if found is None:
-            found = self._known[residues] = self._made(residues)
-        self._last = near, found
-        return found
-
-    def _made(self, residues: tuple[int, ...]) -> Launcher:
-        plan = self._plan
-        whole = residues + (0,) * (self._count - len(residues))
-        launches = plan.launches(self._places, whole)
-        maker = plan.maker(self._places, whole) if self._mark is None else None
-        if maker is not None and getattr(plan.device, "ahead", False):
-            for moved in maker.likely():
-                maker.launches(moved)
-        return Launcher(launches, maker, WeakMethod(plan._failed), self._mark)
+def _read(device: Device, tensor: torch.Tensor) -> float | int | bool:
+    """The one element of a tensor, which calls that wait may compute."""
+    if waiting.active:
+        waiting.launch()
+    return read_element(device, tensor)
 
 
 def _tuple(terms: Sequence[str]) -> str:
@@ -451,12 +417,6 @@ def _tuple(terms: Sequence[str]) -> str:
     if len(terms) == 1 and terms[0].startswith("*"):
         return terms[0][1:]
     return f"({''.join(f'{x}, ' for x in terms)})"
-
-
-def _weakly(method: Callable) -> Callable:
-    """A method that does not hold its plan, whose streams hold it."""
-    found = WeakMethod(method)
-    return lambda *given: found()(*given)
 
 
 def _elsewhere(device: Device, give: Give, *given: object) -> None:
