@@ -272,18 +272,24 @@ def tensors_of(x: object) -> list[torch.Tensor]:
     return []
 
 
+_NEVER = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.Size})
+
+
 def has_complex(xs: Iterable[object]) -> bool:
-    """Whether there are complex tensors or numbers among arguments."""
-    return any(map(_is_complex, xs))
-
-
-def _is_complex(x: object) -> bool:
-    kind = type(x)
-    if kind is TracedTensor:
-        return x.owner is not None and x.handle.is_complex
-    if kind in (tuple, list):
-        return any(map(_is_complex, x))
-    return kind is complex or (isinstance(x, torch.Tensor) and x.is_complex())
+    """Whether there are complex tensors or numbers among arguments; asked at each call."""
+    for x in xs:
+        kind = type(x)
+        if kind is TracedTensor:
+            if x.owner is not None and x.handle.dtype.kind == "c":
+                return True
+        elif kind is tuple or kind is list:
+            if has_complex(x):
+                return True
+        elif kind not in _NEVER and (
+            kind is complex or (isinstance(x, torch.Tensor) and x.is_complex())
+        ):
+            return True
+    return False
 
 
 def extent(handle_shape: Ints, strides: Ints) -> int:
