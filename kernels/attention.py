@@ -72,7 +72,7 @@ def attend_forward(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     OPERAND: tl.constexpr,
-    FIRST: tl.constexpr = 0,
+    FIRST=0,
 ):
     """One program per (batch, block of queries): it walks the keys that these see, with the maximum
     and the sum of each row so far. The queries that see most come first."""
@@ -141,7 +141,7 @@ def attend_gradients(
     DOT: tl.constexpr,
     ACC: tl.constexpr,
     OPERAND: tl.constexpr,
-    FIRST: tl.constexpr = 0,
+    FIRST=0,
 ):
     """One program per (batch, block of keys) for dk and dv, then one per (batch, block of queries)
     for dq, as far as they are stored. Each walks the other's blocks: all sums have one order."""

@@ -33,7 +33,7 @@ def matmul(
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
     ACC: tl.constexpr,
-    FIRST: tl.constexpr = 0,
+    FIRST=0,
 ):
     """One program per (batch, tile): acc[ACC] = A @ B over K, then EPILOGUE.
 

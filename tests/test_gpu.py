@@ -44,6 +44,39 @@ def test_free_run():
     assert_trains_like_eager(lambda: two_layer_autograd.make_step(device="cuda"), calls=500)
 
 
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.Adam])
+def test_many_calls_in_one_launch(make):
+    """`step.run` against single calls of eager, 200 batches."""
+
+    def build() -> tuple:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(100, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+        ).cuda()
+        optimizer = make(model.parameters(), lr=0.01)
+
+        def step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (model(x) - y).pow(2).mean()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step, model
+
+    data = [
+        (torch.randn(64, 100, device="cuda"), torch.randn(64, 10, device="cuda"))
+        for _ in range(200)
+    ]
+    (function, model), (eager, other) = build(), build()
+    step = tracejit.compile(function)
+    losses = [*step.run(10, data), *step.run(90, data[10:]), *step.run(100, data[100:])]
+    expected = [eager(*batch) for batch in data]
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected), rtol=1e-3, atol=1e-5)
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_same_inputs_same_bits():
     step, (x,) = fused_chain.make_step(1_000_003, device="cuda")
     step = tracejit.compile(step)

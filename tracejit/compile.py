@@ -52,7 +52,7 @@ from tracejit.programs import MAX_PROGRAMS, Compiled, Programs
 from tracejit.progress import stage, telling
 from tracejit.remarks import Remarks
 from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
-from tracejit.runtime import joining
+from tracejit.runtime import joining, waiting
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
 from tracejit.verify.step import Verifying
@@ -242,6 +242,7 @@ class CompiledStep(Verifying, Inspected):
                 if replay.run is not self._last_run:
                     self._ran_last(replay.compiled, replay.run)
                 return returned
+            waiting.settle()
             fallback = self._fallback
             if fallback is not None and fallback.eager_at_once(args, kwargs):
                 self.stats.eager += 1
@@ -340,6 +341,7 @@ class CompiledStep(Verifying, Inspected):
             for each in tried:
                 for part in each.stages:
                     part.kept = None
+        waiting.settle()
         why = "a decision on a value of a tensor came out otherwise"
         return self._trace_or_fall_back(self._fallback, args, kwargs, why)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import FunctionType
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.signature import Thing
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
+from tracejit.many_calls import Many
 from tracejit.options import Options
 from tracejit.pipeline import Backward, Stats
 from tracejit.programs import Compiled, Programs
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tracejit.saved.record import SavedStep
 
 
-class Inspected:
+class Inspected(Many):
     """The part of a compiled step that says what was compiled. `compile.py` has the rest, which
     keeps these."""
 
@@ -315,6 +316,10 @@ class BoundStep(functools.partial):
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.func, name)
+
+    def run(self, k: int, data: Iterable) -> list:
+        """As `Many.run`, with this object."""
+        return self.func.run(k, data, of=self.args)
 
     def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:
         """As `Inspected.save`, of the plans for this object."""

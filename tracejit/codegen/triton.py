@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from tracejit.codegen import (
@@ -52,7 +52,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class _Printed:
+class Printed:
     """A kernel's functions, its own last; its constants besides its sizes; its imports from
     kernels/reduce.py and kernels/scan.py."""
 
@@ -90,7 +90,12 @@ def emit(
     elif kernel.parts:
         printed = _side_by_side(kernel, name, precision, found)
     else:
-        printed = _alone(kernel, name, precision, found[0])
+        printed = alone(kernel, name, precision, found[0])
+    return Source(name, module_text(printed), kernel, precision, found)
+
+
+def module_text(printed: Printed) -> str:
+    """The text of a module with these functions."""
     code = "\n\n\n".join(printed.blocks)
     imports = ["import triton", "import triton.language as tl", ""]
     if "tj." in code:
@@ -104,11 +109,19 @@ def emit(
         if called:
             imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
     header = "\n".join(imports).rstrip()
-    return Source(name, f"{header}\n\n\n{code}\n", kernel, precision, found)
+    return f"{header}\n\n\n{code}\n"
 
 
-def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = "") -> _Printed:
-    """The function of a kernel that is no other's company, or of a part of a launch."""
+def alone(
+    kernel: Kernel,
+    name: str,
+    precision: str,
+    variant: str,
+    part: str = "",
+    variables: Sequence[str] = (),
+) -> Printed:
+    """The function of a kernel that is no other's company, or of a part of a launch. Of its
+    constants these are `variables`."""
     form = triton_forms.form_of(kernel)
     helpers: list[str] = []
     if form == "matmul":
@@ -126,39 +139,61 @@ def _alone(kernel: Kernel, name: str, precision: str, variant: str, part: str = 
         }[form]
         function = printer(kernel, bool(variant), part)
     constants = (*(["FIRST"] if part else []), *function.constants)
-    text = _function(
+    text = function_text(
         kernel,
         name,
         bool(function.imports),
         [*kernel.sizes, *constants],
         describe(kernel, form),
         function.lines,
+        variables,
     )
     names = frozenset(function.imports), frozenset(function.scans)
-    return _Printed([*helpers, text], constants, *names)
+    return Printed([*helpers, text], constants, *names)
 
 
-def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str]) -> _Printed:
+def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str]) -> Printed:
     """The function of a launch of several kernels: each program runs one of them.
 
     The programs of the first kernel come first. What is a constant of the second alone has its
     number here: BLOCK_1; FIRST_1 is its first program, WORKSPACE_1 where its workspace starts.
     """
+    printed, calls = calls_of_parts(kernel, precision, found)
+    lines = [Line("program = tl.program_id(0)"), *choice(calls)]
+    text = function_text(
+        kernel,
+        name,
+        bool(printed.imports),
+        [*kernel.sizes, *printed.constants],
+        describe(kernel, "joint"),
+        lines,
+    )
+    return replace(printed, blocks=[*printed.blocks, text])
+
+
+def calls_of_parts(
+    kernel: Kernel,
+    precision: str,
+    found: Sequence[str],
+    first: str = "FIRST_{}",
+    variables: Sequence[str] = (),
+) -> tuple[Printed, list[list[Line]]]:
+    """The functions of a kernel's parts, and a call of each; `first` is what is handed over as the
+    number of the first program of the part {}."""
     blocks: list[str] = []
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
     scans: frozenset[str] = frozenset()
-    lines = [Line("program = tl.program_id(0)")]
+    calls: list[list[Line]] = []
     scalar = 0
-    known: dict[tuple[Kernel, str], tuple[str, _Printed]] = {}
+    known: dict[tuple[Kernel, str], tuple[str, Printed]] = {}
     for i, part in enumerate(kernel.parts):
         key = canonical(part.kernel), found[i]
         if key not in known:  # parts that differ in sizes and the user's lines only share one
-            known[key] = (
-                f"part_{i}",
-                _alone(part.kernel, f"part_{i}", precision, found[i], f"_{i}"),
-            )
-            blocks += known[key][1].blocks
+            name = f"part_{i}"
+            printed = alone(part.kernel, name, precision, found[i], f"_{i}", variables)
+            known[key] = name, printed
+            blocks += printed.blocks
         function, printed = known[key]
         pointers = [*part.buffers]
         if part.scalars:
@@ -167,40 +202,50 @@ def _side_by_side(kernel: Kernel, name: str, precision: str, found: Sequence[str
             pointers.append(f"workspace + WORKSPACE_{i}")
             constants.append(f"WORKSPACE_{i}")
         own = [f"{constant}_{i}" for constant in printed.constants]
-        if i + 1 < len(kernel.parts):
-            lines.append(Line(f"{'elif' if i else 'if'} program < FIRST_{i + 1}:"))
-        else:
-            lines.append(Line("else:"))
-        rows = (", ".join(names) for names in (pointers, part.sizes, own) if names)
-        call = [Line(f"{function}("), *TRITON.indent(Line(f"{row},") for row in rows), Line(")")]
-        lines += TRITON.indent(call)
+        given = [first.format(i), *own[1:]]
+        rows = (", ".join(names) for names in (pointers, part.sizes, given) if names)
+        calls.append(
+            [Line(f"{function}("), *TRITON.indent(Line(f"{row},") for row in rows), Line(")")]
+        )
         scalar += len(part.scalars)
         constants += own
         imports |= printed.imports
         scans |= printed.scans
-    text = _function(
-        kernel, name, bool(imports), [*kernel.sizes, *constants], describe(kernel, "joint"), lines
-    )
-    return _Printed([*blocks, text], tuple(constants), imports, scans)
+    return Printed(blocks, tuple(constants), imports, scans), calls
 
 
-def _foreach(kernel: Kernel, name: str) -> _Printed:
+def _foreach(kernel: Kernel, name: str) -> Printed:
     """The function of a launch whose kernels are one over other memory."""
     function, inner = triton_foreach.foreach(kernel), columns_of(kernel).kernel
     summary = describe(inner, triton_forms.form_of(inner))
     summary[0] = f"For each row of a table: {summary[0]}"
     uses, pointers = bool(function.imports), ["addresses", "chunks"]
-    text = _function(inner, name, uses, function.constants, summary, function.lines, pointers)
-    return _Printed([text], function.constants, frozenset(function.imports), frozenset())
+    lines, constants = function.lines, function.constants
+    text = function_text(inner, name, uses, constants, summary, lines, pointers=pointers)
+    return Printed([text], constants, frozenset(function.imports), frozenset())
 
 
-def _function(
+def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:
+    """Of the calls of parts, the first of which is number `before`, the one that `program` belongs
+    to."""
+    lines: list[Line] = []
+    for i, call in enumerate(calls):
+        if i + 1 < len(calls):
+            lines.append(Line(f"{'elif' if i else 'if'} program < FIRST_{before + i + 1}:"))
+        else:
+            lines.append(Line("else:"))
+        lines += TRITON.indent(call)
+    return lines if len(calls) > 1 else [*calls[0]]
+
+
+def function_text(
     kernel: Kernel,
     name: str,
     has_workspace: bool,
     constants: Sequence[str],
     summary: Sequence[str],
     lines: Sequence[Line],
+    variables: Sequence[str] = (),
     pointers: Sequence[str] | None = None,  # by default its buffers
 ) -> str:
     """A jit function of a kernel's parameters, with its docstring."""
@@ -213,7 +258,7 @@ def _function(
         *([b.name for b in kernel.buffers] if pointers is None else pointers),
         *(["scalars"] if kernel.scalars else []),
         *(["workspace"] if has_workspace else []),
-        *(f"{constant}: tl.constexpr" for constant in constants),
+        *(x if x in variables else f"{x}: tl.constexpr" for x in constants),
     ]
     body = TRITON.render(TRITON.indent(documented))
     return f"@triton.jit\n{signature(name, parameters)}\n{body}"

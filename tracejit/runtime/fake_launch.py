@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tracejit.codegen.triton_phases import HEADER, words_of_row
 from tracejit.runtime.fake_clock import Clocks, Fault
 from tracejit.runtime.fake_rows import Rows
 from tracejit.runtime.numpy_kernel import Run
@@ -77,19 +78,43 @@ class FakeLaunch:
         self._device.give_launch(text, stream, lambda stream: self._work(stream, pointers))
 
     def _work(self, stream: int, pointers: Sequence[int]) -> None:
+        launch = self._launch
+        pointers = [*pointers]
+        if launch.phases:
+            table = pointers.pop(0)
+            head = [*self._words(stream, table, HEADER)]
+            if head[0] != 0 or head[2:] != [0, len(launch.phases)]:
+                raise Fault(f"{self.what} has the head {head} of a table")
+            for row in range(head[1]):
+                start = table + 8 * (HEADER + row * words_of_row(launch.launch.kernel))
+                found = self._through(stream, start, [])
+                if launch.launch.kernel.scalars:
+                    found.append(start + 8 * len(found))
+                self._step(stream, [*found, *pointers])
+            return
+        if launch.through:
+            pointers = self._through(stream, pointers[0], pointers[1:])
+        self._step(stream, pointers)
+
+    def _words(self, stream: int, address: int, count: int) -> Sequence[int]:
+        self._device.clocks.reads(stream, address, 8 * count, self.what)
+        self._device.check_memory(address, 8 * count, self.what)
+        return (ctypes.c_uint64 * count).from_address(address)
+
+    def _through(self, stream: int, table: int, pointers: Sequence[int]) -> list[int]:
+        """The pointers, with those that are found in a table."""
+        pointers, through = [*pointers], self._launch.through
+        found = self._words(stream, table, len(through))
+        for (i, aligned), pointer in zip(through, found, strict=True):
+            pointers.insert(i, pointer)
+            if aligned and pointer % 16:
+                raise Fault(f"{self.what} loads {pointer:#x}, which was to be aligned")
+        return pointers
+
+    def _step(self, stream: int, pointers: Sequence[int]) -> None:
         launch, clocks = self._launch, self._device.clocks
         kernel = launch.launch.kernel
         reads, writes = [], []
-        if launch.through:
-            table, count = pointers[0], len(launch.through)
-            reads.append((table, 8 * count))
-            clocks.reads(stream, *reads[0], self.what)
-            pointers = [*pointers[1:]]
-            found = (ctypes.c_uint64 * count).from_address(table)
-            for (i, aligned), pointer in zip(launch.through, found, strict=True):
-                pointers.insert(i, pointer)
-                if aligned and pointer % 16:
-                    raise Fault(f"{self.what} loads {pointer:#x}, which was to be aligned")
         rest = [*pointers[len(kernel.buffers) :]]
         if self._rows is not None:
             rest = [*pointers[2:]]

@@ -26,21 +26,24 @@ from tracejit import knobs
 from tracejit.codegen.triton_indirect import indirect
 from tracejit.errors import OF_RANKS, CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.runtime import waiting
 from tracejit.runtime.collectives import Collective, Half
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.foreach import Constant, both, launches_of, placed, table_of
 from tracejit.runtime.graphs import Give, Maker, stretches
-from tracejit.runtime.launcher import ALIGNED, OF_GRAPHS, Fitting
+from tracejit.runtime.launchers import ALIGNED, OF_GRAPHS, Fitting, weakly
 from tracejit.runtime.launches import (
     COPY,
     GRAPH,
+    MANY,
     Launches,
     Picked,
     Place,
     StreamState,
     packing,
 )
+from tracejit.runtime.many_steps import Many
 from tracejit.runtime.ring import Ring, read_element
 from tracejit.runtime.triton_launch import (
     DevicePointer,
@@ -55,14 +58,22 @@ from tracejit.schedule.traffic import bytes_moved
 
 MAX_STREAMS = 16  # whose counters and tables are kept; the least recently used go first
 MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
+_NAMES = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph", MANY: "that of many calls"}
 _ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
 
 
 class LaunchedPlan:
     """A plan whose kernels are on their device; `sources` holds one Source per launch."""
 
-    def __init__(self, plan: Plan, launches: Sequence[LoadedLaunch], device: Device):
+    def __init__(
+        self,
+        plan: Plan,
+        launches: Sequence[LoadedLaunch],
+        device: Device,
+        phases: Callable[[Sequence[bool]], LoadedLaunch | None],
+    ):
         self.plan, self.device = plan, device
+        self._phases = phases
         self.layout = layout_of(plan)
         if device.capturing():
             raise CaptureError(
@@ -86,7 +97,7 @@ class LaunchedPlan:
         if self._work_bytes:
             self._zeros = device.pinned(self._work_bytes)
             ctypes.memset(self._zeros.data_ptr(), 0, self._work_bytes)
-        self.read = partial(read_element, device)
+        self.read = partial(_read, device)
         self._kernels: dict[tuple, LoadedKernel] = {}
         self._under_way: dict[int, list] = {}  # collectives that were started
         self._indirect: dict[str, object] = {}  # kernels with addresses in memory, by name
@@ -273,16 +284,28 @@ class LaunchedPlan:
         fresh |= free  # these may move: nothing but tables points there
         return Maker(
             self.device,
-            partial(_weakly(self.launches), places, residues),
-            _weakly(self._memory),
+            partial(weakly(self.launches), places, residues),
+            weakly(self._memory),
             8 * len(self._slots),
             written,
             frozenset(fresh),
             frozenset(inputs),
             self._halves,
             WeakMethod(self.failed),
-            _weakly(self._refused),
+            weakly(self._refused),
         )
+
+    def many(self, places: Sequence[Place], residues: Sequence[int], calls: int) -> Many | None:
+        """What launches many calls at once, whose bases lie so many bytes behind a multiple of 16;
+        None where plain launches are as good."""
+        if self._halves or self.device.capturing():
+            return None
+        lies = [residues[n] + offset for n, offset in places]
+        launch = self._phases([at % ALIGNED == 0 for at in lies])
+        return Many.of(self.device, launch, places, calls, weakly(self._failed_together))
+
+    def _failed_together(self, error: Exception) -> Exception:
+        return self._error(MANY, "failed", error)
 
     # ---- functions
 
@@ -429,7 +452,7 @@ class LaunchedPlan:
         return self._error(number, "failed", error)
 
     def _error(self, number: int, what: str, error: Exception) -> LaunchError:
-        name, lines = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph"}.get(number), []
+        name, lines = _NAMES.get(number), []
         if name is None:
             launch = self.launched[number]
             name = f"launch {number + 1} of {len(self.launched)} ({launch.source.name})"
@@ -445,17 +468,18 @@ class LaunchedPlan:
         )
 
 
+def _read(device: Device, tensor: torch.Tensor) -> float | int | bool:
+    """The one element of a tensor, which calls that wait may compute."""
+    if waiting.active:
+        waiting.launch()
+    return read_element(device, tensor)
+
+
 def _tuple(terms: Sequence[str]) -> str:
     """An expression of a tuple; it is the only term's own where that is one."""
     if len(terms) == 1 and terms[0].startswith("*"):
         return terms[0][1:]
     return f"({''.join(f'{x}, ' for x in terms)})"
-
-
-def _weakly(method: Callable) -> Callable:
-    """A method that does not hold its plan, whose streams hold it."""
-    found = WeakMethod(method)
-    return lambda *given: found()(*given)
 
 
 def _elsewhere(device: Device, give: Give, *given: object) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 STREAM = 3  # where the stream is among the arguments of a launch
-COPY, GRAPH = -1, -2  # instead of the number of a launch that has failed
+COPY, GRAPH, MANY = -1, -2, -3  # instead of the number of a launch that has failed
 
 Place = tuple[int, int]  # which of a plan's bases, and bytes from there
 # gives what to raise where a launch has failed: (its number, the error) -> the error; weakly

@@ -16,6 +16,7 @@ import torch
 
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
+from tracejit.runtime import waiting
 from tracejit.runtime.device import Device
 from tracejit.schedule.plan import PlanBuffer
 
@@ -162,6 +163,8 @@ class FreshMemory:
     def take(self, reusable: Collection[int]) -> tuple[torch.Tensor, int]:
         """A new tensor, and its address."""
         tensor = self._new()
+        if waiting.active and (others := waiting.here()) is not None:
+            others.hold(tensor)
         return tensor, tensor.data_ptr()
 
 

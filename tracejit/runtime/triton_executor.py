@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 
 from tracejit.codegen.geometry import MAX_TILE, Geometry, variants
 from tracejit.codegen.triton import Source, emit
+from tracejit.codegen.triton_phases import emit_phases
 from tracejit.errors import UnsupportedOperation
 from tracejit.runtime import interpreter
 from tracejit.runtime.device import Device
@@ -27,6 +30,7 @@ from tracejit.runtime.launched_plan import LaunchedPlan
 from tracejit.runtime.triton_launch import LoadedLaunch, Positions, positions
 from tracejit.runtime.triton_source import import_source
 from tracejit.schedule.kernel_text import canonical
+from tracejit.schedule.phases import phases_of
 from tracejit.schedule.plan import Launch, Plan, unrolled
 
 MAX_KERNELS = 1024  # kernels kept in memory, the least recently used goes first
@@ -80,7 +84,7 @@ class TritonExecutor:
             interpreter.prepare()  # before Triton is imported
             return InterpretedPlan(plan, self.launches(plan))
         device = self.device_of(plan.device)
-        return LaunchedPlan(plan, self.launches(plan), device)
+        return LaunchedPlan(plan, self.launches(plan), device, partial(self.load_phases, plan))
 
     def launches(self, plan: Plan) -> list[LoadedLaunch]:
         """The launches of a plan, those without programs too."""
@@ -111,6 +115,29 @@ class TritonExecutor:
             first_scalar,
             geometry,
             sizes | geometry.constants,
+        )
+
+    def load_phases(self, plan: Plan, aligned: Sequence[bool]) -> LoadedLaunch | None:
+        """All launches of a plan without loops as one, for many steps (`many_steps.py`); None where
+        that cannot be. `aligned`: per buffer of the plan, whether it lies at a multiple of 16."""
+        phases = phases_of(plan.launches)
+        if phases is None:
+            return None
+        launch, position = phases.launch, positions(plan)
+        buffers, memory = zip(*(position[name] for name in launch.buffers), strict=True)
+        options = {"precision": self.precision, "max_tile": self.max_tile}
+        source = emit_phases(phases, [aligned[i] for i in buffers], **options)
+        shape = source.geometry(launch.sizes, self.max_tile)
+        total = shape.grid[0]
+        starts = [shape.constants[f"FIRST_{i}"] for i in (0, *accumulate(phases.counts[:-1]))]
+        counts = tuple([b - a for a, b in pairwise([*starts, total])])
+        sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
+        return LoadedLaunch(
+            *(launch, source, source, import_source(source), buffers, memory, 0),
+            replace(shape, grid=(max(counts),)),
+            sizes | shape.constants | {"TOTAL": total},
+            through=tuple([(i, aligned[buffers[i]]) for i in range(len(buffers))]),
+            phases=counts,
         )
 
     def _host_call(self, launch: Launch, position: Positions, first_scalar: int) -> LoadedLaunch:

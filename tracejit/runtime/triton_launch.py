@@ -55,10 +55,15 @@ class LoadedLaunch:
     workspace: int = 0  # where its piece of the plan's workspace starts, in bytes
     # the pointers to buffers that its first argument, a table, holds, and whether they are aligned
     through: tuple[tuple[int, bool], ...] = ()
+    # how many programs each phase has, where it runs in phases (`codegen/triton_phases.py`)
+    phases: tuple[int, ...] = ()
 
     def options(self) -> dict[str, object]:
-        """The constants, and the options that the numerics need."""
+        """The constants, and the options that the numerics need. Programs that wait for each other
+        are on the GPU at the same time, one on each multiprocessor, with all of its registers."""
+        together = {"launch_cooperative_grid": True, "maxnreg": 255} if self.phases else {}
         return {
+            **together,
             **self.constants,
             "num_warps": self.geometry.num_warps,
             "num_stages": self.geometry.num_stages,

@@ -1,32 +1,36 @@
-"""Which launches a call gets: for each way in which what it is given is aligned there are some, and
-they may be one graph."""
+"""Which launcher a call takes: by how its buffers are aligned, and by what a stream has seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 from weakref import WeakMethod
 
 import torch
 
+from tracejit.runtime import waiting
 from tracejit.runtime.device import Device
 from tracejit.runtime.graphs import Give, Maker, Replays
 from tracejit.runtime.launches import Calls, Launches, Place, StreamState, Table
+from tracejit.runtime.many_steps import Many
 
-ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
+ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 
 OF_GRAPHS: list[torch.Tensor | None] = []  # what graphs of callers copy, as long as they run
 
 
-class Launched(Protocol):
-    """A plan whose kernels are on their device."""
+class OfPlan(Protocol):
+    """What makes the launchers of a plan: see `LaunchedPlan`."""
 
     device: Device
 
     def launches(self, places: Sequence[Place], residues: Sequence[int]) -> Launches: ...
 
     def maker(self, places: Sequence[Place], residues: Sequence[int]) -> Maker | None: ...
+
+    def many(self, places: Sequence[Place], residues: Sequence[int], calls: int) -> Many | None: ...
 
     def failed(self, number: int, error: Exception) -> Exception: ...
 
@@ -41,10 +45,25 @@ class Launcher:
         maker: Maker | None,
         failed: WeakMethod,  # of the plan, whose streams hold launchers
         mark: Callable[[], None] | None,
+        many: Callable[[int], Many | None],
     ):
         self.launched, self._maker, self._failed, self._mark = launches, maker, failed, mark
+        self._many, self._of_many = many, {}
 
     def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> Give:
+        calls, replays = self._of_stream(state)
+        if waiting.active and (others := waiting.here()) is not None:
+            if state.kept and self._mark is None:
+                if others.calls not in self._of_many:
+                    self._of_many = {others.calls: self._many(others.calls)}
+                many = self._of_many[others.calls]
+                if many is not None:
+                    many.prepare(state)
+                    return partial(others.put, many, calls)
+            others.launch()
+        return calls if replays is None else replays(words, bases) or calls
+
+    def _of_stream(self, state: StreamState) -> tuple[Calls, Replays | None]:
         found = state.calls.get(self)
         if found is None:
             launched = self.launched
@@ -56,8 +75,7 @@ class Launcher:
             found = state.calls[self] = calls, Replays(self._maker) if graphed else None
             if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew
                 del state.calls[next(iter(state.calls))]
-        calls, replays = found
-        return calls if replays is None else replays(words, bases) or calls
+        return found
 
 
 class Fitting:
@@ -66,7 +84,7 @@ class Fitting:
 
     def __init__(
         self,
-        plan: Launched,
+        plan: OfPlan,
         places: Sequence[Place],
         mark: Callable[[], None] | None = None,
     ):
@@ -94,4 +112,11 @@ class Fitting:
         if maker is not None and getattr(plan.device, "ahead", False):
             for moved in maker.likely():
                 maker.launches(moved)
-        return Launcher(launches, maker, WeakMethod(plan.failed), self._mark)
+        many = partial(weakly(plan.many), self._places, whole)
+        return Launcher(launches, maker, WeakMethod(plan.failed), self._mark, many)
+
+
+def weakly(method: Callable) -> Callable:
+    """A method that does not hold its plan, whose streams hold it."""
+    found = WeakMethod(method)
+    return lambda *given: found()(*given)
