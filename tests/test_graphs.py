@@ -19,7 +19,7 @@ from support.optimizer_checks import lockstep, training
 from support.programs import PROGRAMS
 from tracejit.errors import CaptureError, GraphError, LaunchError, TracejitWarning
 from tracejit.runtime import fake_device as module
-from tracejit.runtime import graphs, launched_plan, launcher
+from tracejit.runtime import graphs, launched_plan, launchers
 from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.fake_device import FakeDevice, FakeEvent
 from tracejit.runtime.fake_launch import FakeLaunch
@@ -293,7 +293,7 @@ def test_a_graph_is_made_and_launched_from_another_device(device):
 
 
 def test_graphs_of_functions_that_are_gone_go(device, at_once, monkeypatch):
-    monkeypatch.setattr(launcher, "MAX_LAUNCHERS", 2)
+    monkeypatch.setattr(launchers, "MAX_LAUNCHERS", 2)
     x = torch.randn(30)
     step = warm(lambda: x * 2, WARM, require_graph=True)
     loaded = step._last.program.loaded
@@ -312,7 +312,7 @@ def test_a_graph_goes_with_its_step(device):
     loaded = step._last.program.loaded
     (state,) = loaded._states.values()
     held = [weakref.ref(loaded)]
-    held += [weakref.ref(x) for x in state.calls if isinstance(x, launcher.Launcher)]
+    held += [weakref.ref(x) for x in state.calls if isinstance(x, launchers.Launcher)]
     del loaded, state
     gc.collect()
     gc.disable()
@@ -626,7 +626,6 @@ compiles = pytest.mark.skipif(
 
 @compiles
 @pytest.mark.parametrize("name", ["2 zero_", "softmax"])
-@pytest.mark.sweep(1)
 def test_programs_that_triton_compiles(at_once, name):
     pytest.importorskip("triton")
     with fake_device() as device:

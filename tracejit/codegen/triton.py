@@ -218,6 +218,17 @@ def calls_of_parts(
     return Printed(blocks, tuple(constants), imports, others), calls
 
 
+def _foreach(kernel: Kernel, name: str) -> Printed:
+    """The function of a launch whose kernels are one over other memory."""
+    function, inner = triton_foreach.foreach(kernel), columns_of(kernel).kernel
+    summary = describe(inner, triton_forms.form_of(inner))
+    summary[0] = f"For each row of a table: {summary[0]}"
+    uses, pointers = bool(function.imports), ["addresses", "chunks"]
+    lines, constants = function.lines, function.constants
+    text = function_text(inner, name, uses, constants, summary, lines, pointers=pointers)
+    return Printed([text], constants, frozenset(function.imports), frozenset())
+
+
 def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:
     """Of the calls of parts, the first of which is number `before`, the one that `program` belongs
     to."""
@@ -229,18 +240,6 @@ def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:
             lines.append(Line("else:"))
         lines += TRITON.indent(call)
     return lines if len(calls) > 1 else [*calls[0]]
-
-
-def _foreach(kernel: Kernel, name: str) -> Printed:
-    """The function of a launch whose kernels are one over other memory."""
-    function, inner = triton_foreach.foreach(kernel), columns_of(kernel).kernel
-    summary = describe(inner, triton_forms.form_of(inner))
-    summary[0] = f"For each row of a table: {summary[0]}"
-    uses, pointers = bool(function.imports), ["addresses", "chunks"]
-    text = function_text(
-        inner, name, uses, function.constants, summary, function.lines, pointers=pointers
-    )
-    return Printed([text], function.constants, frozenset(function.imports), frozenset())
 
 
 def function_text(

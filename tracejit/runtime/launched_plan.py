@@ -32,7 +32,7 @@ from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.foreach import Constant, both, launches_of, placed, table_of
 from tracejit.runtime.graphs import Give, Maker, stretches
-from tracejit.runtime.launcher import ALIGNED, OF_GRAPHS, Fitting, weakly
+from tracejit.runtime.launchers import ALIGNED, OF_GRAPHS, Fitting, weakly
 from tracejit.runtime.launches import (
     COPY,
     GRAPH,

@@ -1,5 +1,4 @@
-"""Which launches a call gets: for each way in which what it is given is aligned there are some, and
-they may be one graph."""
+"""Which launcher a call takes: by how its buffers are aligned, and by what a stream has seen."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from tracejit.runtime.graphs import Give, Maker, Replays
 from tracejit.runtime.launches import Calls, Launches, Place, StreamState, Table
 from tracejit.runtime.many_steps import Many
 
-ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
+ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
 
 OF_GRAPHS: list[torch.Tensor | None] = []  # what graphs of callers copy, as long as they run
 
 
-class Launched(Protocol):
-    """A plan whose kernels are on their device."""
+class OfPlan(Protocol):
+    """What makes the launchers of a plan: see `LaunchedPlan`."""
 
     device: Device
 
@@ -85,7 +84,7 @@ class Fitting:
 
     def __init__(
         self,
-        plan: Launched,
+        plan: OfPlan,
         places: Sequence[Place],
         mark: Callable[[], None] | None = None,
     ):
