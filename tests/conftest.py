@@ -35,11 +35,11 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from support.scope import sample
+    from support.scope import WHOLE, sample
 
     sweeps: dict[object, list[pytest.Item]] = {}  # the cases of each test function
     for item in items:
-        if item.get_closest_marker("sweep"):
+        if item.get_closest_marker("sweep") and (WHOLE or not item.get_closest_marker("slow")):
             sweeps.setdefault((item.path, item.originalname), []).append(item)
     left: set[pytest.Item] = set()
     for cases in sweeps.values():

@@ -449,6 +449,7 @@ def test_a_replaced_function_of_torch_is_noticed(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(0.17)
 def test_world(name):
     check(CASES[name])
 

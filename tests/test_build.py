@@ -74,6 +74,14 @@ def test_a_step_is_built_and_run(tmp_path):
     assert ran == [[], [], built[2]]
 
 
+def test_many_parameters_are_built_and_run(tmp_path):
+    """Both kernels of a foreach: for what is aligned, and for what is not."""
+    (built,) = steps("build", tmp_path, "many").values()
+    assert sum(name.startswith("foreach") for name in built[0]) >= 3
+    (ran,) = steps("run", tmp_path, "many").values()
+    assert ran == [[], [], built[2]]
+
+
 def built_with_cache(monkeypatch, tmp_path, step, *args, target="sm_90", **options) -> Built:
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path / "tracejit"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
@@ -284,6 +292,7 @@ def test_nothing_runs_on_tensors():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.slow
 def test_generators_are_as_before(device):
     """What torch would draw on the GPU is drawn on the CPU."""
     before = torch.get_rng_state()

@@ -245,6 +245,7 @@ def after_some_effects(step: Callable) -> Callable:
 @pytest.mark.parametrize(
     "step, error", REJECTED + REFUSED, ids=lambda p: getattr(p, "__name__", "")
 )
+@pytest.mark.sweep(0.34)
 def test_errors_leave_everything_as_it_was(step, error):
     w, x, buffer = leaf(3), randn(3), randn(2)
     w.grad = torch.ones(3)

@@ -635,6 +635,7 @@ def looks(nodes: list) -> list:
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.sweep(0.34)
 def test_a_snapshot_of_a_random_graph_is_restored(seed):
     rng = random.Random(seed)
     nodes = random_graph(rng)

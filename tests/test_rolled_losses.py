@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import tracejit
 from support.capture_checks import randn
+from support.scope import WHOLE
 from tracejit.testing import assert_trains_like_eager
 
 B, D, H = 3, 5, 4
@@ -163,6 +164,7 @@ def training(loop: Callable, steps: int) -> Callable:
 
 
 FIXED = (summed, weighted, averaged, weighted_rows, at_once, gradients_of_all, each_alone, online)
+LONG = (256, 320) if WHOLE else ()
 LOOPS = (*FIXED, truncated, in_chunks)
 
 
@@ -180,13 +182,13 @@ def size_of(step: Callable) -> tuple[int, ...]:
 @pytest.mark.parametrize("loop", FIXED)
 @pytest.mark.sweep(1)
 def test_plans_do_not_grow(loop):
-    assert len({size_of(training(loop, steps)()[0]) for steps in (16, 64, 256)}) == 1
+    assert len({size_of(training(loop, steps)()[0]) for steps in (16, 64, *LONG)}) == 1
 
 
 @pytest.mark.parametrize("loop", [truncated, in_chunks])
 def test_chunks_are_a_loop_from_eight_on(loop):
     """Fewer are as many loops, or unrolled where they are short: so the size is bounded."""
-    few, *many = (64, 256) if loop is truncated else (176, 256, 320)
+    few, *many = (64, 96, *LONG) if loop is truncated else (176, 208, *LONG)
     sizes = {size_of(training(loop, steps)()[0]) for steps in (few, *many)}
     assert len(sizes) == 1
 

@@ -80,7 +80,7 @@ class Collector(Structure):
         storage = h.storage
         if storage in self.t.inference:
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_node(self.t.producers.get(storage.value)),
                 reason="a tensor that was made in inference mode leaves the step, and would be an "
                 "ordinary tensor",
                 remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
@@ -88,7 +88,7 @@ class Collector(Structure):
             )
         if storage in self.t.copied:
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_node(self.t.producers.get(storage.value)),
                 reason="x[i] with a tensor i of no axes leaves the step: a view of x, whose place "
                 "depends on a value",
                 remedy="Return x[i].clone() instead",
@@ -192,9 +192,10 @@ def _finish(
             moved.append((i, h))
     datas = tuple((i, _data_of(collect, h)) for i, h in moved)
     escaped = [(p, collect.tensor(p)) for p in _escapes(t, collect, young)]
-    if any(map(any, (t.hooks_of_leaf.get(h, ()) for h in collect.of_handle))):
+    hooked = next((h for h in collect.of_handle if any(t.hooks_of_leaf.get(h, ()))), None)
+    if hooked is not None:
         raise SideEffectError(
-            where=location.full(),
+            where=location.of_node(t.producers.get(hooked.storage.value)),
             reason="a tensor with hooks that the step has made would lose them",
             remedy="Register the hooks outside the step, or remove them before it returns",
         )
@@ -410,7 +411,7 @@ def _nodes(collect: Collector, name: str) -> Nodes:
     for h in t.inputs.handles:
         if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_line(h.family.written),
                 reason=f"{t.described_input(h.tensor)} from outside the step was modified in "
                 "place by an operation that is differentiated, so it would require grad from now "
                 "on",

@@ -146,7 +146,7 @@ def _gradients(
         elif leaf in made_of:
             if not leaf.requires_grad_leaf:
                 raise SideEffectError(
-                    where=location.full(),
+                    where=location.of_node(t.producers.get(leaf.storage.value)),
                     reason="a tensor that the step made leaves it with requires_grad taken back, "
                     "and so does what was computed of it before",
                     remedy="Return tensor.detach() instead",
@@ -192,7 +192,7 @@ def _gradients(
                     s.value, s.writes = value_then, writes
             if len(t.draws.events) > drawn:
                 raise SideEffectError(
-                    where=location.full(),
+                    where=location.of_node(root),
                     reason="the backward of a custom Function draws random numbers, and would be "
                     "called after the step, which cannot draw them before",
                     remedy="Call backward inside the step, or return the loss detached",

@@ -10,7 +10,8 @@ from types import CodeType, FrameType
 import torch
 from torch.nn import Module
 
-from tracejit.quotes import Place, place
+from tracejit.ir.graph import Node
+from tracejit.quotes import Place, at, place
 
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -184,3 +185,15 @@ def full() -> str:
     """The user's line for an error: the whole path, the line number, and the call there."""
     frame = user_frame()
     return "<unknown>" if frame is None else place(frame)
+
+
+def of_line(line: str) -> str:
+    """A line that a trace has noted, for an error when the step's Python is over; that of the call
+    where none is known."""
+    code = getattr(line, "code", None)
+    return full() if code is None else at(code, line.offset, int(line.rpartition(":")[2]))
+
+
+def of_node(node: Node | None) -> str:
+    """The same of the line that a node comes from."""
+    return of_line("" if node is None else node.where)

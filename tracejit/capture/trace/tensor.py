@@ -61,6 +61,7 @@ class Family:
     seen: int = 0  # the storage's write count that `value` belongs to
     leaf: Handle | None = None  # the leaf that requires grad, when this family's base is one
     quiet: bool = False  # views made under no_grad: they require grad, and no gradient leaves them
+    written: str = ""  # the line of the first write that is differentiated
 
 
 @dataclass(eq=False, slots=True)

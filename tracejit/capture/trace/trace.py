@@ -368,7 +368,10 @@ class Trace(TraceState):
     def detached(self, of: Handle, *, share_version: bool) -> TracedTensor:
         """The same memory without history: `.detach()`, or `.data` with its own version counter."""
         storage = of.family.storage
-        family = Family(storage, self.stripped(storage), storage.writes)
+        value = self.stripped(storage)
+        if not share_version and value in self.origin:  # which is of another counter
+            value = self.behind_autograd(None, value)
+        family = Family(storage, value, storage.writes)
         version = of.version if share_version else Version()
         handle = Handle(
             family, of.steps, of.shape, of.strides, of.offset, of.dtype, of.device, version
@@ -408,6 +411,8 @@ class Trace(TraceState):
         untracked = family.leaf is None and not tracked
         if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
+        if self.grad_on and not family.written and new in self.tape.tracked:
+            family.written = self.b.line
         self._hold(handle, new, as_history=self.grad_on or untracked)
         self._note(value, handle)
 
