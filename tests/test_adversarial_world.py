@@ -136,12 +136,12 @@ def refusal_swallowed_by_the_step(w):
     return step
 
 
-@case("refused: eager goes on with what has no rule", says="complex")
+@case("refused: eager goes on with what has no rule", says="fft")
 def refusal_suppressed_by_the_step(w):
     def step():
         factor = 2.0
         with contextlib.suppress(RuntimeError):
-            factor = torch.complex(X, X).abs().sum()
+            factor = torch.fft.fft(X).abs().sum()
         return X * factor
 
     return step

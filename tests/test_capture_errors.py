@@ -295,7 +295,7 @@ def with_hook() -> torch.Tensor:
     "make",
     [
         lambda: randn(3).as_subclass(Sub),
-        lambda: torch.ones(3, dtype=torch.complex64),
+        lambda: torch.ones(3, dtype=torch.complex64, requires_grad=True),
         lambda: torch.ones(3).to_sparse(),
         lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
         lambda: torch.ones(3, device="meta"),

@@ -58,7 +58,22 @@ def sequences() -> tuple[Callable, Callable[[], tuple]]:
     return step, lambda: (torch.randn(3, 2, 3),)
 
 
-PROGRAMS = {"classifier": classifier, "sequences": sequences}
+def many() -> tuple[Callable, Callable[[], tuple]]:
+    """An update of many parameters in one launch, which a file has one by one."""
+    torch.manual_seed(0)
+    parameters = [torch.randn(n, requires_grad=True) for n in range(3, 13)]
+    optimizer = torch.optim.Adam(parameters, lr=0.01)
+
+    def step():
+        for p in parameters:
+            p.grad = p.detach() * 2 + 1
+        optimizer.step()
+        return parameters[0].detach().sum()
+
+    return step, lambda: ()
+
+
+PROGRAMS = {"classifier": classifier, "sequences": sequences, "many": many}
 
 
 def imported(path: Path) -> ModuleType:

@@ -46,14 +46,36 @@ def summed(m: Net, x: Tensor, update: Callable) -> Tensor:
 
 
 def weighted(m: Net, x: Tensor, update: Callable) -> Tensor:
-    """Later losses count more. Its backward stays unrolled: the losses' cotangents are a chain
-    of products that is emitted before, in which no rows are found yet."""
+    """Later losses count more: their cotangents are a chain of products, which is emitted before
+    the backward of the cells, and becomes a loop with it."""
     loss = x.new_zeros(())
     for one in losses_of(m, x):
         loss = 0.9 * loss + one
     loss.backward()
     update()
     return loss
+
+
+def averaged(m: Net, x: Tensor, update: Callable) -> Tensor:
+    """A running mean, in the loop of the cells."""
+    h, mean = x.new_zeros(len(x), H), x.new_zeros(())
+    for row in x.unbind(1):
+        h = m.cell(row, h)
+        mean = mean * 0.95 + m.loss(h) * 0.05
+    mean.backward()
+    update()
+    return mean
+
+
+def weighted_rows(m: Net, x: Tensor, update: Callable) -> Tensor:
+    """A decayed sum for each sequence of the batch, by a rate that is a tensor."""
+    h, total, rate = x.new_zeros(len(x), H), x.new_zeros(len(x)), torch.tensor([0.9, 0.5, 0.99])
+    for row in x.unbind(1):
+        h = m.cell(row, h)
+        total = rate * total + m.out(h).square().mean(-1)
+    total.mean().backward()
+    update()
+    return total.mean()
 
 
 def at_once(m: Net, x: Tensor, update: Callable) -> Tensor:
@@ -141,9 +163,9 @@ def training(loop: Callable, steps: int) -> Callable:
     return make_step
 
 
-FIXED = (summed, at_once, gradients_of_all, each_alone, online)
+FIXED = (summed, weighted, averaged, weighted_rows, at_once, gradients_of_all, each_alone, online)
 LONG = (256, 320) if WHOLE else ()
-LOOPS = (*FIXED, weighted, truncated, in_chunks)
+LOOPS = (*FIXED, truncated, in_chunks)
 
 
 def size_of(step: Callable) -> tuple[int, ...]:

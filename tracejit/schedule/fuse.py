@@ -38,11 +38,17 @@ class Fuser:
     """Builds the groups of one graph. `maps`: as `recompute` has it."""
 
     def __init__(
-        self, graph: Graph, analysis: Analysis, fuse: bool, again: bool = True, maps: bool = False
+        self,
+        graph: Graph,
+        analysis: Analysis,
+        fuse: bool,
+        again: bool = True,
+        maps: bool = False,
+        gather: bool = False,
     ):
         self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
         self.maps = maps
-        self.groups = Groups()
+        self.groups = Groups(gather)
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
         self.ordered: Group | None = None  # the last collective so far

@@ -35,9 +35,10 @@ from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
+from tracejit.capture.trace.views import is_conjugate
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Write
-from tracejit.ir.types import DType, contiguous_strides
+from tracejit.ir.types import COMPLEX, DType, contiguous_strides
 from tracejit.passes.cone import cone
 
 _PLAIN = frozenset(
@@ -92,11 +93,19 @@ class Collector(Structure):
                 "depends on a value",
                 remedy="Return x[i].clone() instead",
             )
+        if is_conjugate(h.steps):
+            raise SideEffectError(
+                where=location.full(),
+                reason="a tensor leaves the step that shows the conjugates of what lies in memory",
+                remedy="Return x.resolve_conj() instead",
+            )
         leaf = h.requires_grad_leaf
         offset = h.offset
         if is_traced(offset):
             offset = HostSlot(self.host_result(offset))
         held = storage.value.type.dtype
+        if storage.real is not None and storage.real.is_complex():
+            held = COMPLEX[held]
         bits = None if h.dtype is held else (held, h.dtype)
         geometry = (h.shape, h.strides, offset, self.t.requires_grad(h), leaf, bits)
         if storage.real is not None:
@@ -159,7 +168,7 @@ def finish(
 def _finish(
     t: Trace, name: str, returned: list[object], young: uncollected, keep_grads: bool
 ) -> Finished:
-    t.call = None
+    t.call, t.complexes = None, True
     t.journal.over()
     t.drop_hooks()
     hyper = t.hyperparameters

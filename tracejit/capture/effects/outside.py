@@ -42,6 +42,10 @@ _HOOKED = (
     "the step registers hooks on intermediates, which a backward after it would not call; call "
     "backward inside the step"
 )
+_COMPLEX = (
+    "a complex tensor leaves the step, and a backward goes on from real ones only; return "
+    "torch.view_as_real of it"
+)
 _NOTHING = "no tensor that the step returns or was given would get a gradient"
 
 Run = Callable[[list], list[torch.Tensor]]
@@ -95,7 +99,10 @@ def _one_per_storage(
     """Roots that get a node; others are views of one of them, or share memory beyond that."""
     groups: dict[Storage, list[int]] = {}
     for i in roots:
-        groups.setdefault(handles[i].storage, []).append(i)
+        if handles[i].is_complex:
+            found.reasons[i] = _COMPLEX
+        else:
+            groups.setdefault(handles[i].storage, []).append(i)
     for storage, members in groups.items():
         whole = [
             i
