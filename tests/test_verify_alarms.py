@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +120,21 @@ def test_the_value_of_a_mode_is_not():
     with fault, pytest.raises(WrongResult, match="mode is computed otherwise than by eager"):
         step(x + torch.tensor([[0], [1]]))
     assert step.certificate().withdrawn
+
+
+def test_attributes_of_a_thread_are_put_back():
+    own = threading.local()
+    own.n = 0
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        own.n += 1
+        return x * own.n
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        compiled = tracejit.compile(step, verify=2, backend="numpy")
+        assert [compiled(torch.ones(())).item() for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
+    assert own.n == 4 and not compiled.certificate().withdrawn
 
 
 IMAGES = {"images": 16, "batch": 4, "width": 2, "epochs": 1}
