@@ -33,7 +33,7 @@ def is_last(counter_ptr, num_programs):
 
 
 @triton.jit
-def collect_sum(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
+def collect_sum(partials_ptr, NUM, BLOCK: tl.constexpr):
     """Sum NUM partials in fixed order; a scalar of the partials' dtype."""
     total = tl.zeros([BLOCK], partials_ptr.dtype.element_ty)
     for start in range(0, NUM, BLOCK):
@@ -43,7 +43,7 @@ def collect_sum(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def collect_max(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
+def collect_max(partials_ptr, NUM, BLOCK: tl.constexpr):
     """Maximum of NUM partials; NaN if any is NaN."""
     index = tl.arange(0, BLOCK)
     # Lanes past the end read the last partial again: no identity element is needed.
@@ -55,7 +55,7 @@ def collect_max(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def collect_min(partials_ptr, NUM: tl.constexpr, BLOCK: tl.constexpr):
+def collect_min(partials_ptr, NUM, BLOCK: tl.constexpr):
     """Minimum of NUM partials; NaN if any is NaN."""
     index = tl.arange(0, BLOCK)
     best = tl.load(partials_ptr + tl.minimum(index, NUM - 1), cache_modifier=".cg")

@@ -35,11 +35,12 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from support.scope import sample
+    from support.scope import WHOLE, sample
+    from support.verified import why_not
 
     sweeps: dict[object, list[pytest.Item]] = {}  # the cases of each test function
     for item in items:
-        if item.get_closest_marker("sweep"):
+        if item.get_closest_marker("sweep") and (WHOLE or not item.get_closest_marker("slow")):
             sweeps.setdefault((item.path, item.originalname), []).append(item)
     left: set[pytest.Item] = set()
     for cases in sweeps.values():
@@ -49,7 +50,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if item in left])
         items[:] = [item for item in items if item not in left]
     interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    verifying = os.environ.get("TRACEJIT_VERIFY_CALLS")
     for item in items:
+        why = why_not(item.nodeid.rpartition("/")[2]) if verifying else ""
+        if why:
+            item.add_marker(pytest.mark.skip(reason=why))
         if item.get_closest_marker("interpret") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="runs with TRITON_INTERPRET=1 only"))
         if item.get_closest_marker("gpu") and not _has_cuda():

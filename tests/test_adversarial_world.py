@@ -136,12 +136,12 @@ def refusal_swallowed_by_the_step(w):
     return step
 
 
-@case("refused: eager goes on with what has no rule", says="complex")
+@case("refused: eager goes on with what has no rule", says="fft")
 def refusal_suppressed_by_the_step(w):
     def step():
         factor = 2.0
         with contextlib.suppress(RuntimeError):
-            factor = torch.complex(X, X).abs().sum()
+            factor = torch.fft.fft(X).abs().sum()
         return X * factor
 
     return step
@@ -449,6 +449,7 @@ def test_a_replaced_function_of_torch_is_noticed(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(0.17)
 def test_world(name):
     check(CASES[name])
 

@@ -99,6 +99,7 @@ def _attends(launch) -> tuple:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.34)
 def test_texts_parse_back(name):
     plan = schedule(CASES[name].graph())
     assert str(parse_plan(str(plan))) == str(plan)
@@ -186,6 +187,7 @@ def test_kernels_keep_the_limits(name, target):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.34)
 def test_on_a_gpu(name):
     """The same results as on the CPU."""
     from tracejit.testing import assert_equal_to_eager

@@ -492,6 +492,7 @@ def test_after(n): pass
 """
 
 
+@pytest.mark.slow
 def test_gpu_tests_are_told_one_by_one(tmp_path):
     path, items = tmp_path / "test_some.py", {}
     path.write_text(TESTS)
@@ -612,6 +613,7 @@ def test_a_run_on_the_cpu(tmp_path):
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch without gloo",
 )
+@pytest.mark.slow
 def test_two_processes():
     """Losses are compared, and what is hidden of the reduction is measured on each rank."""
     found = data_parallel.together("ddp_mlp", ("eager", "tracejit"), 1, 2)
@@ -627,6 +629,7 @@ def test_two_processes():
     not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
     reason="torch without gloo",
 )
+@pytest.mark.slow
 def test_scaling_beside_what_is_measured():
     """What is predicted for one process and for two, from launches and a link that are measured."""
     one, two = scaling.table("ddp_mlp", 1, 2, (1, 2))

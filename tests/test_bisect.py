@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,6 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import tracejit
+from support.faults import FAULTS
+from tracejit.__main__ import main
+from tracejit.bisecting import bisected
 from tracejit.equality import array_of
 from tracejit.ir.text import parse
 from tracejit.runtime.c_compiler import find_compiler
@@ -83,7 +88,7 @@ def bisect(folder: Path, fault: str, *more: str) -> subprocess.CompletedProcess:
 
 slow = pytest.mark.slow
 CASES = [
-    ("a - b is b - a", "differs", r"a\.sub\(0\.25\)", 1),
+    pytest.param("a - b is b - a", "differs", r"a\.sub\(0\.25\)", 1, marks=slow),
     pytest.param("tanh's derivative is 1 + y²", "differs", r"torch\.tanh\(a\)", 7, marks=slow),
     pytest.param(
         "a kernel reads at address 8", "dies by SIGSEGV", r"torch\.tanh\(a\)", 1, marks=slow
@@ -128,9 +133,37 @@ def test_a_planted_fault_becomes_a_program_of_a_call(fault, ends, pattern, nodes
     assert right.returncode == 0 and right.stdout == "equal to eager\n", right.stderr
 
 
-def test_of_a_step_that_is_right_nothing_differs(tmp_path):
-    done = bisect(tmp_path, "")
-    assert (done.returncode, done.stdout) == (0, "nothing differs\n"), done.stderr
+def test_a_fault_in_a_small_step(tmp_path):
+    """The same in this process, from which children are forked."""
+    fault = next(f for f in FAULTS if f.name == "a - b is b - a")
+    x, w = torch.arange(6.0).reshape(2, 3), torch.ones(3, 3, requires_grad=True)
+
+    def step() -> torch.Tensor:
+        loss = (x @ w - 0.25).exp().sum()
+        loss.backward()
+        return loss.detach()
+
+    path = tmp_path / "small.py"
+    with fault.plant():
+        found = bisected(tracejit.compile(step, backend="numpy"), 60.0, path)
+    assert found.wrong.symptom == "differs" and found.wrong.call == 0 and found.calls[1] == 1
+    assert re.search(r"b = a\.sub\(0\.25\)  # test_bisect\.py:\d+", found.program)
+    assert [node.op.name for node in parse(found.graph).nodes] == ["sub"]
+    path.write_text(found.program)
+
+    def run_it() -> None:
+        runpy.run_path(str(path), run_name="__main__")
+
+    assert in_child(run_it, 60).raised is None
+    with fault.plant():
+        assert symptom(in_child(run_it, 60)) == "differs"
+
+
+def test_of_a_step_that_is_right_nothing_differs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "steps.py").write_text(STEP.format(tests=str(TESTS), fault=""))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bisect", "steps.py:make", "-o", "small.py"]) == 0
+    assert capsys.readouterr().out == "nothing differs\n"
     assert not (tmp_path / "small.py").exists()
 
 
@@ -141,7 +174,7 @@ def test_a_fault_of_replays_is_told_and_not_shrunk(tmp_path):
     assert "a replay of plan" in done.stdout and not (tmp_path / "small.py").exists()
 
 
-def test_a_refused_step_and_one_that_raises_by_itself(tmp_path):
+def test_a_refused_step_and_one_that_raises_by_itself(tmp_path, monkeypatch, capsys):
     text = """\
 import torch, tracejit
 
@@ -154,15 +187,16 @@ def raises():
     raise LookupError("mine")
 """
     (tmp_path / "steps.py").write_text(text)
-    done = run(tmp_path, "-m", "tracejit", "bisect", "steps.py:refused", cache="c")
-    assert done.returncode == 0 and "the step is refused, and runs eagerly" in done.stdout
-    done = run(tmp_path, "-m", "tracejit", "bisect", "steps.py:raises", cache="c")
-    assert done.returncode == 0 and "the step itself raises LookupError: mine" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    for name, said in {
+        "refused": "the step is refused, and runs eagerly",
+        "raises": "the step itself raises LookupError: mine",
+    }.items():
+        assert main(["bisect", f"steps.py:{name}"]) == 0
+        assert said in capsys.readouterr().out
 
 
 def test_help_shows_an_example(capsys):
-    from tracejit.__main__ import main
-
     with pytest.raises(SystemExit):
         main(["bisect", "--help"])
     assert "python -m tracejit bisect examples/two_layer_autograd.py:make_step" in (
@@ -248,6 +282,88 @@ def test_a_program_is_what_the_step_does():
     assert w.requires_grad and not x.requires_grad
     space["step"](x, w)
     assert torch.equal(w, torch.arange(6.0).reshape(2, 3) - torch.tensor([0.0, 4.0, 4.0]))
+
+
+SCALE = 3.0
+
+
+def scaled(x):
+    return x * SCALE
+
+
+class Cubed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, more: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x**3 + more
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return scaled(x * x) * g, None  # a comment
+
+
+def test_custom_functions_and_autocast_are_written_down():
+    w = torch.ones(2, 2, requires_grad=True)
+
+    def step():
+        with torch.autocast("cpu", torch.bfloat16):
+            h = w @ w
+        loss = Cubed.apply(h.float(), 1.0).sum()
+        loss.backward()
+        return loss
+
+    program = recorded(step)
+    text = re.sub(r"  # test_bisect.py:\d+", "", program.text())
+    assert text == (
+        "SCALE = 3.0\n\n\n"
+        "def scaled(x):\n    return x * SCALE\n\n\n"
+        "class Cubed(torch.autograd.Function):\n\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x, more):\n"
+        "        ctx.save_for_backward(x)\n"
+        "        return x ** 3 + more\n\n"
+        "    @staticmethod\n"
+        "    @torch.autograd.function.once_differentiable\n"
+        "    def backward(ctx, g):\n"
+        "        x, = ctx.saved_tensors\n"
+        "        return (scaled(x * x) * g, None)\n\n\n"
+        "def step(a):\n"
+        '    with torch.autocast("cpu", torch.bfloat16):\n'
+        "        b = a.matmul(a)\n"
+        "    c = b.float()\n"
+        "    d = Cubed.apply(c, 1.0)\n"
+        "    e = d.sum()\n"
+        "    e.backward()\n"
+        "    return e\n"
+    )
+    wanted, w.grad = w.grad, None
+    space = {"torch": torch}
+    exec(text, space)
+    (a,) = program.arguments()
+    space["step"](a)
+    assert torch.equal(a.grad, wanted)
+    small = program.of([call for call in program.calls if "float" in call.text])
+    assert small.text().startswith("def step(") and small.classes
+
+
+def test_a_function_that_has_no_text_is_an_input_of_what_follows():
+    by = object()
+
+    class Local(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2 if by else x
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * 2
+
+    w = torch.ones(2, requires_grad=True)
+    program = recorded(lambda: Local.apply(w).exp().sum())
+    assert [call.text for call in program.calls] == ["{0}.exp()", "{0}.sum()"]
+    assert program.arguments()[0].tolist() == [2.0, 2.0] and program.arguments()[0].requires_grad
 
 
 class Told(Judge):

@@ -381,6 +381,7 @@ step(%0: {0}[{2}], %1: i64[{1}], %2: {0}[{1}]) {{
 @pytest.mark.parametrize("combine", ["add", "max", "min", "mul"])
 @pytest.mark.parametrize("dtype", ["f32", "f64", "i64", "i8"])
 @pytest.mark.parametrize(("indices", "places"), [(65536, 5), (70001, 9), (1 << 18, 30000)])
+@pytest.mark.sweep(1)
 def test_parts_of_indices_do_not_depend_on_threads(combine, dtype, indices, places):
     """Many indices for few places are dealt to threads; the parts are combined in their order."""
     graph = parse(SCATTERED.format(dtype, indices, places, combine))

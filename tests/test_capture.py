@@ -172,6 +172,7 @@ def _out_of_several(x):
 @pytest.mark.parametrize(
     "x", [X, randn(6, 4).t(), randn(8, 12)[::2, ::2]], ids=["rows", "t", "steps"]
 )
+@pytest.mark.sweep(0.34)
 def test_writes(step, x):
     try:
         step(copy.deepcopy(x))

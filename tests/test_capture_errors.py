@@ -245,6 +245,7 @@ def after_some_effects(step: Callable) -> Callable:
 @pytest.mark.parametrize(
     "step, error", REJECTED + REFUSED, ids=lambda p: getattr(p, "__name__", "")
 )
+@pytest.mark.sweep(0.34)
 def test_errors_leave_everything_as_it_was(step, error):
     w, x, buffer = leaf(3), randn(3), randn(2)
     w.grad = torch.ones(3)
@@ -294,7 +295,7 @@ def with_hook() -> torch.Tensor:
     "make",
     [
         lambda: randn(3).as_subclass(Sub),
-        lambda: torch.ones(3, dtype=torch.complex64),
+        lambda: torch.ones(3, dtype=torch.complex64, requires_grad=True),
         lambda: torch.ones(3).to_sparse(),
         lambda: torch.ones(3, dtype=torch.complex64).conj().imag,
         lambda: torch.ones(3, device="meta"),

@@ -230,6 +230,6 @@ def test_tiles_are_turned_where_images_lie_channel_by_channel(stored, turned):
     """The rest of the body then goes along memory, without a division for each element."""
     kernel = lower_kernel(CpuKernel(parse_kernel(dedent(IMAGES.replace("STORED", stored)))), 32)
     text = emit_kernel(kernel).text
-    assert ("tj_turn(turned" in text) is turned
+    assert ("tj_turn_tile(turned" in text) is turned
     (store,) = [line for line in text.splitlines() if "= v3;" in line]
     assert "%" not in store and "/ " not in store.partition("//")[0]

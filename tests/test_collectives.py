@@ -32,6 +32,7 @@ def ranks():
 
 
 @pytest.mark.parametrize("name", rank_cases.PLAIN)
+@pytest.mark.sweep(0.17)
 def test_as_eager(ranks: Ranks, name: str):
     assert ranks(rank_cases.plain, name) == [REPLAYS, REPLAYS]
 
@@ -67,16 +68,19 @@ def test_uneven_parts(ranks: Ranks):
 
 
 @pytest.mark.parametrize("name", rank_cases.FORMS)
+@pytest.mark.sweep(0.34)
 def test_functional_forms_and_their_gradients(ranks: Ranks, name: str):
     assert ranks(rank_cases.form, name) == [REPLAYS, REPLAYS]
 
 
 @pytest.mark.parametrize("op", rank_cases.REDUCTIONS)
+@pytest.mark.sweep(0.34)
 def test_reductions(ranks: Ranks, op: str):
     assert ranks(rank_cases.reduction, op) == [REPLAYS, REPLAYS]
 
 
 @pytest.mark.parametrize("op", rank_cases.REDUCTIONS)
+@pytest.mark.sweep(0.34)
 def test_reductions_to_one_rank_and_in_parts(ranks: Ranks, op: str):
     assert all(ranks(rank_cases.reduction_to_parts, op))
 

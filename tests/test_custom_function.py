@@ -277,6 +277,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(0.17)
 def test_as_eager(name):
     ours, theirs = leaf(4, 3), leaf(4, 3)
     mine, his = call(STEPS[name], ours), STEPS[name](theirs)

@@ -43,6 +43,7 @@ def trains(ranks: Ranks, name: str, how: Callable = rank_models.trained) -> list
 
 
 @pytest.mark.parametrize("name", rank_models.CASES)
+@pytest.mark.sweep(1)
 def test_trains_like_eager(ranks: Ranks, name: str):
     trains(ranks, name)
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributions as D
+import torch.nn.functional as F
+from torch import nn
 
 import tracejit
 from support.capture_checks import randn
-from tracejit.errors import UnsupportedOperation
+from tracejit.testing import assert_equal_to_eager, losses_agree
 
 a, m = (randn(5, 3).abs() + 0.2).requires_grad_(), randn(5, 3).requires_grad_()
 HALF = torch.tensor(0.5)
@@ -48,12 +50,14 @@ SAMPLES: dict[str, Callable] = {
     ),
     "VonMises": lambda: D.VonMises(m, a).sample().sum() + m.sum(),
     "Pareto": lambda: D.Pareto(a, a + 2).rsample().sum(),
-}
-REFUSED: dict[str, Callable] = {  # their derivatives have no rule
     "Gamma": lambda: D.Gamma(a, a).rsample().sum(),
     "Beta": lambda: D.Beta(a, a).rsample().sum(),
     "Dirichlet": lambda: (D.Dirichlet(a).rsample() * m).sum(),
     "StudentT": lambda: D.StudentT(a + 2, m, a).rsample().sum(),
+    "Chi2": lambda: (D.Chi2(a).rsample((3,)) * m).sum(),
+    "Kumaraswamy": lambda: D.Kumaraswamy(a, a + 1).rsample().sum(),
+    "FisherSnedecor": lambda: D.FisherSnedecor(a + 1, a + 2).rsample().log().sum(),
+    "InverseGamma": lambda: D.InverseGamma(a + 2, a).rsample().log().sum(),
 }
 
 
@@ -81,7 +85,122 @@ def test_samples(name):
     assert compiled.stats.replays or name == "VonMises"  # it samples until values are accepted
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name):
-    with pytest.raises(UnsupportedOperation):
-        tracejit.compile(training(REFUSED[name]), on_unsupported="raise")()
+# ---- derivatives of samples by their parameters
+
+
+def by_parameters(draw: Callable, *shapes: float) -> None:
+    """Samples of parameters from small to large, and their gradients, in both precisions."""
+    for dtype in (torch.float32, torch.float64):
+        given = [
+            (torch.logspace(-1.5, 2.5, 40, dtype=dtype) * scale).requires_grad_()
+            for scale in shapes
+        ]
+        weight = torch.linspace(-1, 2, 40, dtype=dtype)
+
+        def step(given=given, weight=weight):
+            for x in given:
+                x.grad = None
+            sample = draw(*given)
+            (sample.log() * weight).sum().backward()
+            return sample.detach()
+
+        torch.manual_seed(5)
+        compiled = assert_equal_to_eager(step, calls=4, on_unsupported="raise")
+        assert compiled.stats.replays, compiled.explain_mode()
+
+
+def test_gamma_samples_of_all_sizes():
+    by_parameters(lambda x: D.Gamma(x.expand(7, 40), 1.5).rsample(), 1.0)
+
+
+def test_beta_samples_of_all_sizes():
+    for scale in (0.1, 1.0, 10.0):
+        by_parameters(lambda x, y: D.Beta(x.expand(7, 40), y.expand(7, 40)).rsample(), 1.0, scale)
+
+
+def test_dirichlet_samples_of_all_sizes():
+    def draw(x):
+        return D.Dirichlet(x.expand(7, 40)[:, :36].reshape(7, 9, 4) + 0.05).rsample()
+
+    def weighted(x):
+        return torch.cat([draw(x).reshape(7, 36), x.new_ones(7, 4)], 1)
+
+    by_parameters(weighted, 1.0)
+
+
+def test_their_second_derivatives_are_as_unknown_as_in_eager():
+    def step(x):
+        (g,) = torch.autograd.grad(torch._standard_gamma(x).sum(), x, create_graph=True)
+        g.sum().backward()
+
+    x = torch.ones(3, requires_grad=True)
+    for run in (step, tracejit.compile(step, on_unsupported="raise")):
+        with pytest.raises(RuntimeError, match="_standard_gamma_grad.* not implemented"):
+            run(x)
+    with pytest.raises(RuntimeError, match="_sample_dirichlet"):
+        tracejit.compile(lambda x: torch._sample_dirichlet(x).sum().backward())(x)
+
+
+# ---- whole programs
+
+
+def train(make: Callable, calls: int = 12) -> None:
+    """From one seed the losses are eager's, in replay."""
+    losses = []
+    for compile in (lambda f: f, lambda f: tracejit.compile(f, on_unsupported="raise")):
+        torch.manual_seed(0)
+        step = compile(make())
+        torch.manual_seed(1)
+        losses.append([step().item() for _ in range(calls)])
+    for ours, theirs in zip(*losses, strict=True):
+        assert losses_agree(ours, theirs, losses[1][0])
+    assert step.stats.replays >= calls - 4, step.explain_mode()
+
+
+def test_a_beta_policy():
+    """Soft actor critic's actor with actions in (0, 1)."""
+
+    def make():
+        actor = nn.Sequential(nn.Linear(6, 32), nn.Tanh(), nn.Linear(32, 6))
+        critic = nn.Sequential(nn.Linear(9, 32), nn.Tanh(), nn.Linear(32, 1))
+        optimizer = torch.optim.Adam(actor.parameters(), lr=1e-2)
+        states = torch.randn(20, 6)
+
+        def step():
+            alpha, beta = (F.softplus(actor(states)) + 1.0).chunk(2, -1)
+            policy = D.Independent(D.Beta(alpha, beta), 1)
+            action = policy.rsample()
+            value = critic(torch.cat([states, action], -1)).squeeze(-1)
+            loss = (0.1 * policy.log_prob(action.clamp(1e-4, 1 - 1e-4)) - value).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    train(make)
+
+
+def test_a_variational_autoencoder_of_topics():
+    """A Dirichlet between the encoder and the words, with its divergence from the prior."""
+
+    def make():
+        encoder, decoder = nn.Linear(30, 5), nn.Linear(5, 30, bias=False)
+        optimizer = torch.optim.AdamW([*encoder.parameters(), *decoder.parameters()], lr=1e-2)
+        words = torch.randint(4, (16, 30)).float()
+        prior = D.Dirichlet(torch.full((5,), 0.3))
+
+        def step():
+            posterior = D.Dirichlet(F.softplus(encoder(words)) + 0.05)
+            topics = posterior.rsample()
+            seen = -(words * decoder(topics).log_softmax(-1)).sum(-1)
+            loss = (seen + D.kl_divergence(posterior, prior)).mean()
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    train(make)

@@ -321,6 +321,7 @@ print(json.dumps(found))
 MOST_FILES = {"First call": 40, "Rerun": 15, "Replay": 8}
 
 
+@pytest.mark.slow
 def test_files_that_a_call_passes():
     """design.md follows a call: each file named there runs in it; in a replay no other one does."""
     try:

@@ -40,11 +40,12 @@ def test_values(function: Callable):
     on_each_sample(check_values, function, samples_of(function))
 
 
-UNDIFFERENTIABLE = (torch._standard_gamma, torch._sample_dirichlet, torch.binomial)
+UNDIFFERENTIABLE = (torch._sample_dirichlet, torch.binomial)
 DIFFERENTIABLE = [f for f in FUNCTIONS if f not in UNDIFFERENTIABLE]
 
 
 @pytest.mark.parametrize("function", parameters(DIFFERENTIABLE))
+@pytest.mark.sweep(0.34)
 def test_gradients(function: Callable):
     on_each_sample(check_gradients, function, samples_of(function))
 
@@ -53,6 +54,7 @@ SCALED = [f for f in FUNCTIONS if any(runtime_floats(s) for s in samples_of(f))]
 
 
 @pytest.mark.parametrize("function", parameters(SCALED))
+@pytest.mark.sweep(0.34)
 def test_runtime_scalars(function: Callable):
     rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]
     on_each_sample(check_runtime_scalars, function, rows)

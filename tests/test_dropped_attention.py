@@ -104,6 +104,7 @@ DROPPED: dict[str, Form] = {
 
 
 @pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.sweep(1)
 def test_dropout(name):
     """With eager's numbers, also where nothing is left of a row; only the mask has their size."""
     step = training(DROPPED[name])
@@ -140,6 +141,7 @@ def test_dropout_of_half_types(dtype):
 
 
 @pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.sweep(1)
 def test_dropout_whose_mask_is_computed(name, monkeypatch):
     """In mode fast nothing of the scores' size is stored, and results are those that the same
     numbers give where scores are written out."""

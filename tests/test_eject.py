@@ -195,6 +195,7 @@ def leaves(x: object) -> list[object]:
 @pytest.mark.parametrize(
     "name, options", [*((name, {}) for name in PROGRAMS), ("noisy", {"randomness": "fast"})]
 )
+@pytest.mark.sweep(1)
 def test_the_bits_are_the_step_s(name, options, tmp_path):
     step, arguments, path = ejected(name, tmp_path, **options)
     step.save(tmp_path / "a.step")
@@ -229,6 +230,7 @@ ALONE = ["classifier", "recurrent", "two_layers", "accumulated", "noisy", "skipp
 
 
 @pytest.mark.parametrize("name", ALONE)
+@pytest.mark.sweep(0.34)
 def test_the_file_runs_alone_and_is_clean(name, tmp_path):
     _, _, path = ejected(name, tmp_path)
     hidden = "import sys; sys.modules['tracejit'] = None; sys.argv = ['x']\n"
@@ -350,7 +352,9 @@ def test_what_it_cannot_say(step, error, said, tmp_path):
     assert not (tmp_path / "a.py").exists()
 
 
-@pytest.mark.parametrize("name", ["two_layers", "transformer"])
+@pytest.mark.parametrize(
+    "name", ["two_layers", pytest.param("transformer", marks=pytest.mark.slow)]
+)
 def test_golden_ejected(golden, name, tmp_path, monkeypatch):
     """The Python of the file; the C is that of the executor. Packed operands are those for vectors
     of 16 bytes, which all processors have, so that the text is the same everywhere."""

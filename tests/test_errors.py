@@ -31,7 +31,7 @@ def test_every_program_is_of_a_class():
     assert {name.partition("_")[0] for name in NAMES} == KINDS.keys()
 
 
-@pytest.mark.sweep(1)
+@pytest.mark.sweep(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_programs_raise_what_the_page_quotes(name: str, tmp_path: Path):
     """TRACEJIT_ACCEPT=1 puts what is raised on the page, TRACEJIT_TEST_ALL=1 runs all of them."""

@@ -61,6 +61,7 @@ def flat(x: object) -> list:
     return [leaf for item in x for leaf in flat(item)] if isinstance(x, tuple) else [x]
 
 
+@pytest.mark.sweep(0.34)
 def test_saved_and_loaded(ready, tmp_path):
     ready.step.save(tmp_path / "a.step")
     loaded = tracejit.load(tmp_path / "a.step")
@@ -79,6 +80,7 @@ def test_saved_and_loaded(ready, tmp_path):
         assert difference <= 1e-4 * (1e-3 + expected.double().norm()), name
 
 
+@pytest.mark.sweep(0.34)
 def test_ejected(ready, tmp_path):
     """The bits are the step's, for twenty calls."""
     ready.step.eject(tmp_path / "ejected.py")
@@ -98,6 +100,7 @@ def test_ejected(ready, tmp_path):
         assert torch.equal(other.state[name], tensor), name
 
 
+@pytest.mark.sweep(0.34)
 def test_drawn(ready, tmp_path):
     """The page has every node, with its place and the kernels that compute it; the drawing for a
     paper is XML, whose boxes lie apart."""
@@ -133,6 +136,7 @@ def test_in_a_browser(ready, tmp_path):
     check_drawing(opened(tmp_path / "step.html", script))
 
 
+@pytest.mark.sweep(0.34)
 def test_in_tensorboard(ready, tmp_path):
     """Its own reader finds each node, its operands, and no name that is a scope too."""
     needed = "tensorboard.backend.event_processing.event_accumulator"

@@ -28,7 +28,7 @@ STEPS: dict = {}
 
 def unsupported(x: torch.Tensor) -> torch.Tensor:
     """A function without a rule, whose result is a number again."""
-    return torch.polar(x.detach(), x.detach()).abs().sum() + x.sum()
+    return torch.fft.fft(x.detach()).abs().sum() + x.sum()
 
 
 def step_of(make):
@@ -348,7 +348,7 @@ def test_a_file_is_not_written_to_twice(tmp_path, mode):
     compiled = tracejit.compile(step, on_unsupported="eager", mode=mode)
     with pytest.raises(CannotFallBack, match="TextIOWrapper, which cannot be set") as caught:
         compiled(X)
-    assert "torch.polar" in str(caught.value)
+    assert "fft_fft" in str(caught.value)
     for _ in range(3):
         assert torch.equal(compiled(X), step(X))
     log.close()
@@ -429,7 +429,7 @@ def test_refusals_are_raised_where_that_was_asked_for(monkeypatch):
 
 def test_one_warning_for_each_cause():
     def step(x, other):
-        return torch.polar(x, x).abs() if other else torch.complex(x, x).abs()
+        return torch.fft.fft(x).abs() if other else torch.fft.ifft(x).abs()
 
     compiled = tracejit.compile(step, on_unsupported="eager")
     with warnings.catch_warnings(record=True) as caught:
@@ -439,7 +439,7 @@ def test_one_warning_for_each_cause():
             compiled(X, False)
     said = [str(w.message) for w in caught if w.category is TracejitWarning]
     assert len(said) == 2
-    for text, function in zip(said, ("torch.polar", "torch.complex"), strict=True):
+    for text, function in zip(said, ("fft_fft", "fft_ifft"), strict=True):
         line = step.__code__.co_firstlineno + 1
         assert f"test_fallback.py:{line}: " in text and function in text
         assert "Rewrite it with supported functions" in text
@@ -635,6 +635,7 @@ def looks(nodes: list) -> list:
 
 
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.sweep(0.34)
 def test_a_snapshot_of_a_random_graph_is_restored(seed):
     rng = random.Random(seed)
     nodes = random_graph(rng)

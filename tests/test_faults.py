@@ -42,6 +42,7 @@ def fresh(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.name)
+@pytest.mark.sweep(0.34)
 def test_verify_finds_it_and_keeps_eager_s_results(fault: Fault, tmp_path, monkeypatch):
     if fault.backend == "c" and find_compiler() is None:
         pytest.skip("there is no C compiler")

@@ -44,6 +44,7 @@ def test_gradients(function):
     "function",
     parameters([f for f in CHOSEN if any(runtime_floats(s) for s in samples_of(f))]),
 )
+@pytest.mark.sweep(0.34)
 def test_runtime_scalars(function):
     rows = [s for s in samples_of(function) if runtime_floats(s) and not s.refused]
     on_each_sample(check_runtime_scalars, function, rows)

@@ -24,6 +24,7 @@ from tracejit.runtime.fake_clock import Fault
 from tracejit.runtime.fake_device import FakeDevice, FakeEvent
 from tracejit.runtime.fake_launch import FakeLaunch
 from tracejit.runtime.graphs import Graph
+from tracejit.runtime.launches import Table
 from tracejit.testing import assert_equal_to_eager, fake_device
 
 WARM = 8  # calls after which a step is a graph
@@ -504,14 +505,14 @@ class _There:
 
 def a_stale_table(monkeypatch) -> None:
     """Addresses are not refreshed."""
-    table = Graph._table
+    table = Table.__call__
 
-    def stale(self: Graph, words: bytes | None, bases: tuple) -> bytes | None:
-        if self.bases is not None and len(self._places) < len(bases):
+    def stale(self: Table, words: bytes | None, bases: tuple) -> bytes | None:
+        if self.bases is not None:
             self.bases = bases
         return table(self, words, bases)
 
-    monkeypatch.setattr(Graph, "_table", stale)
+    monkeypatch.setattr(Table, "__call__", stale)
 
 
 def what_moved_is_not_asked(monkeypatch) -> None:

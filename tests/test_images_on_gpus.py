@@ -68,6 +68,7 @@ def check_plan(graph: Graph, plan: Plan) -> None:
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.sweep(0.17)
 def test_plans_compute_what_graphs_say(name, fuse):
     graph = convolved(name)
     check_plan(graph, schedule(graph, fuse=fuse, gpu=True))

@@ -24,7 +24,6 @@ from tracejit.schedule.plan import Plan
 from tracejit.tables import table
 
 # dtype, precision of float32, whether the user's images lie channels last
-QUICK = "bf16"  # the case of every run
 CASES = {
     "bf16": (torch.bfloat16, "highest", True),
     "bf16, in rows": (torch.bfloat16, "highest", False),
@@ -70,9 +69,8 @@ def reported(name: str, target: int) -> Report:
         torch.set_float32_matmul_precision(before)
 
 
-each_case = pytest.mark.parametrize(
-    "name", [n if n == QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
-)
+each_case = pytest.mark.parametrize("name", CASES)
+pytestmark = pytest.mark.slow  # `make test` compiles the programs of test_report_programs.py
 
 
 @mostly_90
@@ -97,7 +95,6 @@ def test_products_on_tensor_cores(name, target):
         assert all(r.facts.wide_share >= 0.9 for r in products)
 
 
-@pytest.mark.slow
 def test_channels_last_is_what_makes_loads_wide():
     """The same step in rows, with channels before taps, on machine code alone."""
     ours, before = reported("bf16", 90), report(plan_of("bf16", False), target=90)

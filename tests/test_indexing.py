@@ -240,6 +240,7 @@ def test_kernels_parse_back(name: str):
 
 
 @pytest.mark.interpret
+@pytest.mark.sweep(0.34)
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_triton(name: str, fuse: bool):

@@ -799,5 +799,6 @@ def that_cannot_be_made(w):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.34)
 def test_state(name):
     check(CASES[name])

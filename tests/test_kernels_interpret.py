@@ -410,6 +410,7 @@ def python_without_interpreter(code):
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_prepare_sets_the_process_up():
     code = "from tracejit.runtime.interpreter import prepare; prepare(); prepare()"
     assert python_without_interpreter(code).returncode == 0

@@ -17,6 +17,7 @@ import tracejit
 from examples import gpt
 from support import encoder_nets, language_nets
 from support.language_nets import LENGTH, VOCABULARY
+from support.scope import WHOLE
 from tracejit.testing import assert_equal_to_eager, losses_agree
 
 Tensor = torch.Tensor
@@ -152,7 +153,7 @@ class NanoRun:
 
     def __init__(self, ctx: object) -> None:
         torch.manual_seed(0)
-        self.ctx, self.model = ctx, language_nets.NanoGPT()
+        self.ctx, self.model = ctx, language_nets.NanoGPT(layers=2 if WHOLE else 1)
         self.optimizer = self.model.configure_optimizers(0.1, self.learning_rate)
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.iter_num, self.running, self.checkpoint = 0, -1.0, None

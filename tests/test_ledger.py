@@ -170,6 +170,7 @@ def test_a_fake_device_is_not_timed():
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles")
+@pytest.mark.slow
 def test_machine_code_gives_the_figures_of_the_report():
     pytest.importorskip("triton")
     step, _ = two_layer_autograd.make_step()
@@ -270,6 +271,7 @@ def test_a_step_without_launches():
 # --- eager ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eager_of_large_sizes_takes_what_it_moves_and_multiplies():
     """A GELU is one operation, though it is many primitives; what it is made of is not memory."""
     x = torch.zeros(2048, 2048)

@@ -25,7 +25,10 @@ CALLS = 20
 RANDOM = 60  # programs
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=pytest.mark.slow) if x in ("resnet18", "gpt") else x for x in STEPS],
+)
 def test_a_step_trains_in_onnxruntime(name, tmp_path):
     from tracejit.export.onnx.run import OnnxStep
 

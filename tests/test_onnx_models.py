@@ -94,6 +94,7 @@ MODELS = {
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.sweep(0.34)
 def test_a_module_in_onnxruntime(name, path):
     """Operators of ONNX's own where there are, and weights under their names in the module."""
     torch.manual_seed(0)
@@ -287,6 +288,7 @@ def trained_by(kind: type, options: dict):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.sweep(0.34)
 def test_optimizers(name, path):
     step, x = trained_by(*OPTIMIZERS[name])
     tracejit.to_onnx(step, path, x)

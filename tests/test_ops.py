@@ -74,6 +74,7 @@ def test_every_op_has_samples_and_a_reference():
 
 
 @on_samples(each_sample())
+@pytest.mark.sweep(0.17)
 def test_infer_agrees_with_eval(name: str, sample: Sample):
     graph = sample.graph(name)
     arrays = sample.build()
@@ -98,6 +99,7 @@ def divides_integers_by_zero(name: str, sample: Sample) -> bool:
 
 
 @on_samples(each_sample(where=lambda name, sample: not divides_integers_by_zero(name, sample)))
+@pytest.mark.sweep(0.17)
 def test_eval_against_torch(name: str, sample: Sample):
     arrays = sample.build()
     theirs = REFERENCE[name](*torch_operands(sample, arrays), **sample.attrs)
@@ -299,6 +301,7 @@ AUTOGRAD = each_sample(
 
 
 @on_samples(AUTOGRAD)
+@pytest.mark.sweep(0.17)
 def test_vjp_against_autograd(name: str, sample: Sample):
     arrays = sample.build()
     graph, positions = vjp_graph(name, sample)
@@ -525,6 +528,7 @@ def c_library(tmp_path_factory) -> ctypes.CDLL:
 
 
 @on_samples(c_variants())
+@pytest.mark.sweep(0.17)
 def test_c_templates_against_eval(name: str, sample: Sample, c_library: ctypes.CDLL):
     arrays = [np.ascontiguousarray(a) for a in sample.build()]
     graph = sample.graph(name)

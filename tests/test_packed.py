@@ -111,6 +111,7 @@ ALWAYS = ("LSTM", "LSTM, deep, dropout")
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n in ALWAYS or sampled(n, of=3)])
+@pytest.mark.sweep(1)
 def test_a_classifier_trains_like_eager_with_one_plan_for_all_lengths(name):
     compiled = compared(training(NETWORKS[name]), batches)
     assert compiled.stats.replays == 7, compiled.explain_mode()
@@ -154,6 +155,7 @@ def test_lengths_that_the_step_counts():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.sweep(1)
 def test_under_autocast(dtype):
     """Eager rounds in other places than in float32: one call, compared loosely."""
     torch.manual_seed(0)
@@ -172,10 +174,11 @@ def test_under_autocast(dtype):
         torch.testing.assert_close(x, y, rtol=0.05, atol=0.02)
 
 
-def test_on_the_fake_gpu():
-    with fake_device():
-        compiled = compared(training(NETWORKS["RNN"]), batches, 5, backend="fake:sm_90")
-    assert compiled.stats.replays == 2, compiled.explain_mode()
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_on_the_fake_gpu(compiled):
+    with fake_device(compiled=compiled):
+        step = compared(training(NETWORKS["RNN"]), batches, 5, backend="fake:sm_90")
+    assert step.stats.replays == 2, step.explain_mode()
 
 
 # ---- outputs, states, and both layouts
@@ -218,6 +221,7 @@ def tagging(
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("total", [None, STEPS, STEPS + 2])
+@pytest.mark.sweep(1)
 def test_outputs_and_states_are_those_of_eager(first, ordered, total):
     def given() -> Iterator[Batch]:
         return batches(longest=total != STEPS, ordered=ordered)
@@ -323,6 +327,7 @@ def with_labels(packed: rnn.PackedSequence, words: nn.Module, model: nn.Module) 
 
 @pytest.mark.parametrize("compute", [embedded, sized, written, counted_late, with_labels])
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(1)
 def test_rows_can_be_used_by_themselves(compute, mode):
     """Then their number is part of the step."""
     compared(of_rows(compute), batches, calls=6, mode=mode)

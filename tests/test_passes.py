@@ -539,6 +539,7 @@ def random_graph(seed: int, size: int = 100) -> tuple[Graph, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("seed", range(150))
+@pytest.mark.sweep(0.34)
 def test_optimize_keeps_every_bit(seed: int):
     graph, inputs = random_graph(seed)
     verify(graph)
@@ -557,6 +558,7 @@ CONSTANTS = [0.0, -0.0, 1.0, -2.5]
 
 @pytest.mark.parametrize("value", CONSTANTS)
 @pytest.mark.parametrize("name", [n for n in SAMPLES if not n.startswith("host_")])
+@pytest.mark.sweep(0.34)
 def test_primitives_of_constants_keep_every_bit(name: str, value: float):
     """What reads constants alone is the constants that the primitive itself gives."""
     for sample in SAMPLES[name]:
@@ -580,6 +582,7 @@ def test_primitives_of_constants_keep_every_bit(name: str, value: float):
 
 
 @pytest.mark.parametrize("seed", range(150))
+@pytest.mark.sweep(0.34)
 def test_optimize_has_nothing_left_to_do(seed: int):
     optimized = optimize(random_graph(seed)[0])
     assert str(optimize(optimized)) == str(optimized)

@@ -156,6 +156,7 @@ def large(tmp_path_factory) -> tuple[Path, Picture]:
     return path, picture
 
 
+@pytest.mark.slow
 def test_two_thousand_nodes_are_folded_then_found_and_unfolded(large):
     path, picture = large
     boxes = check_drawing(opened(path))

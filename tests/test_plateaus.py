@@ -199,6 +199,7 @@ def check(ours: Numbers, right: Numbers) -> None:
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
+@pytest.mark.sweep(0.34)
 def test_a_plateau_is_replayed(step):
     compiled = lockstep(step)
     assert compiled.stats.replays >= len(LEVELS) // 2, compiled.explain_mode()
@@ -206,6 +207,7 @@ def test_a_plateau_is_replayed(step):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("step", [item, first], ids=lambda step: step.__name__)
+@pytest.mark.sweep(0.34)
 def test_settings(step, settings):
     compiled = lockstep(step, lambda: World(**SETTINGS[settings]))
     assert compiled.stats.replays >= len(LEVELS) // 2, compiled.explain_mode()
@@ -494,6 +496,7 @@ def restarts(optimizer):
     ids=["best", "bad", "cooldown", "state_dict"],
 )
 @pytest.mark.parametrize("make_scheduler", [None, restarts], ids=["plateau", "restarts"])
+@pytest.mark.sweep(0.17)
 def test_what_a_scheduler_keeps_is_read_after_its_step(make_scheduler, read):
     """No replay knows what its step leaves there, though it was what it is now for many calls."""
 

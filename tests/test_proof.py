@@ -412,6 +412,7 @@ def guard_after(change: Callable[[World], object]) -> str:
 
 
 @pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.sweep(0.17)
 def test_a_guard_says_what_changed(name, restored):
     change, reason = CHANGES[name]
     assert guard_after(change) == reason

@@ -111,6 +111,7 @@ def test_a_runtime_scalar_is_not_baked(name, mode):
 
 
 @pytest.mark.parametrize("name", [*mathematics.MATH])
+@pytest.mark.sweep(0.34)
 def test_a_function_of_floats_makes_no_plan_for_each_value(name):
     call = CALLS[name]
     if name == "hypot":
@@ -342,6 +343,7 @@ def a_message_that_is_shown(w):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.17)
 def test_case(name):
     check(CASES[name], reset)
 

@@ -112,6 +112,7 @@ STEPS = (mixup, mixup_by_other_names, scheduled_sampling, stochastic_depth, shif
 
 @pytest.mark.parametrize("make", STEPS, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+@pytest.mark.sweep(0.34)
 def test_steps_draw_eagers_numbers_and_are_replayed(make):
     found = []
     calls = 60 if make in (scheduled_sampling, shifted) else 30
@@ -205,6 +206,7 @@ def test_arguments_that_vary():
         lambda: random.Random(random.getrandbits(8)).random(),
     ],
 )
+@pytest.mark.sweep(0.34)
 def test_other_draws_are_rerun(draw):
     compiled, x = tracejit.compile(lambda x: x * draw(), mode="auto"), torch.ones(3)
     seed()

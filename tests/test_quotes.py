@@ -54,6 +54,31 @@ LATER = """\
 def step(x):
     return x.new_zeros(2, 2).index_select(0, x.new_ones(1).mul(7).long())
 """
+OUTSIDE = """\
+import torch
+
+total, w = torch.zeros(3), torch.ones(3, requires_grad=True)
+
+def step(x):
+    total.add_(w)
+    with torch.no_grad():
+        total.mul_(2)
+    return x * 2
+"""
+OF_A_VALUE = """\
+import torch
+
+def step(x):
+    y = x.exp().reshape(3, 1)[x.sum().long().clamp(0, 2)]
+    return (y, x * 2)
+"""
+HOOKED = """\
+def step(x):
+    y = x.detach().clone().requires_grad_()
+    y.register_hook(lambda g: g * 2)
+    z = x * 2
+    return y
+"""
 # A step, and the two lines that its message ends with.
 QUOTED = {
     "an operator": (
@@ -68,6 +93,16 @@ QUOTED = {
     "in place": (IN_PLACE, "    x += x.new_ones(9)\n    ^^^^^^^^^^^^^^^^^^"),
     "an index": (INDEX, "    return [x[i] for i in (0, 1, 8)]\n            ^^^^"),
     "a whole line": (ALONE, "    x.reshape(77)\n    ^^^^^^^^^^^^^"),
+    "a write, when the step is over": (OUTSIDE, "    total.add_(w)\n    ^^^^^^^^^^^^^"),
+    "a view, when the step is over": (
+        OF_A_VALUE,
+        "    y = x.exp().reshape(3, 1)[x.sum().long().clamp(0, 2)]\n"
+        "        ^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^^",
+    ),
+    "a leaf, when the step is over": (
+        HOOKED,
+        "    y = x.detach().clone().requires_grad_()\n        ^^^^^^^^^^^^^^^^^^",
+    ),
     "a check of values": (
         LATER,
         "    return x.new_zeros(2, 2).index_select(0, x.new_ones(1).mul(7).long())\n"
@@ -217,12 +252,12 @@ def test_an_error_holds_no_frame(tmp_path):
 
 
 def test_unsupported_operations_name_the_call_among_several_of_a_line(tmp_path):
-    text = "import torch\n\ndef step(x):\n    return x.exp(), torch.polar(x, x.exp()), x.log()\n"
+    text = "import torch\n\ndef step(x):\n    return x.exp(), torch.fft.fft(x.exp()), x.log()\n"
     error = raised(load(text, tmp_path / "user.py"))
     assert type(error) is UnsupportedOperation
     shown, carets = str(error).splitlines()[-2:]
     assert shown[carets.index("^") : carets.index("^") + carets.count("^")] == (
-        "torch.polar(x, x.exp())"
+        "torch.fft.fft(x.exp())"
     )
 
 

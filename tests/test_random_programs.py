@@ -1,9 +1,9 @@
 """Random training-step programs against eager: fused, one kernel per primitive, C, interpreted.
 
 A failure prints the program, shrunk and runnable, and belongs into test_random_regressions.py once
-it is fixed. `make test` runs 200 programs, `make test-all` 2,000 more. A program is written while
-it runs, each statement for what is there, so that a shrinker of the decisions behind it would come
-to other programs: statements are dropped from the text instead.
+it is fixed. `make test` runs 40 programs, `make test-all` 2,300, `make fuzz` any number. A program
+is written while it runs, each statement for what is there, so that a shrinker of the decisions
+behind it would come to other programs: statements are dropped from the text instead.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def check_seeds(
     assert found["ill-conditioned"] <= ILL_CONDITIONED_AT_MOST * len(seeds) + 1
 
 
-@pytest.mark.parametrize("first", range(0, 200 if WHOLE else 30, 30))
+@pytest.mark.parametrize("first", range(0, 210 if WHOLE else 15, 15))
 def test_fused_unfused_and_eager_agree(first):
-    check_seeds(range(first, first + 30), FUSED, UNFUSED)
+    check_seeds(range(first, first + 15), FUSED, UNFUSED)
 
 
 def test_compiled_c_agrees():
-    check_seeds(range(200, 260 if WHOLE else 215), C)
+    check_seeds(range(200, 260 if WHOLE else 208), C)
 
 
 @pytest.mark.parametrize("first", range(0, 120 if WHOLE else 4, 4))
@@ -71,7 +71,7 @@ def test_programs_of_images_agree_in_c(first):
     check_seeds(range(first, first + 2), C, generate=generate_images)
 
 
-@pytest.mark.parametrize("first", range(600, 680 if WHOLE else 608, 8))
+@pytest.mark.parametrize("first", range(600, 680 if WHOLE else 605, 5))
 def test_programs_of_images_agree_by_transforms(first, monkeypatch, tmp_path):
     """However small their convolutions are."""
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))  # plans of other thresholds
@@ -80,8 +80,8 @@ def test_programs_of_images_agree_by_transforms(first, monkeypatch, tmp_path):
         monkeypatch.setattr(winograd, name, value)
     found = []
     monkeypatch.setattr(winograd, "Winograd", lambda *args: found.append(kind(*args)) or found[-1])
-    check_seeds(range(first, first + 8), C, generate=generate_plain)
-    assert len(found) > 3
+    check_seeds(range(first, first + 5), C, generate=generate_plain)
+    assert len(found) > 1
 
 
 @pytest.mark.slow

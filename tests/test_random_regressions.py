@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tracejit
 from support.random_check import compare
 from support.random_text import randn
-from tracejit.errors import UnsupportedOperation
+from tracejit.errors import AutogradError, UnsupportedOperation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -464,3 +465,33 @@ def test_the_spread_of_equal_numbers_is_exactly_zero(number):
         return w.var(0), *torch.std_mean(w.detach(), dim=1)
 
     check(step, leaf(1, 5, 7, 3))
+
+
+def test_what_is_read_through_data_is_not_of_the_tensors_counter():
+    """Seed 1000103 of `make fuzz`: eager silently uses what was written since, so that is refused;
+    it was taken for an error of eager's."""
+
+    def step(x, w):
+        t = x.logsumexp(-2)
+        y = t.data * w
+        with torch.no_grad():
+            t.sub_(t.detach())
+        y.sum().backward()
+        return w.grad.clone()
+
+    x, w = data(1, 5, 7)(torch.Tensor.to), leaf(2, 1, 7)(torch.Tensor.to)
+    with pytest.raises(UnsupportedOperation, match="through .data since"):
+        tracejit.compile(step, backend="numpy", on_unsupported="raise")(x, w)
+    assert tracejit.compile(step, backend="numpy", on_unsupported="eager")(x, w).eq(0).all()
+
+    def raises(x, w):
+        t = w.exp()
+        y = t * t.data
+        with torch.no_grad():
+            t.sub_(1)
+        y.sum().backward()
+
+    with pytest.raises(RuntimeError, match="modified by an inplace"):
+        raises(x, w)
+    with pytest.raises((AutogradError, UnsupportedOperation)):
+        tracejit.compile(raises, backend="numpy", on_unsupported="raise")(x, w)

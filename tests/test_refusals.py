@@ -41,7 +41,10 @@ def refusal(step: Callable, *args: torch.Tensor) -> str:
 # --- kinds of tensors -------------------------------------------------------------------------
 
 KINDS = {
-    "complex": (lambda: torch.ones(3, dtype=torch.complex64), "complex64 is not supported"),
+    "a complex leaf": (
+        lambda: torch.ones(3, dtype=torch.complex64, requires_grad=True),
+        "complex tensor that requires a gradient",
+    ),
     "sparse": (lambda: X.to_sparse(), "dense strided"),
     "sparse rows": (lambda: X.to_sparse_csr(), "dense strided"),
     "quantized": (lambda: torch.quantize_per_tensor(X, 0.1, 0, torch.qint8), "dense strided"),
@@ -62,11 +65,10 @@ def test_named_tensors():
 
 
 MADE = {
-    "torch.complex": lambda x: torch.complex(x, x),
+    "complex halves": lambda x: torch.complex(x.half(), x.half()),
     "fft": lambda x: torch.fft.fft(x),
     "a cast to complex": lambda x: x.to(torch.complex64),
-    "a complex number": lambda x: x * 1j,
-    "view_as_complex": lambda x: torch.view_as_complex(x[:, :2]),
+    "complex numbers from a list": lambda x: torch.tensor([1j]),
     "to_sparse": lambda x: x.to_sparse(),
     "sparse_coo_tensor": lambda x: torch.sparse_coo_tensor(x[:1].long(), x[0], (3,)),
     "quantize": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),

@@ -65,6 +65,7 @@ def reported(name: str, target: int) -> Report:
 
 
 @each_target
+@pytest.mark.sweep(1)
 def test_the_chain_streams_in_128_bits(target):
     (row,) = reported("chain", target).rows
     assert row.form == "reduce" and row.stream_share == 1.0
@@ -219,6 +220,7 @@ class FakeDriver:
         return 0
 
 
+@pytest.mark.slow
 def test_kernels_are_what_a_launch_compiles(monkeypatch):
     """Triton's own specialization of the executor's arguments gives the machine code reported."""
     monkeypatch.setattr(type(triton.runtime.driver), "active", FakeDriver())
@@ -357,6 +359,7 @@ def command(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_command_line(file):
     """In processes of their own, at once: a good one and a wrong step."""
     example = "examples/two_layer_autograd.py:make_step"

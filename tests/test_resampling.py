@@ -113,7 +113,7 @@ def test_patches_and_shuffles(name, backend):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["fold", "windows", "unpool"])
+@pytest.mark.parametrize("name", ["windows", "fold", "unpool"])
 @pytest.mark.sweep(2)
 def test_patches_interpreted(name):
     test_patches_and_shuffles(name, "interpret")

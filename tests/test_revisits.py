@@ -226,7 +226,7 @@ def arena(step: CompiledStep) -> int:
 @pytest.mark.parametrize(
     ("run", "how"),
     [
-        (PLAIN, {}),
+        pytest.param(PLAIN, {}, marks=pytest.mark.slow),
         pytest.param(REENTRANT, {"dropout": 0.1}, marks=pytest.mark.slow),
         pytest.param(PLAIN, {"dropout": 0.1, "bf16": True}, marks=pytest.mark.slow),
     ],
@@ -244,12 +244,14 @@ def test_checkpointed_blocks_take_less(run, how):
     assert "of checkpointed functions" in str(less[0].explain(measure=False))
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_again_with_remat_none():
     plain, none = compiled(None), compiled(PLAIN, remat="none")
     assert arena(none) == pytest.approx(arena(plain), rel=0.1)  # another order
     assert none.explain(measure=False).memory.computed_again == 0
 
 
+@pytest.mark.slow
 def test_fast_masks_are_computed_again_too():
     step = tracejit.compile(trained(PLAIN, dropout=0.1)[0], randomness="fast")
     kept_ones = tracejit.compile(trained(None, dropout=0.1)[0], randomness="fast")

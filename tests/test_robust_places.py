@@ -87,6 +87,7 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 @rooted
 @pytest.mark.parametrize("home", ["read-only", "missing", "none"])
+@pytest.mark.sweep(0.34)
 def test_a_user_whose_home_cannot_be_written(home, open_folder):
     """With the rights of a user that is not root: one warning at most, and no file but in the
     temporary folder."""
@@ -111,6 +112,7 @@ def test_a_user_whose_home_cannot_be_written(home, open_folder):
 
 @rooted
 @pytest.mark.parametrize("how", ["theirs", "anybody's", "their link", "a file", "their library"])
+@pytest.mark.sweep(0.34)
 def test_a_cache_that_others_may_write(how, open_folder):
     """It is not read, not written, and said once; the step runs."""
     cache, mine = open_folder / "cache", open_folder / "mine"
@@ -139,6 +141,7 @@ def test_a_cache_that_others_may_write(how, open_folder):
 
 
 @pytest.mark.parametrize("damage", ["cut", "other bytes", "another's", "link", "folder"])
+@pytest.mark.sweep(0.34)
 def test_damaged_entries_of_each_kind(damage, tmp_path):
     """All entries of a step at once; none is believed, and the step runs and is stored anew."""
 

@@ -142,6 +142,7 @@ def test_locks_that_another_thread_holds_at_the_fork():
         assert near(outcome.result(), expected)
 
 
+@pytest.mark.slow
 def test_a_spawned_process_trains_like_this_one():
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as workers:

@@ -97,6 +97,7 @@ CASES = [("plain", "c"), ("schedule", "c"), ("draws", "numpy"), ("plain", "numpy
 
 @pytest.mark.parametrize("world, backend", CASES)
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(1)
 def test_each_place_of_a_replay_and_of_a_rerun(world, backend, mode):
     """A handler that raises wherever one may run in our code."""
     twins = Twins(WORLDS[world], backend=backend, mode=mode)
@@ -120,11 +121,14 @@ def test_each_place_of_a_replay_and_of_a_rerun(world, backend, mode):
 
 
 @pytest.mark.parametrize("fallback", ["raise", "eager"])
+@pytest.mark.sweep(1)
 def test_places_of_a_first_call(fallback):
     """Tracing, compiling, arming. What a handler raises is no refusal, which would be run eagerly;
     where calls may run eagerly, what Python has counted is put back too."""
     options = {"backend": "c", "on_unsupported": fallback}
     twins = Twins(WORLDS["plain"], **options)
+    twins.plainly()  # what is done once in a process, such as imports
+    twins.reset(**options)
     count = twins.places()
     rng = random.Random(0)
     with handling(signal.SIGALRM):
@@ -147,6 +151,7 @@ def test_places_of_a_first_call(fallback):
 
 @pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGINT])
 @pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.sweep(1)
 def test_signals_at_random_moments(backend, number):
     """Sent by a clock, over many calls: the first, reruns, replays."""
     rng = random.Random(1)

@@ -305,6 +305,7 @@ def test_graphs_do_not_grow(name):
 
 
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.sweep(0.34)
 def test_values_stay(name):
     """What the graph computes, before and after, by numpy."""
     graph = graph_of(name, 40)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import tracejit
 from support.capture_checks import randn
+from support.scope import WHOLE
 from tracejit.testing import assert_trains_like_eager
 
 B, D, H = 3, 5, 4
@@ -45,14 +46,36 @@ def summed(m: Net, x: Tensor, update: Callable) -> Tensor:
 
 
 def weighted(m: Net, x: Tensor, update: Callable) -> Tensor:
-    """Later losses count more. Its backward stays unrolled: the losses' cotangents are a chain
-    of products that is emitted before, in which no rows are found yet."""
+    """Later losses count more: their cotangents are a chain of products, which is emitted before
+    the backward of the cells, and becomes a loop with it."""
     loss = x.new_zeros(())
     for one in losses_of(m, x):
         loss = 0.9 * loss + one
     loss.backward()
     update()
     return loss
+
+
+def averaged(m: Net, x: Tensor, update: Callable) -> Tensor:
+    """A running mean, in the loop of the cells."""
+    h, mean = x.new_zeros(len(x), H), x.new_zeros(())
+    for row in x.unbind(1):
+        h = m.cell(row, h)
+        mean = mean * 0.95 + m.loss(h) * 0.05
+    mean.backward()
+    update()
+    return mean
+
+
+def weighted_rows(m: Net, x: Tensor, update: Callable) -> Tensor:
+    """A decayed sum for each sequence of the batch, by a rate that is a tensor."""
+    h, total, rate = x.new_zeros(len(x), H), x.new_zeros(len(x)), torch.tensor([0.9, 0.5, 0.99])
+    for row in x.unbind(1):
+        h = m.cell(row, h)
+        total = rate * total + m.out(h).square().mean(-1)
+    total.mean().backward()
+    update()
+    return total.mean()
 
 
 def at_once(m: Net, x: Tensor, update: Callable) -> Tensor:
@@ -140,8 +163,9 @@ def training(loop: Callable, steps: int) -> Callable:
     return make_step
 
 
-FIXED = (summed, at_once, gradients_of_all, each_alone, online)
-LOOPS = (*FIXED, weighted, truncated, in_chunks)
+FIXED = (summed, weighted, averaged, weighted_rows, at_once, gradients_of_all, each_alone, online)
+LONG = (256, 320) if WHOLE else ()
+LOOPS = (*FIXED, truncated, in_chunks)
 
 
 def size_of(step: Callable) -> tuple[int, ...]:
@@ -158,13 +182,13 @@ def size_of(step: Callable) -> tuple[int, ...]:
 @pytest.mark.parametrize("loop", FIXED)
 @pytest.mark.sweep(1)
 def test_plans_do_not_grow(loop):
-    assert len({size_of(training(loop, steps)()[0]) for steps in (16, 64, 256)}) == 1
+    assert len({size_of(training(loop, steps)()[0]) for steps in (16, 64, *LONG)}) == 1
 
 
 @pytest.mark.parametrize("loop", [truncated, in_chunks])
 def test_chunks_are_a_loop_from_eight_on(loop):
     """Fewer are as many loops, or unrolled where they are short: so the size is bounded."""
-    few, *many = (64, 256) if loop is truncated else (176, 256, 320)
+    few, *many = (64, 96, *LONG) if loop is truncated else (176, 208, *LONG)
     sizes = {size_of(training(loop, steps)()[0]) for steps in (few, *many)}
     assert len(sizes) == 1
 

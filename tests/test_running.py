@@ -42,6 +42,7 @@ DTYPES += [torch.int32, torch.uint8, torch.bool]
 
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.sweep(0.17)
 def test_extrema_and_their_places_are_those_of_eager(dtype: torch.dtype, executor: str):
     def step(x, y, z):
         found = [f(v, d) for f in (torch.cummax, torch.cummin) for v, d in ((x, 1), (x, 0))]
@@ -69,6 +70,7 @@ def test_products_and_log_sums_of_special_values(executor: str):
 
 @pytest.mark.parametrize("executor", ["c", "numpy"])
 @pytest.mark.parametrize("zeros", [(), (3,), (0,), (2, 6), (9,), tuple(range(10))], ids=str)
+@pytest.mark.sweep(0.17)
 def test_the_gradient_of_products_with_zeros(zeros: tuple[int, ...], executor: str):
     """To second order: each product's derivative by a factor that is 0 is that of the others."""
     x = torch.linspace(-1.5, 2, 10, dtype=torch.float64).cos()
@@ -103,6 +105,7 @@ FUNCTIONS = ["cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"]
 
 @pytest.mark.parametrize("shape, dim", [((1 << 20,), 0), ((512, 300), 0), ((300, 513), 1)])
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sweep(0.17)
 def test_long_axes_are_as_near_as_eager_and_alike_for_all_threads(name, shape, dim):
     """float32 is combined in float64, as in eager: a million elements lose nothing."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -215,6 +218,7 @@ def test_products_whose_parts_leave_the_range():
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["cumsum", "cumprod", "logcumsumexp", "cummax"])
+@pytest.mark.sweep(0.34)
 def test_rows_of_several_tiles_carry_on(name: str):
     """Along either axis, with gradients; that of an extremum is no running result."""
     x = 1 + torch.randn(3, 3000, generator=torch.Generator().manual_seed(1)) * 1e-2

@@ -92,6 +92,7 @@ def compiled(step, *calls, times=4):
     "name, optimizer",
     [(name, "sgd") for name in SCHEDULES] + [("one cycle", "adam"), ("plateau", "adam")],
 )
+@pytest.mark.sweep(0.34)
 def test_a_schedule_goes_on(name, optimizer, reload, tmp_path):
     """As eager goes on with it: the rates, the losses, and what the optimizer's groups hold."""
     step, batch, own, _ = scheduled(name, optimizer)
@@ -216,6 +217,7 @@ def asking(make, read=lambda o, s: None):
 
 @pytest.mark.parametrize("kind", OF_FUNCTIONS)
 @pytest.mark.parametrize("read", [False, True])
+@pytest.mark.sweep(0.34)
 def test_rates_of_a_schedule_that_is_code_are_given(kind, read, reload, tmp_path):
     """By each call: it never goes on with the rates of when it was saved."""
     reads = (lambda o, s: o.param_groups[1]["lr"]) if read else (lambda o, s: None)
@@ -414,6 +416,7 @@ WITH_A_NUMBER = (Batch, Slotted, Half, Weighed, namespace)
 
 
 @pytest.mark.parametrize("kind", [Pair, Frozen, Plain, *WITH_A_NUMBER])
+@pytest.mark.sweep(0.17)
 def test_a_batch_of_a_class(kind, reload):
     """It may be given as an object of any class with these attributes, or as a dict."""
 
@@ -699,6 +702,7 @@ assert step.stats.traces == traces, step.explain_retraces()
 """
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_torch_save_is_no_change(tmp_path):
     """The first one of a process has pickle note something on the class of tensors."""
     script = CHECKPOINTS.format(path=tmp_path / "a.step")

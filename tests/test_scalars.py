@@ -379,6 +379,7 @@ ITEMS: dict[str, Callable] = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.sweep(0.17)
 def test_items(name, dtype):
     """`.item()` of what is computed from CPU numbers: eager's value, for other numbers too."""
     step = ITEMS[name]

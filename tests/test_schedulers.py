@@ -147,6 +147,7 @@ def test_schedule(kind, place):
 @pytest.mark.parametrize(
     "kind", [k for k in SCHEDULERS if k is not ReduceLROnPlateau], ids=lambda kind: kind.__name__
 )  # ReduceLROnPlateau is given a value: test_plateaus.py
+@pytest.mark.sweep(0.34)
 def test_a_schedule_in_the_step_is_replayed(kind):
     """Betas that a scheduler cycles are a tuple that is another one in each call."""
     make = scheduled(kind, inside=True)

@@ -229,6 +229,7 @@ def compare(mine: object, wanted: object, at: str) -> None:
 
 @pytest.mark.parametrize("backend", ["numpy", "c"])
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.17)
 def test_case(name, backend):
     step, args, value = small_step_of(CASES[name])
     compiled = tracejit.compile(step, on_unsupported="raise", backend=backend)

@@ -129,6 +129,7 @@ def best(*rows: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bfloat16], ids=str)
+@pytest.mark.sweep(1)
 def test_topk_takes_equal_elements_as_eager(dtype: torch.dtype, backend: str):
     """Among equal elements, those that eager takes, in its order: gradients go where they come
     from."""

@@ -583,6 +583,7 @@ def test_state(name):
 
 @pytest.mark.parametrize("changes", [{}, LIKE, JUMP], ids=["counting", "like", "jump"])
 @pytest.mark.parametrize("name", TRAPS)
+@pytest.mark.sweep(0.17)
 def test_a_trap_keeps_no_text(name, changes):
     """All calls are as eager's, and no replay makes a text of a runtime scalar."""
     trap = replace(TRAPS[name], changes=changes)

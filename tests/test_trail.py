@@ -450,6 +450,7 @@ def a_new_literal_on_every_call(s):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.sweep(0.17)
 def test_calls_are_like_eager(name):
     make, kept = CASES[name]
     ours, eager = parameters(), parameters()
@@ -756,6 +757,7 @@ def steps_with_a_large_gradient(kept: list[torch.Tensor]) -> tuple:
 
 @pytest.mark.parametrize("backend", ["numpy", "c"])
 def test_the_memory_of_a_gradient_that_is_dropped_is_used_for_the_next(backend):
+    """numpy, which may fail in the middle of a plan, leaves the last one alone: two take turns."""
     w, step = steps_with_a_large_gradient([])
     compiled = tracejit.compile(step, mode="rerun", backend=backend)
     for _ in range(6):
@@ -764,7 +766,7 @@ def test_the_memory_of_a_gradient_that_is_dropped_is_used_for_the_next(backend):
     for _ in range(6):
         compiled(False)
         addresses.add(w.grad.data_ptr())
-    assert len(addresses) == 1
+    assert len(addresses) == {"c": 1, "numpy": 2}[backend]
 
 
 @pytest.mark.parametrize("inside", [False, True])

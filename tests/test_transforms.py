@@ -128,6 +128,7 @@ TRANSFORMS: dict[str, Callable[[], object]] = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.sweep(0.34)
 def test_transforms(name):
     compare(TRANSFORMS[name], changed=(x, M))
 
@@ -247,6 +248,7 @@ def differentiable(x: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sweep(0.34)
 def test_functions_of_batches(name):
     """Values, and gradients by each input of its own."""
     function, *inputs = FUNCTIONS[name]
@@ -321,6 +323,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # eager's
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.sweep(1)
 def test_training_with_gradients_clipped_by_sample(name):
     """As differentially private training does it, without its noise."""
 

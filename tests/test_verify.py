@@ -63,6 +63,7 @@ def trained(calls: int, **options: object) -> tuple[Trainer, object]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "rerun"])
+@pytest.mark.sweep(1)
 def test_a_verified_step_trains_as_one_that_is_not(mode: str):
     """To the bit: what eager did beside it is undone, generators and Python's state too."""
     with warnings.catch_warnings():

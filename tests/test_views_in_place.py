@@ -121,6 +121,7 @@ def differentiated(function: Callable) -> Callable:
 @pytest.mark.parametrize("mode", ["rerun", "auto"])
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.sweep(0.34)
 def test_steps(name: str, backend: str, mode: str):
     step = differentiated(STEPS[name])
     compiled = tracejit.compile(step, backend=backend, mode=mode, on_unsupported="raise")

@@ -148,6 +148,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.sweep(0.34)
 def test_functions(name):
     function, options = FUNCTIONS[name]
     compare(of_x(function, **options))

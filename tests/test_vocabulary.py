@@ -139,6 +139,7 @@ def large(plan: Plan, elements: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", SPLIT)
+@pytest.mark.sweep(0.34)
 def test_losses(name, small):
     """Equal to eager in replay; the largest buffer has the rows of a part."""
     step = training(SPLIT[name])

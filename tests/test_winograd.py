@@ -71,6 +71,7 @@ def kernels(step: Callable, *args: torch.Tensor) -> list[CpuKernel]:
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.sweep(1)
 def test_values_and_gradients(name):
     def arguments():
         return [t.requires_grad_() for t in tensors(name)]
@@ -103,6 +104,7 @@ def test_channels_last(name):
         lambda x: x[:1].expand(8, 64, 20, 24),
     ],
 )
+@pytest.mark.sweep(1)
 def test_images_that_are_parts_of_others(part):
     """Unpadded ones are read where they lie, line by line of the larger image."""
     torch.manual_seed(0)

@@ -57,6 +57,7 @@ def test_this_python_and_torch_are_known():
     ],
     ids=["no_grad", "device", "inference", "dtype", "dispatch", "function"],
 )
+@pytest.mark.sweep(0.34)
 def test_it_does_not_matter_when_that_is_found_out(under):
     with under():
         assert words.known.__wrapped__() and counters.counted.__wrapped__()
@@ -314,6 +315,7 @@ def test_what_stays_is_not_fetched(monkeypatch):
     assert step.stats.replays == replays + 1 and knows_again(replay) is False
 
 
+@pytest.mark.sweep(1)
 def test_frames_do_not_grow_with_the_number_of_tensors():
     """CPython asks the system for memory in each call of a function that has a thousand locals."""
 
@@ -332,6 +334,7 @@ def test_frames_do_not_grow_with_the_number_of_tensors():
 
 
 @pytest.mark.parametrize("known", [True, False])
+@pytest.mark.sweep(1)
 def test_training_in_lockstep(monkeypatch, known):
     """With changes between the calls."""
     if not known:

@@ -77,6 +77,8 @@ class Bisected:
 
 def bisected(step: CompiledStep, seconds: float, path: Path) -> Bisected:
     """Shrink a step, of calls without arguments. `path` is where its script will be."""
+    import torch._dynamo  # noqa: F401  by torch's modes, in each child where it is not there: 2 s
+
     options = {
         f.name: getattr(step.options, f.name)
         for f in dataclasses.fields(step.options)

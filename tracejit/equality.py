@@ -45,7 +45,8 @@ def difference(
 ) -> str | None:
     """What is wrong with a tensor of ours, where eager has b, float64 has `reference`, and the norm
     of the result recomputed with absolute values is `size`; None if they are equal by the rule.
-    Shapes and dtypes are the same."""
+    Shapes and dtypes are the same; of complex tensors the parts are compared."""
+    a, b, reference = map(in_parts, (a, b, reference))
     if not a.is_floating_point():
         return None if torch.equal(a, b) else "differs from eager"
     if not torch.equal(a.isnan(), b.isnan()):
@@ -67,21 +68,26 @@ def difference(
     )
 
 
+def in_parts(x: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as its real and imaginary parts; others as they are."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
 @contextlib.contextmanager
 def tensors_in_float64(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """A context in which the floats among some tensors, and their gradients, are copies in float64,
     and so is the default dtype. Afterwards all are what they were. Calls in it are to be made under
     `AllInFloat64`."""
-    floats = [t for t in tensors if t.is_floating_point()]
+    floats = [t for t in tensors if t.is_floating_point() or t.is_complex()]
     saved = [(t, t.data, t.grad if t.is_leaf else None) for t in floats]
     default = torch.get_default_dtype()
     try:
         for t, data, grad in saved:
             if t.is_leaf:
                 t.grad = None
-            t.data = data.double().clone()
+            t.data = _widened(data).clone()
             if grad is not None:
-                t.grad = grad.detach().double().clone()
+                t.grad = _widened(grad.detach()).clone()
         torch.set_default_dtype(torch.float64)
         yield
     finally:
@@ -94,6 +100,13 @@ def tensors_in_float64(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
                 t.grad = grad
 
 
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.complex128) if x.is_complex() else x.double()
+
+
+_WIDE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
 class AllInFloat64(TorchDispatchMode):
     """What a step casts to float32, or makes of that dtype, is float64. Random floats are drawn in
     float32 and then widened: in float64 they would be others."""
@@ -102,8 +115,8 @@ class AllInFloat64(TorchDispatchMode):
         kwargs = kwargs or {}
         draws = torch.Tag.nondeterministic_seeded in func.tags
         if not draws or "scaled_dot_product" in str(func):  # with dropout it is composed of others
-            if kwargs.get("dtype") is torch.float32:
-                kwargs = kwargs | {"dtype": torch.float64}
+            if kwargs.get("dtype") in _WIDE:
+                kwargs = kwargs | {"dtype": _WIDE[kwargs["dtype"]]}
             return func(*args, **kwargs)
         if func.overloadpacket in (torch.ops.aten.rand, torch.ops.aten.randn):
             kwargs = kwargs | {"dtype": kwargs.get("dtype") or torch.float64}
@@ -148,6 +161,7 @@ class Magnitudes:
 
     def norm_of(self, pointer: int, tensor: torch.Tensor) -> float:
         """The magnitude of the memory at an address; the tensor's own norm where unknown."""
+        tensor = in_parts(tensor)
         own = torch.where(tensor.isfinite(), tensor.double(), 0.0).norm()
         found = self._norms.get(pointer, 0.0)
         return max(float(own), found) if math.isfinite(found) else float(own)
@@ -162,7 +176,7 @@ def array_of(t: torch.Tensor | np.ndarray | float) -> np.ndarray | float:
     """An input of a graph, as the numpy rules of primitives take it."""
     if not isinstance(t, torch.Tensor):
         return float(t) if isinstance(t, int | float) else t
-    t = t.detach()
+    t = in_parts(t.detach())
     if TO_IR[t.dtype].narrow:
         t = t.float()
     return t.cpu().clone().numpy()

@@ -27,7 +27,7 @@ from tracejit.codegen.work import work
 from tracejit.errors import BackendUnavailable
 from tracejit.gpus import ARCHES, GPUS, occupancy
 from tracejit.roofline import filling, predict
-from tracejit.rows import Row, limits, shortfalls, spills, stream_share_of
+from tracejit.rows import Row, limits, peeled_share_of, shortfalls, spills, stream_share_of
 from tracejit.runtime.select import executor_for
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.runtime.triton_launch import TRITON_NAME, LoadedLaunch, positions
@@ -265,6 +265,8 @@ def _key(launch: Launch, loaded: LoadedLaunch, target: int) -> tuple:
     text = _COMMENT.sub("", loaded.source.text).replace(loaded.source.name, "kernel")
     signature = {b.name: f"*{TRITON_NAME[b.dtype.name]}" for b in launch.kernel.buffers}
     signature |= {"scalars": "*fp64", "workspace": "*i8"}
+    if launch.kernel.foreach:
+        signature |= {"addresses": "*i64", "chunks": "*i64"}
     unaligned = frozenset(("scalars",) if loaded.first_scalar % 2 else ())  # 8 bytes a scalar
     keywords = tuple(sorted(loaded.options().items()))
     return text, tuple(signature.items()), keywords, unaligned, target
@@ -299,6 +301,7 @@ def _row(
     gpus = [gpu for gpu in GPUS.values() if gpu.target == target]
     copies, tensor = facts.copies > 0, facts.wgmma + facts.mma > 0
     known = {"precision": precision, "copies": copies, "tensor": tensor}
+    stream = stream_share_of(plan, launch, form, facts)
     return Row(
         name=name,
         form=form,
@@ -307,7 +310,7 @@ def _row(
         occupancy=per_sm,
         minimum_bytes=minimum_bytes,
         lines=kernel.lines,
-        stream_share=stream_share_of(plan, launch, form, facts),
+        stream_share=peeled_share_of(launch, loaded, facts) if stream is None else stream,
         has_tables=any(isinstance(s, Compute) and s.op.name in LOCAL_TABLES for s in statements),
         works=works,
         part_bytes=bytes_apart(plan, launch),

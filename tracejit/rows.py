@@ -11,10 +11,15 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from tracejit.aot import KernelFacts
+from tracejit.codegen.row_passes import row_accesses
+from tracejit.codegen.triton_foreach import words_of
+from tracejit.codegen.triton_forms import form_of
 from tracejit.codegen.work import Work
 from tracejit.gpus import ARCHES
 from tracejit.ir.types import contiguous_strides, f32
 from tracejit.roofline import Filling, Prediction, fall_short, said
+from tracejit.runtime.triton_launch import LoadedLaunch
+from tracejit.schedule.foreach import columns_of
 from tracejit.schedule.kernel import Load, Reduce, Stage, Store
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.sizes import substitute
@@ -84,7 +89,8 @@ def limits(report: HasRows) -> list[str]:
     - No launch spills. (sin and cos keep a table of up to TABLE_BYTES on the stack: in a kernel
       that computes them, local memory counts as spills where the stack is larger.)
     - No launch uses more shared memory than a block of the target has.
-    - A large contiguous fp32 stream moves STREAM_SHARE of its accesses in 128 bits.
+    - A large contiguous fp32 stream moves STREAM_SHARE of its accesses in 128 bits; so do large
+      fp32 rows of any length.
     """
     return [violation for row in report.rows for violation in _violations(row)]
 
@@ -141,19 +147,42 @@ def stream_share_of(plan: Plan, launch: Launch, form: str, facts: KernelFacts) -
     elements or more, all of whose buffers are contiguous and fp32, and whose accesses walk along
     the axis, unmasked, from a multiple of 16 bytes. Left out of the count is what the kernel does
     once, whatever the elements: its runtime scalars, and the partials that a full reduction
-    publishes and, after its atomic, folds.
+    publishes and, after its atomic, folds; of a foreach, also what it reads of its tables.
     """
-    stage = _streaming_stage(launch, form)
+    kernel, words = launch.kernel, 0
+    if kernel.foreach:
+        columns, words = columns_of(kernel), words_of(kernel)
+        launch = max(launch.alone(), key=lambda one: one.sizes)
+        kernel, form = columns.kernel, form_of(columns.kernel)
+        words += columns.flat.count(False)  # numbers that a whole row reads
+    stage = _streaming_stage(launch, form, whole_row=words > 0)
     if stage is None or not all(_is_plain(plan.buffer(name)) for name in launch.buffers):
         return None
-    once = len(launch.kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body)
+    once = len(kernel.scalars) + sum(isinstance(s, Reduce) for s in stage.body) + words
     wide = sum(n for width, n in facts.streamed.items() if width >= 128)
     narrow = max(0, sum(facts.streamed.values()) - wide - once)
     return wide / (wide + narrow) if wide + narrow else 0.0
 
 
-def _streaming_stage(launch: Launch, form: str) -> Stage | None:
-    """The only stage over the elements of a kernel that walks its buffers along one long axis."""
+def peeled_share_of(launch: Launch, loaded: LoadedLaunch, facts: KernelFacts) -> float | None:
+    """The share of 128-bit accesses among those of large fp32 rows that do not begin or end with
+    one: of as many as the tile takes. Left out is what the kernel does once for a row, whatever its
+    length. None for other kernels."""
+    kernel, shape = launch.kernel, loaded.geometry
+    if "peeled" not in loaded.source.name or kernel.parts:
+        return None
+    types = {b.name: b.dtype for b in kernel.buffers}
+    if any(types[s.buffer] is not f32 for s, _ in row_accesses(kernel)):
+        return None
+    tile = shape.constants["BLOCK_I"] // (32 * shape.num_warps * shape.constants["UNIT"])
+    needed = loaded.source.text.count("tl.multiple_of(") * max(1, tile)
+    wide = sum(n for width, n in facts.streamed.items() if width >= 128)
+    return min(1.0, wide / needed)
+
+
+def _streaming_stage(launch: Launch, form: str, whole_row: bool) -> Stage | None:
+    """The only stage over the elements of a kernel that walks its buffers along one long axis; what
+    it reads at one place may be left out."""
     if form not in ("pointwise", "reduce"):
         return None
     sizes = dict(zip(launch.kernel.sizes, launch.sizes, strict=True))
@@ -164,6 +193,8 @@ def _streaming_stage(launch: Launch, form: str) -> Stage | None:
         return None
     for s in stage.body:
         if isinstance(s, Load | Store):
+            if whole_row and isinstance(s, Load) and not s.index.terms:
+                continue
             along = [atom for atom, _ in s.index.terms] == [axes[0].name]
             masked = isinstance(s, Load) and s.mask
             if not along or masked or s.index.offset % 4:

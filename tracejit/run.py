@@ -248,6 +248,10 @@ class _Writer:
         ]
         work = [run.run, *commit]
         if held:
+            if run.undone or run.ran is not None:
+                failed = [*[f"if {run.ran}: raise"] * (run.ran is not None), *undo]
+                work = ["try:", f"    {run.run}", "except BaseException:", *_indented(failed)]
+                work += commit
             lines += ["try:", *_indented(work), "finally: let_go()"]
         else:
             ends = [f"if {run.ran}:", "    with uninterrupted():", *_indented(_indented(commit))]

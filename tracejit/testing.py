@@ -267,7 +267,7 @@ def _compare(call: int, ours: list, eager: list, exact: list, magnitudes: Magnit
                 f"{at}: {list(a.shape)} {a.dtype} requires_grad={grad}, eager has "
                 f"{list(b.shape)} {b.dtype} requires_grad={eager_grad}"
             )
-        floats = a.is_floating_point()
+        floats = a.is_floating_point() or a.is_complex()
         wrong = difference(a, b, reference, magnitudes.norm_of(pointer, b) if floats else 0.0)
         if wrong is not None:
             raise AssertionError(f"{at}: {wrong}" if floats else f"{at} {wrong}")

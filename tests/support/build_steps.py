@@ -133,6 +133,23 @@ def unaligned(device: str) -> Callable:
     return lambda: (a * 2, b.sum())
 
 
+def many(device: str) -> Callable:
+    """Many parameters in one launch, some of which do not begin at 16 bytes."""
+    with torch.device(device):
+        memory = [torch.zeros(40 + n)[n % 2 :] for n in range(12)]
+    parameters = [m.requires_grad_() for m in memory]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+
+    def step() -> torch.Tensor:
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+        optimizer.step()
+        return norm
+
+    return step
+
+
 def decides(device: str) -> Callable:
     """The step's Python reads values, and decides by one."""
     model, x, y = network(device)
@@ -157,7 +174,9 @@ def selects(device: str) -> Callable:
 
 STEPS = {
     f.__name__: f
-    for f in (adam, batches, drops, nadam, fused, momentum, outside, unaligned, decides, selects)
+    for f in (
+        *(adam, batches, drops, nadam, fused, momentum, outside, unaligned, many, decides, selects),
+    )
 }
 
 

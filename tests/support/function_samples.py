@@ -912,6 +912,7 @@ _elsewhere = """
     device dim dtype element_size equal grad grad_fn is_complex is_conj is_contiguous is_cpu
     is_cuda is_floating_point is_signed is_inference is_leaf is_meta is_mkldnn is_neg is_nested
     is_nonzero is_quantized is_same_size is_sparse is_sparse_csr item itemsize layout nbytes ndim
+    complex imag polar view_as_complex view_as_real
     can_cast ndimension nelement numel numpy promote_types requires_grad requires_grad_
     result_type retain_grad
     register_hook register_post_accumulate_grad_hook retains_grad shape size

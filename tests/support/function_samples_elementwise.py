@@ -232,6 +232,30 @@ _EDGES = (0.0, -0.0, 1.0, -1.0, 0.5, 300.0, inf, -inf, nan)
 _edge_pairs = [(a, x) for a in _EDGES for x in _EDGES if not a == x == 300]
 _EDGE_A, _EDGE_X = (v(*column) for column in zip(*_edge_pairs, strict=True))
 _gammas += [S(_EDGE_A, _EDGE_X), S(_EDGE_A.double(), _EDGE_X.double())]
+_shapes = torch.tensor([0.05, 0.7, 3.0, 7.0, 12.0, 90.0, 900.0])
+_spread = torch.tensor([[0.01], [0.3], [0.95], [1.02], [1.5], [4.0]])
+row(
+    "_standard_gamma_grad",
+    [
+        S(x, y)
+        for dtype in (torch.float32, f64)
+        for x, y in ((_shapes.expand(6, 7).to(dtype), (_shapes * _spread).to(dtype)),)
+    ]
+    + [S(r(5, low=0.1), r(5, low=0.1)), S(r(5, low=0.1), r(3, low=0.1))],
+    exact=False,
+)
+_samples = torch.tensor([0.001, 0.1, 0.4, 0.52, 0.8, 0.97, 0.9999])
+_totals = torch.tensor([[0.3], [2.5], [9.0], [60.0], [800.0]])
+row(
+    "_dirichlet_grad",
+    [
+        S(*(x.expand(5, 7).to(dtype) for x in (_samples, _totals * share, _totals)))
+        for dtype in (torch.float32, f64)
+        for share in (0.05, 0.45, 0.5, 0.9)
+    ]
+    + [S(r(5, low=0.1, high=0.9), r(5, low=0.1), r(5, low=3.0) + 1)],
+    exact=False,
+)
 row("igamma igamma_ igammac igammac_ special_gammainc special_gammaincc", _gammas, exact=False)
 _zetas = [
     S(r(9, low=1.2, high=9.0), r(9, low=0.1, high=9.0)),

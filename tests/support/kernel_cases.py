@@ -61,6 +61,16 @@ def cross_entropy(n: int = 1024, words: int = 50257) -> Callable:
     return of_loss(lambda x: F.cross_entropy(x, labels), logits)
 
 
+def softmax(n: int = 1024, width: int = 50257) -> Callable:
+    return of_loss(lambda x: torch.softmax(x, -1), zeros(n, width, grad=True))
+
+
+def ordered(n: int, width: int, first: int) -> Callable:
+    """The first elements of rows, or all of them in order."""
+    x = zeros(n, width)
+    return lambda: x.topk(first) if first < width else x.sort(-1)
+
+
 def layer_norm(n: int = 1024, width: int = 4096) -> Callable:
     w, b = zeros(width, grad=True), zeros(width, grad=True)
     x = zeros(n, width, grad=True)
@@ -82,6 +92,9 @@ CASES: dict[str, Callable[[], Callable]] = {
     "chain and sum of 64M": chain,
     "cross entropy 1024x50257": cross_entropy,
     "layer norm 1024x4096": layer_norm,
+    "softmax 1024x50257": softmax,
+    "sort 64x4096": partial(ordered, 64, 4096, 4096),
+    "topk 50 of 64x50257": partial(ordered, 64, 50257, 50),
     "two layers of 4096, bf16": partial(perceptron, 4096, 4096, torch.bfloat16),
 }
 

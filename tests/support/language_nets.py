@@ -399,14 +399,14 @@ class NanoBlock(nn.Module):
 
 
 class NanoGPT(nn.Module):
-    def __init__(self, dropout: float = 0.1) -> None:
+    def __init__(self, dropout: float = 0.1, layers: int = 2) -> None:
         super().__init__()
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(VOCABULARY, WIDTH),
                 "wpe": nn.Embedding(LENGTH, WIDTH),
                 "drop": nn.Dropout(dropout),
-                "h": nn.ModuleList([NanoBlock(dropout) for _ in range(2)]),
+                "h": nn.ModuleList([NanoBlock(dropout) for _ in range(layers)]),
                 "ln_f": nn.LayerNorm(WIDTH, bias=False),
             }
         )

@@ -21,11 +21,11 @@ from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Part, full_stage
 from tracejit.codegen.c_matmul import contraction_parts
 from tracejit.codegen.c_matrices import PARTS, call_text
-from tracejit.codegen.c_micro import vector_types
 from tracejit.codegen.c_outer import parts_of
 from tracejit.codegen.c_prelude import C_PARTS, prelude_for
 from tracejit.codegen.c_sort import sort_parts
 from tracejit.codegen.c_text import C, block
+from tracejit.codegen.c_vectors import vector_types
 from tracejit.codegen.language import Line, comment
 from tracejit.schedule.cpu.plan import CpuKernel
 
@@ -64,11 +64,17 @@ static inline int64_t tj_least(int64_t a, int64_t b) {
 
 @dataclass(frozen=True)
 class CFunction:
-    """A generated kernel: the exported function `name` of a unit that has its text."""
+    """A generated kernel: the exported function `name` of a unit that has its text. `shared` are
+    functions that other kernels may have too; of equal ones a unit has one."""
 
     suffix: ClassVar[str] = ".c"
     name: str
-    text: str
+    own: str
+    shared: tuple[str, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return "\n\n".join((*self.shared, self.own))
 
 
 def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
@@ -86,32 +92,33 @@ def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
             Line(f"k{number}(run, scratch, &(struct k{number}){{{', '.join(bound)}}});"),
         ],
     )
-    text = f"{_kernel(lowered, f'k{number}')}\n\n{C.render(entry)}\n"
-    return CFunction(f"kernel{number}", text)
+    own, shared = _kernel(lowered, f"k{number}")
+    return CFunction(f"kernel{number}", f"{own}\n\n{C.render(entry)}\n", shared)
 
 
 def unit(functions: Sequence[CFunction], vector_bytes: int) -> str:
     """The C program of functions of different numbers."""
-    body = "\n".join(function.text for function in functions)
+    shared = dict.fromkeys(text for function in functions for text in function.shared)
+    body = "\n\n".join((*shared, "\n".join(function.own for function in functions)))
     return (
         f"{prelude_for(body, (*C_PARTS, *PARTS))}{_RUN}{vector_types(vector_bytes, body)}\n{body}"
     )
 
 
-def _kernel(lowered: CpuKernel, name: str) -> str:
-    """The struct and functions of a kernel."""
-    kernel, micros = lowered.kernel, []
+def _kernel(lowered: CpuKernel, name: str) -> tuple[str, tuple[str, ...]]:
+    """The struct and functions of a kernel, and the functions that it shares with others."""
+    kernel, shared = lowered.kernel, []
     rounds, main = 1, [Line("(void)run, (void)scratch;")]
     rest: list[Part] = []
     if lowered.blocks is not None:
-        parts, fields, micros = attention_parts(lowered, name)
+        parts, fields, shared = attention_parts(lowered, name)
         main.append(Line("at->working = scratch;"))
     elif kernel.sort is not None:
         parts, fields = sort_parts(lowered, name)
         main.append(Line("at->working = scratch;"))
     elif lowered.tiling is not None:
         contraction = Contraction(kernel, name, lowered.tiling)
-        parts, fields, micros = contraction_parts(contraction)
+        parts, fields, shared = contraction_parts(contraction)
         rounds = contraction.rounds
         if contraction.scratch_bytes:
             main.append(Line("at->packed = scratch;"))
@@ -126,7 +133,7 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
         main.append(Line(f"at->{part} = (void *)((char *)scratch + {offset});"))
     struct = block(f"struct {name}", [*pointers(lowered.in_memory), *fields])
     struct[-1] = Line("};")
-    blocks = [[*_described(lowered), *struct], *micros]
+    blocks = [[*_described(lowered), *struct]]
     for part in (*parts, *rest):
         if part.task is not None:
             kind = "TJ_STRAIGHT" if part.task.straight else "TJ_TASK"
@@ -139,7 +146,7 @@ def _kernel(lowered: CpuKernel, name: str) -> str:
             main,
         )
     )
-    return "\n\n".join(C.render(b) for b in blocks)
+    return "\n\n".join(C.render(b) for b in blocks), tuple(C.render(b) for b in shared)
 
 
 def _sequence(parts: Sequence[Part], rounds: int) -> list[Line]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from tracejit.codegen.c_body import Body, opened
 from tracejit.codegen.c_loops import Part, Task, chunk_range, unravelled
-from tracejit.codegen.c_micro import Micro, Operand, micro_kernel
+from tracejit.codegen.c_micro import Micro, Operand, called
 from tracejit.codegen.c_text import block, literal, rounded, value_type
 from tracejit.codegen.language import Line
 from tracejit.ir.types import f64
@@ -393,7 +393,8 @@ class Attention(attention.Attention):
         self, p: _Product, depth: str, a: str, b: str, to: str, *, add: bool = False
     ) -> Line:
         """The call of the function of a product, which it defines."""
-        name = f"{self.name}_{p.rows}x{p.width}_{p.a[0]}_{p.a[1]}_{p.b_step}"
+        steps = "_".join(map(str, (*p.a, p.b_step, p.to_step, min(self.blocks.rows, p.rows))))
+        name = f"tj_product_{self.type}_{p.rows}x{p.width}_{steps}"
         if name not in self.functions:
             self.functions[name] = self._function(name, p)
         return Line(f"{name}({depth}, {a}, {b}, {to}, {'true' if add else 'false'});")
@@ -406,8 +407,8 @@ class Attention(attention.Attention):
             for count in (rows, p.rows % rows):
                 if count:
                     micro = self._micro(p, count, (self.lanes,) * vectors)
-                    call = f"{micro}(depth, a + r * {p.a[0]}, b + {start}"
-                    call = f"{call}, c + r * {p.to_step} + {start}, add);"
+                    places = f"a + r * {p.a[0]}", f"b + {start}", f"c + r * {p.to_step} + {start}"
+                    call = called(micro, self.functions, "depth", *places, "add")
                     head = f"for (; r + {count} <= {p.rows}; r += {count})"
                     calls += block(head, [Line(call)])
             lines += block("", calls)
@@ -419,11 +420,7 @@ class Attention(attention.Attention):
         )
         return block(head, lines)
 
-    def _micro(self, p: _Product, rows: int, vectors: tuple[int, ...]) -> str:
-        name = f"{self.name}_micro_{rows}x{sum(vectors)}_{p.a[0]}_{p.a[1]}_{p.b_step}"
-        if name not in self.functions:
-            a, b = Operand("a", *p.a), Operand("b", 1, p.b_step)
-            size, nbytes = self.acc.itemsize, self.blocks.vector_bytes
-            micro = Micro(self.type, size, nbytes, rows, vectors, a, b, p.to_step, True)
-            self.functions[name] = micro_kernel(name, micro)
-        return name
+    def _micro(self, p: _Product, rows: int, vectors: tuple[int, ...]) -> Micro:
+        a, b = Operand("a", *p.a), Operand("b", 1, p.b_step)
+        size, nbytes = self.acc.itemsize, self.blocks.vector_bytes
+        return Micro(self.type, size, nbytes, rows, vectors, a, b, p.to_step, True)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_pack import pack_panel, pack_rows
-from tracejit.codegen.c_text import C, block
+from tracejit.codegen.c_text import block
+from tracejit.codegen.c_vectors import vector_type
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.registers import accumulators, keeps_b, vectors_of
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH
@@ -142,9 +143,9 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Str
     lines = [Line(f"const {c.type} *const b = {b_from};"), Line("int64_t r = 0;")]
 
     def call(count: int) -> str:
-        name = micro_of(c, micros, count, kind.vectors, a, kind.b)
+        micro = micro_of(c, count, kind.vectors, a, kind.b)
         to = f"tile + r * {c.tiling.tile_columns} + strip"
-        return f"{name}({depth}, {a_from}, b, {to}, {add});"
+        return called(micro, micros, depth, a_from, "b", to, add)
 
     # where strips are narrow, registers hold the sums of several blocks of rows
     room = accumulators(c.tiling.vector_bytes) // len(kind.vectors) // rows
@@ -159,21 +160,10 @@ def _panels(c: Contraction, micros: dict[str, list[Line]], a: Operand, kind: Str
     return lines
 
 
-def micro_of(
-    c: Contraction,
-    micros: dict[str, list[Line]],
-    rows: int,
-    vectors: tuple[int, ...],
-    a: Operand,
-    b: Operand,
-) -> str:
-    """The name of the micro-kernel for `rows` rows and such vectors, which it defines."""
-    name = f"{c.name}_micro_{rows}x{sum(vectors)}_{b.k_step}"
-    if name not in micros:
-        to_step, adds = c.tiling.tile_columns, c.passes
-        kernel = Micro(c.type, c.size, c.tiling.vector_bytes, rows, vectors, a, b, to_step, adds)
-        micros[name] = micro_kernel(name, kernel)
-    return name
+def micro_of(c: Contraction, rows: int, vectors: tuple[int, ...], a: Operand, b: Operand) -> Micro:
+    """The micro-kernel of a contraction for `rows` rows and such vectors."""
+    to_step, adds = c.tiling.tile_columns, c.passes
+    return Micro(c.type, c.size, c.tiling.vector_bytes, rows, vectors, a, b, to_step, adds)
 
 
 @dataclass(frozen=True)
@@ -191,10 +181,30 @@ class Micro:
     to_step: int
     adds: bool
 
+    @property
+    def name(self) -> str:
+        """Of its function, which all kernels of a unit share: of what the function's text depends
+        on. Steps along k and of the result are arguments."""
+        block = "x".join(map(str, (self.rows, *self.vectors)))
+        of_a = "table" if self.a.by_table else str(self.a.step)
+        return f"tj_micro_{self.type}_{block}_{of_a}{'_adds' if self.adds else ''}"
 
-def micro_kernel(name: str, m: Micro) -> list[Line]:
+
+def called(
+    m: Micro, functions: dict[str, list[Line]], depth: str, a: str, b: str, to: str, add: str
+) -> str:
+    """The call of a micro-kernel, whose function is among `functions` then; `a`: where it lies, and
+    its tables."""
+    if m.name not in functions:
+        functions[m.name] = micro_kernel(m)
+    of_a = a if m.a.by_table else f"{a}, {m.a.k_step}"
+    of_sum = f", {add}" if m.adds else ""
+    return f"{m.name}({depth}, {of_a}, {b}, {m.b.k_step}, {to}, {m.to_step}{of_sum});"
+
+
+def micro_kernel(m: Micro) -> list[Line]:
     """The function of a micro-kernel: sums over `depth` of the products of A and B."""
-    rows, vectors, a, b = m.rows, m.vectors, m.a, m.b
+    rows, vectors, a = m.rows, m.vectors, m.a
     kinds = [vector_type(m.type, lanes * m.size) for lanes in vectors]
     starts = [sum(vectors[:j]) for j in range(len(vectors))]
     sums = [[f"c{r}_{j}" for j in range(len(vectors))] for r in range(rows)]
@@ -215,87 +225,21 @@ def micro_kernel(name: str, m: Micro) -> list[Line]:
     if a.by_table:
         lines += [Line(f"const {m.type} *const a{r} = a + row_places[{r}];") for r in range(rows)]
         inner.insert(0, Line("const int64_t place = k_places[k];"))
-    steps = f"b += {b.k_step}" if a.by_table else f"a += {a.k_step}, b += {b.k_step}"
+    steps = "b += b_step" if a.by_table else "a += a_step, b += b_step"
     lines += block(f"for (int64_t k = 0; k < depth; k++, {steps})", inner)
     places = {
-        x: f"*({kinds[j]} *)(c + {r * m.to_step + starts[j]})"
+        x: f"*({kinds[j]} *)(c{f' + {r} * c_step' if r else ''} + {starts[j]})"
         for r, row in enumerate(sums)
         for j, x in enumerate(row)
     }
     if m.adds:
         lines += block("if (add)", [Line(f"{x} += {place};") for x, place in places.items()])
     lines += [Line(f"{place} = {x};") for x, place in places.items()]
-    of_a = f"const {m.type} *a"
+    of_a = f"const {m.type} *a, int64_t a_step"
     if a.by_table:
-        of_a += ", const int32_t *row_places, const int32_t *k_places"
+        of_a = f"const {m.type} *a, const int32_t *row_places, const int32_t *k_places"
     head = (
-        f"TJ_FUSED static void {name}(int64_t depth, {of_a},"
-        f" const {m.type} *b, {m.type} *c, bool add)"
+        f"TJ_FUSED static void {m.name}(int64_t depth, {of_a}, const {m.type} *b, int64_t b_step,"
+        f" {m.type} *c, int64_t c_step{', bool add' if m.adds else ''})"
     )
     return block(head, lines)
-
-
-def vector_type(kind: str, nbytes: int) -> str:
-    """The name of the C type of a vector of so many bytes of floats, doubles or integers."""
-    return f"tj_{kind.removesuffix('_t')}_vector{nbytes}"
-
-
-def vector_types(vector_bytes: int, body: str) -> str:
-    """What micro-kernels and packing in `body` use: the C vector types, the mark of functions that
-    may fuse, and the turning of squares."""
-    turn = _turn(vector_bytes) if "tj_turn(" in body else ""
-    text = ""
-    for kind, size in (("float", 4), ("double", 8), ("int64_t", 8)):
-        for nbytes in (16, 32, 64):
-            name = vector_type(kind, nbytes)
-            if f"{name} " in body + turn:
-                says = f"vector_size({nbytes}), aligned({size}), may_alias"
-                text += f"typedef {kind} {name} __attribute__(({says}));\n"
-    if "TJ_KEEP(" in body:
-        text += _KEEP
-    if "TJ_FUSED" in body:
-        text += (
-            "#ifdef __clang__\n#define TJ_FUSED\n#else\n"
-            '#define TJ_FUSED __attribute__((noinline, optimize("fp-contract=fast")))\n#endif\n'
-        )
-    return text + turn
-
-
-# A vector of B stays in its register: a compiler that loads it again for each row makes the loads
-# outweigh the products.
-_KEEP = """\
-#if defined(__x86_64__)
-#define TJ_KEEP(x) __asm__("" : "+x"(x))
-#elif defined(__aarch64__)
-#define TJ_KEEP(x) __asm__("" : "+w"(x))
-#else
-#define TJ_KEEP(x) (void)(x)
-#endif
-"""
-
-
-def _turn(vector_bytes: int) -> str:
-    """`tj_turn`, the transpose of a square of floats in registers: rows whose numbers differ in one
-    bit exchange the columns whose numbers differ in the same bit, for each bit."""
-    vector, lanes = vector_type("float", vector_bytes), vector_bytes // 4
-    lines = [
-        Line(f"const {vector} r0_{r} = *(const {vector} *)(from + {r} * from_step);")
-        for r in range(lanes)
-    ]
-    done, bit = 0, lanes // 2
-    while bit:
-        done += 1
-        for r in range(lanes):
-            low, high = (f"r{done - 1}_{x}" for x in (r & ~bit, r | bit))
-            places = [(c & ~bit) + (r & bit) + (lanes if c & bit else 0) for c in range(lanes)]
-            taken = ", ".join(map(str, places))
-            shuffled = f"__builtin_shufflevector({low}, {high}, {taken})"
-            lines.append(Line(f"const {vector} r{done}_{r} = {shuffled};"))
-        bit //= 2
-    lines += [Line(f"*({vector} *)(to + {r} * to_step) = r{done}_{r};") for r in range(lanes)]
-    head = (
-        "static inline void tj_turn(float *to, int64_t to_step, const float *from,"
-        " int64_t from_step)"
-    )
-    says = "/* to[c * to_step + r] = from[r * from_step + c] of a square of floats. */\n"
-    return says + C.render(block(head, lines)) + "\n"

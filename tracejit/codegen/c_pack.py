@@ -226,16 +226,13 @@ def _along_k(c: Contraction, apart: Apart, first: str, last: str) -> list[Line]:
 
 def _turned(c: Contraction, to: str, source: str, step: str, columns: str) -> list[Line]:
     """`deep` rows of a strip from `to` on, out of its columns, which lie `step` apart."""
-    lanes, width = c.lanes, c.strip
-    squares = [Line("int64_t i = 0;")]
+    width = c.strip
     if c.type == "float":
-        head = f"if (j + {lanes} <= {columns}) for (; i + {lanes} <= deep; i += {lanes})"
-        call = f"tj_turn({to} + i * {width} + j, {width}, {source} + j * {step} + i, {step});"
-        squares.append(Line(f"{head} {call}"))
+        return [Line(f"tj_turn_strip({to}, {width}, {source}, {step}, deep, {columns});")]
     place = f"({to})[i * {width} + x]"
     one = f"{place} = x < {columns} ? {source}[x * {step} + i] : 0;"
-    squares.append(Line(f"for (; i < deep; i++) for (int64_t x = j; x < j + {lanes}; x++) {one}"))
-    return block(f"for (int64_t j = 0; j < {width}; j += {lanes})", squares)
+    each = f"for (int64_t x = 0; x < {width}; x++)"
+    return [Line(f"for (int64_t i = 0; i < deep; i++) {each} {one}")]
 
 
 def _packed_part(c: Contraction, k_parts: int) -> list[Line]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from tracejit.codegen.c_body import Body
-from tracejit.codegen.c_text import block
+from tracejit.codegen.c_text import block, literal
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.access import stride
 from tracejit.schedule.cpu.digits import Digit, Digits
@@ -66,34 +66,37 @@ def values_of_run(
     target: str,
     text: str,
 ) -> list[Line]:
-    """target[j] = the value at each place j of a run; `text` is the value as an operand. Where a
-    masked load is all there is, the ends are zeros."""
+    """target[j] = the value at each place j of a run; `text` is the value as an operand. At the
+    ends masked loads are zeros, where all masks say the same: a compiler has little to do there."""
     fastest = axis.digits[0].name
     here = Line(f"const int64_t {fastest} = {start} + j;")
     masks = [s.mask for s in statements if isinstance(s, Load | InBounds) and s.mask]
+    opened = [{b for b in mask if any(body.open_ends(b))} for mask in masks]
     bounds = list(dict.fromkeys(b for mask in masks for b in mask if any(body.open_ends(b))))
 
-    def loop(low: str, high: str, inside: Sequence[Statement]) -> list[Line]:
-        lines = [here, *body.lines(inside), Line(f"{target}[j] = {text};")]
+    def loop(low: str, high: str, values: Sequence[Line]) -> list[Line]:
+        lines = [here, *values, Line(f"{target}[j] = {text};")]
         return [
             Line("#pragma omp simd"),
             *block(f"for (int64_t j = {low}; j < {high}; j++)", lines),
         ]
 
+    inside = body.lines(_without_mask(s) for s in statements)
     if not bounds:
-        return loop("0", "run", [_without_mask(s) for s in statements])
+        return loop("0", "run", inside)
     if not all(_is_range(b, fastest) for b in bounds):
-        return loop("0", "run", statements)
+        return loop("0", "run", body.lines(statements))
     lines = [Line("int64_t low = 0, high = run;")]
     for b in bounds:
         lines += _limits(body, b, fastest, start)
-    inside = [_without_mask(s) for s in statements]
     only = len(statements) == 1 and isinstance(statements[0], Load) and statements[0].out == value
     if only:
         zero = "for (int64_t j = {}; j < {}; j++) " + f"{target}[j] = 0;"
         before, after = ([Line(zero.format(*ends))] for ends in (("0", "low"), ("high", "run")))
     else:
-        before, after = loop("0", "low", statements), loop("high", "run", statements)
+        equal = all(mask in (set(), set(bounds)) for mask in opened)
+        ends = _outside(body, statements) if equal else body.lines(statements)
+        before, after = loop("0", "low", ends), loop("high", "run", ends)
     lines += [
         Line("low = low < run ? low : run;"),
         Line("high = high > low ? high : low;"),
@@ -102,6 +105,15 @@ def values_of_run(
         *after,
     ]
     return block("", lines)
+
+
+def _outside(body: Body, statements: Sequence[Statement]) -> list[Line]:
+    """Statements where no mask holds that may not hold."""
+    lines: list[Line] = []
+    for s in statements:
+        masked = isinstance(s, Load | InBounds) and any(any(body.open_ends(b)) for b in s.mask)
+        lines += body.assign(s, literal(0, s.out.dtype)) if masked else body.lines([s])
+    return lines
 
 
 def _without_mask(s: Statement) -> Statement:

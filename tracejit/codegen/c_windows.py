@@ -92,14 +92,9 @@ def _table(axis: Digits, index: Index, name: str) -> list[Line]:
 
 def turn_tile(c: Contraction) -> list[Line]:
     """`turned`, the tile with rows and columns exchanged, along which the body goes."""
-    columns, lanes, step = c.tiling.tile_columns, c.lanes, c.turned_step
+    columns, step = c.tiling.tile_columns, c.turned_step
     if c.type == "float":
-        to, of = f"turned + j * {step} + r", f"tile + r * {columns} + j"
-        inner = f"tj_turn({to}, {step}, {of}, {columns});"
-        return block(
-            f"for (int64_t r = 0; r < rows; r += {lanes})",
-            [Line(f"for (int64_t j = 0; j < columns; j += {lanes}) {inner}")],
-        )
+        return [Line(f"tj_turn_tile(turned, {step}, tile, {columns}, rows, columns);")]
     inner = f"turned[j * {step} + r] = tile[r * {columns} + j];"
     return block(
         "for (int64_t r = 0; r < rows; r++)",

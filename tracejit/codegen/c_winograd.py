@@ -11,15 +11,16 @@ and transforms back into a tile of taps by channels. Formulas and sizes: schedul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from tracejit.codegen.c_body import opened
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_loops import Task, chunk_range
-from tracejit.codegen.c_micro import Operand, micro_of, strip_kinds
+from tracejit.codegen.c_micro import Operand, called, micro_of, strip_kinds
 from tracejit.codegen.c_pack import pack_b
 from tracejit.codegen.c_runs import digit_lines
 from tracejit.codegen.c_text import block
+from tracejit.codegen.c_vectors import FOUR, both_ways, of_pieces
 from tracejit.codegen.c_windows import source
 from tracejit.codegen.language import Line
 from tracejit.schedule.cpu.digits import Digit
@@ -27,8 +28,6 @@ from tracejit.schedule.cpu.tiles import PANEL_DEPTH
 from tracejit.schedule.kernel import Load
 
 PACKED = 16  # channels of kernels that are packed at a time
-FOUR, THREE, TWO = range(4), range(3), range(2)
-Texts = Callable[[int, int], str]  # of a row and a column
 
 
 def winograd_tasks(
@@ -42,52 +41,6 @@ def winograd_tasks(
     return tasks, list(micros.values())
 
 
-# --- the transforms, along both axes of a piece
-
-
-def _both_ways(
-    name: str, texts: Texts, rows: int, columns: int, along: Callable[[Sequence[str]], list[str]]
-) -> tuple[list[Line], Texts]:
-    """Lines that transform rows, then columns; `along` has the sums for the parts of one line."""
-    lines: list[Line] = []
-    across: list[list[str]] = []
-    for r in range(rows):
-        sums = along([texts(r, column) for column in range(columns)])
-        across.append([f"{name}{r}_{i}" for i in range(len(sums))])
-        lines += [
-            Line(f"const float {x} = {text};") for x, text in zip(across[-1], sums, strict=True)
-        ]
-    down = [along([line[i] for line in across]) for i in range(len(across[0]))]
-    return lines, lambda r, column: down[column][r]
-
-
-def _of_pieces(d: Sequence[str]) -> list[str]:
-    """Bᵀ d."""
-    return [f"{d[0]} - {d[2]}", f"{d[1]} + {d[2]}", f"{d[2]} - {d[1]}", f"{d[1]} - {d[3]}"]
-
-
-def _of_kernels(g: Sequence[str]) -> list[str]:
-    """G g."""
-    ends = f"({g[0]} + {g[2]})"
-    return [g[0], f"0.5f * ({ends} + {g[1]})", f"0.5f * ({ends} - {g[1]})", g[2]]
-
-
-def _of_products(m: Sequence[str]) -> list[str]:
-    """Aᵀ m."""
-    return [f"{m[0]} + ({m[1]} + {m[2]})", f"({m[1]} - {m[2]}) - {m[3]}"]
-
-
-def _of_results(y: Sequence[str]) -> list[str]:
-    """A y."""
-    return [y[0], f"{y[0]} + {y[1]}", f"{y[0]} - {y[1]}", f"-{y[1]}"]
-
-
-def _to_taps(m: Sequence[str]) -> list[str]:
-    """Gᵀ m."""
-    half = f"0.5f * ({m[1]} + {m[2]})"
-    return [f"{m[0]} + {half}", f"0.5f * ({m[1]} - {m[2]})", f"{half} + {m[3]}"]
-
-
 # --- tasks
 
 
@@ -95,27 +48,19 @@ def _kernels(c: Contraction) -> Task:
     """The task that transforms the kernels: some channels of a strip of B at a time, which are
     packed for that and stay in the cache."""
     w, strip = c.winograd, c.strip
-    lines, value = _both_ways(
-        "u", lambda y, x: f"g[{_tap(c, y, x)} * {strip} + j]", 3, 3, _of_kernels
-    )
-    step = w.kernel_plane(c.strips * strip)
-    stores = [Line(f"to[{(a * 4 + b) * step} + j] = {value(a, b)};") for a in FOUR for b in FOUR]
     blocks = -(-w.channels // PACKED)
-    of_channel = [
-        Line(f"const {c.type} *const g = kernels + (channel - low) * {9 * strip};"),
-        Line(f"{c.type} *const to = transformed + channel * {strip};"),
-        Line("#pragma omp simd"),
-        *block(f"for (int64_t j = 0; j < {strip}; j++)", [*lines, *stores]),
-    ]
+    plane, of = w.kernel_plane(c.strips * strip), f"kernels + {_tap(c, 0, 0) * strip}"
+    call = f"tj_kernels(to, {plane}, {of}, {strip}, high - low, {_tap_steps(c, strip)});"
     inner = [
         Line(f"const int64_t number = unit / {blocks}, low = unit % {blocks} * {PACKED};"),
         Line(f"const int64_t high = tj_least(low + {PACKED}, {w.channels});"),
         Line("const int64_t first_tap = low * 9, last_tap = high * 9;"),
         *block("", pack_b(c, "number", "first_tap", "last_tap", "kernels")),
         Line(
-            f"{c.type} *const transformed = packed + {c.per_batch} + number * {w.channels * strip};"
+            f"{c.type} *const to = packed + {c.per_batch}"
+            f" + (number * {w.channels} + low) * {strip};"
         ),
-        *block("for (int64_t channel = low; channel < high; channel++)", of_channel),
+        Line(call),
     ]
     chunks = min(c.strips * blocks, w.chunks)
     aligned = f"__attribute__((aligned({c.tiling.vector_bytes})))"
@@ -221,13 +166,19 @@ def _line_at(c: Contraction, pair: str) -> str:
     return f"({pair} / {down} * {size} + {pair} % {down} * {2 * w.width})"
 
 
-def _each_piece(c: Contraction, of_piece: Callable[[bool], list[Line]]) -> list[Line]:
-    """The lines of each piece `x` of a pair of lines; of the last one of an odd width apart."""
+def _each_piece(c: Contraction, of_pieces: Callable[[int, int, str], Line]) -> list[Line]:
+    """The lines of the pieces of a pair of lines, `of_pieces` some of them: the first, how many,
+    whether they have a second column. The last one of an odd width has none."""
     whole, odd = divmod(c.winograd.width, 2)
-    lines = block(f"for (int64_t x = 0; x < {whole}; x++)", of_piece(False))
-    if odd:
-        lines += block("", [Line(f"const int64_t x = {whole};"), *of_piece(True)])
-    return lines
+    lines = [of_pieces(0, whole, "true")] if whole else []
+    return lines + ([of_pieces(whole, 1, "false")] if odd else [])
+
+
+def _below(c: Contraction) -> list[Line]:
+    """`below`: whether a pair of lines has a second one."""
+    w = c.winograd
+    inside = f"(pair + p) % {w.down} < {w.down - 1}" if w.height % 2 else "true"
+    return [Line(f"const bool below = {inside};")]
 
 
 # --- pieces of images
@@ -253,35 +204,31 @@ def _pieces(c: Contraction) -> list[Line]:
     ]
     corner = [
         Line(f"const {c.type} *const d0 = windows + {_corner(c)};"),
-        *(Line(f"const {c.type} *const d{r} = d0 + {r * w.steps[1]};") for r in (1, 2)),
         Line(f"const {c.type} *const d3 = {_last_line(c)};"),
     ]
+    whole, odd = divmod(w.width, 2)
+    if not _channels_inside(c):
+        to = f"pieces + (channel - start) * {w.pieces} + p * {w.across}"
+        flag = "true" if odd else "false"
+        call = f"tj_pieces({to}, {plane}, d0, {w.steps[1]}, d3, {whole}, {flag});"
+        inner = block("for (int64_t p = 0; p < pairs; p++)", [*of_line, *corner, Line(call)])
+        each = "for (int64_t channel = start; channel < start + channels; channel++)"
+        return block(each, [*of_channel, *inner])
 
-    def transformed(place: str, last: bool) -> list[Line]:
+    lines = [Line(f"const {c.type} *const d{r} = d0 + {r * w.steps[1]};") for r in (1, 2)]
+
+    def transformed(last: bool) -> list[Line]:
         def element(r: int, column: int) -> str:
             outside = last and column == 3
             return "0.0f" if outside else f"d{r}[x * {2 * w.steps[0]} + {column * w.steps[0]}]"
 
-        lines, value = _both_ways("h", element, 4, 4, _of_pieces)
+        sums, value = both_ways("h", element, 4, 4, of_pieces)
         stores = [
-            Line(f"to[{(a * 4 + b) * plane} + {place}] = {value(a, b)};")
+            Line(f"to[{(a * 4 + b) * plane} + channel] = {value(a, b)};")
             for a in FOUR
             for b in FOUR
         ]
-        return [*lines, *stores]
-
-    whole, odd = divmod(w.width, 2)
-    if not _channels_inside(c):
-        to = f"pieces + (channel - start) * {w.pieces} + p * {w.across}"
-        inner = [*of_line, *corner, Line(f"{c.type} *const to = {to};")]
-        each = f"for (int64_t x = 0; x < {whole}; x++)"
-        inner += [Line("#pragma omp simd"), *block(each, transformed("x", False))]
-        if odd:
-            last = [Line(f"const int64_t x = {whole};"), *transformed("x", True)]
-            inner += block("", last)
-        inner = block("for (int64_t p = 0; p < pairs; p++)", inner)
-        each = "for (int64_t channel = start; channel < start + channels; channel++)"
-        return block(each, [*of_channel, *inner])
+        return [*sums, *stores]
 
     def over_channels(last: bool) -> list[Line]:
         each = "for (int64_t channel = start; channel < start + channels; channel++)"
@@ -289,10 +236,12 @@ def _pieces(c: Contraction) -> list[Line]:
         return [
             Line(f"{c.type} *const to = {to};"),
             Line("#pragma omp simd"),
-            *block(each, [*of_channel, *corner, *transformed("channel", last)]),
+            *block(each, [*of_channel, *corner, *lines, *transformed(last)]),
         ]
 
-    inner = [*of_line, *_each_piece(c, over_channels)]
+    inner = [*of_line, *block(f"for (int64_t x = 0; x < {whole}; x++)", over_channels(False))]
+    if odd:
+        inner += block("", [Line(f"const int64_t x = {whole};"), *over_channels(True)])
     return block("for (int64_t p = 0; p < pairs; p++)", inner)
 
 
@@ -316,7 +265,7 @@ def _last_line(c: Contraction) -> str:
     step = w.steps[1]
     if w.height % 2 == 0:
         return f"d0 + {3 * step}"
-    return f"y == {w.down - 1} ? d2 : d0 + {3 * step}"
+    return f"d0 + (y == {w.down - 1} ? {2 * step} : {3 * step})"
 
 
 def _result_pieces(c: Contraction) -> list[Line]:
@@ -324,33 +273,18 @@ def _result_pieces(c: Contraction) -> list[Line]:
     strip of B at `column`."""
     w, strip = c.winograd, c.strip
     plane = w.result_plane(strip)
-    bottom = w.height % 2 == 1
     lines = [
-        Line(f"const int64_t y = (pair + p) % {w.down};"),
-        Line(f"const {c.type} *const line = from + {_line_at(c, '(pair + p)')} * {strip};"),
+        Line(f"const {c.type} *const g = from + {_line_at(c, '(pair + p)')} * {strip};"),
+        Line(f"{c.type} *const to = results + p * {w.across * strip};"),
+        *_below(c),
     ]
 
-    def of_piece(last: bool) -> list[Line]:
-        def element(y: int, x: int) -> str:
-            if last and x == 1:
-                return "0.0f"
-            text = f"g[{(y * w.width + x) * strip} + j]"
-            return f"(below ? {text} : 0.0f)" if bottom and y == 1 else text
+    def of_pieces(x: int, count: int, beside: str) -> Line:
+        to, of = (f"{name} + {n * strip}" if n else name for name, n in (("to", x), ("g", 2 * x)))
+        sizes = f"{w.width * strip}, {strip}, {count}"
+        return Line(f"tj_results({to}, {plane}, {of}, {sizes}, below, {beside});")
 
-        inner, value = _both_ways("g", element, 2, 2, _of_results)
-        stores = [
-            Line(f"to[{(a * 4 + b) * plane} + j] = {value(a, b)};") for a in FOUR for b in FOUR
-        ]
-        return [
-            Line(f"const {c.type} *const g = line + x * {2 * strip};"),
-            Line(f"{c.type} *const to = results + (p * {w.across} + x) * {strip};"),
-            Line("#pragma omp simd"),
-            *block(f"for (int64_t j = 0; j < {strip}; j++)", [*inner, *stores]),
-        ]
-
-    if bottom:
-        lines.append(Line(f"const bool below = y < {w.down - 1};"))
-    lines += _each_piece(c, of_piece)
+    lines += _each_piece(c, of_pieces)
     start = f"packed + {c.a_elements} + column * {c.k.extent}"
     return [
         Line(f"const {c.type} *const from = {start};"),
@@ -389,9 +323,9 @@ def _multiplied(c: Contraction, micros: dict[str, list[Line]]) -> list[Line]:
 
     def panels(vectors: tuple[int, ...]) -> list[Line]:
         def call(count: int) -> str:
-            name = micro_of(c, micros, count, vectors, a, b)
+            micro = micro_of(c, count, vectors, a, b)
             to = f"products + part * {w.product_plane(strip)} + r * {strip}"
-            return f"{name}({deep}, {a_from}, b, {to}, {add});"
+            return called(micro, micros, deep, a_from, "b", to, add)
 
         found = [Line("int64_t r = 0;")]
         if max(extents) >= most:
@@ -423,31 +357,19 @@ def _back_to_pixels(c: Contraction) -> list[Line]:
     w, strip = c.winograd, c.strip
     step = c.tiling.tile_columns
     plane = w.product_plane(strip)
-    lines, value = _both_ways(
-        "m", lambda a, b: f"of[{(a * 4 + b) * plane} + j]", 4, 4, _of_products
-    )
 
-    def stores(last: bool) -> list[Line]:
-        found = []
-        for y in TWO:
-            for x in TWO[:1] if last else TWO:
-                text = f"to[{(y * w.width + x) * step} + j] = {value(y, x)};"
-                guard = "if (below) " if y and w.height % 2 else ""
-                found.append(Line(guard + text))
-        return found
+    def of_pieces(x: int, count: int, beside: str) -> Line:
+        to = f"to + {x * 2 * step}" if x else "to"
+        of = f"of + {x * strip}" if x else "of"
+        sizes = f"{plane}, {strip}, {count}"
+        return Line(f"tj_pixels({to}, {step}, {w.width * step}, {of}, {sizes}, below, {beside});")
 
-    def of_piece(last: bool) -> list[Line]:
-        return [
-            Line(f"const {c.type} *const of = products + (p * {w.across} + x) * {strip};"),
-            Line(f"{c.type} *const to = line + x * {2 * step};"),
-            Line("#pragma omp simd"),
-            *block(f"for (int64_t j = 0; j < {strip}; j++)", [*lines, *stores(last)]),
-        ]
-
-    inner = [Line(f"{c.type} *const line = tile + ({_line_at(c, '(pair + p)')} - row) * {step};")]
-    if w.height % 2:
-        inner.append(Line(f"const bool below = (pair + p) % {w.down} < {w.down - 1};"))
-    inner += _each_piece(c, of_piece)
+    inner = [
+        Line(f"{c.type} *const to = tile + ({_line_at(c, '(pair + p)')} - row) * {step};"),
+        Line(f"const {c.type} *const of = products + p * {w.across * strip};"),
+        *_below(c),
+        *_each_piece(c, of_pieces),
+    ]
     return block("for (int64_t p = 0; p < pairs; p++)", inner)
 
 
@@ -455,21 +377,18 @@ def _back_to_taps(c: Contraction) -> list[Line]:
     """The tile of taps by channels, out of the sums of products."""
     w, strip = c.winograd, c.strip
     step = c.tiling.tile_columns
-    plane = w.product_plane(strip)
-    lines, value = _both_ways("m", lambda a, b: f"of[{(a * 4 + b) * plane} + j]", 4, 4, _to_taps)
-    stores = [
-        Line(f"to[{_tap(c, y, x) * step} + j] = {value(y, x)};") for y in THREE for x in THREE
-    ]
-    inner = [
-        Line(f"const {c.type} *const of = products + i * {strip};"),
-        Line(f"{c.type} *const to = tile + i * {9 * step};"),
-        Line("#pragma omp simd"),
-        *block(f"for (int64_t j = 0; j < {strip}; j++)", [*lines, *stores]),
-    ]
-    return block("for (int64_t i = 0; i < channels; i++)", inner)
+    plane, to = w.product_plane(strip), f"tile + {_tap(c, 0, 0) * step}"
+    steps = _tap_steps(c, step)
+    return [Line(f"tj_taps({to}, {step}, products, {plane}, {strip}, channels, {steps});")]
 
 
 def _tap(c: Contraction, y: int, x: int) -> int:
     """The number of the tap at a line and a column of a piece."""
     flip_x, flip_y = c.winograd.flipped
     return (2 - y if flip_y else y) * 3 + (2 - x if flip_x else x)
+
+
+def _tap_steps(c: Contraction, step: int) -> str:
+    """From one tap to the one below and the one beside, where taps are `step` apart."""
+    first = _tap(c, 0, 0)
+    return ", ".join(str((tap - first) * step) for tap in (_tap(c, 1, 0), _tap(c, 0, 1)))

@@ -9,7 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from tracejit.codegen.row_passes import row_unit
 from tracejit.codegen.triton_attention import attention_of
+from tracejit.codegen.triton_foreach import WARPS, chunks_of, constants_of, workspace_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
 from tracejit.codegen.triton_matmul import contraction
 from tracejit.codegen.triton_scatter import scatter_of
@@ -32,11 +34,15 @@ from tracejit.schedule.kernel import (
 
 BLOCK = 1024  # elements of a flat tile: 8 a thread, so that fp32 moves in two 128-bit accesses
 SMALL = 1 << 17  # domains below this many elements take smaller tiles, to fill more of the GPU
+LONG_ROW = 256  # elements of a row from which on its ends are apart
 MAX_PROGRAMS = 1024  # of a full reduction: bounds the partials that the last program folds
 MAX_TILE = 8192  # elements of a rows tile
-WIDE = 128  # outer points of a scatter that one index serves
+WIDE = 512  # outer points of a scatter that one index serves
+IDS = 512  # indices that a program looks through at a time
+TAKEN = 2  # of them that it takes, if it can be so few
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 RANKED = 128  # elements of a row whose places a program finds
+NETWORK = 8192  # elements of a longer row that a program sorts at most
 COMPARED = 32  # elements that they are compared with at a time
 WIDE_RUN = 16  # channels of an image that are loaded together
 FILLED = 256  # programs that keep a GPU busy
@@ -63,17 +69,18 @@ def geometry(
 ) -> Geometry:
     """The launch of a kernel for the values of its sizes, on a GPU of so many SMs; `max_tile`
     bounds elements per tile."""
+    if kernel.foreach:
+        return _foreach(kernel, tuple(sizes))
     parts = list(_each(kernel, sizes, max_tile))
-    looped = [variant == "looped" for variant in variants]
-    plans = [_alone(*part, precision, sms, loop) for part, loop in zip(parts, looped, strict=True)]
+    plans = [_alone(*part, precision, sms, how) for part, how in zip(parts, variants, strict=True)]
     if not kernel.parts:
         return plans[0]
     dots = [p for (k, *_), p in zip(parts, plans, strict=True) if form_of(k) == "matmul"]
     warps = max(plan.num_warps for plan in dots or plans)
     constants: dict[str, int] = {}
     programs = workspace = 0
-    for i, (part, loop) in enumerate(zip(parts, looped, strict=True)):
-        plan = _alone(*part, precision, sms, loop, warps)
+    for i, (part, how) in enumerate(zip(parts, variants, strict=True)):
+        plan = _alone(*part, precision, sms, how, warps)
         constants |= {f"{name}_{i}": value for name, value in plan.constants.items()}
         constants[f"FIRST_{i}"] = programs
         programs += plan.grid[0]
@@ -95,9 +102,14 @@ def variants(
     """What the sizes demand of the text of a kernel, or of each of its parts; "" if nothing.
 
     "looped": rows that do not fit one tile, whose inner elements are walked block by block;
+    "peeled": large rows, one to a program, that begin or end within a 128-bit access, alike in all
+    buffers; also "looped_peeled";
+    "network": rows to sort that are long, and fit a tile;
     "ragged": a large flat domain that ends within a 128-bit access;
     "split": a product of which several programs compute a tile, each for a stretch of k.
     """
+    if kernel.foreach:
+        return ("",)
     return tuple(_variant(*part, precision, sms) for part in _each(kernel, sizes, max_tile))
 
 
@@ -109,7 +121,19 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms:
         outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
         block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
         fits = can_persist(kernel) and block_o * block_i <= _tile_limit(kernel, max_tile)
-        return "" if fits else "looped"
+        how = [] if fits else ["looped"]
+        block_o, _ = _rows_tile(kernel, outer, inner, not fits, max_tile)
+        if (
+            block_o == 1
+            and inner >= LONG_ROW
+            and outer * inner >= SMALL
+            and row_unit(kernel, bound)
+        ):
+            how.append("peeled")
+        return "_".join(how)
+    if form == "sort":
+        inner = _inner_numel(kernel, bound)
+        return "network" if RANKED < power_of_two(inner) <= min(NETWORK, max_tile) else ""
     if form in ("pointwise", "reduce"):
         axes = kernel.axes or kernel.stages[0].axes
         numel = _numel(axes, bound)
@@ -140,10 +164,11 @@ def _alone(
     max_tile: int,
     precision: str,
     sms: int,
-    looped: bool,
+    how: str,
     warps: int = 0,
 ) -> Geometry:
-    """The launch of one kernel; with `warps`, in tiles that so many warps move in wide accesses."""
+    """The launch of one kernel, a variant; with `warps`, in tiles that so many warps move in wide
+    accesses."""
     form = form_of(kernel)
     if form == "matmul":
         return _matmul(kernel, bound, precision, sms)
@@ -156,21 +181,33 @@ def _alone(
     if form == "scatter":
         return _scatter(kernel, bound, max_tile)
     outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
+    if form == "sort" and how == "network":
+        block = power_of_two(inner)
+        return Geometry((outer,), {"BLOCK": block}, _warps(block))
     if form == "sort":
         block = min(power_of_two(inner), RANKED, max_tile)
         others = max(1, min(power_of_two(inner), max_tile // block, COMPARED))
         blocks = outer * cdiv(inner, block)
         return Geometry((blocks,), {"BLOCK": block, "OTHERS": others}, _warps(block * others))
-    share = 8
+    looped, share = "looped" in how, 8
     if form == "scan":
         looped, share = True, _scanned(kernel)
         max_tile = min(max_tile, MAX_TILE // 8 * share)
     block_o, block_i = _rows_tile(kernel, outer, inner, looped, max_tile)
+    unit = {"UNIT": row_unit(kernel, bound)} if "peeled" in how else {}
     return Geometry(
         grid=(cdiv(outer, block_o),),
-        constants={"BLOCK_O": block_o, "BLOCK_I": block_i},
+        constants={"BLOCK_O": block_o, "BLOCK_I": block_i} | unit,
         num_warps=_warps(block_o * block_i, share),
     )
+
+
+def _foreach(kernel: Kernel, sizes: tuple[int, ...]) -> Geometry:
+    """The launch for rows that are aligned; with the chunks that are not moved in wide accesses."""
+    whole, rest = chunks_of(kernel, sizes)
+    constants = constants_of(kernel, sizes, len(whole) > 0)
+    programs, work = len(whole) + len(rest), workspace_of(kernel, sizes)
+    return Geometry((programs,), constants, WARPS, workspace=work)
 
 
 def _scanned(kernel: Kernel) -> int:
@@ -286,10 +323,18 @@ def _scatter(kernel: Kernel, bound: Mapping, max_tile: int) -> Geometry:
     s, outer = scatter_of(kernel), _numel(kernel.axes, bound)
     block = min(power_of_two(outer), WIDE if s.shared else COLUMNS, max_tile)
     blocks, size = cdiv(outer, block), bound.get(s.places, s.places)
-    reach = cdiv(size, min(size, cdiv(FILLED, blocks))) if s.shared else size
+    constants = {"BLOCK": block}
+    parts = 1
+    if s.shared:
+        indices = _numel(s.stage.axes, bound)
+        most = (size + indices) * block // (2 * max(1, indices))  # that read no more than values
+        parts = max(1, min(max(cdiv(FILLED, blocks), indices // TAKEN), most))
+    if s.chooses:
+        constants["IDS"] = min(power_of_two(indices), IDS, max_tile)
+    reach = cdiv(size, min(size, parts))
     parts = cdiv(size, reach)
-    constants = {"BLOCK": block, "PARTS": parts, "RANGE": reach}
-    return Geometry((blocks * parts,), constants, _warps(block))
+    constants |= {"PARTS": parts, "RANGE": reach}
+    return Geometry((blocks * parts,), constants, max(_warps(block), 4 if s.chooses else 1))
 
 
 def _rows_tile(

@@ -13,8 +13,10 @@ from typing import ClassVar
 
 from tracejit.codegen import (
     triton_attention,
+    triton_foreach,
     triton_forms,
     triton_matmul,
+    triton_rows,
     triton_scan,
     triton_scatter,
     triton_sort,
@@ -23,6 +25,7 @@ from tracejit.codegen.geometry import MAX_TILE, Geometry, geometry, variants
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_text import TRITON, fold_of
 from tracejit.kernels.costs import SMS
+from tracejit.schedule.foreach import columns_of
 from tracejit.schedule.kernel import Axis, Kernel, Reduce
 from tracejit.schedule.kernel_text import canonical
 
@@ -54,12 +57,12 @@ class Source:
 @dataclass(frozen=True)
 class Printed:
     """A kernel's functions, its own last; its constants besides its sizes; its imports from
-    kernels/reduce.py and kernels/scan.py."""
+    kernels/reduce.py, and what else it calls of kernels/ ("scan.running_sum")."""
 
     blocks: list[str]
     constants: tuple[str, ...]
     imports: frozenset[str]
-    scans: frozenset[str]
+    others: frozenset[str]
     works: bool = False  # in a workspace
 
 
@@ -74,7 +77,9 @@ def emit(
     """Print a kernel. `sizes` decide only its variants (if not given, the simplest); `precision`
     of fp32 contractions is "ieee", "tf32" or "tf32x3"; `sms` are those of the GPU."""
     form = triton_forms.form_of(kernel)
-    if sizes is None:
+    if kernel.foreach:
+        found = ("",)
+    elif sizes is None:
         kernels = [part.kernel for part in kernel.parts] or [kernel]
         found = tuple(
             "looped" * (triton_forms.form_of(k) == "rows" and not triton_forms.can_persist(k))
@@ -82,9 +87,12 @@ def emit(
         )
     else:
         found = variants(kernel, sizes, max_tile, precision, sms)
-    digest = hashlib.sha256(str(canonical(kernel)).encode()).hexdigest()[:8]
+    content = columns_of(kernel).text if kernel.foreach else str(canonical(kernel))
+    digest = hashlib.sha256(content.encode()).hexdigest()[:8]
     name = "_".join([form, *(v for v in found if v and not kernel.parts), digest])
-    if kernel.parts:
+    if kernel.foreach:
+        printed = _foreach(kernel, name)
+    elif kernel.parts:
         printed = _side_by_side(kernel, name, precision, found)
     else:
         printed = alone(kernel, name, precision, found[0])
@@ -102,9 +110,12 @@ def module_text(printed: Printed) -> str:
     for called in ("attend_forward", "attend_gradients"):
         if f" {called}(" in code:
             imports.append(f"from tracejit.kernels.attention import {called}")
-    for room, called in (("reduce", printed.imports), ("scan", printed.scans)):
+    rooms = {"reduce": sorted(printed.imports)}
+    for room, _, called in sorted(name.partition(".") for name in printed.others):
+        rooms.setdefault(room, []).append(called)
+    for room, called in rooms.items():
         if called:
-            imports.append(f"from tracejit.kernels.{room} import {', '.join(sorted(called))}")
+            imports.append(f"from tracejit.kernels.{room} import {', '.join(called)}")
     header = "\n".join(imports).rstrip()
     return f"{header}\n\n\n{code}\n"
 
@@ -129,12 +140,12 @@ def alone(
         printer = {
             "pointwise": triton_forms.pointwise,
             "reduce": triton_forms.reduce,
-            "rows": triton_forms.rows,
+            "rows": triton_rows.rows,
             "scatter": triton_scatter.scatter,
             "scan": triton_scan.scan,
             "sort": triton_sort.sort,
         }[form]
-        function = printer(kernel, bool(variant), part)
+        function = printer(kernel, variant, part)
     constants = (*(["FIRST"] if part else []), *function.constants)
     text = function_text(
         kernel,
@@ -145,7 +156,7 @@ def alone(
         function.lines,
         variables,
     )
-    names = frozenset(function.imports), frozenset(function.scans)
+    names = frozenset(function.imports), frozenset(function.calls)
     return Printed([*helpers, text], constants, *names, function.works)
 
 
@@ -180,7 +191,7 @@ def calls_of_parts(
     blocks: list[str] = []
     constants: list[str] = []
     imports: frozenset[str] = frozenset()
-    scans: frozenset[str] = frozenset()
+    others: frozenset[str] = frozenset()
     works = False
     calls: list[list[Line]] = []
     scalar = 0
@@ -209,8 +220,19 @@ def calls_of_parts(
         constants += own
         imports |= printed.imports
         works |= printed.works
-        scans |= printed.scans
-    return Printed(blocks, tuple(constants), imports, scans, works), calls
+        others |= printed.others
+    return Printed(blocks, tuple(constants), imports, others, works), calls
+
+
+def _foreach(kernel: Kernel, name: str) -> Printed:
+    """The function of a launch whose kernels are one over other memory."""
+    function, inner = triton_foreach.foreach(kernel), columns_of(kernel).kernel
+    summary = describe(inner, triton_forms.form_of(inner))
+    summary[0] = f"For each row of a table: {summary[0]}"
+    uses, pointers = function.works, ["addresses", "chunks"]
+    lines, constants = function.lines, function.constants
+    text = function_text(inner, name, uses, constants, summary, lines, pointers=pointers)
+    return Printed([text], constants, frozenset(function.imports), frozenset())
 
 
 def choice(calls: Sequence[Sequence[Line]], before: int = 0) -> list[Line]:
@@ -234,6 +256,7 @@ def function_text(
     summary: Sequence[str],
     lines: Sequence[Line],
     variables: Sequence[str] = (),
+    pointers: Sequence[str] | None = None,  # by default its buffers
 ) -> str:
     """A jit function of a kernel's parameters, with its docstring."""
     documented = [*map(Line, [f'"""{summary[0]}', *summary[1:]]), *lines]
@@ -242,7 +265,7 @@ def function_text(
     else:
         documented.insert(len(summary), Line('"""'))
     parameters = [
-        *(b.name for b in kernel.buffers),
+        *([b.name for b in kernel.buffers] if pointers is None else pointers),
         *(["scalars"] if kernel.scalars else []),
         *(["workspace"] if has_workspace else []),
         *(x if x in variables else f"{x}: tl.constexpr" for x in constants),

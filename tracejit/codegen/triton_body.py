@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from tracejit.codegen.language import Line, grouped, strip
+from tracejit.codegen.row_passes import row_of
 from tracejit.codegen.statements import Printer, all_statements, operand_dtype, values_of
 from tracejit.codegen.triton_text import (
     TRITON,
@@ -63,6 +64,9 @@ class Body(Printer):
         self.lines: list[Line] = []
         self.used: set[str] = set()  # axes, masks and flat indices
         self.used_scalars: dict[str, Line] = {}
+        self.scalar_places: dict[str, object] = {}  # where they do not lie in the kernel's order
+        self.rows: frozenset[str] = frozenset()  # axes along rows from a multiple of UNIT on
+        self.is_end = False  # what is printed now is of the ends of such rows
         self._values: dict[int, tuple[str, Dims]] = {}
         self._literals: dict[int, object] = {}
         self._known: dict[tuple, tuple[str, Dims]] = {}  # what was printed, by content
@@ -94,6 +98,20 @@ class Body(Printer):
     def mark(self) -> tuple:
         """What is known now, for `leave`."""
         return dict(self._values), dict(self._literals), dict(self._known)
+
+    def take(self, name: str) -> tuple[dict, dict]:
+        """What is known that varies over a dim, which is forgotten; `put` brings it back."""
+        taken: tuple[dict, dict] = ({}, {})
+        for known, own in zip((self._values, self._known), taken, strict=True):
+            own.update({key: entry for key, entry in known.items() if name in entry[1]})
+            for key in own:
+                del known[key]
+        return taken
+
+    def put(self, taken: tuple[dict, dict]) -> None:
+        """Know again what was taken."""
+        self._values.update(taken[0])
+        self._known.update(taken[1])
 
     def mask(self, dims: Dims) -> str:
         """The condition that an element of a tile over `dims` exists."""
@@ -127,6 +145,10 @@ class Body(Printer):
         self._values[out.id] = (text or repr(out), dims)
         return text or repr(out)
 
+    def given(self, out: Var) -> None:
+        """A number that is there already, whatever it was loaded from."""
+        self.define(out, NO_DIMS)
+
     def variable(self, var: Var) -> str:
         return self._defined(var)[0]
 
@@ -146,8 +168,8 @@ class Body(Printer):
         kind = compute_type(dtype)
         several = len(self._scalar_types[scalar.name]) > 1
         name = f"{scalar.name}_{kind.removeprefix('tl.')}" if several else scalar.name
-        slot = self.kernel.scalars.index(scalar.name)
-        place = f"scalars + {slot}" if slot else "scalars"
+        at = self.scalar_places.get(scalar.name, self.kernel.scalars.index(scalar.name))
+        place = f"scalars + {at}" if at else "scalars"
         convert = "" if dtype is f64 else f".to({kind})"
         self.used_scalars[name] = Line(f"{name} = tl.load({place}){convert}")
         return name
@@ -258,12 +280,18 @@ class Body(Printer):
         self.define(out, dims, name)
         return True
 
+    def _hinted(self, index: Index, text: str) -> str:
+        """An index's text, with what is known of where it lies."""
+        if not self.rows or self.is_end or row_of(index, self.rows) is None:
+            return text
+        return f"tl.multiple_of({text}, [1, UNIT])"
+
     def load_text(self, s: Load, zero_outside: bool = False) -> tuple[list[Line], str]:
         """The lines before a load, and the load in its memory type; zero where the mask, or the
         tile with `zero_outside`, ends."""
         index, dims = self.index(s.index), self.load_dims(s)
         conditions = self.conditions(s.mask)
-        pointer = s.buffer if index == "0" else f"{s.buffer} + {index}"
+        pointer = s.buffer if index == "0" else f"{s.buffer} + {self._hinted(s.index, index)}"
         if dims != self.index_dims(s.index):
             pointer = f"tl.broadcast_to({pointer}, {self.shape(dims)})"
         masks = [mask] if (mask := self.mask(dims)) else []
@@ -307,7 +335,7 @@ class Body(Printer):
     def store(self, s: Store) -> list[Line]:
         dtype, text = self.buffers[s.buffer], self.index(s.index)
         everything = frozenset(self.dims)
-        pointer = s.buffer if text == "0" else f"{s.buffer} + {text}"
+        pointer = s.buffer if text == "0" else f"{s.buffer} + {self._hinted(s.index, text)}"
         if self.index_dims(s.index) != everything:
             pointer = f"tl.broadcast_to({pointer}, {self.shape(everything)})"
         value = self.operand(s.value, dtype, typed=dtype is f64)
@@ -327,6 +355,11 @@ class Body(Printer):
             lines.insert(0, Line("tl.debug_barrier()"))
             self._read.clear()
         return lines
+
+    def online(self, most: str, total: str, value: str) -> str:
+        """The statement that takes a value into a maximum, and into the sum of exponentials that is
+        relative to it."""
+        return f"{most}, {total} = online_sum({most}, {total}, {value})"
 
     # --- reductions ---------------------------------------------------------------------------
 

@@ -6,8 +6,7 @@ scan        so does its only stage, with a running result along its axis (`trito
 pointwise   outer axes only: a flat block of the domain per program
 reduce      no outer axes, one stage with inner axes: a bounded number of programs walk the domain;
             the last one to finish folds the partials in fixed order and runs the tail stages
-rows        everything else: a program holds BLOCK_O outer points and all (or, `looped`, BLOCK_I at
-            a time) of their inner elements
+rows        everything else (`triton_rows.py`)
 
 Each printer returns a `Function`; `triton.emit` puts the module around it. With `part` (its number
 as a suffix) a kernel shares its launch with others: its programs are those from FIRST on.
@@ -35,13 +34,14 @@ MakeBody = Callable[[Kernel], Body]  # who counts what is printed has a Body of 
 class Function:
     """A generated function's lines, its constants besides the kernel's sizes, and its imports.
 
-    `imports` are names of tracejit.kernels.reduce, `scans` of tracejit.kernels.scan.
+    `imports` are names of tracejit.kernels.reduce.
+    `calls` are other functions of tracejit.kernels: "scan.running_sum".
     """
 
     lines: tuple[Line, ...]
     constants: tuple[str, ...]
     imports: tuple[str, ...] = ()
-    scans: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
     has_workspace: bool = False  # whatever it imports
 
     @property
@@ -52,9 +52,9 @@ class Function:
 
 def form_of(kernel: Kernel) -> str:
     """Which printer a kernel needs: pointwise, reduce, rows, scatter, scan, sort,
-    matmul, attention, or joint for several."""
+    matmul, attention, joint for several, or foreach for rows of one kind."""
     if kernel.parts:
-        return "joint"
+        return "foreach" if kernel.foreach else "joint"
     if any(stage.dot is not None for stage in kernel.stages):
         return "matmul"
     if any(stage.attend is not None for stage in kernel.stages):
@@ -72,27 +72,25 @@ def form_of(kernel: Kernel) -> str:
     return "rows"
 
 
-def pointwise(
-    kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body
-) -> Function:
+def pointwise(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """One flat block of the outer domain per program; a kernel without axes is one program."""
     body = make(kernel)
     dim = Dim("x", kernel.axes)
     if not dim.axes:
         for stage in kernel.stages:
-            _without_reductions(body, stage)
+            without_reductions(body, stage)
         return Function((*body.scalar_lines(), *body.lines), ())
 
     def block(dim: Dim) -> None:
         body.enter(dim)
         for stage in kernel.stages:
-            _without_reductions(body, stage)
+            without_reductions(body, stage)
 
-    lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", ragged, block)
+    lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", variant == "ragged", block)
     return Function((*body.scalar_lines(), *lines), ("BLOCK",))
 
 
-def reduce(kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def reduce(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """A full reduction with its element-wise stores and its tail in one launch."""
     body = make(kernel)
     main, *tail = kernel.stages
@@ -110,7 +108,7 @@ def reduce(kernel: Kernel, ragged: bool = False, part: str = "", make: MakeBody 
             value = body.reduced_value(r, frozenset([dim.name]))
             body.lines.append(Line(fold_of(r).combine(totals[r], value), r.where))
 
-    loop = _flat(body, dim, "(step * PROGRAMS + pid) * BLOCK", ragged, block)
+    loop = _flat(body, dim, "(step * PROGRAMS + pid) * BLOCK", variant == "ragged", block)
     last, imports = last_program(body, reductions, totals, tail, "PROGRAMS")
     lines = [
         Line(f"pid = {program_number(kernel, part)}"),
@@ -132,25 +130,27 @@ def _flat(
     mask: under one that ends within an access the hardware's accesses would all be narrow.
     """
 
-    def printed(dim: Dim, index: str) -> list[Line]:
-        before = body.mark()
-        block(dim)
-        lines = [*body.prelude(dim, index), *body.lines]
-        body.lines = []
-        body.used.clear()
-        body.leave(dim, before)
-        return lines
-
     if not ragged:
-        return printed(dim, f"{first} + {lanes(dim)}")
+        return block_lines(body, dim, f"{first} + {lanes(dim)}", block)
     index = f"first + {lanes(dim)}"
     return [
         Line(f"first = {first}"),
         Line(f"if first <= {dim.extent} - BLOCK:"),
-        *TRITON.indent(printed(replace(dim, full=True), index)),
+        *TRITON.indent(block_lines(body, replace(dim, full=True), index, block)),
         Line("else:"),
-        *TRITON.indent(printed(dim, index)),
+        *TRITON.indent(block_lines(body, dim, index, block)),
     ]
+
+
+def block_lines(body: Body, dim: Dim, index: str, block: Callable[[Dim], None]) -> list[Line]:
+    """The lines of a flat block, whose elements are at `index`; `block` prints its statements."""
+    before = body.mark()
+    block(dim)
+    lines = [*body.prelude(dim, index), *body.lines]
+    body.lines = []
+    body.used.clear()
+    body.leave(dim, before)
+    return lines
 
 
 def last_program(
@@ -174,7 +174,7 @@ def last_program(
         collects.append(Line(f"{r.out!r} = {total}", r.where))
         body.define(r.out, NO_DIMS)
     for stage in tail:
-        _without_reductions(body, stage)
+        without_reductions(body, stage)
     lines.append(Line(f"if is_last(workspace.to(tl.pointer_type(tl.int32)), {programs}):"))
     lines += TRITON.indent([*collects, *body.lines])
     body.lines = []
@@ -187,67 +187,7 @@ def can_persist(kernel: Kernel) -> bool:
     return len(extents) == 1
 
 
-def rows(kernel: Kernel, looped: bool = False, part: str = "", make: MakeBody = Body) -> Function:
-    """Outer points by inner elements; `looped` walks the inner elements block by block."""
-    body = make(kernel)
-    outer = Dim("o", kernel.axes, "BLOCK_O", "[:, None]")
-    body.enter(outer)
-    if looped:
-        middle = [line for stage in kernel.stages for line in _looped_stage(body, stage)]
-    else:
-        middle = _persistent_stages(body, kernel)
-    index = f"{program_number(kernel, part)} * BLOCK_O + {lanes(outer)}"
-    lines = [*body.prelude(outer, index), *body.scalar_lines(), *middle]
-    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
-
-
-def _persistent_stages(body: Body, kernel: Kernel) -> list[Line]:
-    """All stages on one tile: what an earlier stage loaded or computed is used again."""
-    inner = next(Dim("i", s.axes, "BLOCK_I", "[None, :]") for s in kernel.stages if s.axes)
-    for stage in kernel.stages:
-        if not stage.axes:
-            _without_reductions(body, stage)
-            continue
-        body.enter(inner)
-        body.same_axes(stage.axes, inner)
-        for r in body.emit(stage.body):
-            fold = fold_of(r)
-            total = f"{fold.tile}({body.reduced_value(r, frozenset('i'))}, 1)[:, None]"
-            body.lines.append(Line(f"{r.out!r} = {fold.finish(total)}", r.where))
-            body.define(r.out, frozenset("o"))
-        body.leave(inner)
-    return [*body.prelude(inner, lanes(inner, kernel.index64)), *body.lines]
-
-
-def _looped_stage(body: Body, stage: Stage) -> list[Line]:
-    """One stage; with axes, a loop over blocks of its inner elements."""
-    body.lines = []
-    if not stage.axes:
-        _without_reductions(body, stage)
-        return body.lines
-    inner = Dim("i", stage.axes, "BLOCK_I", "[None, :]")
-    mark = body.mark()
-    body.enter(inner)
-    starts, ends = [], []
-    reductions = body.emit(stage.body)
-    for r in reductions:
-        fold = fold_of(r)
-        total = f"{r.out!r}_{fold.kind}"
-        starts.append(Line(f"{total} = tl.full([BLOCK_O, BLOCK_I], {fold.neutral}, {fold.type})"))
-        value = body.reduced_value(r, frozenset("i"))
-        body.lines.append(Line(fold.combine(total, value), r.where))
-        result = fold.finish(f"{fold.tile}({total}, 1)[:, None]")
-        ends.append(Line(f"{r.out!r} = {result}", r.where))
-    index = f"start + {lanes(inner, body.kernel.index64)}"
-    loop = [*body.prelude(inner, index), *body.lines]
-    body.leave(inner, mark)
-    for r in reductions:
-        body.define(r.out, frozenset("o"))
-    head = Line(f"for start in range(0, {inner.extent}, BLOCK_I):")
-    return [*starts, head, *TRITON.indent(loop), *ends]
-
-
-def _without_reductions(body: Body, stage: Stage) -> None:
+def without_reductions(body: Body, stage: Stage) -> None:
     """A stage that runs once per outer point."""
     if stage.axes or body.emit(stage.body):
         raise InvalidGraph(reason="a reduction needs a stage with axes")

@@ -76,7 +76,7 @@ def _combined(made: dict[Var, Statement], top: Compute) -> tuple[str, tuple[Oper
     return named[condition.op.name], (value,)
 
 
-def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def scan(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """The function of a kernel with a running result along an axis."""
     body, (stage,) = make(kernel), kernel.stages
     one, kind = running_of(stage), compute_type(running_of(stage).dtype)
@@ -106,4 +106,6 @@ def scan(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody =
         Line(f"for start in range(0, {inner.extent}, BLOCK_I):"),
         *TRITON.indent(loop),
     ]
-    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"), scans=("last_column", one.function))
+    return Function(
+        tuple(lines), ("BLOCK_O", "BLOCK_I"), calls=("scan.last_column", f"scan.{one.function}")
+    )

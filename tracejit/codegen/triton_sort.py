@@ -1,8 +1,9 @@
 """Kernels that sort, as Triton functions.
 
-The place of an element in the order is how many of its row stand before it. A program finds the
-places of a block of a row's elements, by comparing them with all of the row, OTHERS at a time.
-Each element goes to a place of its own: no atomics.
+ranked    the place of an element in the order is how many of its row stand before it. A program
+          finds the places of a block of a row's elements, by comparing them with all of the row,
+          OTHERS at a time. Each element goes to a place of its own: no atomics.
+network   a row that fits a tile is one program's, which sorts it (`kernels/order.py`).
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from dataclasses import replace
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
-from tracejit.codegen.triton_forms import Function, MakeBody, program_number
+from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
 from tracejit.codegen.triton_text import TRITON, Dim, unravel
 from tracejit.ir.types import b1
 from tracejit.schedule.kernel import Bound, Index, Kernel
 
 
-def sort(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody = Body) -> Function:
+def sort(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
     """The function of a kernel whose first stage ends with a Sort."""
+    if variant == "network":
+        return _network(kernel, part, make(kernel))
     body, (values, ordered) = make(kernel), kernel.stages
     (along,), how = values.axes, kernel.sort
     n, i = along.extent, along.name
@@ -79,6 +82,45 @@ def sort(kernel: Kernel, variant: bool = False, part: str = "", make: MakeBody =
         *last,
     ]
     return Function(tuple(lines), ("BLOCK", "OTHERS"))
+
+
+def _network(kernel: Kernel, part: str, body: Body) -> Function:
+    """A row to a program."""
+    (values, ordered), how = kernel.stages, kernel.sort
+    (along,) = values.axes
+    for axis in kernel.axes:
+        body.axis_text[axis.name] = ("0" if axis.extent == 1 else axis.name, NO_DIMS)
+    dim = Dim("x", (along,))
+    body.enter(dim)
+    body.axis_text[along.name] = (along.name, frozenset(["x"]))
+    body.emit(values.body[:-1])
+    value = body.operand(how.value, how.value.dtype, typed=True)
+    if how.value.dtype is b1:
+        value = f"{value}.to(tl.int32)"
+    if not body.value_dims(how.value):
+        value = f"tl.broadcast_to({value}, [BLOCK])"
+    order = f"order = places_in_order({value}, in_x, {how.descending})"
+    body.lines.append(Line(order, how.where))
+    first, body.lines = body.lines, []
+    body.leave(dim)
+    body.enter(dim)
+    (store,) = ordered.body
+    place, count = next(((a.name, a.extent) for a in ordered.axes), ("place", 1))
+    body.axis_text[place] = (along.name, frozenset(["x"]))
+    body.define(how.out, frozenset(["x"]), "order.to(tl.int64)")
+    body.emit([replace(store, mask=(Bound(Index(((place, 1),)), count),))])
+    last, body.lines = body.lines, []
+    wanted = {a.name for a in kernel.axes if a.name in body.used}
+    lines = [
+        *([Line(f"row = {program_number(kernel, part)}")] if wanted else []),
+        *unravel([a for a in kernel.axes if a.extent != 1], "row", wanted),
+        *body.scalar_lines(),
+        Line(f"{along.name} = {lanes(dim, kernel.index64)}"),
+        Line(f"in_x = {along.name} < {along.extent}"),
+        *first,
+        *last,
+    ]
+    return Function(tuple(lines), ("BLOCK",), calls=("order.places_in_order",))
 
 
 def _renamed(text: str) -> str:

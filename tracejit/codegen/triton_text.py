@@ -150,8 +150,17 @@ class Fold:
         """The statement that takes one more tile into the total."""
         if self.kind == "sum":
             return f"{total} += {value}"
-        function = {"max": "tj.maximum", "min": "tj.minimum"}[self.kind]
-        return f"{total} = {function}({total}, {value})"
+        return f"{total} = {self._larger}({total}, {value})"
+
+    def both(self, total: str, more: str) -> str:
+        """Two totals as one."""
+        if self.kind == "sum":
+            return f"{total} + {more}"
+        return f"{self._larger}({total}, {more})"
+
+    @property
+    def _larger(self) -> str:
+        return {"max": "tj.maximum", "min": "tj.minimum"}[self.kind]
 
     def finish(self, total: str) -> str:
         """The total as a value of the reduction's dtype."""

@@ -9,6 +9,7 @@ import keyword
 import re
 import tokenize
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from tracejit import kernels as library
 from tracejit.export.eject_text import WIDE
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.runtime.program import Program
-from tracejit.runtime.triton_launch import LoadedLaunch
+from tracejit.runtime.triton_executor import TritonExecutor
+from tracejit.runtime.triton_launch import LoadedLaunch, positions
 
 _LIBDEVICE = "from triton.language.extra import libdevice"
 
@@ -52,9 +54,8 @@ class TritonKernels:
     begin = ()
 
     def __init__(self, programs: Sequence[Program], device: str):
-        self.launched: list[LoadedLaunch] = [
-            launch for program in programs for launch in program.loaded.launched
-        ]
+        self._apart = {id(program): _apart(program) for program in programs}
+        self.launched = [launch for found, _ in self._apart.values() for launch in found]
         self.sources: dict[str, str] = {}  # the name of each kernel's function, by its text
         for launch in self.launched:
             self.sources.setdefault(launch.source.text, f"kernel{len(self.sources)}")
@@ -101,7 +102,7 @@ class TritonKernels:
         """The launches of a program, in their order."""
         plan = program.loaded.plan
         buffers, places = plan.buffers, program.loaded.layout.places
-        slots = [slot for launch in plan.launches for slot in launch.scalars]
+        launched, slots = self._apart[id(program)]
         if slots:
             numbers = ", ".join(scalars[slot] for slot in slots)
             yield f"table = torch.tensor([{numbers}], dtype=torch.float64{self.on})"
@@ -114,7 +115,7 @@ class TritonKernels:
             room = "self.work" if place.room is None else at[buffers[place.room].name]
             return f"part({room}, {place.offset}, {TO_TORCH[b.type.dtype]})"
 
-        for launch in program.loaded.launched:
+        for launch in launched:
             given = [pointer(i) for i in launch.buffers]
             if launch.source.kernel.scalars:
                 first = launch.first_scalar
@@ -137,6 +138,26 @@ class TritonKernels:
 
 
 # ---- the library
+
+
+def _apart(program: Program) -> tuple[list[LoadedLaunch], list[int]]:
+    """The launches of a program, and the slots of their scalars in order. Rows of a foreach are
+    launched one by one: whoever reads the file need not know of tables of addresses. Sums are then
+    folded in other places."""
+    loaded, executor = program.loaded, TritonExecutor("triton")
+    where, workspace = positions(loaded.plan), 0
+    found: list[LoadedLaunch] = []
+    slots: list[int] = []
+    for launch in loaded.launched:
+        rows = [launch]
+        if launch.launch.kernel.foreach:
+            rows = [executor.load_launch(one, where, 0) for one in launch.launch.alone()]
+        for one in rows:
+            if one.geometry.grid[0]:
+                found.append(replace(one, first_scalar=len(slots), workspace=workspace))
+                slots += one.launch.scalars
+                workspace += -(-one.geometry.workspace // 16) * 16
+    return found, slots
 
 
 @cache

@@ -28,5 +28,7 @@ def results_on_numpy(graph: Graph, inputs: Sequence[torch.Tensor | float]) -> li
 def _array(x: torch.Tensor) -> np.ndarray:
     """The elements of a tensor, as the numpy rules of primitives take them."""
     x = x.detach().cpu()
+    if x.is_complex():  # a graph reads the pairs that it is
+        x = torch.view_as_real(x)
     narrow = x.dtype in (torch.bfloat16, torch.float16)
     return (x.float() if narrow else x).numpy()

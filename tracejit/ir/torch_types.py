@@ -19,4 +19,8 @@ TO_IR: dict[torch.dtype, DType] = {
     torch.uint8: types.u8,
     torch.bool: types.b1,
 }
-TO_TORCH = {ir: dtype for dtype, ir in TO_IR.items()}
+COMPLEX_TO_IR: dict[torch.dtype, DType] = {
+    torch.complex64: types.c64,
+    torch.complex128: types.c128,
+}
+TO_TORCH = {ir: dtype for dtype, ir in (TO_IR | COMPLEX_TO_IR).items()}

@@ -19,7 +19,7 @@ class DType:
     """
 
     name: str
-    kind: str  # "f" float, "i" signed, "u" unsigned, "b" bool
+    kind: str  # "f" float, "i" signed, "u" unsigned, "b" bool; "c" complex, of tensors in capture
     itemsize: int  # bytes in memory
     compute: np.dtype
 
@@ -50,12 +50,18 @@ i8 = DType("i8", "i", 1, np.dtype(np.int8))
 u8 = DType("u8", "u", 1, np.dtype(np.uint8))
 b1 = DType("b1", "b", 1, np.dtype(np.bool_))
 
+# Graphs are real. A complex tensor of a trace is the pairs of its parts, numbers of another dtype.
+c64 = DType("c64", "c", 8, np.dtype(np.complex64))
+c128 = DType("c128", "c", 16, np.dtype(np.complex128))
+COMPLEX = {f32: c64, f64: c128}  # by the dtype of the parts
+PARTS = {c: f for f, c in COMPLEX.items()}
+
 DTYPES = {d.name: d for d in (f64, f32, f16, bf16, i64, i32, i16, i8, u8, b1)}
 
 
 def dtype_named(name: str) -> DType:
-    """The dtype of a name; what copies and pickles of a dtype call."""
-    return DTYPES[name]
+    """The dtype of a name, of tensors too; what copies and pickles of a dtype call."""
+    return DTYPES.get(name) or next(c for c in PARTS if c.name == name)
 
 
 def round_to(array: np.ndarray, dtype: DType) -> np.ndarray:

@@ -53,7 +53,9 @@ class _Rolling:
 
     def run(self, runs: Sequence[Run]) -> Graph:
         small = [run for run in runs if not self._is_worth_it(run)]
-        self._roll([run for run in runs if run not in small])
+        large = [run for run in runs if run not in small]
+        self._roll(large)
+        self._roll_with_feeders([run for run in large if not self._is_taken(run)], small)
         if not self.rolled:
             return self.graph
         self._roll([run for run in small if self._reads_rows(run) and not self._is_taken(run)])
@@ -68,6 +70,37 @@ class _Rolling:
             for run in sorted(chosen, key=lambda r: r.start):
                 self._try(run)
             runs = [r for r in runs if r not in chosen and not self._is_taken(r)]
+
+    def _roll_with_feeders(self, runs: Sequence[Run], small: Sequence[Run]) -> None:
+        """Roll what is no loop by itself, but becomes one together with short runs before it, each
+        of whose repetitions gives a value to one of its own: the cotangents of a decayed sum of
+        losses. These become loops only if it does."""
+        for run in runs:
+            feeders = [x for x in small if x.stop <= run.start and self._feeds(x, run)]
+            feeders = [x for x in feeders if not self._is_taken(x)]
+            if not feeders or self._is_taken(run):
+                continue
+            before = self._state()
+            self._roll(feeders)
+            self._try(run)
+            if not self._is_taken(run):
+                self._go_back(before)
+
+    def _feeds(self, feeder: Run, run: Run) -> bool:
+        """Whether repetitions of a run read what those of an earlier one compute."""
+        made = {n.outs[0].id for n in self.nodes[feeder.start : feeder.stop]}
+        seen = {v.id for n in self.nodes[run.start : run.stop] for v in n.inputs if v.id in made}
+        return len(seen) >= LEAST
+
+    def _state(self) -> tuple:
+        sources = self.sources
+        members = {id: list(of) for id, of in sources.members.items()}
+        kept = self.instead, self.rolled, sources.same
+        return *map(dict, kept), members, set(self.consumed), list(self.b.nodes), self.b.next_id
+
+    def _go_back(self, state: tuple) -> None:
+        self.instead, self.rolled, self.sources.same, self.sources.members = state[:4]
+        self.consumed, self.b.nodes, self.b.next_id = state[4:]
 
     def _is_worth_it(self, run: Run) -> bool:
         families = self._families(run)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 EARLY = (12_000, 40_000)
 GROWTH = 1.5  # from one such unit to the next: each costs the start of a compiler
 WORTH_A_UNIT = 6_000  # characters of C; starting a compiler costs as much as some thousand
-_MICRO = re.compile(r"^TJ_FUSED .*?^\}$", re.DOTALL | re.MULTILINE)
 _COMMENT = re.compile(r"/\*.*?\*/|//[^\n]*|^ +", re.DOTALL | re.MULTILINE)
 
 
@@ -124,7 +123,7 @@ class Kernels:
         from tracejit.codegen.c import emit_kernel  # a warm start prints nothing
 
         function = emit_kernel(kernel, len(self._printed))
-        self._printed[digest], self._waiting[digest] = function, _cost(function.text)
+        self._printed[digest], self._waiting[digest] = function, _cost(function.own)
 
     def _start(self, batches: Sequence[list[str]]) -> None:
         """Compile some of what waits, in units."""
@@ -141,10 +140,8 @@ class Kernels:
 
 
 def _cost(text: str) -> int:
-    """What compiling a kernel takes, in characters of C. A micro-kernel is one straight loop, which
-    compiles four times as fast as other code of its length."""
-    code = _COMMENT.sub("", text)
-    return len(code) - sum(map(len, _MICRO.findall(code))) * 3 // 4
+    """What compiling the functions of a kernel's own takes, in characters of C."""
+    return len(_COMMENT.sub("", text))
 
 
 def _provided(library: ctypes.CDLL | None) -> ctypes.CDLL | None:

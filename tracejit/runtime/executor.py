@@ -74,12 +74,14 @@ class Inlined:
     ran:    an expression: whether it has, for a `run` that goes to its end whatever happens; None
             where an interrupt may stop it halfway.
     names:  what the lines refer to.
+    undone: a run that raises has put back what it had written.
     """
 
     gather: Sequence[str]
     run: str
     ran: str | None
     names: Mapping[str, object]
+    undone: bool = False
 
 
 def inlined(
@@ -91,7 +93,7 @@ def inlined(
         return loaded.inlined(addresses, scalars)
     places = [f"{base} + {offset}" if offset else base for base, offset in addresses]
     run = f"loaded([{', '.join(places)}], [{', '.join(scalars)}])"
-    return Inlined((), run, None, {"loaded": loaded})
+    return Inlined((), run, None, {"loaded": loaded}, getattr(loaded, "undoes", False))
 
 
 class Executor(Protocol):

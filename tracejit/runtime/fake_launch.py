@@ -12,6 +12,7 @@ import numpy as np
 
 from tracejit.codegen.triton_phases import HEADER, words_of_row
 from tracejit.runtime.fake_clock import Clocks, Fault
+from tracejit.runtime.fake_rows import Rows
 from tracejit.runtime.numpy_kernel import Run
 from tracejit.runtime.triton_launch import LoadedLaunch, memory_bytes
 
@@ -47,6 +48,7 @@ class FakeLaunch:
         names = launch.function.arg_names[len(aligned) :]
         self._constants = [launch.constants[n] for n in names]
         self.what = f"launch {launch.source.name.rpartition('_')[0]}"
+        self._rows = Rows(launch, self.what) if launch.launch.kernel.foreach else None
 
     @functools.cached_property
     def _runs(self) -> list[Run]:
@@ -114,10 +116,21 @@ class FakeLaunch:
         kernel = launch.launch.kernel
         reads, writes = [], []
         rest = [*pointers[len(kernel.buffers) :]]
-        for pointer, buffer, memory in zip(pointers, kernel.buffers, launch.memory, strict=False):
-            place = pointer, memory_bytes(memory)
-            reads += [place] * ("r" in buffer.access)
-            writes += [place] * ("w" in buffer.access)
+        if self._rows is not None:
+            rest = [*pointers[2:]]
+            tables, pieces = self._rows.read(*pointers[:2])
+            for place in tables:
+                clocks.reads(stream, *place, self.what)
+            reads += tables
+            reads += [piece for piece, access in pieces if "r" in access]
+            writes += [piece for piece, access in pieces if "w" in access]
+        else:
+            for pointer, buffer, memory in zip(
+                pointers, kernel.buffers, launch.memory, strict=False
+            ):
+                place = pointer, memory_bytes(memory)
+                reads += [place] * ("r" in buffer.access)
+                writes += [place] * ("w" in buffer.access)
         scalars: list[float] = []
         if kernel.scalars:
             table = rest.pop(0)
@@ -133,6 +146,10 @@ class FakeLaunch:
             clocks.reads(stream, *place, self.what)
         for place in writes:
             clocks.writes(stream, *place, self.what)
+        if self._rows is not None:
+            with np.errstate(all="ignore"):
+                self._rows.run(scalars)
+            return
         slots = dict(zip(launch.launch.scalars, scalars, strict=True))
         table_of_plan = [slots.get(i, np.nan) for i in range(max(slots, default=-1) + 1)]
         with np.errstate(all="ignore"):
@@ -144,6 +161,8 @@ class FakeLaunch:
         so before has come to its end."""
         constants = self._launch.constants
         pieces = [v for name, v in constants.items() if name.startswith("WORKSPACE_")] or [0]
+        if self._rows is not None:
+            pieces = [4 * row for row in range(self._rows.counters())]
         for piece in pieces:
             count = ctypes.c_int32.from_address(work + piece).value
             if count:

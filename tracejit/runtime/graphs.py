@@ -16,15 +16,22 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from operator import add
-from struct import Struct
 
 import torch
 
 from tracejit.errors import OF_RANKS, LaunchError
 from tracejit.ir.process_groups import silent
 from tracejit.runtime.device import Device
-from tracejit.runtime.launches import COPY, GRAPH, Calls, Failed, Launches, StreamState, picking
+from tracejit.runtime.launches import (
+    COPY,
+    GRAPH,
+    Calls,
+    Failed,
+    Launches,
+    StreamState,
+    Table,
+    picking,
+)
 from tracejit.runtime.ring import Ring
 
 CALLS = 3  # plain calls before a capture, which show what moves
@@ -116,24 +123,19 @@ class Graph:
     communicated then.
     """
 
-    __slots__ = ("first", "bases", "_launches", "_state", "_failed", "_fixed", "_places")
-    __slots__ += ("_addresses", "_offsets", "_pack", "_head", "_calls", "_steps")
+    __slots__ = ("first", "_launches", "_state", "_failed", "_fixed", "_places")
+    __slots__ += ("_table", "_calls", "_steps")
 
     def __init__(
         self, maker: Maker, moved: frozenset[int], words: bytes | None, bases: tuple[int, ...]
     ):
         device = maker.device
         self._failed, self.first = maker.failed, bases
-        self.bases: tuple[int, ...] | None = None  # whose addresses are packed
-        self._head = b""
         self._launches = launches = maker.launches(moved)
         self._fixed = picking([i for i in range(len(bases)) if i not in moved])
         self._places = self._fixed(bases)
-        self._addresses = picking([base for base, _ in launches.indirect])
-        offsets = [offset for _, offset in launches.indirect]
-        self._offsets = offsets if any(offsets) else None
-        self._pack = Struct(f"{len(offsets)}Q").pack
-        nbytes = 8 * len(offsets) + maker.scalars
+        self._table = Table(launches.indirect)
+        nbytes = 8 * len(launches.indirect) + maker.scalars
         memory = maker.memory(nbytes)
         ring = Ring(device, nbytes) if nbytes else None
         scratch = {i: _like(device, bases[i], n) for i, n in maker.written.items()}
@@ -155,6 +157,11 @@ class Graph:
                     self._steps.append((first, last))
         self._state = state
 
+    @property
+    def bases(self) -> tuple[int, ...] | None:
+        """Those of the last call."""
+        return self._table.bases
+
     def fits(self, bases: tuple[int, ...]) -> bool:
         """Whether all that does not move is where it was."""
         return self._fixed(bases) == self._places
@@ -175,17 +182,6 @@ class Graph:
             raise  # it has its name
         except Exception as error:
             raise self._failed()(n, error) from error
-
-    def _table(self, words: bytes | None, bases: tuple[int, ...]) -> bytes | None:
-        """What the table is to hold; None if there is none."""
-        if bases is not self.bases:
-            self.bases = None
-            addresses = self._addresses(bases)
-            if self._offsets is not None:
-                addresses = map(add, addresses, self._offsets)
-            self._head = self._pack(*addresses)
-            self.bases = bases
-        return self._head + words if words is not None else self._head or None
 
 
 def stretches(count: int, halves: Collection[int]) -> list[tuple[int, int, bool]]:

@@ -10,6 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from tracejit.runtime import interpreter
+from tracejit.runtime.foreach import launches_of, table_of
 from tracejit.runtime.numpy_kernel import Run
 from tracejit.runtime.triton_launch import (
     TRITON_NAME,
@@ -76,10 +77,30 @@ class InterpretedPlan:
             return
         sizes = [self._sizes[i] for i in launch.buffers]
         memory = list(zip(places, sizes, strict=True))
+        if kernel.foreach:
+            words = np.array([addresses[i] for i in table_of(launch)], np.uint64)
+            for one, chunks in launches_of(launch, words.tolist()):
+                tables = (words.view(np.int64), chunks.ravel())
+                pointers = [interpreter.Pointer.of(x) for x in tables]
+                near = [(x.ctypes.data, x.nbytes) for x in tables]
+                self._give(one, pointers, [*memory, *near], table, number)
+            return
         pointers = [
             interpreter.Pointer(address, TRITON_NAME[buffer.dtype.name])
             for address, buffer in zip(places, kernel.buffers, strict=True)
         ]
+        self._give(launch, pointers, memory, table, number)
+
+    def _give(
+        self,
+        launch: LoadedLaunch,
+        pointers: list[interpreter.Pointer],
+        memory: list[tuple[int, int]],
+        table: np.ndarray,
+        number: int,
+    ) -> None:
+        """Run a launch with its scalars and workspace behind its pointers."""
+        kernel = launch.source.kernel
         if kernel.scalars:
             first = table.ctypes.data + 8 * launch.first_scalar
             pointers.append(interpreter.Pointer(first, "fp64"))

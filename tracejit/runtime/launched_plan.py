@@ -19,6 +19,7 @@ from functools import partial
 from struct import Struct
 from weakref import WeakMethod
 
+import numpy as np
 import torch
 
 from tracejit import knobs
@@ -29,8 +30,9 @@ from tracejit.runtime import waiting
 from tracejit.runtime.collectives import Collective, Half
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.executor import Inlined
+from tracejit.runtime.foreach import Constant, both, launches_of, placed, table_of
 from tracejit.runtime.graphs import Give, Maker, stretches
-from tracejit.runtime.launchers import ALIGNED, Fitting, weakly
+from tracejit.runtime.launchers import ALIGNED, OF_GRAPHS, Fitting, weakly
 from tracejit.runtime.launches import (
     COPY,
     GRAPH,
@@ -59,8 +61,6 @@ MIN_LAUNCHES = 3  # of a graph: fewer are given to a stream as fast one by one
 _NAMES = {COPY: "the copy of its numbers", GRAPH: "the CUDA graph", MANY: "that of many calls"}
 _ELEMENT = re.compile(r"(\w+)\[(\d+)\]")  # an expression of a list's element
 
-_OF_GRAPHS: list[torch.Tensor | None] = []  # zeros that graphs of callers copy, as long as they run
-
 
 class LaunchedPlan:
     """A plan whose kernels are on their device; `sources` holds one Source per launch."""
@@ -87,7 +87,12 @@ class LaunchedPlan:
         self._pack = Struct(f"{len(self._slots)}d").pack
         self._states: OrderedDict[int, StreamState] = OrderedDict()
         self._work_bytes = workspace_bytes(self.launched)
-        self._ring = Ring(device, 8 * len(self._slots)) if self._slots else None
+        self._tables = {  # the buffers whose addresses each foreach finds in the table
+            n: table_of(x) for n, x in enumerate(self.launched) if x.launch.kernel.foreach
+        }
+        words = sum(len(table) + len(table) % 2 for table in self._tables.values())
+        self._table_bytes = 8 * (words + len(self._slots))
+        self._ring = Ring(device, self._table_bytes) if self._table_bytes else None
         self._zeros: torch.Tensor | None = None
         if self._work_bytes:
             self._zeros = device.pinned(self._work_bytes)
@@ -101,7 +106,10 @@ class LaunchedPlan:
         calls = [launch.launch.kernel.call for launch in self.launched]
         self._halves = frozenset(n for n, call in enumerate(calls) if call is not None)
         for number in range(len(self.launched)):
-            self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
+            if number not in self._tables:
+                self._loaded(number, [b.offset if b.kind == "arena" else 0 for b in plan.buffers])
+            else:
+                self._rows(number, [0] * len(plan.buffers))
 
     # ---- running
 
@@ -133,7 +141,7 @@ class LaunchedPlan:
         near = _tuple([*terms, *order[len(picked) : len(order) - len(own)]])
         gather = [f"near = {near}", "launch = fitting(near)", "state = enter()"]
         words = "None"
-        if self._ring is not None:
+        if self._slots:
             given = [scalars[slot] for slot in self._slots]
             words, names["pack"] = "words", packing(given)
             gather.append(f"words = pack({', '.join(dict.fromkeys(given))})")
@@ -191,7 +199,7 @@ class LaunchedPlan:
         state = self._states.pop(stream, None)
         if state is None:
             copy = None if self._ring is None else self._ring.upload
-            state = StreamState(stream, self._memory(8 * len(self._slots)), copy)
+            state = StreamState(stream, self._memory(self._table_bytes), copy)
         return state
 
     def _leave(self, state: StreamState) -> None:
@@ -210,9 +218,9 @@ class LaunchedPlan:
                 "on the CPU what they are about to do",
                 remedy="Call it outside of the capture: its kernels between collectives are graphs",
             )
-        _OF_GRAPHS.append(self._zeros)
+        OF_GRAPHS.append(self._zeros)
         copy = None if self._ring is None else self._ring.upload_captured
-        memory = self._memory(8 * len(self._slots))
+        memory = self._memory(self._table_bytes)
         return StreamState(self.device.current_stream(), memory, copy, kept=False)
 
     def _memory(self, table_bytes: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -268,6 +276,12 @@ class LaunchedPlan:
                 written[base] = max(written.get(base, 0), offset + memory_bytes(buffer))
             elif buffer.kind == "input":
                 inputs.add(base)
+        direct = [
+            i for n, x in enumerate(self.launched) for i in x.buffers if n not in self._tables
+        ]
+        tabled = {i for table in self._tables.values() for i in table}.difference(direct)
+        free = {places[i][0] for i in tabled} - {places[i][0] for i in direct}
+        fresh |= free  # these may move: nothing but tables points there
         return Maker(
             self.device,
             partial(weakly(self.launches), places, residues),
@@ -288,7 +302,10 @@ class LaunchedPlan:
             return None
         lies = [residues[n] + offset for n, offset in places]
         launch = self._phases([at % ALIGNED == 0 for at in lies])
-        return Many.of(self.device, launch, places, calls, weakly(self._failed_together))
+        if launch is None:
+            return None
+        slots = [self._slots.index(slot) for slot in launch.launch.scalars]
+        return Many.of(self.device, launch, places, slots, calls, weakly(self._failed_together))
 
     def _failed_together(self, error: Exception) -> Exception:
         return self._error(MANY, "failed", error)
@@ -310,14 +327,39 @@ class LaunchedPlan:
             DevicePointer(residues[i] % ALIGNED, TO_TORCH[buffer.dtype])
             for i, buffer in zip(launch.buffers, kernel.buffers, strict=True)
         ]
+        given: list[bool | None] = []
         if through:
             pointers = [pointer for i, pointer in enumerate(pointers) if i not in through]
             pointers.insert(0, DevicePointer(0, torch.int64))
-        if kernel.scalars:
+            given = [x if i in through else None for i, x in enumerate(aligned)]
+        return self._kernel(number, (*aligned, through), launch, pointers, given)
+
+    def _rows(
+        self, number: int, residues: Sequence[int]
+    ) -> list[tuple[LoadedLaunch, LoadedKernel, np.ndarray]]:
+        """The launches of a foreach with their kernels and chunks, for buffers that lie so."""
+        found = []
+        table = [residues[i] for i in self._tables[number]]
+        for launch, chunks in launches_of(self.launched[number], table):
+            key = (launch.constants["WIDE"], len(chunks))
+            tables = [DevicePointer(0, torch.int64), DevicePointer(0, torch.int64)]
+            found.append((launch, self._kernel(number, key, launch, tables), chunks))
+        return found
+
+    def _kernel(
+        self,
+        number: int,
+        key: tuple,
+        launch: LoadedLaunch,
+        pointers: list[DevicePointer],
+        through: Sequence[bool | None] = (),
+    ) -> LoadedKernel:
+        """A kernel on the device, for these pointers and those behind them: once for a key."""
+        if launch.launch.kernel.scalars:
             pointers.append(DevicePointer(8 * launch.first_scalar, torch.float64))
         if launch.geometry.workspace:
             pointers.append(DevicePointer(launch.workspace, torch.int8))
-        key = number, (*aligned, *[p.address % ALIGNED == 0 for p in pointers]), through
+        key = number, *key, *[p.address % ALIGNED == 0 for p in pointers]
         if key not in self._kernels:
             if self.device.capturing():
                 raise CaptureError(
@@ -326,9 +368,7 @@ class LaunchedPlan:
                     remedy="Call it with them before it is captured",
                 )
             try:
-                if through:
-                    given = [x if i in through else None for i, x in enumerate(aligned)]
-                    launch = self._with_table(launch, given)
+                launch = self._with_table(launch, through) if through else launch
                 self._kernels[key] = self.device.load(launch, pointers)
             except Exception as error:
                 raise self._error(number, "could not be loaded", error) from error
@@ -350,37 +390,63 @@ class LaunchedPlan:
         multiple of 16; those that have `moved` are found through the table. The bases are places
         of `places`; then come counters and partials, and the table."""
         of_buffers = [residues[n] + offset for n, offset in places]
-        work, table = len(residues), len(residues) + 1
-        runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 2)]
+        work, table, same = (len(residues) + n for n in range(3))
+        runs, arguments, uses = [], [], [[] for _ in range(len(residues) + 3)]
         throughs = [
             frozenset([k for k, i in enumerate(launch.buffers) if places[i][0] in moved])
-            if number not in self._halves
+            if number not in self._halves and number not in self._tables
             else frozenset()
             for number, launch in enumerate(self.launched)
         ]
-        words = sum(len(through) + len(through) % 2 for through in throughs)
+        counts = [len(x) for x in (*throughs, *self._tables.values())]
+        words = sum(count + count % 2 for count in counts)
         listed: list[Place] = []
-        for number, (launch, through) in enumerate(zip(self.launched, throughs, strict=True)):
-            loaded = self._loaded(number, of_buffers, through)
-            kernel = launch.launch.kernel
-            pointers = [places[i] for k, i in enumerate(launch.buffers) if k not in through]
-            if through:
-                pointers.insert(0, (table, 8 * len(listed)))
-                listed += [places[i] for k, i in enumerate(launch.buffers) if k in through]
-                listed += listed[-1:] * (len(through) % 2)  # so that each part is aligned
+        constant = Constant()
+
+        def give(number: int, launch: LoadedLaunch, at: list[Place], loaded: LoadedKernel) -> None:
+            """Append a launch to what is given for its number."""
+            kernel, pointers = launch.launch.kernel, [*at]
             if kernel.scalars:
                 pointers.append((table, 8 * (words + launch.first_scalar)))
             if launch.geometry.workspace:
                 pointers.append((work, launch.workspace))
-            first = len(kernel.buffers) + bool(kernel.scalars) + bool(launch.geometry.workspace)
+            first = 2 if kernel.foreach else len(kernel.buffers)
+            first += bool(kernel.scalars) + bool(launch.geometry.workspace)
             names = () if kernel.call is not None else launch.function.arg_names[first:]
             head = [launch.geometry.grid[0], 1, 1, None, loaded.function, loaded.packed]
             head += [None, None, None]
-            for position, (base, offset) in enumerate(pointers, len(head)):
+            given = arguments[number]
+            for position, (base, offset) in enumerate(pointers, len(given) + len(head)):
                 uses[base].append((number, position, offset))
-            runs.append(loaded.run)
-            arguments.append([*head, *[0] * len(pointers), *(launch.constants[x] for x in names)])
-        return Launches(tuple(runs), tuple(arguments), tuple(uses), tuple(listed))
+            given += [*head, *[0] * len(pointers), *(launch.constants[x] for x in names)]
+
+        for number, (launch, through) in enumerate(zip(self.launched, throughs, strict=True)):
+            arguments.append([])
+            at, here = (table, 8 * len(listed)), [*launch.buffers]
+            if number in self._tables:
+                found, splits = self._rows(number, of_buffers), []
+                for one, loaded, chunks in found:
+                    splits.append(len(arguments[number]))
+                    give(number, one, [at, (same, constant.add(chunks))], loaded)
+                kernels = [loaded.run for _, loaded, _ in found]
+                runs.append(both(*kernels, splits[1]) if len(kernels) > 1 else kernels[0])
+                near = self._tables[number]
+            else:
+                loaded = self._loaded(number, of_buffers, through)
+                pointers = [places[i] for k, i in enumerate(here) if k not in through]
+                give(number, launch, [at] * bool(through) + pointers, loaded)
+                runs.append(loaded.run)
+                near = [i for k, i in enumerate(here) if k in through]
+            listed += [places[i] for i in near]
+            listed += listed[-1:] * (len(near) % 2)  # so that each part is aligned
+        return Launches(
+            tuple(runs),
+            tuple(arguments),
+            tuple(uses),
+            tuple(listed),
+            constant.pinned(self.device),
+            partial(placed, self.device),
+        )
 
     def failed(self, number: int, error: Exception) -> Exception:
         """What to raise where a launch has failed."""

@@ -7,14 +7,18 @@ from functools import partial
 from typing import Protocol
 from weakref import WeakMethod
 
+import torch
+
 from tracejit.runtime import waiting
 from tracejit.runtime.device import Device
 from tracejit.runtime.graphs import Give, Maker, Replays
-from tracejit.runtime.launches import Calls, Launches, Place, StreamState
+from tracejit.runtime.launches import Calls, Launches, Place, StreamState, Table
 from tracejit.runtime.many_steps import Many
 
 MAX_LAUNCHERS = 32  # whose arguments and graphs are kept for a stream
 ALIGNED = 16  # bytes: how well Triton wants to know where a pointer points
+
+OF_GRAPHS: list[torch.Tensor | None] = []  # what graphs of callers copy, as long as they run
 
 
 class OfPlan(Protocol):
@@ -62,7 +66,11 @@ class Launcher:
     def _of_stream(self, state: StreamState) -> tuple[Calls, Replays | None]:
         found = state.calls.get(self)
         if found is None:
-            calls = Calls(self.launched, state, self._failed, self._mark)
+            launched = self.launched
+            table = Table(launched.indirect) if launched.indirect else None
+            calls = Calls(launched, state, self._failed, self._mark, table)
+            if not state.kept:
+                OF_GRAPHS.append(launched.constant)
             graphed = state.kept and self._maker is not None
             found = state.calls[self] = calls, Replays(self._maker) if graphed else None
             if len(state.calls) > MAX_LAUNCHERS:  # of functions that were generated anew

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import add, itemgetter
 from struct import Struct
 
 import numpy as np
@@ -25,15 +25,45 @@ class Launches:
     runs:      the launchers.
     arguments: their arguments; the stream and all pointers are missing.
     uses:      per base (launch, position, bytes from the base) of each argument that points there;
-               at the end those of the counters and partials, and of the table.
+               at the end those of the counters and partials, of the table, and of what stays.
     indirect:  the places whose addresses the kernels load from the table, where they stand before
                the scalars.
+    constant:  what stays the same and kernels read, in pinned memory: the chunks of a foreach.
+    place:     brings that to new memory of the device, in the order of the current stream.
     """
 
     runs: tuple[Callable[..., None], ...]
     arguments: tuple[list, ...]
     uses: tuple[list[tuple[int, int, int]], ...]
     indirect: tuple[Place, ...] = ()
+    constant: torch.Tensor | None = None
+    place: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+
+class Table:
+    """What the table of a stream is to hold: `table(words, bases)` puts addresses before the words
+    of scalars, None if there are neither."""
+
+    __slots__ = ("bases", "_addresses", "_offsets", "_pack", "_head")
+
+    def __init__(self, places: Sequence[Place]):
+        self.bases: tuple[int, ...] | None = None  # whose addresses are packed
+        self._head = b""
+        self._addresses = picking([base for base, _ in places])
+        offsets = [offset for _, offset in places]
+        self._offsets = offsets if any(offsets) else None
+        self._pack = Struct(f"{len(offsets)}Q").pack
+
+    def __call__(self, words: bytes | None, bases: tuple[int, ...]) -> bytes | None:
+        if bases is not self.bases:
+            if bases != self.bases:
+                self.bases = None
+                addresses = self._addresses(bases)
+                if self._offsets is not None:
+                    addresses = map(add, addresses, self._offsets)
+                self._head = self._pack(*addresses)
+            self.bases = bases
+        return self._head + words if words is not None else self._head or None
 
 
 class StreamState:
@@ -68,7 +98,7 @@ class Calls:
     """All launches on one stream: `calls(state, words, bases)` brings the scalars over, if they
     have changed, patches the arguments where an address has, and launches."""
 
-    __slots__ = ("bases", "_arguments", "_launches", "_failed", "_mark")
+    __slots__ = ("bases", "_arguments", "_launches", "_failed", "_mark", "_table", "_constant")
 
     def __init__(
         self,
@@ -76,18 +106,27 @@ class Calls:
         state: StreamState,
         failed: Failed,
         mark: Callable[[], None] | None = None,  # called before the first and behind each
+        table: Table | None = None,  # else the words of a call have the addresses in them
     ):
         self.bases: tuple[int, ...] = ()  # where they are
         self._launches, self._failed, self._mark = launches, failed, mark
         self._arguments = [[*given] for given in launches.arguments]
         for given in self._arguments:
             given[STREAM] = state.stream
-        for base, uses in zip((state.work, state.table), launches.uses[-2:], strict=True):
+        self._table, self._constant = table, None
+        constant = 0
+        if launches.constant is not None:
+            self._constant = launches.place(launches.constant)
+            constant = self._constant.data_ptr()
+        own = state.work, state.table, constant
+        for base, uses in zip(own, launches.uses[-3:], strict=True):
             self._point(base, uses)
 
     def __call__(self, state: StreamState, words: bytes | None, bases: tuple[int, ...]) -> None:
         n, mark = COPY, self._mark
         try:
+            if self._table is not None:
+                words = self._table(words, bases)
             if words != state.words:
                 state.upload(words)
             if bases is not self.bases and bases != self.bases:

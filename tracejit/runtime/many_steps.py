@@ -36,14 +36,14 @@ class _Loaded:
 class Many:
     """All launches of a plan as one kernel, for bases that are aligned in some way.
 
-    launch: the kernel; places: per buffer that it takes, which base, and bytes from there.
+    launch: the kernel.
+    places: per buffer of the plan, which base, and bytes from there.
+    slots:  per scalar of the kernel, which of the numbers of a call it is.
     """
 
     @classmethod
-    def of(cls, device: Device, launch: LoadedLaunch | None, *given: object) -> Many | None:
-        """None where there is no such kernel, or a phase has work for many rounds."""
-        if launch is None:
-            return None
+    def of(cls, device: Device, launch: LoadedLaunch, *given: object) -> Many | None:
+        """None where a phase has work for many rounds."""
         limit = ROUNDS * device.properties().multiprocessors
         return cls(device, launch, *given) if max(launch.phases) <= limit else None
 
@@ -52,6 +52,7 @@ class Many:
         device: Device,
         launch: LoadedLaunch,
         places: Sequence[Place],
+        slots: Sequence[int],
         calls: int,
         failed: Callable[[Exception], Exception],  # what to raise
     ):
@@ -61,6 +62,7 @@ class Many:
         self._places = [places[i] for i in launch.buffers]
         kernel = launch.launch.kernel
         self._row = words_of_row(kernel)
+        self._slots = slots
         self._padding = b"\0" * 8 * (self._row - len(kernel.buffers) - len(kernel.scalars))
         self._pack = struct.Struct(f"{len(kernel.buffers)}Q").pack
         pointers = [DevicePointer(0, torch.int64)]
@@ -106,5 +108,6 @@ class Many:
         words = [struct.pack("4q", 0, len(rows), 0, len(self._launch.phases))]
         for scalars, bases in rows:
             words.append(self._pack(*(bases[base] + offset for base, offset in self._places)))
-            words += [scalars or b"", self._padding]
+            words += [scalars[8 * i : 8 * i + 8] for i in self._slots]
+            words.append(self._padding)
         return b"".join(words).ljust(8 * (HEADER + self._row * self.most), b"\0")

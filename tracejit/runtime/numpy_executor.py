@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from tracejit.runtime.numpy_arrays import span
 from tracejit.runtime.numpy_kernel import Run
 from tracejit.schedule.plan import Plan, runs
 from tracejit.schedule.traffic import bytes_moved
@@ -35,7 +37,10 @@ class KernelText:
 
 
 class LoadedNumpyPlan:
-    """A plan whose launches are lists of numpy steps."""
+    """A plan whose launches are lists of numpy steps. A call that raises leaves the plan's inputs
+    as they were."""
+
+    undoes = True
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -47,6 +52,7 @@ class LoadedNumpyPlan:
             for launch in self._launches
         ]
         self._steps = [b.step for b in plan.buffers]
+        self._written = [(position[name], span(buffers[name])) for name in plan.writes]
 
     def __call__(self, addresses: Sequence[int], scalars: Sequence[float]) -> None:
         self.timed(addresses, scalars)
@@ -58,6 +64,15 @@ class LoadedNumpyPlan:
 
     def timed(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         """Run each kernel; the seconds that each took."""
+        written = [(addresses[i], ctypes.string_at(addresses[i], n)) for i, n in self._written]
+        try:
+            return self._launch(addresses, scalars)
+        except BaseException:  # too little memory for what numpy works in
+            for address, before in written:
+                ctypes.memmove(address, before, len(before))
+            raise
+
+    def _launch(self, addresses: Sequence[int], scalars: Sequence[float]) -> list[float]:
         seconds = [0.0] * len(self._runs)
         with np.errstate(all="ignore"):
             for together in runs(range(len(self._runs)), lambda i: self._launches[i].loop):

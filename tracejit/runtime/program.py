@@ -98,7 +98,7 @@ class Program:
         given = {v: params[i] for v, i in self.plan.host_params}
         scalars = code.add(self.plan.host, self.plan.scalars, given)
         run = inlined(self.loaded, table[:-1], scalars)
-        if self.agreement is not None:
+        if self.agreement is not None or run.undone:
             reusable = "()"  # a step that fails leaves the gradients as they were
         gather = [
             f"fresh{k}, place{k} = output{k}.take({reusable})" for k in range(len(self._outputs))

@@ -227,6 +227,9 @@ class _Planned:
         """Raise an error for what a file cannot keep."""
         c, effects = self.captured, self.captured.effects
         refuse = self.saving.refuse
+        if any(x.is_complex() for x in self.reals) or effects.has_complex:
+            remedy = "Give it and return torch.view_as_real of them"
+            raise refuse(("it reads or returns complex tensors", remedy))
         for cut in c.cuts:
             if cut.search is not None and search_json(cut.search) is None:
                 why = f"what it computes depends on which elements it finds at {cut.where}"

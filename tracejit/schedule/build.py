@@ -10,6 +10,7 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.schedule.collectives import Turn, half, in_place, is_collective, turns
 from tracejit.schedule.donate import Donors
+from tracejit.schedule.foreach import Foreach, gathered, lowered_foreach
 from tracejit.schedule.fuse import Fuser, Fusion
 from tracejit.schedule.host_calls import lower_call
 from tracejit.schedule.images import Arranged, arranged
@@ -19,7 +20,9 @@ from tracejit.schedule.lower import Lowered, arena_store, lower
 from tracejit.schedule.memory import Lifetime, plan_arena
 from tracejit.schedule.pack import pack, side_by_side
 from tracejit.schedule.parts import parted
+from tracejit.schedule.pieces import stored_together
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
+from tracejit.schedule.row_sums import sums_of_rows
 from tracejit.schedule.sizes import parametrize
 from tracejit.schedule.stretches import stretched
 from tracejit.schedule.tasks import Analysis, analyse
@@ -44,20 +47,23 @@ def schedule(
     inputs = {graph.params[b.index].value.id: b.name for b in buffers if b.kind == "input"}
     results = tuple(b.name for b in buffers if b.kind == "output")
     gpu = _device(graph) != "cpu" if gpu is None else gpu
-    graph = stretched(graph) if gpu else graph
+    graph = sums_of_rows(stretched(graph)) if gpu else graph
     images = arranged(graph) if gpu else Arranged(graph, frozenset(), {})
     graph = images.graph
     graph = parted(graph, Layouts(graph.nodes, images.last).last) if gpu else graph
     analysis = analyse(graph, fuse, body=body, copies=images.copies)
     layouts = Layouts(analysis.nodes, images.last)
     # what batch norm makes is read by several kernels, in float32 also where images are narrow
-    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last), gpu=gpu)
+    gather = gpu and fuse and not body
+    fuser = Fuser(graph, analysis, fuse, again, maps=bool(images.last), gather=gather, gpu=gpu)
     fusion = fuser.run(list(results), inputs)
     memory = Memory(dict(inputs), {b.name: b for b in buffers})
     order = turns(fusion.groups, fuser.groups)
     _locate(fusion, memory, fuser, layouts)
     lowered = [_lowered(turn, analysis, memory, fuse, again, gpu) for turn in order]
-    launches = _packed(lowered, order, memory) if fuse else [[one] for one in lowered]
+    if gather:
+        lowered = stored_together(lowered, memory)
+    launches = _packed(lowered, order, memory, gather) if fuse else [[one] for one in lowered]
     arena_bytes = _lay_out(launches, memory)
     scalars = _scalars(lowered)
     host, host_params = _host_part(graph, scalars)
@@ -148,18 +154,22 @@ def _locate(fusion: Fusion, memory: Memory, fuser: Fuser, layouts: Layouts) -> N
 
 
 def _packed(
-    lowered: list[Lowered | Loop], order: list[Turn], memory: Memory
-) -> list[list[Lowered | Loop]]:
-    """The kernels of each launch."""
-    launches = pack(lowered, [set(turn.before) for turn in order], memory.buffers)
-    return [[lowered[i] for i in launch] for launch in launches]
+    lowered: list[Lowered | Loop], order: list[Turn], memory: Memory, gather: bool
+) -> list[list[Lowered | Loop | Foreach]]:
+    """The kernels of each launch; those that do the same to other memory are one where a GPU wants
+    to `gather` them."""
+    before = [set(turn.before) for turn in order]
+    items, before = gathered(lowered, before) if gather else (lowered, before)
+    launches = pack(items, before, memory.buffers)
+    return [[items[i] for i in launch] for launch in launches]
 
 
-def _lay_out(launches: list[list[Lowered | Loop]], memory: Memory) -> int:
+def _lay_out(launches: list[list[Lowered | Loop | Foreach]], memory: Memory) -> int:
     """Set the offsets of arena buffers by liveness; returns the arena's size in bytes."""
     spans: dict[str, tuple[int, int]] = {}
     for position, launch in enumerate(launches):
-        for name in (name for one in launch for name in one.buffers):
+        used = (memory.buffers[name] for one in launch for name in one.buffers)
+        for name in (b.of or b.name for b in used):
             first, _ = spans.get(name, (position, position))
             spans[name] = (first, position)
     arena = [b for b in memory.buffers.values() if b.kind == "arena"]
@@ -194,7 +204,7 @@ def _host_part(
 
 
 def _launches(
-    packed: list[list[Lowered | Loop]], slots: dict[int, int]
+    packed: list[list[Lowered | Loop | Foreach]], slots: dict[int, int]
 ) -> tuple[tuple[Launch, ...], tuple[int, ...]]:
     """The launches of a plan, and the steps of its loops."""
     launches: list[Launch] = []
@@ -209,12 +219,16 @@ def _launches(
     return tuple(launches), tuple(loops)
 
 
-def _launch(kernels: list[Lowered], slots: dict[int, int]) -> Launch:
+def _launch(kernels: list[Lowered | Foreach], slots: dict[int, int]) -> Launch:
     """The launch of one kernel, or of several side by side."""
     named, values = [], []
     for one in kernels:
-        kernel, sizes = parametrize(one.kernel)
-        named.append(replace(one, kernel=kernel))
+        if isinstance(one, Foreach):
+            one, sizes = lowered_foreach(one)
+        else:
+            kernel, sizes = parametrize(one.kernel)
+            one = replace(one, kernel=kernel)
+        named.append(one)
         values.append(sizes)
     if len(named) == 1:
         (lowered,), (sizes,) = named, values

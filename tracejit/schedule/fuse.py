@@ -45,11 +45,12 @@ class Fuser:
         fuse: bool,
         again: bool = True,
         maps: bool = False,
+        gather: bool = False,
         gpu: bool = False,
     ):
         self.graph, self.analysis, self.fuse, self.again = graph, analysis, fuse, again
         self.maps, self.gpu = maps, gpu
-        self.groups = Groups()
+        self.groups = Groups(gather)
         self.order = 0
         self.by_numel: dict[int, list[int]] = {}
         self.ordered: Group | None = None  # the last collective so far

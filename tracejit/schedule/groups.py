@@ -68,9 +68,12 @@ class Group:
 
 
 class Groups:
-    """All groups of a schedule, their order (who must run before whom), and merging."""
+    """All groups of a schedule, their order (who must run before whom), and merging. `gather`:
+    computed numbers that are put together will lie together, so they count as one buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, gather: bool = False) -> None:
+        self.gather = gather
+        self.pieces: set[int] = set()  # such numbers
         self.all: dict[int, Group] = {}  # live groups by id
         self.consumers: dict[int, list[tuple[Task, Demand]]] = {}  # readers by origin id
         self.tasks: dict[int, Task] = {}  # the task that computes a value, by value id
@@ -107,6 +110,8 @@ class Groups:
             self.consumers.setdefault(demand.origin.id, []).append((task, demand))
             producer = self.tasks.get(demand.origin.id)
             if producer is not None:
+                if self.gather and demand.mask and demand.origin.type.numel == 1:
+                    self.pieces.add(demand.origin.id)
                 group.preds.add(producer.group.id)
                 before |= self._before[producer.group.id] | 1 << producer.group.id
         self._before[group.id] = before
@@ -238,7 +243,7 @@ class Groups:
     def _fits(self, a: Group, b: Group) -> bool:
         return (
             len(a.tasks) + len(b.tasks) <= MAX_TASKS
-            and len(a.reads | b.reads) + a.stores + b.stores <= MAX_BUFFERS
+            and len((a.reads | b.reads) - self.pieces) + a.stores + b.stores <= MAX_BUFFERS
         )
 
     def _delays(self, a: Group, b: Group, edges) -> bool:
@@ -250,7 +255,8 @@ class Groups:
         if not (_is_total(a) or _is_total(b)):
             return False
         others = (self.before(a) | self.before(b)) - {a.id, b.id}
-        start = max((self._depth(id) + 1 for id in others), default=0)
+        known = self._depths
+        start = max((known[x] if x in known else self._depth(x) for x in others), default=-1) + 1
         if not any(_is_total(g) and self._depth(g.id) < start for g in (a, b)):
             return False
         passed = {producer.value.id: producer.value for producer, _, _ in edges}

@@ -26,8 +26,8 @@ many shapes; the number 1 as a coefficient and 0 as an offset stay literal, beca
 code is generated. During scheduling sizes are plain ints; `schedule.parametrize` names them.
 
 Kernels that need not wait for each other may share a launch: a Kernel is then nothing but its
-`parts`, each a kernel of its own, which run side by side in any order. What a library of the host
-computes is a Kernel that is nothing but a `call`.
+`parts`, each a kernel of its own, which run side by side in any order; in a `foreach` all parts are
+one kernel over other memory (`foreach.py`). What a library of the host computes is a `call`.
 """
 
 from __future__ import annotations
@@ -342,7 +342,7 @@ class Kernel:
     through, may exceed 2**31 - 1, so both are 64-bit.
 
     With `parts` there are no axes and stages. What one part writes, no other reads or writes. Nor
-    are there any with a `call`.
+    are there any with a `call`. The parts of a `foreach` have the same kernel.
     """
 
     buffers: tuple[Buffer, ...]
@@ -353,11 +353,12 @@ class Kernel:
     index64: bool = False
     parts: tuple[Part, ...] = ()
     call: HostCall | None = None
+    foreach: bool = False
 
     @property
     def statements(self) -> Iterator[Statement | Dot | Attend]:
         """All statements; a Dot or Attend follows those of its operands."""
-        for part in self.parts:
+        for part in self.parts[:1] if self.foreach else self.parts:
             yield from part.kernel.statements
         for stage in self.stages:
             if stage.dot is not None:
@@ -399,15 +400,18 @@ class Kernel:
         width = min(max((len(row) for row, where in rows if where), default=0), COMMENT_COLUMN)
         buffers = [f"{b.name}: {b.dtype} {b.access}" for b in self.buffers]
         name = "kernel64" if self.index64 else "kernel"
-        domain = "side by side" if self.parts else f"over {_axes(self.axes)}"
+        together = "for each" if self.foreach else "side by side"
+        domain = together if self.parts else f"over {_axes(self.axes)}"
         if self.call is not None:
             domain = "by the host"
             rows.append((f"  {self.call}", self.call.where))
         lines = [f"{name}({_lists(buffers, self.sizes, self.scalars)}) {domain} {{"]
         for part in self.parts:
-            lines.append(f"  part ({_lists(part.buffers, part.sizes, part.scalars)}) {{")
-            lines += [f"    {line}" for line in str(part.kernel).splitlines()]
-            lines.append("  }")
+            lists = _lists(part.buffers, part.sizes, part.scalars)
+            text = (
+                str(part.kernel).splitlines() if part is self.parts[-1] or not self.foreach else ""
+            )
+            lines += [f"  part ({lists}) {{", *(f"    {line}" for line in text), "  }"]
         lines += [f"{row:<{width}}  # {where}" if where else row for row, where in rows]
         return "\n".join([*lines, "}"])
 

@@ -146,13 +146,17 @@ def canonical(kernel: Kernel) -> Kernel:
             results = tuple((op, var(out)) for op, out in attend.results)
             attend = replace(attend, results=results, sides=sides, where="")
         stages.append(replace(stage, body=body(stage.body), dot=dot, attend=attend))
-    parts = tuple(replace(part, kernel=canonical(part.kernel)) for part in kernel.parts)
+    alike = {id(part.kernel): part.kernel for part in kernel.parts}  # one in a foreach
+    plain = {key: canonical(one) for key, one in alike.items()}
+    parts = tuple(replace(part, kernel=plain[id(part.kernel)]) for part in kernel.parts)
     call = kernel.call and replace(kernel.call, where="")
     return replace(kernel, stages=tuple(stages), parts=parts, call=call)
 
 
 _LISTS = r"\(([^;)]*)(?:;([^;)]*))?(?:;([^;)]*))?\)"
-_HEADER = re.compile(rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side|by the host) \{{\Z")
+_HEADER = re.compile(
+    rf"kernel(64)?{_LISTS} (?:over \((.*)\)|side by side|(for each)|by the host) \{{\Z"
+)
 _PART = re.compile(rf"part {_LISTS} \{{\Z")
 _HOST_CALL = re.compile(r"(call|start|wait) (\w+) (.*?)-> (\([^)]*\))((?: \w+=\S+)*)\Z")
 _SHAPE = re.compile(r"\([^)]*\)")
@@ -214,13 +218,17 @@ class _Parser:
             buffers.append(Buffer(name, DTYPES[dtype], access))
         sizes = self.sizes = tuple(_items(head[3]))
         axes = self.axes(head[5] or "")
-        stages, parts, call = [], [], None
+        stages, parts, call, lists = [], [], None, []
         while not self.peek().startswith("}"):
             if self.peek().startswith(("call ", "start ", "wait ")):
                 call = self.host_call()
             elif head[5] is None:
                 found, _ = self.next(_PART)
-                parts.append(Part(self.kernel(), *(tuple(_items(found[i])) for i in (1, 2, 3))))
+                lists.append([tuple(_items(found[i])) for i in (1, 2, 3)])
+                if not self.peek().startswith("}"):  # a foreach has its kernel in the last part
+                    kernel = self.kernel()
+                    parts += [Part(kernel, *one) for one in lists]
+                    lists = []
                 self.next(_END)
             else:
                 found, _ = self.next(_STAGE)
@@ -235,6 +243,7 @@ class _Parser:
             head[1] is not None,
             tuple(parts),
             call,
+            head[6] is not None,
         )
 
     def host_call(self) -> HostCall:

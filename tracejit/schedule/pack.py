@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from tracejit.schedule.foreach import Foreach
 from tracejit.schedule.kernel import Buffer, Kernel, Part
 from tracejit.schedule.loops import Loop
 from tracejit.schedule.lower import Lowered
@@ -39,7 +40,7 @@ class _Cost:
 
 
 def pack(
-    kernels: Sequence[Lowered | Loop],
+    kernels: Sequence[Lowered | Loop | Foreach],
     before: Sequence[set[int]],
     buffers: dict[str, PlanBuffer],
 ) -> list[list[int]]:
@@ -66,14 +67,14 @@ def pack(
     return [sorted(launch, key=lambda i: -costs[i].depth) for launch in launches]
 
 
-def starts(one: Lowered | Loop) -> bool:
+def starts(one: Lowered | Loop | Foreach) -> bool:
     """Whether a kernel starts a collective: what runs after it is hidden behind it."""
-    call = None if isinstance(one, Loop) else one.kernel.call
+    call = one.kernel.call if isinstance(one, Lowered) else None
     return call is not None and call.phase == "start"
 
 
-def _cost(one: Lowered | Loop, buffers: dict[str, PlanBuffer]) -> _Cost:
-    if isinstance(one, Loop):
+def _cost(one: Lowered | Loop | Foreach, buffers: dict[str, PlanBuffer]) -> _Cost:
+    if not isinstance(one, Lowered):
         return _Cost(frozenset(one.buffers), 0, 0, "stream")  # it stays alone
     kernel = one.kernel
     if kernel.call is not None:

@@ -1,11 +1,8 @@
-"""Sums in two steps, for GPUs: few programs would have long loops, or read all of it once more.
+"""Sums in two steps, for GPUs: few programs would have long loops.
 
-In: a Graph, and by value the axis of the channels, which lie last in memory.
-
-- A sum over all other axes of an image has one result for each channel. It becomes sums over
-  stretches of places, which are added up. So does a sum down the columns of a matrix.
-- A sum over everything becomes sums of rows, which are added up, where its elements depend on what
-  rows were reduced to: then the kernel of these rows, which has them at hand, adds them up.
+In: a Graph, and by value the axis of the channels, which lie last in memory. A sum over all other
+axes of an image has one result for each channel. It becomes sums over stretches of places, which
+are added up. So does a sum down the columns of a matrix.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from tracejit.schedule.index import Indices, extents_of, flatten, identity, oper
 SUMS = 16384  # results of the first sums that keep a GPU busy: 32 a program, 4 programs an SM
 SHORT = 64  # places that each of them has at least
 FEW = 512  # rows that a program goes over by itself
-NEAR = 64  # nodes before a sum that are looked at
 
 
 def parted(graph: Graph, last: Mapping[int, int]) -> Graph:
@@ -39,7 +35,7 @@ class _Parting:
         self.strides = {p.value.id: p.strides for p in graph.params}
 
     def run(self) -> Graph:
-        ways = (self._image, self._columns, self._rows)
+        ways = (self._image, self._columns)
         for node in self.graph.nodes:
             if node.op.name != "reduce_sum" or not any(way(node) for way in ways):
                 self.b.nodes.append(node)
@@ -93,17 +89,6 @@ class _Parting:
         self._twice(node, x, (parts, stretch, *shape[split:]), (1,), (0,))
         return True
 
-    def _rows(self, node: Node) -> bool:
-        """A sum over everything as sums of rows, where rows were reduced before."""
-        x, axes = node.args[0], node.attr("axes")
-        shape = x.type.shape
-        if len(shape) < 2 or len(axes) != len(shape) or shape[-1] < SHORT:
-            return False
-        if math.prod(shape[:-1]) < 2 or not self._has_rows(x, shape):
-            return False
-        self._twice(node, x, shape, (len(shape) - 1,), tuple(range(len(shape) - 1)))
-        return True
-
     def _twice(
         self,
         node: Node,
@@ -141,24 +126,6 @@ class _Parting:
                 break
         strides = self.strides.get(value.id) or contiguous_strides(value.type.shape)
         return bool(long) and _unit(at, strides) == f"i{long[-1]}"
-
-    def _has_rows(self, value: Value, shape: Sequence[int]) -> bool:
-        """Whether a value is computed from what its rows were reduced to, by element-wise work."""
-        waiting, seen = [value], set()
-        while waiting and len(seen) < NEAR:
-            node = self.producer.get(waiting.pop().id)
-            if node is None or node.out.id in seen:
-                continue
-            seen.add(node.out.id)
-            if node.op.family == "reduce":
-                of = node.args[0].type.shape
-                rows = len(of) - 1
-                alike = of[-1] == shape[-1] and math.prod(of) == math.prod(shape)
-                if alike and node.attr("axes") == (rows,):
-                    return True
-            elif node.op.family in ("elementwise", "movement"):
-                waiting += [v for v in node.inputs if not v.type.is_host]
-        return False
 
 
 def _nothing(x: Value) -> float | int:

@@ -44,8 +44,8 @@ class PlanBuffer:
 
     kind "input": the `index`-th graph param's memory; "output": the `index`-th fresh output;
     "arena": bytes [offset, offset + nbytes) of the arena, `offset` a multiple of 128.
-    "row": in a loop's first step bytes [offset, offset + nbytes) of the arena buffer `of`, in each
-    later one `step` bytes further.
+    "row": bytes [offset, offset + nbytes) of the arena buffer `of`; in each later step of a loop
+    `step` bytes further.
     """
 
     name: str
@@ -154,9 +154,9 @@ def runs(items: Iterable[T], loop_of: Callable[[T], int | None]) -> list[list[T]
 
 
 def unrolled(plan: Plan) -> Plan:
-    """The plan with the launches of its loops step by step: their rows are buffers of the arena,
-    which come after all others."""
-    if not plan.loops:
+    """The plan with the launches of its loops step by step: rows are buffers of the arena, those of
+    later steps behind all others."""
+    if not plan.loops and all(b.kind != "row" for b in plan.buffers):
         return plan
     at = {b.name: b.offset for b in plan.buffers if b.kind == "arena"}
     rows = {b.name: b for b in plan.buffers if b.kind == "row"}

@@ -4,6 +4,9 @@ In: a Graph. Out: the same, where such a result is computed along stretches of a
 stretches' last elements, which are what each stretch has before it; and both are combined. A
 product may leave the range of the numbers between stretches though no result does, so products and
 recurrences stay as they are.
+
+The first few elements of long rows in order (topk) are found in two steps likewise: those of each
+stretch, and then of these. To sort is to compare each element with all of its row, or stretch.
 """
 
 from __future__ import annotations
@@ -17,18 +20,21 @@ from tracejit.ir.graph import Builder, Graph, Node, Value, next_id
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.movement import part
 from tracejit.ir.ops.running import before
-from tracejit.ir.types import DType
+from tracejit.ir.types import DType, b1, i64
 
 ROWS = 128  # rows that keep a GPU busy
 SHORT = 2048  # elements of a stretch at least
 STRETCHES = 512  # in all
+SORTED = 1024  # elements of a stretch at least of which the first ones are found
+SORTED_AT_ONCE = 8192  # elements of a row that a program sorts
 
 
 def stretched(graph: Graph) -> Graph:
     """The graph with its running results along few long rows in three steps."""
     b = Builder(next_id(graph.values()))
     for node in graph.nodes:
-        if node.op.name not in ("cumsum", "accumulate") or not _stretch(b, node):
+        steps = {"cumsum": _stretch, "accumulate": _stretch, "argsort": _first_of_stretches}
+        if not (cut := steps.get(node.op.name)) or not cut(b, node):
             b.nodes.append(node)
     return replace(graph, nodes=tuple(b.nodes))
 
@@ -63,6 +69,61 @@ def _stretch(b: Builder, node: Node) -> bool:
     kept = (("starts", none), ("stops", shape), ("steps", (1,) * len(shape)))
     b.nodes.append(Node(OPS["slice"], (y,), kept, node.outs, b.line))
     return True
+
+
+def _first_of_stretches(b: Builder, node: Node) -> bool:
+    """Emit the places of the first elements in order in two steps; False where it stays one."""
+    (x,), axis, k = node.args, node.attr("axis"), node.attr("count")
+    if not _stretch_of(x.type.shape[axis], k):
+        return False
+    b.line = node.where
+    places, order = _first(b, x, axis, k, node.attr("descending"))
+    b.nodes.append(Node(OPS["gather"], (places, order), (("axis", axis),), node.outs, b.line))
+    return True
+
+
+def _first(b: Builder, x: Value, axis: int, k: int, descending: bool) -> tuple[Value, Value]:
+    """The places of the first elements of all stretches, and which of them are first in order."""
+    shape = x.type.shape
+    size = _stretch_of(shape[axis], k)
+    count = -(-shape[axis] // size)
+    ends = tuple(count * size - n if i == axis else 0 for i, n in enumerate(shape))
+    none = (0,) * len(shape)
+    if any(ends):  # equal ones keep their order: what is put behind them never comes before them
+        last = _last_in_order(x.type.dtype, descending)
+        x = b.pad(x, low=none, high=ends, interior=none, value=last)
+    before, behind = shape[:axis], shape[axis + 1 :]
+    x = b.reshape(x, shape=(*before, count, size, *behind))
+    first = b.argsort(x, axis=axis + 1, count=k, descending=descending, topk="")
+    here = first.type
+    number = b.iota(axis=axis, shape=here.shape, dtype=i64, device=here.device)
+    found = (*before, count * k, *behind)
+    places = b.reshape(b.add(first, b.mul(number, size)), shape=found)
+    values = b.reshape(b.gather(x, first, axis=axis + 1), shape=found)
+    if _stretch_of(count * k, k):
+        args = _first(b, values, axis, k, descending)
+        order = b.gather(*args, axis=axis)
+    else:
+        order = b.argsort(values, axis=axis, count=k, descending=descending, topk="")
+    return places, order
+
+
+def _stretch_of(n: int, k: int) -> int:
+    """The length of the stretches of a row of n that leave at most half of its elements, as first
+    ones of some stretch; 0 where a program sorts the row, or there are none."""
+    size = max(SORTED, 1 << max(0, 2 * k - 1).bit_length())
+    cut = k > 0 and n > SORTED_AT_ONCE and 2 * size <= n and size <= SORTED_AT_ONCE
+    return size if cut else 0
+
+
+def _last_in_order(dtype: DType, descending: bool) -> float | int | bool:
+    """A value that no other one comes behind."""
+    if dtype.is_float:
+        return -math.inf if descending else math.nan
+    if dtype is b1:
+        return not descending
+    limits = np.iinfo(dtype.compute)
+    return limits.min if descending else limits.max
 
 
 def _neutral(combine: str, dtype: DType) -> float | int:

@@ -51,7 +51,10 @@ def bytes_moved(plan: Plan) -> tuple[int, ...]:
 
 
 def bytes_apart(plan: Plan, launch: Launch) -> tuple[int, ...]:
-    """The same for each kernel that runs side by side in a launch, as if it was alone."""
+    """The same for each kernel that runs side by side in a launch, as if it was alone; for the rows
+    of a foreach together."""
+    if launch.kernel.foreach:
+        return (bytes_of([bound(one) for one in launch.alone()], plan.buffers),)
     return tuple(bytes_of([bound(one)], plan.buffers) for one in launch.alone())
 
 

@@ -49,6 +49,7 @@ class Blame:
     node:    the IR node, as text.
     launch:  the launch that computes it, with the name of its kernel.
     graph:   the least graph that still goes wrong, as text, where one was found.
+    free:    why eager's result is not the only right one; "" where it is.
     """
 
     stage: str
@@ -57,6 +58,7 @@ class Blame:
     node: str = ""
     launch: str = ""
     graph: str = ""
+    free: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.stage}: {self.what}"]

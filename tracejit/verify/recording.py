@@ -4,7 +4,8 @@
 
 A call is text with places for variables, so that a program crosses processes, and what is printed
 is what was run. A call that cannot be written down, such as one that is given an object of the
-user's, is left out: what it gives is an input of what follows.
+user's, is left out: what it gives is an input of what follows. A custom autograd function is one
+call, and its class stands before the program.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from unittest.mock import patch
 
 import torch
+from torch.autograd.function import _SingleLevelFunction
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from tracejit.capture.trace import location
 from tracejit.capture.trace.tensor import tensors_of
+from tracejit.verify.definitions import CannotDefine, definitions
 
 _MOST = 2000  # calls
 _MODES = ("_set_grad_enabled", "_set_grad_enabled_by_guard")  # what calls say themselves
@@ -37,6 +41,8 @@ class Call:
     many:   whether it gives a tuple.
     grad:   whether grad mode is on.
     line:   the user's line.
+    cast:   the region of autocast that it stands in, as it is written.
+    of:     the custom autograd function that it applies.
     """
 
     text: str
@@ -45,16 +51,25 @@ class Call:
     many: bool = False
     grad: bool = True
     line: str = ""
+    cast: str = ""
+    of: str = ""
+
+    @property
+    def within(self) -> str:
+        """What it stands in, as it is written."""
+        return ", ".join(["torch.no_grad()"] * (not self.grad) + [self.cast] * bool(self.cast))
 
 
 @dataclass(frozen=True)
 class Program:
-    """Calls in order. `values` has what each variable holds when it is first there, and `leaves`
-    are variables that require grad where they are inputs."""
+    """Calls in order. `values` has what each variable holds when it is first there, `leaves` are
+    variables that require grad where they are inputs, and `classes` has the texts that define each
+    custom autograd function."""
 
     calls: tuple[Call, ...]
     values: dict[int, torch.Tensor]
     leaves: frozenset[int]
+    classes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def inputs(self) -> list[int]:
@@ -92,7 +107,7 @@ class Program:
     def text(self) -> str:
         """The program as a function of its inputs."""
         names = {v: _name(i) for i, v in enumerate(self.inputs)}
-        lines, grad = [], True
+        lines, within = [], ""
         for call in self.calls:
             for v in call.gives:
                 if v is not None and v not in names:
@@ -102,16 +117,25 @@ class Program:
                 left = ", ".join("_" if v is None else names[v] for v in call.gives)
                 left = f"({left},)" if call.many and len(call.gives) == 1 else left
                 shown = f"{left} = {shown}"
-            if call.grad != grad:
-                grad = call.grad
-                if not grad:
-                    lines.append("    with torch.no_grad():")
-            indent = "    " if grad else "        "
+            if call.within != within:
+                within = call.within
+                lines += [f"    with {within}:"] if within else []
+            indent = "        " if within else "    "
             lines.append(f"{indent}{shown}" + (f"  # {call.line}" if call.line else ""))
         ends = [names[v] for v in self.ends]
         lines.append(f"    return {', '.join(ends)}" if ends else "    return None")
         given = ", ".join(names[v] for v in self.inputs)
-        return "\n".join([f"def step({given}):", *lines, ""])
+        defined: dict[str, str] = {}
+        for call in self.calls:
+            defined |= self.classes.get(call.of, {})
+        return "\n".join([*_defining(defined), f"def step({given}):", *lines, ""])
+
+
+def _defining(texts: dict[str, str]) -> list[str]:
+    """Lines that define what stands before a program."""
+    found = list(dict.fromkeys(texts.values()))
+    imports = [x for x in found if x != "import torch as torch" and "\n" not in x]
+    return [*imports, *(f"\n\n{x}" for x in found if "\n" in x), *["\n"] * bool(found)]
 
 
 def _name(number: int) -> str:
@@ -126,9 +150,14 @@ def _floats(t: torch.Tensor) -> bool:
 def recorded(function: Callable) -> Program:
     """The program of one call of a step, made eagerly. CannotRecord where there is none."""
     recorder = Recorder()
-    with recorder:
+
+    def apply(cls: type, *args: object) -> object:
+        return recorder.applied(cls, super(_SingleLevelFunction, cls).apply, args)
+
+    with patch.object(_SingleLevelFunction, "apply", classmethod(apply), create=True), recorder:
         function()
-    return Program(tuple(recorder.calls), recorder.values, frozenset(recorder.leaves))
+    program = Program(tuple(recorder.calls), recorder.values, frozenset(recorder.leaves))
+    return replace(program, classes=recorder.classes)
 
 
 @dataclass
@@ -138,22 +167,53 @@ class Recorder(TorchFunctionMode):
     calls: list[Call] = field(default_factory=list)
     values: dict[int, torch.Tensor] = field(default_factory=dict)
     leaves: set[int] = field(default_factory=set)
+    classes: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__()
         self._known: dict[int, int] = {}  # id of a tensor -> its variable
         self._kept: list[torch.Tensor] = []
         self._bytes = 0
+        self._inside = False  # of a custom function's forward
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
+        return self._noted(
+            lambda use: _written(func, args, kwargs, use), lambda: func(*args, **kwargs)
+        )
+
+    def applied(self, cls: type, apply: Callable, args: tuple) -> object:
+        """A custom autograd function is applied."""
+        if self._inside:
+            return apply(*args)
+
+        def written(use: Callable[[torch.Tensor], int]) -> str | None:
+            try:
+                found = definitions(cls)
+                given = [_shown(x, use) for x in args]
+            except (CannotDefine, CannotRecord):
+                return None
+            if self.classes.setdefault(cls.__name__, found) != found:
+                return None
+            return f"{cls.__name__}.apply({', '.join(given)})"
+
+        self._inside = True  # this is no torch call: the mode is on
+        try:
+            return self._noted(written, lambda: apply(*args), cls.__name__)
+        finally:
+            self._inside = False
+
+    def _noted(self, written: Callable, run: Callable, of: str = "") -> object:
+        """Make a call, and write it down."""
         if len(self.calls) >= _MOST:
             raise CannotRecord(f"it makes more than {_MOST} torch calls")
         known = len(self.values)
         uses: list[int] = []
-        text = _written(func, args, kwargs, lambda t: self._use(t, uses))
-        line, grad = location.short(), torch.is_grad_enabled()
-        out = func(*args, **kwargs)
+        text = written(lambda t: self._use(t, uses))
+        line, grad, cast = location.short(), torch.is_grad_enabled(), _cast()
+        out = run()
         if text is None:  # what it gives is an input of what follows
             return out
         made = tensors_of(out)
@@ -181,6 +241,8 @@ class Recorder(TorchFunctionMode):
                 not isinstance(out, torch.Tensor) and out is not None,
                 grad,
                 line,
+                cast,
+                of,
             )
         )
         return out
@@ -209,10 +271,16 @@ class Recorder(TorchFunctionMode):
         return v
 
 
-def _written(
-    func: Callable, args: tuple, kwargs: dict, use: Callable[[torch.Tensor], int]
-) -> str | None:
-    """A call as text; None where it is none, such as one that is given an object of the user's."""
+def _cast() -> str:
+    """The region of autocast that is on, as it is written; "" where none is."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            return f'torch.autocast("{device}", {torch.get_autocast_dtype(device)})'
+    return ""
+
+
+def _shown(x: object, use: Callable[[torch.Tensor], int]) -> str:
+    """An argument as text."""
 
     def shown(x: object) -> str:
         if isinstance(x, torch.Tensor):
@@ -236,6 +304,17 @@ def _written(
         if isinstance(x, (torch.dtype, torch.memory_format, torch.layout)):
             return str(x)
         raise CannotRecord(f"a torch call is given an object of type {type(x).__name__}")
+
+    return shown(x)
+
+
+def _written(
+    func: Callable, args: tuple, kwargs: dict, use: Callable[[torch.Tensor], int]
+) -> str | None:
+    """A call as text; None where it is none, such as one that is given an object of the user's."""
+
+    def shown(x: object) -> str:
+        return _shown(x, use)
 
     name = _name_of(func)
     if name.rpartition(".")[2] in _MODES:

@@ -205,7 +205,8 @@ def _first(
         forward = backwards[0] if backwards else len(names)
         for call in eager.calls[:forward]:
             if any(wrong[i] for i in call.gave):
-                return Blame("rules", f"{call.name} is computed otherwise than by eager", call.line)
+                what = f"{call.name} is computed otherwise than by eager"
+                return Blame("rules", what, call.line, free=_free(call, wrong))
         off = {
             p
             for p in sorted(eager.grads.keys() & gradients.keys())
@@ -225,6 +226,12 @@ def _first(
             if any(wrong[i] for i in call.gave):
                 return Blame("rules", f"{call.name} is computed otherwise than by eager", call.line)
     return None
+
+
+def _free(call: Called, wrong: Sequence[bool]) -> str:
+    """Why what a call gives may be another than eager's, which is as right."""
+    places = call.name.rpartition(".")[2] == "mode" and not wrong[call.gave[0]]
+    return "torch leaves open at which of equal elements it finds a mode" if places else ""
 
 
 def _giver(log: Log, place: int) -> Called:

@@ -291,11 +291,14 @@ class Verifier:
             found = self._compared(before, observer, made, eager, args, kwargs)
             if found.differences:
                 before.restore()
-                names = observer.names
-                error = self._error(made, found.differences, before, names, args, kwargs)
-                self._drop(made, error, args, kwargs)
-                if self._raises:
-                    raise error
+                blame = self._blame(made, before, observer.names, args, kwargs)
+                if blame is not None and blame.free:
+                    self._cannot(plan, blame.free)
+                else:
+                    error = self._error(made, found.differences, blame)
+                    self._drop(made, error, args, kwargs)
+                    if self._raises:
+                        raise error
                 # a replay's place is looked for in the list of replays afterwards
                 return OTHERWISE if made.ran.how == REPLAY else self._function(*args, **kwargs)
             self._note(made, found)
@@ -418,16 +421,7 @@ class Verifier:
             before.restore()
         return None
 
-    def _error(
-        self,
-        made: Made,
-        differences: list[Difference],
-        before: Before,
-        names: dict[int, str],
-        args: tuple,
-        kwargs: dict,
-    ) -> WrongResult:
-        found = self._blame(made, before, names, args, kwargs)
+    def _error(self, made: Made, differences: list[Difference], found: Blame | None) -> WrongResult:
         said = "; ".join(map(str, differences[:3]))
         more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
         return WrongResult(

@@ -35,9 +35,10 @@ from tracejit.capture.trace.numbers import for_the_plan, mixed_devices, settled
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced
 from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
+from tracejit.capture.trace.views import is_conjugate
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Arg, Graph, Result, Write
-from tracejit.ir.types import DType, contiguous_strides
+from tracejit.ir.types import COMPLEX, DType, contiguous_strides
 from tracejit.passes.cone import cone
 
 _PLAIN = frozenset(
@@ -79,7 +80,7 @@ class Collector(Structure):
         storage = h.storage
         if storage in self.t.inference:
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_node(self.t.producers.get(storage.value)),
                 reason="a tensor that was made in inference mode leaves the step, and would be an "
                 "ordinary tensor",
                 remedy="Use torch.no_grad() in the step, or clone the tensor outside inference "
@@ -87,16 +88,24 @@ class Collector(Structure):
             )
         if storage in self.t.copied:
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_node(self.t.producers.get(storage.value)),
                 reason="x[i] with a tensor i of no axes leaves the step: a view of x, whose place "
                 "depends on a value",
                 remedy="Return x[i].clone() instead",
+            )
+        if is_conjugate(h.steps):
+            raise SideEffectError(
+                where=location.full(),
+                reason="a tensor leaves the step that shows the conjugates of what lies in memory",
+                remedy="Return x.resolve_conj() instead",
             )
         leaf = h.requires_grad_leaf
         offset = h.offset
         if is_traced(offset):
             offset = HostSlot(self.host_result(offset))
         held = storage.value.type.dtype
+        if storage.real is not None and storage.real.is_complex():
+            held = COMPLEX[held]
         bits = None if h.dtype is held else (held, h.dtype)
         geometry = (h.shape, h.strides, offset, self.t.requires_grad(h), leaf, bits)
         if storage.real is not None:
@@ -159,7 +168,7 @@ def finish(
 def _finish(
     t: Trace, name: str, returned: list[object], young: uncollected, keep_grads: bool
 ) -> Finished:
-    t.call = None
+    t.call, t.complexes = None, True
     t.journal.over()
     t.drop_hooks()
     hyper = t.hyperparameters
@@ -183,9 +192,10 @@ def _finish(
             moved.append((i, h))
     datas = tuple((i, _data_of(collect, h)) for i, h in moved)
     escaped = [(p, collect.tensor(p)) for p in _escapes(t, collect, young)]
-    if any(map(any, (t.hooks_of_leaf.get(h, ()) for h in collect.of_handle))):
+    hooked = next((h for h in collect.of_handle if any(t.hooks_of_leaf.get(h, ()))), None)
+    if hooked is not None:
         raise SideEffectError(
-            where=location.full(),
+            where=location.of_node(t.producers.get(hooked.storage.value)),
             reason="a tensor with hooks that the step has made would lose them",
             remedy="Register the hooks outside the step, or remove them before it returns",
         )
@@ -401,7 +411,7 @@ def _nodes(collect: Collector, name: str) -> Nodes:
     for h in t.inputs.handles:
         if t.requires_grad(h) and not (h.requires_grad_leaf or h in t.foreign or h.family.quiet):
             raise SideEffectError(
-                where=location.full(),
+                where=location.of_line(h.family.written),
                 reason=f"{t.described_input(h.tensor)} from outside the step was modified in "
                 "place by an operation that is differentiated, so it would require grad from now "
                 "on",

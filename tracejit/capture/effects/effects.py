@@ -225,6 +225,11 @@ class Effects:
     # name, are which host results
     callbacks: tuple[tuple[tuple[int | str, int], ...], ...] = ()
 
+    @property
+    def has_complex(self) -> bool:
+        """Whether a complex tensor is among what is handed out."""
+        return any(m.bits is not None and m.bits[1].kind == "c" for m in self.made)
+
     def __str__(self) -> str:
         """One line per effect, in the order of the commit; `text.py` reads it back."""
         lines = []

@@ -42,6 +42,10 @@ _HOOKED = (
     "the step registers hooks on intermediates, which a backward after it would not call; call "
     "backward inside the step"
 )
+_COMPLEX = (
+    "a complex tensor leaves the step, and a backward goes on from real ones only; return "
+    "torch.view_as_real of it"
+)
 _NOTHING = "no tensor that the step returns or was given would get a gradient"
 
 Run = Callable[[list], list[torch.Tensor]]
@@ -95,7 +99,10 @@ def _one_per_storage(
     """Roots that get a node; others are views of one of them, or share memory beyond that."""
     groups: dict[Storage, list[int]] = {}
     for i in roots:
-        groups.setdefault(handles[i].storage, []).append(i)
+        if handles[i].is_complex:
+            found.reasons[i] = _COMPLEX
+        else:
+            groups.setdefault(handles[i].storage, []).append(i)
     for storage, members in groups.items():
         whole = [
             i
@@ -139,7 +146,7 @@ def _gradients(
         elif leaf in made_of:
             if not leaf.requires_grad_leaf:
                 raise SideEffectError(
-                    where=location.full(),
+                    where=location.of_node(t.producers.get(leaf.storage.value)),
                     reason="a tensor that the step made leaves it with requires_grad taken back, "
                     "and so does what was computed of it before",
                     remedy="Return tensor.detach() instead",
@@ -185,7 +192,7 @@ def _gradients(
                     s.value, s.writes = value_then, writes
             if len(t.draws.events) > drawn:
                 raise SideEffectError(
-                    where=location.full(),
+                    where=location.of_node(root),
                     reason="the backward of a custom Function draws random numbers, and would be "
                     "called after the step, which cannot draw them before",
                     remedy="Call backward inside the step, or return the loss detached",

@@ -26,7 +26,7 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.literals import parse_literal
 from tracejit.ir.text import parse
-from tracejit.ir.types import DTYPES, HOST_SCALAR
+from tracejit.ir.types import DTYPES, HOST_SCALAR, dtype_named
 
 _TUPLE = r"(\([^()]*\))"
 _MADE = re.compile(
@@ -127,7 +127,7 @@ def _made(m: re.Match[str]) -> Made:
         return Made(kind, index)
     shape, strides = ast.literal_eval(m[3]), ast.literal_eval(m[4])
     offset = HostSlot(int(m[5][1:])) if m[5].startswith("h") else int(m[5])
-    bits = None if m[8] is None else (DTYPES[m[8]], DTYPES[m[9]])
+    bits = None if m[8] is None else (dtype_named(m[8]), dtype_named(m[9]))
     return Made(kind, index, shape, strides, offset, m[6] is not None, m[7] is not None, bits)
 
 

@@ -23,9 +23,11 @@ from tracejit.capture.functions.common import (
     size_args,
 )
 from tracejit.capture.functions.counted import counted, is_counted
-from tracejit.capture.functions.derived import no_derivative
+from tracejit.capture.functions.derived import no_derivative, underived
 from tracejit.capture.functions.factories import made, options_of
 from tracejit.capture.functions.movement import preserved_strides
+from tracejit.capture.functions.reparameterized import GAMMA
+from tracejit.capture.functions.rows import emitted
 from tracejit.capture.trace import bounds, cuts
 from tracejit.capture.trace.draws import Called, Draw, Known, Sampled, default_generator
 from tracejit.capture.trace.scalars import is_runtime, pinned, plain
@@ -412,20 +414,30 @@ def poisson(t: Trace, input: Tensor, generator: Generator | None = None) -> Trac
     return _constant_of(t, value, (input,))
 
 
-def _sampling_without_derivative(name: str, of: str) -> Callable:
-    """_standard_gamma, _sample_dirichlet: of the parameters in one tensor."""
+@rule(torch._standard_gamma)
+def standard_gamma(t: Trace, input: Tensor, generator: Generator | None = None) -> TracedTensor:
+    """Of shapes in a tensor, by which its samples have a derivative."""
+    h = t.lift(input)
+    alpha = t.read(h)
+    value = sampled(t, input, h.shape, sampling(t, h, "_standard_gamma", generator))
+    with t.untaped():
+        out = t.b.alias(value)
+    return t.fresh(
+        t.derive(
+            "_standard_gamma",
+            (alpha,),
+            out,
+            lambda b, cts, need: (b.mul(cts[0], emitted(t, GAMMA, (alpha, out))),),
+        )
+    )
 
-    def sample(t: Trace, input: Tensor, generator: Generator | None = None) -> TracedTensor:
-        h = t.lift(input)
-        if t.grad_on and t.requires_grad(h):
-            raise t.unsupported(f"The derivative of a sample from a {of} distribution has no rule")
-        return t.fresh(sampled(t, input, h.shape, sampling(t, h, name, generator)))
 
-    return sample
-
-
-for _name, _of in (("_standard_gamma", "gamma"), ("_sample_dirichlet", "Dirichlet")):
-    rule(getattr(torch, _name))(_sampling_without_derivative(_name, _of))
+@rule(torch._sample_dirichlet)
+def sample_dirichlet(t: Trace, input: Tensor, generator: Generator | None = None) -> TracedTensor:
+    """Of concentrations in a tensor; torch.distributions has the derivative."""
+    h = t.lift(input)
+    value = sampled(t, input, h.shape, sampling(t, h, "_sample_dirichlet", generator))
+    return t.fresh(underived(t, "_sample_dirichlet", (t.read(h),), value))
 
 
 @rule(torch.binomial)

@@ -16,6 +16,7 @@ import weakref
 from array import array
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from threading import local
 from types import (
     BuiltinFunctionType,
     CellType,
@@ -324,7 +325,7 @@ class Snapshot:
             self._unseen.append(f"it can reach an iterator of type {cls.__name__}")
         elif not is_heap_type(cls) and module.partition(".")[0] not in _SEEN_THROUGH:
             self.foreign.add(cls)
-        if cls.__dictoffset__:
+        if cls.__dictoffset__ or issubclass(cls, local):  # that of this thread
             attributes = x.__dict__
             if type(attributes) is dict:
                 pending.append(attributes)

@@ -15,6 +15,7 @@ from tracejit.capture.trace.posing import device_of
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import (
+    COMPLEX_TO_IR,
     TO_IR,
     Family,
     Handle,
@@ -25,7 +26,7 @@ from tracejit.capture.trace.tensor import (
     problem_with,
 )
 from tracejit.errors import UnsupportedOperation
-from tracejit.ir.types import Type, contiguous_strides
+from tracejit.ir.types import PARTS, Type, contiguous_strides
 
 
 def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
@@ -41,7 +42,8 @@ def lift_input(t: TraceState, tensor: torch.Tensor) -> Handle:
             remedy = problem[0].upper() + problem[1:] + "."
             raise t.refuse(UnsupportedOperation(**_place(t), shapes=shapes, remedy=remedy))
         shape, strides = tuple(tensor.shape), tuple(tensor.stride())
-        device, dtype = device_of(tensor), TO_IR[tensor.dtype]
+        device = device_of(tensor)
+        dtype = TO_IR.get(tensor.dtype) or COMPLEX_TO_IR[tensor.dtype]
         offset, requires_grad = tensor.storage_offset(), tensor.requires_grad
         foreign = tensor.grad_fn is not None
         sharing = inputs.by_memory.setdefault(tensor.untyped_storage()._cdata, [])
@@ -86,6 +88,8 @@ def _storage(
                 "this one; make the view inside the step, or clone one.",
             )
         )
+    if type.dtype in PARTS:
+        type, strides = Type(PARTS[type.dtype], (*type.shape, 2), type.device), in_parts(strides)
     standard = None if strides == contiguous_strides(type.shape) else strides
     value = t.b.param(type, standard)
     storage = Storage(value, strides, real=tensor, param=value)
@@ -93,6 +97,11 @@ def _storage(
     if overlapped:
         t.inputs.overlapping.update(overlapped, (storage,))
     return storage
+
+
+def in_parts(strides: Ints) -> Ints:
+    """The strides of a complex tensor, in the numbers that its elements are pairs of."""
+    return (*(2 * s for s in strides), 1)
 
 
 def span(tensor: torch.Tensor) -> range:

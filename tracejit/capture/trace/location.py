@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from types import CodeType
+from types import CodeType, FrameType
 
 import torch
 from torch.nn import Module
 
-from tracejit.quotes import Place, place
+from tracejit.ir.graph import Node
+from tracejit.quotes import Place, at, place
 
 _OURS = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) + os.sep
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
@@ -105,7 +106,7 @@ class Lines:
             if id(code) in _outermost:
                 break
             if code is _CALL:
-                calls.append(frame.f_locals["self"])
+                calls.append(frame)
             if user is None and _belongs_to_user(code):
                 user = frame
             elif user is None:
@@ -135,12 +136,15 @@ class Lines:
             line = self._known[key] = at.changed(module=module, phase="backward")
         return line
 
-    def _module(self, calls: list[Module]) -> tuple[int, str, str, str]:
+    def _module(self, calls: list[FrameType]) -> tuple[int, str, str, str]:
         """The innermost of the modules that are called, seen from the outermost one in whose tree
-        it stands; the first in the list is the innermost."""
-        for outer in reversed(calls):
+        it stands; the first in the list is the innermost. To ask a frame for its variables takes
+        longer than all else here."""
+        inner = id(calls[0].f_locals["self"])
+        for frame in reversed(calls):
+            outer = frame.f_locals["self"]
             number, names = self._root(outer)
-            found = names.get(id(calls[0]))
+            found = names.get(inner)
             if found is not None:
                 return number, type(outer).__name__, *found
         raise AssertionError("a module is in its own tree")
@@ -181,3 +185,15 @@ def full() -> str:
     """The user's line for an error: the whole path, the line number, and the call there."""
     frame = user_frame()
     return "<unknown>" if frame is None else place(frame)
+
+
+def of_line(line: str) -> str:
+    """A line that a trace has noted, for an error when the step's Python is over; that of the call
+    where none is known."""
+    code = getattr(line, "code", None)
+    return full() if code is None else at(code, line.offset, int(line.rpartition(":")[2]))
+
+
+def of_node(node: Node | None) -> str:
+    """The same of the line that a node comes from."""
+    return of_line("" if node is None else node.where)

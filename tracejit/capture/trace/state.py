@@ -214,6 +214,7 @@ class TraceState:
         self.armed: list[object] = []  # see functions/data_parallel.py
         self.unsynced: list[object] = []  # modules whose latest forward pass was under no_sync()
         self.wrapping = False  # torch's own Python looks at what a wrapped module returns
+        self.complexes = False  # the rule that is running takes complex tensors
         self.fast_random = False  # see functions/counted.py
         self.falls_back = False  # what is refused runs eagerly
 

@@ -84,6 +84,9 @@ class Rules(dict[Callable, Rule]):
 
 RULES = Rules()
 
+# what is called in their place if a complex tensor or number is among the arguments
+OF_COMPLEX: dict[Callable, Callable[..., object]] = {}
+
 # functions of a trace and further arguments, for what reaches it by another way than a torch call:
 # later traces compare these as they compare torch calls
 COMPARED: set[Callable] = set()

@@ -9,7 +9,7 @@ same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from tracejit.capture.trace.scalars import plain
 from tracejit.errors import LeakedTracer
 from tracejit.ir import types
 from tracejit.ir.graph import Value
+from tracejit.ir.torch_types import COMPLEX_TO_IR as COMPLEX_TO_IR
 from tracejit.ir.torch_types import TO_IR as TO_IR
 from tracejit.ir.torch_types import TO_TORCH as TO_TORCH
 from tracejit.ir.types import DType
@@ -60,6 +61,7 @@ class Family:
     seen: int = 0  # the storage's write count that `value` belongs to
     leaf: Handle | None = None  # the leaf that requires grad, when this family's base is one
     quiet: bool = False  # views made under no_grad: they require grad, and no gradient leaves them
+    written: str = ""  # the line of the first write that is differentiated
 
 
 @dataclass(eq=False, slots=True)
@@ -118,6 +120,11 @@ class Handle:
     @property
     def geometry(self) -> Geometry:
         return self.shape, self.strides, plain(self.offset), self.dtype, self.device
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether its value is pairs, with one more axis than `shape` says."""
+        return self.dtype.kind == "c"
 
     @property
     def is_contiguous(self) -> bool:
@@ -265,6 +272,26 @@ def tensors_of(x: object) -> list[torch.Tensor]:
     return []
 
 
+_NEVER = frozenset({int, float, bool, str, type(None), slice, torch.dtype, torch.Size})
+
+
+def has_complex(xs: Iterable[object]) -> bool:
+    """Whether there are complex tensors or numbers among arguments; asked at each call."""
+    for x in xs:
+        kind = type(x)
+        if kind is TracedTensor:
+            if x.owner is not None and x.handle.dtype.kind == "c":
+                return True
+        elif kind is tuple or kind is list:
+            if has_complex(x):
+                return True
+        elif kind not in _NEVER and (
+            kind is complex or (isinstance(x, torch.Tensor) and x.is_complex())
+        ):
+            return True
+    return False
+
+
 def extent(handle_shape: Ints, strides: Ints) -> int:
     """Elements spanned from the first to the last, 0 when empty."""
     if 0 in handle_shape:
@@ -291,6 +318,8 @@ PROBLEMS = {
     "use DistributedDataParallel, with ZeroRedundancyOptimizer to shard the optimizer's state",
     "layout": "only dense strided tensors are supported",
     "dtype": "{dtype} is not supported",
+    "complex": "a complex tensor that requires a gradient is not supported: let its real and "
+    "imaginary parts require one, and make it of them by torch.view_as_complex in the step",
     "device": "device {device} is not supported",
     "flags": "conjugate, negative-bit and named tensors are not supported",
     "inference": "inference tensors are not supported",
@@ -316,8 +345,10 @@ def _problem_with(tensor: torch.Tensor) -> str | None:
         return "DTensor" if type(tensor).__name__ == "DTensor" else "subclass"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
         return "layout"
-    if tensor.dtype not in TO_IR:
+    if tensor.dtype not in TO_IR and tensor.dtype not in COMPLEX_TO_IR:
         return "dtype"
+    if tensor.is_complex() and tensor.requires_grad:
+        return "complex"
     if tensor.device.type not in _DEVICES and device_of(tensor).partition(":")[0] not in _DEVICES:
         return "device"
     if tensor.is_conj() or tensor.is_neg() or any(getattr(tensor, "names", ())):

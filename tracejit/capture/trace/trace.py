@@ -28,7 +28,7 @@ from tracejit.capture.trace.rejections import (
 from tracejit.capture.trace.revisits import Revisits
 from tracejit.capture.trace.scalars import Path, TracedFloat
 from tracejit.capture.trace.state import Formula, TraceState
-from tracejit.capture.trace.table import COMPARED, RULES, function_name
+from tracejit.capture.trace.table import COMPARED, OF_COMPLEX, RULES, function_name
 from tracejit.capture.trace.tensor import (
     TO_TORCH,
     Family,
@@ -38,8 +38,9 @@ from tracejit.capture.trace.tensor import (
     Storage,
     TracedTensor,
     Version,
+    has_complex,
 )
-from tracejit.capture.trace.views import apply_steps, put_through
+from tracejit.capture.trace.views import apply_steps, of_pairs, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
 from tracejit.ir.types import DType, contiguous_strides
@@ -48,6 +49,7 @@ from tracejit.ir.types import DType, contiguous_strides
 _SAVED_THROUGH = frozenset({"cast", "expand", "permute", "reshape"})
 
 
+_COMPLEX = "It has no rule for complex tensors; compute with torch.view_as_real of them"
 _MESSAGES = ("send", "recv", "isend", "irecv")  # of torch.distributed
 
 
@@ -70,6 +72,10 @@ class Trace(TraceState):
                     "or use a collective, such as broadcast, scatter or all_to_all_single"
                 )
             raise self.unsupported()
+        run, before = rule.run, self.complexes
+        self.complexes = has_complex(args) or bool(kwargs and has_complex(kwargs.values()))
+        if self.complexes:
+            run = OF_COMPLEX.get(func)
         if self.scalars.has_integers:
             args, kwargs = settled(self, func, args, kwargs)
         try:
@@ -78,8 +84,10 @@ class Trace(TraceState):
             into = kwargs.pop("out") if kwargs.get("out") is not None else None
             told = None if self.on_call is None else self.on_call(func, args, kwargs)
             hooks = self.saving[-1] if self.saving and self.grad_on else None
+            if run is None or (hooks is not None and self.complexes):
+                raise self.unsupported(_COMPLEX)
             if hooks is None:
-                result = rule.run(self, *args, **kwargs)
+                result = run(self, *args, **kwargs)
             else:
                 result = hooks.around(self, func, args, kwargs)
             result = result if into is None else self._into(into, result)
@@ -95,6 +103,8 @@ class Trace(TraceState):
             raise
         except InvalidGraph as error:
             raise self.unsupported(f"This combination of dtypes has no rule ({error})") from error
+        finally:
+            self.complexes = before
 
     def _into(self, out: object, result: object) -> torch.Tensor:
         """`out=`: write the result of a call into a tensor of its shape, or several each into one
@@ -251,6 +261,8 @@ class Trace(TraceState):
         handle = self.peek(tensor)
         if handle.ragged is not None:
             handle.ragged.count(handle)
+        if handle.is_complex and not self.complexes:
+            raise self.unsupported(_COMPLEX)
         return handle
 
     def peek(self, tensor: torch.Tensor) -> Handle:
@@ -325,6 +337,8 @@ class Trace(TraceState):
     ) -> TracedTensor:
         """A view: the same memory through further movement steps, its bits as a dtype."""
         family = of.family
+        if of.is_complex and dtype is None:
+            steps = tuple(map(of_pairs, steps))
         if not self.grad_on and self.base(family) in self.tape.tracked:
             storage = family.storage
             with self.untaped():  # of its own: others without history may read the storage's value
@@ -354,7 +368,10 @@ class Trace(TraceState):
     def detached(self, of: Handle, *, share_version: bool) -> TracedTensor:
         """The same memory without history: `.detach()`, or `.data` with its own version counter."""
         storage = of.family.storage
-        family = Family(storage, self.stripped(storage), storage.writes)
+        value = self.stripped(storage)
+        if not share_version and value in self.origin:  # which is of another counter
+            value = self.behind_autograd(None, value)
+        family = Family(storage, value, storage.writes)
         version = of.version if share_version else Version()
         handle = Handle(
             family, of.steps, of.shape, of.strides, of.offset, of.dtype, of.device, version
@@ -394,6 +411,8 @@ class Trace(TraceState):
         untracked = family.leaf is None and not tracked
         if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
+        if self.grad_on and not family.written and new in self.tape.tracked:
+            family.written = self.b.line
         self._hold(handle, new, as_history=self.grad_on or untracked)
         self._note(value, handle)
 

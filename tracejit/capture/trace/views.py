@@ -2,9 +2,11 @@
 
 A step is a movement primitive and its attributes, or a *stretch*: the elements of an axis from a
 place on that is known only when the plan runs, as in `buffer[self.n]`, or a *pick*: the elements of
-a row at fixed places, as `as_strided` has them, or the *bits* as numbers of another dtype. In: the
-storage's value and the steps. Out: the value of the view; or, once the view was written to, the
-storage's new value.
+a row at fixed places, as `as_strided` has them, or the *bits* as numbers of another dtype, or of
+complex numbers the *conjugates*. In: the storage's value and the steps. Out: the value of the view;
+or, once the view was written to, the storage's new value.
+
+The value of a complex tensor has one more axis, the last one: its real and imaginary parts.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from tracejit.ir.types import DType, i8, i16, i32, i64
 STRETCH = "stretch"
 PICK = "pick"
 BITS = "bits"
+CONJ: Step = ("conj", ())
+_CONJ = CONJ[0]
 
 
 def stretch(axis: int, size: int, at: Value) -> Step:
@@ -34,6 +38,34 @@ def pick(shape: Ints, strides: Ints, start: int) -> Step:
 def bits(dtype: DType) -> Step:
     """The same bytes as numbers of a dtype; of another size, the last axis is longer or shorter."""
     return BITS, (("dtype", dtype),)
+
+
+def of_pairs(step: Step) -> Step:
+    """A step of a complex tensor, as one of the pairs that it consists of."""
+    name, attrs = step
+    attrs = dict(attrs)
+    if name in ("reshape", "expand"):
+        attrs["shape"] = (*attrs["shape"], 2)
+    elif name == "permute":
+        attrs["axes"] = (*attrs["axes"], len(attrs["axes"]))
+    elif name == "slice":
+        more = {"starts": 0, "stops": 2, "steps": 1}
+        attrs = {key: (*at, more[key]) for key, at in attrs.items()}
+    else:
+        assert name in (STRETCH, _CONJ), name
+    return name, tuple(attrs.items())
+
+
+def is_conjugate(steps: tuple[Step, ...]) -> bool:
+    """Whether a view shows the conjugates of what lies in memory."""
+    return steps.count(CONJ) % 2 == 1
+
+
+def conjugates(b: Builder, pairs: Value) -> Value:
+    """The imaginary parts negated."""
+    shape = pairs.type.shape
+    part = b.iota(axis=len(shape) - 1, shape=shape, dtype=i64, device=pairs.type.device)
+    return b.where(b.lt(part, 1), pairs, b.neg(pairs))
 
 
 def reads_bits(steps: tuple[Step, ...]) -> bool:
@@ -69,6 +101,8 @@ def apply_steps(t: TraceState, value: Value, steps: tuple[Step, ...]) -> Value:
             value = t.b.reshape(picked, shape=dict(attrs)["shape"])
         elif name == BITS:
             value = as_bits(t.b, value, **dict(attrs))
+        elif name == _CONJ:
+            value = conjugates(t.b, value)
         else:
             value = getattr(t.b, name)(value, **dict(attrs))
     return value
@@ -90,6 +124,8 @@ def put_through(t: TraceState, base: Value, steps: tuple[Step, ...], new: Value)
         return b.scatter(base, places(t, base, **attrs), row, axis=0, combine="last")
     if name == BITS:
         return as_bits(b, new, base.type.dtype)
+    if name == _CONJ:
+        return conjugates(b, new)
     if name == "reshape":
         return b.reshape(new, shape=shape)
     if name == "permute":

@@ -28,6 +28,10 @@ def refuse_operations(nodes: Iterable[Node]) -> None:
 def refuse_what_no_file_keeps(t: Traced) -> None:
     """Raise CannotExport for such effects."""
     c, effects = t.captured, t.captured.effects
+    if any(x.is_complex() for x in t.call.reals) or effects.has_complex:
+        raise t.refuse(
+            "it reads or returns complex tensors", "Give it and return torch.view_as_real of them"
+        )
     for cut in c.cuts:
         if cut.search is not None:
             raise t.refuse(
