@@ -18,7 +18,7 @@ from torch import nn
 import tracejit
 from support.machine_code import mostly_90
 from tracejit.report import COLUMNS, Report, report
-from tracejit.rows import limits
+from tracejit.rows import Row, limits
 from tracejit.schedule import schedule
 from tracejit.schedule.plan import Plan
 from tracejit.tables import table
@@ -69,6 +69,13 @@ def reported(name: str, target: int) -> Report:
         torch.set_float32_matmul_precision(before)
 
 
+def reads_wide(row: Row) -> bool:
+    """Whether operands are read in 128-bit accesses: all others are the few of a bias and of
+    partial sums, however long the pipeline of operands is."""
+    narrow = sum(n for width, n in row.facts.loads.items() if width < 128)
+    return narrow <= 3 and row.facts.wide_share >= 0.85
+
+
 each_case = pytest.mark.parametrize("name", CASES)
 pytestmark = pytest.mark.slow  # `make test` compiles the programs of test_report_programs.py
 
@@ -86,20 +93,21 @@ def test_products_on_tensor_cores(name, target):
     """Two forward, two of weights, and one of the images between."""
     rows = reported(name, target).rows
     products = [r for r in rows if r.facts.wgmma + r.facts.mma > 0]
+    works = [w for r in products for w in r.works if w.products]  # two may share a launch
     if name == "f32":
         assert products == []
         return
-    assert len(products) == 5 and all(r.facts.copies > 0 for r in products)  # a pipeline
+    assert len(works) == 5 and all(r.facts.copies > 0 for r in products)  # a pipeline
     assert target < 90 or all(r.facts.wgmma > 0 for r in products)
     if name == "bf16" and target >= 90:  # others are turned in registers
-        assert all(r.facts.wide_share >= 0.9 for r in products)
+        assert all(reads_wide(r) for r in products)
 
 
 def test_channels_last_is_what_makes_loads_wide():
     """The same step in rows, with channels before taps, on machine code alone."""
     ours, before = reported("bf16", 90), report(plan_of("bf16", False), target=90)
-    assert {r.facts.wide_share >= 0.9 for r in ours.rows if r.facts.wgmma} == {True}
-    assert {r.facts.wide_share < 0.2 for r in before.rows if r.facts.wgmma} == {True}
+    assert all(reads_wide(r) for r in ours.rows if r.facts.wgmma)
+    assert not any(reads_wide(r) for r in before.rows if r.facts.wgmma)
     seconds = [sum(r.predicted["H200"].seconds for r in found.rows) for found in (ours, before)]
     assert seconds[0] < 0.75 * seconds[1]
 
