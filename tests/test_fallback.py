@@ -38,21 +38,6 @@ def step_of(make):
 
 
 @step_of
-def upsampling(w):
-    w.net = nn.Sequential(nn.Upsample(scale_factor=2), nn.Flatten(), nn.Linear(80, 1))
-    w.opt = torch.optim.Adam(w.net.parameters(), lr=0.1)
-
-    def step(n):
-        w.opt.zero_grad()
-        loss = w.net(X.reshape(1, 1, 5, 4) * n).square().sum()
-        loss.backward()
-        w.opt.step()
-        return loss
-
-    return step
-
-
-@step_of
 def sparse(w):
     w.p = nn.Parameter(torch.ones(4, 2))
     return lambda n: (X.to_sparse() @ w.p).sum() * n

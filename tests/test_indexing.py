@@ -316,4 +316,4 @@ def test_sorting_spills_nothing(target: int):
         }""",
         target,
     )
-    assert form == "sort" and not found.spills
+    assert form == "sort_network" and not found.spills

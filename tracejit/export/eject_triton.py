@@ -16,6 +16,7 @@ from pathlib import Path
 from tracejit import kernels as library
 from tracejit.export.eject_text import WIDE
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.kernels.costs import SMS
 from tracejit.runtime.program import Program
 from tracejit.runtime.triton_executor import TritonExecutor
 from tracejit.runtime.triton_launch import LoadedLaunch, positions
@@ -151,7 +152,7 @@ def _apart(program: Program) -> tuple[list[LoadedLaunch], list[int]]:
     for launch in loaded.launched:
         rows = [launch]
         if launch.launch.kernel.foreach:
-            rows = [executor.load_launch(one, where, 0) for one in launch.launch.alone()]
+            rows = [executor.load_launch(x, where, 0, SMS) for x in launch.launch.alone()]
         for one in rows:
             if one.geometry.grid[0]:
                 found.append(replace(one, first_scalar=len(slots), workspace=workspace))

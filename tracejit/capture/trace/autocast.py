@@ -212,8 +212,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             _float32,
             "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d ctc_loss "
             "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
-            "max_unpool2d max_unpool3d grid_sampler "
-            "grid_sampler_2d grid_sampler_3d",
+            "max_unpool2d max_unpool3d grid_sampler grid_sampler_2d grid_sampler_3d "
+            "polar view_as_complex",
         ),
         (
             _float32,
