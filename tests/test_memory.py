@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import re
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from benchmarks.worker import allocated_peak
 from support.plan_checks import PlanChecks
 from tracejit.ir.text import parse
 from tracejit.runtime.c_executor import CExecutor
-from tracejit.runtime.memory import PAGE, Arena, Memory, in_large_pages
+from tracejit.runtime.memory import Arena, Memory
 from tracejit.schedule import schedule
 from tracejit.schedule.memory import Lifetime, Place, Room, layout_of, plan_memory
 
@@ -191,27 +189,3 @@ def test_plans_of_one_step_share_the_memory_of_a_gradient():
     assert len(step.plans) == 3 and step.explain_mode().startswith("rerun")
     works = max(c.program.arena_bytes for c in step._programs.kept)
     assert gradient <= peak <= gradient + works + 4096
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
-
-
-@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the system has no large pages")
-def test_large_memory_is_in_large_pages():
-    """The system is asked for them, for whole pages within the memory."""
-    small, large = (in_large_pages(torch.empty(n, dtype=torch.uint8)) for n in (PAGE, 9 * PAGE))
-    assert "hg" in flags_of(large.data_ptr() + PAGE) and "hg" not in flags_of(small.data_ptr())
-    large.fill_(3), small.fill_(3)
-    assert (large == 3).all() and (small == 3).all()
-
-
-def flags_of(address: int) -> list[str]:
-    """What the system says of the pages around an address."""
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        ends = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-        if ends:
-            inside = int(ends[1], 16) <= address < int(ends[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            return line.split()[1:]
-    raise LookupError(hex(address))

@@ -6,8 +6,6 @@ widely: on the CPU by all of the process.
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -23,23 +21,6 @@ from tracejit.runtime.device import Device
 from tracejit.schedule.plan import PlanBuffer
 
 _users = torch._C._storage_Use_Count
-
-PAGE = 2 << 20  # bytes of a large page
-ADVISED = 4 * PAGE  # of memory for which large pages are asked
-_HUGEPAGE = 14  # MADV_HUGEPAGE of Linux
-_advise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
-
-
-def in_large_pages(memory: torch.Tensor) -> torch.Tensor:
-    """New memory of the CPU, in large pages where it is large and the system has them: else a first
-    run spends a good part of its time on faults, one for each 4 KiB. Only pages that lie within it
-    become large."""
-    nbytes = memory.untyped_storage().nbytes()
-    if nbytes >= ADVISED and _advise is not None:
-        first = -(-memory.data_ptr() // PAGE) * PAGE
-        last = (memory.data_ptr() + nbytes) // PAGE * PAGE
-        _advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _HUGEPAGE)
-    return memory
 
 
 class Memory:
@@ -91,7 +72,7 @@ class Arena:
         if held[1] >= nbytes:
             return held
         held = None  # freed before there is more
-        memory = in_large_pages(torch.empty(nbytes, dtype=torch.uint8))
+        memory = torch.empty(nbytes, dtype=torch.uint8)
         return memory.data_ptr(), nbytes, memory
 
 
@@ -161,7 +142,7 @@ class OutputMemory:
             if held == 1 and kept.number in reusable:
                 self.kept = [kept]  # one is enough from now on
                 return kept.memory.data, kept.address
-        memory = in_large_pages(torch.empty_strided(self.shape, self.strides, **self.options))
+        memory = torch.empty_strided(self.shape, self.strides, **self.options)
         if not self.used or len(self.kept) >= self.KEPT:
             self.used = True
             return memory, memory.data_ptr()
