@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -15,6 +16,7 @@ import torch
 import tracejit
 from support.children import forked
 from support.small_training import Training, near, states_of_eager
+from tracejit.capture.proof.kinds import cached_values
 from tracejit.runtime import pool
 
 WIDE = 512  # of a network whose plans are run by several threads
@@ -321,3 +323,30 @@ def test_omp_num_threads_is_followed(number):
     env = os.environ | {"OMP_NUM_THREADS": number}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.stdout.split() == [number, number, "True"], done.stderr
+
+
+def test_a_cache_that_another_thread_fills_while_it_is_read():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    @functools.lru_cache(maxsize=None)
+    def double(n: int) -> int:
+        return 2 * n
+
+    done = threading.Event()
+
+    def fill() -> None:
+        for n in range(60_000):
+            if done.is_set():
+                return
+            double(n)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        for _ in range(40):
+            cached_values(double)
+    finally:
+        done.set()
+        thread.join()
+        sys.setswitchinterval(before)

@@ -170,7 +170,7 @@ class CompiledStep(Verifying, Inspected):
 
     def user_attributes(self) -> list[str]:
         """The attributes that are the user's: `step.calls = 0`, and what the function had."""
-        return [name for name in vars(self) if name not in self._own]
+        return [name for name in [*vars(self)] if name not in self._own]
 
     def __reduce__(self) -> object:
         """Copied and pickled like the step itself, without plans; by its name, if it has one."""

@@ -188,11 +188,11 @@ class Names:
             for i, item in enumerate(x):
                 add((item, f"{place}.{fields[i]}" if fields else f"{place}[{i}]"))
         elif isinstance(x, dict) and len(x) <= _WIDE:
-            for key, item in x.items():
+            for key, item in [*x.items()]:
                 if isinstance(key, (str, int)):
                     add((item, f"{place}[{key!r}]"))
         elif type(x).__dictoffset__ and isinstance(x.__dict__, dict):
-            for name, item in x.__dict__.items():
+            for name, item in [*x.__dict__.items()]:
                 add((item, f"{place}.{name}"))
 
     def _variables(self, function: FunctionType, scope: str) -> None:
@@ -214,7 +214,7 @@ class Names:
             self._give(tensor, f"{place}.{name}")
         for path, inner in module.named_modules():
             at = f"{place}.{path}" if path else place
-            for name, item in vars(inner).items():
+            for name, item in [*vars(inner).items()]:
                 if name not in _OF_ANY_MODULE:
                     self._pending.append((item, f"{at}.{name}"))
 

@@ -290,7 +290,7 @@ class Walk(Objects):
             if isinstance(x, defaultdict):
                 factory = f"{place}.default_factory"
                 self.check(f"{factory} is {self.constant(x.default_factory)}", f"{path} changed")
-            for k, item in x.items():
+            for k, item in [*x.items()]:  # other threads may add to it meanwhile
                 name = repr(k) if type(k) in (str, int, bool) else self.constant(k)
                 inner = ("entry", id(x), k) if type(k) in (str, int) else None
                 shown = f"{path}[{short(k) if isinstance(k, torch.Tensor) else k!r}]"

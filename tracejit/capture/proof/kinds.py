@@ -79,7 +79,7 @@ def is_data(x: object) -> bool:
     if dataclasses.is_dataclass(x) or isinstance(x, (*CONTAINERS, SimpleNamespace)):
         return True
     attributes = vars(x) if type(x).__dictoffset__ else {}
-    held = [i for part in attributes.values() for i in _items(part)]
+    held = [i for part in [*attributes.values()] for i in _items(part)]
     simple = all(isinstance(i, torch.Tensor) or is_value(i) for i in held)
     return simple and any(isinstance(i, torch.Tensor) for i in held)
 
@@ -168,7 +168,7 @@ def cached_values(x: object) -> list | None:
     unbounded = x.cache_info().maxsize is None
     for held in gc.get_referents(x):
         if type(held) is dict and held is not x.__dict__ and unbounded:
-            found += [part for item in held.items() for part in item]
+            found += [part for item in [*held.items()] for part in item]  # threads add to it
         elif not unbounded and type(held) not in (type, dict, FunctionType, object):
             found.append(held)  # of its entries, which no collector tracks
     if len(found) != 2 * x.cache_info().currsize:
