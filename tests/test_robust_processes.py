@@ -329,7 +329,7 @@ def test_a_cache_that_another_thread_fills_while_it_is_read():
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def double(n: int) -> int:
         return 2 * n
 
