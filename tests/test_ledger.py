@@ -87,7 +87,7 @@ def test_a_step_moves_what_its_plan_moves():
     assert len(found.launches) == len(plan.launches) == 4 < found.launches_before_fusion
     assert [x.bytes for x in found.launches] == list(bytes_moved(plan))
     assert found.bytes_minimum < found.bytes_moved < found.bytes_issued
-    assert any("in flight" in text and "launch 0" in text for text in found.holds_back)
+    assert not any("in flight" in text for text in found.holds_back)  # k is cut into splits
 
 
 def test_other_gpus():
