@@ -168,7 +168,7 @@ def cached_values(x: object) -> list | None:
     unbounded = x.cache_info().maxsize is None
     for held in gc.get_referents(x):
         if type(held) is dict and held is not x.__dict__ and unbounded:
-            found += [part for item in [*held.items()] for part in item]  # threads add to it
+            found += [part for item in held.copy().items() for part in item]  # threads add to it
         elif not unbounded and type(held) not in (type, dict, FunctionType, object):
             found.append(held)  # of its entries, which no collector tracks
     if len(found) != 2 * x.cache_info().currsize:
