@@ -11,6 +11,7 @@ import torch
 
 import tracejit
 from support.fake import FAKE
+from support.foreach_steps import Updates, close
 from tracejit.aot import TARGETS, compile_launch
 from tracejit.runtime import many_steps, waiting
 from tracejit.runtime.fake_clock import Fault
@@ -88,6 +89,24 @@ def test_many_calls_are_one_launch(make):
         losses += [step(*batch) for batch in data[WARM + 20 :]]
         device.synchronize()
         check(net, losses, data, Net(make))
+
+
+@pytest.mark.parametrize("name, clip", [("Adam", None), ("SGD", None), ("AdamW", 0.5)])
+def test_updates_of_many_parameters(name, clip):
+    """Their kernels are a launch through a table when alone, with numbers that they share."""
+    with fake_device(compiled=False) as device:
+        ours, eager = Updates(name, clip=clip), Updates(name, clip=clip)
+        step = tracejit.compile(ours.step, backend=FAKE)
+        for _ in range(WARM):
+            step()
+        assert any(x.kernel.foreach for x in step.plans[-1].launches)
+        device.log.clear()
+        step.run(6, [()] * 6)
+        assert len(launches(device)) == 1 and "phases" in launches(device)[0]
+        device.synchronize()
+        for _ in range(WARM + 6):
+            eager.step()
+        assert close(ours.tensors, eager.tensors)
 
 
 def test_run_again_uses_the_same_kernel_and_another_number_of_calls():

@@ -28,10 +28,8 @@ class Phases:
 
 
 def phases_of(launches: Sequence[Launch]) -> Phases | None:
-    """The phases of a plan without loops; None where the host is asked in between, where it would
-    be too much code, or with a foreach: its scalars do not lie part by part."""
-    if any(launch.kernel.foreach for launch in launches):
-        return None
+    """The phases of a plan without loops; None where the host is asked in between, or where it
+    would be too much code."""
     alone = [launch.alone() for launch in launches]
     parts = [one for each in alone for one in each]
     if any(one.kernel.call is not None for one in parts) or not 0 < len(parts) <= MAX_PARTS:
