@@ -22,6 +22,7 @@ from torch import nn
 
 import tracejit
 from examples import fused_chain, two_layer_autograd
+from examples.gpt import GPT, Block
 from tracejit.gpus import GPUS, LAUNCH, Gpu
 from tracejit.report import report
 from tracejit.roofline import rate
@@ -56,41 +57,6 @@ def rows(function: Callable, *shape: int) -> Callable:
         return y.detach()
 
     return step
-
-
-class Block(nn.Module):
-    """A transformer block, as GPT-2 has it."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.ln1(x)).split(width, -1)
-        q, k, v = (t.view(batch, length, self.heads, -1).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, length, width))
-        return x + self.down(F.gelu(self.up(self.ln2(x)), approximate="tanh"))
-
-
-class Gpt(nn.Module):
-    """GPT-2's shape: 12 layers of 768 are the small one."""
-
-    def __init__(self, layers: int, width: int, heads: int, words: int, length: int):
-        super().__init__()
-        self.words, self.places = nn.Embedding(words, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.words(ids) + self.places.weight
-        for block in self.blocks:
-            x = block(x)
-        return F.linear(self.norm(x), self.words.weight)
 
 
 class Bottleneck(nn.Module):
@@ -148,7 +114,7 @@ def _with_gradients(model: nn.Module, x: torch.Tensor) -> Callable:
 
 
 def _gpt2(layers: int = 12) -> Callable:
-    model = Gpt(layers, 768, 12, 50257, 1024).to(HALF)
+    model = GPT(50257, 1024, layers, 768, 12).to(HALF)
     return _trained(model, torch.zeros(4, 1024, dtype=torch.int64))
 
 
@@ -160,7 +126,7 @@ STEPS: dict[str, Callable[[], Callable]] = {
     "layer norm 16384 × 4096": lambda: rows(lambda x: F.layer_norm(x, (4096,)), 16384, 4096),
     "softmax 16384 × 4096": lambda: rows(lambda x: x.softmax(-1), 16384, 4096),
     "transformer block 8 × 512 × 768, bf16": lambda: _with_gradients(
-        Block(768, 12).to(HALF), torch.zeros(8, 512, 768, dtype=HALF)
+        Block(768, 12, 0.0).to(HALF), torch.zeros(8, 512, 768, dtype=HALF)
     ),
     "ResNet-50 block 32 × 512 × 28 × 28, bf16": lambda: _with_gradients(
         Bottleneck().to(HALF), torch.zeros(32, 512, 28, 28, dtype=HALF)

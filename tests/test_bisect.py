@@ -237,6 +237,11 @@ def test_refusals_are_no_crashes():
 # ---- programs
 
 
+def without_places(program: Program) -> str:
+    """A program's text without the lines of this file."""
+    return re.sub(r"  # test_bisect.py:\d+", "", program.text())
+
+
 def recorded_program() -> Program:
     w = torch.arange(6.0).reshape(2, 3).requires_grad_()
     x = torch.ones(4, 2)
@@ -257,7 +262,7 @@ def recorded_program() -> Program:
 
 def test_a_program_is_what_the_step_does():
     program = recorded_program()
-    text = re.sub(r"  # test_bisect.py:\d+", "", program.text())
+    text = without_places(program)
     assert text == (
         "def step(a, b):\n"
         "    c = a.matmul(b)\n"
@@ -315,7 +320,7 @@ def test_custom_functions_and_autocast_are_written_down():
         return loss
 
     program = recorded(step)
-    text = re.sub(r"  # test_bisect.py:\d+", "", program.text())
+    text = without_places(program)
     assert text == (
         "SCALE = 3.0\n\n\n"
         "def scaled(x):\n    return x * SCALE\n\n\n"

@@ -16,7 +16,7 @@ from tracejit.capture.effects.eager import EagerCost
 from tracejit.capture.signature import Thing
 from tracejit.fallback import Fallback
 from tracejit.ir.graph import Graph
-from tracejit.many_calls import Many
+from tracejit.many_calls import ManyCalls
 from tracejit.options import Options
 from tracejit.pipeline import Backward, Stats
 from tracejit.programs import Compiled, Programs
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tracejit.saved.record import SavedStep
 
 
-class Inspected(Many):
+class Inspected(ManyCalls):
     """The part of a compiled step that says what was compiled. `compile.py` has the rest, which
     keeps these."""
 
@@ -318,7 +318,7 @@ class BoundStep(functools.partial):
         return getattr(self.func, name)
 
     def run(self, k: int, data: Iterable) -> list:
-        """As `Many.run`, with this object."""
+        """As `ManyCalls.run`, with this object."""
         return self.func.run(k, data, of=self.args)
 
     def save(self, path: str | os.PathLike, *, objects: bool = False) -> None:

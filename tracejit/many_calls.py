@@ -9,7 +9,7 @@ from tracejit.run import Replay
 from tracejit.runtime import waiting
 
 
-class Many:
+class ManyCalls:
     """The part of a compiled step that makes many calls."""
 
     _lock: object

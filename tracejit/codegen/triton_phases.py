@@ -98,7 +98,6 @@ def emit_phases(
     parameters += [f"{x}: tl.constexpr" for x in (*kernel.sizes, *constants)]
     body = TRITON.render(TRITON.indent(lines))
     text = f"@triton.jit\n{signature(name, parameters)}\n{body}"
-    whole = Printed([*printed.blocks, text], tuple(constants), printed.imports, printed.others)
-    start = "from tracejit.kernels.phases import wait_for_all\n"
-    module = module_text(whole).replace("\n\n\n@triton.jit", f"\n{start}\n\n@triton.jit", 1)
-    return Source(name, module, kernel, precision, found)
+    others = printed.others | {"phases.wait_for_all"}
+    whole = Printed([*printed.blocks, text], tuple(constants), printed.imports, others)
+    return Source(name, module_text(whole), kernel, precision, found)
