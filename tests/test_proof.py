@@ -14,10 +14,10 @@ import re
 import shlex
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, SimpleNamespace
+from types import CodeType, FrameType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ import torch
 from torch.nn import functional
 
 from support.proof_text import armed, guard_lines, source, trace, what_is_read, what_ran
+from tracejit.capture.proof.watch import Seen
 from tracejit.capture.python.bytecode import asks, compares, dynamic, scan
 
 X = torch.ones(3)
@@ -462,6 +463,49 @@ def pure_python(x):
 @ran("runs a_clock", "refused: line 1: it calls time.perf_counter")
 def a_clock(x):
     return x * (time.perf_counter() > 0)
+
+
+class Ticking:
+    """Its arithmetic asks the clock."""
+
+    def __radd__(self, number):
+        return number * (time.perf_counter() > 0)
+
+    __gt__ = __radd__
+
+
+@pytest.mark.parametrize("symbol", [operator.add, operator.lt])
+def test_what_ran_beside_a_number(symbol):
+    def step(x):
+        return x * symbol(SCALE * 2.0, Ticking())
+
+    found = what_ran(step, torch.ones(3))
+    assert "Ticking.__radd__" in found
+    assert "it calls time.perf_counter" in found
+
+
+@ran("runs much_arithmetic")
+def much_arithmetic(x):
+    """What notes the functions that run hears little of what numbers and tensors do."""
+    rate = SCALE
+    for _ in range(50):
+        rate = -rate / 2.0 + 1.0
+        x = x * rate
+    return x
+
+
+def test_little_is_heard_of_rules_and_numbers(monkeypatch):
+    heard = Counter()
+    profile = Seen.profile
+
+    def counted(seen: Seen, frame: FrameType, event: str, arg: object) -> None:
+        heard[event] += 1
+        profile(seen, frame, event, arg)
+
+    monkeypatch.setattr(Seen, "profile", counted)
+    trace(much_arithmetic, torch.ones(3), watched=True)
+    print(heard)
+    assert 600 < heard.total() < 5000  # of 200 operations
 
 
 @ran(

@@ -67,6 +67,7 @@ class Tracer(TraceMode):
         t = self.trace
         self.trail = t.journal = Trail(t, recall, follow=follow)
         t.scalars, t.draws, t.casts = Scalars(t.b, self.trail), Draws(), Casts()
+        t.scalars.pause, t.scalars.go_on = profiler.pause, profiler.go_on
         t.unsynced, t.shards = [], False
 
     def again(self, recall: Recall) -> None:
@@ -111,10 +112,10 @@ class Tracer(TraceMode):
             if answer is not UNKNOWN:
                 return answer
             trail.leave()
-        if profiler.is_watching() and all(map(_runs_nothing, (*args, *kwargs.values()))):
-            profiler.pause()
+        if profiler.pause():
             try:
-                return self._by_rule(func, args, kwargs)
+                if all(map(_runs_nothing, (*args, *kwargs.values()))):
+                    return self._by_rule(func, args, kwargs)
             finally:
                 profiler.go_on()
         return self._by_rule(func, args, kwargs)

@@ -79,13 +79,12 @@ def elsewhere(of: tuple[str, str], original: Callable, args: tuple, kwargs: dict
 
 def _drawn(t: Trace, *what: object) -> torch.Tensor:
     """The number in a tensor. How the function computes it is its own affair."""
-    if not profiler.is_watching():
-        return t.mode.compared(number_drawn, what)
-    profiler.pause()
+    paused = profiler.pause()
     try:
         return t.mode.compared(number_drawn, what)
     finally:
-        profiler.go_on()
+        if paused:
+            profiler.go_on()
 
 
 def _is_open(t: Trace) -> bool:

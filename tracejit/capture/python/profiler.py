@@ -49,20 +49,20 @@ def profiled(profile: Profile) -> Iterator[None]:
         _watching.profile = known
 
 
-def is_watching() -> bool:
-    """Whether there is a profiler here that is ours, and no debugger."""
-    ours, trace = _watching.profile, sys.gettrace()
+def pause() -> bool:
+    """Note nothing of what runs until `go_on`, if there is a profiler here that is ours, and no
+    debugger; says whether. Nearly all that runs in a trace is rules."""
+    ours = _watching.profile
     if ours is None or sys.getprofile() is not ours:
         return False
-    return trace is None or getattr(trace, "__module__", "") == doubts.__name__
-
-
-def pause() -> None:
-    """Note nothing of what runs, where `is_watching`, until `go_on`. Nearly all that runs in a
-    trace is rules."""
-    _watching.paused = _watching.profile, sys.gettrace()
-    sys.setprofile(None)
+    sys.setprofile(None)  # first, so that it does not hear of what follows
+    trace = sys.gettrace()
+    if trace is not None and getattr(trace, "__module__", "") != doubts.__name__:
+        sys.setprofile(ours)
+        return False
     sys.settrace(None)
+    _watching.paused = ours, trace
+    return True
 
 
 def go_on() -> None:
@@ -82,7 +82,9 @@ def heard() -> Iterator[None]:
     try:
         yield
     finally:
-        pause()
+        _watching.paused = _watching.profile, sys.gettrace()
+        sys.setprofile(None)
+        sys.settrace(None)
 
 
 @contextmanager

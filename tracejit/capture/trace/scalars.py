@@ -75,6 +75,9 @@ class Scalars:
         self.read: set[Value] = set()  # cuts, and what was computed from them
         self.opaque: list[str] = []  # what Python did that no replay can follow
         self.texts: list[object] = []  # that Python makes of them and keeps: `python/kept.py`
+        # what notes the functions that run is told that those in between are of no interest
+        self.pause: Callable[[], bool] = bool
+        self.go_on: Callable[[], None] = bool
 
     def traced(self, number: float, value: Value) -> TracedFloat | TracedInt:
         """The number that user code gets for a host value."""
@@ -286,6 +289,28 @@ _READING = (complex, np.generic, np.ndarray)
 ANSWERING: set[type] = set()  # of objects that take part in arithmetic with runtime scalars
 
 
+def _unheard(method: Callable) -> Callable:
+    """A method on numbers, with what notes the functions that run paused: no code of the user's
+    runs in it, unless the operand is of the user's class."""
+
+    def unheard(self: _Traced, *others: object):
+        scalars = self.scalars
+        for x in others:
+            if type(x) not in _NUMBERS:
+                return method(self, *others)
+        if not (scalars.active and scalars.pause()):
+            return method(self, *others)
+        try:
+            return method(self, *others)
+        finally:
+            scalars.go_on()
+
+    return unheard
+
+
+_NUMBERS = frozenset({bool, int, float, TracedFloat, TracedInt})
+
+
 def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
     def method(self: _Traced, other: object, *modulo: object):
         live, other = self.live, _of_python(other)
@@ -314,7 +339,7 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
         args = (operand, self.value) if reflected else (self.value, operand)
         return live.traced(number, live.arithmetic(op_name, *args))
 
-    return method
+    return _unheard(method)
 
 
 def _unary(op_name: str, python: Callable) -> Callable:
@@ -325,7 +350,7 @@ def _unary(op_name: str, python: Callable) -> Callable:
             return number
         return live.traced(number, live.arithmetic(op_name, self.value))
 
-    return method
+    return _unheard(method)
 
 
 def _comparison(relation: str) -> Callable:
@@ -345,7 +370,7 @@ def _comparison(relation: str) -> Callable:
             live.decide(Predicate(relation, self.value, operand, outcome))
         return outcome
 
-    return method
+    return _unheard(method)
 
 
 def _pinned(name: str, kind: type) -> Callable:
@@ -374,15 +399,15 @@ _Traced.__abs__ = _unary("host_abs", abs)
 _rounded = _unary("host_round", round)
 for _name in ("lt", "le", "eq", "ne", "gt", "ge"):
     setattr(_Traced, f"__{_name}__", _comparison(_name))
-_NUMBERS = (
+_OF_BOTH = (
     *("__int__", "__trunc__", "__floor__", "__ceil__"),
     *("__hash__", "__repr__", "__str__", "__format__"),
     *("as_integer_ratio", "conjugate", "__getnewargs__"),
 )
-for _name in (*_NUMBERS, "__float__", "is_integer", "hex"):
+for _name in (*_OF_BOTH, "__float__", "is_integer", "hex"):
     setattr(TracedFloat, _name, _pinned(_name, float))
 for _name in (
-    *(*_NUMBERS, "__index__", "__invert__", "bit_length", "bit_count", "to_bytes"),
+    *(*_OF_BOTH, "__index__", "__invert__", "bit_length", "bit_count", "to_bytes"),
     *(f"__{r}{op}__" for r in ("", "r") for op in ("and", "or", "xor", "lshift", "rshift")),
 ):
     setattr(TracedInt, _name, _pinned(_name, int))
