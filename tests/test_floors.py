@@ -64,6 +64,7 @@ FLOORS = {
     "kernels": 1,
     "gpus": 1,
     "links": 1,
+    "records": 1,
     "tables": 1,
     "knobs": 1,
     "errors": 1,

@@ -14,9 +14,10 @@ from tracejit.errors import InvalidGraph
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import OPS, Op
 from tracejit.ir.types import Type
+from tracejit.records import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Value:
     """One SSA value."""
 
@@ -33,7 +34,7 @@ class Value:
 Arg = Value | int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Node:
     """One application of a primitive: `outs = op(*args, **attrs)`; `where` is the user's line."""
 
@@ -66,7 +67,7 @@ class Node:
         return tuple([a for a in self.args if a.__class__ is Value])
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Param:
     """A graph input with its memory layout; `strides` in elements, None for row-major."""
 
@@ -74,7 +75,7 @@ class Param:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Result:
     """A value returned in fresh memory of the given strides (None for row-major)."""
 
@@ -82,7 +83,7 @@ class Result:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Write:
     """`target` (a graph input) is overwritten in place by `value` when the step commits."""
 

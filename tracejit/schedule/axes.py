@@ -41,14 +41,21 @@ def map_statements(
 
     def statement(s: Statement) -> Statement:
         if isinstance(s, Load | Store):
-            return replace(s, index=change(s.index), mask=mask(s.mask))
+            return accessing(s, change(s.index), mask(s.mask))
         if isinstance(s, Position):
-            return replace(s, index=change(s.index))
+            return Position(s.out, change(s.index), s.where)
         if isinstance(s, InBounds):
             return replace(s, mask=mask(s.mask))
         return s
 
     return tuple(map(statement, statements))
+
+
+def accessing(s: Load | Store, index: Index, mask: Mask) -> Load | Store:
+    """An access at another index. (`replace` would take four times as long.)"""
+    if isinstance(s, Load):
+        return Load(s.out, s.buffer, index, mask, s.where)
+    return Store(s.buffer, index, s.value, s.where, mask, s.fold)
 
 
 def map_indices(kernel: Kernel, change: Callable[[Index], Index]) -> Kernel:

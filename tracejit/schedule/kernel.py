@@ -39,6 +39,7 @@ from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
 from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import DType
+from tracejit.records import record
 from tracejit.schedule.call import HostCall
 
 Size = int | str
@@ -47,7 +48,7 @@ FOLDS = {"": "<-", "add": "+=", "mul": "*=", "max": "max=", "min": "min="}  # ho
 COMMENT_COLUMN = 64  # the widest line that still moves all comments to its right
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Axis:
     """A loop: its variable ("i0") and extent."""
 
@@ -55,7 +56,7 @@ class Axis:
     extent: Size
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Index:
     """A sum of `atom * coefficient` plus an offset. Atoms: axis names, FloorDiv, Mod, Var.
 
@@ -66,7 +67,7 @@ class Index:
     offset: Size = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FloorDiv:
     """index // by"""
 
@@ -74,7 +75,7 @@ class FloorDiv:
     by: Size
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mod:
     """index % by"""
 
@@ -85,7 +86,7 @@ class Mod:
 Atom = "str | FloorDiv | Mod | Var"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bound:
     """The condition 0 <= index < high and index % step == 0."""
 
@@ -97,7 +98,7 @@ class Bound:
 Mask = tuple[Bound, ...]  # a conjunction; () is always true
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Var:
     """A scalar SSA value of a body; numbered as the IR value that it stands for where possible."""
 
@@ -121,7 +122,7 @@ class Scalar:
 Operand = Var | Scalar | int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Load:
     """out = buffer[index] where the mask holds, else 0."""
 
@@ -132,7 +133,7 @@ class Load:
     where: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Compute:
     """out = op(*args, **attrs), an element-wise primitive or `full`."""
 
@@ -143,7 +144,7 @@ class Compute:
     where: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Position:
     """out = the value of an index, as a number of out's dtype (iota)."""
 
@@ -161,7 +162,7 @@ class InBounds:
     where: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Store:
     """buffer[index] = value where the mask holds; or, by `fold`, what is there and the value: their
     sum ("add") or product ("mul"), rounded to the buffer's dtype each time, or the larger ("max")
@@ -175,7 +176,7 @@ class Store:
     fold: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reduce:
     """out = value reduced by op (reduce_sum, reduce_max, reduce_min) over the stage's axes.
 
@@ -317,7 +318,7 @@ class Stage:
     attend: Attend | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Buffer:
     """A pointer parameter: name ("b0"), element type, access "r", "w" or "rw"."""
 

@@ -116,16 +116,17 @@ def canonical(kernel: Kernel) -> Kernel:
     def statement(s: Statement) -> Statement:
         if isinstance(s, Store):
             at, inside = index(s.index), mask(s.mask)
-            return replace(s, index=at, mask=inside, value=use(s.value), where="")
+            return Store(s.buffer, at, use(s.value), "", inside, s.fold)
         if isinstance(s, Load):
             at, inside = index(s.index), mask(s.mask)
-            return replace(s, out=var(s.out), index=at, mask=inside, where="")
+            return Load(var(s.out), s.buffer, at, inside)
         if isinstance(s, InBounds):
             return replace(s, out=var(s.out), mask=mask(s.mask), where="")
         if isinstance(s, Position):
             return replace(s, out=var(s.out), index=index(s.index), where="")
         if isinstance(s, Compute):
-            return replace(s, args=tuple(map(use, s.args)), out=var(s.out), where="")
+            args = tuple(map(use, s.args))
+            return Compute(var(s.out), s.op, args, s.attrs)
         if isinstance(s, Reduce | Sort):
             return replace(s, value=use(s.value), out=var(s.out), where="")
         raise InvalidGraph(reason=f"no statement of a kernel: {s!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from tracejit.schedule.axes import accessing
 from tracejit.schedule.kernel import (
     Axis,
     Bound,
@@ -134,9 +135,9 @@ def _rewrite(kernel: Kernel, sizes: _Naming | _Binding) -> Kernel:
 
     def statement(s: Statement) -> Statement:
         if isinstance(s, Load | Store):
-            return replace(s, index=index(s.index, s.buffer), mask=mask(s.mask))
+            return accessing(s, index(s.index, s.buffer), mask(s.mask))
         if isinstance(s, Position):
-            return replace(s, index=index(s.index))
+            return Position(s.out, index(s.index), s.where)
         if isinstance(s, InBounds):
             return replace(s, mask=mask(s.mask))
         return s

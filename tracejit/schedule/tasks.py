@@ -20,6 +20,7 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
 from tracejit.ir.ops.loop import Section, sections
 from tracejit.ir.types import Type, contiguous_strides
+from tracejit.records import record
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 
@@ -31,7 +32,7 @@ APART = {"loop": "loop", "matrices": "host", "collective": "host"}  # lowered as
 CHEAP_LIMIT = 8  # of the units of `node_cost`: what may be recomputed instead of loaded
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Origin:
     """What a value is computed from: `main` (None: nothing but scalars and literals).
 
@@ -45,14 +46,13 @@ class Origin:
     pure: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Demand:
     """A task reads `origin` at `indices` over the task's own axes, where `mask` holds.
 
     `top` is a value computed from the origin, as near to the reader as possible, that could be
-    stored instead of the origin.
-    `aligned` is False for a contraction's operands, which are read at other points too. It is also
-    False for what a gather or attention reads: at many points, and `indices` is then empty.
+    stored instead of it. `aligned` is False for a contraction's operands, which are read at other
+    points too, and for what a gather or attention reads: at many points; `indices` is then empty.
     """
 
     origin: Value

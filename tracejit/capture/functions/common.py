@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import wraps
 from inspect import isfunction
 from types import MappingProxyType
@@ -29,11 +29,12 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import DType, b1, i64, round_to
+from tracejit.records import record
 
 Number = int | float | bool
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Operand:
     """A tensor or number handed to a torch function."""
 
