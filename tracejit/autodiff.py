@@ -47,14 +47,13 @@ class Tape:
 
     def record(self, node: Node) -> None:
         """Record a primitive, if an input is tracked and its result can carry a gradient."""
-        if not node.out.type.dtype.is_float or node.out.type.is_host:
-            return
-        if any(isinstance(a, Value) and a in self.tracked for a in node.args):
-            self.add(Entry(node.inputs, node.outs, _node_vjp(node), node.op.name))
+        kind, inputs = node.outs[0].type, node.inputs
+        if kind.dtype.is_float and not kind.is_host and not self.tracked.isdisjoint(inputs):
+            self.add(Entry(inputs, node.outs, _node_vjp(node), node.op.name))
 
     def add(self, entry: Entry) -> None:
         """Record an entry; its floating-point outputs become tracked."""
-        if any(v in self.tracked for v in entry.inputs):
+        if not self.tracked.isdisjoint(entry.inputs):
             self.entries.append(entry)
             self.tracked.update(v for v in entry.outputs if v.type.dtype.is_float)
 

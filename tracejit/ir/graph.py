@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.literals import print_literal
@@ -230,7 +231,8 @@ class Builder:
         if self.instead is not None:
             args = tuple([self.instead(a) if type(a) is Value else a for a in args])
         items = tuple(attrs.items())
-        out = self.value(_inferred(op, args, attrs, items))
+        out = Value(self.next_id, _inferred(op, args, attrs, items))
+        self.next_id += 1
         node = Node(op, args, items, (out,), self.line)
         self.nodes.append(node)
         if self.on_emit is not None:
@@ -242,10 +244,7 @@ class Builder:
         if op is None:
             raise AttributeError(f"no primitive named {name!r}")
 
-        def emit(*args: Arg, **attrs: object) -> Value:
-            return self.emit(op, *args, **attrs)
-
-        self.__dict__[name] = emit
+        self.__dict__[name] = emit = partial(self.emit, op)
         return emit
 
     def graph(

@@ -29,27 +29,23 @@ def eager_cost(t: Trace, outputs: Iterable[Value]) -> EagerCost:
     """The cost of a trace that is over, whose step leaves these values behind."""
     read: dict[int, set[Value]] = {}  # by group
     made: dict[Value, int] = {}
-    bases: dict[Value, Value | None] = {}  # None: a constant, or a number of the host
-
-    def base(value: Value) -> Value | None:
-        if value not in bases:
-            found, maker = _base(t, value)
-            constant = maker is not None and maker.op.family == "source"
-            bases[value] = None if constant or found.type.is_host else found
-        return bases[value]
-
+    bases: dict[Value, Value | None] = {}  # of views and constants: what they are of, or None
     for node in t.b.nodes:
-        if _is_free(node):
-            continue
-        group = t.group_of[node.out]
-        for out in node.outs:
-            made[out] = group
-        found = read.setdefault(group, set())
-        for value in node.args:
-            of = base(value) if value.__class__ is Value else None
-            if of is not None and made.get(of) != group:
-                found.add(of)
-    needed = set().union(*read.values(), (_base(t, v)[0] for v in outputs))
+        op = node.op
+        if op.family == "movement" or op.name == "alias":
+            of = node.args[0]
+            bases[node.outs[0]] = bases.get(of, of)
+        elif op.family == "source":
+            bases[node.outs[0]] = None
+        elif op.family != "host":
+            group = t.group_of[node.outs[0]]
+            made.update(dict.fromkeys(node.outs, group))
+            found = read.setdefault(group, set())
+            for value in node.inputs:
+                of = bases.get(value, value)
+                if of is not None and made.get(of) != group and not of.type.is_host:
+                    found.add(of)
+    needed = set().union(*read.values(), (bases.get(v, v) for v in outputs))
     moved = sum(v.type.nbytes for found in read.values() for v in found)
     moved += sum(v.type.nbytes for v in made if v in needed)
     again = sum(v.type.nbytes for v in t.again if not _is_free(t.producers[v]))

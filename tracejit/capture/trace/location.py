@@ -107,10 +107,12 @@ class Lines:
                 break
             if code is _CALL:
                 calls.append(frame)
-            if user is None and _belongs_to_user(code):
-                user = frame
-            elif user is None:
-                inner = code.co_filename
+            if user is None:
+                known = _is_user.get(id(code))
+                if _belongs_to_user(code) if known is None else known[1]:
+                    user = frame
+                else:
+                    inner = code.co_filename
             frame = frame.f_back
         if user is None:
             return _NOWHERE

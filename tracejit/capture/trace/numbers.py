@@ -132,14 +132,20 @@ def for_the_plan(graph: Graph) -> Graph:
     Runtime scalars that no tensor needs are no inputs of it.
     """
     needed = set(graph.outputs())
+    idle: dict[int, bool] = {}  # by the types' ids: whether one need not be computed
 
     def kept(value: Value) -> bool:
+        if value in needed:
+            return True
         kind = value.type
-        return value in needed or not (kind.is_host or (kind.device == "cpu" and is_single(kind)))
+        if (known := idle.get(id(kind))) is None:
+            known = kind.is_host or (kind.device == "cpu" and is_single(kind))
+            idle[id(kind)] = known
+        return not known
 
     nodes = []
     for node in reversed(graph.nodes):
-        if node.is_ordered or kept(node.out):
+        if kept(node.outs[0]) or node.is_ordered:
             needed.update(node.inputs)
             nodes.append(node)
     needed |= {w.target for w in graph.writes}

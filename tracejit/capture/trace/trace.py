@@ -165,14 +165,15 @@ class Trace(TraceState):
     # ---- recording
 
     def _on_emit(self, node: Node) -> None:
-        self.producers[node.out] = node
-        self.group_of[node.out] = self.groups
-        if node.op.family == "host":
+        out, op = node.outs[0], node.op
+        self.producers[out] = node
+        self.group_of[out] = self.groups
+        if op.family == "host":
             self.journal.found_arithmetic(node)
         if self.formula is not None:
             check_saved(self, node)
-        elif node.op.name in _SAVED_THROUGH and node.args[0] in self.origin:
-            self.origin[node.out] = self.origin[node.args[0]]
+        elif op.name in _SAVED_THROUGH and node.args[0] in self.origin:
+            self.origin[out] = self.origin[node.args[0]]
         if self.grad_on:
             self.tape.record(node)
 
