@@ -33,7 +33,8 @@ class ByCode(dict):
         self[id(code)] = code, known
 
 
-_is_user = ByCode()
+_INNER, _USER, _CALLING, _OUTERMOST = range(4)
+_kinds = ByCode()
 
 
 def user_frame():
@@ -47,13 +48,23 @@ def user_frame():
 
 
 def _belongs_to_user(code: CodeType) -> bool:
-    known = _is_user.get(id(code))
-    if known is None:
-        name = code.co_filename
-        users = not name.startswith((_OURS, _TORCH, "<frozen")) and name != "<string>"
-        _is_user.keep(code, users)
-        return users
-    return known[1]
+    known = _kinds.get(id(code))
+    return (_kind(code) if known is None else known[1]) == _USER
+
+
+def _kind(code: CodeType) -> int:
+    """What code is to a walk along the frames of a call, from the inside."""
+    name = code.co_filename
+    if code is _CALL:
+        kind = _CALLING
+    elif id(code) in _outermost:
+        kind = _OUTERMOST
+    elif name.startswith((_OURS, _TORCH, "<frozen")) or name == "<string>":
+        kind = _INNER
+    else:
+        kind = _USER
+    _kinds.keep(code, kind)
+    return kind
 
 
 def short() -> str:
@@ -100,23 +111,25 @@ class Lines:
     def here(self) -> Line:
         """The line of the innermost user frame."""
         frame = sys._getframe(1)
-        user, inner, calls = None, "", []
+        user, inner, calls = None, None, []
         while frame is not None:
             code = frame.f_code
-            if id(code) in _outermost:
-                break
-            if code is _CALL:
-                calls.append(frame)
-            if user is None:
-                known = _is_user.get(id(code))
-                if _belongs_to_user(code) if known is None else known[1]:
+            known = _kinds.get(id(code))
+            kind = _kind(code) if known is None else known[1]
+            if kind == _USER:
+                if user is None:
                     user = frame
-                else:
-                    inner = code.co_filename
+            elif kind == _OUTERMOST:
+                break
+            else:
+                if kind == _CALLING:
+                    calls.append(frame)
+                if user is None:
+                    inner = code
             frame = frame.f_back
         if user is None:
             return _NOWHERE
-        phase = self.phase or ("update" if inner.startswith(_OPTIMIZERS) else "")
+        phase = self.phase or ("update" if inner.co_filename.startswith(_OPTIMIZERS) else "")
         module = self._module(calls) if calls else None
         key = id(user.f_code), user.f_lasti, module, phase
         line = self._known.get(key)
@@ -168,6 +181,7 @@ _NOWHERE = Line()
 def traced_from(code: CodeType) -> None:
     """Frames from that of this function outward call no modules of a step."""
     _outermost[id(code)] = code
+    _kinds.pop(id(code), None)
 
 
 def warn(text: str, category: type[Warning]) -> None:

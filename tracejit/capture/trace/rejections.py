@@ -16,8 +16,7 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
     """Raise where eager would refuse to overwrite a tensor with a value."""
     if t.grad_on:
         check_differentiable_write(t, handle, value)
-    overlaps = any(st == 0 and n > 1 for st, n in zip(handle.strides, handle.shape, strict=True))
-    if overlaps and handle.numel:
+    if 0 in handle.strides and _overlaps_itself(handle):
         raise t.shape_error(
             "unsupported operation: more than one element of the written-to tensor refers to a "
             "single memory location. Please clone() the tensor before performing the operation"
@@ -27,7 +26,7 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "It overlaps in memory with another tensor from outside, of other shape or place; make "
             "the view inside the step, or clone one"
         )
-    if any(handle.storage in (copy, *of) for copy, of in t.copied.items()):
+    if t.copied and any(handle.storage in (copy, *of) for copy, of in t.copied.items()):
         raise t.unsupported(
             "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
             "x[int(i)], or x[i].clone()"
@@ -38,6 +37,11 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
         )
     if repeats(handle.steps):
         raise t.unsupported("Write to the tensor that was expanded, or that as_strided was given")
+
+
+def _overlaps_itself(h: Handle) -> bool:
+    steps = zip(h.strides, h.shape, strict=True)
+    return any(st == 0 and n > 1 for st, n in steps) and h.numel > 0
 
 
 def check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> None:

@@ -301,6 +301,8 @@ def extent(handle_shape: Ints, strides: Ints) -> int:
 
 def broadcast_shape(shapes: list[Ints]) -> Ints | None:
     """torch's broadcast of several shapes, or None if they do not broadcast."""
+    if shapes and shapes.count(shapes[0]) == len(shapes):
+        return tuple(shapes[0])
     out: list[int] = []
     for sizes in itertools.zip_longest(*(reversed(s) for s in shapes), fillvalue=1):
         wide = {n for n in sizes if n != 1}
