@@ -797,3 +797,19 @@ def test_numbers_drawn_from_transposed_values(name, backend):
     for expected in eager:
         torch.testing.assert_close(compiled(x), expected)
     assert compiled.stats.replays
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_a_mask_without_axes_chooses_all_or_nothing(backend):
+    """As samples of `Wishart` ask which of them are singular."""
+
+    def step(x, mask):
+        return x[mask], mask[mask]
+
+    compiled = tracejit.compile(step, backend=backend, on_unsupported="raise")
+    x = torch.randn(3, 4)
+    for i in range(8):
+        mask = torch.tensor(i % 3 != 0)
+        for mine, theirs in zip(compiled(x, mask), step(x, mask), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert compiled.stats.replays
