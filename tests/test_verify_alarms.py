@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib
 import threading
 import warnings
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import examples
 import tracejit
 from support.faults import rule_of
+from tracejit.capture.trace.active import current
 from tracejit.errors import TracejitWarning, WrongResult
 from tracejit.verify.verifier import Verifier
 
@@ -122,6 +126,27 @@ def test_the_value_of_a_mode_is_not():
     assert step.certificate().withdrawn
 
 
+@pytest.mark.parametrize("name", ["igamma", "igammac"])
+def test_eager_is_less_exact_near_the_bend_of_incomplete_gamma_functions(name):
+    """So is torch's own float64, which is the measure. What is further off than that is found."""
+    function = getattr(torch, name)
+    a = torch.full((3,), 201.0, dtype=torch.float64)
+    x = a * torch.tensor([0.97, 1.0, 1.03], dtype=torch.float64)
+    step = tracejit.compile(lambda a, x: function(a, x), verify=2, backend="numpy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        ours = [step(a, x) for _ in range(4)][-1]
+    assert 0.0 < (ours - function(a, x)).norm() < 1e-8 and step.stats.replays
+    (why,) = step.certificate().unverified
+    assert "is exact to 1e-08 only" in why and not step.certificate().withdrawn
+
+    wrong = rule_of(function, lambda own: lambda t, a, x: own(t, a, x * (1.0 + 1e-6)))
+    step = tracejit.compile(lambda a, x: function(a, x), verify=2, backend="numpy")
+    with wrong, pytest.raises(WrongResult, match=f"{name} is computed otherwise than by eager"):
+        step(a, x)
+    assert step.certificate().withdrawn
+
+
 def test_attributes_of_a_thread_are_put_back():
     own = threading.local()
     own.n = 0
@@ -135,6 +160,100 @@ def test_attributes_of_a_thread_are_put_back():
         compiled = tracejit.compile(step, verify=2, backend="numpy")
         assert [compiled(torch.ones(())).item() for _ in range(4)] == [1.0, 2.0, 3.0, 4.0]
     assert own.n == 4 and not compiled.certificate().withdrawn
+
+
+GLOBAL = nn.modules.module
+KINDS: dict[str, tuple[Callable, Callable]] = {
+    "forward": (GLOBAL.register_module_forward_hook, lambda act: lambda m, args, y: act(y)),
+    "before": (GLOBAL.register_module_forward_pre_hook, lambda act: lambda m, args: act(args[0])),
+    "backward": (
+        GLOBAL.register_module_full_backward_hook,
+        lambda act: lambda m, of_in, of_out: act(of_out[0]),
+    ),
+    "before backward": (
+        GLOBAL.register_module_full_backward_pre_hook,
+        lambda act: lambda m, of_out: act(of_out[0]),
+    ),
+    "optimizer": (
+        register_optimizer_step_post_hook,
+        lambda act: lambda opt, args, kwargs: act(opt.param_groups[0]["params"][0]),
+    ),
+}
+
+
+@contextlib.contextmanager
+def hooked(kind: str, act: Callable):
+    """Hooks of one kind on all modules or optimizers."""
+    register, made = KINDS[kind]
+    handle = register(made(act))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def by_hooks(kind: str, *, compiled: bool):
+    """Training steps in which a hook of the process counts, keeps and writes."""
+    torch.manual_seed(0)
+    net = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    seen, totals, mean = [], {"calls": 0}, torch.zeros(())
+
+    def act(x: torch.Tensor) -> None:
+        totals["calls"] += 1
+        with torch.no_grad():
+            mean.mul_(0.5).add_(x.sum() * totals["calls"])
+            seen.append(x.clone())
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = net(x).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    own = tracejit.compile(step, backend="numpy", verify=2) if compiled else step
+    with hooked(kind, act), warnings.catch_warnings():
+        warnings.simplefilter("error", TracejitWarning)
+        losses = [own(torch.ones(3) * n).detach() for n in range(5)]
+    return [*losses, *net.parameters(), mean, *seen], totals, own
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_hooks_of_the_process_change_is_put_back(kind):
+    """torch calls them in a step that names none of them."""
+    want, totals, _ = by_hooks(kind, compiled=False)
+    found, counted, step = by_hooks(kind, compiled=True)
+    assert counted == totals == {"calls": 5} and step.certificate().verified
+    assert not step.certificate().unverified
+    torch.testing.assert_close(found, want)
+
+
+def test_what_hooks_of_the_process_keep_is_compared():
+    totals = {"calls": 0}
+
+    def act(x: torch.Tensor) -> None:
+        totals["calls"] += 1 if current() is None else 2  # another number in a trace
+
+    net = nn.Linear(3, 2)
+    with hooked("forward", act):
+        step = tracejit.compile(lambda x: net(x).sum(), verify=2, backend="numpy")
+        with pytest.raises(WrongResult, match=r"calls.*2, in eager 1"):
+            step(torch.ones(3))
+    assert totals == {"calls": 0}
+
+
+def test_steps_that_a_step_calls_are_its_python_in_eager():
+    """Else a wrong plan of theirs would be compared with itself."""
+    inner = tracejit.compile(lambda x: torch.tanh(x) * 2.0, verify=0, backend="numpy")
+    outer = tracejit.compile(lambda x: inner(x).sum(), verify=2, backend="numpy")
+    x = torch.linspace(-1, 2, 5)
+    fault = rule_of(torch.tanh, lambda own: lambda t, x: own(t, x * 0.5))
+    with fault, pytest.raises(WrongResult, match="tanh is computed otherwise than by eager"):
+        outer(x)
+    assert inner.stats.traces == 0 and outer.certificate().withdrawn
+    torch.testing.assert_close(inner(x), torch.tanh(x) * 2.0)
+    assert inner.stats.traces == 1  # it is a step of its own afterwards
 
 
 IMAGES = {"images": 16, "batch": 4, "width": 2, "epochs": 1}

@@ -4,13 +4,14 @@ nature. Each is the beginning of names, with the reason."""
 from __future__ import annotations
 
 _PRINTED = "what a step prints is printed once more, by eager"
+_RUNS = "it counts how often the Python of a step runs, and eager runs it once more"
 NOT_VERIFIED = {
     "test_training_loops.py::test_a_call_that_prints": _PRINTED,
     "test_training_loops.py::test_calls_that_print": _PRINTED,
     "test_adversarial_world.py::test_world[writing_to_standard_output]": _PRINTED,
     "test_adversarial_world.py::test_the_reason_of_a_rerun_is_one_warning_that_names_the_line"
     "[printing]": _PRINTED,
-    "test_module_hooks.py::test_global_hooks": "what hooks of the process reach is not put back",
+    "test_compile.py::test_python_body_counter_by_profile": _RUNS,
     "test_draws.py::test_states_that_come_from_outside": "a seed by chance is another each time",
     "test_draws.py::test_an_observer_that_fails": "an observer fails in the compiled step alone",
 }

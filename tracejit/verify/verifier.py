@@ -32,7 +32,7 @@ from tracejit.verify.certificate import Certificate, Verified
 from tracejit.verify.compare import Comparison, Difference, compare
 from tracejit.verify.outcome import Observer, Outcome
 from tracejit.verify.rules import of_rules
-from tracejit.verify.runs import Observed, digest, in_float64
+from tracejit.verify.runs import Observed, digest, eagerly, in_float64
 
 if TYPE_CHECKING:
     from tracejit.fallback import Attempt
@@ -300,7 +300,7 @@ class Verifier:
                     if self._raises:
                         raise error
                 # a replay's place is looked for in the list of replays afterwards
-                return OTHERWISE if made.ran.how == REPLAY else self._function(*args, **kwargs)
+                return OTHERWISE if made.ran.how == REPLAY else self._plain(args, kwargs)
             self._note(made, found)
             if made.outcome.error is not None:
                 raise made.outcome.error
@@ -319,9 +319,13 @@ class Verifier:
         finally:
             self._verifying = False
 
+    def _plain(self, args: tuple, kwargs: dict) -> object:
+        with eagerly():
+            return self._function(*args, **kwargs)
+
     def _eager(self, observer: Observer, args: tuple, kwargs: dict) -> tuple[Outcome, object]:
         try:
-            returned = self._function(*args, **kwargs)
+            returned = self._plain(args, kwargs)
         except Exception as error:
             return observer.outcome(None, error), None
         return observer.outcome(returned), returned
