@@ -147,6 +147,28 @@ def test_eager_is_less_exact_near_the_bend_of_incomplete_gamma_functions(name):
     assert step.certificate().withdrawn
 
 
+def test_a_derivative_that_eager_lacks():
+    """That of its fused attention's backward is not implemented."""
+
+    def step(q: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        (first,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), q)[0]
+
+    q = torch.randn(1, 2, 70, 8, dtype=torch.float64).requires_grad_()
+    with pytest.raises(RuntimeError, match="is not implemented"):
+        step(q)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        right = step(q)
+    compiled = tracejit.compile(step, verify=2, backend="numpy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TracejitWarning)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(q), right)
+    (why,) = compiled.certificate().unverified
+    assert "eager cannot do it" in why and not compiled.certificate().withdrawn
+
+
 def test_attributes_of_a_thread_are_put_back():
     own = threading.local()
     own.n = 0

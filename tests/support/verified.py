@@ -3,9 +3,13 @@ nature. Each is the beginning of names, with the reason."""
 
 from __future__ import annotations
 
+import os
+
+VERIFYING = bool(os.environ.get("TRACEJIT_VERIFY_CALLS"))  # other numbers of traces and replays
+
 _PRINTED = "what a step prints is printed once more, by eager"
 _RUNS = "it counts how often the Python of a step runs, and eager runs it once more"
-_REPLAYS = "it counts replays, and a verified call is none"
+_TRACES = "it counts traces, and one that finds a plan that is due is made once more"
 _LAUNCHES = "many calls are one launch once they are replayed, and verified calls are not"
 NOT_VERIFIED = {
     "test_training_loops.py::test_a_call_that_prints": _PRINTED,
@@ -14,7 +18,18 @@ NOT_VERIFIED = {
     "test_adversarial_world.py::test_the_reason_of_a_rerun_is_one_warning_that_names_the_line"
     "[printing]": _PRINTED,
     "test_compile.py::test_python_body_counter_by_profile": _RUNS,
-    "test_transformers.py::test_models_train_like_eager_and_replay[gpt2]": _REPLAYS,
+    "test_streams.py::test_calls_that_show_nothing_are_replayed": _PRINTED,
+    "test_streams.py::test_calls_that_show_go_as_earlier_ones": _PRINTED,
+    "test_programs.py::test_no_torch_kernel_computes": "eager does, beside the compiled step",
+    "test_trail.py::test_nothing_of_the_users_is_kept_alive": _TRACES,
+    "test_trail.py::test_what_is_put_on_an_intermediate_is_not_kept_alive": _TRACES,
+    "test_trail.py::test_models_and_optimizers_are_not_kept_alive": _TRACES,
+    "test_trail.py::test_each_number_of_selected_elements_is_a_way_of_its_own": _TRACES,
+    "test_trail.py::test_proxies_are_used_again_only": "ids of intermediates are others in eager",
+    "test_attention.py::test_what_is_not_a_number_stays_where_it_is_seen[v]": (
+        "eager's 0 · NaN behind a mask reaches the rows of its block, and ours none"
+    ),
+    "test_foreach.py::test_wrong_tables_are_seen": "it plants faults, which are found",
     "test_many_steps.py::test_many_calls_are_one_launch": _LAUNCHES,
     "test_many_steps.py::test_updates_of_many_parameters": _LAUNCHES,
     "test_many_steps.py::test_run_again_uses_the_same_kernel": _LAUNCHES,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from tracejit.programs import Compiled
 
 TRACE, REPLAY = "trace", "replay"
+_MISSING = "is not implemented"  # in the words of torch's errors
 _REMEMBERED = 256  # plans, with their effects
 
 
@@ -128,7 +129,7 @@ class Verifier:
             raise compiled.wrong
         if self._verifying:
             return
-        due = self._left(run) > 0 or self._drawn()
+        due = (self._left(run) > 0 or self._drawn()) and not compiled.program.capturing()
         if due and attempt is not None and self.thorough:
             why = self._refusal(compiled) or attempt.obstacles()
             why += ["it initializes lazy modules"] if attempt.initializes else []
@@ -262,6 +263,8 @@ class Verifier:
             returned = run.function(*found, replay.call)
             return Ran(returned, replay.compiled, REPLAY, run)
 
+        if replay.compiled.program.capturing():  # eager would be captured too, and nothing runs
+            return self._made(make).returned
         return self._verified(args, kwargs, make, run)
 
     def _verified(self, args: tuple, kwargs: dict, make: Callable, plan: Run) -> object:
@@ -274,6 +277,10 @@ class Verifier:
         self._verifying = True
         try:
             eager, returned = self._eager(observer, args, kwargs)
+            if _MISSING in str(eager.error):
+                before.restore()
+                self._cannot(plan, f"eager cannot do it: {eager.error}")
+                return self._made(make).returned
             why = before.obstacles()
             if why:  # it was a call of eager's, which is as right
                 self._cannot(plan, why[0])
