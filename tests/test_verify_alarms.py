@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import importlib
 import threading
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -167,6 +169,65 @@ def test_a_derivative_that_eager_lacks():
             torch.testing.assert_close(compiled(q), right)
     (why,) = compiled.certificate().unverified
     assert "eager cannot do it" in why and not compiled.certificate().withdrawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "running",
+    [
+        lambda x: x.cumsum(0),
+        lambda x: (x / 4).cumprod(0),
+        lambda x: x.logcumsumexp(0),
+        lambda x: (x * 4).logcumsumexp(0),
+        lambda x: (x * x).cummax(0).values,
+        lambda x: (x * x).cummin(0).values,
+    ],
+)
+def test_the_magnitudes_of_running_results(running, dtype):
+    """Eager adds and multiplies in another order than ours."""
+
+    def step(x: torch.Tensor) -> tuple:
+        x = x.detach().requires_grad_()
+        y = running(x)
+        (g,) = torch.autograd.grad((y * y).sum(), x)
+        return y.detach(), g
+
+    compiled = tracejit.compile(step, verify=2, backend="numpy")
+    x = torch.linspace(-2, 3, 333, dtype=dtype).sin() * 3
+    for n in range(4):
+        compiled(x * (1 + n / 7))
+    assert compiled.certificate().verified and not compiled.certificate().unverified
+
+
+def test_a_wrong_running_sum_is_found():
+    """By its magnitude it is not right."""
+    fault = rule_of(torch.cumsum, lambda own: lambda t, x, dim: own(t, x * (1 + 1e-5), dim))
+    step = tracejit.compile(lambda x: x.cumsum(0), verify=2, backend="numpy")
+    with fault, pytest.raises(WrongResult, match="differs from eager in what is returned"):
+        step(torch.linspace(-2, 3, 333).sin())
+
+
+def test_what_torch_keeps_on_a_function_of_its_own():
+    """At the first call of one that Dynamo is not to look into."""
+    checkpoint = torch.utils.checkpoint.checkpoint
+    vars(checkpoint).pop("__dynamo_disable", None)
+    run = functools.partial(checkpoint, use_reentrant=False)
+    w = torch.ones(3, requires_grad=True)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(run(lambda x: (x * w).tanh(), x).sum(), w)[0]
+
+    assert verified(step).certificate().verified
+
+
+def test_a_step_is_saved_before_its_calls_are_verified(tmp_path):
+    """The replay is asked what it would do, as it will be."""
+    step = tracejit.compile(lambda x: torch.tanh(x) * 2.0, verify=1000, backend="c")
+    x = torch.linspace(-1, 2, 5)
+    for _ in range(4):
+        step(x)
+    step.save(tmp_path / "step.tracejit")
+    assert torch.equal(tracejit.load(tmp_path / "step.tracejit")(x), step(x))
 
 
 def test_attributes_of_a_thread_are_put_back():

@@ -378,7 +378,7 @@ class CompiledStep(Verifying, Inspected):
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)
-        trace.falls_back = attempt is not None
+        trace.falls_back = attempt is not None and self._fallback is not None
         verifier = self._verifier
         if attempt is not None:
             quick = trail.following and not (verifier is not None and verifier.thorough)

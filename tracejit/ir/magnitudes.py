@@ -122,13 +122,28 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return m[0]
     if node.op.family == "elementwise" or name in ("full", "iota"):
         return np.abs(np.asarray(out, np.float64))
-    if node.op.family == "indexing":
+    if name in ("gather", "scatter"):  # which take places
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
+    if name == "accumulate" and node.attr("combine") != "mul":
+        return _running_size(args[0], m[0], out, **dict(node.attrs))
     if node.op.family == "matrices":
         return _matrix_size(out, m)
     if node.op.family == "attention":
         return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _running_size(x: np.ndarray, m: np.ndarray, out: np.ndarray, axis: int, combine: str):
+    """Of running extrema the magnitude of what is chosen; of running log-sums their own, and those
+    of the elements by their weights."""
+    if combine == "logaddexp":
+        with np.errstate(all="ignore"):
+            sums = np.logaddexp.accumulate(x.astype(np.float64) + np.log(m), axis)
+            found = np.exp(sums - out.astype(np.float64))
+        return np.abs(out) + np.where(np.isfinite(found), found, 0.0)
+    places = np.arange(x.shape[axis]).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
+    chosen = np.maximum.accumulate(np.where(x == out, places, 0), axis)
+    return np.take_along_axis(m, chosen, axis)
 
 
 def _matrix_size(out: np.ndarray, m: list) -> np.ndarray:

@@ -152,9 +152,9 @@ class Verifier:
     def _hold(self, replay: Replay) -> None:
         own = replay.guard, replay.run
 
-        def guard(args: tuple, kwargs: dict) -> tuple | str:
-            found = own[0](args, kwargs)
-            return found if type(found) is str else (args, kwargs)
+        def guard(args: tuple, kwargs: dict, **asked: bool) -> tuple | str:
+            found = own[0](args, kwargs, **asked)
+            return found if asked or type(found) is str else (args, kwargs)  # asked: not of a call
 
         def function(args: tuple, kwargs: dict, call: object) -> object:
             returned = self._replayed(replay, own, args, kwargs)
@@ -170,10 +170,10 @@ class Verifier:
         own = replay.guard, replay.run
         left, plain, due = self._wait(), replay.run.function, []
 
-        def guard(args: tuple, kwargs: dict) -> tuple | str:
+        def guard(args: tuple, kwargs: dict, **asked: bool) -> tuple | str:
             nonlocal left
-            found = own[0](args, kwargs)
-            if type(found) is not str:
+            found = own[0](args, kwargs, **asked)
+            if type(found) is not str and not asked:
                 left -= 1
                 if left < 0:
                     left = self._wait()
@@ -408,7 +408,7 @@ class Verifier:
         self._withdraw(made.ran.compiled, args, kwargs, error)
         for replay in self._step._replays:
             if replay.compiled is made.ran.compiled:
-                replay.guard = lambda args, kwargs: "its plan was withdrawn"
+                replay.guard = lambda args, kwargs, **asked: "its plan was withdrawn"
         if not self._raises:
             key = f"wrong {digest(made.ran.compiled.final)}"
             self._say(key, f"IS WRONG, and runs eagerly: {error}")
