@@ -73,6 +73,8 @@ def _grown(
             elif first_order and node.op.name in ("mul", "matmul"):
                 (x, y), (m, n) = map(np.abs, args), sized
                 found = node.op.eval(x, n) + node.op.eval(m, y)
+            elif first_order and node.op.name in ("recurrence", "accumulate"):
+                found = _first_order_of_running(node, args, sized, out)
             else:
                 found = _size(node.op.name, node, args, sized, out)
             sizes[node.out] = _of_finite(out, found)
@@ -131,6 +133,18 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
     if node.op.family == "attention":
         return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _first_order_of_running(node, args: list, m: list, out: np.ndarray) -> np.ndarray:
+    """Of what multiplies along an axis: each step's magnitude, and what came before it."""
+    product = node.op.name == "accumulate"
+    if product and node.attr("combine") != "mul":
+        return _size(node.op.name, node, args, m, out)
+    axis = node.attr("axis")
+    before = np.roll(np.abs(out), 1, axis)
+    before[(slice(None),) * axis + (slice(0, 1),)] = float(product)
+    term = m[0] * before if product else m[1] + m[0] * before
+    return OPS["recurrence"].eval(np.abs(args[0]), term, axis=axis)
 
 
 def _running_size(x: np.ndarray, m: np.ndarray, out: np.ndarray, axis: int, combine: str):
