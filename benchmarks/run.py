@@ -81,6 +81,7 @@ PAUSE = 0.03  # seconds between turns, in which the last one's threads go to sle
 FIRST_CALL = {"cold": 0.6, "cached": 0.15}  # goals for tracejit's, in seconds
 FIRST_CALL_OF = {  # large models
     "resnet": {"cold": 6.0, "cached": 1.0},
+    "gpt": {"cold": 1.5, "cached": 0.5},
     "gpt_384": {"cold": 4.0, "cached": 0.8},
     "lstm_256": {"cold": 2.0, "cached": 0.15},
 }

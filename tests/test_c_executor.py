@@ -513,9 +513,9 @@ def compiled(monkeypatch, tmp_path) -> list[str]:
     sources: list[str] = []
     original = c_compiler.compile_c
 
-    def counted(command, source, flags):
+    def counted(command, source, *flags):
         sources.append(source)
-        return original(command, source, flags)
+        return original(command, source, *flags)
 
     monkeypatch.setattr(c_compiler, "compile_c", counted)
     return sources

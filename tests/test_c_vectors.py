@@ -27,7 +27,7 @@ def called(name: str, width: int, *arguments: object) -> None:
     params = ", ".join(f"{kind}a{i}" for i, (kind, _) in enumerate(given))
     passed = ", ".join(f"a{i}" for i in range(len(given)))
     text = f"void run({params}) {{ {name}({passed}); }}\n"
-    function = load_library(unit([CFunction("run", text)], width))["run"]
+    function = load_library(unit([CFunction("run", text)], width).text)["run"]
     function.argtypes = [kind for _, kind in given]
     function.restype = None
     function(*(x.ctypes.data if isinstance(x, np.ndarray) else x for x in arguments))
@@ -135,7 +135,7 @@ def test_a_unit_has_equal_functions_once():
   %5: f32[40,384] = matmul(%0, %2)
   return %4, %5
 }""")
-    functions = [line for line in text.splitlines() if line.startswith("TJ_FUSED static")]
+    functions = [line for line in text.splitlines() if line.startswith("TJ_FUSED void")]
     assert functions and len(functions) == len(set(functions))
     names = [line.split("(")[0] for line in functions]
     assert len(names) == len(set(names))

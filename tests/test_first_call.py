@@ -4,8 +4,10 @@ does not do. Times are benchmarks/run.py's."""
 from __future__ import annotations
 
 import gc
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +17,13 @@ from tracejit import programs
 from tracejit.capture.bind import unwrap
 from tracejit.capture.capture import capture_call
 from tracejit.capture.python.memory import MANY
+from tracejit.ir.interp import evaluate
 from tracejit.ir.text import parse
+from tracejit.ir.types import Type
 from tracejit.passes import optimize
 from tracejit.runtime import c_kernels
 from tracejit.runtime.c_executor import CExecutor
+from tracejit.runtime.program import Program
 from tracejit.schedule import kernel_text, schedule
 from tracejit.schedule.cpu import lower as lowering
 from tracejit.schedule.cpu.lower import lower
@@ -95,15 +100,15 @@ def test_units_are_compiled_while_later_kernels_are_lowered(monkeypatch, tmp_pat
         said.append("lowered")
         return lower_kernel(*given)
 
-    def starts(kernels, batches):
+    def starts(*given):
         said.append("started")
-        start(kernels, batches)
+        start(*given)
 
     monkeypatch.setattr(lowering, "lower_kernel", lowers)
     monkeypatch.setattr(c_kernels.Kernels, "_start", starts)
     plan = schedule(parse(CHAIN), fuse=False)
     CExecutor(1).load(plan)
-    assert said == ["lowered", "started"] * 3 + ["started"]  # of which the last has nothing to do
+    assert said == ["lowered", "started"] * 3
 
 
 def test_a_small_plan_is_not_cut_for_that(monkeypatch, tmp_path):
@@ -123,19 +128,54 @@ def test_a_small_plan_is_not_cut_for_that(monkeypatch, tmp_path):
 def test_a_failing_compiler_is_told_of_and_nothing_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
     monkeypatch.setattr(c_kernels, "EARLY", (1, 1))
-    load, calls = c_kernels.load_library, []
+    compiled, calls = c_kernels.compiled_object, []
 
     def second_fails(source):
         calls.append(source)
         if len(calls) == 2:
             raise RuntimeError("no room")
-        return load(source)
+        return compiled(source)
 
-    monkeypatch.setattr(c_kernels, "load_library", second_fails)
+    monkeypatch.setattr(c_kernels, "compiled_object", second_fails)
     plan = schedule(parse(CHAIN), fuse=False)
     with pytest.raises(RuntimeError, match="no room"):
         CExecutor(1).load(plan)
     CExecutor(1).load(plan)
+
+
+FACTORS = """step(%0: f32[5,5], %1: f32[3,3]) {
+  %2: f32[50] = qr(%0, complete=False)
+  %3: f32[18] = qr(%1, complete=False)
+  return %2, %3
+}"""
+
+
+@pytest.mark.parametrize(("text", "shared"), [(CHAIN, "tj_micro"), (FACTORS, "tj_lapack")])
+def test_units_that_become_one_library_share_what_they_call(monkeypatch, tmp_path, text, shared):
+    """Products their micro-kernels, factorizations the table of LAPACK's routines."""
+    CExecutor(1).load(schedule(parse("step(%0: f32[5]) {\nreturn %0\n}")))  # the pool
+    monkeypatch.setenv("TRACEJIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(c_kernels, "EARLY", (1, 1))
+    sources: list[str] = []
+    compiled = c_kernels.compiled_object
+    monkeypatch.setattr(
+        c_kernels, "compiled_object", lambda source: sources.append(source) or compiled(source)
+    )
+    graph = parse(text)
+    plan = schedule(graph, fuse=False)
+    inputs = [numbers(p.value.type) for p in graph.params]
+    for _ in range(2):
+        found = Program(plan, CExecutor(1)).function()([torch.from_numpy(x) for x in inputs])
+        for ours, right in zip(found, evaluate(graph, inputs)[0], strict=True):
+            np.testing.assert_allclose(ours.numpy(), right, rtol=1e-4, atol=1e-4)
+        assert len(sources) == len(plan.launches)
+        assert len(list((tmp_path / "c").iterdir())) == 1
+    heads = [x for source in sources for x in re.findall(r"^TJ_FUSED (.*) {$", source, re.M)]
+    assert len(set(heads)) == len(heads) and sum(shared in source for source in sources) > 1
+
+
+def numbers(kind: Type) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(kind.shape).astype(np.float32)
 
 
 # --- from disk

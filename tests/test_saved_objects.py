@@ -59,10 +59,10 @@ def runs(monkeypatch) -> list:
     """What is compiled meanwhile."""
     seen, compile_c = [], c_compiler.compile_c
 
-    def counted(command, source, flags=c_compiler.FLAGS):
+    def counted(command, source, flags=c_compiler.FLAGS, *kind):
         if "tj_pool" not in source:
             seen.append(source)
-        return compile_c(command, source, flags)
+        return compile_c(command, source, flags, *kind)
 
     monkeypatch.setattr(c_compiler, "compile_c", counted)
     return seen

@@ -70,7 +70,7 @@ def test_sources_of_c_are_what_was_compiled(monkeypatch):
     units: list[str] = []
     original = c_compiler.compile_c
     monkeypatch.setattr(
-        c_compiler, "compile_c", lambda c, s, f: units.append(s) or original(c, s, f)
+        c_compiler, "compile_c", lambda c, s, *f: units.append(s) or original(c, s, *f)
     )
     found = loaded().sources
     assert len(found) == 1 < len([one for x in planned().launches for one in x.alone()])

@@ -11,4 +11,4 @@ from tracejit.schedule.cpu.lower import lower
 def printed(program: str) -> str:
     """The C unit of a program's kernels."""
     kernels = lower(schedule(parse(program)), 64).kernels.values()
-    return unit([emit_kernel(kernel, i) for i, kernel in enumerate(kernels)], 64)
+    return unit([emit_kernel(kernel, i) for i, kernel in enumerate(kernels)], 64).text

@@ -11,7 +11,7 @@ one after another. Sizes are plain numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from tracejit.codegen.c_outer import parts_of
 from tracejit.codegen.c_prelude import C_PARTS, prelude_for
 from tracejit.codegen.c_sort import sort_parts
 from tracejit.codegen.c_text import C, block
-from tracejit.codegen.c_vectors import vector_types
+from tracejit.codegen.c_vectors import declaration, defined, vector_functions, vector_types
 from tracejit.codegen.language import Line, comment
 from tracejit.schedule.cpu.plan import CpuKernel
 
@@ -65,7 +65,7 @@ static inline int64_t tj_least(int64_t a, int64_t b) {
 @dataclass(frozen=True)
 class CFunction:
     """A generated kernel: the exported function `name` of a unit that has its text. `shared` are
-    functions that other kernels may have too; of equal ones a unit has one."""
+    functions that other kernels may have too; of equal ones a library has one."""
 
     suffix: ClassVar[str] = ".c"
     name: str
@@ -96,13 +96,27 @@ def emit_kernel(lowered: CpuKernel, number: int = 0) -> CFunction:
     return CFunction(f"kernel{number}", f"{own}\n\n{C.render(entry)}\n", shared)
 
 
-def unit(functions: Sequence[CFunction], vector_bytes: int) -> str:
-    """The C program of functions of different numbers."""
-    shared = dict.fromkeys(text for function in functions for text in function.shared)
-    body = "\n\n".join((*shared, "\n".join(function.own for function in functions)))
-    return (
-        f"{prelude_for(body, (*C_PARTS, *PARTS))}{_RUN}{vector_types(vector_bytes, body)}\n{body}"
-    )
+@dataclass(frozen=True)
+class Unit:
+    """A C program, and the declarations of its functions that other units of a library may call."""
+
+    text: str
+    declared: frozenset[str]
+
+
+def unit(
+    functions: Sequence[CFunction], vector_bytes: int, elsewhere: Collection[str] = frozenset()
+) -> Unit:
+    """The C program of functions of different numbers. What they share is a part of it, but for
+    what is declared `elsewhere`: by other units of the same library."""
+    own = "\n".join(function.own for function in functions)
+    micro = dict.fromkeys(text for function in functions for text in function.shared)
+    shared = [defined(text, elsewhere) for text in micro]
+    shared += vector_functions(vector_bytes, "\n".join((*shared, own)), elsewhere)
+    declared = frozenset(declaration(text) for text in shared if "{" in text) - {None}
+    body = "\n\n".join((*shared, own))
+    text = f"{prelude_for(body, (*C_PARTS, *PARTS))}{_RUN}{vector_types(body)}\n{body}"
+    return Unit(text, declared)
 
 
 def _kernel(lowered: CpuKernel, name: str) -> tuple[str, tuple[str, ...]]:

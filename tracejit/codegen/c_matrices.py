@@ -24,9 +24,10 @@ from tracejit.schedule.kernel import Kernel
 ROUTINES = ("potrf", "trsm", "getrf", "getrs", "geqrf", "orgqr", "syevd", "gesdd", "gemm")
 
 TABLE = f"""
-/* Routines of LAPACK and BLAS, which the loader puts there; whether their integers are 64-bit. */
-void *tj_lapack[{2 * len(ROUTINES)}];
-int64_t tj_wide;
+/* Routines of LAPACK and BLAS, which the loader puts there; whether their integers are 64-bit.
+   Units of one library have it in common. */
+void *tj_lapack[{2 * len(ROUTINES)}] __attribute__((weak));
+int64_t tj_wide __attribute__((weak));
 
 static inline int64_t tj_integer(const int64_t *integers, int64_t i) {{
   return tj_wide ? integers[i] : ((const int32_t *)integers)[i];

@@ -239,7 +239,7 @@ def micro_kernel(m: Micro) -> list[Line]:
     if a.by_table:
         of_a = f"const {m.type} *a, const int32_t *row_places, const int32_t *k_places"
     head = (
-        f"TJ_FUSED static void {m.name}(int64_t depth, {of_a}, const {m.type} *b, int64_t b_step,"
+        f"TJ_FUSED void {m.name}(int64_t depth, {of_a}, const {m.type} *b, int64_t b_step,"
         f" {m.type} *c, int64_t c_step{', bool add' if m.adds else ''})"
     )
     return block(head, lines)

@@ -9,7 +9,7 @@ planes of transformed values, `plane` elements apart.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 from tracejit.codegen.c_text import C, block
@@ -24,24 +24,43 @@ def vector_type(kind: str, nbytes: int) -> str:
     return f"tj_{kind.removesuffix('_t')}_vector{nbytes}"
 
 
-def vector_types(vector_bytes: int, body: str) -> str:
-    """What `body` uses: the C vector types, the mark of functions that may fuse, functions."""
-    functions = ""
+def declaration(function: str) -> str | None:
+    """The declaration of a function that units share, out of its text; None of one that is a part
+    of each function that calls it."""
+    found = re.search(r"^(TJ_(?:DIRECT|FUSED) [^{]*?) \{", function, re.MULTILINE)
+    return None if found is None else f"{found[1]};"
+
+
+def vector_functions(vector_bytes: int, body: str, elsewhere: Collection[str]) -> list[str]:
+    """The functions that `body` calls, in the order of their dependency; of those that are declared
+    `elsewhere` the declarations."""
+    functions: list[str] = []
     for name, made in reversed(FUNCTIONS.items()):
-        if re.search(rf"\b{name}\(", body + functions):
-            functions = made(vector_bytes) + functions
+        if re.search(rf"\b{name}\(", "".join((body, *functions))):
+            functions.insert(0, defined(made(vector_bytes), elsewhere))
+    return functions
+
+
+def defined(function: str, elsewhere: Collection[str]) -> str:
+    """The text of a function; its declaration if it is among those of functions `elsewhere`."""
+    declared = declaration(function)
+    return declared if declared in elsewhere else function
+
+
+def vector_types(body: str) -> str:
+    """What `body` uses: the C vector types, and the marks of functions in them."""
     text = ""
     for kind, size in (("float", 4), ("double", 8), ("int64_t", 8)):
         for nbytes in (8, 16, 32, 64):
             name = vector_type(kind, nbytes)
-            if f"{name} " in body + functions:
+            if f"{name} " in body:
                 says = f"vector_size({nbytes}), aligned({size}), may_alias"
                 text += f"typedef {kind} {name} __attribute__(({says}));\n"
     if "TJ_KEEP(" in body:
         text += _KEEP
-    if "TJ_FUSED" in body or functions:
+    if re.search("TJ_(FUSED|DIRECT|WITHIN)", body):
         text += _MARKS
-    return text + functions
+    return text
 
 
 # A vector of B stays in its register: a compiler that loads it again for each row makes the loads
@@ -57,16 +76,17 @@ _KEEP = """\
 """
 
 # What is written in vectors needs no more than gcc's first level: the second takes twice as long,
-# and finds nothing.
+# and finds nothing. Units that become one library share such functions, which others do not see.
 _MARKS = """\
 #define TJ_WITHIN __attribute__((always_inline))
 #ifdef __clang__
-#define TJ_DIRECT __attribute__((noinline))
+#define TJ_DIRECT __attribute__((noinline, visibility("hidden")))
 #define TJ_FUSED TJ_DIRECT
 #else
-#define TJ_DIRECT __attribute__((noinline, optimize("O1")))
+#define TJ_DIRECT __attribute__((noinline, visibility("hidden"), optimize("O1")))
 #define TJ_FUSED \\
-  __attribute__((noinline, optimize("O1", "expensive-optimizations", "fp-contract=fast")))
+  __attribute__((noinline, visibility("hidden"), \\
+                 optimize("O1", "expensive-optimizations", "fp-contract=fast")))
 #endif
 """
 
@@ -128,7 +148,7 @@ def _to_taps(m: Sequence[str]) -> list[str]:
 # --- functions
 
 
-def _function(says: str, head: str, body: list[Line], kind: str = "TJ_DIRECT static void") -> str:
+def _function(says: str, head: str, body: list[Line], kind: str = "TJ_DIRECT void") -> str:
     remark = f"/* {says} */" if len(says) < 92 else f"/* {says[:92].rpartition(' ')[0]}"
     if len(says) >= 92:
         rest = says[len(remark) - 2 :]

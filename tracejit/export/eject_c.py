@@ -29,13 +29,14 @@ def kernel_text(plans: Sequence[CpuPlan], vector_bytes: int) -> str:
     """The C program of the kernels of plans, and how they run on threads."""
     kernels = (kernel for plan in plans for kernel in plan.kernels.values())
     functions = [emit_kernel(kernel, k) for k, kernel in enumerate(kernels)]
-    text = unit(functions, vector_bytes) + _THREADS
+    text = unit(functions, vector_bytes).text + _THREADS
     return "\n".join(line.rstrip() for line in text.splitlines())
 
 
 def flags() -> list[str]:
     """What the C compiler is given."""
-    return [f for f in flags_for(find_compiler()) if f != "-fopenmp-simd"] + ["-fopenmp", "-w"]
+    needed = [f for f in flags_for(find_compiler()) if f != "-fopenmp-simd"]
+    return [*needed, "-shared", "-fopenmp", "-w"]
 
 
 _TEXT = '''SOURCE = r"""

@@ -20,7 +20,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tracejit.codegen.c_prelude import C_FLAGS
@@ -28,7 +28,7 @@ from tracejit.errors import BackendUnavailable, TracejitError
 from tracejit.runtime.cache import DiskCache, sha256
 from tracejit.runtime.private import private_folder
 
-FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-shared", "-fPIC", "-pthread", "-pipe")
+FLAGS = ("-O3", "-march=native", *C_FLAGS, "-fopenmp-simd", "-fPIC", "-pthread", "-pipe")
 # For gcc: the pass gains nothing on loops that are written out already, and takes it most of its
 # time on some of them.
 GCC_FLAGS = ("-fno-loop-unroll-and-jam",)
@@ -163,10 +163,25 @@ def cached_library(digest: str) -> ctypes.CDLL | None:
     return None if code is None else _opened(code)
 
 
+def compiled_object(source: str) -> bytes:
+    """A C program as an object, a part of a library."""
+    command = find_compiler()
+    return compile_c(command, source, flags_for(command), "-c")
+
+
+def linked(digest: str, objects: Sequence[bytes]) -> ctypes.CDLL:
+    """The library of some objects, which the disk cache keeps under a digest of theirs."""
+    command = find_compiler()
+    return _kept(digest, _built(command, objects, ".o", (*flags_for(command), "-shared")))
+
+
 def _compiled(source: str) -> ctypes.CDLL:
     command = find_compiler()
-    code = compile_c(command, source, flags_for(command))
-    DiskCache().store("c", _key(sha256(source)), base64.b64encode(code).decode())
+    return _kept(sha256(source), compile_c(command, source, flags_for(command)))
+
+
+def _kept(digest: str, code: bytes) -> ctypes.CDLL:
+    DiskCache().store("c", _key(digest), base64.b64encode(code).decode())
     return _opened(code)
 
 
@@ -174,30 +189,41 @@ def _key(digest: str) -> str:
     return f"{toolchain()}\n{digest}"
 
 
-def compile_c(command: tuple[str, ...], source: str, flags: tuple[str, ...] = FLAGS) -> bytes:
-    """The bytes of a shared library. Raises CompilationFailed, or CannotCompile."""
-    program = library = None
+def compile_c(
+    command: tuple[str, ...], source: str, flags: tuple[str, ...] = FLAGS, kind: str = "-shared"
+) -> bytes:
+    """The bytes of a shared library, or of an object, where `kind` is "-c". Raises
+    CompilationFailed, or CannotCompile."""
+    return _built(command, [source.encode()], ".c", (*flags, kind))
+
+
+def _built(
+    command: tuple[str, ...], inputs: Sequence[bytes], suffix: str, flags: Sequence[str]
+) -> bytes:
+    """What a compiler makes of files with these contents."""
+    paths: list[Path] = []
     try:
-        stem = private_folder() / f"unit_{secrets.token_hex(8)}"
-        program, library = stem.with_suffix(".c"), stem.with_suffix(".so")
-        program.write_text(source)
-        line = [*command, *flags, "-o", str(library), str(program), "-lm"]
+        stem = f"unit_{secrets.token_hex(8)}"
+        paths = [private_folder() / f"{stem}_{i}{suffix}" for i in range(len(inputs))]
+        for path, content in zip(paths, inputs, strict=True):
+            path.write_bytes(content)
+        paths.append(private_folder() / f"{stem}.out")
+        line = [*command, *flags, "-o", str(paths[-1]), *map(str, paths[:-1]), "-lm"]
         # in a process group of its own: Ctrl-C is for this process, whose handler decides
         done = subprocess.run(line, capture_output=True, text=True, process_group=0)
         if done.returncode < 0 or (done.returncode and _OF_THE_MACHINE.search(done.stderr)):
             raise _cannot(f"{shlex.join(line)} ended with {done.returncode}: {done.stderr.strip()}")
         if done.returncode:
             raise CompilationFailed(command=shlex.join(line), output=done.stderr)
-        return library.read_bytes()
+        return paths[-1].read_bytes()
     except CannotCompile:
         raise
     except OSError as error:
         raise _cannot(str(error)) from error
     finally:
-        for path in (program, library):
-            if path is not None:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _cannot(reason: str) -> CannotCompile:

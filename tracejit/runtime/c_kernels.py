@@ -2,8 +2,9 @@
 
 A kernel is compiled once for all plans that have it with these sizes. Kernels that are missing are
 compiled together in a few units, side by side on the machine's cores; the first units while the
-later kernels of the plan are still being lowered. An entry of the cache says in which unit a kernel
-is, and under which name, so a cached kernel need not be printed to find it.
+later kernels of the plan are still being lowered. Then all units become one library, and what their
+kernels share is compiled in the first unit that needs it. An entry of the cache says in which
+library a kernel is, and under which name, so a cached kernel need not be printed to find it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Self
 from tracejit.runtime.c_compiler import (
     address_of,
     cached_library,
+    compiled_object,
+    linked,
     load_library,
     toolchain,
     vector_bytes,
@@ -45,6 +48,18 @@ class LoadedKernel:
     library: ctypes.CDLL  # holds the function
 
 
+_Made = ctypes.CDLL | bytes  # a library, or an object
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Kernels, by digest, the C program that they are, and what becomes of it."""
+
+    batch: list[str]
+    source: str
+    made: Future[_Made]
+
+
 class Kernels:
     """Compiled kernels on their way: `add` them as they come, then ask for `loaded`.
 
@@ -58,7 +73,8 @@ class Kernels:
         self._loaded: dict[str, LoadedKernel] = {}  # by digest, as are the next two
         self._printed: dict[str, CFunction] = {}
         self._waiting: dict[str, int] = {}  # printed, not in a unit yet: what compiling it takes
-        self._under_way: list[tuple[list[str], str, Future[ctypes.CDLL]]] = []
+        self._units: list[_Unit] = []
+        self._declared: frozenset[str] = frozenset()  # functions of the units
         self._room = EARLY[0]
         self._libraries: dict[str, ctypes.CDLL | None] = {}
         self._compilers = ThreadPoolExecutor(_cores())
@@ -83,7 +99,7 @@ class Kernels:
                         break
                     batch.append(first)
                     filled += cost
-                self._start([batch])
+                self._start(batch, compiled_object)
                 self._room = min(EARLY[1], int(self._room * GROWTH))
 
     def loaded(
@@ -94,14 +110,17 @@ class Kernels:
         for name, digest in digests.items():
             if not self._found(digest):
                 self._print(lowered.plan.kernels[name], digest)
-        self._start(_batches(self._waiting))
-        for batch, source, library in self._under_way:
-            provided = _provided(library.result())
-            for digest in batch:
-                name = self._printed[digest].name
-                self._cache.store("kernel", self._key(digest), f"{sha256(source)} {name}")
-                self._loaded[digest] = _loaded(provided, name)
-        self._under_way.clear()
+        whole = not self._units  # each unit is a library
+        for batch in _batches(self._waiting):
+            self._start(batch, load_library if whole else compiled_object)
+        if whole:
+            for unit in self._units:
+                self._keep([unit], sha256(unit.source), unit.made.result())
+        elif self._units:
+            digest = sha256("".join(unit.source for unit in self._units))
+            objects = [unit.made.result() for unit in self._units]
+            self._keep(self._units, digest, linked(digest, objects))
+        self._units, self._declared = [], frozenset()
         return {name: self._loaded[digest] for name, digest in digests.items()}
 
     def _key(self, digest: str) -> str:
@@ -125,18 +144,25 @@ class Kernels:
         function = emit_kernel(kernel, len(self._printed))
         self._printed[digest], self._waiting[digest] = function, _cost(function.own)
 
-    def _start(self, batches: Sequence[list[str]]) -> None:
-        """Compile some of what waits, in units."""
-        if not self._waiting:
-            return
+    def _start(self, batch: list[str], compiler: Callable[[str], _Made]) -> None:
+        """Compile some of what waits, in one unit."""
         from tracejit.codegen.c import unit
 
-        for batch in batches:
-            source = unit([self._printed[digest] for digest in batch], vector_bytes())
-            library = self._compilers.submit(load_library, source)
-            self._under_way.append((batch, source, library))
-            for digest in batch:
-                del self._waiting[digest]
+        functions = [self._printed[digest] for digest in batch]
+        made = unit(functions, vector_bytes(), self._declared)
+        if compiler is compiled_object:
+            self._declared |= made.declared
+        self._units.append(_Unit(batch, made.text, self._compilers.submit(compiler, made.text)))
+        for digest in batch:
+            del self._waiting[digest]
+
+    def _keep(self, units: Sequence[_Unit], digest: str, library: ctypes.CDLL) -> None:
+        """The kernels of units, in their library, whose digest is this."""
+        provided = _provided(library)
+        for kernel in (kernel for unit in units for kernel in unit.batch):
+            name = self._printed[kernel].name
+            self._cache.store("kernel", self._key(kernel), f"{digest} {name}")
+            self._loaded[kernel] = _loaded(provided, name)
 
 
 def _cost(text: str) -> int:
