@@ -237,6 +237,34 @@ def test_einsum_casts_what_it_multiplies_as_matrices(equation, dtype):
             assert_close(mine, his, exact=False, what=equation, eps=2**-8, ulps=32)
 
 
+@pytest.mark.parametrize("by_cost", [True, False])
+@pytest.mark.parametrize(
+    "equation",
+    ["bn,anm,bm->ba", "ij,jk,kl,lm->im", "ab,cd,ef->acf", "ai,bi,ci->abc", "ij,j,jk,k->i"],
+)
+def test_einsum_multiplies_in_the_order_of_torch(equation, by_cost):
+    """It is seen in what is rounded to bfloat16: all sums of these numbers are exact in float32.
+    With opt_einsum the order is the cheapest one, without from left to right."""
+    backend = torch.backends.opt_einsum
+    if by_cost and not backend.is_available():
+        pytest.skip("opt_einsum is not installed")
+    sizes = {k: 4 + n for n, k in enumerate(sorted(set(equation) - set(",->")))}
+    terms = equation.partition("->")[0].split(",")
+    operands = weights(*(tuple(sizes[k] for k in term) for term in terms))
+
+    def step(*operands):
+        with auto():
+            out = torch.einsum(equation, *operands)
+        return out, *torch.autograd.grad(out.float().square().sum(), operands)
+
+    with backend.flags(enabled=by_cost):
+        right = step(*operands)
+        ours = tracejit.compile(step, on_unsupported="raise", backend="numpy")(*operands)
+    assert ours[0].stride() == right[0].stride()
+    for mine, his in zip(ours, right, strict=True):
+        assert mine.dtype == his.dtype and torch.equal(mine, his)
+
+
 @pytest.mark.parametrize("options", [{"proj_size": 2}, {"proj_size": 2, "bias": False}, {}])
 @pytest.mark.parametrize("both", [False, True])
 @pytest.mark.sweep(0.34)

@@ -199,10 +199,12 @@ def test_bound_methods_are_compiled():
     assert closure.stats.replays > 10
 
 
-def test_what_asks_for_plans_gets_them():
+@pytest.mark.parametrize("verify", [None, 1])
+def test_what_asks_for_plans_gets_them(verify):
     """Where nothing runs eagerly, a step is traced as any other."""
     w = World(max_iter=2)
-    step = tracejit.compile(defined_inside(w), on_unsupported="raise", backend="numpy")
+    options = {"on_unsupported": "raise", "backend": "numpy", "verify": verify}
+    step = tracejit.compile(defined_inside(w), **options)
     step(w.batch(0))
     assert step.stats.compiles == 1
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
 
 import tracejit
 from support.function_samples import r
@@ -182,3 +183,29 @@ def test_dtypes(dtype, channels):
     exact = step(x.double(), w.double())
     allowed = 2 * (step(x, w).double() - exact).norm() + 1e-15 * exact.norm()
     assert (ours.double() - exact).norm() <= allowed
+
+
+LINES = {
+    "mean": lambda x: F.avg_pool1d(x, 2),
+    "largest": lambda x: F.max_pool1d(x, 2),
+    "places": lambda x: F.max_pool1d(x, 2, return_indices=True),
+    "adaptive mean": lambda x: F.adaptive_avg_pool1d(x, 3),
+    "uneven mean": lambda x: F.adaptive_avg_pool1d(x, 5),
+    "adaptive largest": lambda x: F.adaptive_max_pool1d(x, 5),
+    "power": lambda x: F.lp_pool1d(x, 2.0, 2),
+    "area": lambda x: F.interpolate(x, scale_factor=2, mode="area"),
+}
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize("name", LINES)
+def test_pooled_lines_lie_as_in_eager(name, wanted):
+    """Channels last, if they lie so; what is not batched is row-major."""
+    last = torch.randn(2, 9, 3).transpose(1, 2)
+    given = [last, last[:1], last[0], torch.randn(2, 3, 9), torch.randn(2, 9, 1).transpose(1, 2)]
+    for x in given if name != "area" else given[:2]:
+        x = x.detach().requires_grad_(wanted)
+        eager = tree_leaves(LINES[name](x))
+        compiled = tracejit.compile(LINES[name], on_unsupported="raise", backend="numpy")
+        for mine, theirs in zip(tree_leaves(compiled(x)), eager, strict=True):
+            torch.testing.assert_close(mine, theirs, check_stride=True)

@@ -765,3 +765,51 @@ def test_on_the_fake_device(randomness: str):
             assert step.stats.replays >= 2
     for mine, his in zip(*losses, strict=True):
         torch.testing.assert_close(mine, his)
+
+
+# ---- drawn from values that do not lie row by row
+
+
+FROM_VALUES = {
+    "multinomial": lambda x: torch.multinomial(x.t(), 3),
+    "multinomial of what is computed": lambda x: torch.multinomial((x * 2).t(), 3),
+    "multinomial of a part": lambda x: torch.multinomial(x[:, ::2].t(), 3),
+    "multinomial of two": lambda x: (torch.multinomial(x.t(), 2), torch.multinomial(x.t()[1], 3)),
+    "with replacement": lambda x: torch.multinomial(x.t(), 3, True),
+    "one": lambda x: torch.multinomial(x.t(), 1),
+    "rrelu": lambda x: torch.nn.functional.rrelu(0.5 - x.t(), training=True),
+    "rrelu of an argument": lambda x: torch.nn.functional.rrelu(x.sub(0.5).t(), training=True),
+    "poisson": lambda x: torch.poisson(x.t()),
+    "gamma": lambda x: torch._standard_gamma(x.t()),
+    "dirichlet": lambda x: torch._sample_dirichlet(x.t()),
+}
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+@pytest.mark.parametrize("name", FROM_VALUES)
+def test_numbers_drawn_from_transposed_values(name, backend):
+    """The first call computes them by views of their memory, later ones as a plan lays them out."""
+    x = torch.rand(40, 6) + 0.1
+    compiled = tracejit.compile(FROM_VALUES[name], backend=backend, on_unsupported="raise")
+    torch.manual_seed(4)
+    eager = [FROM_VALUES[name](x) for _ in range(5)]
+    torch.manual_seed(4)
+    for expected in eager:
+        torch.testing.assert_close(compiled(x), expected)
+    assert compiled.stats.replays
+
+
+@pytest.mark.parametrize("backend", ["c", "numpy"])
+def test_a_mask_without_axes_chooses_all_or_nothing(backend):
+    """As samples of `Wishart` ask which of them are singular."""
+
+    def step(x, mask):
+        return x[mask], mask[mask]
+
+    compiled = tracejit.compile(step, backend=backend, on_unsupported="raise")
+    x = torch.randn(3, 4)
+    for i in range(8):
+        mask = torch.tensor(i % 3 != 0)
+        for mine, theirs in zip(compiled(x, mask), step(x, mask), strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert compiled.stats.replays

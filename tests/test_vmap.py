@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+from torch.nn import functional
+from torch.utils._pytree import tree_leaves
 
 import tracejit
 from support.oracle import traced
@@ -169,8 +171,17 @@ def indices_of_rows(w):
 
 
 @case("refused: draws", says="draws numbers under vmap")
-def random_numbers(w):
-    return lambda: torch.vmap(lambda x: x + torch.rand(4), randomness="same")(X)
+def a_gumbel_softmax(w):
+    return lambda: torch.vmap(functional.gumbel_softmax, randomness="different")(X)
+
+
+@case("refused: draws", says="draws numbers under vmap")
+def attention_of_what_all_share(w):
+    def shared(x):
+        y = X.reshape(1, *X.shape)
+        return x.sum() * functional.scaled_dot_product_attention(y, y, y, dropout_p=0.5)
+
+    return lambda: torch.vmap(shared, randomness="same")(X)
 
 
 @case("refused: it would be a copy", says="gives a view")
@@ -202,6 +213,95 @@ def large_batches(w):
 @pytest.mark.parametrize("name", CASES)
 def test_vmap(name):
     check(CASES[name])
+
+
+# ---- random numbers: eager's, of inputs that are dense, and that are not
+
+WIDE, LAST = torch.rand(3, 5, 40) + 0.1, torch.rand(5, 40, 3) + 0.1
+CHANNELS = torch.rand(3, 4, 2, 3, 2, 5)  # of a batch of 4 × 2 channels of volumes
+
+DRAWS = {
+    "dropout": lambda x: functional.dropout(x, 0.4),
+    "dropout, by its other name": lambda x: torch.dropout(x, 0.4, True),
+    "dropout in place": lambda x: functional.dropout(x * 1, 0.4, inplace=True),
+    "dropout of nothing": lambda x: functional.dropout(x, 0.0) + functional.dropout(x, 0.5, False),
+    "dropout of all": lambda x: functional.dropout(x, 1.0),
+    "dropout of what all share": lambda x: x + functional.dropout(WIDE[0], 0.3),
+    "rand": lambda x: x + torch.rand(40) + torch.rand((5, 1)) + torch.rand(size=(5, 40)),
+    "randn": lambda x: x * torch.randn(5, 40),
+    "randint": lambda x: x * torch.randint(9, (40,)) + torch.randint(-3, 2, size=(5, 1)),
+    "normal": lambda x: x * torch.normal(1.0, 2.0, (40,)),
+    "randperm": lambda x: x[:, torch.randperm(40)],
+    "likes": lambda x: x * torch.rand_like(x) + torch.randn_like(x) + torch.randint_like(x, 9),
+    "likes of what all share": lambda x: x * torch.randn_like(WIDE[0]),
+    "bernoulli": lambda x: x * torch.bernoulli(x * 0.5),
+    "multinomial": lambda x: x.sum() * torch.multinomial(x, 3) + torch.multinomial(x[0], 3),
+    "in place": lambda x: x * x.clone().normal_() + torch.empty_like(x).uniform_(0.1, 0.2),
+    "channels": lambda x: (
+        functional.dropout1d(x.reshape(4, 5, 10), 0.4).flatten()
+        + functional.dropout1d(x.reshape(5, 40), 0.4).flatten()
+        + functional.dropout2d(x.reshape(2, 5, 4, 5), 0.4).flatten()
+        + functional.dropout3d(x.reshape(5, 2, 4, 5), 0.4).flatten()
+    ),
+    "attention": lambda x: functional.scaled_dot_product_attention(
+        x.view(1, 5, 40), x.view(1, 5, 40), x.view(1, 5, 40), dropout_p=0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("randomness", ["different", "same", "error"])
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers(name, randomness):
+    """The same numbers as eager's, or the same error; the second call goes on with the stream."""
+
+    def step(x, axis):
+        drawn = torch.vmap(DRAWS[name], in_dims=axis, randomness=randomness)
+        y = drawn(x)
+        return y.detach(), torch.autograd.grad((y * y).sum(), x)
+
+    turned = WIDE.transpose(1, 2).contiguous().transpose(1, 2)
+    for x, axis in ((WIDE, 0), (LAST, 2), (turned, 0)):
+        if randomness == "same" and (name == "attention" or (name == "likes" and x is turned)):
+            with pytest.raises(
+                tracejit.errors.UnsupportedOperation, match="draws numbers under vmap"
+            ):
+                tracejit.compile(step, on_unsupported="raise")(x.requires_grad_(), axis)
+            continue
+        x = x.clone().requires_grad_()
+        compiled = tracejit.compile(step, on_unsupported="raise", backend="numpy")
+        torch.manual_seed(4)
+        try:
+            expected = [step(x, axis) for _ in range(4)]
+        except RuntimeError as error:
+            with pytest.raises(RuntimeError) as raised:
+                compiled(x, axis)
+            assert str(raised.value)[:60] in str(error)
+            continue
+        after = torch.get_rng_state()
+        torch.manual_seed(4)
+        for of_eager in expected:
+            for a, b in zip(tree_leaves(compiled(x, axis)), tree_leaves(of_eager), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert compiled.stats.replays, compiled.explain_mode()
+
+
+@pytest.mark.parametrize("outer", ["different", "same"])
+@pytest.mark.parametrize("inner", ["different", "same"])
+def test_random_numbers_of_batches_of_batches(outer, inner):
+    def drawn(x):
+        return functional.dropout(x, 0.5) + torch.randn(4) + functional.dropout(X[0, :1], 0.5)
+
+    def step():
+        of_each = torch.vmap(drawn, randomness=inner)
+        return torch.vmap(of_each, randomness=outer)(CHANNELS[:, :, 0, 0, 0, :4])
+
+    compiled = tracejit.compile(step, on_unsupported="raise", backend="numpy")
+    torch.manual_seed(3)
+    expected = [step() for _ in range(3)]
+    torch.manual_seed(3)
+    for of_eager in expected:
+        torch.testing.assert_close(compiled(), of_eager)
 
 
 @pytest.mark.parametrize(

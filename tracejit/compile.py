@@ -55,6 +55,7 @@ from tracejit.run import OTHERWISE, Hooks, Replay, Run, generate
 from tracejit.runtime import joining, waiting
 from tracejit.runtime.native_words import load_words
 from tracejit.runtime.select import start_early
+from tracejit.verify.runs import BESIDE, beside
 from tracejit.verify.step import Verifying
 from tracejit.verify.verifier import Due
 
@@ -219,6 +220,8 @@ class CompiledStep(Verifying, Inspected):
     def __call__(self, /, *args: object, **kwargs: object) -> object:
         if _tracing() and current() is not None:  # inside another compiled step: part of its trace
             return self._step(*args, **kwargs)
+        if BESIDE and beside():  # or of the eager run that this is compared with
+            return self._step(*args, **kwargs)
         with self._lock:
             if exchange.answers:
                 exchange.begin_call()
@@ -375,7 +378,7 @@ class CompiledStep(Verifying, Inspected):
         trace, trail, suspect = tracer.trace, tracer.trail, False
         if self._recall.keeps_numbers:
             prover.leave_integers(trace.scalars)
-        trace.falls_back = attempt is not None
+        trace.falls_back = attempt is not None and self._fallback is not None
         verifier = self._verifier
         if attempt is not None:
             quick = trail.following and not (verifier is not None and verifier.thorough)
@@ -478,12 +481,7 @@ class CompiledStep(Verifying, Inspected):
         return compiled, what, parts, captured
 
     def _arm(
-        self,
-        armed: Armed,
-        compiled: Compiled,
-        captured: Captured,
-        call: Call,
-        signature: Signature,
+        self, armed: Armed, compiled: Compiled, captured: Captured, call: Call, signature: Signature
     ) -> None:
         """From now on calls that a guard accepts are replayed."""
         parts = self._programs.parts(compiled, captured, captured.early)

@@ -73,6 +73,8 @@ def _grown(
             elif first_order and node.op.name in ("mul", "matmul"):
                 (x, y), (m, n) = map(np.abs, args), sized
                 found = node.op.eval(x, n) + node.op.eval(m, y)
+            elif first_order and node.op.name in ("recurrence", "accumulate"):
+                found = _first_order_of_running(node, args, sized, out)
             else:
                 found = _size(node.op.name, node, args, sized, out)
             sizes[node.out] = _of_finite(out, found)
@@ -122,13 +124,40 @@ def _size(name: str, node, args: list, m: list, out: np.ndarray) -> np.ndarray:
         return m[0]
     if node.op.family == "elementwise" or name in ("full", "iota"):
         return np.abs(np.asarray(out, np.float64))
-    if node.op.family == "indexing":
+    if name in ("gather", "scatter"):  # which take places
         return node.op.eval(m[0], args[1], *m[2:], **dict(node.attrs))
+    if name == "accumulate" and node.attr("combine") != "mul":
+        return _running_size(args[0], m[0], out, **dict(node.attrs))
     if node.op.family == "matrices":
         return _matrix_size(out, m)
     if node.op.family == "attention":
         return _attention_size(name, args, m, **dict(node.attrs))
     return node.op.eval(*m, **dict(node.attrs))
+
+
+def _first_order_of_running(node, args: list, m: list, out: np.ndarray) -> np.ndarray:
+    """Of what multiplies along an axis: each step's magnitude, and what came before it."""
+    product = node.op.name == "accumulate"
+    if product and node.attr("combine") != "mul":
+        return _size(node.op.name, node, args, m, out)
+    axis = node.attr("axis")
+    before = np.roll(np.abs(out), 1, axis)
+    before[(slice(None),) * axis + (slice(0, 1),)] = float(product)
+    term = m[0] * before if product else m[1] + m[0] * before
+    return OPS["recurrence"].eval(np.abs(args[0]), term, axis=axis)
+
+
+def _running_size(x: np.ndarray, m: np.ndarray, out: np.ndarray, axis: int, combine: str):
+    """Of running extrema the magnitude of what is chosen; of running log-sums their own, and those
+    of the elements by their weights."""
+    if combine == "logaddexp":
+        with np.errstate(all="ignore"):
+            sums = np.logaddexp.accumulate(x.astype(np.float64) + np.log(m), axis)
+            found = np.exp(sums - out.astype(np.float64))
+        return np.abs(out) + np.where(np.isfinite(found), found, 0.0)
+    places = np.arange(x.shape[axis]).reshape([-1 if k == axis else 1 for k in range(x.ndim)])
+    chosen = np.maximum.accumulate(np.where(x == out, places, 0), axis)
+    return np.take_along_axis(m, chosen, axis)
 
 
 def _matrix_size(out: np.ndarray, m: list) -> np.ndarray:

@@ -55,6 +55,7 @@ class Program:
         outputs = sorted((b for b in plan.buffers if b.kind == "output"), key=lambda b: b.index)
         device = getattr(self.loaded, "device", None)  # of a GPU
         self.on_cpu = device is None
+        self.capturing = bool if device is None else device.capturing  # asks: into a CUDA graph
         self._outputs = memory.outputs(outputs, device)
         position = {b.name: i for i, b in enumerate(outputs)}
         self._results = [position[name] for name in plan.results]

@@ -26,7 +26,7 @@ _DEPTH = 12  # of new objects that are looked into
 _GONE = "<gone>"
 _ATOMS = (int, float, complex, bool, str, bytes, type(None))
 # what eager notes for itself
-_NOTES = frozenset({"__warningregistry__", "_opt_called", "__builtins__"})
+_NOTES = frozenset({"__warningregistry__", "_opt_called", "__builtins__", "__dynamo_disable"})
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class Observer:
             now, then = ({k: d[k] for k in names if k in d} for d in (x, copy))
             yield from self._items(f"module {x.get('__name__')}", now, then)
         for n, x in enumerate((*s._empty, *s._of_bare())):
-            if len(x) and id(x) in alive:
+            if len(x) and id(x) in alive and not (isinstance(x, dict) and _NOTES.issuperset(x)):
                 yield s.owners.get(id(x), f"container {n}"), self._seen(x, 0, inside=True), UNSET
         for n, (x, copy) in enumerate(s._sequences):
             if id(x) not in alive:

@@ -26,6 +26,7 @@ from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.on_tensors import results_on_numpy
 from tracejit.verify.before import Before
 from tracejit.verify.blame import Blame
+from tracejit.verify.runs import eagerly
 
 _SURELY, _OFF = 2.0**14, 256.0  # eps of its norm that a value may be off
 _MOST = 5000  # calls that are looked at
@@ -114,6 +115,8 @@ class Probe(TorchFunctionMode):
             t.register_hook(arrived)
 
 
+# functions whose float64 in eager is exact to so much of its norm only: an expansion near x = a
+_INEXACT = dict.fromkeys(("igamma", "igammac", "gammainc", "gammaincc"), 1e-8)
 _BACKWARD = ("backward", "grad")
 _SILENT = frozenset({"detach", "register_hook", "requires_grad_", "__get__", "size", "dim", "item"})
 
@@ -138,7 +141,7 @@ def of_rules(
     ]
     try:
         eager = Log(leaves=leaves)
-        with Probe(eager):
+        with Probe(eager), eagerly():
             function(*args, **kwargs)
         wanted = [t.detach().clone() for t in eager.flat()]
         before.restore()
@@ -206,7 +209,8 @@ def _first(
         for call in eager.calls[:forward]:
             if any(wrong[i] for i in call.gave):
                 what = f"{call.name} is computed otherwise than by eager"
-                return Blame("rules", what, call.line, free=_free(call, wrong))
+                pairs = [(found[i], wanted[i]) for i in call.gave if wrong[i]]
+                return Blame("rules", what, call.line, free=_free(call, wrong, pairs))
         off = {
             p
             for p in sorted(eager.grads.keys() & gradients.keys())
@@ -228,10 +232,15 @@ def _first(
     return None
 
 
-def _free(call: Called, wrong: Sequence[bool]) -> str:
-    """Why what a call gives may be another than eager's, which is as right."""
-    places = call.name.rpartition(".")[2] == "mode" and not wrong[call.gave[0]]
-    return "torch leaves open at which of equal elements it finds a mode" if places else ""
+def _free(call: Called, wrong: Sequence[bool], pairs: Sequence[tuple]) -> str:
+    """Why what a call gives may be another than eager's, which is as right. `pairs`: ours and
+    eager's where they differ."""
+    name = call.name.rpartition(".")[2]
+    if name == "mode" and not wrong[call.gave[0]]:
+        return "torch leaves open at which of equal elements it finds a mode"
+    if name in _INEXACT and not any(_far(a, b, _INEXACT[name] / EPS[b.dtype]) for a, b in pairs):
+        return f"torch's own float64 of {name} is exact to {_INEXACT[name]:.0e} only"
+    return ""
 
 
 def _giver(log: Log, place: int) -> Called:

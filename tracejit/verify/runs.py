@@ -1,9 +1,11 @@
-"""Runs of a step beside each other: as it was observed, and in float64."""
+"""Runs of a step beside each other: eagerly, as it was observed, and in float64."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from threading import get_ident
 
 import torch
 
@@ -11,6 +13,27 @@ from tracejit.equality import AllInFloat64, Magnitudes, array_of, tensors_in_flo
 from tracejit.ir.graph import Graph
 from tracejit.verify.before import Before
 from tracejit.verify.outcome import Observer, Outcome
+
+BESIDE: dict[int, int] = {}  # threads that run a step eagerly, beside its plan: how deeply
+
+
+@contextlib.contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled steps that a step calls are its own Python here: what plans of theirs compute would
+    be compared with itself."""
+    thread = get_ident()
+    BESIDE[thread] = BESIDE.get(thread, 0) + 1
+    try:
+        yield
+    finally:
+        BESIDE[thread] -= 1
+        if not BESIDE[thread]:
+            del BESIDE[thread]
+
+
+def beside() -> bool:
+    """Whether this thread is in such a run."""
+    return get_ident() in BESIDE
 
 
 class Observed:
@@ -54,7 +77,7 @@ def in_float64(
     grads = {id(t.grad) for t in before.tensors if t.is_leaf}
     try:
         with tensors_in_float64([t for t in before.tensors if id(t) not in grads]):
-            with AllInFloat64():
+            with AllInFloat64(), eagerly():
                 returned = function(*args, **kwargs)
             return observer.outcome(returned)
     except Exception:  # it mixes dtypes that are the user's own

@@ -32,13 +32,14 @@ from tracejit.verify.certificate import Certificate, Verified
 from tracejit.verify.compare import Comparison, Difference, compare
 from tracejit.verify.outcome import Observer, Outcome
 from tracejit.verify.rules import of_rules
-from tracejit.verify.runs import Observed, digest, in_float64
+from tracejit.verify.runs import Observed, digest, eagerly, in_float64
 
 if TYPE_CHECKING:
     from tracejit.fallback import Attempt
     from tracejit.programs import Compiled
 
 TRACE, REPLAY = "trace", "replay"
+_MISSING = "is not implemented"  # in the words of torch's errors
 _REMEMBERED = 256  # plans, with their effects
 
 
@@ -128,7 +129,7 @@ class Verifier:
             raise compiled.wrong
         if self._verifying:
             return
-        due = self._left(run) > 0 or self._drawn()
+        due = (self._left(run) > 0 or self._drawn()) and not compiled.program.capturing()
         if due and attempt is not None and self.thorough:
             why = self._refusal(compiled) or attempt.obstacles()
             why += ["it initializes lazy modules"] if attempt.initializes else []
@@ -151,9 +152,9 @@ class Verifier:
     def _hold(self, replay: Replay) -> None:
         own = replay.guard, replay.run
 
-        def guard(args: tuple, kwargs: dict) -> tuple | str:
-            found = own[0](args, kwargs)
-            return found if type(found) is str else (args, kwargs)
+        def guard(args: tuple, kwargs: dict, **asked: bool) -> tuple | str:
+            found = own[0](args, kwargs, **asked)
+            return found if asked or type(found) is str else (args, kwargs)  # asked: not of a call
 
         def function(args: tuple, kwargs: dict, call: object) -> object:
             returned = self._replayed(replay, own, args, kwargs)
@@ -169,10 +170,10 @@ class Verifier:
         own = replay.guard, replay.run
         left, plain, due = self._wait(), replay.run.function, []
 
-        def guard(args: tuple, kwargs: dict) -> tuple | str:
+        def guard(args: tuple, kwargs: dict, **asked: bool) -> tuple | str:
             nonlocal left
-            found = own[0](args, kwargs)
-            if type(found) is not str:
+            found = own[0](args, kwargs, **asked)
+            if type(found) is not str and not asked:
                 left -= 1
                 if left < 0:
                     left = self._wait()
@@ -262,6 +263,8 @@ class Verifier:
             returned = run.function(*found, replay.call)
             return Ran(returned, replay.compiled, REPLAY, run)
 
+        if replay.compiled.program.capturing():  # eager would be captured too, and nothing runs
+            return self._made(make).returned
         return self._verified(args, kwargs, make, run)
 
     def _verified(self, args: tuple, kwargs: dict, make: Callable, plan: Run) -> object:
@@ -274,6 +277,10 @@ class Verifier:
         self._verifying = True
         try:
             eager, returned = self._eager(observer, args, kwargs)
+            if _MISSING in str(eager.error):
+                before.restore()
+                self._cannot(plan, f"eager cannot do it: {eager.error}")
+                return self._made(make).returned
             why = before.obstacles()
             if why:  # it was a call of eager's, which is as right
                 self._cannot(plan, why[0])
@@ -300,7 +307,7 @@ class Verifier:
                     if self._raises:
                         raise error
                 # a replay's place is looked for in the list of replays afterwards
-                return OTHERWISE if made.ran.how == REPLAY else self._function(*args, **kwargs)
+                return OTHERWISE if made.ran.how == REPLAY else self._plain(args, kwargs)
             self._note(made, found)
             if made.outcome.error is not None:
                 raise made.outcome.error
@@ -319,9 +326,13 @@ class Verifier:
         finally:
             self._verifying = False
 
+    def _plain(self, args: tuple, kwargs: dict) -> object:
+        with eagerly():
+            return self._function(*args, **kwargs)
+
     def _eager(self, observer: Observer, args: tuple, kwargs: dict) -> tuple[Outcome, object]:
         try:
-            returned = self._function(*args, **kwargs)
+            returned = self._plain(args, kwargs)
         except Exception as error:
             return observer.outcome(None, error), None
         return observer.outcome(returned), returned
@@ -397,7 +408,7 @@ class Verifier:
         self._withdraw(made.ran.compiled, args, kwargs, error)
         for replay in self._step._replays:
             if replay.compiled is made.ran.compiled:
-                replay.guard = lambda args, kwargs: "its plan was withdrawn"
+                replay.guard = lambda args, kwargs, **asked: "its plan was withdrawn"
         if not self._raises:
             key = f"wrong {digest(made.ran.compiled.final)}"
             self._say(key, f"IS WRONG, and runs eagerly: {error}")

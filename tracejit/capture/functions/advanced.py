@@ -291,7 +291,9 @@ def getitem(t: Trace, input: Tensor, index: object) -> Tensor:
     if not is_advanced(index):
         return movement.getitem(t, input, index)
     mask = _sole_mask(t, index)
-    if mask is not None and t.lift(mask).shape:
+    if mask is not None:
+        if not t.lift(mask).shape:  # it chooses all of the tensor or nothing, on a new first axis
+            input, mask = movement.unsqueeze(t, input, 0), movement.unsqueeze(t, mask, 0)
         return masked(t, input, mask)
     if is_place(t, index):
         return at_place(t, input, index)

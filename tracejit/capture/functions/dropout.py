@@ -159,7 +159,9 @@ def rrelu(
     with t.untaped():
         found = sampled(t, input, h.shape, sampling(t, h, "rrelu", generator, lower, upper))
         slopes = t.fresh(found)
-    return RULES[Tensor.mul_ if inplace else Tensor.mul].run(t, input, slopes)
+    if inplace:
+        return RULES[Tensor.mul_].run(t, input, slopes)
+    return RULES[Tensor.contiguous].run(t, RULES[Tensor.mul].run(t, input, slopes))
 
 
 def _of_torch(*, inplace: bool) -> Callable:

@@ -46,6 +46,17 @@ def like(h: Handle, shape: Ints) -> Ints | None:
     return image_strides(shape, [(h.shape, h.strides)])
 
 
+def like_image(h: Handle, shape: Ints) -> Ints | None:
+    """The strides of what pooling makes of h. Eager takes a line for an image one element high."""
+    if len(h.shape) != 3:
+        return like(h, shape)
+    (n, c, width), (of_n, of_c, step) = h.shape, h.strides
+    found = image_strides(
+        (*shape[:2], 1, shape[2]), [((n, c, 1, width), (of_n, of_c, width * step, step))]
+    )
+    return None if found is None else (*found[:2], found[3])
+
+
 def strides_in(t: Trace, h: Handle, memory_format: torch.memory_format) -> Ints:
     """The strides of a tensor of this shape in a memory format."""
     if memory_format is torch.contiguous_format:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from tracejit.capture.functions.common import cast, expand, literal
 from tracejit.capture.functions.derived import derived
-from tracejit.capture.functions.layouts import like
+from tracejit.capture.functions.layouts import like, like_image
 from tracejit.capture.functions.patterns import position
 from tracejit.capture.functions.reduction import attains
 from tracejit.capture.functions.windows import Windows, ints_of, readers, taps
@@ -116,9 +117,16 @@ _FAR = 1 << 62  # no place
 
 
 def _max_of(
-    t: Trace, name: str, h: Handle, cut: Callable, back: Callable, rank: int
+    t: Trace,
+    name: str,
+    h: Handle,
+    cut: Callable,
+    back: Callable,
+    rank: int,
+    *,
+    dense: bool = False,
 ) -> tuple[TracedTensor, TracedTensor]:
-    """The largest of windows, and the place of each in its image.
+    """The largest of windows, and the place of each in its image; row-major, if `dense`.
 
     `cut(x, fill)` are the elements of each window; `back(value)` gives, for each element, that of
     the windows which read it, on further axes.
@@ -141,7 +149,7 @@ def _max_of(
         return (t.unread(b.reduce_sum(given, axes=axes) if axes else given, x),)
 
     y = t.saves(t.derive(name, (x,), top, vjp), x)
-    strides = like(h, y.type.shape)
+    strides = None if dense else (like_image if rank == 1 else like)(h, y.type.shape)
     return t.fresh(y, strides), t.fresh(first, strides)
 
 
@@ -156,6 +164,8 @@ def _max_pool(rank: int, form: str):
         padding: object = 0,
         dilation: object = 1,
         ceil_mode: bool = False,
+        *,
+        dense: bool = False,
     ) -> tuple[TracedTensor, TracedTensor]:
         h = t.lift(input)
         if rank == 1 and form != "both" and not h.dtype.is_float:
@@ -165,13 +175,17 @@ def _max_pool(rank: int, form: str):
         def cut(x: Value, fill: float) -> Value:
             return taps(t, x, w, fill)
 
-        return _max_of(t, f"max_pool{rank}d", h, cut, lambda v: _read(t, v, w), rank)
+        back = partial(_read, t, w=w)
+        return _max_of(t, f"max_pool{rank}d", h, cut, back, rank, dense=dense)
 
     def largest(
         t: Trace, input: Tensor, *args: object, return_indices: bool = False, **kwargs: object
     ) -> object:
-        found = both(t, input, *args[:5], **kwargs)
-        return found if return_indices or (len(args) > 5 and args[5]) else found[0]
+        places = return_indices or (len(args) > 5 and args[5])
+        # eager has a function of its own for lines, where only values are asked for
+        dense = rank == 1 and not places and not (t.grad_on and t.requires_grad(t.lift(input)))
+        found = both(t, input, *args[:5], dense=dense, **kwargs)
+        return found if places else found[0]
 
     def with_places(
         t: Trace, input: Tensor, *args: object, return_indices: bool = True, **kwargs: object
@@ -313,7 +327,7 @@ def _mean(
         return _total(t, back(divided(g)), rank)
 
     y = derived(t, name, (x,), forward, (slope,), flat=flat)
-    return t.fresh(y, like(h, y.type.shape))
+    return t.fresh(y, (like_image if name.endswith("1d") else like)(h, y.type.shape))
 
 
 def _total(t: Trace, x: Value, rank: int) -> Value:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from tracejit.autodiff import zeros
@@ -76,7 +77,7 @@ def addr(
 
 
 def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
-    """Sums of products by labels, two operands at a time, from left to right.
+    """Sums of products by labels, two operands at a time, in torch's order.
 
     Each operand gets one axis per label (results first, then what is summed), in the order in which
     torch lays them out; each pair is then one batched matrix product.
@@ -92,17 +93,30 @@ def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
     sizes = broadcast_shape([t.lift(x).shape for x in aligned])
     if sizes is None:
         raise t.shape_error("einsum(): operands do not broadcast with remapped shapes")
-    out = aligned[0]
     kept = len(result)
-    last_use = {k: max(i for i, x in enumerate(terms) if order[k] in x) for k in range(len(order))}
     if len(aligned) == 1:
         axes = tuple(range(kept, len(order)))
-        return sum_(t, out, axes) if axes else out
-    for i, x in enumerate(aligned[1:], 1):
-        over = {k for k in range(kept, len(order)) if last_use[k] == i}
-        over |= {k for k in range(kept, len(order)) if i == 1 and last_use[k] == 0}
-        out = _pair(t, out, x, over)
+        return sum_(t, aligned[0], axes) if axes else aligned[0]
+    # of each axis to be summed: how many of the operands that are left have it
+    counts = {k: sum(t.lift(x).shape[k] != 1 for x in aligned) for k in range(kept, len(order))}
+    path = _path(t, equation, operands)
+    while len(aligned) > 1:
+        i, j = sorted(path.pop(0)) if path else (0, 1)
+        b, a = aligned.pop(j), aligned.pop(i)
+        aligned.insert(len(aligned) if path is not None else 0, _pair(t, a, b, counts))
+    (out,) = aligned
     return reshape(t, out, t.lift(out).shape[:kept]) if len(order) > kept else out
+
+
+def _path(t: Trace, equation: str, operands: tuple) -> list[tuple[int, ...]] | None:
+    """Which pairs torch multiplies one after another, if opt_einsum says so: what a product gives
+    comes last then. None is from left to right."""
+    backend = torch.backends.opt_einsum
+    if len(operands) <= 2 or not backend.enabled or not backend.is_available():
+        return None
+    shapes = [np.broadcast_to(np.float32(0), t.lift(x).shape) for x in operands]
+    chosen = backend.get_opt_einsum().contract_path
+    return list(chosen(equation, *shapes, optimize=backend.strategy)[0])
 
 
 def _labels(t: Trace, equation: str, operands: tuple) -> tuple[list[list], list]:
@@ -158,18 +172,20 @@ def _align(t: Trace, x: Tensor, term: list, order: list) -> Tensor:
     return reshape(t, x, tuple(next(shape) if k in term else 1 for k in order))
 
 
-def _pair(t: Trace, a: Tensor, b: Tensor, over: set[int]) -> TracedTensor:
-    """The product of two operands, summed over some axes, which keep extent 1."""
-    if not over:
-        return mul(t, a, b)
-    for k in over:
-        in_a, in_b = t.lift(a).shape[k] != 1, t.lift(b).shape[k] != 1
-        if in_a and not in_b:
-            a = sum_(t, a, k, True)
-        elif in_b and not in_a:
-            b = sum_(t, b, k, True)
+def _pair(t: Trace, a: Tensor, b: Tensor, counts: dict[int, int]) -> TracedTensor:
+    """The product of two operands, summed over the axes that no other one has, which keep extent
+    1."""
+    over, x, y = set(), t.lift(a).shape, t.lift(b).shape
+    for k, count in counts.items():
+        in_a, in_b = x[k] != 1, y[k] != 1
+        if in_a and in_b:
+            counts[k] = count - 1 if count > 2 else 0
+            over |= {k} if count == 2 else set()
+        elif count == 1 and in_a:
+            a, counts[k] = sum_(t, a, k, True), 0
+        elif count == 1 and in_b:
+            b, counts[k] = sum_(t, b, k, True), 0
     x, y = t.lift(a).shape, t.lift(b).shape
-    over = {k for k in over if x[k] != 1 and y[k] != 1}
     if not over:  # laid out as an element-wise product, not as a matrix product
         return mul(t, a, b)
     free = [k for k in range(len(x)) if k not in over]

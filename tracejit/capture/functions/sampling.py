@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -389,7 +390,9 @@ def multinomial(
         raise t.shape_error("cannot sample that many samples")
     shape = (*h.shape[:-1], n)
     if n > 1 or not h.numel:
-        value = sampled(t, input, shape, sampling(t, h, "multinomial", generator, n, replacement))
+        search = sampling(t, h, "multinomial", generator, n, replacement)
+        search = replace(search, strides=tuple(preserved_strides(h)))
+        value = sampled(t, input, shape, search)
         t.ranges[value] = 0, h.shape[-1] - 1
         return t.fresh(value)
     weights, last = t.read(h), len(h.shape) - 1

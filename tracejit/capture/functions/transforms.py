@@ -23,8 +23,9 @@ Tensor = torch.Tensor
 @rule(torch.func.grad)
 def level(t: Trace, which: str, x: Tensor, *leaves: Tensor) -> object:
     """Of "enter" a leaf that stands for x; "close": it does so no more. "history": whether x has
-    one outside of the level of these leaves; "leave": x as it is outside of it. "along": x, with
-    the history of another tensor."""
+    one outside of the level of these leaves; "leave": x as it is outside of it, where the second
+    half of `leaves` is what the others stand for. "along": x, with the history of another
+    tensor."""
     h = t.lift(x)
     if which == "enter":
         return _entered(t, h)
@@ -32,6 +33,15 @@ def level(t: Trace, which: str, x: Tensor, *leaves: Tensor) -> object:
         return _closed(t, h)
     if which == "along":
         return t.fresh(t.unread(t.read(h), t.read(t.lift(leaves[0]))), h.strides)
+    if which == "leave":
+        half = len(leaves) // 2
+        for leaf, given in zip(leaves[:half], leaves[half:], strict=True):
+            if h is t.lift(leaf) and leaf is not given:
+                return given
+            view = _of_given(t, h, t.lift(leaf), t.lift(given))
+            if view is not None:
+                return view
+        leaves = leaves[:half]
     outside = t.base(h.family) in _outside(t, [t.lift(leaf) for leaf in leaves])
     if which == "history":
         return outside
@@ -50,6 +60,17 @@ def _entered(t: Trace, h: Handle) -> Tensor:
         t.tape.add(Entry((x,), (leaf.family.value,), lambda b, cts, need: cts, "data"))
     t.entered[leaf] = h.storage, h.storage.writes
     return made
+
+
+def _of_given(t: Trace, h: Handle, leaf: Handle, given: Handle) -> Tensor | None:
+    """A view of a leaf as one of what that stands for."""
+    count = len(leaf.steps)
+    if given is leaf or h.storage is not leaf.storage or h.steps[:count] != leaf.steps:
+        return None
+    if leaf.strides != given.strides or h.dtype != leaf.dtype:
+        return None
+    offset = given.offset + h.offset - leaf.offset
+    return t.view(given, h.steps[count:], h.shape, h.strides, offset)
 
 
 def _closed(t: Trace, leaf: Handle) -> None:

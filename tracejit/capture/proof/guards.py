@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copyreg
 import os
-import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -21,8 +20,6 @@ from types import FunctionType
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn import Module
-from torch.optim import Optimizer
 
 from tracejit.capture.effects.captured import OPAQUE, Captured
 from tracejit.capture.effects.effects import Call
@@ -44,6 +41,7 @@ from tracejit.capture.proof.settings import NUMPY_ERRORS
 from tracejit.capture.proof.watch import Seen, origin
 from tracejit.capture.python.bytecode import line_of
 from tracejit.capture.python.doubts import template
+from tracejit.capture.python.global_hooks import CALLED
 from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.ir.graph import Arg
@@ -52,19 +50,10 @@ from tracejit.ir.hostcode import HostCode, host_names
 # (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses, the holders of state
 # variables), or what failed
 Guard = Callable[..., tuple[list, list, list, list] | str]
-_MODULES, _OPTIMIZERS = sys.modules[Module.__module__], sys.modules[Optimizer.__module__]
 _SIGNS = {"lt": "<", "le": "<=", "eq": "==", "ne": "!=", "gt": ">", "ge": ">="}  # else: "is"
 _UNASKED = (  # C code would read the value of a runtime scalar without asking it
     "which may take a runtime scalar for a constant: call it outside the step",
     "which may take a runtime scalar for a constant; call it as an attribute of math",
-)
-_GLOBAL_HOOKS = (  # dicts by the ids of hooks, which are never used again
-    (_MODULES, "_global_backward_hooks"),
-    (_MODULES, "_global_backward_pre_hooks"),
-    (_MODULES, "_global_forward_hooks"),
-    (_MODULES, "_global_forward_pre_hooks"),
-    (_OPTIMIZERS, "_global_optimizer_post_hooks"),
-    (_OPTIMIZERS, "_global_optimizer_pre_hooks"),
 )
 
 
@@ -138,7 +127,7 @@ def _modes(w: Walk) -> None:
         device = w.constant(torch.get_default_device())
         w.check(f"default_device() == {device}", "the default device changed")
     w.check("saved_hooks(True) is None", "hooks on saved tensors are active")
-    for module, name in _GLOBAL_HOOKS:
+    for module, name in CALLED:
         hooks = getattr(module, name)
         w.check(f"[*{w.constant(hooks)}] == {[*hooks]}", f"torch's {name} changed")
 

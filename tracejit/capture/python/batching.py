@@ -23,6 +23,7 @@ class Batch(Protocol):
     """What rules ask of a vmap (`python/vmaps.py`)."""
 
     size: int
+    randomness: str  # "error", "different" or "same"
 
     def is_own(self, x: object) -> bool:
         """Whether a tensor has an element for each of the batch."""
@@ -44,7 +45,7 @@ class NoRule(Exception):
 BATCHED: dict[Callable, Callable[..., object]] = {}
 
 
-def _spellings(name: str) -> Iterator[Callable]:
+def spellings(name: str) -> Iterator[Callable]:
     for space in (torch, Tensor, functional, torch._C._nn, torch.special):
         function = getattr(space, name, None)
         if function in RULES:
@@ -56,7 +57,7 @@ def batched(*names: str) -> Callable[[Callable], Callable]:
 
     def register(rule: Callable) -> Callable:
         for name in names:
-            BATCHED.update(dict.fromkeys(_spellings(name), rule))
+            BATCHED.update(dict.fromkeys(spellings(name), rule))
         return rule
 
     return register
@@ -148,11 +149,11 @@ def attention(
 ) -> Tensor:
     tensors = [query, key, value] + ([] if attn_mask is None else [attn_mask])
     rank = max(map(b.rank, tensors))
-    if dropout_p or any(b.rank(x) != rank for x in tensors[:3]):
+    if any(b.rank(x) != rank for x in tensors[:3]) or (dropout_p and b.randomness != "different"):
         raise NoRule
     mask = None if attn_mask is None else aligned(b, attn_mask, rank)
     of_each = map(b.spread, (query, key, value))
-    return functional.scaled_dot_product_attention(*of_each, mask, **options)
+    return functional.scaled_dot_product_attention(*of_each, mask, dropout_p, **options)
 
 
 def _folded(b: Batch, x: Tensor) -> Tensor:

@@ -1,10 +1,9 @@
 """What a step's Python can change, as it is before a trace, to run the same call once more.
 
-In: the step's function and the arguments of a call. `Snapshot` follows them to containers,
-attributes, closures, globals of user modules, iterators and random generators, and copies each of
-them, shallowly. `obstacles` says what has changed since that cannot be put back, `restore` puts
-the rest back. Modules of torch, numpy and the standard library are not looked into. Tensors need
-no copy: a trace changes none.
+In: the step's function and the arguments of a call. `Snapshot` follows them, and torch's global
+hooks, to containers, attributes, closures, globals of user modules, iterators and generators, and
+copies each, shallowly. `obstacles` says what has changed since that cannot be put back, `restore`
+puts the rest back. Modules of libraries are not looked into. A trace changes no tensor.
 """
 
 from __future__ import annotations
@@ -50,6 +49,7 @@ from tracejit.capture.python.copies import (
     saved_cache,
     slots_of,
 )
+from tracejit.capture.python.global_hooks import global_hooks
 from tracejit.capture.python.words import attributes
 
 MOST = 1_000_000  # objects looked at
@@ -109,12 +109,12 @@ class Snapshot:
         self._checksums: list[tuple[np.ndarray, int]] = []
         self._progress: list[iterators.Progress] = []
         self._bytes = 0
-        pending, ids = list(roots), frozenset()
+        pending, ids = [*roots, *global_hooks()], frozenset()
         for name in _COPIES:
             setattr(self, name, Copies())
         if known is not None:
-            pending += self._take(known)
-            ids = known.ids if len(pending) == len(roots) else known.ids - {*map(id, pending)}
+            pending += (filled := self._take(known))
+            ids = known.ids - {*map(id, filled)} if filled else known.ids
         self._walk(pending, ids)
         if known is None or "random" in self.named:
             self._put_back += randomness.saved_globally()

@@ -24,9 +24,11 @@ Argnums = int | tuple[int, ...] | None
 class _Level:
     """The leaves of one transform, and whether what it returns may have a history outside."""
 
-    def __init__(self) -> None:
-        self._outer = torch.is_grad_enabled()
+    def __init__(self, *, forward: bool = False) -> None:
+        """forward: it is one of jvp's, whose leaves are views of what they stand for."""
+        self._forward, self._outer = forward, torch.is_grad_enabled()
         self.leaves: list[Tensor] = []
+        self._given: dict[int, Tensor] = {}  # by the ids of leaves: what they stand for
 
     def _ask(self, which: str, *tensors: Tensor) -> object:
         return handle_torch_function(torch.func.grad, tensors, which, *tensors)
@@ -37,6 +39,7 @@ class _Level:
             raise ValueError(f"Thing passed to transform API must be Tensor, got {type(x)}")
         made = self._ask("enter", x)
         self.leaves.append(made)
+        self._given[id(made)] = x
         return made
 
     def close(self) -> None:
@@ -55,15 +58,19 @@ class _Level:
         return self._ask("along", tangent, x)
 
     def leave(self, results: object) -> object:
-        """Results as they are outside of it."""
+        """Results as they are outside of it; a leaf is the tensor that it stands for."""
         return tree_map(self._left, results)
 
     def _left(self, x: object) -> Tensor:
         if not isinstance(x, Tensor):
             raise RuntimeError(f"Expected tensors, got unsupported type {type(x)}")
+        if id(x) in self._given:
+            given = self._given[id(x)]
+            return given.view_as(given) if self._forward else given
         if not self._outer:
             return x.detach() if x.requires_grad else x
-        return self._ask("leave", x, *self.leaves)
+        given = [self._given.get(id(leaf), leaf) for leaf in self.leaves]
+        return self._ask("leave", x, *self.leaves, *given)
 
 
 def _entered(level: _Level, args: tuple, argnums: Argnums) -> tuple[tuple, object]:
@@ -227,7 +234,7 @@ def jvp(original: Callable) -> Callable:
             )
         torch_transforms.assert_non_empty_list_of_tensors(flat, name, "primals")
         torch_transforms.assert_non_empty_list_of_tensors(along, name, "tangents")
-        level = _Level()
+        level = _Level(forward=True)
         with torch.enable_grad():
             given, chosen = _entered(level, primals, argnums)
             out = func(*given)

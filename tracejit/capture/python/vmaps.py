@@ -8,7 +8,8 @@ any others. So rules and traces know nothing of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import EllipsisType
 
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode, handle_torch_function
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from tracejit.capture.python import batched_axes as batched_axes  # its rules
+from tracejit.capture.python.batched_draws import DRAWN, Anew, different
 from tracejit.capture.python.batching import BATCHED, NoRule, aligned, behind
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.table import RULES
@@ -30,7 +32,17 @@ _ELEMENTWISE = frozenset({"activation", "arithmetic", "comparison", "unary", "ex
 _ALIKE = frozenset(
     f
     for name in ("where", "to", "type", "float", "double", "half", "bfloat16", "int", "long")
-    + ("bool", "clone", "detach", "zeros_like", "ones_like", "full_like", "masked_fill", "type_as")
+    + (
+        "bool",
+        "clone",
+        "detach",
+        "empty_like",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "masked_fill",
+        "type_as",
+    )
     for f in (getattr(torch, name, None), getattr(Tensor, name, None))
     if f in RULES
 )
@@ -112,9 +124,9 @@ class Batched(Tensor):
 class Batching(TorchFunctionMode):
     """One vmap over a batch of some size."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, randomness: str = "error") -> None:
         super().__init__()
-        self.size = size
+        self.size, self.randomness = size, randomness
 
     def wrap(self, held: Tensor) -> Batched:
         """The tensor that the function sees for one with the batch as its first axis."""
@@ -151,6 +163,8 @@ class Batching(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is torch.func.grad:  # only by its rule
             return self._level(*args)
+        if func in DRAWN:
+            return self._drawn(func, args, kwargs)
         if not own:
             return self._alone(func, args, kwargs)
         rule = RULES.get(func)
@@ -225,10 +239,25 @@ class Batching(TorchFunctionMode):
 
     def _alone(self, func: Callable, args: tuple, kwargs: dict) -> object:
         """A call on no tensor of this batch; eager draws numbers as it was told to."""
-        rule = RULES.get(func)
-        if rule is not None and rule.own.family in ("sampling", "dropout"):
+        with self._drawing_nothing(func):
+            return func(*args, **kwargs)
+
+    @contextmanager
+    def _drawing_nothing(self, func: Callable) -> Iterator[None]:
+        """Around a call that would draw numbers otherwise than eager's vmap does."""
+        draws = current().draws
+        before = len(draws.events)
+        yield
+        if len(draws.events) > before:
+            different(self)  # raises as eager does where nothing may be drawn
             raise self._refused(func, "draws numbers under vmap, which has no rule")
-        return func(*args, **kwargs)
+
+    def _drawn(self, func: Callable, args: tuple, kwargs: dict) -> object:
+        try:
+            found = DRAWN[func](self, func, *args, **kwargs)
+        except NoRule:
+            raise self._refused(func, "draws numbers under vmap, which has no rule") from None
+        return self.wrap(found.held) if isinstance(found, Anew) else found
 
     def _elementwise(self, func: Callable, args: tuple, kwargs: dict, *, in_place: bool) -> object:
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -275,7 +304,8 @@ class Batching(TorchFunctionMode):
                 return x.held.select(0, k) if self.is_own(x) else x
 
             given = tree_map(at, (args, kwargs))
-            found.append(tree_flatten(func(*given[0], **given[1])))
+            with self._drawing_nothing(func):
+                found.append(tree_flatten(func(*given[0], **given[1])))
             memory = {m for x in tree_leaves(given) if (m := _memory(x)) is not None}
             if any(_memory(x) in memory for x in found[-1][0]):
                 raise self._refused(func, "gives a view, which has no rule under vmap")
@@ -332,7 +362,7 @@ def vmap(original: Callable) -> Callable:
             return original(func, in_dims, out_dims, randomness, chunk_size, *args, **kwargs)
         torch_vmap._check_out_dims_is_int_or_int_pytree(out_dims, func)
         size, dims, given, spec = torch_vmap._process_batched_inputs(in_dims, args, func)
-        mode, name = Batching(size), torch_vmap._get_name(func)
+        mode, name = Batching(size, randomness), torch_vmap._get_name(func)
         batches = [
             x if dim is None else mode.wrap(x if dim == 0 else x.movedim(dim, 0))
             for x, dim in zip(given, dims, strict=True)

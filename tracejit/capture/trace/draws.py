@@ -179,18 +179,24 @@ class Known:
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """Numbers are drawn from the values of a tensor, by a function of torch: how many its generator
-    gives depends on these. It is the search of a cut, which computes them (`cuts.py`)."""
+    gives depends on these. It is the search of a cut, which computes them (`cuts.py`).
+
+    strides: of the values, where torch draws as they lie.
+    """
 
     draw: str
     numbers: tuple[float | int, ...]
     known: Known
     generator: int
+    strides: tuple[int, ...] | None = None
     remedy: ClassVar[str] = ""  # it always finds as much
 
     def __call__(self, value: Tensor) -> tuple[Tensor]:
         """What is drawn, in one row."""
         draw = FROM_VALUES.get(self.draw) or getattr(torch, self.draw)
         with torch._C.DisableTorchFunction(), torch.no_grad():
+            if self.strides is not None and value.stride() != self.strides:
+                value = value.new_empty_strided(value.shape, self.strides).copy_(value)
             found = draw(value, *self.numbers, generator=self.known.generator)
         return (found.reshape(-1),)
 
@@ -202,6 +208,7 @@ def _slopes_of_rrelu(
     value: Tensor, lower: float, upper: float, generator: Generator | None = None
 ) -> Tensor:
     """The slopes that rrelu draws: one for each element that is not positive, else 1."""
+    value = value.contiguous()
     slopes = torch.empty_like(value)
     torch._C._nn.rrelu_with_noise(value, slopes, lower, upper, True, generator)
     return slopes
