@@ -282,6 +282,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
 }
 
 
+@pytest.mark.sweep(0.25)
 @pytest.mark.parametrize("backend", ["c", "numpy"])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions(name, backend):
@@ -324,6 +325,7 @@ SMOOTH: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sweep(0.25)
 @pytest.mark.parametrize("name", SMOOTH)
 def test_gradients(name):
     """Of real leaves, in both precisions; the second derivative too."""

@@ -62,6 +62,7 @@ def test_order_on_a_fake_device(ranks: Ranks, golden):
     golden("data_parallel_on_a_gpu.txt", "\n".join(first["log"]) + "\n")
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("name", ["small buckets", "zero", "decisions", "residual"])
 def test_graphs_between_collectives(ranks: Ranks, name: str, golden):
     """Each stretch of kernels is a graph; collectives are given between them, behind events."""
@@ -111,6 +112,7 @@ def test_a_parameter_without_a_gradient(ranks: Ranks):
         assert "unused.weight, unused.bias" in said and "find_unused_parameters=True" in said
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("how", ["plain", "views", "device"])
 def test_ranks_that_use_other_parameters(ranks: Ranks, how: str):
     """Some use what others do not, and others in each call: eager's gradients, in replay."""

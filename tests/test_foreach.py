@@ -181,6 +181,7 @@ def foreach_of(sizes: list[int], *, reduced: bool = False, dtype: torch.dtype = 
     return next(x for x in plan.launches if x.kernel.foreach and is_reduced(x.kernel) == reduced)
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("reduced", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_chunks_have_each_element_once(reduced, dtype):

@@ -21,6 +21,7 @@ def ranks():
         yield found
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("name", rank_joins.CASES)
 def test_trains_like_eager(ranks: Ranks, name: str):
     """In four epochs, in which a rank has more inputs, and in the last one the other has none."""

@@ -221,6 +221,7 @@ def test_matmul_with_update_and_reduction_in_the_epilogue():
 SPLIT = [(2, 2), (7, 3), (20, 5), (20, 20)]
 
 
+@pytest.mark.sweep(0.25)
 @pytest.mark.parametrize(
     "dtype, splits",
     [

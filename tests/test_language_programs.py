@@ -223,6 +223,7 @@ def losses_of(step: Step, calls: int) -> list[float]:
     return [float(step(call)) for call in range(calls)]
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("make", PROGRAMS)
 def test_trains_like_eager(make: Callable[[], Step]):
     torch.manual_seed(0)

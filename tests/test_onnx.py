@@ -25,6 +25,7 @@ CALLS = 20
 RANDOM = 60  # programs
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize(
     "name",
     [pytest.param(x, marks=pytest.mark.slow) if x in ("resnet18", "gpt") else x for x in STEPS],

@@ -81,6 +81,7 @@ def in_phases(
         )
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("name", NAMES)
 def test_phases_are_the_launches(name):
     plan = unrolled(plans_of(name, small=True, backend="interpret")[-1])

@@ -112,6 +112,7 @@ def check_like_eager(make: Callable[[], Callable], calls: int = 7, **options) ->
     return compiled
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("body", BODIES)
 def test_numbers_are_eagers(body):
     compiled = check_like_eager(lambda: training(body, 20))

@@ -193,6 +193,7 @@ def test_chunks_are_a_loop_from_eight_on(loop):
     assert len(sizes) == 1
 
 
+@pytest.mark.sweep(0.17)
 @pytest.mark.parametrize("loop", LOOPS)
 def test_trains_like_eager(loop):
     compiled, *_ = assert_trains_like_eager(training(loop, 48), calls=6)
