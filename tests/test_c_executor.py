@@ -256,6 +256,17 @@ def test_rows_that_would_collide_are_packed(m, n, k, plans):
     }}""")
 
 
+@pytest.mark.parametrize("axes", ["(0,)", "(1,)", "(0, 1)"])
+def test_products_of_operands_that_are_read_backwards(plans, axes):
+    graph = parse(
+        "step(%0: f32[7,1], %1: f32[1,3], %2: f32[7,5], %3: f32[5,3]) {\n"
+        f"%4: f32[7,1] = flip(%0, axes={axes})\n%5: f32[7,3] = matmul(%4, %1)\n"
+        f"%6: f32[7,5] = flip(%2, axes={axes})\n%7: f32[7,3] = matmul(%6, %3)\n"
+        "return %5, %7\n}"
+    )
+    plans.check(graph, schedule(graph))
+
+
 def test_batches_in_rounds(monkeypatch, plans):
     monkeypatch.setattr(tiles, "SCRATCH", 20_000)
     plans.both("""

@@ -186,7 +186,7 @@ class Micro:
         """Of its function, which all kernels of a unit share: of what the function's text depends
         on. Steps along k and of the result are arguments."""
         block = "x".join(map(str, (self.rows, *self.vectors)))
-        of_a = "table" if self.a.by_table else str(self.a.step)
+        of_a = "table" if self.a.by_table else str(self.a.step).replace("-", "back")
         return f"tj_micro_{self.type}_{block}_{of_a}{'_adds' if self.adds else ''}"
 
 
