@@ -113,7 +113,7 @@ def unit(
     micro = dict.fromkeys(text for function in functions for text in function.shared)
     shared = [defined(text, elsewhere) for text in micro]
     shared += vector_functions(vector_bytes, "\n".join((*shared, own)), elsewhere)
-    declared = frozenset(declaration(text) for text in shared if "{" in text) - {None}
+    declared = frozenset(map(declaration, shared)) - {None}
     body = "\n\n".join((*shared, own))
     text = f"{prelude_for(body, (*C_PARTS, *PARTS))}{_RUN}{vector_types(body)}\n{body}"
     return Unit(text, declared)

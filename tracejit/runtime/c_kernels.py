@@ -116,7 +116,7 @@ class Kernels:
         if whole:
             for unit in self._units:
                 self._keep([unit], sha256(unit.source), unit.made.result())
-        elif self._units:
+        else:
             digest = sha256("".join(unit.source for unit in self._units))
             objects = [unit.made.result() for unit in self._units]
             self._keep(self._units, digest, linked(digest, objects))

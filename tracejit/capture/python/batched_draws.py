@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
 
-from tracejit.capture.python.batching import Batch, NoRule, aligned, spellings
+from tracejit.capture.python.batching import Batch, NoRule, aligned, registered
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
@@ -30,15 +31,7 @@ class Anew:
     held: Tensor
 
 
-def drawn(*names: str) -> Callable[[Callable], Callable]:
-    """Register a rule for the functions of these names."""
-
-    def register(rule: Callable) -> Callable:
-        for name in names:
-            DRAWN.update(dict.fromkeys(spellings(name), rule))
-        return rule
-
-    return register
+drawn = partial(registered, DRAWN)
 
 
 def different(b: Batch) -> bool:

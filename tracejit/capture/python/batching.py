@@ -8,6 +8,7 @@ its own, as in gradients by sample: products become products of batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -52,15 +53,18 @@ def spellings(name: str) -> Iterator[Callable]:
             yield function
 
 
-def batched(*names: str) -> Callable[[Callable], Callable]:
-    """Register a rule for the functions of these names."""
+def registered(rules: dict[Callable, Callable[..., object]], *names: str) -> Callable:
+    """Register a rule for the functions of these names, among such rules."""
 
     def register(rule: Callable) -> Callable:
         for name in names:
-            BATCHED.update(dict.fromkeys(spellings(name), rule))
+            rules.update(dict.fromkeys(spellings(name), rule))
         return rule
 
     return register
+
+
+batched = partial(registered, BATCHED)
 
 
 def aligned(b: Batch, x: Tensor, rank: int) -> Tensor:
