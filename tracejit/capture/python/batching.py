@@ -7,14 +7,14 @@ its own, as in gradients by sample: products become products of batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch.utils._pytree import tree_map
 
-from tracejit.capture.trace.table import RULES
+from tracejit.capture.trace.table import RULES, spellings
 
 Tensor = torch.Tensor
 functional = torch.nn.functional
@@ -46,19 +46,12 @@ class NoRule(Exception):
 BATCHED: dict[Callable, Callable[..., object]] = {}
 
 
-def spellings(name: str) -> Iterator[Callable]:
-    for space in (torch, Tensor, functional, torch._C._nn, torch.special):
-        function = getattr(space, name, None)
-        if function in RULES:
-            yield function
-
-
 def registered(rules: dict[Callable, Callable[..., object]], *names: str) -> Callable:
     """Register a rule for the functions of these names, among such rules."""
 
     def register(rule: Callable) -> Callable:
         for name in names:
-            rules.update(dict.fromkeys(spellings(name), rule))
+            rules.update({f: rule for f in spellings(name) if f in RULES})
         return rule
 
     return register
