@@ -100,8 +100,8 @@ def check_kernel(kernel: Kernel) -> None:
                 raise InvalidGraph(reason=f"a product reads {load.buffer}, which its kernel stores")
         there: dict[tuple, Store] = {}
         for store in (s for s in stage.body if isinstance(s, Store) and not s.fold):
-            key = store.buffer, store.index, store.mask
-            if there.setdefault(key, store).value != store.value:
+            first = there.setdefault((store.buffer, store.index, store.mask), store)
+            if first is not store and first.value != store.value:
                 raise InvalidGraph(reason=f"an element of {store.buffer} is stored twice")
 
 
