@@ -23,7 +23,8 @@ class Entry:
     """One differentiable step. `freed` once a backward without retain_graph went through it.
 
     `saved`: what torch keeps for the formula that ours does not read (a number: no values).
-    `held`: what hooks hold of what torch saves for it (`capture/python/saved_hooks.py`)."""
+    `held`: what hooks hold of what torch saves for it (`capture/python/saved_hooks.py`).
+    `noted`: the tensors that torch has saved for it (`capture/trace/versions.py`), where known."""
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
@@ -32,6 +33,7 @@ class Entry:
     freed: bool = False
     saved: tuple[Value, ...] | None = None
     held: object | None = None
+    noted: tuple | None = None
 
 
 @dataclass(eq=False)

@@ -227,9 +227,11 @@ def power(t: Trace, input: object, exponent: object) -> TracedTensor:
             raise t.shape_error("Integers to negative integer powers are not allowed")
         return pointwise(t, lambda x, e: _power_literal(t, x, e), (input, exponent))
     out = pointwise(t, t.b.pow, (input, exponent))
-    if isinstance(input, Tensor):
-        return out
     value = t.read(out.handle)
+    if isinstance(input, Tensor):
+        operands = [t.read(t.lift(x)) for x in (input, exponent) if isinstance(x, Tensor)]
+        t.saves(value, value, *operands)
+        return out
     result = t.fresh(value)  # row-major, whatever the exponent's strides
     t.saves(value, t.read(result.handle), t.read(t.lift(exponent)))
     return result

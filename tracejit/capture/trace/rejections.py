@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tracejit.autodiff import Entry
 from tracejit.capture.trace.state import TraceState
-from tracejit.capture.trace.tensor import Handle
+from tracejit.capture.trace.tensor import Handle, Ints, Origin
 from tracejit.capture.trace.views import reads_bits, repeats
 from tracejit.ir.graph import Node, Value
 
@@ -92,17 +92,22 @@ def check_saved(t: TraceState, node: Node) -> None:
         if value.id >= formula.start or value in formula.cotangents or value.type.is_host:
             continue  # a host value is no saved tensor: `Trace.saves` speaks for it
         check_freed(t, formula.entry)
-        if formula.entry.held is None:  # hooks may hold what is written to
+        # hooks may hold what is written to, and what torch saves may be known
+        if formula.entry.held is None and formula.entry.noted is None:
             _check_unwritten(t, formula.entry, value)
         t.saved[value] = None
 
 
 def check_held(t: TraceState, entry: Entry) -> None:
     """Raise as eager does where a formula would not get what torch saved for it."""
-    check_freed(t, entry)
-    for value in entry.saved:
-        _check_unwritten(t, entry, value)
+    if entry.saved is not None or entry.noted:
+        check_freed(t, entry)
+    for value in entry.saved or ():
+        if entry.noted is None:
+            _check_unwritten(t, entry, value)
         t.saved[value] = None
+    for shape, then in entry.noted or ():
+        _check_version(t, entry, shape, then)
 
 
 def check_freed(t: TraceState, entry: Entry) -> None:
@@ -116,18 +121,21 @@ def check_freed(t: TraceState, entry: Entry) -> None:
 
 
 def _check_unwritten(t: TraceState, entry: Entry, value: Value) -> None:
-    if value not in t.origin:
-        return
-    version, count, storage, writes = t.origin[value]
-    if version.count != count:
+    if value in t.origin:
+        _check_version(t, entry, value.type.shape, t.origin[value])
+
+
+def _check_version(t: TraceState, entry: Entry, shape: Ints, then: Origin) -> None:
+    """Raise where a tensor, or its memory, was written to since it was saved."""
+    if then.version.count != then.count:
         raise t.autograd_error(
             "one of the variables needed for gradient computation has been modified by an inplace "
-            f"operation: a tensor of shape {list(value.type.shape)} read by {entry.name} is at "
-            f"version {version.count}; expected version {count} instead"
+            f"operation: a tensor of shape {list(shape)} read by {entry.name} is at "
+            f"version {then.version.count}; expected version {then.count} instead"
         )
-    if storage.writes != writes:
+    if then.storage.writes != then.writes:
         raise t.unsupported(
-            f"A tensor of shape {list(value.type.shape)} that {entry.name} saved was written "
+            f"A tensor of shape {list(shape)} that {entry.name} saved was written "
             "through .data since, and eager would silently use the new value; clone it before, or "
             "write after the backward"
         )

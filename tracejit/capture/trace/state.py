@@ -20,7 +20,7 @@ from tracejit.capture.trace.journal import Journal
 from tracejit.capture.trace.keys import Keys
 from tracejit.capture.trace.scalars import Scalars, plain
 from tracejit.capture.trace.table import function_name
-from tracejit.capture.trace.tensor import TO_TORCH, Family, Handle, Storage, TracedTensor, Version
+from tracejit.capture.trace.tensor import TO_TORCH, Family, Handle, Origin, Storage, TracedTensor
 from tracejit.errors import (
     AutogradError,
     DerivativeError,
@@ -178,8 +178,7 @@ class TraceState:
         # and what they hold; see python/saved_hooks.py
         self.saving: list[object | None] = []
         self.held: list[object] = []
-        # where a value was read: the version counter, its count, the storage, its writes
-        self.origin: dict[Value, tuple[Version, int, Storage, int]] = {}
+        self.origin: dict[Value, Origin] = {}  # where a value was read
         self.saved: dict[Value, None] = {}  # forward values that formulas have read
         # host values as sums, and the first of those that are computed alike: see integers.py
         self.sums: dict[Value, tuple[dict[Value, int], float]] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -131,6 +132,19 @@ class Handle:
     @property
     def is_contiguous(self) -> bool:
         return is_contiguous(self.shape, self.strides)
+
+
+class Origin(NamedTuple):
+    """A tensor as it was when its value was read: the writes to it, and to its memory, so far."""
+
+    version: Version
+    count: int
+    storage: Storage
+    writes: int
+
+    @staticmethod
+    def of(h: Handle) -> Origin:
+        return Origin(h.version, h.version.count, h.storage, h.storage.writes)
 
 
 class TracedTensor(torch.Tensor):

@@ -34,12 +34,14 @@ from tracejit.capture.trace.tensor import (
     Family,
     Handle,
     Ints,
+    Origin,
     Step,
     Storage,
     TracedTensor,
     Version,
     has_complex,
 )
+from tracejit.capture.trace.versions import Call, saved_by
 from tracejit.capture.trace.views import apply_steps, of_pairs, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
@@ -86,10 +88,14 @@ class Trace(TraceState):
             hooks = self.saving[-1] if self.saving and self.grad_on else None
             if run is None or (hooks is not None and self.complexes):
                 raise self.unsupported(_COMPLEX)
+            saved = saved_by(func) if self.grad_on and not self.complexes else None
+            noting = None if saved is None else Call(self, saved, args, kwargs)
             if hooks is None:
                 result = run(self, *args, **kwargs)
             else:
                 result = hooks.around(self, func, args, kwargs)
+            if noting is not None:
+                noting.over(result)
             result = result if into is None else self._into(into, result)
             if told is not None:
                 told(result)
@@ -202,7 +208,7 @@ class Trace(TraceState):
             self.groups += 1
             made = self.producers.get(entry.outputs[0])
             self.b.line = self.lines.backward(at, "" if made is None else made.where)
-            if entry.saved is not None and held is None:
+            if held is None and not (entry.saved is None and entry.noted is None):
                 check_held(self, entry)
 
         try:
@@ -314,8 +320,7 @@ class Trace(TraceState):
             torch._C._set_grad_enabled(before)
 
     def _note(self, value: Value, handle: Handle) -> None:
-        storage, version = handle.storage, handle.version
-        self.origin[value] = (version, version.count, storage, storage.writes)
+        self.origin[value] = Origin.of(handle)
 
     def fresh(self, value: Value, strides: Ints | None = None) -> TracedTensor:
         """A new tensor in memory of its own (row-major unless `strides` says otherwise)."""

@@ -1,0 +1,105 @@
+"""What torch saves may not be written to before a backward: of the functions in the table we raise
+where eager raises, and nowhere else; and the table is what eager saves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+import tracejit
+from support.function_checks import parameters
+from support.function_samples import bare_name, each_function, samples_of
+from support.oracle import traced
+from support.scope import sampled
+from support.version_checks import (
+    SAVED,
+    Case,
+    Run,
+    cases,
+    ended,
+    in_eager,
+    inside,
+    is_same,
+    listed,
+)
+from tracejit.capture.trace.table import function_name
+from tracejit.capture.trace.versions import saved_by
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+LISTED = [f for f in each_function() if saved_by(f) is not None]
+POWERS = [f for f in each_function() if bare_name(f) in ("pow", "__pow__", "__rpow__")]
+
+
+def some_cases(function: Callable, of: float, step: int = 1) -> Iterator[tuple[Case, tuple]]:
+    """Cases of a function with how they end in eager: of the first sample and of one in so many."""
+    name = function_name(function)
+    for i, sample in enumerate(samples_of(function)[::step]):
+        if i == 0 or sampled(f"{name} {i}", of):
+            for case in cases(function, sample):
+                eager = in_eager(case)
+                if eager is not None:
+                    yield case, eager
+
+
+def told(case: Case, ours: object, eager: object) -> str:
+    return (
+        f"{function_name(case.function)}{case.sample}: of those that require grad {case.grads}, "
+        f"tensor {case.written} is written to {case.how}: eager {eager}, ours {ours}"
+    )
+
+
+@pytest.mark.parametrize("function", parameters(LISTED))
+@pytest.mark.sweep(2)
+def test_the_table(function: Callable):
+    """What torch saves by our table is what eager minds to be written to."""
+    wrong = []
+    for case, eager in some_cases(function, 5):
+        run = Run(case)
+        run.call()
+        if eager[0] in ("ok", "saved") and listed(saved_by(function), run) != (eager[0] == "saved"):
+            wrong.append(told(case, listed(saved_by(function), run), eager))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("function", parameters(LISTED + POWERS))
+@pytest.mark.sweep(8)
+def test_backward_inside(function: Callable):
+    wrong = []
+    for case, eager in some_cases(function, 5, step=3):
+        ours = ended(lambda case=case: traced(inside(Run(case))))
+        if not is_same(ours, eager):
+            wrong.append(told(case, ours, eager))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_power_saves_its_result():
+    """Seed 1001162 of `make fuzz`."""
+
+    def step(w, x):
+        y = (w.abs() + 0.5) ** x
+        z = y.reshape(7, 1)
+        z.masked_fill_(z > 0, 0.25)
+        z.square().sum().backward()
+
+    both_refuse(step, torch.arange(7.0).requires_grad_(), torch.ones(7))
+
+
+def test_a_loss_saves_its_target():
+    """Seed 1009343."""
+
+    def step(w, x):
+        loss = torch.nn.functional.mse_loss(x.expand(3, 7), w.expand(3, 7))
+        with torch.no_grad():
+            x.add_(x)
+        loss.backward()
+
+    both_refuse(step, torch.arange(7.0).requires_grad_(), torch.ones(7))
+
+
+def both_refuse(step: Callable, *args: torch.Tensor) -> None:
+    for run in (step, tracejit.compile(step, backend="numpy", on_unsupported="raise")):
+        with pytest.raises(RuntimeError, match=SAVED):
+            run(*args)

@@ -1,0 +1,147 @@
+"""What torch saves of the arguments and results of each function, for its derivative.
+
+In: a call of a torch function. Out: the tensors that nobody may write to before a backward goes
+through it, each with the version that it has. Our formulas often read other values than torch's, so
+what they read does not say it. `tests/test_saved_versions.py` asks eager.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tracejit.capture.trace.saves import SAVES
+from tracejit.capture.trace.state import TraceState
+from tracejit.capture.trace.table import RULES, function_name
+from tracejit.capture.trace.tensor import Handle, Origin, TracedTensor, tensors_of
+
+Tensor = torch.Tensor
+
+RESULT = -1  # the place of all that is returned; that of the second result is -3
+# entries of these are of views and casts of the operands, which save nothing
+_MOVED = frozenset(
+    {"alias", "cast", "data", "expand", "flip", "permute", "reshape", "slice", "stretch"}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What torch saves for a function: the places of its tensors, each with the argument that must
+    require grad for it, or None where any may. `params`: the names of the arguments."""
+
+    places: tuple[tuple[int, int | None], ...]
+    params: tuple[str, ...]
+
+    def argument(self, place: int, args: tuple, kwargs: dict) -> object:
+        """An argument of a call."""
+        if place < len(args):
+            return args[place]
+        return kwargs.get(self.params[place]) if place < len(self.params) else None
+
+
+@cache
+def saved_by(function: Callable) -> Saved | None:
+    """What torch saves for a function, if that is known."""
+    written = None
+    for name in (function_name(function), function_name(function).rpartition(".")[2]):
+        written = _LISTED.get(name) if written is None else written
+    name = name_in_place(function)
+    if written is None and name is not None:
+        written = _LISTED.get(name)
+        written = None if written is None else in_place(written)
+    if written is None:
+        return None
+    places = tuple(map(_place, written.split()))
+    return Saved(places, parameters(function))
+
+
+def name_in_place(function: Callable) -> str | None:
+    """The name of the function whose result this one writes into its first argument."""
+    name = function_name(function).rpartition(".")[2]
+    if re.fullmatch(r"__i\w+__", name) and name != "__invert__":
+        return f"__{name[3:]}"
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else None
+
+
+def in_place(written: str) -> str:
+    """What is saved in place: a copy of the operand, and the result in its memory."""
+    kept = [word for word in written.split() if word.partition("<")[0] != "0"]
+    return " ".join(kept)
+
+
+def parameters(function: Callable) -> tuple[str, ...]:
+    """The names of a function's arguments, those that may be given by position first."""
+    if inspect.isfunction(function) and not hasattr(function, "__wrapped__"):
+        return tuple(inspect.signature(function).parameters)
+    return tuple(inspect.signature(RULES[function].run).parameters)[1:]
+
+
+def _place(word: str) -> tuple[int, int | None]:
+    """One word of `SAVES`: "1<0" is the second argument, if the first requires grad; "r" all that
+    is returned, "r1" its second part."""
+    what, _, when = word.partition("<")
+    if what.startswith("r"):
+        return RESULT if what == "r" else -2 - int(what[1:]), None
+    return int(what), int(when) if when else None
+
+
+_LISTED = {name: written for written, names in SAVES.items() for name in names.split()}
+
+
+class Call:
+    """A call that is differentiated, before its rule runs."""
+
+    __slots__ = ("t", "saved", "args", "kwargs", "first", "required")
+
+    def __init__(self, t: TraceState, saved: Saved, args: tuple, kwargs: dict):
+        self.t, self.saved, self.args, self.kwargs = t, saved, args, kwargs
+        self.first = len(t.tape.entries)
+        # whether the first argument required grad before: it may be written to
+        first = any(when == 0 for _, when in saved.places)
+        self.required = first and self._any_requires_grad(0)
+
+    def over(self, result: object) -> None:
+        """The rule has run: its entries may be gone through as long as nothing is written to what
+        torch has saved."""
+        entries = self.t.tape.entries[self.first :]
+        if not entries:
+            return
+        found: dict[Handle, None] = {}
+        for place, when in self.saved.places:
+            if place < 0:
+                found |= dict.fromkeys(self._handles(_returned(result, place)))
+            elif when is None or (self.required if when == 0 else self._any_requires_grad(when)):
+                found |= dict.fromkeys(self._handles(self._argument(place)))
+        noted = tuple((h.shape, Origin.of(h)) for h in found)
+        for entry in entries:
+            if entry.name not in _MOVED:
+                entry.noted = noted
+
+    def _argument(self, place: int) -> object:
+        return self.saved.argument(place, self.args, self.kwargs)
+
+    def _handle(self, x: Tensor) -> Handle | None:
+        return x.handle if type(x) is TracedTensor else self.t.inputs.by_id.get(id(x))
+
+    def _handles(self, x: object) -> Iterator[Handle]:
+        """Of the tensors in an argument or result, those that the trace has met."""
+        return (h for h in map(self._handle, tensors_of(x)) if h is not None)
+
+    def _any_requires_grad(self, place: int) -> bool:
+        for x in tensors_of(self._argument(place)):
+            h = self._handle(x)
+            with torch._C.DisableTorchFunction():
+                if x.requires_grad if h is None else self.t.requires_grad(h):
+                    return True
+        return False
+
+
+def _returned(result: object, place: int) -> object:
+    if place == RESULT or not isinstance(result, tuple | list):
+        return result
+    return result[-2 - place] if -2 - place < len(result) else None
