@@ -247,10 +247,15 @@ def _conv_transpose(rank: int):
         count = x.shape[-rank:]
         rows = zip(count, stride, dilation, size, low, more, strict=True)
         length = tuple((n - 1) * s + d * (k - 1) + 1 - 2 * p + m for n, s, d, k, p, m in rows)
-        if any(n <= 0 for n in length):
+        if any(n < 0 for n in length):
             raise t.shape_error(
                 f"Given input size per channel: {list(count)}. Calculated output size per channel: "
                 f"{list(length)}. Output size is too small"
+            )
+        if 0 in length:
+            raise t.unsupported(
+                "Whether a transposed convolution without a result is an error depends on the "
+                "library that torch takes for it"
             )
         c = Convolution(Windows(size, stride, low, dilation, length, count), groups)
         return _finished(t, c.of_images, x, w, bias, rank)
