@@ -8,7 +8,6 @@ two are its derivatives, so that second derivatives follow.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +28,7 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
+
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

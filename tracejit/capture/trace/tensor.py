@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -25,6 +25,7 @@ from tracejit.ir.torch_types import COMPLEX_TO_IR as COMPLEX_TO_IR
 from tracejit.ir.torch_types import TO_IR as TO_IR
 from tracejit.ir.torch_types import TO_TORCH as TO_TORCH
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Step = tuple[str, tuple[tuple[str, object], ...]]  # of a view chain, with its attributes: views.py
 Ints = tuple[int, ...]
