@@ -109,8 +109,8 @@ def _one_per_storage(
             for i in members
             if not handles[i].steps and handles[i].shape == storage.value.type.shape
         ]
-        if len(members) == 1:
-            yield members[0]
+        if len(members) == 1 or all(handles[i].family.leaf is not None for i in members):
+            yield from members  # views of a leaf, which none of them lets be written to
         elif whole and all(handles[i].family is handles[whole[0]].family for i in members):
             for i in members:
                 if i != whole[0]:

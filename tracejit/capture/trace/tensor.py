@@ -101,6 +101,8 @@ class Handle:
     grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
     fixed: int | None = None  # the version at which its history was fixed: one of several views
     memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
+    # the view that it is a view of, and the base value then: until a write it is computed of that
+    of: tuple[Handle, Value] | None = field(default=None, repr=False)
     ragged: Ragged | None = None  # until somebody asks for more than what its rows are
 
     @property
