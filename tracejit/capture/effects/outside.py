@@ -13,7 +13,6 @@ function's backward runs here, when the step is traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -27,6 +26,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError, TracejitError
 from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 
 _RECOMPUTED = frozenset(
     {"alias", "reshape", "permute", "expand", "slice", "flip", "window", "full", "iota"}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -19,6 +18,7 @@ from tracejit.capture.trace.saves import SAVES
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import RULES, function_name
 from tracejit.capture.trace.tensor import Handle, Origin, TracedTensor, tensors_of
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 
