@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from tracejit.capture.trace.saves import SAVES
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import RULES, function_name
-from tracejit.capture.trace.tensor import Handle, Origin, TracedTensor, tensors_of
+from tracejit.capture.trace.tensor import Handle, Ints, Origin, TracedTensor, tensors_of
 from tracejit.records import dataclass
 
 Tensor = torch.Tensor
@@ -32,32 +32,27 @@ _MOVED = frozenset(
 @dataclass(frozen=True, slots=True)
 class Saved:
     """What torch saves for a function: the places of its tensors, each with the argument that must
-    require grad for it, or None where any may. `params`: the names of the arguments."""
+    require grad for it, or None where any may."""
 
     places: tuple[tuple[int, int | None], ...]
-    params: tuple[str, ...]
+    function: Callable
 
     def argument(self, place: int, args: tuple, kwargs: dict) -> object:
         """An argument of a call."""
-        if place < len(args):
-            return args[place]
-        return kwargs.get(self.params[place]) if place < len(self.params) else None
+        if place < len(args) or not kwargs:
+            return args[place] if place < len(args) else None
+        params = parameters(self.function)
+        return kwargs.get(params[place]) if place < len(params) else None
 
 
 @cache
 def saved_by(function: Callable) -> Saved | None:
     """What torch saves for a function, if that is known."""
-    written = None
-    for name in (function_name(function), function_name(function).rpartition(".")[2]):
-        written = _LISTED.get(name) if written is None else written
-    name = name_in_place(function)
-    if written is None and name is not None:
-        written = _LISTED.get(name)
-        written = None if written is None else in_place(written)
-    if written is None:
-        return None
-    places = tuple(map(_place, written.split()))
-    return Saved(places, parameters(function))
+    name, base = function_name(function), name_in_place(function)
+    written = next((_LISTED[n] for n in (name, name.rpartition(".")[2]) if n in _LISTED), None)
+    if written is None and base in _LISTED:
+        written = in_place(_LISTED[base])
+    return None if written is None else Saved(tuple(map(_place, written.split())), function)
 
 
 def name_in_place(function: Callable) -> str | None:
@@ -70,10 +65,10 @@ def name_in_place(function: Callable) -> str | None:
 
 def in_place(written: str) -> str:
     """What is saved in place: a copy of the operand, and the result in its memory."""
-    kept = [word for word in written.split() if word.partition("<")[0] != "0"]
-    return " ".join(kept)
+    return " ".join(word for word in written.split() if word.partition("<")[0] != "0")
 
 
+@cache
 def parameters(function: Callable) -> tuple[str, ...]:
     """The names of a function's arguments, those that may be given by position first."""
     if inspect.isfunction(function) and not hasattr(function, "__wrapped__"):
@@ -96,14 +91,18 @@ _LISTED = {name: written for written, names in SAVES.items() for name in names.s
 class Call:
     """A call that is differentiated, before its rule runs."""
 
-    __slots__ = ("t", "saved", "args", "kwargs", "first", "required")
+    __slots__ = ("t", "saved", "args", "kwargs", "first", "given")
 
     def __init__(self, t: TraceState, saved: Saved, args: tuple, kwargs: dict):
         self.t, self.saved, self.args, self.kwargs = t, saved, args, kwargs
         self.first = len(t.tape.entries)
-        # whether the first argument required grad before: it may be written to
-        first = any(when == 0 for _, when in saved.places)
-        self.required = first and self._any_requires_grad(0)
+        # arguments that are saved, as they are before the function writes to one
+        self.given = [
+            (x, self._noted(x))
+            for place, when in saved.places
+            if place >= 0 and (when is None or self._any_requires_grad(when))
+            for x in tensors_of(self._argument(place))
+        ]
 
     def over(self, result: object) -> None:
         """The rule has run: its entries may be gone through as long as nothing is written to what
@@ -111,13 +110,12 @@ class Call:
         entries = self.t.tape.entries[self.first :]
         if not entries:
             return
-        found: dict[Handle, None] = {}
-        for place, when in self.saved.places:
+        # what the trace had not met was not written to before
+        found = [then or self._noted(x) for x, then in self.given]
+        for place, _ in self.saved.places:
             if place < 0:
-                found |= dict.fromkeys(self._handles(_returned(result, place)))
-            elif when is None or (self.required if when == 0 else self._any_requires_grad(when)):
-                found |= dict.fromkeys(self._handles(self._argument(place)))
-        noted = tuple((h.shape, Origin.of(h)) for h in found)
+                found += map(self._noted, tensors_of(_returned(result, place)))
+        noted = tuple(then for then in found if then is not None)
         for entry in entries:
             if entry.name not in _MOVED:
                 entry.noted = noted
@@ -128,9 +126,10 @@ class Call:
     def _handle(self, x: Tensor) -> Handle | None:
         return x.handle if type(x) is TracedTensor else self.t.inputs.by_id.get(id(x))
 
-    def _handles(self, x: object) -> Iterator[Handle]:
-        """Of the tensors in an argument or result, those that the trace has met."""
-        return (h for h in map(self._handle, tensors_of(x)) if h is not None)
+    def _noted(self, x: Tensor) -> tuple[Ints, Origin] | None:
+        """A tensor as it is now; None of one that the trace has not met."""
+        h = self._handle(x)
+        return None if h is None else (h.shape, Origin.of(h))
 
     def _any_requires_grad(self, place: int) -> bool:
         for x in tensors_of(self._argument(place)):
@@ -142,6 +141,5 @@ class Call:
 
 
 def _returned(result: object, place: int) -> object:
-    if place == RESULT or not isinstance(result, tuple | list):
-        return result
-    return result[-2 - place] if -2 - place < len(result) else None
+    parts = result if isinstance(result, tuple | list) else (result,)
+    return result if place == RESULT else parts[-2 - place] if -2 - place < len(parts) else None
