@@ -30,8 +30,8 @@ def tiles(
     batch: int = 1,
     sms: int = SMS,
 ) -> Mapping[str, int]:
-    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, SPLITS and GROUP, num_warps,
-    num_stages.
+    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, SPLITS and GROUP, PIECES,
+    num_warps, num_stages.
 
     `dtype` is the operands' (IR names: f32, f64, bf16, f16, i32, …), `precision` the
     input_precision of fp32 operands, `epilogue_weight` the number of [M, N] tensors that the
@@ -59,6 +59,7 @@ def tiles(
             "GROUP_M": 8,
             "SPLITS": split.splits,
             "GROUP": split.group,
+            "PIECES": tile.pieces,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
@@ -116,12 +117,17 @@ def dot_path(dtype: str) -> str:
 
 
 # Per family, from the largest tile to the smallest:
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills.
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills, pieces.
 _CANDIDATES = {
     "half": (
         Tile(128, 256, 64, 8, 3, 1),
+        Tile(128, 256, 64, 8, 3, 2, 4),
+        Tile(128, 192, 64, 8, 4, 1),
+        Tile(128, 192, 64, 8, 4, 2, 2),
+        Tile(128, 192, 64, 8, 4, 3, 4),
         Tile(128, 128, 64, 4, 4, 1),
         Tile(128, 128, 64, 8, 3, 2),
+        Tile(128, 128, 64, 8, 3, 4, 4),
         Tile(64, 64, 64, 4, 4, 8),
         Tile(32, 32, 64, 4, 4, 8),
     ),
@@ -136,9 +142,11 @@ _CANDIDATES = {
         Tile(32, 32, 32, 4, 3, 8),
     ),
     "ieee": (
-        Tile(128, 128, 32, 8, 3, 1),
+        Tile(128, 128, 16, 8, 4, 1),  # BLOCK_K of 32 takes twice as long to compile
+        Tile(128, 128, 16, 8, 4, 3, 4),
         Tile(64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
         Tile(32, 32, 32, 4, 3, 8),
+        Tile(32, 32, 32, 4, 5, 8),
     ),
 }
 # The same where an operand is read through windows.

@@ -188,6 +188,39 @@ def test_matmul(dtype, m, n, k):
     check(text, forms=[form], tolerance=EPS.get(dtype, 0.0))
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "m, n, k, even",
+    [
+        (64, 96, 64, "mnk"),
+        (64, 33, 32, "mk"),
+        (5, 96, 64, "nk"),
+        (40, 33, 64, "k"),
+        (64, 32, 5, "mn"),
+    ],
+)
+def test_a_matmul_whose_tiles_end_where_it_does(dtype, m, n, k, even):
+    """Without masks. An operand and a sum are made of numbers for each row only."""
+    text = f"""f(%0: {dtype}[{m},1], %1: {dtype}[{k},{n}], %2: {dtype}[{m},1]) {{
+      %3: {dtype}[{m},{k}] = expand(%0, shape=({m}, {k}))
+      %4: {dtype}[{m},{k}] = maximum(%3, 0.5)
+      %5: {dtype}[{m},{n}] = matmul(%4, %1)
+      %6: {dtype}[{m},1] = abs(%2)
+      %7: {dtype}[{m},{n}] = expand(%6, shape=({m}, {n}))
+      %8: {dtype}[{m},{n}] = add(%5, %7)
+      %9: {dtype}[] = reduce_max(%7, axes=(0, 1))
+      %10: {dtype}[] = reduce_sum(%8, axes=(0, 1))
+      return %8, %9, %10
+    }}"""
+    loaded = check(text, tolerance=EPS[dtype])
+    (source,) = (s for s in loaded.sources if "matmul" in s.text)
+    assert f"even_{even}" in source.variants
+    for name, ranges in (("load_a", "mk"), ("load_b", "kn"), ("epilogue", "mn")):
+        function = source.text.partition(f"def {name}")[2].partition("@triton.jit")[0]
+        masked = {x for x in "mnk" if f"in_{x} =" in function}
+        assert masked <= set(ranges) - set(even) and ("mask=" in function) <= bool(masked)
+
+
 def test_matmul_with_transposes_prologue_and_epilogue():
     check("""
     f(%0: f32[33,70], %1: f32[40,33], %2: f32[40], %3: f32[70,40], %4: f64[]@host) {

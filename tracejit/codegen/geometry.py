@@ -13,10 +13,10 @@ from tracejit.codegen.row_passes import row_unit
 from tracejit.codegen.triton_attention import attention_of
 from tracejit.codegen.triton_foreach import WARPS, chunks_of, constants_of, workspace_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
-from tracejit.codegen.triton_matmul import contraction
+from tracejit.codegen.triton_matmul import contraction, variant_of
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.ir.ops import OPS
-from tracejit.kernels.costs import SMS
+from tracejit.kernels.costs import SMS, accumulators
 from tracejit.kernels.tiles import attention_tiles, tiles, workspace
 from tracejit.schedule.kernel import (
     Attend,
@@ -106,7 +106,9 @@ def variants(
     buffers; also "looped_peeled";
     "network": rows to sort that are long, and fit a tile;
     "ragged": a large flat domain that ends within a 128-bit access;
-    "split": a product of which several programs compute a tile, each for a stretch of k.
+    "even_mnk": a product whose tiles end where its m, n and k do, or some of these: no masks;
+    "split": a product of which several programs compute a tile, each for a stretch of k;
+    "pieces": one whose epilogue goes over a tile in several. Also "even_k_split" and the like.
     """
     if kernel.foreach:
         return ("",)
@@ -116,7 +118,7 @@ def variants(
 def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms: int) -> str:
     form = form_of(kernel)
     if form == "matmul":
-        return "split" * (_tiles_of(kernel, bound, precision, sms)["SPLITS"] > 1)
+        return _product_variant(kernel, bound, _tiles_of(kernel, bound, precision, sms))
     if form == "rows":
         outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
         block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
@@ -141,6 +143,13 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms:
         if len(axes) == 1 and numel >= SMALL and numel % wide:
             return "ragged"
     return ""
+
+
+def _product_variant(kernel: Kernel, bound: Mapping, chosen: Mapping[str, int]) -> str:
+    c, even = contraction(kernel), ""
+    for name, axis in (("m", c.m), ("n", c.n), ("k", c.dot.k)):
+        even += name * (_numel([axis], bound) % chosen[f"BLOCK_{name.upper()}"] == 0)
+    return variant_of(even, chosen["SPLITS"] > 1, chosen["PIECES"] > 1)
 
 
 def _each(
@@ -253,7 +262,10 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Geometr
     chosen = dict(_tiles_of(kernel, bound, precision, sms))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     tiles = batch * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
-    nbytes = _workspace(c.stage.body, tiles)
+    finished = tiles * chosen["PIECES"] * accumulators(chosen["BLOCK_N"])
+    nbytes = _workspace(c.stage.body, finished)
+    if chosen["PIECES"] == 1:
+        del chosen["PIECES"]
     if chosen["SPLITS"] == 1:
         del chosen["SPLITS"], chosen["GROUP"]
         return Geometry((tiles,), chosen, workspace=nbytes, **options)

@@ -136,7 +136,7 @@ def _flat(
     return [
         Line(f"first = {first}"),
         Line(f"if first <= {dim.extent} - BLOCK:"),
-        *TRITON.indent(block_lines(body, replace(dim, full=True), index, block)),
+        *TRITON.indent(block_lines(body, replace(dim, full=True, counted=False), index, block)),
         Line("else:"),
         *TRITON.indent(block_lines(body, dim, index, block)),
     ]

@@ -28,7 +28,7 @@ from tracejit.codegen.triton_scan import scan
 from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import fold_of
-from tracejit.kernels.costs import at_once
+from tracejit.kernels.costs import accumulators, at_once
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.foreach import columns_of, rows_of
 from tracejit.schedule.kernel import (
@@ -239,11 +239,13 @@ def _contraction(
         depths.append(loop.steps - before)
         loop.loaded += body.scalar_bytes * programs * trips
     total.steps = max(depths)  # neither operand waits for the other
-    epilogue = bodies[2]
+    epilogue, n = bodies[2], extents["n"]
+    pieces = constants.get("PIECES", 1) * accumulators(n.block)
+    apart = extents | {"n": Blocks(n.elements, n.count * pieces, n.block // pieces)}
     for section in epilogue.sections:
-        total.add(epilogue, section, extents, tiles if section.dims else 1, 1)
-    total.loaded += epilogue.scalar_bytes * tiles
-    _fold(total, c.stage.body, tiles)
+        total.add(epilogue, section, apart, tiles * pieces if section.dims else 1, pieces)
+    total.loaded += epilogue.scalar_bytes * tiles * pieces
+    _fold(total, c.stage.body, tiles * pieces)
     if splits > 1:
         _fold_tiles(total, constants, tiles, c.total)
     tile = math.prod(extents[name].block for name in "mnk")
