@@ -67,10 +67,12 @@ class Splits(NamedTuple):
 
 def splits_of(product: Product, tile: Tile) -> Iterator[int]:
     """The numbers of stretches that are worth a look: each takes fewer steps than the one before,
-    and none is without work. With two accumulators there is one."""
+    and none is without work. With two accumulators there is one, and where registers are short:
+    of a large tile whose k has masks."""
     trips, fewest = cdiv(product.k, tile.k), math.inf
     tiles = _tiles(product, tile)
-    most = 1 if accumulators(tile.n) > 1 else MOST_SPLITS
+    short = tile.m * tile.n > 128 * 128 and product.k % tile.k
+    most = 1 if short or accumulators(tile.n) > 1 else MOST_SPLITS
     for splits in range(1, min(most, trips) + 1):
         steps = cdiv(trips, splits)
         room = tiles * splits * tile.m * tile.n * product.total <= MOST_BYTES

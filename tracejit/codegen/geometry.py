@@ -21,6 +21,7 @@ from tracejit.kernels.tiles import attention_tiles, tiles, workspace
 from tracejit.schedule.kernel import (
     Attend,
     Axis,
+    Compute,
     FloorDiv,
     Index,
     Kernel,
@@ -46,6 +47,7 @@ NETWORK = 8192  # elements of a longer row that a program sorts at most
 COMPARED = 32  # elements that they are compared with at a time
 WIDE_RUN = 16  # channels of an image that are loaded together
 FILLED = 256  # programs that keep a GPU busy
+ARITHMETIC = 48  # operations of an epilogue that is long, as that of a GELU is
 
 
 @dataclass(frozen=True)
@@ -279,10 +281,12 @@ def _tiles_of(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Mappi
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)
+    long = sum(s.op.cost for s in c.stage.body if isinstance(s, Compute)) > ARITHMETIC
     windows = [s for s in (*c.dot.a, *c.dot.b) if _is_taken_apart(s)]
     last = all(_is_wide(s, bound) for s in windows)
     how = ("last" if last else "apart") if windows else ""
-    return tiles(m, n, k, c.dtype.name, precision, weight, how, _numel(c.batch, bound), sms)
+    batch = _numel(c.batch, bound)
+    return tiles(m, n, k, c.dtype.name, precision, weight, how, batch, sms, long)
 
 
 def _is_taken_apart(s: Statement) -> bool:
