@@ -88,8 +88,24 @@ def test_a_contraction():
     assert found.loaded == 4 * (4 * 64 * 120 + 2 * 120 * 100)  # each tile reads its own
     assert found.stored == 4 * 64 * 100 and found.operations == 8 * 32 * 32
     assert found.products == 2 * 8 * 4 * (32 * 32 * 32)
-    assert (found.steps, found.ahead) == (4, 2)
+    assert (found.steps, found.ahead) == (4, 4)
     assert found.waiting == found.loaded / 8 / 4
+
+
+def test_a_contraction_with_two_accumulators():
+    """Tiles of 128 × 192, the epilogue of which goes over 128 and then over 64 columns."""
+    (found,) = works("""
+        f(%0: bf16[4096,768], %1: bf16[768,768], %2: bf16[1,768]) {
+          %3: bf16[4096,768] = matmul(%0, %1)
+          %4: bf16[4096,768] = expand(%2, shape=(4096, 768))
+          %5: bf16[4096,768] = add(%3, %4)
+          return %5
+        }""")
+    programs = 32 * 4
+    assert found.programs == programs and (found.steps, found.ahead) == (12 + 2, 3)
+    assert found.loaded == 2 * programs * (128 * 768 + 768 * 192 + 192)
+    assert found.stored == 2 * 4096 * 768 and found.operations == 4096 * 768
+    assert found.products == 2 * 4096 * 768 * 768
 
 
 def test_a_contraction_whose_k_is_split():
@@ -99,7 +115,7 @@ def test_a_contraction_whose_k_is_split():
           return %2
         }""")
     partials = 8 * 8 * 4096  # 8 splits of each tile take four steps each, and are loaded at a time
-    assert found.programs == 8 * 8 and (found.steps, found.ahead) == (4 + 2, 2)
+    assert found.programs == 8 * 8 and (found.steps, found.ahead) == (4 + 2, 4)
     assert found.loaded == 4 * (4 * 64 * 1000 + 2 * 1000 * 100) + partials + 4 * 64
     assert found.stored == 4 * 64 * 100 + partials + 4 * (64 + 8)
     assert found.products == 2 * 8 * 32 * (32 * 32 * 32)

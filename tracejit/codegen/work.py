@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tracejit.codegen.attention_work import PER_SCORE, walk
+from tracejit.codegen.attention_work import per_score, walk
 from tracejit.codegen.counted import Blocks, Count, Total, Work, inside, numel
 from tracejit.codegen.geometry import Geometry, cdiv
 from tracejit.codegen.triton import Source
@@ -300,7 +300,7 @@ def _attended(
                 total.operations += cost * batches * len(pairs) * tile
             depth = max(depth, section.depth)
         total.loaded += body.scalar_bytes * batches * len(pairs)
-    total.operations += batches * found.scores * PER_SCORE * blocks["m"] * blocks["n"]
+    total.operations += batches * found.scores * per_score(a.dtype) * blocks["m"] * blocks["n"]
     tensor = dot_path(a.dtype.name) == "tensor"
     steps = (found.trips + 1) * depth
     return Work(
