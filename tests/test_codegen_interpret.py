@@ -123,6 +123,26 @@ def test_softmax(dtype, axis, max_tile):
         check(softmax(r, c, axis, dtype), max_tile=max_tile, tolerance=EPS[dtype])
 
 
+@pytest.mark.parametrize("dtype, max_tile", [("f32", 64), ("f32", 8192), ("bf16", 8192)])
+def test_rows_with_numbers_for_each_column(monkeypatch, dtype, max_tile):
+    """Of 35 rows and 250 columns in tiles of 16 × 128; also numbers for each row."""
+    from tracejit.codegen import geometry
+
+    monkeypatch.setattr(geometry, "SMALL", 1 << 10)
+    text = f"""f(%0: {dtype}[5,7,250], %1: {dtype}[250], %2: {dtype}[5,1,1], %3: f64[]@host) {{
+      %4: {dtype}[1,1,250] = reshape(%1, shape=(1, 1, 250))
+      %5: {dtype}[5,7,250] = expand(%4, shape=(5, 7, 250))
+      %6: {dtype}[5,7,250] = expand(%2, shape=(5, 7, 250))
+      %7: {dtype}[5,7,250] = mul(%0, %5)
+      %8: {dtype}[5,7,250] = add(%7, %6)
+      %9: {dtype}[5,7,250] = mul(%8, %3)
+      return %9
+    }}"""
+    loaded = check(text, forms=["pointwise_tiled"], tolerance=EPS[dtype], max_tile=max_tile)
+    constants = loaded.launched[0].geometry.constants
+    assert constants == {"BLOCK_O": min(16, max_tile // 64), "BLOCK_I": min(128, max_tile)}
+
+
 @pytest.mark.parametrize("op", ["sum", "max", "min"])
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16", "i64", "i32", "i8", "u8", "b1"])
 @pytest.mark.sweep(3)

@@ -47,6 +47,21 @@ def test_a_stream():
     assert found.waiting == 8_000_000 / tiles and found.products == 0
 
 
+def test_rows_with_numbers_for_each_column():
+    """Which are loaded once for a tile of 16 rows."""
+    (found,) = works("""
+        f(%0: f32[4000,500], %1: f32[500]) {
+          %2: f32[1,500] = reshape(%1, shape=(1, 500))
+          %3: f32[4000,500] = expand(%2, shape=(4000, 500))
+          %4: f32[4000,500] = add(%0, %3)
+          return %4
+        }""")
+    tiles = 250 * 4
+    assert (found.form, found.programs, found.steps) == ("pointwise", tiles, 1)
+    assert found.loaded == 4 * (4000 * 500 + 250 * 500) and found.stored == 4 * 4000 * 500
+    assert found.operations == tiles * 16 * 128
+
+
 def test_a_full_reduction():
     (found,) = works("""
         f(%0: f32[10000000]) {

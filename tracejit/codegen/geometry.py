@@ -41,6 +41,7 @@ MAX_TILE = 8192  # elements of a rows tile
 WIDE = 512  # outer points of a scatter that one index serves
 IDS = 512  # indices that a program looks through at a time
 TAKEN = 2  # of them that it takes, if it can be so few
+TILE_COLUMNS = 128  # of a tile of rows with numbers for each column
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 RANKED = 128  # elements of a row whose places a program finds
 NETWORK = 8192  # elements of a longer row that a program sorts at most
@@ -108,6 +109,7 @@ def variants(
     buffers; also "looped_peeled";
     "network": rows to sort that are long, and fit a tile;
     "ragged": a large flat domain that ends within a 128-bit access;
+    "tiled": element-wise work on large rows with numbers for each column;
     "even_mnk": a product whose tiles end where its m, n and k do, or some of these: no masks;
     "split": a product of which several programs compute a tile, each for a stretch of k;
     "pieces": one whose epilogue goes over a tile in several. Also "even_k_split" and the like.
@@ -138,6 +140,8 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms:
     if form == "sort":
         inner = _inner_numel(kernel, bound)
         return "network" if RANKED < power_of_two(inner) <= min(NETWORK, max_tile) else ""
+    if form == "pointwise" and _has_columns(kernel, bound):
+        return "tiled"
     if form in ("pointwise", "reduce"):
         axes = kernel.axes or kernel.stages[0].axes
         numel = _numel(axes, bound)
@@ -186,7 +190,7 @@ def _alone(
     if form == "attention":
         return _attention(kernel, bound, precision)
     if form == "pointwise":
-        return _pointwise(kernel, bound, max_tile, warps)
+        return _pointwise(kernel, bound, max_tile, warps, how)
     if form == "reduce":
         return _reduce(kernel, bound, max_tile, warps)
     if form == "scatter":
@@ -235,10 +239,34 @@ def _flat_block(numel: int, max_tile: int, warps: int) -> int:
     return min(max(block, 128 * warps), max_tile)
 
 
-def _pointwise(kernel: Kernel, bound: Mapping, max_tile: int, warps: int) -> Geometry:
+def _has_columns(kernel: Kernel, bound: Mapping) -> bool:
+    """Whether what lies along the last axis is stored, numbers for each column are loaded, and a
+    tile wastes little."""
+    if len(kernel.axes) < 2 or _numel(kernel.axes, bound) < SMALL:
+        return False
+    last = {kernel.axes[-1].name}
+    columns = _numel(kernel.axes[-1:], bound)
+    block = min(power_of_two(columns), TILE_COLUMNS)
+    if columns < COLUMNS or 4 * cdiv(columns, block) * block > 5 * columns:
+        return False
+    accesses = [s for s in kernel.statements if isinstance(s, Load | Store)]
+    stored = all(_unit_axes(s.index) == last for s in accesses if isinstance(s, Store))
+    return stored and any(
+        _axis_names(s.index) == last and not s.mask for s in accesses if isinstance(s, Load)
+    )
+
+
+def _pointwise(kernel: Kernel, bound: Mapping, max_tile: int, warps: int, how: str) -> Geometry:
     if not kernel.axes:
         return Geometry(grid=(1,), constants={}, num_warps=1)
     numel = _numel(kernel.axes, bound)
+    if how == "tiled":
+        columns = _numel(kernel.axes[-1:], bound)
+        block_i = min(power_of_two(columns), TILE_COLUMNS, max_tile)
+        block_o = max(1, min(2 * BLOCK, max_tile) // block_i)
+        tiles = cdiv(numel // columns, block_o) * cdiv(columns, block_i)
+        constants = {"BLOCK_O": block_o, "BLOCK_I": block_i}
+        return Geometry((tiles,), constants, _warps(block_o * block_i))
     block = _flat_block(numel, max_tile, warps)
     return Geometry((cdiv(numel, block),), {"BLOCK": block}, _warps(block))
 

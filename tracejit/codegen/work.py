@@ -112,6 +112,11 @@ def _alone(
             extents["i"] = Blocks(inner - ends, trips, constants["BLOCK_I"])
             if section.block == ENDS:
                 trips, extents["i"] = 1, Blocks(ends, 1, 2 * constants["UNIT"])
+        if variant == "tiled" and dims:
+            columns = numel(dims["i"], sizes)
+            across = cdiv(columns, constants["BLOCK_I"])
+            extents["i"] = Blocks(columns, across, constants["BLOCK_I"])
+            extents["o"] = replace(extents["o"], count=programs // across)
         many = form == "reduce" and not dims  # the tail, which only the last program runs
         total.add(body, section, extents, 1 if many else programs * trips, trips)
     total.loaded += body.scalar_bytes * programs
