@@ -39,6 +39,7 @@ def reset():
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)
     torch.backends.mha.set_fastpath_enabled(True)
+    torch.backends.opt_einsum.enabled = torch.backends.opt_einsum.is_available()
 
 
 def switch(function, *values):
@@ -223,6 +224,22 @@ def native_attention_of_modules(w):
     def step():
         with torch.no_grad():
             return w.module(x, src_key_padding_mask=blind)
+
+    return step
+
+
+def _order_products(by_cost: bool) -> None:
+    torch.backends.opt_einsum.enabled = by_cost
+
+
+@case("replay", changes=switch(_order_products, False), calls=9)
+def the_order_of_products(w):
+    """By cost the result's memory has another order of axes."""
+    a, b, c = (torch.linspace(-1, 1, m * n).reshape(m, n) for m, n in ((5, 4), (4, 3), (5, 3)))
+
+    def step():
+        y = torch.einsum("ab,bc,ac->bca", a, b, c)
+        return y, y.stride()
 
     return step
 

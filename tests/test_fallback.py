@@ -800,3 +800,29 @@ def test_a_class_and_a_global_that_were_given_intermediates_are_put_back():
         step(torch.ones(2))
     assert step.stats.eager == 1 and Holder.calls == 1
     assert Holder.last.tolist() == _given.tolist() == [1.0, 1.0]
+
+
+def test_an_argument_that_comes_to_require_grad():
+    """As in eager the argument has a history afterwards, its parameter other values, and a backward
+    goes through both; a warning names the line."""
+
+    def step(w, y):
+        y.add_(w)
+        return (y * y).sum()
+
+    def call(run):
+        w = torch.arange(1.0, 5.0, requires_grad=True)
+        found = []
+        for _ in range(3):
+            y = w.detach()
+            loss = run(w, y)
+            (loss + y.sum()).backward()
+            found += [loss.detach(), y.detach().clone(), w.grad.clone(), w.detach().clone()]
+            found.append(torch.tensor(float(y.requires_grad and not y.is_leaf)))
+        return found
+
+    compiled = tracejit.compile(step, on_unsupported="eager")
+    with pytest.warns(TracejitWarning, match=r"eagerly.*would require grad") as warned:
+        ours = call(compiled)
+    assert len(warned) == 1 and "y.add_(w)" in str(warned[0].message)
+    torch.testing.assert_close(ours, call(step), rtol=0, atol=0)

@@ -158,14 +158,19 @@ FOLD_CASES = [
         full(9, "f32[3]", -8.0, "(3,)"),
     ),
     rule(
-        "sum_of_constant: not of fractions",
-        f"{full(9, 'f32[4]', 0.1)}\n%10: f32[] = reduce_sum(%9, axes=(0,))",
-        f"{full(9, 'f32[4]', 0.1)}\n%10: f32[] = reduce_sum(%9, axes=(0,))",
+        "sum_of_constant: fractions, of the element as it is",
+        f"{full(9, 'f32[3]', 0.1, '(3,)')}\n%10: f32[] = reduce_sum(%9, axes=(0,))",
+        full(9, "f32[]", 0.30000001192092896, "()"),
     ),
     rule(
-        "sum_of_constant: not beyond the accumulator",
-        f"{full(9, 'f32[4]', '8388608.0')}\n%10: f32[] = reduce_sum(%9, axes=(0,))",
-        f"{full(9, 'f32[4]', '8388608.0')}\n%10: f32[] = reduce_sum(%9, axes=(0,))",
+        "sum_of_constant: of nothing",
+        f"{full(9, 'f32[4,0]', 'inf', '(4, 0)')}\n%10: f32[4] = reduce_sum(%9, axes=(1,))",
+        full(9, "f32[4]", 0.0),
+    ),
+    rule(
+        "sum_of_constant: not of integers that leave their dtype",
+        f"{full(9, 'i32[4]', 2**30)}\n%10: i32[] = reduce_sum(%9, axes=(0,))",
+        f"{full(9, 'i32[4]', 2**30)}\n%10: i32[] = reduce_sum(%9, axes=(0,))",
     ),
 ]
 

@@ -20,6 +20,7 @@ from support.random_images import generate_images, generate_plain
 from support.random_programs import generate
 from support.random_text import Program
 from support.scope import WHOLE
+from tracejit.errors import SideEffectError
 from tracejit.schedule.cpu import tiles, winograd
 
 kind = winograd.Winograd
@@ -227,4 +228,19 @@ def test_an_unsupported_call_counts_as_refused():
 
     with pytest.raises(RuntimeError) as caught:
         compare(step, lambda cast: [cast(torch.ones(4), torch.float32)], backend="numpy")
+    assert is_refusal(caught.value)
+
+
+def test_a_change_that_a_compiled_step_cannot_make_counts_as_refused():
+    """Seed 1006430: an argument would require grad afterwards."""
+
+    def make_args(cast):
+        w = cast(torch.ones(4), torch.float32).requires_grad_()
+        return [w, w.detach()]
+
+    def step(w, y):
+        y.add_(w)
+
+    with pytest.raises(SideEffectError) as caught:
+        compare(step, make_args, backend="numpy")
     assert is_refusal(caught.value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 import tracejit
 from support.random_check import compare
 from support.random_text import randn
+from tracejit.capture.trace.tensor import elementwise_strides
 from tracejit.errors import AutogradError, UnsupportedOperation
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -495,3 +499,74 @@ def test_what_is_read_through_data_is_not_of_the_tensors_counter():
         raises(x, w)
     with pytest.raises((AutogradError, UnsupportedOperation)):
         tracejit.compile(raises, backend="numpy", on_unsupported="raise")(x, w)
+
+
+def test_the_second_derivative_of_an_empty_mean():
+    def step(w):
+        (F.softplus(w - w.mean(0, keepdim=True)) - 0.5).square().mean().backward(create_graph=True)
+
+    check(step, leaf(1, 1, 0, dtype=BF16))
+
+
+def test_the_gradient_of_a_mean_of_many_equal_cotangents():
+    def step(w, x):
+        (w - F.layer_norm(x, x.shape[-1:])).mean().backward()
+
+    def make_args(cast):
+        return [leaf(1, 1)(cast), data(2, 33, 33)(cast)]
+
+    compare(step, make_args, backend="c")
+
+
+def test_a_transposed_convolution_without_a_result():
+    """Eager takes it or not, by the library that it asks."""
+
+    def step(x, w):
+        return F.conv_transpose2d(x, w, padding=(1, 0), groups=3)
+
+    x, w = randn(1, 2, 3, 2, 2).float(), randn(2, 3, 2, 1, 3).float()
+    with pytest.raises(UnsupportedOperation, match="depends on the library"):
+        tracejit.compile(step, on_unsupported="raise")(x, w)
+    falling_back = tracejit.compile(step, on_unsupported="eager")
+    assert falling_back(x, w).shape == (2, 6, 0, 4)
+    assert falling_back.stats.eager == 1
+
+
+def test_axes_of_one_element_order_a_result_as_in_eager():
+    def step(x, y):
+        return x == y, x + y
+
+    for strides in ((1, 1), (1, 33)):
+        x, y = randn(1, 33, 1, 1).float(), randn(2, 33, 1).float()
+        x = x.as_strided((33, 1, 1), (1, 1, 33))
+        y = y.as_strided((33, 1), strides)
+        for ours, eager in zip(tracejit.compile(step)(x, y), step(x, y), strict=True):
+            assert ours.stride() == eager.stride()
+            assert torch.equal(ours, eager)
+
+
+def _laid_out_somehow(rng: random.Random, shape: Sequence[int]) -> torch.Tensor:
+    order = rng.sample(range(len(shape)), len(shape))
+    memory = torch.zeros([2 * shape[i] for i in order])
+    if rng.random() < 0.7:
+        memory = torch.zeros([shape[i] for i in order])
+    else:
+        memory = memory[tuple(slice(0, None, 2) for _ in order)]
+    return memory.permute([order.index(i) for i in range(len(shape))])
+
+
+def test_strides_of_element_wise_results():
+    """Random shapes and layouts of one, two and three operands, against eager."""
+    rng = random.Random(0)
+    for _ in range(4000):
+        sizes = (1, 1, 2, 3, 5, 0) if rng.random() < 0.1 else (1, 2, 3)
+        shape = [rng.choice(sizes) for _ in range(rng.randint(0, 5))]
+        operands = []
+        for _ in range(rng.choice((1, 2, 2, 3))):
+            own = [1 if rng.random() < 0.3 else n for n in shape]
+            first = rng.randint(0, len(own)) if rng.random() < 0.3 else 0
+            operands.append(_laid_out_somehow(rng, own[first:]))
+        function = {1: torch.sin, 2: torch.eq, 3: torch.addcmul}[len(operands)]
+        eager = function(*operands)
+        given = [(tuple(x.shape), x.stride()) for x in operands]
+        assert elementwise_strides(tuple(eager.shape), given) == eager.stride(), given

@@ -400,6 +400,40 @@ def test_remainders_are_folded():
     )
 
 
+def test_sums_with_zeros_of_other_remainders_are_left_out():
+    """All but the first: it may turn -0.0 into 0.0."""
+    kernel = """
+        kernel(b0: f32 r, b1: f32 r, b2: f32 w) over (i0: 6) {
+          stage (i1: 12) {
+            v0: f32 = load b0[i0 * 4 + i1 // 3] if 0 <= i1 % 3 < 1
+            v1: f32 = load b1[i0 * 4 + i1 // 3] if 0 <= i1 % 3 + -1 < 1
+            v2: f32 = add(v0, v1)
+            v3: f32 = add(0.0, v2)
+            v4: f32 = add(v3, v3)
+            v5: f32 = add(v4, 0.0)
+            store b2[i0 * 12 + i1] <- v5
+          }
+        }"""
+    check(
+        write_out_phases,
+        kernel,
+        """
+        kernel(b0: f32 r, b1: f32 r, b2: f32 w) over (i0: 6) {
+          stage (i1: 4) {
+            v6: f32 = load b0[i0 * 4 + i1]
+            v7: f32 = add(v6, 0.0)
+            v9: f32 = add(v7, v7)
+            store b2[i0 * 12 + i1 * 3] <- v9
+            v11: f32 = load b1[i0 * 4 + i1]
+            v12: f32 = add(0.0, v11)
+            v14: f32 = add(v12, v12)
+            store b2[i0 * 12 + i1 * 3 + 1] <- v14
+            store b2[i0 * 12 + i1 * 3 + 2] <- 0.0
+          }
+        }""",
+    )
+
+
 @pytest.mark.parametrize(
     "old, new",
     [

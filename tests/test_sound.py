@@ -199,3 +199,6 @@ def test_kernels_that_read_what_they_store():
     with pytest.raises(InvalidGraph, match="stored twice"):
         check_kernel(parse_kernel(twice))
     check_kernel(parse_kernel(twice.replace("store b1[i0] <- v0", "store b0[i0] <- v0")))
+    check_kernel(
+        parse_kernel("kernel(b0: bf16 w) over () {\n  stage () {\n    store b0[0] <- nan\n  }\n}")
+    )

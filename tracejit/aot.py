@@ -14,9 +14,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from itertools import takewhile
 from pathlib import Path
+
+from tracejit.records import dataclass
 
 MAX_SHARED_BYTES = 232448  # what one block may use on sm_90 and sm_100
 TARGETS = (80, 90, 100)

@@ -9,10 +9,11 @@ too (create_graph), higher derivatives follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.ir.graph import Builder, Node, Value
 from tracejit.ir.ops import NO_GRAD
+from tracejit.records import dataclass
 
 # vjp(b, cotangents of the outputs, needed) -> one cotangent (or None) per input
 Vjp = Callable[[Builder, tuple[Value | None, ...], tuple[bool, ...]], Sequence[Value | None]]

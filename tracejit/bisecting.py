@@ -15,7 +15,6 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from tracejit.compile import compile as compile_step
 from tracejit.errors import WrongResult
 from tracejit.ir.text import parse
 from tracejit.options import Options
+from tracejit.records import dataclass
 from tracejit.testing import assert_equal_to_eager
 from tracejit.verify.children import in_child
 from tracejit.verify.recording import CannotRecord, Program, recorded

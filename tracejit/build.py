@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import FunctionType
 from typing import Protocol
 
@@ -28,6 +28,7 @@ from tracejit.capture.python.snapshot import Snapshot
 from tracejit.capture.trace.posing import posing
 from tracejit.errors import SideEffectError, TargetError
 from tracejit.options import Options
+from tracejit.records import dataclass
 from tracejit.runtime.select import registered
 from tracejit.runtime.target_device import TARGETS, TargetDevice
 from tracejit.runtime.triton_api import compilations

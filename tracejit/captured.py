@@ -9,7 +9,7 @@ or run, and no tensor, optimizer or scheduler is changed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from types import FunctionType
 
@@ -23,6 +23,7 @@ from tracejit.compile import CompiledStep
 from tracejit.errors import SideEffectError
 from tracejit.ir.graph import Graph
 from tracejit.passes import optimize
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,6 @@ from tracejit.capture.proof.guards import Armed
 from tracejit.capture.proof.prover import Prover
 from tracejit.capture.proof.watch import watch
 from tracejit.capture.python import memory
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.signature import Signature, signature_of
 from tracejit.capture.trace.active import current
 from tracejit.capture.trace.trace import Trace
@@ -42,6 +41,7 @@ from tracejit.closures import Closures
 from tracejit.errors import OF_RANKS, InputsExhausted
 from tracejit.fallback import Attempt, Fallback
 from tracejit.forks import own_lock
+from tracejit.garbage import uncollected
 from tracejit.inspection import BoundStep, Inspected
 from tracejit.interrupts import held, interruptible, uninterrupted
 from tracejit.ir import exchange

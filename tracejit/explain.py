@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 
 import torch
@@ -23,6 +22,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ledger import KernelCost, LaunchCost, Ledger, Memory
 from tracejit.links import CLUSTERS
 from tracejit.passes import optimize
+from tracejit.records import dataclass
 from tracejit.report import report
 from tracejit.roofline import Filling, Prediction, fall_short, filling, predict, rate, said
 from tracejit.rows import Row

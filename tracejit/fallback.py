@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FunctionType
 
 from torch.nn.parameter import is_lazy
@@ -32,6 +31,7 @@ from tracejit.errors import (
 from tracejit.interrupts import raised_by_handler
 from tracejit.kinds import counted, kind_of
 from tracejit.quotes import at as place_at
+from tracejit.records import dataclass
 from tracejit.weighing import Weighing
 
 # not about the step

@@ -30,7 +30,7 @@ REPLAY     of the host per replayed call, guard included, and for each of its la
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tracejit.records import dataclass
 
 L2_WIDTH = 32  # bytes a clock and SM
 LAUNCH = 0.5e-6  # seconds

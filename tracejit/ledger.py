@@ -8,11 +8,12 @@ stands how the same plans are launched on a GPU, and how long that should take (
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from tracejit.gpus import EAGER
 from tracejit.ledger_page import page
+from tracejit.records import dataclass
 from tracejit.tables import Columns, duration, joined, micro, size, table
 
 Table = tuple[str, Sequence[object], Columns]  # title, rows, columns

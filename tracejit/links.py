@@ -20,7 +20,7 @@ the first one that connects as many ranks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracejit import knobs
+from tracejit.records import dataclass
 from tracejit.runtime.select import FAKES
 
 MODES = ("auto", "rerun", "replay")

@@ -8,7 +8,7 @@ begin alike share their stages, whatever Python decides afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +19,7 @@ from tracejit.errors import ValueDependentError
 from tracejit.ir.graph import Graph, Param, Result, Value
 from tracejit.ir.on_tensors import on_numpy, results_on_numpy
 from tracejit.passes.segments import Segment, segments
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program
 
 Function = Callable[[Sequence], list[torch.Tensor]]  # from a graph's inputs to its results

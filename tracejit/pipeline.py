@@ -10,22 +10,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 
 import torch
 
 from tracejit import knobs
 from tracejit.capture.effects.captured import Checks
-from tracejit.capture.python.garbage import uncollected
 from tracejit.errors import TracejitError, UnsupportedOperation
 from tracejit.forks import own_lock
+from tracejit.garbage import uncollected
 from tracejit.interrupts import held, interruptible, look_around
 from tracejit.ir.graph import Graph, verify
 from tracejit.options import Options
 from tracejit.passes import optimize
 from tracejit.passes.checkpoints import kept
 from tracejit.progress import stage, telling
+from tracejit.records import dataclass
 from tracejit.runtime.agreement import Agreement, numbers_in_common
 from tracejit.runtime.cache import DiskCache, digest_of
 from tracejit.runtime.executor import Executor

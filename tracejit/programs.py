@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import FunctionType
 
 from tracejit.capture.effects.captured import Captured, Key, graph_key
@@ -23,6 +23,7 @@ from tracejit.ir.graph import Graph
 from tracejit.options import Options
 from tracejit.parts import Parts, Stages
 from tracejit.pipeline import Backward, Checking, Pipeline, Stats
+from tracejit.records import dataclass
 from tracejit.run import Hooks, Run, generate
 from tracejit.runtime.agreement import Agreement
 from tracejit.runtime.memory import Memory

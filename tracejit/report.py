@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from tracejit.codegen.triton_table import LOCAL_TABLES
 from tracejit.codegen.work import work
 from tracejit.errors import BackendUnavailable
 from tracejit.gpus import ARCHES, GPUS, occupancy
+from tracejit.records import dataclass
 from tracejit.roofline import filling, predict
 from tracejit.rows import Row, limits, peeled_share_of, shortfalls, spills, stream_share_of
 from tracejit.runtime.select import executor_for

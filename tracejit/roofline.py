@@ -9,10 +9,10 @@ hardware can do, and why.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tracejit.codegen.work import Work
 from tracejit.gpus import BALANCE, IN_FLIGHT, LATENCY, LAUNCH, LONG, Gpu
+from tracejit.records import dataclass
 
 MOST_ISSUED = 4  # times the bytes that a kernel without a contraction has to move
 

@@ -7,7 +7,7 @@ no kernel may do, `shortfalls` what keeps a launch from using its GPU.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Protocol
 
 from tracejit.aot import KernelFacts
@@ -17,6 +17,7 @@ from tracejit.codegen.triton_forms import form_of
 from tracejit.codegen.work import Work
 from tracejit.gpus import ARCHES
 from tracejit.ir.types import contiguous_strides, f32
+from tracejit.records import dataclass
 from tracejit.roofline import Filling, Prediction, fall_short, said
 from tracejit.runtime.triton_launch import LoadedLaunch
 from tracejit.schedule.foreach import columns_of

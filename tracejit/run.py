@@ -8,7 +8,6 @@ and replays all go through it. An exception leaves everything as before, or come
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -30,6 +29,7 @@ from tracejit.ir import host_memory
 from tracejit.ir.graph import Arg, Graph
 from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.parts import Parts, Stage
+from tracejit.records import dataclass
 from tracejit.runtime.executor import Inlined
 from tracejit.runtime.program import Program
 

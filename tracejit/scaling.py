@@ -14,10 +14,10 @@ gradients of a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tracejit.ledger import CollectiveCost, Efficiency
 from tracejit.links import ETHERNET, RANKS, Link, link_of, name_of
+from tracejit.records import dataclass
 from tracejit.schedule.collectives import START
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.wire import ranks_of, sent, steps, whole

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +20,7 @@ from tracejit.capture import functions
 from tracejit.capture.python import patches
 from tracejit.capture.trace import tensor
 from tracejit.capture.trace.table import RULES, Row, Rule, function_name
+from tracejit.records import dataclass
 
 HERE = Path(__file__).parent
 FACTS = HERE / "support.tsv"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +27,7 @@ from tracejit.equality import (
     tensors_in_float64,
 )
 from tracejit.ir.magnitudes import magnitudes
+from tracejit.records import dataclass
 from tracejit.runtime.select import registered
 
 if TYPE_CHECKING:

@@ -44,10 +44,10 @@ from tracejit.capture.proof.guard_text import NumberLine
 from tracejit.capture.proof.guards import Armed, arm, reasons_against, survey
 from tracejit.capture.proof.watch import Seen, origin, watch
 from tracejit.capture.python.bytecode import Scanned
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.capture.tracer import Tracer
+from tracejit.garbage import uncollected
 
 
 def trace(

@@ -15,7 +15,7 @@ import torch
 import tracejit
 from support.random_text import Program
 from tracejit.equality import EPS, Magnitudes
-from tracejit.errors import WrongResult
+from tracejit.errors import SideEffectError, WrongResult
 from tracejit.testing import _compare, _visible
 
 Cast = Callable[[torch.Tensor, torch.dtype], torch.Tensor]
@@ -153,7 +153,10 @@ class Inside:
 
 
 def is_refusal(error: Exception | None) -> bool:
-    """Whether it says "not supported", at once or when a backward reaches what is not."""
+    """Whether it says "not supported", at once or when a backward reaches what is not; or that the
+    step changes what a compiled step cannot change. By default such a step runs eagerly."""
+    if isinstance(error, SideEffectError):
+        return True
     return error is not None and "is not supported inside a compiled step" in str(error)
 
 

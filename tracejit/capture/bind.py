@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import CellType, FunctionType, MethodType
 
@@ -34,6 +33,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
 from tracejit.errors import OF_EAGER, SideEffectError, TracejitError
 from tracejit.interrupts import interruptible, raised_by_handler
+from tracejit.records import dataclass
 
 _FUNCTIONS = 200  # looked at before each trace
 

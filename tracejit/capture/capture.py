@@ -12,9 +12,9 @@ from types import FunctionType
 from tracejit.capture import functions  # noqa: F401  fills the table of rules
 from tracejit.capture.bind import bind, run
 from tracejit.capture.effects.collect import Finished, finish
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.tracer import Tracer
+from tracejit.garbage import uncollected
 from tracejit.interrupts import held
 
 

@@ -8,12 +8,13 @@ It reruns the Python on every call: a replay cannot know what Python would compu
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracejit.capture.effects.captured import Captured, graph_key
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Param, Value, next_id
 from tracejit.ir.types import HOST_SCALAR
+from tracejit.records import dataclass
 
 _ENOUGH = 3  # plans of their own, before one is made for all values
 _REMEMBERED = 64

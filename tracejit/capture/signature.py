@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -25,6 +25,7 @@ from tracejit.capture.effects.fields import (
 )
 from tracejit.capture.python.classes import slots
 from tracejit.capture.trace.tensor import extent
+from tracejit.records import dataclass
 
 _LINE = 16  # elements: a tensor that starts so many further is aligned alike
 

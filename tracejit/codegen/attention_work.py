@@ -7,11 +7,11 @@ of keys goes over the blocks of queries that see it, and each block of queries o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from tracejit.codegen.triton_attention import GRADIENTS, Attention
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Pair = tuple[int, int]  # of a block of queries, and a block of keys
 

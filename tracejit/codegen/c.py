@@ -12,7 +12,7 @@ one after another. Sizes are plain numbers.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 from tracejit.codegen.c_attention import attention_parts
@@ -27,6 +27,7 @@ from tracejit.codegen.c_sort import sort_parts
 from tracejit.codegen.c_text import C, block
 from tracejit.codegen.c_vectors import declaration, defined, vector_functions, vector_types
 from tracejit.codegen.language import Line, comment
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.plan import CpuKernel
 
 _RUN = """

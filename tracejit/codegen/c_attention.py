@@ -8,14 +8,13 @@ scores. Ragged blocks are filled up with zeros.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracejit.codegen.c_body import Body, opened
 from tracejit.codegen.c_loops import Part, Task, chunk_range, unravelled
 from tracejit.codegen.c_micro import Micro, Operand, called
 from tracejit.codegen.c_text import block, literal, rounded, value_type
 from tracejit.codegen.language import Line
 from tracejit.ir.types import f64
+from tracejit.records import dataclass
 from tracejit.schedule.cpu import attention
 from tracejit.schedule.cpu.access import extents_of
 from tracejit.schedule.cpu.attention import VECTORS

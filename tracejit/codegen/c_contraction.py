@@ -7,13 +7,13 @@ share.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from tracejit.codegen.c_body import Body
 from tracejit.codegen.c_loops import unravelled
 from tracejit.codegen.c_text import value_type
 from tracejit.codegen.language import Line
+from tracejit.records import dataclass
 from tracejit.schedule.cpu import digits, tiles
 from tracejit.schedule.cpu.access import contiguity, extents_of
 from tracejit.schedule.cpu.digits import Digits, over_digits, taken_apart

@@ -7,12 +7,13 @@ that results do not depend on the number of threads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.codegen.c_body import Body, is_independent, opened
 from tracejit.codegen.c_reduce import Fold, fold_of, lanes_of
 from tracejit.codegen.c_text import C, block, loaded, memory_type, product, value_type
 from tracejit.codegen.language import Line
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import (
     carried,
     extents_of,

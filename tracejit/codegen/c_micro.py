@@ -7,13 +7,12 @@ a contraction's sums is not eager's either.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracejit.codegen.c_contraction import Contraction
 from tracejit.codegen.c_pack import pack_panel, pack_rows
 from tracejit.codegen.c_text import block
 from tracejit.codegen.c_vectors import vector_type
 from tracejit.codegen.language import Line
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.registers import accumulators, keeps_b, vectors_of
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH
 

@@ -7,12 +7,13 @@ float64: its error does not grow with the number of blocks. Maximum and minimum 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.codegen.c_body import Body
 from tracejit.codegen.c_text import rounded, value_type
 from tracejit.codegen.language import Line
 from tracejit.ir.types import DType, b1, f64
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Reduce
 
 _LOWEST = {"i64": "INT64_MIN", "i32": "INT32_MIN", "i16": "INT16_MIN", "i8": "INT8_MIN", "u8": "0"}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.statements import all_statements
 from tracejit.codegen.triton_body import Body, Dims
 from tracejit.codegen.triton_text import Dim
 from tracejit.ir.ops import OPS
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, variables
 from tracejit.schedule.kernel import (
     Axis,

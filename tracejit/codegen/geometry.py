@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from tracejit.codegen.row_passes import row_unit
 from tracejit.codegen.triton_attention import attention_of
@@ -18,6 +17,7 @@ from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.ir.ops import OPS
 from tracejit.kernels.costs import SMS, accumulators
 from tracejit.kernels.tiles import attention_tiles, tiles, workspace
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import (
     Attend,
     Axis,

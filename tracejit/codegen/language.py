@@ -8,11 +8,11 @@ every primitive that is printed, and for nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.ops import OPS, Op
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Template = str | Mapping[str, str]
 

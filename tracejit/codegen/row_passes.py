@@ -9,11 +9,12 @@ read them from a multiple of 16 bytes on.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.codegen.statements import all_statements
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import b1, f32, f64, i64
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import axes_of, has_value, places, variables
 from tracejit.schedule.kernel import (
     Axis,

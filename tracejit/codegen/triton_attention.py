@@ -7,7 +7,6 @@ names its sizes and calls one of them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import Body
@@ -17,6 +16,7 @@ from tracejit.codegen.triton_text import MEMORY_TYPE, Dim, compute_type, product
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import DType
 from tracejit.kernels.tiles import dot_path
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Attend, Axis, Kernel, Stage, axes_of_result
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_C", "BLOCK_D")

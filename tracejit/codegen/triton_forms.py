@@ -15,12 +15,13 @@ as a suffix) a kernel shares its launch with others: its programs are those from
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_text import TRITON, Dim, fold_of
 from tracejit.errors import InvalidGraph
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Kernel, Reduce, Stage
 
 HEADER_BYTES = 16  # the workspace starts with the counter; the partials follow

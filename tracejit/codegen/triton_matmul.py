@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
@@ -26,6 +25,7 @@ from tracejit.codegen.triton_text import (
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import DType
 from tracejit.kernels.tiles import dot_path
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Stage, Statement, Var
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")

@@ -6,13 +6,12 @@ those of a tile as a tree, and the last of them is carried to the next tile. No 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import Body
 from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
 from tracejit.codegen.triton_text import TRITON, Dim, compute_type
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import variables
 from tracejit.schedule.kernel import (
     Compute,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.codegen.language import Line
 from tracejit.codegen.triton_body import NO_DIMS, Body
 from tracejit.codegen.triton_forms import Function, MakeBody, lanes, program_number
 from tracejit.codegen.triton_text import TRITON, Dim
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import axes_of, places, variables
 from tracejit.schedule.kernel import Axis, Kernel, Size, Stage, Statement, Store, Var
 

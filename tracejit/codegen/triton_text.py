@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.codegen.language import Language, Line, strip
 from tracejit.codegen.triton_table import TEMPLATES
 from tracejit.ir.types import DType, b1
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Axis, Reduce, Size
 
 MEMORY_TYPE = {

@@ -10,7 +10,7 @@ import builtins
 import keyword
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from tracejit.capture.effects.captured import Captured
@@ -39,6 +39,7 @@ from tracejit.ir.hostcode import HostCode
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import contiguous_strides
 from tracejit.parts import Stage
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program
 from tracejit.saved.record import GivenNumber, GivenTensor, GivenValue, SavedPlan, Spec
 

@@ -4,12 +4,12 @@ tells whether eager would refuse what the step computes, and the rest."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.ir.graph import Graph
 from tracejit.parts import Parts, Stages
 from tracejit.pipeline import Pipeline
+from tracejit.records import dataclass
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program

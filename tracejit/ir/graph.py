@@ -8,14 +8,14 @@ float64 runtime values computed on the host. Literals and host values broadcast;
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import OPS, Op
 from tracejit.ir.types import Type
-from tracejit.records import record
+from tracejit.records import dataclass, record
 
 
 @record

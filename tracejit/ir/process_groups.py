@@ -14,13 +14,13 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
 import torch
 
 from tracejit.errors import CollectiveError
+from tracejit.records import dataclass
 
 Memory = tuple[int, int]  # an address, and how many bytes lie there
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.errors import InvalidGraph
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, eq=False, slots=True)

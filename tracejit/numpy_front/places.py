@@ -9,7 +9,6 @@ afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from types import CellType, FunctionType, MethodType, ModuleType, SimpleNamespace
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 
 from tracejit.capture.python.bytecode import contents, names_in
 from tracejit.numpy_front.core import ArrayData
+from tracejit.records import dataclass
 
 _MOST = 2000  # objects that are looked at
 _WIDE = 200  # items of a container

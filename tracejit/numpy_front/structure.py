@@ -8,12 +8,12 @@ of numpy's, and arrays that are only for reading. A result is told as leaves and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tracejit.numpy_front.core import TO_TORCH
+from tracejit.records import dataclass
 
 ARRAY, SCALAR, READ_ONLY = "array", "scalar", "read-only"
 _FLOATS = (np.float16, np.float32, np.float64)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from tracejit.passes.readers import Unknown
 from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
 from tracejit.passes.written_attention import HIDDEN, Known, Match, Step
+from tracejit.records import dataclass
 
 LARGE = 1 << 21  # scores, of all heads: fewer are faster to keep than to compute once more
 

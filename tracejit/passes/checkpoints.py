@@ -11,12 +11,13 @@ it, for steps in which nothing is to be computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracejit.ir.graph import Arg, Graph, Node, Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import Type
 from tracejit.passes.rewrite import substituted
+from tracejit.records import dataclass
 
 _KEPT_WITH_WEIGHTS = ("alias", "cast")  # beside movement: a weight is cast once in a step
 _PRODUCTS = ("contraction", "attention")

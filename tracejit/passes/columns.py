@@ -7,7 +7,7 @@ repetitions (a `Column`), in which of them that holds, and who reads what outsid
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from tracejit.ir.graph import Arg, Node, Value
 from tracejit.passes.repeats import LEAST, Run
 from tracejit.passes.rewrite import identity
 from tracejit.passes.rows import Rows, Sources
+from tracejit.records import dataclass
 
 SOURCES = ("full", "iota")  # made where they are wanted
 STAYS = ("loop", "matrices", "host")  # families that no body has

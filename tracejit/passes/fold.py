@@ -1,7 +1,8 @@
 """Rules about constants: `full` nodes of a literal, and the literals themselves.
 
 Only what IEEE arithmetic fixes to the bit is computed here; exp, pow and the like are left to the
-device, whose last bit may differ from numpy's.
+device, whose last bit may differ from numpy's. A sum of a constant, whose order nobody fixes, is
+the number nearest to the exact one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from tracejit.passes.rewrite import Made
 
 FULL = OPS["full"]
 Literal = int | float | bool
-
-EXACT_INTEGERS = {"f64": 2**53, "f32": 2**24, "bf16": 2**24, "f16": 2**24}  # of the accumulator
 
 
 def constant(arg: Arg, made: Made) -> Literal | None:
@@ -130,16 +129,16 @@ def extremum_of_constant(node: Node, made: Made) -> Node | None:
 
 
 def sum_of_constant(node: Node, made: Made) -> Node | None:
-    """A sum of one small integer is exact in any order, so it is a constant."""
-    value = constant(node.args[0], made)
-    if value is None or not float(value).is_integer():
+    """A sum of one constant is a product, rounded once; not of integers that it may leave."""
+    value, source = constant(node.args[0], made), node.args[0].type
+    if value is None or source.dtype.kind == "b":
         return None
-    source = node.args[0].type
     count = math.prod(source.shape[a] for a in node.attr("axes"))
-    limit = EXACT_INTEGERS.get(source.dtype.name, 2 ** (8 * source.dtype.itemsize - 1) - 1)
-    if source.dtype.kind == "b" or abs(value) * count > limit:
+    if not source.dtype.is_float and abs(value) * count > 2 ** (8 * source.dtype.itemsize - 1) - 1:
         return None
-    return full_like(node, typed(value * count + 0, source.dtype))
+    with np.errstate(all="ignore"):
+        exact = round_to(np.asarray(value), source.dtype).item() * count if count else 0
+        return full_like(node, round_to(np.asarray(exact + 0), source.dtype).item())
 
 
 ELEMENTWISE = {name: op for name, op in OPS.items() if op.family == "elementwise"}

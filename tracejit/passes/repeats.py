@@ -9,11 +9,11 @@ before suggests a period, and it is followed as far as it holds; so the time is 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.ir.graph import Node, Value
+from tracejit.records import dataclass
 
 WINDOW = 6  # nodes that suggest a period
 LEAST = 8  # repetitions that are worth a loop

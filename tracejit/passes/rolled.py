@@ -7,7 +7,6 @@ which values of the graph.
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
 
 from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value
 from tracejit.ir.ops.loop import sections
@@ -17,6 +16,7 @@ from tracejit.passes.dce import live
 from tracejit.passes.rewrite import substituted
 from tracejit.passes.rows import Family, Rows, all_moved, moved
 from tracejit.passes.totals import Totals, mask_of_all, moved_on, total
+from tracejit.records import dataclass
 
 Key = tuple[int, tuple[int, ...]]  # what is carried: its place, and the first values by their ids
 LARGE = 1 << 26  # bytes that what is only carried may take for all repetitions

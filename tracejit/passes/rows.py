@@ -8,10 +8,11 @@ reshaped and permuted in whatever way, as long as it is the same way for all of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracejit.ir.graph import Builder, Node, Value
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 MOVES = ("reshape", "permute", "alias", "expand", "flip")  # each row in the same way
 

@@ -9,9 +9,10 @@ arithmetic) is said again instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.graph import Graph, Node, Param, Value
+from tracejit.records import dataclass
 
 _FREE = frozenset({"movement", "source", "host"})
 

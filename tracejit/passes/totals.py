@@ -8,12 +8,13 @@ rows go where they belong at once, and of anything else the loop gives the sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.graph import Builder, Node, Value
 from tracejit.ir.types import Type, b1
 from tracejit.passes.columns import Body, Column, NoLoop, Placed
 from tracejit.passes.rows import Rows
+from tracejit.records import dataclass
 
 SMALL = 256  # elements of a total that is carried: it is added up as eager does
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.ir.graph import Arg, Builder, Graph, Node, Param, Result, Value, next_id
 from tracejit.ir.ops.loop import sections
@@ -22,6 +22,7 @@ from tracejit.ir.types import DType, Type, f32, f64
 from tracejit.passes.dce import dce
 from tracejit.passes.rewrite import substituted, with_nodes
 from tracejit.passes.simplify import simplify
+from tracejit.records import dataclass
 
 # Bytes of logits that are split: at 16 MiB (512 rows of 8192) parts take 1.11 times as long as
 # whole logits, at 32 MiB (512 rows of 16384) 1.06, at 64 MiB 1.04 times, at a fifth of the memory.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from tracejit.ir.ops.attention import fits
 from tracejit.ir.types import b1, f16
 from tracejit.passes.cone import cone
 from tracejit.passes.readers import Readers, Unknown
+from tracejit.records import dataclass
 
 HIDDEN = -9.9e8  # scores that are set to this, or less, weigh nothing beside others
 _LOWEST_F16 = -65504.0  # and among those of f16

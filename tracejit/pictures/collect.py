@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import CodeType
 
 from tracejit.ir.graph import Graph, Node, Value, print_arg
@@ -25,6 +25,7 @@ from tracejit.pictures.picture import (
     PictureNode,
 )
 from tracejit.pictures.sections import Section
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.traffic import operations_in
 from tracejit.tables import duration, size

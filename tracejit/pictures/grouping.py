@@ -11,10 +11,11 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import groupby
 
 from tracejit.pictures.picture import FORWARD, LANES, UPDATE, Picture, PictureNode
+from tracejit.records import dataclass
 
 MOST = 40
 FEW = 12  # children from which on nodes of one line become a group

@@ -8,9 +8,9 @@ buffers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from tracejit.ir.graph import Graph, Node, Value
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program
 from tracejit.schedule.kernel import (
     Attend,

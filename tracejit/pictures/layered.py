@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from tracejit.records import dataclass
 
 GAP_X, GAP_Y = 18.0, 42.0
 PASS, WIDE, BROAD, SWEEPS = 10.0, 7, 1200.0, 6

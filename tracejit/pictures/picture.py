@@ -7,7 +7,8 @@ module and its user line; `grouping.py` makes trees of groups of that.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+from tracejit.records import dataclass
 
 FORWARD, BACKWARD, UPDATE = LANES = ("forward", "backward", "update")
 

@@ -7,11 +7,12 @@ its boxes (`graph.js` and `draw.js` draw the same).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.pictures.grouping import Group, hidden, tree, unfold, without
 from tracejit.pictures.layered import GAP_Y, Layout, Point, layered
 from tracejit.pictures.picture import FORWARD, Picture, PictureNode
+from tracejit.records import dataclass
 from tracejit.tables import size
 
 CHAR, SMALL = 7.3, 6.1  # widths of letters of the two monospaced sizes

@@ -7,7 +7,6 @@ the rest. Backwards outside the step that have run follow.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import slots
@@ -15,6 +14,7 @@ from tracejit.capture.trace.cuts import Source
 from tracejit.ir.graph import Graph
 from tracejit.parts import Parts
 from tracejit.pipeline import Backward
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program
 
 Input = str | tuple[int, int]  # a name, or a result of an earlier section

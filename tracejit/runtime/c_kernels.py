@@ -14,9 +14,9 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
+from tracejit.records import dataclass
 from tracejit.runtime.c_compiler import (
     address_of,
     cached_library,

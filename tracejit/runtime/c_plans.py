@@ -8,10 +8,10 @@ kernel's own text is parsed only where it must be printed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from tracejit import knobs
 from tracejit.errors import TracejitError
+from tracejit.records import dataclass
 from tracejit.runtime.cache import DiskCache, digest_of, sha256
 from tracejit.schedule.cpu.plan import CpuKernel, CpuPlan
 from tracejit.schedule.cpu.text import identity, parse_cpu_plan

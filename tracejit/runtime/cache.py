@@ -21,10 +21,10 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from tracejit import knobs
+from tracejit.records import dataclass
 from tracejit.runtime.private import private_folder
 
 VERSION = "tracejit cache 1"

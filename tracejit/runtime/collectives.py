@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from tracejit.ir import process_groups
 from tracejit.ir.process_groups import HOST, Memory, Space, Started
 from tracejit.ir.torch_types import TO_TORCH
+from tracejit.records import dataclass
 from tracejit.runtime.device import Device
 from tracejit.schedule.collectives import START
 from tracejit.schedule.kernel import Kernel

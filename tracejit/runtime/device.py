@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from tracejit.ir.process_groups import Memory, Space
+from tracejit.records import dataclass
 from tracejit.runtime.triton_launch import DevicePointer, LoadedLaunch
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.memory import Layout, layout_of
 from tracejit.schedule.plan import Plan

@@ -16,7 +16,7 @@ import time
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import pairwise
 
@@ -25,6 +25,7 @@ import torch
 
 from tracejit.ir.process_groups import HOST as HOST_MEMORY
 from tracejit.ir.process_groups import Memory, Space
+from tracejit.records import dataclass
 from tracejit.runtime.device import LoadedKernel, Properties, Waited
 from tracejit.runtime.fake_clock import HOST, Clocks, Fault, Times
 from tracejit.runtime.fake_launch import FakeLaunch, fake_driver

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -21,6 +20,7 @@ import torch
 
 from tracejit.errors import OF_RANKS, LaunchError
 from tracejit.ir.process_groups import silent
+from tracejit.records import dataclass
 from tracejit.runtime.device import Device
 from tracejit.runtime.launches import (
     COPY,

@@ -21,11 +21,11 @@ import random
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.errors import BackendUnavailable, TracejitError
+from tracejit.records import dataclass
 
 Accesses = dict[int, tuple[int, int]]  # buffer index -> (unique bytes read, unique bytes written)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from operator import add, itemgetter
 from struct import Struct
 
 import numpy as np
 import torch
+
+from tracejit.records import dataclass
 
 STREAM = 3  # where the stream is among the arguments of a launch
 COPY, GRAPH, MANY = -1, -2, -3  # instead of the number of a launch that has failed

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from tracejit.codegen.triton_phases import HEADER, words_of_row
+from tracejit.records import dataclass
 from tracejit.runtime.device import Device, LoadedKernel
 from tracejit.runtime.launches import Place, StreamState
 from tracejit.runtime.ring import Ring

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from tracejit.ir.types import (
     f16,
     round_to,
 )
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import (
     Axis,
     Compute,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 
+from tracejit.records import dataclass
 from tracejit.runtime.numpy_arrays import span
 from tracejit.runtime.numpy_kernel import Run
 from tracejit.schedule.plan import Plan, runs

@@ -16,11 +16,11 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from tracejit.records import dataclass
 from tracejit.runtime.select import gpu
 
 if TYPE_CHECKING:

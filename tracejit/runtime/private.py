@@ -16,10 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from tracejit.forks import own_lock
+from tracejit.records import dataclass
 
 PREFIX = "tracejit-private-"
 UNLOCKED_SECONDS = 3600.0  # a folder without a lock is left by a crash when it is so old

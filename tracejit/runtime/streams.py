@@ -11,12 +11,12 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from tracejit.codegen.c_random import BELOW, DOUBLES, FLOATS, SOURCE
 from tracejit.errors import TracejitError
+from tracejit.records import dataclass
 from tracejit.runtime.c_compiler import load_library, locked_function
 
 WORTH = 256  # numbers; fewer are drawn by torch as fast

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
 
@@ -23,6 +23,7 @@ from tracejit.codegen.triton import Source, emit
 from tracejit.codegen.triton_phases import emit_phases
 from tracejit.errors import UnsupportedOperation
 from tracejit.kernels.costs import SMS
+from tracejit.records import dataclass
 from tracejit.runtime import interpreter
 from tracejit.runtime.device import Device
 from tracejit.runtime.executor import CallText

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
 from tracejit.codegen.geometry import Geometry
 from tracejit.codegen.triton import Source
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 
 TRITON_NAME = {

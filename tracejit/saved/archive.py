@@ -14,10 +14,10 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from tracejit.records import dataclass
 from tracejit.runtime.cache import write_atomically
 
 MOST_ENTRIES = 100_000

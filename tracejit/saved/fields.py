@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from tracejit.records import dataclass
 from tracejit.saved.archive import Damaged
 
 LIMIT = 1 << 48  # of sizes, offsets and positions

@@ -8,7 +8,7 @@ replays do (`run.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 
 import numpy as np
@@ -28,6 +28,7 @@ from tracejit.ir.hostcode import HostCode, host_names
 from tracejit.ir.torch_types import TO_IR, TO_TORCH
 from tracejit.parts import Stage, Stages
 from tracejit.pipeline import Backward, Checking, Pipeline
+from tracejit.records import dataclass
 from tracejit.run import Hooks, generate
 from tracejit.runtime.memory import Memory
 from tracejit.runtime.program import Program

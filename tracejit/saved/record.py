@@ -8,12 +8,13 @@ scalars come from the arguments of a call, or from the state by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.ir.types import DType, contiguous_strides
+from tracejit.records import dataclass
 from tracejit.saved.schedules import SavedCallback, SavedSchedules
 
 VERSION = (1, 3)

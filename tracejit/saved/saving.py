@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from types import FunctionType
 
 import torch
 
 from tracejit.errors import CannotSave
 from tracejit.ir.torch_types import TO_IR
+from tracejit.records import dataclass
 from tracejit.saved.schedules import Taken
 from tracejit.saved.tensors import can_lie
 

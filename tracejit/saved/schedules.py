@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch.optim import lr_scheduler
 
 from tracejit.capture.effects.effects import arguments_of
+from tracejit.records import dataclass
 from tracejit.saved.archive import Damaged
 from tracejit.saved.fields import LIMIT, Item, number_text
 

@@ -8,7 +8,7 @@ it finds, the plan gets what its graph takes, or none.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -19,6 +19,7 @@ from tracejit.capture.trace.cuts import Elements, Search
 from tracejit.errors import CallError
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import Type
+from tracejit.records import dataclass
 from tracejit.saved.fields import Item
 
 _UNIQUE = {

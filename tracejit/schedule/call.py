@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.process_groups import IN_PLACE, THROWS, joins, place
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.ir.types import Type
+from tracejit.records import dataclass
 from tracejit.schedule.groups import Group, Groups
 from tracejit.schedule.lower import Lowered
 from tracejit.schedule.plan import Plan

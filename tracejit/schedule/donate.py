@@ -8,9 +8,10 @@ activation then takes no more memory than the activation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 from tracejit.schedule.groups import Groups, placed
 from tracejit.schedule.tasks import Task
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from tracejit.errors import InvalidGraph
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import (
     Axis,
     Buffer,

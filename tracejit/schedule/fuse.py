@@ -10,10 +10,10 @@ it, and else becomes a copy at the end.
 from __future__ import annotations
 
 import heapq
-from dataclasses import dataclass
 
 from tracejit.ir.graph import Graph, Node, Value
 from tracejit.ir.ops import OPS
+from tracejit.records import dataclass
 from tracejit.schedule.groups import Group, Groups, is_same_attention, placed
 from tracejit.schedule.index import Indices, identity
 from tracejit.schedule.recompute import recompute

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 from tracejit.schedule.index import (
     Indices,
     extents_of,

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.graph import Builder, Graph, Node, Value, next_id
 from tracejit.ir.ops import OPS
+from tracejit.records import dataclass
 from tracejit.schedule.index import Indices, operand_indices
 from tracejit.schedule.kernel import FloorDiv, Index, Mod, Var
 from tracejit.schedule.tasks import dot_indices

@@ -33,13 +33,12 @@ one kernel over other memory (`foreach.py`). What a library of the host computes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from tracejit.ir.literals import print_literal
 from tracejit.ir.ops import Op
 from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import DType
-from tracejit.records import record
+from tracejit.records import dataclass, record
 from tracejit.schedule.call import HostCall
 
 Size = int | str

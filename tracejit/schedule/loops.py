@@ -8,10 +8,11 @@ What is summed starts as zeros, to which the body adds in place.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Builder, Graph, Node, Result, Write, next_id
+from tracejit.records import dataclass
 from tracejit.schedule.groups import Group
 from tracejit.schedule.plan import Launch, Plan, PlanBuffer
 from tracejit.schedule.tasks import sections_of, summed, sums_of

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.attention import FORWARD
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 from tracejit.schedule.axes import along_memory, tidy
 from tracejit.schedule.groups import Group
 from tracejit.schedule.index import (

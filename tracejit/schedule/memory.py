@@ -8,8 +8,8 @@ size of the arena, which holds the pieces that fit no room.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
+from tracejit.records import dataclass
 from tracejit.schedule.plan import Plan
 
 ALIGNMENT = 128  # bytes; a cache line, and enough for every vector load

@@ -14,8 +14,9 @@ matmul, which is hungry itself, takes small company, but no second one of its si
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from tracejit.records import dataclass
 from tracejit.schedule.foreach import Foreach
 from tracejit.schedule.kernel import Buffer, Kernel, Part
 from tracejit.schedule.loops import Loop

@@ -7,8 +7,8 @@ when all programs of the one before have ended.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from tracejit.records import dataclass
 from tracejit.schedule.lower import Lowered
 from tracejit.schedule.pack import side_by_side
 from tracejit.schedule.plan import Launch

@@ -26,12 +26,13 @@ from step to step is a row: a part of a buffer of the arena, and the bytes to th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from tracejit.ir.graph import Arg, Node, Value, print_arg
 from tracejit.ir.literals import print_literal
 from tracejit.ir.types import Type
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Kernel
 from tracejit.schedule.wire import sent
 

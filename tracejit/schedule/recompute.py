@@ -10,9 +10,10 @@ copies of such tasks.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 from tracejit.schedule.groups import Group, Groups, placed
 from tracejit.schedule.index import Indices
 from tracejit.schedule.tasks import CHEAP_LIMIT, Analysis, Demand, Task, node_cost

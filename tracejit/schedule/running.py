@@ -7,11 +7,11 @@ register is rounded only where it is stored. `codegen/triton_scan.py` reads thes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tracejit.ir.graph import Node
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import DType, b1, f32, f64
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Compute, InBounds, Mask, Operand, Statement, Var
 
 

@@ -11,10 +11,10 @@ kernel stores, and no element is stored twice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Buffer, Kernel, Load, Statement, Store
 from tracejit.schedule.memory import Layout
 from tracejit.schedule.plan import Plan, PlanBuffer, runs

@@ -11,7 +11,7 @@ store of an output. A task's demands are the origins that it reads and at which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import isqrt
 
 from tracejit.errors import InvalidGraph
@@ -20,7 +20,7 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
 from tracejit.ir.ops.loop import Section, sections
 from tracejit.ir.types import Type, contiguous_strides
-from tracejit.records import record
+from tracejit.records import dataclass, record
 from tracejit.schedule.index import Indices, extents_of, identity, operand_indices
 from tracejit.schedule.kernel import Mask
 

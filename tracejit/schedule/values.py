@@ -7,12 +7,13 @@ knows what has been computed in it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from tracejit.ir.graph import Node, Value
 from tracejit.ir.ops import OPS
 from tracejit.ir.ops.indexing import missing
 from tracejit.ir.types import DType, b1, contiguous_strides
+from tracejit.records import dataclass
 from tracejit.schedule.index import Indices, bounds, flatten, operand_indices
 from tracejit.schedule.kernel import (
     Bound,

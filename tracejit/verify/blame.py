@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from tracejit.ir.types import contiguous_strides
 from tracejit.passes import optimize
 from tracejit.pictures.kernels import computed_by
 from tracejit.quotes import Place, quote, quoted
+from tracejit.records import dataclass
 from tracejit.runtime.executor import Executor
 from tracejit.runtime.numpy_executor import NumpyExecutor
 from tracejit.runtime.program import Program

@@ -16,8 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+from tracejit.records import dataclass
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -25,6 +25,7 @@ from tracejit.equality import (
     losses_agree,
 )
 from tracejit.errors import TracejitError
+from tracejit.records import dataclass
 from tracejit.verify.outcome import Made, Outcome, Seen
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.\d*|\.\d+|\d+)(?:[eE][-+]?\d+)?")

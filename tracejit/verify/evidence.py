@@ -16,7 +16,6 @@ import json
 import platform
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from tracejit.ir.graph import Graph
 from tracejit.ir.text import parse
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.passes import optimize
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program
 from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule

@@ -13,13 +13,14 @@ import hashlib
 import random
 from collections import OrderedDict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
 
 from tracejit.capture.python.copies import UNSET, cell_value, read_slot
 from tracejit.capture.trace.scalars import plain
+from tracejit.records import dataclass
 from tracejit.verify.before import Before, Looked
 
 _DEPTH = 12  # of new objects that are looked into

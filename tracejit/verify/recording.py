@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from unittest.mock import patch
 
 import torch
@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from tracejit.capture.trace import location
 from tracejit.capture.trace.tensor import tensors_of
+from tracejit.records import dataclass
 from tracejit.verify.definitions import CannotDefine, definitions
 
 _MOST = 2000  # calls

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from tracejit.capture.trace.tensor import tensors_of
 from tracejit.equality import EPS, array_of
 from tracejit.ir.magnitudes import magnitudes
 from tracejit.ir.on_tensors import results_on_numpy
+from tracejit.records import dataclass
 from tracejit.verify.before import Before
 from tracejit.verify.blame import Blame
 from tracejit.verify.runs import eagerly

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from tracejit.ir.graph import Graph, Param, Result
 from tracejit.ir.text import parse
 from tracejit.ir.torch_types import TO_TORCH
 from tracejit.passes import dce, optimize
+from tracejit.records import dataclass
 from tracejit.runtime.program import Program as Loaded
 from tracejit.runtime.select import executor_for
 from tracejit.schedule import schedule

@@ -13,7 +13,7 @@ import contextlib
 import functools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,6 +24,7 @@ from tracejit.capture.names import Names
 from tracejit.errors import OF_EAGER, TracejitError, WrongResult
 from tracejit.ir.graph import Graph
 from tracejit.options import verified_calls
+from tracejit.records import dataclass
 from tracejit.run import OTHERWISE, Replay, Run
 from tracejit.verify import evidence
 from tracejit.verify.before import Before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -16,6 +15,7 @@ from tracejit.capture.trace.draws import Event
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Graph, Node, Value
+from tracejit.records import dataclass
 
 
 class Opaque:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -26,7 +26,6 @@ from tracejit.capture.effects.outside import Nodes, nodes
 from tracejit.capture.effects.structure import Structure
 from tracejit.capture.effects.together import draws_together
 from tracejit.capture.functions.data_parallel import check_over
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import LOOPED, count
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import Bound, Check
@@ -37,9 +36,11 @@ from tracejit.capture.trace.tensor import Handle, Storage, TracedTensor, Version
 from tracejit.capture.trace.trace import Trace
 from tracejit.capture.trace.views import is_conjugate
 from tracejit.errors import SideEffectError
+from tracejit.garbage import uncollected
 from tracejit.ir.graph import Arg, Graph, Result, Write
 from tracejit.ir.types import COMPLEX, DType, contiguous_strides
 from tracejit.passes.cone import cone
+from tracejit.records import dataclass
 
 _PLAIN = frozenset(
     {bool, int, float, str, type(None), torch.dtype, torch.Size, torch.device, torch.memory_format}

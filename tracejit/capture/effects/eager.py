@@ -8,10 +8,10 @@ nothing reaches memory. So fused kernels of torch count as one, however many pri
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Node, Value
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

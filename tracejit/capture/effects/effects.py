@@ -8,7 +8,6 @@ have a text form that parses back (`text.py`). `commit.py` turns them into lines
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import EllipsisType, SimpleNamespace
 
 import torch
@@ -18,6 +17,7 @@ from tracejit.capture.python.kept import Joint
 from tracejit.capture.trace.tensor import Ints, TracedTensor, extent
 from tracejit.ir.graph import Arg, Graph, print_arg
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Place = tuple[str, int]  # ("real" | "made" | "output", position)
 

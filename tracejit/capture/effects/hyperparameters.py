@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 
@@ -43,6 +43,7 @@ from tracejit.capture.trace.scalars import (
 )
 from tracejit.capture.trace.table import function_name
 from tracejit.capture.trace.trace import Trace
+from tracejit.records import dataclass
 
 _WALKED = 5000  # objects looked at in search of optimizers
 _WIDE = 1000  # containers with more items hold data

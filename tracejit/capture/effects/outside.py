@@ -13,7 +13,6 @@ function's backward runs here, when the step is traced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -27,6 +26,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import SideEffectError, TracejitError
 from tracejit.ir.graph import Arg, Graph, Node, Param, Result, Value
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 
 _RECOMPUTED = frozenset(
     {"alias", "reshape", "permute", "expand", "slice", "flip", "window", "full", "iota"}
@@ -109,8 +109,8 @@ def _one_per_storage(
             for i in members
             if not handles[i].steps and handles[i].shape == storage.value.type.shape
         ]
-        if len(members) == 1:
-            yield members[0]
+        if len(members) == 1 or all(handles[i].family.leaf is not None for i in members):
+            yield from members  # views of a leaf, which none of them lets be written to
         elif whole and all(handles[i].family is handles[whole[0]].family for i in members):
             for i in members:
                 if i != whole[0]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from types import CellType, SimpleNamespace
 
 import torch
@@ -22,6 +22,7 @@ from tracejit.capture.python.histories import History
 from tracejit.capture.python.kept import APPEND, KEYED, RETURNED, Kept, Keyed
 from tracejit.capture.python.leftovers import items_plain
 from tracejit.capture.trace.scalars import is_traced, plain
+from tracejit.records import dataclass
 
 
 class Attributes:

@@ -8,7 +8,7 @@ A tensor is recorded as its position among all tensor objects that the user's Py
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -21,6 +21,7 @@ from tracejit.capture.trace.scalars import Path, Predicate, same_number
 from tracejit.capture.trace.tensor import Geometry, TracedTensor
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Arg, Value
+from tracejit.records import dataclass
 
 CONSTANTS = frozenset(
     {bool, int, float, str, type(None), type(...), type(NotImplemented), torch.Size, torch.dtype}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 
 import torch
 
@@ -13,11 +12,12 @@ from tracejit.capture.effects.structure import Structure
 from tracejit.capture.follow.events import New
 from tracejit.capture.follow.recall import End
 from tracejit.capture.follow.trail import Trail
-from tracejit.capture.python.garbage import uncollected
 from tracejit.capture.python.references import ALONE, IN_ITEM, count
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, is_traced
 from tracejit.capture.trace.trace import Trace
+from tracejit.garbage import uncollected
 from tracejit.ir import host_memory
+from tracejit.records import dataclass
 
 
 class _Unlike(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -13,6 +13,7 @@ from tracejit.capture.follow.events import Call, Event, New, Point, news
 from tracejit.capture.python import leftovers
 from tracejit.capture.trace.scalars import TracedInt
 from tracejit.ir.graph import Node, Value
+from tracejit.records import dataclass
 
 _LEFTOVERS = 4  # traces after which integers are searched for
 _MAX_ENDS = 64  # paths remembered by one step

@@ -8,7 +8,6 @@ two are its derivatives, so that second derivatives follow.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +28,7 @@ from tracejit.capture.trace.tensor import TO_TORCH, Handle, Ints, TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 
@@ -247,10 +247,15 @@ def _conv_transpose(rank: int):
         count = x.shape[-rank:]
         rows = zip(count, stride, dilation, size, low, more, strict=True)
         length = tuple((n - 1) * s + d * (k - 1) + 1 - 2 * p + m for n, s, d, k, p, m in rows)
-        if any(n <= 0 for n in length):
+        if any(n < 0 for n in length):
             raise t.shape_error(
                 f"Given input size per channel: {list(count)}. Calculated output size per channel: "
                 f"{list(length)}. Output size is too small"
+            )
+        if 0 in length:
+            raise t.unsupported(
+                "Whether a transposed convolution without a result is an error depends on the "
+                "library that torch takes for it"
             )
         c = Convolution(Windows(size, stride, low, dilation, length, count), groups)
         return _finished(t, c.of_images, x, w, bias, rank)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +28,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Graph, Result, Value
 from tracejit.ir.ops.movement import part
 from tracejit.ir.types import Type, i64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 Lengths = Tensor | Sequence[int]

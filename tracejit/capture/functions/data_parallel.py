@@ -14,7 +14,7 @@ alone. The answer is a part of the step: another one leads to another plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 import torch
@@ -28,6 +28,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.ir import exchange, process_groups
 from tracejit.ir.graph import Value
 from tracejit.ir.types import f32, f64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 WRAPPER = torch.nn.parallel.DistributedDataParallel

@@ -7,7 +7,6 @@ part of the step, so another number leads to another plan.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,6 +25,7 @@ from tracejit.errors import AxisError
 from tracejit.ir.graph import Value
 from tracejit.ir.ops.indexing import gather as gather_op
 from tracejit.ir.types import f32, f64, i32, i64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 

@@ -47,7 +47,6 @@ def register_hook(t: Trace, self: Tensor, hook: Callable) -> RemovableHandle:
         raise t.unsupported(
             "A hook on one of several results of one function has no rule; register it on a clone"
         )
-    check_alone(t, h)
     return _added(t.hooked.setdefault(t.read_with_history(h), OrderedDict()), hook)
 
 
@@ -97,17 +96,6 @@ def _registered_outside(
         handle = register(tensor, hook)
     t.registered.append(handle)
     return handle
-
-
-def check_alone(t: Trace, h: Handle) -> None:
-    """Raise where another tensor object has the value of this one: it has a gradient of its own
-    in eager."""
-    for other in (p.handle for p in t.proxies):
-        if other is not h and other.family is h.family and other.steps == h.steps:
-            raise t.unsupported(
-                "The whole of the tensor was taken as a view (x[:], x.expand(…)), and the two have "
-                "gradients of their own; use the tensor itself"
-            )
 
 
 # ---- running

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +16,7 @@ from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
 from tracejit.ir.types import DType, f32, u8
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 builtin = torch._C._nn

@@ -9,7 +9,7 @@ as the longest length. Whatever else looks at the rows makes their number part o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import ShapeError
 from tracejit.ir.graph import Value
 from tracejit.ir.types import Type, i64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 
@@ -22,6 +21,7 @@ from tracejit.capture.trace.tensor import TracedTensor
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import f32
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 MOST = 128  # steps of a recurrence that are written out

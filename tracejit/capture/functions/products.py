@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FrameType
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from tracejit.capture.functions.movement import narrow, permute, reshape
 from tracejit.capture.functions.patterns import diagonal
 from tracejit.capture.functions.reduction import sum_
 from tracejit.capture.trace.autocast import casted
-from tracejit.capture.trace.table import rule
+from tracejit.capture.trace.table import BY_CALLER, rule
 from tracejit.capture.trace.tensor import TO_IR, TO_TORCH, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Value
@@ -76,7 +77,19 @@ def addr(
 # ---- einsum
 
 
-def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
+def _ordered(caller: FrameType) -> dict[str, object]:
+    """What torch's settings say of the order of products; None is from left to right."""
+    backend = torch.backends.opt_einsum
+    chosen = backend.strategy if backend.enabled and backend.is_available() else None
+    return {} if chosen == "auto" else {"strategy": chosen}
+
+
+BY_CALLER[torch.einsum] = _ordered
+
+
+def einsum(
+    t: Trace, equation: object, *operands: object, strategy: str | None = "auto"
+) -> TracedTensor:
     """Sums of products by labels, two operands at a time, in torch's order.
 
     Each operand gets one axis per label (results first, then what is summed), in the order in which
@@ -99,7 +112,7 @@ def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
         return sum_(t, aligned[0], axes) if axes else aligned[0]
     # of each axis to be summed: how many of the operands that are left have it
     counts = {k: sum(t.lift(x).shape[k] != 1 for x in aligned) for k in range(kept, len(order))}
-    path = _path(t, equation, operands)
+    path = _path(t, equation, operands, strategy)
     while len(aligned) > 1:
         i, j = sorted(path.pop(0)) if path else (0, 1)
         b, a = aligned.pop(j), aligned.pop(i)
@@ -108,15 +121,16 @@ def einsum(t: Trace, equation: object, *operands: object) -> TracedTensor:
     return reshape(t, out, t.lift(out).shape[:kept]) if len(order) > kept else out
 
 
-def _path(t: Trace, equation: str, operands: tuple) -> list[tuple[int, ...]] | None:
+def _path(
+    t: Trace, equation: str, operands: tuple, strategy: str | None
+) -> list[tuple[int, ...]] | None:
     """Which pairs torch multiplies one after another, if opt_einsum says so: what a product gives
     comes last then. None is from left to right."""
-    backend = torch.backends.opt_einsum
-    if len(operands) <= 2 or not backend.enabled or not backend.is_available():
+    if len(operands) <= 2 or strategy is None:
         return None
     shapes = [np.broadcast_to(np.float32(0), t.lift(x).shape) for x in operands]
-    chosen = backend.get_opt_einsum().contract_path
-    return list(chosen(equation, *shapes, optimize=backend.strategy)[0])
+    chosen = torch.backends.opt_einsum.get_opt_einsum().contract_path
+    return list(chosen(equation, *shapes, optimize=strategy)[0])
 
 
 def _labels(t: Trace, equation: str, operands: tuple) -> tuple[list[list], list]:

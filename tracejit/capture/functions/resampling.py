@@ -10,7 +10,6 @@ finite stays where eager leaves it (a product with a matrix of weights would spr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +20,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Builder, Result, Value
 from tracejit.ir.interp import evaluate
 from tracejit.ir.types import DType, i64
+from tracejit.records import dataclass
 
 UNROLLED = 4  # terms that are written out; more are a reduction
 FINE = 1 << 16  # parts of a position, in which readers are counted

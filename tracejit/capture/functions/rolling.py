@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from tracejit.autodiff import Entry, Tape, backward, zeros
 from tracejit.capture.functions.common import expand
@@ -18,6 +17,7 @@ from tracejit.ir.graph import Builder, Graph, Node, Param, Result, Value
 from tracejit.ir.ops.loop import Section, sections
 from tracejit.ir.types import Type
 from tracejit.passes.dce import live
+from tracejit.records import dataclass
 
 State = tuple[Value, ...]
 Weight = tuple[Value, Value | None]  # of a linear function, and its bias

@@ -7,13 +7,13 @@ put one axis of taps per axis after all others.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from itertools import product
 
 from tracejit.capture.functions.common import expand
 from tracejit.capture.trace.tensor import Ints
 from tracejit.capture.trace.trace import Trace
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

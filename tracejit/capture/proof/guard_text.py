@@ -6,7 +6,6 @@ what to what.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 from tracejit.capture.proof.kinds import CONTAINERS
 from tracejit.capture.python.bytecode import is_value
 from tracejit.capture.trace.scalars import same_number
+from tracejit.records import dataclass
 
 
 @dataclass

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copyreg
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from types import FunctionType
 
@@ -46,6 +45,7 @@ from tracejit.capture.trace import autocast
 from tracejit.capture.trace.scalars import Path, Predicate
 from tracejit.ir.graph import Arg
 from tracejit.ir.hostcode import HostCode, host_names
+from tracejit.records import dataclass
 
 # (args, kwargs) -> (outside tensors, runtime scalars, the tensors' addresses, the holders of state
 # variables), or what failed

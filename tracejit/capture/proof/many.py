@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -19,6 +18,7 @@ from tracejit.capture.proof.heap import HOOKS_OF_TENSORS, Walk
 from tracejit.capture.python.counters import Containers
 from tracejit.capture.python.memory import MANY
 from tracejit.capture.python.words import Group
+from tracejit.records import dataclass
 
 _NONE = "a .grad that the step reads is None"
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 
 import numpy as np
 import torch
+
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,13 @@ _WORLD = Setting(
 )
 
 
+# of the products of an einsum of three operands and more
+_ORDER = Setting(
+    "torch.backends.opt_einsum",
+    lambda: (torch.backends.opt_einsum.enabled, torch.backends.opt_einsum.strategy),
+)
+
+
 def _of_world() -> list[CodeType]:
     """What asks for the group of all processes: among it the wrapper that all collectives have."""
     c10d = torch.distributed.distributed_c10d
@@ -169,6 +177,7 @@ def _python() -> dict[CodeType, Setting]:
             found[plain.__code__] = Setting(text, function)
     if distributed.is_available():
         found |= dict.fromkeys(_of_world(), _WORLD)
+    found[torch.functional.einsum.__code__] = _ORDER
     for name in ("debug", "info", "warning", "error", "critical"):
         found[getattr(logging, name).__code__] = _logs(getattr(logging, name.upper()))
     return found

@@ -10,13 +10,13 @@ tensor behind the result, as `Anew`, or a tensor that all elements share.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 import torch
 
 from tracejit.capture.python.batching import Batch, NoRule, aligned, registered
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 functional = torch.nn.functional

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from itertools import chain
 from types import CellType, CodeType, FunctionType, ModuleType
 
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.python.doubts import Doubt, doubts
+from tracejit.records import dataclass
 
 VALUE_TYPES = (int, float, bool, str, bytes, type(None), type(Ellipsis), range, slice)
 VALUE_TYPES += (np.bool_, np.float16, np.float32, np.float64, np.uint8, np.int32, np.int64)

@@ -14,13 +14,13 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType, SimpleNamespace
 
 import torch
 
 from tracejit.capture.python.origins import origin
 from tracejit.capture.trace.scalars import is_traced
+from tracejit.records import dataclass
 
 _UNSAFE_ATTRIBUTES = frozenset(
     {

@@ -9,7 +9,6 @@ there than on the CPU, on zeros.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from tracejit.capture.trace.tensor import TO_TORCH, extent, is_dense
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 # not as they are patched while a trace runs

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from types import (
     CodeType,
     FrameType,
@@ -34,6 +34,7 @@ from tracejit.capture.python.texts import (
 )
 from tracejit.capture.trace import location
 from tracejit.capture.trace.scalars import TracedFloat, TracedInt, TracedText, plain
+from tracejit.records import dataclass
 
 RETURNED = ("returned", None)
 APPEND = ...  # in place of a key

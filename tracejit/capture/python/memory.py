@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
+
+from tracejit.records import dataclass
 
 MANY = 24  # tensors or dicts, from which on they are looked at together
 BASE = 16  # where arrays of all memory start: not at NULL

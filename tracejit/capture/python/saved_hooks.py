@@ -13,7 +13,7 @@ saves, all of them and no others; else the call is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch.utils._pytree import tree_map
@@ -28,6 +28,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.capture.trace.views import apply_steps
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 functional = torch.nn.functional

@@ -8,7 +8,6 @@ operator by operator, by the rules of the torch functions of the same name.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.utils._pytree import tree_map
@@ -19,6 +18,7 @@ from tracejit.capture.trace.tensor import Step, TracedTensor, by_memory, is_dens
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import UnsupportedOperation
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 functional = torch.nn.functional

@@ -15,13 +15,14 @@ import inspect
 import re
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from types import CodeType
 
 from tracejit.capture.python.doubts import chain_to, left_of
 from tracejit.capture.python.patterns import apart
 from tracejit.capture.python.uses import Named, Reader, _Constant
 from tracejit.capture.python.ways import always
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

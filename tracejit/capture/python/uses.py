@@ -11,8 +11,9 @@ from __future__ import annotations
 import dis
 import functools
 from collections.abc import Collection
-from dataclasses import dataclass
 from types import CodeType
+
+from tracejit.records import dataclass
 
 KINDS = {
     "LOAD_ATTR": "attribute",

@@ -27,13 +27,13 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from tracejit.capture.python import memory
 from tracejit.capture.python.memory import BASE, TUPLE, at, index, objects, words
+from tracejit.records import dataclass
 
 _CLASS, IMPL, _HOOKS = 1, 2, (3, 4)  # of a tensor's object
 _VALUES, _DICT = -4, -3  # before it: its attributes, or a dict of them

@@ -11,7 +11,6 @@ functions that a user calls: tests/test_autocast.py compares each with the runni
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
@@ -19,6 +18,7 @@ from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import RULES, spellings
 from tracejit.capture.trace.tensor import TO_IR
 from tracejit.ir.types import DType, f32, f64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 _DEVICES = ("cpu", "cuda")

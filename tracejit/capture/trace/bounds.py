@@ -10,7 +10,6 @@ raise either.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.errors import TracejitError
 from tracejit.ir.graph import Value
 from tracejit.ir.types import b1, i64
+from tracejit.records import dataclass
 
 MANY = 1 << 16  # integers from which on it pays to look at them with all threads
 

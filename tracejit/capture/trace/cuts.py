@@ -10,7 +10,6 @@ keeps the step in rerun.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import numpy as np
@@ -25,6 +24,7 @@ from tracejit.ir import host_memory
 from tracejit.ir.graph import Graph, Value
 from tracejit.ir.types import Type
 from tracejit.passes.cone import cone
+from tracejit.records import dataclass
 
 
 class Stage(Protocol):

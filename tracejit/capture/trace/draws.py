@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
@@ -21,6 +20,7 @@ from tracejit.capture.trace.sources import Source
 from tracejit.capture.trace.tensor import TO_TORCH, Ints
 from tracejit.ir.graph import Arg, Value
 from tracejit.ir.types import Type, f64, i64
+from tracejit.records import dataclass
 
 Tensor, Generator = torch.Tensor, torch.Generator
 Numbers = Sequence[float | int]

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.journal import Journal
 from tracejit.ir.graph import Arg, Builder, Value
 from tracejit.ir.types import HOST_SCALAR
+from tracejit.records import dataclass
 
 # Where a runtime scalar comes from, by the first item:
 #   arg i …, kwarg name …, cell name, global name, default i …, kwdefault name …   of the step

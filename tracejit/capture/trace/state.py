@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -32,6 +32,7 @@ from tracejit.errors import (
 from tracejit.ir.graph import Builder, Graph, Node, Value
 from tracejit.ir.on_tensors import on_numpy
 from tracejit.ir.types import DType, Type
+from tracejit.records import dataclass
 
 _REWRITE = "Rewrite it with supported functions, or move it out of the step"
 

@@ -8,13 +8,13 @@ rules with `rule(torch.f, Tensor.f, …)`, and element-wise functions as one `Ro
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import FrameType
 from typing import Literal
 
 import torch
 
 from tracejit.ir.graph import Value
+from tracejit.records import dataclass
 
 Formula = Callable[..., Value]
 

@@ -9,8 +9,8 @@ same storage. A real tensor is its own proxy; intermediates are `TracedTensor`s.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import field
 
 import torch
 
@@ -25,6 +25,7 @@ from tracejit.ir.torch_types import COMPLEX_TO_IR as COMPLEX_TO_IR
 from tracejit.ir.torch_types import TO_IR as TO_IR
 from tracejit.ir.torch_types import TO_TORCH as TO_TORCH
 from tracejit.ir.types import DType
+from tracejit.records import dataclass
 
 Step = tuple[str, tuple[tuple[str, object], ...]]  # of a view chain, with its attributes: views.py
 Ints = tuple[int, ...]
@@ -100,6 +101,8 @@ class Handle:
     grad_known: bool = True  # False until a real tensor's .grad has been read or assigned
     fixed: int | None = None  # the version at which its history was fixed: one of several views
     memo: tuple | None = field(default=None, repr=False)  # (base value, grad mode, value)
+    # the view that it is a view of, and the base value then: until a write it is computed of that
+    of: tuple[Handle, Value] | None = field(default=None, repr=False)
     ragged: Ragged | None = None  # until somebody asks for more than what its rows are
 
     @property
@@ -190,10 +193,10 @@ class TracedTensor(torch.Tensor):
 
 def is_contiguous(shape: Ints, strides: Ints) -> bool:
     """Row-major, axes of extent 1 aside; empty tensors are contiguous."""
+    if 0 in shape:
+        return True
     step = 1
     for size, stride in zip(reversed(shape), reversed(strides), strict=True):
-        if size == 0:
-            return True
         if size != 1:
             if stride != step:
                 return False
@@ -225,15 +228,16 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     """
     if all(s == shape and is_contiguous(s, st) for s, st in operands):
         return types.contiguous_strides(shape)
-    one_layout = len({st for _, st in operands}) == 1 and operands[0][0] == shape
-    if one_layout and is_dense(*operands[0]):
+    if all(s == shape and _is_channels_last(s, st) for s, st in operands):
+        return _strides_by(shape, (1, 3, 2, 0))
+    if set(operands) == {(shape, operands[0][1])} and is_dense(*operands[0]):
         return operands[0][1]
     rank = len(shape)
     aligned = []
     for s, st in operands:
         pad = rank - len(s)
-        row = (0,) * pad + tuple(0 if n == 1 else x for n, x in zip(s, st, strict=True))
-        aligned.append(row)
+        own = zip(shape[pad:], s, st, strict=True)
+        aligned.append((0,) * pad + tuple(0 if n != m else x for m, n, x in own))
 
     def order(i: int, j: int) -> int:
         for row in aligned:
@@ -255,11 +259,26 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
                 at = j
             elif verdict < 0:
                 break
-    strides = [0] * rank
+    in_order = axes == list(reversed(range(rank)))
+    return types.contiguous_strides(shape) if in_order else _strides_by(shape, axes)
+
+
+def _is_channels_last(shape: Ints, strides: Ints) -> bool:
+    """Whether an image is contiguous with its channels innermost."""
+    if len(shape) != 4:
+        return False
+    rows = [(shape[axis], strides[axis]) for axis in (0, 2, 3, 1)]
+    return is_contiguous(*zip(*rows, strict=True))
+
+
+def _strides_by(shape: Ints, axes: Sequence[int]) -> Ints:
+    """The strides of dense memory, with its axes from the innermost to the outermost. Those of the
+    axes around an empty one are 0, as in torch."""
+    strides = [0] * len(shape)
     step = 1
     for axis in axes:
         strides[axis] = step
-        step *= max(shape[axis], 1)
+        step *= shape[axis]
     return tuple(strides)
 
 

@@ -286,16 +286,19 @@ class Trace(TraceState):
 
     def read(self, handle: Handle) -> Value:
         """The value of a tensor now."""
-        base = self.base(handle.family)
+        base, memo, grad_on = self.base(handle.family), handle.memo, self.grad_on
         check_read(self, handle, base)
-        key = (base, self.grad_on)
         if not handle.steps:
             value = base
-        elif handle.memo is not None and handle.memo[:2] == key:
-            value = handle.memo[2]
+        elif memo is not None and memo[0] is base and memo[1] >= grad_on:
+            value = memo[2]
         else:
-            value = apply_steps(self, base, handle.steps)
-            handle.memo = (*key, value)
+            value, steps = base, handle.steps
+            if handle.of is not None and handle.of[1] is base:  # not written since: it depends on
+                of = handle.of[0]
+                value, steps = self.read(of), steps[len(of.steps) :]
+            value = apply_steps(self, value, steps)
+            handle.memo = (base, grad_on, value)
         if value not in self.origin:
             self._note(value, handle)
         return value
@@ -337,10 +340,13 @@ class Trace(TraceState):
         dtype: DType | None = None,
     ) -> TracedTensor:
         """A view: the same memory through further movement steps, its bits as a dtype."""
-        family = of.family
+        family, tracked = of.family, self.base(of.family) in self.tape.tracked
         if of.is_complex and dtype is None:
             steps = tuple(map(of_pairs, steps))
-        if not self.grad_on and self.base(family) in self.tape.tracked:
+        if tracked and not steps:  # a value of its own: a gradient of it is not that of the base
+            pairs = (2,) if (dtype or of.dtype).kind == "c" else ()
+            steps = (("reshape", (("shape", shape + pairs),)),)
+        if not self.grad_on and tracked:
             storage = family.storage
             with self.untaped():  # of its own: others without history may read the storage's value
                 family = Family(storage, self.b.alias(storage.value), storage.writes, quiet=True)
@@ -357,6 +363,8 @@ class Trace(TraceState):
             of.version,
         )
         handle.fixed = fixed
+        if of.steps and family is of.family and self.grad_on and tracked:
+            handle.of = of, family.value
         return self.proxy(handle)
 
     def together(self, views: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -419,7 +427,7 @@ class Trace(TraceState):
 
     def rearrange(self, handle: Handle, view: Handle) -> None:
         """Let a tensor lie as a view of it does; to autograd that is a write."""
-        handle.family, handle.steps, handle.memo = view.family, view.steps, None
+        handle.family, handle.steps, handle.memo, handle.of = view.family, view.steps, None, None
         handle.shape, handle.strides, handle.offset = view.shape, view.strides, view.offset
         self._hold(handle, self.b.alias(self.base(handle.family)), as_history=True)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from inspect import signature
 
@@ -26,6 +26,7 @@ from tracejit.capture.trace.trace import Trace
 from tracejit.export.onnx.writer import Writer, held
 from tracejit.ir.graph import Value
 from tracejit.ir.types import f32, f64
+from tracejit.records import dataclass
 
 Tensor = torch.Tensor
 

@@ -8,7 +8,7 @@ Weights that the step leaves alone are constants of the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 import torch
 
@@ -18,6 +18,7 @@ from tracejit.export.onnx.writer import Writer, element, held, is_narrower
 from tracejit.ir.graph import Value
 from tracejit.ir.torch_types import TO_IR
 from tracejit.ir.types import HOST_SCALAR, DType, Type, f64
+from tracejit.records import dataclass
 from tracejit.saved.tensors import raw
 
 LIMIT = (1 << 31) - (1 << 20)  # bytes of a file that protobuf writes and reads

@@ -8,11 +8,11 @@ Gather, or a Slice of all elements in a row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.export.onnx.writer import Writer
+from tracejit.records import dataclass
 
 Ints = tuple[int, ...]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import FunctionType
 
@@ -27,6 +26,7 @@ from tracejit.captured import plain_step, refuse_inside
 from tracejit.errors import CannotExport
 from tracejit.export.onnx.composites import Composite, Listener
 from tracejit.ir.graph import Node, Value
+from tracejit.records import dataclass
 
 TRACES = 4  # of which two in succession have to agree
 

@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.ops.record import ULPS, Op, require, require_tensor
 from tracejit.ir.types import Type
+from tracejit.records import dataclass
 
 
 @dataclass(frozen=True, slots=True)

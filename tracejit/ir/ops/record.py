@@ -20,11 +20,11 @@ How a primitive prints in a language stands in the language's table beside its p
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import Enum
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.types import Type
+from tracejit.records import dataclass
 
 
 class Exact(Enum):

@@ -9,8 +9,8 @@ sums of digits times strides wherever the divisors of an axis divide each other.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
+from tracejit.records import dataclass
 from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import axes_of, places, stride
 from tracejit.schedule.index import add, divmod_index, scale

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import contiguity, running_load, stride, vector_axis
 from tracejit.schedule.cpu.cost import MAX_CHUNKS, chunks_of, weight
 from tracejit.schedule.cpu.plan import CpuKernel, Nest

@@ -80,6 +80,7 @@ def _written_out(stage: Stage, fresh: Iterator[int]) -> Stage:
     for point in points:
         at = {name: (by, r) for (name, by), r in zip(found.items(), point, strict=True)}
         names: dict[Var, Operand] = {}
+        sums: set[Operand] = set()
         for s in map_statements(stage.body, lambda index, at=at: _at(index, at)):
             s, holds = _decided(s)
             if isinstance(s, Reduce) or (isinstance(s, Store) and not holds):
@@ -89,7 +90,12 @@ def _written_out(stage: Stage, fresh: Iterator[int]) -> Stage:
                 continue
             if not isinstance(s, Store):
                 names[s.out] = Var(next(fresh), s.out.dtype)
-            body.append(renamed(s, names))
+            made = renamed(s, names)
+            known = _sum(made, sums)
+            if known is None:
+                body.append(made)
+            else:
+                names[s.out] = known
         values.append({s.out: names.get(s.value, s.value) for s in folded})
     for s in folded:
         total, *rest = (v[s.out] for v in values)
@@ -100,6 +106,20 @@ def _written_out(stage: Stage, fresh: Iterator[int]) -> Stage:
         body.append(replace(s, value=total))
     axes = tuple(Axis(a.name, a.extent // found.get(a.name, 1)) for a in stage.axes)
     return replace(stage, axes=axes, body=tuple(body))
+
+
+def _sum(s: Statement, sums: set[Operand]) -> Operand | None:
+    """What a sum with zero is, where it need not be computed. `sums`, to which it is added, are
+    never -0.0, the one number that adding zero changes."""
+    if not (isinstance(s, Compute) and s.op.name == "add"):
+        return None
+    zeros = [x for x in s.args if not isinstance(x, Var) and str(x) in ("0", "0.0")]
+    others = [x for x in s.args if x not in zeros]
+    if zeros and (not others or others[0] in sums):
+        return (others or zeros)[0]
+    if zeros or not sums.isdisjoint(others):
+        sums.add(s.out)
+    return None
 
 
 def _divisors(stage: Stage) -> dict[str, int]:

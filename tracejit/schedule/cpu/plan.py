@@ -8,9 +8,10 @@ Plan, `text.py` has its text form.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
 from tracejit.ir.literals import print_literal
+from tracejit.records import dataclass
 from tracejit.schedule.kernel import Buffer, Kernel
 from tracejit.schedule.memory import Layout
 from tracejit.schedule.memory import Place as Position

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import contiguous_strides, f32, f64
+from tracejit.records import dataclass
 from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value, places, variables
 from tracejit.schedule.cpu.phases import FOLDS, fresh_numbers

@@ -9,9 +9,10 @@ computes such a value stores it there, and later stages load it.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tracejit.ir.types import f32
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import places, variables
 from tracejit.schedule.cpu.plan import CpuKernel
 from tracejit.schedule.kernel import (

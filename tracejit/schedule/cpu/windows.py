@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from tracejit.ir.types import contiguous_strides
+from tracejit.records import dataclass
 from tracejit.schedule.axes import map_statements
 from tracejit.schedule.cpu.access import places
 from tracejit.schedule.cpu.digits import Digits, extents_of, over_digits, run_score, taken_apart

@@ -15,10 +15,10 @@ and of quarters, so that results differ from plain sums by a few roundings more.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cached_property
 
 from tracejit.ir.types import f32
+from tracejit.records import dataclass
 from tracejit.schedule.cpu.digits import Digits
 from tracejit.schedule.cpu.plan import LINE
 from tracejit.schedule.cpu.windows import Windows

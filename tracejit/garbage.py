@@ -1,4 +1,4 @@
-"""The garbage collector during a trace: what is made meanwhile stays young, and goes fast."""
+"""The garbage collector during a trace, or an import: what is made meanwhile stays young."""
 
 from __future__ import annotations
 
