@@ -90,9 +90,23 @@ def geometry(
         if plan.workspace:
             constants[f"WORKSPACE_{i}"] = workspace
             workspace += cdiv(plan.workspace, HEADER_BYTES) * HEADER_BYTES
-    # The fewest stages: what one matmul keeps in shared memory at more is not known to fit.
-    stages = min((plan.num_stages for plan in dots), default=3)
+    products = [contraction(k) for k, _, _ in parts if form_of(k) == "matmul"]
+    stages = _stages(dots, [c.dtype.itemsize for c in products])
     return Geometry((programs,), constants, warps, stages, workspace)
+
+
+def _stages(dots: Sequence[Geometry], itemsizes: Sequence[int]) -> int:
+    """The most stages that one of some products has with which none of the others needs more shared
+    memory than one of them does alone."""
+    if not dots:
+        return 3
+    each = [
+        (d.constants["BLOCK_M"] + d.constants["BLOCK_N"]) * d.constants["BLOCK_K"] * size
+        for d, size in zip(dots, itemsizes, strict=True)
+    ]
+    most = max(n * d.num_stages for n, d in zip(each, dots, strict=True))
+    wanted = sorted({d.num_stages for d in dots}, reverse=True)
+    return next(n for n in wanted if n * max(each) <= most)
 
 
 def variants(
