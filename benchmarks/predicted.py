@@ -23,6 +23,7 @@ from torch import nn
 import tracejit
 from examples import fused_chain, two_layer_autograd
 from examples.gpt import GPT, Block
+from tracejit.capture.trace.posing import posing
 from tracejit.gpus import GPUS, LAUNCH, Gpu
 from tracejit.report import report
 from tracejit.roofline import rate
@@ -84,11 +85,11 @@ class Bottleneck(nn.Module):
 def _trained(model: nn.Module, x: torch.Tensor) -> Callable:
     """Loss, gradients, SGD."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    labels = x if x.dtype == torch.int64 else torch.zeros(len(x), dtype=torch.int64)
 
     def step() -> torch.Tensor:
         optimizer.zero_grad()
         y = model(x)
-        labels = x if x.dtype == torch.int64 else torch.zeros(y.shape[0], dtype=torch.int64)
         loss = F.cross_entropy(y.flatten(0, -2), labels.flatten())
         loss.backward()
         optimizer.step()
@@ -151,10 +152,10 @@ class Predicted:
 
 def predicted(plan: Plan, gpu: Gpu) -> Predicted:
     """Compile a plan's kernels, and ask the model."""
-    found = report(plan, target=gpu.target)
+    rows = report(plan, target=gpu.target).rows
     return Predicted(
-        len(found.rows),
-        sum(row.predicted[gpu.name].seconds for row in found.rows),
+        sum(row.times for row in rows),
+        sum(row.predicted[gpu.name].seconds * row.times for row in rows),
         floor(plan, gpu),
     )
 
@@ -167,7 +168,11 @@ def floor(plan: Plan, gpu: Gpu) -> float:
         reads = buffer.kind == "input" and buffer.name in read
         writes = buffer.kind == "output" or buffer.name in plan.writes
         moved += (reads + writes) * buffer.type.nbytes
-    products = sum(_products(one, gpu) for launch in plan.launches for one in launch.alone())
+    products = sum(
+        _products(one, gpu) * plan.times(launch)
+        for launch in plan.launches
+        for one in launch.alone()
+    )
     return LAUNCH + max(moved / gpu.bandwidth, products)
 
 
@@ -201,7 +206,9 @@ def _products(launch: Launch, gpu: Gpu) -> float:
 
 def plan_of(make: Callable[[], Callable]) -> Plan:
     """The plan of a step for a GPU; nothing is run."""
-    return schedule(tracejit.capture(make()).optimized().graph, gpu=True)
+    step = make()
+    with posing(lambda _: "cuda:0"):  # passes ask where tensors are
+        return schedule(tracejit.capture(step).optimized().graph, gpu=True)
 
 
 def main() -> None:

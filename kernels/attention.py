@@ -26,6 +26,16 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, DOT: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
+def _power(x, OPERAND: tl.constexpr):
+    """e to the x, which is at most 0. Of half types by the hardware's approximation, which is right
+    to 19 bits where the result is more than 2 ** -24: weights are rounded to 11 bits at most."""
+    if tl.bfloat16 == OPERAND or tl.float16 == OPERAND:
+        return tl.exp(x)
+    else:
+        return tj.exp(x)
+
+
+@triton.jit
 def _slopes(
     p,
     left,
@@ -95,8 +105,8 @@ def attend_forward(
         s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
         new = tl.maximum(top, tl.max(s, 1))  # a NaN is no maximum, but each power of its row
         base = tl.where(new == float("-inf"), 0.0, new)
-        p = tj.exp(s - base[:, None])
-        less = tj.exp(top - base)
+        p = _power(s - base[:, None], OPERAND)
+        less = _power(top - base, OPERAND)
         total = total * less + tl.sum(p, 1)
         if STORE is not None:
             v = LOAD_V(bufs, scalars, SIZES, b, rn, rd)
@@ -168,7 +178,7 @@ def attend_gradients(
                 lse = LOAD_LSE(bufs, scalars, SIZES, b, rm)
                 s = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION, DOT, ACC)
                 s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
-                p = tj.exp(s - lse[:, None])
+                p = _power(s - lse[:, None], OPERAND)
                 g = LOAD_G(bufs, scalars, SIZES, b, rm, rd)
                 left = p
                 if NOISE is not None:
@@ -199,7 +209,7 @@ def attend_gradients(
                 k = LOAD_K(bufs, scalars, SIZES, b, rn, rc)
                 s = _dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], ACC), PRECISION, DOT, ACC)
                 s = SCORE(s * SCALE, bufs, scalars, SIZES, b, rm, rn)
-                p = tj.exp(s - lse[:, None])
+                p = _power(s - lse[:, None], OPERAND)
                 v = LOAD_V(bufs, scalars, SIZES, b, rn, rd)
                 left = p
                 if NOISE is not None:

@@ -22,13 +22,15 @@ SLACK = 0.4  # more time for each limit of reports that a choice does not keep
 STEPS, PATIENCE = 64, 0.1  # of a split: fewer steps for so much more time
 
 _PER_SM = L2_WIDTH * REFERENCE.clock  # bytes a second from the L2 cache
+_ALONE = 2  # times its share of them that an SM takes while others are idle: an assumption
 # Half of the peak is reached by tiles that use each operand so often: an assumption, by which
 # 64 × 64 tiles of FMAs reach 0.73 of it, those of tensor cores 0.4.
 _REUSE = {True: 48, False: 12}
 
 
 class Tile(NamedTuple):
-    """A choice of `tiles.py`; `weight`: the largest weight of an epilogue without spills."""
+    """A choice of `tiles.py`; `weight`: the largest weight of an epilogue without spills, which
+    goes over the tile in so many `pieces`."""
 
     m: int
     n: int
@@ -36,6 +38,7 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     weight: int
+    pieces: int = 1
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,13 @@ class Splits(NamedTuple):
 
 def splits_of(product: Product, tile: Tile) -> Iterator[int]:
     """The numbers of stretches that are worth a look: each takes fewer steps than the one before,
-    and none is without work."""
+    and none is without work. With two accumulators there is one, and where registers are short:
+    of a large tile whose k has masks."""
     trips, fewest = cdiv(product.k, tile.k), math.inf
     tiles = _tiles(product, tile)
-    for splits in range(1, min(MOST_SPLITS, trips) + 1):
+    short = tile.m * tile.n > 128 * 128 and product.k % tile.k
+    most = 1 if short or accumulators(tile.n) > 1 else MOST_SPLITS
+    for splits in range(1, min(most, trips) + 1):
         steps = cdiv(trips, splits)
         room = tiles * splits * tile.m * tile.n * product.total <= MOST_BYTES
         if steps < fewest and cdiv(trips, steps) == splits and (room or splits == 1):
@@ -91,7 +97,8 @@ def cheapest(product: Product, tile: Tile, sms: int) -> tuple[float, Splits]:
 
 
 def seconds(product: Product, tile: Tile, splits: int, sms: int) -> float:
-    """The longest of what loops over K take: products, loads, waiting for them."""
+    """The longest of what loops over K take: products, loads, waiting for them. Partial tiles are
+    stored and loaded too."""
     programs = _tiles(product, tile) * splits
     steps = cdiv(product.k, tile.k * splits)
     slots = sms * _per_sm(product, tile)
@@ -100,9 +107,10 @@ def seconds(product: Product, tile: Tile, splits: int, sms: int) -> float:
     peak = product.peak / SMS * reuse / (reuse + _REUSE[product.tensor])
     ahead = max(1, min(tile.stages - 1, steps)) if product.ahead else 1
     loaded = (tile.m + tile.n) * tile.k * product.itemsize
+    issued = programs * (loaded * steps + (splits > 1) * 2 * tile.m * tile.n * product.total)
     times = (
         2 * tile.m * tile.n * tile.k * busiest / peak,
-        loaded * busiest / _PER_SM,
+        max(issued / sms, loaded * busiest / _ALONE) / _PER_SM,
         LATENCY * steps / ahead * max(1.0, programs / slots),
         (product.m + product.n)
         * product.k
@@ -153,6 +161,12 @@ def _per_sm(product: Product, tile: Tile) -> int:
     registers = min(255, 50 + 3 * tile.m * tile.n * product.total // (8 * threads))
     shared = (tile.m + tile.n) * tile.k * product.itemsize * tile.stages + 1024
     return max(1, min(65536 // (registers * threads), ARCHES[90].shared_per_sm // shared))
+
+
+def accumulators(columns: int) -> int:
+    """How many accumulators a tile has. One of 3/4 of a power of two columns has two: two thirds
+    and one third of them."""
+    return 2 if columns % 3 == 0 else 1
 
 
 def cdiv(n: int, by: int) -> int:

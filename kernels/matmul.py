@@ -38,6 +38,7 @@ def matmul(
     GROUP: tl.constexpr = 1,
     COUNTERS: tl.constexpr = 0,
     PARTIALS: tl.constexpr = 0,
+    PIECES: tl.constexpr = 1,
     FIRST=0,
 ):
     """One program per (batch, split, tile): acc[ACC] = A @ B over its K, then EPILOGUE.
@@ -51,6 +52,12 @@ def matmul(
     byte PARTIALS on. The last of GROUP neighbours adds up theirs in order, and the last of all
     groups their sums: the same sums whatever order programs ran in. int32 counters lie from byte
     COUNTERS on: (groups + 1) a tile, 0 before and after each launch.
+
+    BLOCK_N is a power of two, or three quarters of one: then a tile has two accumulators, one of
+    them twice as wide as the other, and is not split. So 768 columns are four tiles.
+
+    EPILOGUE is called for each of PIECES (1, 2 or 4) stretches of an accumulator's columns, one
+    after another: what it computes takes registers beside the whole accumulator.
     """
     TILES_M: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -65,11 +72,20 @@ def matmul(
     rows = tl.minimum(TILES_M - group * GROUP_M, GROUP_M)
     tile = tile % (GROUP_M * TILES_N)
     rm = (group * GROUP_M + tile % rows) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = (tile // rows) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cn = (tile // rows) * BLOCK_N
+    RIGHT: tl.constexpr = BLOCK_N // 3 if BLOCK_N % 3 == 0 else 0
+    LEFT: tl.constexpr = BLOCK_N - RIGHT
+    rn = cn + tl.arange(0, LEFT)
     rk = split * (STEPS * BLOCK_K) + tl.arange(0, BLOCK_K)
+    depth = STEPS * BLOCK_K
+    if (SPLITS > 1) & (K % (BLOCK_K * SPLITS) != 0):
+        depth = tl.minimum(depth, K - split * depth)  # the last stretch is short
 
-    acc = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for k in range(0, STEPS * BLOCK_K, BLOCK_K):
+    acc = tl.zeros([BLOCK_M, LEFT], ACC)
+    if RIGHT > 0:
+        right = tl.zeros([BLOCK_M, RIGHT], ACC)
+        rr = cn + LEFT + tl.arange(0, RIGHT)
+    for k in range(0, depth, BLOCK_K):
         a_tile = LOAD_A(bufs, scalars, SIZES, b, rm, k + rk)
         b_tile = LOAD_B(bufs, scalars, SIZES, b, k + rk, rn)
         if DOT == "tensor":
@@ -77,8 +93,16 @@ def matmul(
         else:
             products = a_tile.to(ACC)[:, :, None] * b_tile.to(ACC)[None, :, :]
             acc += tl.sum(products, 1)
-    if SPLITS == 1:
-        EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)
+        if RIGHT > 0:
+            b_tile = LOAD_B(bufs, scalars, SIZES, b, k + rk, rr)
+            right = tl.dot(a_tile, b_tile, right, input_precision=PRECISION, out_dtype=ACC)
+    if RIGHT > 0:
+        number, many = 2 * number, 2 * B * TILES
+        finish(acc, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, cn, number, many, PIECES)
+        number, cn = number + 1, cn + LEFT
+        finish(right, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, cn, number, many, PIECES)
+    elif SPLITS == 1:
+        finish(acc, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, cn, number, B * TILES, PIECES)
     else:
         SIZE: tl.constexpr = BLOCK_M * BLOCK_N
         GROUPS: tl.constexpr = (SPLITS + GROUP - 1) // GROUP
@@ -93,9 +117,45 @@ def matmul(
         if is_last(counters + mine, count):
             acc = fold_tiles(partials + mine * GROUP * SIZE, count, GROUP, SIZE)
             if GROUPS == 1:
-                EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)
+                finish(
+                    acc, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, cn, number, B * TILES,
+                    PIECES,
+                )  # fmt: skip
             else:
                 tl.store(partials + mine * GROUP * SIZE, acc)
                 if is_last(counters + GROUPS, GROUPS):
                     acc = fold_tiles(partials, GROUPS, GROUPS, GROUP * SIZE)
-                    EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, number, B * TILES)
+                    finish(
+                        acc, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, cn, number,
+                        B * TILES, PIECES,
+                    )  # fmt: skip
+
+
+@triton.jit
+def finish(
+    acc,
+    bufs,
+    scalars,
+    workspace,
+    SIZES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    b,
+    rm,
+    first,
+    tile,
+    tiles,
+    PIECES: tl.constexpr,
+):
+    """Call EPILOGUE for each of PIECES stretches of a tile's columns; `first` is its first one."""
+    N: tl.constexpr = acc.shape[1]
+    if PIECES == 1:
+        rn = first + tl.arange(0, N)
+        EPILOGUE(acc, bufs, scalars, workspace, SIZES, b, rm, rn, tile, tiles)
+    else:
+        M: tl.constexpr = acc.shape[0]
+        LESS: tl.constexpr = PIECES // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, [M, 2, N // 2]), (0, 2, 1)))
+        number, many = 2 * tile, 2 * tiles
+        finish(left, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, first, number, many, LESS)
+        first, number = first + N // 2, number + 1
+        finish(right, bufs, scalars, workspace, SIZES, EPILOGUE, b, rm, first, number, many, LESS)

@@ -15,6 +15,7 @@ from tracejit.kernels.costs import SMS, Product, Tile, cdiv, cheapest
 
 from tracejit.gpus import GPUS
 
+FEW_ELEMENTS = 64
 HEADER_BYTES = 16  # a workspace starts with the counter of full reductions
 
 
@@ -29,15 +30,18 @@ def tiles(
     windows: str = "",
     batch: int = 1,
     sms: int = SMS,
+    long: bool = False,
 ) -> Mapping[str, int]:
-    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, SPLITS and GROUP, num_warps,
-    num_stages.
+    """Keyword arguments of a matmul launch: tile sizes, GROUP_M, SPLITS and GROUP, PIECES,
+    num_warps, num_stages.
 
     `dtype` is the operands' (IR names: f32, f64, bf16, f16, i32, …), `precision` the
-    input_precision of fp32 operands, `epilogue_weight` the number of [M, N] tensors that the
+    input_precision of fp32 operands, `epilogue_weight` the number of tensors that the
     epilogue reads (each costs registers), `windows` whether an operand is read at quotients and
     remainders of its axes, as a convolution's is, so that its addresses take registers too: "last"
     where what a tile reads lies side by side, "apart" where it does not, "" for other products.
+    A `long` epilogue, one of much arithmetic, takes as long in smaller tiles, and its text for each
+    element of a thread is what takes long to compile: FEW_ELEMENTS at most then.
     Of the tiles that these allow, and of the splits of K, the fastest by `costs.py` win on a GPU
     of so many SMs.
     """
@@ -45,7 +49,10 @@ def tiles(
     candidates = _CANDIDATES.get(family, _SUM)
     of_windows = _OF_WINDOWS.get(windows, {})
     candidates = of_windows.get(family, candidates)
-    allowed = [c for c in candidates if epilogue_weight <= c.weight] or candidates[-1:]
+    allowed = [c for c in candidates if epilogue_weight <= c.weight]
+    if long:
+        allowed = [c for c in allowed if c.m * c.n <= FEW_ELEMENTS * 32 * c.warps and c.pieces == 1]
+    allowed = allowed or candidates[-1:]
     depth = max(16, _power_of_two(K))
     allowed = [c._replace(k=min(c.k, depth)) for c in allowed]
     product = replace(_product(M, N, K, dtype, precision, batch), windows=bool(windows))
@@ -59,6 +66,7 @@ def tiles(
             "GROUP_M": 8,
             "SPLITS": split.splits,
             "GROUP": split.group,
+            "PIECES": tile.pieces,
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
@@ -116,12 +124,17 @@ def dot_path(dtype: str) -> str:
 
 
 # Per family, from the largest tile to the smallest:
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills.
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, largest epilogue weight without spills, pieces.
 _CANDIDATES = {
     "half": (
-        Tile(128, 256, 64, 8, 3, 1),
+        Tile(128, 256, 64, 8, 3, 0),
+        Tile(128, 256, 64, 8, 3, 2, 4),
+        Tile(128, 192, 64, 8, 4, 1),
+        Tile(128, 192, 64, 8, 4, 2, 2),
+        Tile(128, 192, 64, 8, 4, 3, 4),
         Tile(128, 128, 64, 4, 4, 1),
         Tile(128, 128, 64, 8, 3, 2),
+        Tile(128, 128, 64, 8, 3, 4, 4),
         Tile(64, 64, 64, 4, 4, 8),
         Tile(32, 32, 64, 4, 4, 8),
     ),
@@ -136,9 +149,11 @@ _CANDIDATES = {
         Tile(32, 32, 32, 4, 3, 8),
     ),
     "ieee": (
-        Tile(128, 128, 32, 8, 3, 1),
+        Tile(128, 128, 16, 8, 4, 1),  # BLOCK_K of 32 takes twice as long to compile
+        Tile(128, 128, 16, 8, 4, 3, 4),
         Tile(64, 64, 16, 4, 4, 8),  # BLOCK_K of 32 spills on sm_100
         Tile(32, 32, 32, 4, 3, 8),
+        Tile(32, 32, 32, 4, 5, 8),
     ),
 }
 # The same where an operand is read through windows.
@@ -177,7 +192,7 @@ _OF_WINDOWS = {
 # (it, BLOCK_M, BLOCK_N, num_warps, num_stages).
 _ATTENTION = {
     "half": (
-        ((64, 64, 64, 4, 1), (128, 64, 64, 8, 2), (256, 32, 32, 8, 1)),
+        ((64, 64, 64, 4, 3), (128, 64, 64, 8, 2), (256, 32, 32, 8, 1)),
         ((64, 128, 64, 8, 3), (128, 128, 64, 8, 2), (256, 64, 32, 8, 2)),
     ),
     "tf32": (

@@ -123,6 +123,26 @@ def test_softmax(dtype, axis, max_tile):
         check(softmax(r, c, axis, dtype), max_tile=max_tile, tolerance=EPS[dtype])
 
 
+@pytest.mark.parametrize("dtype, max_tile", [("f32", 64), ("f32", 8192), ("bf16", 8192)])
+def test_rows_with_numbers_for_each_column(monkeypatch, dtype, max_tile):
+    """Of 35 rows and 250 columns in tiles of 16 × 128; also numbers for each row."""
+    from tracejit.codegen import geometry
+
+    monkeypatch.setattr(geometry, "SMALL", 1 << 10)
+    text = f"""f(%0: {dtype}[5,7,250], %1: {dtype}[250], %2: {dtype}[5,1,1], %3: f64[]@host) {{
+      %4: {dtype}[1,1,250] = reshape(%1, shape=(1, 1, 250))
+      %5: {dtype}[5,7,250] = expand(%4, shape=(5, 7, 250))
+      %6: {dtype}[5,7,250] = expand(%2, shape=(5, 7, 250))
+      %7: {dtype}[5,7,250] = mul(%0, %5)
+      %8: {dtype}[5,7,250] = add(%7, %6)
+      %9: {dtype}[5,7,250] = mul(%8, %3)
+      return %9
+    }}"""
+    loaded = check(text, forms=["pointwise_tiled"], tolerance=EPS[dtype], max_tile=max_tile)
+    constants = loaded.launched[0].geometry.constants
+    assert constants == {"BLOCK_O": min(16, max_tile // 64), "BLOCK_I": min(128, max_tile)}
+
+
 @pytest.mark.parametrize("op", ["sum", "max", "min"])
 @pytest.mark.parametrize("dtype", ["f64", "f32", "bf16", "f16", "i64", "i32", "i8", "u8", "b1"])
 @pytest.mark.sweep(3)
@@ -186,6 +206,39 @@ def test_matmul(dtype, m, n, k):
     short = k == 70 and dtype in ("f64", "i64", "i32")  # tiles of k, of which there are many then
     form = "matmul_split" if short else "matmul"
     check(text, forms=[form], tolerance=EPS.get(dtype, 0.0))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize(
+    "m, n, k, even",
+    [
+        (64, 96, 64, "mnk"),
+        (64, 33, 32, "mk"),
+        (5, 96, 64, "nk"),
+        (40, 33, 64, "k"),
+        (64, 32, 5, "mn"),
+    ],
+)
+def test_a_matmul_whose_tiles_end_where_it_does(dtype, m, n, k, even):
+    """Without masks. An operand and a sum are made of numbers for each row only."""
+    text = f"""f(%0: {dtype}[{m},1], %1: {dtype}[{k},{n}], %2: {dtype}[{m},1]) {{
+      %3: {dtype}[{m},{k}] = expand(%0, shape=({m}, {k}))
+      %4: {dtype}[{m},{k}] = maximum(%3, 0.5)
+      %5: {dtype}[{m},{n}] = matmul(%4, %1)
+      %6: {dtype}[{m},1] = abs(%2)
+      %7: {dtype}[{m},{n}] = expand(%6, shape=({m}, {n}))
+      %8: {dtype}[{m},{n}] = add(%5, %7)
+      %9: {dtype}[] = reduce_max(%7, axes=(0, 1))
+      %10: {dtype}[] = reduce_sum(%8, axes=(0, 1))
+      return %8, %9, %10
+    }}"""
+    loaded = check(text, tolerance=EPS[dtype])
+    (source,) = (s for s in loaded.sources if "matmul" in s.text)
+    assert f"even_{even}" in source.variants
+    for name, ranges in (("load_a", "mk"), ("load_b", "kn"), ("epilogue", "mn")):
+        function = source.text.partition(f"def {name}")[2].partition("@triton.jit")[0]
+        masked = {x for x in "mnk" if f"in_{x} =" in function}
+        assert masked <= set(ranges) - set(even) and ("mask=" in function) <= bool(masked)
 
 
 def test_matmul_with_transposes_prologue_and_epilogue():

@@ -296,7 +296,7 @@ def test_columns_move_128_bits(shape, target):
 def test_matmul_with_update_and_reduction(dtype, target):
     form, found = facts(UPDATE.format(t=dtype, m=1000, n=100, k=64), target)
     check_limits(found)
-    assert form == "matmul" and found.atomics == 1
+    assert form.startswith("matmul") and found.atomics == 1
 
 
 @mostly_90
@@ -349,7 +349,7 @@ COLUMN_SUM = """%5: bf16[2048] = reduce_sum(%1, axes=(0,))
 @pytest.mark.slow
 def test_company_costs_a_matmul_nothing(target):
     form, alone = facts(BIAS.format(bias=""), target)
-    assert form == "matmul"
+    assert form.startswith("matmul")
     form, together = facts(BIAS.format(bias=COLUMN_SUM).replace("return", "return %6,"), target)
     assert form == "joint" and together.spills == alone.spills == 0
     assert (together.shared_bytes, together.tensor_memory) == (

@@ -133,6 +133,24 @@ def test_channels_are_last_from_one_convolution_to_the_next():
     assert set(laid_out(schedule(graph))) == {"rows"}
 
 
+def test_what_is_made_of_a_stored_gradient_is_not_stored_in_float32():
+    """The gradient of a sum behind batch norm is stored, and in bfloat16; that of the norm's result
+    is a number of it for each channel, but all that it is made of would be too much."""
+
+    def step(x, skip, w, scale, g):
+        y = F.batch_norm(F.conv2d(x, w, padding=1), None, None, scale, None, training=True)
+        z = F.relu(y + skip)
+        return z, *torch.autograd.grad(z, (x, skip, w, scale), g)
+
+    image, weight = (4, 32, 16, 16), (32, 32, 3, 3)
+    tensors = [torch.zeros(s, dtype=torch.bfloat16) for s in (image, image, weight, (32,), image)]
+    graph = tracejit.capture(step, *(t.requires_grad_() for t in tensors)).optimized().graph
+    plan = schedule(graph, gpu=True)
+    large = [b for b in plan.buffers if b.kind == "arena" and b.type.numel == 4 * 32 * 16 * 16]
+    assert large and {b.type.dtype.name for b in large} == {"bf16"}
+    check_plan(graph, plan)
+
+
 def test_a_tile_of_k_lies_within_one_tap():
     """And what it reads of images and of weights side by side; the weights are copied once."""
     plan, along = schedule(convolved("one image"), gpu=True), []

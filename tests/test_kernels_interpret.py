@@ -13,6 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("interprets, so it needs TRITON_INTERPRET=1", allow_module_level=True)
 
 import triton.language as tl
+from tracejit.kernels.costs import accumulators
 from tracejit.kernels.matmul import matmul
 from tracejit.kernels.tiles import dot_path, tiles, workspace
 
@@ -144,7 +145,8 @@ def launch_matmul(
     choice = {k: v for k, v in choice.items() if k not in ("num_warps", "num_stages")}
     each = B * cdiv(M, choice["BLOCK_M"]) * cdiv(N, choice["BLOCK_N"])
     programs = each * choice["SPLITS"]
-    places = workspace(choice, each, 8, 16 + 4 * each)
+    calls = choice["PIECES"] * accumulators(choice["BLOCK_N"])  # of the epilogue
+    places = workspace(choice, each, 8, 16 + 4 * each * calls)
     end = places.pop("END")
     tensors = (a, b, out, *extra)
     scalars = torch.tensor([lr], dtype=torch.float64)
@@ -272,6 +274,44 @@ def test_a_split_matmul_with_update_and_reduction_in_the_epilogue():
         torch.testing.assert_close(loss[0], expected.sum(), rtol=1e-4, atol=1e-3)
         found.append((weight, loss))
     assert all(torch.equal(x, y) for other in found for x, y in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_a_tile_in_two_halves(pieces):
+    """Three quarters of a power of two wide; the second tile's right half is all outside."""
+    a, b = operands(2, 17, 75, 70, torch.bfloat16)
+    tile = {"BLOCK_M": 16, "BLOCK_N": 48, "BLOCK_K": 16, "SPLITS": 1, "PIECES": pieces}
+    out = torch.full((2, 17, 75), -7, dtype=a.dtype)
+    launch_matmul(a, b, out, kernels.store_tile, tile=tile)
+    expected = (a.double() @ b.double()).to(a.dtype)
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1.0)
+    a, b = operands(1, 40, 100, 33, torch.float32)
+    start, loss = torch.randn(1, 40, 100), torch.empty(1)
+    expected, weight = start - 0.1 * (a @ b).clamp(min=0), start.clone()
+    launch_matmul(a, b, weight, kernels.update_and_loss, (loss,), lr=0.1, tile=tile)
+    torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss[0], expected.sum(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_an_epilogue_in_pieces(splits):
+    """The loss is a sum over all pieces of all tiles; 50 columns end within a piece."""
+    a, b = operands(1, 64, 50, 333, torch.float32)
+    start = torch.randn(1, 64, 50)
+    expected = start - 0.1 * (a @ b).clamp(min=0)
+    tile = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "SPLITS": splits, "GROUP": 3}
+    found = []
+    for pieces in (1, 2, 4):
+        for seed in range(2):
+            weight, loss = start.clone(), torch.empty(1)
+            how = tile | {"PIECES": pieces}
+            launch_matmul(
+                a, b, weight, kernels.update_and_loss, (loss,), lr=0.1, tile=how, seed=seed
+            )
+            torch.testing.assert_close(weight, expected, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(loss[0], expected.sum(), rtol=1e-4, atol=1e-3)
+            found.append(weight)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_tf32_rounds_the_operands():

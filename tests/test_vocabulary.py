@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import tracejit
 from support.capture_checks import randn
 from support.fake import warm
+from tracejit.capture.trace.posing import posing
 from tracejit.ir.graph import verify
 from tracejit.ir.text import parse
 from tracejit.passes import optimize, vocabulary
@@ -30,6 +31,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # of h, w, bias and t
 def small(monkeypatch):
     """Small logits are split as well."""
     monkeypatch.setattr(vocabulary, "LARGE", 1 << 10)
+    monkeypatch.setattr(vocabulary, "ON_GPU", 1 << 10)
     monkeypatch.setattr(vocabulary, "ROWS", 4)
     monkeypatch.setattr(vocabulary, "LEAST", 2)
 
@@ -346,3 +348,19 @@ def test_rows_of_several_axes():
     verify(split_rows(parse(moved)))
     returned = text.replace("return %8", "return %8, %4")
     assert split_rows(parse(returned)) == parse(returned)
+
+
+@pytest.mark.parametrize("rows, on_cpu, on_gpu", [(4096, (16,), (2,)), (1024, (4,), ())])
+def test_parts_are_larger_on_a_gpu(rows, on_cpu, on_gpu):
+    """Each part reads the weight twice and adds to its gradient. Nothing is computed here."""
+    h, w, y = torch.zeros(rows, 8), torch.zeros(32768, 8), torch.zeros(rows, dtype=torch.int64)
+    w.requires_grad_()
+
+    def step():
+        w.grad = None
+        F.cross_entropy(h @ w.T, y).backward()
+
+    for place, parts in (("cpu", on_cpu), ("cuda:0", on_gpu)):
+        with posing(lambda _, place=place: place):
+            graph = tracejit.capture(step).optimized().graph
+        assert schedule(graph).loops == parts

@@ -47,6 +47,21 @@ def test_a_stream():
     assert found.waiting == 8_000_000 / tiles and found.products == 0
 
 
+def test_rows_with_numbers_for_each_column():
+    """Which are loaded once for a tile of 16 rows."""
+    (found,) = works("""
+        f(%0: f32[4000,500], %1: f32[500]) {
+          %2: f32[1,500] = reshape(%1, shape=(1, 500))
+          %3: f32[4000,500] = expand(%2, shape=(4000, 500))
+          %4: f32[4000,500] = add(%0, %3)
+          return %4
+        }""")
+    tiles = 250 * 4
+    assert (found.form, found.programs, found.steps) == ("pointwise", tiles, 1)
+    assert found.loaded == 4 * (4000 * 500 + 250 * 500) and found.stored == 4 * 4000 * 500
+    assert found.operations == tiles * 16 * 128
+
+
 def test_a_full_reduction():
     (found,) = works("""
         f(%0: f32[10000000]) {
@@ -88,8 +103,24 @@ def test_a_contraction():
     assert found.loaded == 4 * (4 * 64 * 120 + 2 * 120 * 100)  # each tile reads its own
     assert found.stored == 4 * 64 * 100 and found.operations == 8 * 32 * 32
     assert found.products == 2 * 8 * 4 * (32 * 32 * 32)
-    assert (found.steps, found.ahead) == (4, 2)
+    assert (found.steps, found.ahead) == (4, 4)
     assert found.waiting == found.loaded / 8 / 4
+
+
+def test_a_contraction_with_two_accumulators():
+    """Tiles of 128 × 192, the epilogue of which goes over 128 and then over 64 columns."""
+    (found,) = works("""
+        f(%0: bf16[4096,768], %1: bf16[768,768], %2: bf16[1,768]) {
+          %3: bf16[4096,768] = matmul(%0, %1)
+          %4: bf16[4096,768] = expand(%2, shape=(4096, 768))
+          %5: bf16[4096,768] = add(%3, %4)
+          return %5
+        }""")
+    programs = 32 * 4
+    assert found.programs == programs and (found.steps, found.ahead) == (12 + 2, 3)
+    assert found.loaded == 2 * programs * (128 * 768 + 768 * 192 + 192)
+    assert found.stored == 2 * 4096 * 768 and found.operations == 4096 * 768
+    assert found.products == 2 * 4096 * 768 * 768
 
 
 def test_a_contraction_whose_k_is_split():
@@ -99,7 +130,7 @@ def test_a_contraction_whose_k_is_split():
           return %2
         }""")
     partials = 8 * 8 * 4096  # 8 splits of each tile take four steps each, and are loaded at a time
-    assert found.programs == 8 * 8 and (found.steps, found.ahead) == (4 + 2, 2)
+    assert found.programs == 8 * 8 and (found.steps, found.ahead) == (4 + 2, 4)
     assert found.loaded == 4 * (4 * 64 * 1000 + 2 * 1000 * 100) + partials + 4 * 64
     assert found.stored == 4 * 64 * 100 + partials + 4 * (64 + 8)
     assert found.products == 2 * 8 * 32 * (32 * 32 * 32)

@@ -318,6 +318,7 @@ def _row(
         filled=filling(works, gpus[0], per_sm, copies=copies),
         predicted={g.name: predict(works, g, per_sm, minimum_bytes, **known) for g in gpus},
         inputs=_inputs(plan, launch, names),
+        times=plan.times(launch),
     )
 
 

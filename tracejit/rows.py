@@ -55,6 +55,7 @@ class Row:
     filled: Filling
     predicted: Mapping[str, Prediction]
     inputs: tuple[str, ...] = ()  # of the step that it reads or writes, where they have names
+    times: int = 1  # that it is launched: in a loop, once a step
 
     @property
     def issued_bytes(self) -> int:

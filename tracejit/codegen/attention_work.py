@@ -10,11 +10,18 @@ from collections.abc import Iterable, Mapping
 
 from tracejit.codegen.triton_attention import GRADIENTS, Attention
 from tracejit.ir.ops import OPS
+from tracejit.ir.types import DType
 from tracejit.records import dataclass
 
 Pair = tuple[int, int]  # of a block of queries, and a block of keys
 
-PER_SCORE = OPS["exp"].cost + 4  # operations between the products
+PER_SCORE = 4  # operations between the products, besides the exponential
+APPROXIMATE = 10  # of an exponential of half types: 8 lanes share a unit; and a multiplication
+
+
+def per_score(dtype: DType) -> int:
+    """Operations between the products, for each score."""
+    return PER_SCORE + (APPROXIMATE if dtype.narrow else OPS["exp"].cost)
 
 
 @dataclass(frozen=True)

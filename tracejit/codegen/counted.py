@@ -113,7 +113,7 @@ class Count(Body):
     def _begin(self) -> None:
         dims = {name: dim.axes for name, dim in self.dims.items()}
         self._section = Section(dims, next((d.block for d in reversed(self.dims.values())), ""))
-        if not any(dim.full for dim in self.dims.values()):  # else printed again with a mask
+        if all(dim.counted for dim in self.dims.values()):
             self.sections.append(self._section)
 
     def lines_of(self, s: Statement) -> list[Line]:

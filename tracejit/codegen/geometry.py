@@ -12,15 +12,16 @@ from tracejit.codegen.row_passes import row_unit
 from tracejit.codegen.triton_attention import attention_of
 from tracejit.codegen.triton_foreach import WARPS, chunks_of, constants_of, workspace_of
 from tracejit.codegen.triton_forms import HEADER_BYTES, PARTIAL_BYTES, can_persist, form_of
-from tracejit.codegen.triton_matmul import contraction
+from tracejit.codegen.triton_matmul import contraction, variant_of
 from tracejit.codegen.triton_scatter import scatter_of
 from tracejit.ir.ops import OPS
-from tracejit.kernels.costs import SMS
+from tracejit.kernels.costs import SMS, accumulators
 from tracejit.kernels.tiles import attention_tiles, tiles, workspace
 from tracejit.records import dataclass
 from tracejit.schedule.kernel import (
     Attend,
     Axis,
+    Compute,
     FloorDiv,
     Index,
     Kernel,
@@ -40,12 +41,14 @@ MAX_TILE = 8192  # elements of a rows tile
 WIDE = 512  # outer points of a scatter that one index serves
 IDS = 512  # indices that a program looks through at a time
 TAKEN = 2  # of them that it takes, if it can be so few
+TILE_COLUMNS = 128  # of a tile of rows with numbers for each column
 COLUMNS = 32  # outer points side by side where the outer axis is the contiguous one
 RANKED = 128  # elements of a row whose places a program finds
 NETWORK = 8192  # elements of a longer row that a program sorts at most
 COMPARED = 32  # elements that they are compared with at a time
 WIDE_RUN = 16  # channels of an image that are loaded together
 FILLED = 256  # programs that keep a GPU busy
+ARITHMETIC = 48  # operations of an epilogue that is long, as that of a GELU is
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,23 @@ def geometry(
         if plan.workspace:
             constants[f"WORKSPACE_{i}"] = workspace
             workspace += cdiv(plan.workspace, HEADER_BYTES) * HEADER_BYTES
-    # The fewest stages: what one matmul keeps in shared memory at more is not known to fit.
-    stages = min((plan.num_stages for plan in dots), default=3)
+    products = [contraction(k) for k, _, _ in parts if form_of(k) == "matmul"]
+    stages = _stages(dots, [c.dtype.itemsize for c in products])
     return Geometry((programs,), constants, warps, stages, workspace)
+
+
+def _stages(dots: Sequence[Geometry], itemsizes: Sequence[int]) -> int:
+    """The most stages that one of some products has with which none of the others needs more shared
+    memory than one of them does alone."""
+    if not dots:
+        return 3
+    each = [
+        (d.constants["BLOCK_M"] + d.constants["BLOCK_N"]) * d.constants["BLOCK_K"] * size
+        for d, size in zip(dots, itemsizes, strict=True)
+    ]
+    most = max(n * d.num_stages for n, d in zip(each, dots, strict=True))
+    wanted = sorted({d.num_stages for d in dots}, reverse=True)
+    return next(n for n in wanted if n * max(each) <= most)
 
 
 def variants(
@@ -106,7 +123,10 @@ def variants(
     buffers; also "looped_peeled";
     "network": rows to sort that are long, and fit a tile;
     "ragged": a large flat domain that ends within a 128-bit access;
-    "split": a product of which several programs compute a tile, each for a stretch of k.
+    "tiled": element-wise work on large rows with numbers for each column;
+    "even_mnk": a product whose tiles end where its m, n and k do, or some of these: no masks;
+    "split": a product of which several programs compute a tile, each for a stretch of k;
+    "pieces": one whose epilogue goes over a tile in several. Also "even_k_split" and the like.
     """
     if kernel.foreach:
         return ("",)
@@ -116,7 +136,7 @@ def variants(
 def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms: int) -> str:
     form = form_of(kernel)
     if form == "matmul":
-        return "split" * (_tiles_of(kernel, bound, precision, sms)["SPLITS"] > 1)
+        return _product_variant(kernel, bound, _tiles_of(kernel, bound, precision, sms))
     if form == "rows":
         outer, inner = _numel(kernel.axes, bound), _inner_numel(kernel, bound)
         block_o, block_i = _rows_tile(kernel, outer, inner, False, max_tile)
@@ -134,6 +154,8 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms:
     if form == "sort":
         inner = _inner_numel(kernel, bound)
         return "network" if RANKED < power_of_two(inner) <= min(NETWORK, max_tile) else ""
+    if form == "pointwise" and _has_columns(kernel, bound):
+        return "tiled"
     if form in ("pointwise", "reduce"):
         axes = kernel.axes or kernel.stages[0].axes
         numel = _numel(axes, bound)
@@ -141,6 +163,13 @@ def _variant(kernel: Kernel, bound: Mapping, max_tile: int, precision: str, sms:
         if len(axes) == 1 and numel >= SMALL and numel % wide:
             return "ragged"
     return ""
+
+
+def _product_variant(kernel: Kernel, bound: Mapping, chosen: Mapping[str, int]) -> str:
+    c, even = contraction(kernel), ""
+    for name, axis in (("m", c.m), ("n", c.n), ("k", c.dot.k)):
+        even += name * (_numel([axis], bound) % chosen[f"BLOCK_{name.upper()}"] == 0)
+    return variant_of(even, chosen["SPLITS"] > 1, chosen["PIECES"] > 1)
 
 
 def _each(
@@ -175,7 +204,7 @@ def _alone(
     if form == "attention":
         return _attention(kernel, bound, precision)
     if form == "pointwise":
-        return _pointwise(kernel, bound, max_tile, warps)
+        return _pointwise(kernel, bound, max_tile, warps, how)
     if form == "reduce":
         return _reduce(kernel, bound, max_tile, warps)
     if form == "scatter":
@@ -224,10 +253,34 @@ def _flat_block(numel: int, max_tile: int, warps: int) -> int:
     return min(max(block, 128 * warps), max_tile)
 
 
-def _pointwise(kernel: Kernel, bound: Mapping, max_tile: int, warps: int) -> Geometry:
+def _has_columns(kernel: Kernel, bound: Mapping) -> bool:
+    """Whether what lies along the last axis is stored, numbers for each column are loaded, and a
+    tile wastes little."""
+    if len(kernel.axes) < 2 or _numel(kernel.axes, bound) < SMALL:
+        return False
+    last = {kernel.axes[-1].name}
+    columns = _numel(kernel.axes[-1:], bound)
+    block = min(power_of_two(columns), TILE_COLUMNS)
+    if columns < COLUMNS or 4 * cdiv(columns, block) * block > 5 * columns:
+        return False
+    accesses = [s for s in kernel.statements if isinstance(s, Load | Store)]
+    stored = all(_unit_axes(s.index) == last for s in accesses if isinstance(s, Store))
+    return stored and any(
+        _axis_names(s.index) == last and not s.mask for s in accesses if isinstance(s, Load)
+    )
+
+
+def _pointwise(kernel: Kernel, bound: Mapping, max_tile: int, warps: int, how: str) -> Geometry:
     if not kernel.axes:
         return Geometry(grid=(1,), constants={}, num_warps=1)
     numel = _numel(kernel.axes, bound)
+    if how == "tiled":
+        columns = _numel(kernel.axes[-1:], bound)
+        block_i = min(power_of_two(columns), TILE_COLUMNS, max_tile)
+        block_o = max(1, min(2 * BLOCK, max_tile) // block_i)
+        tiles = cdiv(numel // columns, block_o) * cdiv(columns, block_i)
+        constants = {"BLOCK_O": block_o, "BLOCK_I": block_i}
+        return Geometry((tiles,), constants, _warps(block_o * block_i))
     block = _flat_block(numel, max_tile, warps)
     return Geometry((cdiv(numel, block),), {"BLOCK": block}, _warps(block))
 
@@ -253,7 +306,10 @@ def _matmul(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Geometr
     chosen = dict(_tiles_of(kernel, bound, precision, sms))
     options = {name: chosen.pop(name) for name in ("num_warps", "num_stages")}
     tiles = batch * cdiv(m, chosen["BLOCK_M"]) * cdiv(n, chosen["BLOCK_N"])
-    nbytes = _workspace(c.stage.body, tiles)
+    finished = tiles * chosen["PIECES"] * accumulators(chosen["BLOCK_N"])
+    nbytes = _workspace(c.stage.body, finished)
+    if chosen["PIECES"] == 1:
+        del chosen["PIECES"]
     if chosen["SPLITS"] == 1:
         del chosen["SPLITS"], chosen["GROUP"]
         return Geometry((tiles,), chosen, workspace=nbytes, **options)
@@ -267,10 +323,12 @@ def _tiles_of(kernel: Kernel, bound: Mapping, precision: str, sms: int) -> Mappi
     c = contraction(kernel)
     m, n, k = (_numel([axis], bound) for axis in (c.m, c.n, c.dot.k))
     weight = sum(isinstance(s, Load) for s in c.stage.body)
+    long = sum(s.op.cost for s in c.stage.body if isinstance(s, Compute)) > ARITHMETIC
     windows = [s for s in (*c.dot.a, *c.dot.b) if _is_taken_apart(s)]
     last = all(_is_wide(s, bound) for s in windows)
     how = ("last" if last else "apart") if windows else ""
-    return tiles(m, n, k, c.dtype.name, precision, weight, how, _numel(c.batch, bound), sms)
+    batch = _numel(c.batch, bound)
+    return tiles(m, n, k, c.dtype.name, precision, weight, how, batch, sms, long)
 
 
 def _is_taken_apart(s: Statement) -> bool:

@@ -134,7 +134,7 @@ def alone(
     form = triton_forms.form_of(kernel)
     helpers: list[str] = []
     if form == "matmul":
-        function, helpers = triton_matmul.matmul(kernel, precision, bool(variant), part)
+        function, helpers = triton_matmul.matmul(kernel, precision, variant, part)
     elif form == "attention":
         function, helpers = triton_attention.attention(kernel, precision, part)
     else:

@@ -369,8 +369,15 @@ class Body(Printer):
         value = self.operand(reduce.value, reduce.out.dtype, typed=True)
         if fold.type != compute_type(reduce.out.dtype):
             value = f"{value}.to({fold.type})"
+        return self.where_inside(value, fold.neutral, over, self.value_dims(reduce.value))
+
+    def where_inside(self, value: str, neutral: str, over: Dims, dims: Dims) -> str:
+        """A value that varies over some dims as a tile over `over`, neutral where that ends."""
         mask = self.mask(over)
-        return f"tl.where({mask}, {value}, {fold.neutral})" if mask else value
+        text = f"tl.where({mask}, {value}, {neutral})" if mask else value
+        masked = {name for name in over if not self.dims[name].full}
+        shaped = over <= dims | masked
+        return text if shaped else f"tl.broadcast_to({text}, {self.shape(over)})"
 
 
 def _may_be_negative(index: Index) -> bool:

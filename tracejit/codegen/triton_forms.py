@@ -74,13 +74,17 @@ def form_of(kernel: Kernel) -> str:
 
 
 def pointwise(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
-    """One flat block of the outer domain per program; a kernel without axes is one program."""
+    """One flat block of the outer domain per program; a kernel without axes is one program. With
+    the variant "tiled" a block has rows, so that numbers for each column are loaded once."""
     body = make(kernel)
     dim = Dim("x", kernel.axes)
     if not dim.axes:
         for stage in kernel.stages:
             without_reductions(body, stage)
         return Function((*body.scalar_lines(), *body.lines), ())
+
+    if variant == "tiled":
+        return _tiled(body, kernel, part)
 
     def block(dim: Dim) -> None:
         body.enter(dim)
@@ -89,6 +93,25 @@ def pointwise(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody 
 
     lines = _flat(body, dim, f"{program_number(kernel, part)} * BLOCK", variant == "ragged", block)
     return Function((*body.scalar_lines(), *lines), ("BLOCK",))
+
+
+def _tiled(body: Body, kernel: Kernel, part: str) -> Function:
+    """A block of rows and columns per program."""
+    *outer, inner = kernel.axes
+    o = Dim("o", tuple(outer), "BLOCK_O", "[:, None]")
+    i = Dim("i", (inner,), "BLOCK_I", "[None, :]")
+    body.enter(o, i)
+    for stage in kernel.stages:
+        without_reductions(body, stage)
+    across = f"(({inner.extent} + BLOCK_I - 1) // BLOCK_I)"
+    lines = [
+        Line(f"block = {program_number(kernel, part)}"),
+        *body.prelude(o, f"block // {across} * BLOCK_O + {lanes(o)}"),
+        *body.prelude(i, f"block % {across} * BLOCK_I + {lanes(i)}"),
+        *body.scalar_lines(),
+        *body.lines,
+    ]
+    return Function(tuple(lines), ("BLOCK_O", "BLOCK_I"))
 
 
 def reduce(kernel: Kernel, variant: str = "", part: str = "", make: MakeBody = Body) -> Function:
@@ -137,7 +160,7 @@ def _flat(
     return [
         Line(f"first = {first}"),
         Line(f"if first <= {dim.extent} - BLOCK:"),
-        *TRITON.indent(block_lines(body, replace(dim, full=True), index, block)),
+        *TRITON.indent(block_lines(body, replace(dim, full=True, counted=False), index, block)),
         Line("else:"),
         *TRITON.indent(block_lines(body, dim, index, block)),
     ]

@@ -30,6 +30,7 @@ from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Stage, St
 
 TILE = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M")
 SPLIT = ("SPLITS", "GROUP", "COUNTERS", "PARTIALS")  # of a product whose k is cut
+PIECES = ("PIECES",)  # of one whose epilogue goes over a tile in several
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,13 @@ class Contraction:
         """Bytes of an accumulator."""
         return self.dtype.compute.itemsize if self.dtype.is_float else 8
 
-    def tile_dims(self, first: str, second: str) -> tuple[Dim, Dim]:
-        """Two of the dims m, n, k, over the ranges rm, rn, rk that the functions get."""
+    def tile_dims(self, names: str, even: str = "") -> tuple[Dim, Dim]:
+        """Two of the dims m, n, k, over the ranges rm, rn, rk that the functions get; of the `even`
+        ones tiles end where the matrix does."""
         axes = {"m": self.m, "n": self.n, "k": self.dot.k}
-        return tuple(Dim(name, (axes[name],), f"r{name}.shape[0]") for name in (first, second))
+        return tuple(
+            Dim(name, (axes[name],), f"r{name}.shape[0]", full=name in even) for name in names
+        )
 
 
 def contraction(kernel: Kernel) -> Contraction:
@@ -69,13 +73,21 @@ def contraction(kernel: Kernel) -> Contraction:
     return Contraction(first, first.dot, tuple(batch), m, n, tuple(tail))
 
 
+def variant_of(even: str, split: bool, pieces: bool) -> str:
+    """What the sizes demand of the text, in words."""
+    words = [f"even_{even}"] if even else []
+    return "_".join([*words, *(["split"] if split else []), *(["pieces"] if pieces else [])])
+
+
 def matmul(
-    kernel: Kernel, precision: str, split: bool = False, part: str = "", make: MakeBody = Body
+    kernel: Kernel, precision: str, variant: str = "", part: str = "", make: MakeBody = Body
 ) -> tuple[Function, list[str]]:
     """The kernel's function, and the text of the functions that it hands to the matmul."""
-    c = contraction(kernel)
-    loads = [_load(make(kernel), c, side, part) for side in ("a", "b")]
-    epilogue, imports = _epilogue(make(kernel), c, part)
+    c, words = contraction(kernel), variant.split("_")
+    even = words[1] if words[0] == "even" else ""
+    split = "split" in words
+    loads = [_load(make(kernel), c, side, part, even) for side in ("a", "b")]
+    epilogue, imports = _epilogue(make(kernel), c, part, even)
     functions = [*loads, epilogue]
     b, m, n, k = (product([a.extent for a in axes]) for axes in (c.batch, [c.m], [c.n], [c.dot.k]))
     dtype = c.dtype
@@ -90,8 +102,9 @@ def matmul(
         f"{', '.join(TILE)},",
         f'"{precision}", "{dot_path(dtype.name)}", {total},',
     ]
-    constants = (*TILE, *SPLIT) if split else TILE
-    named = [f"{name}={name}" for name in (*(SPLIT if split else ()), *(["FIRST"] if part else []))]
+    more = (SPLIT if split else ()) + (PIECES if "pieces" in words else ())
+    constants = (*TILE, *more)
+    named = [f"{name}={name}" for name in (*more, *(["FIRST"] if part else []))]
     arguments += [f"{', '.join(named)},"] if named else []
     lines = [Line("matmul("), *(Line(f"    {text}") for text in arguments), Line(")")]
     return Function(tuple(lines), constants, imports, has_workspace=split), functions
@@ -102,13 +115,13 @@ def tuple_text(names: Sequence[str]) -> str:
     return f"({', '.join(names)}{',' if len(names) == 1 else ''})"
 
 
-def _load(body: Body, c: Contraction, side: str, part: str) -> str:
+def _load(body: Body, c: Contraction, side: str, part: str, even: str) -> str:
     """load_a or load_b: a tile of one operand, zero outside the matrix."""
     if side == "a":
-        first, second = c.tile_dims("m", "k")
+        first, second = c.tile_dims("mk", even)
         statements, value, ranges = c.dot.a, c.dot.a_value, ("rm", "rk")
     else:
-        first, second = c.tile_dims("k", "n")
+        first, second = c.tile_dims("kn", even)
         statements, value, ranges = c.dot.b, c.dot.b_value, ("rk", "rn")
     body.enter(first, second)
     batch_axes(body, c.batch)
@@ -118,7 +131,7 @@ def _load(body: Body, c: Contraction, side: str, part: str) -> str:
         body.emit(statements)
         text = body.operand(value, c.dtype, typed=True)
         zero = "0.0" if c.dtype.is_float else "0"
-        result = f"tl.where({body.mask(everywhere)}, {text}, {zero})"
+        result = body.where_inside(text, zero, everywhere, body.value_dims(value))
         if c.dtype.narrow:
             result += f".to({MEMORY_TYPE[c.dtype.name]})"
     head = f"def load_{side}{part}(bufs, scalars, SIZES, b, {', '.join(ranges)}):"
@@ -141,9 +154,9 @@ def plain_load(
     return text
 
 
-def _epilogue(body: Body, c: Contraction, part: str) -> tuple[str, tuple[str, ...]]:
+def _epilogue(body: Body, c: Contraction, part: str, even: str) -> tuple[str, tuple[str, ...]]:
     """The epilogue, and what it imports from tracejit.kernels.reduce."""
-    m, n = c.tile_dims("m", "n")
+    m, n = c.tile_dims("mn", even)
     body.enter(m, n)
     batch_axes(body, c.batch)
     out, dtype = c.dot.out, c.dot.out.dtype

@@ -72,7 +72,8 @@ TRITON = Language(
 class Dim:
     """One tile dimension: its name, the axes it flattens, its block's name, its place in a tile.
 
-    `place` is "" in a 1-D tile, else "[:, None]" or "[None, :]"; a `full` one needs no mask.
+    `place` is "" in a 1-D tile, else "[:, None]" or "[None, :]"; a `full` one needs no mask, and
+    one that is not `counted` is printed again with a mask.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Dim:
     block: str = "BLOCK"
     place: str = ""
     full: bool = False
+    counted: bool = True
 
     @property
     def real_axes(self) -> tuple[Axis, ...]:

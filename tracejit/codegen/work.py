@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tracejit.codegen.attention_work import PER_SCORE, walk
+from tracejit.codegen.attention_work import per_score, walk
 from tracejit.codegen.counted import Blocks, Count, Total, Work, inside, numel
 from tracejit.codegen.geometry import Geometry, cdiv
 from tracejit.codegen.triton import Source
@@ -28,7 +28,7 @@ from tracejit.codegen.triton_scan import scan
 from tracejit.codegen.triton_scatter import scatter, scatter_of
 from tracejit.codegen.triton_sort import sort
 from tracejit.codegen.triton_text import fold_of
-from tracejit.kernels.costs import at_once
+from tracejit.kernels.costs import accumulators, at_once
 from tracejit.kernels.tiles import dot_path
 from tracejit.schedule.foreach import columns_of, rows_of
 from tracejit.schedule.kernel import (
@@ -112,6 +112,11 @@ def _alone(
             extents["i"] = Blocks(inner - ends, trips, constants["BLOCK_I"])
             if section.block == ENDS:
                 trips, extents["i"] = 1, Blocks(ends, 1, 2 * constants["UNIT"])
+        if variant == "tiled" and dims:
+            columns = numel(dims["i"], sizes)
+            across = cdiv(columns, constants["BLOCK_I"])
+            extents["i"] = Blocks(columns, across, constants["BLOCK_I"])
+            extents["o"] = replace(extents["o"], count=programs // across)
         many = form == "reduce" and not dims  # the tail, which only the last program runs
         total.add(body, section, extents, 1 if many else programs * trips, trips)
     total.loaded += body.scalar_bytes * programs
@@ -239,11 +244,13 @@ def _contraction(
         depths.append(loop.steps - before)
         loop.loaded += body.scalar_bytes * programs * trips
     total.steps = max(depths)  # neither operand waits for the other
-    epilogue = bodies[2]
+    epilogue, n = bodies[2], extents["n"]
+    pieces = constants.get("PIECES", 1) * accumulators(n.block)
+    apart = extents | {"n": Blocks(n.elements, n.count * pieces, n.block // pieces)}
     for section in epilogue.sections:
-        total.add(epilogue, section, extents, tiles if section.dims else 1, 1)
-    total.loaded += epilogue.scalar_bytes * tiles
-    _fold(total, c.stage.body, tiles)
+        total.add(epilogue, section, apart, tiles * pieces if section.dims else 1, pieces)
+    total.loaded += epilogue.scalar_bytes * tiles * pieces
+    _fold(total, c.stage.body, tiles * pieces)
     if splits > 1:
         _fold_tiles(total, constants, tiles, c.total)
     tile = math.prod(extents[name].block for name in "mnk")
@@ -298,7 +305,7 @@ def _attended(
                 total.operations += cost * batches * len(pairs) * tile
             depth = max(depth, section.depth)
         total.loaded += body.scalar_bytes * batches * len(pairs)
-    total.operations += batches * found.scores * PER_SCORE * blocks["m"] * blocks["n"]
+    total.operations += batches * found.scores * per_score(a.dtype) * blocks["m"] * blocks["n"]
     tensor = dot_path(a.dtype.name) == "tensor"
     steps = (found.trips + 1) * depth
     return Work(

@@ -29,6 +29,9 @@ from tracejit.records import dataclass
 LARGE = 1 << 25
 ROWS = 256  # of a part: each part reads the weight twice and adds to its gradient
 LEAST = 128
+# Bytes of logits on a GPU that are split, and of a part there: a part of 256 rows of 50257 would
+# take longer for the weight and its gradient than for its products. An estimate.
+ON_GPU = 1 << 28
 SUM = -1  # the place of the rows in a sum over all of them
 
 
@@ -62,7 +65,8 @@ def _splits(graph: Graph, seed: Node) -> Iterator[Graph]:
 def _is_large_product(node: Node) -> bool:
     kind = node.out.type
     one = all(n == 1 for n in kind.shape[:-2])
-    return node.op.name == "matmul" and one and kind.nbytes >= LARGE
+    large = LARGE if kind.device == "cpu" else ON_GPU
+    return node.op.name == "matmul" and one and kind.nbytes >= large
 
 
 # ---- what is computed row by row
@@ -171,9 +175,11 @@ def _counts(region: _Region) -> list[int]:
     for value, place in region.rows.items():
         if place != SUM:
             common = math.gcd(common, value.type.shape[place])
-    rows = region.seed.out.type.shape[region.rows[region.seed.out]]
+    kind = region.seed.out.type
+    rows = kind.shape[region.rows[region.seed.out]]
+    best = ROWS if kind.device == "cpu" else max(ROWS, ON_GPU * rows // kind.nbytes)
     counts = [c for c in range(2, common + 1) if common % c == 0 and rows // c >= LEAST]
-    return sorted(counts, key=lambda c: abs(math.log(rows / c / ROWS)))
+    return sorted(counts, key=lambda c: abs(math.log(rows / c / best)))
 
 
 # ---- the loop

@@ -201,7 +201,7 @@ class Fuser:
     def _recompute(self, written: set[int]) -> None:
         """Recompute what is cheaper to compute again than to store; then kernels read the same."""
         stored = written | set(self.groups.results)
-        for task in recompute(self.groups, self.analysis, stored, self.maps):
+        for task in recompute(self.groups, self.analysis, stored, self.maps, self.gpu):
             self._join_sibling(task, task.group)
 
     def place_write(self, store: Task) -> None:

@@ -16,10 +16,12 @@ from tracejit.ir.ops import OPS
 from tracejit.ir.types import contiguous_strides, f32
 from tracejit.schedule.images import LEAST
 from tracejit.schedule.index import Indices, extents_of, flatten, identity, operand_indices
+from tracejit.schedule.kernel import Mod
 
 SUMS = 16384  # results of the first sums that keep a GPU busy: 32 a program, 4 programs an SM
 SHORT = 64  # places that each of them has at least
 FEW = 512  # rows that a program goes over by itself
+RUN = 32  # columns that a program takes side by side
 
 
 def parted(graph: Graph, last: Mapping[int, int]) -> Graph:
@@ -134,9 +136,15 @@ def _nothing(x: Value) -> float | int:
 
 
 def _unit(at: Indices, strides: Sequence[int]) -> str | None:
-    """The axis whose neighbours lie side by side, if there is one."""
+    """The axis whose neighbours lie side by side, if there is one: all of them, or RUN at a time,
+    as the columns of several heads do."""
     units = [atom for atom, c in flatten(at, tuple(strides)).terms if c == 1]
-    return units[0] if len(units) == 1 and isinstance(units[0], str) else None
+    if len(units) != 1:
+        return None
+    (unit,) = units
+    if isinstance(unit, Mod) and unit.by >= RUN and len(unit.index.terms) == 1:
+        unit = unit.index.terms[0][0]
+    return unit if isinstance(unit, str) else None
 
 
 def _stretch(rows: int, columns: int) -> int:

@@ -41,21 +41,26 @@ class _Candidate:
 
 
 def recompute(
-    groups: Groups, analysis: Analysis, stored: set[int], maps: bool = False
+    groups: Groups,
+    analysis: Analysis,
+    stored: set[int],
+    maps: bool = False,
+    halfway: bool = False,
 ) -> list[Task]:
     """Copy tasks into the groups that read them; `stored` are values that are stored anyway.
-    `maps`: those of groups that nothing is summed in, too. Returns the copies."""
+    `maps`: those of groups that nothing is summed in, too. `halfway`: also from values of the same
+    group that take too long to compute again. Returns the copies."""
     copies: list[Task] = []
     for group in reversed(list(groups.all.values())):  # readers first: what they copy reads others
         if maps or any(task.kind != "map" for task in group.tasks):
-            found = _candidates(group, groups, analysis, stored)
+            found = _candidates(group, groups, analysis, stored, halfway)
             for candidate in _chosen(found, group, groups, stored):
                 copies += _apply(candidate, groups)
     return copies
 
 
 def _candidates(
-    group: Group, groups: Groups, analysis: Analysis, stored: set[int]
+    group: Group, groups: Groups, analysis: Analysis, stored: set[int], halfway: bool
 ) -> list[_Candidate]:
     """The values of a group that others could compute themselves."""
     found = []
@@ -67,15 +72,18 @@ def _candidates(
         candidate = _Candidate(task, readers)
         if (
             all(d.aligned and not d.mask for _, d in readers)
-            and _collect(task, candidate, groups, analysis) <= CHEAP_LIMIT
+            and _collect(task, candidate, groups, analysis, halfway) <= CHEAP_LIMIT
             and _one_place(candidate)
         ):
             found.append(candidate)
     return found
 
 
-def _collect(task: Task, candidate: _Candidate, groups: Groups, analysis: Analysis) -> int:
-    """Add a task, and the tasks of its group that it needs, to what a candidate copies.
+def _collect(
+    task: Task, candidate: _Candidate, groups: Groups, analysis: Analysis, halfway: bool
+) -> int:
+    """Add a task, and the tasks of its group that it needs, to what a candidate copies; `halfway`:
+    not those that would be too many.
 
     Returns the operations per element; more than CHEAP_LIMIT if the task cannot be copied.
     """
@@ -98,7 +106,12 @@ def _collect(task: Task, candidate: _Candidate, groups: Groups, analysis: Analys
         elif demand.mask or not demand.aligned:
             return CHEAP_LIMIT + 1
         else:
-            cost += _collect(below, candidate, groups, analysis)
+            chain, leaves = dict(candidate.chain), dict(candidate.leaves)
+            more = _collect(below, candidate, groups, analysis, halfway)
+            if halfway and cost + more > CHEAP_LIMIT:
+                candidate.chain, candidate.leaves = chain, leaves
+                candidate.leaves[demand.origin.id], more = demand, 0
+            cost += more
     return cost
 
 
