@@ -209,3 +209,30 @@ def test_pooled_lines_lie_as_in_eager(name, wanted):
         compiled = tracejit.compile(LINES[name], on_unsupported="raise", backend="numpy")
         for mine, theirs in zip(tree_leaves(compiled(x)), eager, strict=True):
             torch.testing.assert_close(mine, theirs, check_stride=True)
+
+
+IMAGES = {
+    "mean": lambda x: x.dim() == 5 and F.avg_pool3d(x, (1, 2, 2)),
+    "largest": lambda x: x.dim() == 5 and F.max_pool3d(x, (1, 2, 2)),
+    "adaptive mean": lambda x: x.dim() == 5 and F.adaptive_avg_pool3d(x, (1, 2, 2)),
+    "mean of all": lambda x: x.dim() == 5 and F.adaptive_avg_pool3d(x, 1),
+    "adaptive largest": lambda x: x.dim() == 5 and F.adaptive_max_pool3d(x, (1, 2, 2)),
+    "groups": lambda x: F.group_norm(x, 1),
+    "batch": lambda x: F.batch_norm(x, None, None, training=True),
+    "instances": lambda x: F.instance_norm(x),
+    "larger": lambda x: F.interpolate(x, scale_factor=2),
+    "element-wise": lambda x: torch.sin(x) * 2,
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_results_lie_as_in_eager(name):
+    """Of images whose channels lie last, in the plane and in space, and of others."""
+    compiled = tracejit.compile(IMAGES[name], on_unsupported="raise", backend="numpy")
+    for n, c, rank in ((1, 4, 4), (2, 4, 4), (2, 4, 5), (1, 3, 5), (2, 1, 5)):
+        last = torch.channels_last if rank == 4 else torch.channels_last_3d
+        x = torch.randn(n, c, *(4,) * (rank - 2))
+        for given in (x, x.contiguous(memory_format=last), x.transpose(0, 1)):
+            eager = IMAGES[name](given)
+            if eager is not False:
+                torch.testing.assert_close(compiled(given), eager, check_stride=True)

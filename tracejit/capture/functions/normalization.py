@@ -190,7 +190,8 @@ def group_norm(
     cudnn_enabled: bool = True,
 ) -> TracedTensor:
     """Normalized over the channels of a group and all positions; parameters are per channel."""
-    x, w, b = t.read(t.lift(input)), _optional(t, weight), _optional(t, bias)
+    h, w, b = t.lift(input), _optional(t, weight), _optional(t, bias)
+    x = t.read(h)
     shape = x.type.shape
     if len(shape) < 2 or num_groups <= 0 or shape[1] % num_groups:
         raise t.shape_error(
@@ -210,7 +211,8 @@ def group_norm(
         (1, *grouped[1:3], 1),
         _eps(t, eps, x),
     )
-    return t.fresh(t.b.reshape(y, shape=shape))
+    strides = like(h, shape) if h.device == "cpu" else None  # CUDA's result is row-major
+    return t.fresh(t.b.reshape(y, shape=shape), strides)
 
 
 def _check_channels(t: Trace, channels: int, *params: Value | None) -> None:

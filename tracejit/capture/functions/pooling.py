@@ -149,8 +149,13 @@ def _max_of(
         return (t.unread(b.reduce_sum(given, axes=axes) if axes else given, x),)
 
     y = t.saves(t.derive(name, (x,), top, vjp), x)
-    strides = None if dense else (like_image if rank == 1 else like)(h, y.type.shape)
+    strides = None if dense else _like(h, y.type.shape, rank)
     return t.fresh(y, strides), t.fresh(first, strides)
+
+
+def _like(h: Handle, shape: Ints, rank: int) -> Ints | None:
+    """The strides of what pooling along the last `rank` axes makes of h."""
+    return (like_image if rank == 1 else like)(h, shape)
 
 
 def _max_pool(rank: int, form: str):
@@ -270,7 +275,7 @@ def _adaptive_max(rank: int, form: str):
         def back(v: Value) -> Value:
             return _read(t, v, w) if w is not None else _spread_out(t, v, length)
 
-        return _max_of(t, f"adaptive_max_pool{rank}d", h, cut, back, rank)
+        return _max_of(t, f"adaptive_max_pool{rank}d", h, cut, back, rank, dense=rank == 3)
 
     def largest(
         t: Trace, input: Tensor, output_size: object, return_indices: bool = False
@@ -312,22 +317,25 @@ def _mean(
     cut: Callable,
     back: Callable,
     divided: Callable,
+    rank: int,
     *,
     flat: bool = True,
+    dense: bool = False,
 ) -> TracedTensor:
-    """The sums of windows, `divided`. `cut` and `back` are as those of the largest."""
-    x, rank = t.read(h), len(h.shape)
+    """The sums of windows, `divided`; row-major, if `dense`. `cut` and `back` are as those of the
+    largest."""
+    x, axes = t.read(h), len(h.shape)
     if not h.dtype.is_float:
         raise t.unsupported(f"{name} of {TO_TORCH[h.dtype]} has no rule")
 
     def forward(x: Value) -> Value:
-        return divided(_total(t, cut(x), rank))
+        return divided(_total(t, cut(x), axes))
 
     def slope(g: Value, y: Value, x: Value) -> Value:
-        return _total(t, back(divided(g)), rank)
+        return _total(t, back(divided(g)), axes)
 
     y = derived(t, name, (x,), forward, (slope,), flat=flat)
-    return t.fresh(y, (like_image if name.endswith("1d") else like)(h, y.type.shape))
+    return t.fresh(y, None if dense else _like(h, y.type.shape, rank))
 
 
 def _total(t: Trace, x: Value, rank: int) -> Value:
@@ -373,6 +381,8 @@ def _avg_pool(rank: int):
             lambda x: taps(t, x, w, 0),
             lambda g: _read(t, g, w),
             divided,
+            rank,
+            dense=rank == 3,
         )
 
     return rule
@@ -409,7 +419,9 @@ def _adaptive_avg(rank: int):
             return x
 
         flat = set(into) != {1}  # torch takes a mean
-        return _mean(t, f"adaptive_avg_pool{rank}d", h, cut, back, divided, flat=flat)
+        dense = rank == 3 and set(into) != {1}  # a mean of the whole keeps the layout
+        name = f"adaptive_avg_pool{rank}d"
+        return _mean(t, name, h, cut, back, divided, rank, flat=flat, dense=dense)
 
     return rule
 
