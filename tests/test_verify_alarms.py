@@ -106,7 +106,8 @@ def test_the_place_of_a_mode_is_open():
     """Of rows of more than 16 elements eager's depends on how the C++ library sorts."""
     x = torch.arange(600).reshape(2, 300) % 7
     step = tracejit.compile(lambda x: x.mode(1), verify=2, backend="numpy")
-    assert not torch.equal(x.mode(1).indices, tracejit.compile(lambda x: x.mode(1))(x)[1])
+    ours = tracejit.compile(lambda x: x.mode(1), verify=0)(x)[1]
+    assert not torch.equal(x.mode(1).indices, ours)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TracejitWarning)
         for _ in range(6):
@@ -117,6 +118,13 @@ def test_the_place_of_a_mode_is_open():
     found = step.certificate()
     assert not found.withdrawn and step.stats.eager == 0 and step.stats.replays
     assert found.unverified == ["torch leaves open at which of equal elements it finds a mode"]
+
+
+def test_a_build_computes_nothing_to_compare():
+    """Its kernels are for a GPU that is not here; eager beside them would be another result."""
+    pytest.importorskip("triton")
+    step = tracejit.compile(lambda x: (x * 2.0).exp(), target="sm_90", verify=2)
+    assert step.build(torch.randn(40, 3)).plans
 
 
 def test_the_value_of_a_mode_is_not():
