@@ -570,3 +570,18 @@ def test_strides_of_element_wise_results():
         eager = function(*operands)
         given = [(tuple(x.shape), x.stride()) for x in operands]
         assert elementwise_strides(tuple(eager.shape), given) == eager.stride(), given
+
+
+@pytest.mark.parametrize("n", [2, 3, 16, 40])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_product_with_what_is_read_backwards(n, dtype):
+    """Seed 2005002: an operand that is walked backwards was loaded forwards."""
+
+    def step(w, m):
+        (F.linear(w.flip(0), m) * 0.25).mean().backward()
+        (m @ m.flip(1)).square().mean().backward()
+
+    def make_args(cast):
+        return [leaf(1, n, dtype=dtype)(cast), leaf(2, n, n, dtype=dtype)(cast)]
+
+    compare(step, make_args, backend="c")

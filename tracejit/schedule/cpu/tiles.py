@@ -174,7 +174,7 @@ def plain(body: Sequence[Statement], value: Operand, acc: DType, unit: str = "")
     by_axes = all(isinstance(atom, str) for atom, _ in load.index.terms)
     if load.mask or not by_axes or load.out.dtype is not acc:
         return None
-    return load if not unit or stride(load.index, unit) == 1 else None
+    return load if not unit or (unit, 1) in load.index.terms else None  # not backwards
 
 
 def _plain_image(windows: Windows, dot: Dot) -> Load | None:
