@@ -242,7 +242,7 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     """
     if all(s == shape and is_contiguous(s, st) for s, st in operands):
         return types.contiguous_strides(shape)
-    if all(s == shape and _is_channels_last(s, st) for s, st in operands):
+    if all(s == shape and _has_channels_innermost(s, st) for s, st in operands):
         return _strides_by(shape, (1, 3, 2, 0))
     if set(operands) == {(shape, operands[0][1])} and is_dense(*operands[0]):
         return operands[0][1]
@@ -277,7 +277,7 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
     return types.contiguous_strides(shape) if in_order else _strides_by(shape, axes)
 
 
-def _is_channels_last(shape: Ints, strides: Ints) -> bool:
+def _has_channels_innermost(shape: Ints, strides: Ints) -> bool:
     """Whether an image is contiguous with its channels innermost."""
     if len(shape) != 4:
         return False

@@ -39,9 +39,9 @@ class Saved:
 
     def argument(self, place: int, args: tuple, kwargs: dict) -> object:
         """An argument of a call."""
-        if place < len(args) or not kwargs:
-            return args[place] if place < len(args) else None
-        params = parameters(self.function)
+        if place < len(args):
+            return args[place]
+        params = parameters(self.function) if kwargs else ()
         return kwargs.get(params[place]) if place < len(params) else None
 
 
