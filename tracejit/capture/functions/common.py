@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tracejit.capture.trace import location, numbers
+from tracejit.capture.trace.overlaps import check_operands
 from tracejit.capture.trace.scalars import TracedFloat, is_runtime
 from tracejit.capture.trace.table import RULES, Row, Rule, family_of, spellings
 from tracejit.capture.trace.tensor import (
@@ -377,21 +378,6 @@ def write_back(t: Trace, target: torch.Tensor, result: TracedTensor) -> torch.Te
     return target
 
 
-def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
-    """Refuse, as eager does, to write a tensor from another that shares part of its memory."""
-    if source.storage is not into.storage or not (source.numel and into.numel):
-        return
-    mine, its = ((h.offset, h.shape, h.strides) for h in (into, source))
-    if mine == its or not (is_dense(*mine[1:]) and is_dense(*its[1:])):
-        return
-    if mine[0] < its[0] + source.numel and its[0] < mine[0] + into.numel:
-        raise t.shape_error(
-            "unsupported operation: some elements of the input tensor and the written-to tensor "
-            "refer to a single memory location. Please clone() the tensor before performing the "
-            "operation"
-        )
-
-
 def in_place(out_of_place: Callable) -> Callable:
     """The in-place form of a rule: its first argument is overwritten and returned.
 
@@ -401,13 +387,13 @@ def in_place(out_of_place: Callable) -> Callable:
     @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and arg is not self:
-                check_overlap(t, t.lift(self), t.lift(arg))
         if t.grad_on and t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
-        return write_back(t, self, out_of_place(t, source, *args, **kwargs))
+        result = out_of_place(t, source, *args, **kwargs)
+        if args or kwargs:
+            check_operands(t, t.lift(self), *args, *kwargs.values())
+        return write_back(t, self, result)
 
     return rule
 

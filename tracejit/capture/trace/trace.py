@@ -18,6 +18,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.inputs import lift_input
 from tracejit.capture.trace.integers import settled
+from tracejit.capture.trace.overlaps import check_out
 from tracejit.capture.trace.rejections import (
     check_freed,
     check_held,
@@ -128,9 +129,7 @@ class Trace(TraceState):
             TO_TORCH[made.dtype], TO_TORCH[into.dtype]
         ):
             raise self.unsupported("out= has a rule for a tensor of the result's shape and kind")
-        for h in (self.lift(x) for x in self.call[1] if isinstance(x, torch.Tensor)):
-            if h.storage is into.storage and (h.offset, h.shape) != (into.offset, into.shape):
-                raise self.unsupported("out= has no rule for a tensor that overlaps an operand")
+        check_out(self, into, self.call[1])
         if self.grad_on and (self.requires_grad(into) or self.requires_grad(made)):
             raise self.autograd_error(
                 "functions with out=... arguments don't support automatic differentiation, but one "
