@@ -468,7 +468,8 @@ def _escapes(t: Trace, collect: Collector, young: uncollected) -> list[TracedTen
         # besides `t.proxies`, its handle holds a proxy
         return [p for p in t.proxies if count(p) > LOOPED + 1 + held[id(p)]]
 
-    if not suspects():
-        return []
+    found = suspects()
+    if {id(p) for p in found} <= t.hyperparameters.kept_in_state():
+        return found
     young.collect_young()
     return suspects()

@@ -38,16 +38,19 @@ def eager_cost(t: Trace, outputs: Iterable[Value]) -> EagerCost:
         elif op.family == "source":
             bases[node.outs[0]] = None
         elif op.family != "host":
-            group = t.group_of[node.outs[0]]
-            made.update(dict.fromkeys(node.outs, group))
-            found = read.setdefault(group, set())
-            for value in node.inputs:
-                of = bases.get(value, value)
-                if of is not None and made.get(of) != group and not of.type.is_host:
-                    found.add(of)
-    needed = set().union(*read.values(), (bases.get(v, v) for v in outputs))
-    moved = sum(v.type.nbytes for found in read.values() for v in found)
-    moved += sum(v.type.nbytes for v in made if v in needed)
+            (out,) = node.outs
+            made[out] = group = t.group_of[out]
+            found = read.get(group)
+            if found is None:
+                found = read[group] = set()
+            for value in node.args:
+                if value.__class__ is Value:
+                    of = bases.get(value, value)
+                    if of is not None and made.get(of) != group and not of.type.is_host:
+                        found.add(of)
+    needed = {bases.get(v, v) for v in outputs}.union(*read.values())
+    moved = sum([v.type.nbytes for found in read.values() for v in found])
+    moved += sum([v.type.nbytes for v in made.keys() & needed])
     again = sum(v.type.nbytes for v in t.again if not _is_free(t.producers[v]))
     return EagerCost(len(read), moved, _saved_bytes(t), again)
 

@@ -135,13 +135,11 @@ def for_the_plan(graph: Graph) -> Graph:
     idle: dict[int, bool] = {}  # by the types' ids: whether one need not be computed
 
     def kept(value: Value) -> bool:
-        if value in needed:
-            return True
         kind = value.type
         if (known := idle.get(id(kind))) is None:
             known = kind.is_host or (kind.device == "cpu" and is_single(kind))
             idle[id(kind)] = known
-        return not known
+        return not known or value in needed
 
     nodes = []
     for node in reversed(graph.nodes):
