@@ -585,3 +585,28 @@ def test_a_product_with_what_is_read_backwards(n, dtype):
         return [leaf(1, n, dtype=dtype)(cast), leaf(2, n, n, dtype=dtype)(cast)]
 
     compare(step, make_args, backend="c")
+
+
+def test_a_product_next_to_what_is_gathered_from_repeated_memory():
+    """Seed 4000586: a position that a load has found, and a remainder of it, in a product."""
+    rows = torch.randint(2, (1, 5), generator=torch.Generator().manual_seed(1))
+    columns = torch.randint(10, (1, 5), generator=torch.Generator().manual_seed(2))
+
+    def step(x, bias, w):
+        return F.linear(x, w, bias.repeat(2, 2)[rows, columns]).triu()
+
+    args = [data(1, 1, 7), data(2, 1, 5), data(3, 5, 7)]
+    check(step, *args)
+    compare(step, lambda cast: [a(cast) for a in args], backend="c")
+
+
+def test_differences_along_an_empty_axis_are_the_tensor_itself():
+    """Seed 4005000: torch returns what it was given."""
+
+    def step(w):
+        d = w.diff(dim=0)
+        assert d is w
+        (d + 1).sum().backward()
+        return d.grad.detach().clone(), w.diff(dim=1), w.diff(n=0)
+
+    check(step, lambda cast: cast(torch.zeros(0, 3), F32).requires_grad_())
