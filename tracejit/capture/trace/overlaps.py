@@ -34,6 +34,7 @@ _ELEMENTWISE = frozenset(
     {"arithmetic", "comparison", "optimizer", "rounding", "selection", "special", "transcendental"}
     | {"unary"}
 )
+_ON_ONE_THREAD = 32_768  # elements; source: at::internal::GRAIN_SIZE
 _WORK = 10_000  # of numpy's search for an element that two tensors share
 
 
@@ -57,12 +58,12 @@ def check_put(t: TraceState, into: Handle, indices: object, value: object) -> No
 def check_operands(t: TraceState, into: Handle, *sources: object) -> None:
     """Refuse to write a tensor by a call whose other arguments share memory with it, as eager does;
     they may stand in tuples and lists."""
-    name = _name(t)
-    if name == "index_put":
-        return check_put(t, into, *sources[:2])
     for x in tensors_of(sources):
         source = t.lift(x)
         if source.storage is into.storage:
+            name = _name(t)
+            if name == "index_put":
+                return check_put(t, into, *sources[:2])
             _check(t, into, source, name)
 
 
@@ -88,6 +89,8 @@ def _check(t: TraceState, into: Handle, source: Handle, name: str) -> None:
         how = "unknown"  # eager expands it first, and it is not dense any more
     if how == "none" or (how == "same" and name not in _SCATTERED | _UNCHECKED):
         return
+    if how == "unknown" and name not in _SCATTERED | _UNCHECKED and _is_ahead(into, source):
+        return
     if how == "unknown" or name in _UNCHECKED:
         raise t.unsupported(
             "It writes to elements that it also reads, in an order that eager leaves open; clone "
@@ -97,6 +100,12 @@ def _check(t: TraceState, into: Handle, source: Handle, name: str) -> None:
         "unsupported operation: some elements of the input tensor and the written-to tensor refer "
         "to a single memory location. Please clone() the tensor before performing the operation"
     )
+
+
+def _is_ahead(into: Handle, source: Handle) -> bool:
+    """Whether eager reads each element before it writes there: buffer[:, :-1] = buffer[:, 1:]."""
+    alike = (source.shape, source.strides) == (into.shape, into.strides)
+    return alike and plain(source.offset) > plain(into.offset) and into.numel <= _ON_ONE_THREAD
 
 
 def _name(t: TraceState) -> str:

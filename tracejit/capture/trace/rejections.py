@@ -31,6 +31,8 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
             "x[int(i)], or x[i].clone()"
         )
+    if not handle.steps:
+        return
     if reads_bits(handle.steps) and handle.dtype.narrow:
         raise t.unsupported(
             "Bits that are written to as bf16 or f16 may become those of another NaN"

@@ -179,7 +179,7 @@ class Trace(TraceState):
             check_saved(self, node)
         elif op.name in _SAVED_THROUGH and node.args[0] in self.origin:
             self.origin[out] = self.origin[node.args[0]]
-        if self.grad_on:
+        if self.taping and torch.is_grad_enabled():
             self.tape.record(node)
 
     @contextmanager
@@ -427,7 +427,8 @@ class Trace(TraceState):
         if self.grad_on and not family.written and new in self.tape.tracked:
             family.written = self.b.line
         self._hold(handle, new, as_history=self.grad_on or untracked)
-        self._note(value, handle)
+        if new is not value:
+            self._note(value, handle)
 
     def rearrange(self, handle: Handle, view: Handle) -> None:
         """Let a tensor lie as a view of it does; to autograd that is a write."""
