@@ -295,6 +295,8 @@ class Trace(TraceState):
         check_read(self, handle, base)
         if not handle.steps:
             value = base
+        elif handle in self.empty:
+            value = self._read_empty(handle, base)
         elif memo is not None and memo[0] is base and memo[1] >= grad_on:
             value = memo[2]
         else:
@@ -307,6 +309,15 @@ class Trace(TraceState):
         if value not in self.origin:
             self._note(value, handle)
         return value
+
+    def _read_empty(self, handle: Handle, base: Value) -> Value:
+        """A view without elements. Written since it was made, it is an `as_strided` of its base to
+        autograd, whose derivative is zero then and has no history."""
+        if handle.version.count == self.empty[handle]:
+            return apply_steps(self, base, handle.steps)
+        with self.untaped():
+            value = apply_steps(self, base, handle.steps)
+        return self.derive("as_strided", (base,), value, lambda b, cts, need: (zeros(b, base),))
 
     def read_with_history(self, handle: Handle) -> Value:
         """The value of a tensor as autograd knows it, also under no_grad: what a view is read by
@@ -367,6 +378,8 @@ class Trace(TraceState):
             of.version,
         )
         handle.fixed = fixed
+        if tracked and 0 in shape:
+            self.empty[handle] = handle.version.count
         if of.steps and family is of.family and self.grad_on and tracked:
             handle.of = of, family.value
         return self.proxy(handle)
