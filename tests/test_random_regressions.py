@@ -688,9 +688,9 @@ def test_axes_of_one_element_order_the_memory_of_an_einsum():
         "ij,kj->ijk": ((5, 1), (5, 1)),
         "ij,kj->jik": ((5, 1), (3, 1)),
         "i,j->ij": ((5,), (3,)),
+        "ij,ik->ijk": ((1, 5), (1, 3)),
+        "ij,jk,k->ikj": ((5, 1), (1, 4), (4,)),
     }
-    shapes |= {"i,j->ij": ((5,), (3,)), "ij,ik->ijk": ((1, 5), (1, 3))}
-    shapes |= {"ij,jk,k->ikj": ((5, 1), (1, 4), (4,))}
     for equation, (first, *others) in shapes.items():
         for turned in (False, True):
             arrays = [randn(k, *s) for k, s in enumerate((first, *others))]

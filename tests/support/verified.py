@@ -19,6 +19,7 @@ NOT_VERIFIED = {
     "test_adversarial_world.py::test_world[writing_to_standard_output]": _PRINTED,
     "test_adversarial_world.py::test_the_reason_of_a_rerun_is_one_warning_that_names_the_line"
     "[printing]": _PRINTED,
+    "test_adversarial_habits.py::test_case[log_lines_every_five_steps]": _PRINTED,
     "test_compile.py::test_python_body_counter_by_profile": _RUNS,
     "test_interrupts.py::test_interrupt_while_writing_is_deferred": (
         "an interrupt of a verified call leaves all as before it"
