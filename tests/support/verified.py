@@ -23,6 +23,7 @@ NOT_VERIFIED = {
     "test_adversarial_state.py::test_case[printed_every_five]": _PRINTED,
     "test_adversarial_values.py::test_values[printed": _PRINTED,
     "test_adversarial_values.py::test_values[nothing_selected]": _PRINTED,
+    "test_bisect.py::test_a_fault_in_a_small_step": _FAULTS,
     "test_compile.py::test_python_body_counter_by_profile": _RUNS,
     "test_interrupts.py::test_interrupt_while_writing_is_deferred": (
         "an interrupt of a verified call leaves all as before it"
