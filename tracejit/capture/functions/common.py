@@ -392,11 +392,12 @@ def in_place(out_of_place: Callable) -> Callable:
         for arg in (*args, *kwargs.values()):
             if isinstance(arg, torch.Tensor) and arg is not self:
                 check_overlap(t, t.lift(self), t.lift(arg))
-        if t.grad_on and t.tape.tracked:
+        if not t.grad_on:
+            if wraps_itself:
+                kwargs["wrap"] = pointwise_value
+        elif t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
-        elif wraps_itself and not t.grad_on:
-            kwargs["wrap"] = pointwise_value
         return write_back(t, self, out_of_place(t, source, *args, **kwargs))
 
     return rule

@@ -173,7 +173,7 @@ class Trace(TraceState):
     def _on_emit(self, node: Node) -> None:
         out, op = node.outs[0], node.op
         self.producers[out] = node
-        self.group_of[out] = self.groups
+        self.group_of[out.id] = self.groups
         if op.family == "host":
             self.journal.found_arithmetic(node)
         if self.formula is not None:
@@ -265,10 +265,11 @@ class Trace(TraceState):
 
     def lift(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
-        handle = self.peek(tensor)
+        mine = type(tensor) is TracedTensor and tensor.owner is self  # nearly always
+        handle = tensor.handle if mine else self.peek(tensor)
         if handle.ragged is not None:
             handle.ragged.count(handle)
-        if handle.is_complex and not self.complexes:
+        if handle.dtype.kind == "c" and not self.complexes:
             raise self.unsupported(_COMPLEX)
         return handle
 
@@ -292,19 +293,20 @@ class Trace(TraceState):
 
     def read(self, handle: Handle) -> Value:
         """The value of a tensor now."""
-        base, memo, grad_on = self.base(handle.family), handle.memo, self.grad_on
-        check_read(self, handle, base)
-        if not handle.steps:
-            value = base
-        elif memo is not None and memo[0] is base and memo[1] >= grad_on:
-            value = memo[2]
-        else:
-            value, steps = base, handle.steps
-            if handle.of is not None and handle.of[1] is base:  # not written since: it depends on
-                of = handle.of[0]
-                value, steps = self.read(of), steps[len(of.steps) :]
-            value = apply_steps(self, value, steps)
-            handle.memo = (base, grad_on, value)
+        value = base = self.base(handle.family)
+        if handle.fixed is not None:
+            check_read(self, handle, base)
+        if handle.steps:
+            memo, grad_on = handle.memo, self.grad_on
+            if memo is not None and memo[0] is base and memo[1] >= grad_on:
+                value = memo[2]
+            else:
+                steps = handle.steps
+                if handle.of is not None and handle.of[1] is base:  # not written since
+                    of = handle.of[0]
+                    value, steps = self.read(of), steps[len(of.steps) :]
+                value = apply_steps(self, value, steps)
+                handle.memo = (base, grad_on, value)
         if value not in self.origin:
             self._note(value, handle)
         return value
@@ -422,12 +424,12 @@ class Trace(TraceState):
         if new in self.origin:
             new = self.b.alias(new)
         old, tracked = family.value, family.value in self.tape.tracked
-        untracked = family.leaf is None and not tracked
-        if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
+        untracked, grad_on = family.leaf is None and not tracked, self.grad_on
+        if grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
-        if self.grad_on and not family.written and new in self.tape.tracked:
+        if grad_on and not family.written and new in self.tape.tracked:
             family.written = self.b.line
-        self._hold(handle, new, as_history=self.grad_on or untracked)
+        self._hold(handle, new, as_history=grad_on or untracked)
         if new is not value:
             self._note(value, handle)
 
