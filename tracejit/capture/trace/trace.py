@@ -41,7 +41,7 @@ from tracejit.capture.trace.tensor import (
     Version,
     has_complex,
 )
-from tracejit.capture.trace.versions import Call, saved_by
+from tracejit.capture.trace.versions import Call, is_inplace, saved_by
 from tracejit.capture.trace.views import apply_steps, of_pairs, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
@@ -88,8 +88,10 @@ class Trace(TraceState):
             hooks = self.saving[-1] if self.saving and self.grad_on else None
             if run is None or (hooks is not None and self.complexes):
                 raise self.unsupported(_COMPLEX)
-            saved = saved_by(func) if self.grad_on and not self.complexes else None
-            noting = None if saved is None else Call(self, saved, args, kwargs)
+            noting = None
+            if self.grad_on and not self.complexes:
+                saved = saved_by(func, is_inplace(func, args, kwargs))
+                noting = None if saved is None else Call(self, saved, args, kwargs)
             if hooks is None:
                 result = run(self, *args, **kwargs)
             else:
