@@ -192,7 +192,8 @@ def test_gradients_of_modules(name, mode):
         x = x.clone().requires_grad_()
         out = use(module, x)
         outs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None]
-        total = sum(torch.where(y.isnan(), 0.0, y).square().sum() for y in outs)
+        # squares of what layer norm returns add up to a constant, whose gradient is rounding errors
+        total = sum(torch.where(y.isnan(), 0.0, y).sin().sum() for y in outs)
         grads = torch.autograd.grad(total, [x, *module.parameters()])
         return [*(y.detach() for y in outs), *grads]
 

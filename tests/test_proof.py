@@ -17,13 +17,14 @@ import weakref
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FrameType, SimpleNamespace
+from types import CodeType, FrameType, ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+import tracejit
 from support.proof_text import armed, guard_lines, source, trace, what_is_read, what_ran
 from tracejit.capture.proof.watch import Seen
 from tracejit.capture.python.bytecode import asks, compares, dynamic, scan
@@ -785,3 +786,26 @@ def errors_that_ask(x):
         return x.late
     except AttributeError:
         return x in NAMES
+
+
+@pytest.mark.parametrize("kind", ["functions", "classes"])
+def test_what_leads_to_more_than_the_stack_is_deep(kind):
+    """A thousand functions, or classes, each of which names the next one."""
+    text = "def f{i}(x):\n    return x * factor if x is not None else f{next}(x)\n"
+    if kind == "classes":
+        inner = "return f{next}(x) if x is None else x * factor"
+        text = f"class f{{i}}:\n    def __new__(cls, x):\n        {inner}\n"
+    module = ModuleType("a_long_way")
+    vars(module).update(factor=2.0, f1000=None)
+    lines = [text.format(i=i, next=i + 1) for i in range(1000)]
+    lines.append("def step(x, options):\n    return f0(x) + options.shift\n")
+    exec(compile("\n".join(lines), "a_long_way.py", "exec"), vars(module))
+    # what holds floats and tensors is looked at before it is known what runs
+    options = SimpleNamespace(shift=1.0, last=torch.zeros(3))
+    compiled = tracejit.compile(module.step, on_unsupported="raise")
+    for i in range(6):
+        options.shift += 1
+        assert compiled(X, options).tolist() == (2 * X + i + 2).tolist()
+    assert compiled.stats.replays >= 2, compiled.explain_mode()
+    module.factor = 5.0
+    assert compiled(X, options).tolist() == (5 * X + 7).tolist()

@@ -585,3 +585,71 @@ def test_a_product_with_what_is_read_backwards(n, dtype):
         return [leaf(1, n, dtype=dtype)(cast), leaf(2, n, n, dtype=dtype)(cast)]
 
     compare(step, make_args, backend="c")
+
+
+def test_a_product_next_to_what_is_gathered_from_repeated_memory():
+    """Seed 4000586: a position that a load has found, and a remainder of it, in a product."""
+    rows = torch.randint(2, (1, 5), generator=torch.Generator().manual_seed(1))
+    columns = torch.randint(10, (1, 5), generator=torch.Generator().manual_seed(2))
+
+    def step(x, bias, w):
+        return F.linear(x, w, bias.repeat(2, 2)[rows, columns]).triu()
+
+    args = [data(1, 1, 7), data(2, 1, 5), data(3, 5, 7)]
+    check(step, *args)
+    compare(step, lambda cast: [a(cast) for a in args], backend="c")
+
+
+def test_differences_along_an_empty_axis_are_the_tensor_itself():
+    """Seed 4005000: torch returns what it was given."""
+
+    def step(w):
+        d = w.diff(dim=0)
+        assert d is w
+        (d + 1).sum().backward()
+        return d.grad.detach().clone(), w.diff(dim=1), w.diff(n=0)
+
+    check(step, lambda cast: cast(torch.zeros(0, 3), F32).requires_grad_())
+
+
+WRITES = {  # what eager does: the same, or an order of its own, or an error
+    "even from odd": (lambda x: x[:, ::2].add_(x[:, 1::2]), "same"),
+    "left": (lambda x: x[:, :-1].copy_(x[:, 1:]), "same"),
+    "left, added": (lambda x: x[:, :-1].add_(x[:, 1:]), "same"),
+    "onto itself": (lambda x: x[:, 1:].mul_(x[:, 1:]), "same"),
+    "halves": (lambda x: x[:3].sub_(x[3:]), "same"),
+    "another column": (lambda x: x[:, 0].copy_(x[:, 1]), "same"),
+    "right": (lambda x: x[:, 1:].copy_(x[:, :-1]), "order"),
+    "right, added": (lambda x: x[:, 1:].add_(x[:, :-1]), "order"),
+    "first column": (lambda x: x.sub_(x[:, :1]), "order"),
+    "diagonal": (lambda x: x.__iadd__(x.diagonal()), "order"),
+    "row and column": (lambda x: x[0].add_(x[:, 0]), "order"),
+    "by name": (lambda x: x.add_(other=x.diagonal()), "order"),
+    "transposed": (lambda x: x.add_(x.T), "error"),
+    "one row": (lambda x: x.add_(x[0]), "error"),
+    "rows": (lambda x: x[1:].copy_(x[:-1]), "error"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_writes_that_read_the_same_memory(name, grad):
+    """Seed 4004267: what eager reads of memory that it is writing to depends on its loops."""
+    write, how = WRITES[name]
+
+    def step(x):
+        y = x * 1.5
+        write(y)
+        return y
+
+    x = randn(1, 6, 6).float().requires_grad_(grad)
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    if how == "same":
+        for _ in range(3):
+            assert torch.equal(compiled(x).detach(), step(x).detach())
+        return
+    with pytest.raises(UnsupportedOperation if how == "order" else RuntimeError):
+        compiled(x)
+    if how == "error":
+        with pytest.raises(RuntimeError, match="refer to a single memory location"):
+            step(x)

@@ -164,23 +164,24 @@ class Graph:
 
     def canonical(self) -> Graph:
         """The same graph with values numbered 0, 1, 2, … in order of definition."""
-        number: dict[Value, Value] = {}
+        number: dict[int, Value] = {}  # by the ids so far
 
         def define(value: Value) -> Value:
-            number[value] = Value(len(number), value.type)
-            return number[value]
+            number[value.id] = new = Value(len(number), value.type)
+            return new
 
-        def use(arg: Arg) -> Arg:
-            return number[arg] if isinstance(arg, Value) else arg
+        def use(value: Value) -> Value:
+            return number[value.id]
 
-        params = tuple(Param(define(p.value), p.strides) for p in self.params)
-        nodes = tuple(
-            replace(n, args=tuple(map(use, n.args)), outs=tuple(map(define, n.outs)))
-            for n in self.nodes
-        )
-        results = tuple(Result(number[r.value], r.strides) for r in self.results)
-        writes = tuple(Write(number[w.target], number[w.value]) for w in self.writes)
-        return Graph(self.name, params, nodes, results, writes)
+        params = tuple([Param(define(p.value), p.strides) for p in self.params])
+        nodes = []
+        for n in self.nodes:
+            args = tuple([number[a.id] if a.__class__ is Value else a for a in n.args])
+            outs = tuple([define(out) for out in n.outs])
+            nodes.append(Node(n.op, args, n.attrs, outs, n.where))
+        results = tuple([Result(use(r.value), r.strides) for r in self.results])
+        writes = tuple([Write(use(w.target), use(w.value)) for w in self.writes])
+        return Graph(self.name, params, tuple(nodes), results, writes)
 
 
 def next_id(values: Iterable[Value]) -> int:

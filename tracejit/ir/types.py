@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 import numpy as np
 
@@ -130,6 +131,7 @@ def parse_type(text: str) -> Type:
     return Type(DTYPES[match[1]], shape, match[3] or "cpu")
 
 
+@lru_cache(10_000)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements; a size-0 axis counts as 1, as torch does."""
     strides, step = [], 1

@@ -270,8 +270,9 @@ def undoing(t: Trace, undo: Callable[[list], None], proxies: list) -> Callable[[
 
 def _checks(t: Trace, name: str) -> Checks | None:
     """The checks on computed values, but for those of a backward that runs outside."""
-    defined = {out for node in t.b.nodes for out in node.outs}
-    checks = [b for b in t.bounds if isinstance(b, Check) and b.bad in defined]
+    checks = [b for b in t.bounds if isinstance(b, Check)]
+    defined = {out for node in t.b.nodes for out in node.outs} if checks else set()
+    checks = [b for b in checks if b.bad in defined]
     if not checks:
         return None
     with t.untaped():
@@ -468,7 +469,8 @@ def _escapes(t: Trace, collect: Collector, young: uncollected) -> list[TracedTen
         # besides `t.proxies`, its handle holds a proxy
         return [p for p in t.proxies if count(p) > LOOPED + 1 + held[id(p)]]
 
-    if not suspects():
-        return []
+    found = suspects()
+    if {id(p) for p in found} <= t.hyperparameters.kept_in_state():
+        return found
     young.collect_young()
     return suspects()

@@ -312,6 +312,12 @@ class Hyperparameters:
         for x in with_inner(scheduler):
             self._schedulers.setdefault(id(x), (x, dict(vars(x))))
 
+    def kept_in_state(self) -> set[int]:
+        """The ids of the tensors that optimizers hold as their state, which no cycle of the step's
+        objects does."""
+        states = (optimizer.state.values() for optimizer, *_ in self._optimizers.values())
+        return {id(x) for of in states for s in of if isinstance(s, dict) for x in s.values()}
+
     # ---- when the call fails
 
     def undo(self, proxies: list[torch.Tensor]) -> None:

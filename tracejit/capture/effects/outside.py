@@ -87,6 +87,8 @@ def nodes(
     cotangents = {draft.cotangent for draft in drafts}
     t.b.params[:] = [p for p in t.b.params if p.value not in cotangents]
     t.b.nodes += [n for n in late if n.out.type.is_host]
+    if not drafts:
+        return found
     cutter = _Cutter(t, late, outputs, host, found)
     for draft in drafts:
         found.outside.append(cutter.cut(draft, handles, name))

@@ -54,9 +54,16 @@ def _host(t: Trace, x: Number, factor: Arg) -> Arg:
 
 
 def _linear(
-    t: Trace, emit: Callable[[Arg, Arg], Value], input: object, other: object, alpha: Number
-) -> TracedTensor:
+    t: Trace,
+    emit: Callable[[Arg, Arg], Value],
+    input: object,
+    other: object,
+    alpha: Number,
+    wrap: Callable,
+) -> TracedTensor | Value:
     """emit(input, alpha·other), rounded once where the dtype is narrow."""
+    if type(alpha) is int and alpha == 1:  # nearly always
+        return wrap(t, emit, (input, other))
     alpha = as_number(t, alpha)
     if isinstance(alpha, Tensor):
         other, alpha = mul(t, other, alpha), 1
@@ -69,7 +76,7 @@ def _linear(
     if dtype is not b1 and isinstance(alpha, bool):
         raise t.shape_error("Boolean alpha only supported for Boolean results")
     if unscaled or not dtype.narrow:
-        return pointwise(t, lambda x, y: emit(x, _scaled(t, y, alpha, dtype)), (input, other))
+        return wrap(t, lambda x, y: emit(x, _scaled(t, y, alpha, dtype)), (input, other))
 
     def widened(x: Arg, y: Arg) -> Value:
         x, y = (cast(t, a, f32) if is_tensor(a) else a for a in (x, y))
@@ -80,43 +87,54 @@ def _linear(
             factor = expand(t, cast(t, factor, f32), like.type.shape)
         return t.b.cast(emit(x, _scaled(t, y, factor, f32)), dtype=dtype)
 
-    return pointwise(t, widened, (input, other))
+    return wrap(t, widened, (input, other))
 
 
-def add(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+def add(
+    t: Trace, input: object, other: object, *, alpha: Number = 1, wrap: Callable = pointwise
+) -> TracedTensor | Value:
     def emit(x: Arg, y: Arg) -> Value:
         either = x if is_tensor(x) else y
         return t.b.or_(x, y) if either.type.dtype is b1 else t.b.add(x, y)
 
-    return _linear(t, emit, input, other, alpha)
+    return _linear(t, emit, input, other, alpha, wrap)
 
 
-def sub(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
+def sub(
+    t: Trace, input: object, other: object, *, alpha: Number = 1, wrap: Callable = pointwise
+) -> TracedTensor | Value:
     for x in (operand(t, input), operand(t, other)):
         if isinstance(x.number, bool) or (x.handle is not None and x.handle.dtype is b1):
             raise t.shape_error(
                 "Subtraction, the `-` operator, with a bool tensor is not supported. If you are "
                 "trying to invert a mask, use the `~` or `logical_not()` operator instead"
             )
-    return _linear(t, t.b.sub, input, other, alpha)
+    return _linear(t, t.b.sub, input, other, alpha, wrap)
 
 
 def rsub(t: Trace, input: object, other: object, *, alpha: Number = 1) -> TracedTensor:
     return sub(t, other, input, alpha=alpha)
 
 
-def mul(t: Trace, input: object, other: object) -> TracedTensor:
-    return _product(t, input, other, _holding(t, t.b.mul))
+def mul(
+    t: Trace, input: object, other: object, *, wrap: Callable = pointwise
+) -> TracedTensor | Value:
+    return _product(t, input, other, _holding(t, t.b.mul), wrap)
 
 
 def scaled(t: Trace, input: Tensor, factor: Number) -> TracedTensor:
     """A product with a number that torch keeps as a number, as alpha and beta."""
-    return _product(t, input, factor, t.b.mul)
+    return _product(t, input, factor, t.b.mul, pointwise)
 
 
-def _product(t: Trace, input: object, other: object, emit: Callable) -> TracedTensor:
-    dtype = result_dtype((operand(t, input), operand(t, other)))
-    return pointwise(t, t.b.and_ if dtype is b1 else emit, (input, other), wide=True)
+def _product(
+    t: Trace, input: object, other: object, emit: Callable, wrap: Callable
+) -> TracedTensor | Value:
+    def product(x: Arg, y: Arg) -> Value:
+        dtype = (x if is_tensor(x) else y).type.dtype
+        return t.b.and_(x, y) if dtype is b1 else emit(x, y)
+
+    return wrap(t, product, (input, other), wide=True)
 
 
 def _holding(t: Trace, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg], Value]:
@@ -130,17 +148,22 @@ def _holding(t: Trace, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg]
 
 
 def div(
-    t: Trace, input: object, other: object, *, rounding_mode: str | None = None
-) -> TracedTensor:
+    t: Trace,
+    input: object,
+    other: object,
+    *,
+    rounding_mode: str | None = None,
+    wrap: Callable = pointwise,
+) -> TracedTensor | Value:
     if rounding_mode == "floor":
         check_divisor(t, input, other)
-        return pointwise(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
+        return wrap(t, _flat(t, "div", t.b.floordiv), (input, other), wide=True)
     if rounding_mode == "trunc":
         check_divisor(t, input, other)
-        return pointwise(t, _flat(t, "div", partial(_truncated, t)), (input, other), wide=True)
+        return wrap(t, _flat(t, "div", partial(_truncated, t)), (input, other), wide=True)
     if rounding_mode is not None:
         raise t.shape_error("div expected rounding_mode to be None, 'trunc' or 'floor'")
-    return pointwise(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
+    return wrap(t, _holding(t, t.b.div), (input, other), to=as_float, wide=True)
 
 
 def _truncated(t: Trace, x: Arg, y: Arg) -> Value:

@@ -1,18 +1,28 @@
-"""What rules share: operands, type promotion, broadcasting, in-place forms."""
+"""What rules share: operands, broadcasting, in-place forms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import wraps
+from functools import cache, wraps
 from inspect import isfunction
 from types import MappingProxyType
 
 import numpy as np
 import torch
 
+from tracejit.capture.functions.promotion import Number as Number
+from tracejit.capture.functions.promotion import Operand as Operand
+from tracejit.capture.functions.promotion import as_float as as_float
+from tracejit.capture.functions.promotion import as_it_is as as_it_is
+from tracejit.capture.functions.promotion import can_cast as can_cast
+from tracejit.capture.functions.promotion import default_dtype as default_dtype
+from tracejit.capture.functions.promotion import number_dtype as number_dtype
+from tracejit.capture.functions.promotion import promote_two as promote_two
+from tracejit.capture.functions.promotion import result_dtype as result_dtype
 from tracejit.capture.trace import location, numbers
+from tracejit.capture.trace.overlap import shares
 from tracejit.capture.trace.scalars import TracedFloat, is_runtime
 from tracejit.capture.trace.table import RULES, Row, Rule, family_of, spellings
 from tracejit.capture.trace.tensor import (
@@ -28,18 +38,7 @@ from tracejit.capture.trace.tensor import (
 from tracejit.capture.trace.trace import Trace
 from tracejit.errors import AxisError
 from tracejit.ir.graph import Arg, Value
-from tracejit.ir.types import DType, b1, i64, round_to
-from tracejit.records import record
-
-Number = int | float | bool
-
-
-@record
-class Operand:
-    """A tensor or number handed to a torch function."""
-
-    handle: Handle | None
-    number: Number | None = None
+from tracejit.ir.types import DType, b1, round_to
 
 
 def operand(t: Trace, x: object) -> Operand:
@@ -66,57 +65,6 @@ def as_number(t: Trace, x: object) -> object:
         raise t.shape_error("a number is expected, or a tensor with 0 dimensions")
     number = numbers.item(t, t.lift(x))
     return x if number is None else number
-
-
-def default_dtype() -> DType:
-    """The dtype of floating-point results of integers and numbers."""
-    return TO_IR[torch.get_default_dtype()]
-
-
-def number_dtype(x: Number) -> DType:
-    """The dtype that a Python number has on its own."""
-    if isinstance(x, bool):
-        return b1
-    return i64 if isinstance(x, int) else default_dtype()
-
-
-def promote_two(a: DType, b: DType) -> DType:
-    """torch.promote_types."""
-    return a if a is b else TO_IR[torch.promote_types(TO_TORCH[a], TO_TORCH[b])]
-
-
-def result_dtype(operands: Sequence[Operand]) -> DType:
-    """torch's result type: tensors with axes count first, then 0-d tensors, then numbers."""
-    ranks: list[DType | None] = [None, None, None]
-    for x in operands:
-        if x.handle is None:
-            rank, dtype = 2, number_dtype(x.number)
-        else:
-            rank, dtype = (0 if x.handle.shape else 1), x.handle.dtype
-        known = ranks[rank]
-        ranks[rank] = dtype if known is None else promote_two(known, dtype)
-    result = _combine(ranks[0], _combine(ranks[1], ranks[2]))
-    assert result is not None
-    return result
-
-
-def _combine(higher: DType | None, lower: DType | None) -> DType | None:
-    """A lower rank changes the result only when its category is higher."""
-    if higher is None or lower is None:
-        return higher or lower
-    if higher.is_float:
-        return higher
-    return promote_two(higher, lower) if higher is b1 or lower.is_float else higher
-
-
-def as_it_is(dtype: DType) -> DType:
-    """The dtype of a function that takes all."""
-    return dtype
-
-
-def as_float(dtype: DType) -> DType:
-    """The dtype of a function that only makes sense on floats."""
-    return dtype if dtype.is_float else default_dtype()
 
 
 def literal(x: Number, dtype: DType) -> Arg:
@@ -153,10 +101,16 @@ def check_range(t: Trace, x: Number, dtype: DType) -> None:
     number = float(x)
     if dtype is b1 or (dtype.is_float and math.isinf(number)):
         return
-    info = (torch.finfo if dtype.is_float else torch.iinfo)(TO_TORCH[dtype])
-    low = -info.max if dtype.kind == "u" else info.min
-    if not (low <= number <= info.max or (dtype.is_float and number != number)):
+    low, high = _range(dtype)
+    if not (low <= number <= high or (dtype.is_float and number != number)):
         raise t.shape_error(f"value cannot be converted to {TO_TORCH[dtype]} without overflow")
+
+
+@cache
+def _range(dtype: DType) -> tuple[float, float]:
+    """The least and the greatest number that a new tensor of a dtype may be given."""
+    info = (torch.finfo if dtype.is_float else torch.iinfo)(TO_TORCH[dtype])
+    return -info.max if dtype.kind == "u" else info.min, info.max
 
 
 def is_tensor(x: Arg) -> bool:
@@ -294,10 +248,34 @@ def pointwise(
     `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`. The result has
     the strides that torch gives it, or is `row_major`.
     """
+    value, operands = _emitted(t, emit, xs, to, wide)
+    strides = None if row_major else result_strides(operands, value.type.shape)
+    return t.fresh(value, strides)
+
+
+def pointwise_value(
+    t: Trace,
+    emit: Callable[..., Value],
+    xs: Sequence[object],
+    *,
+    to: Callable[[DType], DType] = as_it_is,
+    wide: bool = False,
+) -> Value:
+    """`pointwise` without the tensor: for a result that goes into another one."""
+    return _emitted(t, emit, xs, to, wide)[0]
+
+
+def _emitted(
+    t: Trace,
+    emit: Callable[..., Value],
+    xs: Sequence[object],
+    to: Callable[[DType], DType],
+    wide: bool,
+) -> tuple[Value, Sequence[Operand]]:
     operands = on_one_device(t, [operand(t, x) for x in xs])
     shape = common_shape(t, operands)
-    value = emit(*operands_as(t, operands, to(result_dtype(operands)), shape, wide=wide))
-    return t.fresh(value, None if row_major else result_strides(operands, shape))
+    dtype = to(result_dtype(operands))
+    return emit(*operands_as(t, operands, dtype, shape, wide=wide)), operands
 
 
 def normal_axis(t: Trace, axis: int, rank: int) -> int:
@@ -341,13 +319,6 @@ def _size(t: Trace, size: object) -> int:
     return int(RULES[torch.Tensor.item].run(t, size))
 
 
-def can_cast(source: DType, target: DType) -> bool:
-    """torch.can_cast: an in-place form may not lose the fraction, nor turn numbers into bools."""
-    if source.is_float and not target.is_float:
-        return False
-    return source is b1 or target is not b1
-
-
 def sized(name: str, implementation: Callable) -> Callable:
     """A rule of sizes, f(2, 3) or f((2, 3)), that takes them by name too."""
 
@@ -360,9 +331,10 @@ def sized(name: str, implementation: Callable) -> Callable:
     return rule
 
 
-def write_back(t: Trace, target: torch.Tensor, result: TracedTensor) -> torch.Tensor:
+def write_back(t: Trace, target: torch.Tensor, result: TracedTensor | Value) -> torch.Tensor:
     """Finish an in-place form: cast the result to the target's dtype and write it."""
-    into, got = t.lift(target), result.handle
+    into = t.lift(target)
+    got = result.type if isinstance(result, Value) else result.handle
     if got.shape != into.shape:
         raise t.shape_error(
             f"output with shape {list(into.shape)} doesn't match the broadcast shape "
@@ -373,18 +345,30 @@ def write_back(t: Trace, target: torch.Tensor, result: TracedTensor) -> torch.Te
             f"result type {TO_TORCH[got.dtype]} can't be cast to the desired output type "
             f"{TO_TORCH[into.dtype]}"
         )
-    t.write(into, cast(t, t.read(got), into.dtype))
+    value = result if isinstance(result, Value) else t.read(got)
+    t.write(into, cast(t, value, into.dtype))
     return target
 
 
+_ON_ONE_THREAD = 32_768  # elements; source: at::internal::GRAIN_SIZE
+
+
 def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
-    """Refuse, as eager does, to write a tensor from another that shares part of its memory."""
+    """Refuse, as eager does, to write a tensor from another that shares part of its memory. Where
+    eager does not look whether it does, it reads what it has written, in the order of its loops."""
     if source.storage is not into.storage or not (source.numel and into.numel):
         return
     mine, its = ((h.offset, h.shape, h.strides) for h in (into, source))
-    if mine == its or not (is_dense(*mine[1:]) and is_dense(*its[1:])):
+    if mine == its:
         return
-    if mine[0] < its[0] + source.numel and its[0] < mine[0] + into.numel:
+    if not (is_dense(*mine[1:]) and is_dense(*its[1:])):
+        ahead = its[0] > mine[0] and its[1:] == mine[1:]  # buffer[:, :-1] = buffer[:, 1:]
+        if not (ahead and into.numel <= _ON_ONE_THREAD) and shares(into, source):
+            raise t.unsupported(
+                "It reads memory that it writes to, which eager does in an order of its own; clone "
+                "the operand"
+            )
+    elif mine[0] < its[0] + source.numel and its[0] < mine[0] + into.numel:
         raise t.shape_error(
             "unsupported operation: some elements of the input tensor and the written-to tensor "
             "refer to a single memory location. Please clone() the tensor before performing the "
@@ -395,16 +379,23 @@ def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
 def in_place(out_of_place: Callable) -> Callable:
     """The in-place form of a rule: its first argument is overwritten and returned.
 
-    Where gradients are recorded, the rule reads a copy, which its derivative may read again.
+    Where gradients are recorded, the rule reads a copy, which its derivative may read again. Where
+    none are, a rule that takes `wrap` makes no tensor of its result.
     """
+    code = getattr(out_of_place, "__code__", None)
+    named = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    wraps_itself = "wrap" in named
 
     @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
-        for arg in args:
+        for arg in (*args, *kwargs.values()):
             if isinstance(arg, torch.Tensor) and arg is not self:
                 check_overlap(t, t.lift(self), t.lift(arg))
-        if t.grad_on and t.tape.tracked:
+        if not t.grad_on:
+            if wraps_itself:
+                kwargs["wrap"] = pointwise_value
+        elif t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
         return write_back(t, self, out_of_place(t, source, *args, **kwargs))

@@ -392,6 +392,8 @@ def _conv_tbc(t: Trace, input: Tensor, weight: Tensor, bias: Tensor, pad: int = 
             f"Bias size must equal dim 2 in the weight tensor (output channels, {w.shape[2]}), "
             f"but got {list(b.shape)}"
         )
+    if 1 not in x.shape[:2] and x.strides[0] != x.shape[1] * x.strides[1]:
+        raise t.unsupported("torch views steps and sequences as one axis: make them contiguous")
     length, size, pad = x.shape[0], w.shape[0], ints_of(t, pad, 1, "pad")[0]
     count = length + 2 * pad - size + 1
     if count < 0:

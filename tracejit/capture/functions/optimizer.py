@@ -31,8 +31,14 @@ def _added(name: str):
     """input + value·tensor1·tensor2, or with a quotient; rounded once."""
 
     def function(
-        t: Trace, input: Tensor, tensor1: Tensor, tensor2: Tensor, *, value: Number = 1
-    ) -> TracedTensor:
+        t: Trace,
+        input: Tensor,
+        tensor1: Tensor,
+        tensor2: Tensor,
+        *,
+        value: Number = 1,
+        wrap: Callable = pointwise,
+    ) -> TracedTensor | Value:
         b = t.b
 
         def emit(x: Value, y: Value, z: Value, *factors: Value) -> Value:
@@ -57,7 +63,7 @@ def _added(name: str):
             raise t.shape_error("Integer division with addcdiv is no longer supported")
         value = as_number(t, value)
         factors = (value,) if isinstance(value, Tensor) else ()
-        return pointwise(t, emit, (input, tensor1, tensor2, *factors))
+        return wrap(t, emit, (input, tensor1, tensor2, *factors))
 
     return function
 
@@ -65,7 +71,14 @@ def _added(name: str):
 addcmul, addcdiv = _added("addcmul"), _added("addcdiv")
 
 
-def lerp(t: Trace, input: Tensor, end: Tensor, weight: Tensor | Number) -> TracedTensor:
+def lerp(
+    t: Trace,
+    input: Tensor,
+    end: Tensor,
+    weight: Tensor | Number,
+    *,
+    wrap: Callable = pointwise,
+) -> TracedTensor | Value:
     """input + w·(end - input), from the nearer end; the gradients are (1 - w)·g and w·g."""
     b = t.b
     if t.lift(input).dtype is not t.lift(end).dtype:
@@ -106,8 +119,8 @@ def lerp(t: Trace, input: Tensor, end: Tensor, weight: Tensor | Number) -> Trace
         return t.saves(out, w)
 
     if isinstance(weight, Tensor):
-        return pointwise(t, emit_tensor, (input, end, weight))
-    return pointwise(t, emit, (input, end))
+        return wrap(t, emit_tensor, (input, end, weight))
+    return wrap(t, emit, (input, end))
 
 
 register(("addcmul",), addcmul)

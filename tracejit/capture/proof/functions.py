@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import math
 from collections.abc import Iterable
+from functools import partial
 from types import CellType, CodeType, FunctionType, ModuleType
 
 from tracejit.capture.effects.variables import Variable
@@ -32,8 +33,10 @@ class Functions(Classes):
 
     def function(self, function: FunctionType, path: str) -> None:
         """A user function: its code, cells, defaults and globals (its identity is the caller's)."""
-        if self._seen(function):
-            return
+        if not self._seen(function):
+            self._in_turn(partial(self._function, function, path))
+
+    def _function(self, function: FunctionType, path: str) -> None:
         k, code = self.constant(function), function.__code__
         mine = origin(code) == "user"
         if mine:

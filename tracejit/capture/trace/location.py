@@ -35,6 +35,7 @@ class ByCode(dict):
 
 _INNER, _USER, _CALLING, _OUTERMOST = range(4)
 _kinds = ByCode()
+_inner: set[int] = set()  # ids of codes in `_kinds` that are inner: nearly all frames of a call
 
 
 def user_frame():
@@ -64,6 +65,10 @@ def _kind(code: CodeType) -> int:
     else:
         kind = _USER
     _kinds.keep(code, kind)
+    if len(_kinds) == 1:  # the others are forgotten
+        _inner.clear()
+    if kind == _INNER:
+        _inner.add(id(code))
     return kind
 
 
@@ -114,18 +119,17 @@ class Lines:
         user, inner, calls = None, None, []
         while frame is not None:
             code = frame.f_code
-            known = _kinds.get(id(code))
-            kind = _kind(code) if known is None else known[1]
-            if kind == _USER:
-                if user is None:
-                    user = frame
-            elif kind == _OUTERMOST:
-                break
-            else:
-                if kind == _CALLING:
+            if id(code) not in _inner:
+                known = _kinds.get(id(code))
+                kind = _kind(code) if known is None else known[1]
+                if kind == _USER:
+                    user = frame if user is None else user
+                elif kind == _CALLING:
                     calls.append(frame)
-                if user is None:
-                    inner = code
+                elif kind == _OUTERMOST:
+                    break
+            if user is None:
+                inner = code
             frame = frame.f_back
         if user is None:
             return _NOWHERE
@@ -182,6 +186,7 @@ def traced_from(code: CodeType) -> None:
     """Frames from that of this function outward call no modules of a step."""
     _outermost[id(code)] = code
     _kinds.pop(id(code), None)
+    _inner.discard(id(code))
 
 
 def warn(text: str, category: type[Warning]) -> None:

@@ -121,7 +121,8 @@ def settled(t: Trace, storage: Storage, mixed: bool) -> float | None:
 
 def mixed_devices(t: Trace) -> bool:
     """Whether tensors of another device than the CPU take part."""
-    used = {s.param.type.device for s in t.inputs.storages} | {n.out.type.device for n in t.b.nodes}
+    used = {s.param.type.device for s in t.inputs.storages}
+    used |= {node.outs[0].type.device for node in t.b.nodes}
     return bool(used - {"cpu", "host"})
 
 
@@ -132,24 +133,19 @@ def for_the_plan(graph: Graph) -> Graph:
     Runtime scalars that no tensor needs are no inputs of it.
     """
     needed = set(graph.outputs())
-    idle: dict[int, bool] = {}  # by the types' ids: whether one need not be computed
-
-    def kept(value: Value) -> bool:
-        if value in needed:
-            return True
-        kind = value.type
-        if (known := idle.get(id(kind))) is None:
-            known = kind.is_host or (kind.device == "cpu" and is_single(kind))
-            idle[id(kind)] = known
-        return not known
-
+    values = [*(p.value for p in graph.params), *(node.outs[0] for node in graph.nodes)]
+    kinds = {id(v.type): v.type for v in values}
+    idle = {  # the ids of types of what need not be computed
+        i for i, kind in kinds.items() if kind.is_host or (kind.device == "cpu" and is_single(kind))
+    }
     nodes = []
     for node in reversed(graph.nodes):
-        if kept(node.outs[0]) or node.is_ordered:
-            needed.update(node.inputs)
+        out = node.outs[0]
+        if id(out.type) not in idle or out in needed or node.is_ordered:
+            needed.update([a for a in node.args if a.__class__ is Value and id(a.type) in idle])
             nodes.append(node)
     needed |= {w.target for w in graph.writes}
-    params = tuple(p for p in graph.params if kept(p.value))
+    params = tuple(p for p in graph.params if id(p.value.type) not in idle or p.value in needed)
     return replace(graph, params=params, nodes=tuple(reversed(nodes)))
 
 

@@ -31,6 +31,8 @@ def check_write(t: TraceState, handle: Handle, value: Value) -> None:
             "x[i] with a tensor i of no axes is a view of x, and one of the two is written to; use "
             "x[int(i)], or x[i].clone()"
         )
+    if not handle.steps:
+        return
     if reads_bits(handle.steps) and handle.dtype.narrow:
         raise t.unsupported(
             "Bits that are written to as bf16 or f16 may become those of another NaN"
@@ -74,8 +76,9 @@ def check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> N
 
 
 def check_read(t: TraceState, handle: Handle, base: Value) -> None:
-    """Raise where eager would refuse to read a view whose base was written since."""
-    fresh = handle.fixed is None or handle.fixed == handle.version.count
+    """Raise where eager would refuse to read a view of a fixed history, whose base was written
+    since."""
+    fresh = handle.fixed == handle.version.count
     if fresh or not (t.scalars.active and t.grad_on and base in t.tape.tracked):
         return
     raise t.autograd_error(

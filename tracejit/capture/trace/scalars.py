@@ -316,15 +316,17 @@ def _arithmetic(op_name: str, python: Callable, *, reflected: bool) -> Callable:
         live, other = self.live, _of_python(other)
         if modulo:
             return python(pinned(self), pinned(other), *map(pinned, modulo))
-        if live is None and is_runtime(other):  # self was kept from an earlier trace
-            return python(other, plain(self)) if reflected else python(plain(self), other)
-        if type(other) in ANSWERING:
-            return NotImplemented
-        operand = _operand(other, live)
-        if isinstance(other, _READING):  # they would read the value without asking
-            return python(other, self.pin()) if reflected else python(self.pin(), other)
-        if operand is None:
-            return NotImplemented
+        operand: Arg | None = other
+        if type(other) is not float and type(other) is not int:
+            if live is None and is_runtime(other):  # self was kept from an earlier trace
+                return python(other, plain(self)) if reflected else python(plain(self), other)
+            if type(other) in ANSWERING:
+                return NotImplemented
+            operand = _operand(other, live)
+            if isinstance(other, _READING):  # they would read the value without asking
+                return python(other, self.pin()) if reflected else python(self.pin(), other)
+            if operand is None:
+                return NotImplemented
         mine, theirs = plain(self), plain(other)
         number = python(theirs, mine) if reflected else python(mine, theirs)
         if live is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -240,6 +241,11 @@ def elementwise_strides(shape: Ints, operands: list[tuple[Ints, Ints]]) -> Ints:
 
     Source: TensorIterator's rule; axes are ordered by the operands' strides, ties by position.
     """
+    return _elementwise_strides(shape, tuple(operands))
+
+
+@lru_cache(10_000)
+def _elementwise_strides(shape: Ints, operands: tuple[tuple[Ints, Ints], ...]) -> Ints:
     if all(s == shape and is_contiguous(s, st) for s, st in operands):
         return types.contiguous_strides(shape)
     if all(s == shape and _has_channels_innermost(s, st) for s, st in operands):

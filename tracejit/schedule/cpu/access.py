@@ -26,7 +26,7 @@ def variables(s: Statement) -> list[Var]:
     args = s.args if isinstance(s, Compute) else (getattr(s, "value", None),)
     found = [a for a in args if isinstance(a, Var)]
     for index in places(s):
-        found += _values(index)
+        found += values_in(index)
     return found
 
 
@@ -40,15 +40,16 @@ def places(s: Statement) -> list[Index]:
 
 def has_value(index: Index) -> bool:
     """Whether a value of the body takes part in an index."""
-    return any(True for _ in _values(index))
+    return any(True for _ in values_in(index))
 
 
-def _values(index: Index) -> Iterator[Var]:
+def values_in(index: Index) -> Iterator[Var]:
+    """The values of the body in an index: positions that were gathered."""
     for atom, _ in index.terms:
         if isinstance(atom, Var):
             yield atom
         elif isinstance(atom, FloorDiv | Mod):
-            yield from _values(atom.index)
+            yield from values_in(atom.index)
 
 
 def axes_of(index: Index) -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from tracejit.records import dataclass
 from tracejit.schedule.axes import map_statements
-from tracejit.schedule.cpu.access import axes_of, places, stride
+from tracejit.schedule.cpu.access import axes_of, places, stride, values_in
 from tracejit.schedule.index import add, divmod_index, scale
 from tracejit.schedule.kernel import (
     Axis,
@@ -81,7 +81,8 @@ def over_digits(
     statements: Sequence[Statement], axes: Sequence[Digits], extents: Mapping[str, int]
 ) -> tuple[Statement, ...]:
     """The statements with these axes replaced by their digits; `extents` are those of all axes."""
-    known = {**extents, **extents_of(axes)}
+    gathered = {v: UNKNOWN for s in statements for i in places(s) for v in values_in(i)}
+    known = {**gathered, **extents, **extents_of(axes)}
     by_name = {d.axis.name: d.index for d in axes}
 
     def change(index: Index) -> Index:
