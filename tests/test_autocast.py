@@ -110,6 +110,7 @@ def says_so(function: Callable) -> bool:
 
 
 REFUSED = {"lstm", "rrelu", "rrelu_", "_foreach_mm", "matrix_exp", "linalg_matrix_exp"}
+REFUSED |= {"histogramdd"}
 REFUSED_ON_GPUS = {"pairwise_distance", "rnn_tanh", "rnn_relu", "lstm", "gru"}
 REFUSED_ON_GPUS |= {"binary_cross_entropy", "triplet_margin_with_distance_loss"}
 REFUSED_ON_GPUS |= {"linalg_matrix_norm", "pca_lowrank", "svd_lowrank"}  # by singular values

@@ -129,3 +129,41 @@ def test_mode_saves_its_indices_alone():
     )
     assert torch.equal(ours, eager)
     both_refuse(indices_written, w.requires_grad_())
+
+
+FLAGGED = {
+    **{name: {} for name in ("relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hardtanh")},
+    **{name: {} for name in ("hardswish", "hardsigmoid", "silu", "mish", "rrelu")},
+    **{name: {"p": 0.3} for name in ("dropout", "dropout2d", "dropout3d")},
+    **{name: {"p": 0.3} for name in ("alpha_dropout", "feature_alpha_dropout")},
+    "threshold": {"threshold": 0.1, "value": 0.2},
+}
+
+
+@pytest.mark.parametrize("then", ["nothing", "operand", "result"])
+@pytest.mark.parametrize("inplace", [True, False])
+@pytest.mark.parametrize("name", FLAGGED)
+def test_functions_with_a_flag(name: str, inplace: bool, then: str):
+    """DCGAN's LeakyReLU(0.2, inplace=True): in place torch saves the result, or a copy."""
+    function, options = getattr(torch.nn.functional, name), FLAGGED[name]
+
+    def step(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        h = x * w
+        y = function(h, **options, inplace=inplace)
+        if then != "nothing":
+            (h if then == "operand" else y).mul_(2)
+        return torch.autograd.grad(y.square().sum() * 2, w)[0]
+
+    x = torch.randn(2, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    w = torch.ones(3, requires_grad=True)
+    found = []
+    for run in (step, tracejit.compile(step, on_unsupported="raise")):
+        torch.manual_seed(1)
+        try:
+            found.append(run(x, w))
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            found.append(None)
+    eager, ours = found
+    assert (eager is None) == (ours is None)
+    assert eager is None or torch.allclose(eager, ours, rtol=1e-4)

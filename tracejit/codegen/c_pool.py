@@ -18,6 +18,10 @@ POOL_SOURCE = r"""
 #include <stdbool.h>
 #include <stdint.h>
 
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("O1") /* half of the time of a first call's compiler; it waits for memory */
+#endif
+
 #define MAX_THREADS 256
 #define SPINS 16000 /* of a worker before it sleeps; some 400 µs: waking it takes 50 to 100 */
 #define WAITS 8000 /* of the caller for chunks that others do before it lets them run */

@@ -22,12 +22,13 @@ class EagerCost:
     def __init__(
         self,
         nodes: Sequence[Node] = (),
-        group_of: Mapping[Value, int] = MappingProxyType({}),
+        group_of: Mapping[int, int] = MappingProxyType({}),
         outputs: Collection[Value] = (),
         saved_bytes: int = 0,
         again_bytes: int = 0,
     ):
-        """Of the nodes of a trace, by the calls that they belong to, and what its step leaves."""
+        """Of the nodes of a trace, the calls that values belong to by their ids, and what its step
+        leaves."""
         self._of = nodes, group_of, outputs
         self.saved_bytes, self.again_bytes = saved_bytes, again_bytes
 
@@ -54,7 +55,7 @@ class EagerCost:
             elif op.family == "source":
                 bases[node.outs[0]] = None
             elif op.family != "host":
-                group = group_of[node.outs[0]]
+                group = group_of[node.outs[0].id]
                 made.update(dict.fromkeys(node.outs, group))
                 found = read.setdefault(group, set())
                 for value in node.inputs:

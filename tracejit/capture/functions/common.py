@@ -363,12 +363,13 @@ def in_place(out_of_place: Callable) -> Callable:
     @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
-        if t.grad_on and t.tape.tracked:
+        others = *args, *kwargs.values()
+        if not t.grad_on:
+            if wraps_itself:
+                kwargs["wrap"] = pointwise_value
+        elif t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
-        others = *args, *kwargs.values()
-        if wraps_itself and not t.grad_on:
-            kwargs["wrap"] = pointwise_value
         result = out_of_place(t, source, *args, **kwargs)
         if others:
             check_operands(t, t.lift(self), *others)

@@ -157,6 +157,8 @@ for _name in ("conj", "conj_physical", "resolve_conj", "resolve_neg", "real"):
 def conj_physical_(t: Trace, input: Tensor) -> Tensor:
     """Each element as it is; to autograd that is a write."""
     h = t.lift(input)
+    if 0 in h.strides:
+        raise t.unsupported("Eager writes nothing where elements share memory; leave the call out")
     t.write(h, t.b.alias(t.read(h)))
     return input
 
@@ -258,7 +260,8 @@ def vander_down(t: Trace, x: Tensor, N: int | None = None, increasing: bool = Fa
         first = x.detach() if x.is_floating_point() else x.to(torch.int64)
         powers = torch.ones_like(first).unsqueeze(-1)[:, :n]
         if n > 1:
-            powers = torch.cat([powers, first.unsqueeze(-1).expand(-1, n - 1).cumprod(-1)], -1)
+            products = first.unsqueeze(-1).expand(-1, n - 1).cumprod(-1)
+            powers = torch.cat([powers, products.to(first.dtype)], -1)  # autocast widens products
         found = powers.clone() if increasing else powers.flip(-1)
     if n < 2:
         return found

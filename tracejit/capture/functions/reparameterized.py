@@ -97,6 +97,8 @@ def _horner(t: Trace, v: Value, coefficients: list[Value]) -> Value:
 def _gamma(t: Trace, alpha: Value, sample: Value) -> Value:
     """The derivative of a sample of the gamma distribution by its shape α."""
     b, dtype = t.b, alpha.type.dtype
+    if dtype.narrow:
+        raise t.not_implemented("_standard_gamma_grad_cpu", dtype)
     a, x = cast(t, alpha, f64), cast(t, sample, f64)
     low, high = b.mul(a, _f32(0.9)), b.mul(a, _f32(1.1))
     at_mean = b.and_(b.le(low, x), b.le(x, high))
@@ -255,6 +257,8 @@ def _beta_between(
 def _dirichlet(t: Trace, sample: Value, alpha: Value, total: Value) -> Value:
     """-∂F/∂α / f / (1 - x) of the beta distribution of α and total - α, at a sample x."""
     b, dtype = t.b, sample.type.dtype
+    if dtype.narrow:
+        raise t.not_implemented("_dirichlet_grad_cpu", dtype)
     # which way is taken, eager decides in the dtype of the sample
     boundary = b.mul(b.mul(total, sample), b.sub(1.0, sample))
     narrow_c = b.sub(total, alpha)

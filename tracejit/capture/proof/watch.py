@@ -61,6 +61,7 @@ class Seen:
         # by the ids of codes: hashing one costs as much as a call
         self._impure: dict[int, CodeType] = {}  # already refused, with all that they call
         self._noted: dict[int, CodeType] = {}  # of which nothing more is to be noted
+        self._sure: dict[int, CodeType] = {}  # without doubtful lines
         self._ignoring: FrameType | None = None  # a call that a replay makes again
 
     def names(self) -> frozenset[str] | None:
@@ -118,6 +119,12 @@ class Seen:
 
     def profile(self, frame: FrameType, event: str, arg: object) -> None:
         """The profiler; see `sys.setprofile`."""
+        passed = self.passed
+        if passed.outermost is not None:
+            if event == "return" and frame is passed.outermost:
+                passed.leave()
+        elif event == "call" and id(frame.f_code) not in self._sure and not passed.enter(frame):
+            self._sure[id(frame.f_code)] = frame.f_code
         if self._ignoring is not None:
             if event == "return" and frame is self._ignoring:
                 self._ignoring = None

@@ -134,6 +134,7 @@ class Passed:
 
     def __init__(self) -> None:
         self.known = False  # whether lines were traced at all
+        self.outermost: FrameType | None = None  # of the calls in progress that are traced
         self._lines: set[tuple[CodeType, int]] = set()
         self._offsets: set[tuple[CodeType, int]] = set()
 
@@ -144,6 +145,21 @@ class Passed:
         if doubt.offset is None:
             return (doubt.code, doubt.line) in self._lines
         return (doubt.code, doubt.offset) in self._offsets
+
+    def enter(self, frame: FrameType) -> bool:
+        """A call begins, and none is traced: trace it, and what it calls, if its code has doubtful
+        lines; says whether it has. Tracing takes time of each instruction, of whatever code."""
+        if origin(frame.f_code) != "user" or not any(_watched(frame.f_code)):
+            return False
+        if self.known:
+            self.outermost, frame.f_trace = frame, self._calls(frame, "call", None)
+            sys.settrace(self._calls)
+        return True
+
+    def leave(self) -> None:
+        """The outermost of the calls that are traced is over."""
+        self.outermost = None
+        sys.settrace(None)
 
     def _calls(self, frame: FrameType, event: str, arg: object) -> object:
         code = frame.f_code
@@ -165,16 +181,13 @@ class Passed:
 
     @contextmanager
     def traced(self) -> Iterator[None]:
-        """Note what this thread comes by inside."""
+        """Note what this thread comes by inside, in the calls that `enter` is told of."""
         self.known = sys.gettrace() is None
-        if not self.known:
-            yield
-            return
-        sys.settrace(self._calls)
         try:
             yield
         finally:
-            sys.settrace(None)
+            if self.outermost is not None:
+                self.leave()
 
 
 def _may_be_text(frame: FrameType, chain: tuple[str, ...]) -> bool:

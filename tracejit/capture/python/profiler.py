@@ -60,7 +60,8 @@ def pause() -> bool:
     if trace is not None and getattr(trace, "__module__", "") != doubts.__name__:
         sys.setprofile(ours)
         return False
-    sys.settrace(None)
+    if trace is not None:
+        sys.settrace(None)
     _watching.paused = ours, trace
     return True
 
@@ -68,7 +69,8 @@ def pause() -> bool:
 def go_on() -> None:
     """Note what runs again."""
     (profile, trace), _watching.paused = _watching.paused, None
-    sys.settrace(trace)
+    if trace is not None:
+        sys.settrace(trace)
     sys.setprofile(profile)
 
 

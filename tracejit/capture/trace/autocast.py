@@ -195,7 +195,7 @@ _BOTH = (
         _lower,
         "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d conv_tbc prelu "
         "addmm matmul __matmul__ __rmatmul__ mm linear addbmm baddbmm bmm "
-        "scaled_dot_product_attention linalg.linalg_vecdot",
+        "scaled_dot_product_attention linalg.linalg_matmul linalg.linalg_vecdot",
     ),
     (
         _float32,
@@ -237,7 +237,8 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
         *_BOTH,
         (
             _lower,
-            "addmv addr mv functional.einsum functional.chain_matmul builtin.chain_matmul "
+            "convolution addmv addr mv functional.einsum "
+            "functional.chain_matmul builtin.chain_matmul "
             "linalg.linalg_multi_dot rnn_tanh_cell rnn_relu_cell lstm_cell gru_cell",
         ),
         (

@@ -76,8 +76,9 @@ def check_differentiable_write(t: TraceState, handle: Handle, value: Value) -> N
 
 
 def check_read(t: TraceState, handle: Handle, base: Value) -> None:
-    """Raise where eager would refuse to read a view whose base was written since."""
-    fresh = handle.fixed is None or handle.fixed == handle.version.count
+    """Raise where eager would refuse to read a view of a fixed history, whose base was written
+    since."""
+    fresh = handle.fixed == handle.version.count
     if fresh or not (t.scalars.active and t.grad_on and base in t.tape.tracked):
         return
     raise t.autograd_error(

@@ -101,12 +101,12 @@ class Revisits:
             t.producers[node.out] = node
             of = copies.of.get(node.out)
             if of is not None:
-                group = t.group_of[of]
+                group = t.group_of[of.id]
                 if group not in groups:
                     groups[group] = t.groups = t.groups + 1
-                t.group_of[node.out] = groups[group]
+                t.group_of[node.out.id] = groups[group]
             else:
-                t.group_of.setdefault(node.out, t.groups)
+                t.group_of.setdefault(node.out.id, t.groups)
         for value in copies.instead:
             t.saved.pop(value, None)
         t.saved.update(copies.inputs)

@@ -187,7 +187,7 @@ class TraceState:
         self.sums: dict[Value, tuple[dict[Value, int], float]] = {}
         self.alike: dict[tuple, Value] = {}
         self.groups = 0  # torch calls, and derivative formulas
-        self.group_of: dict[Value, int] = {}  # in which of them a value was made
+        self.group_of: dict[int, int] = {}  # in which of them a value was made, by its id
         # numbers in tensors, see numbers.py
         self.producers: dict[Value, Node] = {}
         self.keys = Keys(self.producers)

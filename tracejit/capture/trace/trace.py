@@ -42,7 +42,7 @@ from tracejit.capture.trace.tensor import (
     Version,
     has_complex,
 )
-from tracejit.capture.trace.versions import Call, saved_by
+from tracejit.capture.trace.versions import Call, is_inplace, saved_by
 from tracejit.capture.trace.views import apply_steps, of_pairs, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
@@ -89,8 +89,10 @@ class Trace(TraceState):
             hooks = self.saving[-1] if self.saving and self.grad_on else None
             if run is None or (hooks is not None and self.complexes):
                 raise self.unsupported(_COMPLEX)
-            saved = saved_by(func) if self.grad_on and not self.complexes else None
-            noting = None if saved is None else Call(self, saved, args, kwargs)
+            noting = None
+            if self.grad_on and not self.complexes:
+                saved = saved_by(func, is_inplace(func, args, kwargs))
+                noting = None if saved is None else Call(self, saved, args, kwargs)
             if hooks is None:
                 result = run(self, *args, **kwargs)
             else:
@@ -172,7 +174,7 @@ class Trace(TraceState):
     def _on_emit(self, node: Node) -> None:
         out, op = node.outs[0], node.op
         self.producers[out] = node
-        self.group_of[out] = self.groups
+        self.group_of[out.id] = self.groups
         if op.family == "host":
             self.journal.found_arithmetic(node)
         if self.formula is not None:
@@ -264,10 +266,11 @@ class Trace(TraceState):
 
     def lift(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
-        handle = self.peek(tensor)
+        mine = type(tensor) is TracedTensor and tensor.owner is self  # nearly always
+        handle = tensor.handle if mine else self.peek(tensor)
         if handle.ragged is not None:
             handle.ragged.count(handle)
-        if handle.is_complex and not self.complexes:
+        if handle.dtype.kind == "c" and not self.complexes:
             raise self.unsupported(_COMPLEX)
         return handle
 
@@ -291,21 +294,22 @@ class Trace(TraceState):
 
     def read(self, handle: Handle) -> Value:
         """The value of a tensor now."""
-        base, memo, grad_on = self.base(handle.family), handle.memo, self.grad_on
-        check_read(self, handle, base)
-        if not handle.steps:
-            value = base
-        elif handle in self.empty:
-            value = self._read_empty(handle, base)
-        elif memo is not None and memo[0] is base and memo[1] >= grad_on:
-            value = memo[2]
-        else:
-            value, steps = base, handle.steps
-            if handle.of is not None and handle.of[1] is base:  # not written since: it depends on
-                of = handle.of[0]
-                value, steps = self.read(of), steps[len(of.steps) :]
-            value = apply_steps(self, value, steps)
-            handle.memo = (base, grad_on, value)
+        value = base = self.base(handle.family)
+        if handle.fixed is not None:
+            check_read(self, handle, base)
+        if handle.steps:
+            memo, grad_on = handle.memo, self.grad_on
+            if memo is not None and memo[0] is base and memo[1] >= grad_on:
+                value = memo[2]
+            elif handle in self.empty:
+                value = self._read_empty(handle, base)
+            else:
+                steps = handle.steps
+                if handle.of is not None and handle.of[1] is base:  # not written since
+                    of = handle.of[0]
+                    value, steps = self.read(of), steps[len(of.steps) :]
+                value = apply_steps(self, value, steps)
+                handle.memo = (base, grad_on, value)
         if value not in self.origin:
             self._note(value, handle)
         return value
@@ -434,12 +438,12 @@ class Trace(TraceState):
         if new in self.origin:
             new = self.b.alias(new)
         old, tracked = family.value, family.value in self.tape.tracked
-        untracked = family.leaf is None and not tracked
-        if self.grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
+        untracked, grad_on = family.leaf is None and not tracked, self.grad_on
+        if grad_on and tracked and new not in self.tape.tracked:  # it still requires grad
             new = self.unread(new, old)
-        if self.grad_on and not family.written and new in self.tape.tracked:
+        if grad_on and not family.written and new in self.tape.tracked:
             family.written = self.b.line
-        self._hold(handle, new, as_history=self.grad_on or untracked)
+        self._hold(handle, new, as_history=grad_on or untracked)
         if new is not value:
             self._note(value, handle)
 

@@ -46,13 +46,31 @@ class Saved:
 
 
 @cache
-def saved_by(function: Callable) -> Saved | None:
-    """What torch saves for a function, if that is known."""
+def saved_by(function: Callable, inplace: bool = False) -> Saved | None:
+    """What torch saves for a function, if that is known; `inplace`: if it was told to write to its
+    first argument."""
     name, base = function_name(function), name_in_place(function)
+    if inplace:
+        name, base = f"{name}_", name.rpartition(".")[2]
     written = next((_LISTED[n] for n in (name, name.rpartition(".")[2]) if n in _LISTED), None)
     if written is None and base in _LISTED:
         written = in_place(_LISTED[base])
     return None if written is None else Saved(tuple(map(_place, written.split())), function)
+
+
+def is_inplace(function: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call sets the flag `inplace` of a function that has one."""
+    if kwargs.get("inplace"):
+        return True
+    place = _place_of_flag(function)
+    return place is not None and place < len(args) and bool(args[place])
+
+
+@cache
+def _place_of_flag(function: Callable) -> int | None:
+    code = function.__code__ if inspect.isfunction(function) else None
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    return names.index("inplace") if "inplace" in names else None
 
 
 def name_in_place(function: Callable) -> str | None:
