@@ -3,6 +3,7 @@ is refused, and all the others are equal."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -135,3 +136,24 @@ def test_halves_of_a_tensor_are_not_taken_for_one():
     expected[:, ::2] *= expected[:, 1::2].clone()
     step(x)
     assert torch.equal(x, expected)
+
+
+@pytest.mark.parametrize("shape", [(12,), (4, 12)])
+def test_places_that_vary_from_call_to_call(shape):
+    """Whether two slices share memory is asked of each call: the plan of one is not another's."""
+
+    def step(x: torch.Tensor, i: int, j: int) -> torch.Tensor:
+        y = x * 1
+        y[..., i : i + 3].add_(y[..., j : j + 3])
+        return y
+
+    x = torch.arange(48.0)[-math.prod(shape) :].reshape(shape)
+    compiled = tracejit.compile(step)
+    for i, j in [(0, 3), (1, 5), (2, 6), (0, 4), (3, 6), (0, 7), (0, 1), (2, 2), (1, 3), (3, 0)]:
+        try:
+            eager = step(x, i, j)
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match="refer to a single memory location"):
+                compiled(x, i, j)
+            continue
+        assert torch.equal(compiled(x, i, j), eager), (i, j)

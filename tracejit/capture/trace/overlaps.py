@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from tracejit.capture.trace.scalars import plain
+from tracejit.capture.trace.scalars import pinned
 from tracejit.capture.trace.state import TraceState
 from tracejit.capture.trace.table import RULES, function_name
 from tracejit.capture.trace.tensor import Handle, extent, is_dense, tensors_of
@@ -105,7 +105,7 @@ def _check(t: TraceState, into: Handle, source: Handle, name: str) -> None:
 def _is_ahead(into: Handle, source: Handle) -> bool:
     """Whether eager reads each element before it writes there: buffer[:, :-1] = buffer[:, 1:]."""
     alike = (source.shape, source.strides) == (into.shape, into.strides)
-    return alike and plain(source.offset) > plain(into.offset) and into.numel <= _ON_ONE_THREAD
+    return alike and source.offset > into.offset and into.numel <= _ON_ONE_THREAD
 
 
 def _name(t: TraceState) -> str:
@@ -116,7 +116,8 @@ def _name(t: TraceState) -> str:
 
 def overlap(a: Handle, b: Handle) -> str:
     """What eager finds of two tensors of one storage: none, same, part; or unknown, where it does
-    not look and they share an element."""
+    not look and they share an element. Where one begins may be a runtime scalar: to compare it is a
+    decision."""
     first, last, strides = _bytes(a)
     other, end, more = _bytes(b)
     if first >= end or other >= last:
@@ -139,7 +140,7 @@ def overlap(a: Handle, b: Handle) -> str:
 def _bytes(h: Handle) -> tuple[int, int, tuple[int, ...]]:
     """Where a tensor begins and ends in its storage, and its strides."""
     size = h.dtype.itemsize
-    first = plain(h.offset) * size
+    first = h.offset * size
     return first, first + extent(h.shape, h.strides) * size, tuple(st * size for st in h.strides)
 
 
@@ -149,7 +150,7 @@ class _Laid:
     def __init__(self, h: Handle):
         first, _, strides = _bytes(h)
         self.__array_interface__ = {
-            "data": (4096 + first, False),
+            "data": (4096 + pinned(first), False),
             "shape": h.shape,
             "strides": strides,
             "typestr": f"|V{h.dtype.itemsize}",
