@@ -763,7 +763,7 @@ def record_every_four(w):
     return step
 
 
-@training("rerun")
+@training("replay")
 def name_of_a_step_in_the_result(w):
     network(w)
     w.n = 0

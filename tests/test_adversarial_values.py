@@ -81,11 +81,11 @@ value("replay", "root_of_an_item", lambda t, loss: loss.item() ** 0.5)
 value("replay", "quotient_of_items", lambda t, loss: loss.item() / (1 + loss.item()))
 value("replay", "plain_float", lambda t, loss: float(loss))
 value("replay", "sum_of_floats", lambda t, loss: {"twice": float(loss) + float(loss.item())})
-value("rerun", "text", lambda t, loss: f"{loss.item():.4f}")
+value("replay", "text", lambda t, loss: f"{loss.item():.4f}")
 value("rerun", "text_of_the_tensor", lambda t, loss: f"{loss:.4f}")
 value("rerun", "printed", lambda t, loss: print(round(loss.item(), 3)))
 value("rerun", "array", lambda t, loss: t.model(X).detach().numpy().copy())
-value("rerun", "list_of", lambda t, loss: t.model(X).tolist())
+value("replay", "list_of", lambda t, loss: t.model(X).tolist())
 value("replay", "list_of_items", lambda t, loss: [float(p.sum()) for p in t.model.parameters()])
 
 

@@ -26,6 +26,7 @@ from tracejit.passes.simplify import IDENTITIES
 from tracejit.passes.vocabulary import split_rows
 from tracejit.runtime.c_compiler import find_compiler
 from tracejit.schedule import schedule
+from tracejit.schedule.again import made_again
 from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
@@ -215,6 +216,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "find_attention": on_graph(find_attention),
     "split_rows": on_graph(split_rows),
     "put_in_buckets": on_graph(put_in_buckets),
+    "made_again": on_graph(made_again),
     "tasks": tasks,
     "fuse": fused,
     "recompute": recomputed,

@@ -813,3 +813,34 @@ def test_a_mask_without_axes_chooses_all_or_nothing(backend):
         for mine, theirs in zip(compiled(x, mask), step(x, mask), strict=True):
             torch.testing.assert_close(mine, theirs)
     assert compiled.stats.replays
+
+
+DRAWN_TWICE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "multinomial": lambda x: torch.multinomial(x, 5),
+    "binomial": lambda x: torch.binomial(torch.full_like(x, 9.0), x),
+    "categorical": lambda x: torch.distributions.Categorical(x).sample((4,)),
+    "bernoulli": torch.bernoulli,
+    "rrelu": lambda x: torch.rrelu(0.5 - x, training=True),
+    "poisson": lambda x: torch.poisson(9 * x),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_TWICE)
+def test_what_is_drawn_twice_of_the_same_values(name):
+    """Two draws are two draws: the second of the same values gave what the first had drawn."""
+    draw = DRAWN_TWICE[name]
+
+    def step(x):
+        first, second = draw(x), draw(x)
+        return first, second, draw(x)
+
+    x = torch.rand(30, generator=torch.Generator().manual_seed(0))
+    compiled = tracejit.compile(step, on_unsupported="raise")
+    for call in range(4):
+        torch.manual_seed(call)
+        eager = step(x)
+        torch.manual_seed(call)
+        ours = compiled(x)
+        assert not torch.equal(eager[0], eager[1])
+        for a, b in zip(ours, eager, strict=True):
+            assert torch.equal(a, b)

@@ -653,3 +653,55 @@ def test_writes_that_read_the_same_memory(name, grad):
     if how == "error":
         with pytest.raises(RuntimeError, match="refer to a single memory location"):
             step(x)
+
+
+def test_a_view_without_elements_that_was_written_gives_a_gradient_without_history():
+    """To eager it is an `as_strided` of its base then (seed 2009823)."""
+
+    def written(w):
+        u = (w * 2)[1:1]
+        with torch.no_grad():
+            u.copy_(u)
+        u.tanh().sum().backward(create_graph=True)
+
+    def base_written(w):
+        t = w * 2
+        u = t[:, 3:]
+        t.add_(1)
+        (u.exp().sum() + 0 * u.sum()).backward(create_graph=True)
+
+    def not_written(w):
+        (w * 2)[1:1].tanh().sum().backward(create_graph=True)
+
+    def made_after(w):
+        t = w * 2
+        t.add_(1)
+        t[1:1].tanh().sum().backward(create_graph=True)
+
+    for step in (written, base_written, not_written, made_after):
+        check(step, leaf(1, 1, 3))
+
+
+def test_axes_of_one_element_order_the_memory_of_an_einsum():
+    """Axes that an operand lacks stand behind its own, with stride 1 (seed 2005403)."""
+    shapes = {
+        "ij,kj->ijk": ((5, 1), (5, 1)),
+        "ij,kj->jik": ((5, 1), (3, 1)),
+        "i,j->ij": ((5,), (3,)),
+        "ij,ik->ijk": ((1, 5), (1, 3)),
+        "ij,jk,k->ikj": ((5, 1), (1, 4), (4,)),
+    }
+    for equation, (first, *others) in shapes.items():
+        for turned in (False, True):
+            arrays = [randn(k, *s) for k, s in enumerate((first, *others))]
+            if turned:  # in memory
+                arrays = [a.mT.contiguous().mT if a.ndim > 1 else a for a in arrays]
+
+            def step(*xs, equation=equation):
+                return torch.einsum(equation, *xs)
+
+            ours = tracejit.compile(step, backend="numpy")(*arrays)
+            eager = step(*arrays)
+            kept = [k for k, n in enumerate(eager.shape) if n > 1]
+            assert [ours.stride(k) for k in kept] == [eager.stride(k) for k in kept], equation
+            torch.testing.assert_close(ours, eager)

@@ -106,6 +106,32 @@ def both_refuse(step: Callable, *args: torch.Tensor) -> None:
             run(*args)
 
 
+def test_mode_saves_its_indices_alone():
+    """Neither its operand nor its values. The samples of `mode` give no case above."""
+
+    def values_written(w):
+        x = w * 1
+        values, _ = x.mode(1)
+        with torch.no_grad():
+            values.add_(1)
+            x.add_(1)
+        values.sum().backward()
+        return w.grad
+
+    def indices_written(w):
+        values, indices = (w * 1).mode(1)
+        indices.add_(0)
+        values.sum().backward()
+
+    w = torch.tensor([[1.0, 2.0, 2.0], [3.0, 1.0, 3.0]])
+    ours, eager = (
+        run(w.clone().requires_grad_())
+        for run in (tracejit.compile(values_written, backend="numpy"), values_written)
+    )
+    assert torch.equal(ours, eager)
+    both_refuse(indices_written, w.requires_grad_())
+
+
 FLAGGED = {
     **{name: {} for name in ("relu", "leaky_relu", "elu", "selu", "celu", "relu6", "hardtanh")},
     **{name: {} for name in ("hardswish", "hardsigmoid", "silu", "mish", "rrelu")},

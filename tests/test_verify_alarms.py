@@ -238,6 +238,20 @@ def test_a_step_is_saved_before_its_calls_are_verified(tmp_path):
     assert torch.equal(tracejit.load(tmp_path / "step.tracejit")(x), step(x))
 
 
+@pytest.mark.parametrize("method", ("append", "extend", "update", "add"))
+def test_what_a_kept_method_of_a_container_changes_is_put_back(method):
+    """`append = kept.append` leads to the list: eager's run beside the step is undone there too."""
+    kept = {"append": [0], "extend": [0], "update": {0: 0}, "add": {0}}[method]
+    change = getattr(kept, method)
+
+    def step(x):
+        change({"append": 0, "extend": [0], "update": {len(kept): 0}, "add": len(kept)}[method])
+        return x * 2
+
+    verified(step, calls=5)
+    assert len(kept) == 6
+
+
 def test_attributes_of_a_thread_are_put_back():
     own = threading.local()
     own.n = 0

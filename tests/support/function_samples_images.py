@@ -133,6 +133,9 @@ row(
     [
         S(_x, _k, _b, [2, 1], [1, 0], [1, 2], False, _none, 1, smooth=True),
         S(_x, _k, None, [1], [1], [1], False, [7], 1),
+        S(_x, _k, _b, [1], [1], [1], False, [0, 2], 1),
+        S(_x, _k, _b, [1], [1], [1], False, [0, -1], 1),
+        S(_x, _k, _b, [1], [1], [1], False, [0, 0, 0], 1),
         S(_x, w(6, 1, 2, 2), r(6), _ones, _none, _ones, False, _none, 3),
         S(_x, w(3, 4, 2, 3), _b, [2, 3], [1, 0], _ones, True, [1, 2], 1, smooth=True),
         S(images(1), w(4, 3, 3), _b, (2,), (1,), (1,), False, (0,), 1),

@@ -19,6 +19,11 @@ NOT_VERIFIED = {
     "test_adversarial_world.py::test_world[writing_to_standard_output]": _PRINTED,
     "test_adversarial_world.py::test_the_reason_of_a_rerun_is_one_warning_that_names_the_line"
     "[printing]": _PRINTED,
+    "test_adversarial_habits.py::test_case[log_lines_every_five_steps]": _PRINTED,
+    "test_adversarial_state.py::test_case[printed_every_five]": _PRINTED,
+    "test_adversarial_values.py::test_values[printed": _PRINTED,
+    "test_adversarial_values.py::test_values[nothing_selected]": _PRINTED,
+    "test_bisect.py::test_a_fault_in_a_small_step": _FAULTS,
     "test_compile.py::test_python_body_counter_by_profile": _RUNS,
     "test_interrupts.py::test_interrupt_while_writing_is_deferred": (
         "an interrupt of a verified call leaves all as before it"

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.graph import Graph, Node, Value
+from tracejit.schedule.again import made_again
 from tracejit.schedule.collectives import Turn, half, in_place, is_collective, turns
 from tracejit.schedule.donate import Donors
 from tracejit.schedule.foreach import Foreach, gathered, lowered_foreach
@@ -48,6 +49,7 @@ def schedule(
     results = tuple(b.name for b in buffers if b.kind == "output")
     gpu = _device(graph) != "cpu" if gpu is None else gpu
     graph = sums_of_rows(stretched(graph)) if gpu else graph
+    graph = graph if gpu or body or not (fuse and again) else made_again(graph)
     images = arranged(graph) if gpu else Arranged(graph, frozenset(), {})
     graph = images.graph
     graph = parted(graph, Layouts(graph.nodes, images.last).last) if gpu else graph

@@ -122,6 +122,7 @@ class Fuser:
         for id in self.waits.get(task.value.id, NOTHING) if task.kind != "store" else ():
             if id in self.groups.tasks and self.groups.tasks[id].group is not group:
                 self.groups.order(self.groups.tasks[id].group, group)
+                group.waits.add(id)
         if task.kind == ATTENTION:
             return self._place_attention(task, group)
         if task.kind == "loop" and task.value is not task.node.out:

@@ -52,6 +52,7 @@ class Group:
     stores: int = 0
     again: bool = False
     preds: set[int] = field(default_factory=set)
+    waits: set[int] = field(default_factory=set)  # values that other kernels compute before
 
     @property
     def numel(self) -> int:
@@ -188,6 +189,8 @@ class Groups:
         """
         if a is b:
             return a
+        if any(t.value.id in w.waits for w, g in ((a, b), (b, a)) if w.waits for t in g.tasks):
+            return None
         if a.attends or b.attends:
             return self._attend_together(a, b)
         if a.apart is not None or b.apart is not None:
@@ -366,6 +369,7 @@ class Groups:
         }
         kept.tasks.extend(gone.tasks)
         kept.stores += gone.stores
+        kept.waits |= gone.waits
         kept.preds |= gone.preds
         kept.preds -= {kept.id, gone.id}
         both = 1 << kept.id | 1 << gone.id

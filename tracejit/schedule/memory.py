@@ -13,8 +13,8 @@ from tracejit.records import dataclass
 from tracejit.schedule.plan import Plan
 
 ALIGNMENT = 128  # bytes; a cache line, and enough for every vector load
-ATTEMPTS = 8  # to place pieces
-WORK = 40_000  # pairs of pieces to look at in all attempts
+ATTEMPTS = 8  # to place pieces, beside the first one in an order
+WORK = 120_000  # pairs of pieces to look at in all attempts in an order
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +76,31 @@ def plan_arena(lifetimes: Sequence[Lifetime]) -> tuple[list[int], int]:
 def plan_memory(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> tuple[list[Place], int]:
     """Places in rooms and an arena, and the arena's size: the best of some attempts.
 
-    Each attempt places those pieces first that reached the end of the arena in the attempt before.
+    The first one places the largest pieces first, another one those that live longest. Further
+    ones place those first that reached the end of the arena in the attempt before.
     """
+    numbers = range(len(lifetimes))
+    by_size = sorted(numbers, key=lambda i: (-lifetimes[i].nbytes, i))
+    best = _fitted(lifetimes, rooms, by_size)
     least = _least(lifetimes, rooms)
-    order = sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i))
-    found = best = _fitted(lifetimes, rooms, order)
-    for _ in range(min(ATTEMPTS, WORK // (len(lifetimes) + 1) ** 2)):
-        if best[1] <= least:
-            break
-        places, total = found
-        high = {
-            i
-            for i, place in enumerate(places)
-            if place.room is None and place.offset + _padded(lifetimes[i].nbytes) == total
-        }
-        order = [*(i for i in order if i in high), *(i for i in order if i not in high)]
-        found = _fitted(lifetimes, rooms, order)
+    attempts = min(ATTEMPTS, WORK // (len(lifetimes) + 1) ** 2)
+    if best[1] <= least or not attempts:
+        return best
+    by_life = sorted(by_size, key=lambda i: lifetimes[i].first - lifetimes[i].last)
+    for order, found in ((by_size, best), (by_life, _fitted(lifetimes, rooms, by_life))):
         best = min(best, found, key=lambda x: x[1])
+        for _ in range(attempts):
+            if best[1] <= least:
+                return best
+            places, total = found
+            high = {
+                i
+                for i, place in enumerate(places)
+                if place.room is None and place.offset + _padded(lifetimes[i].nbytes) == total
+            }
+            order = [*(i for i in order if i in high), *(i for i in order if i not in high)]
+            found = _fitted(lifetimes, rooms, order)
+            best = min(best, found, key=lambda x: x[1])
     return best
 
 

@@ -29,6 +29,7 @@ from tracejit.capture.functions.places import at_place, is_place
 from tracejit.capture.functions.writes import copy_
 from tracejit.capture.trace import location
 from tracejit.capture.trace.bounds import within
+from tracejit.capture.trace.overlaps import check_put
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import (
     Handle,
@@ -219,6 +220,7 @@ def chosen(t: Trace, input: Tensor, index: object) -> TracedTensor:
 def assign(t: Trace, input: Tensor, index: object, value: object) -> None:
     """x[i, :, j, …] = value: of several values for one place the last one counts."""
     target, merged = _merged(t, input, index, value, "last")
+    check_put(t, target, index, value)
     copy_(t, target.tensor, merged)
 
 

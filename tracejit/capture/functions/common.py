@@ -22,7 +22,7 @@ from tracejit.capture.functions.promotion import number_dtype as number_dtype
 from tracejit.capture.functions.promotion import promote_two as promote_two
 from tracejit.capture.functions.promotion import result_dtype as result_dtype
 from tracejit.capture.trace import location, numbers
-from tracejit.capture.trace.overlap import shares
+from tracejit.capture.trace.overlaps import check_operands
 from tracejit.capture.trace.scalars import TracedFloat, is_runtime
 from tracejit.capture.trace.table import RULES, Row, Rule, family_of, spellings
 from tracejit.capture.trace.tensor import (
@@ -350,32 +350,6 @@ def write_back(t: Trace, target: torch.Tensor, result: TracedTensor | Value) -> 
     return target
 
 
-_ON_ONE_THREAD = 32_768  # elements; source: at::internal::GRAIN_SIZE
-
-
-def check_overlap(t: Trace, into: Handle, source: Handle) -> None:
-    """Refuse, as eager does, to write a tensor from another that shares part of its memory. Where
-    eager does not look whether it does, it reads what it has written, in the order of its loops."""
-    if source.storage is not into.storage or not (source.numel and into.numel):
-        return
-    mine, its = ((h.offset, h.shape, h.strides) for h in (into, source))
-    if mine == its:
-        return
-    if not (is_dense(*mine[1:]) and is_dense(*its[1:])):
-        ahead = its[0] > mine[0] and its[1:] == mine[1:]  # buffer[:, :-1] = buffer[:, 1:]
-        if not (ahead and into.numel <= _ON_ONE_THREAD) and shares(into, source):
-            raise t.unsupported(
-                "It reads memory that it writes to, which eager does in an order of its own; clone "
-                "the operand"
-            )
-    elif mine[0] < its[0] + source.numel and its[0] < mine[0] + into.numel:
-        raise t.shape_error(
-            "unsupported operation: some elements of the input tensor and the written-to tensor "
-            "refer to a single memory location. Please clone() the tensor before performing the "
-            "operation"
-        )
-
-
 def in_place(out_of_place: Callable) -> Callable:
     """The in-place form of a rule: its first argument is overwritten and returned.
 
@@ -389,16 +363,17 @@ def in_place(out_of_place: Callable) -> Callable:
     @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         source = self
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, torch.Tensor) and arg is not self:
-                check_overlap(t, t.lift(self), t.lift(arg))
+        others = *args, *kwargs.values()
         if not t.grad_on:
             if wraps_itself:
                 kwargs["wrap"] = pointwise_value
         elif t.tape.tracked:
             h = t.lift(self)
             source = t.fresh(t.b.alias(t.read(h)), h.strides)
-        return write_back(t, self, out_of_place(t, source, *args, **kwargs))
+        result = out_of_place(t, source, *args, **kwargs)
+        if others:
+            check_operands(t, t.lift(self), *others)
+        return write_back(t, self, result)
 
     return rule
 

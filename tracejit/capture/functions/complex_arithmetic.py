@@ -12,7 +12,7 @@ import torch
 
 from tracejit.capture.functions import movement
 from tracejit.capture.functions.advanced import is_advanced
-from tracejit.capture.functions.common import cast, check_overlap, expand, literal, operand
+from tracejit.capture.functions.common import cast, expand, literal, operand
 from tracejit.capture.functions.complexes import (
     common_shape,
     dot,
@@ -27,6 +27,7 @@ from tracejit.capture.functions.complexes import (
     times_i,
     wide,
 )
+from tracejit.capture.trace.overlaps import check_copy, check_operands
 from tracejit.capture.trace.scalars import is_runtime, plain
 from tracejit.capture.trace.table import spellings
 from tracejit.capture.trace.tensor import (
@@ -168,9 +169,7 @@ def _in_place(out_of_place: Callable) -> Callable:
         into = t.lift(self)
         if not into.is_complex:
             raise t.shape_error("result type Complex can't be cast to the desired output type")
-        for x in args:
-            if isinstance(x, Tensor) and x is not self:
-                check_overlap(t, into, t.lift(x))
+        check_operands(t, into, *args, *options.values())
         source: Tensor = self
         if t.grad_on and t.tape.tracked:  # the derivative may read what was there before
             source = made(t, t.b.alias(t.read(into)), into.strides)
@@ -277,7 +276,7 @@ def copy_(t: Trace, self: Tensor, src: object, non_blocking: bool = False) -> Te
     if not into.is_complex:
         raise t.unsupported("Complex numbers in a real tensor have no rule; use .real")
     if isinstance(src, Tensor):
-        check_overlap(t, into, t.lift(src))
+        check_copy(t, into, t.lift(src))
     (value,) = _given(t, (src, self), PARTS[into.dtype], into.shape)[:1]
     new = t.b.alias(value)
     if t.grad_on and t.requires_grad(into):

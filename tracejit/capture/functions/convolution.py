@@ -8,11 +8,12 @@ two are its derivatives, so that second derivatives follow.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from tracejit.capture.functions.common import cast, expand
-from tracejit.capture.functions.derived import widen
+from tracejit.capture.functions.derived import underived, widen
 from tracejit.capture.functions.layouts import image_strides
 from tracejit.capture.functions.windows import (
     Windows,
@@ -369,7 +370,15 @@ def _convolution(
     if transposed:
         rule = _TRANSPOSED[rank]
         return rule(t, input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _PLAIN[rank](t, input, weight, bias, stride, padding, dilation, groups)
+    plain = partial(_PLAIN[rank], t, input, weight, bias, stride, padding, dilation, groups)
+    if not any(more := _positive(t, output_padding, rank, "output_padding", least=0)):
+        return plain()
+    with t.untaped():  # eager takes it and ignores it, until a backward comes
+        y = t.lift(plain())
+    reason = "output_padding is not supported for non-transposed convolutions; got: "
+    reason += " ".join(map(str, more))
+    inputs = [t.read(t.lift(x)) for x in (input, weight, bias) if x is not None]
+    return t.fresh(underived(t, "convolution", inputs, t.read(y), reason), y.strides)
 
 
 def _conv_tbc(t: Trace, input: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> TracedTensor:

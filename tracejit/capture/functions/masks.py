@@ -14,6 +14,7 @@ from tracejit.autodiff import zeros
 from tracejit.capture.functions.common import common_shape, expand, operand, truth
 from tracejit.capture.trace import location
 from tracejit.capture.trace.cuts import Selected, selected_by
+from tracejit.capture.trace.overlaps import check_put
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.tensor import Handle, Ints, TracedTensor, broadcast_shape
 from tracejit.capture.trace.trace import Trace
@@ -130,6 +131,7 @@ def assign_masked(t: Trace, input: Tensor, mask: Tensor, value: Tensor) -> None:
             f"Index put requires the source and destination dtypes match, got {x.dtype} for the "
             f"destination and {v.dtype} for the source."
         )
+    check_put(t, x, mask, value)
     selected = _selected(t, m)
     n = selected.positions.type.shape[0]
     target = (n, *x.shape[len(m.shape) :])

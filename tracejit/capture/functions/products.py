@@ -182,8 +182,13 @@ def _align(t: Trace, x: Tensor, term: list, order: list) -> Tensor:
             term = [k for i, k in enumerate(term) if i not in (a, b)] + [label]
     there = [k for k in order if k in term]
     x = permute(t, x, *(term.index(k) for k in there)) if there else x
-    shape = iter(t.lift(x).shape)
-    return reshape(t, x, tuple(next(shape) if k in term else 1 for k in order))
+    if len(there) == len(order):
+        return x
+    h = t.lift(x)
+    sizes = iter(zip(h.shape, h.strides, strict=True))
+    # eager adds these axes behind all others: their stride is 1, which orders the result's memory
+    shape, strides = zip(*(next(sizes) if k in term else (1, 1) for k in order), strict=True)
+    return t.view(h, (("reshape", (("shape", shape),)),), shape, strides, h.offset)
 
 
 def _pair(t: Trace, a: Tensor, b: Tensor, counts: dict[int, int]) -> TracedTensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from tracejit.capture.functions.common import (
-    check_overlap,
     check_range,
     common_shape,
     literal,
@@ -13,6 +12,7 @@ from tracejit.capture.functions.common import (
     operand,
     operands_as,
 )
+from tracejit.capture.trace.overlaps import check_copy
 from tracejit.capture.trace.table import rule
 from tracejit.capture.trace.trace import Trace
 
@@ -34,7 +34,7 @@ def copy_(t: Trace, self: Tensor, src: Tensor, non_blocking: bool = False) -> Te
     mine, its = ((h.storage, h.offset, h.shape, h.strides) for h in (into, source))
     if mine == its and 0 in into.strides:  # an expanded tensor may be copied to itself only
         return self
-    check_overlap(t, into, source)
+    check_copy(t, into, source)
     (value,) = operands_as(t, (operand(t, src),), into.dtype, into.shape)
     new = t.b.alias(value)
     if t.grad_on and t.requires_grad(into):

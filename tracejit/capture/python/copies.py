@@ -8,7 +8,7 @@ import zlib
 from array import array
 from collections import deque
 from collections.abc import Callable, Collection
-from types import CellType, MemberDescriptorType
+from types import BuiltinFunctionType, CellType, MemberDescriptorType
 
 import numpy as np
 
@@ -97,3 +97,9 @@ def read_slot(member: MemberDescriptorType, x: object) -> object:
         return member.__get__(x)
     except AttributeError:
         return UNSET
+
+
+def held_by(x: BuiltinFunctionType) -> list[object]:
+    """The container that a method in C changes, kept by itself: `append = kept.append`."""
+    held = x.__self__
+    return [held] if isinstance(held, (list, dict, set, deque, bytearray)) else []

@@ -41,6 +41,7 @@ from tracejit.capture.python.copies import (
     cell_value,
     checksum,
     copy_of,
+    held_by,
     identical,
     make_so,
     read_slot,
@@ -62,7 +63,7 @@ _ATOMS = frozenset(
     {
         *(int, float, str, bool, complex, bytes, type(None), range, slice, type(Ellipsis)),
         *(torch.dtype, torch.device, torch.Size, torch.layout, torch.memory_format),
-        *(BuiltinFunctionType, CodeType, GetSetDescriptorType, MemberDescriptorType),
+        *(CodeType, GetSetDescriptorType, MemberDescriptorType),
     }
 )
 _LIBRARIES = frozenset({"torch", "numpy", "tracejit", "builtins"})
@@ -176,8 +177,8 @@ class Snapshot:
                 self._dict(x, pending)
             elif cls is list:
                 self._list(x, pending)
-            elif cls is tuple:
-                pending += x
+            elif cls is tuple or cls is BuiltinFunctionType:
+                pending += x if cls is tuple else held_by(x)
             elif cls is OrderedDict and not x:
                 self._empty.append(x)
             else:
@@ -203,10 +204,8 @@ class Snapshot:
         if module_of(cls).startswith("tracejit"):
             return  # of the trace that is going on
         self.tensors.append(x)
-        if there := attributes(x):
-            pending.append(there)
-        else:
-            self._bare.append(weakref.ref(x))
+        there = attributes(x)
+        (pending if there else self._bare).append(there or weakref.ref(x))
 
     def _saved(self, save: Callable[[], Callable[[], None]]) -> None:
         self._save.append(save)

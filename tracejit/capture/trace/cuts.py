@@ -153,7 +153,9 @@ def searched(t: Trace, value: Value, search: Search) -> tuple[Value, ...]:
         params.append(t.b.param(Type(TO_IR[tensor.dtype], tuple(tensor.shape), value.type.device)))
         t.found.append((params[-1], tensor))
     t.journal.found_tensors(cut)
-    return t.searched.setdefault((value, search), tuple(params))
+    if not draws:  # else what is drawn next of the same values is something else
+        t.searched[value, search] = tuple(params)
+    return tuple(params)
 
 
 @dataclass(frozen=True, slots=True)

@@ -169,6 +169,8 @@ class TraceState:
         self.applied: list[object] = []  # all of them, also where no rule has run yet
         # copies that stand for views whose place depends on a value, and what they are views of
         self.copied: dict[Storage, set[Storage]] = {}
+        # views without elements, of what is differentiated, each with its version when it was made
+        self.empty: dict[Handle, int] = {}
         self.inference: set[Storage] = set()  # made in inference mode
         # hooks by the ids of their handles: of intermediates, and of leaves that the step made
         self.hooked: dict[Value, dict[int, Callable]] = {}

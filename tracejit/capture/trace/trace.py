@@ -18,6 +18,7 @@ from tracejit.capture.trace import location
 from tracejit.capture.trace.autocast import casted
 from tracejit.capture.trace.inputs import lift_input
 from tracejit.capture.trace.integers import settled
+from tracejit.capture.trace.overlaps import check_out
 from tracejit.capture.trace.rejections import (
     check_freed,
     check_held,
@@ -130,9 +131,7 @@ class Trace(TraceState):
             TO_TORCH[made.dtype], TO_TORCH[into.dtype]
         ):
             raise self.unsupported("out= has a rule for a tensor of the result's shape and kind")
-        for h in (self.lift(x) for x in self.call[1] if isinstance(x, torch.Tensor)):
-            if h.storage is into.storage and (h.offset, h.shape) != (into.offset, into.shape):
-                raise self.unsupported("out= has no rule for a tensor that overlaps an operand")
+        check_out(self, into, self.call[1])
         if self.grad_on and (self.requires_grad(into) or self.requires_grad(made)):
             raise self.autograd_error(
                 "functions with out=... arguments don't support automatic differentiation, but one "
@@ -302,6 +301,8 @@ class Trace(TraceState):
             memo, grad_on = handle.memo, self.grad_on
             if memo is not None and memo[0] is base and memo[1] >= grad_on:
                 value = memo[2]
+            elif handle in self.empty:
+                value = self._read_empty(handle, base)
             else:
                 steps = handle.steps
                 if handle.of is not None and handle.of[1] is base:  # not written since
@@ -312,6 +313,15 @@ class Trace(TraceState):
         if value not in self.origin:
             self._note(value, handle)
         return value
+
+    def _read_empty(self, handle: Handle, base: Value) -> Value:
+        """A view without elements. Written since it was made, it is an `as_strided` of its base to
+        autograd, whose derivative is zero then and has no history."""
+        if handle.version.count == self.empty[handle]:
+            return apply_steps(self, base, handle.steps)
+        with self.untaped():
+            value = apply_steps(self, base, handle.steps)
+        return self.derive("as_strided", (base,), value, lambda b, cts, need: (zeros(b, base),))
 
     def read_with_history(self, handle: Handle) -> Value:
         """The value of a tensor as autograd knows it, also under no_grad: what a view is read by
@@ -372,6 +382,8 @@ class Trace(TraceState):
             of.version,
         )
         handle.fixed = fixed
+        if tracked and 0 in shape:
+            self.empty[handle] = handle.version.count
         if of.steps and family is of.family and self.grad_on and tracked:
             handle.of = of, family.value
         return self.proxy(handle)
