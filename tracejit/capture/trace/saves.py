@@ -52,9 +52,9 @@ SAVES = {
         "_softmax_backward_data arctan2 atan2 clamp_max clamp_min conv_transpose1d "
         "conv_transpose2d conv_transpose3d convolution cosine_embedding_loss fmax fmin "
         "grid_sample grid_sampler grid_sampler_2d grid_sampler_3d huber_loss igamma igammac "
-        "logaddexp logaddexp2 masked_select maximum minimum mse_loss multilabel_margin_loss prelu "
-        "soft_margin_loss special_gammainc special_gammaincc special_xlog1py special_xlogy "
-        "special_zeta take xlogy"
+        "logaddexp logaddexp2 masked_select max(other) maximum min(other) minimum "
+        "mse_loss multilabel_margin_loss prelu soft_margin_loss special_gammainc "
+        "special_gammaincc special_xlog1py special_xlogy special_zeta take xlogy"
     ),
     "0 1 2": "binary_cross_entropy clamp clip conv_tbc nll_loss",
     "0 1 2 6": "binary_cross_entropy_with_logits",
@@ -70,8 +70,8 @@ SAVES = {
     "0 r": (
         "__rpow__ _standard_gamma amax amin aminmax cholesky_inverse cumprod det linalg_det "
         "linalg_pinv linalg_solve linalg_solve_triangular linalg_tensorsolve linalg_vector_norm "
-        "logcumsumexp logsumexp pinverse prod sgn special_erfcx special_i0e special_i1 "
-        "special_i1e special_log_ndtr special_logsumexp std vander"
+        "logcumsumexp logsumexp max median min nanmedian pinverse prod sgn special_erfcx "
+        "special_i0e special_i1 special_i1e special_log_ndtr special_logsumexp std vander"
     ),
     "0 r0": "linalg_slogdet linalg_solve_ex slogdet std_mean",
     "0 r1": (
@@ -114,5 +114,5 @@ SAVES = {
     ),
     "r0": "linalg_cholesky_ex linalg_inv_ex",
     "r0 r1": "_lu_with_info linalg_lu_factor_ex",
-    "r1": "frexp kthvalue mode sort topk",
+    "r1": "frexp kthvalue max(dim) median(dim) min(dim) mode nanmedian(dim) sort topk",
 }

@@ -42,7 +42,7 @@ from tracejit.capture.trace.tensor import (
     Version,
     has_complex,
 )
-from tracejit.capture.trace.versions import Call, is_inplace, saved_by
+from tracejit.capture.trace.versions import Call, saved_by
 from tracejit.capture.trace.views import apply_steps, of_pairs, put_through
 from tracejit.errors import InvalidGraph, LeakedTracer
 from tracejit.ir.graph import Node, Value
@@ -91,7 +91,7 @@ class Trace(TraceState):
                 raise self.unsupported(_COMPLEX)
             noting = None
             if self.grad_on and not self.complexes:
-                saved = saved_by(func, is_inplace(func, args, kwargs))
+                saved = saved_by(func, args, kwargs)
                 noting = None if saved is None else Call(self, saved, args, kwargs)
             if hooks is None:
                 result = run(self, *args, **kwargs)

@@ -45,17 +45,30 @@ class Saved:
         return kwargs.get(params[place]) if place < len(params) else None
 
 
+def saved_by(function: Callable, args: tuple, kwargs: dict) -> Saved | None:
+    """What torch saves for a call of a function, if that is known."""
+    form = form_of(args, kwargs) if function in _OF_FORMS else ""
+    return _saved_by(function, is_inplace(function, args, kwargs), form)
+
+
 @cache
-def saved_by(function: Callable, inplace: bool = False) -> Saved | None:
-    """What torch saves for a function, if that is known; `inplace`: if it was told to write to its
-    first argument."""
-    name, base = function_name(function), name_in_place(function)
+def _saved_by(function: Callable, inplace: bool, form: str) -> Saved | None:
+    """`inplace`: if the function was told to write to its first argument."""
+    name, base = function_name(function) + form, name_in_place(function)
     if inplace:
         name, base = f"{name}_", name.rpartition(".")[2]
     written = next((_LISTED[n] for n in (name, name.rpartition(".")[2]) if n in _LISTED), None)
     if written is None and base in _LISTED:
         written = in_place(_LISTED[base])
     return None if written is None else Saved(tuple(map(_place, written.split())), function)
+
+
+def form_of(args: tuple, kwargs: dict) -> str:
+    """How the form of a call of `max` is written in the table: of two tensors, along an axis, or of
+    all elements."""
+    if any(isinstance(x, Tensor) for x in (*args[1:], kwargs.get("other"))):
+        return "(other)"
+    return "(dim)" if len(args) > 1 or "dim" in kwargs or "axis" in kwargs else ""
 
 
 def is_inplace(function: Callable, args: tuple, kwargs: dict) -> bool:
@@ -103,6 +116,10 @@ def _place(word: str) -> tuple[int, int | None]:
     return int(what), int(when) if when else None
 
 
+# functions that save other tensors in each of their forms
+_OF_FORMS = frozenset(
+    getattr(of, name) for of in (torch, Tensor) for name in ("max", "min", "median", "nanmedian")
+)
 _LISTED = {name: written for written, names in SAVES.items() for name in names.split()}
 
 
@@ -134,9 +151,9 @@ class Call:
             if place < 0:
                 found += map(self._noted, tensors_of(_returned(result, place)))
         noted = tuple(then for then in found if then is not None)
-        for entry in entries:
-            if entry.name not in _MOVED:
-                entry.noted = noted
+        # all that is left of the maximum of a number along its axis is a reshape
+        for entry in [e for e in entries if e.name not in _MOVED] or entries:
+            entry.noted = noted
 
     def _argument(self, place: int) -> object:
         return self.saved.argument(place, self.args, self.kwargs)
