@@ -83,11 +83,12 @@ def test_equal_layers_share_kernels():
 
 
 def test_kernels_of_resnet():
-    """20 convolutions with three products each, their batch norms and updates."""
+    """20 convolutions with three products each, their batch norms and updates; ten kernels make
+    activations again for the gradients of weights (76 without them)."""
     step, _ = ALL["resnet"].made("cpu", "tracejit", small=False)
     plan = lowered(step)
     assert len(plan.calls) >= 125
-    assert len(compiled(plan)) <= 76
+    assert len(compiled(plan)) <= 86
 
 
 def test_units_are_compiled_while_later_kernels_are_lowered(monkeypatch, tmp_path):
