@@ -79,29 +79,24 @@ def plan_memory(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> tuple[l
     The first one places the largest pieces first, another one those that live longest. Further
     ones place those first that reached the end of the arena in the attempt before.
     """
-    numbers = range(len(lifetimes))
-    by_size = sorted(numbers, key=lambda i: (-lifetimes[i].nbytes, i))
-    best = _fitted(lifetimes, rooms, by_size)
+    by_size = sorted(range(len(lifetimes)), key=lambda i: (-lifetimes[i].nbytes, i))
+    by_life = sorted(by_size, key=lambda i: lifetimes[i].first - lifetimes[i].last)
     least = _least(lifetimes, rooms)
     attempts = min(ATTEMPTS, WORK // (len(lifetimes) + 1) ** 2)
-    if best[1] <= least or not attempts:
-        return best
-    by_life = sorted(by_size, key=lambda i: lifetimes[i].first - lifetimes[i].last)
-    for order, found in ((by_size, best), (by_life, _fitted(lifetimes, rooms, by_life))):
-        best = min(best, found, key=lambda x: x[1])
-        for _ in range(attempts):
-            if best[1] <= least:
-                return best
-            places, total = found
+    found = []
+    for order in (by_size, by_life):
+        for _ in range(attempts + 1):
+            found.append(_fitted(lifetimes, rooms, order))
+            places, total = found[-1]
+            if total <= least or not attempts:
+                return min(found, key=lambda x: x[1])
             high = {
                 i
                 for i, place in enumerate(places)
                 if place.room is None and place.offset + _padded(lifetimes[i].nbytes) == total
             }
             order = [*(i for i in order if i in high), *(i for i in order if i not in high)]
-            found = _fitted(lifetimes, rooms, order)
-            best = min(best, found, key=lambda x: x[1])
-    return best
+    return min(found, key=lambda x: x[1])
 
 
 def _least(lifetimes: Sequence[Lifetime], rooms: Sequence[Room]) -> int:

@@ -470,7 +470,7 @@ def _escapes(t: Trace, collect: Collector, young: uncollected) -> list[TracedTen
         return [p for p in t.proxies if count(p) > LOOPED + 1 + held[id(p)]]
 
     found = suspects()
-    if {id(p) for p in found} <= t.hyperparameters.kept_in_state():
+    if not found or {id(p) for p in found} <= t.hyperparameters.kept_in_state():
         return found
     young.collect_young()
     return suspects()

@@ -53,6 +53,16 @@ def _host(t: Trace, x: Number, factor: Arg) -> Arg:
     return t.b.host_mul(x, factor) if isinstance(factor, Value) else x * factor
 
 
+def _of_bools(emit: Callable, otherwise: Callable) -> Callable[[Arg, Arg], Value]:
+    """Emit one thing of bools and another of numbers."""
+
+    def emitted_of(x: Arg, y: Arg) -> Value:
+        dtype = (x if is_tensor(x) else y).type.dtype
+        return (emit if dtype is b1 else otherwise)(x, y)
+
+    return emitted_of
+
+
 def _linear(
     t: Trace,
     emit: Callable[[Arg, Arg], Value],
@@ -93,11 +103,7 @@ def _linear(
 def add(
     t: Trace, input: object, other: object, *, alpha: Number = 1, wrap: Callable = pointwise
 ) -> TracedTensor | Value:
-    def emit(x: Arg, y: Arg) -> Value:
-        either = x if is_tensor(x) else y
-        return t.b.or_(x, y) if either.type.dtype is b1 else t.b.add(x, y)
-
-    return _linear(t, emit, input, other, alpha, wrap)
+    return _linear(t, _of_bools(t.b.or_, t.b.add), input, other, alpha, wrap)
 
 
 def sub(
@@ -130,11 +136,7 @@ def scaled(t: Trace, input: Tensor, factor: Number) -> TracedTensor:
 def _product(
     t: Trace, input: object, other: object, emit: Callable, wrap: Callable
 ) -> TracedTensor | Value:
-    def product(x: Arg, y: Arg) -> Value:
-        dtype = (x if is_tensor(x) else y).type.dtype
-        return t.b.and_(x, y) if dtype is b1 else emit(x, y)
-
-    return wrap(t, product, (input, other), wide=True)
+    return wrap(t, _of_bools(t.b.and_, emit), (input, other), wide=True)
 
 
 def _holding(t: Trace, emit: Callable[[Arg, Arg], Value]) -> Callable[[Arg, Arg], Value]:

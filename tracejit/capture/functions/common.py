@@ -356,9 +356,7 @@ def in_place(out_of_place: Callable) -> Callable:
     Where gradients are recorded, the rule reads a copy, which its derivative may read again. Where
     none are, a rule that takes `wrap` makes no tensor of its result.
     """
-    code = getattr(out_of_place, "__code__", None)
-    named = () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    wraps_itself = "wrap" in named
+    wraps_itself = "wrap" in _arguments(out_of_place)
 
     @wraps(out_of_place)
     def rule(t: Trace, self: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
@@ -436,7 +434,13 @@ def register(
 
 def _with_its_flag(function: Callable, implementation: Callable) -> Callable:
     """An implementation that takes `inplace` where a Python function of torch has it."""
-    code = function.__code__ if isfunction(function) else None
-    if code is None or "inplace" not in code.co_varnames[: code.co_argcount]:
+    names = _arguments(function)
+    if "inplace" not in names:
         return implementation
-    return with_inplace(implementation, code.co_varnames.index("inplace") - 1)
+    return with_inplace(implementation, names.index("inplace") - 1)
+
+
+def _arguments(function: Callable) -> tuple[str, ...]:
+    """The names of a Python function's arguments, as its code has them; of others none."""
+    code = function.__code__ if isfunction(function) else None
+    return () if code is None else code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]

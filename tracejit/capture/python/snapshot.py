@@ -204,8 +204,9 @@ class Snapshot:
         if module_of(cls).startswith("tracejit"):
             return  # of the trace that is going on
         self.tensors.append(x)
-        there = attributes(x)
-        (pending if there else self._bare).append(there or weakref.ref(x))
+        if there := attributes(x):
+            return pending.append(there)
+        self._bare.append(weakref.ref(x))
 
     def _saved(self, save: Callable[[], Callable[[], None]]) -> None:
         self._save.append(save)

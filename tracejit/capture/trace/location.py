@@ -34,8 +34,22 @@ class ByCode(dict):
 
 
 _INNER, _USER, _CALLING, _OUTERMOST = range(4)
-_kinds = ByCode()
-_inner: set[int] = set()  # ids of codes in `_kinds` that are inner: nearly all frames of a call
+
+
+class _Kinds(ByCode):
+    """What codes are to a walk along the frames of a call. `inner`: the ids of those that are inner
+    ones, nearly all frames of a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner: set[int] = set()
+
+    def clear(self) -> None:
+        super().clear()
+        self.inner.clear()
+
+
+_kinds = _Kinds()
 
 
 def user_frame():
@@ -65,10 +79,8 @@ def _kind(code: CodeType) -> int:
     else:
         kind = _USER
     _kinds.keep(code, kind)
-    if len(_kinds) == 1:  # the others are forgotten
-        _inner.clear()
     if kind == _INNER:
-        _inner.add(id(code))
+        _kinds.inner.add(id(code))
     return kind
 
 
@@ -117,9 +129,10 @@ class Lines:
         """The line of the innermost user frame."""
         frame = sys._getframe(1)
         user, inner, calls = None, None, []
+        known_inner = _kinds.inner
         while frame is not None:
             code = frame.f_code
-            if id(code) not in _inner:
+            if id(code) not in known_inner:
                 known = _kinds.get(id(code))
                 kind = _kind(code) if known is None else known[1]
                 if kind == _USER:
@@ -186,7 +199,7 @@ def traced_from(code: CodeType) -> None:
     """Frames from that of this function outward call no modules of a step."""
     _outermost[id(code)] = code
     _kinds.pop(id(code), None)
-    _inner.discard(id(code))
+    _kinds.inner.discard(id(code))
 
 
 def warn(text: str, category: type[Warning]) -> None:

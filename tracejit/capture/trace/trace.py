@@ -181,7 +181,7 @@ class Trace(TraceState):
             check_saved(self, node)
         elif op.name in _SAVED_THROUGH and node.args[0] in self.origin:
             self.origin[out] = self.origin[node.args[0]]
-        if self.taping and torch.is_grad_enabled():
+        if self.grad_on:
             self.tape.record(node)
 
     @contextmanager
@@ -266,11 +266,10 @@ class Trace(TraceState):
 
     def lift(self, tensor: torch.Tensor) -> Handle:
         """The handle of a tensor object; a real tensor becomes a graph input when it is read."""
-        mine = type(tensor) is TracedTensor and tensor.owner is self  # nearly always
-        handle = tensor.handle if mine else self.peek(tensor)
+        handle = self.peek(tensor)
         if handle.ragged is not None:
             handle.ragged.count(handle)
-        if handle.dtype.kind == "c" and not self.complexes:
+        if handle.is_complex and not self.complexes:
             raise self.unsupported(_COMPLEX)
         return handle
 

@@ -81,8 +81,7 @@ def is_inplace(function: Callable, args: tuple, kwargs: dict) -> bool:
 
 @cache
 def _place_of_flag(function: Callable) -> int | None:
-    code = function.__code__ if inspect.isfunction(function) else None
-    names = () if code is None else code.co_varnames[: code.co_argcount]
+    names = parameters(function) if inspect.isfunction(function) else ()
     return names.index("inplace") if "inplace" in names else None
 
 
