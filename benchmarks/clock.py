@@ -6,6 +6,10 @@ import statistics
 import time
 from collections.abc import Callable
 
+# Seconds between the turns of two processes, until threads of the one that was timed sleep:
+# OpenBLAS's have been seen to spin for 113 ms after a product, and slow down the next by half.
+PAUSE = 0.25
+
 
 def microseconds(
     call: Callable[[], object],

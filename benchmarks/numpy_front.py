@@ -17,9 +17,9 @@ from multiprocessing.connection import Connection
 import numpy as np
 
 import tracejit
+from benchmarks.clock import PAUSE
 
 RUNS, CALLS = 30, 100
-PAUSE = 0.25  # seconds
 SHAPES = ((64, 1000), (64, 10), (1000, 100), (100, 10))
 
 

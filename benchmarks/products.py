@@ -24,8 +24,9 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from benchmarks.clock import PAUSE
+
 SECONDS = 0.02  # a turn of a contender
-PAUSE = 0.06  # before it: until threads of the other one have given up waiting for work
 PEAK = r"""
 #include <stdint.h>
 #include <time.h>

@@ -48,6 +48,7 @@ import numpy as np
 import torch
 
 from benchmarks.cases import ALL, Case, arrays_of, cases_of
+from benchmarks.clock import PAUSE
 from benchmarks.machine import machine, write
 from benchmarks.numpy_steps import STEPS as NUMPY_CASES
 from benchmarks.worker import sampled
@@ -77,7 +78,6 @@ OURS = ("eager", "tracejit", "tracejit launches")  # are not to fail
 REMEMBERING = ("eager", "tracejit")  # whose memory is measured
 NUMBERS_RELATIVE = 1e-3  # returned numbers against eager's
 STATE_RELATIVE = 1e-2  # tensors against eager's, by norm, as a part of how far they moved
-PAUSE = 0.03  # seconds between turns, in which the last one's threads go to sleep
 FIRST_CALL = {"cold": 0.6, "cached": 0.15}  # goals for tracejit's, in seconds
 FIRST_CALL_OF = {  # large models
     "resnet": {"cold": 6.0, "cached": 1.0},
