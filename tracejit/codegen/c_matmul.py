@@ -115,18 +115,36 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
 
 def _rest(c: Contraction, folds: list, after: list[Line], place: int) -> Part:
     """The epilogue over the whole result, which lies in scratch memory from `place` on."""
-    chunks, m = c.tiling.chunks if c.tiling.way == "slices" else 1, c.m.extent
-    last = f"(chunk + 1) * {m} / {chunks}" if chunks > 1 else str(m)
+    chunks = c.tiling.chunks if c.tiling.way == "slices" else 1
+    dealt, whole = (c.n, c.m) if c.turned else (c.m, c.n)
+    names = ("column", "row") if c.turned else ("row", "column")
+    extent, step = dealt.extent, 1 if c.turned else c.tiling.tile_columns
+    last = f"(chunk + 1) * {extent} / {chunks}" if chunks > 1 else str(extent)
     inner = [
         *opened(c.kernel, c.stage.body, c.name),
-        Line(f"const int64_t row = {f'chunk * {m} / {chunks}' if chunks > 1 else '0'};"),
-        Line(f"const int64_t rows = {last} - row, column = 0, columns = {c.n.extent};"),
-        Line(f"const {c.type} *const tile = at->packed + {place} + row * {c.tiling.tile_columns};"),
+        Line(
+            f"const int64_t {names[0]} = {f'chunk * {extent} / {chunks}' if chunks > 1 else '0'},"
+            f" {names[0]}s = {last} - {names[0]};"
+        ),
+        Line(f"const int64_t {names[1]} = 0, {names[1]}s = {whole.extent};"),
+        Line(f"{c.type} *const tile = at->packed + {place} + {names[0]} * {step};"),
+        *(_summed(c, -(-extent // chunks)) if c.turned else []),
         *(Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds),
         *_epilogue(c, folds),
         *(Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds),
     ]
     return Part(Task(f"{c.name}_rest", chunks, inner), after)
+
+
+def _summed(c: Contraction, columns: int) -> list[Line]:
+    """The sums of all slices in the tile of the first one, and room for a tile that is turned."""
+    b, place = c.tiling, f"r * {c.tiling.tile_columns} + j"
+    others = [f"tile[{place} + {i * b.tile_rows * b.tile_columns}]" for i in range(1, b.slices)]
+    inner = [Line(f"for (int64_t j = 0; j < columns; j++) tile[{place}] += {' + '.join(others)};")]
+    return [
+        *block("for (int64_t r = 0; r < rows; r++)", inner),
+        Line(f"{c.type} turned[{-(-columns // c.lanes) * c.lanes * c.turned_step}];"),
+    ]
 
 
 def _dots(c: Contraction, folds: list, after: list[Line]) -> list[Part]:
@@ -220,7 +238,7 @@ def _epilogue(c: Contraction, folds: list) -> list[Line]:
 
     def value(place: str) -> Line:
         places = [f"r * {step} + {place}"]
-        for i in range(1, b.slices):
+        for i in range(1, b.slices if not c.turned else 1):
             places.append(f"r * {step} + {place} + {i * b.tile_rows * b.tile_columns}")
         text = " + ".join(f"{name}[{place}]" for place in places)
         text = f"({text})" if len(places) > 1 else text
