@@ -20,6 +20,7 @@ from tracejit.codegen.c_loops import (
     is_independent,
     nested,
     partial_fields,
+    under,
     vector_loop,
 )
 from tracejit.codegen.c_micro import tile
@@ -32,9 +33,10 @@ from tracejit.codegen.c_winograd import winograd_tasks
 from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
+from tracejit.schedule.cpu.access import fixed_and_moving
 from tracejit.schedule.cpu.loops import BLOCK, split
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH
-from tracejit.schedule.kernel import Compute, Reduce, Statement, Store, Var
+from tracejit.schedule.kernel import Axis, Compute, Reduce, Statement, Store, Var
 
 
 def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list[Line]]]:
@@ -246,33 +248,36 @@ def _epilogue(c: Contraction, folds: list) -> list[Line]:
             text = f"({kind}){text}"
         return Line(f"const {kind} {dot.out!r} = {rounded(text, dot.out.dtype)};", dot.where)
 
-    def loop(body: Body, statements: Sequence[Statement], head: str, inner: list[Line], axis: str):
+    def loop(body: Body, statements: Sequence[Statement], head: str, inner: list[Line], axis: Axis):
+        fixed, statements = fixed_and_moving(statements, axis, [dot.out])
         inner += body.lines(s for s in statements if not isinstance(s, Store))
         lanes = lanes_of(folds, body)
         inner += lanes.steps
         inner += body.lines(s for s in statements if isinstance(s, Store))
         pragma = []
-        if is_independent(statements, axis):
+        if is_independent(statements, axis.name):
             pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
-        return [*lanes.before, *pragma, *block(head, inner), *lanes.after]
+        lines = [*lanes.before, *pragma, *block(head, inner), *lanes.after]
+        return under(body.lines(fixed), lines)
 
     lines = [Line(f"const int64_t {across.name} = {first} + r;")]
     apart = c.apart((across, along), c.stage.body)
     if apart is None:
         inner = [Line(f"const int64_t {along.name} = {start} + c;"), value("c")]
         head = f"for (int64_t c = 0; c < {counts[1]}; c++)"
-        lines += loop(c.body, c.stage.body, head, inner, along.name)
+        lines += loop(c.body, c.stage.body, head, inner, along)
     else:
         of_across, of_along = apart.axes
 
         def run(at: str, begin: str) -> list[Line]:
-            fastest = of_along.digits[0].name
+            fastest = of_along.digits[0]
             inner = [
-                Line(f"const int64_t {fastest} = {begin} + j;"),
+                Line(f"const int64_t {fastest.name} = {begin} + j;"),
                 value(f"({at} - {start}) + j"),
             ]
             head = "for (int64_t j = 0; j < run; j++)"
-            return loop(apart.body, apart.statements, head, inner, fastest)
+            axis = Axis(fastest.name, fastest.extent)
+            return loop(apart.body, apart.statements, head, inner, axis)
 
         lines += all_digits(of_across, across.name)
         lines += in_runs(of_along, start, f"{start} + {counts[1]}", run)
