@@ -215,8 +215,18 @@ def _watched(
         return []
     how = "hung" if code is None else "died"
     line = {"seed": left[0], "kind": kind_of(left[0]), "outcome": how, "error": f"exit {code}"}
-    _append(folder / "done.jsonl", line | {"program": text_of(left[0])})
+    _append(folder / "done.jsonl", line | {"program": _text_apart(left[0])})
     return left[1:]
+
+
+def _text_apart(seed: int) -> str:
+    """The program of a seed, made in a process of its own: what kills a process may do so while
+    the program is made, which runs torch."""
+    code = f"from support.fuzz import text_of; print(text_of({seed}), end='')"
+    where = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", code]
+    made = subprocess.run(command, capture_output=True, text=True, env=where)
+    return made.stdout or f"making it ends with exit {made.returncode}"
 
 
 def _end(worker: Worker) -> None:
