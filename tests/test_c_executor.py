@@ -245,6 +245,42 @@ def test_a_transposed_operand_is_packed_in_strips(m, n, k, dtype, plans):
     assert found == [as_it_lies, "strips", as_it_lies]
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+@pytest.mark.parametrize("m, n, k", [(123, 37, 2100), (37, 123, 2100), (70, 9, 5000)])
+@pytest.mark.sweep(3)
+def test_a_small_gradient_of_many_rows_packs_the_narrower_operand(m, n, k, dtype, plans):
+    """Its parts along k are dealt to threads. Its update goes along memory all the same."""
+    fused, _ = plans.both(f"""
+    step(%0: {dtype}[{k},{m}], %1: {dtype}[{k},{n}], %2: {dtype}[{m},{n}]) {{
+      %3: {dtype}[{m},{k}] = permute(%0, axes=(1,0))
+      %4: {dtype}[{m},{n}] = matmul(%3, %1)
+      %5: {dtype}[{m},{n}] = mul(%4, 0.1)
+      %6: {dtype}[{m},{n}] = sub(%2, %5)
+      %7: {dtype}[] = reduce_sum(%6, axes=(0, 1))
+      return %4, %7
+      write %2 <- %6
+    }}""")
+    kernel = lower_kernel(unpack(fused)[0].kernel, 32)
+    *_, rows, columns = kernel.kernel.stages[0].axes
+    assert kernel.tiling.way == "slices" and rows.extent <= columns.extent
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_operands_with_gaps_of_zeros_are_packed_in_runs(kept, plans):
+    """Every second element of a remainder of k, to whose ends no bound says anything: the gradient
+    of what was read by `x[:, ::2]`; loaded, or a constant where it is."""
+    value = "%1" if kept else "%9"
+    fused, _ = plans.both(f"""
+    step(%0: f32[3,49], %1: f32[7,4,5]) {{
+      %9: f32[7,4,5] = full(1.5, shape=(7, 4, 5), dtype=f32, device='cpu')
+      %2: f32[7,7,5] = pad({value}, low=(0,0,0), high=(0,0,0), interior=(0,1,0), value=0.0)
+      %3: f32[49,5] = reshape(%2, shape=(49, 5))
+      %4: f32[3,5] = matmul(%0, %3)
+      return %4
+    }}""")
+    assert any("step 2" in str(launch.kernel) for launch in unpack(fused))
+
+
 @pytest.mark.parametrize("m, n, k", [(70, 70, 1024), (50, 512, 130), (130, 1024, 1024)])
 def test_rows_that_would_collide_are_packed(m, n, k, plans):
     plans.both(f"""

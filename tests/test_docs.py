@@ -27,6 +27,7 @@ from tracejit.passes.vocabulary import split_rows
 from tracejit.runtime.c_compiler import find_compiler
 from tracejit.schedule import schedule
 from tracejit.schedule.again import made_again
+from tracejit.schedule.cpu.apart import deal_loops
 from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
@@ -181,6 +182,16 @@ def column_sums(text: str) -> Iterator[str]:
     yield "\n".join(f"call({', '.join(x.buffers)})\n{x.kernel}" for x in fuse_columns(launches))
 
 
+def dealt(text: str) -> Iterator[str]:
+    """The launches of loops as `call(buffers) apart bytes` and a kernel."""
+    plan = schedule(parse(text))
+    launches, parts = deal_loops(plan, unpack(plan))
+    inside = [launch for launch in launches if launch.loop is not None]
+    heads = [f"call({', '.join(x.buffers)}) apart {', '.join(map(str, x.apart))}" for x in inside]
+    calls = [f"{head}\n{x.kernel}" for head, x in zip(heads, inside, strict=True)]
+    yield "\n".join([f"parts: {parts}", *calls])
+
+
 def on_kernel(change: Callable[[CpuKernel], CpuKernel]) -> Callable[[str], Iterator[str]]:
     """A pass over one kernel of the CPU."""
 
@@ -203,7 +214,7 @@ def attention(text: str) -> Iterator[str]:
 def placed(text: str) -> Iterator[str]:
     plan = schedule(parse(text))
     yield plan_head(text)
-    yield str(place(plan, unpack(plan))).partition("\n  kernel ")[0]
+    yield str(place(plan, unpack(plan), ())).partition("\n  kernel ")[0]
 
 
 # Each takes a section's first text and gives the others in their order.
@@ -227,6 +238,7 @@ EXAMPLES: dict[str, Callable[[str], Iterator[str]]] = {
     "sizes": sized,
     "unpack": unpacked,
     "fuse_columns": column_sums,
+    "deal_loops": dealt,
     "orient": on_kernel(orient),
     "write_out_phases": on_kernel(write_out_phases),
     "copy_planes": on_kernel(copy_planes),

@@ -572,6 +572,40 @@ def test_strides_of_element_wise_results():
         assert elementwise_strides(tuple(eager.shape), given) == eager.stride(), given
 
 
+def test_nothing_gathered_has_a_gradient_with_history():
+    """Seed 5006121."""
+
+    def step(w, i):
+        (w.gather(1, i) - 0.5).square().mean().backward(create_graph=True)
+        return w.grad.requires_grad, w.gather(-1, i)
+
+    w, i = torch.ones(3, 3, requires_grad=True), torch.zeros(3, 0, dtype=torch.int64)
+    flag, found = tracejit.compile(step)(w, i)
+    assert flag and found.shape == (3, 0) and torch.equal(w.grad, torch.zeros(3, 3))
+
+
+def test_strides_of_results_with_a_number():
+    """Seed 5002146: to most functions a number is a tensor without axes, so that axes of one
+    element are ordered as they lie; to others it is a parameter."""
+
+    def step(x, i):
+        return (
+            *(x + 1, torch.add(x, 1, alpha=2), x - 1, 1 - x, x * 2, x / 2, 2 / x, x // 2, x % 2),
+            *(torch.remainder(3, x), torch.fmod(x, 2), x == 1, x < 1, x <= 1, torch.xlogy(2, x)),
+            *(torch.where(x > 0, x, 0.0), torch.where(x > 0, 1.0, 0.0), torch.copysign(x, -1.0)),
+            *(x**2, x**2.5, 2**x, x.float_power(2), x.clamp(0, 1), x.clamp_min(0), x.square()),
+            *(x.lerp(x, 0.5), F.leaky_relu(x), F.hardtanh(x), x.masked_fill(x > 0, 2.0), -x),
+            *(i & 1, 1 & i, i << 1, 1 << i, i // 2, i * 2.0, i % 2, i**2, i == 2),
+        )
+
+    x = torch.empty_strided((1, 1, 7), (1, 1, 1)).fill_(3)
+    given = x, x.long()
+    results = zip(tracejit.compile(step)(*given), step(*given), strict=True)
+    for number, (ours, eager) in enumerate(results):
+        assert ours.stride() == eager.stride(), number
+        assert torch.allclose(ours, eager)
+
+
 @pytest.mark.parametrize("n", [2, 3, 16, 40])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_product_with_what_is_read_backwards(n, dtype):

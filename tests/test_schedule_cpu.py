@@ -783,7 +783,7 @@ def test_memory_is_shared_in_turn():
       return %6
     }""")
     kernels = [CpuLaunch(lower_kernel(x.kernel, 64), x.buffers, x.scalars) for x in unpack(plan)]
-    found = place(plan, kernels)
+    found = place(plan, kernels, ())
     text = "\n".join(line for line in str(found).splitlines() if "place" in line or "works" in line)
     assert any(p.room == "t2" for p in found.places), text
     assert found.arena_bytes < plan.arena_bytes

@@ -56,7 +56,7 @@ class Contraction(tiles.Contraction):
     @cached_property
     def turned(self) -> bool:
         """Whether the body goes along the rows of a tile rather than its columns."""
-        if self.windows is None:
+        if self.windows is None and self.tiling.way != "slices":
             return False
         of_m, of_n = found = taken_apart((self.m, self.n), self.stage.body)
         body = over_digits(self.stage.body, found, self.body.extents)

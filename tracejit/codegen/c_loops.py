@@ -17,6 +17,7 @@ from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import (
     carried,
     extents_of,
+    fixed_and_moving,
     running_load,
     stride,
     variables,
@@ -165,7 +166,22 @@ def vector_loop(
     body: Body, statements: Sequence[Statement], vector: Axis, size: int, folds: Sequence[Fold]
 ) -> list[Line]:
     """The innermost loop, over a block of `size`. Its accumulators are set before it, and folded
-    into totals (r…) after it."""
+    into totals (r…) after it. Before it stands what is the same in all its turns, which compilers
+    leave inside where selects are branches to them."""
+    fixed: Sequence[Statement] = ()
+    if running_load(statements) is None:
+        fixed, statements = fixed_and_moving(statements, vector)
+    return under(body.lines(fixed), _vector_loop(body, statements, vector, size, folds))
+
+
+def under(fixed: list[Line], lines: list[Line]) -> list[Line]:
+    """Lines after others whose names they alone know."""
+    return [Line("{"), *C.indent([*fixed, *lines]), Line("}")] if fixed else lines
+
+
+def _vector_loop(
+    body: Body, statements: Sequence[Statement], vector: Axis, size: int, folds: Sequence[Fold]
+) -> list[Line]:
     lanes = lanes_of(folds, body)
     before, after = lanes.before, lanes.after
     first, last = limits(vector, size)

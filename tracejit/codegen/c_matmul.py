@@ -20,6 +20,7 @@ from tracejit.codegen.c_loops import (
     is_independent,
     nested,
     partial_fields,
+    under,
     vector_loop,
 )
 from tracejit.codegen.c_micro import tile
@@ -32,9 +33,10 @@ from tracejit.codegen.c_winograd import winograd_tasks
 from tracejit.codegen.language import Line
 from tracejit.ir.ops import OPS
 from tracejit.ir.types import f32, f64
+from tracejit.schedule.cpu.access import fixed_and_moving
 from tracejit.schedule.cpu.loops import BLOCK, split
 from tracejit.schedule.cpu.tiles import PANEL_DEPTH
-from tracejit.schedule.kernel import Compute, Reduce, Statement, Store, Var
+from tracejit.schedule.kernel import Axis, Compute, Reduce, Statement, Store, Var
 
 
 def contraction_parts(c: Contraction) -> tuple[list[Part], list[Line], list[list[Line]]]:
@@ -115,18 +117,36 @@ def _sliced(c: Contraction, folds: list, tile_lines: list[Line], after: list[Lin
 
 def _rest(c: Contraction, folds: list, after: list[Line], place: int) -> Part:
     """The epilogue over the whole result, which lies in scratch memory from `place` on."""
-    chunks, m = c.tiling.chunks if c.tiling.way == "slices" else 1, c.m.extent
-    last = f"(chunk + 1) * {m} / {chunks}" if chunks > 1 else str(m)
+    chunks = c.tiling.chunks if c.tiling.way == "slices" else 1
+    dealt, whole = (c.n, c.m) if c.turned else (c.m, c.n)
+    names = ("column", "row") if c.turned else ("row", "column")
+    extent, step = dealt.extent, 1 if c.turned else c.tiling.tile_columns
+    last = f"(chunk + 1) * {extent} / {chunks}" if chunks > 1 else str(extent)
     inner = [
         *opened(c.kernel, c.stage.body, c.name),
-        Line(f"const int64_t row = {f'chunk * {m} / {chunks}' if chunks > 1 else '0'};"),
-        Line(f"const int64_t rows = {last} - row, column = 0, columns = {c.n.extent};"),
-        Line(f"const {c.type} *const tile = at->packed + {place} + row * {c.tiling.tile_columns};"),
+        Line(
+            f"const int64_t {names[0]} = {f'chunk * {extent} / {chunks}' if chunks > 1 else '0'},"
+            f" {names[0]}s = {last} - {names[0]};"
+        ),
+        Line(f"const int64_t {names[1]} = 0, {names[1]}s = {whole.extent};"),
+        Line(f"{c.type} *const tile = at->packed + {place} + {names[0]} * {step};"),
+        *(_summed(c, -(-extent // chunks)) if c.turned else []),
         *(Line(f"{f.total} r{f.name} = {f.neutral};") for f in folds),
         *_epilogue(c, folds),
         *(Line(f"at->p{f.name}[chunk] = r{f.name};") for f in folds),
     ]
     return Part(Task(f"{c.name}_rest", chunks, inner), after)
+
+
+def _summed(c: Contraction, columns: int) -> list[Line]:
+    """The sums of all slices in the tile of the first one, and room for a tile that is turned."""
+    b, place = c.tiling, f"r * {c.tiling.tile_columns} + j"
+    others = [f"tile[{place} + {i * b.tile_rows * b.tile_columns}]" for i in range(1, b.slices)]
+    inner = [Line(f"for (int64_t j = 0; j < columns; j++) tile[{place}] += {' + '.join(others)};")]
+    return [
+        *block("for (int64_t r = 0; r < rows; r++)", inner),
+        Line(f"{c.type} turned[{-(-columns // c.lanes) * c.lanes * c.turned_step}];"),
+    ]
 
 
 def _dots(c: Contraction, folds: list, after: list[Line]) -> list[Part]:
@@ -220,7 +240,7 @@ def _epilogue(c: Contraction, folds: list) -> list[Line]:
 
     def value(place: str) -> Line:
         places = [f"r * {step} + {place}"]
-        for i in range(1, b.slices):
+        for i in range(1, b.slices if not c.turned else 1):
             places.append(f"r * {step} + {place} + {i * b.tile_rows * b.tile_columns}")
         text = " + ".join(f"{name}[{place}]" for place in places)
         text = f"({text})" if len(places) > 1 else text
@@ -228,33 +248,36 @@ def _epilogue(c: Contraction, folds: list) -> list[Line]:
             text = f"({kind}){text}"
         return Line(f"const {kind} {dot.out!r} = {rounded(text, dot.out.dtype)};", dot.where)
 
-    def loop(body: Body, statements: Sequence[Statement], head: str, inner: list[Line], axis: str):
+    def loop(body: Body, statements: Sequence[Statement], head: str, inner: list[Line], axis: Axis):
+        fixed, statements = fixed_and_moving(statements, axis, [dot.out])
         inner += body.lines(s for s in statements if not isinstance(s, Store))
         lanes = lanes_of(folds, body)
         inner += lanes.steps
         inner += body.lines(s for s in statements if isinstance(s, Store))
         pragma = []
-        if is_independent(statements, axis):
+        if is_independent(statements, axis.name):
             pragma = [Line(" ".join(["#pragma omp simd", *lanes.clauses]))]
-        return [*lanes.before, *pragma, *block(head, inner), *lanes.after]
+        lines = [*lanes.before, *pragma, *block(head, inner), *lanes.after]
+        return under(body.lines(fixed), lines)
 
     lines = [Line(f"const int64_t {across.name} = {first} + r;")]
     apart = c.apart((across, along), c.stage.body)
     if apart is None:
         inner = [Line(f"const int64_t {along.name} = {start} + c;"), value("c")]
         head = f"for (int64_t c = 0; c < {counts[1]}; c++)"
-        lines += loop(c.body, c.stage.body, head, inner, along.name)
+        lines += loop(c.body, c.stage.body, head, inner, along)
     else:
         of_across, of_along = apart.axes
 
         def run(at: str, begin: str) -> list[Line]:
-            fastest = of_along.digits[0].name
+            fastest = of_along.digits[0]
             inner = [
-                Line(f"const int64_t {fastest} = {begin} + j;"),
+                Line(f"const int64_t {fastest.name} = {begin} + j;"),
                 value(f"({at} - {start}) + j"),
             ]
             head = "for (int64_t j = 0; j < run; j++)"
-            return loop(apart.body, apart.statements, head, inner, fastest)
+            axis = Axis(fastest.name, fastest.extent)
+            return loop(apart.body, apart.statements, head, inner, axis)
 
         lines += all_digits(of_across, across.name)
         lines += in_runs(of_along, start, f"{start} + {counts[1]}", run)

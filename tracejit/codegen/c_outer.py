@@ -24,7 +24,7 @@ from tracejit.codegen.c_loops import (
 from tracejit.codegen.c_reduce import Fold, fold_of
 from tracejit.codegen.c_text import block, memory_type, value_type
 from tracejit.codegen.language import Line
-from tracejit.schedule.cpu.access import extents_of
+from tracejit.schedule.cpu.access import extents_of, fixed_and_moving
 from tracejit.schedule.cpu.loops import Loop, split
 from tracejit.schedule.cpu.plan import CpuKernel, Nest
 from tracejit.schedule.kernel import Axis, Index, Reduce, Stage, Store
@@ -98,14 +98,15 @@ class OverOuter:
                 before.append(Line(f"{each} r{f.name}[j] = 0;"))
                 total = f"({memory_type(self.body.buffers[part])})(r{f.name}[j] + {total})"
             after.append(Line(f"{each} {part}[chunk * {width} + j] = {total};"))
-        inner = self.body.lines(stage.body)
+        fixed, moving = fixed_and_moving(stage.body, across)
+        inner = self.body.lines(moving)
         for f in folds:
             value = self.body.operand(f.reduce.value, f.reduce.out.dtype)
             inner.append(Line(f.merge(f"p{f.name}[{across.name}]", value), f.reduce.where))
         first, last = limits(across, nest.block)
         head = f"for (int64_t {across.name} = {first}; {across.name} < {last}; {across.name}++)"
         inner = [Line("#pragma omp simd"), *block(head, inner)]
-        lines = self._row()
+        lines = [*self._row(), *self.body.lines(fixed)]
         lines += nested(split(stage.axes, across, nest.block), inner)
         if runs:
             folded = [f"{each} r{f.name}[j] += p{f.name}[j], p{f.name}[j] = 0;" for f in runs]

@@ -219,7 +219,9 @@ struct tj_run {
 struct tj_launch {
   void (*kernel)(const struct tj_run *, void *scratch, void *const *buffers, const double *scalars);
   int64_t buffers, scalars; /* how many of each */
-  int64_t steps, span; /* of the first launch of a loop: how often, and how many launches; else 1 */
+  /* of the first launch of a loop: how often, for how many parts of its rows, which need not wait
+     for each other, and how many launches; else 1 */
+  int64_t steps, parts, span;
 };
 
 struct tj_plan {
@@ -228,31 +230,52 @@ struct tj_plan {
   const struct tj_launch *launch;
   const int64_t *slots; /* of each launch: the places of its working memory and its buffers, each
                            the number of an address, bytes from there, and bytes further in each
-                           step of a loop; then of its scalars */
-  void **buffers;       /* room for the addresses and the scalars of one launch */
-  double *scalars;
+                           step of a loop and for each of its parts; then of its scalars */
 };
+
+struct loop {
+  struct tj_run run;
+  char *const *addresses;
+  const double *scalars;
+  const struct tj_launch *launches;
+  const int64_t *slots;
+};
+
+/* All steps of a part of a loop; what is in no loop is one step of one part. */
+static void steps_of(void *arguments, int64_t part) {
+  const struct loop *const at = arguments;
+  const struct tj_launch *const first = at->launches, *const end = first + first->span;
+  for (int64_t step = 0; step < first->steps; step++) {
+    const int64_t *slot = at->slots;
+    for (const struct tj_launch *launch = first; launch < end; launch++) {
+      void *buffers[launch->buffers + 1];
+      double scalars[launch->scalars + 1];
+      for (int64_t i = 0; i <= launch->buffers; i++, slot += 4)
+        buffers[i] = at->addresses[slot[0]] + slot[1] + step * slot[2] + part * slot[3];
+      for (int64_t i = 0; i < launch->scalars; i++) scalars[i] = at->scalars[*slot++];
+      launch->kernel(&at->run, buffers[0], buffers + 1, scalars);
+    }
+  }
+}
 
 /* Run a plan. A call is made of words: whether it is over, the number of threads, the addresses of
    memory, the plan's scalars. The first is 0 before and -1 after. */
 void tj_run_plan(const struct tj_plan *plan, int64_t *call) {
-  const struct tj_run run = {tj_pool_launch, call[1]};
-  char *const *addresses = (char *const *)(call + 2);
-  const double *scalars = (const double *)(call + 2 + plan->addresses);
-  const int64_t *slot = plan->slots;
-  const struct tj_launch *at = plan->launch;
-  while (at < plan->launch + plan->launches) {
-    const struct tj_launch *const first = at, *const end = at + first->span;
-    const int64_t *const slots = slot;
-    for (int64_t step = 0; step < first->steps; step++)
-      for (at = first, slot = slots; at < end; at++) {
-        void *const scratch = addresses[slot[0]] + slot[1];
-        slot += 3;
-        for (int64_t i = 0; i < at->buffers; i++, slot += 3)
-          plan->buffers[i] = addresses[slot[0]] + slot[1] + step * slot[2];
-        for (int64_t i = 0; i < at->scalars; i++) plan->scalars[i] = scalars[*slot++];
-        at->kernel(&run, scratch, plan->buffers, plan->scalars);
-      }
+  struct loop at = {
+      .run = {tj_pool_launch, call[1]},
+      .addresses = (char *const *)(call + 2),
+      .scalars = (const double *)(call + 2 + plan->addresses),
+      .launches = plan->launch,
+      .slots = plan->slots,
+  };
+  while (at.launches < plan->launch + plan->launches) {
+    const struct tj_launch *const end = at.launches + at.launches->span;
+    if (at.launches->parts > 1)
+      tj_pool_launch(steps_of, &at, at.launches->parts, call[1]);
+    else
+      steps_of(&at, 0);
+    for (; at.launches < end; at.launches++)
+      at.slots += 4 * (at.launches->buffers + 1) + at.launches->scalars;
   }
   call[0] = -1;
 }

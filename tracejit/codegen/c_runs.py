@@ -71,8 +71,8 @@ def values_of_run(
     fastest = axis.digits[0].name
     here = Line(f"const int64_t {fastest} = {start} + j;")
     masks = [s.mask for s in statements if isinstance(s, Load | InBounds) and s.mask]
-    opened = [{b for b in mask if any(body.open_ends(b))} for mask in masks]
-    bounds = list(dict.fromkeys(b for mask in masks for b in mask if any(body.open_ends(b))))
+    opened = [{b for b in mask if _may_fail(body, b)} for mask in masks]
+    bounds = list(dict.fromkeys(b for mask in masks for b in mask if _may_fail(body, b)))
 
     def loop(low: str, high: str, values: Sequence[Line]) -> list[Line]:
         lines = [here, *values, Line(f"{target}[j] = {text};")]
@@ -107,11 +107,16 @@ def values_of_run(
     return block("", lines)
 
 
+def _may_fail(body: Body, b: Bound) -> bool:
+    """Whether a bound is not implied by the ranges of its index."""
+    return b.step != 1 or any(body.open_ends(b))
+
+
 def _outside(body: Body, statements: Sequence[Statement]) -> list[Line]:
     """Statements where no mask holds that may not hold."""
     lines: list[Line] = []
     for s in statements:
-        masked = isinstance(s, Load | InBounds) and any(any(body.open_ends(b)) for b in s.mask)
+        masked = isinstance(s, Load | InBounds) and any(_may_fail(body, b) for b in s.mask)
         lines += body.assign(s, literal(0, s.out.dtype)) if masked else body.lines([s])
     return lines
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 
 from tracejit.codegen.c import emit_kernel, unit
 from tracejit.export.eject_text import WIDE, indented, listed
@@ -136,23 +137,29 @@ class CKernels:
             yield "work = self.work.data_ptr()"
         number = {name: k for k, name in enumerate(plan.kernels, self._first[id(program)])}
         steps = {b.name: b.step for b in buffers}
+        works = dict(plan.working)
         for together in runs(plan.calls, lambda call: call.loop):
-            times = plan.times(together[0])
+            loops = {"part": plan.parts_of(together[0]), "i": plan.times(together[0])}
+            loops = {name: count for name, count in loops.items() if count > 1}
             lines = []
             for call in together:
-                places = [_moved(at[b], steps.get(b, 0) if times > 1 else 0) for b in call.buffers]
+                places = []
+                for name, further in zip_longest(call.buffers, call.apart, fillvalue=0):
+                    moves = {"i": steps.get(name, 0), "part": further}
+                    places.append(_moved(at[name], moves, loops))
                 given = [scalars[slot] for slot in call.scalars]
-                working = at[call.working] if call.working else ""
+                moves = {"part": works.get(call.working, 0)}
+                working = _moved(at[call.working], moves, loops) if call.working else ""
                 lines += call_of(number[call.kernel], places, given, working)
-            if times > 1:
-                yield f"for i in range({times}):"
-                yield from indented(lines, 4)
-            else:
-                yield from lines
+            for depth, (name, count) in enumerate(loops.items()):
+                yield f"{'    ' * depth}for {name} in range({count}):"
+            yield from indented(lines, 4 * len(loops))
 
 
-def _moved(place: str, step: int) -> str:
-    return f"{place} + i * {step}" if step else place
+def _moved(place: str, moves: Mapping[str, int], loops: Mapping[str, int]) -> str:
+    """A place that lies some bytes further in each turn of loops."""
+    further = [f"{name} * {step}" for name, step in moves.items() if step and name in loops]
+    return " + ".join([place, *further])
 
 
 def call_of(number: int, places: Sequence[str], scalars: Sequence[str], working: str) -> list[str]:

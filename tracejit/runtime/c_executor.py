@@ -13,7 +13,6 @@ import struct
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from tracejit.errors import InvalidGraph
 from tracejit.ir.process_groups import Started
@@ -40,6 +39,7 @@ class _Launch(ctypes.Structure):
         ("buffers", ctypes.c_int64),
         ("scalars", ctypes.c_int64),
         ("steps", ctypes.c_int64),
+        ("parts", ctypes.c_int64),
         ("span", ctypes.c_int64),
     ]
 
@@ -52,8 +52,6 @@ class _Plan(ctypes.Structure):
         ("launches", ctypes.c_int64),
         ("launch", ctypes.POINTER(_Launch)),
         ("slots", ctypes.POINTER(ctypes.c_int64)),
-        ("buffers", ctypes.c_void_p),
-        ("scalars", ctypes.c_void_p),
     ]
 
 
@@ -126,7 +124,7 @@ class LoadedCPlan:
             memory = dict(zip((b.name for b in kernel.bound), call.buffers, strict=True))
             parts = [k.kernel for k in (kernel, kernel.columns) if k is not None]
             once = bytes_of([(one, memory) for one in parts], self._memory)
-            totals.append(once * self.plan.times(call))
+            totals.append(once * self.plan.times(call) * self.plan.parts_of(call))
         return totals
 
     def lines(self) -> list[tuple[str, ...]]:
@@ -145,7 +143,7 @@ class LoadedCPlan:
             if together[0].kernel in self._collectives:
                 seconds.append(self._communicate(together[0], addresses, under_way))
                 continue
-            tables = [self._table([replace(call, loop=None)], as_given) for call in together]
+            tables = [self._table([call], as_given, once=True) for call in together]
             spent = [0.0] * len(together)
             for step in range(self.plan.times(together[0])):
                 moved = [a + step * move for a, move in zip(addresses, moves, strict=True)]
@@ -158,22 +156,31 @@ class LoadedCPlan:
         return seconds
 
     def _table(
-        self, calls: Sequence[Call], places: Sequence[tuple[int, int]], count: int | None = None
+        self,
+        calls: Sequence[Call],
+        places: Sequence[tuple[int, int]],
+        count: int | None = None,
+        once: bool = False,
     ) -> _Table:
         """What a run of some calls does, for words with `count` addresses, of which each of the
-        layout's is one, and bytes from there."""
+        layout's is one, and bytes from there. `once`: one step of loops."""
         slots: list[int] = []
+        works = dict(self.plan.working)
         for call in calls:
-            slots += (*places[self._position[call.working or call.buffers[0]]], 0)
-            for name in call.buffers:
-                slots += (*places[self._position[name]], self._steps.get(name, 0))
+            at = places[self._position[call.working or call.buffers[0]]]
+            slots += (*at, 0, works.get(call.working, 0))
+            apart = call.apart or (0,) * len(call.buffers)
+            for name, further in zip(call.buffers, apart, strict=True):
+                slots += (*places[self._position[name]], self._steps.get(name, 0), further)
             slots += call.scalars
         launches = []
         for together in runs(calls, lambda call: call.loop):
-            turns = (self.plan.times(together[0]), len(together)), *[(1, 1)] * (len(together) - 1)
-            for call, (steps, span) in zip(together, turns, strict=True):
+            steps = 1 if once else self.plan.times(together[0])
+            turns = [(steps, self.plan.parts_of(together[0]), len(together))]
+            turns += [(1, 1, 1)] * (len(together) - 1)
+            for call, turn in zip(together, turns, strict=True):
                 address = self._kernels[call.kernel].address
-                launches.append((address, len(call.buffers), len(call.scalars), steps, span))
+                launches.append((address, len(call.buffers), len(call.scalars), *turn))
         if count is None:
             count = max((n for n, _ in places), default=-1) + 1
         return _Table(count, self._scalars, launches, slots)
@@ -266,16 +273,7 @@ class _Table:
         self._memory = (
             (_Launch * len(calls))(*calls),
             (ctypes.c_int64 * len(slots))(*slots),
-            bytearray(8 * max((call[1] for call in calls), default=0) + 8),
-            bytearray(8 * max((call[2] for call in calls), default=0) + 8),
         )
-        launches, places, buffers, numbers = self._memory
-        self._plan = _Plan(
-            addresses, len(calls), launches, places, _address(buffers), _address(numbers)
-        )
+        self._plan = _Plan(addresses, len(calls), *self._memory)
         self.at = ctypes.c_void_p(ctypes.addressof(self._plan))
         self.pack = struct.Struct(f"2q{addresses}Q{scalars}d").pack
-
-
-def _address(memory: bytearray) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))

@@ -188,7 +188,7 @@ def rdiv(t: Trace, input: object, other: object) -> TracedTensor:
     def emit(x: Value, y: Arg) -> Value:
         return t.saves(t.b.mul(emitted(t, RECIPROCAL, (x,)), y))
 
-    return pointwise(t, emit, (input, other), to=as_float, wide=True)
+    return pointwise(t, emit, (input, other), to=as_float, wide=True, wraps=False)
 
 
 def _no_derivative(t: Trace, name: str, emit):
@@ -250,8 +250,9 @@ def power(t: Trace, input: object, exponent: object) -> TracedTensor:
         dtype = result_dtype(operands)
         if not dtype.is_float and exponent < 0 and not isinstance(exponent, float):
             raise t.shape_error("Integers to negative integer powers are not allowed")
-        return pointwise(t, lambda x, e: _power_literal(t, x, e), (input, exponent))
-    out = pointwise(t, t.b.pow, (input, exponent))
+        emit = partial(_power_literal, t)
+        return pointwise(t, emit, (input, exponent), wraps=False)
+    out = pointwise(t, t.b.pow, (input, exponent), wraps=False)
     value = t.read(out.handle)
     if isinstance(input, Tensor):
         operands = [t.read(t.lift(x)) for x in (input, exponent) if isinstance(x, Tensor)]

@@ -70,8 +70,9 @@ def gather(
     reason = f"index {{value}} is out of bounds for dimension {axis} with size {n}"
     within(t, index, 0, n, t.shape_error(reason))
     if not at.type.numel:
-        nothing = t.b.full(0, shape=i.shape, dtype=h.dtype, device=h.device)
-        return t.fresh(t.unread(nothing, x) if h.dtype.is_float else nothing)
+        none = (0,) * len(x.type.shape)
+        nothing = t.b.slice(x, starts=none, stops=none, steps=(1,) * len(none))
+        return t.fresh(t.b.reshape(nothing, shape=i.shape))
     stops = tuple(
         m if k == axis else n
         for k, (n, m) in enumerate(zip(at.type.shape, x.type.shape, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tracejit.schedule.kernel import (
     Axis,
@@ -101,6 +101,31 @@ def stride(index: Index, axis: str) -> int:
         if isinstance(atom, FloorDiv | Mod) and stride(atom.index, axis):
             return 2
     return 0
+
+
+def fixed_and_moving(
+    statements: Sequence[Statement], axis: Axis, values: Iterable[Var] = ()
+) -> tuple[list[Statement], list[Statement]]:
+    """(what is the same at all points of an axis, the rest), each in order. `values` move with the
+    axis. What is stored here is not loaded once for all."""
+    stored = {s.buffer for s in statements if isinstance(s, Store)}
+    fixed: list[Statement] = []
+    moving: list[Statement] = []
+    changing = set(values)
+    for s in statements:
+        pure = isinstance(s, Load | Compute | Position | InBounds) and axis.extent > 0
+        if (
+            not pure
+            or (isinstance(s, Load) and s.buffer in stored)
+            or any(axis.name in axes_of(index) for index in places(s))
+            or not changing.isdisjoint(variables(s))
+        ):
+            moving.append(s)
+            if not isinstance(s, Store):
+                changing.add(s.out)
+        else:
+            fixed.append(s)
+    return fixed, moving
 
 
 def running_load(statements: Sequence[Statement]) -> Load | None:

@@ -14,11 +14,12 @@ from tracejit.schedule.memory import Lifetime, Room, plan_memory
 from tracejit.schedule.plan import Plan, PlanBuffer
 
 
-def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
+def place(plan: Plan, launches: Sequence[CpuLaunch], parts: Sequence[int]) -> CpuPlan:
     """Place intermediates and what kernels work in, in outputs not yet written where they fit.
 
     A plan's own layout knows launches only, and nothing of what kernels work in. What a loop uses
-    it holds from its beginning to its end.
+    it holds from its beginning to its end. Each of the `parts` of a loop has working memory of its
+    own.
     """
     rows = {b.name: b for b in plan.buffers if b.kind == "row"}
     inside: dict[int, list[int]] = {}
@@ -38,9 +39,12 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
         if nbytes:
             memory = f"w{len(working)}"
             working.append((memory, nbytes))
-            pieces[memory] = Lifetime(nbytes, number, number)
+            count = 1 if launch.loop is None else parts[launch.loop]
+            span = (first, last) if count > 1 else (number, number)
+            pieces[memory] = Lifetime(nbytes * count, *span)
         kernel = kernels.setdefault(launch.kernel, f"k{len(kernels)}")
-        calls.append(Call(kernel, launch.buffers, launch.scalars, memory, launch.loop))
+        of_launch = launch.buffers, launch.scalars, memory, launch.loop, launch.apart
+        calls.append(Call(kernel, *of_launch))
     arena = [b for b in plan.buffers if b.kind == "arena" and b.name in spans]
     pieces = {b.name: Lifetime(b.type.nbytes, *spans[b.name]) for b in arena} | pieces
     outputs = [b for b in plan.buffers if b.kind == "output"]
@@ -58,7 +62,7 @@ def place(plan: Plan, launches: Sequence[CpuLaunch]) -> CpuPlan:
         if row.of == at.memory
     )
     named = {name: kernel for kernel, name in kernels.items()}
-    return CpuPlan(tuple(calls), named, tuple(working), places, total, plan.loops)
+    return CpuPlan(tuple(calls), named, tuple(working), places, total, plan.loops, tuple(parts))
 
 
 def scratch_bytes(kernel: CpuKernel) -> int:

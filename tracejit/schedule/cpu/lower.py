@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
+from tracejit.schedule.cpu.apart import deal_loops
 from tracejit.schedule.cpu.attention import cut_attention
 from tracejit.schedule.cpu.columns import fuse_columns
 from tracejit.schedule.cpu.layout import place
@@ -27,14 +28,14 @@ def lower(
 ) -> CpuPlan:
     """What the C executor runs for a plan, on a machine whose vectors have so many bytes. `met` is
     called with each different kernel as soon as it is lowered."""
-    launches = fuse_columns(unpack(plan))
+    launches, parts = deal_loops(plan, fuse_columns(unpack(plan)))
     lowered: dict[CpuKernel, CpuKernel] = {}
     for launch in launches:
         if launch.kernel not in lowered:
             lowered[launch.kernel] = lower_kernel(launch.kernel, vector_bytes)
             met(lowered[launch.kernel])
     launches = [replace(launch, kernel=lowered[launch.kernel]) for launch in launches]
-    return place(plan, launches)
+    return place(plan, launches, parts)
 
 
 def lower_kernel(kernel: CpuKernel, vector_bytes: int) -> CpuKernel:

@@ -155,24 +155,28 @@ class CpuKernel:
 @dataclass(frozen=True)
 class CpuLaunch:
     """A kernel with its bindings, as passes hand it on: names of buffers and slots of the plan's
-    scalars, in the order in which the kernel lists them, and the loop that it is part of."""
+    scalars, in the order in which the kernel lists them, and the loop that it is part of. `apart`:
+    of a launch for one part of a loop's rows, by how many bytes the parts of each buffer differ."""
 
     kernel: CpuKernel
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
     loop: int | None = None
+    apart: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Call:
     """A launch in a plan: of the kernel of a name, which works in the memory `working` ("" for
-    none). Those of one loop stand next to each other, and are repeated."""
+    none). Those of one loop stand next to each other, and are repeated; for each part of a loop's
+    rows, `apart` bytes further in each buffer."""
 
     kernel: str
     buffers: tuple[str, ...]
     scalars: tuple[int, ...]
     working: str
     loop: int | None = None
+    apart: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -189,7 +193,8 @@ class CpuPlan:
     """A plan's kernels, their calls in the order in which they run, and where they work.
 
     kernels: by name, in the order of their first calls.
-    working: the names and bytes of the memory that kernels work in.
+    working: the names and bytes of the memory that kernels work in, of each part of a loop.
+    loops: the steps of each. parts: of its rows, each of which runs all steps.
     """
 
     calls: tuple[Call, ...]
@@ -197,15 +202,22 @@ class CpuPlan:
     working: tuple[tuple[str, int], ...]
     places: tuple[Place, ...]
     arena_bytes: int
-    loops: tuple[int, ...] = ()  # the steps of each
+    loops: tuple[int, ...] = ()
+    parts: tuple[int, ...] = ()
 
     def times(self, call: Call) -> int:
-        """How often a call is made."""
+        """In how many steps a call is made."""
         return 1 if call.loop is None else self.loops[call.loop]
+
+    def parts_of(self, call: Call) -> int:
+        """For how many parts of the rows a call is made in each step."""
+        return 1 if call.loop is None else self.parts[call.loop]
 
     def __str__(self) -> str:
         lines = [f"cpu plan arena {self.arena_bytes} {{"]
-        lines += [f"  loop {number}: {steps} steps" for number, steps in enumerate(self.loops)]
+        for number, (steps, parts) in enumerate(zip(self.loops, self.parts, strict=True)):
+            dealt = f" in {parts} parts" if parts > 1 else ""
+            lines.append(f"  loop {number}: {steps} steps{dealt}")
         lines += [f"  works {name}: {nbytes}" for name, nbytes in self.working]
         for p in self.places:
             lines.append(f"  place {p.memory}{f' in {p.room}' if p.room else ''} at {p.offset}")
@@ -213,7 +225,8 @@ class CpuPlan:
             bindings = _bindings(call, self.kernels[call.kernel])
             working = f" in {call.working}" if call.working else ""
             loop = "" if call.loop is None else f" loop {call.loop}"
-            lines.append(f"  call {call.kernel}({bindings}){working}{loop}")
+            apart = f" apart {', '.join(map(str, call.apart))}" if call.apart else ""
+            lines.append(f"  call {call.kernel}({bindings}){working}{loop}{apart}")
         for name, kernel in self.kernels.items():
             lines += [f"  kernel {name} {{", *_indented(str(kernel), 4), "  }"]
         return "\n".join([*lines, "}"])

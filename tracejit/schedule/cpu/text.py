@@ -1,10 +1,11 @@
 """Reads the text form of a CpuPlan, which `str` prints.
 
     cpu plan arena 8192 {
+      loop 0: 256 steps in 2 parts
       works w0: 4096
       place t6 in t2 at 0
       place w0 at 128
-      call k0(b0=t0, b1=t1; s0=0) in w0
+      call k0(b0=t0, b1=t1; s0=0) in w0 loop 0 apart 2048, 0
       kernel k0 {
         outer: points in 18 chunks
         stage 0: i1 by 1024 in 1 chunks
@@ -52,8 +53,10 @@ def canonical_kernel(kernel: CpuKernel) -> CpuKernel:
 _HEADER = re.compile(r"cpu plan arena (\d+) \{\Z")
 _WORKS = re.compile(r"works (\w+): (\d+)\Z")
 _PLACE = re.compile(r"place (\w+)(?: in (\w+))? at (\d+)\Z")
-_CALL = re.compile(r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?(?: loop (\d+))?\Z")
-_LOOP = re.compile(r"loop (\d+): (\d+) steps\Z")
+_CALL = re.compile(
+    r"call (\w+)\(([^;)]*)(?:; ([^)]*))?\)(?: in (\w+))?(?: loop (\d+))?(?: apart (.+))?\Z"
+)
+_LOOP = re.compile(r"loop (\d+): (\d+) steps(?: in (\d+) parts)?\Z")
 _KERNEL = re.compile(r"kernel (\w+) \{\Z")
 _NEST = re.compile(r"(outer|stage (\d+)): (?:(\w+) by (\d+)|points) in (\d+) chunks\Z")
 
@@ -65,7 +68,7 @@ def parse_cpu_plan(text: str) -> CpuPlan:
     if head is None or not lines or lines[-1] != "}":
         raise InvalidGraph(reason="a CPU plan's text is `cpu plan arena bytes {` … `}`")
     texts: dict[str, str] = {}
-    calls, working, places, loops = [], [], [], []
+    calls, working, places, loops, parts = [], [], [], [], []
     rest = iter(lines[:-1])
     for line in rest:
         code = line.strip()
@@ -75,18 +78,20 @@ def parse_cpu_plan(text: str) -> CpuPlan:
             working.append((m[1], int(m[2])))
         elif m := _LOOP.match(code):
             loops.append(int(m[2]))
+            parts.append(int(m[3] or 1))
         elif m := _PLACE.match(code):
             places.append(Place(m[1], m[2] or "", int(m[3])))
         elif m := _CALL.match(code):
             scalars = tuple(map(int, _values(m[3])))
             loop = None if m[5] is None else int(m[5])
-            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or "", loop))
+            apart = tuple(map(int, m[6].split(", "))) if m[6] else ()
+            calls.append(Call(m[1], _values(m[2]), scalars, m[4] or "", loop, apart))
         else:
             raise InvalidGraph(reason=f"cannot read the line {code!r} of a CPU plan")
     missing = {call.kernel for call in calls} - texts.keys()
     if missing:
         raise InvalidGraph(reason=f"a CPU plan has no kernel {min(missing)}")
-    lists = tuple(working), tuple(places), int(head[1]), tuple(loops)
+    lists = tuple(working), tuple(places), int(head[1]), tuple(loops), tuple(parts)
     return CpuPlan(tuple(calls), Kernels(texts), *lists)
 
 

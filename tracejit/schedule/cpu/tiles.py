@@ -67,6 +67,8 @@ def orient(kernel: CpuKernel) -> CpuKernel:
     here, there = by_windows(kernel.kernel), by_windows(other.kernel)
     if here is not None or there is not None:  # the side that is read more often
         return other if here is None or (there is not None and there.share < here.share) else kernel
+    if _is_sliced(kernel.kernel) and _lie_across(stage.dot, m, n):
+        return other if m.extent > n.extent else kernel  # it is A that is packed
     if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
         return kernel
     return other
@@ -249,6 +251,22 @@ def _for_winograd(kernel: Kernel, w: Winograd, vector_bytes: int) -> Tiling:
     cost = c.per_batch * (weight((*stage.dot.a, *stage.dot.b)) + 2)
     packs = max(1, min(c.a_units + c.b_units, cost // GRAIN, MAX_CHUNKS))
     return replace(tiling, chunks=w.chunks, pack_chunks=packs)
+
+
+def _is_sliced(kernel: Kernel) -> bool:
+    """Whether k of a contraction is dealt to threads, whose operands no windows read."""
+    *batch, m, n = kernel.stages[0].axes
+    dot = kernel.stages[0].dot
+    acc, sizes = accumulator(dot), (m.extent, n.extent, dot.k.extent)
+    if batch or acc is i64 or _by_panels(dot, m, n) or 1 in sizes:
+        return False
+    return _slices(*sizes, acc.itemsize, math.prod(sizes) * 2 * acc.itemsize // LINE) > 1
+
+
+def _lie_across(dot: Dot, m: Axis, n: Axis) -> bool:
+    """Whether both operands lie along their own axes, not along k."""
+    along_m = contiguity(m, dot.a) > contiguity(dot.k, dot.a)
+    return along_m and contiguity(n, dot.b) > contiguity(dot.k, dot.b)
 
 
 def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
