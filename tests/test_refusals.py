@@ -72,7 +72,6 @@ MADE = {
     "to_sparse": lambda x: x.to_sparse(),
     "sparse_coo_tensor": lambda x: torch.sparse_coo_tensor(x[:1].long(), x[0], (3,)),
     "quantize": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
-    "fake_quantize": lambda x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, 0, 255),
 }
 
 

@@ -456,3 +456,37 @@ def test_a_hyperparameter_set_before_the_scheduler_steps_is_set_by_every_call(ke
         assert "after it has set a hyperparameter" in compiled.explain_mode()
     else:
         assert compiled.stats.replays >= 4, compiled.explain_mode()
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_lambda_beside_a_counter(reads):
+    """What is accumulated over two calls has a counter, which a rate's own function may read."""
+
+    def made(wrap):
+        torch.manual_seed(0)
+        net, seen, warm = torch.nn.Linear(3, 2), {"calls": 0}, 4
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        plain = lambda n: min(1.0, (n + 1) / warm) * math.cos(n / 50)  # noqa: E731
+        own = lambda n: 0.9 ** seen["calls"]  # noqa: E731
+        scheduler = LambdaLR(optimizer, own if reads else plain)
+
+        @wrap
+        def step(x):
+            loss = net(x).square().mean()
+            loss.backward()
+            seen["calls"] += 1
+            if seen["calls"] % 2 == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                scheduler.step()
+            return loss
+
+        return step, optimizer, net
+
+    ours, eager = made(tracejit.compile), made(lambda f: f)
+    for i in range(14):
+        x = torch.full((4, 3), 0.1 * i)
+        assert torch.allclose(ours[0](x), eager[0](x))
+        assert ours[1].param_groups[0]["lr"] == eager[1].param_groups[0]["lr"]
+    assert torch.allclose(ours[2].weight, eager[2].weight)
+    assert (ours[0].stats.replays >= 8) is not reads

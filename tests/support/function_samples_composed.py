@@ -869,3 +869,52 @@ row(
     ],
     exact=False,
 )
+
+
+# --- fake quantization -------------------------------------------------------------------------
+
+ODD = torch.tensor([nan, inf, -inf, 1e30, 2.55, -0.0, 0.04])
+SCALES = torch.tensor([0.1, 0.03, 0.5])
+
+
+def points(*numbers: int, dtype: torch.dtype = i32) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=dtype)
+
+
+row(
+    "fake_quantize_per_tensor_affine",
+    [
+        S(r(5, 3), 0.1, 3, 0, 15),
+        S(r(4, 3, dtype=f64).t(), 0.07, 0, -8, 7),
+        S(r(5, dtype=f16), 0.1, 0, -8, 7),
+        S(r(123, dtype=bf16), torch.tensor([0.1]), points(3), 0, 15),
+        S(r(5, 3), torch.tensor(0.1), points(300)[0], 0, 255),
+        S(r(1), torch.tensor(0.1, dtype=f64), points(3, dtype=i64), 0, 255),
+        S(ODD, 0.1, 3, 0, 255),
+        S(r(0, 3), 0.1, 3, 0, 15),
+        S(r(), 0.1, 3, 0, 15),
+        S(r(5), 0.1, 300, 0, 255),
+        S(r(5), 0.1, 0, 3, 2),
+        S(r(5), SCALES, points(0, 1, 2), 0, 255),
+        S(r(5, dtype=i64), 0.1, 3, 0, 15),
+    ],
+)
+row(
+    "fake_quantize_per_channel_affine",
+    [
+        S(r(5, 3), SCALES, points(0, 1, 2), 1, 0, 15),
+        S(r(3, 5, 2, dtype=f64), SCALES, points(0, -1, 2), 0, -8, 7),
+        S(r(5, 3, dtype=f16), SCALES, points(0, 1, 2), 1, 0, 15),
+        S(r(3, 123, dtype=bf16), SCALES, points(0, 1, 2), 0, 0, 15),
+        S(ODD.repeat(3, 1), SCALES, points(0, 1, 2), 0, 0, 255),
+        S(r(0, 3), SCALES, points(0, 1, 2), 1, 0, 15),
+        S(r(1), SCALES[:1], points(2), 0, 0, 15),
+        S(r(5, 3), SCALES, points(0, 1, 300), 1, 0, 255),
+        S(r(5, 3), SCALES, points(0, 1, 2, dtype=i64), 1, 0, 255),
+        S(r(5, 3), SCALES.double(), points(0, 1, 2), 1, 0, 255),
+        S(r(5, 3), SCALES, points(0, 1, 2), 0, 0, 255),
+        S(r(5, 3), SCALES, points(0, 1, 2), 2, 0, 255),
+        no(r(5, 3), SCALES, torch.tensor([0.0, 1.0, 2.5]), 1, 0, 255),
+        no(r(5, 3), SCALES.to(bf16), points(0, 1, 2), 1, 0, 255),
+    ],
+)

@@ -68,12 +68,14 @@ def _weighted(t: Trace, losses: TracedTensor, weight: Tensor | None) -> TracedTe
     return losses if weight is None else mul(t, losses, weight)
 
 
-def constant_weight(t: Trace, name: str, weight: Tensor | None) -> Tensor | None:
-    """A weight, refused where it requires grad."""
+def constant_weight(
+    t: Trace, name: str, weight: Tensor | None, argument: str = "weight"
+) -> Tensor | None:
+    """A weight, or another argument without a derivative, refused where it requires grad."""
     if weight is not None and t.grad_on and t.requires_grad(t.lift(weight)):
         raise t.autograd_error(
-            f"The function '{name}' is not differentiable with respect to argument 'weight'. This "
-            "input cannot have requires_grad True."
+            f"The function '{name}' is not differentiable with respect to argument '{argument}'. "
+            "This input cannot have requires_grad True."
         )
     return weight
 

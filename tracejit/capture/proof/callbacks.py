@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from types import CellType, CodeType, FunctionType
+
 import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiplicativeLR
 
 from tracejit.capture.effects.captured import Captured
 from tracejit.capture.effects.effects import Call, arguments_of
@@ -22,9 +26,11 @@ def against(captured: Captured, call: Call) -> str:
     mine = {
         id(group) for c in call.callbacks for group in c.function.__self__.optimizer.param_groups
     }
-    if any(id(call.holders[i]) not in mine for i, _, _ in captured.effects.stores):
+    stored = [call.holders[i] for i, _, _ in captured.effects.stores]
+    stored = [x for x in stored if id(x) not in mine]
+    if stored:
         for callback in call.callbacks:
-            if not of_torch_alone(callback.function.__self__):
+            if not _reads_none_of(callback.function.__self__, stored):
                 return (
                     "it assigns to what a scheduler may read; step the scheduler outside the step"
                 )
@@ -48,6 +54,44 @@ def against(captured: Captured, call: Call) -> str:
             "step the scheduler outside the step"
         )
     return ""
+
+
+def _reads_none_of(scheduler: LRScheduler, stored: list[object]) -> bool:
+    """Whether a scheduler is known to read nothing of these: torch's own, whose functions of the
+    user's compute with their argument and numbers alone."""
+    if of_torch_alone(scheduler):
+        return True
+    if type(scheduler) not in (LambdaLR, MultiplicativeLR):
+        return False
+    if any(type(x) in (CellType, FunctionType) for x in stored):
+        return False
+    given = [f for f in scheduler.lr_lambdas if f is not None]
+    return all(type(f) is FunctionType and _is_arithmetic(f, stored) for f in given)
+
+
+def _is_arithmetic(f: FunctionType, stored: list[object]) -> bool:
+    """Whether a function reads numbers, `math` and Python's arithmetic, and no other objects."""
+    code, names = f.__code__, f.__globals__
+    builtins = f.__builtins__
+    if any(x is names or x is builtins or x is vars(math) for x in stored):
+        return False
+    if any(type(x) is CodeType for x in code.co_consts):
+        return False
+    cells = [cell.cell_contents for cell in f.__closure__ or () if cell != CellType()]
+    if len(cells) != len(code.co_freevars):
+        return False
+    read = [*cells, *(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+    for name in code.co_names:  # attributes among them
+        if name in names or name in _ARITHMETIC:
+            read.append(names.get(name, builtins.get(name)))
+        elif name not in vars(math):
+            return False
+    return all(type(x) in _NUMBERS or any(x is y for y in _KNOWN) for x in read)
+
+
+_NUMBERS = (int, float, bool, str, type(None))
+_ARITHMETIC = {f.__name__: f for f in (min, max, abs, pow, round, int, float)}
+_KNOWN = (math, *_ARITHMETIC.values(), *(f for f in vars(math).values() if callable(f)))
 
 
 def _is_asked_first(captured: Captured, late: set) -> bool:
