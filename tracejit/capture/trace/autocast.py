@@ -213,7 +213,7 @@ POLICIES: dict[str, dict[Callable, Policy]] = {
             "avg_pool3d adaptive_avg_pool3d max_pool3d adaptive_max_pool3d ctc_loss "
             "adaptive_max_pool3d_with_indices binary_cross_entropy prod trace quantile nanquantile "
             "max_unpool2d max_unpool3d grid_sampler grid_sampler_2d grid_sampler_3d "
-            "polar view_as_complex",
+            "polar view_as_complex fake_quantize_per_tensor_affine",
         ),
         (
             _float32,
