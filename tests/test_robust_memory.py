@@ -81,8 +81,19 @@ def test_each_statement_of_numpy_in_turn_fails(calls, monkeypatch):
     check_each("numpy", calls, Failing.statements, 3 if WHOLE else 17, monkeypatch)
 
 
+def test_an_allocation_of_a_verified_call_fails(monkeypatch):
+    """Of the compiled call, after which all is as before; where eager's fails, or that of a copy of
+    what is compared, the call is made without it."""
+    check_each("c", 0, Failing.allocations, 3 if WHOLE else 11, monkeypatch, verify=2)
+
+
 def check_each(
-    backend: str, calls: int, plant: Callable, every: int, monkeypatch: pytest.MonkeyPatch
+    backend: str,
+    calls: int,
+    plant: Callable,
+    every: int,
+    monkeypatch: pytest.MonkeyPatch,
+    **more: object,
 ) -> None:
     """Let each of some calls fail in turn, after so many calls of the step."""
 
@@ -93,7 +104,7 @@ def check_each(
     while not done:
         n += every
         training = make()
-        options = {"backend": backend, "on_unsupported": "raise"}
+        options = {"backend": backend, "on_unsupported": "raise", **more}
         step = tracejit.compile(training.step, **options)
         held = [step() for _ in range(calls)]
         held += [p.grad for p in training.model.parameters()]
@@ -117,7 +128,7 @@ def check_each(
         for _ in range(calls + 2):
             twin.step()
         assert near(state, twin.state()[1:-64]), n
-    assert failures >= (1 if calls else 2), failures
+    assert failures >= (1 if calls or more else 2), failures
 
 
 def test_the_limit_of_the_address_space():

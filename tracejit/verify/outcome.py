@@ -222,3 +222,10 @@ def _digest_of(x: object) -> object:
     if state is not None:
         return hashlib.blake2b(repr(state()).encode(), digest_size=8).hexdigest()
     return repr(getattr(x, "bit_generator", x).state)
+
+
+def is_short_of_memory(error: BaseException | None) -> bool:
+    """Whether an error says that memory is short, as Python, torch or a GPU says it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "not enough memory" in str(error)

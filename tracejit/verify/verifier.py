@@ -31,7 +31,7 @@ from tracejit.verify.before import Before
 from tracejit.verify.blame import Blame, of_graphs, of_inputs
 from tracejit.verify.certificate import Certificate, Verified
 from tracejit.verify.compare import Comparison, Difference, compare
-from tracejit.verify.outcome import Observer, Outcome
+from tracejit.verify.outcome import Observer, Outcome, is_short_of_memory
 from tracejit.verify.rules import of_rules
 from tracejit.verify.runs import Observed, digest, eagerly, in_float64
 
@@ -278,7 +278,7 @@ class Verifier:
         self._verifying = True
         try:
             eager, returned = self._eager(observer, args, kwargs)
-            if _MISSING in str(eager.error):
+            if _MISSING in str(eager.error) or is_short_of_memory(eager.error):
                 before.restore()
                 self._cannot(plan, f"eager cannot do it: {eager.error}")
                 return self._made(make).returned
@@ -290,6 +290,8 @@ class Verifier:
                 return returned
             before.restore()
             made = self._ours(observer, make)
+            if is_short_of_memory(made.outcome.error):
+                raise made.outcome.error
             if made.ran.returned is OTHERWISE and made.outcome.error is None:
                 return OTHERWISE
             if made.ran.compiled is None:  # it was run eagerly, or refused
@@ -314,7 +316,8 @@ class Verifier:
                 raise made.outcome.error
             return made.ran.returned
         except BaseException as error:
-            if not isinstance(error, Exception):  # an interrupt: as if the call had not been made
+            # an interrupt, or no memory: as if the call had not been made
+            if not isinstance(error, Exception) or is_short_of_memory(error):
                 before.restore()
             raise
         finally:
