@@ -228,4 +228,4 @@ def is_short_of_memory(error: BaseException | None) -> bool:
     """Whether an error says that memory is short, as Python, torch or a GPU says it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
