@@ -48,7 +48,7 @@ static inline float tj_exp_rest(float r) {{
   return tj_fmaf(r, tj_fmaf(r, q, 0x1.55548ep-3f), 0.5f);
 }}
 
-/* The same in float: 2^n · (1 + r + r² · q(r)); `lost` is what the rounding of r leaves out. The
+/* e^x in float: 2^n · (1 + r + r² · tj_exp_rest(r)); `lost` is what rounding r leaves out. The
    low bits of `shifted` are n + 254, and 2^n is applied as two halves, as the result may be
    subnormal. The limits are written so that one comparison does both. */
 static inline float tj_expf(float x) {{
@@ -71,8 +71,8 @@ static inline float tj_expm1f(float x) {{
 
 ERF = f"""
 /* x + x · p(x²) up to 1, and 1 - e^(x · q(x)) up to 4, from where on it is 1: fits whose largest
-   errors are 2^-28 of the result. What roundings leave out of x² counts p' or so, what they leave
-   out of the exponent is one more factor of the power. */
+   errors are 2^-28 of the result. What rounding leaves out of x² is put right by the slope of p, of
+   some -0.26; what it leaves out of the exponent, by one more factor of the power. */
 static inline float tj_erff(float x) {{
   float size = fabsf(x), z = size > 4.0f ? 4.0f : size, z2 = x * x;
   float p = {_polynomial("z2", _ERF_TERMS, "f")};

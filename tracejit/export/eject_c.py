@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 
 from tracejit.codegen.c import emit_kernel, unit
 from tracejit.export.eject_text import WIDE, indented, listed
@@ -143,13 +142,14 @@ class CKernels:
             loops = {name: count for name, count in loops.items() if count > 1}
             lines = []
             for call in together:
-                places = []
-                for name, further in zip_longest(call.buffers, call.apart, fillvalue=0):
-                    moves = {"i": steps.get(name, 0), "part": further}
-                    places.append(_moved(at[name], moves, loops))
+                places = [
+                    _moved(at[name], {"i": steps.get(name, 0), "part": further}, loops)
+                    for name, further in call.moves
+                ]
                 given = [scalars[slot] for slot in call.scalars]
-                moves = {"part": works.get(call.working, 0)}
-                working = _moved(at[call.working], moves, loops) if call.working else ""
+                working = call.working
+                if working:
+                    working = _moved(at[working], {"part": works[working]}, loops)
                 lines += call_of(number[call.kernel], places, given, working)
             for depth, (name, count) in enumerate(loops.items()):
                 yield f"{'    ' * depth}for {name} in range({count}):"

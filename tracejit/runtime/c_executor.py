@@ -169,8 +169,7 @@ class LoadedCPlan:
         for call in calls:
             at = places[self._position[call.working or call.buffers[0]]]
             slots += (*at, 0, works.get(call.working, 0))
-            apart = call.apart or (0,) * len(call.buffers)
-            for name, further in zip(call.buffers, apart, strict=True):
+            for name, further in call.moves:
                 slots += (*places[self._position[name]], self._steps.get(name, 0), further)
             slots += call.scalars
         launches = []

@@ -188,7 +188,7 @@ def rdiv(t: Trace, input: object, other: object) -> TracedTensor:
     def emit(x: Value, y: Arg) -> Value:
         return t.saves(t.b.mul(emitted(t, RECIPROCAL, (x,)), y))
 
-    return pointwise(t, emit, (input, other), to=as_float, wide=True, wraps=False)
+    return pointwise(t, emit, (input, other), to=as_float, wide=True, as_tensors=False)
 
 
 def _no_derivative(t: Trace, name: str, emit):
@@ -251,8 +251,8 @@ def power(t: Trace, input: object, exponent: object) -> TracedTensor:
         if not dtype.is_float and exponent < 0 and not isinstance(exponent, float):
             raise t.shape_error("Integers to negative integer powers are not allowed")
         emit = partial(_power_literal, t)
-        return pointwise(t, emit, (input, exponent), wraps=False)
-    out = pointwise(t, t.b.pow, (input, exponent), wraps=False)
+        return pointwise(t, emit, (input, exponent), as_tensors=False)
+    out = pointwise(t, t.b.pow, (input, exponent), as_tensors=False)
     value = t.read(out.handle)
     if isinstance(input, Tensor):
         operands = [t.read(t.lift(x)) for x in (input, exponent) if isinstance(x, Tensor)]

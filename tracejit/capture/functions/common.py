@@ -221,11 +221,11 @@ def operands_as(
     return tuple(out)
 
 
-def result_strides(operands: Sequence[Operand], shape: Ints, wraps: bool = True) -> Ints:
+def result_strides(operands: Sequence[Operand], shape: Ints, as_tensors: bool = True) -> Ints:
     """The strides that torch gives an element-wise result. Numbers are tensors without axes to it,
-    unless the function has parameters for them (not `wraps`)."""
+    unless the function has parameters for them (not `as_tensors`)."""
     given = [(x.handle.shape, x.handle.strides) for x in operands if x.handle is not None]
-    if wraps and len(given) < len(operands):
+    if as_tensors and len(given) < len(operands):
         given.append(((), ()))
     return elementwise_strides(shape, given)
 
@@ -244,15 +244,15 @@ def pointwise(
     to: Callable[[DType], DType] = as_it_is,
     wide: bool = False,
     row_major: bool = False,
-    wraps: bool = True,
+    as_tensors: bool = True,
 ) -> TracedTensor:
     """One element-wise torch function: promote, broadcast, emit, wrap.
 
     `emit(*operands)` gets IR operands of the promoted dtype, passed through `to`. The result has
-    the strides that torch gives it, or is `row_major`; `wraps`: see `result_strides`.
+    the strides that torch gives it, or is `row_major`; `as_tensors`: see `result_strides`.
     """
     value, operands = _emitted(t, emit, xs, to, wide)
-    strides = None if row_major else result_strides(operands, value.type.shape, wraps)
+    strides = None if row_major else result_strides(operands, value.type.shape, as_tensors)
     return t.fresh(value, strides)
 
 

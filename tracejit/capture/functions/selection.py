@@ -75,7 +75,7 @@ def clamp(t: Trace, input: Tensor, min: object = None, max: object = None) -> Tr
     for bound in bounds:
         if not isinstance(bound, Tensor):
             check_range(t, bound, dtype)
-    return pointwise(t, emit, (input, *bounds), wraps=False)
+    return pointwise(t, emit, (input, *bounds), as_tensors=False)
 
 
 def clamp_min(t: Trace, input: Tensor, min: object) -> TracedTensor:

@@ -10,13 +10,12 @@ another order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from tracejit.schedule.axes import indices_of
 from tracejit.schedule.cpu.access import axes_of, extents_of, has_value
-from tracejit.schedule.cpu.cost import GRAIN, weight
+from tracejit.schedule.cpu.cost import GRAIN, work_of
 from tracejit.schedule.cpu.plan import CpuKernel, CpuLaunch
 from tracejit.schedule.index import Extents, add, bounds, scale
 from tracejit.schedule.kernel import (
@@ -36,7 +35,6 @@ from tracejit.schedule.plan import Plan, PlanBuffer, runs
 PARTS = (8, 4, 2)
 ROWS = 8  # of a part, where there are more than two: what all parts read is read for each
 SHARED = 512 << 10  # bytes that all parts may read in a step: they stay in the second cache
-LANES = 8  # products that are done at once
 
 
 def deal_loops(
@@ -48,12 +46,14 @@ def deal_loops(
     parts = [1] * len(plan.loops)
     buffers = {b.name: b for b in plan.buffers}
     for together in runs(launches, lambda launch: launch.loop):
-        loop = together[0].loop
-        for count in PARTS if loop is not None else ():
-            dealt = _Loop(buffers, together, plan.loops[loop]).dealt(count)
-            if dealt is not None:
-                together, parts[loop] = dealt, count
-                break
+        number = together[0].loop
+        if number is not None:
+            loop = _Loop(buffers, together, plan.loops[number])
+            for count in PARTS:
+                dealt = loop.dealt(count)
+                if dealt is not None:
+                    together, parts[number] = dealt, count
+                    break
         found += together
     return found, tuple(parts)
 
@@ -91,7 +91,7 @@ class _Loop:
 
     def _is_worth(self, parts: int) -> bool:
         """Whether there is work for each part, and too little in any kernel to deal that."""
-        work = [_work(launch.kernel.kernel) for launch in self.launches]
+        work = [work_of(launch.kernel.kernel) for launch in self.launches]
         return sum(work) * self.steps // parts >= GRAIN and max(work) // GRAIN <= 2 * parts
 
     def _shared(self, launches: Sequence[CpuLaunch]) -> int:
@@ -156,17 +156,6 @@ class _Loop:
             apart.append(step * size)
         cut = replace(launch.kernel, kernel=_shortened(kernel, short))
         return replace(launch, kernel=cut, apart=tuple(apart))
-
-
-def _work(kernel: Kernel) -> int:
-    """What a kernel costs, in the units of `weight`."""
-    outer, total = math.prod(a.extent for a in kernel.axes), 0
-    for stage in kernel.stages:
-        points = outer * math.prod(a.extent for a in stage.axes)
-        total += points * weight(stage.body)
-        if stage.dot is not None:
-            total += points * stage.dot.k.extent * 2 // LANES
-    return total
 
 
 def _candidates(kernel: CpuKernel, parts: int) -> list[Axis]:

@@ -6,12 +6,14 @@ that results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from tracejit.schedule.kernel import Compute, Statement
+from tracejit.schedule.kernel import Compute, Kernel, Statement
 
 GRAIN = 65536  # of the cost units of `weight`: a chunk is worth handing to a thread (some 10 µs)
 MAX_CHUNKS = 128
+LANES = 8  # products that are done at once, whatever the machine
 
 
 def weight(body: Sequence[Statement]) -> int:
@@ -23,6 +25,17 @@ def weight(body: Sequence[Statement]) -> int:
             total += (s.op.cost + 1) // 2
         else:
             total += 2
+    return total
+
+
+def work_of(kernel: Kernel) -> int:
+    """The cost of all points of a kernel, and of the sums of its product."""
+    outer, total = math.prod(a.extent for a in kernel.axes), 0
+    for stage in kernel.stages:
+        points = outer * math.prod(a.extent for a in stage.axes)
+        total += points * weight(stage.body)
+        if stage.dot is not None:
+            total += points * stage.dot.k.extent * 2 // LANES
     return total
 
 

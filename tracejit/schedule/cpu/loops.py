@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from tracejit.records import dataclass
 from tracejit.schedule.cpu.access import contiguity, running_load, stride, vector_axis
-from tracejit.schedule.cpu.cost import MAX_CHUNKS, chunks_of, weight
+from tracejit.schedule.cpu.cost import MAX_CHUNKS, chunks_of, weight, work_of
 from tracejit.schedule.cpu.plan import CpuKernel, Nest
 from tracejit.schedule.kernel import Axis, Kernel, Load, Stage, Store
 
@@ -106,10 +106,6 @@ def _block(stage: Stage, vector: Axis) -> int:
 
 def _outer(kernel: Kernel, *, points: bool) -> Nest:
     """The outer axes of a kernel: point by point, or in blocks of the contiguous one."""
-    work = sum(
-        math.prod(a.extent for a in (*kernel.axes, *stage.axes)) * weight(stage.body)
-        for stage in kernel.stages
-    )
     vector = None if points else _outer_vector(kernel)
     if vector is None:
         name, size, loops = "", 1, [Loop(a) for a in kernel.axes]
@@ -117,7 +113,7 @@ def _outer(kernel: Kernel, *, points: bool) -> Nest:
         inner = any(stage.axes for stage in kernel.stages)
         name, size = vector.name, COLUMNS if inner else BLOCK
         loops = split(kernel.axes, vector, size)
-    return Nest(name, size, dealt(loops, chunks_of(MAX_CHUNKS, work))[2])
+    return Nest(name, size, dealt(loops, chunks_of(MAX_CHUNKS, work_of(kernel)))[2])
 
 
 def _outer_vector(kernel: Kernel) -> Axis | None:

@@ -178,6 +178,11 @@ class Call:
     loop: int | None = None
     apart: tuple[int, ...] = ()
 
+    @property
+    def moves(self) -> tuple[tuple[str, int], ...]:
+        """Each buffer, and how many bytes further it lies for the next part of a loop's rows."""
+        return tuple(zip(self.buffers, self.apart or (0,) * len(self.buffers), strict=True))
+
 
 @dataclass(frozen=True)
 class Place:

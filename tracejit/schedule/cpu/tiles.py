@@ -19,7 +19,7 @@ from tracejit.schedule.cpu.plan import LINE, CpuKernel, Tiling
 from tracejit.schedule.cpu.registers import accumulators, blocking, few_registers, vectors_of
 from tracejit.schedule.cpu.windows import Windows, windows_of
 from tracejit.schedule.cpu.winograd import Winograd, winograd_of
-from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Statement
+from tracejit.schedule.kernel import Axis, Dot, Kernel, Load, Operand, Stage, Statement
 
 STRIP_BYTES = 16 << 10  # of a strip of B that stays in the first cache under all rows of a tile
 ROW_DEPTH = 8  # of k in a pass of a product of one row: so many rows of B are read side by side
@@ -67,7 +67,7 @@ def orient(kernel: CpuKernel) -> CpuKernel:
     here, there = by_windows(kernel.kernel), by_windows(other.kernel)
     if here is not None or there is not None:  # the side that is read more often
         return other if here is None or (there is not None and there.share < here.share) else kernel
-    if _is_sliced(kernel.kernel) and _lie_across(stage.dot, m, n):
+    if _is_sliced(stage) and _lie_across(stage.dot, m, n):
         return other if m.extent > n.extent else kernel  # it is A that is packed
     if 1 in (m.extent, n.extent) or contiguity(m, stage.body) <= contiguity(n, stage.body):
         return kernel
@@ -123,11 +123,8 @@ def _tiling(kernel: Kernel, vector_bytes: int) -> Tiling:
     if winograd is not None:
         return _for_winograd(kernel, winograd, vector_bytes)
     work = batches * m * n * k * 2 // lanes
-    way, slices = "tiles", 1
-    if not batch and not panels and not _by_dots(stage.axes, stage.dot, batches):
-        slices = _slices(m, n, k, size, work)
-        if windows is not None and m + n > SLICED_WIDTH:
-            slices = 1
+    undealt = panels or (windows is not None and m + n > SLICED_WIDTH)
+    way, slices = "tiles", 1 if undealt else _slices(stage, lanes)
     dealt = slices == 1 or not few_registers(sums)
     cut = blocking(max(m, 1), max(n, 1), lanes, sums, size, most_rows, dealt)
     if _by_dots(stage.axes, stage.dot, batches):
@@ -253,14 +250,14 @@ def _for_winograd(kernel: Kernel, w: Winograd, vector_bytes: int) -> Tiling:
     return replace(tiling, chunks=w.chunks, pack_chunks=packs)
 
 
-def _is_sliced(kernel: Kernel) -> bool:
-    """Whether k of a contraction is dealt to threads, whose operands no windows read."""
-    *batch, m, n = kernel.stages[0].axes
-    dot = kernel.stages[0].dot
-    acc, sizes = accumulator(dot), (m.extent, n.extent, dot.k.extent)
-    if batch or acc is i64 or _by_panels(dot, m, n) or 1 in sizes:
+def _is_sliced(stage: Stage) -> bool:
+    """Whether k of a product of floats is dealt to threads on any machine; its operands are read
+    through no windows."""
+    *_, m, n = stage.axes
+    acc = accumulator(stage.dot)
+    if acc is i64 or 1 in (m.extent, n.extent):
         return False
-    return _slices(*sizes, acc.itemsize, math.prod(sizes) * 2 * acc.itemsize // LINE) > 1
+    return _slices(stage, LINE // acc.itemsize) > 1 and not _by_panels(stage.dot, m, n)
 
 
 def _lie_across(dot: Dot, m: Axis, n: Axis) -> bool:
@@ -269,15 +266,18 @@ def _lie_across(dot: Dot, m: Axis, n: Axis) -> bool:
     return along_m and contiguity(n, dot.b) > contiguity(dot.k, dot.b)
 
 
-def _slices(m: int, n: int, k: int, size: int, work: int) -> int:
+def _slices(stage: Stage, lanes: int) -> int:
     """In how many parts k is dealt to threads, for results much smaller than the operands.
 
     A thread then reads its own part of the operands only, the part that it wrote itself where a
     later kernel of the same step updates them by rows.
     """
-    if k < 4 * max(m, n) or m * n * size > SLICED_BYTES or not m * n:
+    *batch, m, n = (a.extent for a in stage.axes)
+    k, size = stage.dot.k.extent, accumulator(stage.dot).itemsize
+    unfit = k < 4 * max(m, n) or m * n * size > SLICED_BYTES or not m * n
+    if batch or unfit or _by_dots(stage.axes, stage.dot, 1):
         return 1
-    most = min(work // GRAIN, k // 128)
+    most = min(m * n * k * 2 // lanes // GRAIN, k // 128)
     return next((slices for slices in (8, 4, 2) if slices <= most), 1)
 
 
